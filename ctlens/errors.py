@@ -1,0 +1,27 @@
+"""The one exception that means "the input is wrong", and the sentence for a name nobody knows."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CtlensError(ValueError):
+    """A mistake in the input, told in one sentence that says what to do.
+
+    The command line prints the sentence to stderr and exits with code 2; a library user can
+    catch it apart from programming errors.
+    """
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> CtlensError:
+    """The error for a name that is not in a registry, with the nearest names that are.
+
+    >>> str(unknown("loss", "atct", ["act", "attct", "bct"]))
+    "unknown loss 'atct'; did you mean 'attct' or 'act'? Known: act, attct, bct."
+    """
+    names = [str(entry) for entry in known]
+    near = difflib.get_close_matches(str(name), names, n=2, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(repr(entry) for entry in near)}?" if near else "."
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    return CtlensError(f"unknown {kind} {str(name)!r}{hint} Known: {shown}.")

@@ -1,0 +1,112 @@
+"""Reading and writing files so that a result is whole or absent, never half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ctlens.errors import CtlensError
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, renamed to `path` on success and removed on failure."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    os.chmod(name, 0o644)
+    try:
+        yield Path(name)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`, renamed to `path` on success and removed on failure.
+
+    Raises:
+        CtlensError: `path` exists already and is not an empty folder.
+    """
+    path = Path(path)
+    require_free(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    os.chmod(work, 0o755)
+    try:
+        yield work
+        if path.exists():
+            path.rmdir()
+        os.replace(work, path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def require_free(path: str | Path) -> None:
+    """Raises a `CtlensError` unless `path` is absent or an empty folder."""
+    path = Path(path)
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists():
+        raise CtlensError(f"{path} exists already: name a new folder, or remove it first.")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes `text` to `path` in one step (temporary name, then rename)."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Writes `data` as indented JSON to `path` in one step."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """The parsed content of a JSON file.
+
+    Raises:
+        CtlensError: the file is missing or is not JSON.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise CtlensError(f"{path} does not exist: check the path.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CtlensError(f"{path} is not JSON ({error}): check that it is the right file.") from None
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number from 1, object) for every non-empty line of a JSONL file.
+
+    Raises:
+        CtlensError: the file is missing, or a line is not a JSON object (file and line are named).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CtlensError(f"{path} does not exist or is no file: check the path.")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise CtlensError(f"{path} is not UTF-8 text ({error.reason}): convert it first.") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CtlensError(
+                f"{path}, line {number}: not JSON ({error.msg}); one object per line is expected."
+            ) from None
+        if not isinstance(row, dict):
+            raise CtlensError(f"{path}, line {number}: a {type(row).__name__}, but an object with fields is expected.")
+        yield number, row

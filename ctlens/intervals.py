@@ -1,0 +1,78 @@
+"""Confidence intervals, all from scipy and all at 95 percent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import stats
+
+from ctlens.errors import CtlensError
+
+LEVEL = 0.95
+RESAMPLES = 999
+
+Interval = tuple[float, float]
+
+
+def wilson(successes: int, n: int) -> Interval:
+    """The Wilson score interval of a proportion; never empty, also at 0 and 1.
+
+    >>> low, high = wilson(0, 96)
+    >>> round(low, 3), round(high, 3)
+    (0.0, 0.038)
+
+    Raises:
+        CtlensError: `n` is zero.
+    """
+    if n < 1:
+        raise CtlensError("an interval of a rate needs at least one item.")
+    interval = stats.binomtest(successes, n).proportion_ci(LEVEL, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def difference(successes: int, n: int, other_successes: int, other_n: int) -> Interval:
+    """The interval of a difference of two independent proportions (Newcombe's hybrid score, 1998, method 10).
+
+    >>> low, high = difference(56, 70, 48, 80)  # Newcombe's table II, example (a): 0.0524 to 0.3339
+    >>> round(low, 4), round(high, 4)
+    (0.0524, 0.3339)
+    """
+    p, q = successes / n, other_successes / other_n
+    (low, high), (other_low, other_high) = wilson(successes, n), wilson(other_successes, other_n)
+    below = np.hypot(p - low, other_high - q)
+    above = np.hypot(high - p, q - other_low)
+    return float(p - q - below), float(p - q + above)
+
+
+def bootstrap(statistic: Callable[[Int[np.ndarray, " n"]], float], n: int, seed: int = 0) -> Interval:
+    """The percentile bootstrap interval of a statistic of `n` items, given as a function of item numbers."""
+    if n < 2:
+        value = statistic(np.arange(n))
+        return value, value
+    result = stats.bootstrap(
+        (np.arange(n),), statistic, n_resamples=RESAMPLES, confidence_level=LEVEL, vectorized=False,
+        method="percentile", rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def bootstrap_mean(
+    values: Float[np.ndarray, "item ..."], seed: int = 0
+) -> tuple[Float[np.ndarray, ...], Float[np.ndarray, ...], Float[np.ndarray, ...]]:
+    """The mean over items with its percentile bootstrap interval: mean, low, high.
+
+    Raises:
+        CtlensError: there are no items.
+    """
+    if not len(values):
+        raise CtlensError("a mean needs at least one item.")
+    mean = values.mean(0)
+    if len(values) == 1:
+        return mean, mean, mean
+    draw = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    counts = np.stack([np.bincount(row, minlength=len(values)) for row in draw]) / len(values)
+    means = np.tensordot(counts, values, axes=1)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    return mean, low, high
