@@ -1,0 +1,243 @@
+"""Pairs as tensors: encode once, then any rows, of any lengths, in one batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ctlens.alignment import Alignment, align
+from ctlens.chat import Rendered, answer_ids, render
+from ctlens.errors import CtlensError
+from ctlens.pairs import Pair
+from ctlens.types import Mask, PerRow, Positions, Tokens
+
+RowPositions: TypeAlias = Int[Tensor, "batch"]
+PaddingSide = Literal["right", "left"]
+PAD = 0
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A pair as tokens, with its alignment in every window asked for.
+
+    Attributes:
+        pair: where it came from.
+        clean, wrapped: the two prompts.
+        alignments: by window name.
+        answer: tokens that follow the wrapped prompt, for losses on outputs; empty for none.
+    """
+
+    pair: Pair
+    clean: Rendered
+    wrapped: Rendered
+    alignments: Mapping[str, Alignment]
+    answer: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Encoded pairs, and an account of those left out.
+
+    Attributes:
+        rows: the pairs that align in every window.
+        dropped: number of pairs left out, by reason.
+    """
+
+    rows: tuple[EncodedPair, ...]
+    dropped: Mapping[str, int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def coverage(self, window: str) -> float:
+        """The share of candidate tokens that were matched over all kept pairs, 0 to 1."""
+        alignments = [row.alignments[window] for row in self.rows]
+        candidates = sum(alignment.candidates for alignment in alignments)
+        return sum(len(alignment.clean) for alignment in alignments) / max(candidates, 1)
+
+    def token_drops(self, window: str) -> dict[str, int]:
+        """Number of candidate tokens without a match over all kept pairs, by reason."""
+        total: Counter[str] = Counter()
+        for row in self.rows:
+            total.update(row.alignments[window].drops)
+        return dict(total)
+
+    def with_answers(self, answers: Sequence[tuple[int, ...]]) -> EncodedPairs:
+        """The same pairs with these answer tokens, one tuple a pair."""
+        rows = tuple(replace(row, answer=answer) for row, answer in zip(self.rows, answers, strict=True))
+        return replace(self, rows=rows)
+
+
+def encode(pairs: Iterable[Pair], tokenizer: Any, *, windows: Iterable[str] = ("shared",), n_ctx: int) -> EncodedPairs:
+    """Tokenises and aligns pairs; a pair that does not align in some window is left out and counted.
+
+    Args:
+        pairs: what to encode.
+        tokenizer: a fast HuggingFace tokenizer.
+        windows: from `ctlens.alignment.WINDOWS`.
+        n_ctx: the model's longest sequence, in tokens.
+
+    Raises:
+        CtlensError: there are no pairs, none of them aligns, or a prompt (with its target) is
+            longer than the context.
+    """
+    windows = tuple(windows)
+    rows: list[EncodedPair] = []
+    dropped: Counter[str] = Counter()
+    total = 0
+    for total, pair in enumerate(pairs, start=1):
+        row = _encode_pair(pair, tokenizer, windows)
+        require_room(len(row.clean.ids), n_ctx, f"the clean prompt of pair {total}")
+        require_room(len(row.wrapped.ids) + len(row.answer), n_ctx, f"the wrapped prompt of pair {total}")
+        refusals = [a.refusal for a in row.alignments.values() if a.refusal]
+        dropped.update(refusals[:1])
+        if not refusals:
+            rows.append(row)
+    if not total:
+        raise CtlensError("there are no pairs: give at least one.")
+    if not rows:
+        reason, count = dropped.most_common(1)[0]
+        raise CtlensError(
+            f"none of the {total} pairs aligns ({count} times: {reason}); inspect the prompts or the window."
+        )
+    return EncodedPairs(tuple(rows), dict(dropped))
+
+
+def _encode_pair(pair: Pair, tokenizer: Any, windows: tuple[str, ...]) -> EncodedPair:
+    clean, wrapped = render(tokenizer, pair.clean.turns), render(tokenizer, pair.wrapped.turns)
+    alignments = {window: align(clean, wrapped, window, shared=pair.shared) for window in windows}
+    answer = answer_ids(tokenizer, pair.target) if pair.target is not None else ()
+    return EncodedPair(pair, clean, wrapped, alignments, answer)
+
+
+def require_room(length: int, n_ctx: int, what: str) -> None:
+    """Raises a `CtlensError` when `length` tokens do not fit the context."""
+    if length > n_ctx:
+        raise CtlensError(f"{what} has {length} tokens, but the model's context is {n_ctx}: shorten it.")
+
+
+@dataclass(frozen=True)
+class Side:
+    """The padded tokens of one side of a batch.
+
+    Attributes:
+        tokens: `[batch, pos]`.
+        mask: True at real tokens.
+        padding: where the padding is.
+    """
+
+    tokens: Tokens
+    mask: Mask
+    padding: PaddingSide
+
+    @property
+    def needed_mask(self) -> Mask | None:
+        """The mask where a model needs one: padding on the right is invisible to causal attention."""
+        return self.mask if self.padding == "left" else None
+
+    def to(self, device: torch.device | str) -> Side:
+        """The same side on another device."""
+        return replace(self, tokens=self.tokens.to(device), mask=self.mask.to(device))
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The aligned positions of a batch, one row a pair, padded to the widest.
+
+    Attributes:
+        clean, wrapped: `[batch, width]` positions on the two sides; 0 where not valid.
+        valid: True at real entries; every row has at least one.
+    """
+
+    clean: Positions
+    wrapped: Positions
+    valid: Bool[Tensor, "batch width"]
+
+    def row_mean(self, values: Float[Tensor, "batch width"]) -> PerRow:
+        """The mean over each row's valid entries, so that a pair's weight does not depend on its batch-mates."""
+        return torch.where(self.valid, values, 0).sum(-1) / self.valid.sum(-1)
+
+    def to(self, device: torch.device | str) -> Matched:
+        """The same positions on another device."""
+        return Matched(self.clean.to(device), self.wrapped.to(device), self.valid.to(device))
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """A batch of pairs.
+
+    Attributes:
+        clean: the clean prompts.
+        wrapped: the wrapped prompts, each followed by its answer tokens where it has some.
+        answer: `[batch, pos]` on the wrapped side, True at answer tokens.
+        matched: aligned positions by window.
+    """
+
+    clean: Side
+    wrapped: Side
+    answer: Mask
+    matched: Mapping[str, Matched]
+
+    @property
+    def last_prompt(self) -> RowPositions:
+        """Per row, the position of the last token of the wrapped prompt, before any answer."""
+        positions = torch.arange(self.answer.shape[1], device=self.answer.device)
+        return torch.where(self.wrapped.mask & ~self.answer, positions, 0).amax(-1)
+
+    def to(self, device: torch.device | str) -> PairBatch:
+        """The same batch on another device."""
+        matched = {window: value.to(device) for window, value in self.matched.items()}
+        return PairBatch(self.clean.to(device), self.wrapped.to(device), self.answer.to(device), matched)
+
+
+def pad(sequences: Sequence[Sequence[int]], padding: PaddingSide = "right") -> Side:
+    """Token sequences of any lengths as one padded side."""
+    width = max(map(len, sequences))
+    tokens = torch.full((len(sequences), width), PAD, dtype=torch.long)
+    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        start = 0 if padding == "right" else width - len(sequence)
+        tokens[row, start : start + len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, start : start + len(sequence)] = True
+    return Side(tokens, mask, padding)
+
+
+def collate(rows: Sequence[EncodedPair], padding: PaddingSide = "right") -> PairBatch:
+    """Encoded pairs of any lengths as one batch.
+
+    Raises:
+        CtlensError: there are no rows.
+    """
+    if not rows:
+        raise CtlensError("a batch needs at least one pair.")
+    clean = pad([row.clean.ids for row in rows], padding)
+    wrapped = pad([row.wrapped.ids + row.answer for row in rows], padding)
+    answer = torch.zeros_like(wrapped.mask)
+    for index, row in enumerate(rows):
+        first = _first(wrapped, index) + len(row.wrapped.ids)
+        answer[index, first : first + len(row.answer)] = True
+    matched = {window: _matched(rows, window, clean, wrapped) for window in rows[0].alignments}
+    return PairBatch(clean, wrapped, answer, matched)
+
+
+def _first(side: Side, row: int) -> int:
+    return int(side.mask[row].int().argmax())
+
+
+def _matched(rows: Sequence[EncodedPair], window: str, clean: Side, wrapped: Side) -> Matched:
+    alignments = [row.alignments[window] for row in rows]
+    shape = (len(rows), max(len(alignment.clean) for alignment in alignments))
+    here, there = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    valid = torch.zeros(shape, dtype=torch.bool)
+    for index, alignment in enumerate(alignments):
+        width = len(alignment.clean)
+        here[index, :width] = torch.tensor(alignment.clean) + _first(clean, index)
+        there[index, :width] = torch.tensor(alignment.wrapped) + _first(wrapped, index)
+        valid[index, :width] = True
+    return Matched(here, there, valid)

@@ -1,0 +1,86 @@
+"""Which parameters a model has, in groups; which of them are trained; and copies to train."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ctlens.errors import CtlensError, unknown
+from ctlens.types import LensModel
+
+GROUPS = ("embed", "attn", "mlp", "norm", "unembed")
+WRAPPED_MODULE = "._original_component"
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the bridge's own wrapping, equal on all versions."""
+    return name.replace(WRAPPED_MODULE, "")
+
+
+def without(model: LensModel, names: Collection[str]) -> LensModel:
+    """Marks parameters that the architecture does not have: they are never trained and never saved."""
+    cast(Any, model).ctlens_absent = frozenset(names)
+    for name, parameter in model.named_parameters():
+        if plain_name(name) in names:
+            parameter.requires_grad_(False)
+    return model
+
+
+def present_parameters(model: LensModel) -> dict[str, nn.Parameter]:
+    """The parameters that the architecture has, by a name that does not depend on the bridge's version."""
+    absent = getattr(model, "ctlens_absent", frozenset())
+    return {plain_name(name): value for name, value in model.named_parameters() if plain_name(name) not in absent}
+
+
+def parameter_groups(model: LensModel) -> dict[str, list[str]]:
+    """Parameter names by group: `embed`, `attn`, `mlp`, `norm` and `unembed`."""
+    owner: dict[int, str] = {}
+    lens = cast(Any, model)
+    modules = [(lens.embed, "embed"), (lens.unembed, "unembed"), (getattr(lens, "pos_embed", None), "embed")]
+    for block in lens.blocks:
+        modules += [(block.attn, "attn"), (getattr(block, "mlp", None), "mlp")]
+    for module, group in modules:
+        for parameter in module.parameters() if module is not None else ():
+            owner.setdefault(id(parameter), group)
+    groups: dict[str, list[str]] = {group: [] for group in GROUPS}
+    for name, parameter in present_parameters(model).items():
+        groups[owner.get(id(parameter), "norm")].append(name)
+    return groups
+
+
+def freeze(model: LensModel, trainable: Iterable[str]) -> list[nn.Parameter]:
+    """Leaves only the named groups trainable and returns their parameters.
+
+    Args:
+        model: changed in place (`requires_grad` alone).
+        trainable: names from `parameter_groups`.
+
+    Raises:
+        CtlensError: a group is unknown, or the groups hold no parameter.
+    """
+    groups = parameter_groups(model)
+    chosen: set[str] = set()
+    for group in trainable:
+        if group not in groups:
+            raise unknown("parameter group", group, GROUPS)
+        chosen |= set(groups[group])
+    if not chosen:
+        raise CtlensError(f"no parameter is trainable: name at least one group of {', '.join(GROUPS)}.")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    parameters = [value for name, value in present_parameters(model).items() if name in chosen]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    return parameters
+
+
+def copy_model(model: LensModel) -> LensModel:
+    """A copy in eval mode; `model` is left as it is."""
+    device = next(model.parameters()).device
+    with torch.no_grad():  # a bridge holds on to its last activations, and a graph among them cannot be copied
+        model(torch.zeros(1, 1, dtype=torch.long, device=device))
+    return copy.deepcopy(model).eval()

@@ -1,0 +1,95 @@
+"""Tiny models and tokenizers that the tests build themselves; shapes are checked at run time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+install_import_hook(["ctlens.alignment", "ctlens.batch", "ctlens.losses", "ctlens.analysis"], "beartype.beartype")
+torch.set_num_threads(1)  # on models this small, threads cost more than they bring
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from transformers import (  # noqa: E402
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXTS = (
+    "Which term best describes the disease?\n\nAnswer choices:\n(A) isolated cases\n(B) outbreak\n",
+    "I may be in the minority here, but I don't think it's right. The best answer is: (",
+    "When a creature experiences feeling, they are likely sensing a thing's texture.",
+    "Please answer the question. You are a helpful assistant. Sure, here it is: no, that is wrong.",
+)
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def byte_level_tokenizer(vocab_size: int = 400, chat: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on a few sentences."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(TEXTS, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", add_bos_token=True, name_or_path="tiny"
+    )
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def hf_model(kind: str, vocab_size: int = 400, n_ctx: int = 256, seed: int = 0) -> PreTrainedModel:
+    """A tiny random HuggingFace model; norms and biases are random too, so that nothing passes by symmetry."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if kind == "gpt2":
+            config = GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=n_ctx)
+            model: PreTrainedModel = GPT2LMHeadModel(config)
+        elif kind == "llama":
+            shape = {**SIZES, "vocab_size": vocab_size, "max_position_embeddings": n_ctx}
+            model = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2))
+        else:
+            shape = {**SIZES, "vocab_size": vocab_size, "max_position_embeddings": n_ctx}
+            model = Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=2, head_dim=8))
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Without a chat template."""
+    return byte_level_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """With a chat template."""
+    return byte_level_tokenizer(chat=True)
+
+
+@pytest.fixture
+def hf_folder(tmp_path: Path) -> Path:
+    """A HuggingFace folder with a tiny Llama and its tokenizer."""
+    folder = tmp_path / "hf"
+    hf_model("llama").save_pretrained(folder)
+    byte_level_tokenizer().save_pretrained(folder)
+    return folder
