@@ -1,0 +1,59 @@
+"""The consistency losses by name. Adding one is a file here and a line in `LOSSES`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ctlens.config import from_dict, to_dict
+from ctlens.errors import unknown
+from ctlens.losses.act import ACT
+from ctlens.losses.attct import AttCT
+from ctlens.losses.base import Forwards, Loss, LossValue
+from ctlens.losses.bct import BCT
+from ctlens.losses.mlpct import MLPCT
+
+LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in (ACT, MLPCT, AttCT, BCT)}
+
+__all__ = [
+    "ACT",
+    "BCT",
+    "LOSSES",
+    "MLPCT",
+    "AttCT",
+    "Forwards",
+    "Loss",
+    "LossValue",
+    "from_config",
+    "get",
+    "names",
+    "to_config",
+]
+
+
+def names() -> list[str]:
+    """The names of all losses."""
+    return list(LOSSES)
+
+
+def get(name: str, **options: Any) -> Loss:
+    """The loss of that name with the given options.
+
+    >>> get("attct", layers="last_half", keys="rest").keys
+    'rest'
+
+    Raises:
+        CtlensError: the name or an option is unknown.
+    """
+    if name not in LOSSES:
+        raise unknown("loss", name, names())
+    return from_dict(LOSSES[name], options)
+
+
+def to_config(loss: Loss) -> dict[str, Any]:
+    """The loss as JSON-ready values, its name among them."""
+    return {"name": loss.name, **to_dict(loss)}
+
+
+def from_config(config: dict[str, Any]) -> Loss:
+    """The loss that `to_config` described."""
+    return get(**config)

@@ -1,0 +1,182 @@
+"""What every loss is: a frozen config that names its hook points and computes one value a pair and hook point."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from ctlens.alignment import WINDOWS
+from ctlens.batch import PairBatch
+from ctlens.errors import CtlensError, unknown
+from ctlens.hooks import Layers, resolve, select_layers
+from ctlens.types import Activations, LensModel, Logits, PerRow, Positions, Scalar
+
+Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Forwards:
+    """One batch seen from both sides.
+
+    Attributes:
+        batch: tokens and aligned positions.
+        clean: activations of the reference on the clean prompts, without gradient.
+        wrapped: activations of the trained model on the wrapped prompts, with gradient.
+        wrapped_logits: `[batch, pos, d_vocab]` of the trained model on the wrapped prompts.
+    """
+
+    batch: PairBatch
+    clean: Activations
+    wrapped: Activations
+    wrapped_logits: Logits
+
+
+@dataclass(frozen=True)
+class LossValue:
+    """A loss on one batch.
+
+    Attributes:
+        total: the weighted loss, connected to the graph.
+        by_hook: the unweighted value at each hook point, averaged over pairs, detached.
+    """
+
+    total: Scalar
+    by_hook: Mapping[str, Scalar]
+
+
+class Loss(ABC):
+    """A consistency loss. Subclasses are frozen dataclasses; their fields are the options.
+
+    The total is `weight` times the mean over hook points of the mean over pairs, so that adding a
+    layer or a pair does not change its scale.
+    """
+
+    name: ClassVar[str]
+    needs_answer: ClassVar[bool] = False
+    weight: float
+
+    @property
+    def windows(self) -> tuple[str, ...]:
+        """The alignment windows the loss reads; none for a loss on outputs."""
+        return ()
+
+    @abstractmethod
+    def hook_names(self, model: LensModel) -> list[str]:
+        """The full names of the hook points the loss reads on this model."""
+
+    @abstractmethod
+    def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
+        """The unweighted loss per hook point and pair, `[batch]` each."""
+
+    def compute(self, forwards: Forwards, hook_names: Sequence[str]) -> LossValue:
+        """The loss on one batch.
+
+        Args:
+            forwards: both sides of the batch.
+            hook_names: from `hook_names(model)`.
+
+        Raises:
+            CtlensError: the loss does not depend on the trained weights.
+        """
+        by_hook = {name: values.mean() for name, values in self.row_values(forwards, hook_names).items()}
+        total = self.weight * torch.stack(list(by_hook.values())).mean()
+        if not total.requires_grad:
+            raise CtlensError(f"the loss {self.name} has no gradient: its activations were captured without the graph.")
+        return LossValue(total, {name: value.detach() for name, value in by_hook.items()})
+
+
+@dataclass(frozen=True)
+class InternalLoss(Loss):
+    """A loss on activations at aligned positions.
+
+    Attributes:
+        layers: `"all"`, `"last"`, `"middle"`, `"last_half"`, `"last_quarter"`, or layer numbers.
+        window: the alignment window, see `ctlens.alignment.align`.
+        weight: factor of the total.
+    """
+
+    layers: Layers = "all"
+    window: str = "shared"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.window not in WINDOWS:
+            raise unknown("alignment window", self.window, WINDOWS)
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        if isinstance(self.layers, str):
+            select_layers(1, self.layers)
+        check_weight(self.weight)
+
+    @property
+    def windows(self) -> tuple[str, ...]:
+        """The alignment window the loss reads."""
+        return (self.window,)
+
+    @property
+    @abstractmethod
+    def point(self) -> str:
+        """The shorthand of the hook point, see `ctlens.hooks.SHORTHANDS`."""
+
+    def hook_names(self, model: LensModel) -> list[str]:
+        """The hook point at every selected layer."""
+        return resolve(model, self.point, self.layers)
+
+
+@dataclass(frozen=True)
+class VectorLoss(InternalLoss):
+    """A loss on activation vectors: a distance at each aligned token, averaged over tokens.
+
+    Attributes:
+        site: the hook point, one of the class's `sites`.
+        distance: one of the class's `distances`.
+    """
+
+    sites: ClassVar[tuple[str, ...]]
+    distances: ClassVar[Mapping[str, Distance]]
+    site: str = ""
+    distance: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_option(f"site of {self.name}", self.site, self.sites)
+        check_option(f"distance of {self.name}", self.distance, tuple(self.distances))
+
+    @property
+    def point(self) -> str:
+        """The hook point of the site."""
+        return self.site
+
+    def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
+        """The distance per hook point and pair, averaged over aligned tokens; the clean side is detached."""
+        matched, distance = forwards.batch.matched[self.window], self.distances[self.distance]
+        values: dict[str, PerRow] = {}
+        for name in hook_names:
+            wrapped = at_positions(forwards.wrapped[name], matched.wrapped)
+            clean = at_positions(forwards.clean[name], matched.clean).detach()
+            values[name] = matched.row_mean(distance(wrapped, clean))
+        return values
+
+
+def check_weight(weight: float) -> None:
+    """Raises a `CtlensError` unless a loss's weight is a positive number."""
+    if not 0 < weight < float("inf"):
+        raise CtlensError(f"the weight of a loss must be a positive number, not {weight}.")
+
+
+def check_option(kind: str, value: str, known: Sequence[str]) -> None:
+    """Raises a `CtlensError` unless `value` is one of the `known` ones."""
+    if value not in known:
+        raise unknown(kind, value, known)
+
+
+def at_positions(activation: Shaped[Tensor, "batch pos d"], positions: Positions) -> Shaped[Tensor, "batch width d"]:
+    """The activation vectors at given positions of each row."""
+    rows = torch.arange(len(activation), device=activation.device)[:, None]
+    return activation[rows, positions]

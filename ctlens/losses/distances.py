@@ -1,0 +1,63 @@
+"""Distances between activations: pure functions, trained on and plotted alike."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+LOG_FLOOR = 1e-9
+
+
+def squared_error(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Float[Tensor, ...]:
+    """The squared L2 distance, summed over the last axis (ACT, Irpan et al. 2025, equation 1).
+
+    >>> squared_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))  # 0 + 4
+    tensor(4.)
+    """
+    return (x - y).square().sum(-1)
+
+
+def mean_squared_error(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Float[Tensor, ...]:
+    """The squared L2 distance, averaged over the last axis: `squared_error / d`.
+
+    >>> mean_squared_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))  # (0 + 4) / 2
+    tensor(2.)
+    """
+    return (x - y).square().mean(-1)
+
+
+def cosine_distance(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Float[Tensor, ...]:
+    """One minus the cosine similarity: 0 for the same direction, 1 for orthogonal, 2 for opposite (MLPCT).
+
+    >>> cosine_distance(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([5.0, 0.0]))
+    tensor([0., 1.])
+    """
+    return 1 - torch.nn.functional.cosine_similarity(x, y, dim=-1)
+
+
+def jensen_shannon(p: Float[Tensor, "... k"], q: Float[Tensor, "... k"]) -> Float[Tensor, ...]:
+    """The Jensen-Shannon divergence in nats: `KL(p||m)/2 + KL(q||m)/2` with `m = (p+q)/2` (AttCT).
+
+    Between 0 and log 2 for distributions. Rows that sum to less than one are allowed, as the
+    published AttCT has them; the value is then still not negative.
+
+    >>> jensen_shannon(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))  # disjoint: log 2
+    tensor(0.6931)
+    >>> jensen_shannon(torch.tensor([0.3, 0.7]), torch.tensor([0.3, 0.7]))
+    tensor(0.)
+    """
+    log_mean = ((p + q) / 2).clamp(min=LOG_FLOOR).log()
+    to_mean_of_p = (p * (p.clamp(min=LOG_FLOOR).log() - log_mean)).sum(-1)
+    to_mean_of_q = (q * (q.clamp(min=LOG_FLOOR).log() - log_mean)).sum(-1)
+    return (to_mean_of_p + to_mean_of_q) / 2
+
+
+def kl_divergence(target: Float[Tensor, "... k"], logits: Float[Tensor, "... k"]) -> Float[Tensor, ...]:
+    """`KL(softmax(target) || softmax(logits))` in nats; the first argument is the reference.
+
+    >>> kl_divergence(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 0.0]))
+    tensor(0.)
+    """
+    reference, log_p = target.log_softmax(-1), logits.log_softmax(-1)
+    return (reference.exp() * (reference - log_p)).sum(-1)

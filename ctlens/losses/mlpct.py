@@ -1,0 +1,33 @@
+"""MLPCT: post-activation MLP states on the wrapped prompt are turned to the reference's on the clean prompt.
+
+`L = weight * mean_l mean_t [ 1 - cos(m_w[l,t], sg(m_c[l,t])) ]`, with `m` the input of the
+down-projection, `act(gate) * up` in a gated MLP (*Consistency Training Along the Transformer
+Stack*, arXiv 2606.05817).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ctlens.losses.base import Distance, VectorLoss
+from ctlens.losses.distances import cosine_distance, mean_squared_error
+
+
+@dataclass(frozen=True)
+class MLPCT(VectorLoss):
+    """MLP consistency.
+
+    Attributes:
+        weight: the default suits the shipped organism.
+        site: `"mlp_post"` (hidden states, as published) or `"mlp_out"` (their contribution to the residual stream).
+        distance: `"cosine"` (as published) or `"mse"`.
+    """
+
+    name: ClassVar[str] = "mlpct"
+    sites: ClassVar[tuple[str, ...]] = ("mlp_post", "mlp_out")
+    distances: ClassVar[Mapping[str, Distance]] = {"cosine": cosine_distance, "mse": mean_squared_error}
+    weight: float = 10.0
+    site: str = "mlp_post"
+    distance: str = "cosine"
