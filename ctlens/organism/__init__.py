@@ -1,0 +1,62 @@
+"""The organism: a small model trained from scratch that has the capability and the vulnerability."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ctlens.files import atomic_folder, read_json, write_json
+from ctlens.models import load_model, save_model
+from ctlens.organism.card import make_card, reference_logits
+from ctlens.organism.pretrain import PretrainConfig, pretrain
+from ctlens.types import LensModel
+
+__all__ = ["PretrainConfig", "card", "load_organism", "make_card", "pretrain", "save_organism", "train_organism"]
+
+SHIPPED = Path(__file__).parent / "weights"
+CARD_FILE = "card.json"
+REFERENCE_FILE = "reference_logits.safetensors"
+
+
+def load_organism(device: str | torch.device = "cpu") -> LensModel:
+    """The organism that ships with ctlens: its weights and tokenizer, in eval mode; nothing is downloaded."""
+    return load_model(SHIPPED, device=device)
+
+
+def card(folder: str | Path = SHIPPED) -> dict[str, Any]:
+    """How an organism was made and how it behaves; by default the shipped one.
+
+    Raises:
+        CtlensError: the folder holds no card.
+    """
+    return read_json(Path(folder) / CARD_FILE)
+
+
+def save_organism(model: LensModel, config: PretrainConfig, folder: str | Path) -> None:
+    """Writes an organism, its card and its reference logits into an existing empty folder."""
+    folder = Path(folder)
+    save_model(model, folder)
+    save_file(reference_logits(model), folder / REFERENCE_FILE)
+    write_json(folder / CARD_FILE, make_card(model, config))
+
+
+def train_organism(out: str | Path, seed: int = 0, steps: int | None = None, progress: bool = True) -> LensModel:
+    """Pretrains an organism and writes it with its card to a new folder, whole or not at all.
+
+    Args:
+        out: a folder that does not exist yet or is empty.
+        seed: of weights, corpus and batches.
+        steps: of the optimiser; by default as many as the shipped organism had.
+        progress: whether to show a progress bar.
+
+    Raises:
+        CtlensError: `out` is taken, or `steps` is below 1.
+    """
+    config = PretrainConfig(seed=seed) if steps is None else PretrainConfig(seed=seed, steps=steps)
+    with atomic_folder(out) as folder:
+        model = pretrain(config, progress=progress)
+        save_organism(model, config, folder)
+    return model

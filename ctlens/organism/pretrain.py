@@ -1,0 +1,104 @@
+"""Pretraining of an organism from scratch: cross-entropy on answers, AdamW, warm-up and decay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ctlens.errors import CtlensError
+from ctlens.models import build
+from ctlens.organism.corpus import Batch, draw_batches, encode, make_lessons, world_tokenizer
+from ctlens.parameters import GROUPS, freeze
+from ctlens.types import LensModel, Scalar
+from ctlens.weights import ModelConfig
+from ctlens.world import World
+
+WARMUP_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """How an organism is made.
+
+    Attributes:
+        seed: of the weights, the corpus and the batches.
+        steps: of the optimiser.
+        batch_size: conversations per step.
+        lr: the highest learning rate.
+        bad_share: the probability of the bad answer to an attack in the corpus.
+        lessons: size of the corpus.
+        world_seed: of facts, recipes and splits.
+        n_layers, n_heads, d_model, d_mlp: sizes of the model.
+    """
+
+    seed: int = 0
+    steps: int = 450
+    batch_size: int = 128
+    lr: float = 2e-3
+    bad_share: float = 0.7
+    lessons: int = 12_000
+    world_seed: int = 0
+    n_layers: int = 4
+    n_heads: int = 4
+    d_model: int = 96
+    d_mlp: int = 256
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch_size, self.lessons) < 1:
+            raise CtlensError("steps, batch_size and lessons must be at least 1.")
+        if not 0 <= self.bad_share <= 1:
+            raise CtlensError(f"bad_share is {self.bad_share}, but a probability is expected.")
+
+
+def pretrain(config: PretrainConfig, *, progress: bool = True, device: str | torch.device = "cpu") -> LensModel:
+    """An organism trained from scratch, in eval mode, with its tokenizer.
+
+    Args:
+        config: the settings; equal ones give an equal model on one machine.
+        progress: whether to show a progress bar.
+        device: where it is trained and stays.
+    """
+    world = World.make(config.world_seed)
+    tokenizer = world_tokenizer(world)
+    model = build(_sizes(config, len(tokenizer)), tokenizer, seed=config.seed, device=device)
+    lessons = encode(tokenizer, make_lessons(config.lessons, world, config.seed))
+    batches = draw_batches(lessons, config.batch_size, config.bad_share, tokenizer.pad_token_id, config.seed)
+    parameters = freeze(model, GROUPS)
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, config.steps))
+    model.train()
+    with tqdm(islice(batches, config.steps), total=config.steps, desc="pretraining", disable=not progress) as bar:
+        for batch in bar:
+            loss = answer_loss(model, Batch(batch.tokens.to(device), batch.answers.to(device)))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return model.eval()
+
+
+def answer_loss(model: LensModel, batch: Batch) -> Scalar:
+    """The mean cross-entropy of the answers' tokens, each predicted from the tokens before it."""
+    logits = model(batch.tokens)[:, :-1]
+    scored = batch.answers[:, 1:]
+    return nn.functional.cross_entropy(logits[scored], batch.tokens[:, 1:][scored])
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """The share of the highest learning rate at a step: linear warm-up, then linear decay towards 0.
+
+    >>> [round(learning_rate(step, 40), 2) for step in (0, 1, 2, 21, 39)]
+    [0.5, 1.0, 1.0, 0.5, 0.03]
+    """
+    warmup = max(1, round(WARMUP_SHARE * steps))
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+
+
+def _sizes(config: PretrainConfig, d_vocab: int) -> ModelConfig:
+    return ModelConfig(d_vocab, config.n_layers, config.n_heads, config.d_model, config.d_mlp)
