@@ -1,0 +1,41 @@
+"""Forward passes for analyses: pairs in batches, models checked, only the named hook points held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tqdm.auto import tqdm
+
+from ctlens.batch import EncodedPair, EncodedPairs, PairBatch, collate, encode
+from ctlens.errors import CtlensError
+from ctlens.pairs import Pair
+from ctlens.types import LensModel
+
+
+def require_comparable(before: LensModel, after: LensModel) -> None:
+    """Raises a `CtlensError` unless both models are in eval mode and of one shape and vocabulary."""
+    if before.training or after.training:
+        raise CtlensError("an analysis needs models in eval mode: call model.eval() first.")
+    for name in ("n_layers", "n_heads", "d_model", "d_vocab"):
+        here, there = getattr(before.cfg, name), getattr(after.cfg, name)
+        if here != there:
+            raise CtlensError(f"the models do not compare: {name} is {here} before and {there} after.")
+
+
+def batches(
+    model: LensModel, pairs: Sequence[Pair], window: str, batch_size: int, progress: bool
+) -> Iterator[tuple[list[EncodedPair], PairBatch]]:
+    """Encoded pairs and their batch, on the model's device.
+
+    Raises:
+        CtlensError: a pair does not align in the window; an analysis leaves none out silently.
+    """
+    encoded: EncodedPairs = encode(pairs, model.tokenizer, windows=(window,), n_ctx=model.cfg.n_ctx)
+    if encoded.dropped:
+        reason, count = next(iter(encoded.dropped.items()))
+        raise CtlensError(f"{count} of {len(pairs)} pairs do not align ({reason}): leave them out.")
+    device = next(model.parameters()).device
+    starts = range(0, len(encoded), batch_size)
+    for start in tqdm(starts, desc="forward", disable=not progress, leave=False):
+        rows = list(encoded.rows[start : start + batch_size])
+        yield rows, collate(rows).to(device)
