@@ -1,0 +1,57 @@
+"""ctlens: a mechanistic-interpretability workbench for consistency training.
+
+Names are imported when they are first used, so that `ctlens --help` need not load PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ctlens import analysis, losses, threats
+    from ctlens.errors import CtlensError
+    from ctlens.evaluation import Evaluation, evaluate
+    from ctlens.losses import ACT, BCT, MLPCT, AttCT
+    from ctlens.models import build, load_model, parity
+    from ctlens.organism import load_organism
+    from ctlens.pairs import Pair, Prompt, load_pairs, save_pairs
+    from ctlens.parameters import freeze
+    from ctlens.study import StudyConfig, StudyResult, compare
+    from ctlens.training import Run, TrainConfig, Trainer, load_run, train
+    from ctlens.weights import ModelConfig
+
+__version__ = "0.1.0"
+
+HOMES = {
+    "errors": ("CtlensError",),
+    "evaluation": ("Evaluation", "evaluate"),
+    "losses": ("ACT", "BCT", "MLPCT", "AttCT"),
+    "models": ("build", "load_model", "parity"),
+    "parameters": ("freeze",),
+    "organism": ("load_organism",),
+    "pairs": ("Pair", "Prompt", "load_pairs", "save_pairs"),
+    "study": ("StudyConfig", "StudyResult", "compare"),
+    "training": ("Run", "TrainConfig", "Trainer", "load_run", "train"),
+    "weights": ("ModelConfig",),
+}
+PACKAGES = ("analysis", "losses", "threats")
+
+__all__ = [
+    "ACT", "BCT", "MLPCT", "AttCT", "CtlensError", "Evaluation", "ModelConfig", "Pair", "Prompt", "Run", "StudyConfig",
+    "StudyResult", "TrainConfig", "Trainer", "analysis", "build", "compare", "evaluate", "freeze", "load_model",
+    "load_organism", "load_pairs", "load_run", "losses", "parity", "save_pairs", "threats", "train",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in PACKAGES:
+        return importlib.import_module(f"ctlens.{name}")
+    for module, names in HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"ctlens.{module}"), name)
+    raise AttributeError(f"module 'ctlens' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,31 @@
+"""Arrays and labels in, one plotly figure out: each function answers one question.
+
+Nothing here knows of models or data frames, shows a figure by itself, or changes a global
+plotly setting.
+"""
+
+from plotly.graph_objects import Figure
+
+from ctlens.plots.axes import token_axis
+from ctlens.plots.curves import Curve, dose_response, layer_curves
+from ctlens.plots.export import save_figure
+from ctlens.plots.heads import attention_heads
+from ctlens.plots.rates import behaviour
+from ctlens.plots.theme import finish, label, style
+from ctlens.plots.training import history, hook_history
+
+__all__ = [
+    "Curve",
+    "Figure",
+    "attention_heads",
+    "behaviour",
+    "dose_response",
+    "finish",
+    "history",
+    "hook_history",
+    "label",
+    "layer_curves",
+    "save_figure",
+    "style",
+    "token_axis",
+]

@@ -1,0 +1,116 @@
+"""The look of every figure: the colour, marker and name of each method, and the layout around the data."""
+
+from __future__ import annotations
+
+import textwrap
+import zlib
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+
+INK = "#1f2933"
+MUTED = "#6b7280"
+GRID = "rgba(128, 128, 128, 0.22)"
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
+TITLE_WIDTH = 76
+SUBTITLE_WIDTH = 110
+LEGEND_ROW = 44
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a method is drawn everywhere: its name in text, hex colour, marker symbol and line dash."""
+
+    label: str
+    colour: str
+    symbol: str
+    dash: str
+
+    def shade(self, alpha: float) -> str:
+        """The colour as `rgba(...)` with opacity `alpha` (0 to 1)."""
+        red, green, blue = (int(self.colour[at : at + 2], 16) for at in (1, 3, 5))
+        return f"rgba({red}, {green}, {blue}, {alpha})"
+
+
+# Four of the Okabe-Ito colours; marker and dash repeat the distinction for print and for colour-blind readers.
+METHODS = {
+    "none": Style("base", "#666666", "x", "solid"),
+    "retention": Style("retention only", "#a3a3a3", "cross", "dash"),
+    "act": Style("ACT", "#0072b2", "circle", "solid"),
+    "mlpct": Style("MLPCT", "#e69f00", "square", "solid"),
+    "attct": Style("AttCT", "#009e73", "diamond", "solid"),
+    "bct": Style("BCT", "#d55e00", "triangle-up", "solid"),
+}
+OTHER_GREYS = ("#5f6670", "#8b929c", "#b0a8a0")
+OTHER_DASHES = ("dash", "dot", "dashdot", "longdash")
+
+
+def style(name: str) -> Style:
+    """The style of a method; a name that is not in `METHODS` gets a grey and a dash that depend on the name alone."""
+    if name in METHODS:
+        return METHODS[name]
+    number = zlib.crc32(name.encode())
+    grey, dash = OTHER_GREYS[number % len(OTHER_GREYS)], OTHER_DASHES[number // 7 % len(OTHER_DASHES)]
+    return Style(name, grey, "circle-open", dash)
+
+
+def label(name: str) -> str:
+    """The name of a method as it is written for readers.
+
+    >>> label("attct"), label("none"), label("my_loss")
+    ('AttCT', 'base', 'my_loss')
+    """
+    return style(name).label
+
+
+def finish(
+    figure: go.Figure,
+    title: str,
+    subtitle: str | None = None,
+    *,
+    x_title: str | None = None,
+    y_title: str | None = None,
+    kind: str | None = None,
+    caption: str | None = None,
+) -> go.Figure:
+    """Gives `figure` the common layout, in place, and returns it.
+
+    Args:
+        figure: the figure with its traces.
+        title: the question the figure answers, or the answer; wrapped to the width of the page.
+        subtitle: one line under the title, for example the threat and the number of prompts.
+        x_title: label of every x axis, with its unit; None leaves the axes as they are.
+        y_title: label of the first y axis, with its unit; None leaves it as it is.
+        kind: which sort of figure this is; the report orders figures by it.
+        caption: how to read the figure, printed under it in the report.
+    """
+    heading = textwrap.wrap(title, TITLE_WIDTH)
+    under = textwrap.wrap(subtitle or "", SUBTITLE_WIDTH)
+    axis = {"gridcolor": GRID, "zeroline": False, "linecolor": MUTED, "ticks": "outside", "tickcolor": GRID}
+    figure.update_layout(
+        template="none",
+        title=_title(heading, under),
+        meta={"kind": kind, "title": title, "subtitle": subtitle, "caption": caption},
+        font={"family": FONT, "size": 13, "color": INK},
+        paper_bgcolor="white",
+        plot_bgcolor="rgba(0, 0, 0, 0)",
+        height=440,
+        margin={"l": 68, "r": 36, "t": 26 + 24 * len(heading) + 18 * len(under) + LEGEND_ROW, "b": 54},
+        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
+        hovermode="closest",
+        modebar={"orientation": "v", "bgcolor": "rgba(0, 0, 0, 0)", "remove": ["select", "lasso", "autoscale"]},
+    )
+    figure.update_xaxes(**axis, title={"font": {"size": 13}, "standoff": 10})
+    figure.update_yaxes(**axis, title={"font": {"size": 13}, "standoff": 10})
+    if x_title is not None:
+        figure.update_xaxes(title_text=x_title)
+    if y_title is not None:
+        figure.update_layout(yaxis_title_text=y_title)
+    return figure
+
+
+def _title(heading: list[str], under: list[str]) -> dict[str, object]:
+    small = f'<span style="font-size: 13px; color: {MUTED}">'
+    text = "<br>".join([*heading, *(f"{small}{line}</span>" for line in under)])
+    place = {"x": 0, "xref": "paper", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"}
+    return {"text": text, "font": {"size": 18}, "pad": {"t": 24}, **place}

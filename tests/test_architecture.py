@@ -1,0 +1,138 @@
+"""The house: imports go down only, and one place owns each fact."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "ctlens"
+FILES = sorted(ROOT.rglob("*.py"))
+
+LEAVES = ("errors", "files", "config", "types", "intervals", "plots")
+MODEL_BOUNDARY = (
+    "chat", "pairs", "alignment", "batch", "parameters", "weights", "models", "hooks", "decoding",
+)  # fmt: skip
+SCIENCE = ("losses", "world", "threats", "organism")
+USED = ("training", "evaluation", "analysis")
+JOB = ("gallery", "report", "study", "cli")
+FLOORS = (LEAVES, MODEL_BOUNDARY, SCIENCE, USED, JOB)
+
+# Within floor 2 the organism stands on threats and threats on the world, never the other way.
+SIDEWAYS = {"losses": (), "world": (), "threats": ("world",), "organism": ("threats", "world")}
+OWNERS = {
+    "transformer_lens": ("models.py",),
+    "plotly": ("plots/",),
+    "typer": ("cli.py",),
+    "rich": ("cli.py",),
+    "jinja2": ("chat.py", "report.py"),
+    "scipy": ("intervals.py",),
+}
+PLOTS_MAY_USE = {"numpy", "plotly", "jaxtyping", "ctlens"}
+
+
+def floor(room: str) -> int:
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of the modules a file imports, those inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            module = node.module or ""
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "ctlens" else {module}
+    return found
+
+
+def rooms_used(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imports(path) if name.startswith("ctlens.")} - {room(path)}
+
+
+INSIDE = [path for path in FILES if path.name != "__init__.py" or path.parent != ROOT]
+
+
+def test_every_file_has_a_room() -> None:
+    known = {name for rooms in FLOORS for name in rooms}
+
+    assert {room(path) for path in INSIDE} <= known
+
+
+@pytest.mark.parametrize("path", INSIDE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down_only(path: Path) -> None:
+    here = room(path)
+
+    for used in rooms_used(path):
+        assert floor(used) <= floor(here), f"{here} must not import {used}, which is above it"
+        if here in SIDEWAYS and floor(used) == floor(here):
+            assert used in SIDEWAYS[here], f"{here} must not import {used}"
+
+
+def test_no_room_needs_itself_through_others() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in INSIDE:
+        graph.setdefault(room(path), set()).update(rooms_used(path))
+
+    def reachable(start: str) -> set[str]:
+        seen: set[str] = set()
+        todo = list(graph[start])
+        while todo:
+            name = todo.pop()
+            if name not in seen:
+                seen.add(name)
+                todo += graph.get(name, ())
+        return seen
+
+    assert [name for name in graph if name in reachable(name)] == []
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_a_library_has_one_owner(library: str) -> None:
+    users = {
+        str(path.relative_to(ROOT))
+        for path in FILES
+        if any(name == library or name.startswith(f"{library}.") for name in imports(path))
+    }
+
+    assert users and all(user.startswith(OWNERS[library]) for user in users), users
+
+
+def test_plots_know_arrays_and_nothing_else() -> None:
+    for path in (ROOT / "plots").rglob("*.py"):
+        outside = {name.split(".")[0] for name in imports(path)} - PLOTS_MAY_USE
+        standard = {name for name in outside if name in __import__("sys").stdlib_module_names}
+        assert outside == standard, f"{path} imports {outside - standard}"
+
+
+def test_files_stay_small() -> None:
+    assert {path.name: n for path in FILES if (n := len(path.read_text().splitlines())) > 300} == {}
+
+
+def test_the_library_never_shows_a_figure_or_pickles() -> None:
+    banned = (".show()", "pickle", "torch.load(")
+
+    assert {(path.name, word) for path in FILES for word in banned if word in path.read_text()} == set()
+
+
+def test_every_public_function_says_what_it_returns_and_does() -> None:
+    missing = [
+        f"{path.relative_to(ROOT)}:{node.name}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+        if node.returns is None or (node in top_level(path) and not ast.get_docstring(node))
+    ]
+
+    assert missing == []
+
+
+def top_level(path: Path) -> list[ast.stmt]:
+    return []

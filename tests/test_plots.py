@@ -1,0 +1,178 @@
+"""Figures hold the arrays that they were given, in the same colours everywhere, and refuse what does not fit."""
+
+from __future__ import annotations
+
+import numpy as np
+import plotly.graph_objects as go
+import plotly.io as pio
+import pytest
+
+from ctlens import plots
+from ctlens.errors import CtlensError
+from ctlens.plots import export
+from ctlens.plots.theme import METHODS
+
+ARMS = ["wrapped", "clean", "benign"]
+RATES = np.array([[0.8, 0.1, 0.0], [0.2, 0.1, 0.1]])
+STEPS = [0, 10, 50]
+LINE = (np.array([0.9, 0.5, 0.1]), np.array([0.8, 0.4, 0.0]), np.array([1.0, 0.6, 0.3]))
+
+
+def behaviour(methods: list[str] | None = None) -> go.Figure:
+    methods = ["none", "act"] if methods is None else methods
+    return plots.behaviour(methods, ARMS, RATES, RATES - 0.1, RATES + 0.2, metric="bad rate", title="Does it?")
+
+
+def named(figure: go.Figure, name: str) -> go.Scatter:
+    return next(trace for trace in figure.data if trace.name == name)
+
+
+def test_behaviour_draws_each_rate_with_its_whiskers():
+    trace = named(behaviour(), "ACT")
+    np.testing.assert_array_equal(trace.y, RATES[1])
+    np.testing.assert_allclose(trace.error_y.arrayminus, 0.1)
+    np.testing.assert_allclose(trace.error_y.array, 0.2)
+
+
+def test_behaviour_keeps_the_methods_of_an_arm_apart_and_near_its_label():
+    figure = behaviour()
+    positions = np.array([trace.x for trace in figure.data])
+    assert (np.diff(positions, axis=0) > 0).all()
+    assert (np.round(positions) == np.arange(3)).all()
+    assert list(figure.layout.xaxis.ticktext) == ARMS
+
+
+def test_a_curve_carries_its_values_and_its_band():
+    figure = plots.dose_response(STEPS, {"bct": LINE}, "How much training?")
+    band, line = figure.data
+    np.testing.assert_array_equal(line.x, STEPS)
+    np.testing.assert_array_equal(line.y, LINE[0])
+    np.testing.assert_array_equal(band.y, [*LINE[2], *LINE[1][::-1]])
+    np.testing.assert_array_equal(band.x, [*STEPS, *STEPS[::-1]])
+
+
+def test_layer_curves_count_layers_from_zero_and_write_their_reference_lines():
+    lines = {"as before": 0.0, "as clean": 1.0}
+    figure = plots.layer_curves({"act": LINE}, "Where?", y_title="gap closed", reference_lines=lines)
+    np.testing.assert_array_equal(named(figure, "ACT").x, [0, 1, 2])
+    assert [shape.y0 for shape in figure.layout.shapes] == [0, 1]
+    assert [note.text for note in figure.layout.annotations] == list(lines)
+
+
+def test_a_method_has_one_colour_in_every_figure():
+    figures = [
+        behaviour(),
+        plots.dose_response(STEPS, {"act": LINE}, "?"),
+        plots.layer_curves({"act": LINE}, "?", y_title="gap"),
+    ]
+    assert {named(figure, "ACT").marker.color for figure in figures} == {METHODS["act"].colour}
+    assert named(plots.history(STEPS, {"act": LINE[0]}, "?"), "ACT").line.color == METHODS["act"].colour
+
+
+def test_methods_differ_in_colour_and_in_marker():
+    assert len({look.colour for look in METHODS.values()}) == len(METHODS)
+    assert len({look.symbol for look in METHODS.values()}) == len(METHODS)
+
+
+def test_controls_and_unknown_methods_are_drawn_in_grey_always_the_same():
+    for name in ("none", "retention", "my_loss"):
+        red, green, blue = (int(plots.style(name).colour[at : at + 2], 16) for at in (1, 3, 5))
+        assert max(red, green, blue) - min(red, green, blue) <= 20
+    assert plots.style("my_loss") == plots.style("my_loss")
+
+
+def test_attention_heads_centres_the_difference_and_shares_the_scale_of_the_two_maps():
+    before, after = np.array([[0.5, 0.1], [0.2, 0.9]]), np.array([[0.1, 0.2], [0.2, 0.3]])
+    figure = plots.attention_heads(before, after, "Which heads?")
+    np.testing.assert_allclose(figure.data[2].z, after - before)
+    assert figure.data[0].coloraxis == figure.data[1].coloraxis == "coloraxis"
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 0.9)
+    assert figure.layout.coloraxis2.cmax == pytest.approx(0.6)
+    assert figure.layout.coloraxis2.cmin == -figure.layout.coloraxis2.cmax
+    assert figure.data[0].text[1][0] == "L1H0"
+
+
+def test_heads_that_did_not_change_still_get_a_centred_scale():
+    figure = plots.attention_heads(np.zeros((2, 3)), np.zeros((2, 3)), "Which heads?")
+    assert figure.layout.coloraxis2.cmin == -figure.layout.coloraxis2.cmax < 0
+
+
+def test_history_is_logarithmic_only_when_every_loss_is_positive():
+    assert plots.history(STEPS, {"act": [1, 0.1, 0.01]}, "?").layout.yaxis.type == "log"
+    assert plots.history(STEPS, {"act": [1, 0.1, 0.0]}, "?").layout.yaxis.type != "log"
+
+
+def test_hook_history_keeps_every_hook_and_lists_the_ends_of_a_deep_model():
+    figure = plots.hook_history(STEPS, {f"blocks.{layer}.hook_resid_post": LINE[0] for layer in range(12)}, "?")
+    assert len(figure.data) == len({trace.line.color for trace in figure.data}) == 12
+    assert [trace.name for trace in figure.data if trace.showlegend] == [
+        "blocks.0.hook_resid_post",
+        "blocks.11.hook_resid_post",
+    ]
+
+
+def test_a_repeated_token_keeps_its_own_column():
+    tokens = ["the", " cat", " the", "the", "\n"]
+    figure = go.Figure(go.Heatmap(z=[[1, 2, 3, 4, 5]], x=list(range(5)))).update_xaxes(**plots.token_axis(tokens))
+    assert list(figure.layout.xaxis.ticktext) == ["the", "·cat", "·the", "the", "↵"]
+    assert len(set(figure.layout.xaxis.tickvals)) == len(tokens)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: behaviour(["act"]),
+        lambda: plots.behaviour([], ARMS, np.zeros((0, 3)), np.zeros((0, 3)), np.zeros((0, 3)), metric="m", title="?"),
+        lambda: plots.dose_response([0, 1], {"act": LINE}, "?"),
+        lambda: plots.dose_response(STEPS, {}, "?"),
+        lambda: plots.layer_curves({"act": LINE, "bct": tuple(array[:2] for array in LINE)}, "?", y_title="gap"),
+        lambda: plots.layer_curves({}, "?", y_title="gap"),
+        lambda: plots.attention_heads(np.zeros((2, 2)), np.zeros((2, 3)), "?"),
+        lambda: plots.attention_heads(np.zeros(4), np.zeros(4), "?"),
+        lambda: plots.history([], {"act": []}, "?"),
+        lambda: plots.hook_history(STEPS, {"blocks.0.hook_z": [1.0]}, "?"),
+        lambda: plots.token_axis([]),
+    ],
+)
+def test_shapes_that_do_not_fit_and_empty_input_are_refused(draw):
+    with pytest.raises(CtlensError):
+        draw()
+
+
+def test_the_title_wraps_and_names_the_question_for_the_report():
+    question = "Does the model still give the answer that the user hinted at, after it was trained on clean targets?"
+    figure = plots.finish(go.Figure(), question, "64 prompts")
+    assert figure.layout.title.text.count("<br>") == 2
+    assert figure.layout.meta["title"] == question
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_drawing_changes_no_global_setting():
+    before = pio.templates.default, pio.renderers.default
+    behaviour()
+    assert (pio.templates.default, pio.renderers.default) == before
+
+
+def test_save_figure_writes_a_page_that_opens_offline_and_json_that_reads_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    paths = plots.save_figure(behaviour(), tmp_path / "v0.1_rates")
+    assert [path.name for path in paths] == ["v0.1_rates.html", "v0.1_rates.json"]
+    page = paths[0].read_text()
+    assert 'src="plotly.min.js"' in page and 'src="http' not in page and len(page) < 100_000
+    assert (tmp_path / "plotly.min.js").stat().st_size > 1_000_000
+    np.testing.assert_array_equal(named(pio.from_json(paths[1].read_text()), "ACT").y, RATES[1])
+
+
+@pytest.mark.parametrize("program", ["import time; time.sleep(60)", "raise SystemExit(1)"])
+def test_a_png_that_hangs_or_fails_is_left_out(tmp_path, monkeypatch, program):
+    monkeypatch.setattr(export, "find_spec", lambda name: object())
+    monkeypatch.setattr(export, "PNG_PROGRAM", program)
+    monkeypatch.setattr(export, "PNG_SECONDS", 0.5)
+    plots.save_figure(behaviour(), tmp_path / "rates")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plotly.min.js", "rates.html", "rates.json"]
+
+
+def test_a_png_is_written_where_the_export_extra_is_installed(tmp_path):
+    pytest.importorskip("kaleido", reason="the export extra is not installed")
+    paths = plots.save_figure(behaviour(), tmp_path / "rates")
+    assert paths[-1].read_bytes().startswith(b"\x89PNG")
