@@ -20,6 +20,10 @@ compare: install
 test: install
 	$(BIN)/pytest
 
+# What the README shows, from a fresh default study.
+figures: compare
+	cp runs/compare/figures/sycophancy-residual-last.png runs/compare/results.csv figures/
+
 # The newest TransformerLens 4.x, with everything else as pinned, and the tests of what depends on it.
 test-4x:
 	$(MAKE) install VENV=.venv-4x CONSTRAINTS=.venv-4x.txt

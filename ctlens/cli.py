@@ -76,16 +76,20 @@ def train(
     window: Annotated[str, typer.Option(help="shared, suffix, content or explicit.")] = "shared",
     steps: Annotated[int, typer.Option(help="Training steps.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Pairs a step.")] = 32,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
     retention: Annotated[float, typer.Option(help="Weight of the KL to the reference.")] = 10.0,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
     """Train a model on pairs with one loss or several, and save the run."""
+    from ctlens.alignment import WINDOWS
+    from ctlens.errors import unknown
     from ctlens.files import require_free
     from ctlens.training import TrainConfig, Trainer
 
     require_free(out)
+    if window not in WINDOWS:
+        raise unknown("alignment window", window, WINDOWS)
     config = TrainConfig(steps=steps, batch_size=batch_size, lr=lr, retention=retention, seed=seed)
     losses = [_loss(name, window) for name in loss]
     trainer = Trainer(_model(model), _pairs(pairs, threat, seed), losses, config)
@@ -112,6 +116,8 @@ def evaluate(
     from ctlens.files import atomic_file
     from ctlens.pairs import load_pairs
 
+    if out and out.is_dir():
+        raise CtlensError(f"{out} is a folder: name a file for the table.")
     own = load_pairs(pairs) if pairs else None
     table = run_evaluation(_model(model), _names(threats), pairs=own, split=split, n=items).to_dataframe()
     if out:
@@ -204,6 +210,10 @@ def _print_summary(results: pd.DataFrame) -> None:
     for threat, rows in summary_table(results).groupby("threat", sort=False):
         table = rows.drop(columns="threat").map(lambda cell: str(cell).replace(" [", "\n["))
         _print_table(f"{threat}: held-out behaviour at the last step, 95% intervals", table)
+    _say("Bad rate on wrapped prompts, against the retention-only control of the same seed:")
+    for row in results.query("metric == 'bad_rate_vs_retention'").to_dict("records"):
+        change = f"{100 * row['value']:+.0f} points [{100 * row['ci_low']:+.0f} to {100 * row['ci_high']:+.0f}]"
+        _say(f"  {row['trained_threat']}, {row['method']}, seed {row['seed']}: {change}")
 
 
 def _print_table(title: str, table: pd.DataFrame) -> None:
@@ -212,8 +222,8 @@ def _print_table(title: str, table: pd.DataFrame) -> None:
     from rich.table import Table
 
     shown = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in table.columns:
-        shown.add_column(str(column), overflow="fold")
+    for position, column in enumerate(table.columns):
+        shown.add_column(str(column), overflow="fold", no_wrap=position == 0)
     for row in table.itertuples(index=False):
         shown.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
     Console().print(shown)
@@ -228,7 +238,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except (CtlensError, UsageError, OSError) as error:
-        text = getattr(error, "format_message", error.__str__)()
+        text = getattr(error, "format_message", error.__str__)() or "name a command."
         sys.stderr.write("ctlens: " + " ".join(text.split()) + "\n")
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,12 +69,14 @@ class Evaluation:
     def save(self, path: str | Path) -> None:
         """Writes the outcomes as CSV."""
         with atomic_file(path) as temporary:
-            self.outcomes.to_csv(temporary, index=False)
+            # Quoted, because an answer may hold a carriage return, which would end its row.
+            self.outcomes.to_csv(temporary, index=False, quoting=csv.QUOTE_NONNUMERIC)
 
     @staticmethod
     def load(path: str | Path) -> Evaluation:
         """The evaluation that `save` wrote."""
-        return Evaluation(pd.read_csv(path, keep_default_na=False))
+        texts = {name: str for name in OUTCOME_COLUMNS if name != "item"}  # else the answer "07" becomes 7
+        return Evaluation(pd.read_csv(path, keep_default_na=False, dtype=texts))
 
 
 def evaluate(

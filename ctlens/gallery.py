@@ -41,7 +41,7 @@ def _figures(folder: Path, results: pd.DataFrame, summary: pd.DataFrame, threat:
     trained = [str(method) for method in summary["method"] if method != "none"]
     shifts = {method: _over_seeds(ResidualShift, folder, threat, method, "residual") for method in trained}
     masses = {method: _over_seeds(AttentionDiff, folder, threat, method, "attention") for method in trained}
-    where = f"{threat}, held-out wrappers and entities"
+    where = f"{threat}, wrappers and items held out"
     yield "bad-rate", _behaviour(summary, "bad", where)
     yield "good-rate", _behaviour(summary, "good", where)
     yield "dose", _dose(results, trained, threat, where)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from ctlens import losses as loss_registry
@@ -144,13 +146,15 @@ class Study:
         for cell in tqdm(self.config.cells(), desc="study", disable=not self.progress):
             folder = self.folder / "runs" / cell.name
             if not folder.is_dir():
-                self._run(cell, folder)
+                with one_thread():
+                    self._run(cell, folder)
             yield cell, self._compared(cell, base)
 
     def _base(self) -> Evaluation:
         path = self.folder / "base.csv"
         if not path.is_file():
-            self._evaluate(self.config.threats, self.model).save(path)
+            with one_thread():
+                self._evaluate(self.config.threats, self.model).save(path)
         return Evaluation.load(path)
 
     def _evaluate(self, threats: Sequence[str], model: LensModel) -> Evaluation:
@@ -229,6 +233,21 @@ def compare(
     for _ in study:
         pass
     return study.finish()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs torch on one thread inside the block.
+
+    On models of the organism's size more threads bring nothing, and cost much beside other work;
+    and sums come out the same whatever the number of cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _rows(cell: Cell, step: int, evaluation: Evaluation) -> pd.DataFrame:

@@ -38,7 +38,7 @@ QUANTITIES = ("gap_closed", "cosine", "distance")
 PLACES = ("last", "content")
 SITE = "resid_post"
 TITLES = {
-    "gap_closed": "share of the clean-to-wrapped gap closed",
+    "gap_closed": "share of the residual-stream gap closed",
     "cosine": "cosine of shift and gap",
     "distance": "squared distance to clean, relative to the gap",
 }
@@ -105,7 +105,7 @@ def figure(
     where = "at the last token" if place == "last" else "at the content tokens"
     return plots.layer_curves(
         {name: result.curve(quantity, place) for name, result in results.items()},
-        f"How far does training undo the wrapper in the residual stream, {where}?",
+        f"How far does training undo the wrapper, {where}?",
         y_title=TITLES[quantity],
         reference_lines=MARKS[quantity],
         subtitle=subtitle,

@@ -32,7 +32,7 @@ class TrainConfig:
 
     steps: int = 100
     batch_size: int = 32
-    lr: float = 1e-3
+    lr: float = 5e-4
     warmup: float = 0.1
     relative_eps: float = 0.5
     weight_decay: float = 0.0

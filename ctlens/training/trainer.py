@@ -120,7 +120,7 @@ class Trainer:
         values = self._loss_values(self._next_batch())
         terms = {name: value.total for name, value in values.items()}
         if self.retention:
-            held = self.retention.loss(self.model, self.config.batch_size, self._retention_draw)
+            held = self.retention.loss(self.model, -(-self.config.batch_size // 2), self._retention_draw)
             terms["retention"] = self.config.retention * held
         total = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(total):
