@@ -51,13 +51,10 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Train every method on every threat, evaluate on held-out pairs, look inside, write a report."""
-    from dataclasses import replace
-
     from ctlens.study import Study, StudyConfig
     from ctlens.training import TrainConfig
 
-    default = StudyConfig(seeds=seeds, training=TrainConfig(steps=steps))
-    config = replace(default, threats=_names(threats) or default.threats, methods=_names(methods) or default.methods)
+    config = StudyConfig(_names(threats), _names(methods), seeds, training=TrainConfig(steps=steps))
     study = Study(config, out, resume=resume, progress=not quiet)
     for _ in study:
         pass
@@ -92,7 +89,8 @@ def train(
         raise unknown("alignment window", window, WINDOWS)
     config = TrainConfig(steps=steps, batch_size=batch_size, lr=lr, retention=retention, seed=seed)
     losses = [_loss(name, window) for name in loss]
-    trainer = Trainer(_model(model), _pairs(pairs, threat, seed), losses, config)
+    chosen = _pairs(pairs, threat, seed)
+    trainer = Trainer(_model(model), chosen, losses, config)
     _print_alignment(trainer)
     _take_steps(trainer, quiet)
     trainer.run.save(out)

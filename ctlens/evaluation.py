@@ -6,6 +6,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -75,7 +76,7 @@ class Evaluation:
     @staticmethod
     def load(path: str | Path) -> Evaluation:
         """The evaluation that `save` wrote."""
-        texts = {name: str for name in OUTCOME_COLUMNS if name != "item"}  # else the answer "07" becomes 7
+        texts: Any = {name: str for name in OUTCOME_COLUMNS if name != "item"}  # else the answer "07" becomes 7
         return Evaluation(pd.read_csv(path, keep_default_na=False, dtype=texts))
 
 
@@ -121,6 +122,8 @@ def evaluate(
     ]
     if not items:
         raise CtlensError("there is nothing to evaluate: give at least one pair.")
+    for *_, prompt in items:
+        judge(prompt, "")  # refuses a prompt without answers before the work of decoding
     answers = _answers(model, [prompt for *_, prompt in items], max_new_tokens)
     rows = [
         (name, split, arm, index, answer, judge(prompt, answer))

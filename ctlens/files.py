@@ -51,12 +51,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def require_free(path: str | Path) -> None:
-    """Raises a `CtlensError` unless `path` is absent or an empty folder."""
+    """Raises a `CtlensError` unless `path` is an empty folder, or absent and can be made."""
     path = Path(path)
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if path.exists():
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise CtlensError(f"{path} exists already: name a new folder, or remove it first.")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise CtlensError(f"{path} cannot be made in {nearest}: name a folder that can be written to.")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -108,5 +109,6 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 f"{path}, line {number}: not JSON ({error.msg}); one object per line is expected."
             ) from None
         if not isinstance(row, dict):
-            raise CtlensError(f"{path}, line {number}: a {type(row).__name__}, but an object with fields is expected.")
+            kind = type(row).__name__
+            raise CtlensError(f"{path}, line {number}: a {kind}, but an object with named fields is expected.")
         yield number, row

@@ -111,7 +111,10 @@ def read_results(path: str | Path) -> pd.DataFrame:
     path = Path(path)
     if not path.is_file():
         raise CtlensError(f"{path} does not exist: run the study first, or check the path.")
-    results = pd.read_csv(path, dtype={"trained_threat": str})
+    try:
+        results = pd.read_csv(path, dtype={"trained_threat": str})
+    except ValueError as error:  # pandas: empty, ragged or not text
+        raise CtlensError(f"{path} is no table ({error}): check that it is a study's results.") from None
     missing = [name for name in (*COLUMNS, *NUMBERS) if name not in results]
     if missing:
         raise CtlensError(f"{path} lacks the columns {', '.join(missing)}: check that it is a study's results.")

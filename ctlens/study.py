@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -42,30 +42,30 @@ class StudyConfig:
     """What a study runs; equal configs give equal studies.
 
     Attributes:
-        threats: trained on, one at a time; each trained model is evaluated on all of them.
-        methods: names of losses; the retention-only control is always added.
+        threats: trained on, one at a time; each trained model is evaluated on all of them. None
+            given means all there are.
+        methods: names of losses, all when none are given; the retention-only control is always added.
         seeds: number of seeds, from 0.
         pairs: training pairs a threat.
         items: evaluation pairs a threat, from the held-out split.
         training: settings shared by every cell; its seed is replaced by the cell's.
     """
 
-    threats: tuple[str, ...] = field(default_factory=lambda: tuple(threat_registry.names()))
-    methods: tuple[str, ...] = field(default_factory=lambda: tuple(loss_registry.names()))
+    threats: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
     seeds: int = 1
     pairs: int = 256
     items: int = 96
     training: TrainConfig = TrainConfig()
 
     def __post_init__(self) -> None:
-        for name in self.threats:
-            threat_registry.get(name)
-        for name in self.methods:
-            loss_registry.get(name)
-        for name in ("threats", "methods"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise CtlensError(f"{name} must name at least one, and each once.")
+        for name, registry in (("threats", threat_registry), ("methods", loss_registry)):
+            values = tuple(getattr(self, name)) or tuple(registry.names())
+            object.__setattr__(self, name, values)
+            for value in values:
+                registry.get(value)
+            if len(set(values)) < len(values):
+                raise CtlensError(f"{name} must name each once, not {', '.join(values)}.")
         for name in ("seeds", "pairs", "items"):
             if getattr(self, name) < 1:
                 raise CtlensError(f"{name} must be at least 1, not {getattr(self, name)}.")
@@ -216,12 +216,21 @@ class Study:
 
 
 def compare(
-    config: StudyConfig | None = None, *, out: str | Path, resume: bool = False, progress: bool = True
+    threats: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    seeds: int = 1,
+    *,
+    training: TrainConfig | None = None,
+    out: str | Path,
+    resume: bool = False,
+    progress: bool = True,
 ) -> StudyResult:
     """Runs a whole study: trains every cell, evaluates it on held-out pairs, looks inside, writes the folder.
 
     Args:
-        config: what to run; by default all threats and methods with one seed.
+        threats, methods: what to run; all when none are given.
+        seeds: number of seeds.
+        training: settings shared by every cell.
         out: a new folder, or with `resume` the folder of the same study.
         resume: finish a study that was interrupted.
         progress: show progress bars.
@@ -229,7 +238,8 @@ def compare(
     Raises:
         CtlensError: as `Study`.
     """
-    study = Study(config or StudyConfig(), out, resume=resume, progress=progress)
+    config = StudyConfig(tuple(threats), tuple(methods), seeds, training=training or TrainConfig())
+    study = Study(config, out, resume=resume, progress=progress)
     for _ in study:
         pass
     return study.finish()

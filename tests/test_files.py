@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,13 @@ def test_jsonl_that_is_missing_or_no_text_is_named(tmp_path: Path):
             list(read_jsonl(path))
     with pytest.raises(CtlensError, match="bytes.jsonl is not UTF-8"):
         list(read_jsonl(tmp_path / "bytes.jsonl"))
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text("mine"), lambda path: path.mkdir(mode=0o555)])
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path: Path, make, monkeypatch):
+    make(tmp_path / "place")
+    writable = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "place" not in str(path) and writable(path, mode))
+
+    with pytest.raises(CtlensError, match="cannot be made in"):
+        require_free(tmp_path / "place" / "deep" / "run")

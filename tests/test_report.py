@@ -189,6 +189,15 @@ def test_a_missing_file_is_named_and_no_report_is_written(tmp_path, name):
     assert not (folder / "report.html").exists()
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"a,b\n1,2,3\n4,5,6,7\n", bytes(range(256))], ids=["empty", "ragged", "binary"]
+)
+def test_results_that_are_no_table_are_refused(tmp_path, content):
+    (tmp_path / "results.csv").write_bytes(content)
+    with pytest.raises(CtlensError, match="results.csv"):
+        read_results(tmp_path / "results.csv")
+
+
 def test_results_that_lack_a_column_are_refused(tmp_path):
     results().drop(columns="arm").to_csv(tmp_path / "results.csv", index=False)
     with pytest.raises(CtlensError, match="arm"):

@@ -1,0 +1,342 @@
+"""The command line: help without heavy imports, and one sentence with exit code 2 for every mistake of a user."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import pytest
+import typer
+from conftest import byte_level_tokenizer, hf_model
+
+from ctlens import cli
+from ctlens.config import to_dict
+from ctlens.files import write_json
+from ctlens.study import StudyConfig
+from ctlens.training import TrainConfig
+
+GOOD = {"clean": "Is it right?", "wrapped": "I don't think so.\nIs it right?"}
+JSONL = {
+    "good": [GOOD, GOOD],
+    "list": [GOOD, "[1, 2]"],
+    "cut": [GOOD, '{"clean": "Is it'],
+    "lacking": [GOOD, "", {"clean": "Is it right?"}],
+    "foreign": [{**GOOD, "prompt": "x"}],
+    "number": [{**GOOD, "clean": 3}],
+    "messages": [{**GOOD, "clean": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]}],
+    "empty": [],
+    "apart": [{"clean": "Is it right?", "wrapped": "Something else."}],
+    "long": [{"clean": "yes no " * 300, "wrapped": "So? " + "yes no " * 300}],
+}
+HELP_PROGRAM = """
+import sys
+from ctlens import cli
+for command in sys.argv[1].split(","):
+    sys.argv = ["ctlens", *command.split(), "--help"]
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert not end.code
+heavy = {"torch", "transformers", "transformer_lens", "pandas", "plotly", "scipy"} & set(sys.modules)
+sys.exit(" ".join(heavy) or 0)
+"""
+
+
+def commands(group: Any, name: str = "") -> Iterator[str]:
+    """The names of all commands, for example `organism train`; empty for `ctlens` itself."""
+    yield name
+    for below in getattr(group, "commands", {}).values():
+        yield from commands(below, f"{name} {below.name}".strip())
+
+
+COMMANDS = list(commands(typer.main.get_command(cli.app)))
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Call = Callable[[str], Ended]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs a command in this process."""
+
+    def run(line: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["ctlens", *line.split()])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return Ended(int(end.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model, good and bad pairs, and folders that are taken, broken or hold another study."""
+    place = tmp_path_factory.mktemp("materials")
+    hf_model("llama").save_pretrained(place / "hf")
+    byte_level_tokenizer().save_pretrained(place / "hf")
+    for name, rows in JSONL.items():
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (place / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    (place / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
+    (place / "file").write_text("mine")
+    for folder, name, text in (("taken", "notes.txt", "mine"), ("broken", "config.json", "{"), ("nothing", "", "")):
+        (place / folder).mkdir()
+        if name:
+            (place / folder / name).write_text(text)
+    study = StudyConfig(seeds=2, training=TrainConfig(steps=3))
+    write_json(place / "study" / "config.json", to_dict(study))
+    shutil.copytree(place / "hf", place / "weightless")
+    (place / "weightless" / "model.safetensors").write_bytes(b"short")
+    (place / "foreign").mkdir()
+    (place / "foreign" / "results.csv").write_text("a,b\n1,2\n")
+    return place
+
+
+@pytest.fixture
+def place(materials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the materials as the working folder."""
+    monkeypatch.chdir(shutil.copytree(materials, tmp_path / "place"))
+    return tmp_path
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_the_commands_of_the_design_are_there() -> None:
+    assert {"compare", "train", "evaluate", "report", "organism"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(call: Call, command: str) -> None:
+    ended = call(f"{command} --help")
+
+    assert ended.code == 0 and ended.err == ""
+    assert f"Usage: ctlens {command}".strip() in ended.out
+
+
+def test_help_loads_nothing_heavy() -> None:
+    done = subprocess.run([sys.executable, "-c", HELP_PROGRAM, ",".join(COMMANDS)], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+
+
+TRAIN = "train --quiet --model hf --out new"
+MISTAKES = {
+    # the pairs
+    f"{TRAIN} --loss act --pairs gone.jsonl": "gone.jsonl does not exist",
+    f"{TRAIN} --loss act --pairs taken": "taken does not exist or is no file",
+    f"{TRAIN} --loss act --pairs list.jsonl": "list.jsonl, line 2: a list, but an object with named fields is expected",
+    f"{TRAIN} --loss act --pairs cut.jsonl": "cut.jsonl, line 2: not JSON",
+    f"{TRAIN} --loss act --pairs lacking.jsonl": "lacking.jsonl, line 3: the field 'wrapped' is missing",
+    f"{TRAIN} --loss act --pairs foreign.jsonl": "foreign.jsonl, line 1: unknown field 'prompt'",
+    f"{TRAIN} --loss act --pairs number.jsonl": "number.jsonl, line 1: 'clean' must be a text",
+    f"{TRAIN} --loss act --pairs messages.jsonl": "no chat template",
+    f"{TRAIN} --loss act --pairs bytes.jsonl": "not UTF-8",
+    f"{TRAIN} --loss act --pairs empty.jsonl": "empty.jsonl holds no pairs",
+    f"{TRAIN} --loss act --pairs apart.jsonl": "none of the 1 pairs aligns",
+    f"{TRAIN} --loss act --pairs long.jsonl": "model's context is 256",
+    f"{TRAIN} --loss act": "give either --pairs FILE or --threat NAME",
+    f"{TRAIN} --loss act --pairs good.jsonl --threat jailbreak": "give either --pairs FILE or --threat NAME",
+    # the settings
+    f"{TRAIN} --pairs good.jsonl": "Missing option '--loss'",
+    f"{TRAIN} --pairs good.jsonl --loss atct": "unknown loss 'atct'; did you mean 'attct'",
+    f"{TRAIN} --pairs good.jsonl --loss act --loss act": "given twice",
+    f"{TRAIN} --loss act --threat jailbrake": "unknown threat 'jailbrake'; did you mean 'jailbreak'",
+    f"{TRAIN} --pairs good.jsonl --loss act --window sufix": "unknown alignment window 'sufix'",
+    f"{TRAIN} --pairs good.jsonl --loss bct --window sufix": "unknown alignment window 'sufix'",
+    f"{TRAIN} --pairs good.jsonl --loss act --window explicit": "none of the 2 pairs aligns",
+    f"{TRAIN} --pairs good.jsonl --loss act --steps 0": "steps must be at least 1, not 0",
+    f"{TRAIN} --pairs good.jsonl --loss act --steps two": "Invalid value for '--steps'",
+    f"{TRAIN} --pairs good.jsonl --loss act --lr nan": "lr must be a positive number",
+    f"{TRAIN} --pairs good.jsonl --loss act --batch-size 0": "batch_size must be at least 1",
+    f"{TRAIN} --pairs good.jsonl --loss act --speed 9": "No such option: --speed",
+    # the folders
+    "train --quiet --model hf --loss act --pairs good.jsonl --out taken": "taken exists already",
+    "train --quiet --model hf --loss act --pairs good.jsonl --out file": "file exists already",
+    "train --quiet --model gone --loss act --pairs good.jsonl --out new": "gone is no model folder",
+    "train --quiet --model taken --loss act --pairs good.jsonl --out new": "taken is no model folder",
+    "train --quiet --model file --loss act --pairs good.jsonl --out new": "file is no model folder",
+    "train --quiet --model broken --loss act --pairs good.jsonl --out new": "not a valid JSON file",
+    "train --quiet --model weightless --loss act --pairs good.jsonl --out new": "weightless does not load",
+    # evaluate
+    "evaluate --items 0": "at least 1 item",
+    "evaluate --items 2 --split test": "unknown split 'test'",
+    "evaluate --threats jailbreak,flattery": "unknown threat 'flattery'",
+    "evaluate --threats jailbreak --pairs good.jsonl": "give threats or pairs, not both",
+    "evaluate --model hf --pairs good.jsonl": "neither a good nor a bad answer",
+    "evaluate --model nothing --items 2": "nothing is no model folder",
+    "evaluate --items 2 --threats jailbreak --out taken": "taken is a folder",
+    # compare
+    "compare --quiet --out taken": "taken exists already",
+    "compare --quiet --out file": "file exists already",
+    "compare --quiet --out file/inside": "file",
+    "compare --quiet --out study": "study holds another study",
+    "compare --quiet --out study --resume": "study holds another study",
+    "compare --quiet --out study --seeds 2 --steps 3": "study holds this study: pass --resume",
+    "compare --quiet --out broken --resume": "broken/config.json is not JSON",
+    "compare --quiet --out new --seeds 0": "seeds must be at least 1",
+    "compare --quiet --out new --steps 0": "steps must be at least 1",
+    "compare --quiet --out new --methods act,retention": "unknown loss 'retention'",
+    "compare --quiet --out new --methods act,act": "each once",
+    "compare --quiet --out new --threats flattery": "unknown threat 'flattery'",
+    # report, organism, commands
+    "report gone": "gone/results.csv does not exist",
+    "report file": "does not exist",
+    "report nothing": "run the study first",
+    "report foreign": "lacks the columns trained_threat",
+    "organism train --out taken": "taken exists already",
+    "organism train --out new --steps 0": "at least 1",
+    "organism grow": "No such command 'grow'",
+    "compete": "No such command 'compete'",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_sentence_and_leaves_no_trace(call: Call, place: Path, line: str) -> None:
+    before = tree(place)
+
+    ended = call(line)
+
+    assert ended.code == 2
+    assert ended.err.startswith("ctlens: ") and ended.err.count("\n") == 1
+    assert MISTAKES[line] in ended.err
+    assert ended.out == ""
+    assert tree(place) == before
+
+
+@pytest.mark.parametrize("line", ["", "organism"])
+def test_no_command_shows_the_help_and_what_is_missing(call: Call, line: str) -> None:
+    ended = call(line)
+
+    assert ended.code == 2 and "Commands" in ended.out
+    assert ended.err == "ctlens: name a command.\n"
+
+
+def test_a_mistake_is_the_only_line_on_a_real_terminal(place: Path) -> None:
+    command = [sys.executable, "-m", "ctlens.cli", *f"{TRAIN} --loss act --pairs apart.jsonl".split()]
+
+    done = subprocess.run(command, capture_output=True, text=True)
+
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("ctlens: none of the 1 pairs aligns") and done.stderr.count("\n") == 1
+    assert not Path("new").exists()
+
+
+def test_a_target_too_long_for_the_context_is_refused_before_training(call: Call, place: Path) -> None:
+    Path("long.jsonl").write_text(json.dumps({**GOOD, "target": "yes no " * 200}))
+
+    ended = call(f"{TRAIN} --loss bct --pairs long.jsonl")
+
+    assert ended.code == 2 and "the wrapped prompt of pair 1 has" in ended.err
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("moment", ["ctlens.training.Trainer.__next__", "ctlens.training.run.save_model"])
+def test_an_interrupt_ends_with_130_and_leaves_nothing(call: Call, place: Path, monkeypatch, moment: str) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(moment, interrupt)
+    before = tree(place)
+
+    ended = call(f"{TRAIN} --loss act --pairs good.jsonl --steps 2")
+
+    assert ended.code == 130 and "Traceback" not in ended.err
+    assert tree(place) == before
+
+
+def test_a_full_disk_is_a_sentence_too(call: Call, place: Path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ctlens.training.run.save_model", full)
+    before = tree(place)
+
+    ended = call(f"{TRAIN} --loss act --pairs good.jsonl --steps 1")
+
+    assert ended.code == 2 and ended.err == "ctlens: [Errno 28] No space left on device\n"
+    assert tree(place) == before
+
+
+def test_a_programming_error_keeps_its_traceback(place: Path, monkeypatch) -> None:
+    monkeypatch.setattr("ctlens.training.run.save_model", lambda *_: 1 / 0)
+    monkeypatch.setattr(sys, "argv", f"ctlens {TRAIN} --loss act --pairs good.jsonl --steps 1".split())
+
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_pairs_left_out_are_counted_with_their_reason(call: Call, place: Path) -> None:
+    Path("mixed.jsonl").write_text("\n".join(json.dumps(row) for row in [GOOD, *JSONL["apart"], GOOD]))
+
+    ended = call(f"{TRAIN} --loss act --pairs mixed.jsonl --steps 1")
+
+    assert ended.code == 0
+    assert "tokens aligned in 2 pairs" in ended.out
+    assert "1 pairs left out: the text of the window is not in the wrapped prompt" in ended.out
+
+
+def test_a_threat_s_own_pairs_train_the_organism(call: Call, place: Path) -> None:
+    ended = call("train --quiet --loss act --loss bct --threat jailbreak --steps 2 --out new")
+
+    assert ended.code == 0 and ended.err == ""
+    assert "Window shared: 80.0% of the tokens aligned in 256 pairs" in ended.out  # 8 tokens, 2 of the template
+    assert "512 tokens left out: token outside the shared part" in ended.out
+    assert all(f"{loss}: " in ended.out for loss in ("act", "bct"))
+    assert json.loads(Path("new/config.json").read_text())["training"]["steps"] == 2
+
+
+def test_defaults_are_those_of_the_library() -> None:
+    given = {name: entry.default for name, entry in inspect.signature(cli.train).parameters.items()}
+    library = to_dict(TrainConfig())
+
+    shared = given.keys() & library.keys()
+    assert {"steps", "batch_size", "lr", "retention", "seed"} <= shared
+    assert {name: given[name] for name in shared} == {name: library[name] for name in shared}
+    assert inspect.signature(cli.compare).parameters["seeds"].default == StudyConfig().seeds
+
+
+def test_progress_goes_to_stderr_and_only_when_wanted(call: Call, place: Path) -> None:
+    line = "train --model hf --loss act --pairs good.jsonl --steps 2 --out"
+
+    loud, quiet = call(f"{line} loud"), call(f"{line} quiet --quiet")
+
+    assert "2/2" in loud.err and quiet.err == ""
+    assert loud.out.replace("loud", "") == quiet.out.replace("quiet", "")
+
+
+def test_evaluate_prints_a_table_and_writes_the_same_numbers(call: Call, place: Path) -> None:
+    ended = call("evaluate --threats sycophancy --items 6 --out deep/table.csv")
+
+    table = pd.read_csv("deep/table.csv")
+    assert ended.code == 0
+    assert list(table.columns[:4]) == ["evaluated_threat", "split", "arm", "metric"]
+    assert set(table["split"]) == {"heldout"} and set(table["n"]) == {6}
+    assert all(f"{value:.3f}" in ended.out for value in table["value"])
+
+
+def test_evaluate_judges_the_users_own_pairs_in_a_run_folder(call: Call, place: Path) -> None:
+    Path("own.jsonl").write_text(json.dumps({**GOOD, "good": "(A", "bad": "(B"}))
+    assert call(f"{TRAIN} --loss act --pairs own.jsonl --steps 1").code == 0
+
+    ended = call("evaluate --model new --pairs own.jsonl --out table.csv")
+
+    assert ended.code == 0
+    lines = Path("table.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 * 3 and all(line.startswith("pairs,,") for line in lines[1:])

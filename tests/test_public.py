@@ -1,0 +1,118 @@
+"""The contract: the names that users, notebooks and the README rely on, and that they work together."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ctlens as ct
+
+CONTRACT = {
+    "ACT", "AttCT", "BCT", "MLPCT", "Trainer", "analysis", "compare", "evaluate", "load_model", "load_organism",
+    "load_pairs", "load_run", "threats", "train",
+}  # fmt: skip
+LIGHT = """
+import sys
+import ctlens
+assert ctlens.__version__ and set(ctlens.__all__) <= set(dir(ctlens))
+sys.exit(" ".join({"torch", "transformer_lens", "transformers", "pandas", "plotly"} & set(sys.modules)) or 0)
+"""
+
+
+def test_the_contract_is_public() -> None:
+    assert set(ct.__all__) >= CONTRACT
+    assert len(ct.__all__) == len(set(ct.__all__))
+
+
+@pytest.mark.parametrize("name", ct.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    value = getattr(ct, name)
+
+    assert value is getattr(ct, name) and value.__doc__
+
+
+def test_a_name_that_is_not_public_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="'ctlens' has no attribute 'attct'"):
+        ct.attct  # noqa: B018
+
+
+def test_importing_loads_nothing_heavy() -> None:
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_threats_and_losses_are_listed_by_name() -> None:
+    assert {"sycophancy", "jailbreak"} <= set(ct.threats.names())
+    assert ct.losses.names() == ["act", "mlpct", "attct", "bct"]
+    assert all(ct.threats.get(name).name == name for name in ct.threats.names())
+
+
+def test_the_organism_is_ready_to_use() -> None:
+    model = ct.load_organism()
+
+    assert not model.training and model.tokenizer is not None
+
+
+@pytest.fixture(scope="module")
+def run() -> ct.Run:
+    pairs = ct.threats.get("sycophancy").pairs(n=16, split="train", seed=0)
+    return ct.train(ct.load_organism(), pairs, ct.AttCT(), steps=3, seed=0, progress=False)
+
+
+def test_a_training_yields_a_run_with_its_history_and_figure(run: ct.Run) -> None:
+    table = run.history.to_dataframe()
+
+    assert list(table.columns) == ["step", "name", "hook_point", "value"]
+    assert sorted(set(table["step"])) == [1, 2, 3] and {"attct", "retention", "total"} <= set(table["name"])
+    assert len(run.figure().data) >= 2
+
+
+def test_a_run_comes_back_from_its_folder(run: ct.Run, tmp_path: Path) -> None:
+    folder = run.save(tmp_path / "run")
+
+    tokens = torch.arange(20)[None]
+    assert torch.equal(ct.load_run(folder).model(tokens), run.model(tokens))
+    assert torch.equal(ct.load_model(folder)(tokens), run.model(tokens))
+
+
+def test_a_trained_model_is_evaluated_and_looked_into(run: ct.Run) -> None:
+    before = ct.load_organism()
+    pairs = ct.threats.get("sycophancy").pairs(n=8, split="heldout")
+
+    rates = ct.evaluate(run.model, threats=["sycophancy", "jailbreak"], split="heldout", n=8).to_dataframe()
+    shift = ct.analysis.residual_shift(before, run.model, pairs, progress=False)
+    attention = ct.analysis.attention_diff(before, run.model, pairs, progress=False)
+
+    assert set(rates["evaluated_threat"]) == {"sycophancy", "jailbreak"}
+    assert len(shift.figure().data) >= 1 and len(attention.figure().data) >= 1
+    assert set(attention.to_dataframe()["layer"]) == set(range(before.cfg.n_layers))
+
+
+def test_the_visible_loop_shows_losses_by_hook_point() -> None:
+    pairs = ct.threats.get("jailbreak").pairs(n=8)
+
+    steps = list(ct.Trainer(ct.load_organism(), pairs, [ct.ACT(), ct.BCT()], ct.TrainConfig(steps=2)))
+
+    assert [step.index for step in steps] == [1, 2]
+    assert {"act", "bct", "retention", "total"} == set(steps[0].losses)
+    assert len(steps[0].by_hook["act"]) == ct.load_organism().cfg.n_layers
+
+
+def test_pairs_go_to_a_file_and_come_back(tmp_path: Path) -> None:
+    pairs = ct.threats.get("jailbreak").pairs(n=4)
+
+    ct.save_pairs(tmp_path / "pairs.jsonl", pairs)
+
+    assert ct.load_pairs(tmp_path / "pairs.jsonl") == pairs
+
+
+def test_every_mistake_is_one_kind_of_error() -> None:
+    assert issubclass(ct.CtlensError, ValueError)
+    for mistake in (lambda: ct.load_model("nowhere"), lambda: ct.load_pairs("nowhere"), lambda: ct.load_run("nowhere")):
+        with pytest.raises(ct.CtlensError, match="nowhere"):
+            mistake()

@@ -1,0 +1,309 @@
+"""A study: the folder it leaves, the numbers in it, and that an interrupted one ends like an unbroken one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from base64 import b64decode
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ctlens import load_run, losses, threats
+from ctlens.analysis import AttentionDiff, ResidualShift
+from ctlens.errors import CtlensError
+from ctlens.evaluation import Evaluation
+from ctlens.files import read_json
+from ctlens.intervals import difference, wilson
+from ctlens.plots.export import plotly_source
+from ctlens.study import RESULT_COLUMNS, Study, StudyConfig, StudyResult, compare
+from ctlens.training import TrainConfig
+
+TINY = StudyConfig(("sycophancy",), ("act", "bct"), pairs=16, items=12, training=TrainConfig(steps=4))
+CROSSED = StudyConfig(("sycophancy", "jailbreak"), ("bct",), 2, pairs=4, items=3, training=TrainConfig(steps=1))
+CELLS = ["sycophancy-retention-seed0", "sycophancy-act-seed0", "sycophancy-bct-seed0"]
+ROW = [
+    "trained_threat", "method", "seed", "step", "evaluated_threat", "split", "arm", "metric", "value", "n", "ci_low",
+    "ci_high",
+]  # fmt: skip
+FIGURES = ("attention", "bad-rate", "dose", "good-rate", "residual-content", "residual-last")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_images() -> Iterator[None]:
+    """Images need a browser of their own and seconds each; `test_plots` looks at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ctlens.plots.export.find_spec", lambda _: None)
+        yield
+
+
+def finished(config: StudyConfig, out: Path, resume: bool = False, progress: bool = False) -> StudyResult:
+    study = Study(config, out, resume=resume, progress=progress)
+    for _ in study:
+        pass
+    return study.finish()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
+    return finished(TINY, out=tmp_path_factory.mktemp("studies") / "tiny", progress=False)
+
+
+@pytest.fixture
+def folder(unbroken: StudyResult, tmp_path: Path) -> Path:
+    """A copy of the finished study, to be damaged."""
+    return Path(shutil.copytree(unbroken.folder, tmp_path / "study"))
+
+
+def read(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "results.csv", keep_default_na=False)
+
+
+def bad_answers(outcomes: Path) -> int:
+    rows = pd.read_csv(outcomes, keep_default_na=False)
+    return int(((rows["arm"] == "wrapped") & (rows["verdict"] == "bad")).sum())
+
+
+def test_the_folder_holds_what_the_contract_says(unbroken: StudyResult) -> None:
+    files = {str(path.relative_to(unbroken.folder)) for path in unbroken.folder.rglob("*") if path.is_file()}
+
+    assert {"config.json", "environment.json", "results.csv", "report.html"} <= files
+    assert {f"figures/sycophancy-{name}.{end}" for name in FIGURES for end in ("html", "json")} <= files
+    assert sorted(path.name for path in (unbroken.folder / "runs").iterdir()) == sorted(CELLS)
+    assert not [name for name in files if "/." in f"/{name}"]
+
+
+def test_the_rows_are_tidy(unbroken: StudyResult) -> None:
+    table = read(unbroken.folder)
+
+    assert list(table.columns) == ROW == list(RESULT_COLUMNS)
+    assert set(table["method"]) == {"none", "retention", "act", "bct"}
+    assert set(table["arm"]) == {"wrapped", "clean", "benign"} and set(table["split"]) == {"heldout"}
+    assert not table.duplicated(subset=ROW[:8]).any()
+    assert (table["ci_low"] <= table["value"] + 1e-12).all() and (table["value"] <= table["ci_high"] + 1e-12).all()
+
+
+def test_the_base_stands_at_step_zero_of_no_training(unbroken: StudyResult) -> None:
+    base = read(unbroken.folder).query("method == 'none'")
+
+    assert set(base["trained_threat"]) == {""} and set(base["step"]) == {0}
+    assert set(read(unbroken.folder).query("step == 0")["method"]) == {"none"}
+
+
+def test_the_result_in_memory_is_the_one_on_disk(unbroken: StudyResult) -> None:
+    pd.testing.assert_frame_equal(unbroken.to_dataframe(), read(unbroken.folder), check_exact=True)
+
+
+def values(drawn: list[float] | dict[str, str]) -> np.ndarray:
+    """The numbers of a saved trace; plotly writes arrays as base64."""
+    return np.asarray(drawn) if isinstance(drawn, list) else np.frombuffer(b64decode(drawn["bdata"]), drawn["dtype"])
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_good_bad_and_other_answers_are_all_answers(unbroken: StudyResult) -> None:
+    rates = read(unbroken.folder).query("metric in ('bad_rate', 'good_rate', 'other_rate')")
+    place = ["trained_threat", "method", "seed", "step", "evaluated_threat", "arm"]
+
+    groups = rates.groupby(place)["value"]
+
+    assert set(groups.count()) == {3} and len(groups) == 3 * (1 + 3 * 3)
+    assert groups.sum().tolist() == pytest.approx([1.0] * len(groups))
+    assert set(rates["n"]) == {12}
+
+
+@pytest.mark.parametrize("method", ["retention", "act", "bct"])
+def test_doses_are_evaluated_on_the_way(unbroken: StudyResult, method: str) -> None:
+    rows = read(unbroken.folder).query("method == @method and metric == 'bad_rate' and arm == 'wrapped'")
+
+    assert list(rows["step"]) == [1, 2, 4]
+
+
+def test_the_last_rows_are_the_outcomes_counted(unbroken: StudyResult) -> None:
+    table = read(unbroken.folder).query("method == 'bct' and step == 4 and arm == 'wrapped'").set_index("metric")
+    count = bad_answers(unbroken.folder / "runs" / CELLS[2] / "outcomes.csv")
+
+    assert table.loc["bad_rate", "value"] == pytest.approx(count / 12)
+    assert tuple(table.loc["bad_rate", ["ci_low", "ci_high"]]) == pytest.approx(wilson(count, 12))
+
+
+@pytest.mark.parametrize("cell", CELLS[1:])
+def test_a_method_is_compared_with_the_control_by_its_outcomes(unbroken: StudyResult, cell: str) -> None:
+    control, own = (bad_answers(unbroken.folder / "runs" / name / "outcomes.csv") for name in (CELLS[0], cell))
+    table = read(unbroken.folder).set_index(["metric", "method"])
+
+    row = table.loc[("bad_rate_vs_retention", cell.split("-")[1])]
+
+    assert row["value"] == pytest.approx((own - control) / 12)
+    assert (row["step"], row["arm"], row["n"]) == (4, "wrapped", 12)
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx(difference(own, 12, control, 12))
+
+
+def test_every_cell_is_compared_with_the_base(unbroken: StudyResult) -> None:
+    base = bad_answers(unbroken.folder / "base.csv")
+    rows = read(unbroken.folder).query("metric == 'bad_rate_reduction'").set_index("method")["value"].to_dict()
+
+    expected = {
+        cell.split("-")[1]: 1 - bad_answers(unbroken.folder / "runs" / cell / "outcomes.csv") / base for cell in CELLS
+    }
+    assert rows == pytest.approx(expected)
+
+
+def test_the_control_is_not_compared_with_itself(unbroken: StudyResult) -> None:
+    assert read(unbroken.folder).query("metric == 'bad_rate_vs_retention' and method in ('none', 'retention')").empty
+
+
+def test_a_cell_is_a_run_with_its_answers_and_analyses(unbroken: StudyResult) -> None:
+    cell = unbroken.folder / "runs" / CELLS[1]
+
+    run = load_run(cell)
+    shift = ResidualShift.load(cell / "residual.safetensors")
+    attention = AttentionDiff.load(cell / "attention.safetensors")
+
+    assert run.config == replace(TINY.training, seed=0) and len(run.history) == 4
+    assert [loss.name for loss in run.losses] == ["act"]
+    assert len(Evaluation.load(cell / "outcomes.csv").outcomes) == 3 * 12
+    assert shift.gap_closed.shape[-1] == attention.after.shape[1] == run.model.cfg.n_layers
+
+
+def test_the_report_needs_no_network_and_shows_every_figure(unbroken: StudyResult) -> None:
+    page = (unbroken.folder / "report.html").read_text()
+    own = page.replace(plotly_source(), "")
+
+    assert len(own) < len(page)
+    assert not [word for word in ('src="http', 'href="http', "@import", 'src="figures') if word in own]
+    for path in (unbroken.folder / "figures").glob("*.json"):
+        assert json.loads(path.read_text())["layout"]["meta"]["title"] in own
+
+
+@pytest.fixture(scope="module")
+def crossed(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
+    return finished(CROSSED, out=tmp_path_factory.mktemp("studies") / "crossed", progress=False)
+
+
+def test_a_trained_model_is_evaluated_on_every_threat(crossed: StudyResult) -> None:
+    table = crossed.to_dataframe().query("metric == 'bad_rate' and arm == 'wrapped'")
+
+    seen = table.groupby(["method", "trained_threat", "seed"])["evaluated_threat"].apply(sorted)
+
+    trained = {(m, t, s) for m in ("bct", "retention") for t in CROSSED.threats for s in (0, 1)}
+    assert set(seen.index) == {("none", "", 0), *trained}
+    assert all(threats == ["jailbreak", "sycophancy"] for threats in seen)
+    assert (crossed.folder / "figures" / "jailbreak-dose.json").is_file()
+
+
+def test_every_seed_trains_on_its_own_pairs(crossed: StudyResult) -> None:
+    runs = [load_run(crossed.folder / "runs" / f"jailbreak-bct-seed{seed}") for seed in (0, 1)]
+
+    assert [run.config.seed for run in runs] == [0, 1]
+    assert runs[0].history.rows != runs[1].history.rows
+
+
+def test_figures_average_the_seeds(crossed: StudyResult) -> None:
+    places = [crossed.folder / "runs" / f"jailbreak-bct-seed{seed}" / "attention.safetensors" for seed in (0, 1)]
+    expected = np.mean([AttentionDiff.load(path).after.mean((0, 2)) for path in places], axis=0)
+
+    drawn = json.loads((crossed.folder / "figures" / "jailbreak-attention.json").read_text())["data"]
+
+    assert any(np.allclose(expected, values(line["y"])) for line in drawn if line.get("name") == "BCT" and "y" in line)
+
+
+def test_a_lost_cell_is_run_again_with_equal_results(unbroken: StudyResult, folder: Path) -> None:
+    shutil.rmtree(folder / "runs" / CELLS[2])
+    (folder / "results.csv").unlink()
+    (folder / "base.csv").unlink()
+
+    finished(TINY, out=folder, resume=True, progress=False)
+
+    assert (folder / "results.csv").read_bytes() == (unbroken.folder / "results.csv").read_bytes()
+
+
+def test_finished_cells_are_not_run_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctlens.study.Trainer", lambda *_, **__: pytest.fail("a finished cell ran again"))
+    monkeypatch.setattr("ctlens.study.evaluate", lambda *_, **__: pytest.fail("the base was evaluated again"))
+
+    cells = [cell.name for cell, _ in Study(TINY, folder, resume=True, progress=False)]
+
+    assert cells == CELLS
+
+
+def test_a_killed_study_holds_whole_cells_only_and_ends_like_an_unbroken_one(
+    unbroken: StudyResult, tmp_path: Path
+) -> None:
+    killed = iter([AttentionDiff.save, None])  # in the second cell, when its folder is nearly written
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(AttentionDiff, "save", lambda *given: (next(killed) or interrupt)(*given))
+        finished(TINY, out=tmp_path / "study", progress=False)
+    assert [path.name for path in (tmp_path / "study" / "runs").iterdir()] == CELLS[:1]
+    assert not (tmp_path / "study" / "results.csv").exists()
+
+    finished(TINY, out=tmp_path / "study", resume=True, progress=False)
+
+    assert (tmp_path / "study" / "results.csv").read_bytes() == (unbroken.folder / "results.csv").read_bytes()
+
+
+def test_another_study_is_refused_and_unchanged(folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+    for config, resume, message in (
+        (TINY, False, "pass --resume"),
+        (replace(TINY, items=13), True, "another study"),
+        (replace(TINY, training=TrainConfig(steps=4, lr=2e-3)), True, "another study"),
+    ):
+        with pytest.raises(CtlensError, match=message):
+            Study(config, folder, resume=resume, progress=False)
+
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_resume_begins_a_study_where_there_is_none(tmp_path: Path) -> None:
+    Study(TINY, tmp_path / "new", resume=True, progress=False)
+
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["methods"] == ["act", "bct"]
+
+
+def test_cells_come_seed_by_seed_with_the_control_first() -> None:
+    cells = replace(CROSSED, seeds=2).cells()
+
+    assert [cell.name for cell in cells[:4]] == [
+        "sycophancy-retention-seed0",
+        "sycophancy-bct-seed0",
+        "jailbreak-retention-seed0",
+        "jailbreak-bct-seed0",
+    ]
+    assert [cell.seed for cell in cells] == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threats": ("flattery",)}, "unknown threat"),
+        ({"methods": ("retention",)}, "unknown loss"),
+        ({"methods": ("act", "act")}, "each once"),
+        ({"seeds": 0}, "seeds must be at least 1"),
+        ({"pairs": 0}, "pairs must be at least 1"),
+        ({"items": -3}, "items must be at least 1"),
+    ],
+)
+def test_studies_that_make_no_sense_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(CtlensError, match=message):
+        StudyConfig(**options)
+
+
+def test_nothing_named_means_everything() -> None:
+    config = StudyConfig()
+
+    assert (list(config.threats), list(config.methods)) == (threats.names(), losses.names())
+
+
+def test_compare_runs_the_study_its_arguments_name(tmp_path: Path) -> None:
+    result = compare(["jailbreak"], ["bct"], training=TrainConfig(steps=1), out=tmp_path / "study", progress=False)
+
+    assert read_json(result.folder / "config.json")["threats"] == ["jailbreak"]
+    assert set(result.results.method) == {"none", "retention", "bct"}
