@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ctlens.losses import Loss
     from ctlens.pairs import Pair
+    from ctlens.study import Cell
     from ctlens.training import Trainer
 
 app = typer.Typer(
@@ -56,8 +57,8 @@ def compare(
 
     config = StudyConfig(_names(threats), _names(methods), seeds, training=TrainConfig(steps=steps))
     study = Study(config, out, resume=resume, progress=not quiet)
-    for _ in study:
-        pass
+    for cell, rows in study:
+        _announce(cell, rows)
     result = study.finish()
     _print_summary(result.results)
     _say(f"Report: {out / 'report.html'}")
@@ -199,6 +200,16 @@ def _print_alignment(trainer: Trainer) -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _announce(cell: Cell, rows: pd.DataFrame) -> None:
+    """One line as soon as a cell is done, above the progress bars."""
+    from tqdm.auto import tqdm
+
+    found = rows.query("metric == 'bad_rate' and arm == 'wrapped' and evaluated_threat == @cell.threat")
+    last = found.to_dict("records")[-1]
+    interval = f"[{last['ci_low']:.0%} to {last['ci_high']:.0%}]"
+    tqdm.write(f"{cell.threat}, {cell.method}, seed {cell.seed}: bad rate on wrapped {last['value']:.0%} {interval}")
 
 
 def _print_summary(results: pd.DataFrame) -> None:

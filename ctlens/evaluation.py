@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ctlens import plots
 from ctlens import threats as threat_registry
 from ctlens.batch import require_room
 from ctlens.chat import render
 from ctlens.decoding import generate
-from ctlens.errors import CtlensError
+from ctlens.errors import CtlensError, unknown
 from ctlens.files import atomic_file
 from ctlens.intervals import bootstrap, wilson
 from ctlens.pairs import ARMS, Pair, Prompt
+from ctlens.plots import Figure
 from ctlens.threats import Threat, judge
 from ctlens.types import LensModel
 
@@ -66,6 +68,28 @@ class Evaluation:
         if len(found) != 1:
             raise CtlensError(f"{len(found)} numbers are called {metric} on {arm}: name one arm and one threat.")
         return float(found["value"].iloc[0])
+
+    def figure(self, metric: str = "bad_rate") -> Figure:
+        """One rate on every arm, with its interval, a colour a threat.
+
+        Raises:
+            CtlensError: the metric is none of `bad_rate`, `good_rate` and `other_rate`.
+        """
+        if metric not in RATES:
+            raise unknown("rate", metric, RATES)
+        rows = {(row["evaluated_threat"], row["arm"]): row for row in self._rates(metric)}
+        threats, arms = (list(dict.fromkeys(key)) for key in zip(*rows, strict=True))
+        value, low, high = (
+            np.array(
+                [[rows[threat, arm][end] if (threat, arm) in rows else np.nan for arm in arms] for threat in threats]
+            )
+            for end in ("value", "ci_low", "ci_high")
+        )
+        name = metric.replace("_", " ")
+        return plots.behaviour(threats, arms, value, low, high, metric=name, title=f"What is the {name} on each arm?")
+
+    def _rates(self, metric: str) -> list[dict[Hashable, Any]]:
+        return self.to_dataframe().query("metric == @metric").to_dict("records")
 
     def save(self, path: str | Path) -> None:
         """Writes the outcomes as CSV."""

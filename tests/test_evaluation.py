@@ -188,6 +188,16 @@ def test_one_rate_is_read_by_name() -> None:
         one.rate("bad_rate", "clean")
 
 
+def test_the_figure_holds_the_rates_of_the_table() -> None:
+    found = outcomes("jailbreak", wrapped=["bad", "bad", "good", "other"], clean=["good"] * 4)
+
+    (points,) = (trace for trace in found.figure().data if trace.y is not None)
+
+    assert list(points.y) == [0.5, 0.0]
+    with pytest.raises(CtlensError, match="did you mean 'bad_rate'"):
+        found.figure("badrate")
+
+
 @pytest.mark.parametrize(
     "answers", [("(A) yes, it is", "no"), ("42", "07"), ("NA", ""), ('a "b",\nc', "null\r"), ("1.50", "ü")]
 )

@@ -197,9 +197,13 @@ def test_a_failed_save_leaves_nothing(model, tmp_path, monkeypatch) -> None:
 def test_a_run_draws_its_losses(model) -> None:
     run = train(model, PAIRS, ACT(), config=QUICK, progress=False)
 
-    lines = {trace.name: list(trace.y) for trace in run.figure().data}
+    overall = [list(trace.y) for trace in run.figure().data]
+    by_layer = [list(trace.y) for trace in run.figure("act").data if trace.y is not None]
 
-    assert run.history.series("act") in lines.values()
+    assert run.history.series("act") in overall
+    assert all(series in by_layer for series in run.history.by_hook("act").values())
+    with pytest.raises(CtlensError, match="loss of this run"):
+        run.figure("bct")
 
 
 @pytest.mark.parametrize(

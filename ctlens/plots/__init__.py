@@ -6,7 +6,6 @@ plotly setting.
 
 from plotly.graph_objects import Figure
 
-from ctlens.plots.axes import token_axis
 from ctlens.plots.curves import Curve, dose_response, layer_curves
 from ctlens.plots.export import save_figure
 from ctlens.plots.heads import attention_heads
@@ -27,5 +26,4 @@ __all__ = [
     "layer_curves",
     "save_figure",
     "style",
-    "token_axis",
 ]

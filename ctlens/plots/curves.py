@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import ArrayLike
 
-from ctlens.plots.axes import checked, require_some
+from ctlens.plots.arrays import checked, require_some
 from ctlens.plots.rates import PERCENT
 from ctlens.plots.theme import MUTED, finish, style
 

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from numpy.typing import ArrayLike
 from plotly.subplots import make_subplots
 
-from ctlens.plots.axes import checked
+from ctlens.plots.arrays import checked
 from ctlens.plots.theme import finish
 
 WRITTEN_CELLS = 36

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from numpy.typing import ArrayLike
 from plotly.colors import sample_colorscale
 
-from ctlens.plots.axes import checked, require_some
+from ctlens.plots.arrays import checked, require_some
 from ctlens.plots.theme import finish, style
 
 # Both ends of Viridis are cut off: one would vanish on a dark page, the other on a white one.
@@ -37,7 +37,7 @@ def history(
         look = style(name)
         line = {"color": look.colour, "dash": look.dash, "width": 2.2}
         figure.add_scatter(x=list(steps), y=losses.tolist(), mode="lines", name=look.label, line=line)
-    return _losses(figure, values, title, subtitle, "history", "Each line is one loss, before its weight.")
+    return _losses(figure, values, title, subtitle, "history", "Each line is one loss, times its weight.")
 
 
 def hook_history(

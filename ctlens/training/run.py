@@ -12,7 +12,7 @@ import torch
 from ctlens import losses as loss_registry
 from ctlens import plots
 from ctlens.config import from_dict, to_dict
-from ctlens.errors import CtlensError
+from ctlens.errors import CtlensError, unknown
 from ctlens.files import atomic_folder, read_json, write_json
 from ctlens.losses import Loss
 from ctlens.models import load_model, save_model
@@ -55,6 +55,14 @@ class History:
         """The values of one overall number, a step each, for example `series("total")`."""
         return [value for _, row_name, hook, value in self.rows if row_name == name and not hook]
 
+    def by_hook(self, name: str) -> dict[str, list[float]]:
+        """The unweighted values of one loss at each of its hook points, a step each."""
+        curves: dict[str, list[float]] = {}
+        for _, row_name, hook, value in self.rows:
+            if row_name == name and hook:
+                curves.setdefault(hook, []).append(value)
+        return curves
+
 
 @dataclass(frozen=True)
 class Run:
@@ -93,12 +101,23 @@ class Run:
         (folder / "model").mkdir()
         save_model(self.model, folder / "model")
 
-    def figure(self) -> Figure:
-        """The losses by step."""
-        names = [loss.name for loss in self.losses]
+    def figure(self, loss: str | None = None) -> Figure:
+        """The weighted losses by step; or one loss, unweighted, at each of its hook points.
+
+        Args:
+            loss: the name of a loss that the run was trained with.
+
+        Raises:
+            CtlensError: the run was not trained with that loss.
+        """
+        steps = range(1, len(self.history) + 1)
+        names = [kind.name for kind in self.losses]
+        if loss is not None:
+            if loss not in names:
+                raise unknown("loss of this run", loss, names)
+            return plots.hook_history(steps, self.history.by_hook(loss), f"At which depth does {loss} fall?")
         names += ["retention"] if self.history.series("retention") else []
-        curves = {name: self.history.series(name) for name in names}
-        return plots.history(range(1, len(self.history) + 1), curves, "Does the training converge?")
+        return plots.history(steps, {name: self.history.series(name) for name in names}, "Does the training converge?")
 
 
 def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
