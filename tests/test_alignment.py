@@ -240,7 +240,7 @@ def prompts(tokenizer: PreTrainedTokenizerFast, before: str, content: str, after
 
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, CHAT], ids=["plain", "chat"])
-@MANY
+@settings(MANY, max_examples=1000)
 @given(before=TEXT, content=CONTENT, after=TEXT)
 def test_every_match_holds_the_same_token_in_order_and_every_candidate_is_accounted_for(
     tokenizer: PreTrainedTokenizerFast, before: str, content: str, after: str

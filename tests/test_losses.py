@@ -8,6 +8,8 @@ import math
 import pytest
 import torch
 from conftest import hf_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ctlens import losses
 from ctlens.batch import EncodedPair, PairBatch, collate, encode
@@ -126,6 +128,26 @@ def test_a_pair_has_the_same_loss_alone_and_in_any_batch(model, rows, loss, padd
     for index, row in enumerate(rows[::-1]):
         for name, alone in row_values(model, loss, collate([row])).items():
             torch.testing.assert_close(together[name][index], alone[0], rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(
+    texts=st.lists(
+        st.tuples(st.text("abc .é🟦", max_size=9), st.text("xyz ?ñ", min_size=1, max_size=9)), min_size=1, max_size=4
+    ),
+    padding=st.sampled_from(["right", "left"]),
+    order=st.randoms(use_true_random=False),
+)
+def test_no_batch_of_random_pairs_changes_a_loss(model, tokenizer, texts, padding, order) -> None:
+    pairs = [Pair(prompt(content + "?"), prompt(f"{before}. {content}?"), target="(A") for before, content in texts]
+    rows = list(encode(pairs, tokenizer, n_ctx=256).rows)
+    mixed = order.sample(rows, len(rows))
+
+    for loss in (ACT(), MLPCT(), AttCT(keys="rest"), BCT()):
+        together = row_values(model, loss, collate(mixed, padding))
+        for index, row in enumerate(mixed):
+            for name, alone in row_values(model, loss, collate([row])).items():
+                torch.testing.assert_close(together[name][index], alone[0], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss", INTERNAL, ids=repr)

@@ -115,9 +115,12 @@ class Run:
         if loss is not None:
             if loss not in names:
                 raise unknown("loss of this run", loss, names)
-            return plots.hook_history(steps, self.history.by_hook(loss), f"At which depth does {loss} fall?")
-        names += ["retention"] if self.history.series("retention") else []
-        return plots.history(steps, {name: self.history.series(name) for name in names}, "Does the training converge?")
+            title = f"At which depth does {plots.label(loss)} fall?"
+            return plots.hook_history(steps, self.history.by_hook(loss), title)
+        curves = {name: self.history.series(name) for name in names}
+        if held := self.history.series("retention"):
+            curves["KL to the reference"] = held
+        return plots.history(steps, curves, "Does the training converge?")
 
 
 def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
