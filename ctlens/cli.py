@@ -91,7 +91,7 @@ def train(
     config = TrainConfig(steps=steps, batch_size=batch_size, lr=lr, retention=retention, seed=seed)
     losses = [_loss(name, window) for name in loss]
     chosen = _pairs(pairs, threat, seed)
-    trainer = Trainer(_model(model), chosen, losses, config)
+    trainer = Trainer(_model(model), chosen, losses, config, progress=not quiet)
     _print_alignment(trainer)
     _take_steps(trainer, quiet)
     trainer.run.save(out)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from ctlens.errors import CtlensError
 from ctlens.types import LensModel
@@ -20,7 +21,13 @@ Ids = tuple[int, ...]
 
 @torch.no_grad()
 def generate(
-    model: LensModel, prompts: Sequence[Ids], *, max_new_tokens: int = 16, end: int | None = None, batch_size: int = 128
+    model: LensModel,
+    prompts: Sequence[Ids],
+    *,
+    max_new_tokens: int = 16,
+    end: int | None = None,
+    batch_size: int = 128,
+    progress: bool = False,
 ) -> list[Ids]:
     """The greedy continuation of each prompt, closed by the end token where the model gave it.
 
@@ -30,6 +37,7 @@ def generate(
         max_new_tokens: an answer is cut here.
         end: the token that closes an answer; None for none.
         batch_size: prompts decoded together, in order of length.
+        progress: show a progress bar when it takes more than two seconds.
 
     Raises:
         CtlensError: the model is in training mode, a prompt is empty or leaves no room in the context.
@@ -39,7 +47,8 @@ def generate(
     _check(prompts, max_new_tokens, model.cfg.n_ctx)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Ids] = {}
-    for chunk in _chunks(order, batch_size):
+    chunks = list(_chunks(order, batch_size))
+    for chunk in tqdm(chunks, desc="answers", delay=2, leave=False, disable=not progress):
         continued = _continue(model, [prompts[i] for i in chunk], max_new_tokens, end)
         answers.update(zip(chunk, continued, strict=True))
     return [answers[i] for i in range(len(prompts))]

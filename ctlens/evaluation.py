@@ -113,6 +113,7 @@ def evaluate(
     n: int = 96,
     seed: int = 0,
     max_new_tokens: int = 16,
+    progress: bool = True,
 ) -> Evaluation:
     """Greedy answers to the wrapped, clean and benign prompts of threats or of given pairs, judged.
 
@@ -124,6 +125,7 @@ def evaluate(
         n: pairs a threat.
         seed: of the threats' pairs.
         max_new_tokens: longest answer, in tokens.
+        progress: show a progress bar when it takes more than two seconds.
 
     Raises:
         CtlensError: a threat or split is unknown, a prompt names no answers, a prompt is too long,
@@ -148,7 +150,7 @@ def evaluate(
         raise CtlensError("there is nothing to evaluate: give at least one pair.")
     for *_, prompt in items:
         judge(prompt, "")  # refuses a prompt without answers before the work of decoding
-    answers = _answers(model, [prompt for *_, prompt in items], max_new_tokens)
+    answers = _answers(model, [prompt for *_, prompt in items], max_new_tokens, progress)
     rows = [
         (name, split, arm, index, answer, judge(prompt, answer))
         for (name, arm, index, prompt), answer in zip(items, answers, strict=True)
@@ -156,14 +158,15 @@ def evaluate(
     return Evaluation(pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)))
 
 
-def _answers(model: LensModel, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+def _answers(model: LensModel, prompts: Sequence[Prompt], max_new_tokens: int, progress: bool) -> list[str]:
     """One answer a prompt; equal prompts are decoded once."""
     tokenizer = model.tokenizer
     ids = [render(tokenizer, prompt.turns).ids for prompt in prompts]
     for row in ids:
         require_room(len(row) + max_new_tokens, model.cfg.n_ctx, "a prompt with its answer")
     distinct = list(dict.fromkeys(ids))
-    given = generate(model, distinct, max_new_tokens=max_new_tokens, end=tokenizer.eos_token_id)
+    end = tokenizer.eos_token_id
+    given = generate(model, distinct, max_new_tokens=max_new_tokens, end=end, progress=progress)
     texts = dict(zip(distinct, tokenizer.batch_decode(given, skip_special_tokens=True), strict=True))
     return [texts[row].strip() for row in ids]
 

@@ -158,7 +158,7 @@ class Study:
         return Evaluation.load(path)
 
     def _evaluate(self, threats: Sequence[str], model: LensModel) -> Evaluation:
-        return evaluate(model, threats, split=SPLIT, n=self.config.items)
+        return evaluate(model, threats, split=SPLIT, n=self.config.items, progress=self.progress)
 
     def _run(self, cell: Cell, folder: Path) -> None:
         threat = self.threats[cell.threat]
@@ -166,7 +166,7 @@ class Study:
         losses = [] if cell.method == CONTROL else [loss_registry.get(cell.method)]
         config = replace(self.config.training, seed=cell.seed)
         retain = threat.neutral(NEUTRAL_PROMPTS, seed=cell.seed)
-        trainer = Trainer(self.model, pairs, losses, config, retain=retain)
+        trainer = Trainer(self.model, pairs, losses, config, retain=retain, progress=self.progress)
         tables = []
         marks = {max(1, round(share * config.steps)) for share in DOSES}
         for step in tqdm(trainer, desc=cell.name, disable=not self.progress, leave=False):

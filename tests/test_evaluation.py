@@ -55,7 +55,7 @@ def answering(model: LensModel, monkeypatch: pytest.MonkeyPatch) -> Callable[[Ma
     def choose(answers: Mapping[str, str]) -> Asked:
         tokenizer, asked = model.tokenizer, []
 
-        def decode(_: LensModel, prompts: Sequence[Ids], *, max_new_tokens: int, end: int) -> list[Ids]:
+        def decode(_: LensModel, prompts: Sequence[Ids], *, max_new_tokens: int, end: int, progress: bool) -> list[Ids]:
             asked.append(prompts)
             texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
             return [(*tokenizer(answers[text], add_special_tokens=False).input_ids, end) for text in texts]

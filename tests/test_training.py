@@ -138,7 +138,7 @@ def test_retention_is_the_divergence_on_the_references_own_answers(model) -> Non
     for _ in trainer:
         pass
     prompt_length = len(trainer.pairs.rows[0].clean.ids)
-    ids = torch.tensor([trainer.retention.sequences[0]])
+    ids = torch.tensor([trainer.retention.prompts[0] + trainer.retention.answer(0)])
 
     with torch.no_grad():
         p, q = (m(ids)[0, prompt_length - 1 : -1].log_softmax(-1) for m in (model, trainer.model))

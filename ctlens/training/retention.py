@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from ctlens.batch import pad, require_room
 from ctlens.chat import render
-from ctlens.decoding import generate
+from ctlens.decoding import Ids, generate
 from ctlens.hooks import run
 from ctlens.losses.distances import kl_divergence
 from ctlens.pairs import Pair, Prompt
@@ -20,7 +20,8 @@ class Retention:
 
     Args:
         reference: the model before training, in eval mode.
-        prompts: what to hold; each is followed by the reference's greedy answer.
+        prompts: what to hold; each is followed by the reference's greedy answer, generated when it
+            is first drawn.
         answer_tokens: longest answer, in tokens.
 
     Raises:
@@ -28,14 +29,11 @@ class Retention:
     """
 
     def __init__(self, reference: LensModel, prompts: Sequence[Prompt], answer_tokens: int) -> None:
-        self.reference = reference
-        tokenizer = reference.tokenizer
-        ids = list(dict.fromkeys(render(tokenizer, prompt.turns).ids for prompt in prompts))
-        for prompt_ids in ids:
-            require_room(len(prompt_ids) + answer_tokens, reference.cfg.n_ctx, "a retention prompt with its answer")
-        answers = generate(reference, ids, max_new_tokens=answer_tokens, end=tokenizer.eos_token_id)
-        self.sequences = [a + b for a, b in zip(ids, answers, strict=True)]
-        self.prompt_lengths = [len(prompt_ids) for prompt_ids in ids]
+        self.reference, self.answer_tokens = reference, answer_tokens
+        self.prompts = list(dict.fromkeys(render(reference.tokenizer, prompt.turns).ids for prompt in prompts))
+        self._answers: dict[int, Ids] = {}
+        for ids in self.prompts:
+            require_room(len(ids) + answer_tokens, reference.cfg.n_ctx, "a retention prompt with its answer")
 
     def loss(self, model: LensModel, batch_size: int, draw: torch.Generator) -> Scalar:
         """`KL(reference || model)` in nats on a random batch, averaged over the answers' tokens.
@@ -48,14 +46,24 @@ class Retention:
             batch_size: sequences, drawn with replacement.
             draw: decides which.
         """
-        chosen = torch.randint(len(self.sequences), (batch_size,), generator=draw).tolist()
+        chosen = torch.randint(len(self.prompts), (batch_size,), generator=draw).tolist()
         device = next(model.parameters()).device
-        side = pad([self.sequences[index] for index in chosen]).to(device)
-        lengths = torch.tensor([self.prompt_lengths[index] for index in chosen], device=device)
+        side = pad([self.prompts[index] + self.answer(index, chosen) for index in chosen]).to(device)
+        lengths = torch.tensor([len(self.prompts[index]) for index in chosen], device=device)
         decides = side.mask[:, 1:] & (torch.arange(side.mask.shape[1] - 1, device=device) >= lengths[:, None] - 1)
         with torch.no_grad():
             target = run(self.reference, side.tokens)[:, :-1][decides]
         return kl_divergence(target, run(model, side.tokens)[:, :-1][decides]).mean()
+
+    def answer(self, index: int, together: Iterable[int] = ()) -> Ids:
+        """The reference's answer to one prompt; those to the prompts drawn `together` are generated with it."""
+        missing = sorted({index, *together} - self._answers.keys())
+        if index in missing:
+            end = self.reference.tokenizer.eos_token_id
+            asked = [self.prompts[number] for number in missing]
+            given = generate(self.reference, asked, max_new_tokens=self.answer_tokens, end=end)
+            self._answers.update(zip(missing, given, strict=True))
+        return self._answers[index]
 
 
 def held_prompts(pairs: Sequence[Pair], extra: Sequence[Prompt] = ()) -> list[Prompt]:

@@ -56,6 +56,7 @@ class Trainer:
         losses: one loss or several; none trains on retention alone, the null control.
         config: the settings.
         retain: prompts to hold beside the pairs' clean prompts and benign twins.
+        progress: show a progress bar when the reference's answers take more than two seconds.
 
     Raises:
         CtlensError: the pairs do not align or do not fit the context, a loss is given twice, or
@@ -70,6 +71,7 @@ class Trainer:
         config: TrainConfig | None = None,
         *,
         retain: Sequence[Prompt] = (),
+        progress: bool = False,
     ) -> None:
         self.config = config or TrainConfig()
         self.losses = (losses,) if isinstance(losses, Loss) else tuple(losses)
@@ -81,7 +83,7 @@ class Trainer:
         self.reference = model
         self.hook_names = {loss.name: loss.hook_names(model) for loss in self.losses}
         with evaluating(model):
-            self.pairs = self._encode(pairs)
+            self.pairs = self._encode(pairs, progress)
             held = held_prompts(pairs, retain)
             keeps = self.config.retention and held
             self.retention = Retention(model, held, self.config.answer_tokens) if keeps else None
@@ -94,11 +96,12 @@ class Trainer:
         self._rows = _epochs(len(self.pairs), self.config)
         self._retention_draw = generator(self.config.seed, "retention")
 
-    def _encode(self, pairs: Sequence[Pair]) -> EncodedPairs:
+    def _encode(self, pairs: Sequence[Pair], progress: bool) -> EncodedPairs:
         windows = dict.fromkeys(window for loss in self.losses for window in loss.windows)
         encoded = encode(pairs, self.reference.tokenizer, windows=windows, n_ctx=self.reference.cfg.n_ctx)
         if any(loss.needs_answer for loss in self.losses):
-            return encoded.with_answers(reference_answers(self.reference, encoded, self.config.answer_tokens))
+            answers = reference_answers(self.reference, encoded, self.config.answer_tokens, progress=progress)
+            return encoded.with_answers(answers)
         return encoded
 
     def __len__(self) -> int:
@@ -181,7 +184,8 @@ def train(
         CtlensError: as `Trainer`, or the loss is no longer finite.
     """
     changes = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
-    trainer = Trainer(model, pairs, losses, replace(config or TrainConfig(), **changes), retain=retain)
+    config = replace(config or TrainConfig(), **changes)
+    trainer = Trainer(model, pairs, losses, config, retain=retain, progress=progress)
     with tqdm(total=len(trainer), desc=label(trainer.losses), disable=not progress, leave=False) as bar:
         for step in trainer:
             bar.set_postfix(loss=f"{step.losses['total']:.4f}", refresh=False)
@@ -194,7 +198,9 @@ def label(losses: Sequence[Loss]) -> str:
     return "+".join(loss.name for loss in losses) or "retention"
 
 
-def reference_answers(reference: LensModel, pairs: EncodedPairs, answer_tokens: int) -> list[tuple[int, ...]]:
+def reference_answers(
+    reference: LensModel, pairs: EncodedPairs, answer_tokens: int, *, progress: bool = False
+) -> list[tuple[int, ...]]:
     """Per pair, its own target's tokens or the reference's greedy answer to the clean prompt.
 
     Raises:
@@ -203,7 +209,7 @@ def reference_answers(reference: LensModel, pairs: EncodedPairs, answer_tokens: 
     """
     end = reference.tokenizer.eos_token_id
     asked = [row.clean.ids for row in pairs.rows if not row.answer]
-    given = iter(generate(reference, asked, max_new_tokens=answer_tokens, end=end))
+    given = iter(generate(reference, asked, max_new_tokens=answer_tokens, end=end, progress=progress))
     answers = [row.answer or next(given) for row in pairs.rows]
     for row, answer in zip(pairs.rows, answers, strict=True):
         if answer in ((), (end,)):
