@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Collection, Iterable
 from typing import Any, cast
 
@@ -76,6 +77,15 @@ def freeze(model: LensModel, trainable: Iterable[str]) -> list[nn.Parameter]:
     for parameter in parameters:
         parameter.requires_grad_(True)
     return parameters
+
+
+def fingerprint(model: LensModel) -> str:
+    """A short name of the weights: equal for equal weights, whatever the TransformerLens version of a bridge."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(present_parameters(model).items()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def copy_model(model: LensModel) -> LensModel:

@@ -21,6 +21,7 @@ from ctlens.files import atomic_file, atomic_folder, read_json, require_free, wr
 from ctlens.gallery import save_figures
 from ctlens.intervals import difference, wilson
 from ctlens.organism import load_organism
+from ctlens.parameters import fingerprint
 from ctlens.report import write_report
 from ctlens.training import TrainConfig, Trainer
 from ctlens.types import LensModel
@@ -113,7 +114,7 @@ class Study:
     Args:
         config: what to run.
         out: the folder of the study.
-        resume: go on with a study of the same config in `out`.
+        resume: go on with a study of the same config, base model and ctlens version in `out`.
         progress: show progress bars.
 
     Raises:
@@ -122,17 +123,18 @@ class Study:
 
     def __init__(self, config: StudyConfig, out: str | Path, *, resume: bool = False, progress: bool = True) -> None:
         self.config, self.folder, self.progress = config, Path(out), progress
-        self._claim(resume)
         self.model = load_organism()
+        self._claim(resume)
         self.threats = {name: threat_registry.get(name) for name in config.threats}
 
     def _claim(self, resume: bool) -> None:
         held = self.folder / "config.json"
+        described = {**to_dict(self.config), "model": fingerprint(self.model), "ctlens": environment()["ctlens"]}
         if not held.is_file():
             require_free(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(held, to_dict(self.config))
-        elif read_json(held) != to_dict(self.config):
+            write_json(held, described)
+        elif read_json(held) != described:
             raise CtlensError(f"{self.folder} holds another study: name a new folder with --out.")
         elif not resume:
             raise CtlensError(f"{self.folder} holds this study: pass --resume to finish it, or name a new folder.")

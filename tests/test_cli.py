@@ -18,8 +18,7 @@ from conftest import byte_level_tokenizer, hf_model
 
 from ctlens import cli
 from ctlens.config import to_dict
-from ctlens.files import write_json
-from ctlens.study import StudyConfig
+from ctlens.study import Study, StudyConfig
 from ctlens.training import TrainConfig
 
 GOOD = {"clean": "Is it right?", "wrapped": "I don't think so.\nIs it right?"}
@@ -98,8 +97,7 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / folder).mkdir()
         if name:
             (place / folder / name).write_text(text)
-    study = StudyConfig(seeds=2, training=TrainConfig(steps=3))
-    write_json(place / "study" / "config.json", to_dict(study))
+    Study(StudyConfig(seeds=2, training=TrainConfig(steps=3)), place / "study", progress=False)
     shutil.copytree(place / "hf", place / "weightless")
     (place / "weightless" / "model.safetensors").write_bytes(b"short")
     (place / "foreign").mkdir()

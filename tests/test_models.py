@@ -29,7 +29,7 @@ from transformers import (
 from ctlens.decoding import generate
 from ctlens.errors import CtlensError
 from ctlens.models import build, load_model, parity, save_model
-from ctlens.parameters import GROUPS, freeze, parameter_groups, plain_name, present_parameters
+from ctlens.parameters import GROUPS, fingerprint, freeze, parameter_groups, plain_name, present_parameters
 from ctlens.types import LensModel
 from ctlens.weights import ModelConfig
 
@@ -349,3 +349,12 @@ def test_loading_prints_nothing_and_leaves_the_progress_bars_as_they_were(hf_fol
     arguments = [sys.executable, "-c", code, str(hf_folder), str(hf_folder.parent / "again")]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_a_fingerprint_names_the_weights() -> None:
+    config = ModelConfig(d_vocab=20, n_layers=1, n_heads=2, d_model=8, d_mlp=8)
+    model = build(config, seed=0)
+
+    assert fingerprint(model) == fingerprint(build(config, seed=0)) != fingerprint(build(config, seed=1))
+    next(iter(present_parameters(model).values())).data[0, 0] += 1e-6
+    assert fingerprint(model) != fingerprint(build(config, seed=0))

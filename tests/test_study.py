@@ -19,6 +19,7 @@ from ctlens.errors import CtlensError
 from ctlens.evaluation import Evaluation
 from ctlens.files import read_json
 from ctlens.intervals import difference, wilson
+from ctlens.organism import load_organism
 from ctlens.plots.export import plotly_source
 from ctlens.study import RESULT_COLUMNS, Study, StudyConfig, StudyResult, compare
 from ctlens.training import TrainConfig
@@ -307,3 +308,12 @@ def test_compare_runs_the_study_its_arguments_name(tmp_path: Path) -> None:
 
     assert read_json(result.folder / "config.json")["threats"] == ["jailbreak"]
     assert set(result.results.method) == {"none", "retention", "bct"}
+
+
+def test_a_study_of_another_base_model_is_not_resumed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = load_organism()
+    next(changed.parameters()).data.mul_(1.001)
+    monkeypatch.setattr("ctlens.study.load_organism", lambda: changed)
+
+    with pytest.raises(CtlensError, match="holds another study"):
+        Study(TINY, folder, resume=True, progress=False)
