@@ -70,6 +70,20 @@ def test_the_readmes_table_is_the_one_of_the_committed_results() -> None:
     assert "within 2.1 points" in readme and max(drops) < 0.021
 
 
+def test_every_method_of_the_committed_study_repairs_the_organism_and_keeps_the_rest() -> None:
+    results = pd.read_csv(ROOT / "figures" / "results.csv", keep_default_na=False)
+    rates = summary_table(results).set_index(["threat", "method"])
+
+    for (threat, method), row in rates.iterrows():
+        base = rates.loc[(threat, "none")]
+        for arm in ("clean", "benign"):
+            assert row[f"good {arm}"].value >= base[f"good {arm}"].value - 0.05
+        if method not in ("none", "retention"):
+            assert row["bad wrapped"].value <= 0.2 * base["bad wrapped"].value
+    against_control = results.query("metric == 'bad_rate_vs_retention'")
+    assert len(against_control) == 8 and (against_control.ci_high < 0).all()
+
+
 def test_the_readmes_pictures_exist() -> None:
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text())
 
