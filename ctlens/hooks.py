@@ -76,16 +76,6 @@ def resolve(model: LensModel, point: str, layers: Layers = "all") -> list[str]:
     return names
 
 
-def layer_of(name: str) -> int | None:
-    """The layer a hook name belongs to, or None.
-
-    >>> layer_of("blocks.3.attn.hook_pattern")
-    3
-    """
-    parts = name.split(".")
-    return int(parts[1]) if parts[0] == "blocks" else None
-
-
 def capture(
     model: LensModel, tokens: Tokens, names: Iterable[str], *, grad: bool, mask: Mask | None = None
 ) -> tuple[Logits, Activations]:

@@ -8,7 +8,7 @@ from conftest import hf_model
 from torch import Tensor, nn
 
 from ctlens.errors import CtlensError
-from ctlens.hooks import SHORTHANDS, capture, capturing, editing, layer_of, resolve, run, select_layers
+from ctlens.hooks import SHORTHANDS, capture, capturing, editing, resolve, run, select_layers
 from ctlens.models import build, is_bridge, load_model
 from ctlens.types import LensModel
 from ctlens.weights import ModelConfig
@@ -87,11 +87,6 @@ def test_shorthands_and_full_names_resolve(model: LensModel):
 def test_an_unknown_point_is_refused_with_the_nearest_names(model: LensModel, wrong: str, right: str):
     with pytest.raises(CtlensError, match=f"unknown hook point.*did you mean.*'{right}'"):
         resolve(model, wrong)
-
-
-def test_a_name_knows_its_layer():
-    assert layer_of("blocks.11.hook_resid_pre") == 11
-    assert layer_of("hook_embed") is None
 
 
 def test_captures_are_keyed_by_the_requested_names_and_shaped_by_their_kind(model: LensModel):
