@@ -239,6 +239,9 @@ def test_bad_requests_are_refused(model) -> None:
 def test_a_loss_that_is_no_number_stops_the_training(model) -> None:
     broken = copy_model(model)
     next(broken.parameters()).data.fill_(float("nan"))
+    trainer = Trainer(broken, PAIRS, ACT(), TrainConfig(steps=1, retention=0))
 
     with pytest.raises(CtlensError, match="loss is nan at step 1"):
-        train(broken, PAIRS, ACT(), config=TrainConfig(steps=1, retention=0), progress=False)
+        next(trainer)
+
+    assert not trainer.model.training

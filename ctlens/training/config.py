@@ -13,7 +13,7 @@ class TrainConfig:
 
     Attributes:
         steps: optimiser steps.
-        batch_size: pairs a step.
+        batch_size: pairs a step, and half as many retention prompts.
         lr: peak learning rate of AdamW, reached after the warm-up, falling to zero at the end.
         warmup: share of the steps that warm up, 0 to 1.
         relative_eps: AdamW's eps as a share of `1 / sqrt(number of trained weights)`, the typical

@@ -113,17 +113,20 @@ class Trainer:
     def __next__(self) -> Step:
         if len(self.history) == self.config.steps:
             raise StopIteration
-        with torch.enable_grad(), evaluating(self.reference):
-            step = self._step()
+        self.model.train()
+        try:
+            with torch.enable_grad(), evaluating(self.reference):
+                step = self._step()
+        finally:
+            self.model.eval()
         self.history.add(step.index, step.losses, step.by_hook, step.lr, step.grad_norm)
         return step
 
     def _step(self) -> Step:
-        self.model.train()
         values = self._loss_values(self._next_batch())
         terms = {name: value.total for name, value in values.items()}
         if self.retention:
-            held = self.retention.loss(self.model, -(-self.config.batch_size // 2), self._retention_draw)
+            held = self.retention.loss(self.model, (self.config.batch_size + 1) // 2, self._retention_draw)
             terms["retention"] = self.config.retention * held
         total = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(total):
@@ -134,7 +137,6 @@ class Trainer:
         lr = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.schedule.step()
-        self.model.eval()
         losses = {name: float(term.detach()) for name, term in terms.items()} | {"total": float(total.detach())}
         by_hook = {name: _floats(value.by_hook) for name, value in values.items()}
         return Step(len(self.history) + 1, losses, by_hook, lr, float(norm))
