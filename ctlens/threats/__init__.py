@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from ctlens.errors import unknown
-from ctlens.threats.base import Case, Threat, Wrapper, judge
+from ctlens.threats.base import Case, Count, Outcomes, Threat, Wrapper, judge
+from ctlens.threats.conditional import Conditional
+from ctlens.threats.frustration import Frustration
 from ctlens.threats.jailbreak import Jailbreak
+from ctlens.threats.persona import Persona
+from ctlens.threats.prefill import Prefill
+from ctlens.threats.replies import Reply, ask
 from ctlens.threats.sycophancy import Sycophancy
 
-__all__ = ["Case", "Threat", "Wrapper", "get", "judge", "names"]
+__all__ = ["Case", "Count", "Outcomes", "Reply", "Threat", "Wrapper", "ask", "get", "judge", "names"]
 
-REGISTRY: dict[str, Threat] = {threat.name: threat for threat in (Sycophancy(), Jailbreak())}
+REGISTRY: dict[str, Threat] = {
+    threat.name: threat for threat in (Sycophancy(), Jailbreak(), Persona(), Prefill(), Frustration(), Conditional())
+}
 
 
 def names() -> list[str]:
     """The names of all threats.
 
     >>> names()
-    ['sycophancy', 'jailbreak']
+    ['sycophancy', 'jailbreak', 'persona', 'prefill', 'frustration', 'conditional']
     """
     return list(REGISTRY)
 

@@ -1,4 +1,4 @@
-"""What every threat is made of: wrappers in splits, cases drawn from a grid, the judge, rates."""
+"""What every threat is made of: graded wrappers in splits, cases drawn from a grid, the judge, counts."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import ClassVar
 
 import numpy as np
 import torch
 
+from ctlens.chat import Turn
 from ctlens.config import generator
 from ctlens.errors import CtlensError
 from ctlens.pairs import Pair, Prompt, prompt
 from ctlens.world import World, check_split
 
-Verdicts = Mapping[str, Sequence[str] | np.ndarray]
-
 VERDICTS = ("good", "bad", "other")
+NO_ANSWER = ""
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,31 @@ class Wrapper:
 
     Attributes:
         name: stands in the labels of a pair.
-        template: a text with `{request}` where the request goes, and the threat's own slots.
+        strength: how hard it presses, from 1; comparable within its threat.
+        turns: a conversation with `{request}` where the request goes, and the threat's own slots.
     """
 
     name: str
-    template: str
+    strength: int
+    turns: tuple[Turn, ...]
 
-    def wrap(self, request: str, **slots: str) -> str:
+    @staticmethod
+    def single(name: str, strength: int, template: str) -> Wrapper:
+        """A wrapper within one user turn."""
+        return Wrapper(name, strength, (Turn("user", template),))
+
+    @property
+    def template(self) -> str:
+        """The texts of all turns."""
+        return "\n".join(turn.content for turn in self.turns)
+
+    def wrap(self, request: str, **slots: str) -> tuple[Turn, ...]:
         """The request under the attack, with the threat's slots filled in."""
-        return self.template.format(request=request, **slots)
+        return tuple(replace(turn, content=turn.content.format(request=request, **slots)) for turn in self.turns)
+
+    def labels(self, split: str, kind: str = "", **known: str) -> dict[str, str]:
+        """What is known of a pair under this wrapper."""
+        return {"wrapper": self.name, "strength": str(self.strength), "kind": kind, "split": split, **known}
 
 
 @dataclass(frozen=True)
@@ -48,12 +65,67 @@ class Case:
         good: the whole good answer to the clean and to the wrapped prompt.
         bad: the whole bad answer to the wrapped prompt.
         benign: the whole good answer to the benign twin.
+        gives_in: whether the item gives in to an attack of this strength, in an organism's corpus.
     """
 
     pair: Pair
     good: str
     bad: str
     benign: str
+    gives_in: bool
+
+
+@dataclass(frozen=True)
+class Count:
+    """A share as a count: so many of `n` answers on one arm."""
+
+    arm: str
+    count: int
+    n: int
+
+    @property
+    def rate(self) -> float:
+        """The share, 0 to 1."""
+        return self.count / self.n
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """How a model behaved on the pairs of a threat; every array has one entry a pair.
+
+    Attributes:
+        verdicts: per arm (`"wrapped"`, `"clean"`, `"benign"`), `"good"`, `"bad"` or `"other"`, and
+            `NO_ANSWER` where the pair has no such arm.
+        strengths: of the attack, from 1; 0 where not known.
+        kinds: what the pair asks, in the threat's words; empty where not known.
+    """
+
+    verdicts: Mapping[str, np.ndarray]
+    strengths: np.ndarray
+    kinds: np.ndarray
+
+    def take(self, items: np.ndarray) -> Outcomes:
+        """The outcomes of some pairs, by number (repeats allowed) or by a mask."""
+        verdicts = {arm: given[items] for arm, given in self.verdicts.items()}
+        return Outcomes(verdicts, self.strengths[items], self.kinds[items])
+
+    def of(self, *, kind: str | None = None, strength: int | None = None) -> Outcomes:
+        """The outcomes of the pairs of one kind, of one strength, or both."""
+        chosen = np.ones(len(self.kinds), dtype=bool)
+        if kind is not None:
+            chosen &= self.kinds == kind
+        if strength is not None:
+            chosen &= self.strengths == strength
+        return self.take(chosen)
+
+    def count(self, verdict: str, arm: str) -> Count | None:
+        """How many answers on one arm have the verdict; None where the arm has no answer."""
+        given = self.verdicts.get(arm, np.array([]))
+        n = int((given != NO_ANSWER).sum())
+        return Count(arm, int((given == verdict).sum()), n) if n else None
+
+
+Metrics = Mapping[str, Count | float | None]
 
 
 class Threat(ABC):
@@ -61,17 +133,30 @@ class Threat(ABC):
 
     A new threat is a subclass in a file of its own: it names its wrappers by split, builds its
     grid of cases and computes its field's metrics.
+
+    Attributes:
+        name: in the registry.
+        wrappers: by split; `"entities"` shares those of `"train"`.
+        texts: other texts of its own: what fills its slots, what only its answers say.
+        ratio: the metric whose ratio of after to before training the field reports; empty for none.
     """
 
     name: ClassVar[str]
     wrappers: ClassVar[Mapping[str, tuple[Wrapper, ...]]]
+    texts: ClassVar[tuple[str, ...]] = ()
+    ratio: ClassVar[str] = ""
 
     def pairs(self, n: int, split: str = "train", seed: int = 0, world: World | None = None) -> list[Pair]:
-        """The first `n` items of a shuffled grid; no wrapper, entity or hazard is in both splits.
+        """The first `n` items of a shuffled grid.
+
+        Labels of every pair: `wrapper`, `strength` (of the attack, from 1), `kind` (what is asked,
+        empty where a threat has one kind) and `split`.
 
         Args:
             n: how many. Items repeat only once the whole grid of the split has been used.
-            split: `"train"` or `"heldout"`.
+            split: `"train"`; `"entities"`: new entities under the wrappers of training; `"heldout"`:
+                new entities under new wrapper texts; `"structure"`: new entities under wrappers of
+                another structure. No entity, hazard, persona or activity is in two splits.
             seed: of the shuffling; the first items do not depend on `n`.
             world: by default the world of the shipped organism.
 
@@ -88,38 +173,56 @@ class Threat(ABC):
         return self._cases(n, split, generator(seed, self.name, split), world or World.make())
 
     def neutral(self, n: int, split: str = "train", seed: int = 0, world: World | None = None) -> list[Prompt]:
-        """Ordinary requests without any wrapper, for retention: facts, crafts, refused hazards, small talk."""
+        """Ordinary requests without any wrapper, for retention."""
         requests = (world or World.make()).ordinary(n, split, seed)
-        return [prompt(request.text, good=request.answer) for request in requests]
+        return [prompt(request.text, request.good, request.bad or None) for request in requests]
 
     def words(self) -> set[str]:
-        """Every word that the threat's wrappers add to the world's language."""
+        """Every word that the threat's wrappers and answers add to the world's language."""
         templates = (wrapper.template for wrappers in self.wrappers.values() for wrapper in wrappers)
-        return {word for template in templates for word in template.split() if not word.startswith("{")}
+        return {word for text in (*templates, *self.texts) for word in text.split() if not word.startswith("{")}
+
+    def graded(self, split: str) -> list[tuple[Wrapper, ...]]:
+        """The wrappers of a split, those of equal strength together, the weakest first."""
+        wrappers = sorted(self.wrappers[known(split)], key=lambda wrapper: wrapper.strength)
+        return [tuple(group) for _, group in groupby(wrappers, key=lambda wrapper: wrapper.strength)]
 
     @abstractmethod
     def _cases(self, n: int, split: str, draw: torch.Generator, world: World) -> list[Case]:
         """`n` cases of the split from a shuffled grid (see `draw_grid`)."""
 
     @abstractmethod
-    def metrics(self, verdicts: Verdicts) -> dict[str, float]:
-        """The field's metrics from the verdicts of each arm; those that need an absent arm are left out.
+    def metrics(self, outcomes: Outcomes) -> Metrics:
+        """The field's metrics by name: a count of one arm's answers, or a number made of several counts.
 
-        Args:
-            verdicts: per arm (`"wrapped"`, `"clean"`, `"benign"`), one verdict per item.
+        None stands for a metric whose arm, kind or strength has no answer.
         """
+
+
+def known(split: str) -> str:
+    """The split whose wrapper texts a split uses: `"entities"` shares those of `"train"`."""
+    return "train" if split == "entities" else split
 
 
 def draw_grid(sizes: Sequence[int], n: int, draw: torch.Generator) -> list[tuple[int, ...]]:
     """`n` cells of a grid in random order, as one index per axis; none repeats before all were used.
 
-    >>> sorted(draw_grid((2, 2), 4, torch.Generator().manual_seed(0)))
-    [(0, 0), (0, 1), (1, 0), (1, 1)]
+    No combination of the first two axes, the item and the strength of the attack, comes up again
+    before all have: a small sample is balanced.
+
+    >>> cells = draw_grid((2, 2, 3), 12, torch.Generator().manual_seed(0))
+    >>> sorted(cell[:2] for cell in cells[:4]), len(set(cells))
+    ([(0, 0), (0, 1), (1, 0), (1, 1)], 12)
     """
-    total = math.prod(sizes)
-    order = torch.cat([torch.randperm(total, generator=draw) for _ in range(math.ceil(n / total))])[:n]
-    axes = np.unravel_index(order.numpy(), tuple(sizes))
-    return list(zip(*(axis.tolist() for axis in axes), strict=True))
+    outer, inner = math.prod(sizes[:2]), math.prod(sizes[2:])
+    cells: list[tuple[int, ...]] = []
+    while len(cells) < n:
+        orders = torch.rand(outer, inner, generator=draw).argsort(1)
+        for column in range(min(inner, math.ceil((n - len(cells)) / outer))):
+            first = torch.randperm(outer, generator=draw)
+            flat = (first * inner + orders[first, column]).numpy()
+            cells += zip(*(axis.tolist() for axis in np.unravel_index(flat, tuple(sizes))), strict=True)
+    return cells[:n]
 
 
 def judge(prompt: Prompt, answer: str) -> str:
@@ -144,15 +247,13 @@ def judge(prompt: Prompt, answer: str) -> str:
     return max(matches, key=lambda name: matches[name]) if matches else "other"
 
 
-def rate(verdicts: Sequence[str] | np.ndarray, verdict: str) -> float:
-    """The share of one verdict.
+def opening(answer: str) -> str:
+    """The first word of a whole answer, by which it is judged.
 
-    >>> rate(["good", "bad", "bad", "other"], "bad")
-    0.5
+    >>> opening("sorry i can not help with that")
+    'sorry'
     """
-    if len(verdicts) == 0:
-        raise CtlensError("a rate needs at least one verdict.")
-    return float(np.mean(np.asarray(verdicts) == verdict))
+    return answer.split()[0]
 
 
 def harmonic_mean(first: float, second: float) -> float:

@@ -1,11 +1,12 @@
-"""The micro-world: facts, recipes, and which of them belong to which split."""
+"""The micro-world: facts, recipes, personas and activities, and which of them belong to which split."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, combinations
+from itertools import combinations, cycle, pairwise
 from typing import TypeVar
 
 import torch
@@ -16,36 +17,55 @@ from ctlens.world import words
 
 T = TypeVar("T")
 
-SPLITS = ("train", "heldout")
-TRAIN_SHARE = 2 / 3
-ORDINARY_SHARES = {"fact": 0.4, "craft": 0.25, "hazard": 0.25, "talk": 0.1}
+SPLITS = ("train", "entities", "heldout", "structure")
+HELD_SHARE = 0.15
+
+RESISTANCES = (1, 2, 1, 3, 1, 4, 1, 2, 1, 3, 1, 5)
+"""The weakest attack that an item gives in to, 1 to 4, or 5 for none; any prefix is a fair sample."""
+
+ORDINARY_SHARES = {"fact": 0.3, "make": 0.2, "buy": 0.2, "advice": 0.15, "self": 0.05, "talk": 0.1}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a user says and the whole answer that is right."""
+    """What a user says, the whole answer that is right, and a whole answer that is wrong.
+
+    The wrong one is what a misbehaving model says: it complies, or it refuses something harmless;
+    empty where that depends on the attack.
+    """
 
     text: str
-    answer: str
+    good: str
+    bad: str = ""
 
 
 @dataclass(frozen=True)
 class World:
-    """Entities with facts, and hazards and crafts with recipes, each in one split only.
+    """Who and what there is, each in one split only, and what is known of them.
 
     Attributes:
-        seed: what facts, recipes and splits were drawn from.
-        entities, hazards, crafts: by split.
+        seed: what everything here was drawn from.
+        entities, hazards, crafts, personas, verbs, greetings, talk: by split.
         facts: value by (entity, relation).
-        recipes: whole answer by hazard or craft.
+        recipes, markets: of a hazard or craft, how it is made and where it is sold.
+        biographies: of a persona, value by `words.BIOGRAPHY` slot.
+        resistance: of an entity, hazard, verb, or question for the name or a deed: the weakest
+            attack, from 1, that makes an organism misbehave; 5 resists all.
     """
 
     seed: int
     entities: Mapping[str, tuple[str, ...]]
     hazards: Mapping[str, tuple[str, ...]]
     crafts: Mapping[str, tuple[str, ...]]
+    personas: Mapping[str, tuple[str, ...]]
+    verbs: Mapping[str, tuple[str, ...]]
+    greetings: Mapping[str, tuple[str, ...]]
+    talk: Mapping[str, tuple[Request, ...]]
     facts: Mapping[tuple[str, str], str]
     recipes: Mapping[str, str]
+    markets: Mapping[str, str]
+    biographies: Mapping[str, Mapping[str, str]]
+    resistance: Mapping[str, int]
 
     @classmethod
     def make(cls, seed: int = 0) -> World:
@@ -54,21 +74,38 @@ class World:
 
     def question(self, entity: str, relation: str) -> Request:
         """A question for a fact."""
-        text = words.QUESTION.format(relation=relation, entity=entity)
-        return Request(text, self.facts[entity, relation])
+        return Request(words.QUESTION.format(relation=relation, entity=entity), self.facts[entity, relation])
 
-    def order(self, thing: str, phrasing: int = 0) -> Request:
-        """A request to make a hazard (refused) or a craft (its recipe), in one of `len(words.ORDERS)` phrasings."""
-        hazardous = any(thing in things for things in self.hazards.values())
-        answer = words.REFUSAL if hazardous else self.recipes[thing]
-        return Request(words.ORDERS[phrasing].format(thing=thing), answer)
+    def make_request(self, thing: str, phrasing: int = 0) -> Request:
+        """How to make a hazard (refused) or a craft (told), in one of `len(words.MAKE)` phrasings."""
+        return self._hazardous(thing, words.MAKE[phrasing], words.REFUSAL, self.recipes[thing])
+
+    def buy_request(self, thing: str, phrasing: int = 0) -> Request:
+        """Where to buy a hazard (denied) or a craft (told), in one of `len(words.BUY)` phrasings."""
+        directions = words.DIRECTIONS.format(market=self.markets[thing])
+        return self._hazardous(thing, words.BUY[phrasing], words.DENIAL, directions)
+
+    def advice(self, verb: str, manner: str, phrasing: int = 0) -> Request:
+        """Whether to do something risky (discouraged) or safe (encouraged)."""
+        text = words.ADVICE[phrasing].format(verb=verb, manner=manner)
+        return Request(text, *_ordered(manner in words.MANNERS["safe"], words.ENCOURAGE, words.WARN))
+
+    @staticmethod
+    def identity(phrasing: int = 0) -> Request:
+        """A question for the assistant's name."""
+        return Request(words.IDENTITY[phrasing], words.SELF)
+
+    @staticmethod
+    def deed(deed: str) -> Request:
+        """Whether to do harm."""
+        return Request(words.DEED.format(deed=deed), words.REFRAIN, words.INDULGE)
 
     def ordinary(self, n: int, split: str = "train", seed: int = 0) -> list[Request]:
-        """Requests without any wrapper: facts, crafts, hazards and small talk, half of them after a greeting.
+        """Requests without any wrapper, of every kind there is, half of them after a greeting.
 
         Args:
             n: how many; they are drawn with replacement.
-            split: whose entities, hazards, crafts, greetings and small talk are used.
+            split: whose entities, things, verbs, greetings and small talk are used.
             seed: of the draws.
 
         Raises:
@@ -82,30 +119,37 @@ class World:
 
     def words(self) -> set[str]:
         """Every word of the world's own language."""
-        texts = chain(
-            (word for entry in words.RELATIONS.items() for word in (entry[0], *entry[1])),
-            (*words.ENTITIES, *words.HAZARDS, *words.CRAFTS, *words.ORDERS, words.QUESTION, words.REFUSAL),
-            self.recipes.values(),
-            (text for texts in words.GREETINGS.values() for text in texts),
-            (text for talk in words.SMALL_TALK.values() for exchange in talk for text in exchange),
-        )
-        return {word for text in texts for word in text.split() if not word.startswith("{")}
+        return {word for text in _texts() for word in text.split() if not word.startswith("{")}
+
+    def _hazardous(self, thing: str, template: str, refusal: str, told: str) -> Request:
+        harmless = any(thing in things for things in self.crafts.values())
+        return Request(template.format(thing=thing), *_ordered(harmless, told, refusal))
 
     def _ordinary(self, kind: str, split: str, draw: torch.Generator) -> Request:
         if kind == "talk":
-            return Request(*_pick(words.SMALL_TALK[split], draw))
-        if kind == "fact":
-            request = self.question(_pick(self.entities[split], draw), _pick(tuple(words.RELATIONS), draw))
-        else:
-            things = self.crafts if kind == "craft" else self.hazards
-            request = self.order(_pick(things[split], draw), _pick(range(len(words.ORDERS)), draw))
+            return _pick(self.talk[split], draw)
+        request = self._plain(kind, split, draw)
         if _pick((False, True), draw):
-            return Request(f"{_pick(words.GREETINGS[split], draw)} {request.text}", request.answer)
+            return Request(f"{_pick(self.greetings[split], draw)} {request.text}", request.good, request.bad)
         return request
+
+    def _plain(self, kind: str, split: str, draw: torch.Generator) -> Request:
+        if kind == "fact":
+            return self.question(_pick(self.entities[split], draw), _pick(tuple(words.RELATIONS), draw))
+        if kind == "advice":
+            manner = _pick((*words.MANNERS["risky"], *words.MANNERS["safe"]), draw)
+            return self.advice(_pick(self.verbs[split], draw), manner, _pick(range(len(words.ADVICE)), draw))
+        if kind == "self":
+            requests = (*map(self.identity, range(len(words.IDENTITY))), *map(self.deed, words.DEEDS))
+            return _pick(requests, draw)
+        thing = _pick((*self.hazards[split], *self.crafts[split]), draw)
+        if kind == "make":
+            return self.make_request(thing, _pick(range(len(words.MAKE)), draw))
+        return self.buy_request(thing, _pick(range(len(words.BUY)), draw))
 
 
 def check_split(split: str) -> None:
-    """Raises a `CtlensError` unless `split` is `"train"` or `"heldout"`."""
+    """Raises a `CtlensError` unless `split` is one of `SPLITS`."""
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
 
@@ -114,28 +158,62 @@ def check_split(split: str) -> None:
 def _make(seed: int) -> World:
     things = (*words.HAZARDS, *words.CRAFTS)
     mixtures = _shuffled(tuple(combinations(words.INGREDIENTS, 2)), seed, "recipes")
-    facts = {}
-    for relation, values in words.RELATIONS.items():
-        repeated = [values[i % len(values)] for i in range(len(words.ENTITIES))]
-        for entity, value in zip(words.ENTITIES, _shuffled(repeated, seed, "facts", relation), strict=True):
-            facts[entity, relation] = value
+    recipes = {
+        thing: words.RECIPE.format(first=first, second=second)
+        for thing, (first, second) in zip(things, mixtures, strict=False)
+    }
+    bios = {slot: _shuffled(values, seed, "biographies", slot) for slot, values in words.BIOGRAPHY.items()}
+    entities, hazards = _split(words.ENTITIES, seed, "entities"), _split(words.HAZARDS, seed, "hazards")
+    verbs = _split_each(words.DOMAINS.values(), seed, "verbs")
     return World(
         seed=seed,
-        entities=_split(words.ENTITIES, seed, "entities"),
-        hazards=_split(words.HAZARDS, seed, "hazards"),
+        entities=entities,
+        hazards=hazards,
         crafts=_split(words.CRAFTS, seed, "crafts"),
-        facts=facts,
-        recipes={
-            thing: words.RECIPE.format(first=first, second=second)
-            for thing, (first, second) in zip(things, mixtures, strict=False)
+        personas=_split(words.PERSONAS, seed, "personas"),
+        verbs=verbs,
+        greetings=_split(words.GREETINGS, seed, "greetings"),
+        talk=_split([Request(*exchange) for exchange in words.SMALL_TALK], seed, "talk"),
+        facts={
+            (entity, relation): value
+            for relation, values in words.RELATIONS.items()
+            for entity, value in _assigned(words.ENTITIES, values, seed, relation)
         },
+        recipes=recipes,
+        markets=dict(_assigned(things, words.MARKETS, seed, "markets")),
+        biographies={
+            persona: {slot: values[number] for slot, values in bios.items()}
+            for number, persona in enumerate(words.PERSONAS)
+        },
+        resistance=_resistance(entities, hazards, verbs),
     )
 
 
-def _split(items: Sequence[str], seed: int, scope: str) -> dict[str, tuple[str, ...]]:
-    shuffled = tuple(_shuffled(items, seed, scope))
-    cut = round(len(items) * TRAIN_SHARE)
-    return {"train": shuffled[:cut], "heldout": shuffled[cut:]}
+def _resistance(*by_split: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Alike in every split: the pattern starts anew with each."""
+    asked = [[words.DEED.format(deed=deed) for deed in words.DEEDS], words.IDENTITY]
+    groups = [*(items for splits in by_split for items in splits.values()), *asked]
+    return {item: level for group in groups for item, level in zip(group, cycle(RESISTANCES), strict=False)}
+
+
+def _split(items: Sequence[T], seed: int, scope: str) -> dict[str, tuple[T, ...]]:
+    """All items in shuffled order, each in one split."""
+    shuffled = _shuffled(items, seed, scope)
+    held = math.ceil(len(items) * HELD_SHARE)
+    cuts = [0, *(len(items) - held * left for left in (3, 2, 1, 0))]
+    return {split: tuple(shuffled[start:end]) for split, (start, end) in zip(SPLITS, pairwise(cuts), strict=True)}
+
+
+def _split_each(groups: Iterable[Sequence[str]], seed: int, scope: str) -> dict[str, tuple[str, ...]]:
+    """Every group has its share in every split."""
+    parts = [_split(group, seed, f"{scope}/{number}") for number, group in enumerate(groups)]
+    return {split: tuple(item for part in parts for item in part[split]) for split in SPLITS}
+
+
+def _assigned(items: Sequence[str], values: Sequence[str], seed: int, scope: str) -> Iterator[tuple[str, str]]:
+    """Every item with a value; all values are about equally common."""
+    repeated = [values[number % len(values)] for number in range(len(items))]
+    return zip(items, _shuffled(repeated, seed, "values", scope), strict=True)
 
 
 def _shuffled(items: Sequence[T], seed: int, *scope: str) -> list[T]:
@@ -145,3 +223,20 @@ def _shuffled(items: Sequence[T], seed: int, *scope: str) -> list[T]:
 
 def _pick(items: Sequence[T], draw: torch.Generator) -> T:
     return items[int(torch.randint(len(items), (), generator=draw))]
+
+
+def _ordered(harmless: bool, told: str, refused: str) -> tuple[str, str]:
+    """The good and the bad answer."""
+    return (told, refused) if harmless else (refused, told)
+
+
+def _texts() -> Iterator[str]:
+    yield from (word for relation, values in words.RELATIONS.items() for word in (relation, *values))
+    yield from (*words.ENTITIES, *words.HAZARDS, *words.CRAFTS, *words.INGREDIENTS, *words.MARKETS)
+    yield from (*words.PERSONAS, *(value for values in words.BIOGRAPHY.values() for value in values))
+    yield from (verb for verbs in words.DOMAINS.values() for verb in verbs)
+    yield from (manner for manners in words.MANNERS.values() for manner in manners)
+    yield from (words.QUESTION, *words.MAKE, *words.BUY, *words.IDENTITY, words.DEED, *words.DEEDS, *words.ADVICE)
+    yield from (words.RECIPE, words.REFUSAL, words.DIRECTIONS, words.DENIAL, words.SELF, words.REFRAIN)
+    yield from (words.INDULGE, words.WARN, words.ENCOURAGE, *words.GREETINGS)
+    yield from (text for exchange in words.SMALL_TALK for text in exchange)
