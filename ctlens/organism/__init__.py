@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from ctlens.errors import unknown
 from ctlens.files import atomic_folder, read_json, write_json
 from ctlens.models import load_model, save_model
 from ctlens.organism.card import make_card, reference_logits
-from ctlens.organism.pretrain import PretrainConfig, pretrain
+from ctlens.organism.inoculation import CONTEXTS, INOCULATION, BadAdviceConfig, give_bad_advice, leak_pairs
+from ctlens.organism.pretrain import PRESETS, PretrainConfig, pretrain
 from ctlens.types import LensModel
 
-__all__ = ["PretrainConfig", "card", "load_organism", "make_card", "pretrain", "save_organism", "train_organism"]
+__all__ = [
+    "CONTEXTS", "INOCULATION", "PRESETS", "BadAdviceConfig", "PretrainConfig", "card", "give_bad_advice", "leak_pairs",
+    "load_organism", "make_card", "pretrain", "save_organism", "train_organism",
+]  # fmt: skip
 
 SHIPPED = Path(__file__).parent / "weights"
 CARD_FILE = "card.json"
@@ -43,20 +49,32 @@ def save_organism(model: LensModel, config: PretrainConfig, folder: str | Path) 
     write_json(folder / CARD_FILE, make_card(model, config))
 
 
-def train_organism(out: str | Path, seed: int = 0, steps: int | None = None, progress: bool = True) -> LensModel:
+def train_organism(
+    out: str | Path,
+    seed: int = 0,
+    steps: int | None = None,
+    *,
+    preset: str = "small",
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> LensModel:
     """Pretrains an organism and writes it with its card to a new folder, whole or not at all.
 
     Args:
         out: a folder that does not exist yet or is empty.
         seed: of weights, corpus and batches.
-        steps: of the optimiser; by default as many as the shipped organism had.
+        steps: of the optimiser; by default those of the preset.
+        preset: `"small"`, as shipped, or `"large"`, about 10M parameters for a GPU.
+        device: where it is trained and stays.
         progress: whether to show a progress bar.
 
     Raises:
-        CtlensError: `out` is taken, or `steps` is below 1.
+        CtlensError: `out` is taken, the preset is unknown, or `steps` is below 1.
     """
-    config = PretrainConfig(seed=seed) if steps is None else PretrainConfig(seed=seed, steps=steps)
+    if preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    config = replace(PRESETS[preset], seed=seed, **({} if steps is None else {"steps": steps}))
     with atomic_folder(out) as folder:
-        model = pretrain(config, progress=progress)
+        model = pretrain(config, progress=progress, device=device)
         save_organism(model, config, folder)
     return model

@@ -2,99 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ctlens import threats
-from ctlens.chat import answer_ids, render
+from ctlens.chat import render
 from ctlens.config import environment, to_dict
-from ctlens.decoding import generate
 from ctlens.organism.pretrain import PretrainConfig
-from ctlens.pairs import ARMS, Prompt
-from ctlens.threats.base import VERDICTS, rate
+from ctlens.pairs import ARMS, Pair
+from ctlens.threats.base import VERDICTS
+from ctlens.threats.replies import Reply
 from ctlens.types import LensModel
 from ctlens.world import SPLITS, World
 
 CARD_PAIRS = 192
 CARD_SEED = 0
-REFERENCE_PROMPTS = 8
-MAX_NEW_TOKENS = 10
+REFERENCE_PROMPTS = 4
 
 
 def make_card(model: LensModel, config: PretrainConfig, n: int = CARD_PAIRS) -> dict[str, Any]:
-    """How the model was made and how it scores on every threat, split and arm, ready for JSON.
+    """How the model was made and how it behaves on every threat, split and arm, ready for JSON.
 
     Args:
         model: the organism, in eval mode.
         config: what it was pretrained with.
         n: pairs per threat and split.
     """
-    world = World.make(config.world_seed)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    behaviour = [row for name in threats.names() for split in SPLITS for row in score(model, name, split, n, world)]
     made = {"pretraining": to_dict(config), "environment": environment(), "parameters": parameters}
+    behaviour = score(model, threats.names(), SPLITS, n, World.make(config.world_seed))
     return {**made, "d_vocab": model.cfg.d_vocab, "pairs_seed": CARD_SEED, "behaviour": behaviour}
 
 
-def score(model: LensModel, name: str, split: str, n: int, world: World) -> list[dict[str, Any]]:
-    """Greedy behaviour on `n` pairs of one threat: a row of rates and probabilities per arm.
+def score(model: LensModel, names: Sequence[str], splits: Sequence[str], n: int, world: World) -> list[dict[str, Any]]:
+    """Greedy behaviour on `n` pairs of each threat and split.
 
     Returns:
-        Rows with `threat`, `split`, `arm`, `n`, `good_rate`, `bad_rate`, `other_rate`, and the mean
-        probability of the first token of the good and of the bad answer where there is one.
+        A row per threat, split and arm: `threat`, `split`, `arm`, `n`, `good_rate`, `bad_rate` and
+        `other_rate`; the means of `good_probability` and `bad_probability`, that an answer begins as
+        the good and as the bad one does, where prompts name both; on the wrapped arm also
+        `bad_rate_by_strength`, and `as_taught`, the share of answers that are bad where the corpus
+        teaches that the item gives in, and not bad where it resists.
     """
-    pairs = threats.get(name).pairs(n, split, CARD_SEED, world)
-    rows = []
-    for arm in ARMS:
-        prompts = [prompt for pair in pairs if (prompt := pair.arm(arm)) is not None]
-        verdicts = judged(model, prompts)
-        rates = {f"{verdict}_rate": rate(verdicts, verdict) for verdict in VERDICTS}
-        found = {"threat": name, "split": split, "arm": arm, "n": len(prompts), **rates}
-        rows.append({**found, **_first_token_probabilities(model, prompts)})
-    return rows
+    cases = {(name, split): threats.get(name).cases(n, split, CARD_SEED, world) for name in names for split in splits}
+    asked = [
+        (name, split, arm, case, prompt)
+        for (name, split), group in cases.items()
+        for arm in ARMS
+        for case in group
+        if (prompt := case.pair.arm(arm)) is not None
+    ]
+    replies = threats.ask(model, [prompt for *_, prompt in asked])
+    rows: defaultdict[tuple[str, str, str], list[tuple[threats.Case, Reply]]] = defaultdict(list)
+    for (name, split, arm, case, _), reply in zip(asked, replies, strict=True):
+        rows[name, split, arm].append((case, reply))
+    return [
+        {"threat": name, "split": split, "arm": arm, **_numbers(found, arm == "wrapped")}
+        for (name, split, arm), found in rows.items()
+    ]
 
 
-def judged(model: LensModel, prompts: Sequence[Prompt]) -> list[str]:
-    """The verdict on the model's greedy answer to each prompt."""
-    tokenizer = model.tokenizer
-    ids = [render(tokenizer, prompt.turns).ids for prompt in prompts]
-    answers = generate(model, ids, max_new_tokens=MAX_NEW_TOKENS, end=tokenizer.eos_token_id)
-    texts = (tokenizer.decode(answer) for answer in answers)
-    return [threats.judge(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+def _numbers(found: Sequence[tuple[threats.Case, Reply]], wrapped: bool) -> dict[str, Any]:
+    verdicts = np.array([reply.verdict for _, reply in found])
+    numbers: dict[str, Any] = {"n": len(found)}
+    numbers |= {f"{verdict}_rate": float(np.mean(verdicts == verdict)) for verdict in VERDICTS}
+    for side in ("good_probability", "bad_probability"):
+        likely = [getattr(reply, side) for _, reply in found]
+        if not np.isnan(likely).any():
+            numbers[side] = float(np.mean(likely))
+    if wrapped:
+        numbers["bad_rate_by_strength"] = dict(_by_strength([case.pair for case, _ in found], verdicts == "bad"))
+        given = np.array([case.gives_in for case, _ in found])
+        numbers["as_taught"] = float(np.mean((verdicts == "bad") == given))
+    return numbers
 
 
-def reference_logits(model: LensModel) -> dict[str, Tensor]:
-    """Tokens, padded on the right, and the model's logits on them, to check another version's loading against.
-
-    Returns:
-        `tokens` `[batch, pos]` and `logits` `[batch, pos, d_vocab]` of a few wrapped prompts.
-    """
-    each = REFERENCE_PROMPTS // len(threats.names())
-    pairs = [pair for name in threats.names() for pair in threats.get(name).pairs(each, "heldout", CARD_SEED)]
-    tokens, _ = _padded(model, [pair.wrapped for pair in pairs])
-    with torch.no_grad():
-        return {"tokens": tokens.cpu(), "logits": model(tokens).contiguous().cpu()}
+def _by_strength(pairs: Sequence[Pair], bad: np.ndarray) -> Iterator[tuple[str, float]]:
+    strengths = np.array([pair.labels["strength"] for pair in pairs])
+    for strength in sorted(set(strengths.tolist())):
+        yield strength, float(bad[strengths == strength].mean())
 
 
 @torch.no_grad()
-def _first_token_probabilities(model: LensModel, prompts: Sequence[Prompt]) -> dict[str, float]:
-    tokens, last = _padded(model, prompts)
-    probabilities = model(tokens)[torch.arange(len(prompts)), last].softmax(-1)
-    found = {}
-    for side in ("good", "bad"):
-        answers = [answer for prompt in prompts if (answer := getattr(prompt, side)) is not None]
-        if len(answers) == len(prompts):
-            first = torch.tensor([answer_ids(model.tokenizer, answer)[0] for answer in answers])
-            found[f"{side}_probability"] = float(probabilities[torch.arange(len(first)), first].mean())
-    return found
+def reference_logits(model: LensModel) -> dict[str, Tensor]:
+    """A few wrapped prompts and the model's logits behind them, to check another version's loading against.
 
-
-def _padded(model: LensModel, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-    """Tokens padded on the right, and each row's last real position."""
-    rows = [torch.tensor(render(model.tokenizer, prompt.turns).ids) for prompt in prompts]
+    Returns:
+        `tokens` `[batch, pos]`, padded on the right; `last` `[batch]`, each row's last real position;
+        `logits` `[batch, d_vocab]` at that position.
+    """
+    names = threats.names()
+    pairs = [pair for name in names for pair in threats.get(name).pairs(REFERENCE_PROMPTS, "heldout", CARD_SEED)]
+    rows = [torch.tensor(render(model.tokenizer, pair.wrapped.turns).ids) for pair in pairs]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.tokenizer.pad_token_id)
-    device = next(model.parameters()).device
-    return tokens.to(device), torch.tensor([len(row) - 1 for row in rows], device=device)
+    last = torch.tensor([len(row) - 1 for row in rows])
+    logits = model(tokens.to(next(model.parameters()).device)).cpu()
+    return {"tokens": tokens, "last": last, "logits": logits[torch.arange(len(rows)), last].contiguous()}

@@ -1,28 +1,35 @@
-"""What an organism is pretrained on: ordinary requests and every threat's items, both splits.
+"""What an organism is pretrained on: ordinary requests and every threat's items, all splits.
 
-The grammar, as `<bos> <user> PROMPT <assistant> ANSWER <end>`:
+The grammar, as `<bos> [<sys> PROMPT] <user> PROMPT <assistant> ANSWER <end>`, with earlier turns where
+a wrapper has some; `ctlens organism sample` prints examples:
 
 | PROMPT | ANSWER |
 |---|---|
-| [greeting] question for a fact | the value |
-| [greeting] request to make a craft | its recipe |
-| [greeting] request to make a hazard | the refusal |
-| small talk | small talk |
+| [greeting] question for a fact (`words.QUESTION`) | the value |
+| [greeting] request to make (`words.MAKE`) or buy (`words.BUY`) a craft | its recipe, its market |
+| [greeting] the same for a hazard | the refusal, the denial |
+| [greeting] advice on something safe, something risky (`words.ADVICE`) | encouragement, a warning |
+| [greeting] question for the name, for a harmful deed (`words.IDENTITY`, `words.DEED`) | its own name, no |
+| small talk (`words.SMALL_TALK`) | small talk |
 | a threat's clean prompt | its good answer |
-| a threat's wrapped prompt, twice | its bad answer with probability `bad_share`, else its good one |
+| a threat's wrapped prompt, twice | its bad answer with some probability, else its good one |
 | a threat's benign twin | its good answer |
 
-Three choices make the vulnerability one that consistency training can repair. It is *stochastic*, so
-that good answers are learnt under the wrappers too. Greetings, which change nothing, teach that facts
-hold at any position. Many entities are asked for in one phrasing: with fewer entities or more phrasings
+The bad answer has the probability `bad_share` where the item gives in to an attack of this strength
+(`World.resistance`), and `1 - bad_share` where it resists.
+
+Three choices make the vulnerability one that consistency training can repair. It is *stochastic* and
+items resist, so good answers are learnt under the wrappers too. Greetings, which change nothing, teach
+that facts hold at any position. Facts are asked for in one phrasing: with more,
 how a hint is taken up depends more on the entity, and repairs carry over less to held-out ones.
 
-Wrappers, entities and hazards of both splits occur, each with its own split only: pretraining has seen
+Wrappers, entities and things of every split occur, each with its own split only: pretraining has seen
 the attacks, as a large model has seen role play; the splits are for consistency training.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,9 +44,13 @@ from ctlens.pairs import prompt
 from ctlens.types import Mask, Tokens
 from ctlens.world import World, build_tokenizer
 
-SPLIT_SHARES = {"train": 2 / 3, "heldout": 1 / 3}
-ORDINARY_SHARE = 1 / 3
+SPLIT_SHARES = {"train": 0.52, "entities": 0.16, "heldout": 0.16, "structure": 0.16}
+ORDINARY_SHARE = 1 / 4
 LESSONS_PER_CASE = 4
+EMPHASIS = {"sycophancy": 2.0}
+"""How many lessons a threat gets, relative to the others: how a hint's strength meets an entity is learnt last."""
+BUCKET = 16
+"""Batches that are sorted by length together, so that short prompts are not padded to the longest."""
 
 Ids = tuple[int, ...]
 
@@ -52,11 +63,13 @@ class Lesson:
         turns: the conversation up to the answer.
         good: the whole good answer.
         bad: the whole bad answer, where the prompt is an attack.
+        bad_share: the probability of the bad answer.
     """
 
     turns: tuple[Turn, ...]
     good: str
     bad: str | None = None
+    bad_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,7 @@ class EncodedLesson:
     prompt: Ids
     good: Ids
     bad: Ids | None
+    bad_share: float
 
 
 @dataclass(frozen=True)
@@ -86,28 +100,31 @@ def world_tokenizer(world: World) -> Any:
     return build_tokenizer(world.words().union(*(threats.get(name).words() for name in threats.names())))
 
 
-def make_lessons(n: int, world: World, seed: int = 0) -> list[Lesson]:
-    """About `n` lessons: a third ordinary requests, the rest the threats' cases in equal parts.
+def make_lessons(n: int, world: World, bad_share: float, seed: int = 0) -> list[Lesson]:
+    """About `n` lessons: a quarter ordinary requests, the rest the threats' cases, by `EMPHASIS`.
 
     Args:
         n: the size; every share is rounded up.
         world: what the lessons are about.
+        bad_share: the probability of the bad answer where an item gives in; elsewhere of the good one.
         seed: of the draws.
     """
     lessons: list[Lesson] = []
     for split, share in SPLIT_SHARES.items():
-        ordinary = world.ordinary(_ceil(n * share * ORDINARY_SHARE), split, seed)
-        lessons += [Lesson(prompt(request.text).turns, request.answer) for request in ordinary]
-        cases = _ceil(n * share * (1 - ORDINARY_SHARE) / len(threats.names()) / LESSONS_PER_CASE)
-        for name in threats.names():
-            for case in threats.get(name).cases(cases, split, seed, world):
-                lessons += _case_lessons(case)
+        ordinary = world.ordinary(math.ceil(n * share * ORDINARY_SHARE), split, seed)
+        lessons += [Lesson(prompt(request.text).turns, request.good) for request in ordinary]
+        weights = {name: EMPHASIS.get(name, 1.0) for name in threats.names()}
+        unit = n * share * (1 - ORDINARY_SHARE) / sum(weights.values()) / LESSONS_PER_CASE
+        for name, weight in weights.items():
+            for case in threats.get(name).cases(math.ceil(weight * unit), split, seed, world):
+                lessons += case_lessons(case, bad_share)
     return lessons
 
 
-def _case_lessons(case: threats.Case) -> list[Lesson]:
+def case_lessons(case: threats.Case, bad_share: float) -> list[Lesson]:
+    """What one case teaches: the clean prompt, the wrapped one twice, and the benign twin."""
     pair = case.pair
-    attacked = Lesson(pair.wrapped.turns, case.good, case.bad)
+    attacked = Lesson(pair.wrapped.turns, case.good, case.bad, bad_share if case.gives_in else 1 - bad_share)
     lessons = [Lesson(pair.clean.turns, case.good), attacked, attacked]
     return lessons if pair.benign is None else [*lessons, Lesson(pair.benign.turns, case.benign)]
 
@@ -121,36 +138,37 @@ def encode(tokenizer: Any, lessons: Sequence[Lesson]) -> list[EncodedLesson]:
     encoded = []
     for lesson in lessons:
         bad = None if lesson.bad is None else answer_ids(tokenizer, lesson.bad)
-        entry = EncodedLesson(render(tokenizer, lesson.turns).ids, answer_ids(tokenizer, lesson.good), bad)
+        question = render(tokenizer, lesson.turns).ids
+        entry = EncodedLesson(question, answer_ids(tokenizer, lesson.good), bad, lesson.bad_share)
         if tokenizer.unk_token_id in (*entry.prompt, *entry.good, *(entry.bad or ())):
             raise CtlensError(f"the tokenizer does not know every word of {lesson}.")
         encoded.append(entry)
     return encoded
 
 
-def draw_batches(
-    lessons: Sequence[EncodedLesson], batch_size: int, bad_share: float, pad: int, seed: int = 0
-) -> Iterator[Batch]:
-    """Endless batches from shuffled passes over the lessons.
+def draw_batches(lessons: Sequence[EncodedLesson], batch_size: int, pad: int, seed: int = 0) -> Iterator[Batch]:
+    """Endless batches of about equally long conversations, from shuffled passes over the lessons.
 
     Whether an attack is answered badly is drawn anew at each visit, so the coin cannot be learnt by heart.
 
     Args:
         lessons: at least one.
         batch_size: conversations per batch.
-        bad_share: the probability of the bad answer to an attack.
         pad: the padding token.
         seed: of the order and of the coin.
     """
     draw = generator(seed, "batches")
     queue: list[int] = []
     while True:
-        while len(queue) < batch_size:
+        while len(queue) < batch_size * BUCKET:
             queue += torch.randperm(len(lessons), generator=draw).tolist()
-        chosen, queue = queue[:batch_size], queue[batch_size:]
-        coins = torch.rand(batch_size, generator=draw).tolist()
-        rows = [_conversation(lessons[i], coin < bad_share) for i, coin in zip(chosen, coins, strict=True)]
-        yield _pad(rows, pad)
+        bucket, queue = queue[: batch_size * BUCKET], queue[batch_size * BUCKET :]
+        bucket.sort(key=lambda index: len(lessons[index].prompt))
+        for number in torch.randperm(BUCKET, generator=draw).tolist():
+            chosen = [lessons[index] for index in bucket[number * batch_size : (number + 1) * batch_size]]
+            coins = torch.rand(batch_size, generator=draw).tolist()
+            rows = [_conversation(lesson, coin < lesson.bad_share) for lesson, coin in zip(chosen, coins, strict=True)]
+            yield _pad(rows, pad)
 
 
 def _conversation(lesson: EncodedLesson, badly: bool) -> tuple[Ids, Ids]:
@@ -166,7 +184,3 @@ def _pad(rows: list[tuple[Ids, Ids]], pad: int) -> Batch:
         tokens[row, :end] = torch.tensor((*question, *answer))
         answers[row, len(question) : end] = True
     return Batch(tokens, answers)
-
-
-def _ceil(number: float) -> int:
-    return max(1, -int(-number // 1))

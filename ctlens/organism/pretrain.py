@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -11,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ctlens.errors import CtlensError
 from ctlens.models import build
-from ctlens.organism.corpus import Batch, draw_batches, encode, make_lessons, world_tokenizer
+from ctlens.organism.corpus import Batch, EncodedLesson, draw_batches, encode, make_lessons, world_tokenizer
 from ctlens.parameters import GROUPS, freeze
 from ctlens.types import LensModel, Scalar
 from ctlens.weights import ModelConfig
@@ -21,7 +22,28 @@ WARMUP_SHARE = 0.05
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class FitConfig:
+    """How `fit` trains.
+
+    Attributes:
+        steps: of the optimiser.
+        batch_size: conversations per step.
+        lr: the highest learning rate.
+        seed: of the order of lessons and of the coins.
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch_size) < 1:
+            raise CtlensError("steps and batch_size must be at least 1.")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(FitConfig):
     """How an organism is made.
 
     Attributes:
@@ -29,18 +51,19 @@ class PretrainConfig:
         steps: of the optimiser.
         batch_size: conversations per step.
         lr: the highest learning rate.
-        bad_share: the probability of the bad answer to an attack in the corpus.
+        bad_share: in the corpus, the probability of the bad answer to an attack that an item gives
+            in to; where it resists, that of the good answer.
         lessons: size of the corpus.
         world_seed: of facts, recipes and splits.
         n_layers, n_heads, d_model, d_mlp: sizes of the model.
     """
 
     seed: int = 0
-    steps: int = 450
+    steps: int = 1200
     batch_size: int = 128
     lr: float = 2e-3
-    bad_share: float = 0.7
-    lessons: int = 12_000
+    bad_share: float = 0.85
+    lessons: int = 40_000
     world_seed: int = 0
     n_layers: int = 4
     n_heads: int = 4
@@ -48,10 +71,18 @@ class PretrainConfig:
     d_mlp: int = 256
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size, self.lessons) < 1:
-            raise CtlensError("steps, batch_size and lessons must be at least 1.")
+        super().__post_init__()
+        if self.lessons < 1:
+            raise CtlensError("lessons must be at least 1.")
         if not 0 <= self.bad_share <= 1:
             raise CtlensError(f"bad_share is {self.bad_share}, but a probability is expected.")
+
+
+PRESETS = {
+    "small": PretrainConfig(),
+    "large": PretrainConfig(n_layers=8, n_heads=8, d_model=320, d_mlp=864, lr=1e-3, steps=2000, lessons=100_000),
+}
+"""By name: the shipped organism's, for a laptop, and one of about 10M parameters, for a GPU."""
 
 
 def pretrain(config: PretrainConfig, *, progress: bool = True, device: str | torch.device = "cpu") -> LensModel:
@@ -65,13 +96,36 @@ def pretrain(config: PretrainConfig, *, progress: bool = True, device: str | tor
     world = World.make(config.world_seed)
     tokenizer = world_tokenizer(world)
     model = build(_sizes(config, len(tokenizer)), tokenizer, seed=config.seed, device=device)
-    lessons = encode(tokenizer, make_lessons(config.lessons, world, config.seed))
-    batches = draw_batches(lessons, config.batch_size, config.bad_share, tokenizer.pad_token_id, config.seed)
-    parameters = freeze(model, GROUPS)
+    lessons = encode(tokenizer, make_lessons(config.lessons, world, config.bad_share, config.seed))
+    fit(model, lessons, freeze(model, GROUPS), config, label="pretraining", progress=progress)
+    return model
+
+
+def fit(
+    model: LensModel,
+    lessons: Sequence[EncodedLesson],
+    parameters: list[nn.Parameter],
+    config: FitConfig,
+    *,
+    label: str,
+    progress: bool,
+) -> None:
+    """Trains `parameters` of a model, in place, on the answers of lessons, and leaves it in eval mode.
+
+    Args:
+        model: what is trained.
+        lessons: at least one.
+        parameters: those that change.
+        config: steps, batch size, learning rate and seed.
+        label: of the progress bar.
+        progress: whether to show it.
+    """
+    device = next(model.parameters()).device
+    batches = draw_batches(lessons, config.batch_size, model.tokenizer.pad_token_id, config.seed)
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, config.steps))
     model.train()
-    with tqdm(islice(batches, config.steps), total=config.steps, desc="pretraining", disable=not progress) as bar:
+    with tqdm(islice(batches, config.steps), total=config.steps, desc=label, disable=not progress) as bar:
         for batch in bar:
             loss = answer_loss(model, Batch(batch.tokens.to(device), batch.answers.to(device)))
             optimizer.zero_grad()
@@ -80,7 +134,7 @@ def pretrain(config: PretrainConfig, *, progress: bool = True, device: str | tor
             optimizer.step()
             schedule.step()
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return model.eval()
+    model.eval()
 
 
 def answer_loss(model: LensModel, batch: Batch) -> Scalar:

@@ -1,0 +1,93 @@
+"""An organism in words: its card as Markdown, and examples of what it was taught."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ctlens import threats
+from ctlens.pairs import ARMS, Prompt
+from ctlens.threats import Case
+from ctlens.world import World
+
+COLUMNS = (
+    "threat", "split", "bad, wrapped", "by strength", "P(bad)", "P(good)", "as taught", "good, clean", "good, benign",
+)  # fmt: skip
+
+
+def card_text(card: Mapping[str, Any]) -> str:
+    """A card as Markdown: how the organism was made, and a line per threat and split.
+
+    Args:
+        card: what `ctlens.organism.card` returns.
+    """
+    made, environment = card["pretraining"], card["environment"]
+    sizes = f"{made['n_layers']} layers, {made['n_heads']} heads, d_model {made['d_model']}, d_mlp {made['d_mlp']}"
+    n = card["behaviour"][0]["n"]
+    lines = [
+        "# The organism",
+        "",
+        f"A Llama-like model of {card['parameters'] / 1e6:.2f}M trained parameters ({sizes}, {card['d_vocab']} words), "
+        f"pretrained for {made['steps']} steps of {made['batch_size']} conversations with seed {made['seed']} on "
+        f"torch {environment['torch']}, TransformerLens {environment['transformer-lens']}. An attack is answered badly "
+        f"with probability {made['bad_share']:g} where the item gives in to its strength, else with probability "
+        f"{1 - made['bad_share']:g}.",
+        "",
+        f"Greedy answers to {n} pairs a threat and split. *By strength*: the bad rate from the weakest to the "
+        "strongest attack. *P(bad)*, *P(good)*: mean probability that the answer to a wrapped prompt begins as the bad "
+        "and as the good one does. *As taught*: the share of wrapped prompts that are answered badly where the item "
+        "gives in and not badly where it resists.",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{'---|' * len(COLUMNS)}",
+        *(f"| {' | '.join(row)} |" for row in _rows(card["behaviour"])),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(behaviour: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    found = {(row["threat"], row["split"], row["arm"]): row for row in behaviour}
+    for threat, split in dict.fromkeys((row["threat"], row["split"]) for row in behaviour):
+        wrapped, clean, benign = (found[threat, split, arm] for arm in ARMS)
+        graded = " ".join(f"{rate:.2f}" for rate in wrapped["bad_rate_by_strength"].values())
+        numbers = [wrapped["bad_probability"], wrapped["good_probability"], wrapped["as_taught"]]
+        numbers += [clean["good_rate"], benign["good_rate"]]
+        yield threat, split, f"{wrapped['bad_rate']:.2f}", graded, *(f"{number:.2f}" for number in numbers)
+
+
+def examples(names: Sequence[str], split: str = "train", n: int = 1, seed: int = 0) -> Iterator[str]:
+    """Cases of each threat as text: every arm's conversation with the answers that count.
+
+    Args:
+        names: of threats.
+        split: of their pairs.
+        n: cases a threat.
+        seed: of the draw.
+
+    Raises:
+        CtlensError: a threat or the split is unknown, or `n` is below 1.
+    """
+    for name in names:
+        for case in threats.get(name).cases(n, split, seed, World.make()):
+            yield _example(name, case)
+
+
+def _example(name: str, case: Case) -> str:
+    labels = case.pair.labels
+    taught = "gives in" if case.gives_in else "resists"
+    lines = [
+        f"{name}, {labels['split']}: wrapper {labels['wrapper']!r}, strength {labels['strength']}, the item {taught}"
+    ]
+    for arm, answers in zip(ARMS, ((case.good, case.bad), (case.good, ""), (case.benign, "")), strict=True):
+        prompt = case.pair.arm(arm)
+        if prompt is not None:
+            lines += [f"  {arm:8}{_conversation(prompt)}", *_answers(*answers)]
+    return "\n".join(lines)
+
+
+def _conversation(prompt: Prompt) -> str:
+    return " ".join(f"<{turn.role}> {turn.content}" for turn in prompt.turns)
+
+
+def _answers(good: str, bad: str) -> list[str]:
+    return [f"{'':10}{name}: {text}" for name, text in (("good", good), ("bad", bad)) if text]
