@@ -51,6 +51,44 @@ def test_a_curve_carries_its_values_and_its_band():
     np.testing.assert_array_equal(band.x, [*STEPS, *STEPS[::-1]])
 
 
+def test_doses_on_a_log_axis_are_the_ticks():
+    figure = plots.dose_response([16, 32, 128], {"bct": LINE}, "?", x_title="training pairs", log_x=True)
+    axis = figure.layout.xaxis
+    assert (axis.type, axis.title.text) == ("log", "training pairs")
+    assert list(axis.tickvals) == [16, 32, 128] and list(axis.ticktext) == ["16", "32", "128"]
+    np.testing.assert_array_equal(named(figure, "BCT").x, [16, 32, 128])
+
+
+def test_the_caption_of_a_dose_response_says_only_what_applies():
+    def caption(doses: list[int], **settings: bool) -> str:
+        return plots.dose_response(doses, {"bct": LINE}, "?", **settings).layout.meta["caption"]
+
+    assert "before training" in caption(STEPS) and "logarithmic" not in caption(STEPS)
+    pairs = caption([16, 32, 128], log_x=True)
+    assert "before training" not in pairs and "logarithmic" in pairs
+
+
+def test_a_dose_that_was_not_measured_leaves_a_gap_in_the_line_and_none_in_the_band():
+    line = tuple(np.where([False, True, False], np.nan, array) for array in LINE)
+    band, drawn = plots.dose_response(STEPS, {"bct": line}, "?").data
+    assert band.x == (0, 50, 50, 0) and np.isfinite(band.y).all()
+    np.testing.assert_array_equal(drawn.y, line[0])
+
+
+def test_stages_are_told_apart_in_order_from_dark_to_light():
+    stages = ["before", "bad advice", "inoculated", "inoculated + ACT"]
+    rates = np.full((4, 3), 0.5)
+    figure = plots.behaviour(stages, ARMS, rates, rates, rates, metric="misalignment", title="?", stages=True)
+    assert [trace.name for trace in figure.data] == stages
+    colours = [trace.marker.color for trace in figure.data]
+    light = [sum(int(colour[at : at + 2], 16) for at in (1, 3, 5)) for colour in colours]
+    assert light == sorted(light) and len(set(light)) == 4
+    assert len({trace.marker.symbol for trace in figure.data}) == 4
+    assert not {look.colour for look in METHODS.values()} & set(colours)
+    beside = plots.behaviour([*stages[:3], "act"], ARMS, rates, rates, rates, metric="m", title="?", stages=True)
+    assert beside.data[-1].marker.color == METHODS["act"].colour and beside.data[-1].name == "ACT"
+
+
 def test_layer_curves_count_layers_from_zero_and_write_their_reference_lines():
     lines = {"as before": 0.0, "as clean": 1.0}
     figure = plots.layer_curves({"act": LINE}, "Where?", y_title="gap closed", reference_lines=lines)
@@ -118,6 +156,8 @@ def test_hook_history_keeps_every_hook_and_lists_the_ends_of_a_deep_model():
         lambda: plots.behaviour([], ARMS, np.zeros((0, 3)), np.zeros((0, 3)), np.zeros((0, 3)), metric="m", title="?"),
         lambda: plots.dose_response([0, 1], {"act": LINE}, "?"),
         lambda: plots.dose_response(STEPS, {}, "?"),
+        lambda: plots.dose_response(STEPS, {"act": LINE}, "?", log_x=True),
+        lambda: plots.dose_response([], {"act": LINE}, "?", log_x=True),
         lambda: plots.layer_curves({"act": LINE, "bct": tuple(array[:2] for array in LINE)}, "?", y_title="gap"),
         lambda: plots.layer_curves({}, "?", y_title="gap"),
         lambda: plots.attention_heads(np.zeros((2, 2)), np.zeros((2, 3)), "?"),

@@ -9,15 +9,21 @@ from plotly.graph_objects import Figure
 from ctlens.plots.curves import Curve, dose_response, layer_curves
 from ctlens.plots.export import save_figure
 from ctlens.plots.heads import attention_heads
+from ctlens.plots.matrix import Panel, cross_threat
 from ctlens.plots.rates import behaviour
+from ctlens.plots.strength import StrengthCurve, attack_strength
 from ctlens.plots.theme import finish, label, style
 from ctlens.plots.training import history, hook_history
 
 __all__ = [
     "Curve",
     "Figure",
+    "Panel",
+    "StrengthCurve",
+    "attack_strength",
     "attention_heads",
     "behaviour",
+    "cross_threat",
     "dose_response",
     "finish",
     "history",

@@ -1,4 +1,4 @@
-"""One curve with its band per method, against training steps or against depth."""
+"""One curve with its band per method, against the amount of training or against depth."""
 
 from __future__ import annotations
 
@@ -8,44 +8,49 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import ArrayLike
 
+from ctlens.errors import CtlensError
 from ctlens.plots.arrays import checked, require_some
 from ctlens.plots.rates import PERCENT
 from ctlens.plots.theme import MUTED, finish, style
 
 Curve = tuple[ArrayLike, ArrayLike, ArrayLike]
-"""Value, lower end and upper end of the interval, each `[step]` or `[layer]`."""
+"""Value, lower end and upper end of the interval, each `[dose]` or `[layer]`."""
 
 
 def dose_response(
-    steps: Sequence[int],
+    doses: Sequence[int],
     curves: Mapping[str, Curve],
     title: str,
     *,
     subtitle: str | None = None,
+    x_title: str = "training steps",
     y_title: str = "bad rate, wrapped prompts",
+    log_x: bool = False,
 ) -> go.Figure:
     """How much training does it take until the behaviour changes?
 
     Args:
-        steps: training steps at which the model was evaluated.
-        curves: per method, the rate and its interval `[step]`, 0 to 1.
+        doses: the amounts of training after which the model was evaluated, for example steps or pairs.
+        curves: per method, the rate and its interval `[dose]`, 0 to 1; NaN where not measured.
         title: the question or the answer.
         subtitle: one line under the title.
+        x_title: what a dose counts.
         y_title: what the rate counts.
+        log_x: whether equal distances mean equal factors, for doses that double; every dose is a tick.
 
     Raises:
-        CtlensError: no curve, no step, or an array that is not one number per step.
+        CtlensError: no curve, no dose, an array that is not one number per dose, or a dose of 0 with `log_x`.
     """
-    figure = _banded("steps", np.asarray(steps), curves)
-    finish(
-        figure,
-        title,
-        subtitle,
-        x_title="training steps",
-        y_title=y_title,
-        kind="dose_response",
-        caption="Lines are rates at each evaluated step, bands their 95% intervals; step 0 is before training.",
-    )
+    if log_x and min(doses, default=1) <= 0:
+        raise CtlensError("a dose of 0 has no place on a logarithmic axis: leave it out, or set log_x=False.")
+    figure = _banded("doses", np.asarray(doses), curves)
+    notes = ["Lines are rates, bands their 95% intervals"]
+    notes += ["0 is before training"] * (0 in doses)
+    notes += ["the horizontal axis is logarithmic"] * log_x
+    caption = "; ".join(notes) + "."
+    finish(figure, title, subtitle, x_title=x_title, y_title=y_title, kind="dose_response", caption=caption)
+    if log_x:
+        figure.update_xaxes(type="log", tickvals=list(doses), ticktext=[str(dose) for dose in doses])
     return figure.update_yaxes(**PERCENT)
 
 
@@ -95,9 +100,10 @@ def _banded(axis: str, x: np.ndarray, curves: Mapping[str, Curve]) -> go.Figure:
     for name, curve in curves.items():
         value, low, high = (checked(f"curve {name!r}", array, len(x)) for array in curve)
         look = style(name)
+        known = np.isfinite(low + high)  # a NaN would break the outline of the band
         figure.add_scatter(
-            x=[*x.tolist(), *x[::-1].tolist()],
-            y=[*high.tolist(), *low[::-1].tolist()],
+            x=[*x[known].tolist(), *x[known][::-1].tolist()],
+            y=[*high[known].tolist(), *low[known][::-1].tolist()],
             fill="toself",
             fillcolor=look.shade(0.14),
             line={"width": 0},

@@ -20,7 +20,7 @@ PNG_PROGRAM = """
 import sys, plotly.io as pio
 pio.kaleido.scope.chromium_args += ("--single-process",)
 figure = pio.from_json(open(sys.argv[1], encoding="utf-8").read())
-figure.write_image(sys.argv[2], format="png", width=900, scale=2)
+figure.write_image(sys.argv[2], format="png", width=figure.layout.width or 900, scale=2)
 """
 
 

@@ -1,12 +1,15 @@
-"""The look of every figure: the colour, marker and name of each method, and the layout around the data."""
+"""The look of every figure: colour, marker and name of each method and split, and the layout around the data."""
 
 from __future__ import annotations
 
 import textwrap
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 
 INK = "#1f2933"
 MUTED = "#6b7280"
@@ -19,7 +22,7 @@ LEGEND_ROW = 44
 
 @dataclass(frozen=True)
 class Style:
-    """How a method is drawn everywhere: its name in text, hex colour, marker symbol and line dash."""
+    """How a method or split is drawn everywhere: its name in text, hex colour, marker symbol and line dash."""
 
     label: str
     colour: str
@@ -41,14 +44,42 @@ METHODS = {
     "attct": Style("AttCT", "#009e73", "diamond", "solid"),
     "bct": Style("BCT", "#d55e00", "triangle-up", "solid"),
 }
+# What has an order but is no method: dark to light, in hues that no method has.
+RAMP = ("#3d2c8d", "#8e2f9e", "#cf4a86", "#e38d78")
+RAMP_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star")
+RAMP_DASHES = ("solid", "dash", "dashdot", "dot")
 OTHER_GREYS = ("#5f6670", "#8b929c", "#b0a8a0")
 OTHER_DASHES = ("dash", "dot", "dashdot", "longdash")
 
 
+def ordered(names: Sequence[str]) -> dict[str, Style]:
+    """Styles for things that come in an order and are no methods, such as stages: from dark to light.
+
+    >>> [look.symbol for look in ordered(["before", "after"]).values()]
+    ['circle', 'square']
+    """
+    sampled = sample_colorscale(list(RAMP), np.linspace(0, 1, len(names)).tolist(), colortype="tuple")
+    colours = 255 * np.array(sampled, dtype=float)
+    return {
+        name: Style(
+            name,
+            "#" + "".join(f"{round(part):02x}" for part in colour),
+            RAMP_SYMBOLS[number % len(RAMP_SYMBOLS)],
+            RAMP_DASHES[number % len(RAMP_DASHES)],
+        )
+        for number, (name, colour) in enumerate(zip(names, colours, strict=True))
+    }
+
+
+# The prompts of an evaluation, from those of the training to those that differ most from it.
+SPLITS = ordered(("train", "entities", "heldout", "structure"))
+STYLES = METHODS | SPLITS
+
+
 def style(name: str) -> Style:
-    """The style of a method; a name that is not in `METHODS` gets a grey and a dash that depend on the name alone."""
-    if name in METHODS:
-        return METHODS[name]
+    """The style of a method or split; any other name gets a grey and a dash that depend on the name alone."""
+    if name in STYLES:
+        return STYLES[name]
     number = zlib.crc32(name.encode())
     grey, dash = OTHER_GREYS[number % len(OTHER_GREYS)], OTHER_DASHES[number // 7 % len(OTHER_DASHES)]
     return Style(name, grey, "circle-open", dash)

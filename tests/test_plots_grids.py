@@ -1,0 +1,146 @@
+"""Small multiples: each panel holds its own arrays under its own name, and all panels share one scale and legend."""
+
+from __future__ import annotations
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+
+from ctlens import plots
+from ctlens.errors import CtlensError
+from ctlens.plots.theme import METHODS, SPLITS
+
+NAN = float("nan")
+THREATS = ["sycophancy", "jailbreak", "conditional"]
+RATES = np.array([[0.1, 0.5, 0.6], [0.4, 0.12, 0.7], [0.3, 0.9, NAN]])
+CURVE = ([1, 2, 3], [0.2, 0.5, 0.9], [0.1, 0.4, 0.8], [0.4, 0.6, 1.0])
+
+
+def strength(threats: int = 6, **settings: tuple[float, float]) -> go.Figure:
+    curves = {f"threat {number}": {"train": CURVE, "heldout": CURVE} for number in range(threats)}
+    return plots.attack_strength(curves, "Does a stronger attack work more often?", **settings)
+
+
+def matrix(**panels: plots.Panel) -> go.Figure:
+    return plots.cross_threat(THREATS, THREATS, panels, "Does training on one threat protect against others?")
+
+
+def panel(rates: np.ndarray = RATES) -> plots.Panel:
+    return rates, rates - 0.05, rates + 0.08
+
+
+def notes(figure: go.Figure) -> list[str]:
+    return [note.text for note in figure.layout.annotations]
+
+
+@pytest.mark.parametrize("threats", range(1, 9))
+def test_every_threat_has_a_panel_under_its_name_and_every_split_one_place_in_the_legend(threats):
+    figure = strength(threats)
+    assert notes(figure) == [f"threat {number}" for number in range(threats)]
+    assert len({trace.xaxis for trace in figure.data}) == threats
+    assert [trace.name for trace in figure.data if trace.showlegend] == ["train", "heldout"]
+
+
+def test_a_split_is_drawn_at_its_strengths_with_its_whiskers():
+    _, trace = strength(1).data
+    np.testing.assert_array_equal(np.round(trace.x), CURVE[0])
+    np.testing.assert_array_equal(trace.y, CURVE[1])
+    np.testing.assert_allclose(trace.error_y.arrayminus, [0.1, 0.1, 0.1])
+    np.testing.assert_allclose(trace.error_y.array, [0.2, 0.1, 0.1])
+
+
+def test_the_splits_of_a_strength_stand_side_by_side():
+    train, heldout = strength(1).data
+    assert (np.array(train.x) < np.array(heldout.x)).all()
+
+
+def test_strength_axes_count_whole_strengths_and_share_one_scale_of_rates():
+    figure = strength(6)
+    assert {axis.dtick for axis in figure.select_xaxes()} == {1}
+    assert len({axis.range for axis in figure.select_yaxes()}) == 1
+    assert [axis.title.text for axis in figure.select_yaxes()] == ["bad rate", None, None] * 2
+    assert [axis.title.text for axis in figure.select_xaxes()] == [None] * 3 + ["attack strength"] * 3
+
+
+def test_a_split_has_one_colour_and_one_dash_that_no_method_has():
+    figure = strength(2)
+    assert {(trace.line.color, trace.line.dash) for trace in figure.data if trace.name == "train"} == {
+        (SPLITS["train"].colour, SPLITS["train"].dash)
+    }
+    assert not {look.colour for look in SPLITS.values()} & {look.colour for look in METHODS.values()}
+    assert len({look.colour for look in SPLITS.values()}) == len({look.dash for look in SPLITS.values()}) == 4
+
+
+def test_the_band_is_shaded_in_every_panel_and_named_once():
+    figure = strength(5, band=(0.6, 0.95))
+    shaded = [shape for shape in figure.layout.shapes if shape.type == "rect"]
+    assert [(shape.y0, shape.y1) for shape in shaded] == [(0.6, 0.95)] * 5
+    assert [shape.name for shape in figure.layout.shapes if shape.showlegend] == ["target: 60% to 95%"]
+    assert not strength(5).layout.shapes
+
+
+def test_a_strength_that_was_not_measured_leaves_a_gap():
+    missing = tuple(np.where([False, True, False], NAN, array) for array in CURVE[1:])
+    figure = plots.attack_strength({"sycophancy": {"train": (CURVE[0], *missing)}}, "?")
+    assert np.isnan(figure.data[0].y[1]) and not figure.data[0].connectgaps
+
+
+def test_a_matrix_is_read_by_row_trained_and_column_evaluated():
+    figure = matrix(act=panel())
+    np.testing.assert_array_equal(figure.data[0].z, RATES)
+    assert figure.data[0].text[0][1].count("50%") == figure.data[0].text[0][1].count("45–58") == 1
+    assert figure.data[0].text[2][2] == ""
+    assert list(figure.layout.xaxis.ticktext) == list(figure.layout.yaxis.ticktext) == THREATS
+    assert figure.layout.yaxis.range[0] > figure.layout.yaxis.range[1]  # the first row on top
+
+
+def test_a_rate_without_an_interval_is_written_alone():
+    unknown = np.full((3, 3), NAN)
+    assert "–" not in matrix(act=(RATES, unknown, unknown)).data[0].text[0][0]
+
+
+def test_own_threat_cells_are_outlined_by_name_not_by_position():
+    figure = plots.cross_threat(THREATS[:2], THREATS[::-1], {"act": panel(RATES[:2])}, "?")
+    corners = [(shape.y0 + 0.5, shape.x0 + 0.5) for shape in figure.layout.shapes]
+    assert corners == [(0, 2), (1, 1)]
+
+
+@pytest.mark.parametrize("trained", [THREATS, THREATS[:1]])
+def test_the_base_model_is_one_row_without_an_own_threat(trained):
+    base = panel(RATES[:1])
+    figure = plots.cross_threat(trained, THREATS, {"none": base, "act": panel(RATES[: len(trained)])}, "?")
+    assert list(figure.layout.yaxis.ticktext) == ["no threat"]
+    assert figure.layout.yaxis.range == figure.layout.yaxis2.range
+    assert {shape.xref for shape in figure.layout.shapes} == {"x2"}
+
+
+def test_all_methods_share_one_scale_from_0_to_1_and_are_named_for_readers():
+    figure = matrix(**dict.fromkeys(METHODS, panel()))
+    assert notes(figure) == [look.label for look in METHODS.values()]
+    assert {trace.coloraxis for trace in figure.data} == {"coloraxis"}
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 1)
+
+
+def test_only_the_lowest_panel_of_a_column_names_its_columns():
+    shown = [axis.showticklabels for axis in matrix(**dict.fromkeys(list(METHODS)[:5], panel())).select_xaxes()]
+    assert shown == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: plots.attack_strength({}, "?"),
+        lambda: plots.attack_strength({"sycophancy": {}}, "?"),
+        lambda: plots.attack_strength({"sycophancy": {"train": ([], [], [], [])}}, "?"),
+        lambda: plots.attack_strength({"sycophancy": {"train": ([1, 2], *CURVE[1:])}}, "?"),
+        lambda: plots.cross_threat(THREATS, THREATS, {}, "?"),
+        lambda: plots.cross_threat([], THREATS, {"act": panel()}, "?"),
+        lambda: plots.cross_threat(THREATS, [], {"act": panel(RATES[:, :0])}, "?"),
+        lambda: matrix(act=panel(RATES[:2])),
+        lambda: matrix(act=panel(RATES[:, :2])),
+        lambda: matrix(act=(RATES, RATES[:1], RATES)),
+    ],
+)
+def test_panels_that_do_not_fit_and_empty_input_are_refused(draw):
+    with pytest.raises(CtlensError):
+        draw()
