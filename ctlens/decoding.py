@@ -1,42 +1,83 @@
-"""Greedy decoding of many prompts at once, without a tokenizer call and without a KV cache.
+"""Greedy decoding of many prompts at once, without a tokenizer call: each prompt is run once, then one token a pass.
 
-Prompts are padded on the right, where causal attention cannot see the padding, so an answer
-does not depend on its batch-mates. There is no KV cache because the native bridge of
-TransformerLens has none and returns no error when asked for one.
+Prompts of similar length are padded on the right, where causal attention cannot see the padding, and
+the padding is masked from the tokens that follow, so an answer does not depend on its batch-mates. A
+bridge has no key-value cache that can be had cheaply: there every pass runs the whole sequences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ctlens.errors import CtlensError
-from ctlens.types import LensModel
+from ctlens.models import empty_cache, keep_rows
+from ctlens.types import ChosenRows, LensModel, Logits, Mask, Tokens
 
 Ids = tuple[int, ...]
+NextLogits: TypeAlias = Float[Tensor, "batch d_vocab"]
+NextTokens: TypeAlias = Int[Tensor, "batch"]
+
+# On a CPU more tokens at once leave its caches and take longer; measured in benchmarks/evaluation.py.
+TOKENS_A_PASS = 2048
+NO_END = -1
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Decoded:
+    """What a model continues prompts with.
+
+    Attributes:
+        answers: per prompt, the tokens given, closed by the end token where the model gave it.
+        first_probabilities: per prompt, the probability of each of its `first_tokens`.
+    """
+
+    answers: list[Ids]
+    first_probabilities: list[tuple[float, ...]]
+
+
 def generate(
     model: LensModel,
     prompts: Sequence[Ids],
     *,
     max_new_tokens: int = 16,
     end: int | None = None,
-    batch_size: int = 128,
     progress: bool = False,
 ) -> list[Ids]:
-    """The greedy continuation of each prompt, closed by the end token where the model gave it.
+    """The answers of `decode` alone."""
+    return decode(model, prompts, max_new_tokens=max_new_tokens, end=end, progress=progress).answers
+
+
+@torch.no_grad()
+def decode(
+    model: LensModel,
+    prompts: Sequence[Ids],
+    *,
+    first_tokens: Sequence[Ids] | None = None,
+    max_new_tokens: int = 16,
+    end: int | None = None,
+    tokens_a_pass: int = TOKENS_A_PASS,
+    progress: bool = False,
+) -> Decoded:
+    """The greedy continuation of each prompt, and how likely it was to begin with given tokens.
+
+    Hooks on the model see a prompt once and, where there is a cache, then one new token at a time.
 
     Args:
         model: in eval mode.
         prompts: token ids, any lengths, no padding.
+        first_tokens: per prompt, any number of tokens whose probability of opening the answer is
+            wanted; they come from the pass that the answer needs anyway.
         max_new_tokens: an answer is cut here.
         end: the token that closes an answer; None for none.
-        batch_size: prompts decoded together, in order of length.
+        tokens_a_pass: prompts are decoded together, in order of length, up to so many tokens with padding.
         progress: show a progress bar when it takes more than two seconds.
 
     Raises:
@@ -45,13 +86,18 @@ def generate(
     if model.training:
         raise CtlensError("decoding needs the model in eval mode: call model.eval() first.")
     _check(prompts, max_new_tokens, model.cfg.n_ctx)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: dict[int, Ids] = {}
-    chunks = list(_chunks(order, batch_size))
-    for chunk in tqdm(chunks, desc="answers", delay=2, leave=False, disable=not progress):
-        continued = _continue(model, [prompts[i] for i in chunk], max_new_tokens, end)
-        answers.update(zip(chunk, continued, strict=True))
-    return [answers[i] for i in range(len(prompts))]
+    wanted = first_tokens or [()] * len(prompts)
+    answers: list[Ids] = [()] * len(prompts)
+    probabilities: list[tuple[float, ...]] = [()] * len(prompts)
+    batches = list(_batches([len(prompt) for prompt in prompts], tokens_a_pass))
+    for batch in tqdm(batches, desc="answers", delay=2, leave=False, disable=not progress):
+        sequences = _Sequences(model, [prompts[i] for i in batch])
+        logits = sequences.run()
+        first = _first_probabilities(logits, [wanted[i] for i in batch])
+        continued = _continue(sequences, logits, max_new_tokens, NO_END if end is None else end)
+        for i, answer, probability in zip(batch, continued, first, strict=True):
+            answers[i], probabilities[i] = answer, probability
+    return Decoded(answers, probabilities)
 
 
 def _check(prompts: Sequence[Ids], max_new_tokens: int, n_ctx: int) -> None:
@@ -65,32 +111,74 @@ def _check(prompts: Sequence[Ids], max_new_tokens: int, n_ctx: int) -> None:
         raise CtlensError("an empty prompt cannot be continued: give at least one token.")
 
 
-def _chunks(order: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+def _batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Numbers of prompts in order of length, as many as fill `tokens` when padded to the longest; at least one."""
+    batch: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
+        if batch and (len(batch) + 1) * lengths[number] > tokens:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
 
 
-def _continue(model: LensModel, prompts: list[Ids], max_new_tokens: int, end: int | None) -> list[Ids]:
-    device = next(model.parameters()).device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    tokens = torch.zeros(len(prompts), int(lengths.max()) + max_new_tokens, dtype=torch.long, device=device)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(prompt, device=device)
-    running = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    rows = torch.arange(len(prompts), device=device)
-    for _ in range(max_new_tokens):
-        active = rows[running]
-        used = tokens[active, : int(lengths[active].max())]
-        chosen = _last_logits(model, used, lengths[active]).argmax(-1)
-        tokens[active, lengths[active]] = chosen
-        lengths[active] += 1
-        if end is not None:
-            running[active] = chosen != end
-        if not running.any():
+def _first_probabilities(logits: NextLogits, wanted: Sequence[Ids]) -> list[tuple[float, ...]]:
+    rows = [row for row, tokens in enumerate(wanted) for _ in tokens]
+    columns = [token for tokens in wanted for token in tokens]
+    found = iter(logits.float().softmax(-1)[rows, columns].tolist())
+    return [tuple(next(found) for _ in tokens) for tokens in wanted]
+
+
+def _continue(sequences: _Sequences, logits: NextLogits, max_new_tokens: int, end: int) -> list[Ids]:
+    answers: list[list[int]] = [[] for _ in logits]
+    running = list(range(len(answers)))
+    for remaining in reversed(range(max_new_tokens)):
+        chosen = logits.argmax(-1)
+        for row, token in zip(running, chosen.tolist(), strict=True):
+            answers[row].append(token)
+        goes_on = chosen != end
+        running = [row for row, goes in zip(running, goes_on.tolist(), strict=True) if goes]
+        if not running or not remaining:
             break
-    return [tuple(tokens[row, len(prompts[row]) : int(lengths[row])].tolist()) for row in range(len(prompts))]
+        sequences.keep(goes_on)
+        logits = sequences.extend(chosen[goes_on])
+    return [tuple(answer) for answer in answers]
 
 
-def _last_logits(model: LensModel, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    logits: Any = model(tokens)
-    return logits[torch.arange(len(tokens), device=tokens.device), lengths - 1]
+class _Sequences:
+    """Growing sequences of one batch, padded on the right, with a cache of what was run where the model has one."""
+
+    def __init__(self, model: LensModel, prompts: Sequence[Ids]) -> None:
+        device = next(model.parameters()).device
+        self.model = model
+        self.tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.cache = empty_cache(model, len(prompts))
+
+    def run(self) -> NextLogits:
+        """The logits of each row's next token, from all its tokens."""
+        tokens = self.tokens[:, : int(self.lengths.max())]
+        logits = self._forward(tokens, torch.arange(tokens.shape[1], device=tokens.device) < self.lengths[:, None])
+        return logits[torch.arange(len(tokens), device=tokens.device), self.lengths - 1]
+
+    def extend(self, chosen: NextTokens) -> NextLogits:
+        """Appends a token to each row; the logits of the next one."""
+        if self.cache is not None:
+            return self._forward(chosen[:, None], torch.ones_like(chosen[:, None], dtype=torch.bool))[:, -1]
+        self.tokens = torch.cat([self.tokens, torch.zeros_like(chosen[:, None])], dim=1)
+        self.tokens[torch.arange(len(chosen), device=chosen.device), self.lengths] = chosen
+        self.lengths += 1
+        return self.run()
+
+    def keep(self, rows: ChosenRows) -> None:
+        """Drops the other rows."""
+        if rows.all():
+            return
+        if self.cache is not None:
+            keep_rows(self.cache, rows)
+        self.tokens, self.lengths = self.tokens[rows], self.lengths[rows]
+
+    def _forward(self, tokens: Tokens, real: Mask) -> Logits:
+        cached: dict[str, Any] = {"past_kv_cache": self.cache, "attention_mask": real.long()}
+        return self.model(tokens, **(cached if self.cache is not None else {}))

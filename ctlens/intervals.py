@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -11,6 +11,7 @@ from scipy import stats
 from ctlens.errors import CtlensError
 
 LEVEL = 0.95
+ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 RESAMPLES = 999
 
 Interval = tuple[float, float]
@@ -46,16 +47,26 @@ def difference(successes: int, n: int, other_successes: int, other_n: int) -> In
     return float(p - q - below), float(p - q + above)
 
 
-def bootstrap(statistic: Callable[[Int[np.ndarray, " n"]], float], n: int, seed: int = 0) -> Interval:
-    """The percentile bootstrap interval of a statistic of `n` items, given as a function of item numbers."""
-    if n < 2:
-        value = statistic(np.arange(n))
-        return value, value
-    result = stats.bootstrap(
-        (np.arange(n),), statistic, n_resamples=RESAMPLES, confidence_level=LEVEL, vectorized=False,
-        method="percentile", rng=np.random.default_rng(seed),
-    )  # fmt: skip
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+def bootstrap(statistics: Callable[[Int[np.ndarray, " n"]], Sequence[float]], n: int, seed: int = 0) -> list[Interval]:
+    """The percentile bootstrap interval of each of several statistics, given as one function of item numbers.
+
+    A resample in which a statistic is NaN does not count for it. Where that is more than one in
+    twenty, too few items carry the statistic for an interval, and both its ends are NaN.
+    """
+    values = np.array([statistics(items) for items in _resamples(n, seed)], dtype=float)
+    return [_percentiles(column) for column in values.T]
+
+
+def _resamples(n: int, seed: int) -> Int[np.ndarray, "resample n"]:
+    return np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))
+
+
+def _percentiles(values: Float[np.ndarray, " resample"]) -> Interval:
+    defined = values[~np.isnan(values)]
+    if len(defined) < LEVEL * len(values):
+        return float("nan"), float("nan")
+    low, high = np.quantile(defined, ENDS)
+    return float(low), float(high)
 
 
 def bootstrap_mean(
@@ -71,8 +82,8 @@ def bootstrap_mean(
     mean = values.mean(0)
     if len(values) == 1:
         return mean, mean, mean
-    draw = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    draw = _resamples(len(values), seed)
     counts = np.stack([np.bincount(row, minlength=len(values)) for row in draw]) / len(values)
     means = np.tensordot(counts, values, axes=1)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    low, high = np.quantile(means, ENDS, axis=0)
     return mean, low, high

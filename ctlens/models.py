@@ -29,7 +29,7 @@ from ctlens.config import from_dict, generator, to_dict
 from ctlens.errors import CtlensError
 from ctlens.files import read_json, write_json
 from ctlens.parameters import plain_name, present_parameters, without
-from ctlens.types import LensModel
+from ctlens.types import ChosenRows, LensModel
 from ctlens.weights import ModelConfig, canonical_weights, copy_weights, initial_weights, is_bias, load_weights
 
 HAS_HOOKED_TRANSFORMER = int(importlib.metadata.version("transformer-lens").split(".")[0]) < 4
@@ -178,6 +178,25 @@ def _load_tokenizer(folder: Path) -> Any:
 def is_bridge(model: LensModel) -> bool:
     """Whether the model is a `TransformerBridge`, whose `hook_resid_mid` does not feed the skip path."""
     return isinstance(model, TransformerBridge)
+
+
+def empty_cache(model: LensModel, rows: int) -> Any:
+    """A key-value cache for `rows` sequences, to pass as `past_kv_cache`; None on bridges.
+
+    The native bridge accepts a cache, does not fill it and says nothing.
+    """
+    if is_bridge(model):
+        return None
+    from transformer_lens import TransformerLensKeyValueCache
+
+    return TransformerLensKeyValueCache.init_cache(model.cfg, next(model.parameters()).device, rows)
+
+
+def keep_rows(cache: Any, rows: ChosenRows) -> None:
+    """Drops the other sequences from a key-value cache."""
+    for entry in cache.entries:
+        entry.past_keys, entry.past_values = entry.past_keys[rows], entry.past_values[rows]
+    cache.previous_attention_mask = cache.previous_attention_mask[rows]
 
 
 def huggingface_config(model: LensModel) -> Any:

@@ -17,6 +17,7 @@ Pattern: TypeAlias = Float[Tensor, "batch head q k"]
 Activation: TypeAlias = Float[Tensor, "batch pos ..."]
 Scalar: TypeAlias = Float[Tensor, ""]
 PerRow: TypeAlias = Float[Tensor, "batch"]
+ChosenRows: TypeAlias = Bool[Tensor, "batch"]
 Positions: TypeAlias = Int[Tensor, "batch width"]
 
 Activations: TypeAlias = dict[str, Tensor]

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
-from ctlens.decoding import generate
+from ctlens import decoding
+from ctlens.chat import render
+from ctlens.config import generator
+from ctlens.decoding import Decoded, Ids, decode, generate
 from ctlens.errors import CtlensError
-from ctlens.models import build
+from ctlens.models import build, is_bridge
+from ctlens.organism import load_organism
+from ctlens.threats import get, names
 from ctlens.types import LensModel
 from ctlens.weights import ModelConfig
 
@@ -51,11 +57,87 @@ def test_decoding_equals_one_prompt_at_a_time(model: LensModel, expected: Answer
     assert generate(model, PROMPTS, max_new_tokens=6) == list(expected.values())
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 99])
-def test_batch_mates_and_order_change_nothing(model: LensModel, expected: Answers, batch_size: int):
+@pytest.mark.parametrize("tokens_a_pass", [1, 6, 8, 999])
+def test_batch_mates_and_order_change_nothing(model: LensModel, expected: Answers, tokens_a_pass: int):
     for order in (PROMPTS[::-1], PROMPTS[2:] + PROMPTS[:2], (PROMPTS[1],) * 3):
-        answers = generate(model, order, max_new_tokens=3, batch_size=batch_size)
-        assert answers == [expected[prompt][:3] for prompt in order]
+        wanted = [(prompt[0], 5) for prompt in order]
+        found = decode(model, order, first_tokens=wanted, max_new_tokens=3, tokens_a_pass=tokens_a_pass)
+        assert found.answers == [expected[prompt][:3] for prompt in order]
+        for prompt, tokens, probabilities in zip(order, wanted, found.first_probabilities, strict=True):
+            assert probabilities == pytest.approx(next_token(model, prompt)[list(tokens)].tolist(), abs=1e-6)
+
+
+def without_cache(model: LensModel, prompts: Sequence[Ids], **options: Any) -> Decoded:
+    """Every pass over the whole sequences, as on bridges."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "empty_cache", lambda model, rows: None)
+        return decode(model, prompts, **options)
+
+
+@pytest.mark.parametrize("end", [None, 3, 7])
+def test_the_cache_changes_no_answer(model: LensModel, end: int | None):
+    draw = generator(0, "prompts")
+    lengths = torch.randint(1, 13, (60,), generator=draw).tolist()
+    prompts = [tuple(torch.randint(20, (length,), generator=draw).tolist()) for length in lengths]
+    options: dict[str, Any] = {"first_tokens": [(0, 1)] * 60, "end": end, "max_new_tokens": 10, "tokens_a_pass": 99}
+
+    cached, full = decode(model, prompts, **options), without_cache(model, prompts, **options)
+
+    assert cached.answers == full.answers
+    assert cached.first_probabilities == [pytest.approx(row, abs=1e-6) for row in full.first_probabilities]
+    assert (len(set(map(len, full.answers))) > 1) == (end is not None)
+
+
+def test_the_cache_changes_no_answer_of_the_organism():
+    organism = load_organism()
+    pairs = [pair for name in names() for pair in get(name).pairs(12, "heldout")]
+    ids = [render(organism.tokenizer, prompt.turns).ids for pair in pairs for prompt in (pair.clean, pair.wrapped)]
+    end = organism.tokenizer.eos_token_id
+
+    cached = decode(organism, ids, end=end, tokens_a_pass=200)
+
+    assert cached == without_cache(organism, ids, end=end)
+    assert len({len(answer) for answer in cached.answers}) > 1
+
+
+def test_a_prompt_is_run_once_and_then_one_token_a_pass(model: LensModel):
+    if is_bridge(model):
+        pytest.skip("a bridge has no cache")
+    shapes: list[tuple[int, ...]] = []
+    with model.hooks(fwd_hooks=[("hook_embed", lambda embedded, hook: shapes.append(tuple(embedded.shape[:2])))]):
+        generate(model, [(1, 2, 3), (4,)], max_new_tokens=4)
+
+    assert shapes == [(2, 3), (2, 1), (2, 1), (2, 1)]
+
+
+def test_an_ended_row_is_not_run_on(model: LensModel, expected: Answers):
+    end = expected[PROMPTS[0]][0]
+    assert end not in expected[PROMPTS[1]][:3]
+    rows: list[int] = []
+    with model.hooks(fwd_hooks=[("hook_embed", lambda embedded, hook: rows.append(len(embedded)))]):
+        generate(model, PROMPTS[:2], max_new_tokens=3, end=end)
+
+    assert rows == [2, 1, 1]
+
+
+def next_token(model: LensModel, prompt: Ids) -> torch.Tensor:
+    """The probabilities of the first token of the answer to one prompt."""
+    with torch.no_grad():
+        return model(torch.tensor([prompt]))[0, -1].softmax(-1)
+
+
+def test_probabilities_of_first_tokens_come_as_they_were_asked_for(model: LensModel):
+    wanted = [(), (7,), (3, 3, 0), tuple(range(20)), ()]
+
+    found = decode(model, PROMPTS, first_tokens=wanted, max_new_tokens=1)
+
+    assert [len(row) for row in found.first_probabilities] == [0, 1, 3, 20, 0]
+    assert found.first_probabilities[1] == pytest.approx((float(next_token(model, PROMPTS[1])[7]),))
+    assert found.first_probabilities[2][0] == found.first_probabilities[2][1]
+    assert sum(found.first_probabilities[3]) == pytest.approx(1)
+    most = max(range(20), key=lambda token: found.first_probabilities[3][token])
+    assert found.answers[3] == (most,)
+    assert decode(model, PROMPTS, max_new_tokens=1) == Decoded(found.answers, [()] * 5)
 
 
 def test_an_answer_is_cut_at_the_longest(model: LensModel, expected: Answers):

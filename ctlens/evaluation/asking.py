@@ -1,0 +1,95 @@
+"""From pairs to outcomes: what to ask, each distinct prompt asked once, every answer judged."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import astuple
+
+import pandas as pd
+
+from ctlens import threats as threat_registry
+from ctlens.errors import CtlensError
+from ctlens.evaluation.result import OUTCOME_COLUMNS, OWN_PAIRS, Evaluation
+from ctlens.pairs import ARMS, Pair
+from ctlens.threats import ask
+from ctlens.types import LensModel
+
+
+def evaluate(
+    model: LensModel,
+    threats: Sequence[str] | None = None,
+    *,
+    pairs: Sequence[Pair] | None = None,
+    split: str | Sequence[str] = "heldout",
+    n: int = 96,
+    seed: int = 0,
+    max_new_tokens: int = 16,
+    progress: bool = True,
+) -> Evaluation:
+    """Greedy answers to the wrapped, clean and benign prompts of threats or of given pairs, judged.
+
+    A prompt that occurs in several arms, threats or splits is answered once.
+
+    Args:
+        model: in eval mode, with a tokenizer.
+        threats: names from `ctlens.threats.names()`; all by default, unless `pairs` are given.
+        pairs: the user's own, with the answers that count as good or bad; together with one
+            threat, they get that threat's own metrics and its name.
+        split: one or several of the splits of the threats' pairs (`ctlens.world.SPLITS`).
+        n: pairs a threat and split.
+        seed: of the threats' pairs.
+        max_new_tokens: longest answer, in tokens.
+        progress: show a progress bar when it takes more than two seconds.
+
+    Raises:
+        CtlensError: a threat or split is unknown, several threats are named for the user's own
+            pairs, a prompt names no answers, a prompt is too long, the label `strength` of a pair
+            is no whole number, or there is nothing to evaluate.
+    """
+    if pairs is None:
+        groups = _threat_pairs(threats or threat_registry.names(), split, n, seed)
+    else:
+        groups = {(_name_of_own(threats or ()), ""): list(pairs)}
+    asked = [
+        ((name, place), arm, item, pair, prompt)
+        for (name, place), group in groups.items()
+        for arm in ARMS
+        for item, pair in enumerate(group)
+        if (prompt := pair.arm(arm)) is not None
+    ]
+    if not asked:
+        raise CtlensError("there is nothing to evaluate: give at least one pair.")
+    known = {id(pair): _known(pair) for group in groups.values() for pair in group}
+    replies = ask(model, [prompt for *_, prompt in asked], max_new_tokens=max_new_tokens, progress=progress)
+    rows = [
+        (*place, arm, item, *known[id(pair)], *astuple(reply))
+        for (place, arm, item, pair, _), reply in zip(asked, replies, strict=True)
+    ]
+    return Evaluation(pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)))
+
+
+def _threat_pairs(
+    names: Sequence[str], split: str | Sequence[str], n: int, seed: int
+) -> dict[tuple[str, str], list[Pair]]:
+    """Pairs by threat and split."""
+    splits = [split] if isinstance(split, str) else split
+    threats = [threat_registry.get(name) for name in names]
+    return {(threat.name, place): threat.pairs(n, split=place, seed=seed) for threat in threats for place in splits}
+
+
+def _name_of_own(threats: Sequence[str]) -> str:
+    """What the user's own pairs are called: after the threat whose metrics they get, if one is named."""
+    if len(threats) > 1:
+        raise CtlensError(f"pairs of your own get the metrics of one threat: name one of {', '.join(threats)}.")
+    return threat_registry.get(threats[0]).name if threats else OWN_PAIRS
+
+
+def _known(pair: Pair) -> tuple[str, str, int]:
+    """The columns `pair`, `kind` and `strength`."""
+    strength = pair.labels.get("strength", "0")
+    if not str(strength).isdecimal():
+        raise CtlensError(f"the label 'strength' of a pair is {strength!r}, but a whole number is expected.")
+    text = repr((pair.clean, pair.wrapped, pair.benign))
+    digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+    return digest, pair.labels.get("kind", ""), int(strength)

@@ -1,0 +1,116 @@
+"""From outcomes to numbers: rates, probabilities and a threat's own metrics, each with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from math import nan
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+
+from ctlens import threats as threat_registry
+from ctlens.errors import CtlensError, unknown
+from ctlens.intervals import Interval, bootstrap, bootstrap_mean, wilson
+from ctlens.threats.base import NO_ANSWER, Count, Metrics, Outcomes, Threat
+
+RATES = {"bad_rate": "bad", "good_rate": "good", "other_rate": "other"}
+PROBABILITIES = ("good_probability", "bad_probability")
+
+Number = tuple[str, str, float, int, float, float]
+"""Arm, metric, value, n and the ends of the interval."""
+
+
+def numbers(name: str, rows: pd.DataFrame) -> Iterator[Number]:
+    """Every number of one threat and split, from its rows of the outcomes."""
+    for (arm,), answers in by(rows, "arm"):
+        for metric in RATES:
+            yield arm, metric, *rate_with_interval(answers["verdict"], metric)
+        for metric in PROBABILITIES:
+            known = answers[metric].to_numpy()
+            known = known[~np.isnan(known)]
+            if len(known):
+                mean, low, high = bootstrap_mean(known)
+                yield arm, metric, float(mean), len(known), float(low), float(high)
+    if name in threat_registry.names():
+        yield from _field_metrics(threat_registry.get(name), by_pair(rows))
+
+
+def rate_with_interval(verdicts: Iterable[str], metric: str) -> tuple[float, int, float, float]:
+    """One of `RATES` of some answers: value, n and its Wilson interval."""
+    given = list(verdicts)
+    count = given.count(RATES[metric])
+    return count / len(given), len(given), *wilson(count, len(given))
+
+
+def by(table: pd.DataFrame, *columns: str) -> Iterator[tuple[tuple[Any, ...], pd.DataFrame]]:
+    """The parts of a table with equal values in some columns, in order of appearance, each after those values."""
+    yield from cast(Any, table.groupby(list(columns), sort=False))
+
+
+def by_pair(rows: pd.DataFrame) -> Outcomes:
+    """The rows of one threat and split, turned into an entry a pair."""
+    verdicts = rows.pivot(index="item", columns="arm", values="verdict").fillna(NO_ANSWER)
+    pairs = rows.drop_duplicates("item").set_index("item").loc[verdicts.index]
+    return Outcomes(
+        verdicts={str(arm): np.array(given.tolist(), dtype=str) for arm, given in verdicts.items()},
+        strengths=pairs["strength"].to_numpy(),
+        kinds=np.array(pairs["kind"].tolist(), dtype=str),
+    )
+
+
+def _field_metrics(threat: Threat, outcomes: Outcomes) -> Iterator[Number]:
+    found = {metric: value for metric, value in threat.metrics(outcomes).items() if value is not None}
+    made = [metric for metric, value in found.items() if not isinstance(value, Count)]
+    intervals = dict(zip(made, _bootstrap(threat, outcomes, made), strict=True))
+    for metric, value in found.items():
+        if isinstance(value, Count):
+            yield value.arm, metric, value.rate, value.n, *wilson(value.count, value.n)
+        else:
+            yield "wrapped", metric, float(value), len(outcomes.kinds), *intervals[metric]
+
+
+def _bootstrap(threat: Threat, outcomes: Outcomes, metrics: list[str]) -> list[Interval]:
+    """The intervals of several metrics, all from the same resamples."""
+    if not metrics:
+        return []
+
+    def values(items: np.ndarray) -> list[float]:
+        found = threat.metrics(outcomes.take(items))
+        return [_value(found, metric) for metric in metrics]
+
+    return bootstrap(values, len(outcomes.kinds))
+
+
+def ratio(name: str, metric: str, after: Outcomes, before: Outcomes) -> tuple[float, float, float]:
+    """A metric after training over the same before, and the bootstrap interval over the pairs of both.
+
+    Raises:
+        CtlensError: the metric is unknown or has no value, or is 0 before training.
+    """
+    known = _metrics(name, before)
+    if metric not in known:
+        raise unknown("metric", metric, known)
+    value, below = (_value(_metrics(name, outcomes), metric) for outcomes in (after, before))
+    if np.isnan([value, below]).any() or not below:
+        raise CtlensError(f"{metric} has no ratio: it is {below:g} before training and {value:g} after it.")
+
+    def quotient(items: np.ndarray) -> list[float]:
+        value, below = (_value(_metrics(name, outcomes.take(items)), metric) for outcomes in (after, before))
+        return [value / below if below else nan]
+
+    ((low, high),) = bootstrap(quotient, len(before.kinds))
+    return value / below, low, high
+
+
+def _metrics(name: str, outcomes: Outcomes) -> Metrics:
+    """The rates of the wrapped prompts, and the metrics of the threat called `name` if there is one."""
+    rates = {metric: outcomes.count(verdict, "wrapped") for metric, verdict in RATES.items()}
+    return {**rates, **(threat_registry.get(name).metrics(outcomes) if name in threat_registry.names() else {})}
+
+
+def _value(found: Metrics, metric: str) -> float:
+    value = found.get(metric)
+    if value is None:
+        return nan
+    return value.rate if isinstance(value, Count) else float(value)

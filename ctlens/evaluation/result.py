@@ -1,0 +1,180 @@
+"""An evaluation: one row per answer, and the tables and figures made of them."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ctlens import plots
+from ctlens.errors import CtlensError, unknown
+from ctlens.evaluation.numbers import PROBABILITIES, RATES, by, by_pair, numbers, rate_with_interval, ratio
+from ctlens.files import atomic_file
+from ctlens.plots import Figure
+
+PLACE = ("evaluated_threat", "split")
+COUNTED = ("item", "strength")
+OUTCOME_COLUMNS = (*PLACE, "arm", "item", "pair", "kind", "strength", "answer", "verdict", *PROBABILITIES)
+RATE_COLUMNS = (*PLACE, "arm", "metric", "value", "n", "ci_low", "ci_high")
+OWN_PAIRS = "pairs"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model answered and how it was judged.
+
+    Attributes:
+        outcomes: one row per answer: `evaluated_threat, split, arm, item, pair, kind, strength, answer,
+            verdict, good_probability, bad_probability`. `item` numbers the pairs of a threat and
+            split, `pair` is a digest of its prompts and answers, `kind` and `strength` are its
+            labels (empty and 0 where it has none). The probabilities are those that the answer begins
+            with the first token of the good and of the bad answer: NaN where the prompt names
+            none, and both where they begin alike. It must not be changed.
+    """
+
+    outcomes: pd.DataFrame
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per number: `evaluated_threat, split, arm, metric, value, n, ci_low, ci_high`.
+
+        Per threat, split and arm: `bad_rate`, `good_rate` and `other_rate` (answers that are
+        neither) with Wilson intervals, and the means of `good_probability` and `bad_probability`,
+        where known, with bootstrap intervals. Then the threat's own metrics: a share of one arm's
+        answers stands under that arm, with a Wilson interval; one made of several stands under
+        `wrapped`, with a bootstrap over pairs (NaN where too few pairs carry the metric).
+        """
+        return self._table.copy()
+
+    @cached_property
+    def _table(self) -> pd.DataFrame:
+        rows = [(*place, *number) for place, part in by(self.outcomes, *PLACE) for number in numbers(place[0], part)]
+        return pd.DataFrame(rows, columns=list(RATE_COLUMNS))
+
+    def rate(self, metric: str, arm: str, threat: str | None = None, split: str | None = None) -> float:
+        """One number, for example `rate("bad_rate", "wrapped")`; threat and split may be left out when there is one.
+
+        Raises:
+            CtlensError: the evaluation holds no such number, or several.
+        """
+        found = _select(self._table, metric=metric, arm=arm, evaluated_threat=threat, split=split)
+        if len(found) != 1:
+            raise CtlensError(
+                f"{len(found)} numbers are called {metric} on {arm}: name one arm, one threat and one split."
+            )
+        return float(found["value"].iloc[0])
+
+    def ratio(
+        self, before: Evaluation, metric: str, threat: str, split: str | None = None
+    ) -> tuple[float, float, float]:
+        """A metric over its value before training, with the ends of a bootstrap interval over the pairs.
+
+        With `metric="brr"` this is the BRR ratio of Chua et al. (arXiv 2403.05518); 0 is perfect, 1 is no change.
+
+        Args:
+            before: the evaluation of the untrained model on the same pairs.
+            metric: of the threat, or one of `bad_rate`, `good_rate` and `other_rate` on wrapped prompts.
+            threat: its name.
+            split: may be left out when there is one.
+
+        Raises:
+            CtlensError: the evaluations are not of the same pairs, or the metric is unknown, has no
+                value or is 0 before training.
+        """
+        rows = [evaluation._rows_of(threat, split) for evaluation in (self, before)]
+        if _asked(rows[0]) != _asked(rows[1]):
+            raise CtlensError("a ratio needs two evaluations of the same pairs: take equal splits, n and seed.")
+        return ratio(threat, metric, *map(by_pair, rows))
+
+    def _rows_of(self, threat: str, split: str | None) -> pd.DataFrame:
+        rows = _select(self.outcomes, evaluated_threat=threat, split=split)
+        splits = set(rows["split"])
+        if len(splits) != 1:
+            raise CtlensError(f"{len(splits)} splits of {threat!r} were evaluated: name one split.")
+        return rows
+
+    def by_strength(self, metric: str = "bad_rate", arm: str = "wrapped") -> pd.DataFrame:
+        """A rate at each strength of the attack: `evaluated_threat, split, strength, value, n, ci_low, ci_high`.
+
+        Args:
+            metric: `bad_rate`, `good_rate` or `other_rate`.
+            arm: `wrapped`, `clean` or `benign`.
+
+        Raises:
+            CtlensError: the metric is unknown, or no pair of that arm has a strength.
+        """
+        _check_rate(metric)
+        known = _select(self.outcomes, arm=arm).query("strength > 0")
+        if known.empty:
+            raise CtlensError(f"no pair on the arm {arm!r} has a strength: label the pairs with 'strength', from '1'.")
+        rows = [
+            (*place, strength, *rate_with_interval(answers["verdict"], metric))
+            for place, part in by(known, *PLACE)
+            for (strength,), answers in by(part.sort_values("strength"), "strength")
+        ]
+        return pd.DataFrame(rows, columns=[*PLACE, "strength", "value", "n", "ci_low", "ci_high"])
+
+    def figure(self, metric: str = "bad_rate", threat: str | None = None, split: str | None = None) -> Figure:
+        """One rate on every arm, with its interval, a mark a threat and split; of one threat or split if named.
+
+        Raises:
+            CtlensError: the metric is none of `bad_rate`, `good_rate` and `other_rate`, or nothing is left to draw.
+        """
+        _check_rate(metric)
+        table = _select(self._table, metric=metric, evaluated_threat=threat, split=split)
+        told = [column for column in PLACE if len(set(table[column])) > 1] or ["evaluated_threat"]
+        table = table.assign(mark=[", ".join(place) for place in zip(*(table[column] for column in told), strict=True)])
+        marks, arms = list(dict.fromkeys(table["mark"])), list(dict.fromkeys(table["arm"]))
+        value, low, high = (
+            table.pivot(index="mark", columns="arm", values=end).loc[marks, arms].to_numpy()
+            for end in ("value", "ci_low", "ci_high")
+        )
+        name = metric.replace("_", " ")
+        return plots.behaviour(marks, arms, value, low, high, metric=name, title=f"What is the {name} on each arm?")
+
+    def strength_figure(self, arm: str = "wrapped") -> Figure:
+        """The bad rate against the strength of the attack: a panel a threat, a line a split.
+
+        Raises:
+            CtlensError: no pair of that arm has a strength.
+        """
+        curves: dict[str, dict[str, Any]] = {}
+        for (threat, split), rows in by(self.by_strength(arm=arm), *PLACE):
+            curve = tuple(rows[column].to_numpy() for column in ("strength", "value", "ci_low", "ci_high"))
+            curves.setdefault(threat, {})[split] = curve
+        return plots.attack_strength(curves, "Does a stronger attack work more often?", subtitle=f"{arm} prompts")
+
+    def save(self, path: str | Path) -> None:
+        """Writes the outcomes as CSV."""
+        with atomic_file(path) as temporary:
+            # Quoted, because an answer may hold a carriage return, which would end its row.
+            self.outcomes.to_csv(temporary, index=False, quoting=csv.QUOTE_NONNUMERIC)
+
+    @staticmethod
+    def load(path: str | Path) -> Evaluation:
+        """The evaluation that `save` wrote."""
+        # Texts are named, or the answer "07" becomes 7; Python reads every digit of a float, pandas may not.
+        texts: Any = {name: str for name in OUTCOME_COLUMNS if name not in (*COUNTED, *PROBABILITIES)}
+        floats: Any = dict.fromkeys(PROBABILITIES, lambda text: float(text or "nan"))
+        outcomes: Any = pd.read_csv(path, keep_default_na=False, dtype=texts, converters=floats)
+        return Evaluation(outcomes)
+
+
+def _check_rate(metric: str) -> None:
+    if metric not in RATES:
+        raise unknown("rate", metric, RATES)
+
+
+def _asked(rows: pd.DataFrame) -> set[tuple[str, ...]]:
+    """Which pairs the rows are of, on which arms."""
+    return set(zip(*(rows[column] for column in ("split", "arm", "item", "pair")), strict=True))
+
+
+def _select(table: Any, **wanted: str | None) -> pd.DataFrame:
+    """The rows with these values; None for any."""
+    for column, value in wanted.items():
+        table = table if value is None else table[table[column] == value]
+    return table
