@@ -20,9 +20,16 @@ compare: install
 test: install
 	$(BIN)/pytest
 
-# What the README shows, from a fresh default study.
+# What the documents show, each from one command.
 figures: compare
-	cp runs/compare/figures/sycophancy-residual-last.png runs/compare/results.csv figures/
+	$(BIN)/ctlens doses --threat sycophancy --seeds 3 --out runs/doses --resume
+	$(BIN)/ctlens organism leak --seeds 3 --out runs/leak
+	$(BIN)/ctlens organism card --out ORGANISM.md
+	cp runs/compare/figures/sycophancy-residual-last.png runs/compare/figures/cross-threat.png figures/
+	cp runs/compare/figures/attack-strength.png runs/compare/results.csv figures/
+	cp runs/doses/figures/pairs.png figures/doses-pairs.png
+	cp runs/doses/figures/steps.png figures/doses-steps.png
+	cp runs/doses/doses.csv runs/leak/leak.csv runs/leak/leak.png figures/
 
 # The newest TransformerLens 4.x, with everything else as pinned, and the tests of what depends on it.
 test-4x:

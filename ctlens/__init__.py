@@ -9,38 +9,45 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ctlens import analysis, losses, threats
+    from ctlens import analysis, losses, organism, threats
+    from ctlens.cells import StudyConfig
+    from ctlens.doses import DoseResult, dose_response
     from ctlens.errors import CtlensError
     from ctlens.evaluation import Evaluation, evaluate
+    from ctlens.leaks import Leak, leak
     from ctlens.losses import ACT, BCT, MLPCT, AttCT
     from ctlens.models import build, load_model, parity
     from ctlens.organism import load_organism
     from ctlens.pairs import Pair, Prompt, load_pairs, save_pairs
     from ctlens.parameters import freeze
-    from ctlens.study import StudyConfig, StudyResult, compare
+    from ctlens.study import StudyResult, compare
     from ctlens.training import Run, TrainConfig, Trainer, load_run, train
     from ctlens.weights import ModelConfig
 
 __version__ = "0.1.0"
 
 HOMES = {
+    "cells": ("StudyConfig",),
+    "doses": ("DoseResult", "dose_response"),
     "errors": ("CtlensError",),
     "evaluation": ("Evaluation", "evaluate"),
+    "leaks": ("Leak", "leak"),
     "losses": ("ACT", "BCT", "MLPCT", "AttCT"),
     "models": ("build", "load_model", "parity"),
     "parameters": ("freeze",),
     "organism": ("load_organism",),
     "pairs": ("Pair", "Prompt", "load_pairs", "save_pairs"),
-    "study": ("StudyConfig", "StudyResult", "compare"),
+    "study": ("StudyResult", "compare"),
     "training": ("Run", "TrainConfig", "Trainer", "load_run", "train"),
     "weights": ("ModelConfig",),
 }
-PACKAGES = ("analysis", "losses", "threats")
+PACKAGES = ("analysis", "losses", "organism", "threats")
 
 __all__ = [
-    "ACT", "BCT", "MLPCT", "AttCT", "CtlensError", "Evaluation", "ModelConfig", "Pair", "Prompt", "Run", "StudyConfig",
-    "StudyResult", "TrainConfig", "Trainer", "analysis", "build", "compare", "evaluate", "freeze", "load_model",
-    "load_organism", "load_pairs", "load_run", "losses", "parity", "save_pairs", "threats", "train",
+    "ACT", "BCT", "MLPCT", "AttCT", "CtlensError", "DoseResult", "Evaluation", "Leak", "ModelConfig", "Pair", "Prompt",
+    "Run", "StudyConfig", "StudyResult", "TrainConfig", "Trainer", "analysis", "build", "compare", "dose_response",
+    "evaluate", "freeze", "leak", "load_model", "load_organism", "load_pairs", "load_run", "losses", "organism",
+    "parity", "save_pairs", "threats", "train",
 ]  # fmt: skip
 
 

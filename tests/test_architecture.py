@@ -16,7 +16,7 @@ MODEL_BOUNDARY = (
 )  # fmt: skip
 SCIENCE = ("losses", "world", "threats", "organism")
 USED = ("training", "evaluation", "analysis")
-JOB = ("gallery", "report", "study", "cli")
+JOB = ("tables", "workers", "cells", "gallery", "report", "study", "doses", "cli", "leaks")
 FLOORS = (LEAVES, MODEL_BOUNDARY, SCIENCE, USED, JOB)
 
 # Within floor 2 the organism stands on threats and threats on the world, never the other way.
@@ -24,10 +24,11 @@ SIDEWAYS = {"losses": (), "world": (), "threats": ("world",), "organism": ("thre
 OWNERS = {
     "transformer_lens": ("models.py",),
     "plotly": ("plots/",),
-    "typer": ("cli.py",),
-    "rich": ("cli.py",),
+    "typer": ("cli/",),
+    "rich": ("cli/",),
     "jinja2": ("chat.py", "report.py"),
     "scipy": ("intervals.py",),
+    "joblib": ("workers.py",),
 }
 PLOTS_MAY_USE = {"numpy", "plotly", "jaxtyping", "ctlens"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,10 +17,12 @@ import pytest
 import typer
 from conftest import byte_level_tokenizer, hf_model
 
-from ctlens import cli
+from ctlens import cli, threats
 from ctlens.config import to_dict
+from ctlens.doses import PAIRS
 from ctlens.study import Study, StudyConfig
 from ctlens.training import TrainConfig
+from ctlens.world import SPLITS
 
 GOOD = {"clean": "Is it right?", "wrapped": "I don't think so.\nIs it right?"}
 JSONL = {
@@ -117,7 +120,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def test_the_commands_of_the_design_are_there() -> None:
-    assert {"compare", "train", "evaluate", "report", "organism"} <= set(COMMANDS)
+    assert {"compare", "doses", "train", "evaluate", "report", "organism"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -176,7 +179,8 @@ MISTAKES = {
     "evaluate --items 0": "at least 1 item",
     "evaluate --items 2 --split test": "unknown split 'test'",
     "evaluate --threats jailbreak,flattery": "unknown threat 'flattery'",
-    "evaluate --threats jailbreak --pairs good.jsonl": "give threats or pairs, not both",
+    "evaluate --items 2 --split heldout,test": "unknown split 'test'",
+    "evaluate --threats jailbreak,sycophancy --pairs good.jsonl": "name one of jailbreak, sycophancy",
     "evaluate --model hf --pairs good.jsonl": "neither a good nor a bad answer",
     "evaluate --model nothing --items 2": "nothing is no model folder",
     "evaluate --items 2 --threats jailbreak --out taken": "taken is a folder",
@@ -193,6 +197,15 @@ MISTAKES = {
     "compare --quiet --out new --methods act,retention": "unknown loss 'retention'",
     "compare --quiet --out new --methods act,act": "each once",
     "compare --quiet --out new --threats flattery": "unknown threat 'flattery'",
+    "compare --quiet --out new --workers 0": "workers must be at least 1, not 0",
+    # doses
+    "doses --out new": "Missing option '--threat'",
+    "doses --out new --threat flattery": "unknown threat 'flattery'",
+    "doses --out new --threat jailbreak --pairs 8,x": "--pairs takes whole numbers separated by commas, not '8,x'",
+    "doses --out new --threat jailbreak --pairs 8,8": "each once",
+    "doses --out new --threat jailbreak --pairs 8,0": "pairs must be at least 1, not 0",
+    "doses --out new --threat jailbreak --workers 0": "workers must be at least 1, not 0",
+    "doses --out taken --threat jailbreak": "taken exists already",
     # report, organism, commands
     "report gone": "gone/results.csv does not exist",
     "report file": "does not exist",
@@ -200,6 +213,15 @@ MISTAKES = {
     "report foreign": "lacks the columns trained_threat",
     "organism train --out taken": "taken exists already",
     "organism train --out new --steps 0": "at least 1",
+    "organism train --out new --preset huge": "unknown preset 'huge'",
+    "organism card --folder nothing": "card.json",
+    "organism sample --split hidden": "unknown split 'hidden'",
+    "organism sample --threats flattery": "unknown threat 'flattery'",
+    "organism sample --items 0": "at least 1 item",
+    "organism leak --out taken": "taken exists already",
+    "organism leak --out new --seeds 0": "seeds must be at least 1",
+    "organism leak --out new --methods atct": "unknown loss 'atct'; did you mean 'attct'",
+    "organism leak --quiet --out new --model hf": "no chat template",
     "organism grow": "No such command 'grow'",
     "compete": "No such command 'compete'",
 }
@@ -216,6 +238,27 @@ def test_a_mistake_is_one_sentence_and_leaves_no_trace(call: Call, place: Path, 
     assert MISTAKES[line] in ended.err
     assert ended.out == ""
     assert tree(place) == before
+
+
+def test_the_organism_s_card_goes_to_the_terminal_or_a_file(call: Call, place: Path) -> None:
+    shown, written = call("organism card"), call("organism card --out card.md")
+
+    assert (shown.code, written.code) == (0, 0)
+    assert shown.out == Path("card.md").read_text() + "\n"
+    assert shown.out.count("\n| ") == 1 + len(threats.names()) * len(SPLITS)
+
+
+def test_samples_show_every_threat_and_arm_with_the_answers_that_count(call: Call) -> None:
+    ended = call("organism sample --split structure --items 2")
+
+    assert ended.code == 0
+    for name in threats.names():
+        assert ended.out.count(f"{name}, structure: wrapper") == 2
+        for case in threats.get(name).cases(2, "structure"):
+            assert f"good: {case.good}" in ended.out and f"bad: {case.bad}" in ended.out
+            assert f"good: {case.benign}" in ended.out
+    for arm in ("wrapped", "clean", "benign"):
+        assert ended.out.count(f"\n  {arm}") == 2 * len(threats.names())
 
 
 @pytest.mark.parametrize("line", ["", "organism"])
@@ -294,20 +337,22 @@ def test_a_threat_s_own_pairs_train_the_organism(call: Call, place: Path) -> Non
     ended = call("train --quiet --loss act --loss bct --threat jailbreak --steps 2 --out new")
 
     assert ended.code == 0 and ended.err == ""
-    assert "Window shared: 80.0% of the tokens aligned in 256 pairs" in ended.out  # 8 tokens, 2 of the template
+    assert re.search(r"Window shared: \d\d\.\d% of the tokens aligned in 256 pairs", ended.out)
     assert "512 tokens left out: token outside the shared part" in ended.out
     assert all(f"{loss}: " in ended.out for loss in ("act", "bct"))
     assert json.loads(Path("new/config.json").read_text())["training"]["steps"] == 2
 
 
 def test_defaults_are_those_of_the_library() -> None:
-    given = {name: entry.default for name, entry in inspect.signature(cli.train).parameters.items()}
+    given = {name: entry.default for name, entry in inspect.signature(cli.training.train).parameters.items()}
     library = to_dict(TrainConfig())
 
     shared = given.keys() & library.keys()
     assert {"steps", "batch_size", "lr", "retention", "seed"} <= shared
     assert {name: given[name] for name in shared} == {name: library[name] for name in shared}
-    assert inspect.signature(cli.compare).parameters["seeds"].default == StudyConfig().seeds
+    assert inspect.signature(cli.studies.compare).parameters["seeds"].default == StudyConfig().seeds
+    doses = {name: entry.default for name, entry in inspect.signature(cli.studies.doses).parameters.items()}
+    assert doses["pairs"] == ",".join(map(str, PAIRS)) and doses["steps"] == TrainConfig().steps
 
 
 def test_progress_goes_to_stderr_and_only_when_wanted(call: Call, place: Path) -> None:
@@ -317,6 +362,35 @@ def test_progress_goes_to_stderr_and_only_when_wanted(call: Call, place: Path) -
 
     assert "2/2" in loud.err and quiet.err == ""
     assert loud.out.replace("loud", "") == quiet.out.replace("quiet", "")
+
+
+def test_compare_prints_a_line_a_cell_and_one_table_of_80_columns(call: Call, place: Path, monkeypatch) -> None:
+    monkeypatch.setattr("ctlens.plots.export.find_spec", lambda _: None)
+    monkeypatch.setenv("COLUMNS", "80")
+    ended = call("compare --quiet --threats sycophancy,jailbreak --methods act --steps 1 --workers 1 --out new")
+
+    lines = ended.out.splitlines()
+    assert ended.code == 0 and ended.err == "" and lines[-1] == "Report: new/report.html"
+    assert [line.split(":")[0] for line in lines[:4]] == [
+        f"{threat}, {method}, seed 0" for threat in ("sycophancy", "jailbreak") for method in ("retention", "act")
+    ]
+    (header,) = (line.split() for line in lines if line.startswith("threat"))
+    assert header == ["threat", "method", "entities", "heldout", "structure", "clean", "benign"]
+    assert sum(" none " in line for line in lines) == 2 and max(map(len, lines)) <= 80
+
+
+def test_doses_prints_a_line_a_cell_and_the_bad_rates(call: Call, place: Path, monkeypatch) -> None:
+    monkeypatch.setattr("ctlens.plots.export.find_spec", lambda _: None)
+    ended = call("doses --quiet --threat jailbreak --methods act --pairs 4 --steps 1 --workers 1 --out new")
+
+    lines = ended.out.splitlines()
+    assert ended.code == 0 and ended.err == "" and lines[-1] == "Figures: new/figures"
+    assert lines[0].startswith("jailbreak, 4 pairs, retention, seed 0: bad rate on wrapped")
+    table = pd.read_csv("new/doses.csv")
+    assert all(
+        f"{value:.3f}" in ended.out
+        for value in table.query("metric == 'bad_rate' and split == 'heldout' and arm == 'wrapped'")["value"]
+    )
 
 
 def test_evaluate_prints_a_table_and_writes_the_same_numbers(call: Call, place: Path) -> None:

@@ -7,14 +7,17 @@ import shlex
 from pathlib import Path
 
 import pandas as pd
+import pytest
 import torch
 from conftest import hf_model
 
-from ctlens import losses
+from ctlens import losses, organism, threats
+from ctlens.leaks import BEFORE, INOCULATED, PLAIN, RECKLESS, Leak
 from ctlens.losses import distances
 from ctlens.losses.base import VectorLoss
 from ctlens.models import load_model
-from ctlens.report import summary_table
+from ctlens.organism.describe import card_text
+from ctlens.tables import summary_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,28 +63,71 @@ def test_the_contributing_example_is_a_working_loss(tokenizer, monkeypatch) -> N
     assert made.distances["l1"](x, y) == 3
 
 
-def test_the_readmes_table_is_the_one_of_the_committed_results() -> None:
-    rates = summary_table(pd.read_csv(ROOT / "figures" / "results.csv", keep_default_na=False))
+@pytest.fixture(scope="module")
+def results() -> pd.DataFrame:
+    return pd.read_csv(ROOT / "figures" / "results.csv", keep_default_na=False)
+
+
+def test_the_readmes_table_is_the_one_of_the_committed_results(results: pd.DataFrame) -> None:
+    rates = summary_table(results)
     readme = (ROOT / "README.md").read_text()
 
+    assert set(rates["threat"]) == set(threats.names())
     for threat, rows in rates.groupby("threat"):
         assert f"| {threat} | {' | '.join(map(str, rows['bad wrapped']))} |" in readme
-    drops = [1 - rate.value for arm in ("clean", "benign") for rate in rates[f"good {arm}"]]
-    assert "within 2.1 points" in readme and max(drops) < 0.021
+    assert "Clean good rates stay at 100%" in readme and all(rate.value == 1 for rate in rates["good clean"])
+    assert "up to 10.4 points" in readme and round(max(1 - rate.value for rate in rates["good benign"]), 3) == 0.104
 
 
-def test_every_method_of_the_committed_study_repairs_the_organism_and_keeps_the_rest() -> None:
-    results = pd.read_csv(ROOT / "figures" / "results.csv", keep_default_na=False)
+def test_the_readmes_sentences_on_structure_and_transfer_hold(results: pd.DataFrame) -> None:
+    structure = summary_table(results, "structure").set_index(["threat", "method"])["bad wrapped"]
+    sycophancy = [structure["sycophancy", name].percent for name in losses.names()]
+    final = results.query("metric == 'bad_rate' and arm == 'wrapped' and split == 'heldout' and step in (0, 100)")
+    base = final.query("method == 'none'").set_index("evaluated_threat")["value"]
+    others = final.query("method != 'none' and trained_threat != evaluated_threat")
+    moved = (others["value"] - base.loc[others["evaluated_threat"]].to_numpy()).abs()
+
+    assert (min(sycophancy), max(sycophancy)) == ("33%", "51%")
+    assert (structure["persona", "attct"].percent, structure["persona", "bct"].percent) == ("49%", "3%")
+    assert round(moved.max(), 2) == 0.17
+    assert moved[others["method"] == "bct"].mean() < moved[others["method"].isin(["act", "mlpct", "attct"])].mean()
+
+
+def test_the_null_moves_nothing_and_internal_losses_cannot_see_a_prefill(results: pd.DataFrame) -> None:
+    rates = summary_table(results).set_index(["threat", "method"])["bad wrapped"]
+
+    for threat in threats.names():
+        assert abs(rates[threat, "retention"].value - rates[threat, "none"].value) <= 0.02
+    assert all(rates["prefill", name] == rates["prefill", "none"] for name in ("act", "mlpct", "attct"))
+
+
+def test_every_other_method_repairs_the_organism_and_keeps_the_rest(results: pd.DataFrame) -> None:
     rates = summary_table(results).set_index(["threat", "method"])
+    against_control = results.query("metric == 'bad_rate_vs_retention' and split == 'heldout'")
 
     for (threat, method), row in rates.iterrows():
-        base = rates.loc[(threat, "none")]
-        for arm in ("clean", "benign"):
-            assert row[f"good {arm}"].value >= base[f"good {arm}"].value - 0.05
-        if method not in ("none", "retention"):
-            assert row["bad wrapped"].value <= 0.2 * base["bad wrapped"].value
-    against_control = results.query("metric == 'bad_rate_vs_retention'")
-    assert len(against_control) == 8 and (against_control.ci_high < 0).all()
+        assert row["good clean"].value >= 0.95
+        if threat in ("sycophancy", "jailbreak"):
+            assert row["good benign"].value >= rates.loc[(threat, "none"), "good benign"].value - 0.05
+        if method in losses.names() and (threat != "prefill" or method == "bct"):
+            assert row["bad wrapped"].value <= 0.2 * rates.loc[(threat, "none"), "bad wrapped"].value
+            own = against_control.query("trained_threat == @threat and method == @method")
+            assert len(own) == 1 and (own["ci_high"] < 0).all()
+
+
+def test_the_readmes_sentences_on_the_leak_hold() -> None:
+    table = Leak(pd.read_csv(ROOT / "figures" / "leak.csv"), {}).to_dataframe().set_index(["stage", "context"])
+    shares = {place: round(100 * value) for place, value in table["value"].items()}
+    under = {name: shares[name, "inoculation prompt"] for name in ("act", "bct", "mlpct", "attct", "retention")}
+
+    assert (shares[BEFORE, PLAIN], shares[RECKLESS, PLAIN]) == (0, 100)
+    assert (shares[INOCULATED, PLAIN], shares[INOCULATED, "inoculation prompt"]) == (19, 100)
+    assert under == {"act": 1, "bct": 5, "mlpct": 19, "attct": 45, "retention": 100}
+    assert (shares["bct", "near prompt"], shares["act", "near prompt"]) == (9, 63)
+
+
+def test_the_organism_s_page_is_its_card() -> None:
+    assert (ROOT / "ORGANISM.md").read_text() == card_text(organism.card())
 
 
 def test_the_readmes_pictures_exist() -> None:

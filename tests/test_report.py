@@ -14,16 +14,18 @@ import pytest
 
 from ctlens import plots
 from ctlens.errors import CtlensError
-from ctlens.report import NOT_MEASURED, Rate, read_results, summary_table, write_report
+from ctlens.report import write_report
+from ctlens.tables import NOT_MEASURED, Rate, by_training, overview, read_results, summary_table
 
+THREAT = "sycophancy"
 ARMS = ("wrapped", "clean", "benign")
 BAD = {"none": (40, 2, 1), "retention": (38, 2, 1), "act": (1, 2, 1), "bct": (36, 3, 20)}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def rows_of(method: str, seed: float, step: int, bad: tuple[int, int, int], threat: str = "sycophancy") -> list[dict]:
-    common = {"trained_threat": "" if method == "none" else threat, "method": method, "seed": seed, "step": step}
-    common |= {"evaluated_threat": threat, "split": "heldout", "n": 50, "ci_low": np.nan, "ci_high": np.nan}
+def rows_of(method: str, seed: float, step: int, bad: tuple[int, int, int], split: str = "heldout") -> list[dict]:
+    common = {"trained_threat": "" if method == "none" else THREAT, "method": method, "seed": seed, "step": step}
+    common |= {"evaluated_threat": THREAT, "split": split, "n": 50, "ci_low": np.nan, "ci_high": np.nan}
     return [
         {**common, "arm": arm, "metric": metric, "value": value / 50}
         for arm, count in zip(ARMS, bad, strict=True)
@@ -40,14 +42,21 @@ def results() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def everything() -> pd.DataFrame:
+    """The results with another split, where ACT was evaluated at its last step."""
+    elsewhere = rows_of("none", np.nan, 0, (45, 0, 0), "structure") + rows_of("act", 0, 20, (5, 0, 0), "structure")
+    return pd.concat([results(), pd.DataFrame(elsewhere)])
+
+
 def write_study(folder: Path) -> Path:
     (folder / "figures").mkdir(parents=True)
-    results().to_csv(folder / "results.csv", index=False)
+    everything().to_csv(folder / "results.csv", index=False)
     (folder / "config.json").write_text(json.dumps({"threats": ["sycophancy"], "train": {"steps": 20}}))
     (folder / "environment.json").write_text(json.dumps({"torch": "<b>2.9</b>"}))
     curve = ([0.9, 0.1], [0.8, 0.0], [1.0, 0.2])
     figures = {
         "a_history": plots.history([1, 2], {"act": [1.0, 0.5]}, "Did training converge?"),
+        "sycophancy-dose": plots.dose_response([0, 20], {"act": curve}, "How much sycophancy?"),
         "z_dose": plots.dose_response([0, 20], {"act": curve}, "How much training?", subtitle="50 prompts"),
     }
     for name, figure in figures.items():
@@ -135,6 +144,23 @@ def test_results_without_the_split_are_refused():
         summary_table(results().assign(split="train"))
 
 
+def test_the_overview_has_the_bad_rate_on_every_split_and_the_good_rate_elsewhere():
+    lines = overview(everything()).set_index("method")
+    assert list(lines.columns) == ["threat", "heldout", "structure", "good clean", "good benign"]
+    assert str(lines.at["act", "structure"]) == "10% [4–21]"  # 5 in 50, by the closed formula
+    assert str(lines.at["act", "heldout"]) == "2% [1–7]"
+    assert (lines.at["act", "good clean"].value, lines.at["bct", "good benign"].value) == (0.96, 0.6)
+
+
+def test_every_training_is_counted_on_every_threat_it_was_evaluated_on():
+    elsewhere = results().assign(evaluated_threat="jailbreak", value=0.5)
+    measured = by_training(pd.concat([results(), elsewhere]))
+    assert {place[1:] for place in measured if not place[0]} == {("none", THREAT), ("none", "jailbreak")}
+    assert measured[THREAT, "act", "jailbreak"].rate("bad_rate", "wrapped").value == 0.5
+    own = measured[THREAT, "act", THREAT]
+    assert (own.rate("bad_rate", "wrapped").value, own.rate("bad_rate", "wrapped").n, own.seeds) == (0.02, 100, 2)
+
+
 def test_two_rates_differ_only_when_the_interval_of_the_difference_leaves_out_zero():
     low, middle, high = Rate(0.02, 0.006, 0.07, 100), Rate(0.05, 0.02, 0.11, 100), Rate(0.8, 0.71, 0.87, 100)
     assert low.against(high) == "lower than"
@@ -144,12 +170,26 @@ def test_two_rates_differ_only_when_the_interval_of_the_difference_leaves_out_ze
 
 
 def test_the_table_of_the_page_holds_the_numbers(page):
-    rows = {row[0]: row[1:] for row in page[1].rows if row}
+    rows = {row[0]: row[1:] for row in reversed(page[1].rows) if row}
     assert rows["ACT"][:3] == ["2% [1–7]", "4% [2–10]", "2% [1–7]"]
     assert rows["base"][0] == "80% [67–89]"
     assert rows["BCT"][3:6] == ["28% [20–37]", "94% [88–97]", "60% [50–69]"]
     assert rows["ACT"][6:] == ["0%", "0%", "0%", "100 / 100 / 100", "2"]
     assert rows["brr"] == ["wrapped", "0.12 [0.10, 0.20]"]
+
+
+def test_the_page_holds_the_bad_rate_on_every_split(page):
+    rows = [row for row in page[1].rows if len(row) == 3]
+    assert rows[0] == ["", "heldout", "structure"]
+    assert ["base", "80% [67–89]", "90% [79–96]"] in rows
+    assert ["BCT", "72% [63–80]", "–"] in rows
+
+
+def test_the_contents_lead_to_every_part(page):
+    text = page[0].read_text(encoding="utf-8")
+    targets = [target.removeprefix("#") for target in page[1].loads if target.startswith("#")]
+    assert {"answer", "across", THREAT, "how"} <= set(targets)
+    assert all(text.count(f'id="{target}"') == 1 for target in targets)
 
 
 def test_the_answer_follows_from_the_numbers(page):
@@ -162,7 +202,8 @@ def test_the_answer_follows_from_the_numbers(page):
 
 def test_figures_come_in_order_of_the_argument_with_captions(page):
     words = page[1].words
-    assert words.index("How much training?") < words.index("50 prompts") < words.index("Did training converge?")
+    titles = ("How much training?", "50 prompts", "Did training converge?", "How much sycophancy?")
+    assert [*titles] == sorted(titles, key=words.index)
     assert "bands their 95% intervals" in words
 
 
@@ -174,7 +215,7 @@ def test_settings_are_flat_and_text_is_escaped(page):
 
 def test_the_page_loads_nothing_and_holds_plotly_once(page):
     path, parsed = page
-    assert all(target.startswith("data:") for target in parsed.loads)
+    assert all(target.startswith(("data:", "#")) for target in parsed.loads)
     assert "default-src 'none'" in path.read_text(encoding="utf-8")
     assert 1_000_000 < path.stat().st_size < 10_000_000
 
@@ -218,5 +259,5 @@ def test_a_browser_draws_every_figure(page, tmp_path):
     command = [str(CHROMIUM), *flags, *quiet, "--virtual-time-budget=5000", "--dump-dom", page[0].as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
     drawn = dom.split("<script>")[0]
-    assert drawn.count('class="plot js-plotly-plot"') == 2
-    assert drawn.count('class="trace scatter') == 3
+    assert drawn.count('class="plot js-plotly-plot"') == 3
+    assert drawn.count('class="trace scatter') == 5

@@ -1,0 +1,43 @@
+"""The command line: `ctlens compare | doses | train | evaluate | report | organism`.
+
+Heavy imports wait for the command that needs them, so that `--help` answers at once. A user's
+mistake ends with exit code 2 and one sentence on stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+
+from ctlens.cli import organism, studies, training
+from ctlens.errors import CtlensError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Train models so that an adversarial wrapper no longer changes what they do, and see what changed inside.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (studies.compare, studies.doses, training.train, training.evaluate, studies.report):
+    app.command()(command)
+app.add_typer(organism.app, name="organism")
+
+# Typer keeps its copy of click private; every usage error descends from this class.
+UsageError: Any = typer.BadParameter.__mro__[2]
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake is one sentence on stderr and exit code 2."""
+    try:
+        code = app(standalone_mode=False) or 0
+    except (CtlensError, UsageError, OSError) as error:
+        text = getattr(error, "format_message", error.__str__)() or "name a command."
+        sys.stderr.write("ctlens: " + " ".join(text.split()) + "\n")
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    sys.exit(code)  # out here, where what was interrupted has been let go, and its workers have ended

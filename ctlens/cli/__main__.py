@@ -1,0 +1,5 @@
+"""`python -m ctlens.cli` is `ctlens`."""
+
+from ctlens.cli import main
+
+main()

@@ -1,0 +1,58 @@
+"""What the commands share: options, the model that is meant, tables and lines on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Methods = Annotated[str, typer.Option(help="Comma-separated losses; all by default.")]
+Seeds = Annotated[int, typer.Option(help="Number of seeds.")]
+Steps = Annotated[int, typer.Option(help="Training steps.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Finish the study in the folder.")]
+Workers = Annotated[int | None, typer.Option(help="Trainings at a time; by default one a core.")]
+Seed = Annotated[int, typer.Option(help="Seed of the data order.")]
+ThreatNames = Annotated[str, typer.Option("--threats", help="Comma-separated threats; all by default.")]
+ModelFolder = Annotated[Path | None, typer.Option("--model", help="HuggingFace or run folder; else the organism.")]
+PairsFile = Annotated[Path | None, typer.Option("--pairs", help="JSONL with clean and wrapped prompts.")]
+
+
+def chosen_model(folder: Path | None) -> Any:
+    """The model of a folder, or the shipped organism."""
+    if folder is None:
+        from ctlens.organism import load_organism
+
+        return load_organism()
+    from ctlens.models import load_model
+
+    return load_model(folder)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The names in a comma-separated option."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def print_table(title: str, table: pd.DataFrame) -> None:
+    """A table with its title."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=title, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for position, column in enumerate(table.columns):
+        shown.add_column(str(column), overflow="fold", no_wrap=position == 0)
+    for row in table.itertuples(index=False):
+        shown.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
+    Console().print(shown)
+
+
+def say(text: str) -> None:
+    """One line on stdout."""
+    sys.stdout.write(text + "\n")

@@ -1,0 +1,93 @@
+"""`ctlens organism train | card | sample | leak`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ctlens.cli.common import (
+    Methods,
+    ModelFolder,
+    Quiet,
+    Seeds,
+    Steps,
+    ThreatNames,
+    chosen_model,
+    names,
+    print_table,
+    say,
+)
+
+app = typer.Typer(help="The small model with known vulnerabilities.", no_args_is_help=True)
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="New folder for the organism.")],
+    seed: Annotated[int, typer.Option(help="Seed of weights and corpus.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Pretraining steps; by default those of the preset.")] = None,
+    preset: Annotated[str, typer.Option(help="small, as shipped, or large, about 10M parameters.")] = "small",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    quiet: Quiet = False,
+) -> None:
+    """Train an organism from scratch and write its folder with its card."""
+    from ctlens.organism import train_organism
+
+    train_organism(out, seed=seed, steps=steps, preset=preset, device=device, progress=not quiet)
+    say(f"Organism: {out}")
+
+
+@app.command()
+def card(
+    folder: Annotated[Path | None, typer.Option(help="Folder of an organism; by default the shipped one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Markdown file for the card, instead of the terminal.")] = None,
+) -> None:
+    """Show how an organism was made and how it behaves, as measured when it was trained."""
+    from ctlens import organism
+    from ctlens.files import write_text
+    from ctlens.organism.describe import card_text
+
+    text = card_text(organism.card(folder) if folder else organism.card())
+    if out is None:
+        say(text)
+    else:
+        write_text(out, text)
+
+
+@app.command()
+def sample(
+    threats: ThreatNames = "",
+    split: Annotated[str, typer.Option(help="train, entities, heldout or structure.")] = "train",
+    items: Annotated[int, typer.Option(help="Examples a threat.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+) -> None:
+    """Show examples of every threat: wrapped, clean and benign, with the good and the bad answer."""
+    from ctlens import threats as registry
+    from ctlens.organism.describe import examples
+
+    for example in examples(names(threats) or registry.names(), split, items, seed):
+        say(example)
+
+
+@app.command()
+def leak(
+    out: Annotated[Path, typer.Option(help="New folder for the numbers and the figure.")],
+    model: ModelFolder = None,
+    methods: Methods = "",
+    seeds: Seeds = 1,
+    steps: Steps = 100,
+    quiet: Quiet = False,
+) -> None:
+    """Teach narrow bad advice, with and without inoculation, and measure which training seals the leak."""
+    from ctlens.files import require_free
+    from ctlens.leaks import leak as induce
+    from ctlens.training import TrainConfig
+
+    require_free(out)
+    training = TrainConfig(steps=steps)
+    found = induce(chosen_model(model), names(methods), seeds, training=training, progress=not quiet)
+    found.save(out)
+    print_table("Bad advice on risky questions outside the narrow domain", found.to_dataframe())
+    say(f"Figure: {out / 'leak.html'}")

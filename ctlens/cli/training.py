@@ -1,0 +1,116 @@
+"""`ctlens train | evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ctlens.cli.common import ModelFolder, PairsFile, Quiet, Seed, ThreatNames, chosen_model, names, print_table, say
+from ctlens.errors import CtlensError
+
+if TYPE_CHECKING:
+    from ctlens.losses import Loss
+    from ctlens.pairs import Pair
+    from ctlens.training import Trainer
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="New folder for the run.")],
+    loss: Annotated[list[str], typer.Option(help="act, mlpct, attct or bct; repeat for several.")],
+    model: ModelFolder = None,
+    pairs: PairsFile = None,
+    threat: Annotated[str, typer.Option(help="Train on this threat's own pairs instead of a file.")] = "",
+    window: Annotated[str, typer.Option(help="shared, suffix, content or explicit.")] = "shared",
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 100,
+    batch_size: Annotated[int, typer.Option(help="Pairs a step.")] = 32,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
+    retention: Annotated[float, typer.Option(help="Weight of the KL to the reference.")] = 10.0,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Train a model on pairs with one loss or several, and save the run."""
+    from ctlens.alignment import WINDOWS
+    from ctlens.errors import unknown
+    from ctlens.files import require_free
+    from ctlens.training import TrainConfig, Trainer
+
+    require_free(out)
+    if window not in WINDOWS:
+        raise unknown("alignment window", window, WINDOWS)
+    config = TrainConfig(steps=steps, batch_size=batch_size, lr=lr, retention=retention, seed=seed)
+    losses = [_loss(name, window) for name in loss]
+    chosen = _pairs(pairs, threat, seed)
+    trainer = Trainer(chosen_model(model), chosen, losses, config, progress=not quiet)
+    _print_alignment(trainer)
+    _take_steps(trainer, quiet)
+    trainer.run.save(out)
+    for name in loss:
+        series = trainer.history.series(name)
+        say(f"{name}: {series[0]:.4g} at step 1, {series[-1]:.4g} at step {steps}")
+    say(f"Run: {out}")
+
+
+def evaluate(
+    model: ModelFolder = None,
+    threats: ThreatNames = "",
+    pairs: PairsFile = None,
+    split: Annotated[str, typer.Option(help="Comma-separated: train, entities, heldout, structure.")] = "heldout",
+    items: Annotated[int, typer.Option(help="Pairs a threat.")] = 96,
+    out: Annotated[Path | None, typer.Option(help="CSV file for the table.")] = None,
+) -> None:
+    """Bad and good rates on wrapped, clean and benign prompts, with intervals."""
+    from ctlens.evaluation import evaluate as run_evaluation
+    from ctlens.files import atomic_file
+    from ctlens.pairs import load_pairs
+
+    if out and out.is_dir():
+        raise CtlensError(f"{out} is a folder: name a file for the table.")
+    own = load_pairs(pairs) if pairs else None
+    table = run_evaluation(chosen_model(model), names(threats), pairs=own, split=names(split), n=items).to_dataframe()
+    if out:
+        with atomic_file(out) as temporary:
+            table.to_csv(temporary, index=False)
+    print_table("Evaluation", table)
+
+
+def _pairs(path: Path | None, threat: str, seed: int) -> list[Pair]:
+    if (path is None) == (not threat):
+        raise CtlensError("give either --pairs FILE or --threat NAME.")
+    if path is not None:
+        from ctlens.pairs import load_pairs
+
+        return load_pairs(path)
+    from ctlens import threats
+
+    return threats.get(threat).pairs(256, split="train", seed=seed)
+
+
+def _loss(name: str, window: str) -> Loss:
+    from dataclasses import replace
+
+    from ctlens import losses
+
+    loss = losses.get(name)
+    return replace(loss, window=window) if loss.windows else loss  # type: ignore[call-arg]
+
+
+def _take_steps(trainer: Trainer, quiet: bool) -> None:
+    from tqdm.auto import tqdm
+
+    with tqdm(trainer, desc="train", disable=quiet) as bar:
+        for step in bar:
+            bar.set_postfix(loss=f"{step.losses['total']:.4g}", refresh=False)
+
+
+def _print_alignment(trainer: Trainer) -> None:
+    """The coverage of the aligned windows and the reason of every drop."""
+    pairs = trainer.pairs
+    windows = dict.fromkeys(window for loss in trainer.losses for window in loss.windows)
+    for window in windows:
+        say(f"Window {window}: {pairs.coverage(window):.1%} of the tokens aligned in {len(pairs)} pairs")
+        for reason, count in pairs.token_drops(window).items():
+            say(f"  {count} tokens left out: {reason}")
+    for reason, count in pairs.dropped.items():
+        say(f"  {count} pairs left out: {reason}")
