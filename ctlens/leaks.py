@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ctlens import losses as loss_registry
 from ctlens import plots, threats
+from ctlens.cells import one_thread
 from ctlens.config import environment, to_dict
 from ctlens.errors import CtlensError
 from ctlens.evaluation import evaluate
@@ -118,7 +119,7 @@ def leak(
         loss_registry.get(name)
     advice, training = advice or BadAdviceConfig(), training or TrainConfig()
     rows: list[tuple[object, ...]] = []
-    with tqdm(total=seeds * (3 + len(names)), desc="stages", disable=not progress) as bar:
+    with one_thread(), tqdm(total=seeds * (3 + len(names)), desc="stages", disable=not progress) as bar:
         for seed in range(seeds):
             stages = _stages(model, names, replace(advice, seed=seed), replace(training, seed=seed))
             for stage, trained in stages:
