@@ -87,8 +87,9 @@ def _behaviour(
     x_title: str = "prompt",
 ) -> Figure:
     value, low, high = _arrays(list(rates.values()))
-    words = {"metric": metric, "title": title, "subtitle": subtitle, "x_title": x_title}
-    return plots.behaviour(list(rates), list(columns), value, low, high, **words)
+    return plots.behaviour(
+        list(rates), list(columns), value, low, high, metric=metric, title=title, subtitle=subtitle, x_title=x_title
+    )
 
 
 def _arrays(rates: list[list[Rate]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
