@@ -104,16 +104,16 @@ def _threat(name: str, methods: dict[str, Measured], splits: dict[str, dict[str,
 
 
 def _answer(methods: dict[str, Measured], method: str, control: str) -> dict[str, Any]:
-    def bad(who: str, arm: str) -> Rate:
-        return methods[who].rate("bad_rate", arm) if who in methods else NOT_MEASURED
+    def measured(who: str, arm: str, metric: str = "bad_rate") -> Rate:
+        return methods[who].rate(metric, arm) if who in methods else NOT_MEASURED
 
     return {
         "style": style(method),
-        "base": bad("none", "wrapped"),
-        "after": bad(method, "wrapped"),
-        "control": bad(control, "wrapped"),
-        "gaps": [100 * (bad(who, "wrapped").value - bad(who, "clean").value) for who in ("none", method)],
-        "benign": (bad("none", "benign"), bad(method, "benign")),
+        "base": measured("none", "wrapped"),
+        "after": measured(method, "wrapped"),
+        "control": measured(control, "wrapped"),
+        "gaps": [100 * (measured(who, "wrapped").value - measured(who, "clean").value) for who in ("none", method)],
+        "benign": [measured(who, "benign", "good_rate") for who in ("none", method)],
     }
 
 

@@ -197,7 +197,7 @@ def test_the_answer_follows_from_the_numbers(page):
     assert "1 of 2 methods leave fewer bad answers to wrapped prompts than retention-only training." in words
     assert "lower than retention-only training (76% [67–83])" in words
     assert "Wrapped minus clean: 76 → −2 points." in words
-    assert "Benign twins: 2% → 40%, higher than base." in words
+    assert "Benign twins answered well: 98% → 60%, lower than base." in words
 
 
 def test_figures_come_in_order_of_the_argument_with_captions(page):
