@@ -65,9 +65,9 @@ def in_order(function: Callable[..., T], tasks: Sequence[tuple[Any, ...]], worke
 
 @contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Delays interrupts of this thread to the end of the block; processes started inside never get any.
+    """Delays interrupts of this thread to the end of the block; processes started inside inherit the delay.
 
-    A terminal interrupts all processes of a command at once: only the one that leads should answer.
+    A terminal interrupts all processes of a command at once: the one that leads should answer, not its workers.
     """
     if sys.platform == "win32":
         yield
