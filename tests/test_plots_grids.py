@@ -105,6 +105,17 @@ def test_own_threat_cells_are_outlined_by_name_not_by_position():
     assert corners == [(0, 2), (1, 1)]
 
 
+def test_no_change_has_the_middle_colour_and_extremes_are_cut_at_a_factor_of_16():
+    value = np.array([[1.0, 0.5, 100.0, 0.0, NAN]])
+    figure = plots.cross_loss(["x"], ["act", "a", "b", "c", "x"], (value, 0.9 * value, 1.1 * value), "?")
+    assert figure.data[0].z[0][:4] == [0.0, -1.0, 4.0, -4.0]
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-4.0, 4.0)
+    texts = figure.data[0].text[0]
+    assert "0.50" in texts[1] and "0.45–0.55" in texts[1] and texts[4] == ""
+    assert figure.layout.coloraxis.colorbar.tickvals == (-4, -2, 0, 2, 4)
+    assert [shape.x0 + 0.5 for shape in figure.layout.shapes] == [4]
+
+
 @pytest.mark.parametrize("trained", [THREATS, THREATS[:1]])
 def test_the_base_model_is_one_row_without_an_own_threat(trained):
     base = panel(RATES[:1])
@@ -136,6 +147,8 @@ def test_only_the_lowest_panel_of_a_column_names_its_columns():
         lambda: plots.cross_threat(THREATS, THREATS, {}, "?"),
         lambda: plots.cross_threat([], THREATS, {"act": panel()}, "?"),
         lambda: plots.cross_threat(THREATS, [], {"act": panel(RATES[:, :0])}, "?"),
+        lambda: plots.cross_loss(["act"], ["act"], panel(), "?"),
+        lambda: plots.cross_loss([], ["act"], panel(RATES[:0, :1]), "?"),
         lambda: matrix(act=panel(RATES[:2])),
         lambda: matrix(act=panel(RATES[:, :2])),
         lambda: matrix(act=(RATES, RATES[:1], RATES)),

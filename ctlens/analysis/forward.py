@@ -34,8 +34,14 @@ def batches(
     if encoded.dropped:
         reason, count = next(iter(encoded.dropped.items()))
         raise CtlensError(f"{count} of {len(pairs)} pairs do not align ({reason}): leave them out.")
+    yield from in_batches(model, encoded.rows, batch_size, progress)
+
+
+def in_batches(
+    model: LensModel, rows: Sequence[EncodedPair], batch_size: int, progress: bool
+) -> Iterator[tuple[list[EncodedPair], PairBatch]]:
+    """Rows in their order and their batch, on the model's device."""
     device = next(model.parameters()).device
-    starts = range(0, len(encoded), batch_size)
-    for start in tqdm(starts, desc="forward", disable=not progress, leave=False):
-        rows = list(encoded.rows[start : start + batch_size])
-        yield rows, collate(rows).to(device)
+    for start in tqdm(range(0, len(rows), batch_size), desc="forward", disable=not progress, leave=False):
+        chosen = list(rows[start : start + batch_size])
+        yield chosen, collate(chosen).to(device)

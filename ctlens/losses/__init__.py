@@ -8,7 +8,7 @@ from ctlens.config import from_dict, to_dict
 from ctlens.errors import unknown
 from ctlens.losses.act import ACT
 from ctlens.losses.attct import AttCT
-from ctlens.losses.base import Forwards, Loss, LossValue
+from ctlens.losses.base import Forwards, Loss, LossValue, require_distinct
 from ctlens.losses.bct import BCT
 from ctlens.losses.mlpct import MLPCT
 
@@ -26,6 +26,7 @@ __all__ = [
     "from_config",
     "get",
     "names",
+    "require_distinct",
     "to_config",
 ]
 

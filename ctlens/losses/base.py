@@ -164,6 +164,13 @@ class VectorLoss(InternalLoss):
         return values
 
 
+def require_distinct(losses: Sequence[Loss]) -> None:
+    """Raises a `CtlensError` when two losses have the same name."""
+    names = [loss.name for loss in losses]
+    if len(set(names)) < len(names):
+        raise CtlensError(f"a loss is given twice ({', '.join(names)}): name each once and set its weight.")
+
+
 def check_weight(weight: float) -> None:
     """Raises a `CtlensError` unless a loss's weight is a positive number."""
     if not 0 < weight < float("inf"):

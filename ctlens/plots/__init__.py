@@ -9,7 +9,7 @@ from plotly.graph_objects import Figure
 from ctlens.plots.curves import Curve, dose_response, layer_curves
 from ctlens.plots.export import save_figure
 from ctlens.plots.heads import attention_heads
-from ctlens.plots.matrix import Panel, cross_threat
+from ctlens.plots.matrix import Panel, cross_loss, cross_threat
 from ctlens.plots.rates import behaviour
 from ctlens.plots.strength import StrengthCurve, attack_strength
 from ctlens.plots.theme import finish, label, style
@@ -23,6 +23,7 @@ __all__ = [
     "attack_strength",
     "attention_heads",
     "behaviour",
+    "cross_loss",
     "cross_threat",
     "dose_response",
     "finish",

@@ -16,7 +16,7 @@ from ctlens.config import environment, generator
 from ctlens.decoding import generate
 from ctlens.errors import CtlensError
 from ctlens.hooks import capture
-from ctlens.losses import Forwards, Loss, LossValue
+from ctlens.losses import Forwards, Loss, LossValue, require_distinct
 from ctlens.pairs import Pair, Prompt
 from ctlens.parameters import copy_model, freeze
 from ctlens.training.config import TrainConfig
@@ -75,9 +75,7 @@ class Trainer:
     ) -> None:
         self.config = config or TrainConfig()
         self.losses = (losses,) if isinstance(losses, Loss) else tuple(losses)
-        names = [loss.name for loss in self.losses]
-        if len(set(names)) < len(names):
-            raise CtlensError(f"a loss is given twice ({', '.join(names)}): name each once and set its weight.")
+        require_distinct(self.losses)
         if not self.losses and not self.config.retention:
             raise CtlensError("there is nothing to train: give a loss, or a retention weight above zero.")
         self.reference = model

@@ -1,0 +1,239 @@
+"""Trained with one loss, measured by every loss: do trainings that look alike from outside do the same inside?
+
+Each model's losses are taken on the same pairs and the same forward passes, so that a difference
+between two losses of a model is no difference between prompts. Which clean side a model is
+compared with is part of the question: training moves the clean activations too, so the distance
+to the reference's clean side (what is trained) and that to the model's own need not agree. Irpan
+et al. (2025, arXiv 2510.27062) report that BCT raises the activation distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+
+from ctlens import plots
+from ctlens.alignment import align
+from ctlens.analysis.forward import in_batches, require_comparable
+from ctlens.analysis.result import Result
+from ctlens.batch import EncodedPair, EncodedPairs, PairBatch, encode
+from ctlens.errors import CtlensError, unknown
+from ctlens.hooks import capture
+from ctlens.intervals import bootstrap, bootstrap_mean
+from ctlens.losses import LOSSES, Forwards, Loss, require_distinct
+from ctlens.pairs import Pair
+from ctlens.plots import Figure
+from ctlens.training.trainer import reference_answers
+from ctlens.types import LensModel
+
+CLEAN_SIDES = {"reference": "the reference's clean prompts", "own": "each model's own clean prompts"}
+REFERENCE = "none"
+MEAN = ""
+COLUMNS = (
+    "model", "loss", "hook_point", "value", "ci_low", "ci_high", "n", "relative", "relative_low", "relative_high",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CrossLoss(Result):
+    """Every loss of every model on every pair, unweighted, in the unit of the loss.
+
+    >>> values = np.array([[[4.0, 4.0]], [[1.0, 3.0]]])  # the reference, then a trained model; two pairs
+    >>> aligned = np.array([[True, True]])
+    >>> result = CrossLoss(values, aligned, ("none", "act"), ("act",), ("blocks.0.hook_resid_post",), "reference")
+    >>> result.to_dataframe().query("hook_point == ''")[["model", "value", "relative"]].values.tolist()
+    [['none', 4.0, 1.0], ['act', 2.0, 0.5]]
+
+    Attributes:
+        by_hook: `[model, point, pair]`; NaN where a pair does not align in the window of the loss.
+        aligned: `[loss, pair]`, whether it does.
+        models: labels of the models; the first is the reference, `"none"`.
+        point_losses: the loss of each point; a loss with several hook points is there several times.
+        hook_points: the hook point of each point; `"logits"` for a loss on outputs.
+        clean: the clean side, `"reference"` or `"own"`.
+    """
+
+    by_hook: Float[np.ndarray, "model point pair"]
+    aligned: Bool[np.ndarray, "loss pair"]
+    models: tuple[str, ...]
+    point_losses: tuple[str, ...]
+    hook_points: tuple[str, ...]
+    clean: str
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The names of the losses."""
+        return tuple(dict.fromkeys(self.point_losses))
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """How many pairs do not align in the window of each loss and do not count for it."""
+        return dict(zip(self.losses, (~self.aligned).sum(-1).tolist(), strict=True))
+
+    @property
+    def values(self) -> Float[np.ndarray, "model loss pair"]:
+        """Every loss, the mean over its hook points."""
+        return np.stack([self.by_hook[:, self._points(loss)].mean(1) for loss in self.losses], 1)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per model, loss and hook point, `""` for the mean over hook points.
+
+        Returns:
+            The mean over `n` pairs, `value`, with its 95 percent bootstrap interval, `ci_low` and
+            `ci_high`; and `relative`, the value as a multiple of the reference's on the same
+            pairs, with `relative_low` and `relative_high`. The reference's value is that before
+            training, so 1 is no change; NaN where it is 0.
+        """
+        rows: list[tuple[object, ...]] = []
+        for number, loss in enumerate(self.losses):
+            points = self._points(loss)
+            hook_points = [MEAN, *(self.hook_points[point] for point in points)]
+            values = np.concatenate([self.values[:, [number]], self.by_hook[:, points]], 1)[..., self.aligned[number]]
+            numbers = np.stack([*bootstrap_mean(np.moveaxis(values, -1, 0)), *_relative(values)], -1)
+            rows += [
+                (model, loss, hook_point, *found[:3], values.shape[-1], *found[3:])
+                for model, of_model in zip(self.models, numbers.tolist(), strict=True)
+                for hook_point, found in zip(hook_points, of_model, strict=True)
+            ]
+        rows.sort(key=lambda row: self.models.index(str(row[0])))
+        return pd.DataFrame(rows, columns=list(COLUMNS))
+
+    def figure(self) -> Figure:
+        """The relative values, a row a model and a column a loss."""
+        table = self.to_dataframe()
+        means = table[(table["hook_point"] == MEAN) & (table["model"] != REFERENCE)]
+        shape = (len(self.models) - 1, len(self.losses))
+        columns = ("relative", "relative_low", "relative_high")
+        value, low, high = (np.asarray(means[name], dtype=float).reshape(shape) for name in columns)
+        subtitle = f"{self.aligned.shape[1]} pairs; activations compared with {CLEAN_SIDES[self.clean]}"
+        title = "Trained with one loss, measured by every loss: what else falls?"
+        return plots.cross_loss(self.models[1:], self.losses, (value, low, high), title, subtitle=subtitle)
+
+    def _points(self, loss: str) -> list[int]:
+        return [point for point, name in enumerate(self.point_losses) if name == loss]
+
+
+def cross_loss(
+    reference: LensModel,
+    models: Mapping[str, LensModel] | Mapping[int, LensModel],
+    pairs: Sequence[Pair],
+    losses: Loss | Sequence[Loss] | None = None,
+    *,
+    clean: str = "reference",
+    answer_tokens: int = 16,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> CrossLoss:
+    """Every loss on every model, on the same pairs and the same forward passes.
+
+    Args:
+        reference: the model before training, in eval mode.
+        models: trained models by label, such as the loss trained with or the step, in eval mode.
+        pairs: clean and wrapped prompts. A pair that does not align in the window of a loss is
+            left out for that loss alone, and counted in `CrossLoss.dropped`.
+        losses: what to measure by; None for all of `ctlens.losses.LOSSES` as they are by default.
+            Weights do not matter.
+        clean: the clean side of the distance. `"reference"`: the reference on the clean prompt, as
+            trained. `"own"`: each model on the clean prompt. It does not concern BCT, whose targets
+            are the reference's answers (or the pairs' own targets) in both cases.
+        answer_tokens: longest answer the reference generates as a target, in tokens.
+        batch_size: pairs a forward pass.
+        progress: show a progress bar.
+
+    Raises:
+        CtlensError: a model does not compare with the reference or is in training mode, there are
+            no models, no losses or no pairs, a label or loss is given twice, the clean side is
+            unknown, or no pair aligns for some loss.
+    """
+    if clean not in CLEAN_SIDES:
+        raise unknown("clean side", clean, list(CLEAN_SIDES))
+    chosen = [kind() for kind in LOSSES.values()] if losses is None else losses
+    chosen = (chosen,) if isinstance(chosen, Loss) else tuple(chosen)
+    require_distinct(chosen)
+    labelled = _labelled(reference, models)
+    if not chosen:
+        raise CtlensError("there is nothing to measure by: give a loss, or None for all.")
+    encoded, aligned = _encode(reference, pairs, chosen)
+    if any(loss.needs_answer for loss in chosen):
+        encoded = encoded.with_answers(reference_answers(reference, encoded, answer_tokens, progress=progress))
+    hook_names = {loss.name: loss.hook_names(reference) for loss in chosen}
+    names = list(dict.fromkeys(name for names in hook_names.values() for name in names))
+    chunks, keys = [], []
+    for _, batch in in_batches(reference, encoded.rows, batch_size, progress):
+        rows = [
+            {
+                (loss.name, hook_point): values
+                for loss in chosen
+                for hook_point, values in loss.row_values(forwards, hook_names[loss.name]).items()
+            }
+            for forwards in _forwards(list(labelled.values()), batch, names, clean)
+        ]
+        keys = list(rows[0])
+        chunks.append(torch.stack([torch.stack(list(row.values())) for row in rows]).double().cpu().numpy())
+    number = {loss.name: place for place, loss in enumerate(chosen)}
+    known = aligned[[number[name] for name, _ in keys]]
+    by_hook = np.where(known, np.concatenate(chunks, -1), np.nan)
+    point_losses, hook_points = zip(*keys, strict=True)
+    return CrossLoss(by_hook, aligned, tuple(labelled), point_losses, hook_points, clean)
+
+
+def _labelled(reference: LensModel, models: Mapping[str, LensModel] | Mapping[int, LensModel]) -> dict[str, LensModel]:
+    """The reference and the models by label; they compare."""
+    if not models:
+        raise CtlensError("there are no models: give at least one, by its label.")
+    labels = [REFERENCE, *map(str, models)]
+    if len(set(labels)) < len(labels):
+        raise CtlensError(f"a label is given twice ({', '.join(labels)}): {REFERENCE!r} is the reference.")
+    for model in models.values():
+        require_comparable(reference, model)
+    return dict(zip(labels, (reference, *models.values()), strict=True))
+
+
+def _encode(
+    reference: LensModel, pairs: Sequence[Pair], losses: Sequence[Loss]
+) -> tuple[EncodedPairs, Bool[np.ndarray, "loss pair"]]:
+    """All pairs, each with its alignment in every window, and which of them align in all windows of a loss."""
+    windows = dict.fromkeys(window for loss in losses for window in loss.windows)
+    encoded = encode(pairs, reference.tokenizer, windows=(), n_ctx=reference.cfg.n_ctx)
+    rows = tuple(
+        replace(row, alignments={name: align(row.clean, row.wrapped, name, shared=row.pair.shared) for name in windows})
+        for row in encoded.rows
+    )
+    aligned = np.array([[_aligns(row, loss) for row in rows] for loss in losses])
+    for loss, found in zip(losses, aligned, strict=True):
+        if not found.any():
+            reason = next(filter(None, (rows[0].alignments[name].refusal for name in loss.windows)))
+            raise CtlensError(f"none of the {len(rows)} pairs aligns for {loss.name} ({reason}): choose its window.")
+    return EncodedPairs(rows, {}), aligned
+
+
+def _aligns(row: EncodedPair, loss: Loss) -> bool:
+    return not any(row.alignments[window].refusal for window in loss.windows)
+
+
+def _forwards(models: Sequence[LensModel], batch: PairBatch, names: Sequence[str], clean: str) -> Iterator[Forwards]:
+    """Both sides of a batch for every model, the reference first; one pass a side and model."""
+    targets = {}
+    for model in models:
+        if names and (not targets or clean == "own"):
+            targets = capture(model, batch.clean.tokens, names, grad=False, mask=batch.clean.needed_mask)[1]
+        logits, states = capture(model, batch.wrapped.tokens, names, grad=False, mask=batch.wrapped.needed_mask)
+        yield Forwards(batch, targets, states, logits)
+
+
+def _relative(values: Float[np.ndarray, "model point pair"]) -> list[Float[np.ndarray, "model point"]]:
+    """The mean over pairs as a multiple of the first model's, and the ends of its interval."""
+
+    def multiple(items: np.ndarray) -> np.ndarray:
+        mean = values[..., items].mean(-1)
+        before = np.broadcast_to(mean[0], mean.shape)
+        return np.divide(mean, before, out=np.full_like(mean, np.nan), where=before != 0)
+
+    n = values.shape[-1]
+    ends = np.array(bootstrap(lambda items: multiple(items).ravel().tolist(), n)).T
+    return [multiple(np.arange(n)), *ends.reshape(2, *values.shape[:2])]
