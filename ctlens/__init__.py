@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ctlens.errors import CtlensError
     from ctlens.evaluation import Evaluation, evaluate
     from ctlens.leaks import Leak, leak
-    from ctlens.losses import ACT, BCT, MLPCT, AttCT
+    from ctlens.losses import ACT, BCT, KLCT, MLPCT, AttCT
     from ctlens.models import build, load_model, parity
     from ctlens.organism import load_organism
     from ctlens.pairs import Pair, Prompt, load_pairs, save_pairs
@@ -32,7 +32,7 @@ HOMES = {
     "errors": ("CtlensError",),
     "evaluation": ("Evaluation", "evaluate"),
     "leaks": ("Leak", "leak"),
-    "losses": ("ACT", "BCT", "MLPCT", "AttCT"),
+    "losses": ("ACT", "BCT", "KLCT", "MLPCT", "AttCT"),
     "models": ("build", "load_model", "parity"),
     "parameters": ("freeze",),
     "organism": ("load_organism",),
@@ -44,10 +44,10 @@ HOMES = {
 PACKAGES = ("analysis", "losses", "organism", "threats")
 
 __all__ = [
-    "ACT", "BCT", "MLPCT", "AttCT", "CtlensError", "DoseResult", "Evaluation", "Leak", "ModelConfig", "Pair", "Prompt",
-    "Run", "StudyConfig", "StudyResult", "TrainConfig", "Trainer", "analysis", "build", "compare", "dose_response",
-    "evaluate", "freeze", "leak", "load_model", "load_organism", "load_pairs", "load_run", "losses", "organism",
-    "parity", "save_pairs", "threats", "train",
+    "ACT", "BCT", "KLCT", "MLPCT", "AttCT", "CtlensError", "DoseResult", "Evaluation", "Leak", "ModelConfig", "Pair",
+    "Prompt", "Run", "StudyConfig", "StudyResult", "TrainConfig", "Trainer", "analysis", "build", "compare",
+    "dose_response", "evaluate", "freeze", "leak", "load_model", "load_organism", "load_pairs", "load_run", "losses",
+    "organism", "parity", "save_pairs", "threats", "train",
 ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from ctlens.chat import Rendered, Span
 from ctlens.errors import unknown
 
-WINDOWS = ("shared", "suffix", "content", "explicit")
+WINDOWS = ("shared", "suffix", "content", "explicit", "last")
 
 FUSED = "token fused across the boundary of the window"
 RETOKENISED = "token split differently in the wrapped prompt"
@@ -61,10 +61,12 @@ def align(clean: Rendered, wrapped: Rendered, window: str = "shared", *, shared:
         - `shared`: the content, and the common suffix behind the last message of both prompts.
           Text behind the request does not hide the request (as it does from `suffix`), and the
           answer's position is in (as it is not in `content`) unless the wrapper is a prefill.
+        - `last`: the last token of both prompts, from which the answer is predicted. Prompts that
+          end in different tokens, as most prefills do, are refused.
 
     A candidate is a clean token that the window asks for: in `suffix` and `shared` any token but
-    an added BOS, in the others the tokens of the text. A prompt whose content cannot be placed is
-    refused by `shared` too: its suffix alone would be another window.
+    an added BOS, in `last` the last one, in the others the tokens of the text. A prompt whose content
+    cannot be placed is refused by `shared` too: its suffix alone would be another window.
 
     Args:
         clean, wrapped: from `ctlens.chat.render`.
@@ -78,6 +80,8 @@ def align(clean: Rendered, wrapped: Rendered, window: str = "shared", *, shared:
         raise unknown("alignment window", window, WINDOWS)
     if window == "suffix":
         return _finish(window, clean, _suffix(clean, wrapped), range(len(clean.ids)))
+    if window == "last":
+        return _last(clean, wrapped)
     if window == "explicit":
         return _align_text(window, clean, wrapped, _find_all(clean, shared or ""), shared or "")
     content = clean.contents[-1]
@@ -96,6 +100,12 @@ def _suffix(clean: Rendered, wrapped: Rendered) -> list[PositionPair]:
         length += 1
     c, w = len(clean.ids) - length, len(wrapped.ids) - length
     return [(c + i, w + i) for i in range(length) if clean.offsets[c + i] != ADDED]
+
+
+def _last(clean: Rendered, wrapped: Rendered) -> Alignment:
+    ends = [(len(clean.ids) - 1, len(wrapped.ids) - 1)]
+    found = _finish("last", clean, ends if ends == _suffix(clean, wrapped)[-1:] else [], [ends[0][0]])
+    return replace(found, refusal="the prompts end in different tokens") if found.refusal else found
 
 
 def _tail(clean: Rendered, wrapped: Rendered) -> list[PositionPair]:
@@ -173,6 +183,20 @@ def _finish(
         drops=dict(counted),
         refusal="" if pairs else "the prompts share no token in this window",
     )
+
+
+def opening(clean: Rendered, wrapped: Rendered) -> int:
+    """How many tokens open both prompts in front of their last messages: the BOS, the template, earlier messages.
+
+    No window holds them, but attention rests on them, on the BOS above all.
+    """
+    length = 0
+    for position, (here, there) in enumerate(zip(clean.ids, wrapped.ids, strict=False)):
+        inside = any(side.offsets[position][1] > side.contents[-1][0] for side in (clean, wrapped))
+        if here != there or inside:
+            break
+        length += 1
+    return length
 
 
 def wrapper_positions(clean: Rendered, wrapped: Rendered) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ctlens.alignment import Alignment, align
+from ctlens.alignment import Alignment, align, opening
 from ctlens.chat import Rendered, answer_ids, render
 from ctlens.errors import CtlensError
 from ctlens.pairs import Pair
@@ -177,12 +177,14 @@ class PairBatch:
         wrapped: the wrapped prompts, each followed by its answer tokens where it has some.
         answer: `[batch, pos]` on the wrapped side, True at answer tokens.
         matched: aligned positions by window.
+        opening: per row, how many tokens open both prompts, see `ctlens.alignment.opening`.
     """
 
     clean: Side
     wrapped: Side
     answer: Mask
     matched: Mapping[str, Matched]
+    opening: RowPositions
 
     @property
     def last_prompt(self) -> RowPositions:
@@ -193,7 +195,8 @@ class PairBatch:
     def to(self, device: torch.device | str) -> PairBatch:
         """The same batch on another device."""
         matched = {window: value.to(device) for window, value in self.matched.items()}
-        return PairBatch(self.clean.to(device), self.wrapped.to(device), self.answer.to(device), matched)
+        clean, wrapped = self.clean.to(device), self.wrapped.to(device)
+        return PairBatch(clean, wrapped, self.answer.to(device), matched, self.opening.to(device))
 
 
 def pad(sequences: Sequence[Sequence[int]], padding: PaddingSide = "right") -> Side:
@@ -223,7 +226,8 @@ def collate(rows: Sequence[EncodedPair], padding: PaddingSide = "right") -> Pair
         first = _first(wrapped, index) + len(row.wrapped.ids)
         answer[index, first : first + len(row.answer)] = True
     matched = {window: _matched(rows, window, clean, wrapped) for window in rows[0].alignments}
-    return PairBatch(clean, wrapped, answer, matched)
+    shared_start = torch.tensor([opening(row.clean, row.wrapped) for row in rows])
+    return PairBatch(clean, wrapped, answer, matched, shared_start)
 
 
 def _first(side: Side, row: int) -> int:

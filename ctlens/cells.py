@@ -24,6 +24,7 @@ from ctlens.world import SPLITS
 
 CONTROL = "retention"
 BASE = "none"
+METHODS = ("act", "mlpct", "attct", "bct")
 SPLIT = "heldout"
 HELD_OUT = tuple(split for split in SPLITS if split != "train")
 DOSES = (0.05, 0.1, 0.2, 0.4, 1.0)
@@ -42,7 +43,7 @@ class StudyConfig:
     Attributes:
         threats: trained on, one at a time; each trained model is evaluated on all of them. None
             given means all there are.
-        methods: names of losses, all when none are given; the retention-only control is always added.
+        methods: names of losses, `METHODS` when none are given; the retention-only control is always added.
         seeds: number of seeds, from 0.
         pairs: training pairs a threat.
         items: evaluation pairs a threat and split.
@@ -57,8 +58,9 @@ class StudyConfig:
     training: TrainConfig = TrainConfig()
 
     def __post_init__(self) -> None:
-        for name, registry in (("threats", threat_registry), ("methods", loss_registry)):
-            values = tuple(getattr(self, name)) or tuple(registry.names())
+        defaults = {"threats": (threat_registry, threat_registry.names()), "methods": (loss_registry, METHODS)}
+        for name, (registry, default) in defaults.items():
+            values = tuple(getattr(self, name)) or tuple(default)
             object.__setattr__(self, name, values)
             for value in values:
                 registry.get(value)

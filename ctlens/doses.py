@@ -32,7 +32,8 @@ class DoseConfig:
 
     Attributes:
         threat: trained and evaluated on.
-        methods: names of losses, all when none are given; the retention-only control is always added.
+        methods: names of losses, `ctlens.cells.METHODS` when none are given; the retention-only control is
+            always added.
         pairs: the doses, numbers of training pairs, each once; sorted here.
         seeds: number of seeds, from 0.
         items: evaluation pairs a split.

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ctlens import losses as loss_registry
 from ctlens import plots, threats
-from ctlens.cells import one_thread
+from ctlens.cells import METHODS, one_thread
 from ctlens.config import environment, to_dict
 from ctlens.errors import CtlensError
 from ctlens.evaluation import evaluate
@@ -103,7 +103,8 @@ def leak(
 
     Args:
         model: an organism; it is not changed.
-        methods: names of losses; all when none are given. The retention-only control is always added.
+        methods: names of losses; `ctlens.cells.METHODS` when none are given. The retention-only control
+            is always added.
         seeds: of the fine-tuning and of the training, from 0.
         advice: settings of the fine-tuning; its seed is replaced.
         training: settings of the training; its seed is replaced.
@@ -114,7 +115,7 @@ def leak(
     """
     if seeds < 1:
         raise CtlensError(f"seeds must be at least 1, not {seeds}.")
-    names = (CONTROL, *(methods or loss_registry.names()))
+    names = (CONTROL, *(methods or METHODS))
     for name in names[1:]:
         loss_registry.get(name)
     advice, training = advice or BadAdviceConfig(), training or TrainConfig()

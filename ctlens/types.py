@@ -13,6 +13,7 @@ from torch import Tensor
 Tokens: TypeAlias = Int[Tensor, "batch pos"]
 Mask: TypeAlias = Bool[Tensor, "batch pos"]
 Logits: TypeAlias = Float[Tensor, "batch pos d_vocab"]
+CleanLogits: TypeAlias = Float[Tensor, "batch clean_pos d_vocab"]
 Pattern: TypeAlias = Float[Tensor, "batch head q k"]
 Activation: TypeAlias = Float[Tensor, "batch pos ..."]
 Scalar: TypeAlias = Float[Tensor, ""]

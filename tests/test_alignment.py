@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ctlens.alignment import FUSED, RETOKENISED, UNSHARED, WINDOWS, Alignment, align, wrapper_positions
+from ctlens.alignment import FUSED, RETOKENISED, UNSHARED, WINDOWS, Alignment, align, opening, wrapper_positions
 from ctlens.chat import Rendered, Turn, render
 from ctlens.errors import CtlensError
 
@@ -66,6 +66,21 @@ def test_each_window_by_hand():
     assert matches(align(clean, wrapped, "suffix")) == [(3, 7), (4, 8)]
     assert matches(align(clean, wrapped, "shared")) == [(1, 3), (2, 4), (3, 7), (4, 8)]
     assert matches(align(clean, wrapped, "explicit", shared="b")) == [(2, 4)]
+
+
+def test_last_is_the_token_that_predicts_the_answer():
+    alignment = align(user("ab"), user("xxabyy"), "last")
+    assert (matches(alignment), alignment.candidates, alignment.drops) == ([(4, 8)], 1, {})
+    tokenizer = spelled(template=None)
+    assert matches(align(user("ab", tokenizer), user("cb", tokenizer), "last")) == [(1, 1)]
+
+
+def test_last_is_refused_where_a_prefill_ends_in_another_token():
+    clean = chat(("user", "ab"))
+    refused = align(clean, chat(("user", "ab"), ("assistant", "sure")), "last")
+    assert (matches(refused), refused.candidates, refused.drops) == ([], 1, {UNSHARED: 1})
+    assert refused.refusal == "the prompts end in different tokens"
+    assert matches(align(clean, chat(("user", "ab"), ("assistant", "s:")), "last")) == [(4, 6)]
 
 
 def test_shared_is_the_default_and_counts_what_it_leaves_out():
@@ -214,6 +229,15 @@ def test_an_unknown_window_is_refused():
         align(user("a"), user("a"), "sufix")
 
 
+def test_the_opening_by_hand():
+    assert opening(user("ab"), user("xab")) == opening(user("ab"), user("abx")) == 1
+    assert opening(user("ab", PLAIN), user("ab", PLAIN)) == 1
+    assert opening(user("b", spelled(merges=("[b",))), user("xb", spelled(merges=("[b",)))) == 0
+    clean = chat(("system", "s"), ("user", "ab"))
+    assert opening(clean, chat(("system", "s"), ("user", "xab"))) == len("[s][")
+    assert opening(clean, chat(("system", "t"), ("user", "ab"))) == 1
+
+
 def test_wrapper_positions_by_hand():
     assert wrapper_positions(user("ab"), user("xxabyy")) == (1, 2, 5, 6)
     assert wrapper_positions(user("ab"), chat(("user", "ab"), ("assistant", "s:"))) == (5, 6)
@@ -302,6 +326,17 @@ def test_suffix_is_the_longest_common_run_at_the_end(left: str, right: str):
     length = len(align(clean, wrapped, "suffix").clean)
     assert clean.ids[len(clean.ids) - length :] == wrapped.ids[len(wrapped.ids) - length :]
     assert clean.ids[-length - 1 :] != wrapped.ids[-length - 1 :] or length == len(clean.ids) == len(wrapped.ids)
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, CHAT], ids=["plain", "chat"])
+@MANY
+@given(left=CONTENT, right=CONTENT)
+def test_last_is_exactly_the_two_ends_or_refused(tokenizer: PreTrainedTokenizerFast, left: str, right: str):
+    clean, wrapped = user(left, tokenizer), user(right, tokenizer)
+    alignment = align(clean, wrapped, "last")
+    ends = [(len(clean.ids) - 1, len(wrapped.ids) - 1)]
+    assert matches(alignment) == (ends if clean.ids[-1] == wrapped.ids[-1] else [])
+    assert bool(alignment.refusal) == (clean.ids[-1] != wrapped.ids[-1])
 
 
 @MANY

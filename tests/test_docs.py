@@ -12,6 +12,7 @@ import torch
 from conftest import hf_model
 
 from ctlens import losses, organism, threats
+from ctlens.cells import METHODS
 from ctlens.leaks import BEFORE, INOCULATED, PLAIN, RECKLESS, Leak
 from ctlens.losses import distances
 from ctlens.losses.base import VectorLoss
@@ -81,7 +82,7 @@ def test_the_readmes_table_is_the_one_of_the_committed_results(results: pd.DataF
 
 def test_the_readmes_sentences_on_structure_and_transfer_hold(results: pd.DataFrame) -> None:
     structure = summary_table(results, "structure").set_index(["threat", "method"])["bad wrapped"]
-    sycophancy = [structure["sycophancy", name].percent for name in losses.names()]
+    sycophancy = [structure["sycophancy", name].percent for name in METHODS]
     final = results.query("metric == 'bad_rate' and arm == 'wrapped' and split == 'heldout' and step in (0, 100)")
     base = final.query("method == 'none'").set_index("evaluated_threat")["value"]
     others = final.query("method != 'none' and trained_threat != evaluated_threat")
@@ -109,7 +110,7 @@ def test_every_other_method_repairs_the_organism_and_keeps_the_rest(results: pd.
         assert row["good clean"].value >= 0.95
         if threat in ("sycophancy", "jailbreak"):
             assert row["good benign"].value >= rates.loc[(threat, "none"), "good benign"].value - 0.05
-        if method in losses.names() and (threat != "prefill" or method == "bct"):
+        if method in METHODS and (threat != "prefill" or method == "bct"):
             assert row["bad wrapped"].value <= 0.2 * rates.loc[(threat, "none"), "bad wrapped"].value
             own = against_control.query("trained_threat == @threat and method == @method")
             assert len(own) == 1 and (own["ci_high"] < 0).all()

@@ -12,19 +12,43 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctlens import losses
-from ctlens.batch import EncodedPair, PairBatch, collate, encode
+from ctlens.batch import EncodedPair, Matched, PairBatch, collate, encode, pad
 from ctlens.errors import CtlensError
 from ctlens.hooks import capture
-from ctlens.losses import ACT, BCT, MLPCT, AttCT, Forwards, Loss
-from ctlens.losses.attct import aligned_block
-from ctlens.losses.distances import cosine_distance, jensen_shannon, kl_divergence, mean_squared_error, squared_error
+from ctlens.losses import ACT, BCT, KLCT, MLPCT, AttCT, Forwards, Loss
+from ctlens.losses.attct import aligned_block, with_opening
+from ctlens.losses.distances import (
+    cosine_distance,
+    jensen_shannon,
+    kl_divergence,
+    kl_of_masses,
+    mean_squared_error,
+    normalised_mse,
+    relative_squared_error,
+    smooth_l1,
+    squared_error,
+)
 from ctlens.models import load_model
 from ctlens.pairs import Pair, prompt
 from ctlens.types import LensModel
 
 QUESTIONS = ("Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?")
 HINT = "I may be in the minority here. "
-ALL = [ACT(), ACT(distance="mse"), MLPCT(), MLPCT(site="mlp_out"), AttCT(), AttCT(keys="rest"), BCT(), BCT(prompt=True)]
+ALL = [
+    *(
+        ACT(),
+        ACT(distance="mse"),
+        ACT(distance="relative"),
+        ACT(site="resid_pre", layers="last"),
+        ACT(site="resid_mid"),
+    ),
+    *(MLPCT(), MLPCT(site="mlp_out"), MLPCT(distance="smooth_l1"), MLPCT(site="mlp_out", distance="normalised_mse")),
+    *(AttCT(), AttCT(keys="rest"), AttCT(distance="l2", heads="mean"), AttCT(distance="kl_clean_wrapped")),
+    *(AttCT(keys="lifted", window=window) for window in ("shared", "content", "last")),
+    AttCT(keys="lifted", distance="kl_clean_wrapped", heads="mean"),
+    *(BCT(), BCT(prompt=True), KLCT(), KLCT(window="last"), KLCT(window="content")),
+]
+WINDOWS_OF_ALL = ("shared", "content", "last")
 INTERNAL = [loss for loss in ALL if loss.windows]
 
 
@@ -36,14 +60,15 @@ def model(tokenizer) -> LensModel:
 @pytest.fixture(scope="module")
 def rows(tokenizer) -> list[EncodedPair]:
     pairs = [Pair(prompt(q), prompt(HINT * (i + 1) + q), target="(A" * (i + 1)) for i, q in enumerate(QUESTIONS)]
-    return list(encode(pairs, tokenizer, n_ctx=256).rows)
+    return list(encode(pairs, tokenizer, windows=WINDOWS_OF_ALL, n_ctx=256).rows)
 
 
 def forwards(model: LensModel, loss: Loss, batch: PairBatch, other: LensModel | None = None) -> Forwards:
     names = loss.hook_names(model)
-    clean = capture(other or model, batch.clean.tokens, names, grad=False, mask=batch.clean.needed_mask)[1]
+    reference = other or model
+    target, clean = capture(reference, batch.clean.tokens, names, grad=False, mask=batch.clean.needed_mask)
     logits, wrapped = capture(model, batch.wrapped.tokens, names, grad=True, mask=batch.wrapped.needed_mask)
-    return Forwards(batch, clean, wrapped, logits)
+    return Forwards(batch, clean, wrapped, logits, target)
 
 
 def row_values(model: LensModel, loss: Loss, batch: PairBatch) -> dict[str, torch.Tensor]:
@@ -78,6 +103,38 @@ def test_mlpct_is_one_minus_the_cosine(model, rows) -> None:
         assert value.item() == pytest.approx(1 - sum(cosines) / len(cosines), abs=1e-5)
 
 
+def per_token(model: LensModel, rows: list[EncodedPair], loss: ACT | MLPCT, name: str, by_hand) -> None:
+    """A vector loss is the mean of `by_hand(wrapped, clean)` over the aligned tokens of each pair."""
+    for value, row in zip(row_values(model, loss, collate(rows))[name], rows, strict=True):
+        clean, wrapped = (side.tolist() for side in one_pair(model, row, name))
+        each = [by_hand(w, c) for w, c in zip(wrapped, clean, strict=True)]
+        assert value.item() == pytest.approx(sum(each) / len(each), rel=1e-4)
+
+
+def test_relative_act_divides_by_the_clean_norm_at_every_site(model, rows) -> None:
+    def by_hand(wrapped: list[float], clean: list[float]) -> float:
+        return sum((w - c) ** 2 for w, c in zip(wrapped, clean, strict=True)) / sum(c**2 for c in clean)
+
+    for site in ("resid_pre", "resid_mid", "resid_post"):
+        per_token(model, rows, ACT(site=site, distance="relative"), f"blocks.1.hook_{site}", by_hand)
+
+
+@pytest.mark.parametrize(
+    ("site", "name"), [("mlp_post", "blocks.0.mlp.hook_post"), ("mlp_out", "blocks.0.hook_mlp_out")]
+)
+def test_the_other_distances_of_mlpct_by_loops(model, rows, site, name) -> None:
+    def huber(wrapped: list[float], clean: list[float]) -> float:
+        gaps = [abs(w - c) for w, c in zip(wrapped, clean, strict=True)]
+        return sum(gap**2 / 2 if gap < 1 else gap - 0.5 for gap in gaps) / len(gaps)
+
+    def of_units(wrapped: list[float], clean: list[float]) -> float:
+        w_norm, c_norm = math.hypot(*wrapped), math.hypot(*clean)
+        return sum((w / w_norm - c / c_norm) ** 2 for w, c in zip(wrapped, clean, strict=True)) / len(clean)
+
+    per_token(model, rows, MLPCT(site=site, distance="smooth_l1"), name, huber)
+    per_token(model, rows, MLPCT(site=site, distance="normalised_mse"), name, of_units)
+
+
 def test_attct_is_the_divergence_of_the_content_block_per_head_without_renormalising(model, rows) -> None:
     values = row_values(model, AttCT(), collate(rows))["blocks.1.attn.hook_pattern"]
 
@@ -101,6 +158,125 @@ def published_jsd(clean: torch.Tensor, wrapped: torch.Tensor) -> float:
     return sum(rows) / len(rows)
 
 
+def full_pattern(model: LensModel, ids: tuple[int, ...], name: str) -> torch.Tensor:
+    return capture(model, torch.tensor([ids]), [name], grad=False)[1][name][0]
+
+
+@pytest.mark.parametrize("distance", ["jsd", "l2", "kl_clean_wrapped"])
+@pytest.mark.parametrize("heads", ["each", "mean"])
+@pytest.mark.parametrize("window", ["shared", "content", "last"])
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_lifted_attct_compares_whole_rows_with_nothing_on_keys_without_a_twin(
+    model, rows, distance, heads, window, padding
+) -> None:
+    loss, name = AttCT(keys="lifted", distance=distance, heads=heads, window=window), "blocks.1.attn.hook_pattern"
+
+    for value, row in zip(row_values(model, loss, collate(rows, padding))[name], rows, strict=True):
+        assert value.item() == pytest.approx(lifted_by_loops(model, row, loss, name), rel=1e-3, abs=1e-6)
+
+
+def lifted_by_loops(model: LensModel, row: EncodedPair, loss: AttCT, name: str) -> float:
+    shared, queries = row.alignments["shared"], row.alignments[loss.window]
+    twin = dict(zip(shared.clean, shared.wrapped, strict=True))
+    twin[0] = 0  # the BOS opens both prompts
+    clean, wrapped = (full_pattern(model, ids, name) for ids in (row.clean.ids, row.wrapped.ids))
+    if loss.heads == "mean":
+        clean, wrapped = clean.mean(0, keepdim=True), wrapped.mean(0, keepdim=True)
+    values = []
+    for head_clean, head_wrapped in zip(clean.tolist(), wrapped.tolist(), strict=True):
+        for c, w in zip(queries.clean, queries.wrapped, strict=True):
+            lifted = [0.0] * len(row.wrapped.ids)
+            for here, there in twin.items():
+                lifted[there] = head_clean[c][here]
+            values.append(row_distance(loss.distance, lifted, head_wrapped[w]))
+    return sum(values) / len(values)
+
+
+def row_distance(distance: str, clean: list[float], wrapped: list[float]) -> float:
+    if distance == "jsd":
+        return published_jsd(torch.tensor([[clean]]), torch.tensor([[wrapped]]))
+    if distance == "l2":
+        return sum((c - w) ** 2 for c, w in zip(clean, wrapped, strict=True))
+    logs = [c * math.log(max(c, 1e-9) / max(w, 1e-9)) for c, w in zip(clean, wrapped, strict=True)]
+    return sum(logs) - sum(clean) + sum(wrapped)
+
+
+@pytest.mark.parametrize("distance", ["jsd", "l2", "kl_clean_wrapped"])
+@pytest.mark.parametrize("heads", ["each", "mean"])
+def test_attct_on_the_block_with_every_distance_and_with_averaged_heads(model, rows, distance, heads) -> None:
+    loss, name = AttCT(distance=distance, heads=heads), "blocks.1.attn.hook_pattern"
+
+    for value, row in zip(row_values(model, loss, collate(rows))[name], rows, strict=True):
+        sides = one_pair(model, row, name)
+        clean, wrapped = (side.mean(0, keepdim=True) if heads == "mean" else side for side in sides)
+        pairs = zip(clean.flatten(0, 1).tolist(), wrapped.flatten(0, 1).tolist(), strict=True)
+        each = [row_distance(distance, c, w) for c, w in pairs]
+        assert value.item() == pytest.approx(sum(each) / len(each), rel=1e-4, abs=1e-6)
+
+
+def whole(clean: torch.Tensor, wrapped: torch.Tensor, loss: AttCT) -> float:
+    """The loss on patterns `[head, q, k]` of one pair of equal tokens, all of them in the window."""
+    length = clean.shape[-1]
+    positions, side = torch.arange(length)[None], pad([tuple(range(length))])
+    matched = Matched(positions, positions, torch.ones(1, length, dtype=torch.bool))
+    batch = PairBatch(side, side, torch.zeros_like(side.mask), {"shared": matched}, torch.tensor([0]))
+    both = Forwards(batch, {"p": clean[None]}, {"p": wrapped[None]}, torch.zeros(1, length, 2))
+    return loss.row_values(both, ["p"])["p"].item()
+
+
+def test_with_nothing_outside_the_window_rest_and_lifted_are_the_divergence_of_whole_rows() -> None:
+    clean, wrapped = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0)).softmax(-1)
+
+    full = jensen_shannon(clean, wrapped).mean().item()
+
+    for keys in ("raw", "rest", "lifted"):
+        assert whole(clean, wrapped, AttCT(keys=keys)) == pytest.approx(full, rel=1e-5)
+
+
+def test_no_divergence_of_attct_exceeds_log_2_and_disjoint_rows_reach_it() -> None:
+    clean, wrapped = torch.eye(6)[None], torch.eye(6).roll(1, 0)[None]
+
+    for keys in ("raw", "rest", "lifted"):
+        assert whole(clean, wrapped, AttCT(keys=keys)) == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_attention_to_the_wrapper_costs_lifted_keys_and_not_the_published_ones(model, rows) -> None:
+    """The gradient on the mass of a wrapper key: zero where the block is cut, positive where rows are whole."""
+    for keys, pushed in (("raw", False), ("lifted", True)):
+        both = forwards(model, AttCT(keys=keys, distance="l2"), collate(rows[:1]))
+        name, pattern = next(iter(both.wrapped.items()))
+        pattern.retain_grad()
+        AttCT(keys=keys, distance="l2").row_values(both, [name])[name].sum().backward()
+        alignment = rows[0].alignments["shared"]
+        added = range(1, alignment.wrapped[0])
+        assert pattern.grad is not None
+        assert bool((pattern.grad[0][:, list(alignment.wrapped)][:, :, list(added)] > 0).all()) == pushed
+
+
+def test_lifted_keys_come_from_the_shared_window_unless_the_text_is_explicit(model, tokenizer) -> None:
+    explicit = AttCT(keys="lifted", window="explicit")
+    assert explicit.windows == ("explicit",)
+    assert AttCT(keys="lifted", window="last").windows == ("last", "shared")
+    same = encode([Pair(prompt(q), prompt(q), shared=q) for q in QUESTIONS], tokenizer, windows=["explicit"], n_ctx=256)
+
+    assert all(value.abs().max() < 5e-7 for value in row_values(model, explicit, collate(same.rows)).values())
+
+
+def test_lifted_keys_are_the_opening_and_the_shared_part(chat_tokenizer) -> None:
+    """The clean "I" is fused in the wrapped prompt, whose wrapper begins with "I": they are no twins."""
+    pairs = [Pair(prompt(q), prompt(HINT + q)) for q in QUESTIONS]
+    rows = encode(pairs, chat_tokenizer, n_ctx=256).rows
+    for padding in ("right", "left"):
+        batch = collate(rows, padding)
+        keys = with_opening(batch, batch.matched["shared"])
+        for index, row in enumerate(rows):
+            sides = ((batch.clean, keys.clean, "clean"), (batch.wrapped, keys.wrapped, "wrapped"))
+            for side, positions, name in sides:
+                found = positions[index][keys.valid[index]] - side.mask[index].int().argmax()
+                frame = row.clean.positions((0, row.clean.contents[0][0]))
+                assert found.tolist() == [*frame, *getattr(row.alignments["shared"], name)]
+
+
 def test_bct_is_the_mean_surprise_of_the_answer_tokens(model, rows) -> None:
     values = row_values(model, BCT(), collate(rows))["logits"]
 
@@ -118,6 +294,42 @@ def test_bct_with_the_prompt_trains_on_every_token_but_the_first(model, rows) ->
     ids = torch.tensor([rows[0].wrapped.ids + rows[0].answer])
     by_hand = torch.nn.functional.cross_entropy(model(ids)[0, :-1], ids[0, 1:])
     assert values[0].item() == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("window", WINDOWS_OF_ALL)
+def test_klct_is_the_divergence_from_the_reference_at_the_aligned_tokens(tokenizer, rows, window) -> None:
+    reference, trained = (load_model(hf_model("llama", seed=s), tokenizer=tokenizer) for s in (0, 1))
+    values = KLCT(window=window).row_values(forwards(trained, KLCT(), collate(rows), reference), [])["logits"]
+
+    for value, row in zip(values, rows, strict=True):
+        p, q = (
+            m(torch.tensor([i]))[0].softmax(-1).tolist()
+            for m, i in ((reference, row.clean.ids), (trained, row.wrapped.ids))
+        )
+        alignment = row.alignments[window]
+        each = [
+            sum(a * math.log(a / b) for a, b in zip(p[c], q[w], strict=True))
+            for c, w in zip(alignment.clean, alignment.wrapped, strict=True)
+        ]
+        assert value.item() == pytest.approx(sum(each) / len(each), rel=1e-3)
+
+
+def test_klct_on_the_last_token_sees_the_answer_and_no_other_token(model, rows) -> None:
+    both = forwards(model, KLCT(), collate(rows))
+    last = torch.tensor([len(row.wrapped.ids) - 1 for row in rows])
+    logits = both.wrapped_logits.detach().requires_grad_()
+
+    KLCT(window="last").row_values(dataclasses.replace(both, wrapped_logits=logits), [])["logits"].sum().backward()
+
+    assert logits.grad is not None
+    assert [grad.abs().sum(-1).nonzero().flatten().tolist() for grad in logits.grad] == [[p] for p in last.tolist()]
+
+
+def test_klct_without_the_references_logits_is_refused(model, rows) -> None:
+    both = dataclasses.replace(forwards(model, KLCT(), collate(rows)), clean_logits=None)
+
+    with pytest.raises(CtlensError, match="reference's logits"):
+        KLCT().row_values(both, [])
 
 
 @pytest.mark.parametrize("loss", ALL, ids=repr)
@@ -143,7 +355,7 @@ def test_no_batch_of_random_pairs_changes_a_loss(model, tokenizer, texts, paddin
     rows = list(encode(pairs, tokenizer, n_ctx=256).rows)
     mixed = order.sample(rows, len(rows))
 
-    for loss in (ACT(), MLPCT(), AttCT(keys="rest"), BCT()):
+    for loss in (ACT(), MLPCT(), AttCT(keys="rest"), AttCT(keys="lifted"), BCT(), KLCT()):
         together = row_values(model, loss, collate(mixed, padding))
         for index, row in enumerate(mixed):
             for name, alone in row_values(model, loss, collate([row])).items():
@@ -152,7 +364,7 @@ def test_no_batch_of_random_pairs_changes_a_loss(model, tokenizer, texts, paddin
 
 @pytest.mark.parametrize("loss", INTERNAL, ids=repr)
 def test_identical_prompts_have_exactly_no_loss(model, tokenizer, loss) -> None:
-    same = encode([Pair(prompt(q), prompt(q)) for q in QUESTIONS], tokenizer, n_ctx=256)
+    same = encode([Pair(prompt(q), prompt(q)) for q in QUESTIONS], tokenizer, windows=WINDOWS_OF_ALL, n_ctx=256)
 
     values = row_values(model, loss, collate(same.rows))
 
@@ -248,9 +460,30 @@ def test_sum_is_d_times_mean() -> None:
 
 def test_mean_square_of_normalised_vectors_is_twice_the_cosine_distance_over_d() -> None:
     x, y = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
-    normalised = mean_squared_error(x / x.norm(dim=-1, keepdim=True), y / y.norm(dim=-1, keepdim=True))
 
-    torch.testing.assert_close(normalised, 2 / 12 * cosine_distance(x, y))
+    torch.testing.assert_close(normalised_mse(x, y), 2 / 12 * cosine_distance(x, y))
+
+
+def test_the_relative_error_does_not_depend_on_the_scale_of_a_layer_and_the_reference_is_the_second() -> None:
+    x, y = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
+
+    torch.testing.assert_close(relative_squared_error(100 * x, 100 * y), relative_squared_error(x, y))
+    torch.testing.assert_close(relative_squared_error(3 * y, y), torch.full((5,), 4.0))
+
+
+def test_smooth_l1_is_half_the_mean_square_of_small_gaps() -> None:
+    x, y = 0.1 * torch.rand(2, 5, 12, generator=torch.Generator().manual_seed(0))
+
+    torch.testing.assert_close(smooth_l1(x, y), mean_squared_error(x, y) / 2)
+
+
+def test_the_kl_of_masses_is_the_kl_of_distributions_and_is_never_negative() -> None:
+    draw = torch.Generator().manual_seed(0)
+    p, q = torch.randn(2, 50, 7, generator=draw)
+    share_p, share_q = torch.rand(2, 50, 1, generator=draw)
+
+    torch.testing.assert_close(kl_of_masses(p.softmax(-1), q.softmax(-1)), kl_divergence(p, q))
+    assert kl_of_masses(share_p * p.softmax(-1), share_q * q.softmax(-1)).min() >= 0
 
 
 def test_kl_divergence_by_hand_and_its_direction() -> None:
@@ -268,6 +501,32 @@ def test_a_loss_survives_its_config(loss) -> None:
 
 
 @pytest.mark.parametrize(
+    "config",
+    [
+        {
+            "name": "act",
+            "layers": "all",
+            "window": "shared",
+            "weight": 0.01,
+            "site": "resid_post",
+            "distance": "squared",
+        },
+        {"name": "attct", "layers": "all", "window": "shared", "weight": 200.0, "distance": "jsd", "keys": "raw"},
+        {
+            "name": "mlpct",
+            "layers": "all",
+            "window": "shared",
+            "weight": 10.0,
+            "site": "mlp_post",
+            "distance": "cosine",
+        },
+    ],
+)
+def test_a_config_saved_before_the_later_options_is_the_default(config) -> None:
+    assert losses.from_config(config) == losses.get(config["name"])
+
+
+@pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("atct", {}, "did you mean 'attct'"),
@@ -277,7 +536,11 @@ def test_a_loss_survives_its_config(loss) -> None:
         ("act", {"weight": 0.0}, "positive"),
         ("mlpct", {"distance": "l1"}, "distance of mlpct"),
         ("attct", {"keys": "all"}, "keys of AttCT"),
+        ("attct", {"heads": "all"}, "heads of AttCT"),
+        ("attct", {"distance": "kl"}, "distance of AttCT"),
         ("attct", {"window": "sufix"}, "did you mean 'suffix'"),
+        ("klct", {"window": "end"}, "alignment window"),
+        ("klct", {"weight": -1.0}, "positive"),
         ("bct", {"weight": float("nan")}, "positive"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from conftest import hf_model
 
 from ctlens.errors import CtlensError
-from ctlens.losses import ACT, BCT, MLPCT, AttCT
+from ctlens.losses import ACT, BCT, KLCT, MLPCT, AttCT
 from ctlens.models import load_model
 from ctlens.pairs import Pair, prompt
 from ctlens.parameters import copy_model, parameter_groups, present_parameters
@@ -31,7 +31,7 @@ def weights(model: LensModel) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in present_parameters(model).items()}
 
 
-@pytest.mark.parametrize("loss", [ACT(), MLPCT(), AttCT(), BCT()], ids=lambda loss: loss.name)
+@pytest.mark.parametrize("loss", [ACT(), MLPCT(), AttCT(), BCT(), KLCT()], ids=lambda loss: loss.name)
 def test_every_loss_falls(model, loss) -> None:
     run = train(
         model, PAIRS, loss, config=TrainConfig(steps=25, batch_size=3, lr=3e-3, answer_tokens=4), progress=False
@@ -39,6 +39,23 @@ def test_every_loss_falls(model, loss) -> None:
 
     series = run.history.series(loss.name)
     assert series[-1] < 0.8 * series[0]
+
+
+@pytest.mark.parametrize("loss", [AttCT(keys="lifted", window="last"), KLCT(window="last")], ids=lambda loss: loss.name)
+def test_a_loss_on_the_last_token_falls(model, loss) -> None:
+    run = train(model, PAIRS, loss, config=TrainConfig(steps=25, batch_size=3, lr=3e-3), progress=False)
+
+    series = run.history.series(loss.name)
+    assert series[-1] < 0.8 * series[0]
+
+
+def test_the_references_logits_leave_the_other_losses_as_they_are(model) -> None:
+    alone = next(Trainer(model, PAIRS, [ACT(), BCT()], QUICK)).losses
+    beside = next(Trainer(model, PAIRS, [ACT(), BCT(), KLCT()], QUICK)).losses
+
+    assert {name: beside[name] for name in ("act", "bct", "retention")} == {
+        name: alone[name] for name in ("act", "bct", "retention")
+    }
 
 
 def test_the_model_passed_in_is_unchanged(model) -> None:

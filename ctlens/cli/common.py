@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
-Methods = Annotated[str, typer.Option(help="Comma-separated losses; all by default.")]
+Methods = Annotated[str, typer.Option(help="Comma-separated losses; act, mlpct, attct and bct by default.")]
 Seeds = Annotated[int, typer.Option(help="Number of seeds.")]
 Steps = Annotated[int, typer.Option(help="Training steps.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Finish the study in the folder.")]

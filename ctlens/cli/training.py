@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 def train(
     out: Annotated[Path, typer.Option(help="New folder for the run.")],
-    loss: Annotated[list[str], typer.Option(help="act, mlpct, attct or bct; repeat for several.")],
+    loss: Annotated[list[str], typer.Option(help="act, mlpct, attct, bct or klct; repeat for several.")],
     model: ModelFolder = None,
     pairs: PairsFile = None,
     threat: Annotated[str, typer.Option(help="Train on this threat's own pairs instead of a file.")] = "",
-    window: Annotated[str, typer.Option(help="shared, suffix, content or explicit.")] = "shared",
+    window: Annotated[str, typer.Option(help="shared, suffix, content, explicit or last.")] = "shared",
     steps: Annotated[int, typer.Option(help="Training steps.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Pairs a step.")] = 32,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,

@@ -10,13 +10,15 @@ from ctlens.losses.act import ACT
 from ctlens.losses.attct import AttCT
 from ctlens.losses.base import Forwards, Loss, LossValue, require_distinct
 from ctlens.losses.bct import BCT
+from ctlens.losses.klct import KLCT
 from ctlens.losses.mlpct import MLPCT
 
-LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in (ACT, MLPCT, AttCT, BCT)}
+LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in (ACT, MLPCT, AttCT, BCT, KLCT)}
 
 __all__ = [
     "ACT",
     "BCT",
+    "KLCT",
     "LOSSES",
     "MLPCT",
     "AttCT",

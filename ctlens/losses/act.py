@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ctlens.losses.base import Distance, VectorLoss
-from ctlens.losses.distances import mean_squared_error, squared_error
+from ctlens.losses.distances import mean_squared_error, relative_squared_error, squared_error
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,17 @@ class ACT(VectorLoss):
     Attributes:
         weight: the default suits the sum over `d_model` on the shipped organism.
         site: `"resid_pre"`, `"resid_mid"` or `"resid_post"`.
-        distance: `"squared"` (summed over `d_model`, as published) or `"mse"` (averaged).
+        distance: `"squared"` (summed over `d_model`, as published), `"mse"` (averaged) or
+            `"relative"` (squared, over the squared norm of the clean state).
     """
 
     name: ClassVar[str] = "act"
     sites: ClassVar[tuple[str, ...]] = ("resid_pre", "resid_mid", "resid_post")
-    distances: ClassVar[Mapping[str, Distance]] = {"squared": squared_error, "mse": mean_squared_error}
+    distances: ClassVar[Mapping[str, Distance]] = {
+        "squared": squared_error,
+        "mse": mean_squared_error,
+        "relative": relative_squared_error,
+    }
     weight: float = 0.01
     site: str = "resid_post"
     distance: str = "squared"

@@ -7,20 +7,22 @@ the window (the wrapper, the BOS) is cut off; the `keys` option says what become
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ctlens.losses.base import Forwards, InternalLoss, check_option
-from ctlens.losses.distances import LOG_FLOOR, jensen_shannon
+from ctlens.batch import Matched, PairBatch, Side
+from ctlens.losses.base import Distance, Forwards, InternalLoss, check_option
+from ctlens.losses.distances import LOG_FLOOR, jensen_shannon, kl_of_masses, squared_error
 from ctlens.types import Pattern, PerRow, Positions
 
-KEYS = ("raw", "renormalised", "rest")
-DISTANCES = ("jsd",)
+KEYS = ("raw", "renormalised", "rest", "lifted")
+HEADS = ("each", "mean")
+DISTANCES: Mapping[str, Distance] = {"jsd": jensen_shannon, "l2": squared_error, "kl_clean_wrapped": kl_of_masses}
 
 
 @dataclass(frozen=True)
@@ -29,36 +31,64 @@ class AttCT(InternalLoss):
 
     Attributes:
         weight: the default suits the shipped organism.
-        distance: `"jsd"`, per head, in nats.
+        distance: `"jsd"` in nats (as published), `"l2"` (squared, summed over keys) or
+            `"kl_clean_wrapped"`, KL(clean || wrapped) in nats, see `kl_of_masses`.
         keys: `"raw"` keeps rows that sum to less than one (as published); `"renormalised"` divides
             by that sum; `"rest"` adds one bucket that holds the mass outside the window, so that
-            attention leaving the window is seen.
+            attention leaving the window is seen; `"lifted"` compares the whole wrapped row with the
+            clean row moved to the keys of the wrapped prompt, nothing on those without a twin, so
+            that attention to the wrapper is pushed to zero: the choice for `window="last"`, whose
+            block is a single key.
+        heads: `"each"` (as the paper's text has it), or `"mean"` of their patterns before the
+            distance (as the paper's code has it for jailbreaks).
     """
 
     name: ClassVar[str] = "attct"
     weight: float = 200.0
     distance: str = "jsd"
     keys: str = "raw"
+    heads: str = "each"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_option("distance of AttCT", self.distance, DISTANCES)
+        check_option("distance of AttCT", self.distance, tuple(DISTANCES))
         check_option("keys of AttCT", self.keys, KEYS)
+        check_option("heads of AttCT", self.heads, HEADS)
 
     @property
     def point(self) -> str:
         """The attention weights after the softmax."""
         return "pattern"
 
+    @property
+    def windows(self) -> tuple[str, ...]:
+        """The window of the queries, and that of the keys where it is another."""
+        return tuple(dict.fromkeys((self.window, self._key_window)))
+
+    @property
+    def _key_window(self) -> str:
+        """Lifted rows are whole ones, so all the content is in, whatever the window of the queries."""
+        return "shared" if self.keys == "lifted" and self.window != "explicit" else self.window
+
     def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
-        """The divergence per hook point and pair, averaged over heads and aligned queries."""
-        matched = forwards.batch.matched[self.window]
+        """The distance per hook point and pair, averaged over heads and aligned queries."""
+        batch, matched = forwards.batch, forwards.batch.matched[self.window]
+        twins = with_opening(batch, batch.matched[self._key_window]) if self.keys == "lifted" else None
         values: dict[str, PerRow] = {}
         for name in hook_names:
-            clean = self._rows(forwards.clean[name].detach(), matched.clean, matched.valid)
-            wrapped = self._rows(forwards.wrapped[name], matched.wrapped, matched.valid)
-            values[name] = matched.row_mean(jensen_shannon(clean, wrapped).mean(-1))
+            clean, wrapped = self._heads(forwards.clean[name].detach()), self._heads(forwards.wrapped[name])
+            if twins:
+                rows = lifted_rows(clean, wrapped, matched, twins)
+            else:
+                rows = (
+                    self._rows(clean, matched.clean, matched.valid),
+                    self._rows(wrapped, matched.wrapped, matched.valid),
+                )
+            values[name] = matched.row_mean(DISTANCES[self.distance](*rows).mean(-1))
         return values
+
+    def _heads(self, pattern: Pattern) -> Float[Tensor, "batch group q k"]:
+        return pattern.mean(1, keepdim=True) if self.heads == "mean" else pattern
 
     def _rows(
         self, pattern: Pattern, positions: Positions, valid: Bool[Tensor, "batch width"]
@@ -71,6 +101,12 @@ class AttCT(InternalLoss):
         return block
 
 
+def query_rows(pattern: Pattern, queries: Positions) -> Float[Tensor, "batch width head k"]:
+    """The attention rows of given queries, `[batch, query, head, key]`."""
+    rows = torch.arange(len(pattern), device=pattern.device)[:, None]
+    return pattern.transpose(1, 2)[rows, queries]
+
+
 def aligned_block(
     pattern: Pattern, positions: Positions, valid: Bool[Tensor, "batch width"]
 ) -> Float[Tensor, "batch width head width"]:
@@ -81,7 +117,48 @@ def aligned_block(
         positions: aligned positions of each row.
         valid: which of them are real.
     """
-    rows = torch.arange(len(pattern), device=pattern.device)[:, None]
-    queries = pattern.transpose(1, 2)[rows, positions]
-    keys = positions[:, None, None, :].expand(*queries.shape[:3], -1)
-    return queries.gather(-1, keys) * valid[:, None, None, :]
+    return _at_keys(query_rows(pattern, positions), positions, valid)
+
+
+def _at_keys(
+    rows: Float[Tensor, "batch width head k"], keys: Int[Tensor, "batch key"], valid: Bool[Tensor, "batch key"]
+) -> Float[Tensor, "batch width head key"]:
+    return rows.gather(-1, keys[:, None, None, :].expand(*rows.shape[:3], -1)) * valid[:, None, None, :]
+
+
+def lifted_rows(
+    clean: Float[Tensor, "batch head clean_q clean_k"], wrapped: Pattern, queries: Matched, keys: Matched
+) -> tuple[Float[Tensor, "batch width head k"], Float[Tensor, "batch width head k"]]:
+    """The clean rows moved to the wrapped keys, zero where a key has no twin, and the wrapped rows as they are.
+
+    Args:
+        clean, wrapped: attention weights after the softmax, `[batch, head, q, k]`.
+        queries: aligned positions whose rows are taken.
+        keys: aligned positions between which mass is moved; clean mass elsewhere is left out.
+    """
+    there = query_rows(wrapped, queries.wrapped)
+    mass = _at_keys(query_rows(clean, queries.clean), keys.clean, keys.valid)
+    targets = keys.wrapped[:, None, None, :].expand_as(mass)
+    return torch.zeros_like(there).scatter_add(-1, targets, mass), there
+
+
+def with_opening(batch: PairBatch, matched: Matched) -> Matched:
+    """The aligned positions, and in front of them the tokens that open both prompts, the attention sink among them."""
+    steps = torch.arange(int(batch.opening.max()), device=batch.opening.device)
+    clean, in_front = _opening(batch.clean, steps, matched.clean, matched.valid)
+    wrapped, in_front_too = _opening(batch.wrapped, steps, matched.wrapped, matched.valid)
+    valid = (steps < batch.opening[:, None]) & in_front & in_front_too
+    return Matched(
+        torch.cat([clean, matched.clean], 1),
+        torch.cat([wrapped, matched.wrapped], 1),
+        torch.cat([valid, matched.valid], 1),
+    )
+
+
+def _opening(
+    side: Side, steps: Int[Tensor, " step"], positions: Positions, valid: Bool[Tensor, "batch width"]
+) -> tuple[Int[Tensor, "batch step"], Bool[Tensor, "batch step"]]:
+    """The first positions of each row's real tokens, and which of them are in front of the aligned ones."""
+    width = side.tokens.shape[1]
+    first = (side.mask.int().argmax(1)[:, None] + steps).clamp(max=width - 1)
+    return first, first < positions.masked_fill(~valid, width).amin(1)[:, None]

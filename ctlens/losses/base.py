@@ -15,9 +15,10 @@ from ctlens.alignment import WINDOWS
 from ctlens.batch import PairBatch
 from ctlens.errors import CtlensError, unknown
 from ctlens.hooks import Layers, resolve, select_layers
-from ctlens.types import Activations, LensModel, Logits, PerRow, Positions, Scalar
+from ctlens.types import Activations, CleanLogits, LensModel, Logits, PerRow, Positions, Scalar
 
 Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+OUTPUT = "logits"
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class Forwards:
         clean: activations of the reference on the clean prompts, without gradient.
         wrapped: activations of the trained model on the wrapped prompts, with gradient.
         wrapped_logits: `[batch, pos, d_vocab]` of the trained model on the wrapped prompts.
+        clean_logits: those of the reference on the clean prompts; None where no loss needs a pass of it.
     """
 
     batch: PairBatch
     clean: Activations
     wrapped: Activations
     wrapped_logits: Logits
+    clean_logits: CleanLogits | None = None
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,12 @@ class Loss(ABC):
 
     name: ClassVar[str]
     needs_answer: ClassVar[bool] = False
+    needs_clean_logits: ClassVar[bool] = False
     weight: float
 
     @property
     def windows(self) -> tuple[str, ...]:
-        """The alignment windows the loss reads; none for a loss on outputs."""
+        """The alignment windows the loss reads; none for a loss on answers."""
         return ()
 
     @abstractmethod
@@ -106,8 +110,7 @@ class InternalLoss(Loss):
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.window not in WINDOWS:
-            raise unknown("alignment window", self.window, WINDOWS)
+        check_option("alignment window", self.window, WINDOWS)
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
         if isinstance(self.layers, str):

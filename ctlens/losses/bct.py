@@ -13,10 +13,8 @@ from typing import ClassVar
 import torch
 
 from ctlens.errors import CtlensError
-from ctlens.losses.base import Forwards, Loss, check_weight
+from ctlens.losses.base import OUTPUT, Forwards, Loss, check_weight
 from ctlens.types import LensModel, PerRow
-
-OUTPUT = "logits"
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,34 @@ def mean_squared_error(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> 
     return (x - y).square().mean(-1)
 
 
+def relative_squared_error(x: Float[Tensor, "... d"], clean: Float[Tensor, "... d"]) -> Float[Tensor, ...]:
+    """The squared L2 distance as a share of the clean side's squared norm, so that no layer's scale dominates.
+
+    >>> relative_squared_error(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 2.0]))  # (1 + 0) / (0 + 4)
+    tensor(0.2500)
+    """
+    return squared_error(x, clean) / clean.square().sum(-1).clamp(min=NORM_FLOOR)
+
+
+def smooth_l1(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Float[Tensor, ...]:
+    """Huber's distance averaged over the last axis: `z^2 / 2` where `|z| < 1`, else `|z| - 1/2` (MLPCT's code).
+
+    >>> smooth_l1(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 0.0]))  # (0.5 + 2.5) / 2
+    tensor(1.5000)
+    """
+    return torch.nn.functional.smooth_l1_loss(x, y, reduction="none").mean(-1)
+
+
+def normalised_mse(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Float[Tensor, ...]:
+    """The mean squared error of the unit vectors, which is `2/d * cosine_distance` (MLPCT's code).
+
+    >>> normalised_mse(torch.tensor([3.0, 0.0]), torch.tensor([0.0, 5.0]))  # (1 + 1) / 2
+    tensor(1.)
+    """
+    unit_x, unit_y = (torch.nn.functional.normalize(side, dim=-1, eps=NORM_FLOOR) for side in (x, y))
+    return mean_squared_error(unit_x, unit_y)
+
+
 def cosine_distance(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Float[Tensor, ...]:
     """One minus the cosine similarity: 0 for the same direction, 1 for orthogonal, 2 for opposite (MLPCT).
 
@@ -54,6 +82,21 @@ def jensen_shannon(p: Float[Tensor, "... k"], q: Float[Tensor, "... k"]) -> Floa
     to_mean_of_p = (p * (p.clamp(min=LOG_FLOOR).log() - log_mean)).sum(-1)
     to_mean_of_q = (q * (q.clamp(min=LOG_FLOOR).log() - log_mean)).sum(-1)
     return (to_mean_of_p + to_mean_of_q) / 2
+
+
+def kl_of_masses(p: Float[Tensor, "... k"], q: Float[Tensor, "... k"]) -> Float[Tensor, ...]:
+    """`KL(p || q)` in nats for masses: `sum_k [ p log(p/q) - p + q ]`, the usual KL where both rows sum to one.
+
+    The last two terms keep rows that sum to less than one from going below zero, and from asking
+    for more mass in `q` than `p` has.
+
+    >>> kl_of_masses(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]))  # log 2
+    tensor(0.6931)
+    >>> kl_of_masses(torch.tensor([0.2, 0.0]), torch.tensor([0.2, 0.3]))  # 0 + 0.3
+    tensor(0.3000)
+    """
+    log_ratio = p.clamp(min=LOG_FLOOR).log() - q.clamp(min=LOG_FLOOR).log()
+    return (p * log_ratio - p + q).sum(-1)
 
 
 def kl_divergence(target: Float[Tensor, "... k"], logits: Float[Tensor, "... k"]) -> Float[Tensor, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ctlens.losses.base import Distance, VectorLoss
-from ctlens.losses.distances import cosine_distance, mean_squared_error
+from ctlens.losses.distances import cosine_distance, mean_squared_error, normalised_mse, smooth_l1
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,18 @@ class MLPCT(VectorLoss):
     Attributes:
         weight: the default suits the shipped organism.
         site: `"mlp_post"` (hidden states, as published) or `"mlp_out"` (their contribution to the residual stream).
-        distance: `"cosine"` (as published) or `"mse"`.
+        distance: `"cosine"` (as published), `"mse"`, `"smooth_l1"` or `"normalised_mse"`; the last
+            is `2/d` times the cosine distance, so give it `d/2` times the weight.
     """
 
     name: ClassVar[str] = "mlpct"
     sites: ClassVar[tuple[str, ...]] = ("mlp_post", "mlp_out")
-    distances: ClassVar[Mapping[str, Distance]] = {"cosine": cosine_distance, "mse": mean_squared_error}
+    distances: ClassVar[Mapping[str, Distance]] = {
+        "cosine": cosine_distance,
+        "mse": mean_squared_error,
+        "smooth_l1": smooth_l1,
+        "normalised_mse": normalised_mse,
+    }
     weight: float = 10.0
     site: str = "mlp_post"
     distance: str = "cosine"

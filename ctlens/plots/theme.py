@@ -35,7 +35,7 @@ class Style:
         return f"rgba({red}, {green}, {blue}, {alpha})"
 
 
-# Four of the Okabe-Ito colours; marker and dash repeat the distinction for print and for colour-blind readers.
+# Five of the Okabe-Ito colours; marker and dash repeat the distinction for print and for colour-blind readers.
 METHODS = {
     "none": Style("base", "#666666", "x", "solid"),
     "retention": Style("retention only", "#a3a3a3", "cross", "dash"),
@@ -43,6 +43,7 @@ METHODS = {
     "mlpct": Style("MLPCT", "#e69f00", "square", "solid"),
     "attct": Style("AttCT", "#009e73", "diamond", "solid"),
     "bct": Style("BCT", "#d55e00", "triangle-up", "solid"),
+    "klct": Style("KLCT", "#56b4e9", "triangle-down", "solid"),
 }
 # What has an order but is no method: dark to light, in hues that no method has.
 RAMP = ("#3d2c8d", "#8e2f9e", "#cf4a86", "#e38d78")

@@ -144,9 +144,11 @@ class Trainer:
             return {}
         names = list(dict.fromkeys(name for names in self.hook_names.values() for name in names))
         clean, wrapped = batch.clean, batch.wrapped
-        targets = capture(self.reference, clean.tokens, names, grad=False, mask=clean.needed_mask)[1] if names else {}
+        targets, clean_logits = {}, None
+        if names or any(loss.needs_clean_logits for loss in self.losses):
+            clean_logits, targets = capture(self.reference, clean.tokens, names, grad=False, mask=clean.needed_mask)
         logits, states = capture(self.model, wrapped.tokens, names, grad=True, mask=wrapped.needed_mask)
-        forwards = Forwards(batch, targets, states, logits)
+        forwards = Forwards(batch, targets, states, logits, clean_logits)
         return {loss.name: loss.compute(forwards, self.hook_names[loss.name]) for loss in self.losses}
 
     def _next_batch(self) -> PairBatch:
