@@ -145,10 +145,10 @@ def test_the_table_has_a_row_per_model_loss_and_hook_point(result) -> None:
     table = result.to_dataframe()
 
     assert tuple(table.columns) == COLUMNS
-    assert len(table) == 3 * (3 * (1 + 2) + 2)  # three losses at two layers and their mean, BCT at the logits
+    assert len(table) == 3 * (3 * (1 + 2) + 2 * 2)  # three losses at two layers and their mean, two at the logits
     assert not table.duplicated(["model", "loss", "hook_point"]).any()
     assert list(table["model"].unique()) == ["none", "act", "mlpct"]
-    assert result.values.shape == (3, 4, 3)
+    assert result.values.shape == (3, len(LOSSES), 3)
     layer = table.query("model == 'act' and loss == 'mlpct' and hook_point == 'blocks.1.mlp.hook_post'")
     point = [*zip(result.point_losses, result.hook_points, strict=True)].index(("mlpct", "blocks.1.mlp.hook_post"))
     assert layer["value"].item() == pytest.approx(result.by_hook[1, point].mean())
@@ -194,7 +194,7 @@ def test_the_figure_holds_the_numbers_of_the_table(result) -> None:
     table, figure = means(result), result.figure()
 
     (matrix,) = figure.data
-    expected = table["relative"].to_numpy().reshape(3, 4)[1:]
+    expected = table["relative"].to_numpy().reshape(3, len(LOSSES))[1:]
     np.testing.assert_allclose([[cell[1] for cell in row] for row in matrix.customdata], expected)
     span = figure.layout.coloraxis.cmax
     np.testing.assert_allclose(np.asarray(matrix.z, dtype=float), np.clip(np.log2(expected), -span, span))

@@ -218,12 +218,13 @@ def _aligns(row: EncodedPair, loss: Loss) -> bool:
 
 def _forwards(models: Sequence[LensModel], batch: PairBatch, names: Sequence[str], clean: str) -> Iterator[Forwards]:
     """Both sides of a batch for every model, the reference first; one pass a side and model."""
-    targets = {}
+    side = None
     for model in models:
-        if names and (not targets or clean == "own"):
-            targets = capture(model, batch.clean.tokens, names, grad=False, mask=batch.clean.needed_mask)[1]
+        if side is None or clean == "own":
+            side = capture(model, batch.clean.tokens, names, grad=False, mask=batch.clean.needed_mask)
+        clean_logits, targets = side
         logits, states = capture(model, batch.wrapped.tokens, names, grad=False, mask=batch.wrapped.needed_mask)
-        yield Forwards(batch, targets, states, logits)
+        yield Forwards(batch, targets, states, logits, clean_logits)
 
 
 def _relative(values: Float[np.ndarray, "model point pair"]) -> list[Float[np.ndarray, "model point"]]:
