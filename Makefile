@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
-TESTS_4X := $(addprefix tests/test_,models.py weights.py hooks.py losses.py training.py organism.py)
+TESTS_4X := $(addprefix tests/test_,models.py weights.py hooks.py losses.py adapters.py training.py organism.py)
 
 .PHONY: install compare test test-4x check figures clean
 

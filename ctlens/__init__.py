@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ctlens import analysis, losses, organism, threats
+    from ctlens.adapters import LoRA
     from ctlens.cells import StudyConfig
     from ctlens.doses import DoseResult, dose_response
     from ctlens.errors import CtlensError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 HOMES = {
+    "adapters": ("LoRA",),
     "cells": ("StudyConfig",),
     "doses": ("DoseResult", "dose_response"),
     "errors": ("CtlensError",),
@@ -44,8 +46,8 @@ HOMES = {
 PACKAGES = ("analysis", "losses", "organism", "threats")
 
 __all__ = [
-    "ACT", "BCT", "KLCT", "MLPCT", "AttCT", "CtlensError", "DoseResult", "Evaluation", "Leak", "ModelConfig", "Pair",
-    "Prompt", "Run", "StudyConfig", "StudyResult", "TrainConfig", "Trainer", "analysis", "build", "compare",
+    "ACT", "BCT", "KLCT", "MLPCT", "AttCT", "CtlensError", "DoseResult", "Evaluation", "Leak", "LoRA", "ModelConfig",
+    "Pair", "Prompt", "Run", "StudyConfig", "StudyResult", "TrainConfig", "Trainer", "analysis", "build", "compare",
     "dose_response", "evaluate", "freeze", "leak", "load_model", "load_organism", "load_pairs", "load_run", "losses",
     "organism", "parity", "save_pairs", "threats", "train",
 ]  # fmt: skip

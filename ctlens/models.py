@@ -28,7 +28,7 @@ from transformers.utils import logging as hf_logging
 from ctlens.config import from_dict, generator, to_dict
 from ctlens.errors import CtlensError
 from ctlens.files import read_json, write_json
-from ctlens.parameters import plain_name, present_parameters, without
+from ctlens.parameters import plain_name, present_parameters, present_weights, without
 from ctlens.types import ChosenRows, LensModel
 from ctlens.weights import ModelConfig, canonical_weights, copy_weights, initial_weights, is_bias, load_weights
 
@@ -205,7 +205,7 @@ def huggingface_config(model: LensModel) -> Any:
 
 
 def save_model(model: LensModel, folder: str | Path) -> None:
-    """Writes `model.json`, `weights.safetensors` and the tokenizer into a folder.
+    """Writes `model.json`, `weights.safetensors` and the tokenizer into a folder; adapters are merged in the file.
 
     Raises:
         CtlensError: the model comes neither from `build` nor from `load_model`.
@@ -219,7 +219,7 @@ def save_model(model: LensModel, folder: str | Path) -> None:
     else:
         description = {"kind": "huggingface"}
         # Copies, because halves of one fused matrix share their memory.
-        weights = {name: value.detach().clone() for name, value in present_parameters(model).items()}
+        weights = {name: value.clone() for name, value in present_weights(model).items()}
         hf_config.save_pretrained(folder)
     save_file({name: value.cpu().contiguous() for name, value in weights.items()}, folder / WEIGHTS_FILE)
     if model.tokenizer is not None:

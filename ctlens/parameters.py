@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Collection, Iterable
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ctlens.errors import CtlensError, unknown
 from ctlens.types import LensModel
 
 GROUPS = ("embed", "attn", "mlp", "norm", "unembed")
 WRAPPED_MODULE = "._original_component"
+PARAMETRIZED = ".parametrizations."
+ADAPTED = re.compile(r"\.parametrizations\.(\w+)\.original$")
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without the bridge's own wrapping, equal on all versions."""
-    return name.replace(WRAPPED_MODULE, "")
+    """A parameter's name without the wrapping of the bridge and of adapters, equal on all versions."""
+    return ADAPTED.sub(r".\1", name.replace(WRAPPED_MODULE, ""))
 
 
 def without(model: LensModel, names: Collection[str]) -> LensModel:
@@ -32,9 +36,24 @@ def without(model: LensModel, names: Collection[str]) -> LensModel:
 
 
 def present_parameters(model: LensModel) -> dict[str, nn.Parameter]:
-    """The parameters that the architecture has, by a name that does not depend on the bridge's version."""
+    """The parameters that the architecture has, by a name that does not depend on the bridge's version.
+
+    Those of adapters are none of them: an adapted weight is here as it is without its adapter.
+    """
     absent = getattr(model, "ctlens_absent", frozenset())
-    return {plain_name(name): value for name, value in model.named_parameters() if plain_name(name) not in absent}
+    plain = ((plain_name(name), value) for name, value in model.named_parameters())
+    return {name: value for name, value in plain if name not in absent and PARAMETRIZED not in name}
+
+
+@torch.no_grad()
+def present_weights(model: LensModel) -> dict[str, Tensor]:
+    """The weights that the model computes with: `present_parameters` with the adapters' updates added."""
+    adapted: dict[int, Tensor] = {}
+    for module in cast(nn.Module, model).modules():
+        if parametrize.is_parametrized(module):
+            for name, held in cast(nn.ModuleDict, module.parametrizations).items():
+                adapted[id(held.original)] = getattr(module, name)
+    return {name: adapted.get(id(value), value.detach()) for name, value in present_parameters(model).items()}
 
 
 def parameter_groups(model: LensModel) -> dict[str, list[str]]:
@@ -82,9 +101,9 @@ def freeze(model: LensModel, trainable: Iterable[str]) -> list[nn.Parameter]:
 def fingerprint(model: LensModel) -> str:
     """A short name of the weights: equal for equal weights, whatever the TransformerLens version of a bridge."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(present_parameters(model).items()):
+    for name, weight in sorted(present_weights(model).items()):
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().float().numpy().tobytes())
+        digest.update(weight.cpu().float().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ctlens.config import generator
 from ctlens.errors import CtlensError
-from ctlens.parameters import plain_name
+from ctlens.parameters import present_parameters, present_weights
 from ctlens.types import LensModel
 
 SPLIT_HEADS = "(head d_head) d_model -> head d_model d_head"
@@ -87,13 +87,14 @@ def initial_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
 
 
 def canonical_weights(model: LensModel) -> dict[str, Tensor]:
-    """A copy of the weights of a model made here, by canonical name, without the frozen biases."""
-    return {name: view.clone(memory_format=torch.contiguous_format) for name, view in _views(model).items()}
+    """A copy of the weights of a model made here, adapters added, by canonical name, without the frozen biases."""
+    views = _views(model, present_weights(model))
+    return {name: view.clone(memory_format=torch.contiguous_format) for name, view in views.items()}
 
 
 def load_weights(model: LensModel, weights: Mapping[str, Tensor]) -> None:
     """Copies weights with canonical names into a model made here; raises as `copy_weights` does."""
-    copy_weights(_views(model), weights)
+    copy_weights(_views(model, present_parameters(model)), weights)
 
 
 def copy_weights(targets: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
@@ -124,15 +125,15 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {"ln_final.w": (d,), "unembed.W_U": (d, config.d_vocab)}
 
 
-def _views(model: LensModel) -> dict[str, Tensor]:
-    """The weights of a model made here by canonical name and in canonical layout, sharing its memory."""
+def _views(model: LensModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a model made here by canonical name and in canonical layout, sharing their memory."""
     views = {}
-    for name, parameter in model.named_parameters():
+    for name, weight in weights.items():
         if is_bias(name):
             continue
-        canonical, pattern = _layout(plain_name(name))
+        canonical, pattern = _layout(name)
         sizes = {"head": model.cfg.n_heads} if pattern and "(head" in pattern else {}
-        views[canonical] = rearrange(parameter.data, pattern, **sizes) if pattern else parameter.data
+        views[canonical] = rearrange(weight.data, pattern, **sizes) if pattern else weight.data
     return views
 
 

@@ -12,7 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LEAVES = ("errors", "files", "config", "types", "intervals", "plots")
 MODEL_BOUNDARY = (
-    "chat", "pairs", "alignment", "batch", "parameters", "weights", "models", "hooks", "decoding",
+    "chat", "pairs", "alignment", "batch", "parameters", "weights", "sites", "adapters", "models", "hooks", "decoding",
 )  # fmt: skip
 SCIENCE = ("losses", "world", "threats", "organism")
 USED = ("training", "evaluation", "analysis")

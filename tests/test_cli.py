@@ -167,6 +167,10 @@ MISTAKES = {
     f"{TRAIN} --pairs good.jsonl --loss act --lr nan": "lr must be a positive number",
     f"{TRAIN} --pairs good.jsonl --loss act --batch-size 0": "batch_size must be at least 1",
     f"{TRAIN} --pairs good.jsonl --loss act --speed 9": "No such option: --speed",
+    f"{TRAIN} --pairs good.jsonl --loss act --lora-rank 0": "the rank of an adapter must be",
+    f"{TRAIN} --pairs good.jsonl --loss act --lora-rank 2 --lora-sites q,w": "unknown adapter site 'w'",
+    f"{TRAIN} --pairs good.jsonl --loss act --lora-rank 99": "allows no rank above",
+    f"{TRAIN} --pairs good.jsonl --loss act --lora-sites q": "give --lora-rank too",
     # the folders
     "train --quiet --model hf --loss act --pairs good.jsonl --out taken": "taken exists already",
     "train --quiet --model hf --loss act --pairs good.jsonl --out file": "file exists already",
@@ -331,6 +335,16 @@ def test_pairs_left_out_are_counted_with_their_reason(call: Call, place: Path) -
     assert ended.code == 0
     assert "tokens aligned in 2 pairs" in ended.out
     assert "1 pairs left out: the text of the window is not in the wrapped prompt" in ended.out
+
+
+def test_adapters_are_trained_and_saved_beside_the_merged_model(call: Call, place: Path) -> None:
+    ended = call(f"{TRAIN} --loss act --pairs good.jsonl --steps 2 --lora-rank 2 --lora-sites q,mlp_out")
+
+    assert ended.code == 0 and ended.err == ""
+    lora = {"rank": 2, "alpha": 16.0, "sites": ["q", "mlp_out"]}
+    assert json.loads(Path("new/config.json").read_text())["training"]["trainable"] == lora
+    assert json.loads(Path("new/adapters/adapters.json").read_text())["lora"] == lora
+    assert call("evaluate --model new --pairs good.jsonl --items 2").err.count("Traceback") == 0
 
 
 def test_a_threat_s_own_pairs_train_the_organism(call: Call, place: Path) -> None:

@@ -11,6 +11,7 @@ from ctlens.cli.common import ModelFolder, PairsFile, Quiet, Seed, ThreatNames, 
 from ctlens.errors import CtlensError
 
 if TYPE_CHECKING:
+    from ctlens.adapters import LoRA
     from ctlens.losses import Loss
     from ctlens.pairs import Pair
     from ctlens.training import Trainer
@@ -27,10 +28,14 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Pairs a step.")] = 32,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
     retention: Annotated[float, typer.Option(help="Weight of the KL to the reference.")] = 10.0,
+    lora_rank: Annotated[int | None, typer.Option(help="Train adapters of this rank beside frozen weights.")] = None,
+    lora_sites: Annotated[str, typer.Option(help="Of q, k, v, o, mlp_in, mlp_gate, mlp_out; q,v by default.")] = "",
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
     """Train a model on pairs with one loss or several, and save the run."""
+    from dataclasses import replace
+
     from ctlens.alignment import WINDOWS
     from ctlens.errors import unknown
     from ctlens.files import require_free
@@ -40,6 +45,8 @@ def train(
     if window not in WINDOWS:
         raise unknown("alignment window", window, WINDOWS)
     config = TrainConfig(steps=steps, batch_size=batch_size, lr=lr, retention=retention, seed=seed)
+    if lora := _lora(lora_rank, names(lora_sites)):
+        config = replace(config, trainable=lora)
     losses = [_loss(name, window) for name in loss]
     chosen = _pairs(pairs, threat, seed)
     trainer = Trainer(chosen_model(model), chosen, losses, config, progress=not quiet)
@@ -94,6 +101,16 @@ def _loss(name: str, window: str) -> Loss:
 
     loss = losses.get(name)
     return replace(loss, window=window) if loss.windows else loss  # type: ignore[call-arg]
+
+
+def _lora(rank: int | None, sites: tuple[str, ...]) -> LoRA | None:
+    from ctlens.adapters import LoRA
+
+    if rank is None:
+        if sites:
+            raise CtlensError("--lora-sites needs a rank: give --lora-rank too.")
+        return None
+    return LoRA(rank, sites=sites) if sites else LoRA(rank)
 
 
 def _take_steps(trainer: Trainer, quiet: bool) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from ctlens.adapters import LoRA
+from ctlens.config import from_dict
 from ctlens.errors import CtlensError
 
 
@@ -23,9 +27,9 @@ class TrainConfig:
         weight_decay: of AdamW.
         clip: largest norm of the gradient.
         retention: weight of the KL divergence to the reference on prompts that must not change.
-        trainable: parameter groups that are trained, see `ctlens.models.parameter_groups`.
-            Embeddings, unembedding and norms are frozen by default; otherwise a large part of
-            the fix is an edit of embeddings.
+        trainable: what is trained: parameter groups, see `ctlens.parameters.parameter_groups`, or
+            a `LoRA`, whose adapters are trained beside frozen weights. Embeddings, unembedding and
+            norms are frozen by default; otherwise a large part of the fix is an edit of embeddings.
         answer_tokens: longest answer the reference generates as a target, in tokens.
         seed: of the order of pairs and retention prompts.
     """
@@ -38,7 +42,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     clip: float = 1.0
     retention: float = 10.0
-    trainable: tuple[str, ...] = ("attn", "mlp")
+    trainable: tuple[str, ...] | LoRA = ("attn", "mlp")
     answer_tokens: int = 16
     seed: int = 0
 
@@ -61,3 +65,14 @@ class TrainConfig:
         if step < warm:
             return (step + 1) / (warm + 1)
         return (self.steps - step) / (self.steps - warm + 1)
+
+
+def read_config(data: Mapping[str, Any]) -> TrainConfig:
+    """The settings that `to_dict` gave; in them groups are a list and a `LoRA` is an object.
+
+    Raises:
+        CtlensError: as `from_dict`, or a setting makes no sense.
+    """
+    trainable = data.get("trainable")
+    nested = {"trainable": from_dict(LoRA, trainable)} if isinstance(trainable, Mapping) else {}
+    return from_dict(TrainConfig, {**data, **nested})

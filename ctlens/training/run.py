@@ -11,13 +11,14 @@ import torch
 
 from ctlens import losses as loss_registry
 from ctlens import plots
-from ctlens.config import from_dict, to_dict
+from ctlens.adapters import has_adapters, save_adapters
+from ctlens.config import to_dict
 from ctlens.errors import CtlensError, unknown
 from ctlens.files import atomic_folder, read_json, write_json
 from ctlens.losses import Loss
 from ctlens.models import load_model, save_model
 from ctlens.plots import Figure
-from ctlens.training.config import TrainConfig
+from ctlens.training.config import TrainConfig, read_config
 from ctlens.types import LensModel
 
 COLUMNS = ("step", "name", "hook_point", "value")
@@ -69,7 +70,8 @@ class Run:
     """One training.
 
     Attributes:
-        model: the trained model, in eval mode.
+        model: the trained model, in eval mode; with its adapters if it was trained by a `LoRA`,
+            merged once it is loaded from a folder.
         config: its settings.
         losses: what it was trained with; none for retention alone.
         history: the numbers of every step.
@@ -84,6 +86,8 @@ class Run:
 
     def save(self, folder: str | Path) -> Path:
         """Writes the run into a new folder, whole or not at all: config, history, environment and model.
+
+        A model with adapters is written merged, and its adapters beside it in `adapters`.
 
         Raises:
             CtlensError: the folder exists and is not empty.
@@ -100,6 +104,8 @@ class Run:
         self.history.to_dataframe().to_csv(folder / "history.csv", index=False)
         (folder / "model").mkdir()
         save_model(self.model, folder / "model")
+        if has_adapters(self.model):
+            save_adapters(self.model, folder / "adapters")
 
     def figure(self, loss: str | None = None) -> Figure:
         """The weighted losses by step; or one loss, unweighted, at each of its hook points.
@@ -137,7 +143,7 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
     rows = [(int(step), str(name), str(hook), float(value)) for step, name, hook, value in table.to_numpy()]
     return Run(
         model=load_model(folder, device=device),
-        config=from_dict(TrainConfig, config["training"]),
+        config=read_config(config["training"]),
         losses=tuple(loss_registry.from_config(loss) for loss in config["losses"]),
         history=History(rows, max((row[0] for row in rows), default=0)),
         environment=read_json(folder / "environment.json"),

@@ -11,6 +11,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
+from ctlens.adapters import LoRA, add_adapters, has_adapters, merge_adapters
 from ctlens.batch import EncodedPairs, PairBatch, collate, encode, require_room
 from ctlens.config import environment, generator
 from ctlens.decoding import generate
@@ -60,7 +61,7 @@ class Trainer:
 
     Raises:
         CtlensError: the pairs do not align or do not fit the context, a loss is given twice, or
-            there is nothing to train.
+            there is nothing to train, or nowhere to put the adapters of the config.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Trainer:
             keeps = self.config.retention and held
             self.retention = Retention(model, held, self.config.answer_tokens) if keeps else None
         self.model = copy_model(model)
-        self.parameters = freeze(self.model, self.config.trainable)
+        self.parameters = _trained_parameters(self.model, self.config)
         eps = self.config.relative_eps / sum(parameter.numel() for parameter in self.parameters) ** 0.5
         self.optimizer = AdamW(self.parameters, lr=self.config.lr, eps=eps, weight_decay=self.config.weight_decay)
         self.schedule = LambdaLR(self.optimizer, self.config.lr_factor)
@@ -229,6 +230,15 @@ def evaluating(model: LensModel) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def _trained_parameters(model: LensModel, config: TrainConfig) -> list[torch.nn.Parameter]:
+    """Freezes everything but what the config trains; adapters of an earlier training become weights."""
+    if has_adapters(model):
+        merge_adapters(model)
+    if isinstance(config.trainable, LoRA):
+        return add_adapters(model, config.trainable, config.seed)
+    return freeze(model, config.trainable)
 
 
 def _epochs(count: int, config: TrainConfig) -> Iterator[list[int]]:

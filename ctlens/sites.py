@@ -1,0 +1,94 @@
+"""The matrices of a block by name, wherever a model class keeps them and however it lays them out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from einops import rearrange
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+
+from ctlens.parameters import present_parameters
+from ctlens.types import LensModel
+from ctlens.weights import NATIVE_LAYOUT, TRANSPOSED
+
+# Of each site: its part of a block, its layer in a bridge's part, its weight in a HookedTransformer's
+# part (before it the one that holds it under grouped-query attention), and the key of that one's layout.
+PLACES = {
+    "q": ("attn", "q", ("W_Q",), "attn.q.weight"),
+    "k": ("attn", "k", ("_W_K", "W_K"), "attn.k.weight"),
+    "v": ("attn", "v", ("_W_V", "W_V"), "attn.v.weight"),
+    "o": ("attn", "o", ("W_O",), "attn.o.weight"),
+    "mlp_in": ("mlp", "in", ("W_in",), "mlp.in.weight"),
+    "mlp_gate": ("mlp", "gate", ("W_gate",), "mlp.gate.weight"),
+    "mlp_out": ("mlp", "out", ("W_out",), "mlp.out.weight"),
+}
+SITES = tuple(PLACES)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One matrix of a model.
+
+    Attributes:
+        module: that holds it.
+        name: of the parameter in the module.
+        pattern: einops pattern from `outputs inputs` to its layout; None where they agree.
+    """
+
+    module: nn.Module
+    name: str
+    pattern: str | None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter itself, without the adapter that may be on it."""
+        if parametrize.is_parametrized(self.module, self.name):
+            return cast(Any, self.module).parametrizations[self.name].original
+        return self.module.get_parameter(self.name)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the axis that `pattern` splits."""
+        per_head = self.pattern is not None and "(head" in self.pattern
+        return {"head": self.weight.shape[0]} if per_head else {}
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Outputs and inputs of the weight as one matrix."""
+        matrix = self.weight
+        if self.pattern:
+            matrix = rearrange(matrix, " -> ".join(reversed(self.pattern.split(" -> "))))
+        return matrix.shape[0], matrix.shape[1]
+
+
+def slots(model: LensModel, sites: Iterable[str]) -> dict[str, Slot]:
+    """Matrices by layer and site, for example `blocks.0.q`.
+
+    A site is left out where a layer lacks it or, as the halves of a fused matrix, does not compute with it.
+    """
+    present = {id(parameter) for parameter in present_parameters(model).values()}
+    found = {}
+    for layer, block in enumerate(cast(Any, model).blocks):
+        for site in sites:
+            slot = _slot(block, site)
+            if slot is not None and id(slot.weight) in present:
+                found[f"blocks.{layer}.{site}"] = slot
+    return found
+
+
+def _slot(block: Any, site: str) -> Slot | None:
+    part_name, layer_name, weight_names, layout = PLACES[site]
+    part = getattr(block, part_name, None)
+    linear = getattr(getattr(part, layer_name, None), "original_component", None)
+    if isinstance(linear, nn.Linear):
+        return Slot(linear, "weight", None)
+    if isinstance(linear, Conv1D):
+        return Slot(linear, "weight", TRANSPOSED)
+    for name in weight_names:
+        if part is not None and (name in part._parameters or parametrize.is_parametrized(part, name)):
+            return Slot(part, name, NATIVE_LAYOUT[layout][1])
+    return None
