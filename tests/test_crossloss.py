@@ -200,7 +200,7 @@ def test_the_figure_holds_the_numbers_of_the_table(result) -> None:
     np.testing.assert_allclose(np.asarray(matrix.z, dtype=float), np.clip(np.log2(expected), -span, span))
     assert figure.layout.coloraxis.cmin == -span
     assert list(figure.layout.yaxis.ticktext) == ["ACT", "MLPCT"]
-    assert list(figure.layout.xaxis.ticktext) == ["ACT", "MLPCT", "AttCT", "BCT"]
+    assert list(figure.layout.xaxis.ticktext) == ["ACT", "MLPCT", "AttCT", "BCT", "KLCT"]
     outlined = [(shape.y0 + 0.5, shape.x0 + 0.5) for shape in figure.layout.shapes]
     assert outlined == [(0, 0), (1, 1)]
     assert "reference's clean prompts" in figure.layout.meta["subtitle"]
