@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Collection, Iterable
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -107,9 +108,15 @@ def fingerprint(model: LensModel) -> str:
     return digest.hexdigest()[:16]
 
 
+# On TransformerLens 4.x a copied bridge keeps hooks that point weakly at the original, and fails without it.
+ORIGINALS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
 def copy_model(model: LensModel) -> LensModel:
     """A copy in eval mode; `model` is left as it is."""
     device = next(model.parameters()).device
     with torch.no_grad():  # a bridge holds on to its last activations, and a graph among them cannot be copied
         model(torch.zeros(1, 1, dtype=torch.long, device=device))
-    return copy.deepcopy(model).eval()
+    copied = copy.deepcopy(model).eval()
+    ORIGINALS[copied] = model
+    return copied

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from transformers import (
 from ctlens.decoding import generate
 from ctlens.errors import CtlensError
 from ctlens.models import build, load_model, parity, save_model
-from ctlens.parameters import GROUPS, fingerprint, freeze, parameter_groups, plain_name, present_parameters
+from ctlens.parameters import GROUPS, copy_model, fingerprint, freeze, parameter_groups, plain_name, present_parameters
 from ctlens.types import LensModel
 from ctlens.weights import ModelConfig
 
@@ -358,3 +359,12 @@ def test_a_fingerprint_names_the_weights() -> None:
     assert fingerprint(model) == fingerprint(build(config, seed=0)) != fingerprint(build(config, seed=1))
     next(iter(present_parameters(model).values())).data[0, 0] += 1e-6
     assert fingerprint(model) != fingerprint(build(config, seed=0))
+
+
+def test_a_copy_outlives_its_original():
+    model = build(ModelConfig(d_vocab=11, n_layers=1, n_heads=2, d_model=8, d_mlp=8), seed=0)
+    tokens = torch.tensor([[1, 2, 3]])
+    before, copied = model(tokens), copy_model(model)
+    del model
+    gc.collect()
+    assert torch.equal(copied(tokens), before)
