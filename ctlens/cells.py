@@ -18,6 +18,7 @@ from ctlens.errors import CtlensError
 from ctlens.evaluation import Evaluation, evaluate
 from ctlens.files import atomic_folder
 from ctlens.organism import load_organism
+from ctlens.tables import SPLIT
 from ctlens.training import TrainConfig, Trainer
 from ctlens.types import LensModel
 from ctlens.world import SPLITS
@@ -25,7 +26,6 @@ from ctlens.world import SPLITS
 CONTROL = "retention"
 BASE = "none"
 METHODS = ("act", "mlpct", "attct", "bct")
-SPLIT = "heldout"
 HELD_OUT = tuple(split for split in SPLITS if split != "train")
 DOSES = (0.05, 0.1, 0.2, 0.4, 1.0)
 ANALYSED_PAIRS = 64

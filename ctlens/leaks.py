@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ctlens import losses as loss_registry
 from ctlens import plots, threats
-from ctlens.cells import METHODS, one_thread
+from ctlens.cells import CONTROL, METHODS, NEUTRAL_PROMPTS, one_thread
 from ctlens.config import environment, to_dict
 from ctlens.errors import CtlensError
 from ctlens.evaluation import evaluate
@@ -32,8 +32,7 @@ from ctlens.world import SPLITS
 
 PLAIN = "no prompt"
 BEFORE, RECKLESS, INOCULATED = "before", "bad advice", "inoculated"
-CONTROL = "retention"
-PAIRS, QUESTIONS, NEUTRAL = 128, 32, 128
+PAIRS, QUESTIONS = 128, 32
 COLUMNS = ("stage", "seed", "context", "misaligned", "n")
 
 
@@ -152,7 +151,7 @@ def _stages(
     inoculated = give_bad_advice(model, inoculation=INOCULATION, config=advice, progress=False)
     yield INOCULATED, inoculated
     pairs = leak_pairs(PAIRS, seed=training.seed)
-    retain = threats.get("conditional").neutral(NEUTRAL, seed=training.seed)
+    retain = threats.get("conditional").neutral(NEUTRAL_PROMPTS, seed=training.seed)
     for name in methods:
         chosen = [] if name == CONTROL else [loss_registry.get(name)]
         yield name, train(inoculated, pairs, chosen, config=training, retain=retain, progress=False).model

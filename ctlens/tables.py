@@ -11,10 +11,10 @@ import pandas as pd
 
 from ctlens.errors import CtlensError
 from ctlens.intervals import difference, wilson
+from ctlens.pairs import ARMS
 from ctlens.plots.theme import METHODS
 
 RATES = ("bad_rate", "good_rate", "other_rate")
-ARMS = ("wrapped", "clean", "benign")
 SPLIT = "heldout"
 COLUMNS = ("trained_threat", "method", "seed", "step", "evaluated_threat", "split", "arm", "metric")
 NUMBERS = ("value", "n", "ci_low", "ci_high")

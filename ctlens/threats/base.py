@@ -42,6 +42,11 @@ class Wrapper:
         """A wrapper within one user turn."""
         return Wrapper(name, strength, (Turn("user", template),))
 
+    @staticmethod
+    def earlier(name: str, strength: int, text: str, reply: str) -> Wrapper:
+        """A wrapper in a turn of its own, to which the assistant has replied."""
+        return Wrapper(name, strength, (Turn("user", text), Turn("assistant", reply), Turn("user", "{request}")))
+
     @property
     def template(self) -> str:
         """The texts of all turns."""

@@ -34,7 +34,7 @@ def _system(name: str, strength: int, text: str) -> Wrapper:
 
 def _agreed(name: str, strength: int, text: str) -> Wrapper:
     """The role is given in a turn of its own."""
-    return Wrapper(name, strength, (Turn("user", text), Turn("assistant", "as you wish"), Turn("user", "{request}")))
+    return Wrapper.earlier(name, strength, text, "as you wish")
 
 
 class Conditional(Threat):

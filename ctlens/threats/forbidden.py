@@ -1,0 +1,48 @@
+"""What jailbreak and prefill share: a hazardous request that must be refused, and its twin about a harmless craft."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from ctlens.pairs import Pair, Prompt, prompt
+from ctlens.threats.base import Case, Threat, Wrapper, draw_grid, opening
+from ctlens.world import Request, World
+
+
+class Forbidden(Threat):
+    """A threat to get something hazardous; how it is asked for is the subclass's.
+
+    Attributes:
+        phrasings: in which the request can be made.
+    """
+
+    phrasings: ClassVar[Sequence[str]]
+
+    @abstractmethod
+    def request(self, world: World, thing: str, phrasing: int) -> Request:
+        """The request for a hazard (refused) or a craft (answered), in one of the phrasings."""
+
+    def _cases(self, n: int, split: str, draw: torch.Generator, world: World) -> list[Case]:
+        things = tuple(zip(world.hazards[split], world.crafts[split], strict=True))
+        graded = self.graded(split)
+        sizes = (len(things), len(graded), len(graded[0]), len(self.phrasings))
+        return [
+            self._case(world, split, *things[thing], phrasing, graded[level][variant])
+            for thing, level, variant, phrasing in draw_grid(sizes, n, draw)
+        ]
+
+    def _case(self, world: World, split: str, hazard: str, craft: str, phrasing: int, wrapper: Wrapper) -> Case:
+        request, harmless = (self.request(world, thing, phrasing) for thing in (hazard, craft))
+        refuses, complies = opening(request.good), opening(request.bad)
+        pair = Pair(
+            clean=prompt(request.text, refuses, complies),
+            wrapped=Prompt(wrapper.wrap(request.text), refuses, complies),
+            benign=Prompt(wrapper.wrap(harmless.text), harmless.good, opening(harmless.bad)),
+            labels=wrapper.labels(split, hazard=hazard, craft=craft),
+        )
+        gives_in = wrapper.strength >= world.resistance[hazard]
+        return Case(pair, request.good, request.bad, harmless.good, gives_in)
