@@ -45,7 +45,7 @@ def batch() -> PairBatch:
 
 def step(reference: LensModel, model: LensModel, pairs: PairBatch, loss: Loss | None) -> None:
     """Both forward passes and one backward pass from the logits, with or without a loss beside them."""
-    names = loss.hook_names(model) if loss else []
+    names = loss.factors(model) if loss else {}
     clean = capture(reference, pairs.clean.tokens, names, grad=False)[1]
     logits, wrapped = capture(model, pairs.wrapped.tokens, names, grad=True)
     total = logits.square().mean()

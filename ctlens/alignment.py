@@ -7,13 +7,13 @@ positions is kept only when both hold the same token id, so an alignment can be 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ctlens.chat import Rendered, Span
 from ctlens.errors import unknown
 
-WINDOWS = ("shared", "suffix", "content", "explicit", "last")
+WINDOWS = ("shared", "suffix", "content", "explicit", "last", "answer")
 
 FUSED = "token fused across the boundary of the window"
 RETOKENISED = "token split differently in the wrapped prompt"
@@ -50,7 +50,14 @@ class Alignment:
         return len(self.clean) / self.candidates if self.candidates else 0.0
 
 
-def align(clean: Rendered, wrapped: Rendered, window: str = "shared", *, shared: str | None = None) -> Alignment:
+def align(
+    clean: Rendered,
+    wrapped: Rendered,
+    window: str = "shared",
+    *,
+    shared: str | None = None,
+    answer: Sequence[int] = (),
+) -> Alignment:
     """The matched positions of two prompts.
 
     Windows:
@@ -63,15 +70,18 @@ def align(clean: Rendered, wrapped: Rendered, window: str = "shared", *, shared:
           answer's position is in (as it is not in `content`) unless the wrapper is a prefill.
         - `last`: the last token of both prompts, from which the answer is predicted. Prompts that
           end in different tokens, as most prefills do, are refused.
+        - `answer`: the tokens that predict the answer which follows both prompts: the last one of
+          both, where it is the same, and those of the answer but its last.
 
     A candidate is a clean token that the window asks for: in `suffix` and `shared` any token but
-    an added BOS, in `last` the last one, in the others the tokens of the text. A prompt whose content
+    an added BOS, in `last` and `answer` those named, in the others the tokens of the text. A prompt whose content
     cannot be placed is refused by `shared` too: its suffix alone would be another window.
 
     Args:
         clean, wrapped: from `ctlens.chat.render`.
         window: one of `WINDOWS`.
         shared: the text of the `explicit` window.
+        answer: the tokens behind both prompts, for the `answer` window.
 
     Raises:
         CtlensError: the window is unknown.
@@ -82,6 +92,8 @@ def align(clean: Rendered, wrapped: Rendered, window: str = "shared", *, shared:
         return _finish(window, clean, _suffix(clean, wrapped), range(len(clean.ids)))
     if window == "last":
         return _last(clean, wrapped)
+    if window == "answer":
+        return _answer(clean, wrapped, len(answer))
     if window == "explicit":
         return _align_text(window, clean, wrapped, _find_all(clean, shared or ""), shared or "")
     content = clean.contents[-1]
@@ -106,6 +118,16 @@ def _last(clean: Rendered, wrapped: Rendered) -> Alignment:
     ends = [(len(clean.ids) - 1, len(wrapped.ids) - 1)]
     found = _finish("last", clean, ends if ends == _suffix(clean, wrapped)[-1:] else [], [ends[0][0]])
     return replace(found, refusal="the prompts end in different tokens") if found.refusal else found
+
+
+def _answer(clean: Rendered, wrapped: Rendered, length: int) -> Alignment:
+    """The answer is the same behind both prompts; only the token that predicts its first may differ."""
+    ends = (len(clean.ids) - 1, len(wrapped.ids) - 1)
+    first = 0 if clean.ids[-1] == wrapped.ids[-1] else 1
+    pairs = [(ends[0] + step, ends[1] + step) for step in range(first, length)]
+    drops = {UNSHARED: first} if first and length else {}
+    here, there = zip(*pairs, strict=True) if pairs else ((), ())
+    return Alignment("answer", here, there, length, drops, "" if pairs else "there is no answer to align at")
 
 
 def _tail(clean: Rendered, wrapped: Rendered) -> list[PositionPair]:

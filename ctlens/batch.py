@@ -11,13 +11,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ctlens.alignment import Alignment, align, opening
+from ctlens.alignment import Alignment, align, opening, wrapper_positions
 from ctlens.chat import Rendered, answer_ids, render
 from ctlens.errors import CtlensError
 from ctlens.pairs import Pair
 from ctlens.types import Mask, PerRow, Positions, Tokens
 
 RowPositions: TypeAlias = Int[Tensor, "batch"]
+CleanMask: TypeAlias = Bool[Tensor, "batch clean_pos"]
 PaddingSide = Literal["right", "left"]
 PAD = 0
 
@@ -31,6 +32,8 @@ class EncodedPair:
         clean, wrapped: the two prompts.
         alignments: by window name.
         answer: tokens that follow the wrapped prompt, for losses on outputs; empty for none.
+        wrapper: positions in the wrapped prompt that the attack added, see `wrapper_positions`.
+        clean_answer: the answer once more where it follows the clean prompt too; empty where it does not.
     """
 
     pair: Pair
@@ -38,6 +41,8 @@ class EncodedPair:
     wrapped: Rendered
     alignments: Mapping[str, Alignment]
     answer: tuple[int, ...] = ()
+    wrapper: tuple[int, ...] = ()
+    clean_answer: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,28 @@ class EncodedPairs:
             total.update(row.alignments[window].drops)
         return dict(total)
 
-    def with_answers(self, answers: Sequence[tuple[int, ...]]) -> EncodedPairs:
-        """The same pairs with these answer tokens, one tuple a pair."""
-        rows = tuple(replace(row, answer=answer) for row, answer in zip(self.rows, answers, strict=True))
-        return replace(self, rows=rows)
+    def aligned(self, windows: Iterable[str]) -> EncodedPairs:
+        """The pairs that align in all these windows; the others are left out and counted."""
+        windows = [window for window in windows if self.rows and window in self.rows[0].alignments]
+        refusals = [next(filter(None, (row.alignments[name].refusal for name in windows)), "") for row in self.rows]
+        rows = tuple(row for row, refusal in zip(self.rows, refusals, strict=True) if not refusal)
+        dropped = Counter(self.dropped) + Counter(filter(None, refusals))
+        if not rows and dropped:
+            reason, count = dropped.most_common(1)[0]
+            raise CtlensError(
+                f"none of the {len(self)} pairs aligns ({count} times: {reason}); inspect the prompts or the window."
+            )
+        return EncodedPairs(rows, dict(dropped))
+
+    def with_answers(self, answers: Sequence[tuple[int, ...]], *, both_sides: bool = False) -> EncodedPairs:
+        """The same pairs with these answer tokens, one tuple a pair.
+
+        Args:
+            answers: behind the wrapped prompts.
+            both_sides: behind the clean prompts too; the pairs are then aligned in the window `answer`.
+        """
+        rows = [replace(row, answer=answer) for row, answer in zip(self.rows, answers, strict=True)]
+        return replace(self, rows=tuple(map(_on_both_sides, rows) if both_sides else rows))
 
 
 def encode(pairs: Iterable[Pair], tokenizer: Any, *, windows: Iterable[str] = ("shared",), n_ctx: int) -> EncodedPairs:
@@ -80,7 +103,7 @@ def encode(pairs: Iterable[Pair], tokenizer: Any, *, windows: Iterable[str] = ("
     Args:
         pairs: what to encode.
         tokenizer: a fast HuggingFace tokenizer.
-        windows: from `ctlens.alignment.WINDOWS`.
+        windows: from `ctlens.alignment.WINDOWS`; `answer` waits for `EncodedPairs.with_answers`.
         n_ctx: the model's longest sequence, in tokens.
 
     Raises:
@@ -89,31 +112,27 @@ def encode(pairs: Iterable[Pair], tokenizer: Any, *, windows: Iterable[str] = ("
     """
     windows = tuple(windows)
     rows: list[EncodedPair] = []
-    dropped: Counter[str] = Counter()
-    total = 0
-    for total, pair in enumerate(pairs, start=1):
+    for number, pair in enumerate(pairs, start=1):
         row = _encode_pair(pair, tokenizer, windows)
-        require_room(len(row.clean.ids), n_ctx, f"the clean prompt of pair {total}")
-        require_room(len(row.wrapped.ids) + len(row.answer), n_ctx, f"the wrapped prompt of pair {total}")
-        refusals = [a.refusal for a in row.alignments.values() if a.refusal]
-        dropped.update(refusals[:1])
-        if not refusals:
-            rows.append(row)
-    if not total:
-        raise CtlensError("there are no pairs: give at least one.")
+        require_room(len(row.clean.ids), n_ctx, f"the clean prompt of pair {number}")
+        require_room(len(row.wrapped.ids) + len(row.answer), n_ctx, f"the wrapped prompt of pair {number}")
+        rows.append(row)
     if not rows:
-        reason, count = dropped.most_common(1)[0]
-        raise CtlensError(
-            f"none of the {total} pairs aligns ({count} times: {reason}); inspect the prompts or the window."
-        )
-    return EncodedPairs(tuple(rows), dict(dropped))
+        raise CtlensError("there are no pairs: give at least one.")
+    return EncodedPairs(tuple(rows), {}).aligned(windows)
 
 
 def _encode_pair(pair: Pair, tokenizer: Any, windows: tuple[str, ...]) -> EncodedPair:
     clean, wrapped = render(tokenizer, pair.clean.turns), render(tokenizer, pair.wrapped.turns)
-    alignments = {window: align(clean, wrapped, window, shared=pair.shared) for window in windows}
+    prompts = (window for window in windows if window != "answer")
+    alignments = {window: align(clean, wrapped, window, shared=pair.shared) for window in prompts}
     answer = answer_ids(tokenizer, pair.target) if pair.target is not None else ()
-    return EncodedPair(pair, clean, wrapped, alignments, answer)
+    return EncodedPair(pair, clean, wrapped, alignments, answer, wrapper_positions(clean, wrapped))
+
+
+def _on_both_sides(row: EncodedPair) -> EncodedPair:
+    behind = align(row.clean, row.wrapped, "answer", answer=row.answer)
+    return replace(row, clean_answer=row.answer, alignments={**row.alignments, "answer": behind})
 
 
 def require_room(length: int, n_ctx: int, what: str) -> None:
@@ -173,11 +192,13 @@ class PairBatch:
     """A batch of pairs.
 
     Attributes:
-        clean: the clean prompts.
+        clean: the clean prompts, each followed by the answer tokens of `clean_answer`.
         wrapped: the wrapped prompts, each followed by its answer tokens where it has some.
         answer: `[batch, pos]` on the wrapped side, True at answer tokens.
         matched: aligned positions by window.
         opening: per row, how many tokens open both prompts, see `ctlens.alignment.opening`.
+        wrapper: `[batch, pos]` on the wrapped side, True at tokens that the attack added.
+        clean_answer: `[batch, clean_pos]` on the clean side, True at answer tokens.
     """
 
     clean: Side
@@ -185,18 +206,25 @@ class PairBatch:
     answer: Mask
     matched: Mapping[str, Matched]
     opening: RowPositions
+    wrapper: Mask
+    clean_answer: CleanMask
 
     @property
     def last_prompt(self) -> RowPositions:
         """Per row, the position of the last token of the wrapped prompt, before any answer."""
-        positions = torch.arange(self.answer.shape[1], device=self.answer.device)
-        return torch.where(self.wrapped.mask & ~self.answer, positions, 0).amax(-1)
+        return _last(self.wrapped.mask & ~self.answer)
+
+    @property
+    def last_clean(self) -> RowPositions:
+        """Per row, the position of the last token of the clean prompt, before any answer."""
+        return _last(self.clean.mask & ~self.clean_answer)
 
     def to(self, device: torch.device | str) -> PairBatch:
         """The same batch on another device."""
         matched = {window: value.to(device) for window, value in self.matched.items()}
         clean, wrapped = self.clean.to(device), self.wrapped.to(device)
-        return PairBatch(clean, wrapped, self.answer.to(device), matched, self.opening.to(device))
+        rest = (self.opening.to(device), self.wrapper.to(device), self.clean_answer.to(device))
+        return PairBatch(clean, wrapped, self.answer.to(device), matched, *rest)
 
 
 def pad(sequences: Sequence[Sequence[int]], padding: PaddingSide = "right") -> Side:
@@ -219,19 +247,31 @@ def collate(rows: Sequence[EncodedPair], padding: PaddingSide = "right") -> Pair
     """
     if not rows:
         raise CtlensError("a batch needs at least one pair.")
-    clean = pad([row.clean.ids for row in rows], padding)
+    clean = pad([row.clean.ids + row.clean_answer for row in rows], padding)
     wrapped = pad([row.wrapped.ids + row.answer for row in rows], padding)
-    answer = torch.zeros_like(wrapped.mask)
-    for index, row in enumerate(rows):
-        first = _first(wrapped, index) + len(row.wrapped.ids)
-        answer[index, first : first + len(row.answer)] = True
+    answer = _marked(wrapped, [range(len(row.wrapped.ids), len(row.wrapped.ids + row.answer)) for row in rows])
+    clean_answer = _marked(clean, [range(len(row.clean.ids), len(row.clean.ids + row.clean_answer)) for row in rows])
+    wrapper = _marked(wrapped, [row.wrapper for row in rows])
     matched = {window: _matched(rows, window, clean, wrapped) for window in rows[0].alignments}
     shared_start = torch.tensor([opening(row.clean, row.wrapped) for row in rows])
-    return PairBatch(clean, wrapped, answer, matched, shared_start)
+    return PairBatch(clean, wrapped, answer, matched, shared_start, wrapper, clean_answer)
 
 
 def _first(side: Side, row: int) -> int:
     return int(side.mask[row].int().argmax())
+
+
+def _marked(side: Side, positions: Sequence[Sequence[int]]) -> Mask:
+    """True at given positions of each row's real tokens."""
+    marked = torch.zeros_like(side.mask)
+    for index, of_row in enumerate(positions):
+        marked[index, [_first(side, index) + position for position in of_row]] = True
+    return marked
+
+
+def _last(marked: Mask) -> RowPositions:
+    """Per row, the last position that is marked."""
+    return torch.where(marked, torch.arange(marked.shape[1], device=marked.device), 0).amax(-1)
 
 
 def _matched(rows: Sequence[EncodedPair], window: str, clean: Side, wrapped: Side) -> Matched:

@@ -1,4 +1,4 @@
-"""Greedy decoding of many prompts at once, without a tokenizer call: each prompt is run once, then one token a pass.
+"""Decoding of many prompts at once, without a tokenizer call: each prompt is run once, then one token a pass.
 
 Prompts of similar length are padded on the right, where causal attention cannot see the padding, and
 the padding is masked from the tokens that follow, so an answer does not depend on its batch-mates. A
@@ -31,6 +31,28 @@ NO_END = -1
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn instead of taken greedily.
+
+    Attributes:
+        generator: decides them; on the CPU, whatever the model's device.
+        temperature: what logits are divided by before the softmax.
+    """
+
+    generator: torch.Generator
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise CtlensError(f"the temperature must be a positive number, not {self.temperature}.")
+
+    def draw(self, logits: NextLogits) -> NextTokens:
+        """One token a row."""
+        shares = (logits.float() / self.temperature).softmax(-1).cpu()
+        return torch.multinomial(shares, 1, generator=self.generator)[:, 0].to(logits.device)
+
+
+@dataclass(frozen=True)
 class Decoded:
     """What a model continues prompts with.
 
@@ -49,10 +71,12 @@ def generate(
     *,
     max_new_tokens: int = 16,
     end: int | None = None,
+    sampling: Sampling | None = None,
     progress: bool = False,
 ) -> list[Ids]:
     """The answers of `decode` alone."""
-    return decode(model, prompts, max_new_tokens=max_new_tokens, end=end, progress=progress).answers
+    found = decode(model, prompts, max_new_tokens=max_new_tokens, end=end, sampling=sampling, progress=progress)
+    return found.answers
 
 
 @torch.no_grad()
@@ -63,10 +87,11 @@ def decode(
     first_tokens: Sequence[Ids] | None = None,
     max_new_tokens: int = 16,
     end: int | None = None,
+    sampling: Sampling | None = None,
     tokens_a_pass: int = TOKENS_A_PASS,
     progress: bool = False,
 ) -> Decoded:
-    """The greedy continuation of each prompt, and how likely it was to begin with given tokens.
+    """The continuation of each prompt, and how likely it was to begin with given tokens.
 
     Hooks on the model see a prompt once and, where there is a cache, then one new token at a time.
 
@@ -77,6 +102,7 @@ def decode(
             wanted; they come from the pass that the answer needs anyway.
         max_new_tokens: an answer is cut here.
         end: the token that closes an answer; None for none.
+        sampling: draws the tokens; None takes the likeliest (greedy).
         tokens_a_pass: prompts are decoded together, in order of length, up to so many tokens with padding.
         progress: show a progress bar when it takes more than two seconds.
 
@@ -94,7 +120,7 @@ def decode(
         sequences = _Sequences(model, [prompts[i] for i in batch])
         logits = sequences.run()
         first = _first_probabilities(logits, [wanted[i] for i in batch])
-        continued = _continue(sequences, logits, max_new_tokens, NO_END if end is None else end)
+        continued = _continue(sequences, logits, max_new_tokens, NO_END if end is None else end, sampling)
         for i, answer, probability in zip(batch, continued, first, strict=True):
             answers[i], probabilities[i] = answer, probability
     return Decoded(answers, probabilities)
@@ -130,11 +156,13 @@ def _first_probabilities(logits: NextLogits, wanted: Sequence[Ids]) -> list[tupl
     return [tuple(next(found) for _ in tokens) for tokens in wanted]
 
 
-def _continue(sequences: _Sequences, logits: NextLogits, max_new_tokens: int, end: int) -> list[Ids]:
+def _continue(
+    sequences: _Sequences, logits: NextLogits, max_new_tokens: int, end: int, sampling: Sampling | None
+) -> list[Ids]:
     answers: list[list[int]] = [[] for _ in logits]
     running = list(range(len(answers)))
     for remaining in reversed(range(max_new_tokens)):
-        chosen = logits.argmax(-1)
+        chosen = sampling.draw(logits) if sampling else logits.argmax(-1)
         for row, token in zip(running, chosen.tolist(), strict=True):
             answers[row].append(token)
         goes_on = chosen != end

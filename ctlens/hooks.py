@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, TypeAlias
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ SHORTHANDS = {
     "pattern": "blocks.{layer}.attn.hook_pattern",
     "z": "blocks.{layer}.attn.hook_z",
 }
+# The final norm's output, which a `HookedTransformer` has no hook point for.
+FINAL_NORM = "ln_final.hook_out"
 NAMED_LAYERS = ("all", "last", "middle", "last_half", "last_quarter")
 
 Layers: TypeAlias = str | int | tuple[int, ...] | list[int]
@@ -71,7 +73,7 @@ def resolve(model: LensModel, point: str, layers: Layers = "all") -> list[str]:
         names = [point]
     known = model.hook_dict
     for name in names:
-        if name not in known:
+        if name not in known and name != FINAL_NORM:
             raise unknown("hook point", name, [*SHORTHANDS, *known])
     return names
 
@@ -125,7 +127,13 @@ def capturing(model: LensModel, names: Iterable[str], store: Activations) -> Ite
     for name in names:
         resolve(model, name)
         store.pop(name, None)
-    with model.hooks(fwd_hooks=[(name, keep(name)) for name in names]):
+    hooked = [name for name in names if name in model.hook_dict]
+    with model.hooks(fwd_hooks=[(name, keep(name)) for name in hooked]), ExitStack() as modules:
+        if FINAL_NORM in names and FINAL_NORM not in hooked:
+            handle = cast(Any, model).ln_final.register_forward_hook(
+                lambda module, inputs, output: store.__setitem__(FINAL_NORM, output)
+            )
+            modules.callback(handle.remove)
         yield
     _require_fired(names, store)
 

@@ -219,7 +219,14 @@ def whole(clean: torch.Tensor, wrapped: torch.Tensor, loss: AttCT) -> float:
     length = clean.shape[-1]
     positions, side = torch.arange(length)[None], pad([tuple(range(length))])
     matched = Matched(positions, positions, torch.ones(1, length, dtype=torch.bool))
-    batch = PairBatch(side, side, torch.zeros_like(side.mask), {"shared": matched}, torch.tensor([0]))
+    batch = PairBatch(
+        side,
+        side,
+        torch.zeros_like(side.mask),
+        {"shared": matched},
+        torch.tensor([0]),
+        *[torch.zeros_like(side.mask)] * 2,
+    )
     both = Forwards(batch, {"p": clean[None]}, {"p": wrapped[None]}, torch.zeros(1, length, 2))
     return loss.row_values(both, ["p"])["p"].item()
 
@@ -375,7 +382,7 @@ def test_identical_prompts_have_exactly_no_loss(model, tokenizer, loss) -> None:
 def test_gradients_reach_the_wrapped_side_and_never_the_reference(tokenizer, rows, loss) -> None:
     reference, trained = (load_model(hf_model("llama", seed=s), tokenizer=tokenizer) for s in (0, 1))
 
-    loss.compute(forwards(trained, loss, collate(rows), reference), loss.hook_names(trained)).total.backward()
+    loss.compute(forwards(trained, loss, collate(rows), reference), loss.factors(trained)).total.backward()
 
     assert all(parameter.grad is None for parameter in reference.parameters())
     assert any(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in trained.parameters())
@@ -388,13 +395,13 @@ def test_a_loss_captured_without_gradient_is_refused(model, rows, loss) -> None:
     without = dataclasses.replace(both, wrapped=cut, wrapped_logits=both.wrapped_logits.detach())
 
     with pytest.raises(CtlensError, match="no gradient"):
-        loss.compute(without, loss.hook_names(model))
+        loss.compute(without, loss.factors(model))
 
 
 def test_the_total_is_the_weighted_mean_over_hook_points(model, rows) -> None:
     loss = ACT(weight=0.5)
 
-    value = loss.compute(forwards(model, loss, collate(rows)), loss.hook_names(model))
+    value = loss.compute(forwards(model, loss, collate(rows)), loss.factors(model))
 
     mean = sum(v.item() for v in value.by_hook.values()) / len(value.by_hook)
     assert list(value.by_hook) == ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]

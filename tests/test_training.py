@@ -12,7 +12,7 @@ from ctlens.models import load_model
 from ctlens.pairs import Pair, prompt
 from ctlens.parameters import copy_model, parameter_groups, present_parameters
 from ctlens.training import TrainConfig, Trainer, load_run, train
-from ctlens.training.trainer import reference_answers
+from ctlens.training.answers import reference_answers
 from ctlens.types import LensModel
 
 PAIRS = [

@@ -21,14 +21,14 @@ from ctlens import plots
 from ctlens.alignment import align
 from ctlens.analysis.forward import in_batches, require_comparable
 from ctlens.analysis.result import Result
-from ctlens.batch import EncodedPair, EncodedPairs, PairBatch, encode
+from ctlens.batch import EncodedPairs, PairBatch, encode
 from ctlens.errors import CtlensError, unknown
 from ctlens.hooks import capture
 from ctlens.intervals import bootstrap, bootstrap_mean
 from ctlens.losses import LOSSES, Forwards, Loss, require_distinct
 from ctlens.pairs import Pair
 from ctlens.plots import Figure
-from ctlens.training.trainer import reference_answers
+from ctlens.training.answers import answers_kind, reference_answers
 from ctlens.types import LensModel
 
 CLEAN_SIDES = {"reference": "the reference's clean prompts", "own": "each model's own clean prompts"}
@@ -158,9 +158,11 @@ def cross_loss(
     labelled = _labelled(reference, models)
     if not chosen:
         raise CtlensError("there is nothing to measure by: give a loss, or None for all.")
-    encoded, aligned = _encode(reference, pairs, chosen)
-    if any(loss.needs_answer for loss in chosen):
-        encoded = encoded.with_answers(reference_answers(reference, encoded, answer_tokens, progress=progress))
+    encoded = _encode(reference, pairs, chosen)
+    if kind := answers_kind(chosen):
+        answers = reference_answers(reference, encoded, answer_tokens, kind=kind, progress=progress)
+        encoded = encoded.with_answers(answers, both_sides=any(loss.answers_on_both_sides for loss in chosen))
+    aligned = _aligned(encoded, chosen)
     hook_names = {loss.name: loss.hook_names(reference) for loss in chosen}
     names = list(dict.fromkeys(name for names in hook_names.values() for name in names))
     chunks, keys = [], []
@@ -194,26 +196,25 @@ def _labelled(reference: LensModel, models: Mapping[str, LensModel] | Mapping[in
     return dict(zip(labels, (reference, *models.values()), strict=True))
 
 
-def _encode(
-    reference: LensModel, pairs: Sequence[Pair], losses: Sequence[Loss]
-) -> tuple[EncodedPairs, Bool[np.ndarray, "loss pair"]]:
-    """All pairs, each with its alignment in every window, and which of them align in all windows of a loss."""
-    windows = dict.fromkeys(window for loss in losses for window in loss.windows)
+def _encode(reference: LensModel, pairs: Sequence[Pair], losses: Sequence[Loss]) -> EncodedPairs:
+    """All pairs, each with its alignment in every window."""
+    windows = dict.fromkeys(window for loss in losses for window in loss.windows if window != "answer")
     encoded = encode(pairs, reference.tokenizer, windows=(), n_ctx=reference.cfg.n_ctx)
     rows = tuple(
         replace(row, alignments={name: align(row.clean, row.wrapped, name, shared=row.pair.shared) for name in windows})
         for row in encoded.rows
     )
-    aligned = np.array([[_aligns(row, loss) for row in rows] for loss in losses])
-    for loss, found in zip(losses, aligned, strict=True):
-        if not found.any():
-            reason = next(filter(None, (rows[0].alignments[name].refusal for name in loss.windows)))
-            raise CtlensError(f"none of the {len(rows)} pairs aligns for {loss.name} ({reason}): choose its window.")
-    return EncodedPairs(rows, {}), aligned
+    return EncodedPairs(rows, {})
 
 
-def _aligns(row: EncodedPair, loss: Loss) -> bool:
-    return not any(row.alignments[window].refusal for window in loss.windows)
+def _aligned(pairs: EncodedPairs, losses: Sequence[Loss]) -> Bool[np.ndarray, "loss pair"]:
+    """Which pairs align in all windows of a loss."""
+    refusals = [[[row.alignments[name].refusal for name in loss.windows] for row in pairs.rows] for loss in losses]
+    for loss, of_loss in zip(losses, refusals, strict=True):
+        if all(any(found) for found in of_loss):
+            reason = next(filter(None, of_loss[0]))
+            raise CtlensError(f"none of the {len(pairs)} pairs aligns for {loss.name} ({reason}): choose its window.")
+    return np.array([[not any(found) for found in of_loss] for of_loss in refusals])
 
 
 def _forwards(models: Sequence[LensModel], batch: PairBatch, names: Sequence[str], clean: str) -> Iterator[Forwards]:

@@ -19,6 +19,14 @@ from ctlens.types import Activations, CleanLogits, LensModel, Logits, PerRow, Po
 
 Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 OUTPUT = "logits"
+CLEAN_SIDES = ("reference", "own")
+ANSWERS = ("greedy", "sampled", "consensus")
+LAYER_WEIGHTS: Mapping[str, Callable[[int, int], float]] = {
+    "uniform": lambda layer, n_layers: 1.0,
+    "linear": lambda layer, n_layers: (layer + 1) / n_layers,
+    "exponential": lambda layer, n_layers: 2 ** (layer / n_layers) - 1,
+}
+"""By name, the factor of a layer in the mean over layers; the last two grow with depth (the stack paper's code)."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +35,12 @@ class Forwards:
 
     Attributes:
         batch: tokens and aligned positions.
-        clean: activations of the reference on the clean prompts, without gradient.
+        clean: activations on the clean prompts, without gradient: of the reference or, for a loss
+            that names its `clean` side so, of the trained model itself.
         wrapped: activations of the trained model on the wrapped prompts, with gradient.
         wrapped_logits: `[batch, pos, d_vocab]` of the trained model on the wrapped prompts.
-        clean_logits: those of the reference on the clean prompts; None where no loss needs a pass of it.
+        clean_logits: those on the clean prompts; None where no loss needs them.
+        advantages: per row, what its sampled answer is worth, for losses on rollouts; None for none.
     """
 
     batch: PairBatch
@@ -38,6 +48,7 @@ class Forwards:
     wrapped: Activations
     wrapped_logits: Logits
     clean_logits: CleanLogits | None = None
+    advantages: PerRow | None = None
 
 
 @dataclass(frozen=True)
@@ -57,18 +68,40 @@ class Loss(ABC):
     """A consistency loss. Subclasses are frozen dataclasses; their fields are the options.
 
     The total is `weight` times the mean over hook points of the mean over pairs, so that adding a
-    layer or a pair does not change its scale.
+    layer or a pair does not change its scale; a loss may give its hook points factors in that mean.
     """
 
     name: ClassVar[str]
-    needs_answer: ClassVar[bool] = False
-    needs_clean_logits: ClassVar[bool] = False
     weight: float
 
     @property
     def windows(self) -> tuple[str, ...]:
         """The alignment windows the loss reads; none for a loss on answers."""
         return ()
+
+    @property
+    def clean_side(self) -> str:
+        """Whose clean side it compares with, one of `CLEAN_SIDES`."""
+        return "reference"
+
+    @property
+    def needs_clean_logits(self) -> bool:
+        """Whether it reads the logits of the clean prompts."""
+        return False
+
+    @property
+    def answers(self) -> str:
+        """How the answers behind the prompts are had, one of `ANSWERS`; empty where it needs none."""
+        return "greedy" if "answer" in self.windows else ""
+
+    @property
+    def answers_on_both_sides(self) -> bool:
+        """Whether the answers must stand behind the clean prompts too."""
+        return "answer" in self.windows
+
+    def factors(self, model: LensModel) -> dict[str, float]:
+        """The hook points it reads on this model, each with its factor in the mean over them."""
+        return dict.fromkeys(self.hook_names(model), 1.0)
 
     @abstractmethod
     def hook_names(self, model: LensModel) -> list[str]:
@@ -78,18 +111,18 @@ class Loss(ABC):
     def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
         """The unweighted loss per hook point and pair, `[batch]` each."""
 
-    def compute(self, forwards: Forwards, hook_names: Sequence[str]) -> LossValue:
+    def compute(self, forwards: Forwards, factors: Mapping[str, float]) -> LossValue:
         """The loss on one batch.
 
         Args:
             forwards: both sides of the batch.
-            hook_names: from `hook_names(model)`.
+            factors: from `factors(model)`.
 
         Raises:
             CtlensError: the loss does not depend on the trained weights.
         """
-        by_hook = {name: values.mean() for name, values in self.row_values(forwards, hook_names).items()}
-        total = self.weight * torch.stack(list(by_hook.values())).mean()
+        by_hook = {name: values.mean() for name, values in self.row_values(forwards, list(factors)).items()}
+        total = self.weight * torch.stack([factors.get(name, 1.0) * value for name, value in by_hook.items()]).mean()
         if not total.requires_grad:
             raise CtlensError(f"the loss {self.name} has no gradient: its activations were captured without the graph.")
         return LossValue(total, {name: value.detach() for name, value in by_hook.items()})
@@ -103,11 +136,16 @@ class InternalLoss(Loss):
         layers: `"all"`, `"last"`, `"middle"`, `"last_half"`, `"last_quarter"`, or layer numbers.
         window: the alignment window, see `ctlens.alignment.align`.
         weight: factor of the total.
+        layer_weights: one of `LAYER_WEIGHTS`, the factors in the mean over layers.
+        clean: whose activations on the clean prompts are the target: the `"reference"`'s, or the
+            trained model's `"own"`, which move with it.
     """
 
     layers: Layers = "all"
     window: str = "shared"
     weight: float = 1.0
+    layer_weights: str = "uniform"
+    clean: str = "reference"
 
     def __post_init__(self) -> None:
         check_option("alignment window", self.window, WINDOWS)
@@ -115,12 +153,19 @@ class InternalLoss(Loss):
             object.__setattr__(self, "layers", tuple(self.layers))
         if isinstance(self.layers, str):
             select_layers(1, self.layers)
+        check_option("layer weights", self.layer_weights, tuple(LAYER_WEIGHTS))
+        check_option("clean side", self.clean, CLEAN_SIDES)
         check_weight(self.weight)
 
     @property
     def windows(self) -> tuple[str, ...]:
         """The alignment window the loss reads."""
         return (self.window,)
+
+    @property
+    def clean_side(self) -> str:
+        """Whose clean side it compares with."""
+        return self.clean
 
     @property
     @abstractmethod
@@ -130,6 +175,12 @@ class InternalLoss(Loss):
     def hook_names(self, model: LensModel) -> list[str]:
         """The hook point at every selected layer."""
         return resolve(model, self.point, self.layers)
+
+    def factors(self, model: LensModel) -> dict[str, float]:
+        """The hook points with the factors of their layers."""
+        factor, n_layers = LAYER_WEIGHTS[self.layer_weights], model.cfg.n_layers
+        layers = select_layers(n_layers, self.layers)
+        return {name: factor(layer, n_layers) for name, layer in zip(self.hook_names(model), layers, strict=True)}
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,16 @@ class BCT(Loss):
     """
 
     name: ClassVar[str] = "bct"
-    needs_answer: ClassVar[bool] = True
     weight: float = 1.0
     prompt: bool = False
 
     def __post_init__(self) -> None:
         check_weight(self.weight)
+
+    @property
+    def answers(self) -> str:
+        """The reference's greedy answers, where a pair has no target of its own."""
+        return "greedy"
 
     def hook_names(self, model: LensModel) -> list[str]:
         """None: the loss reads the logits."""

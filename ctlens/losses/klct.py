@@ -31,7 +31,6 @@ class KLCT(Loss):
     """
 
     name: ClassVar[str] = "klct"
-    needs_clean_logits: ClassVar[bool] = True
     window: str = "shared"
     weight: float = 1.0
 
@@ -43,6 +42,11 @@ class KLCT(Loss):
     def windows(self) -> tuple[str, ...]:
         """The alignment window the loss reads."""
         return (self.window,)
+
+    @property
+    def needs_clean_logits(self) -> bool:
+        """Always: they are the target."""
+        return True
 
     def hook_names(self, model: LensModel) -> list[str]:
         """None: the loss reads the logits."""

@@ -12,14 +12,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from ctlens.adapters import LoRA, add_adapters, has_adapters, merge_adapters
-from ctlens.batch import EncodedPairs, PairBatch, collate, encode, require_room
+from ctlens.batch import EncodedPairs, PairBatch, collate, encode
 from ctlens.config import environment, generator
-from ctlens.decoding import generate
 from ctlens.errors import CtlensError
 from ctlens.hooks import capture
 from ctlens.losses import Forwards, Loss, LossValue, require_distinct
 from ctlens.pairs import Pair, Prompt
 from ctlens.parameters import copy_model, freeze
+from ctlens.training.answers import answers_kind, reference_answers
 from ctlens.training.config import TrainConfig
 from ctlens.training.retention import Retention, held_prompts
 from ctlens.training.run import History, Run
@@ -80,7 +80,7 @@ class Trainer:
         if not self.losses and not self.config.retention:
             raise CtlensError("there is nothing to train: give a loss, or a retention weight above zero.")
         self.reference = model
-        self.hook_names = {loss.name: loss.hook_names(model) for loss in self.losses}
+        self.factors = {loss.name: loss.factors(model) for loss in self.losses}
         with evaluating(model):
             self.pairs = self._encode(pairs, progress)
             held = held_prompts(pairs, retain)
@@ -98,9 +98,11 @@ class Trainer:
     def _encode(self, pairs: Sequence[Pair], progress: bool) -> EncodedPairs:
         windows = dict.fromkeys(window for loss in self.losses for window in loss.windows)
         encoded = encode(pairs, self.reference.tokenizer, windows=windows, n_ctx=self.reference.cfg.n_ctx)
-        if any(loss.needs_answer for loss in self.losses):
-            answers = reference_answers(self.reference, encoded, self.config.answer_tokens, progress=progress)
-            return encoded.with_answers(answers)
+        if kind := answers_kind(self.losses):
+            length, seed = self.config.answer_tokens, self.config.seed
+            answers = reference_answers(self.reference, encoded, length, kind=kind, seed=seed, progress=progress)
+            both_sides = any(loss.answers_on_both_sides for loss in self.losses)
+            return encoded.with_answers(answers, both_sides=both_sides).aligned(windows)
         return encoded
 
     def __len__(self) -> int:
@@ -143,14 +145,14 @@ class Trainer:
     def _loss_values(self, batch: PairBatch) -> dict[str, LossValue]:
         if not self.losses:
             return {}
-        names = list(dict.fromkeys(name for names in self.hook_names.values() for name in names))
+        names = list(dict.fromkeys(name for factors in self.factors.values() for name in factors))
         clean, wrapped = batch.clean, batch.wrapped
         targets, clean_logits = {}, None
         if names or any(loss.needs_clean_logits for loss in self.losses):
             clean_logits, targets = capture(self.reference, clean.tokens, names, grad=False, mask=clean.needed_mask)
         logits, states = capture(self.model, wrapped.tokens, names, grad=True, mask=wrapped.needed_mask)
         forwards = Forwards(batch, targets, states, logits, clean_logits)
-        return {loss.name: loss.compute(forwards, self.hook_names[loss.name]) for loss in self.losses}
+        return {loss.name: loss.compute(forwards, self.factors[loss.name]) for loss in self.losses}
 
     def _next_batch(self) -> PairBatch:
         rows = [self.pairs.rows[index] for index in next(self._rows)]
@@ -199,26 +201,6 @@ def train(
 def label(losses: Sequence[Loss]) -> str:
     """The name of a method: its losses joined by `+`, or `retention` for none."""
     return "+".join(loss.name for loss in losses) or "retention"
-
-
-def reference_answers(
-    reference: LensModel, pairs: EncodedPairs, answer_tokens: int, *, progress: bool = False
-) -> list[tuple[int, ...]]:
-    """Per pair, its own target's tokens or the reference's greedy answer to the clean prompt.
-
-    Raises:
-        CtlensError: the reference gives an empty answer to some clean prompt, or an answer does
-            not fit the context behind its wrapped prompt.
-    """
-    end = reference.tokenizer.eos_token_id
-    asked = [row.clean.ids for row in pairs.rows if not row.answer]
-    given = iter(generate(reference, asked, max_new_tokens=answer_tokens, end=end, progress=progress))
-    answers = [row.answer or next(given) for row in pairs.rows]
-    for row, answer in zip(pairs.rows, answers, strict=True):
-        if answer in ((), (end,)):
-            raise CtlensError("the reference gives an empty answer to a clean prompt: give the pairs targets.")
-        require_room(len(row.wrapped.ids) + len(answer), reference.cfg.n_ctx, "a wrapped prompt with its answer")
-    return answers
 
 
 @contextmanager
