@@ -350,3 +350,19 @@ def test_the_wrapper_and_the_content_share_no_position(before: str, content: str
     assert all(start <= wrapped.offsets[w][0] < end for w in added)
     covered = {*added} | {*wrapped.positions((start + len(before), end - len(after)))}
     assert covered == {*wrapped.positions((start, end))}
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, CHAT], ids=["plain", "chat"])
+@MANY
+@given(left=CONTENT, right=CONTENT, answer=st.lists(st.integers(0, 399), max_size=4))
+def test_answer_pairs_what_predicts_the_answer_behind_both_prompts(
+    tokenizer: PreTrainedTokenizerFast, left: str, right: str, answer: list[int]
+):
+    clean, wrapped = user(left, tokenizer), user(right, tokenizer)
+    alignment = align(clean, wrapped, "answer", answer=answer)
+    here, there = (*clean.ids, *answer), (*wrapped.ids, *answer)
+    behind = [(len(clean.ids) - 1 + step, len(wrapped.ids) - 1 + step) for step in range(len(answer))]
+    same = [(c, w) for c, w in behind if here[c] == there[w]]
+    assert matches(alignment) == same
+    assert len(same) + sum(alignment.drops.values()) == alignment.candidates == len(answer)
+    assert bool(alignment.refusal) == (not same)

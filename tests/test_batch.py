@@ -229,3 +229,39 @@ def test_answers_can_be_set_one_a_pair():
     assert ([one.answer for one in answered.rows], answered.dropped) == ([(5,), ()], {"reason": 1})
     with pytest.raises(ValueError, match="shorter"):
         encoded.with_answers([(5,)])
+
+
+def test_answers_behind_both_prompts_are_marked_and_aligned_by_hand():
+    rows = EncodedPairs((row("ab", "xab"), row("cd", "yd")), {})
+    both = rows.with_answers([(7, 8), (9,)], both_sides=True)
+    right = collate(both.rows)
+    assert right.clean.tokens.tolist() == [[1, 2, 7, 8], [3, 4, 9, 0]]
+    assert right.clean_answer.tolist() == [[False, False, True, True], [False, False, True, False]]
+    assert right.last_clean.tolist() == [1, 1]
+    assert right.last_prompt.tolist() == [2, 1]
+    assert matched_ids(right, "answer") == [[(2, 2), (7, 7)], [(4, 4)]]
+    assert matched_ids(collate(both.rows, "left"), "answer") == matched_ids(right, "answer")
+
+
+def test_answers_behind_the_wrapped_prompts_alone_leave_the_clean_side_as_it_is():
+    batch = collate(EncodedPairs((row("ab", "xab"),), {}).with_answers([(7,)]).rows)
+    assert batch.clean.tokens.tolist() == [[1, 2]]
+    assert not batch.clean_answer.any()
+    assert "answer" not in batch.matched
+
+
+def test_a_pair_whose_only_answer_token_is_predicted_from_another_token_is_left_out_and_counted():
+    rows = EncodedPairs((row("ab", "xab"), row("ab", "abx")), {"before": 1})
+    kept = rows.with_answers([(7,), (7,)], both_sides=True).aligned(["answer"])
+    assert [kept_row.wrapped.text for kept_row in kept.rows] == ["xab"]
+    assert kept.dropped == {"before": 1, "there is no answer to align at": 1}
+    with pytest.raises(CtlensError, match="none of the 1 pairs aligns"):
+        EncodedPairs(rows.rows[1:], {}).with_answers([(7,)], both_sides=True).aligned(["answer"])
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_tokens_that_the_attack_added_are_marked(side: PaddingSide):
+    pairs = [Pair(prompt("is it"), prompt("is it")), Pair(prompt("is it"), prompt("no! is it"))]
+    batch = collate(encode(pairs, CHAT, n_ctx=500).rows, side)
+    assert not batch.wrapper[0].any()
+    assert CHAT.decode(batch.wrapped.tokens[1][batch.wrapper[1]]) == "no!"

@@ -1,4 +1,4 @@
-"""Greedy decoding of many prompts gives what one prompt at a time gives."""
+"""Decoding of many prompts gives what one prompt at a time gives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from ctlens import decoding
 from ctlens.chat import render
 from ctlens.config import generator
-from ctlens.decoding import Decoded, Ids, decode, generate
+from ctlens.decoding import Decoded, Ids, Sampling, decode, generate
 from ctlens.errors import CtlensError
 from ctlens.models import build, is_bridge
 from ctlens.organism import load_organism
@@ -188,3 +188,28 @@ def test_a_prompt_that_leaves_no_room_is_refused_and_one_that_just_fits_is_not(m
 def test_an_empty_prompt_is_refused(model: LensModel):
     with pytest.raises(CtlensError, match="an empty prompt cannot be continued"):
         generate(model, [(1,), ()])
+
+
+def test_sampled_tokens_come_as_often_as_the_model_says(model: LensModel):
+    count, prompt = 4000, PROMPTS[0]
+    sampling = Sampling(generator(0, "test"), temperature=2.0)
+    drawn = generate(model, [prompt] * count, max_new_tokens=1, sampling=sampling)
+    with torch.no_grad():
+        shares = (model(torch.tensor([prompt]))[0, -1] / 2).softmax(-1)
+    found = torch.bincount(torch.tensor(drawn)[:, 0], minlength=20) / count
+    assert shares.max() < 0.9
+    assert ((found - shares).abs() <= 4 * (shares * (1 - shares) / count).sqrt() + 1 / count).all()
+
+
+def test_equal_seeds_draw_equal_answers_and_a_cold_draw_is_the_greedy_one(model: LensModel, expected: Answers):
+    def drawn(seed: int, temperature: float = 1.0) -> list[Ids]:
+        return generate(model, PROMPTS, max_new_tokens=6, sampling=Sampling(generator(seed, "test"), temperature))
+
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert drawn(0, 1e-4) == list(expected.values())
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_temperature_that_makes_no_sense_is_refused(temperature: float):
+    with pytest.raises(CtlensError, match="temperature"):
+        Sampling(generator(0, "test"), temperature)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import hf_model
 from torch import Tensor, nn
 
 from ctlens.errors import CtlensError
-from ctlens.hooks import SHORTHANDS, capture, capturing, editing, resolve, run, select_layers
+from ctlens.hooks import FINAL_NORM, SHORTHANDS, capture, capturing, editing, resolve, run, select_layers
 from ctlens.models import build, is_bridge, load_model
 from ctlens.types import LensModel
 from ctlens.weights import ModelConfig
@@ -250,3 +252,18 @@ def test_padding_does_not_change_what_real_tokens_see(model: LensModel, side: st
 def test_left_padding_without_a_mask_does_change_it(model: LensModel):
     padded = torch.cat([torch.zeros(3, 4, dtype=torch.long), TOKENS], dim=1)
     assert (run(model, padded)[:, 4:] - run(model, TOKENS)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+def test_the_final_norm_is_the_last_hidden_state_of_huggingface(kind: str):
+    expected = hf_model(kind)(TOKENS, output_hidden_states=True).hidden_states[-1]
+    close(capture(load_model(hf_model(kind)), TOKENS, [FINAL_NORM], grad=False)[1][FINAL_NORM], expected)
+
+
+def test_the_final_norm_is_what_is_unembedded_and_its_hook_is_gone(model: LensModel):
+    parts: Any = model
+    logits, states = capture(model, TOKENS, [FINAL_NORM, POST], grad=True)
+    close(parts.unembed(states[FINAL_NORM]), logits)
+    assert states[FINAL_NORM].requires_grad and set(states) == {FINAL_NORM, POST}
+    assert not parts.ln_final._forward_hooks
+    assert hooks_on(model) == 0
