@@ -11,10 +11,8 @@ import torch
 from jaxtyping import Float
 
 from ctlens import plots
-from ctlens.alignment import wrapper_positions
 from ctlens.analysis.forward import batches, require_comparable
 from ctlens.analysis.result import Result
-from ctlens.batch import EncodedPair
 from ctlens.errors import CtlensError
 from ctlens.hooks import capture, resolve
 from ctlens.intervals import bootstrap_mean
@@ -93,25 +91,15 @@ def attention_diff(
     require_comparable(before, after)
     names = resolve(before, "pattern")
     chunks: list[tuple[np.ndarray, np.ndarray]] = []
-    for rows, batch in batches(before, pairs, "shared", batch_size, progress):
-        wrapper = _wrapper_mask(rows, batch.wrapped.mask)
-        last = batch.last_prompt
+    for _, batch in batches(before, pairs, "shared", batch_size, progress):
+        if not batch.wrapper.any(-1).all():
+            raise CtlensError("a pair's wrapper cannot be told from its content: leave that pair out.")
         sides = [
-            _mass(capture(model, batch.wrapped.tokens, names, grad=False)[1], names, wrapper, last)
+            _mass(capture(model, batch.wrapped.tokens, names, grad=False)[1], names, batch.wrapper, batch.last_prompt)
             for model in (before, after)
         ]
         chunks.append((sides[0], sides[1]))
     return AttentionDiff(*(np.concatenate(side) for side in zip(*chunks, strict=True)))
-
-
-def _wrapper_mask(rows: Sequence[EncodedPair], mask: Mask) -> Mask:
-    wrapper = torch.zeros_like(mask)
-    for index, row in enumerate(rows):
-        positions = wrapper_positions(row.clean, row.wrapped)
-        if not positions:
-            raise CtlensError("a pair's wrapper cannot be told from its content: leave that pair out.")
-        wrapper[index, list(positions)] = True
-    return wrapper
 
 
 def _mass(

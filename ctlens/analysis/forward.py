@@ -12,14 +12,21 @@ from ctlens.pairs import Pair
 from ctlens.types import LensModel
 
 
-def require_comparable(before: LensModel, after: LensModel) -> None:
-    """Raises a `CtlensError` unless both models are in eval mode and of one shape and vocabulary."""
-    if before.training or after.training:
+def require_eval(*models: LensModel) -> None:
+    """Raises a `CtlensError` unless the models are in eval mode."""
+    if any(model.training for model in models):
         raise CtlensError("an analysis needs models in eval mode: call model.eval() first.")
+
+
+def require_comparable(before: LensModel, after: LensModel) -> None:
+    """Raises a `CtlensError` unless both models are in eval mode, of one shape, and read text alike."""
+    require_eval(before, after)
     for name in ("n_layers", "n_heads", "d_model", "d_vocab"):
         here, there = getattr(before.cfg, name), getattr(after.cfg, name)
         if here != there:
             raise CtlensError(f"the models do not compare: {name} is {here} before and {there} after.")
+    if before.tokenizer is not after.tokenizer and before.tokenizer.get_vocab() != after.tokenizer.get_vocab():
+        raise CtlensError("the models do not compare: their tokenizers differ.")
 
 
 def batches(
