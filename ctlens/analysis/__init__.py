@@ -2,9 +2,11 @@
 
 from ctlens.analysis.attention import AttentionDiff, attention_diff
 from ctlens.analysis.crossloss import CrossLoss, cross_loss
+from ctlens.analysis.lens import LogitAttribution, LogitLens, logit_attribution, logit_lens
 from ctlens.analysis.residual import ResidualShift, residual_shift
 from ctlens.analysis.states import States, states
 
 __all__ = [
-    "AttentionDiff", "CrossLoss", "ResidualShift", "States", "attention_diff", "cross_loss", "residual_shift", "states",
+    "AttentionDiff", "CrossLoss", "LogitAttribution", "LogitLens", "ResidualShift", "States", "attention_diff",
+    "cross_loss", "logit_attribution", "logit_lens", "residual_shift", "states",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from tqdm.auto import tqdm
 
@@ -27,6 +27,21 @@ def require_comparable(before: LensModel, after: LensModel) -> None:
             raise CtlensError(f"the models do not compare: {name} is {here} before and {there} after.")
     if before.tokenizer is not after.tokenizer and before.tokenizer.get_vocab() != after.tokenizer.get_vocab():
         raise CtlensError("the models do not compare: their tokenizers differ.")
+
+
+def labelled(models: LensModel | Mapping[str, LensModel]) -> dict[str, LensModel]:
+    """Models by label; a single one is called `"model"`.
+
+    Raises:
+        CtlensError: there are none, or one does not compare with the first.
+    """
+    named = dict(models) if isinstance(models, Mapping) else {"model": models}
+    if not named:
+        raise CtlensError("there are no models: give at least one, by its label.")
+    first = next(iter(named.values()))
+    for model in named.values():
+        require_comparable(first, model)
+    return named
 
 
 def batches(

@@ -8,7 +8,7 @@ from plotly.graph_objects import Figure
 
 from ctlens.plots.curves import Curve, dose_response, layer_curves
 from ctlens.plots.export import save_figure
-from ctlens.plots.heads import attention_heads
+from ctlens.plots.heads import attention_heads, component_grids
 from ctlens.plots.matrix import Panel, cross_loss, cross_threat
 from ctlens.plots.rates import behaviour
 from ctlens.plots.strength import StrengthCurve, attack_strength
@@ -23,6 +23,7 @@ __all__ = [
     "attack_strength",
     "attention_heads",
     "behaviour",
+    "component_grids",
     "cross_loss",
     "cross_threat",
     "dose_response",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import ArrayLike
 from plotly.subplots import make_subplots
 
-from ctlens.plots.arrays import checked
-from ctlens.plots.theme import finish
+from ctlens.plots import panels as multiples
+from ctlens.plots.arrays import checked, require_some
+from ctlens.plots.theme import finish, label
 
 WRITTEN_CELLS = 36
+GRID_CELL, GRID_GAP, GRID_BELOW = 34, 54, 60
 PANELS = ((0.0, 0.28), (0.31, 0.59), (0.7, 0.98))
 PANEL_NAMES = ("before training", "after training", "after minus before")
 
@@ -34,7 +38,8 @@ def attention_heads(before: ArrayLike, after: ArrayLike, title: str, *, subtitle
     change = second - first
     figure = make_subplots(cols=3, shared_yaxes=True)
     for column, mass in enumerate((first, second, change), start=1):
-        figure.add_trace(_panel(mass, "coloraxis2" if column == 3 else "coloraxis"), row=1, col=column)
+        names = [[f"L{layer}H{head}" for head in range(heads)] for layer in range(layers)]
+        figure.add_trace(_panel(mass, "coloraxis2" if column == 3 else "coloraxis", names), row=1, col=column)
         figure.update_xaxes(domain=PANELS[column - 1], row=1, col=column)
         place = {"x": sum(PANELS[column - 1]) / 2, "xanchor": "center", "y": 1.0, "yanchor": "bottom"}
         figure.add_annotation(text=PANEL_NAMES[column - 1], xref="paper", yref="paper", showarrow=False, **place)
@@ -50,11 +55,10 @@ def attention_heads(before: ArrayLike, after: ArrayLike, title: str, *, subtitle
     return figure.update_yaxes(**plain, dtick=max(1, layers // 12), autorange="reversed")
 
 
-def _panel(mass: np.ndarray, coloraxis: str) -> go.Heatmap:
-    layers, heads = mass.shape
+def _panel(mass: np.ndarray, coloraxis: str, names: list[list[str]]) -> go.Heatmap:
     return go.Heatmap(
         z=mass.tolist(),
-        text=[[f"L{layer}H{head}" for head in range(heads)] for layer in range(layers)],
+        text=names,
         texttemplate="%{text}<br>%{z:.2f}" if mass.size <= WRITTEN_CELLS else None,
         textfont={"size": 10},
         hovertemplate="%{text}: %{z:.3f}<extra></extra>",
@@ -64,6 +68,43 @@ def _panel(mass: np.ndarray, coloraxis: str) -> go.Heatmap:
     )
 
 
-def _scale(colours: str, low: float, high: float, *, x: float) -> dict[str, object]:
-    bar = {"x": x, "xanchor": "left", "thickness": 10, "outlinewidth": 0, "tickfont": {"size": 11}}
+def _scale(colours: str, low: float, high: float, *, x: float, **bar: object) -> dict[str, object]:
+    bar |= {"x": x, "xanchor": "left", "thickness": 10, "outlinewidth": 0, "tickfont": {"size": 11}}
     return {"colorscale": colours, "cmin": low, "cmax": high, "colorbar": bar}
+
+
+def component_grids(
+    grids: Mapping[str, ArrayLike], columns: Sequence[str], title: str, *, unit: str, subtitle: str | None = None
+) -> go.Figure:
+    """Which components of which layer push which way? A panel a model, all on one scale centred on 0.
+
+    Args:
+        grids: per model, a number for every component `[layer, column]`.
+        columns: the components of a layer, for example its heads and its MLP.
+        title: the question or the answer.
+        unit: what a number counts.
+        subtitle: one line under the title.
+
+    Raises:
+        CtlensError: no model, or a grid of another shape.
+    """
+    require_some("grids", grids)
+    layers = len(np.asarray(next(iter(grids.values()))))
+    checked_grids = {name: checked(f"grid {name!r}", grid, layers, len(columns)) for name, grid in grids.items()}
+    size = {"height": max(140, GRID_CELL * layers), "gap": GRID_GAP}
+    figure = multiples.panels([label(name) for name in grids], **size, side=0.05)
+    span = max(float(np.abs(grid).max()) for grid in checked_grids.values()) or 1.0
+    for grid, (place, _, _) in zip(checked_grids.values(), multiples.places(len(grids)), strict=True):
+        names = [[f"L{layer}{column}" for column in columns] for layer in range(layers)]
+        figure.add_trace(_panel(grid, "coloraxis", names), **place)
+    caption = "Rows are layers, columns their heads and MLP; red is for, blue against, white is nothing."
+    finish(figure, title, subtitle, kind="component_grids", caption=caption)
+    bar = {"title": {"text": unit, "side": "right"}}
+    figure.update_layout(coloraxis=_scale("RdBu_r", -span, span, x=1.01, **bar))
+    plain = {"showgrid": False, "showline": False, "ticks": ""}
+    figure.update_xaxes(**plain, tickvals=list(range(len(columns))), ticktext=list(columns))
+    figure.update_yaxes(**plain, tickmode="linear", tick0=0, dtick=max(1, layers // 12), autorange="reversed")
+    for place, first, _ in multiples.places(len(grids)):
+        figure.update_yaxes(title_text="layer" if first else None, **place)
+    multiples.fit(figure, len(grids), **size, below=GRID_BELOW)
+    return figure.update_layout(margin_r=96)

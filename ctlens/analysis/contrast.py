@@ -1,0 +1,101 @@
+"""Good answer against bad answer, as two tokens after one prompt: what a logit difference is taken of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ctlens.batch import RowPositions, Side, pad, require_room
+from ctlens.chat import answer_ids, render
+from ctlens.errors import CtlensError
+from ctlens.pairs import Pair
+from ctlens.types import LensModel, PerRow
+
+TokenPair = Int[Tensor, "batch 2"]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A prompt up to where its good and its bad answer part, and the token each goes on with.
+
+    Answers that begin alike part only after their common tokens, which then belong to the prompt:
+    else the difference would be that of a token with itself.
+
+    Attributes:
+        prompt: token ids.
+        good, bad: token ids.
+    """
+
+    prompt: tuple[int, ...]
+    good: int
+    bad: int
+
+
+def contrasts(model: LensModel, pairs: Sequence[Pair], side: str = "wrapped") -> list[Contrast]:
+    """The contrast of every pair on one side.
+
+    Args:
+        model: for its tokenizer and context.
+        pairs: with the good and the bad answer of that side.
+        side: an arm of the pairs, see `ctlens.pairs.ARMS`.
+
+    Raises:
+        CtlensError: a pair lacks an answer or that side, both answers are the same, or a prompt is too long.
+    """
+    found = []
+    for number, pair in enumerate(pairs, start=1):
+        prompt = pair.arm(side)
+        if prompt is None or prompt.good is None or prompt.bad is None:
+            raise CtlensError(
+                f"pair {number} names no good and bad answer on the {side} side: give both, or leave it out."
+            )
+        good, bad = (answer_ids(model.tokenizer, answer) for answer in (prompt.good, prompt.bad))
+        alike = len(list(takewhile(lambda ends: ends[0] == ends[1], zip(good, bad, strict=False))))
+        if alike == min(len(good), len(bad)):
+            raise CtlensError(
+                f"the good and the bad answer of pair {number} do not part: {prompt.good!r}, {prompt.bad!r}."
+            )
+        ids = (*render(model.tokenizer, prompt.turns).ids, *good[:alike])
+        require_room(len(ids), model.cfg.n_ctx, f"the {side} prompt of pair {number}")
+        found.append(Contrast(ids, good[alike], bad[alike]))
+    return found
+
+
+@dataclass(frozen=True)
+class ContrastBatch:
+    """Contrasts as tensors.
+
+    Attributes:
+        side: the prompts, padded on the right.
+        last: per row, the position that predicts the answers' tokens.
+        answers: the good and the bad token of each row.
+    """
+
+    side: Side
+    last: RowPositions
+    answers: TokenPair
+
+    def at_last(self, activation: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch ..."]:
+        """The activation at the position that predicts the answers."""
+        return activation[torch.arange(len(self.last), device=self.last.device), self.last]
+
+    def difference(self, logits: Float[Tensor, "batch d_vocab"]) -> PerRow:
+        """The good token's logit minus the bad one's."""
+        good, bad = logits.gather(-1, self.answers).unbind(-1)
+        return good - bad
+
+
+def in_batches(model: LensModel, items: Sequence[Contrast], batch_size: int, progress: bool) -> Iterator[ContrastBatch]:
+    """Contrasts in their order, on the model's device."""
+    device = next(model.parameters()).device
+    for start in tqdm(range(0, len(items), batch_size), desc="forward", disable=not progress, leave=False):
+        chosen = items[start : start + batch_size]
+        last = torch.tensor([len(item.prompt) - 1 for item in chosen], device=device)
+        answers = torch.tensor([(item.good, item.bad) for item in chosen], device=device)
+        yield ContrastBatch(pad([item.prompt for item in chosen]).to(device), last, answers)
