@@ -7,11 +7,12 @@ import pytest
 import torch
 from conftest import byte_level_tokenizer, hf_model
 
+from ctlens import losses as registry
 from ctlens.analysis import CrossLoss, cross_loss, crossloss
 from ctlens.analysis.crossloss import COLUMNS
 from ctlens.errors import CtlensError
 from ctlens.hooks import capture
-from ctlens.losses import ACT, BCT, LOSSES, MLPCT, AttCT
+from ctlens.losses import ACT, BCT, MEASURED, MLPCT, AttCT
 from ctlens.models import build, load_model
 from ctlens.pairs import Pair, prompt
 from ctlens.parameters import copy_model
@@ -54,7 +55,7 @@ def means(result: CrossLoss):
 
 def test_the_values_are_those_of_the_training_on_the_same_batch(model) -> None:
     config = TrainConfig(steps=9, batch_size=len(PAIRS), lr=3e-3, warmup=0, answer_tokens=4)
-    trainer = Trainer(model, PAIRS, [kind() for kind in LOSSES.values()], config)
+    trainer = Trainer(model, PAIRS, [registry.get(name) for name in MEASURED], config)
     next(trainer)
     trained = copy_model(trainer.model)
 
@@ -148,7 +149,7 @@ def test_the_table_has_a_row_per_model_loss_and_hook_point(result) -> None:
     assert len(table) == 3 * (3 * (1 + 2) + 2 * 2)  # three losses at two layers and their mean, two at the logits
     assert not table.duplicated(["model", "loss", "hook_point"]).any()
     assert list(table["model"].unique()) == ["none", "act", "mlpct"]
-    assert result.values.shape == (3, len(LOSSES), 3)
+    assert result.values.shape == (3, len(MEASURED), 3)
     layer = table.query("model == 'act' and loss == 'mlpct' and hook_point == 'blocks.1.mlp.hook_post'")
     point = [*zip(result.point_losses, result.hook_points, strict=True)].index(("mlpct", "blocks.1.mlp.hook_post"))
     assert layer["value"].item() == pytest.approx(result.by_hook[1, point].mean())
@@ -194,7 +195,7 @@ def test_the_figure_holds_the_numbers_of_the_table(result) -> None:
     table, figure = means(result), result.figure()
 
     (matrix,) = figure.data
-    expected = table["relative"].to_numpy().reshape(3, len(LOSSES))[1:]
+    expected = table["relative"].to_numpy().reshape(3, len(MEASURED))[1:]
     np.testing.assert_allclose([[cell[1] for cell in row] for row in matrix.customdata], expected)
     span = figure.layout.coloraxis.cmax
     np.testing.assert_allclose(np.asarray(matrix.z, dtype=float), np.clip(np.log2(expected), -span, span))

@@ -15,7 +15,7 @@ from ctlens import losses
 from ctlens.batch import EncodedPair, Matched, PairBatch, collate, encode, pad
 from ctlens.errors import CtlensError
 from ctlens.hooks import capture
-from ctlens.losses import ACT, BCT, KLCT, MLPCT, AttCT, Forwards, Loss
+from ctlens.losses import ACT, BCT, KLCT, MLPCT, AttCT, AttMass, AttOut, Forwards, Loss
 from ctlens.losses.attct import aligned_block, with_opening
 from ctlens.losses.distances import (
     cosine_distance,
@@ -46,10 +46,12 @@ ALL = [
     *(AttCT(), AttCT(keys="rest"), AttCT(distance="l2", heads="mean"), AttCT(distance="kl_clean_wrapped")),
     *(AttCT(keys="lifted", window=window) for window in ("shared", "content", "last")),
     AttCT(keys="lifted", distance="kl_clean_wrapped", heads="mean"),
-    *(BCT(), BCT(prompt=True), KLCT(), KLCT(window="last"), KLCT(window="content")),
+    *(BCT(), BCT(prompt=True), KLCT(), KLCT(window="last"), KLCT(window="content"), KLCT(temperature=2.0)),
+    *(AttOut(), AttOut(distance="squared"), AttOut(site="attn_out", distance="mse"), AttOut(distance="relative")),
+    *(AttMass(), AttMass(per_key=True, window="last")),
 ]
 WINDOWS_OF_ALL = ("shared", "content", "last")
-INTERNAL = [loss for loss in ALL if loss.windows]
+INTERNAL = [loss for loss in ALL if loss.windows and loss.needs_clean_activations]
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +337,7 @@ def test_klct_on_the_last_token_sees_the_answer_and_no_other_token(model, rows) 
 def test_klct_without_the_references_logits_is_refused(model, rows) -> None:
     both = dataclasses.replace(forwards(model, KLCT(), collate(rows)), clean_logits=None)
 
-    with pytest.raises(CtlensError, match="reference's logits"):
+    with pytest.raises(CtlensError, match="logits on the clean prompts"):
         KLCT().row_values(both, [])
 
 

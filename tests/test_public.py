@@ -12,8 +12,8 @@ import torch
 import ctlens as ct
 
 CONTRACT = {
-    "ACT", "AttCT", "BCT", "KLCT", "MLPCT", "Trainer", "analysis", "compare", "evaluate", "load_model", "load_organism",
-    "load_pairs", "load_run", "threats", "train",
+    "ACT", "AttCT", "AttMass", "AttOut", "BCT", "KLCT", "MLPCT", "Trainer", "analysis", "compare", "evaluate",
+    "load_model", "load_organism", "load_pairs", "load_run", "threats", "train",
 }  # fmt: skip
 LIGHT = """
 import sys
@@ -48,7 +48,7 @@ def test_importing_loads_nothing_heavy() -> None:
 
 def test_threats_and_losses_are_listed_by_name() -> None:
     assert {"sycophancy", "jailbreak"} <= set(ct.threats.names())
-    assert ct.losses.names() == ["act", "mlpct", "attct", "bct", "klct"]
+    assert ct.losses.names() == ["act", "mlpct", "attct", "bct", "klct", "attout", "attmass"]
     assert all(ct.threats.get(name).name == name for name in ct.threats.names())
 
 

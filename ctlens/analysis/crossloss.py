@@ -25,7 +25,7 @@ from ctlens.batch import EncodedPairs, PairBatch, encode
 from ctlens.errors import CtlensError, unknown
 from ctlens.hooks import capture
 from ctlens.intervals import bootstrap, bootstrap_mean
-from ctlens.losses import LOSSES, Forwards, Loss, require_distinct
+from ctlens.losses import MEASURED, Forwards, Loss, get, require_distinct
 from ctlens.pairs import Pair
 from ctlens.plots import Figure
 from ctlens.training.answers import answers_kind, reference_answers
@@ -136,7 +136,7 @@ def cross_loss(
         models: trained models by label, such as the loss trained with or the step, in eval mode.
         pairs: clean and wrapped prompts. A pair that does not align in the window of a loss is
             left out for that loss alone, and counted in `CrossLoss.dropped`.
-        losses: what to measure by; None for all of `ctlens.losses.LOSSES` as they are by default.
+        losses: what to measure by; None for `ctlens.losses.MEASURED`, each as it is by default.
             Weights do not matter.
         clean: the clean side of the distance. `"reference"`: the reference on the clean prompt, as
             trained. `"own"`: each model on the clean prompt. It does not concern BCT, whose targets
@@ -152,12 +152,12 @@ def cross_loss(
     """
     if clean not in CLEAN_SIDES:
         raise unknown("clean side", clean, list(CLEAN_SIDES))
-    chosen = [kind() for kind in LOSSES.values()] if losses is None else losses
+    chosen = [get(name) for name in MEASURED] if losses is None else losses
     chosen = (chosen,) if isinstance(chosen, Loss) else tuple(chosen)
     require_distinct(chosen)
     labelled = _labelled(reference, models)
     if not chosen:
-        raise CtlensError("there is nothing to measure by: give a loss, or None for all.")
+        raise CtlensError("there is nothing to measure by: give a loss, or None for the usual ones.")
     encoded = _encode(reference, pairs, chosen)
     if kind := answers_kind(chosen):
         answers = reference_answers(reference, encoded, answer_tokens, kind=kind, progress=progress)

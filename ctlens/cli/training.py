@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 def train(
     out: Annotated[Path, typer.Option(help="New folder for the run.")],
-    loss: Annotated[list[str], typer.Option(help="act, mlpct, attct, bct or klct; repeat for several.")],
+    loss: Annotated[
+        list[str], typer.Option(help="act, mlpct, attct, bct, klct, attout or attmass; repeat for several.")
+    ],
     model: ModelFolder = None,
     pairs: PairsFile = None,
     threat: Annotated[str, typer.Option(help="Train on this threat's own pairs instead of a file.")] = "",

@@ -8,20 +8,27 @@ from ctlens.config import from_dict, to_dict
 from ctlens.errors import unknown
 from ctlens.losses.act import ACT
 from ctlens.losses.attct import AttCT
+from ctlens.losses.attmass import AttMass
+from ctlens.losses.attout import AttOut
 from ctlens.losses.base import Forwards, Loss, LossValue, require_distinct
 from ctlens.losses.bct import BCT
 from ctlens.losses.klct import KLCT
 from ctlens.losses.mlpct import MLPCT
 
-LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in (ACT, MLPCT, AttCT, BCT, KLCT)}
+LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in (ACT, MLPCT, AttCT, BCT, KLCT, AttOut, AttMass)}
+MEASURED = ("act", "mlpct", "attct", "bct", "klct")
+"""What models are measured by unless told otherwise: losses that ask no more of a pair than that it aligns."""
 
 __all__ = [
     "ACT",
     "BCT",
     "KLCT",
     "LOSSES",
+    "MEASURED",
     "MLPCT",
     "AttCT",
+    "AttMass",
+    "AttOut",
     "Forwards",
     "Loss",
     "LossValue",

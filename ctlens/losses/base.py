@@ -85,6 +85,11 @@ class Loss(ABC):
         return "reference"
 
     @property
+    def needs_clean_activations(self) -> bool:
+        """Whether it reads its hook points on the clean prompts too."""
+        return True
+
+    @property
     def needs_clean_logits(self) -> bool:
         """Whether it reads the logits of the clean prompts."""
         return False
@@ -237,7 +242,7 @@ def check_option(kind: str, value: str, known: Sequence[str]) -> None:
         raise unknown(kind, value, known)
 
 
-def at_positions(activation: Shaped[Tensor, "batch pos d"], positions: Positions) -> Shaped[Tensor, "batch width d"]:
+def at_positions(activation: Shaped[Tensor, "batch pos *d"], positions: Positions) -> Shaped[Tensor, "batch width *d"]:
     """The activation vectors at given positions of each row."""
     rows = torch.arange(len(activation), device=activation.device)[:, None]
     flat = (rows * activation.shape[1] + positions).flatten()  # one index: its backward pass is the fastest

@@ -1,7 +1,14 @@
 """BCT: the wrapped prompt is trained to get the answer that the clean prompt gets.
 
-`L = weight * mean_t [ -log p(y_t | wrapped prompt, y_<t) ]`, with `y` the reference's greedy answer
-to the clean prompt, or the pair's own target (Chua et al. 2024, arXiv 2403.05518).
+Four targets go by the name, all of the reference on the clean prompt:
+
+- hard, `L = weight * mean_t [ -log p(y_t | wrapped prompt, y_<t) ]`, with `y` its greedy or its sampled
+  answer, or the pair's own target (Chua et al. 2024, arXiv 2403.05518);
+- soft, `L = weight * T^2 * mean_t KL( p_ref(. | clean prompt, y_<t) || p(. | wrapped prompt, y_<t) )`,
+  after the code of arXiv 2606.03810, which compares trailing tokens whatever they hold;
+- prefill, `L = weight * T^2 * mean_j KL( p_ref(. | clean prompt) || p(. | prompt, prefill_<=j) )`: after
+  any part of a forced beginning the model answers as if it were not there (the code of the stack
+  paper, arXiv 2606.05817). It adds a tenth of a cross-entropy on refusals, which is data, not this loss.
 """
 
 from __future__ import annotations
@@ -11,48 +18,117 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 
+from ctlens.batch import Matched, PairBatch
 from ctlens.errors import CtlensError
-from ctlens.losses.base import OUTPUT, Forwards, Loss, check_weight
+from ctlens.losses.base import OUTPUT, Forwards, Loss, check_option, check_weight
+from ctlens.losses.outputs import check_temperature, output_distance
 from ctlens.types import LensModel, PerRow
+
+TARGETS = ("greedy", "sampled", "soft", "prefill")
+DISTRIBUTIONS = ("soft", "prefill")
 
 
 @dataclass(frozen=True)
 class BCT(Loss):
-    """Bias-augmented consistency: cross-entropy on the answer.
+    """Bias-augmented consistency on outputs.
 
     Attributes:
         weight: factor of the total.
-        prompt: also train on the prompt's own tokens, as the published sycophancy runs do.
+        prompt: also train on the prompt's own tokens, as the published sycophancy runs do; for hard targets.
+        targets: `"greedy"` or `"sampled"` (at temperature 1) answers of the reference; `"soft"`,
+            its distributions along the greedy answer; `"prefill"`, its distribution at the clean
+            prompt's last token, at every token the attack put behind the clean prompt.
+        temperature: what both sides' logits are divided by, for the last two; the loss is
+            multiplied by its square.
     """
 
     name: ClassVar[str] = "bct"
     weight: float = 1.0
     prompt: bool = False
+    targets: str = "greedy"
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         check_weight(self.weight)
+        check_option("targets of BCT", self.targets, TARGETS)
+        check_temperature(self.temperature)
+        if self.prompt and self.targets in DISTRIBUTIONS:
+            raise CtlensError(f"BCT with {self.targets} targets has none for the prompt's tokens: leave prompt off.")
+        if self.temperature != 1 and self.targets not in DISTRIBUTIONS:
+            raise CtlensError(f"a temperature does nothing to the {self.targets} targets of BCT: leave it at 1.")
 
     @property
     def answers(self) -> str:
-        """The reference's greedy answers, where a pair has no target of its own."""
-        return "greedy"
+        """The reference's answers, where a pair has no target of its own; the prefill form needs none."""
+        return {"soft": "greedy", "prefill": ""}.get(self.targets, self.targets)
+
+    @property
+    def answers_on_both_sides(self) -> bool:
+        """Soft targets are the reference's along the answer."""
+        return self.targets == "soft"
+
+    @property
+    def needs_clean_logits(self) -> bool:
+        """Where distributions are the targets."""
+        return self.targets in DISTRIBUTIONS
 
     def hook_names(self, model: LensModel) -> list[str]:
         """None: the loss reads the logits."""
         return []
 
     def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
-        """The cross-entropy per pair in nats, averaged over the tokens trained on.
+        """The cross-entropy or divergence per pair in nats, averaged over the tokens trained on.
 
         Raises:
-            CtlensError: a pair of the batch has no answer tokens.
+            CtlensError: a pair of the batch has no answer tokens, or for soft targets none behind
+                the clean prompt, or for the prefill form no token of the attack behind it.
         """
-        batch = forwards.batch
-        if not batch.answer.any(-1).all():
+        if self.targets == "prefill":
+            return {OUTPUT: self._divergence(forwards, _behind_the_prompt(forwards.batch))}
+        if not forwards.batch.answer.any(-1).all():
             raise CtlensError("BCT needs an answer for every pair: give targets, or let the trainer generate them.")
+        if self.targets == "soft":
+            return {OUTPUT: self._divergence(forwards, _before_the_answer(forwards.batch))}
+        return {OUTPUT: self._surprise(forwards)}
+
+    def _divergence(self, forwards: Forwards, matched: Matched) -> PerRow:
+        return output_distance("BCT", forwards, matched, temperature=self.temperature)
+
+    def _surprise(self, forwards: Forwards) -> PerRow:
+        batch = forwards.batch
         trained = batch.wrapped.mask[:, 1:] & batch.wrapped.mask[:, :-1] if self.prompt else batch.answer[:, 1:]
         log_p = forwards.wrapped_logits[:, :-1].log_softmax(-1)
         surprise = -log_p.gather(-1, batch.wrapped.tokens[:, 1:, None]).squeeze(-1)
-        per_row = torch.where(trained, surprise, 0.0).sum(-1) / trained.sum(-1)
-        return {OUTPUT: per_row}
+        return torch.where(trained, surprise, 0.0).sum(-1) / trained.sum(-1)
+
+
+def _before_the_answer(batch: PairBatch) -> Matched:
+    """The tokens that predict the answer: from the last one of either prompt, whatever it is, to its last but one."""
+    lengths = batch.answer.sum(-1)
+    if not torch.equal(lengths, batch.clean_answer.sum(-1)):
+        raise CtlensError("soft targets need the answer behind the clean prompts too: encode it on both sides.")
+    steps, valid = _steps(lengths)
+    return Matched((batch.last_clean[:, None] + steps) * valid, (batch.last_prompt[:, None] + steps) * valid, valid)
+
+
+def _behind_the_prompt(batch: PairBatch) -> Matched:
+    """The added tokens with which the wrapped prompt ends, each with the last token of the clean prompt."""
+    kept = batch.wrapped.mask & ~batch.answer & ~batch.wrapper
+    last_kept = torch.where(kept, torch.arange(kept.shape[1], device=kept.device), 0).amax(-1)
+    lengths = batch.last_prompt - last_kept
+    if not (lengths > 0).all():
+        raise CtlensError(
+            "BCT with prefill targets needs tokens of the attack behind the clean prompt, and a pair has none: "
+            "its wrapped prompt must end in a prefill."
+        )
+    steps, valid = _steps(lengths)
+    return Matched(batch.last_clean[:, None] * valid, (last_kept[:, None] + 1 + steps) * valid, valid)
+
+
+def _steps(lengths: Int[Tensor, " batch"]) -> tuple[Int[Tensor, " width"], Bool[Tensor, "batch width"]]:
+    """`0, 1, ...` up to the longest length, and which of them are within each row's own."""
+    steps = torch.arange(int(lengths.max()), device=lengths.device)
+    return steps, steps < lengths[:, None]

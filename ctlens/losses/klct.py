@@ -1,10 +1,10 @@
-"""KLCT: the next token after an aligned wrapped token is predicted as the reference predicts it on the clean prompt.
+"""KLCT: the next token after an aligned wrapped token is predicted as it is on the clean prompt.
 
-`L = weight * mean_t KL( p_ref(. | clean prompt up to t) || p(. | wrapped prompt up to t) )` in nats,
-at temperature 1: BCT's level, the outputs, at an internal loss's tokens, so that the level and the
-token window of a method can be told apart. No paper has it as it stands: the nearest are the prefill
-loss in the code of the stack paper (arXiv 2606.05817), a KL in this direction that reuses the
-distribution of one position, and BCT (Chua et al. 2024, arXiv 2403.05518), on sampled answers.
+`L = weight * T^2 * mean_t KL( p_ref(. | clean prompt up to t) || p(. | wrapped prompt up to t) )` in
+nats, with both softmaxes at temperature `T`: BCT's level, the outputs, at an internal loss's tokens,
+so that the level and the token window of a method can be told apart. The nearest published losses
+are the soft BCT of arXiv 2606.03810, the cross-entropy form at trailing tokens, and the prefill loss
+in the code of the stack paper (arXiv 2606.05817), see `ctlens.losses.bct`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ctlens.alignment import WINDOWS
-from ctlens.errors import CtlensError
-from ctlens.losses.base import OUTPUT, Forwards, Loss, at_positions, check_option, check_weight
-from ctlens.losses.distances import kl_divergence
+from ctlens.losses.base import CLEAN_SIDES, OUTPUT, Forwards, Loss, check_option, check_weight
+from ctlens.losses.outputs import DISTANCES, check_temperature, output_distance
 from ctlens.types import LensModel, PerRow
 
 
@@ -28,20 +27,36 @@ class KLCT(Loss):
         window: the alignment window, see `ctlens.alignment.align`; `"last"` compares only the
             distributions of the answer's first token.
         weight: factor of the total.
+        distance: `"kl"`, or `"cross_entropy"`: the same plus the entropy of the clean side, with
+            the same gradient (arXiv 2606.03810).
+        temperature: what both sides' logits are divided by; the loss is multiplied by its square.
+        clean: whose predictions on the clean prompts are the target: the `"reference"`'s, or the
+            trained model's `"own"`, which move with it.
     """
 
     name: ClassVar[str] = "klct"
     window: str = "shared"
     weight: float = 1.0
+    distance: str = "kl"
+    temperature: float = 1.0
+    clean: str = "reference"
 
     def __post_init__(self) -> None:
         check_option("alignment window", self.window, WINDOWS)
+        check_option("distance of KLCT", self.distance, tuple(DISTANCES))
+        check_option("clean side", self.clean, CLEAN_SIDES)
+        check_temperature(self.temperature)
         check_weight(self.weight)
 
     @property
     def windows(self) -> tuple[str, ...]:
         """The alignment window the loss reads."""
         return (self.window,)
+
+    @property
+    def clean_side(self) -> str:
+        """Whose predictions are the target."""
+        return self.clean
 
     @property
     def needs_clean_logits(self) -> bool:
@@ -56,11 +71,8 @@ class KLCT(Loss):
         """The divergence per pair in nats, averaged over aligned tokens; the clean side is detached.
 
         Raises:
-            CtlensError: the reference's logits are not there.
+            CtlensError: the logits on the clean prompts are not there.
         """
-        if forwards.clean_logits is None:
-            raise CtlensError("KLCT needs the reference's logits: give clean_logits to Forwards.")
         matched = forwards.batch.matched[self.window]
-        clean = at_positions(forwards.clean_logits, matched.clean).detach()
-        wrapped = at_positions(forwards.wrapped_logits, matched.wrapped)
-        return {OUTPUT: matched.row_mean(kl_divergence(clean, wrapped))}
+        values = output_distance("KLCT", forwards, matched, distance=self.distance, temperature=self.temperature)
+        return {OUTPUT: values}

@@ -35,7 +35,8 @@ class Style:
         return f"rgba({red}, {green}, {blue}, {alpha})"
 
 
-# Five of the Okabe-Ito colours; marker and dash repeat the distinction for print and for colour-blind readers.
+# Five of the Okabe-Ito colours, and AttCT's in light and dark for its relatives; marker and dash repeat the
+# distinction for print and for colour-blind readers.
 METHODS = {
     "none": Style("base", "#666666", "x", "solid"),
     "retention": Style("retention only", "#a3a3a3", "cross", "dash"),
@@ -44,6 +45,8 @@ METHODS = {
     "attct": Style("AttCT", "#009e73", "diamond", "solid"),
     "bct": Style("BCT", "#d55e00", "triangle-up", "solid"),
     "klct": Style("KLCT", "#56b4e9", "triangle-down", "solid"),
+    "attout": Style("AttOut", "#66c5ab", "bowtie", "dash"),
+    "attmass": Style("AttMass", "#00523c", "hourglass", "dot"),
 }
 # What has an order but is no method: dark to light, in hues that no method has.
 RAMP = ("#3d2c8d", "#8e2f9e", "#cf4a86", "#e38d78")

@@ -1,0 +1,78 @@
+"""AttMass: attention on the wrapped prompt is kept off the tokens that the attack added.
+
+`L = weight * mean_l mean_{h,q} sum_{k in wrapper} a_w[h,q,k]` over aligned queries: between 0 and 1 before the
+weight, and without a clean pass, so that it says where not to look and not where to. Stack paper's
+code (arXiv 2606.05817), `WrapperEntropyRegularizationLoss`, whose wrapper is everything but the
+content, the BOS and the chat template's tokens included; here it is what the attack added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ctlens.batch import Matched, PairBatch
+from ctlens.errors import CtlensError
+from ctlens.losses.base import Forwards, InternalLoss
+from ctlens.types import PerRow
+
+
+@dataclass(frozen=True)
+class AttMass(InternalLoss):
+    """Suppression of attention to the wrapper.
+
+    Queries in front of the wrapper cannot see it and count as 0; behind a prefill there are none but
+    those of the answer, `window="answer"`.
+
+    Attributes:
+        weight: the default suits the shipped organism.
+        per_key: divide by the number of added tokens, so that a long wrapper weighs no more than a short one.
+        clean: stays as it is: the loss has no clean side.
+    """
+
+    name: ClassVar[str] = "attmass"
+    weight: float = 20.0
+    per_key: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.clean != "reference":
+            raise CtlensError("AttMass has no clean side to choose: leave its option clean out.")
+
+    @property
+    def needs_clean_activations(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def point(self) -> str:
+        """The attention weights after the softmax."""
+        return "pattern"
+
+    def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
+        """The mass on added tokens per hook point and pair, averaged over heads and aligned queries.
+
+        Raises:
+            CtlensError: no aligned query of a pair can see an added token.
+        """
+        batch, matched = forwards.batch, forwards.batch.matched[self.window]
+        self._require_visible(batch, matched)
+        keys = batch.wrapper.sum(-1) if self.per_key else 1
+        values: dict[str, PerRow] = {}
+        for name in hook_names:
+            pattern = forwards.wrapped[name]
+            mass = torch.einsum("bhqk,bk->bq", pattern, batch.wrapper.to(pattern.dtype)) / pattern.shape[1]
+            values[name] = matched.row_mean(mass.gather(1, matched.wrapped)) / keys
+        return values
+
+    def _require_visible(self, batch: PairBatch, matched: Matched) -> None:
+        first_added = torch.where(batch.wrapper.any(-1), batch.wrapper.int().argmax(-1), batch.wrapper.shape[1])
+        last_query = torch.where(matched.valid, matched.wrapped, 0).amax(-1)
+        if not ((first_added < last_query) | ~matched.valid.any(-1)).all():
+            raise CtlensError(
+                "AttMass has nothing to suppress in a pair: what its attack added cannot be placed, or no token of "
+                f"the window {self.window} comes after it."
+            )

@@ -1,0 +1,58 @@
+"""What losses on outputs share: next-token distributions compared at a temperature, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ctlens.batch import Matched
+from ctlens.errors import CtlensError
+from ctlens.losses.base import Distance, Forwards, at_positions
+from ctlens.losses.distances import kl_divergence
+from ctlens.types import PerRow
+
+
+def soft_cross_entropy(target: Float[Tensor, "... k"], logits: Float[Tensor, "... k"]) -> Float[Tensor, ...]:
+    """`-sum_k p_k log q_k` in nats, with `p` and `q` the softmax of `target` and `logits`.
+
+    It is the KL plus the entropy of `p`, and has the KL's gradient.
+
+    >>> import torch
+    >>> soft_cross_entropy(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 0.0]))  # 0 + log 2
+    tensor(0.6931)
+    """
+    return -(target.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+
+
+DISTANCES: Mapping[str, Distance] = {"kl": kl_divergence, "cross_entropy": soft_cross_entropy}
+
+
+def output_distance(
+    loss: str, forwards: Forwards, matched: Matched, *, distance: str = "kl", temperature: float = 1.0
+) -> PerRow:
+    """The distance of next-token distributions in nats, averaged over each pair's tokens; the clean side is detached.
+
+    Args:
+        loss: the name of the loss, for the message.
+        forwards: both sides of the batch.
+        matched: the tokens whose predictions are compared.
+        distance: one of `DISTANCES`, the clean side first.
+        temperature: what both sides' logits are divided by. The distance is multiplied by its
+            square, so that the gradient does not shrink with it (Hinton et al. 2015, arXiv 1503.02531).
+
+    Raises:
+        CtlensError: the logits on the clean prompts are not there.
+    """
+    if forwards.clean_logits is None:
+        raise CtlensError(f"{loss} needs the logits on the clean prompts: give clean_logits to Forwards.")
+    clean = at_positions(forwards.clean_logits, matched.clean).detach() / temperature
+    wrapped = at_positions(forwards.wrapped_logits, matched.wrapped) / temperature
+    return temperature**2 * matched.row_mean(DISTANCES[distance](clean, wrapped))
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises a `CtlensError` unless the temperature is a positive number."""
+    if not 0 < temperature < float("inf"):
+        raise CtlensError(f"the temperature of a loss must be a positive number, not {temperature}.")
