@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from ctlens import losses
 from ctlens.batch import EncodedPair, Matched, PairBatch, collate, encode, pad
 from ctlens.errors import CtlensError
-from ctlens.hooks import capture
+from ctlens.hooks import FINAL_NORM, capture
 from ctlens.losses import ACT, BCT, KLCT, MLPCT, AttCT, AttMass, AttOut, Forwards, Loss
-from ctlens.losses.attct import aligned_block, with_opening
+from ctlens.losses.attct import block_rows, with_opening
 from ctlens.losses.distances import (
     cosine_distance,
     jensen_shannon,
@@ -41,11 +41,14 @@ ALL = [
         ACT(distance="relative"),
         ACT(site="resid_pre", layers="last"),
         ACT(site="resid_mid"),
+        ACT(final_norm=True),
     ),
     *(MLPCT(), MLPCT(site="mlp_out"), MLPCT(distance="smooth_l1"), MLPCT(site="mlp_out", distance="normalised_mse")),
     *(AttCT(), AttCT(keys="rest"), AttCT(distance="l2", heads="mean"), AttCT(distance="kl_clean_wrapped")),
     *(AttCT(keys="lifted", window=window) for window in ("shared", "content", "last")),
     AttCT(keys="lifted", distance="kl_clean_wrapped", heads="mean"),
+    *(AttCT(keys=keys, sink="kept") for keys in ("raw", "renormalised", "rest")),
+    *(AttCT(keys="lifted", sink="dropped"), AttCT(distance="mse"), AttCT(distance="mse", keys="rest", sink="kept")),
     *(BCT(), BCT(prompt=True), KLCT(), KLCT(window="last"), KLCT(window="content"), KLCT(temperature=2.0)),
     *(AttOut(), AttOut(distance="squared"), AttOut(site="attn_out", distance="mse"), AttOut(distance="relative")),
     *(AttMass(), AttMass(per_key=True, window="last")),
@@ -216,9 +219,9 @@ def test_attct_on_the_block_with_every_distance_and_with_averaged_heads(model, r
         assert value.item() == pytest.approx(sum(each) / len(each), rel=1e-4, abs=1e-6)
 
 
-def whole(clean: torch.Tensor, wrapped: torch.Tensor, loss: AttCT) -> float:
-    """The loss on patterns `[head, q, k]` of one pair of equal tokens, all of them in the window."""
-    length = clean.shape[-1]
+def whole(clean: torch.Tensor, wrapped: torch.Tensor, loss: Loss) -> float:
+    """The loss on patterns `[head, q, k]` or states `[pos, d]` of one pair of equal tokens, all in the window."""
+    length = clean.shape[-2]
     positions, side = torch.arange(length)[None], pad([tuple(range(length))])
     matched = Matched(positions, positions, torch.ones(1, length, dtype=torch.bool))
     batch = PairBatch(
@@ -242,11 +245,83 @@ def test_with_nothing_outside_the_window_rest_and_lifted_are_the_divergence_of_w
         assert whole(clean, wrapped, AttCT(keys=keys)) == pytest.approx(full, rel=1e-5)
 
 
+def test_identical_states_have_exactly_no_loss_but_for_the_rounding_of_a_cosine() -> None:
+    draw = torch.Generator().manual_seed(0)
+    pattern, states = torch.randn(4, 6, 6, generator=draw).softmax(-1), torch.randn(6, 12, generator=draw)
+    vectors = [ACT(distance=name) for name in ACT.distances] + [
+        MLPCT(distance=name) for name in MLPCT.distances if name != "cosine"
+    ]
+
+    for distance in ("jsd", "l2", "mse", "kl_clean_wrapped"):
+        for keys in ("raw", "renormalised", "rest", *(("lifted",) if distance != "mse" else ())):
+            assert whole(pattern, pattern, AttCT(keys=keys, distance=distance)) == 0
+    assert [loss for loss in vectors if whole(states, states, loss) != 0] == []
+    assert abs(whole(states, states, MLPCT())) < 1e-6
+
+
+@pytest.mark.parametrize("loss", [ACT(clean="own"), MLPCT(clean="own"), AttCT(clean="own", keys="lifted")], ids=repr)
+def test_the_clean_side_has_no_gradient_even_where_it_is_the_model_s_own(model, rows, loss) -> None:
+    batch = collate(rows)
+    both = forwards(model, loss, batch)
+    clean = {name: state.detach().requires_grad_() for name, state in both.clean.items()}
+    wrapped = {name: state.detach().requires_grad_() for name, state in both.wrapped.items()}
+
+    loss.compute(dataclasses.replace(both, clean=clean, wrapped=wrapped), loss.factors(model)).total.backward()
+
+    assert all(state.grad is None for state in clean.values())
+    assert all(state.grad is not None and state.grad.abs().max() > 0 for state in wrapped.values())
+
+
 def test_no_divergence_of_attct_exceeds_log_2_and_disjoint_rows_reach_it() -> None:
     clean, wrapped = torch.eye(6)[None], torch.eye(6).roll(1, 0)[None]
 
     for keys in ("raw", "rest", "lifted"):
         assert whole(clean, wrapped, AttCT(keys=keys)) == pytest.approx(math.log(2), rel=1e-6)
+
+
+def rows_by_loops(model: LensModel, row: EncodedPair, loss: AttCT, name: str) -> float:
+    """The loss of one pair by dictionaries of mass, for any keys: the opening of a pair without a frame is its BOS."""
+    shared = row.alignments["shared"]
+    twin = dict(zip(shared.clean, shared.wrapped, strict=True)) | ({0: 0} if loss.sink == "kept" else {})
+    clean, wrapped = (full_pattern(model, ids, name).tolist() for ids in (row.clean.ids, row.wrapped.ids))
+    values = []
+    for head_clean, head_wrapped in zip(clean, wrapped, strict=True):
+        for c, w in zip(shared.clean, shared.wrapped, strict=True):
+            here = [head_clean[c][key] for key in twin]
+            there = [head_wrapped[w][key] for key in twin.values()]
+            if loss.keys == "renormalised":
+                here, there = ([mass / sum(side) for mass in side] for side in (here, there))
+            if loss.keys == "rest":
+                here, there = ([*side, 1 - sum(side)] for side in (here, there))
+            if loss.keys == "lifted":
+                added = [key for key in range(len(row.wrapped.ids)) if key not in {0, *twin.values()}]
+                here, there = [*here, *[0.0] * len(added)], [*there, *(head_wrapped[w][key] for key in added)]
+            gap = row_distance("l2" if loss.distance == "mse" else loss.distance, here, there)
+            values.append(gap / len(here) if loss.distance == "mse" else gap)
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("keys", ["raw", "renormalised", "rest", "lifted"])
+@pytest.mark.parametrize("sink", ["kept", "dropped"])
+@pytest.mark.parametrize("distance", ["jsd", "mse"])
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_sink_tokens_are_keys_or_are_not_whatever_the_keys(model, rows, keys, sink, distance, padding) -> None:
+    if (keys, distance) == ("lifted", "mse"):
+        distance = "l2"
+    loss, name = AttCT(keys=keys, sink=sink, distance=distance), "blocks.1.attn.hook_pattern"
+
+    for value, row in zip(row_values(model, loss, collate(rows, padding))[name], rows, strict=True):
+        assert value.item() == pytest.approx(rows_by_loops(model, row, loss, name), rel=1e-3, abs=1e-6)
+
+
+def test_the_sink_is_kept_by_whole_rows_and_dropped_by_windows_unless_told_otherwise(model, rows) -> None:
+    batch = collate(rows)
+
+    for keys, usual, other in (("raw", "dropped", "kept"), ("rest", "dropped", "kept"), ("lifted", "kept", "dropped")):
+        default, same, another = (row_values(model, AttCT(keys=keys, sink=s), batch) for s in (None, usual, other))
+        for name, value in default.items():
+            assert torch.equal(value, same[name])
+            assert (value - another[name]).abs().min() > 1e-6
 
 
 def test_attention_to_the_wrapper_costs_lifted_keys_and_not_the_published_ones(model, rows) -> None:
@@ -417,12 +492,19 @@ def test_layers_choose_the_hook_points(model) -> None:
         ACT(layers=(2,)).hook_names(model)
 
 
+def test_the_last_layer_is_read_after_the_final_norm_where_the_loss_says_so(model, rows) -> None:
+    assert ACT(final_norm=True).hook_names(model) == ["blocks.0.hook_resid_post", FINAL_NORM]
+    assert ACT(final_norm=True, layers="last", layer_weights="linear").factors(model) == {FINAL_NORM: 1.0}
+    with pytest.raises(CtlensError, match="not among the layers"):
+        ACT(final_norm=True, layers=[0]).hook_names(model)
+
+
 def test_the_rest_bucket_sees_attention_that_leaves_the_window() -> None:
     clean = torch.tensor([[[[0.5, 0.5, 0.0]] * 3]])
     wrapped = torch.tensor([[[[0.1, 0.1, 0.8]] * 3]])
     positions, valid = torch.tensor([[0, 1]]), torch.tensor([[True, True]])
 
-    rows = [AttCT(keys="rest")._rows(side, positions, valid)[0, 0, 0] for side in (clean, wrapped)]
+    rows = [AttCT(keys="rest")._rows(side, positions, positions, valid)[0, 0, 0] for side in (clean, wrapped)]
 
     torch.testing.assert_close(rows[0], torch.tensor([0.5, 0.5, 0.0]))
     torch.testing.assert_close(rows[1], torch.tensor([0.1, 0.1, 0.8]))
@@ -434,7 +516,8 @@ def test_renormalised_keys_ignore_it() -> None:
     positions, valid = torch.tensor([[0, 1]]), torch.tensor([[True, True]])
     loss = AttCT(keys="renormalised")
 
-    divergence = jensen_shannon(loss._rows(clean, positions, valid), loss._rows(wrapped, positions, valid))
+    rows = [loss._rows(side, positions, positions, valid) for side in (clean, wrapped)]
+    divergence = jensen_shannon(*rows)
 
     assert divergence.abs().max() < 1e-6
 
@@ -442,7 +525,7 @@ def test_renormalised_keys_ignore_it() -> None:
 def test_the_aligned_block_takes_the_named_queries_and_keys_and_zeroes_padding() -> None:
     pattern = torch.arange(16.0).reshape(1, 1, 4, 4)
 
-    block = aligned_block(pattern, torch.tensor([[1, 3, 0]]), torch.tensor([[True, True, False]]))
+    block = block_rows(pattern, *[torch.tensor([[1, 3, 0]])] * 2, torch.tensor([[True, True, False]]))
 
     assert block[0, :2, 0].tolist() == [[5.0, 7.0, 0.0], [13.0, 15.0, 0.0]]
 
@@ -547,6 +630,9 @@ def test_a_config_saved_before_the_later_options_is_the_default(config) -> None:
         ("attct", {"keys": "all"}, "keys of AttCT"),
         ("attct", {"heads": "all"}, "heads of AttCT"),
         ("attct", {"distance": "kl"}, "distance of AttCT"),
+        ("attct", {"sink": "keep"}, "sink of AttCT 'keep'; did you mean 'kept'"),
+        ("attct", {"keys": "lifted", "distance": "mse"}, "lifted rows are whole"),
+        ("act", {"site": "resid_mid", "final_norm": True}, "it goes with resid_post, not resid_mid"),
         ("attct", {"window": "sufix"}, "did you mean 'suffix'"),
         ("klct", {"window": "end"}, "alignment window"),
         ("klct", {"weight": -1.0}, "positive"),

@@ -16,13 +16,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ctlens.batch import Matched, PairBatch, Side
+from ctlens.errors import CtlensError
 from ctlens.losses.base import Distance, Forwards, InternalLoss, check_option
 from ctlens.losses.distances import LOG_FLOOR, jensen_shannon, kl_of_masses, squared_error
-from ctlens.types import Pattern, PerRow, Positions
+from ctlens.types import Mask, Pattern, PerRow, Positions
 
 KEYS = ("raw", "renormalised", "rest", "lifted")
 HEADS = ("each", "mean")
-DISTANCES: Mapping[str, Distance] = {"jsd": jensen_shannon, "l2": squared_error, "kl_clean_wrapped": kl_of_masses}
+SINKS = ("kept", "dropped")
+DISTANCES: Mapping[str, Distance] = {
+    "jsd": jensen_shannon,
+    "l2": squared_error,
+    "mse": squared_error,
+    "kl_clean_wrapped": kl_of_masses,
+}
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,9 @@ class AttCT(InternalLoss):
 
     Attributes:
         weight: the default suits the shipped organism.
-        distance: `"jsd"` in nats (as published), `"l2"` (squared, summed over keys) or
-            `"kl_clean_wrapped"`, KL(clean || wrapped) in nats, see `kl_of_masses`.
+        distance: `"jsd"` in nats (as published), `"l2"` (squared, summed over keys), `"mse"` (the
+            same over the number of keys) or `"kl_clean_wrapped"`, KL(clean || wrapped) in nats, see
+            `kl_of_masses`.
         keys: `"raw"` keeps rows that sum to less than one (as published); `"renormalised"` divides
             by that sum; `"rest"` adds one bucket that holds the mass outside the window, so that
             attention leaving the window is seen; `"lifted"` compares the whole wrapped row with the
@@ -41,6 +49,10 @@ class AttCT(InternalLoss):
             block is a single key.
         heads: `"each"` (as the paper's text has it), or `"mean"` of their patterns before the
             distance (as the paper's code has it for jailbreaks).
+        sink: whether the tokens that open both prompts, the BOS and attention sink among them, are
+            keys beside the window's: `"kept"`, or `"dropped"`, and their mass is outside, which is
+            cut off, divided away, in the bucket of `"rest"`, or left out of both lifted rows. None
+            for what the keys ask for: whole rows (`"lifted"`) keep them, windows do not hold them.
     """
 
     name: ClassVar[str] = "attct"
@@ -48,12 +60,17 @@ class AttCT(InternalLoss):
     distance: str = "jsd"
     keys: str = "raw"
     heads: str = "each"
+    sink: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_option("distance of AttCT", self.distance, tuple(DISTANCES))
         check_option("keys of AttCT", self.keys, KEYS)
         check_option("heads of AttCT", self.heads, HEADS)
+        if self.sink is not None:
+            check_option("sink of AttCT", self.sink, SINKS)
+        if self.distance == "mse" and self.keys == "lifted":
+            raise CtlensError("mse is a mean over the window's keys, and lifted rows are whole: give distance l2.")
 
     @property
     def point(self) -> str:
@@ -70,30 +87,37 @@ class AttCT(InternalLoss):
         """Lifted rows are whole ones, so all the content is in, whatever the window of the queries."""
         return "shared" if self.keys == "lifted" and self.window != "explicit" else self.window
 
+    @property
+    def _keeps_sink(self) -> bool:
+        return self.sink == "kept" or (self.sink is None and self.keys == "lifted")
+
     def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
         """The distance per hook point and pair, averaged over heads and aligned queries."""
-        batch, matched = forwards.batch, forwards.batch.matched[self.window]
-        twins = with_opening(batch, batch.matched[self._key_window]) if self.keys == "lifted" else None
+        batch, queries = forwards.batch, forwards.batch.matched[self.window]
+        window = batch.matched[self._key_window]
+        keys = with_opening(batch, window) if self._keeps_sink else window
+        n_keys = keys.valid.sum(-1) + (self.keys == "rest") if self.distance == "mse" else 1
         values: dict[str, PerRow] = {}
         for name in hook_names:
             clean, wrapped = self._heads(forwards.clean[name].detach()), self._heads(forwards.wrapped[name])
-            if twins:
-                rows = lifted_rows(clean, wrapped, matched, twins)
+            if self.keys == "lifted":
+                here, there = lifted_rows(clean, wrapped, queries, keys)
+                rows = here, there if self._keeps_sink else there * ~opening_mask(batch, window)[:, None, None, :]
             else:
                 rows = (
-                    self._rows(clean, matched.clean, matched.valid),
-                    self._rows(wrapped, matched.wrapped, matched.valid),
+                    self._rows(clean, queries.clean, keys.clean, keys.valid),
+                    self._rows(wrapped, queries.wrapped, keys.wrapped, keys.valid),
                 )
-            values[name] = matched.row_mean(DISTANCES[self.distance](*rows).mean(-1))
+            values[name] = queries.row_mean(DISTANCES[self.distance](*rows).mean(-1)) / n_keys
         return values
 
     def _heads(self, pattern: Pattern) -> Float[Tensor, "batch group q k"]:
         return pattern.mean(1, keepdim=True) if self.heads == "mean" else pattern
 
     def _rows(
-        self, pattern: Pattern, positions: Positions, valid: Bool[Tensor, "batch width"]
-    ) -> Float[Tensor, "batch width head key"]:
-        block = aligned_block(pattern, positions, valid)
+        self, pattern: Pattern, queries: Positions, keys: Int[Tensor, "batch key"], valid: Bool[Tensor, "batch key"]
+    ) -> Float[Tensor, "batch width head _"]:
+        block = block_rows(pattern, queries, keys, valid)
         if self.keys == "renormalised":
             return block / block.sum(-1, keepdim=True).clamp(min=LOG_FLOOR)
         if self.keys == "rest":
@@ -107,22 +131,17 @@ def query_rows(pattern: Pattern, queries: Positions) -> Float[Tensor, "batch wid
     return pattern.transpose(1, 2)[rows, queries]
 
 
-def aligned_block(
-    pattern: Pattern, positions: Positions, valid: Bool[Tensor, "batch width"]
-) -> Float[Tensor, "batch width head width"]:
-    """Attention from aligned queries to aligned keys, `[batch, query, head, key]`, zero at keys that are not valid.
+def block_rows(
+    pattern: Pattern, queries: Positions, keys: Int[Tensor, "batch key"], valid: Bool[Tensor, "batch key"]
+) -> Float[Tensor, "batch width head key"]:
+    """Attention from given queries to given keys, `[batch, query, head, key]`, zero at keys that are not valid.
 
     Args:
         pattern: attention weights after the softmax, `[batch, head, q, k]`.
-        positions: aligned positions of each row.
-        valid: which of them are real.
+        queries, keys: positions of each row.
+        valid: which of the keys are real.
     """
-    return _at_keys(query_rows(pattern, positions), positions, valid)
-
-
-def _at_keys(
-    rows: Float[Tensor, "batch width head k"], keys: Int[Tensor, "batch key"], valid: Bool[Tensor, "batch key"]
-) -> Float[Tensor, "batch width head key"]:
+    rows = query_rows(pattern, queries)
     return rows.gather(-1, keys[:, None, None, :].expand(*rows.shape[:3], -1)) * valid[:, None, None, :]
 
 
@@ -137,22 +156,33 @@ def lifted_rows(
         keys: aligned positions between which mass is moved; clean mass elsewhere is left out.
     """
     there = query_rows(wrapped, queries.wrapped)
-    mass = _at_keys(query_rows(clean, queries.clean), keys.clean, keys.valid)
+    mass = block_rows(clean, queries.clean, keys.clean, keys.valid)
     targets = keys.wrapped[:, None, None, :].expand_as(mass)
     return torch.zeros_like(there).scatter_add(-1, targets, mass), there
 
 
 def with_opening(batch: PairBatch, matched: Matched) -> Matched:
     """The aligned positions, and in front of them the tokens that open both prompts, the attention sink among them."""
+    front = _opening_keys(batch, matched)
+    return Matched(
+        torch.cat([front.clean, matched.clean], 1),
+        torch.cat([front.wrapped, matched.wrapped], 1),
+        torch.cat([front.valid, matched.valid], 1),
+    )
+
+
+def opening_mask(batch: PairBatch, matched: Matched) -> Mask:
+    """True at the positions of the wrapped prompts that `with_opening` puts in front."""
+    front = _opening_keys(batch, matched)
+    marked = torch.zeros(batch.wrapped.tokens.shape, dtype=torch.int, device=front.valid.device)
+    return marked.scatter_add(1, front.wrapped, front.valid.int()).bool()
+
+
+def _opening_keys(batch: PairBatch, matched: Matched) -> Matched:
     steps = torch.arange(int(batch.opening.max()), device=batch.opening.device)
     clean, in_front = _opening(batch.clean, steps, matched.clean, matched.valid)
     wrapped, in_front_too = _opening(batch.wrapped, steps, matched.wrapped, matched.valid)
-    valid = (steps < batch.opening[:, None]) & in_front & in_front_too
-    return Matched(
-        torch.cat([clean, matched.clean], 1),
-        torch.cat([wrapped, matched.wrapped], 1),
-        torch.cat([valid, matched.valid], 1),
-    )
+    return Matched(clean, wrapped, (steps < batch.opening[:, None]) & in_front & in_front_too)
 
 
 def _opening(
