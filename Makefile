@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
-TESTS_4X := $(addprefix tests/test_,models.py weights.py hooks.py losses.py adapters.py training.py organism.py)
+TESTS_4X := $(addprefix tests/test_,models.py weights.py hooks.py losses.py presets.py adapters.py training.py organism.py)
 
 .PHONY: install compare test test-4x check figures clean
 
@@ -25,6 +25,7 @@ figures: compare
 	$(BIN)/ctlens doses --threat sycophancy --seeds 3 --out runs/doses --resume
 	$(BIN)/ctlens organism leak --seeds 3 --out runs/leak
 	$(BIN)/ctlens organism card --out ORGANISM.md
+	$(BIN)/python -c "from ctlens import losses; print(losses.presets.page(losses.table()), end='')" > LOSSES.md
 	cp runs/compare/figures/sycophancy-residual-last.png runs/compare/figures/cross-threat.png figures/
 	cp runs/compare/figures/attack-strength.png runs/compare/results.csv figures/
 	cp runs/doses/figures/pairs.png figures/doses-pairs.png

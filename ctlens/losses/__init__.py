@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
+
 from ctlens.config import from_dict, to_dict
 from ctlens.errors import unknown
 from ctlens.losses.act import ACT
@@ -14,6 +16,7 @@ from ctlens.losses.base import Forwards, Loss, LossValue, require_distinct
 from ctlens.losses.bct import BCT
 from ctlens.losses.klct import KLCT
 from ctlens.losses.mlpct import MLPCT
+from ctlens.losses.presets import OURS, PUBLISHED, described
 
 LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in (ACT, MLPCT, AttCT, BCT, KLCT, AttOut, AttMass)}
 MEASURED = ("act", "mlpct", "attct", "bct", "klct")
@@ -35,7 +38,9 @@ __all__ = [
     "from_config",
     "get",
     "names",
+    "preset",
     "require_distinct",
+    "table",
     "to_config",
 ]
 
@@ -67,3 +72,47 @@ def to_config(loss: Loss) -> dict[str, Any]:
 def from_config(config: dict[str, Any]) -> Loss:
     """The loss that `to_config` described."""
     return get(**config)
+
+
+def preset(method: str, source: str) -> Loss:
+    """The loss that a source defines under a method's name, see `ctlens.losses.presets`.
+
+    >>> preset("attct", "stack-jailbreak").distance
+    'mse'
+
+    Args:
+        method: what the source calls it; the loss can be of another class, which then names it.
+        source: `"ctlens"` for the defaults, or one that `table` lists for the method.
+
+    Raises:
+        CtlensError: the method, or the source of that method, is unknown.
+    """
+    known = _presets()
+    sources = [theirs for named, theirs in known if named == method]
+    if not sources:
+        raise unknown("method", method, dict.fromkeys(named for named, _ in known))
+    if source not in sources:
+        raise unknown(f"source of {method}", source, sources)
+    return known[method, source][0]
+
+
+def table() -> pd.DataFrame:
+    """Every definition of every method side by side, one row each; ours first.
+
+    Columns: method, source, loss (the class's name), hook point, window, layers, distance, options
+    (what is particular to the loss), layer weights, clean side, tokens (what is trained on), weight,
+    and note: what of the source's definition lies outside the loss or could not be established.
+    """
+    rows = [
+        {"method": method, "source": source, **described(loss), "note": note}
+        for (method, source), (loss, note) in _presets().items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def _presets() -> dict[tuple[str, str], tuple[Loss, str]]:
+    """Loss and note by method and source, the sources of a method together."""
+    ours = {(name, OURS): (kind(), "") for name, kind in LOSSES.items()}
+    found = ours | {key: (published.loss, published.note) for key, published in PUBLISHED.items()}
+    methods = list(dict.fromkeys(method for method, _ in found))
+    return dict(sorted(found.items(), key=lambda entry: methods.index(entry[0][0])))

@@ -1,0 +1,166 @@
+"""The published definitions of each method as losses of this package, and how a loss looks in the table of them.
+
+Two papers and two code bases train by the same names and mean different windows, layers, distances
+and targets. A preset is the loss that computes a source's own formula at aligned tokens; its note
+says what of the source lies outside a loss, cannot be had, or could not be established.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import pandas as pd
+
+from ctlens.config import to_dict
+from ctlens.losses.act import ACT
+from ctlens.losses.attct import AttCT
+from ctlens.losses.base import OUTPUT, InternalLoss, Loss
+from ctlens.losses.bct import BCT
+from ctlens.losses.mlpct import MLPCT
+
+OURS = "ctlens"
+SOURCES: Mapping[str, str] = MappingProxyType(
+    {
+        "irpan": "Irpan et al. 2025, *Consistency Training Helps Stop Sycophancy and Jailbreaks* (arXiv 2510.27062), "
+        "which has no public code",
+        "stack": "*Consistency Training Along the Transformer Stack* (arXiv 2606.05817), by its code (c-wei/AttCT)",
+        "ctm": "the code of rate-matching consistency training (sohaibimran7/consistency-training-methods), with the "
+        "options that it has by default",
+        "aisi": "*Consistency Training Can Entrench Misalignment* (arXiv 2606.03810), by its code "
+        "(AI-Safety-Institute/consistency-misalignment)",
+        OURS: "the defaults of this package; [DIVERGENCES.md](DIVERGENCES.md) says why",
+    }
+)
+"""What is read under each source's name; `stack-jailbreak` is another loss of `stack`, for its jailbreak runs."""
+
+_SLICED = (
+    "The code slices both sides by the length of the clean content, which it finds by text, and compares no tokens."
+)
+_POST_NORM = "HuggingFace's hidden_states, whose last is after the final norm."
+_OTHER_COLUMNS = ("weight", "window", "layers", "final_norm", "layer_weights", "clean", "distance", "site")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A loss as a source defines it.
+
+    Attributes:
+        loss: with the source's own options.
+        note: what the loss does not say.
+    """
+
+    loss: Loss
+    note: str
+
+
+PUBLISHED: Mapping[tuple[str, str], Published] = MappingProxyType(
+    {
+        ("act", "irpan"): Published(
+            ACT(window="suffix", weight=1e-4),
+            "Weight as the stack code reports it. Whether the last layer is read after the final norm could not be "
+            "established: before it here. Only attention weights are trained.",
+        ),
+        ("act", "stack"): Published(
+            ACT(window="suffix", weight=1e-4, final_norm=True),
+            f"{_POST_NORM} Weight for Llama; 5e-5 for Gemma and Qwen. Without a common suffix the code takes the "
+            "content; here the pair is dropped.",
+        ),
+        ("act", "stack-frustration"): Published(
+            ACT(distance="mse", window="suffix", weight=0.1, final_norm=True),
+            f"{_POST_NORM} For Gemma 3 27B, where the sum over d_model diverged.",
+        ),
+        ("act", "ctm"): Published(
+            ACT(window="suffix", final_norm=True, weight=1.0),
+            f"{_POST_NORM} A pair without a common suffix is refused.",
+        ),
+        ("act", "aisi"): Published(
+            ACT(distance="mse", window="suffix", weight=1e-4, clean="own"),
+            "The code compares as many last tokens as the shorter side has, answers included, whatever they hold, and "
+            "averages over the tokens of a batch. Earlier versions took hidden_states, the embedding included.",
+        ),
+        ("mlpct", "stack"): Published(
+            MLPCT(window="content", weight=1.0),
+            f"{_SLICED} Its configs also normalise the states, which a cosine does not see.",
+        ),
+        ("mlpct", "ctm"): Published(MLPCT(window="content", weight=1.0), _SLICED),
+        ("attct", "stack"): Published(AttCT(window="content", weight=1.0), _SLICED),
+        ("attct", "stack-exponential"): Published(
+            AttCT(window="content", weight=1.0, layer_weights="exponential"),
+            f"{_SLICED} Called a decay in the code, and grows with depth from 0 at the first layer.",
+        ),
+        ("attct", "stack-last-quarter"): Published(
+            AttCT(window="content", weight=1.0, layers="last_quarter"),
+            f"{_SLICED} The code rounds the first layer down, so it has one layer more where 4 does not divide "
+            "their number.",
+        ),
+        ("attct", "stack-jailbreak"): Published(
+            AttCT(distance="mse", heads="mean", window="content", weight=1.0),
+            f"{_SLICED} In the jailbreak configs of all five models; the paper's text has the divergence of each head.",
+        ),
+        ("attct", "stack-l2"): Published(
+            AttCT(distance="mse", window="content", weight=1.0), f"{_SLICED} The method's first form."
+        ),
+        ("attct", "ctm"): Published(AttCT(window="content", weight=1.0), _SLICED),
+        ("attout", "stack"): Published(
+            ACT(distance="mse", window="content", weight=1.0, final_norm=True),
+            f"Named attention output, but an ACT: it compares {_POST_NORM} {_SLICED}",
+        ),
+    }
+)
+"""By method and source."""
+
+
+def page(table: pd.DataFrame) -> str:
+    """The table of `ctlens.losses.table` as a Markdown page, with the sources."""
+    rows = [" | ".join(f"{cell:g}" if isinstance(cell, float) else str(cell) for cell in row) for row in table.values]
+    lines = [
+        "# The losses, side by side",
+        "",
+        "What trains under one name differs by source. `ct.losses.preset(method, source)` is a row of this table as a "
+        "loss, `ct.losses.table()` the table. A preset computes its source's formula at aligned tokens, averaged over "
+        "the tokens of a pair and then over pairs; the note says what of the source lies outside a loss or could not "
+        "be established. *Loss* names the class, which explains its options.",
+        "",
+        *(f"- `{source}`: {explained}." for source, explained in SOURCES.items()),
+        "",
+        f"| {' | '.join(table.columns)} |",
+        f"|{'---|' * len(table.columns)}",
+        *(f"| {row} |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def described(loss: Loss) -> dict[str, Any]:
+    """The cells of the table that the loss itself tells, by column.
+
+    >>> described(ACT(window="suffix", final_norm=True))["layers"]
+    'all, the last after the final norm'
+    """
+    options = to_dict(loss)
+    shown = {name: value for name, value in options.items() if name not in _OTHER_COLUMNS and value is not None}
+    return {
+        "loss": loss.name,
+        "hook point": loss.point if isinstance(loss, InternalLoss) else OUTPUT,
+        "window": options.get("window", ""),
+        "layers": _layers(options),
+        "distance": options.get("distance", "cross_entropy" if isinstance(loss, BCT) else ""),
+        "options": ", ".join(f"{name}={value}" for name, value in shown.items()),
+        "layer weights": options.get("layer_weights", ""),
+        "clean side": loss.clean_side,
+        "tokens": _tokens(loss, options),
+        "weight": loss.weight,
+    }
+
+
+def _layers(options: Mapping[str, Any]) -> str:
+    layers = str(options.get("layers", ""))
+    return f"{layers}, the last after the final norm" if options.get("final_norm") else layers
+
+
+def _tokens(loss: Loss, options: Mapping[str, Any]) -> str:
+    if isinstance(loss, BCT):
+        return "prompt and answer" if loss.prompt else "answer"
+    return "answer" if options.get("window") == "answer" else "prompt"
