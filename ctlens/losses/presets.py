@@ -17,8 +17,10 @@ import pandas as pd
 from ctlens.config import to_dict
 from ctlens.losses.act import ACT
 from ctlens.losses.attct import AttCT
+from ctlens.losses.attmass import AttMass
 from ctlens.losses.base import OUTPUT, InternalLoss, Loss
-from ctlens.losses.bct import BCT
+from ctlens.losses.bct import BCT, DISTRIBUTIONS
+from ctlens.losses.klct import KLCT
 from ctlens.losses.mlpct import MLPCT
 
 OURS = "ctlens"
@@ -38,6 +40,10 @@ SOURCES: Mapping[str, str] = MappingProxyType(
 
 _SLICED = (
     "The code slices both sides by the length of the clean content, which it finds by text, and compares no tokens."
+)
+_LAST_TOKENS = (
+    "The code compares as many last tokens as the shorter side has, answers included, whatever they hold, and averages "
+    "over the tokens of a batch."
 )
 _POST_NORM = "HuggingFace's hidden_states, whose last is after the final norm."
 _OTHER_COLUMNS = ("weight", "window", "layers", "final_norm", "layer_weights", "clean", "distance", "site")
@@ -78,8 +84,7 @@ PUBLISHED: Mapping[tuple[str, str], Published] = MappingProxyType(
         ),
         ("act", "aisi"): Published(
             ACT(distance="mse", window="suffix", weight=1e-4, clean="own"),
-            "The code compares as many last tokens as the shorter side has, answers included, whatever they hold, and "
-            "averages over the tokens of a batch. Earlier versions took hidden_states, the embedding included.",
+            f"{_LAST_TOKENS} Earlier versions took hidden_states, the embedding included.",
         ),
         ("mlpct", "stack"): Published(
             MLPCT(window="content", weight=1.0),
@@ -104,6 +109,34 @@ PUBLISHED: Mapping[tuple[str, str], Published] = MappingProxyType(
             AttCT(distance="mse", window="content", weight=1.0), f"{_SLICED} The method's first form."
         ),
         ("attct", "ctm"): Published(AttCT(window="content", weight=1.0), _SLICED),
+        ("bct", "irpan"): Published(
+            BCT(),
+            "Targets are the model's own answers to the clean prompts. How they are decoded, and whether prompt tokens "
+            "are trained, could not be established: greedy and the answer alone, as here.",
+        ),
+        ("bct", "stack"): Published(
+            BCT(targets="sampled", prompt=True),
+            "The mean is over all tokens of a batch of two. Its runs mix in instruction data.",
+        ),
+        ("bct", "stack-frustration"): Published(
+            BCT(), "Targets are calm answers that another model wrote: give them as the pairs' targets."
+        ),
+        ("bct", "stack-prefill"): Published(
+            BCT(targets="prefill"),
+            "The code takes every position one earlier, from the prompt's last token to the prefill's last but one, so "
+            "the answer to a whole prefill is not trained. A tenth of a cross-entropy on refusals is added.",
+        ),
+        ("bct", "ctm"): Published(
+            BCT(), "Targets at temperature 0 unless told otherwise. The mean is over all tokens of a batch."
+        ),
+        ("bct", "aisi"): Published(
+            KLCT(window="suffix", distance="cross_entropy", clean="own"),
+            f"{_LAST_TOKENS} Soft targets at temperature 1.",
+        ),
+        ("attmass", "stack"): Published(
+            AttMass(per_key=True, weight=1.0),
+            "In the code every token is a query, and all but the content is wrapper, BOS and chat frame included.",
+        ),
         ("attout", "stack"): Published(
             ACT(distance="mse", window="content", weight=1.0, final_norm=True),
             f"Named attention output, but an ACT: it compares {_POST_NORM} {_SLICED}",
@@ -146,10 +179,10 @@ def described(loss: Loss) -> dict[str, Any]:
         "hook point": loss.point if isinstance(loss, InternalLoss) else OUTPUT,
         "window": options.get("window", ""),
         "layers": _layers(options),
-        "distance": options.get("distance", "cross_entropy" if isinstance(loss, BCT) else ""),
+        "distance": _distance(loss, options),
         "options": ", ".join(f"{name}={value}" for name, value in shown.items()),
         "layer weights": options.get("layer_weights", ""),
-        "clean side": loss.clean_side,
+        "clean side": loss.clean_side if loss.needs_clean_activations else "none",
         "tokens": _tokens(loss, options),
         "weight": loss.weight,
     }
@@ -160,7 +193,14 @@ def _layers(options: Mapping[str, Any]) -> str:
     return f"{layers}, the last after the final norm" if options.get("final_norm") else layers
 
 
+def _distance(loss: Loss, options: Mapping[str, Any]) -> str:
+    if isinstance(loss, BCT):
+        return "kl" if loss.targets in DISTRIBUTIONS else "cross_entropy"
+    return options.get("distance", "")
+
+
 def _tokens(loss: Loss, options: Mapping[str, Any]) -> str:
     if isinstance(loss, BCT):
-        return "prompt and answer" if loss.prompt else "answer"
+        answer = "prefill" if loss.targets == "prefill" else "answer"
+        return f"prompt and {answer}" if loss.prompt else answer
     return "answer" if options.get("window") == "answer" else "prompt"

@@ -1,4 +1,4 @@
-"""Irpan et al. 2025 (arXiv 2510.27062), equation 1."""
+"""Irpan et al. 2025 (arXiv 2510.27062): equation 1, and supervised fine-tuning on the clean prompt's answer."""
 
 from __future__ import annotations
 
@@ -13,3 +13,9 @@ def act(clean: list[Tensor], wrapped: list[Tensor], suffix: int, weight: float) 
         for back in range(1, suffix + 1)
     ]
     return weight * sum(terms) / len(terms)
+
+
+def bct(logits: Tensor, answer: list[int]) -> float:
+    """Negative log-likelihood of the answer's tokens, which end the sequence that `logits` belong to."""
+    log_p = logits[-1 - len(answer) : -1].log_softmax(-1)
+    return -sum(float(row[token]) for row, token in zip(log_p, answer, strict=True)) / len(answer)

@@ -91,6 +91,34 @@ def attct_mse(
     return weight * sum(layers) / len(layers)
 
 
+def wrapper_mass(attention_wrapped: list[Tensor], queries: list[int], wrapper: list[int], weight: float) -> float:
+    """Attention `[head, q, k]` from the queries to the tokens of the wrapper, over the number of these."""
+    layers = []
+    for attention in attention_wrapped:
+        masses = [float(head[query, wrapper].sum()) / len(wrapper) for head in attention for query in queries]
+        layers.append(sum(masses) / len(masses))
+    return weight * sum(layers) / len(layers)
+
+
+def bct(logits: Tensor, ids: tuple[int, ...], masked: int) -> float:
+    """Cross-entropy of the tokens behind the `masked` first ones; of all but the very first where none is masked."""
+    trained = range(max(masked, 1), len(ids))
+    return -sum(float(logits[at - 1].log_softmax(-1)[ids[at]]) for at in trained) / len(trained)
+
+
+def prefill_bct(logits_clean: Tensor, logits_wrapped: Tensor, positions: list[int]) -> float:
+    """KL from the distribution after the clean prompt to the one at each position of the attacked prompt.
+
+    The code's positions go from the prompt's last token to the prefill's last but one.
+    """
+    target = logits_clean[-1].softmax(-1)
+    each = [
+        sum(float(p) * (math.log(float(p)) - math.log(float(q))) for p, q in zip(target, row.softmax(-1), strict=True))
+        for row in logits_wrapped[positions]
+    ]
+    return sum(each) / len(each)
+
+
 def blocks(clean: Tensor, wrapped: Tensor, content: Content) -> tuple[Tensor, Tensor]:
     """Queries and keys of the content, on both sides."""
     here = slice(content.clean, content.clean + content.length)
