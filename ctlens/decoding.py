@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ctlens.errors import CtlensError
 from ctlens.models import empty_cache, keep_rows
-from ctlens.types import ChosenRows, LensModel, Logits, Mask, Tokens
+from ctlens.types import ChosenRows, LensModel, Logits, Mask, RowNumbers, Tokens
 
 Ids = tuple[int, ...]
 NextLogits: TypeAlias = Float[Tensor, "batch d_vocab"]
@@ -93,7 +93,8 @@ def decode(
 ) -> Decoded:
     """The continuation of each prompt, and how likely it was to begin with given tokens.
 
-    Hooks on the model see a prompt once and, where there is a cache, then one new token at a time.
+    Hooks on the model see a prompt once and, where there is a cache, then one new token at a time;
+    equal prompts that are decoded together are one prompt until their answers begin.
 
     Args:
         model: in eval mode.
@@ -117,8 +118,12 @@ def decode(
     probabilities: list[tuple[float, ...]] = [()] * len(prompts)
     batches = list(_batches([len(prompt) for prompt in prompts], tokens_a_pass))
     for batch in tqdm(batches, desc="answers", delay=2, leave=False, disable=not progress):
-        sequences = _Sequences(model, [prompts[i] for i in batch])
+        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts[i] for i in batch))}
+        sequences = _Sequences(model, list(distinct))
         logits = sequences.run()
+        if len(distinct) < len(batch):
+            places = torch.tensor([distinct[prompts[i]] for i in batch], device=logits.device)
+            logits = sequences.repeat(logits, places)
         first = _first_probabilities(logits, [wanted[i] for i in batch])
         continued = _continue(sequences, logits, max_new_tokens, NO_END if end is None else end, sampling)
         for i, answer, probability in zip(batch, continued, first, strict=True):
@@ -198,6 +203,13 @@ class _Sequences:
         self.tokens[torch.arange(len(chosen), device=chosen.device), self.lengths] = chosen
         self.lengths += 1
         return self.run()
+
+    def repeat(self, logits: NextLogits, places: RowNumbers) -> NextLogits:
+        """Puts copies of the rows at these places; the logits go with them."""
+        if self.cache is not None:
+            keep_rows(self.cache, places)
+        self.tokens, self.lengths = self.tokens[places], self.lengths[places]
+        return logits[places]
 
     def keep(self, rows: ChosenRows) -> None:
         """Drops the other rows."""

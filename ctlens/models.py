@@ -29,7 +29,7 @@ from ctlens.config import from_dict, generator, to_dict
 from ctlens.errors import CtlensError
 from ctlens.files import read_json, write_json
 from ctlens.parameters import plain_name, present_parameters, present_weights, without
-from ctlens.types import ChosenRows, LensModel
+from ctlens.types import ChosenRows, LensModel, RowNumbers
 from ctlens.weights import ModelConfig, canonical_weights, copy_weights, initial_weights, is_bias, load_weights
 
 HAS_HOOKED_TRANSFORMER = int(importlib.metadata.version("transformer-lens").split(".")[0]) < 4
@@ -192,8 +192,8 @@ def empty_cache(model: LensModel, rows: int) -> Any:
     return TransformerLensKeyValueCache.init_cache(model.cfg, next(model.parameters()).device, rows)
 
 
-def keep_rows(cache: Any, rows: ChosenRows) -> None:
-    """Drops the other sequences from a key-value cache."""
+def keep_rows(cache: Any, rows: ChosenRows | RowNumbers) -> None:
+    """Keeps only these sequences of a key-value cache, by a mask or by their numbers, which may repeat."""
     for entry in cache.entries:
         entry.past_keys, entry.past_values = entry.past_keys[rows], entry.past_values[rows]
     cache.previous_attention_mask = cache.previous_attention_mask[rows]

@@ -19,6 +19,7 @@ Activation: TypeAlias = Float[Tensor, "batch pos ..."]
 Scalar: TypeAlias = Float[Tensor, ""]
 PerRow: TypeAlias = Float[Tensor, "batch"]
 ChosenRows: TypeAlias = Bool[Tensor, "batch"]
+RowNumbers: TypeAlias = Int[Tensor, "chosen"]
 Positions: TypeAlias = Int[Tensor, "batch width"]
 
 Activations: TypeAlias = dict[str, Tensor]

@@ -67,6 +67,18 @@ def test_batch_mates_and_order_change_nothing(model: LensModel, expected: Answer
             assert probabilities == pytest.approx(next_token(model, prompt)[list(tokens)].tolist(), abs=1e-6)
 
 
+def test_equal_prompts_go_through_the_model_once_until_their_answers_begin(model: LensModel):
+    seen: list[int] = []
+    many = [*PROMPTS, *PROMPTS[:2] * 3, PROMPTS[4]]
+
+    sampling = Sampling(generator(0, "answers"))
+    with model.hooks(fwd_hooks=[("hook_embed", lambda value, hook: seen.append(len(value)))]):
+        answers = generate(model, many, max_new_tokens=5, end=7, sampling=sampling)
+
+    assert seen[0] == len(PROMPTS) and max(seen[1:]) == len(many)
+    assert answers[0] != answers[5] or answers[1] != answers[6]  # each of them draws its own answer
+
+
 def without_cache(model: LensModel, prompts: Sequence[Ids], **options: Any) -> Decoded:
     """Every pass over the whole sequences, as on bridges."""
     with pytest.MonkeyPatch.context() as patch:
