@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ctlens.errors import CtlensError
     from ctlens.evaluation import Evaluation, evaluate
     from ctlens.leaks import Leak, leak
-    from ctlens.losses import ACT, BCT, KLCT, MLPCT, AttCT, AttMass, AttOut
+    from ctlens.losses import ACT, BCT, F2C, KLCT, MLPCT, RMCT, AttCT, AttMass, AttOut
     from ctlens.models import build, load_model, parity
     from ctlens.organism import load_organism
     from ctlens.pairs import Pair, Prompt, load_pairs, save_pairs
@@ -34,7 +34,7 @@ HOMES = {
     "errors": ("CtlensError",),
     "evaluation": ("Evaluation", "evaluate"),
     "leaks": ("Leak", "leak"),
-    "losses": ("ACT", "BCT", "KLCT", "MLPCT", "AttCT", "AttMass", "AttOut"),
+    "losses": ("ACT", "BCT", "F2C", "KLCT", "MLPCT", "RMCT", "AttCT", "AttMass", "AttOut"),
     "models": ("build", "load_model", "parity"),
     "parameters": ("freeze",),
     "organism": ("load_organism",),
@@ -46,10 +46,10 @@ HOMES = {
 PACKAGES = ("analysis", "losses", "organism", "threats")
 
 __all__ = [
-    "ACT", "BCT", "KLCT", "MLPCT", "AttCT", "AttMass", "AttOut", "CtlensError", "DoseResult", "Evaluation", "Leak",
-    "LoRA", "ModelConfig", "Pair", "Prompt", "Run", "StudyConfig", "StudyResult", "TrainConfig", "Trainer", "analysis",
-    "build", "compare", "dose_response", "evaluate", "freeze", "leak", "load_model", "load_organism", "load_pairs",
-    "load_run", "losses", "organism", "parity", "save_pairs", "threats", "train",
+    "ACT", "BCT", "F2C", "KLCT", "MLPCT", "RMCT", "AttCT", "AttMass", "AttOut", "CtlensError", "DoseResult",
+    "Evaluation", "Leak", "LoRA", "ModelConfig", "Pair", "Prompt", "Run", "StudyConfig", "StudyResult", "TrainConfig",
+    "Trainer", "analysis", "build", "compare", "dose_response", "evaluate", "freeze", "leak", "load_model",
+    "load_organism", "load_pairs", "load_run", "losses", "organism", "parity", "save_pairs", "threats", "train",
 ]  # fmt: skip
 
 

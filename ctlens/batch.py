@@ -96,6 +96,12 @@ class EncodedPairs:
         rows = [replace(row, answer=answer) for row, answer in zip(self.rows, answers, strict=True)]
         return replace(self, rows=tuple(map(_on_both_sides, rows) if both_sides else rows))
 
+    def answered(self) -> EncodedPairs:
+        """The pairs that have an answer; the others are left out and counted."""
+        rows = tuple(row for row in self.rows if row.answer)
+        without = Counter({"no answer": len(self.rows) - len(rows)})
+        return EncodedPairs(rows, dict(Counter(self.dropped) + without))
+
 
 def encode(pairs: Iterable[Pair], tokenizer: Any, *, windows: Iterable[str] = ("shared",), n_ctx: int) -> EncodedPairs:
     """Tokenises and aligns pairs; a pair that does not align in some window is left out and counted.

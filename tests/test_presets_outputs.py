@@ -13,7 +13,7 @@ from reference import aisi, ctm, irpan, stack
 from torch import Tensor
 
 from ctlens import losses
-from ctlens.batch import EncodedPair, collate, encode
+from ctlens.batch import EncodedPair, PairBatch, Side, collate, encode
 from ctlens.chat import Turn
 from ctlens.hooks import capture
 from ctlens.losses import Forwards
@@ -124,5 +124,23 @@ def test_the_mass_on_the_wrapper_is_its_source_s_formula(hinted) -> None:
     )
 
 
+def test_rate_matching_has_its_source_s_gradient() -> None:
+    """Three answers of two tokens after a prompt of two; the value is half the squared gap, see `RMCT`."""
+    loss, bad, clean_rate = losses.preset("rmct", "ctm"), [1.0, 0.0, 1.0], 0.25
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, 9, generator=draw, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(9, (3, 4), generator=draw)
+    answer = torch.tensor([[False, False, True, True]] * 3)
+    side, nothing = Side(ids, torch.ones_like(answer), "right"), torch.zeros_like(answer)
+    advantages = loss.advantages(torch.tensor([bad], dtype=torch.float64), torch.tensor([clean_rate])).flatten()
+    gaps = torch.full((3,), 2 / 3 - clean_rate, dtype=torch.float64)
+    batch = PairBatch(side, side, answer, {}, torch.zeros(3, dtype=torch.long), nothing, nothing)
+    value = loss.compute(Forwards(batch, {}, {}, logits, advantages=advantages, gaps=gaps), {}).total
+    log_p = logits.log_softmax(-1)
+    plain = ctm.rmct([torch.stack([log_p[n, 1, ids[n, 2]], log_p[n, 2, ids[n, 3]]]) for n in range(3)], bad, clean_rate)
+    torch.testing.assert_close(*(torch.autograd.grad(total, logits)[0] for total in (value, plain)), rtol=1e-6, atol=0)
+    assert value.item() == pytest.approx((2 / 3 - clean_rate) ** 2 / 2, rel=1e-6)
+
+
 def test_every_published_definition_is_restated() -> None:
-    assert {*test_presets.RESTATED, *RESTATED, ("attmass", "stack")} == set(PUBLISHED)
+    assert {*test_presets.RESTATED, *RESTATED, ("attmass", "stack"), ("rmct", "ctm")} == set(PUBLISHED)

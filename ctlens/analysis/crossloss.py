@@ -33,6 +33,7 @@ from ctlens.types import LensModel
 
 CLEAN_SIDES = {"reference": "the reference's clean prompts", "own": "each model's own clean prompts"}
 REFERENCE = "none"
+OF_ITS_OWN = ("rollouts", "consensus")
 MEAN = ""
 COLUMNS = (
     "model", "loss", "hook_point", "value", "ci_low", "ci_high", "n", "relative", "relative_low", "relative_high",
@@ -148,13 +149,16 @@ def cross_loss(
     Raises:
         CtlensError: a model does not compare with the reference or is in training mode, there are
             no models, no losses or no pairs, a label or loss is given twice, the clean side is
-            unknown, or no pair aligns for some loss.
+            unknown, no pair aligns for some loss, or a loss is on rollouts or a consensus.
     """
     if clean not in CLEAN_SIDES:
         raise unknown("clean side", clean, list(CLEAN_SIDES))
     chosen = [get(name) for name in MEASURED] if losses is None else losses
     chosen = (chosen,) if isinstance(chosen, Loss) else tuple(chosen)
     require_distinct(chosen)
+    for loss in chosen:
+        if loss.answers in OF_ITS_OWN:
+            raise CtlensError(f"{loss.name} trains on prompts and answers of its own: leave it out.")
     labelled = _labelled(reference, models)
     if not chosen:
         raise CtlensError("there is nothing to measure by: give a loss, or None for the usual ones.")

@@ -14,21 +14,25 @@ from ctlens.losses.attmass import AttMass
 from ctlens.losses.attout import AttOut
 from ctlens.losses.base import Forwards, Loss, LossValue, require_distinct
 from ctlens.losses.bct import BCT
+from ctlens.losses.f2c import F2C
 from ctlens.losses.klct import KLCT
 from ctlens.losses.mlpct import MLPCT
 from ctlens.losses.presets import OURS, PUBLISHED, described
+from ctlens.losses.rmct import RMCT
 
-LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in (ACT, MLPCT, AttCT, BCT, KLCT, AttOut, AttMass)}
+LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in (ACT, MLPCT, AttCT, BCT, RMCT, F2C, KLCT, AttOut, AttMass)}
 MEASURED = ("act", "mlpct", "attct", "bct", "klct")
 """What models are measured by unless told otherwise: losses that ask no more of a pair than that it aligns."""
 
 __all__ = [
     "ACT",
     "BCT",
+    "F2C",
     "KLCT",
     "LOSSES",
     "MEASURED",
     "MLPCT",
+    "RMCT",
     "AttCT",
     "AttMass",
     "AttOut",

@@ -20,7 +20,7 @@ from ctlens.types import Activations, CleanLogits, LensModel, Logits, PerRow, Po
 Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 OUTPUT = "logits"
 CLEAN_SIDES = ("reference", "own")
-ANSWERS = ("greedy", "sampled", "consensus")
+ANSWERS = ("greedy", "sampled", "consensus", "rollouts")
 LAYER_WEIGHTS: Mapping[str, Callable[[int, int], float]] = {
     "uniform": lambda layer, n_layers: 1.0,
     "linear": lambda layer, n_layers: (layer + 1) / n_layers,
@@ -41,6 +41,7 @@ class Forwards:
         wrapped_logits: `[batch, pos, d_vocab]` of the trained model on the wrapped prompts.
         clean_logits: those on the clean prompts; None where no loss needs them.
         advantages: per row, what its sampled answer is worth, for losses on rollouts; None for none.
+        gaps: per row, what a loss on rollouts is to bring to zero for the row's prompt; None for none.
     """
 
     batch: PairBatch
@@ -49,6 +50,7 @@ class Forwards:
     wrapped_logits: Logits
     clean_logits: CleanLogits | None = None
     advantages: PerRow | None = None
+    gaps: PerRow | None = None
 
 
 @dataclass(frozen=True)

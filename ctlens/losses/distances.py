@@ -62,7 +62,7 @@ def cosine_distance(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Flo
     >>> cosine_distance(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([5.0, 0.0]))
     tensor([0., 1.])
     """
-    dot = torch.einsum("...d,...d->...", x, y)  # cheaper to differentiate than torch's cosine_similarity
+    dot = torch.linalg.vecdot(x, y)  # cheaper than cosine_similarity, and than a batch of 1 x 1 products
     norms = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
     return 1 - dot / norms.clamp(min=NORM_FLOOR)
 

@@ -22,6 +22,7 @@ from ctlens.losses.base import OUTPUT, InternalLoss, Loss
 from ctlens.losses.bct import BCT, DISTRIBUTIONS
 from ctlens.losses.klct import KLCT
 from ctlens.losses.mlpct import MLPCT
+from ctlens.losses.rmct import RMCT
 
 OURS = "ctlens"
 SOURCES: Mapping[str, str] = MappingProxyType(
@@ -46,6 +47,7 @@ _LAST_TOKENS = (
     "over the tokens of a batch."
 )
 _POST_NORM = "HuggingFace's hidden_states, whose last is after the final norm."
+_SAID_BY_NO_OPTION = {"rmct": "squared gap of rates", "f2c": "cross_entropy and kl", "attmass": "mass"}
 _OTHER_COLUMNS = ("weight", "window", "layers", "final_norm", "layer_weights", "clean", "distance", "site")
 
 
@@ -133,6 +135,11 @@ PUBLISHED: Mapping[tuple[str, str], Published] = MappingProxyType(
             KLCT(window="suffix", distance="cross_entropy", clean="own"),
             f"{_LAST_TOKENS} Soft targets at temperature 1.",
         ),
+        ("rmct", "ctm"): Published(
+            RMCT(weight=1.0, rollouts=128, standardise="per_item", clean="own"),
+            "The sum over tokens is divided by all answer tokens of a batch; 4 prompts a step, and a KL to the base of "
+            "weight 0.05. Its options of an anchor, a gate on the gap's error and PPO are left out.",
+        ),
         ("attmass", "stack"): Published(
             AttMass(per_key=True, weight=1.0),
             "In the code every token is a query, and all but the content is wrapper, BOS and chat frame included.",
@@ -196,11 +203,13 @@ def _layers(options: Mapping[str, Any]) -> str:
 def _distance(loss: Loss, options: Mapping[str, Any]) -> str:
     if isinstance(loss, BCT):
         return "kl" if loss.targets in DISTRIBUTIONS else "cross_entropy"
-    return options.get("distance", "")
+    return options.get("distance", _SAID_BY_NO_OPTION.get(loss.name, ""))
 
 
 def _tokens(loss: Loss, options: Mapping[str, Any]) -> str:
     if isinstance(loss, BCT):
         answer = "prefill" if loss.targets == "prefill" else "answer"
         return f"prompt and {answer}" if loss.prompt else answer
+    if loss.answers and "window" not in options:
+        return "sampled answers" if loss.answers == "rollouts" else "answer"
     return "answer" if options.get("window") == "answer" else "prompt"

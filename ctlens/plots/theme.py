@@ -35,8 +35,8 @@ class Style:
         return f"rgba({red}, {green}, {blue}, {alpha})"
 
 
-# Five of the Okabe-Ito colours, and AttCT's in light and dark for its relatives; marker and dash repeat the
-# distinction for print and for colour-blind readers.
+# Five of the Okabe-Ito colours, AttCT's in light and dark for its relatives, brown and olive; marker and dash
+# repeat the distinction for print and for colour-blind readers.
 METHODS = {
     "none": Style("base", "#666666", "x", "solid"),
     "retention": Style("retention only", "#a3a3a3", "cross", "dash"),
@@ -47,6 +47,8 @@ METHODS = {
     "klct": Style("KLCT", "#56b4e9", "triangle-down", "solid"),
     "attout": Style("AttOut", "#66c5ab", "bowtie", "dash"),
     "attmass": Style("AttMass", "#00523c", "hourglass", "dot"),
+    "rmct": Style("RMCT", "#8c564b", "pentagon", "solid"),
+    "f2c": Style("F2C", "#8a9a00", "hexagon", "solid"),
 }
 # What has an order but is no method: dark to light, in hues that no method has.
 RAMP = ("#3d2c8d", "#8e2f9e", "#cf4a86", "#e38d78")

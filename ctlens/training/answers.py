@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from ctlens.batch import EncodedPairs, require_room
@@ -13,15 +14,27 @@ from ctlens.types import LensModel
 
 
 def answers_kind(losses: Sequence[Loss]) -> str:
-    """How the losses want their answers, one of `ctlens.losses.base.ANSWERS`; empty where none needs any.
+    """How the losses want the reference's answers, one of `ctlens.losses.base.ANSWERS`; empty where none does.
+
+    Rollouts are the trained model's own answers and get in nobody's way.
 
     Raises:
         CtlensError: two of them want different ones.
     """
-    kinds = dict.fromkeys(loss.answers for loss in losses if loss.answers)
+    kinds = dict.fromkeys(loss.answers for loss in losses if loss.answers not in ("", "rollouts"))
     if len(kinds) > 1:
         raise CtlensError(f"the losses want different answers ({', '.join(kinds)}): train them in separate runs.")
     return next(iter(kinds), "")
+
+
+def drawn_together(pairs: EncodedPairs, losses: Sequence[Loss]) -> list[list[int]]:
+    """Numbers of the rows, in one list those that batches keep together: for a consensus, a prompt's variants."""
+    if answers_kind(losses) != "consensus":
+        return [[number] for number in range(len(pairs))]
+    together: dict[Ids, list[int]] = {}
+    for number, row in enumerate(pairs.rows):
+        together.setdefault(row.clean.ids, []).append(number)
+    return list(together.values())
 
 
 def reference_answers(
@@ -39,24 +52,55 @@ def reference_answers(
         reference: in eval mode.
         pairs: encoded.
         answer_tokens: longest answer, in tokens.
-        kind: `"greedy"`, or `"sampled"` at temperature 1.
+        kind: `"greedy"`; `"sampled"` at temperature 1; or `"consensus"`, the answer that more than
+            half of a clean prompt and its distinct wrapped prompts get, greedily, token for token,
+            and an empty one where there is no such majority.
         seed: of the sampled ones.
         progress: show a progress bar when it takes more than two seconds.
 
     Raises:
-        CtlensError: the reference gives an empty answer to some clean prompt, or an answer does
-            not fit the context behind its prompts.
+        CtlensError: the reference gives an empty answer to some clean prompt, an answer does
+            not fit the context behind its prompts, no two pairs share a clean prompt whose
+            consensus is asked for, or no prompt has one.
     """
     end = reference.tokenizer.eos_token_id
     sampling = Sampling(generator(seed, "answers")) if kind == "sampled" else None
-    asked = [row.clean.ids for row in pairs.rows if not row.answer]
-    given = iter(
-        generate(reference, asked, max_new_tokens=answer_tokens, end=end, sampling=sampling, progress=progress)
-    )
-    answers = [row.answer or next(given) for row in pairs.rows]
+    open_rows = [row for row in pairs.rows if not row.answer]
+    asked = [row.clean.ids for row in open_rows]
+    if kind == "consensus":
+        asked = list(dict.fromkeys([*asked, *(row.wrapped.ids for row in open_rows)]))
+    given = generate(reference, asked, max_new_tokens=answer_tokens, end=end, sampling=sampling, progress=progress)
+    if kind == "consensus":
+        given = _consensus(pairs, dict(zip(asked, given, strict=True)))
+    found = iter(given)
+    answers = [row.answer or next(found) for row in pairs.rows]
     for row, answer in zip(pairs.rows, answers, strict=True):
-        if answer in ((), (end,)):
+        if answer == (end,) or (not answer and kind != "consensus"):
             raise CtlensError("the reference gives an empty answer to a clean prompt: give the pairs targets.")
         longest = max(len(row.wrapped.ids), len(row.clean.ids))
         require_room(longest + len(answer), reference.cfg.n_ctx, "a prompt with its answer")
     return answers
+
+
+def _consensus(pairs: EncodedPairs, given: dict[Ids, Ids]) -> list[Ids]:
+    """The majority's answer for each pair without a target, from the answers `given` to its prompts."""
+    variants: dict[Ids, dict[Ids, None]] = {}
+    for row in pairs.rows:
+        if not row.answer:
+            variants.setdefault(row.clean.ids, {})[row.wrapped.ids] = None
+    if variants and max(map(len, variants.values())) < 2:
+        raise CtlensError("no two pairs share a clean prompt: a consensus needs several variants of one.")
+    chosen = {clean: majority([given[ids] for ids in (clean, *wrapped)]) for clean, wrapped in variants.items()}
+    if variants and not any(chosen.values()):
+        raise CtlensError("no prompt has an answer that most of its variants get: give more variants.")
+    return [chosen[row.clean.ids] for row in pairs.rows if not row.answer]
+
+
+def majority(answers: Sequence[Ids]) -> Ids:
+    """The answer that more than half give; an empty one where none is, so that a tie goes to nobody.
+
+    >>> majority([(5, 1), (5, 1), (6, 1)]), majority([(5, 1), (6, 1)])
+    ((5, 1), ())
+    """
+    answer, count = Counter(answers).most_common(1)[0]
+    return answer if count > len(answers) / 2 else ()

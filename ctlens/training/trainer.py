@@ -12,16 +12,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from ctlens.adapters import LoRA, add_adapters, has_adapters, merge_adapters
-from ctlens.batch import EncodedPairs, PairBatch, collate, encode
+from ctlens.batch import EncodedPair, EncodedPairs, collate, encode
 from ctlens.config import environment, generator
 from ctlens.errors import CtlensError
 from ctlens.hooks import capture
-from ctlens.losses import Forwards, Loss, LossValue, require_distinct
+from ctlens.losses import RMCT, Forwards, Loss, LossValue, require_distinct
 from ctlens.pairs import Pair, Prompt
 from ctlens.parameters import copy_model, freeze
-from ctlens.training.answers import answers_kind, reference_answers
+from ctlens.training.answers import answers_kind, drawn_together, reference_answers
 from ctlens.training.config import TrainConfig
 from ctlens.training.retention import Retention, held_prompts
+from ctlens.training.rollouts import Rollouts
 from ctlens.training.run import History, Run
 from ctlens.types import LensModel
 
@@ -83,6 +84,11 @@ class Trainer:
         self.factors = {loss.name: loss.factors(model) for loss in self.losses}
         with evaluating(model):
             self.pairs = self._encode(pairs, progress)
+            self.rollouts = {
+                loss: Rollouts(model, self.pairs.rows, loss, self.config)
+                for loss in self.losses
+                if isinstance(loss, RMCT)
+            }
             held = held_prompts(pairs, retain)
             keeps = self.config.retention and held
             self.retention = Retention(model, held, self.config.answer_tokens) if keeps else None
@@ -92,7 +98,7 @@ class Trainer:
         self.optimizer = AdamW(self.parameters, lr=self.config.lr, eps=eps, weight_decay=self.config.weight_decay)
         self.schedule = LambdaLR(self.optimizer, self.config.lr_factor)
         self.history = History()
-        self._rows = _epochs(len(self.pairs), self.config)
+        self._rows = _epochs(drawn_together(self.pairs, self.losses), self.config)
         self._retention_draw = generator(self.config.seed, "retention")
 
     def _encode(self, pairs: Sequence[Pair], progress: bool) -> EncodedPairs:
@@ -102,7 +108,7 @@ class Trainer:
             length, seed = self.config.answer_tokens, self.config.seed
             answers = reference_answers(self.reference, encoded, length, kind=kind, seed=seed, progress=progress)
             both_sides = any(loss.answers_on_both_sides for loss in self.losses)
-            return encoded.with_answers(answers, both_sides=both_sides).aligned(windows)
+            return encoded.with_answers(answers, both_sides=both_sides).answered().aligned(windows)
         return encoded
 
     def __len__(self) -> int:
@@ -124,7 +130,8 @@ class Trainer:
         return step
 
     def _step(self) -> Step:
-        values = self._loss_values(self._next_batch())
+        rows = [self.pairs.rows[index] for index in next(self._rows)]
+        values = self._loss_values(rows) | self._rollout_values(rows)
         terms = {name: value.total for name, value in values.items()}
         if self.retention:
             held = self.retention.loss(self.model, (self.config.batch_size + 1) // 2, self._retention_draw)
@@ -142,9 +149,11 @@ class Trainer:
         by_hook = {name: _floats(value.by_hook) for name, value in values.items()}
         return Step(len(self.history) + 1, losses, by_hook, lr, float(norm))
 
-    def _loss_values(self, batch: PairBatch) -> dict[str, LossValue]:
-        if not self.losses:
+    def _loss_values(self, rows: Sequence[EncodedPair]) -> dict[str, LossValue]:
+        paired = [loss for loss in self.losses if loss not in self.rollouts]
+        if not paired:
             return {}
+        batch = collate(rows).to(next(self.model.parameters()).device)
         names = list(dict.fromkeys(name for factors in self.factors.values() for name in factors))
         clean, wrapped = batch.clean, batch.wrapped
         targets, clean_logits = {}, None
@@ -152,11 +161,16 @@ class Trainer:
             clean_logits, targets = capture(self.reference, clean.tokens, names, grad=False, mask=clean.needed_mask)
         logits, states = capture(self.model, wrapped.tokens, names, grad=True, mask=wrapped.needed_mask)
         forwards = Forwards(batch, targets, states, logits, clean_logits)
-        return {loss.name: loss.compute(forwards, self.factors[loss.name]) for loss in self.losses}
+        return {loss.name: loss.compute(forwards, self.factors[loss.name]) for loss in paired}
 
-    def _next_batch(self) -> PairBatch:
-        rows = [self.pairs.rows[index] for index in next(self._rows)]
-        return collate(rows).to(next(self.model.parameters()).device)
+    def _rollout_values(self, rows: Sequence[EncodedPair]) -> dict[str, LossValue]:
+        """The losses on answers that the model gives now."""
+        values = {}
+        for loss, rollouts in self.rollouts.items():
+            with evaluating(self.model):
+                drawn = rollouts.draw(self.model, rows, len(self.history) + 1)
+            values[loss.name] = loss.compute(drawn.seen_by(self.model), {})
+        return values
 
     @property
     def run(self) -> Run:
@@ -223,12 +237,13 @@ def _trained_parameters(model: LensModel, config: TrainConfig) -> list[torch.nn.
     return freeze(model, config.trainable)
 
 
-def _epochs(count: int, config: TrainConfig) -> Iterator[list[int]]:
-    """Batches of row numbers without end; every epoch is a new order of all rows."""
+def _epochs(units: Sequence[Sequence[int]], config: TrainConfig) -> Iterator[list[int]]:
+    """Batches of row numbers without end; every epoch is a new order of all units, whose rows stay together."""
     draw = generator(config.seed, "batches")
+    count = sum(map(len, units))
     size = min(config.batch_size, count)
     while True:
-        order = torch.randperm(count, generator=draw).tolist()
+        order = [row for unit in torch.randperm(len(units), generator=draw).tolist() for row in units[unit]]
         yield from (order[start : start + size] for start in range(0, count - size + 1, size))
 
 

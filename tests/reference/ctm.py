@@ -1,7 +1,8 @@
-"""Cross-entropy as in the code of rate-matching consistency training; its other losses are those of `stack`."""
+"""Cross-entropy and rate matching as in the code of rate-matching consistency training; else it is as `stack`."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -10,3 +11,13 @@ def bct(logits: Tensor, ids: tuple[int, ...], weights: list[float]) -> float:
     log_p = logits[:-1].log_softmax(-1)
     surprises = [-float(log_p[step][token]) for step, token in enumerate(ids[1:])]
     return sum(w * s for w, s in zip(weights, surprises, strict=True)) / sum(weights)
+
+
+def rmct(log_ps: list[Tensor], bad: list[float], clean_rate: float) -> Tensor:
+    """The policy's surrogate for the answers to one prompt, `log_ps` of their tokens; rewards standardised per item."""
+    rate = sum(bad) / len(bad)
+    rewards = [-(rate - clean_rate) * (trait - rate) for trait in bad]
+    mean = sum(rewards) / len(rewards)
+    spread = (sum((reward - mean) ** 2 for reward in rewards) / len(rewards)) ** 0.5
+    terms = [-(reward - mean) / spread * log_p.sum() for reward, log_p in zip(rewards, log_ps, strict=True)]
+    return torch.stack(terms).mean()

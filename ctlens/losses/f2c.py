@@ -1,0 +1,115 @@
+"""F2C: the variants of a prompt are trained to get the answer that most of them get (flip-flop consistency).
+
+The variants are the wrapped prompts of the pairs that share a clean prompt. With `y` the answer that
+the reference gives to more than half of them, the clean prompt voting too,
+`L = weight * [ mean_t -log p(y_t | variant, y_<t) + align_weight * A ]`: consensus cross-entropy, and an
+alignment of minority and less confident variants with confident voters of the majority (Hejabi et
+al. 2025, arXiv 2510.14242). Their paper calls it one of representations; in their code it is
+`A = mean_t KL( m_t || p(. | variant, y_<t) )`, `m_t` the mean of the teachers' distributions without
+gradient, and no hidden state is read. So it is here, among the variants of one batch.
+
+The majority need not be right: where the wrappers change most answers alike, the loss trains the change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from ctlens.batch import PairBatch
+from ctlens.errors import CtlensError
+from ctlens.losses.base import OUTPUT, Forwards, Loss, at_positions, check_weight
+from ctlens.losses.bct import BCT
+from ctlens.types import ChosenRows, LensModel, PerRow
+
+AnswerTokens: TypeAlias = Int[Tensor, "batch width"]
+AnswerMask: TypeAlias = Bool[Tensor, "batch width"]
+Together: TypeAlias = Bool[Tensor, "batch batch"]
+
+
+@dataclass(frozen=True)
+class F2C(Loss):
+    """Flip-flop consistency: consensus cross-entropy with an alignment of predictions.
+
+    Attributes:
+        weight: factor of the total.
+        align_weight: of the alignment beside the cross-entropy; 0 leaves the latter alone.
+        teachers: how many variants of a prompt are teachers at most; one is always left to learn.
+    """
+
+    name: ClassVar[str] = "f2c"
+    weight: float = 1.0
+    align_weight: float = 0.1
+    teachers: int = 2
+
+    def __post_init__(self) -> None:
+        check_weight(self.weight)
+        if not 0 <= self.align_weight < float("inf"):
+            raise CtlensError(f"the weight of the alignment must be a number from 0, not {self.align_weight}.")
+        if self.teachers < 1:
+            raise CtlensError(f"teachers must be at least 1, not {self.teachers}.")
+
+    @property
+    def answers(self) -> str:
+        """The one most variants of a prompt get, where a pair has no target of its own."""
+        return "consensus"
+
+    def hook_names(self, model: LensModel) -> list[str]:
+        """None: the loss reads the logits."""
+        return []
+
+    def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
+        """The cross-entropy plus the weighted alignment per pair, in nats, averaged over the answer's tokens.
+
+        Raises:
+            CtlensError: a pair of the batch has no answer tokens.
+        """
+        surprise = BCT().row_values(forwards, hook_names)[OUTPUT]
+        return {OUTPUT: surprise + self.align_weight * self._alignment(forwards, surprise.detach())}
+
+    def _alignment(self, forwards: Forwards, surprise: PerRow) -> PerRow:
+        """How far each variant is from the teachers of its prompt; 0 for them, and where there are none."""
+        positions, valid = answer_positions(forwards.batch)
+        tokens = forwards.batch.wrapped.tokens.gather(1, positions + 1)
+        log_p = at_positions(forwards.wrapped_logits, positions).log_softmax(-1)
+        together = same_prompt(forwards.batch, tokens.masked_fill(~valid, -1))
+        votes = ((log_p.argmax(-1) == tokens) | ~valid).all(-1)
+        teachers = self.chosen(together, votes, surprise)
+        shares = (together & teachers).to(log_p.dtype)
+        shares /= shares.sum(-1, keepdim=True).clamp(min=1)
+        mixture = torch.einsum("rt,twv->rwv", shares, log_p.detach().exp())
+        divergence = (torch.xlogy(mixture, mixture) - mixture * log_p).sum(-1)
+        learns = valid & ~teachers[:, None]
+        return torch.where(learns, divergence, 0.0).sum(-1) / valid.sum(-1)
+
+    def chosen(self, together: Together, votes: ChosenRows, surprise: PerRow) -> ChosenRows:
+        """The teachers: of each prompt's voters for its answer, those who find it least surprising.
+
+        >>> prompts = torch.tensor([[True, True, True, False]] * 3 + [[False, False, False, True]])
+        >>> votes, surprise = torch.tensor([True, True, False, True]), torch.tensor([0.2, 0.1, 0.3, 0.1])
+        >>> F2C(teachers=1).chosen(prompts, votes, surprise)  # the last is alone: nobody would learn from it
+        tensor([False,  True, False, False])
+        """
+        row = torch.arange(len(votes), device=votes.device)
+        earlier = (surprise[:, None] == surprise) & (row < row[:, None])
+        before = together & votes & ((surprise < surprise[:, None]) | earlier)
+        return votes & (before.sum(-1) < (together.sum(-1) - 1).clamp(max=self.teachers))
+
+
+def answer_positions(batch: PairBatch) -> tuple[AnswerTokens, AnswerMask]:
+    """Per row, the positions whose predictions are the answer's tokens, and which of them are real."""
+    lengths = batch.answer.sum(-1, keepdim=True)
+    step = torch.arange(int(lengths.max()), device=lengths.device)
+    valid = step < lengths
+    return torch.where(valid, batch.last_prompt[:, None] + step, 0), valid
+
+
+def same_prompt(batch: PairBatch, answers: AnswerTokens) -> Together:
+    """Which rows have the same clean prompt and the same answer."""
+    key = torch.cat([batch.clean.tokens.masked_fill(~batch.clean.mask, -1), answers], 1)
+    return (key[:, None] == key).all(-1)

@@ -1,0 +1,104 @@
+"""RMCT: the rate of bad answers to the wrapped prompt is brought to that on the clean prompt, by reinforcement.
+
+For answers `y_i` that the trained model gives to one wrapped prompt, `t_i = 1` where the answer is bad
+and 0 elsewhere, `p = mean_i t_i`, and `p_clean` the rate on the clean prompt:
+`r_i = -(p - p_clean) (t_i - p)`, `L = weight * mean_i [ -r_i sum_t log p(y_it | wrapped prompt, y_i<t) ]`
+(rate matching, arXiv 2606.02211). In the limit of many answers its gradient is that of half the squared
+gap, `(p - p_clean)^2 / 2`; with `n` of them it is `(1 - 1/n) (p - p_clean + (1 - 2p)/n) grad p` in
+expectation, a small pull towards the commoner behaviour. One step a batch of answers: the ratio of
+importance sampling is 1, and clipping it (PPO) would change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ctlens.errors import CtlensError
+from ctlens.losses.base import CLEAN_SIDES, OUTPUT, Forwards, Loss, check_option, check_weight
+from ctlens.types import LensModel, PerRow
+
+PerRollout: TypeAlias = Float[Tensor, "prompt rollout"]
+PerPrompt: TypeAlias = Float[Tensor, "prompt"]
+STANDARDISE = ("none", "per_item")
+SPREAD_FLOOR = 1e-8
+
+
+@dataclass(frozen=True)
+class RMCT(Loss):
+    """Rate matching: a policy gradient on sampled answers, see `ctlens.training.rollouts`.
+
+    Attributes:
+        weight: factor of the total; the default suits the shipped organism.
+        rollouts: answers sampled for each prompt of a step, at temperature 1.
+        standardise: `"none"`, or `"per_item"`: the rewards of each prompt to mean 0 and standard
+            deviation 1, as published; only the sign of the gap is then left of it.
+        clean: whose rate on the clean prompts is matched: the `"reference"`'s, estimated once, or
+            the trained model's `"own"`, from new answers at every step, as published.
+    """
+
+    name: ClassVar[str] = "rmct"
+    weight: float = 10.0
+    rollouts: int = 8
+    standardise: str = "none"
+    clean: str = "reference"
+
+    def __post_init__(self) -> None:
+        check_weight(self.weight)
+        check_option("standardisation", self.standardise, STANDARDISE)
+        check_option("clean side", self.clean, CLEAN_SIDES)
+        if self.rollouts < 2:
+            raise CtlensError(
+                f"rollouts must be at least 2, not {self.rollouts}: one answer cannot differ from a mean."
+            )
+
+    @property
+    def clean_side(self) -> str:
+        """Whose rate on the clean prompts is matched."""
+        return self.clean
+
+    @property
+    def answers(self) -> str:
+        """Those that the trained model gives at every step."""
+        return "rollouts"
+
+    def hook_names(self, model: LensModel) -> list[str]:
+        """None: the loss reads the logits."""
+        return []
+
+    def advantages(self, bad: PerRollout, clean_rates: PerPrompt) -> PerRollout:
+        """What each answer is worth; a prompt's do not depend on the other prompts.
+
+        >>> RMCT(rollouts=2).advantages(torch.tensor([[1.0, 0.0]]), torch.tensor([0.1]))  # -0.4 * (1 - 0.5), ...
+        tensor([[-0.2000,  0.2000]])
+
+        Args:
+            bad: 1 for a bad answer and 0 for another; grades between them serve as well.
+            clean_rates: the rate to match.
+        """
+        rates = bad.mean(-1, keepdim=True)
+        rewards = -(rates - clean_rates[:, None]) * (bad - rates)
+        if self.standardise == "none":
+            return rewards
+        spread = rewards.std(-1, correction=0, keepdim=True)
+        return torch.where(spread < SPREAD_FLOOR, 0.0, rewards / spread.clamp(min=SPREAD_FLOOR))
+
+    def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
+        """Half the squared gap between the measured rates, with the gradient of the policy.
+
+        The surrogate's own value says nothing, so the value of what it descends on takes its place.
+
+        Raises:
+            CtlensError: the batch is none of rollouts.
+        """
+        if forwards.advantages is None or forwards.gaps is None:
+            raise CtlensError("RMCT needs sampled answers and what they are worth: train with it, see Trainer.")
+        tokens, answer = forwards.batch.wrapped.tokens[:, 1:], forwards.batch.answer[:, 1:]
+        log_p = forwards.wrapped_logits[:, :-1].log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+        surrogate = -forwards.advantages * torch.where(answer, log_p, 0.0).sum(-1)
+        return {OUTPUT: forwards.gaps.square() / 2 + (surrogate - surrogate.detach())}

@@ -1,0 +1,118 @@
+"""Answers that the trained model gives at every step, graded, for losses that reinforce some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ctlens.batch import EncodedPair, PairBatch, collate, require_room
+from ctlens.config import generator
+from ctlens.decoding import Ids, Sampling, generate
+from ctlens.errors import CtlensError
+from ctlens.hooks import run
+from ctlens.losses import RMCT, Forwards
+from ctlens.pairs import Prompt
+from ctlens.threats.base import judge
+from ctlens.training.config import TrainConfig
+from ctlens.types import LensModel, PerRow
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The graded answers of one step.
+
+    Attributes:
+        batch: a row per answer: the wrapped prompt with the answer behind it; the answers to one
+            prompt stand together.
+        advantages: per row, what the answer is worth.
+        gaps: per row, the rate of bad answers to its wrapped prompt less that on its clean prompt.
+    """
+
+    batch: PairBatch
+    advantages: PerRow
+    gaps: PerRow
+
+    def seen_by(self, model: LensModel) -> Forwards:
+        """The answers in a pass of the model with its graph; equal ones go through it once."""
+        distinct, place = self.batch.wrapped.tokens.unique(dim=0, return_inverse=True)
+        logits = run(model, distinct)[place]
+        return Forwards(self.batch, {}, {}, logits, advantages=self.advantages, gaps=self.gaps)
+
+
+class Rollouts:
+    """Draws and grades answers to the wrapped prompts of a training.
+
+    A step's answers depend on the seed, the step, its pairs and the weights alone.
+
+    Args:
+        reference: in eval mode.
+        pairs: all pairs of the training.
+        loss: says how many answers a prompt gets and what they are worth.
+        config: the longest answer and the seed.
+
+    Raises:
+        CtlensError: a pair names no bad answer, or a prompt with an answer does not fit the context.
+    """
+
+    def __init__(self, reference: LensModel, pairs: Sequence[EncodedPair], loss: RMCT, config: TrainConfig) -> None:
+        self.loss, self.config, self.tokenizer = loss, config, reference.tokenizer
+        for row in pairs:
+            if row.pair.wrapped.bad is None or row.pair.clean.bad is None:
+                raise CtlensError("RMCT grades answers as bad or not: give every pair a bad answer.")
+            longest = max(len(row.wrapped.ids), len(row.clean.ids))
+            require_room(longest + config.answer_tokens, reference.cfg.n_ctx, "a prompt with its answer")
+        self._clean_rates: dict[tuple[Ids, Prompt], float] = {}
+        if loss.clean == "reference":
+            draw = generator(config.seed, "rollouts", "reference")
+            self._clean_rates = self._measured(reference, pairs, draw)
+
+    def draw(self, model: LensModel, rows: Sequence[EncodedPair], step: int) -> Drawn:
+        """The answers of one step to the wrapped prompts of some pairs.
+
+        Args:
+            model: the trained model, in eval mode.
+            rows: the pairs of the step.
+            step: from 1.
+        """
+        draw = generator(self.config.seed, "rollouts", step)
+        answers = self._sampled(model, [row.wrapped.ids for row in rows], draw)
+        bad = torch.stack([self._bad(row.pair.wrapped, given) for row, given in zip(rows, answers, strict=True)])
+        clean = self._measured(model, rows, draw) if self.loss.clean == "own" else self._clean_rates
+        clean_rates = torch.tensor([clean[row.clean.ids, row.pair.clean] for row in rows])
+        gaps = (bad.mean(-1) - clean_rates).repeat_interleave(self.loss.rollouts)
+        answered = [
+            replace(row, answer=answer, clean_answer=(), alignments={})
+            for row, given in zip(rows, answers, strict=True)
+            for answer in given
+        ]
+        device = next(model.parameters()).device
+        advantages = self.loss.advantages(bad, clean_rates).flatten()
+        return Drawn(collate(answered).to(device), advantages.to(device), gaps.to(device))
+
+    def _measured(
+        self, model: LensModel, rows: Sequence[EncodedPair], draw: torch.Generator
+    ) -> dict[tuple[Ids, Prompt], float]:
+        """The rate of bad answers to each clean prompt; prompts of the same tokens share their answers."""
+        prompts = list(dict.fromkeys(row.clean.ids for row in rows))
+        answers = dict(zip(prompts, self._sampled(model, prompts, draw), strict=True))
+        asked = {(row.clean.ids, row.pair.clean) for row in rows}
+        return {(ids, prompt): float(self._bad(prompt, answers[ids]).mean()) for ids, prompt in asked}
+
+    def _sampled(self, model: LensModel, prompts: Sequence[Ids], draw: torch.Generator) -> list[list[Ids]]:
+        """`loss.rollouts` answers to each prompt."""
+        count = self.loss.rollouts
+        given = generate(
+            model,
+            [ids for ids in prompts for _ in range(count)],
+            max_new_tokens=self.config.answer_tokens,
+            end=self.tokenizer.eos_token_id,
+            sampling=Sampling(draw),
+        )
+        return [given[start : start + count] for start in range(0, len(given), count)]
+
+    def _bad(self, prompt: Prompt, answers: Sequence[Ids]) -> torch.Tensor:
+        """1 for a bad answer and 0 for another."""
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return torch.tensor([float(judge(prompt, text) == "bad") for text in texts])
