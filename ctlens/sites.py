@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from einops import rearrange
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
@@ -57,12 +58,15 @@ class Slot:
         return {"head": self.weight.shape[0]} if per_head else {}
 
     @property
+    def matrix(self) -> Float[Tensor, "d_out d_in"]:
+        """The weight that the module computes with, its adapter added, as one matrix of outputs by inputs."""
+        weight = getattr(self.module, self.name)
+        return rearrange(weight, " -> ".join(reversed(self.pattern.split(" -> ")))) if self.pattern else weight
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
         """Outputs and inputs of the weight as one matrix."""
-        matrix = self.weight
-        if self.pattern:
-            matrix = rearrange(matrix, " -> ".join(reversed(self.pattern.split(" -> "))))
-        return matrix.shape[0], matrix.shape[1]
+        return self.matrix.shape[0], self.matrix.shape[1]
 
 
 def slots(model: LensModel, sites: Iterable[str]) -> dict[str, Slot]:

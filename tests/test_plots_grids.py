@@ -116,6 +116,45 @@ def test_no_change_has_the_middle_colour_and_extremes_are_cut_at_a_factor_of_16(
     assert [shape.x0 + 0.5 for shape in figure.layout.shapes] == [4]
 
 
+STEPS = [0, 10, 20]
+COURSES = {
+    "act": {"act": (STEPS, [1, 0.5, 0.1], [1, 0.4, 0.05], [1, 0.6, 0.2]), "bct": (STEPS[:2], [1, 2], [1, 1.5], [1, 3])},
+    "bct": {"bct": (STEPS[:2], [1, 0.25], [1, 0.0, ], [1, 0.5])},
+}  # fmt: skip
+
+
+def test_a_course_is_drawn_in_the_panel_of_the_loss_measured_and_the_colour_of_the_one_trained_with():
+    figure = plots.cross_loss_steps(COURSES, "?")
+    lines = [trace for trace in figure.data if trace.mode == "lines+markers"]
+    assert notes(figure) == ["measured by ACT", "measured by BCT"]
+    assert [(line.name, line.xaxis, line.line.color) for line in lines] == [
+        ("ACT", "x", METHODS["act"].colour), ("BCT", "x", METHODS["bct"].colour), ("BCT", "x2", METHODS["bct"].colour),
+    ]  # fmt: skip
+    assert [(list(line.x), list(line.y)) for line in lines[:2]] == [(STEPS, [1, 0.5, 0.1]), (STEPS[:2], [1, 2])]
+    assert [line.name for line in lines if line.showlegend] == ["ACT", "BCT"]
+    np.testing.assert_array_equal(figure.data[0].y, [1, 0.6, 0.2, 0.05, 0.4, 1])
+
+
+def test_courses_share_one_logarithmic_scale_with_a_line_at_no_change():
+    figure = plots.cross_loss_steps(COURSES, "?")
+    assert {axis.type for axis in figure.select_yaxes()} == {"log"}
+    assert {axis.matches for axis in figure.select_yaxes()} == {"y"}
+    assert [(shape.y0, shape.y1, shape.xref) for shape in figure.layout.shapes] == [
+        (1, 1, "x domain"), (1, 1, "x2 domain"),
+    ]  # fmt: skip
+    band = next(trace for trace in figure.data if trace.xaxis == "x2" and trace.fill)
+    assert list(band.y) == [1, 1]  # an end at 0 has no place on the axis
+
+
+def test_ranks_are_drawn_by_layer_and_a_missing_matrix_leaves_a_gap():
+    figure = plots.update_ranks({"q": {"act": [3, 2], "mine": [1, 1]}, "k": {"act": [NAN, 4]}}, "?", y_title="rank")
+    assert notes(figure) == ["q", "k"]
+    assert [trace.name for trace in figure.data if trace.showlegend] == ["ACT", "mine"]
+    assert [list(trace.y) for trace in figure.data[:2]] == [[3, 2], [1, 1]] and np.isnan(figure.data[2].y[0])
+    assert list(figure.data[2].x) == [0, 1]
+    assert [axis.title.text for axis in figure.select_yaxes()] == ["rank", None]
+
+
 @pytest.mark.parametrize("trained", [THREATS, THREATS[:1]])
 def test_the_base_model_is_one_row_without_an_own_threat(trained):
     base = panel(RATES[:1])
@@ -149,6 +188,13 @@ def test_only_the_lowest_panel_of_a_column_names_its_columns():
         lambda: plots.cross_threat(THREATS, [], {"act": panel(RATES[:, :0])}, "?"),
         lambda: plots.cross_loss(["act"], ["act"], panel(), "?"),
         lambda: plots.cross_loss([], ["act"], panel(RATES[:0, :1]), "?"),
+        lambda: plots.cross_loss_steps({}, "?"),
+        lambda: plots.cross_loss_steps({"act": {}}, "?"),
+        lambda: plots.cross_loss_steps({"act": {"act": ([], [], [], [])}}, "?"),
+        lambda: plots.cross_loss_steps({"act": {"act": (STEPS, [1], [1], [1])}}, "?"),
+        lambda: plots.update_ranks({}, "?", y_title="rank"),
+        lambda: plots.update_ranks({"q": {}}, "?", y_title="rank"),
+        lambda: plots.update_ranks({"q": {"act": [1, 2], "bct": [1]}}, "?", y_title="rank"),
         lambda: matrix(act=panel(RATES[:2])),
         lambda: matrix(act=panel(RATES[:, :2])),
         lambda: matrix(act=(RATES, RATES[:1], RATES)),

@@ -9,6 +9,7 @@ from plotly.graph_objects import Figure
 from ctlens.plots.curves import Curve, dose_response, layer_curves
 from ctlens.plots.export import save_figure
 from ctlens.plots.heads import attention_heads, component_grids
+from ctlens.plots.lines import StepCurve, cross_loss_steps, update_ranks
 from ctlens.plots.matrix import Panel, cross_loss, cross_threat
 from ctlens.plots.rates import behaviour
 from ctlens.plots.strength import StrengthCurve, attack_strength
@@ -19,12 +20,14 @@ __all__ = [
     "Curve",
     "Figure",
     "Panel",
+    "StepCurve",
     "StrengthCurve",
     "attack_strength",
     "attention_heads",
     "behaviour",
     "component_grids",
     "cross_loss",
+    "cross_loss_steps",
     "cross_threat",
     "dose_response",
     "finish",
@@ -34,4 +37,5 @@ __all__ = [
     "layer_curves",
     "save_figure",
     "style",
+    "update_ranks",
 ]

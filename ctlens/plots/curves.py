@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -99,26 +100,41 @@ def _banded(axis: str, x: np.ndarray, curves: Mapping[str, Curve]) -> go.Figure:
     figure = go.Figure()
     for name, curve in curves.items():
         value, low, high = (checked(f"curve {name!r}", array, len(x)) for array in curve)
-        look = style(name)
-        known = np.isfinite(low + high)  # a NaN would break the outline of the band
-        figure.add_scatter(
-            x=[*x[known].tolist(), *x[known][::-1].tolist()],
-            y=[*high[known].tolist(), *low[known][::-1].tolist()],
-            fill="toself",
-            fillcolor=look.shade(0.14),
-            line={"width": 0},
-            mode="lines",
-            hoverinfo="skip",
-            legendgroup=name,
-            showlegend=False,
-        )
-        figure.add_scatter(
-            x=x.tolist(),
-            y=value.tolist(),
-            mode="lines+markers",
-            name=look.label,
-            legendgroup=name,
-            line={"color": look.colour, "dash": look.dash, "width": 2.2},
-            marker={"color": look.colour, "symbol": look.symbol, "size": 8},
-        )
+        draw_band(figure, name, x, low, high)
+        draw_line(figure, name, x, value)
     return figure
+
+
+def draw_band(figure: go.Figure, name: str, x: np.ndarray, low: np.ndarray, high: np.ndarray, **place: Any) -> None:
+    """The interval of a curve, in the colour of its method; what is NaN is left out."""
+    known = np.isfinite(low + high)  # a NaN would break the outline of the band
+    figure.add_scatter(
+        x=[*x[known].tolist(), *x[known][::-1].tolist()],
+        y=[*high[known].tolist(), *low[known][::-1].tolist()],
+        fill="toself",
+        fillcolor=style(name).shade(0.14),
+        line={"width": 0},
+        mode="lines",
+        hoverinfo="skip",
+        legendgroup=name,
+        showlegend=False,
+        **place,
+    )
+
+
+def draw_line(
+    figure: go.Figure, name: str, x: np.ndarray, value: np.ndarray, *, size: int = 8, listed: bool = True, **place: Any
+) -> None:
+    """A curve in the look of its method; `size` of its markers in pixels, `listed` in the legend."""
+    look = style(name)
+    figure.add_scatter(
+        x=x.tolist(),
+        y=value.tolist(),
+        mode="lines+markers",
+        name=look.label,
+        legendgroup=name,
+        showlegend=listed,
+        line={"color": look.colour, "dash": look.dash, "width": 2.2},
+        marker={"color": look.colour, "symbol": look.symbol, "size": size},
+        **place,
+    )
