@@ -207,6 +207,76 @@ def test_the_figure_holds_the_numbers_of_the_table(result) -> None:
     assert "reference's clean prompts" in figure.layout.meta["subtitle"]
 
 
+@pytest.fixture(scope="module")
+def courses(model) -> CrossLoss:
+    models = {("act", 20): moved(model), ("bct", 5): moved(model, 1), ("act", 10): moved(model, 2)}
+    return measure(model, models)
+
+
+def test_over_steps_every_model_is_measured_as_it_is_alone(model, courses) -> None:
+    table = courses.to_dataframe()
+
+    for key, seed in ((("act", 20), 0), (("bct", 5), 1), (("act", 10), 2)):
+        alone = measure(model, {"x": moved(model, seed)}).to_dataframe().query("model == 'x'")
+        here = table[(table["model"] == key[0]) & (table["step"] == key[1])]
+        rest = list(COLUMNS[2:])
+        assert here[rest].reset_index(drop=True).equals(alone[rest].reset_index(drop=True))
+    assert len(table) == 4 * (3 * (1 + 2) + 2 * 2) and table["step"].tolist()[0] == 0
+    assert not table.duplicated(["model", "step", "loss", "hook_point"]).any()
+    assert means(measure(model, {"x": model}))["step"].isna().all()
+
+
+def test_the_matrix_shows_each_label_at_its_last_step(courses) -> None:
+    table = courses.to_dataframe().query("hook_point == ''").set_index(["model", "step"])["relative"]
+
+    (matrix,) = courses.figure().data
+
+    assert list(courses.figure().layout.yaxis.ticktext) == ["ACT", "BCT"]
+    shown = [[cell[1] for cell in row] for row in matrix.customdata]
+    np.testing.assert_allclose(shown, [table["act", 20], table["bct", 5]])
+
+
+def test_the_courses_begin_at_one_and_hold_the_numbers_of_the_table(courses) -> None:
+    table = courses.to_dataframe().query("hook_point == ''").set_index(["loss", "model", "step"])
+
+    figure = courses.figure(over="steps")
+
+    lines = [trace for trace in figure.data if trace.mode == "lines+markers"]
+    assert [note.text for note in figure.layout.annotations] == [
+        f"measured by {name}" for name in ("ACT", "MLPCT", "AttCT", "BCT", "KLCT")
+    ]
+    for number, loss in enumerate(courses.losses):
+        act, bct = lines[2 * number : 2 * number + 2]
+        assert (act.name, list(act.x), bct.name, list(bct.x)) == ("ACT", [0, 10, 20], "BCT", [0, 5])
+        np.testing.assert_allclose(act.y, [1, *(table.loc[(loss, "act", step), "relative"] for step in (10, 20))])
+        ends = [table.loc[(loss, "act", step), end] for end in ("relative_high", "relative_low") for step in (10, 20)]
+        band = figure.data[4 * number]
+        np.testing.assert_allclose(band.y, [1, *ends[:2], *ends[:1:-1], 1])
+
+
+def test_a_model_given_at_step_0_is_drawn_as_measured(model) -> None:
+    found = measure(model, {("act", 0): moved(model), ("act", 3): moved(model, 1)}, losses=ACT())
+
+    (line,) = (trace for trace in found.figure(over="steps").data if trace.mode == "lines+markers")
+
+    assert list(line.x) == [0, 3] and line.y[0] == means(found)["relative"].iloc[1] != 1
+
+
+def test_steps_survive_saving(courses, tmp_path) -> None:
+    courses.save(tmp_path / "cross.safetensors")
+    again = CrossLoss.load(tmp_path / "cross.safetensors")
+
+    assert (again.models, again.steps) == (("none", "act", "bct", "act"), (0, 20, 5, 10))
+    assert again.to_dataframe().equals(courses.to_dataframe())
+
+
+def test_a_figure_of_what_is_not_there_is_refused(result) -> None:
+    with pytest.raises(CtlensError, match="the models have no steps"):
+        result.figure(over="steps")
+    with pytest.raises(CtlensError, match="unknown axis 'layers'"):
+        result.figure(over="layers")
+
+
 def test_what_cannot_be_measured_is_refused(model) -> None:
     training = copy_model(model).train()
     other = build(ModelConfig(d_vocab=400, n_layers=1, n_heads=2, d_model=16, d_mlp=16), byte_level_tokenizer())
@@ -216,6 +286,10 @@ def test_what_cannot_be_measured_is_refused(model) -> None:
         ({"x": training}, None, PAIRS, "reference", "eval mode"),
         ({"x": other}, None, PAIRS, "reference", "n_layers is 2 before and 1 after"),
         ({"none": model}, None, PAIRS, "reference", "a label is given twice"),
+        ({("none", 3): model}, None, PAIRS, "reference", "a label is given twice"),
+        ({1: model, "1": model}, None, PAIRS, "reference", "a label is given twice"),
+        ({("x", -1): model}, None, PAIRS, "reference", "'x', -1. labels no model"),
+        ({("x", 1): model, "y": model}, None, PAIRS, "reference", "'y' labels no model"),
         ({"x": model}, [ACT(), ACT(layers="last")], PAIRS, "reference", "a loss is given twice"),
         ({"x": model}, [], PAIRS, "reference", "nothing to measure by"),
         ({"x": model}, None, [], "reference", "there are no pairs"),

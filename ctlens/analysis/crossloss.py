@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,8 +36,10 @@ CLEAN_SIDES = {"reference": "the reference's clean prompts", "own": "each model'
 REFERENCE = "none"
 OF_ITS_OWN = ("rollouts", "consensus")
 MEAN = ""
+RELATIVE = ("relative", "relative_low", "relative_high")
+OVER = ("losses", "steps")
 COLUMNS = (
-    "model", "loss", "hook_point", "value", "ci_low", "ci_high", "n", "relative", "relative_low", "relative_high",
+    "model", "step", "loss", "hook_point", "value", "ci_low", "ci_high", "n", *RELATIVE,
 )  # fmt: skip
 
 
@@ -57,6 +60,7 @@ class CrossLoss(Result):
         point_losses: the loss of each point; a loss with several hook points is there several times.
         hook_points: the hook point of each point; `"logits"` for a loss on outputs.
         clean: the clean side, `"reference"` or `"own"`.
+        steps: the training step of each model, the reference's 0; empty where the models have none.
     """
 
     by_hook: Float[np.ndarray, "model point pair"]
@@ -65,6 +69,7 @@ class CrossLoss(Result):
     point_losses: tuple[str, ...]
     hook_points: tuple[str, ...]
     clean: str
+    steps: tuple[int, ...] = ()
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -82,38 +87,68 @@ class CrossLoss(Result):
         return np.stack([self.by_hook[:, self._points(loss)].mean(1) for loss in self.losses], 1)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per model, loss and hook point, `""` for the mean over hook points.
+        """One row per model, step, loss and hook point, `""` for the mean over hook points.
 
         Returns:
-            The mean over `n` pairs, `value`, with its 95 percent bootstrap interval, `ci_low` and
-            `ci_high`; and `relative`, the value as a multiple of the reference's on the same
-            pairs, with `relative_low` and `relative_high`. The reference's value is that before
-            training, so 1 is no change; NaN where it is 0.
+            `step`, not known where the models have none; the mean over `n` pairs, `value`, with its
+            95 percent bootstrap interval, `ci_low` and `ci_high`; and `relative`, the value as a
+            multiple of the reference's on the same pairs, with `relative_low` and `relative_high`.
+            The reference's value is that before training, so 1 is no change; NaN where it is 0.
         """
-        rows: list[tuple[object, ...]] = []
+        keys = list(zip(self.models, self.steps or [None] * len(self.models), strict=True))
+        rows: list[tuple[Any, ...]] = []
         for number, loss in enumerate(self.losses):
             points = self._points(loss)
             hook_points = [MEAN, *(self.hook_points[point] for point in points)]
             values = np.concatenate([self.values[:, [number]], self.by_hook[:, points]], 1)[..., self.aligned[number]]
             numbers = np.stack([*bootstrap_mean(np.moveaxis(values, -1, 0)), *_relative(values)], -1)
             rows += [
-                (model, loss, hook_point, *found[:3], values.shape[-1], *found[3:])
-                for model, of_model in zip(self.models, numbers.tolist(), strict=True)
+                (model, step, loss, hook_point, *found[:3], values.shape[-1], *found[3:])
+                for (model, step), of_model in zip(keys, numbers.tolist(), strict=True)
                 for hook_point, found in zip(hook_points, of_model, strict=True)
             ]
-        rows.sort(key=lambda row: self.models.index(str(row[0])))
-        return pd.DataFrame(rows, columns=list(COLUMNS))
+        rows.sort(key=lambda row: keys.index(row[:2]))
+        return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"step": "Int64"})
 
-    def figure(self) -> Figure:
-        """The relative values, a row a model and a column a loss."""
-        table = self.to_dataframe()
-        means = table[(table["hook_point"] == MEAN) & (table["model"] != REFERENCE)]
-        shape = (len(self.models) - 1, len(self.losses))
-        columns = ("relative", "relative_low", "relative_high")
-        value, low, high = (np.asarray(means[name], dtype=float).reshape(shape) for name in columns)
+    def figure(self, over: str = "losses") -> Figure:
+        """The relative values: a row a model at its last step and a column a loss; or their course over the steps.
+
+        Args:
+            over: `"losses"`, the matrix; or `"steps"`, a panel a loss and a line a label, from 1 at step 0.
+
+        Raises:
+            CtlensError: `over` is unknown, or the models have no steps.
+        """
+        if over not in OVER:
+            raise unknown("axis", over, OVER)
+        if over == "steps" and not self.steps:
+            raise CtlensError("the models have no steps: label them by (label, step) in cross_loss.")
+        labels = tuple(dict.fromkeys(self.models[1:]))
+        courses = {label: self._course(label) for label in labels}
+        relative = self._relative_means()
         subtitle = f"{self.aligned.shape[1]} pairs; activations compared with {CLEAN_SIDES[self.clean]}"
+        if over == "steps":
+            curves = {
+                loss: {label: (steps, *relative[:, models, number]) for label, (models, steps) in courses.items()}
+                for number, loss in enumerate(self.losses)
+            }
+            title = "Trained with one loss, measured by every loss: what else falls, and when?"
+            return plots.cross_loss_steps(curves, title, subtitle=subtitle)
+        value, low, high = relative[:, [models[-1] for models, _ in courses.values()]]
         title = "Trained with one loss, measured by every loss: what else falls?"
-        return plots.cross_loss(self.models[1:], self.losses, (value, low, high), title, subtitle=subtitle)
+        return plots.cross_loss(labels, self.losses, (value, low, high), title, subtitle=subtitle)
+
+    def _course(self, label: str) -> tuple[list[int], list[int]]:
+        """The numbers of a label's models and their steps, from step 0, where the reference stands for it."""
+        steps = self.steps or (0,) * len(self.models)
+        models = {0: 0} | {steps[number]: number for number, name in enumerate(self.models) if name == label}
+        return [models[step] for step in sorted(models)], sorted(models)
+
+    def _relative_means(self) -> Float[np.ndarray, "end model loss"]:
+        """The relative values and their interval, means over hook points."""
+        table = self.to_dataframe()
+        means = table.loc[table["hook_point"] == MEAN, list(RELATIVE)].to_numpy(dtype=float)
+        return means.T.reshape(len(RELATIVE), len(self.models), len(self.losses))
 
     def _points(self, loss: str) -> list[int]:
         return [point for point, name in enumerate(self.point_losses) if name == loss]
@@ -121,7 +156,7 @@ class CrossLoss(Result):
 
 def cross_loss(
     reference: LensModel,
-    models: Mapping[str, LensModel] | Mapping[int, LensModel],
+    models: Mapping[str, LensModel] | Mapping[int, LensModel] | Mapping[tuple[str, int], LensModel],
     pairs: Sequence[Pair],
     losses: Loss | Sequence[Loss] | None = None,
     *,
@@ -134,7 +169,8 @@ def cross_loss(
 
     Args:
         reference: the model before training, in eval mode.
-        models: trained models by label, such as the loss trained with or the step, in eval mode.
+        models: trained models in eval mode, by label, such as the loss trained with; or by label and
+            step, for the course of several trainings.
         pairs: clean and wrapped prompts. A pair that does not align in the window of a loss is
             left out for that loss alone, and counted in `CrossLoss.dropped`.
         losses: what to measure by; None for `ctlens.losses.MEASURED`, each as it is by default.
@@ -148,8 +184,9 @@ def cross_loss(
 
     Raises:
         CtlensError: a model does not compare with the reference or is in training mode, there are
-            no models, no losses or no pairs, a label or loss is given twice, the clean side is
-            unknown, no pair aligns for some loss, or a loss is on rollouts or a consensus.
+            no models, no losses or no pairs, a label or loss is given twice, a key is no label or
+            step, the clean side is unknown, no pair aligns for some loss, or a loss is on rollouts
+            or a consensus.
     """
     if clean not in CLEAN_SIDES:
         raise unknown("clean side", clean, list(CLEAN_SIDES))
@@ -159,7 +196,10 @@ def cross_loss(
     for loss in chosen:
         if loss.answers in OF_ITS_OWN:
             raise CtlensError(f"{loss.name} trains on prompts and answers of its own: leave it out.")
-    labelled = _labelled(reference, models)
+    labels, steps = _labels(models)
+    everyone = (reference, *models.values())
+    for model in everyone:
+        require_comparable(reference, model)
     if not chosen:
         raise CtlensError("there is nothing to measure by: give a loss, or None for the usual ones.")
     encoded = _encode(reference, pairs, chosen)
@@ -177,7 +217,7 @@ def cross_loss(
                 for loss in chosen
                 for hook_point, values in loss.row_values(forwards, hook_names[loss.name]).items()
             }
-            for forwards in _forwards(list(labelled.values()), batch, names, clean)
+            for forwards in _forwards(everyone, batch, names, clean)
         ]
         keys = list(rows[0])
         chunks.append(torch.stack([torch.stack(list(row.values())) for row in rows]).double().cpu().numpy())
@@ -185,19 +225,28 @@ def cross_loss(
     known = aligned[[number[name] for name, _ in keys]]
     by_hook = np.where(known, np.concatenate(chunks, -1), np.nan)
     point_losses, hook_points = zip(*keys, strict=True)
-    return CrossLoss(by_hook, aligned, tuple(labelled), point_losses, hook_points, clean)
+    return CrossLoss(by_hook, aligned, labels, point_losses, hook_points, clean, steps)
 
 
-def _labelled(reference: LensModel, models: Mapping[str, LensModel] | Mapping[int, LensModel]) -> dict[str, LensModel]:
-    """The reference and the models by label; they compare."""
+def _labels(models: Mapping[Any, LensModel]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The labels of the reference and the models, and their steps where they have some."""
     if not models:
         raise CtlensError("there are no models: give at least one, by its label.")
-    labels = [REFERENCE, *map(str, models)]
-    if len(set(labels)) < len(labels):
-        raise CtlensError(f"a label is given twice ({', '.join(labels)}): {REFERENCE!r} is the reference.")
-    for model in models.values():
-        require_comparable(reference, model)
-    return dict(zip(labels, (reference, *models.values()), strict=True))
+    over_steps = any(isinstance(key, tuple) for key in models)
+    keys: list[tuple[str, int]] = []
+    for key in models:
+        match key:
+            case (str(label), int(step)) if step >= 0:
+                keys.append((label, step))
+            case str() | int() if not over_steps:
+                keys.append((str(key), 0))
+            case _:
+                raise CtlensError(f"{key!r} labels no model: give a label, or for all a pair of label and step.")
+    if len(set(keys)) < len(keys) or any(label == REFERENCE for label, _ in keys):
+        names = ", ".join(map(str, models))
+        raise CtlensError(f"a label is given twice ({names}): {REFERENCE!r} is the reference.")
+    labels, steps = zip((REFERENCE, 0), *keys, strict=True)
+    return labels, steps if over_steps else ()
 
 
 def _encode(reference: LensModel, pairs: Sequence[Pair], losses: Sequence[Loss]) -> EncodedPairs:
