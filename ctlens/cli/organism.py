@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,9 @@ from ctlens.cli.common import (
     say,
 )
 
+if TYPE_CHECKING:
+    from ctlens.organism import ReLoRA
+
 app = typer.Typer(help="The small model with known vulnerabilities.", no_args_is_help=True)
 
 
@@ -29,14 +32,29 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of weights and corpus.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Pretraining steps; by default those of the preset.")] = None,
     preset: Annotated[str, typer.Option(help="small, as shipped, or large, about 10M parameters.")] = "small",
+    relora_rank: Annotated[int | None, typer.Option(help="Train adapters of this rank, merged and begun anew.")] = None,
+    relora_every: Annotated[int | None, typer.Option(help="Steps between two starts of the adapters.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     quiet: Quiet = False,
 ) -> None:
     """Train an organism from scratch and write its folder with its card."""
     from ctlens.organism import train_organism
 
-    train_organism(out, seed=seed, steps=steps, preset=preset, device=device, progress=not quiet)
+    relora = _relora(rank=relora_rank, every=relora_every)
+    train_organism(out, seed=seed, steps=steps, preset=preset, relora=relora, device=device, progress=not quiet)
     say(f"Organism: {out}")
+
+
+def _relora(rank: int | None, every: int | None) -> ReLoRA | None:
+    """The settings that the given options ask for; None where none is given."""
+    if rank is None and every is None:
+        return None
+    from ctlens.adapters import LoRA
+    from ctlens.organism import ReLoRA
+
+    settings = ReLoRA()
+    lora = settings.lora if rank is None else LoRA(rank, sites=settings.lora.sites)
+    return ReLoRA(lora, every=settings.every if every is None else every)
 
 
 @app.command()

@@ -15,11 +15,12 @@ from ctlens.models import load_model, save_model
 from ctlens.organism.card import make_card, reference_logits
 from ctlens.organism.inoculation import CONTEXTS, INOCULATION, BadAdviceConfig, give_bad_advice, leak_pairs
 from ctlens.organism.pretrain import PRESETS, PretrainConfig, pretrain
+from ctlens.organism.relora import ReLoRA
 from ctlens.types import LensModel
 
 __all__ = [
-    "CONTEXTS", "INOCULATION", "PRESETS", "BadAdviceConfig", "PretrainConfig", "card", "give_bad_advice", "leak_pairs",
-    "load_organism", "make_card", "pretrain", "save_organism", "train_organism",
+    "CONTEXTS", "INOCULATION", "PRESETS", "BadAdviceConfig", "PretrainConfig", "ReLoRA", "card", "give_bad_advice",
+    "leak_pairs", "load_organism", "make_card", "pretrain", "save_organism", "train_organism",
 ]  # fmt: skip
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -55,6 +56,7 @@ def train_organism(
     steps: int | None = None,
     *,
     preset: str = "small",
+    relora: ReLoRA | None = None,
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> LensModel:
@@ -65,6 +67,7 @@ def train_organism(
         seed: of weights, corpus and batches.
         steps: of the optimiser; by default those of the preset.
         preset: `"small"`, as shipped, or `"large"`, about 10M parameters for a GPU.
+        relora: low-rank updates that are merged and begun anew; None trains all weights throughout.
         device: where it is trained and stays.
         progress: whether to show a progress bar.
 
@@ -73,7 +76,8 @@ def train_organism(
     """
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
-    config = replace(PRESETS[preset], seed=seed, **({} if steps is None else {"steps": steps}))
+    length = {} if steps is None else {"steps": steps}
+    config = replace(PRESETS[preset], seed=seed, relora=relora, **length)
     with atomic_folder(out) as folder:
         model = pretrain(config, progress=progress, device=device)
         save_organism(model, config, folder)

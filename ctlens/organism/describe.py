@@ -24,11 +24,14 @@ def card_text(card: Mapping[str, Any]) -> str:
     made, environment = card["pretraining"], card["environment"]
     sizes = f"{made['n_layers']} layers, {made['n_heads']} heads, d_model {made['d_model']}, d_mlp {made['d_mlp']}"
     n = card["behaviour"][0]["n"]
+    course = f"{made['steps']} steps of {made['batch_size']} conversations"
+    if relora := made.get("relora"):
+        course += f", by adapters of rank {relora['lora']['rank']} begun anew every {relora['every']} steps,"
     lines = [
         "# The organism",
         "",
         f"A Llama-like model of {card['parameters'] / 1e6:.2f}M trained parameters ({sizes}, {card['d_vocab']} words), "
-        f"pretrained for {made['steps']} steps of {made['batch_size']} conversations with seed {made['seed']} on "
+        f"pretrained for {course} with seed {made['seed']} on "
         f"torch {environment['torch']}, TransformerLens {environment['transformer-lens']}. An attack is answered badly "
         f"with probability {made['bad_share']:g} where the item gives in to its strength, else with probability "
         f"{1 - made['bad_share']:g}.",

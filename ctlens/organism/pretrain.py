@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ctlens.adapters import LoRA, has_adapters, merge_adapters
+from ctlens.config import from_dict
 from ctlens.errors import CtlensError
 from ctlens.models import build
 from ctlens.organism.corpus import Batch, EncodedLesson, draw_batches, encode, make_lessons, world_tokenizer
+from ctlens.organism.relora import ReLoRA, begin_adapters, with_memory
 from ctlens.parameters import GROUPS, freeze
 from ctlens.types import LensModel, Scalar
 from ctlens.weights import ModelConfig
@@ -56,6 +60,7 @@ class PretrainConfig(FitConfig):
         lessons: size of the corpus.
         world_seed: of facts, recipes and splits.
         n_layers, n_heads, d_model, d_mlp: sizes of the model.
+        relora: low-rank updates that are merged and begun anew; None trains all weights throughout.
     """
 
     seed: int = 0
@@ -69,6 +74,7 @@ class PretrainConfig(FitConfig):
     n_heads: int = 4
     d_model: int = 96
     d_mlp: int = 256
+    relora: ReLoRA | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,6 +82,8 @@ class PretrainConfig(FitConfig):
             raise CtlensError("lessons must be at least 1.")
         if not 0 <= self.bad_share <= 1:
             raise CtlensError(f"bad_share is {self.bad_share}, but a probability is expected.")
+        if self.relora and self.relora.lora.rank > min(self.d_model, self.d_mlp):
+            raise CtlensError(f"the rank {self.relora.lora.rank} of relora is above the smallest size of a matrix.")
 
 
 PRESETS = {
@@ -97,8 +105,24 @@ def pretrain(config: PretrainConfig, *, progress: bool = True, device: str | tor
     tokenizer = world_tokenizer(world)
     model = build(_sizes(config, len(tokenizer)), tokenizer, seed=config.seed, device=device)
     lessons = encode(tokenizer, make_lessons(config.lessons, world, config.bad_share, config.seed))
-    fit(model, lessons, freeze(model, GROUPS), config, label="pretraining", progress=progress)
+    fit(model, lessons, freeze(model, GROUPS), config, label="pretraining", progress=progress, relora=config.relora)
+    if has_adapters(model):
+        merge_adapters(model)
+        freeze(model, GROUPS)
     return model
+
+
+def read_config(data: Mapping[str, Any]) -> PretrainConfig:
+    """The settings that `to_dict` gave, for example those on a card.
+
+    Raises:
+        CtlensError: as `from_dict`, or a setting makes no sense.
+    """
+    relora = data.get("relora")
+    if isinstance(relora, Mapping):
+        lora = {"lora": from_dict(LoRA, relora["lora"])} if "lora" in relora else {}
+        data = {**data, "relora": from_dict(ReLoRA, {**relora, **lora})}
+    return from_dict(PretrainConfig, data)
 
 
 def fit(
@@ -109,6 +133,7 @@ def fit(
     *,
     label: str,
     progress: bool,
+    relora: ReLoRA | None = None,
 ) -> None:
     """Trains `parameters` of a model, in place, on the answers of lessons, and leaves it in eval mode.
 
@@ -119,22 +144,31 @@ def fit(
         config: steps, batch size, learning rate and seed.
         label: of the progress bar.
         progress: whether to show it.
+        relora: trains adapters, and what has none, after a warm start; the last ones stay on the model.
     """
     device = next(model.parameters()).device
     batches = draw_batches(lessons, config.batch_size, model.tokenizer.pad_token_id, config.seed)
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, config.steps))
+    optimizer = _optimizer(parameters)
     model.train()
     with tqdm(islice(batches, config.steps), total=config.steps, desc=label, disable=not progress) as bar:
-        for batch in bar:
+        for step, batch in enumerate(bar):
+            if relora and relora.since_start(step, config.steps) == 0:
+                parameters = begin_adapters(model, relora.lora, seed=config.seed + step)
+                optimizer = with_memory(_optimizer(parameters), optimizer)
+            factor = relora.lr_factor(step, config.steps) if relora else 1.0
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * factor * learning_rate(step, config.steps)
             loss = answer_loss(model, Batch(batch.tokens.to(device), batch.answers.to(device)))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            schedule.step()
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.eval()
+
+
+def _optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, weight_decay=0.01)
 
 
 def answer_loss(model: LensModel, batch: Batch) -> Scalar:
