@@ -1,0 +1,53 @@
+"""What the benchmarks of a step measure with: every loss runs on their batch, and live bytes are counted right."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import ctlens as ct
+from ctlens.losses import LOSSES
+
+
+@pytest.fixture
+def modules(monkeypatch) -> tuple[ModuleType, ModuleType]:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    for name in ("step", "memory"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import memory
+    import step
+
+    monkeypatch.setattr(step, "BATCH", 2)
+    return step, memory
+
+
+def test_every_loss_on_two_passes_takes_a_step_on_their_batch(modules) -> None:
+    step, _ = modules
+    config = ct.ModelConfig(d_vocab=512, n_layers=1, n_heads=2, d_model=8, d_mlp=8)
+    reference, model, pairs = ct.build(config), ct.build(config, seed=1), step.batch()
+
+    assert pairs.wrapped.tokens.shape == (2, 64) and pairs.opening.tolist() == [1, 1]
+    assert {"act", "mlpct", "attct", "bct"} <= step.losses().keys() - {"attct, lifted"} <= LOSSES.keys() | {step.BARE}
+    for loss in step.losses().values():
+        step.step(reference, model, pairs, loss)
+
+
+def test_live_bytes_are_those_worked_out_by_hand(modules) -> None:
+    _, memory = modules
+    seen = []
+    with memory.LiveBytes() as live:
+        x = torch.zeros(1000, requires_grad=True)
+        seen.append(live.now)  # 1000 floats of 4 bytes
+        y = (x * 3).exp().sum()  # the exponential stays for the backward pass, its argument does not; one float for y
+        seen.append(live.now)
+        y.backward()  # a gradient in place of the exponential
+        seen.append(live.now)
+        view = x.detach().view(10, 100)  # no memory of its own
+        seen.append(live.now)
+        del x, y, view
+    assert seen == [4000, 8004, 8004, 8004]
+    assert live.now == 0 and live.peak >= 12_000
