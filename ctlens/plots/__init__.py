@@ -11,6 +11,7 @@ from ctlens.plots.export import save_figure
 from ctlens.plots.heads import attention_heads, component_grids
 from ctlens.plots.lines import StepCurve, cross_loss_steps, update_ranks
 from ctlens.plots.matrix import Panel, cross_loss, cross_threat
+from ctlens.plots.probes import probe_curves
 from ctlens.plots.rates import behaviour
 from ctlens.plots.strength import StrengthCurve, attack_strength
 from ctlens.plots.theme import finish, label, style
@@ -35,6 +36,7 @@ __all__ = [
     "hook_history",
     "label",
     "layer_curves",
+    "probe_curves",
     "save_figure",
     "style",
     "update_ranks",

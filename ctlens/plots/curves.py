@@ -44,7 +44,7 @@ def dose_response(
     """
     if log_x and min(doses, default=1) <= 0:
         raise CtlensError("a dose of 0 has no place on a logarithmic axis: leave it out, or set log_x=False.")
-    figure = _banded("doses", np.asarray(doses), curves)
+    figure = banded("doses", np.asarray(doses), curves)
     notes = ["Lines are rates, bands their 95% intervals"]
     notes += ["0 is before training"] * (0 in doses)
     notes += ["the horizontal axis is logarithmic"] * log_x
@@ -77,7 +77,7 @@ def layer_curves(
     """
     require_some("curves", curves)
     layers = np.arange(np.size(next(iter(curves.values()))[0]))
-    figure = _banded("layers", layers, curves)
+    figure = banded("layers", layers, curves)
     for words, value in (reference_lines or {}).items():
         figure.add_hline(value, line={"color": MUTED, "dash": "dot", "width": 1.2})
         figure.add_annotation(
@@ -94,7 +94,8 @@ def _padded(values: list[float]) -> list[float]:
     return [edge for value in values for edge in (value - margin, value + margin)]
 
 
-def _banded(axis: str, x: np.ndarray, curves: Mapping[str, Curve]) -> go.Figure:
+def banded(axis: str, x: np.ndarray, curves: Mapping[str, Curve]) -> go.Figure:
+    """A line with its band per name, in its style; `axis` says what `x` holds where that is empty."""
     require_some("curves", curves)
     require_some(axis, x)
     figure = go.Figure()
