@@ -28,6 +28,7 @@ OWNERS = {
     "rich": ("cli/",),
     "jinja2": ("chat.py", "report.py"),
     "scipy": ("intervals.py",),
+    "sklearn": ("analysis/classifiers.py",),
     "joblib": ("workers.py",),
 }
 PLOTS_MAY_USE = {"numpy", "plotly", "jaxtyping", "ctlens"}

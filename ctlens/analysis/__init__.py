@@ -3,8 +3,10 @@
 from ctlens.analysis.attention import AttentionDiff, attention_diff
 from ctlens.analysis.crossloss import CrossLoss, cross_loss
 from ctlens.analysis.lens import LogitAttribution, LogitLens, logit_attribution, logit_lens
+from ctlens.analysis.probe import Probe, probe
 from ctlens.analysis.residual import ResidualShift, residual_shift
 from ctlens.analysis.states import States, states
+from ctlens.analysis.tasks import Task, answer_hinted, labelled, will_misbehave, wrapper_present
 from ctlens.analysis.updaterank import UpdateRank, update_rank
 
 __all__ = [
@@ -12,14 +14,21 @@ __all__ = [
     "CrossLoss",
     "LogitAttribution",
     "LogitLens",
+    "Probe",
     "ResidualShift",
     "States",
+    "Task",
     "UpdateRank",
+    "answer_hinted",
     "attention_diff",
     "cross_loss",
+    "labelled",
     "logit_attribution",
     "logit_lens",
+    "probe",
     "residual_shift",
     "states",
     "update_rank",
+    "will_misbehave",
+    "wrapper_present",
 ]

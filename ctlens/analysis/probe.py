@@ -1,0 +1,296 @@
+"""What a linear probe reads from a model's states, on entities and wrappers that it was not fitted on.
+
+The score is balanced accuracy: the mean over classes of the share told right, among prompts that are
+alike in what is known anyway. Every prompt is tried in every one of several deals of its groups into
+folds. The interval resamples the groups of every factor at once (the pigeonhole bootstrap of Owen,
+2007), so it speaks of new entities under new wrappers.
+
+Beside the score stand a probe fitted on shuffled labels, a probe of random vectors and chance; and
+beside a probe carried from one model to another the one fitted anew, because a base-fitted probe
+that fails shows that the states moved, not that anything was erased.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from tqdm.auto import tqdm
+
+from ctlens import plots
+from ctlens.analysis.classifiers import Split, cuts, hits, make
+from ctlens.analysis.forward import require_comparable
+from ctlens.analysis.result import Result
+from ctlens.analysis.scores import balanced, interval
+from ctlens.analysis.states import Span, States
+from ctlens.analysis.tasks import Task
+from ctlens.errors import CtlensError, unknown
+from ctlens.hooks import Layers
+from ctlens.plots import Curve, Figure
+from ctlens.types import LensModel
+
+BASE = "none"
+CEILING = 0.98
+WHERE = {"last": "at the last token", "content": "at the content tokens", "wrapper": "at the attack's tokens"}
+
+Readable: TypeAlias = LensModel | States | Sequence[States]
+"""A model, or its states on the task's prompts, one a place."""
+
+
+@dataclass(frozen=True)
+class Probe(Result):
+    """Scores of probes, by reading (which model they were fitted on, which they read).
+
+    Attributes:
+        score, ci_low, ci_high: balanced accuracy and its 95 percent interval.
+        shuffled, shuffled_low, shuffled_high: the same with labels shuffled in training.
+        random_features: per estimator, the score on random vectors in place of states.
+        fitted_on, read_on: per reading, the model's name.
+        places, estimators, layers: the other axes.
+        site: the hook point.
+        question: what was asked.
+        chance: the score of guessing.
+        n_train: prompts a fit, on average.
+        n_test: prompts that the score counts.
+        balance: prompts by label.
+    """
+
+    score: Float[np.ndarray, "reading place estimator layer"]
+    ci_low: Float[np.ndarray, "reading place estimator layer"]
+    ci_high: Float[np.ndarray, "reading place estimator layer"]
+    shuffled: Float[np.ndarray, "reading place estimator layer"]
+    shuffled_low: Float[np.ndarray, "reading place estimator layer"]
+    shuffled_high: Float[np.ndarray, "reading place estimator layer"]
+    random_features: Float[np.ndarray, " estimator"]
+    fitted_on: tuple[str, ...]
+    read_on: tuple[str, ...]
+    places: tuple[str, ...]
+    estimators: tuple[str, ...]
+    layers: tuple[int, ...]
+    site: str
+    question: str
+    chance: float
+    n_train: int
+    n_test: int
+    balance: Mapping[str, int]
+
+    def at_ceiling(self, place: str, estimator: str) -> bool:
+        """Whether every refitted probe is right nearly always, so that the task tells no model apart."""
+        return bool((self.score[self._refitted(), *self._at(place, estimator)] >= CEILING).all())
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per model fitted on, model read on, place, estimator and layer.
+
+        `selectivity` is the score above that of shuffled labels; `uninformative` marks a task that
+        is at ceiling in every model and layer.
+        """
+        axes = product(range(len(self.fitted_on)), self.places, self.estimators, self.layers)
+        names = [(self.fitted_on[row], self.read_on[row], *rest) for row, *rest in axes]
+        table = pd.DataFrame(names, columns=["fitted_on", "read_on", "place", "estimator", "layer"])
+        for column in ("score", "ci_low", "ci_high", "shuffled"):
+            table[column] = getattr(self, column).ravel()
+        table["selectivity"] = table["score"] - table["shuffled"]
+        random = dict(zip(self.estimators, self.random_features.tolist(), strict=True))
+        rows = zip(table["place"], table["estimator"], strict=True)
+        return table.assign(
+            random_features=[random[name] for name in table["estimator"]],
+            chance=self.chance,
+            n_train=self.n_train,
+            n_test=self.n_test,
+            uninformative=[self.at_ceiling(place, estimator) for place, estimator in rows],
+        )
+
+    def curve(self, fitted_on: str, read_on: str, place: str, estimator: str) -> Curve:
+        """Score and its interval by layer.
+
+        Raises:
+            CtlensError: there is no such reading, place or estimator.
+        """
+        readings = list(zip(self.fitted_on, self.read_on, strict=True))
+        if (fitted_on, read_on) not in readings:
+            raise unknown("reading", f"{fitted_on} on {read_on}", [f"{fit} on {read}" for fit, read in readings])
+        at = (readings.index((fitted_on, read_on)), *self._at(place, estimator))
+        return self.score[at], self.ci_low[at], self.ci_high[at]
+
+    def figure(self, place: str | None = None, estimator: str | None = None) -> Figure:
+        """Score by layer, one colour a model: fitted anew solid, fitted on the base dashed.
+
+        Args:
+            place: the first one if not given.
+            estimator: the first one if not given.
+
+        Raises:
+            CtlensError: the place or the estimator was not probed.
+        """
+        place, estimator = place or self.places[0], estimator or self.estimators[0]
+        at = (self._refitted(), *self._at(place, estimator))
+        readings = list(zip(self.fitted_on, self.read_on, strict=True))
+        note = f"{estimator.replace('_', '-')} probes tried on {self.n_test} prompts of unseen groups"
+        if self.at_ceiling(place, estimator):
+            note += f"; uninformative: {CEILING:.0%} or more in every model and layer"
+        return plots.probe_curves(
+            self.layers,
+            {read: self.curve(fit, read, place, estimator) for fit, read in readings if fit == read},
+            {read: self.curve(fit, read, place, estimator) for fit, read in readings if fit == BASE != read},
+            f"Can a linear probe read {self.question}, {WHERE.get(place, 'at the chosen tokens')}?",
+            chance=self.chance,
+            shuffled=(self.shuffled_low[at].min(0), self.shuffled_high[at].max(0)),
+            subtitle=note,
+        )
+
+    def _refitted(self) -> list[int]:
+        return [row for row, names in enumerate(zip(self.fitted_on, self.read_on, strict=True)) if len(set(names)) == 1]
+
+    def _at(self, place: str, estimator: str) -> tuple[int, int]:
+        if place not in self.places:
+            raise unknown("place", place, self.places)
+        if estimator not in self.estimators:
+            raise unknown("estimator", estimator, self.estimators)
+        return self.places.index(place), self.estimators.index(estimator)
+
+
+def probe(
+    models: Mapping[str, Readable],
+    task: Task,
+    *,
+    places: Sequence[str | Span] = ("last", "content"),
+    layers: Layers = "all",
+    site: str = "resid_post",
+    estimators: Sequence[str] = ("ridge",),
+    folds: int = 3,
+    seeds: int = 3,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Probe:
+    """Probes fitted on every model and, where the base is among them, carried from it and back to it.
+
+    >>> import ctlens as ct
+    >>> model, pairs = ct.load_organism(), ct.threats.get("sycophancy").pairs(96, split="heldout")
+    >>> task = ct.analysis.wrapper_present(pairs, model.tokenizer)
+    >>> found = ct.analysis.probe({"none": model}, task, places=["last"], layers="last", progress=False)
+    >>> bool(found.score.item() > 0.9), found.chance, found.balance
+    (True, 0.5, {'none': 192, 'wrapper': 96})
+
+    Args:
+        models: by name, in eval mode; `"none"` is the base. In place of a model its states, from
+            `Task.states`, one a place.
+        task: what is asked, see `ctlens.analysis.tasks`.
+        places: see `ctlens.analysis.states`; not read where states are given, nor are the layers and the site.
+        layers: which ones, see `ctlens.hooks.select_layers`.
+        site: a hook point with one vector a token.
+        estimators: `"ridge"`, `"logistic"` and `"mass_mean"`, all on standardised inputs.
+        folds: into which the groups of every factor are dealt.
+        seeds: how many deals.
+        batch_size: prompts a forward pass.
+        progress: show progress bars.
+
+    Raises:
+        CtlensError: a name is unknown, the models or states do not compare, a model is in training
+            mode, there are fewer groups than folds, or a training set lacks a class.
+    """
+    if folds < 2 or seeds < 1 or not estimators or len(set(estimators)) < len(estimators):
+        raise CtlensError("a probe needs at least 2 folds, 1 seed and 1 estimator, and each estimator once.")
+    for name in estimators:
+        make(name)
+    splits = [split for seed in range(seeds) for split in cuts(task, folds, seed)]
+    options = {"site": site, "layers": layers, "batch_size": batch_size, "progress": progress}
+    found = _states(models, task, places, options)
+    first, readings = next(iter(found.values())), _readings(list(found))
+    shape = (len(first), len(estimators), len(first[0].layers), len(readings))
+    real, null = (np.zeros((*shape, len(task.labels))) for _ in range(2))
+    axes = list(product(range(len(first)), enumerate(estimators), range(len(first[0].layers))))
+    for place, (number, name), layer in tqdm(axes, desc="probes", disable=not progress, leave=False):
+        values = {model: of[place].values[layer] for model, of in found.items()}
+        real[place, number, layer] = _hits(name, values, readings, task, splits)
+        null[place, number, layer] = _hits(name, values, readings, task, splits, shuffled=True)
+    noise = np.random.default_rng(0).standard_normal(first[0].values.shape[1:])
+    random = np.concatenate([hits(name, noise, [noise], task, splits) for name in estimators])
+    return Probe(
+        *_curves(real, task),
+        *_curves(null, task),
+        random_features=balanced(random, task)[0],
+        fitted_on=tuple(fitted for fitted, _ in readings),
+        read_on=tuple(read for _, read in readings),
+        places=tuple(item.place for item in first),
+        estimators=tuple(estimators),
+        layers=first[0].layers,
+        site=first[0].site,
+        question=task.question,
+        chance=task.chance(),
+        n_train=round(float(np.mean([len(train) for train, _ in splits]))),
+        n_test=sum(value in task.contested() for value in task.stratum),
+        balance=dict(sorted(Counter(task.labels).items())),
+    )
+
+
+def _states(
+    models: Mapping[str, Readable], task: Task, places: Sequence[str | Span], options: dict[str, Any]
+) -> dict[str, tuple[States, ...]]:
+    """The states of each model, one a place.
+
+    Raises:
+        CtlensError: models or states do not compare, or do not fit the task.
+    """
+    live = [item for item in models.values() if not isinstance(item, States | Sequence)]
+    for model in live[1:]:
+        require_comparable(live[0], model)
+    found = {name: _of(item, task, places, options) for name, item in models.items()}
+    kinds = {tuple((s.site, s.place, s.layers, s.values.shape) for s in of) for of in found.values()}
+    if len(kinds) != 1 or () in kinds:
+        raise CtlensError("a probe needs states of one site, the same places, layers and size in every model.")
+    (kind,) = kinds
+    if len({place for _, place, _, _ in kind}) < len(kind):
+        raise CtlensError("each place can be probed once: probe several spans of your own one after another.")
+    if any(shape[1] != len(task.labels) for *_, shape in kind):
+        raise CtlensError(f"the states are of {kind[0][-1][1]} prompts, but the task has {len(task.labels)} labels.")
+    if not all(np.isfinite(item.values).all() for of in found.values() for item in of):
+        raise CtlensError("the states hold numbers that are not finite: the model is broken at one of these layers.")
+    return found
+
+
+def _of(item: Readable, task: Task, places: Sequence[str | Span], options: dict[str, Any]) -> tuple[States, ...]:
+    if isinstance(item, States):
+        return (item,)
+    if isinstance(item, Sequence):
+        return tuple(item)
+    return tuple(task.states(item, place=place, **options) for place in places)
+
+
+def _readings(names: list[str]) -> list[tuple[str, str]]:
+    """Every model by its own probe, the trained ones by the base's, the base by theirs."""
+    own, trained = [(name, name) for name in names], [name for name in names if name != BASE]
+    if BASE not in names:
+        return own
+    return own + [(BASE, name) for name in trained] + [(name, BASE) for name in trained]
+
+
+def _hits(
+    name: str,
+    values: Mapping[str, np.ndarray],
+    readings: Sequence[tuple[str, str]],
+    task: Task,
+    splits: Sequence[Split],
+    *,
+    shuffled: bool = False,
+) -> Float[np.ndarray, "reading prompt"]:
+    """Each model's probe is fitted once and tried on all that it reads."""
+    rows: dict[tuple[str, str], np.ndarray] = {}
+    for fitted in values:
+        reads = [read for fit, read in readings if fit == fitted]
+        right = hits(name, values[fitted], [values[read] for read in reads], task, splits, shuffled=shuffled)
+        rows.update(zip(((fitted, read) for read in reads), right, strict=True))
+    return np.stack([rows[reading] for reading in readings])
+
+
+def _curves(
+    right: Float[np.ndarray, "place estimator layer reading prompt"], task: Task
+) -> list[Float[np.ndarray, "reading place estimator layer"]]:
+    """Score and the ends of its interval."""
+    flat = interval(right.reshape(-1, right.shape[-1]), task)
+    return [np.moveaxis(values.reshape(right.shape[:-1]), -1, 0) for values in flat]
