@@ -2,7 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
-TESTS_4X := $(addprefix tests/test_,models.py weights.py hooks.py losses.py presets.py adapters.py training.py organism.py)
+TESTS_4X := $(addprefix tests/test_,models.py weights.py hooks.py losses.py losses_outputs.py losses_attention.py)
+TESTS_4X += $(addprefix tests/test_,presets.py presets_outputs.py rmct.py f2c.py adapters.py relora.py updaterank.py)
+TESTS_4X += $(addprefix tests/test_,states.py lens.py training.py organism.py)
 
 .PHONY: install compare test test-4x check figures clean
 

@@ -8,6 +8,7 @@ import torch
 from conftest import byte_level_tokenizer, hf_model
 
 from ctlens.analysis import States, states
+from ctlens.analysis.forward import require_comparable
 from ctlens.analysis.states import PLACES
 from ctlens.batch import encode
 from ctlens.errors import CtlensError
@@ -89,3 +90,9 @@ def test_a_model_in_training_mode_is_refused():
     training.train()
     with pytest.raises(CtlensError, match="eval mode"):
         states(training, PAIRS, progress=False)
+
+
+def test_models_that_read_text_differently_do_not_compare(model: LensModel):
+    other = load_model(hf_model("llama"), tokenizer=byte_level_tokenizer(vocab_size=300, chat=True))
+    with pytest.raises(CtlensError, match="tokenizers differ"):
+        require_comparable(model, other)

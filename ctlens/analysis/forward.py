@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -25,8 +26,15 @@ def require_comparable(before: LensModel, after: LensModel) -> None:
         here, there = getattr(before.cfg, name), getattr(after.cfg, name)
         if here != there:
             raise CtlensError(f"the models do not compare: {name} is {here} before and {there} after.")
-    if before.tokenizer is not after.tokenizer and before.tokenizer.get_vocab() != after.tokenizer.get_vocab():
+    if not _read_alike(before.tokenizer, after.tokenizer):
         raise CtlensError("the models do not compare: their tokenizers differ.")
+
+
+def _read_alike(tokenizer: Any, other: Any) -> bool:
+    """Whether two tokenizers have one vocabulary; a model without one reads nothing."""
+    if tokenizer is other or tokenizer is None or other is None:
+        return True
+    return tokenizer.get_vocab() == other.get_vocab()
 
 
 def labelled(models: LensModel | Mapping[str, LensModel]) -> dict[str, LensModel]:
