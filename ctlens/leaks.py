@@ -26,7 +26,7 @@ from ctlens.files import atomic_folder, write_json
 from ctlens.intervals import wilson
 from ctlens.organism.inoculation import CONTEXTS, INOCULATION, BadAdviceConfig, give_bad_advice, leak_pairs
 from ctlens.plots import Figure
-from ctlens.training import TrainConfig, train
+from ctlens.training import TrainConfig, Trainer
 from ctlens.types import LensModel
 from ctlens.world import SPLITS
 
@@ -154,4 +154,7 @@ def _stages(
     retain = threats.get("conditional").neutral(NEUTRAL_PROMPTS, seed=training.seed)
     for name in methods:
         chosen = [] if name == CONTROL else [loss_registry.get(name)]
-        yield name, train(inoculated, pairs, chosen, config=training, retain=retain, progress=False).model
+        trainer = Trainer(inoculated, pairs, chosen, training, retain=retain)
+        for _ in trainer:  # not `train`, which an interrupt ends with the model as it is
+            pass
+        yield name, trainer.model

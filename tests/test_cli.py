@@ -171,6 +171,15 @@ MISTAKES = {
     f"{TRAIN} --pairs good.jsonl --loss act --lora-rank 2 --lora-sites q,w": "unknown adapter site 'w'",
     f"{TRAIN} --pairs good.jsonl --loss act --lora-rank 99": "allows no rank above",
     f"{TRAIN} --pairs good.jsonl --loss act --lora-sites q": "give --lora-rank too",
+    f"{TRAIN} --pairs good.jsonl --loss act --accumulate 0": "accumulate must be at least 1, not 0",
+    f"{TRAIN} --pairs good.jsonl --loss act --checkpoint-every 0": "--checkpoint-every must be at least 1, not 0",
+    f"{TRAIN} --pairs good.jsonl --loss act --schedule cosine": "unknown learning-rate schedule 'cosine'",
+    f"{TRAIN} --pairs good.jsonl --loss act --schedule StepLR,step_size": "NAME,option=number, not 'step_size'",
+    f"{TRAIN} --pairs good.jsonl --loss act --schedule StepLR,size=3": "StepLR does not work with size=3",
+    f"{TRAIN} --pairs good.jsonl --loss act --stop-below 0.1": "give --threat NAME",
+    f"{TRAIN} --threat jailbreak --loss act --stop-below 2": "below a rate of more than 0, up to 1, not 2.0",
+    f"{TRAIN} --pairs good.jsonl --loss act --track mlptc": "unknown loss 'mlptc'; did you mean 'mlpct'",
+    "train --quiet --model hf --loss act --pairs good.jsonl --out taken --resume": "taken exists already",
     # the folders
     "train --quiet --model hf --loss act --pairs good.jsonl --out taken": "taken exists already",
     "train --quiet --model hf --loss act --pairs good.jsonl --out file": "file exists already",
@@ -295,18 +304,32 @@ def test_a_target_too_long_for_the_context_is_refused_before_training(call: Call
     assert not Path("new").exists()
 
 
-@pytest.mark.parametrize("moment", ["ctlens.training.Trainer.__next__", "ctlens.training.run.save_model"])
-def test_an_interrupt_ends_with_130_and_leaves_nothing(call: Call, place: Path, monkeypatch, moment: str) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(moment, interrupt)
+def test_an_interrupt_before_the_first_step_ends_with_130_and_leaves_nothing(
+    call: Call, place: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("ctlens.training.Trainer.__next__", interrupt)
     before = tree(place)
 
     ended = call(f"{TRAIN} --loss act --pairs good.jsonl --steps 2")
 
-    assert ended.code == 130 and "Traceback" not in ended.err
+    assert ended.code == 130 and ended.err == ""
     assert tree(place) == before
+
+
+def test_an_interrupt_after_the_last_step_leaves_what_a_resume_saves(call: Call, place: Path, monkeypatch) -> None:
+    line = f"{TRAIN} --loss act --pairs good.jsonl --steps 2"
+    with monkeypatch.context() as patch:
+        patch.setattr("ctlens.training.run.save_model", interrupt)
+        ended = call(line)
+
+    assert ended.code == 130 and "interrupted after 2 of 2 steps; go on with the same command" in ended.err
+    assert not Path("new").exists() and Path("new.partial").is_dir()
+    assert call(f"{line} --resume").code == 0
+    assert Path("new/history.csv").is_file() and not Path("new.partial").exists()
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_full_disk_is_a_sentence_too(call: Call, place: Path, monkeypatch) -> None:
@@ -360,12 +383,29 @@ def test_a_threat_s_own_pairs_train_the_organism(call: Call, place: Path) -> Non
     assert json.loads(Path("new/config.json").read_text())["training"]["steps"] == 2
 
 
+def test_tracked_losses_and_the_reached_target_are_told(call: Call, place: Path) -> None:
+    line = "train --quiet --loss act --threat jailbreak --steps 2 --accumulate 2 --batch-size 8 --out new"
+    ended = call(f"{line} --track mlpct,bct --stop-below 1 --schedule ExponentialLR,gamma=0.5")
+
+    assert ended.code == 0 and ended.err == ""
+    lines = ended.out.splitlines()
+    assert re.fullmatch(r"Ended after 0 steps: bad_rate 0\.\d{3} is below 1", lines[-2])
+    training = json.loads(Path("new/config.json").read_text())["training"]
+    assert training["schedule"] == "ExponentialLR" and training["schedule_options"] == {"gamma": 0.5}
+    assert training["accumulate"] == 2 and training["until"]["threat"] == "jailbreak"
+    ended = call(line.replace("new", "other") + " --track mlpct,bct")
+    assert all(
+        re.search(rf"^tracked/{name}: [\d.e-]+ at step 1, [\d.e-]+ at step 2$", ended.out, re.M)
+        for name in ("mlpct", "bct")
+    )
+
+
 def test_defaults_are_those_of_the_library() -> None:
     given = {name: entry.default for name, entry in inspect.signature(cli.training.train).parameters.items()}
     library = to_dict(TrainConfig())
 
     shared = given.keys() & library.keys()
-    assert {"steps", "batch_size", "lr", "retention", "seed"} <= shared
+    assert {"steps", "batch_size", "lr", "retention", "seed", "accumulate", "schedule"} <= shared
     assert {name: given[name] for name in shared} == {name: library[name] for name in shared}
     assert inspect.signature(cli.studies.compare).parameters["seeds"].default == StudyConfig().seeds
     doses = {name: entry.default for name, entry in inspect.signature(cli.studies.doses).parameters.items()}

@@ -191,7 +191,7 @@ def test_the_variants_of_a_prompt_come_in_one_batch(organism) -> None:
     trainer = Trainer(organism, pairs, F2C(), TrainConfig(steps=1, batch_size=24, answer_tokens=4))
     rows = trainer.pairs.rows
 
-    order = [rows[index].clean.ids for index in next(trainer._rows)]
+    order = [rows[index].clean.ids for index in next(trainer._batches)]
 
     changes = sum(a != b for a, b in zip(order, order[1:], strict=False))
     assert len(order) == len(rows) and changes == len(set(order)) - 1

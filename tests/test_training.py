@@ -13,6 +13,7 @@ from ctlens.pairs import Pair, prompt
 from ctlens.parameters import copy_model, parameter_groups, present_parameters
 from ctlens.training import TrainConfig, Trainer, load_run, train
 from ctlens.training.answers import reference_answers
+from ctlens.training.schedules import linear
 from ctlens.types import LensModel
 
 PAIRS = [
@@ -127,9 +128,7 @@ def test_the_trainer_yields_as_many_steps_as_configured_with_the_model_ready_to_
 
 
 def test_the_learning_rate_warms_up_and_decays_to_nearly_zero() -> None:
-    config = TrainConfig(steps=10, warmup=0.4)
-
-    factors = [round(config.lr_factor(step), 3) for step in range(10)]
+    factors = [round(linear(step, 10, 0.4), 3) for step in range(10)]
 
     assert factors == [0.2, 0.4, 0.6, 0.8, 0.857, 0.714, 0.571, 0.429, 0.286, 0.143]
 
@@ -155,11 +154,11 @@ def test_retention_is_the_divergence_on_the_references_own_answers(model) -> Non
     for _ in trainer:
         pass
     prompt_length = len(trainer.pairs.rows[0].clean.ids)
-    ids = torch.tensor([trainer.retention.prompts[0] + trainer.retention.answer(0)])
+    ids = torch.tensor([trainer.retention.prompts[0] + trainer.retention.answers[0]])
 
     with torch.no_grad():
         p, q = (m(ids)[0, prompt_length - 1 : -1].log_softmax(-1) for m in (model, trainer.model))
-        value = trainer.retention.loss(trainer.model, 2, torch.Generator().manual_seed(0))
+        (value,) = trainer.retention.terms(trainer.model, 3)
 
     assert value.item() == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +33,12 @@ def train(
     retention: Annotated[float, typer.Option(help="Weight of the KL to the reference.")] = 10.0,
     lora_rank: Annotated[int | None, typer.Option(help="Train adapters of this rank beside frozen weights.")] = None,
     lora_sites: Annotated[str, typer.Option(help="Of q, k, v, o, mlp_in, mlp_gate, mlp_out; q,v by default.")] = "",
+    accumulate: Annotated[int, typer.Option(help="Parts a batch is worked off in, to save memory.")] = 1,
+    schedule: Annotated[str, typer.Option(help="linear, or one of torch's: CosineAnnealingLR,T_max=90.")] = "linear",
+    stop_below: Annotated[float | None, typer.Option(help="End at this bad rate on held-out pairs.")] = None,
+    track: Annotated[str, typer.Option(help="Comma-separated losses to follow without training on them.")] = "",
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 50,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what was interrupted or killed.")] = False,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -41,23 +48,35 @@ def train(
     from ctlens.alignment import WINDOWS
     from ctlens.errors import unknown
     from ctlens.files import require_free
-    from ctlens.training import TrainConfig, Trainer
+    from ctlens.training import TrainConfig, Trainer, Until
 
+    partial = _partial(out, resume)
+    if resume and (out / "history.csv").is_file():
+        _remove(partial)
+        say(f"Run: {out} (finished before)")
+        return
     require_free(out)
+    if checkpoint_every < 1:
+        raise CtlensError(f"--checkpoint-every must be at least 1, not {checkpoint_every}.")
     if window not in WINDOWS:
         raise unknown("alignment window", window, WINDOWS)
-    config = TrainConfig(steps=steps, batch_size=batch_size, lr=lr, retention=retention, seed=seed)
+    if stop_below is not None and not threat:
+        raise CtlensError("--stop-below asks the threat that is trained on: give --threat NAME.")
+    kind, options = _schedule(schedule)
+    config = TrainConfig(
+        steps=steps, batch_size=batch_size, lr=lr, retention=retention, seed=seed, accumulate=accumulate,
+        schedule=kind, schedule_options=options, until=None if stop_below is None else Until(threat, below=stop_below),
+    )  # fmt: skip
     if lora := _lora(lora_rank, names(lora_sites)):
         config = replace(config, trainable=lora)
-    losses = [_loss(name, window) for name in loss]
+    losses, tracked = ([_loss(name, window) for name in group] for group in (loss, names(track)))
     chosen = _pairs(pairs, threat, seed)
-    trainer = Trainer(chosen_model(model), chosen, losses, config, progress=not quiet)
+    trainer = Trainer(chosen_model(model), chosen, losses, config, track=tracked, progress=not quiet)
+    if partial.exists():
+        trainer.restore(partial)
     _print_alignment(trainer)
-    _take_steps(trainer, quiet)
-    trainer.run.save(out)
-    for name in loss:
-        series = trainer.history.series(name)
-        say(f"{name}: {series[0]:.4g} at step 1, {series[-1]:.4g} at step {steps}")
+    _train_and_save(trainer, out, partial, checkpoint_every, quiet)
+    _print_course(trainer)
     say(f"Run: {out}")
 
 
@@ -115,12 +134,66 @@ def _lora(rank: int | None, sites: tuple[str, ...]) -> LoRA | None:
     return LoRA(rank, sites=sites) if sites else LoRA(rank)
 
 
-def _take_steps(trainer: Trainer, quiet: bool) -> None:
+def _schedule(text: str) -> tuple[str, dict[str, float]]:
+    """The name and the options in `NAME,option=number,...`."""
+    name, *rest = names(text) or ("",)
+    options: dict[str, float] = {}
+    for part in rest:
+        key, _, value = part.partition("=")
+        try:
+            options[key] = int(value) if value.lstrip("-").isdecimal() else float(value)
+        except ValueError:
+            raise CtlensError(f"--schedule takes NAME,option=number, not {part!r}.") from None
+    return name, options
+
+
+def _partial(out: Path, resume: bool) -> Path:
+    """The folder of the checkpoints, beside that of the run."""
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists() and not resume:
+        raise CtlensError(f"{partial} holds an interrupted training: pass --resume to go on with it, or remove it.")
+    return partial
+
+
+def _remove(partial: Path) -> None:
+    import shutil
+
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _train_and_save(trainer: Trainer, out: Path, partial: Path, every: int, quiet: bool) -> None:
+    """Takes the steps left; an interrupt leaves a checkpoint of those taken, and a saved run leaves none."""
+    try:
+        _take_steps(trainer, partial, every, quiet)
+        trainer.run.save(out)
+    except KeyboardInterrupt:
+        if len(trainer.history):
+            trainer.checkpoint(partial)
+            done = f"{len(trainer.history)} of {len(trainer)} steps"
+            sys.stderr.write(f"ctlens: interrupted after {done}; go on with the same command and --resume\n")
+        raise
+    _remove(partial)
+
+
+def _take_steps(trainer: Trainer, partial: Path, every: int, quiet: bool) -> None:
     from tqdm.auto import tqdm
 
-    with tqdm(trainer, desc="train", disable=quiet) as bar:
+    with tqdm(trainer, desc="train", initial=len(trainer.history), total=len(trainer), disable=quiet) as bar:
         for step in bar:
             bar.set_postfix(loss=f"{step.losses['total']:.4g}", refresh=False)
+            if step.index % every == 0:
+                trainer.checkpoint(partial)
+
+
+def _print_course(trainer: Trainer) -> None:
+    """Each loss at its first and last step, and the rate at which the training ended early."""
+    history, until = trainer.history, trainer.config.until
+    for name in [loss.name for loss in trainer.losses] + [f"tracked/{loss.name}" for loss in trainer.track]:
+        if series := history.series(name):
+            say(f"{name}: {series[0]:.4g} at step 1, {series[-1]:.4g} at step {history.steps_of(name)[-1]}")
+    if until and trainer.run.stopped == "target reached":
+        rate = history.series(until.metric)[-1]
+        say(f"Ended after {len(history)} steps: {until.metric} {rate:.3f} is below {until.below:g}")
 
 
 def _print_alignment(trainer: Trainer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -97,6 +97,11 @@ class Loss(ABC):
         return False
 
     @property
+    def relative_to_gap(self) -> bool:
+        """Whether its value at each hook point counts relative to that before training."""
+        return False
+
+    @property
     def answers(self) -> str:
         """How the answers behind the prompts are had, one of `ANSWERS`; empty where it needs none."""
         return "greedy" if "answer" in self.windows else ""
@@ -118,6 +123,12 @@ class Loss(ABC):
     def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
         """The unweighted loss per hook point and pair, `[batch]` each."""
 
+    def measure(self, forwards: Forwards, factors: Mapping[str, float]) -> LossValue:
+        """The loss on one batch before its weight, as `compute` is after it, with or without a graph."""
+        by_hook = {name: values.mean() for name, values in self.row_values(forwards, list(factors)).items()}
+        total = torch.stack([factors.get(name, 1.0) * value for name, value in by_hook.items()]).mean()
+        return LossValue(total, {name: value.detach() for name, value in by_hook.items()})
+
     def compute(self, forwards: Forwards, factors: Mapping[str, float]) -> LossValue:
         """The loss on one batch.
 
@@ -128,11 +139,10 @@ class Loss(ABC):
         Raises:
             CtlensError: the loss does not depend on the trained weights.
         """
-        by_hook = {name: values.mean() for name, values in self.row_values(forwards, list(factors)).items()}
-        total = self.weight * torch.stack([factors.get(name, 1.0) * value for name, value in by_hook.items()]).mean()
-        if not total.requires_grad:
+        value = self.measure(forwards, factors)
+        if not value.total.requires_grad:
             raise CtlensError(f"the loss {self.name} has no gradient: its activations were captured without the graph.")
-        return LossValue(total, {name: value.detach() for name, value in by_hook.items()})
+        return replace(value, total=self.weight * value.total)
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,8 @@ class InternalLoss(Loss):
         layer_weights: one of `LAYER_WEIGHTS`, the factors in the mean over layers.
         clean: whose activations on the clean prompts are the target: the `"reference"`'s, or the
             trained model's `"own"`, which move with it.
+        gap: divide each layer's term by its value before training, which a trainer measures, so that
+            every layer starts alike and none dominates by its scale.
     """
 
     layers: Layers = "all"
@@ -153,6 +165,7 @@ class InternalLoss(Loss):
     weight: float = 1.0
     layer_weights: str = "uniform"
     clean: str = "reference"
+    gap: bool = False
 
     def __post_init__(self) -> None:
         check_option("alignment window", self.window, WINDOWS)
@@ -173,6 +186,11 @@ class InternalLoss(Loss):
     def clean_side(self) -> str:
         """Whose clean side it compares with."""
         return self.clean
+
+    @property
+    def relative_to_gap(self) -> bool:
+        """Whether each layer's term is divided by its value before training."""
+        return self.gap
 
     @property
     @abstractmethod

@@ -24,7 +24,7 @@ def history(
 
     Args:
         steps: the recorded training steps.
-        curves: per loss, its value `[step]`.
+        curves: per loss, its value `[step]`, NaN at steps that have none.
         title: the question or the answer.
         subtitle: one line under the title.
 
@@ -36,7 +36,9 @@ def history(
     for name, losses in values.items():
         look = style(name)
         line = {"color": look.colour, "dash": look.dash, "width": 2.2}
-        figure.add_scatter(x=list(steps), y=losses.tolist(), mode="lines", name=look.label, line=line)
+        gaps = np.isnan(losses).any()  # a number between two gaps has no line to be seen by
+        mode = "lines+markers" if gaps else "lines"
+        figure.add_scatter(x=list(steps), y=losses.tolist(), mode=mode, name=look.label, line=line)
     return _losses(figure, values, title, subtitle, "history", "Each line is one loss, times its weight.")
 
 

@@ -1,7 +1,9 @@
 """The visible training loop, its settings, and the run it yields."""
 
-from ctlens.training.config import TrainConfig
-from ctlens.training.run import History, Run, load_run
-from ctlens.training.trainer import Step, Trainer, train
+from ctlens.training.config import Phase, TrainConfig, Until
+from ctlens.training.history import History
+from ctlens.training.run import Run, load_run
+from ctlens.training.step import Step
+from ctlens.training.trainer import Trainer, train
 
-__all__ = ["History", "Run", "Step", "TrainConfig", "Trainer", "load_run", "train"]
+__all__ = ["History", "Phase", "Run", "Step", "TrainConfig", "Trainer", "Until", "load_run", "train"]

@@ -2,13 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from ctlens import threats
 from ctlens.adapters import LoRA
+from ctlens.alignment import WINDOWS
 from ctlens.config import from_dict
-from ctlens.errors import CtlensError
+from ctlens.errors import CtlensError, unknown
+from ctlens.training.schedules import LINEAR, require_schedule
+from ctlens.world import SPLITS
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a training in which only some of its losses are active.
+
+    Attributes:
+        steps: its length.
+        losses: names of those that are active; the others are not even computed.
+    """
+
+    steps: int
+    losses: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        _require_counts(self, ("steps",))
+        if not self.losses or len(set(self.losses)) < len(self.losses):
+            raise CtlensError("a phase names at least one loss, and each once.")
+
+
+@dataclass(frozen=True)
+class Until:
+    """A behaviour at which a training ends, so that methods can be compared at the same effect.
+
+    Attributes:
+        threat: whose pairs are asked.
+        metric: its rate on the wrapped prompts, see `ctlens.evaluate`.
+        below: the training ends once the rate is under this, 0 to 1.
+        split: of the threat's pairs.
+        items: pairs asked.
+        every: steps between two looks; the first look is before the first step.
+    """
+
+    threat: str
+    metric: str = "bad_rate"
+    below: float = 0.1
+    split: str = "heldout"
+    items: int = 96
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        threats.get(self.threat)
+        if self.split not in SPLITS:
+            raise unknown("split", self.split, SPLITS)
+        if not 0 < self.below <= 1:
+            raise CtlensError(f"a training ends below a rate of more than 0, up to 1, not {self.below}.")
+        _require_counts(self, ("items", "every"))
 
 
 @dataclass(frozen=True)
@@ -18,8 +69,8 @@ class TrainConfig:
     Attributes:
         steps: optimiser steps.
         batch_size: pairs a step, and half as many retention prompts.
-        lr: peak learning rate of AdamW, reached after the warm-up, falling to zero at the end.
-        warmup: share of the steps that warm up, 0 to 1.
+        lr: peak learning rate of AdamW, reached after the warm-up.
+        warmup: share of the steps in which the learning rate rises to its peak, 0 to 1.
         relative_eps: AdamW's eps as a share of `1 / sqrt(number of trained weights)`, the typical
             entry of a gradient of norm 1. Far above torch's 1e-8, so that a loss that is already
             zero does not turn rounding noise into full-sized steps: the retention-only control
@@ -31,7 +82,21 @@ class TrainConfig:
             a `LoRA`, whose adapters are trained beside frozen weights. Embeddings, unembedding and
             norms are frozen by default; otherwise a large part of the fix is an edit of embeddings.
         answer_tokens: longest answer the reference generates as a target, in tokens.
-        seed: of the order of pairs and retention prompts.
+        seed: of everything that is drawn: the order of pairs, the retention prompts, dropout.
+        retention_ratio: the probability that a step has the retention term, 0 to 1.
+        phases: which losses are active when, one phase after the other; all of them always if empty.
+        schedule: of the learning rate after the warm-up: `"linear"` falls to zero at the end, or the
+            name of a class in `torch.optim.lr_scheduler`, whose steps count from the end of the warm-up.
+        schedule_options: of that class, for example `{"T_max": 90}` for `"CosineAnnealingLR"`.
+        accumulate: how many parts a batch is worked off in, one after the other: the gradient of the
+            whole batch in less memory.
+        until: ends the training before its last step.
+        window: the alignment window of every loss that reads one, in place of the losses' own; and all
+            pairs must align in it, whatever the loss, so that every method trains on the same ones.
+        calibrate: the norm that the gradient of each loss has before training: weights are replaced
+            so that it has. None takes the weights as they are.
+        cache: keep what the reference says on clean prompts in memory, on the CPU, so that it runs
+            once a prompt. Without it runs again at every step: for vocabularies and windows that do not fit.
     """
 
     steps: int = 100
@@ -45,11 +110,18 @@ class TrainConfig:
     trainable: tuple[str, ...] | LoRA = ("attn", "mlp")
     answer_tokens: int = 16
     seed: int = 0
+    retention_ratio: float = 1.0
+    phases: tuple[Phase, ...] = ()
+    schedule: str = LINEAR
+    schedule_options: Mapping[str, Any] = field(default_factory=dict)
+    accumulate: int = 1
+    until: Until | None = None
+    window: str | None = None
+    calibrate: float | None = None
+    cache: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "answer_tokens"):
-            if getattr(self, name) < 1:
-                raise CtlensError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        _require_counts(self, ("steps", "batch_size", "answer_tokens", "accumulate"))
         for name in ("lr", "relative_eps", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise CtlensError(f"{name} must be a positive number, not {getattr(self, name)}.")
@@ -58,13 +130,42 @@ class TrainConfig:
                 raise CtlensError(f"{name} must be zero or a positive number, not {getattr(self, name)}.")
         if not 0 <= self.warmup <= 1:
             raise CtlensError(f"warmup is a share of the steps, 0 to 1, not {self.warmup}.")
+        if not 0 < self.retention_ratio <= 1:
+            raise CtlensError(f"retention_ratio is a probability above 0, up to 1, not {self.retention_ratio}.")
+        if self.accumulate > self.batch_size:
+            raise CtlensError(f"a batch of {self.batch_size} pairs has no {self.accumulate} parts: lower accumulate.")
+        planned = sum(phase.steps for phase in self.phases)
+        if self.phases and planned != self.steps:
+            raise CtlensError(f"the phases have {planned} steps together, but the training has {self.steps}.")
+        if self.window is not None and self.window not in WINDOWS:
+            raise unknown("alignment window", self.window, WINDOWS)
+        if self.calibrate is not None and not 0 < self.calibrate < float("inf"):
+            raise CtlensError(f"losses are calibrated to a positive gradient norm, not {self.calibrate}.")
+        require_schedule(self.schedule, self.schedule_options, self.steps, self.warmup)
 
-    def lr_factor(self, step: int) -> float:
-        """The learning rate of a step (from 0) as a share of `lr`: linear warm-up, then linear decay to zero."""
-        warm = self.warmup * self.steps
-        if step < warm:
-            return (step + 1) / (warm + 1)
-        return (self.steps - step) / (self.steps - warm + 1)
+    def active(self, step: int, losses: Iterable[str]) -> list[str]:
+        """Which of the losses are active in a step, counted from 1."""
+        for phase in self.phases:
+            if step <= phase.steps:
+                return [name for name in losses if name in phase.losses]
+            step -= phase.steps
+        return list(losses)
+
+    def require_phases_of(self, losses: Iterable[str]) -> None:
+        """Raises a `CtlensError` unless every phase names some of these losses, and every loss is in a phase."""
+        losses, named = list(losses), [name for phase in self.phases for name in phase.losses]
+        for name in named:
+            if name not in losses:
+                raise unknown("loss in a phase", name, losses)
+        for name in losses:
+            if self.phases and name not in named:
+                raise CtlensError(f"the loss {name} is in no phase: name it in one, or leave it out.")
+
+
+def _require_counts(config: Any, names: Iterable[str]) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise CtlensError(f"{name} must be at least 1, not {getattr(config, name)}.")
 
 
 def read_config(data: Mapping[str, Any]) -> TrainConfig:
@@ -73,6 +174,9 @@ def read_config(data: Mapping[str, Any]) -> TrainConfig:
     Raises:
         CtlensError: as `from_dict`, or a setting makes no sense.
     """
-    trainable = data.get("trainable")
-    nested = {"trainable": from_dict(LoRA, trainable)} if isinstance(trainable, Mapping) else {}
-    return from_dict(TrainConfig, {**data, **nested})
+    nested: dict[str, Any] = {}
+    for name, kind in (("trainable", LoRA), ("until", Until)):
+        if isinstance(data.get(name), Mapping):
+            nested[name] = from_dict(kind, data[name])
+    phases = tuple(from_dict(Phase, phase) for phase in data.get("phases", ()))
+    return from_dict(TrainConfig, {**data, **nested, "phases": phases})

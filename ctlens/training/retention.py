@@ -2,68 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from ctlens.batch import pad, require_room
+from ctlens.batch import Side, pad, require_room
 from ctlens.chat import render
+from ctlens.config import generator
 from ctlens.decoding import Ids, generate
 from ctlens.hooks import run
 from ctlens.losses.distances import kl_divergence
 from ctlens.pairs import Pair, Prompt
-from ctlens.types import LensModel, Scalar
+from ctlens.training.config import TrainConfig
+from ctlens.training.order import parts
+from ctlens.types import LensModel, Mask, Scalar
 
 
 class Retention:
     """A pool of token sequences on which the trained model is held to the reference.
 
+    Which prompts are held at which step is drawn in advance, so that the reference answers and
+    judges only those, and only once.
+
     Args:
-        reference: the model before training, in eval mode.
-        prompts: what to hold; each is followed by the reference's greedy answer, generated when it
-            is first drawn.
-        answer_tokens: longest answer, in tokens.
+        reference: the model before training, in eval mode whenever it is asked.
+        prompts: what to hold, each followed by the reference's greedy answer.
+        config: the settings.
 
     Raises:
         CtlensError: a prompt does not fit the context.
     """
 
-    def __init__(self, reference: LensModel, prompts: Sequence[Prompt], answer_tokens: int) -> None:
-        self.reference, self.answer_tokens = reference, answer_tokens
+    def __init__(self, reference: LensModel, prompts: Sequence[Prompt], config: TrainConfig) -> None:
+        self.reference, self.config = reference, config
         self.prompts = list(dict.fromkeys(render(reference.tokenizer, prompt.turns).ids for prompt in prompts))
-        self._answers: dict[int, Ids] = {}
         for ids in self.prompts:
-            require_room(len(ids) + answer_tokens, reference.cfg.n_ctx, "a retention prompt with its answer")
+            require_room(len(ids) + config.answer_tokens, reference.cfg.n_ctx, "a retention prompt with its answer")
+        shape = (config.steps, (config.batch_size + 1) // 2)
+        chosen = torch.randint(len(self.prompts), shape, generator=generator(config.seed, "retention"))
+        fires = torch.rand(config.steps, generator=generator(config.seed, "retention ratio")) < config.retention_ratio
+        self._chosen, self._fires = chosen, fires
+        self.answers: dict[int, Ids] = {}
+        self._targets: dict[int, Tensor] = {}
 
-    def loss(self, model: LensModel, batch_size: int, draw: torch.Generator) -> Scalar:
-        """`KL(reference || model)` in nats on a random batch, averaged over the answers' tokens.
+    def prepare(self, progress: bool = False) -> None:
+        """Has the reference answer every prompt that the training will draw, once.
 
+        Args:
+            progress: show a progress bar when it takes more than two seconds.
+        """
+        used = self._chosen[self._fires].unique().tolist()
+        if not used or self.answers:
+            return
+        end, asked = self.reference.tokenizer.eos_token_id, [self.prompts[index] for index in used]
+        given = generate(self.reference, asked, max_new_tokens=self.config.answer_tokens, end=end, progress=progress)
+        answers = dict(zip(used, given, strict=True))
+        if self.config.cache:
+            size = self._chosen.shape[1]
+            for start in range(0, len(used), size):
+                chunk = used[start : start + size]
+                found = self._reference_logits(*self._sequences(chunk, answers))
+                self._targets |= dict(zip(chunk, found.cpu().split([len(answers[i]) for i in chunk]), strict=True))
+        self.answers = answers
+
+    def terms(self, model: LensModel, step: int) -> Iterator[Scalar]:
+        """`KL(reference || model)` in nats on the batch of a step, averaged over the answers' tokens.
+
+        It comes in `accumulate` parts that sum to it, and not at all at steps without the term.
         The prompts' own tokens are left out: a chat model is never asked to predict them, and holding
         its guesses there would hold the very activations that internal losses are to move.
 
         Args:
             model: the trained model.
-            batch_size: sequences, drawn with replacement.
-            draw: decides which.
+            step: from 1.
         """
-        chosen = torch.randint(len(self.prompts), (batch_size,), generator=draw).tolist()
-        device = next(model.parameters()).device
-        side = pad([self.prompts[index] + self.answer(index, chosen) for index in chosen]).to(device)
-        lengths = torch.tensor([len(self.prompts[index]) for index in chosen], device=device)
-        decides = side.mask[:, 1:] & (torch.arange(side.mask.shape[1] - 1, device=device) >= lengths[:, None] - 1)
-        with torch.no_grad():
-            target = run(self.reference, side.tokens)[:, :-1][decides]
-        return kl_divergence(target, run(model, side.tokens)[:, :-1][decides]).mean()
+        if not self._fires[step - 1]:
+            return
+        chosen = self._chosen[step - 1].tolist()
+        tokens = sum(len(self.answers[index]) for index in chosen)
+        for part in parts(chosen, self.config.accumulate):
+            side, decides = self._sequences(part, self.answers)
+            if self.config.cache:
+                target = torch.cat([self._targets[index] for index in part]).to(side.tokens.device)
+            else:
+                target = self._reference_logits(side, decides)
+            yield kl_divergence(target, run(model, side.tokens)[:, :-1][decides]).sum() / tokens
 
-    def answer(self, index: int, together: Iterable[int] = ()) -> Ids:
-        """The reference's answer to one prompt; those to the prompts drawn `together` are generated with it."""
-        missing = sorted({index, *together} - self._answers.keys())
-        if index in missing:
-            end = self.reference.tokenizer.eos_token_id
-            asked = [self.prompts[number] for number in missing]
-            given = generate(self.reference, asked, max_new_tokens=self.answer_tokens, end=end)
-            self._answers.update(zip(missing, given, strict=True))
-        return self._answers[index]
+    def _sequences(self, chosen: Sequence[int], answers: dict[int, Ids]) -> tuple[Side, Mask]:
+        """Prompts with their answers, and where an answer's token is decided."""
+        device = next(self.reference.parameters()).device
+        side = pad([self.prompts[index] + answers[index] for index in chosen]).to(device)
+        lengths = torch.tensor([len(self.prompts[index]) for index in chosen], device=device)
+        positions = torch.arange(side.mask.shape[1] - 1, device=device)
+        return side, side.mask[:, 1:] & (positions >= lengths[:, None] - 1)
+
+    @torch.no_grad()
+    def _reference_logits(self, side: Side, decides: Mask) -> Float[Tensor, "token d_vocab"]:
+        return run(self.reference, side.tokens)[:, :-1][decides]
 
 
 def held_prompts(pairs: Sequence[Pair], extra: Sequence[Prompt] = ()) -> list[Prompt]:

@@ -68,15 +68,16 @@ class Rollouts:
             draw = generator(config.seed, "rollouts", "reference")
             self._clean_rates = self._measured(reference, pairs, draw)
 
-    def draw(self, model: LensModel, rows: Sequence[EncodedPair], step: int) -> Drawn:
+    def draw(self, model: LensModel, rows: Sequence[EncodedPair], step: int, *part: int) -> Drawn:
         """The answers of one step to the wrapped prompts of some pairs.
 
         Args:
             model: the trained model, in eval mode.
             rows: the pairs of the step.
             step: from 1.
+            part: which part of the step's pairs, where it has several.
         """
-        draw = generator(self.config.seed, "rollouts", step)
+        draw = generator(self.config.seed, "rollouts", step, *part)
         answers = self._sampled(model, [row.wrapped.ids for row in rows], draw)
         bad = torch.stack([self._bad(row.pair.wrapped, given) for row, given in zip(rows, answers, strict=True)])
         clean = self._measured(model, rows, draw) if self.loss.clean == "own" else self._clean_rates

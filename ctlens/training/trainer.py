@@ -2,55 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
 
 import torch
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from ctlens.adapters import LoRA, add_adapters, has_adapters, merge_adapters
-from ctlens.batch import EncodedPair, EncodedPairs, collate, encode
 from ctlens.config import environment, generator
 from ctlens.errors import CtlensError
-from ctlens.hooks import capture
-from ctlens.losses import RMCT, Forwards, Loss, LossValue, require_distinct
+from ctlens.losses import Loss, require_distinct
 from ctlens.pairs import Pair, Prompt
 from ctlens.parameters import copy_model, freeze
-from ctlens.training.answers import answers_kind, drawn_together, reference_answers
+from ctlens.training.answers import drawn_together
+from ctlens.training.calibrate import calibrate
+from ctlens.training.checkpoint import identity, read_checkpoint, write_checkpoint
 from ctlens.training.config import TrainConfig
+from ctlens.training.history import History
+from ctlens.training.interrupts import uninterrupted
+from ctlens.training.order import batches, parts
+from ctlens.training.passes import Passes, Term, evaluating, seeded
+from ctlens.training.prepare import in_window, prepare
 from ctlens.training.retention import Retention, held_prompts
-from ctlens.training.rollouts import Rollouts
-from ctlens.training.run import History, Run
+from ctlens.training.run import Run
+from ctlens.training.schedules import fast_forward, make_schedule
+from ctlens.training.step import TRACKED, Seen, Step
+from ctlens.training.until import look
 from ctlens.types import LensModel
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one step saw, before its update.
-
-    Attributes:
-        index: from 1.
-        losses: the weighted value of each loss, of `retention` and of their sum, `total`.
-        by_hook: the unweighted value of each loss at each hook point.
-        lr: learning rate of the update.
-        grad_norm: norm of the gradient before clipping.
-    """
-
-    index: int
-    losses: Mapping[str, float]
-    by_hook: Mapping[str, Mapping[str, float]]
-    lr: float
-    grad_norm: float
 
 
 class Trainer:
     """Trains a copy of a model; iterate over it to take the steps.
 
     After every step `trainer.model` is in eval mode and may be looked at; `trainer.run` is the
-    training so far.
+    training so far. An interrupt waits for the end of a step, so what is there is always whole.
 
     Args:
         model: the reference; it is copied and left as it is.
@@ -58,11 +48,13 @@ class Trainer:
         losses: one loss or several; none trains on retention alone, the null control.
         config: the settings.
         retain: prompts to hold beside the pairs' clean prompts and benign twins.
+        track: losses to follow without training on them, on the same forward passes.
         progress: show a progress bar when the reference's answers take more than two seconds.
 
     Raises:
-        CtlensError: the pairs do not align or do not fit the context, a loss is given twice, or
-            there is nothing to train, or nowhere to put the adapters of the config.
+        CtlensError: the pairs do not align or do not fit the context, a loss is given twice, a
+            tracked loss cannot follow all pairs, the phases name other losses, or there is nothing
+            to train, or nowhere to put the adapters of the config.
     """
 
     def __init__(
@@ -73,43 +65,44 @@ class Trainer:
         config: TrainConfig | None = None,
         *,
         retain: Sequence[Prompt] = (),
+        track: Sequence[Loss] = (),
         progress: bool = False,
     ) -> None:
         self.config = config or TrainConfig()
-        self.losses = (losses,) if isinstance(losses, Loss) else tuple(losses)
-        require_distinct(self.losses)
+        given = (losses,) if isinstance(losses, Loss) else losses
+        self.losses = tuple(in_window(loss, self.config.window) for loss in given)
+        self.track = tuple(track)
+        for group in (self.losses, self.track):
+            require_distinct(group)
+        self.config.require_phases_of(loss.name for loss in self.losses)
         if not self.losses and not self.config.retention:
             raise CtlensError("there is nothing to train: give a loss, or a retention weight above zero.")
-        self.reference = model
-        self.factors = {loss.name: loss.factors(model) for loss in self.losses}
-        with evaluating(model):
-            self.pairs = self._encode(pairs, progress)
-            self.rollouts = {
-                loss: Rollouts(model, self.pairs.rows, loss, self.config)
-                for loss in self.losses
-                if isinstance(loss, RMCT)
-            }
-            held = held_prompts(pairs, retain)
-            keeps = self.config.retention and held
-            self.retention = Retention(model, held, self.config.answer_tokens) if keeps else None
+        self.reference, self.progress = model, progress
+        self._terms, self._tracked = ([Term(x, x.factors(model)) for x in group] for group in (self.losses, self.track))
         self.model = copy_model(model)
         self.parameters = _trained_parameters(self.model, self.config)
-        eps = self.config.relative_eps / sum(parameter.numel() for parameter in self.parameters) ** 0.5
-        self.optimizer = AdamW(self.parameters, lr=self.config.lr, eps=eps, weight_decay=self.config.weight_decay)
-        self.schedule = LambdaLR(self.optimizer, self.config.lr_factor)
-        self.history = History()
-        self._rows = _epochs(drawn_together(self.pairs, self.losses), self.config)
-        self._retention_draw = generator(self.config.seed, "retention")
+        with evaluating(model):
+            self.pairs = prepare(model, pairs, self.losses, self.track, self.config, progress=progress)
+            self._units = drawn_together(self.pairs, self.losses)
+            held = held_prompts(pairs, retain)
+            self.retention = Retention(model, held, self.config) if self.config.retention and held else None
+            terms = [*self._terms, *self._tracked]
+            self._passes = Passes(model, self.model, self.pairs, terms, self._units, self.config)
+            first = parts(next(batches(self._units, self.config)), self.config.accumulate)[0]
+            self._terms, self.calibration = calibrate(self._terms, self._passes, first, self.parameters, self.config)
+        self.losses = tuple(term.loss for term in self._terms)
+        self._start(History())
 
-    def _encode(self, pairs: Sequence[Pair], progress: bool) -> EncodedPairs:
-        windows = dict.fromkeys(window for loss in self.losses for window in loss.windows)
-        encoded = encode(pairs, self.reference.tokenizer, windows=windows, n_ctx=self.reference.cfg.n_ctx)
-        if kind := answers_kind(self.losses):
-            length, seed = self.config.answer_tokens, self.config.seed
-            answers = reference_answers(self.reference, encoded, length, kind=kind, seed=seed, progress=progress)
-            both_sides = any(loss.answers_on_both_sides for loss in self.losses)
-            return encoded.with_answers(answers, both_sides=both_sides).answered().aligned(windows)
-        return encoded
+    def _start(self, history: History) -> None:
+        """Sets everything but the weights to where it is after the steps of the history."""
+        config, self.history = self.config, history
+        eps = config.relative_eps / sum(parameter.numel() for parameter in self.parameters) ** 0.5
+        self.optimizer = AdamW(self.parameters, lr=config.lr, eps=eps, weight_decay=config.weight_decay)
+        self.schedule = make_schedule(
+            self.optimizer, config.schedule, config.schedule_options, config.steps, config.warmup
+        )
+        fast_forward(self.schedule, len(history))
+        self._batches = islice(batches(self._units, config), len(history), None)
 
     def __len__(self) -> int:
         return self.config.steps
@@ -118,64 +111,92 @@ class Trainer:
         return self
 
     def __next__(self) -> Step:
-        if len(self.history) == self.config.steps:
+        ended = self.config.until is not None and look(self.config.until, self.model, self.history)
+        if ended or len(self.history) == self.config.steps:
             raise StopIteration
+        with evaluating(self.reference):
+            if self.retention:
+                self.retention.prepare(self.progress)
+            with uninterrupted():
+                return self._whole_step(len(self.history) + 1)
+
+    def _whole_step(self, index: int) -> Step:
+        dropout = generator(self.config.seed, "step", index).initial_seed()
         self.model.train()
         try:
-            with torch.enable_grad(), evaluating(self.reference):
-                step = self._step()
+            with torch.enable_grad(), seeded(dropout, next(self.model.parameters()).device):
+                step = self._step(index)
         finally:
             self.model.eval()
-        self.history.add(step.index, step.losses, step.by_hook, step.lr, step.grad_norm)
+        overall = {**step.losses, **step.tracked, "lr": step.lr, "grad_norm": step.grad_norm}
+        self.history.add(step.index, overall, step.by_hook)
         return step
 
-    def _step(self) -> Step:
-        rows = [self.pairs.rows[index] for index in next(self._rows)]
-        values = self._loss_values(rows) | self._rollout_values(rows)
-        terms = {name: value.total for name, value in values.items()}
-        if self.retention:
-            held = self.retention.loss(self.model, (self.config.batch_size + 1) // 2, self._retention_draw)
-            terms["retention"] = self.config.retention * held
-        total = torch.stack(list(terms.values())).sum()
-        if not torch.isfinite(total):
-            raise CtlensError(f"the loss is {total.item()} at step {len(self.history) + 1}: lower lr or the weights.")
+    def _step(self, index: int) -> Step:
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        seen, rows = Seen(), next(self._batches)
+        for part in parts(rows, self.config.accumulate):
+            self._learn_from(part, len(part) / len(rows), index, seen)
+        for divergence in self.retention.terms(self.model, index) if self.retention else ():
+            term = self.config.retention * divergence
+            term.backward()
+            seen.add_retention(term)
+        if not torch.isfinite(seen.total):
+            raise CtlensError(f"the loss is {seen.total.item()} at step {index}: lower lr or the weights.")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         lr = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.schedule.step()
-        losses = {name: float(term.detach()) for name, term in terms.items()} | {"total": float(total.detach())}
-        by_hook = {name: _floats(value.by_hook) for name, value in values.items()}
-        return Step(len(self.history) + 1, losses, by_hook, lr, float(norm))
+        return seen.step(index, lr, float(norm))
 
-    def _loss_values(self, rows: Sequence[EncodedPair]) -> dict[str, LossValue]:
-        paired = [loss for loss in self.losses if loss not in self.rollouts]
-        if not paired:
-            return {}
-        batch = collate(rows).to(next(self.model.parameters()).device)
-        names = list(dict.fromkeys(name for factors in self.factors.values() for name in factors))
-        clean, wrapped = batch.clean, batch.wrapped
-        targets, clean_logits = {}, None
-        if names or any(loss.needs_clean_logits for loss in self.losses):
-            clean_logits, targets = capture(self.reference, clean.tokens, names, grad=False, mask=clean.needed_mask)
-        logits, states = capture(self.model, wrapped.tokens, names, grad=True, mask=wrapped.needed_mask)
-        forwards = Forwards(batch, targets, states, logits, clean_logits)
-        return {loss.name: loss.compute(forwards, self.factors[loss.name]) for loss in paired}
-
-    def _rollout_values(self, rows: Sequence[EncodedPair]) -> dict[str, LossValue]:
-        """The losses on answers that the model gives now."""
-        values = {}
-        for loss, rollouts in self.rollouts.items():
-            with evaluating(self.model):
-                drawn = rollouts.draw(self.model, rows, len(self.history) + 1)
-            values[loss.name] = loss.compute(drawn.seen_by(self.model), {})
-        return values
+    def _learn_from(self, rows: Sequence[int], share: float, index: int, seen: Seen) -> None:
+        """Adds the gradient of some of a batch's pairs, in their share of the batch, and what they show."""
+        names = self.config.active(index, [loss.name for loss in self.losses])
+        active = [term for term in self._terms if term.loss.name in names]
+        if not active and not self._tracked:
+            return
+        found = self._passes.seen(rows, [*active, *self._tracked], step=index, grad=bool(active))
+        with torch.no_grad():
+            for term, forwards in zip(self._tracked, found[len(active) :], strict=True):
+                seen.add(TRACKED + term.loss.name, term.loss.measure(forwards, term.factors), share)
+        values = {
+            term.loss.name: term.loss.compute(forwards, term.factors)
+            for term, forwards in zip(active, found, strict=False)
+        }
+        for name, value in values.items():
+            seen.add(name, value, share)
+        if values:
+            (share * torch.stack([value.total for value in values.values()]).sum()).backward()
 
     @property
     def run(self) -> Run:
         """The training so far, with the model as it stands."""
-        return Run(self.model, self.config, self.losses, self.history, environment())
+        return Run(self.model, self.config, self.losses, self.history, environment(), self.calibration)
+
+    @cached_property
+    def _identity(self) -> dict[str, str]:
+        held = self.retention.prompts if self.retention else ()
+        return identity(self.reference, self.pairs, held, self.losses, self.track, self.config)
+
+    def checkpoint(self, folder: str | Path) -> None:
+        """Writes into a folder what `restore` goes on from, in place of an earlier checkpoint there."""
+        write_checkpoint(folder, self.parameters, self.optimizer, self.history, self._identity)
+
+    def restore(self, folder: str | Path) -> None:
+        """Takes the training to where it was at a checkpoint; it goes on as if it had never stopped.
+
+        On one thread the weights come out equal to the last bit.
+
+        Raises:
+            CtlensError: the folder holds no checkpoint, or one of another reference, or of other
+                pairs, losses or settings.
+        """
+        saved = read_checkpoint(folder, self._identity)
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, saved.parameters, strict=True):
+                parameter.copy_(value)
+        self._start(saved.history)
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": saved.moments})
 
 
 def train(
@@ -187,45 +208,40 @@ def train(
     seed: int | None = None,
     config: TrainConfig | None = None,
     retain: Sequence[Prompt] = (),
+    track: Sequence[Loss] = (),
     progress: bool = True,
 ) -> Run:
     """Trains a copy of `model` so that the wrapper of the pairs no longer matters.
 
+    An interrupt from the keyboard or a notebook ends the training after the step it is in, with a warning.
+
     Args:
-        model, pairs, losses, config, retain: as in `Trainer`.
+        model, pairs, losses, config, retain, track: as in `Trainer`.
         steps, seed: replace those of the config.
         progress: show a progress bar.
 
     Returns:
-        The finished run; `model` is unchanged.
+        The run, finished or, as `Run.stopped` says, interrupted; `model` is unchanged.
 
     Raises:
         CtlensError: as `Trainer`, or the loss is no longer finite.
     """
     changes = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
     config = replace(config or TrainConfig(), **changes)
-    trainer = Trainer(model, pairs, losses, config, retain=retain, progress=progress)
-    with tqdm(total=len(trainer), desc=label(trainer.losses), disable=not progress, leave=False) as bar:
-        for step in trainer:
-            bar.set_postfix(loss=f"{step.losses['total']:.4f}", refresh=False)
-            bar.update()
+    trainer = Trainer(model, pairs, losses, config, retain=retain, track=track, progress=progress)
+    try:
+        with tqdm(total=len(trainer), desc=label(trainer.losses), disable=not progress, leave=False) as bar:
+            for step in trainer:
+                bar.set_postfix(loss=f"{step.losses['total']:.4f}", refresh=False)
+                bar.update()
+    except KeyboardInterrupt:
+        warnings.warn(f"interrupted after {len(trainer.history)} of {len(trainer)} steps", stacklevel=2)
     return trainer.run
 
 
 def label(losses: Sequence[Loss]) -> str:
     """The name of a method: its losses joined by `+`, or `retention` for none."""
     return "+".join(loss.name for loss in losses) or "retention"
-
-
-@contextmanager
-def evaluating(model: LensModel) -> Iterator[None]:
-    """Puts a model in eval mode inside the block and restores its mode after it."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _trained_parameters(model: LensModel, config: TrainConfig) -> list[torch.nn.Parameter]:
@@ -235,17 +251,3 @@ def _trained_parameters(model: LensModel, config: TrainConfig) -> list[torch.nn.
     if isinstance(config.trainable, LoRA):
         return add_adapters(model, config.trainable, config.seed)
     return freeze(model, config.trainable)
-
-
-def _epochs(units: Sequence[Sequence[int]], config: TrainConfig) -> Iterator[list[int]]:
-    """Batches of row numbers without end; every epoch is a new order of all units, whose rows stay together."""
-    draw = generator(config.seed, "batches")
-    count = sum(map(len, units))
-    size = min(config.batch_size, count)
-    while True:
-        order = [row for unit in torch.randperm(len(units), generator=draw).tolist() for row in units[unit]]
-        yield from (order[start : start + size] for start in range(0, count - size + 1, size))
-
-
-def _floats(by_hook: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    return dict(zip(by_hook, torch.stack(list(by_hook.values())).tolist(), strict=True))

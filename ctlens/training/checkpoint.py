@@ -1,0 +1,128 @@
+"""An unfinished training in one file, from which it goes on as if it had never stopped.
+
+The file holds what cannot be worked out again: the trained weights, the optimiser's moments and the
+history. The order of pairs, the draws and the schedule are functions of the settings and the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ctlens import losses as loss_registry
+from ctlens.batch import EncodedPairs
+from ctlens.config import to_dict
+from ctlens.errors import CtlensError
+from ctlens.files import atomic_file
+from ctlens.losses import Loss
+from ctlens.parameters import fingerprint
+from ctlens.training.config import TrainConfig
+from ctlens.training.history import History
+from ctlens.types import LensModel
+
+CHECKPOINT_FILE = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a training goes on from.
+
+    Attributes:
+        parameters: the trained ones, in their order.
+        moments: the state of AdamW by the number of the parameter.
+        history: the numbers of the steps taken.
+    """
+
+    parameters: list[Tensor]
+    moments: dict[int, dict[str, Tensor]]
+    history: History
+
+
+def identity(
+    reference: LensModel,
+    pairs: EncodedPairs,
+    held: Iterable[Sequence[int]],
+    losses: Sequence[Loss],
+    track: Sequence[Loss],
+    config: TrainConfig,
+) -> dict[str, str]:
+    """What a training is of, each part as a short fingerprint: equal for trainings that go on from each other."""
+    rows = [
+        (row.clean.ids, row.wrapped.ids, row.answer, {name: (a.clean, a.wrapped) for name, a in row.alignments.items()})
+        for row in pairs.rows
+    ]
+    return {
+        "a reference with other weights": fingerprint(reference),
+        "other pairs or other prompts to hold": _digest([rows, list(held)]),
+        "other losses": _digest([[loss_registry.to_config(loss) for loss in group] for group in (losses, track)]),
+        "other settings": _digest(to_dict(config)),
+    }
+
+
+def write_checkpoint(
+    folder: str | Path,
+    parameters: Sequence[nn.Parameter],
+    optimizer: Optimizer,
+    history: History,
+    of: Mapping[str, str],
+) -> None:
+    """Writes a checkpoint into a folder, in place of the one there, so that there is a whole one at any time."""
+    names = list(dict.fromkeys((name, hook) for _, name, hook, _ in history.rows))
+    number = {name: index for index, name in enumerate(names)}
+    tensors = {f"parameter.{index}": value.detach() for index, value in enumerate(parameters)}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"moment.{index}.{name}": value for name, value in state.items()}
+    tensors["history.step"] = torch.tensor([step for step, *_ in history.rows], dtype=torch.long)
+    tensors["history.name"] = torch.tensor([number[name, hook] for _, name, hook, _ in history.rows], dtype=torch.long)
+    tensors["history.value"] = torch.tensor([value for *_, value in history.rows], dtype=torch.double)
+    with atomic_file(Path(folder) / CHECKPOINT_FILE) as temporary:
+        known = {"of": dict(of), "steps": history.steps, "names": names}
+        plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        save_file(plain, temporary, metadata={"ctlens": json.dumps(known)})
+
+
+def read_checkpoint(folder: str | Path, of: Mapping[str, str]) -> Checkpoint:
+    """The checkpoint in a folder.
+
+    Args:
+        folder: of `write_checkpoint`.
+        of: the `identity` of the training that is to go on.
+
+    Raises:
+        CtlensError: there is none, it cannot be read, or it is of another training.
+    """
+    path = Path(folder) / CHECKPOINT_FILE
+    if not path.is_file():
+        raise CtlensError(f"{folder} holds no checkpoint of a training: {CHECKPOINT_FILE} is expected.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            known: dict[str, Any] = json.loads((file.metadata() or {})["ctlens"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CtlensError(f"{path} cannot be read as a checkpoint: {error}.") from None
+    for part, value in of.items():
+        if known["of"].get(part) != value:
+            raise CtlensError(f"the checkpoint in {folder} is of {part}: repeat the training as it was, or remove it.")
+    steps, numbers, values = (tensors.pop(f"history.{name}").tolist() for name in ("step", "name", "value"))
+    rows = [(step, *known["names"][number], value) for step, number, value in zip(steps, numbers, values, strict=True)]
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        kind, index, *rest = name.split(".")
+        if kind == "moment":
+            moments.setdefault(int(index), {})[rest[0]] = value
+    count = sum(name.startswith("parameter.") for name in tensors)
+    return Checkpoint([tensors[f"parameter.{i}"] for i in range(count)], moments, History(rows, known["steps"]))
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,44 @@
+"""Which pairs a step sees: a function of the seed and the step, so that a resumed training sees the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ctlens.config import generator
+from ctlens.training.config import TrainConfig
+
+
+def batches(units: Sequence[Sequence[int]], config: TrainConfig) -> Iterator[list[int]]:
+    """Batches of row numbers without end; every epoch is a new order of all units, the rows drawn together."""
+    draw = generator(config.seed, "batches")
+    count = sum(map(len, units))
+    size = min(config.batch_size, count)
+    while True:
+        order = _order(units, draw)
+        yield from (order[start : start + size] for start in range(0, count - size + 1, size))
+
+
+def homes(units: Sequence[Sequence[int]], config: TrainConfig) -> list[list[int]]:
+    """All rows in the batches (or parts of batches) in which the reference sees them.
+
+    They are those of the first epoch and the tail that it drops, so that a row's target does not
+    depend on when it is computed, to the last bit.
+    """
+    order = _order(units, generator(config.seed, "batches"))
+    chunks = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
+    return [part for chunk in chunks for part in parts(chunk, config.accumulate)]
+
+
+def _order(units: Sequence[Sequence[int]], draw: torch.Generator) -> list[int]:
+    return [row for unit in torch.randperm(len(units), generator=draw).tolist() for row in units[unit]]
+
+
+def parts(rows: Sequence[int], n: int) -> list[list[int]]:
+    """The rows in at most `n` parts of nearly equal length.
+
+    >>> parts([4, 7, 1, 3, 8], 3)
+    [[4, 7], [1, 3], [8]]
+    """
+    return [part.tolist() for part in torch.tensor(rows).tensor_split(n) if len(part)]

@@ -1,0 +1,65 @@
+"""Pairs made ready for a training: one window for every method, answers behind the prompts, what is drawn together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any, cast
+
+from ctlens.batch import EncodedPairs, encode
+from ctlens.errors import CtlensError
+from ctlens.losses import Loss
+from ctlens.pairs import Pair
+from ctlens.training.answers import answers_kind, reference_answers
+from ctlens.training.config import TrainConfig
+from ctlens.types import LensModel
+
+
+def in_window(loss: Loss, window: str | None) -> Loss:
+    """The loss at a window, where it reads one; as it is for None.
+
+    >>> from ctlens.losses import ACT, BCT
+    >>> in_window(ACT(), "last").windows, in_window(BCT(), "last").windows
+    (('last',), ())
+    """
+    takes_one = any(field.name == "window" for field in fields(cast(Any, loss)))
+    return replace(cast(Any, loss), window=window) if takes_one and window else loss
+
+
+def prepare(
+    reference: LensModel,
+    pairs: Sequence[Pair],
+    losses: Sequence[Loss],
+    track: Sequence[Loss],
+    config: TrainConfig,
+    *,
+    progress: bool = False,
+) -> EncodedPairs:
+    """Encoded pairs that align in every window asked for, with their answers.
+
+    Args:
+        reference: in eval mode.
+        pairs: to train on.
+        losses: to train with.
+        track: to follow; they may not change which pairs are trained on.
+        config: names a window that all pairs must align in, whether or not a loss reads it.
+        progress: show a progress bar when the reference's answers take more than two seconds.
+
+    Raises:
+        CtlensError: no pair aligns, one does not fit the context, or a tracked loss would leave pairs out.
+    """
+    own = dict.fromkeys([*(window for loss in losses for window in loss.windows), *filter(None, [config.window])])
+    every = dict.fromkeys([*own, *(window for loss in track for window in loss.windows)])
+    encoded = encode(pairs, reference.tokenizer, windows=every, n_ctx=reference.cfg.n_ctx)
+    both = (*losses, *track)
+    if kind := answers_kind(both):
+        answers = reference_answers(
+            reference, encoded, config.answer_tokens, kind=kind, seed=config.seed, progress=progress
+        )
+        both_sides = any(loss.answers_on_both_sides for loss in both)
+        encoded = encoded.with_answers(answers, both_sides=both_sides).answered().aligned(every)
+    if every != own:
+        trained = encode(pairs, reference.tokenizer, windows=own, n_ctx=reference.cfg.n_ctx)
+        if lost := len(trained) - len(encoded):
+            raise CtlensError(f"{lost} pairs do not align in the window of a tracked loss: choose its window.")
+    return encoded

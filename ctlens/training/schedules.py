@@ -1,0 +1,86 @@
+"""How the learning rate goes: our own linear schedule, or any of torch's by the name of its class."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.optim import AdamW, Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler, SequentialLR
+
+from ctlens.errors import CtlensError, unknown
+
+LINEAR = "linear"
+
+
+def linear(step: int, steps: int, warmup: float) -> float:
+    """The learning rate of a step (from 0) as a share of its peak: linear warm-up, then linear decay to zero.
+
+    >>> [round(linear(step, 4, 0.5), 2) for step in range(4)]
+    [0.33, 0.67, 0.67, 0.33]
+    """
+    warm = warmup * steps
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return (steps - step) / (steps - warm + 1)
+
+
+def make_schedule(
+    optimizer: Optimizer, name: str, options: Mapping[str, Any], steps: int, warmup: float
+) -> LRScheduler:
+    """The schedule of an optimiser before its first step.
+
+    Args:
+        optimizer: at its peak learning rate.
+        name: `"linear"`, or a class of `torch.optim.lr_scheduler`.
+        options: of that class.
+        steps: of the training.
+        warmup: share of the steps; a schedule of torch begins after it.
+
+    Raises:
+        CtlensError: torch has no such schedule, it needs more than the number of steps, or it does
+            not take the options.
+    """
+    if name == LINEAR:
+        if options:
+            raise CtlensError(f"the linear schedule has no option {next(iter(options))!r}: leave it out.")
+        return LambdaLR(optimizer, lambda step: linear(step, steps, warmup))
+    kind = _torch_schedule(name)
+    warm = round(warmup * steps)
+    rising = LinearLR(optimizer, start_factor=1 / (warm + 1), total_iters=warm) if warm else None
+    try:
+        after = kind(optimizer, **options)
+    except (TypeError, ValueError, AttributeError) as error:
+        given = ", ".join(f"{key}={value}" for key, value in options.items()) or "no options"
+        reason = str(error).replace(f"{name}.__init__() ", "")
+        raise CtlensError(f"the schedule {name} does not work with {given}: {reason}.") from None
+    return SequentialLR(optimizer, [rising, after], milestones=[warm]) if rising else after
+
+
+def require_schedule(name: str, options: Mapping[str, Any], steps: int, warmup: float) -> None:
+    """Raises as `make_schedule` does."""
+    make_schedule(AdamW([torch.zeros(1, requires_grad=True)]), name, options, steps, warmup)
+
+
+def fast_forward(schedule: LRScheduler, steps: int) -> None:
+    """Takes a new schedule to where it is after so many steps, by the same arithmetic."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch expects the optimiser's steps between the schedule's
+        for _ in range(steps):
+            schedule.step()
+
+
+def _torch_schedule(name: str) -> type[LRScheduler]:
+    known = {
+        kind: found
+        for kind, found in vars(lr_scheduler).items()
+        if inspect.isclass(found) and issubclass(found, LRScheduler) and not kind.startswith("_")
+    }
+    if name == "ReduceLROnPlateau":
+        raise CtlensError("the schedule ReduceLROnPlateau needs a metric to watch: choose one that goes by the step.")
+    if name not in known:
+        raise unknown("learning-rate schedule", name, [LINEAR, *known])
+    return known[name]

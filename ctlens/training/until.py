@@ -1,0 +1,32 @@
+"""Looking at the behaviour during a training, to end it at a given effect."""
+
+from __future__ import annotations
+
+from ctlens.evaluation import evaluate
+from ctlens.training.config import Until
+from ctlens.training.history import History
+from ctlens.types import LensModel
+
+
+def look(until: Until, model: LensModel, history: History) -> bool:
+    """Whether the training is at its end, after a look at the behaviour where the steps taken ask for one.
+
+    Args:
+        until: the behaviour.
+        model: the trained model, in eval mode.
+        history: gets the rate, unless it has one of this step.
+
+    Raises:
+        CtlensError: the threat has no such rate on wrapped prompts.
+    """
+    if len(history) % until.every:
+        return False
+    if not history.has(len(history), until.metric):
+        found = evaluate(model, [until.threat], split=until.split, n=until.items, progress=False)
+        history.add(len(history), {until.metric: found.rate(until.metric, "wrapped")})
+    return reached(until, history)
+
+
+def reached(until: Until, history: History) -> bool:
+    """Whether the last rate seen is low enough."""
+    return any(rate < until.below for rate in history.series(until.metric)[-1:])
