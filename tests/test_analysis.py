@@ -8,7 +8,8 @@ import torch
 from conftest import byte_level_tokenizer, hf_model
 
 from ctlens.analysis import AttentionDiff, ResidualShift, attention_diff, residual_shift
-from ctlens.analysis.residual import _quantities
+from ctlens.analysis.residual import QUANTITIES, RAW, _of_layer
+from ctlens.batch import Matched
 from ctlens.errors import CtlensError
 from ctlens.models import build, load_model
 from ctlens.pairs import Pair, prompt
@@ -32,42 +33,90 @@ def moved(model: LensModel, seed: int = 0) -> LensModel:
     return other
 
 
+def quantities(
+    wrapped: torch.Tensor,
+    clean: torch.Tensor,
+    trained: torch.Tensor,
+    valid: list[bool],
+    wrapper: list[bool] | None = None,
+) -> dict[str, list[float]]:
+    """Of one prompt by place, with position numbers equal on both sides."""
+    positions = torch.arange(len(valid))[None]
+    matched = Matched(positions, positions, torch.tensor([valid]))
+    found = _of_layer(clean, wrapped, trained, matched, torch.tensor([wrapper or [False] * len(valid)]))
+    return {name: values[:, 0].tolist() for name, values in found.items()}
+
+
 def test_a_shift_of_half_the_gap_closes_half_of_it() -> None:
     wrapped, clean = torch.zeros(1, 2, 3), torch.tensor([[[4.0, 0.0, 0.0], [0.0, 2.0, 0.0]]])
-    valid = torch.tensor([[True, True]])
 
-    values = _quantities(wrapped, clean, 0.5 * clean, valid)
+    found = quantities(wrapped, clean, 0.5 * clean, [True, True])  # at the last token, at the content
 
-    gap_closed, cosine, distance = values[:, :, 0]  # per quantity: at the last token, at the content
-    assert gap_closed.tolist() == [0.5, 0.5]
-    assert cosine.tolist() == pytest.approx([1.0, 1.0])
-    assert distance.tolist() == pytest.approx([0.25, 0.25])
+    assert found["gap_closed"] == [0.5, 0.5]
+    assert found["cosine"] == pytest.approx([1.0, 1.0])
+    assert found["distance"] == pytest.approx([0.25, 0.25])
 
 
 def test_a_shift_off_the_gap_closes_nothing_but_adds_distance() -> None:
     wrapped, clean = torch.zeros(1, 1, 3), torch.tensor([[[2.0, 0.0, 0.0]]])
     trained = torch.tensor([[[0.0, 0.0, 4.0]]])
 
-    values = _quantities(wrapped, clean, trained, torch.tensor([[True]]))
+    found = quantities(wrapped, clean, trained, [True])
 
-    assert values[:, 0, 0].tolist() == [0.0, 0.0, 5.0]  # (4 + 16) / 4
+    assert [found[name][0] for name in ("gap_closed", "cosine", "distance")] == [0.0, 0.0, 5.0]  # (4 + 16) / 4
 
 
 def test_tokens_are_pooled_by_their_share_of_the_gap_and_padding_counts_nothing() -> None:
     clean = torch.tensor([[[3.0], [1.0], [1.0], [9.0]]])
     trained = torch.tensor([[[3.0], [0.0], [1.0], [5.0]]])
-    valid = torch.tensor([[True, True, True, False]])
 
-    values = _quantities(torch.zeros(1, 4, 1), clean, trained, valid)
+    found = quantities(torch.zeros(1, 4, 1), clean, trained, [True, True, True, False])
 
-    assert values[0, :, 0].tolist() == pytest.approx([1.0, 9 / 10])  # last token; (3*3 + 0*1) / (9 + 1) before it
+    assert found["gap_closed"] == pytest.approx([1.0, 9 / 10])  # last token; (3*3 + 0*1) / (9 + 1) before it
+    assert found["gap_norm"] == pytest.approx([1.0, 5**0.5])  # root of (9 + 1) / 2
+
+
+def test_the_wrapper_has_a_relative_shift_and_no_gap() -> None:
+    wrapped = torch.tensor([[[3.0, 4.0], [0.0, 5.0], [1.0, 0.0]]])
+    trained = torch.tensor([[[3.0, 0.0], [3.0, 5.0], [2.0, 0.0]]])
+
+    found = quantities(wrapped, wrapped + 1, trained, [False, False, True], [True, True, False])
+
+    relative, ratio, norm = (
+        [found[name][place] for place in (0, 2)] for name in ("relative", "norm_ratio", "shift_norm")
+    )
+    assert relative == pytest.approx([1.0, (25 / 50) ** 0.5])  # last token 1/1; wrapper (16 + 9) / (25 + 25)
+    assert ratio == pytest.approx([2.0, (43 / 50) ** 0.5])  # (9 + 9 + 25) / 50
+    assert norm == pytest.approx([1.0, 12.5**0.5])
+    assert len(found["gap_closed"]) == 2 and np.isnan(found["relative"][1])  # no content token
+
+
+def test_a_gap_of_rounding_errors_is_no_gap() -> None:
+    wrapped = torch.full((1, 1, 4), 1.0)
+
+    found = quantities(wrapped, wrapped + 1e-6, wrapped + 1.0, [True])
+
+    assert np.isnan([found[name][0] for name in ("gap_closed", "cosine", "distance")]).all()
 
 
 def test_a_model_compared_with_itself_has_not_moved(model) -> None:
     shift = residual_shift(model, model, PAIRS, progress=False)
 
     assert np.all(shift.gap_closed == 0) and np.all(shift.distance == 1)
+    assert np.all(shift.relative == 0) and np.all(shift.norm_ratio == 1)
     assert np.isnan(shift.cosine).all()
+    assert shift.to_dataframe().query("quantity == 'cosine'")[["mean", "n"]].isna().sum().tolist() == [4, 0]
+
+
+def test_raw_norms_come_on_request(model) -> None:
+    shift = residual_shift(model, moved(model), PAIRS, progress=False)
+
+    assert set(shift.to_dataframe()["quantity"]) == set(QUANTITIES)
+    table = shift.to_dataframe(raw=True).query("place == 'last' and layer == 1").set_index("quantity")["mean"]
+    assert set(table.index) == {*QUANTITIES, *RAW}
+    assert table["shift_norm"] == pytest.approx(shift.shift_norm[0, :, 1].mean())
+    for pair, found in zip(PAIRS, shift.relative[0, :, 1] / shift.shift_norm[0, :, 1], strict=True):
+        assert 1 / found == pytest.approx(plain_resid(model, pair.wrapped.turns[0].content)[1].norm().item(), rel=1e-3)
 
 
 def test_residual_shift_matches_plain_indexing_of_one_pair(model) -> None:
@@ -110,7 +159,9 @@ def test_results_do_not_depend_on_batch_mates(model, analysis) -> None:
     together = analysis(model, after, PAIRS, progress=False)
     alone = [analysis(model, after, [pair], progress=False) for pair in PAIRS]
 
-    for name, axis in (("gap_closed", 1), ("distance", 1)) if analysis is residual_shift else (("after", 0),):
+    for name, axis in (
+        (("gap_closed", 1), ("distance", 1), ("relative", 1)) if analysis is residual_shift else (("after", 0),)
+    ):
         joined = np.concatenate([getattr(result, name) for result in alone], axis=axis)
         np.testing.assert_allclose(getattr(together, name), joined, rtol=1e-3, atol=1e-5)
 
@@ -177,3 +228,5 @@ def test_what_does_not_compare_is_refused(model) -> None:
                 analysis(before, after, pairs, progress=False)
     with pytest.raises(CtlensError, match="did you mean 'distance'"):
         residual_shift(model, model, PAIRS, progress=False).curve("distanc")
+    with pytest.raises(CtlensError, match="place for gap_closed"):
+        residual_shift(model, model, PAIRS, progress=False).curve("gap_closed", "wrapper")
