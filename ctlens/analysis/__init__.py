@@ -5,6 +5,7 @@ from ctlens.analysis.crossloss import CrossLoss, cross_loss
 from ctlens.analysis.lens import LogitAttribution, LogitLens, logit_attribution, logit_lens
 from ctlens.analysis.probe import Probe, probe
 from ctlens.analysis.residual import ResidualShift, residual_shift
+from ctlens.analysis.similarity import ShiftSimilarity, shift_similarity
 from ctlens.analysis.states import States, states
 from ctlens.analysis.tasks import Task, answer_hinted, labelled, will_misbehave, wrapper_present
 from ctlens.analysis.updaterank import UpdateRank, update_rank
@@ -16,6 +17,7 @@ __all__ = [
     "LogitLens",
     "Probe",
     "ResidualShift",
+    "ShiftSimilarity",
     "States",
     "Task",
     "UpdateRank",
@@ -27,6 +29,7 @@ __all__ = [
     "logit_lens",
     "probe",
     "residual_shift",
+    "shift_similarity",
     "states",
     "update_rank",
     "will_misbehave",

@@ -55,16 +55,21 @@ def labelled(models: LensModel | Mapping[str, LensModel]) -> dict[str, LensModel
 def batches(
     model: LensModel, pairs: Sequence[Pair], window: str, batch_size: int, progress: bool
 ) -> Iterator[tuple[list[EncodedPair], PairBatch]]:
-    """Encoded pairs and their batch, on the model's device.
+    """Encoded pairs and their batch, on the model's device; raises as `encoded`."""
+    yield from in_batches(model, encoded(model, pairs, window), batch_size, progress)
+
+
+def encoded(model: LensModel, pairs: Sequence[Pair], window: str) -> tuple[EncodedPair, ...]:
+    """Every pair as tokens, aligned in the window.
 
     Raises:
-        CtlensError: a pair does not align in the window; an analysis leaves none out silently.
+        CtlensError: a pair does not align; an analysis leaves none out silently.
     """
-    encoded: EncodedPairs = encode(pairs, model.tokenizer, windows=(window,), n_ctx=model.cfg.n_ctx)
-    if encoded.dropped:
-        reason, count = next(iter(encoded.dropped.items()))
+    found: EncodedPairs = encode(pairs, model.tokenizer, windows=(window,), n_ctx=model.cfg.n_ctx)
+    if found.dropped:
+        reason, count = next(iter(found.dropped.items()))
         raise CtlensError(f"{count} of {len(pairs)} pairs do not align ({reason}): leave them out.")
-    yield from in_batches(model, encoded.rows, batch_size, progress)
+    return found.rows
 
 
 def in_batches(

@@ -13,6 +13,7 @@ from ctlens.plots.lines import StepCurve, cross_loss_steps, update_ranks
 from ctlens.plots.matrix import Panel, cross_loss, cross_threat
 from ctlens.plots.probes import probe_curves
 from ctlens.plots.rates import behaviour
+from ctlens.plots.similarity import similarity_curves, similarity_matrix
 from ctlens.plots.strength import StrengthCurve, attack_strength
 from ctlens.plots.theme import finish, label, style
 from ctlens.plots.training import history, hook_history
@@ -38,6 +39,8 @@ __all__ = [
     "layer_curves",
     "probe_curves",
     "save_figure",
+    "similarity_curves",
+    "similarity_matrix",
     "style",
     "update_ranks",
 ]

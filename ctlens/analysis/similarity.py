@@ -1,0 +1,294 @@
+"""Do two trainings move the residual stream alike? Every number stands between its ceiling and its floors.
+
+The shift of a model is its activation on the wrapped prompt minus the reference's (see
+`ctlens.analysis.shifts`). All trainings that work pull towards the clean prompt, so their shifts
+are alike for that reason alone. The part *off* the gap is the honest test of a shared mechanism;
+*along* the gap of one token, the cosine of a prompt is a mere sign.
+
+- Ceiling: a method with itself at another seed. Trainings that differ only in the order of their
+  data are no more alike than that; a number *corrected* for it is divided by the root of the two
+  ceilings (correction for attenuation; cosines only).
+- Floors: how alike a method is to a training without consistency loss, the null, and to one
+  random direction with the shift's length at every token.
+- Intervals are over prompts, for these very models. How much depends on the seeds is in
+  `seed_low` and `seed_high`, the range over pairs of models; numbers between methods are means
+  over pairs of *different* seeds, because trainings of one seed see the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+
+from ctlens import plots
+from ctlens.analysis.forward import encoded, require_comparable
+from ctlens.analysis.likeness import Seeds, between, ceilings
+from ctlens.analysis.measures import MEASURES, STATISTICS, measure_all, names_of, title_of
+from ctlens.analysis.residual import WHERE
+from ctlens.analysis.result import Result
+from ctlens.analysis.shifts import PARTS, Shifts, shifts_at
+from ctlens.analysis.states import PLACES
+from ctlens.errors import CtlensError, unknown
+from ctlens.hooks import Layers, resolve, select_layers
+from ctlens.pairs import Pair
+from ctlens.plots import Figure
+from ctlens.types import LensModel
+
+NAMES = {"all": "", "along": " along the clean-wrapped gap", "off": " off the clean-wrapped gap"}
+READING = "outlined: ceilings; in brackets: not above the floor"
+CORRECTED = "; above the diagonal: divided by the ceilings"
+UNKNOWN, FLOOR, ABOVE, BETWEEN, CEILING = VERDICTS = (
+    "", "at the floor", "above the floor", "between floor and ceiling", "at the ceiling",
+)  # fmt: skip
+COLUMNS = (
+    "quantity", "part", "place", "layer", "a", "b", *STATISTICS, "ceiling", "floor", "random_low", "random_high",
+    "n", "verdict",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ShiftSimilarity(Result):
+    """How alike the shifts of trained models are, for each two methods.
+
+    Attributes:
+        value: `[quantity, part, place, layer, a, b]`, the mean over pairs of different seeds; the
+            diagonal holds the ceilings. NaN where there is none: at the wrapper's tokens there is
+            no gap to split by, and a method of one seed has no ceiling.
+        ci_low, ci_high: its 95 percent interval over prompts.
+        seed_low, seed_high: its range over pairs of seeds.
+        corrected, corrected_low, corrected_high: the value divided by `sqrt(ceiling_a ceiling_b)`,
+            and the interval over prompts.
+        random_low, random_high: `[quantity, part, place, layer, a]`, where 95 percent of random
+            directions are.
+        n: `[part, place, layer, a, b]`, the prompts with a shift.
+        quantities: labels of the first axis.
+        methods: labels of the last axes.
+        layers: the number of each layer.
+        null: the method that is the floor; `""` for none.
+        one_seed: the methods with one seed only.
+        site: the hook point.
+    """
+
+    value: Float[np.ndarray, "quantity part place layer a b"]
+    ci_low: Float[np.ndarray, "quantity part place layer a b"]
+    ci_high: Float[np.ndarray, "quantity part place layer a b"]
+    seed_low: Float[np.ndarray, "quantity part place layer a b"]
+    seed_high: Float[np.ndarray, "quantity part place layer a b"]
+    corrected: Float[np.ndarray, "quantity part place layer a b"]
+    corrected_low: Float[np.ndarray, "quantity part place layer a b"]
+    corrected_high: Float[np.ndarray, "quantity part place layer a b"]
+    random_low: Float[np.ndarray, "quantity part place layer a"]
+    random_high: Float[np.ndarray, "quantity part place layer a"]
+    n: Int[np.ndarray, "part place layer a b"]
+    quantities: tuple[str, ...]
+    methods: tuple[str, ...]
+    layers: tuple[int, ...]
+    null: str
+    one_seed: tuple[str, ...]
+    site: str
+
+    def floor(self, statistic: str = "value") -> Float[np.ndarray, "quantity part place layer a b"]:
+        """Of two methods' numbers with the null the larger; NaN with the null itself, or without one."""
+        if not self.null:
+            return np.full(self.value.shape, np.nan)
+        place = self.methods.index(self.null)
+        own: np.ndarray = getattr(self, statistic)[..., place].copy()
+        own[..., place] = np.nan
+        return np.maximum(own[..., :, None], own[..., None, :])
+
+    def verdicts(self) -> np.ndarray:
+        """Where each number stands, one of `VERDICTS`; `[quantity, part, place, layer, a, b]`.
+
+        At the floor: the interval over prompts or the range over seeds reaches the random band or
+        the null's. At the ceiling: one of them, corrected, reaches 1, as two seeds of one method.
+        """
+        random = np.maximum(self.random_high[..., :, None], self.random_high[..., None, :])
+        tops = (random, self.floor("ci_high"), self.floor("seed_high"))
+        top = np.nan_to_num(np.fmax.reduce(tops))
+        low, ceiling = np.fmin(self.ci_low, self.seed_low), ceilings(self.value)
+        high = np.fmax(self.corrected_high, self.seed_high / ceiling)
+        above = np.where(np.isnan(self.corrected), ABOVE, np.where(high >= 1, CEILING, BETWEEN))
+        verdicts = np.where(low > top, above, FLOOR)
+        null = [method == self.null for method in self.methods]
+        same = np.eye(len(self.methods), dtype=bool) | np.logical_or.outer(null, null)
+        return np.where(same | np.isnan(self.value), UNKNOWN, verdicts)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per quantity, part, place, layer and two methods `a` and `b`; a method with itself is its ceiling."""
+        random = [np.maximum(band[..., :, None], band[..., None, :]) for band in (self.random_low, self.random_high)]
+        floors = [ceilings(self.value), self.floor(), *random, np.broadcast_to(self.n, self.value.shape)]
+        numbers = np.stack([*(getattr(self, name) for name in STATISTICS), *floors])
+        verdicts = self.verdicts()
+        rows = []
+        for at in np.ndindex(self.value.shape):
+            quantity, part, place, layer, a, b = at
+            if a <= b and (PLACES[place] != "wrapper" or PARTS[part] == "all"):
+                names = (self.quantities[quantity], PARTS[part], PLACES[place], self.layers[layer])
+                *found, n = numbers[:, *at].tolist()
+                rows.append((*names, self.methods[a], self.methods[b], *found, int(n), str(verdicts[at])))
+        return pd.DataFrame(rows, columns=list(COLUMNS))
+
+    def figure(self, quantity: str = "cosine", part: str = "off", layer: int | None = None) -> Figure:
+        """Every method with every other at one layer (by default the last one), one matrix a place."""
+        layer = self.layers[-1] if layer is None else layer
+        panels = {}
+        for place in PLACES[:2]:
+            at = self._at(quantity, part, place, layer)
+            raw = self.value[at], self.ci_low[at], self.ci_high[at]
+            corrected = self.corrected[at], self.corrected_low[at], self.corrected_high[at]
+            panels[WHERE[place]] = (raw, corrected, self.verdicts()[at] == FLOOR)
+        title = f"Which trainings shift alike{NAMES[part]}?"
+        above = CORRECTED if np.isfinite(self.corrected[self._at(quantity, part)]).any() else ""
+        subtitle = f"{self._called(quantity)}, layer {layer}; {READING}{above}{self._warning()}"
+        return plots.similarity_matrix(self.methods, panels, title, null=self.null, subtitle=subtitle)
+
+    def curves(self, quantity: str = "cosine", part: str = "off", place: str = "last") -> Figure:
+        """Every method with every other by layer, one panel a method, with its ceiling and its floors."""
+        at = self._at(quantity, part, place)
+        value, low, high = self.value[at], self.ci_low[at], self.ci_high[at]
+        panels = {
+            method: {other: (value[:, a, b], low[:, a, b], high[:, a, b]) for b, other in enumerate(self.methods)}
+            for a, method in enumerate(self.methods)
+            if method != self.null
+        }
+        lows, highs = self.random_low[at], self.random_high[at]
+        random = {method: (lows[:, a], highs[:, a]) for a, method in enumerate(self.methods)}
+        title = f"Which trainings shift alike{NAMES[part]}, {WHERE[place]}?"
+        subtitle = self._called(quantity) + self._warning()
+        return plots.similarity_curves(self.layers, panels, random, title, y_title="similarity", subtitle=subtitle)
+
+    def _at(self, quantity: str, part: str, place: str | None = None, layer: int | None = None) -> tuple[int, ...]:
+        """The place of a number in the arrays, as far as it is asked."""
+        if part != "all" and place == "wrapper":
+            raise CtlensError("the wrapper has no clean counterpart, so its shift has no parts: choose part='all'.")
+        axes = (("quantity", self.quantities), ("part", PARTS), ("place", PLACES), ("layer", self.layers))
+        names = [name for name in (quantity, part, place, layer) if name is not None]
+        asked = [(what, name, known) for (what, known), name in zip(axes, names, strict=False)]
+        for what, name, known in asked:
+            if name not in known:
+                raise unknown(what, str(name), [str(value) for value in known])
+        return tuple(known.index(name) for _, name, known in asked)
+
+    def _called(self, quantity: str) -> str:
+        return f"{title_of(quantity)}, {self.n.max()} prompts"
+
+    def _warning(self) -> str:
+        return f"; one seed only, hence no ceiling: {', '.join(self.one_seed)}" if self.one_seed else ""
+
+
+def shift_similarity(
+    before: LensModel,
+    models: Mapping[tuple[str, int], LensModel] | Mapping[str, LensModel],
+    pairs: Sequence[Pair],
+    *,
+    null: str | None = None,
+    quantities: Sequence[str] = ("cosine", "mean_cosine"),
+    k: int = 3,
+    site: str = "resid_post",
+    layers: Layers = "all",
+    batch_size: int = 64,
+    progress: bool = True,
+) -> ShiftSimilarity:
+    """How alike trained models moved a hook point away from the reference, on wrapped prompts.
+
+    >>> import ctlens as ct
+    >>> base, pairs = ct.load_organism(), ct.threats.get("sycophancy").pairs(8, seed=0)
+    >>> runs = {
+    ...     (loss.name, seed): ct.train(base, pairs, loss, steps=2, seed=seed, progress=False).model
+    ...     for loss in (ct.ACT(), ct.MLPCT())
+    ...     for seed in (0, 1)
+    ... }
+    >>> found = ct.analysis.shift_similarity(base, runs, pairs, layers="last", progress=False).to_dataframe()
+    >>> found.query("quantity == 'cosine' and part == 'off' and place == 'last'")[["a", "b"]].values.tolist()
+    [['act', 'act'], ['act', 'mlpct'], ['mlpct', 'mlpct']]
+
+    Args:
+        before: the reference, in eval mode.
+        models: trained models by (method, seed), in eval mode; a name alone is seed 0.
+        pairs: clean and wrapped prompts.
+        null: the method that is the floor, such as training on retention alone.
+        quantities: of `ctlens.analysis.measures.MEASURES`. `cosine`: of the shifts at a prompt's
+            tokens taken as one vector, the mean over prompts. `mean_cosine`: of the mean shifts.
+            `cka`: debiased linear CKA, with more prompts than dimensions only. `principal`: the
+            cosines of the principal angles between the spans of the `k` top shift directions.
+        k: how many directions span a shift, for `principal`.
+        site: a hook point with one vector a token, see `ctlens.hooks.SHORTHANDS`.
+        layers: which ones, see `ctlens.hooks.select_layers`.
+        batch_size: prompts a forward pass; only one batch at one hook point is held with all its tokens.
+        progress: show a progress bar a hook point.
+
+    Raises:
+        CtlensError: a model does not compare with the reference, is in training mode or has not
+            moved, there is one model only or one twice, a pair does not align, a name is unknown,
+            or there are too few prompts for a quantity.
+    """
+    keyed = _keyed(before, models)
+    seeds = list(keyed)
+    methods = tuple(dict.fromkeys(method for method, _ in seeds))
+    if not quantities or len(set(quantities)) < len(quantities):
+        raise CtlensError("name at least one quantity, and each of them once.")
+    for name in quantities:
+        if name not in MEASURES:
+            raise unknown("quantity", name, list(MEASURES))
+    if null is not None and null not in methods:
+        raise unknown("null", null, methods)
+    rows = encoded(before, pairs, "shared")
+    found = [
+        shifts_at(before, list(keyed.values()), rows, name, batch_size, progress)
+        for name in resolve(before, site, layers)
+    ]
+    _require_moved(seeds, found)
+    return ShiftSimilarity(
+        **_arrays(found, seeds, quantities, k),
+        quantities=names_of(quantities, k),
+        methods=methods,
+        layers=select_layers(before.cfg.n_layers, layers),
+        null=null or "",
+        one_seed=tuple(method for method in methods if [name for name, _ in seeds].count(method) == 1),
+        site=site,
+    )
+
+
+def _keyed(
+    before: LensModel, models: Mapping[tuple[str, int], LensModel] | Mapping[str, LensModel]
+) -> dict[tuple[str, int], LensModel]:
+    """The models by method and seed; they compare with the reference."""
+    seeds = [(key, 0) if isinstance(key, str) else key for key in models]
+    if len(seeds) < 2:
+        raise CtlensError("a comparison needs at least two models: give them by (method, seed).")
+    if len(set(seeds)) < len(seeds):
+        raise CtlensError(f"a model is given twice ({seeds}): a name alone is seed 0.")
+    for model in models.values():
+        require_comparable(before, model)
+    return dict(zip(seeds, models.values(), strict=True))
+
+
+def _require_moved(seeds: Seeds, found: Sequence[dict[tuple[str, str], Shifts]]) -> None:
+    length = sum(np.einsum("naa->a", shifts.gram) for of_layer in found for shifts in of_layer.values())
+    for key, moved in zip(seeds, np.asarray(length), strict=True):
+        if not moved:
+            raise CtlensError(f"the model {key} does not differ from the one before: its shift is zero everywhere.")
+
+
+def _arrays(
+    found: Sequence[dict[tuple[str, str], Shifts]], seeds: Seeds, quantities: Sequence[str], k: int
+) -> dict[str, np.ndarray]:
+    """The arrays of the result; NaN for parts that a place does not have."""
+    methods = len(dict.fromkeys(method for method, _ in seeds))
+    shape = (len(names_of(quantities, k)), len(PARTS), len(PLACES), len(found), methods)
+    numbers = np.full((len(STATISTICS), *shape, methods), np.nan)
+    random = np.full((2, *shape), np.nan)
+    n = np.zeros((*shape[1:], methods), dtype=np.int64)
+    for layer, of_layer in enumerate(found):
+        for (part, place), shifts in of_layer.items():
+            at = PARTS.index(part), PLACES.index(place), layer
+            table, band = measure_all(shifts, seeds, quantities, k)
+            numbers[:, :, *at] = table.swapaxes(0, 1)
+            random[:, :, *at] = band.swapaxes(0, 1)
+            n[at] = np.nan_to_num(between(shifts.moved.sum(0).astype(float), seeds)[1])
+    bands = {"random_low": random[0], "random_high": random[1]}
+    return dict(zip(STATISTICS, numbers, strict=True)) | bands | {"n": n}
