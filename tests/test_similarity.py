@@ -80,7 +80,9 @@ def models(model: LensModel) -> dict[tuple[str, int], LensModel]:
     """`x` and `y` write one direction off the gap, `z` and the null others; each seed adds a direction of its own."""
     kinds = {"x": (0.5, SHARED), "y": (0.9, SHARED), "z": (0.7, OTHER), "null": (0.0, 16)}
     return {
-        (method, seed): trained(model, closed, {direction: A, NOISE + 2 * place + seed: B})
+        (method, seed): trained(
+            model, closed, {direction: A, NOISE + 2 * place + seed: B} | ({SHARED: 0.2} if method == "null" else {})
+        )
         for place, (method, (closed, direction)) in enumerate(kinds.items())
         for seed in (0, 1)
     }
@@ -147,9 +149,23 @@ def test_the_floors_are_the_null_and_random_directions(found: ShiftSimilarity) -
     numbers = row(found, "x", "y", part="all")
     with_null = [row(found, name, "null", part="all")["value"] for name in ("x", "y")]
 
-    assert numbers["floor"] == max(with_null)
+    assert with_null[0] != with_null[1] and numbers["floor"] == max(with_null)
     assert -0.5 < numbers["random_low"] < 0 < numbers["random_high"] < 0.5
     assert row(found, "x", "null")["verdict"] == "" and np.isnan(row(found, "x", "null")["floor"])
+
+
+def test_a_null_that_hardly_moved_is_called_a_weak_floor(model, models, found: ShiftSimilarity) -> None:
+    still = {key: models[key] for key in models if key[0] != "null"} | {("still", 0): trained(model, 0, {OTHER: 0.001})}
+
+    weak = shift_similarity(model, still, PAIRS, null="still", progress=False)
+
+    assert "still hardly moved (0.1%" in weak.curves().layout.title.text
+    assert "hardly" not in found.curves().layout.title.text
+    numbers = row(found, "x", "z", layer=0)  # of one length off the gap: 0.8 and 0.5 times one reading
+    assert numbers["length_a"] == pytest.approx(numbers["length_b"], rel=1e-4)
+    assert row(weak, "x", "still")["length_a"] / row(weak, "x", "still")["length_b"] == pytest.approx(
+        (A**2 + B**2) ** 0.5 / 0.001, rel=1e-2
+    )
 
 
 def test_order_of_prompts_and_batches_change_nothing(model, models, found: ShiftSimilarity) -> None:

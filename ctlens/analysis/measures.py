@@ -18,7 +18,8 @@ from ctlens.analysis.likeness import (
     principal_cosines,
     top_directions,
 )
-from ctlens.analysis.shifts import Shifts
+from ctlens.analysis.shifts import PARTS, Shifts
+from ctlens.analysis.states import PLACES
 from ctlens.errors import CtlensError
 from ctlens.intervals import ENDS, jackknife, resampled_means
 
@@ -50,6 +51,30 @@ def names_of(quantities: Sequence[str], k: int) -> tuple[str, ...]:
 def title_of(label: str) -> str:
     """A label in words."""
     return TITLES.get(label, f"cosine of principal angle {label.removeprefix('principal_')}")
+
+
+def arrays(
+    found: Sequence[dict[tuple[str, str], Shifts]], seeds: Seeds, quantities: Sequence[str], k: int
+) -> dict[str, np.ndarray]:
+    """The numbers of all layers by name, for `ShiftSimilarity`; NaN for parts that a place does not have."""
+    owners = [method for method, _ in seeds]
+    methods = len(dict.fromkeys(owners))
+    shape = (len(names_of(quantities, k)), len(PARTS), len(PLACES), len(found), methods)
+    numbers = np.full((len(STATISTICS), *shape, methods), np.nan)
+    random = np.full((2, *shape), np.nan)
+    length, n = np.full(shape[1:], np.nan), np.zeros((*shape[1:], methods), dtype=np.int64)
+    for layer, of_layer in enumerate(found):
+        for (part, place), shifts in of_layer.items():
+            at = PARTS.index(part), PLACES.index(place), layer
+            table, band = measure_all(shifts, seeds, quantities, k)
+            numbers[:, :, *at] = table.swapaxes(0, 1)
+            random[:, :, *at] = band.swapaxes(0, 1)
+            squares = np.einsum("naa->a", shifts.gram) / len(shifts.gram)
+            of_methods = [squares[[owner == name for owner in owners]] for name in dict.fromkeys(owners)]
+            length[at] = [np.sqrt(of_method.mean()) for of_method in of_methods]
+            n[at] = np.nan_to_num(between(shifts.moved.sum(0).astype(float), seeds)[1])
+    bands = {"random_low": random[0], "random_high": random[1]}
+    return dict(zip(STATISTICS, numbers, strict=True)) | bands | {"length": length, "n": n}
 
 
 def measure_all(shifts: Shifts, seeds: Seeds, quantities: Sequence[str], k: int) -> Measured:

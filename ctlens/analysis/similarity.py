@@ -26,8 +26,8 @@ from jaxtyping import Float, Int
 
 from ctlens import plots
 from ctlens.analysis.forward import encoded, require_comparable
-from ctlens.analysis.likeness import Seeds, between, ceilings
-from ctlens.analysis.measures import MEASURES, STATISTICS, measure_all, names_of, title_of
+from ctlens.analysis.likeness import Seeds, ceilings
+from ctlens.analysis.measures import MEASURES, STATISTICS, arrays, names_of, title_of
 from ctlens.analysis.residual import WHERE
 from ctlens.analysis.result import Result
 from ctlens.analysis.shifts import PARTS, Shifts, shifts_at
@@ -44,9 +44,10 @@ CORRECTED = "; above the diagonal: divided by the ceilings"
 UNKNOWN, FLOOR, ABOVE, BETWEEN, CEILING = VERDICTS = (
     "", "at the floor", "above the floor", "between floor and ceiling", "at the ceiling",
 )  # fmt: skip
+WEAK = 0.05
 COLUMNS = (
     "quantity", "part", "place", "layer", "a", "b", *STATISTICS, "ceiling", "floor", "random_low", "random_high",
-    "n", "verdict",
+    "length_a", "length_b", "n", "verdict",
 )  # fmt: skip
 
 
@@ -64,6 +65,8 @@ class ShiftSimilarity(Result):
             and the interval over prompts.
         random_low, random_high: `[quantity, part, place, layer, a]`, where 95 percent of random
             directions are.
+        length: `[part, place, layer, a]`, the root mean square length of the shifts over prompts and
+            seeds; a null that hardly moved is a weak floor.
         n: `[part, place, layer, a, b]`, the prompts with a shift.
         quantities: labels of the first axis.
         methods: labels of the last axes.
@@ -83,6 +86,7 @@ class ShiftSimilarity(Result):
     corrected_high: Float[np.ndarray, "quantity part place layer a b"]
     random_low: Float[np.ndarray, "quantity part place layer a"]
     random_high: Float[np.ndarray, "quantity part place layer a"]
+    length: Float[np.ndarray, "part place layer a"]
     n: Int[np.ndarray, "part place layer a b"]
     quantities: tuple[str, ...]
     methods: tuple[str, ...]
@@ -120,7 +124,7 @@ class ShiftSimilarity(Result):
     def to_dataframe(self) -> pd.DataFrame:
         """One row per quantity, part, place, layer and two methods `a` and `b`; a method with itself is its ceiling."""
         random = [np.maximum(band[..., :, None], band[..., None, :]) for band in (self.random_low, self.random_high)]
-        floors = [ceilings(self.value), self.floor(), *random, np.broadcast_to(self.n, self.value.shape)]
+        floors = [ceilings(self.value), self.floor(), *random]
         numbers = np.stack([*(getattr(self, name) for name in STATISTICS), *floors])
         verdicts = self.verdicts()
         rows = []
@@ -128,8 +132,9 @@ class ShiftSimilarity(Result):
             quantity, part, place, layer, a, b = at
             if a <= b and (PLACES[place] != "wrapper" or PARTS[part] == "all"):
                 names = (self.quantities[quantity], PARTS[part], PLACES[place], self.layers[layer])
-                *found, n = numbers[:, *at].tolist()
-                rows.append((*names, self.methods[a], self.methods[b], *found, int(n), str(verdicts[at])))
+                lengths = self.length[part, place, layer, [a, b]].tolist()
+                found = (*numbers[:, *at].tolist(), *lengths, int(self.n[at[1:]]), str(verdicts[at]))
+                rows.append((*names, self.methods[a], self.methods[b], *found))
         return pd.DataFrame(rows, columns=list(COLUMNS))
 
     def figure(self, quantity: str = "cosine", part: str = "off", layer: int | None = None) -> Figure:
@@ -177,7 +182,12 @@ class ShiftSimilarity(Result):
         return f"{title_of(quantity)}, {self.n.max()} prompts"
 
     def _warning(self) -> str:
-        return f"; one seed only, hence no ceiling: {', '.join(self.one_seed)}" if self.one_seed else ""
+        words = f"; one seed only, hence no ceiling: {', '.join(self.one_seed)}" if self.one_seed else ""
+        length = dict(zip(self.methods, self.length[0, 0].mean(0), strict=True))
+        share = length.pop(self.null, np.inf) / min(length.values(), default=np.inf)
+        if share < WEAK:
+            words += f"; {self.null} hardly moved ({share:.1%} of the others): a weak floor"
+        return words
 
 
 def shift_similarity(
@@ -243,7 +253,7 @@ def shift_similarity(
     ]
     _require_moved(seeds, found)
     return ShiftSimilarity(
-        **_arrays(found, seeds, quantities, k),
+        **arrays(found, seeds, quantities, k),
         quantities=names_of(quantities, k),
         methods=methods,
         layers=select_layers(before.cfg.n_layers, layers),
@@ -272,23 +282,3 @@ def _require_moved(seeds: Seeds, found: Sequence[dict[tuple[str, str], Shifts]])
     for key, moved in zip(seeds, np.asarray(length), strict=True):
         if not moved:
             raise CtlensError(f"the model {key} does not differ from the one before: its shift is zero everywhere.")
-
-
-def _arrays(
-    found: Sequence[dict[tuple[str, str], Shifts]], seeds: Seeds, quantities: Sequence[str], k: int
-) -> dict[str, np.ndarray]:
-    """The arrays of the result; NaN for parts that a place does not have."""
-    methods = len(dict.fromkeys(method for method, _ in seeds))
-    shape = (len(names_of(quantities, k)), len(PARTS), len(PLACES), len(found), methods)
-    numbers = np.full((len(STATISTICS), *shape, methods), np.nan)
-    random = np.full((2, *shape), np.nan)
-    n = np.zeros((*shape[1:], methods), dtype=np.int64)
-    for layer, of_layer in enumerate(found):
-        for (part, place), shifts in of_layer.items():
-            at = PARTS.index(part), PLACES.index(place), layer
-            table, band = measure_all(shifts, seeds, quantities, k)
-            numbers[:, :, *at] = table.swapaxes(0, 1)
-            random[:, :, *at] = band.swapaxes(0, 1)
-            n[at] = np.nan_to_num(between(shifts.moved.sum(0).astype(float), seeds)[1])
-    bands = {"random_low": random[0], "random_high": random[1]}
-    return dict(zip(STATISTICS, numbers, strict=True)) | bands | {"n": n}
