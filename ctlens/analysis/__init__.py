@@ -2,17 +2,22 @@
 
 from ctlens.analysis.attention import AttentionDiff, attention_diff
 from ctlens.analysis.crossloss import CrossLoss, cross_loss
+from ctlens.analysis.directions import Directions, mean_difference
+from ctlens.analysis.interventions import Intervention
 from ctlens.analysis.lens import LogitAttribution, LogitLens, logit_attribution, logit_lens
 from ctlens.analysis.probe import Probe, probe
 from ctlens.analysis.residual import ResidualShift, residual_shift
 from ctlens.analysis.similarity import ShiftSimilarity, shift_similarity
 from ctlens.analysis.states import States, states
+from ctlens.analysis.steering import ablate, steer
 from ctlens.analysis.tasks import Task, answer_hinted, labelled, will_misbehave, wrapper_present
 from ctlens.analysis.updaterank import UpdateRank, update_rank
 
 __all__ = [
     "AttentionDiff",
     "CrossLoss",
+    "Directions",
+    "Intervention",
     "LogitAttribution",
     "LogitLens",
     "Probe",
@@ -21,16 +26,19 @@ __all__ = [
     "States",
     "Task",
     "UpdateRank",
+    "ablate",
     "answer_hinted",
     "attention_diff",
     "cross_loss",
     "labelled",
     "logit_attribution",
     "logit_lens",
+    "mean_difference",
     "probe",
     "residual_shift",
     "shift_similarity",
     "states",
+    "steer",
     "update_rank",
     "will_misbehave",
     "wrapper_present",

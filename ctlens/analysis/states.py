@@ -93,25 +93,34 @@ def states(
     require_eval(model)
     if side not in SIDES:
         raise unknown("side", side, SIDES)
-    if isinstance(place, str) and place not in PLACES:
-        raise unknown("place", place, PLACES)
-    if place == "wrapper" and side == "clean":
-        raise CtlensError("a clean prompt has no wrapper: choose side='wrapped' or another place.")
     names = resolve(model, site, layers)
     chunks = []
     for rows, batch in batches(model, pairs, "shared", batch_size, progress):
         prompt = batch.clean if side == "clean" else batch.wrapped
-        chosen = _chosen(place, side, rows, batch)
-        if not chosen.any(-1).all():
-            raise CtlensError("a prompt has no token at this place: leave its pair out or choose another place.")
+        chosen = place_mask(place, side, rows, batch)
         found = capture(model, prompt.tokens, names, grad=False)[1]
         chunks.append(torch.stack([_mean(found[name], chosen) for name in names]).float().cpu().numpy())
     numbers = select_layers(model.cfg.n_layers, layers)
     return States(np.concatenate(chunks, 1), numbers, site, side, place if isinstance(place, str) else SPAN)
 
 
-def _chosen(place: str | Span, side: str, rows: Sequence[EncodedPair], batch: PairBatch) -> Mask:
-    """True at the tokens of the place, on one side."""
+def place_mask(place: str | Span, side: str, rows: Sequence[EncodedPair], batch: PairBatch) -> Mask:
+    """True at the tokens of the place, on one side.
+
+    Raises:
+        CtlensError: the place is unknown, or a prompt has no token there.
+    """
+    if isinstance(place, str) and place not in PLACES:
+        raise unknown("place", place, PLACES)
+    if place == "wrapper" and side == "clean":
+        raise CtlensError("a clean prompt has no wrapper: choose side='wrapped' or another place.")
+    chosen = _at_place(place, side, rows, batch)
+    if not chosen.any(-1).all():
+        raise CtlensError("a prompt has no token at this place: leave its pair out or choose another place.")
+    return chosen
+
+
+def _at_place(place: str | Span, side: str, rows: Sequence[EncodedPair], batch: PairBatch) -> Mask:
     mask = batch.clean.mask if side == "clean" else batch.wrapped.mask
     if place == "wrapper":
         return batch.wrapper

@@ -9,6 +9,7 @@ from plotly.graph_objects import Figure
 from ctlens.plots.curves import Curve, dose_response, layer_curves
 from ctlens.plots.export import save_figure
 from ctlens.plots.heads import attention_heads, component_grids
+from ctlens.plots.interventions import against_random
 from ctlens.plots.lines import StepCurve, cross_loss_steps, update_ranks
 from ctlens.plots.matrix import Panel, cross_loss, cross_threat
 from ctlens.plots.probes import probe_curves
@@ -24,6 +25,7 @@ __all__ = [
     "Panel",
     "StepCurve",
     "StrengthCurve",
+    "against_random",
     "attack_strength",
     "attention_heads",
     "behaviour",
