@@ -3,6 +3,7 @@
 from ctlens.analysis.attention import AttentionDiff, attention_diff
 from ctlens.analysis.crossloss import CrossLoss, cross_loss
 from ctlens.analysis.directions import Directions, mean_difference
+from ctlens.analysis.erasure import Erasure, erase_or_mask
 from ctlens.analysis.interventions import Intervention
 from ctlens.analysis.lens import LogitAttribution, LogitLens, logit_attribution, logit_lens
 from ctlens.analysis.probe import Probe, probe
@@ -17,6 +18,7 @@ __all__ = [
     "AttentionDiff",
     "CrossLoss",
     "Directions",
+    "Erasure",
     "Intervention",
     "LogitAttribution",
     "LogitLens",
@@ -30,6 +32,7 @@ __all__ = [
     "answer_hinted",
     "attention_diff",
     "cross_loss",
+    "erase_or_mask",
     "labelled",
     "logit_attribution",
     "logit_lens",

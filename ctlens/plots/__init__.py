@@ -7,6 +7,7 @@ plotly setting.
 from plotly.graph_objects import Figure
 
 from ctlens.plots.curves import Curve, dose_response, layer_curves
+from ctlens.plots.evidence import Measurement, evidence
 from ctlens.plots.export import save_figure
 from ctlens.plots.heads import attention_heads, component_grids
 from ctlens.plots.interventions import against_random
@@ -22,6 +23,7 @@ from ctlens.plots.training import history, hook_history
 __all__ = [
     "Curve",
     "Figure",
+    "Measurement",
     "Panel",
     "StepCurve",
     "StrengthCurve",
@@ -34,6 +36,7 @@ __all__ = [
     "cross_loss_steps",
     "cross_threat",
     "dose_response",
+    "evidence",
     "finish",
     "history",
     "hook_history",

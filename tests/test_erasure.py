@@ -1,0 +1,196 @@
+"""Erased or masked: the verdicts on a model whose repairs were made by hand, and the rule case by case."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import planted
+import pytest
+
+from ctlens.analysis import Directions, Erasure, erase_or_mask
+from ctlens.analysis.verdicts import Evidence, Measured, finding, readout, verdict
+from ctlens.errors import CtlensError
+from ctlens.pairs import Pair, prompt
+from ctlens.types import LensModel
+
+
+@pytest.fixture(scope="module")
+def base() -> LensModel:
+    return planted.model("base")
+
+
+@pytest.fixture(scope="module")
+def repaired() -> dict[str, LensModel]:
+    return {name: planted.model(name) for name in ("erased", "masked")}
+
+
+@pytest.fixture(scope="module")
+def found(base: LensModel, repaired: dict[str, LensModel]) -> Erasure:
+    return erase_or_mask(base, repaired, planted.pairs(), layers=[1, 2], draws=12, progress=False)
+
+
+def test_what_was_planted_is_what_is_told(found: Erasure):
+    assert found.verdicts() == {
+        "none": ("vulnerable", "vulnerable"),
+        "erased": ("erased", "erased"),
+        "masked": ("masked", "masked"),
+    }
+
+
+def test_re_elicitation_tells_what_became_of_the_read_out(found: Erasure):
+    readouts = found.to_dataframe().groupby("model", sort=False)["readout"].agg(list).to_dict()
+    assert readouts == {"none": ["intact"] * 2, "erased": ["intact"] * 2, "masked": ["cut"] * 2}
+
+
+def test_the_measurements_are_those_worked_out_by_hand(found: Erasure):
+    clean, wrapped, rescaled = (
+        np.mean([planted.margin(pair, amount(pair), read=read) for pair in planted.pairs()])
+        for amount, read in ((lambda pair: 0, True), (planted.written, True), (planted.written, False))
+    )
+    table = found.to_dataframe().set_index(["model", "layer"])
+    for layer in planted.LAYERS:
+        assert table.loc[("none", layer), ["readable", "used", "reelicited"]].tolist() == pytest.approx(
+            [1, clean - wrapped, clean - wrapped], rel=1e-3
+        )
+        assert table.loc[("erased", layer), ["readable", "used", "reelicited"]].tolist() == pytest.approx(
+            [0.5, 0, clean - wrapped], rel=1e-3, abs=1e-3
+        )
+        # With the read-out cut the direction only lengthens the state that the last norm shortens.
+        assert table.loc[("masked", layer), ["readable", "used", "reelicited"]].tolist() == pytest.approx(
+            [1, clean - rescaled, clean - rescaled], rel=1e-2
+        )
+
+
+def test_the_layer_before_the_cue_is_written_is_refused(base: LensModel, repaired):
+    with pytest.raises(CtlensError, match="direction at layer 0 for 'ada .* has no length"):
+        erase_or_mask(base, repaired, planted.pairs(), progress=False)
+
+
+def test_a_direction_that_the_base_does_not_use_leaves_it_open(base: LensModel, repaired):
+    idle = Directions.from_vectors(2 * planted.AXES["gil"].numpy()[None], [1], source="who")
+    told = erase_or_mask(base, repaired, planted.pairs(), direction=idle, draws=6, progress=False)
+    assert set(told.to_dataframe()["verdict"]) == {"inconclusive"}
+    assert "in the base the cue is not clearly used or reelicited here" in told.to_dataframe()["reason"][0]
+
+
+def test_a_control_that_does_the_same_takes_the_verdict_away(found: Erasure):
+    arrays = {name: getattr(found, name)[[0, 1, 2, 2]] for name in ("readable", "used", "reelicited", "wrapped")}
+    told = dataclasses.replace(found, **arrays, models=("none", "erased", "masked", "retention"), control="retention")
+    assert told.verdicts() == {
+        "none": ("vulnerable",) * 2,
+        "erased": ("erased",) * 2,
+        "masked": ("inconclusive",) * 2,
+        "retention": ("masked",) * 2,
+    }
+    assert "retention-only control is masked too" in told.to_dataframe()["reason"][4]
+
+
+def test_a_cue_with_values_is_read_among_the_wrapped_prompts(base: LensModel, repaired):
+    both = planted.pairs(signs=(1, -1))
+    told = erase_or_mask(base, repaired, both, cue="hint", layers=[1], draws=4, progress=False)
+    assert told.readable[:, 0, 0].tolist() == pytest.approx([1, 1, 1])  # also from the truth it denies
+
+
+def test_a_result_goes_to_a_file_and_is_drawn(found: Erasure, tmp_path):
+    found.save(tmp_path / "erasure.safetensors")
+    again = Erasure.load(tmp_path / "erasure.safetensors")
+    assert again.to_dataframe().equals(found.to_dataframe())
+    figure = found.figure()
+    assert [note.text for note in figure.layout.annotations][3] == "erased: cue readable"
+    drawn = [trace for trace in figure.data if trace.text]
+    assert len(drawn) == 9 and drawn[6].text == ("masked", "masked")
+    np.testing.assert_allclose(drawn[1].y, found.used[0, :, 0].mean(-1))
+    assert {"vulnerable", "erased", "masked", "null", "base"} == {
+        trace.name for trace in figure.data if trace.showlegend is not False
+    }
+
+
+# The rule, case by case. Nulls reach to 1 (readable: 0.6).
+
+
+def measured(value: float, null: float = 1.0, width: float = 0.05) -> Measured:
+    return Measured(float(value), value - width, value + width, -1.0, null)
+
+
+BASE = Evidence(measured(0.9, 0.6), measured(8), measured(9))
+LEVELS = {"yes": (0.7, 5.0), "no": (0.5, 0.0), "unclear": (0.6, 1.0)}
+
+
+def evidence(readable: str, used: str) -> Evidence:
+    return Evidence(measured(LEVELS[readable][0], 0.6), measured(LEVELS[used][1]), measured(5))
+
+
+@pytest.mark.parametrize(
+    ("readable", "used", "expected"),
+    [
+        ("yes", "yes", "vulnerable"),
+        ("yes", "no", "masked"),
+        ("no", "no", "erased"),
+        ("no", "yes", "inconclusive"),
+        ("yes", "unclear", "inconclusive"),
+        ("unclear", "no", "inconclusive"),
+        ("no", "unclear", "inconclusive"),
+    ],
+)
+def test_two_findings_make_a_verdict(readable: str, used: str, expected: str):
+    told, reason = verdict(evidence(readable, used), BASE, repaired=True, less=False)
+    assert told == expected
+    words = {"yes": "", "no": "not ", "unclear": "not clearly "}
+    assert reason.startswith(f"{words[readable]}readable (") and f"; {words[used]}used (" in reason
+
+
+@pytest.mark.parametrize(("repaired", "expected"), [(True, "reduced"), (False, "vulnerable")])
+def test_a_repaired_model_that_uses_the_direction_less_has_reduced_it(repaired: bool, expected: str):
+    assert verdict(evidence("yes", "yes"), BASE, repaired=repaired, less=True)[0] == expected
+
+
+@pytest.mark.parametrize(("readable", "used"), [("yes", "no"), ("no", "no")])
+def test_without_a_repair_nothing_was_erased_or_masked(readable: str, used: str):
+    told, reason = verdict(evidence(readable, used), BASE, repaired=False, less=True)
+    assert told == "inconclusive" and "no better than by the base" in reason
+
+
+@pytest.mark.parametrize("measure", ["readable", "used", "reelicited"])
+def test_what_the_base_does_not_show_cannot_be_lost(measure: str):
+    weak = dataclasses.replace(BASE, **{measure: Measured(0.5, 0.4, 0.7, 0.3, 0.6)})
+    told, reason = verdict(evidence("no", "no"), weak, repaired=True, less=False)
+    assert (told, reason) == ("inconclusive", f"in the base the cue is not clearly {measure} here")
+
+
+def test_an_effect_above_harmful_random_ones_but_not_above_zero_is_none():
+    assert finding(Measured(0.04, -0.05, 0.12, -0.36, -0.07), BASE.used) == "unclear"
+    assert finding(Measured(-0.04, -0.1, -0.01, -0.36, -0.07), BASE.used) == "no"
+
+
+def test_within_the_null_is_no_only_where_it_is_less_than_in_the_base():
+    wide = Measured(3.0, 2.0, 4.0, -5.0, 5.0)
+    assert finding(wide, Measured(9.0, 8.0, 10.0, -5.0, 5.0)) == "no"
+    assert finding(wide, Measured(6.0, 3.5, 9.0, -1.0, 1.0)) == "unclear"
+
+
+@pytest.mark.parametrize(
+    ("value", "less", "expected"),
+    [(5.0, False, "intact"), (5.0, True, "weakened"), (0.0, True, "cut"), (1.0, True, "unclear")],
+)
+def test_the_read_out(value: float, less: bool, expected: str):
+    assert readout(measured(value), BASE.reelicited, less=less) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": {}}, "at least one trained model"),
+        ({"models": {"none": planted.model()}}, "label other than 'none'"),
+        ({"control": "retain"}, "unknown control 'retain'"),
+        ({"cue": "hint"}, "same 'hint'"),
+        ({"cue": "value"}, "unknown label 'value'"),
+        ({"pairs": planted.pairs()[:4]}, "too few to be split"),
+        ({"layers": [3]}, "layer 3 does not exist"),
+        ({"pairs": [Pair(prompt("ada ?"), prompt("never ada ?"))]}, "good and a bad answer"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_told_in_a_sentence(base: LensModel, repaired, change: dict, message: str):
+    options = {"models": repaired, "pairs": planted.pairs(), "layers": [1], "draws": 2, "progress": False} | change
+    with pytest.raises(CtlensError, match=message):
+        erase_or_mask(base, options.pop("models"), options.pop("pairs"), **options)
