@@ -47,7 +47,9 @@ class StudyConfig:
         seeds: number of seeds, from 0.
         pairs: training pairs a threat.
         items: evaluation pairs a threat and split.
-        training: settings shared by every cell; its seed is replaced by the cell's.
+        training: settings shared by every cell, whatever its method: window (`"shared"` unless it names
+            another), trainable parameters, steps, order of the pairs, retention, calibration; the seed
+            is replaced by the cell's.
     """
 
     threats: tuple[str, ...] = ()
@@ -66,6 +68,8 @@ class StudyConfig:
                 registry.get(value)
             if len(set(values)) < len(values):
                 raise CtlensError(f"{name} must name each once, not {', '.join(values)}.")
+        if self.training.window is None:
+            object.__setattr__(self, "training", replace(self.training, window="shared"))
         for name in ("seeds", "pairs", "items"):
             if getattr(self, name) < 1:
                 raise CtlensError(f"{name} must be at least 1, not {getattr(self, name)}.")

@@ -15,7 +15,7 @@ from ctlens.errors import CtlensError, unknown
 
 T = TypeVar("T")
 
-STAMPED_PACKAGES = ("ctlens", "torch", "transformer-lens", "transformers", "numpy", "scipy", "plotly")
+STAMPED_PACKAGES = ("ctlens", "torch", "transformer-lens", "transformers", "numpy", "scipy", "scikit-learn", "plotly")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

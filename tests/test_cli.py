@@ -17,7 +17,7 @@ import pytest
 import typer
 from conftest import byte_level_tokenizer, hf_model
 
-from ctlens import cli, threats
+from ctlens import cli, losses, threats
 from ctlens.config import to_dict
 from ctlens.doses import PAIRS
 from ctlens.study import Study, StudyConfig
@@ -158,6 +158,8 @@ MISTAKES = {
     f"{TRAIN} --pairs good.jsonl": "Missing option '--loss'",
     f"{TRAIN} --pairs good.jsonl --loss atct": "unknown loss 'atct'; did you mean 'attct'",
     f"{TRAIN} --pairs good.jsonl --loss act --loss act": "given twice",
+    f"{TRAIN} --pairs good.jsonl --loss act:stak": "unknown source of act 'stak'; did you mean 'stack'",
+    f"{TRAIN} --pairs good.jsonl --loss act --calibrate 0": "calibrated to a positive gradient norm, not 0.0",
     f"{TRAIN} --loss act --threat jailbrake": "unknown threat 'jailbrake'; did you mean 'jailbreak'",
     f"{TRAIN} --pairs good.jsonl --loss act --window sufix": "unknown alignment window 'sufix'",
     f"{TRAIN} --pairs good.jsonl --loss bct --window sufix": "unknown alignment window 'sufix'",
@@ -371,6 +373,17 @@ def test_adapters_are_trained_and_saved_beside_the_merged_model(call: Call, plac
     assert json.loads(Path("new/config.json").read_text())["training"]["trainable"] == lora
     assert json.loads(Path("new/adapters/adapters.json").read_text())["lora"] == lora
     assert call("evaluate --model new --pairs good.jsonl --items 2").err.count("Traceback") == 0
+
+
+def test_a_published_loss_is_trained_calibrated_and_written_down(call: Call, place: Path) -> None:
+    ended = call(f"{TRAIN} --loss attct:stack-jailbreak --pairs good.jsonl --steps 1 --calibrate 0.5 --window shared")
+
+    assert ended.code == 0 and ended.err == ""
+    config = json.loads(Path("new/config.json").read_text())
+    published = losses.to_config(losses.preset("attct", "stack-jailbreak"))
+    (trained,) = config["losses"]
+    assert trained == {**published, "window": "shared", "weight": trained["weight"]}
+    assert trained["weight"] == pytest.approx(0.5 / config["calibration"]["gradient_norms"]["attct"])
 
 
 def test_a_threat_s_own_pairs_train_the_organism(call: Call, place: Path) -> None:

@@ -150,13 +150,12 @@ def test_the_command_trains_as_the_library_does(train, tmp_path: Path, own_pairs
 
 def test_all_losses_fall_together(train, tmp_path: Path, own_pairs: Path) -> None:
     source, out = save_hf("llama", tmp_path / "hf"), tmp_path / "run"
-    together = [name for name in losses.names() if name not in ("rmct", "f2c")]  # these need answers of their own
-    named = [part for name in together for part in ("--loss", name)]
+    named = [part for name in losses.MEASURED for part in ("--loss", name)]
 
     printed = train("--model", source, "--pairs", own_pairs, *named, *SHORT, "--out", out)
 
-    assert all(f"{name}: " in printed and fell(series(out, name)) for name in together)
-    assert {loss.name for loss in load_run(out).losses} == set(together)
+    assert all(f"{name}: " in printed and fell(series(out, name)) for name in losses.MEASURED)
+    assert {loss.name for loss in load_run(out).losses} == set(losses.MEASURED)
 
 
 @pytest.mark.parametrize("loss", ["attct", "bct"])

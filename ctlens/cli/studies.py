@@ -22,6 +22,8 @@ def compare(
     methods: Methods = "",
     seeds: Seeds = 1,
     steps: Steps = 100,
+    window: Annotated[str, typer.Option(help="Of all methods: shared, suffix, content or last.")] = "shared",
+    calibrate: Annotated[float | None, typer.Option(help="Weigh methods to this gradient norm at the start.")] = None,
     workers: Workers = None,
     resume: Resume = False,
     quiet: Quiet = False,
@@ -30,7 +32,8 @@ def compare(
     from ctlens.study import Study, StudyConfig
     from ctlens.training import TrainConfig
 
-    config = StudyConfig(names(threats), names(methods), seeds, training=TrainConfig(steps=steps))
+    training = TrainConfig(steps=steps, window=window, calibrate=calibrate)
+    config = StudyConfig(names(threats), names(methods), seeds, training=training)
     study = Study(config, out, resume=resume, progress=not quiet, workers=workers)
     for cell, rows in study:
         _announce(cell, rows)

@@ -21,12 +21,17 @@ if TYPE_CHECKING:
 def train(
     out: Annotated[Path, typer.Option(help="New folder for the run.")],
     loss: Annotated[
-        list[str], typer.Option(help="act, mlpct, attct, bct, klct, attout or attmass; repeat for several.")
+        list[str],
+        typer.Option(
+            help="act, mlpct, attct, bct, rmct, f2c, klct, attout, attmass, or act:stack; repeat for several."
+        ),
     ],
     model: ModelFolder = None,
     pairs: PairsFile = None,
     threat: Annotated[str, typer.Option(help="Train on this threat's own pairs instead of a file.")] = "",
-    window: Annotated[str, typer.Option(help="shared, suffix, content, explicit or last.")] = "shared",
+    window: Annotated[
+        str | None, typer.Option(help="Of all losses: shared, suffix, content, explicit, last, answer.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Pairs a step.")] = 32,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
@@ -37,6 +42,7 @@ def train(
     schedule: Annotated[str, typer.Option(help="linear, or one of torch's: CosineAnnealingLR,T_max=90.")] = "linear",
     stop_below: Annotated[float | None, typer.Option(help="End at this bad rate on held-out pairs.")] = None,
     track: Annotated[str, typer.Option(help="Comma-separated losses to follow without training on them.")] = "",
+    calibrate: Annotated[float | None, typer.Option(help="Weigh losses to this gradient norm at the start.")] = None,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 50,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what was interrupted or killed.")] = False,
     seed: Seed = 0,
@@ -45,8 +51,6 @@ def train(
     """Train a model on pairs with one loss or several, and save the run."""
     from dataclasses import replace
 
-    from ctlens.alignment import WINDOWS
-    from ctlens.errors import unknown
     from ctlens.files import require_free
     from ctlens.training import TrainConfig, Trainer, Until
 
@@ -58,18 +62,17 @@ def train(
     require_free(out)
     if checkpoint_every < 1:
         raise CtlensError(f"--checkpoint-every must be at least 1, not {checkpoint_every}.")
-    if window not in WINDOWS:
-        raise unknown("alignment window", window, WINDOWS)
     if stop_below is not None and not threat:
         raise CtlensError("--stop-below asks the threat that is trained on: give --threat NAME.")
     kind, options = _schedule(schedule)
     config = TrainConfig(
         steps=steps, batch_size=batch_size, lr=lr, retention=retention, seed=seed, accumulate=accumulate,
         schedule=kind, schedule_options=options, until=None if stop_below is None else Until(threat, below=stop_below),
+        window=window, calibrate=calibrate,
     )  # fmt: skip
     if lora := _lora(lora_rank, names(lora_sites)):
         config = replace(config, trainable=lora)
-    losses, tracked = ([_loss(name, window) for name in group] for group in (loss, names(track)))
+    losses, tracked = ([_loss(name) for name in group] for group in (loss, names(track)))
     chosen = _pairs(pairs, threat, seed)
     trainer = Trainer(chosen_model(model), chosen, losses, config, track=tracked, progress=not quiet)
     if partial.exists():
@@ -115,13 +118,12 @@ def _pairs(path: Path | None, threat: str, seed: int) -> list[Pair]:
     return threats.get(threat).pairs(256, split="train", seed=seed)
 
 
-def _loss(name: str, window: str) -> Loss:
-    from dataclasses import replace
-
+def _loss(text: str) -> Loss:
+    """The loss of a name, or a published one of `method:source`."""
     from ctlens import losses
 
-    loss = losses.get(name)
-    return replace(loss, window=window) if loss.windows else loss  # type: ignore[call-arg]
+    name, _, source = text.partition(":")
+    return losses.preset(name, source) if source else losses.get(name)
 
 
 def _lora(rank: int | None, sites: tuple[str, ...]) -> LoRA | None:

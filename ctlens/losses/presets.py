@@ -48,7 +48,7 @@ _LAST_TOKENS = (
 )
 _POST_NORM = "HuggingFace's hidden_states, whose last is after the final norm."
 _SAID_BY_NO_OPTION = {"rmct": "squared gap of rates", "f2c": "cross_entropy and kl", "attmass": "mass"}
-_OTHER_COLUMNS = ("weight", "window", "layers", "final_norm", "layer_weights", "clean", "distance", "site")
+_OTHER_COLUMNS = ("weight", "window", "layers", "final_norm", "layer_weights", "gap", "clean", "distance", "site")
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def described(loss: Loss) -> dict[str, Any]:
         "layers": _layers(options),
         "distance": _distance(loss, options),
         "options": ", ".join(f"{name}={value}" for name, value in shown.items()),
-        "layer weights": options.get("layer_weights", ""),
+        "layer weights": options.get("layer_weights", "") + ", relative to the gap" * options.get("gap", False),
         "clean side": loss.clean_side if loss.needs_clean_activations else "none",
         "tokens": _tokens(loss, options),
         "weight": loss.weight,

@@ -70,8 +70,9 @@ class Trainer:
     ) -> None:
         self.config = config or TrainConfig()
         given = (losses,) if isinstance(losses, Loss) else losses
-        self.losses = tuple(in_window(loss, self.config.window) for loss in given)
-        self.track = tuple(track)
+        self.losses, self.track = (
+            tuple(in_window(loss, self.config.window) for loss in group) for group in (given, track)
+        )
         for group in (self.losses, self.track):
             require_distinct(group)
         self.config.require_phases_of(loss.name for loss in self.losses)
