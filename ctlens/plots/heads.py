@@ -19,15 +19,23 @@ PANELS = ((0.0, 0.28), (0.31, 0.59), (0.7, 0.98))
 PANEL_NAMES = ("before training", "after training", "after minus before")
 
 
-def attention_heads(before: ArrayLike, after: ArrayLike, title: str, *, subtitle: str | None = None) -> go.Figure:
-    """Which heads stopped reading the wrapper, and which read it more?
+def attention_heads(
+    before: ArrayLike,
+    after: ArrayLike,
+    title: str,
+    *,
+    what: str = "attention mass on the wrapper",
+    subtitle: str | None = None,
+) -> go.Figure:
+    """Which heads stopped reading the wrapper, and which read it more? The same of any quantity of a head.
 
     Before and after share one scale from 0; the difference has its own, centred on 0.
 
     Args:
-        before: attention mass on the wrapper `[layer, head]`, 0 to 1, before training.
+        before: the quantity `[layer, head]`, not negative, before training.
         after: the same after training.
         title: the question or the answer.
+        what: the quantity in words, with its unit.
         subtitle: one line under the title.
 
     Raises:
@@ -43,7 +51,7 @@ def attention_heads(before: ArrayLike, after: ArrayLike, title: str, *, subtitle
         figure.update_xaxes(domain=PANELS[column - 1], row=1, col=column)
         place = {"x": sum(PANELS[column - 1]) / 2, "xanchor": "center", "y": 1.0, "yanchor": "bottom"}
         figure.add_annotation(text=PANEL_NAMES[column - 1], xref="paper", yref="paper", showarrow=False, **place)
-    caption = "Cells are heads (L0H1 is layer 0, head 1); each is the mean attention mass on the wrapper's tokens."
+    caption = f"Cells are heads (L0H1 is layer 0, head 1); each is the mean {what}."
     finish(figure, title, subtitle, x_title="head", y_title="layer", kind="attention_heads", caption=caption)
     top, span = float(max(first.max(), second.max())), float(np.abs(change).max())
     figure.update_layout(
