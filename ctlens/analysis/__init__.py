@@ -1,13 +1,16 @@
 """Looking inside: each analysis is one public function and one frozen result with its figure."""
 
 from ctlens.analysis.attention import AttentionDiff, attention_diff
+from ctlens.analysis.attention_maps import AttentionMaps, attention_maps
 from ctlens.analysis.crossloss import CrossLoss, cross_loss
 from ctlens.analysis.directions import Directions, mean_difference
 from ctlens.analysis.erasure import Erasure, erase_or_mask
 from ctlens.analysis.interventions import Intervention
+from ctlens.analysis.knockout import Knockout, knockout
 from ctlens.analysis.lens import LogitAttribution, LogitLens, logit_attribution, logit_lens
 from ctlens.analysis.probe import Probe, probe
 from ctlens.analysis.residual import ResidualShift, residual_shift
+from ctlens.analysis.saliency import SaliencyAgreement, saliency_agreement
 from ctlens.analysis.similarity import ShiftSimilarity, shift_similarity
 from ctlens.analysis.states import States, states
 from ctlens.analysis.steering import ablate, steer
@@ -16,14 +19,17 @@ from ctlens.analysis.updaterank import UpdateRank, update_rank
 
 __all__ = [
     "AttentionDiff",
+    "AttentionMaps",
     "CrossLoss",
     "Directions",
     "Erasure",
     "Intervention",
+    "Knockout",
     "LogitAttribution",
     "LogitLens",
     "Probe",
     "ResidualShift",
+    "SaliencyAgreement",
     "ShiftSimilarity",
     "States",
     "Task",
@@ -31,14 +37,17 @@ __all__ = [
     "ablate",
     "answer_hinted",
     "attention_diff",
+    "attention_maps",
     "cross_loss",
     "erase_or_mask",
+    "knockout",
     "labelled",
     "logit_attribution",
     "logit_lens",
     "mean_difference",
     "probe",
     "residual_shift",
+    "saliency_agreement",
     "shift_similarity",
     "states",
     "steer",

@@ -6,12 +6,15 @@ plotly setting.
 
 from plotly.graph_objects import Figure
 
+from ctlens.plots.agreement import agreement
 from ctlens.plots.curves import Curve, dose_response, layer_curves
 from ctlens.plots.evidence import Measurement, evidence
 from ctlens.plots.export import save_figure
 from ctlens.plots.heads import attention_heads, component_grids
 from ctlens.plots.interventions import against_random
+from ctlens.plots.knockout import knockout_heads, knockout_layers
 from ctlens.plots.lines import StepCurve, cross_loss_steps, update_ranks
+from ctlens.plots.maps import LabelledMap, attention_maps
 from ctlens.plots.matrix import Panel, cross_loss, cross_threat
 from ctlens.plots.probes import probe_curves
 from ctlens.plots.rates import behaviour
@@ -23,13 +26,16 @@ from ctlens.plots.training import history, hook_history
 __all__ = [
     "Curve",
     "Figure",
+    "LabelledMap",
     "Measurement",
     "Panel",
     "StepCurve",
     "StrengthCurve",
     "against_random",
+    "agreement",
     "attack_strength",
     "attention_heads",
+    "attention_maps",
     "behaviour",
     "component_grids",
     "cross_loss",
@@ -40,6 +46,8 @@ __all__ = [
     "finish",
     "history",
     "hook_history",
+    "knockout_heads",
+    "knockout_layers",
     "label",
     "layer_curves",
     "probe_curves",
