@@ -113,8 +113,10 @@ class Knockout(Result):
     def figure(self, measure: str = "difference") -> Figure:
         """What the queries attend to beside what matters: by layer, or a marker a head."""
         (effect, null), change = self.effects(measure), f"change of {WORDS[measure]}"
+        shape = "small circles" if "head" in self.kinds else "dotted"
         subtitle = (
-            f"{self.uncut.shape[-1]} wrapped prompts; attention from {QUERIES[self.queries]} to {self.keys} is cut"
+            f"{self.uncut.shape[-1]} wrapped prompts; attention from {QUERIES[self.queries]} to {self.keys} is cut; "
+            f"{shape}: as many random other keys"
         )
         title = "Attended to, or used: what does cutting attention to the wrapper change?"
         if "head" in self.kinds:
