@@ -8,6 +8,8 @@ from ctlens.analysis.erasure import Erasure, erase_or_mask
 from ctlens.analysis.interventions import Intervention
 from ctlens.analysis.knockout import Knockout, knockout
 from ctlens.analysis.lens import LogitAttribution, LogitLens, logit_attribution, logit_lens
+from ctlens.analysis.patching import patch
+from ctlens.analysis.patching_result import Patching
 from ctlens.analysis.probe import Probe, probe
 from ctlens.analysis.residual import ResidualShift, residual_shift
 from ctlens.analysis.saliency import SaliencyAgreement, saliency_agreement
@@ -27,6 +29,7 @@ __all__ = [
     "Knockout",
     "LogitAttribution",
     "LogitLens",
+    "Patching",
     "Probe",
     "ResidualShift",
     "SaliencyAgreement",
@@ -45,6 +48,7 @@ __all__ = [
     "logit_attribution",
     "logit_lens",
     "mean_difference",
+    "patch",
     "probe",
     "residual_shift",
     "saliency_agreement",

@@ -1,0 +1,102 @@
+"""Where a patch changes the answer: layers or heads by positions, and layers by heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import ArrayLike
+
+from ctlens.plots.arrays import checked
+from ctlens.plots.theme import finish
+
+CELL, SMALLEST, AROUND = 22, 160, 170
+WRITTEN_ROWS = 40
+CAPTION = "Red raises the number, blue lowers it, white is no change."
+
+
+def patched_positions(
+    changes: ArrayLike,
+    rows: Sequence[str],
+    tokens: Sequence[str],
+    title: str,
+    *,
+    unit: str,
+    subtitle: str | None = None,
+) -> go.Figure:
+    """At which position of which layer does a patch change the answer?
+
+    Positions count from the end, so that the last token of all prompts is one column; a token that
+    is the same in all of them is written under its column, and may stand under several.
+
+    Args:
+        changes: the change by a patch `[row, position]`; NaN where not measured, drawn empty.
+        rows: the layers or heads, from top to bottom.
+        tokens: of each position, the token, `""` where prompts differ.
+        title: the question or the answer.
+        unit: what a change counts.
+        subtitle: one line under the title.
+
+    Raises:
+        CtlensError: the grid does not fit its labels, or is empty.
+    """
+    grid = checked("changes", changes, len(rows), len(tokens))
+    ends = list(range(-len(tokens), 0))
+    words = [token.strip() or str(end) for token, end in zip(tokens, ends, strict=True)]
+    names = [[f"{row}, {word} ({end})" for word, end in zip(words, ends, strict=True)] for row in rows]
+    figure = _heatmap(grid, names, unit)
+    caption = f"A column is a token, counted from the end. {CAPTION}"
+    finish(figure, title, subtitle, x_title="position", kind="patched_positions", caption=caption)
+    step = max(1, len(rows) // WRITTEN_ROWS)
+    shown = list(range(0, len(rows), step))
+    figure.update_yaxes(tickvals=shown, ticktext=[rows[row] for row in shown], autorange="reversed")
+    figure.update_xaxes(tickvals=list(range(len(tokens))), ticktext=words, tickangle=-60)
+    return _sized(figure, len(rows))
+
+
+def patched_heads(
+    changes: ArrayLike, layers: Sequence[int], title: str, *, unit: str, subtitle: str | None = None
+) -> go.Figure:
+    """Which heads change the answer when they are patched?
+
+    Args:
+        changes: the change by a patch `[layer, head]`.
+        layers: the number of each layer.
+        title: the question or the answer.
+        unit: what a change counts.
+        subtitle: one line under the title.
+
+    Raises:
+        CtlensError: the grid does not fit its labels, or is empty.
+    """
+    heads = (*np.shape(changes), 0, 0)[1]
+    grid = checked("changes", changes, len(layers), heads)
+    figure = _heatmap(grid, [[f"L{layer}H{head}" for head in range(heads)] for layer in layers], unit)
+    finish(figure, title, subtitle, x_title="head", y_title="layer", kind="patched_heads", caption=CAPTION)
+    figure.update_yaxes(tickvals=list(range(len(layers))), ticktext=[str(layer) for layer in layers])
+    figure.update_xaxes(tickmode="linear", tick0=0, dtick=max(1, heads // 16))
+    return _sized(figure.update_yaxes(autorange="reversed"), len(layers))
+
+
+def _heatmap(grid: np.ndarray, names: list[list[str]], unit: str) -> go.Figure:
+    span = float(np.nanmax(np.abs(grid), initial=0)) or 1.0
+    trace = go.Heatmap(
+        z=grid.tolist(),
+        text=names,
+        hovertemplate="%{text}: %{z:.3g}<extra></extra>",
+        hoverongaps=False,
+        coloraxis="coloraxis",
+        xgap=1,
+        ygap=1,
+    )
+    bar = {"title": {"text": unit, "side": "right"}, "thickness": 10, "outlinewidth": 0}
+    return go.Figure(trace).update_layout(
+        coloraxis={"colorscale": "RdBu_r", "cmin": -span, "cmax": span, "colorbar": bar}
+    )
+
+
+def _sized(figure: go.Figure, rows: int) -> go.Figure:
+    figure.update_xaxes(showgrid=False, showline=False, ticks="")
+    figure.update_yaxes(showgrid=False, showline=False, ticks="")
+    return figure.update_layout(height=max(SMALLEST, CELL * rows) + AROUND, margin_r=96, margin_b=84)
