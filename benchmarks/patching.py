@@ -1,0 +1,201 @@
+"""What a patching sweep costs: TransformerLens's own against `ctlens.analysis.patch`, the same sites, the same numbers.
+
+Run `python benchmarks/patching.py`. A sweep is resid_pre, mlp_out and every head's z, at every layer
+and position, of random prompts. Both are timed in turn, in one process on one thread, without
+gradients, by the processor's time, which other work on the machine disturbs less; the table is
+printed and kept in `patching.csv`. TransformerLens gives the mean over the pairs of a batch, ctlens
+every pair's value; both are compared on all sites that both computed. `from_token` is where the two
+prompts of a pair begin to differ: from the first token, so that every patch is computed, or from the
+middle, so that ctlens takes half of them as they are. Where a setting says so, TransformerLens is
+timed at some positions, and both at some layers, and the times are scaled by their number.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm.auto import tqdm
+from transformer_lens import HookedTransformer, HookedTransformerConfig, patching
+from transformers import PreTrainedTokenizerFast
+
+import ctlens as ct
+from ctlens.config import generator
+from ctlens.hooks import SHORTHANDS, capture
+from ctlens.pairs import Pair, prompt
+from ctlens.types import LensModel
+
+VOCABULARY = 512
+SITES = ("resid_pre", "mlp_out", "z")
+COLUMNS = (
+    "model", "pairs", "from_token", "patches", "transformer_lens_s", "ctlens_s", "ratio", "largest_difference", "path",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting: sizes, rounds, and which layers and positions are timed.
+
+    Attributes:
+        kind: `"llama"`, as ctlens builds them, or `"gpt2"`.
+        layers: timed in both; their mean depth is that of all, as the cost of a patch falls with its depth.
+        stride: TransformerLens is timed at every so many positions.
+    """
+
+    kind: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    length: int
+    pairs: int
+    rounds: int
+    layers: tuple[int, ...] = (0, 1, 2, 3)
+    stride: int = 1
+
+    @property
+    def name(self) -> str:
+        """The model in words."""
+        return f"{self.kind}-like, {self.n_layers} layers, d_model {self.d_model}, {self.length} tokens"
+
+
+SETTINGS = (
+    Setting("gpt2", 4, 128, 4, 32, 1, 5),
+    Setting("llama", 4, 128, 4, 32, 1, 5),
+    Setting("gpt2", 4, 128, 4, 32, 16, 3, stride=2),
+    Setting("llama", 4, 128, 4, 32, 16, 3, stride=2),
+    Setting("gpt2", 12, 256, 8, 64, 8, 1, (0, 4, 7, 11), stride=16),
+)
+
+
+def words() -> PreTrainedTokenizerFast:
+    """A tokenizer of numbered words."""
+    core = Tokenizer(models.WordLevel({str(number): number for number in range(VOCABULARY)}, unk_token="0"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+def make(setting: Setting) -> tuple[LensModel, list[Pair]]:
+    """A random model and pairs of random prompts that differ from the first token on."""
+    draw = generator(0, "patching benchmark")
+    ids = torch.randint(VOCABULARY, (setting.pairs, 2, setting.length), generator=draw).tolist()
+    pairs = [Pair(*(prompt(" ".join(map(str, side)), "1", "2") for side in sides)) for sides in ids]
+    sizes: Any = {"n_layers": setting.n_layers, "n_heads": setting.n_heads, "d_model": setting.d_model}
+    sizes |= {"d_vocab": VOCABULARY, "d_mlp": 4 * setting.d_model, "n_ctx": setting.length}
+    if setting.kind == "llama":
+        return ct.build(ct.ModelConfig(**sizes), words()), pairs
+    rest: Any = {"d_head": setting.d_model // setting.n_heads, "act_fn": "gelu_new", "normalization_type": "LN"}
+    model: Any = HookedTransformer(HookedTransformerConfig(**sizes, **rest, seed=0)).eval()
+    model.tokenizer = words()
+    return model, pairs
+
+
+def tokens(pairs: list[Pair], side: str) -> torch.Tensor:
+    """One side of the pairs."""
+    return torch.tensor([[int(word) for word in getattr(pair, side).turns[0].content.split()] for pair in pairs])
+
+
+def theirs(model: LensModel, pairs: list[Pair], setting: Setting) -> dict[str, np.ndarray]:
+    """TransformerLens's sweep, on some layers and positions, `[patch]` by site."""
+    clean, wrapped = tokens(pairs, "clean"), tokens(pairs, "wrapped")
+    names = [SHORTHANDS[site].format(layer=layer) for site in SITES for layer in range(setting.n_layers)]
+    cache: Any = capture(model, clean, names, grad=False)[1]
+    found = {}
+    for site in SITES:
+        setter = patching.layer_pos_head_vector_patch_setter if site == "z" else patching.layer_pos_patch_setter
+        index = pd.DataFrame(list(sampled(setting, site)), columns=["layer", "pos", "head"][: 3 if site == "z" else 2])
+        values: Any = patching.generic_activation_patch(
+            model=model,  # type: ignore[arg-type]
+            corrupted_tokens=wrapped,
+            clean_cache=cache,
+            patching_metric=lambda logits: (logits[:, -1, 1] - logits[:, -1, 2]).mean(),
+            patch_setter=setter,
+            activation_name=site,
+            index_df=index,
+        )
+        found[site] = values.numpy()
+    return found
+
+
+def sampled(setting: Setting, site: str) -> list[tuple[int, ...]]:
+    """Layers, positions and heads at which TransformerLens is timed."""
+    places = range(0, setting.length, setting.stride)
+    return list(itertools.product(setting.layers, places, *([range(setting.n_heads)] if site == "z" else [])))
+
+
+def ours(model: LensModel, pairs: list[Pair], setting: Setting) -> dict[str, Any]:
+    """The sweep of ctlens, every position and head."""
+    options: Any = {"direction": "denoising", "window": "position", "layers": setting.layers, "progress": False}
+    return {site: ct.analysis.patch(model, pairs, site=site, **options) for site in SITES}
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of one call, and what it gave."""
+    start = time.process_time()
+    found = work()
+    return time.process_time() - start, found
+
+
+def largest_difference(setting: Setting, expected: dict[str, np.ndarray], found: dict[str, Any]) -> float:
+    """Between both, over the sites that TransformerLens was timed on; the mean over pairs is what it gives."""
+    worst = 0.0
+    for site, values in expected.items():
+        axes = found[site].values[0].mean(-1)
+        axes = axes.swapaxes(1, 2) if site == "z" else axes
+        mine = [axes[setting.layers.index(layer), *rest] for layer, *rest in sampled(setting, site)]
+        worst = max(worst, float(np.abs(np.array(mine) - values).max()))
+    return worst
+
+
+def rows(setting: Setting) -> list[tuple[object, ...]]:
+    """The lines of one setting: prompts that differ from the first token on, and from the middle on."""
+    model, random_pairs = make(setting)
+    per_place = sum(setting.n_heads if site == "z" else 1 for site in SITES)
+    patches = setting.n_layers * setting.length * per_place
+    scale = patches / sum(len(sampled(setting, site)) for site in SITES)
+    lines = []
+    for start, pairs in (("first", random_pairs), ("middle", halves(random_pairs))):
+        times, gaps, path = [], [], ""
+        for _ in range(setting.rounds):
+            slow, expected = timed(lambda pairs=pairs: theirs(model, pairs, setting))
+            fast, found = timed(lambda pairs=pairs: ours(model, pairs, setting))
+            times.append((slow * scale, fast * setting.n_layers / len(setting.layers)))
+            gaps.append(largest_difference(setting, expected, found))
+            path = found["z"].path
+        slow, fast = (statistics.median(column) for column in zip(*times, strict=True))
+        ratio = statistics.median(a / b for a, b in times)
+        lines.append((setting.name, setting.pairs, start, patches, slow, fast, ratio, max(gaps), path))
+        tqdm.write(str(lines[-1]))
+    return lines
+
+
+def halves(pairs: list[Pair]) -> list[Pair]:
+    """The same wrapped prompts, with clean prompts that differ from them in the second half only."""
+    found = []
+    for pair in pairs:
+        clean, wrapped = (side.turns[0].content.split() for side in (pair.clean, pair.wrapped))
+        middle = len(clean) // 2
+        found.append(Pair(prompt(" ".join(wrapped[:middle] + clean[middle:]), "1", "2"), pair.wrapped))
+    return found
+
+
+def main() -> None:
+    """Times every setting."""
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        lines = [line for setting in tqdm(SETTINGS, desc="settings") for line in rows(setting)]
+    table = pd.DataFrame(lines, columns=list(COLUMNS))
+    table.to_csv(Path(__file__).with_suffix(".csv"), index=False, float_format="%.4g")
+    tqdm.write(table.to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
