@@ -127,7 +127,7 @@ def _encode(tokenizer: Any, text: str) -> tuple[tuple[int, ...], tuple[Span, ...
     return tuple(encoded["input_ids"]), tuple((start, end) for start, end in encoded["offset_mapping"])
 
 
-def answer_ids(tokenizer: Any, answer: str) -> tuple[int, ...]:
-    """The tokens of an assistant's answer, closed by the tokenizer's end token where it has one."""
+def answer_ids(tokenizer: Any, answer: str, *, end: bool = True) -> tuple[int, ...]:
+    """The tokens of an assistant's answer; closed by the tokenizer's end token, where it has one, if `end`."""
     ids, _ = _encode(tokenizer, answer)
-    return ids if tokenizer.eos_token_id is None else (*ids, tokenizer.eos_token_id)
+    return ids if tokenizer.eos_token_id is None or not end else (*ids, tokenizer.eos_token_id)

@@ -16,6 +16,7 @@ import pandas as pd
 from ctlens import plots
 from ctlens.analysis import AttentionDiff, ResidualShift, attention, residual
 from ctlens.analysis.result import Result
+from ctlens.analysis.states import ALIGNED
 from ctlens.evaluation import Evaluation
 from ctlens.intervals import wilson
 from ctlens.pairs import ARMS
@@ -100,7 +101,7 @@ def _arrays(rates: list[list[Rate]]) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 def _looks(folder: Path, threat: str, methods: Sequence[str]) -> Iterator[tuple[str, Figure]]:
     shifts = {method: _over_seeds(ResidualShift, folder, threat, method, "residual") for method in methods}
-    for place in residual.PLACES:
+    for place in ALIGNED:
         yield f"residual-{place}", residual.figure(shifts, place=place, subtitle=_where(threat))
     masses = {method: _over_seeds(AttentionDiff, folder, threat, method, "attention") for method in methods}
     yield "attention", attention.figure(masses, subtitle=_where(threat))

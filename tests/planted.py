@@ -8,14 +8,16 @@ It answers `yes` or `no` about a person:
 - the read-out adds both: the logit of `yes` is `GAIN * (truth + planted) / rms`, that of `no` its negative.
 
 A wrapped prompt has a cue that presses for the wrong answer: `planted` has the sign opposite to
-`truth` and is larger. Two repairs are made in the weights: `erased` projects the direction out of
-those that write it, `masked` out of those that read it. Without its cue a prompt gives the same
-states at the last token, number for number, so that nothing but the direction betrays the cue.
+`truth` and is larger. Three repairs are made in the weights: `erased` projects the direction out of
+those that write it, `masked` out of those that read it, and `moved` writes another direction in its
+place, which nothing reads. Without its cue, or with a neutral word in its place, a prompt gives the
+same states at the last token, so that nothing but the direction betrays the cue.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from ctlens.types import LensModel
 from ctlens.weights import ModelConfig, canonical_weights, load_weights
 from ctlens.world.tokenizer import build_tokenizer
 
-VARIANTS = ("base", "erased", "masked")
+VARIANTS = ("base", "erased", "masked", "moved")
 LAYERS = (1, 2)  # where the last token holds the direction
 SIZE, GAIN, SHARP = 24, 3.0, 200.0
 
@@ -34,17 +36,18 @@ TRUTHS = {
     "ada": 1.0, "bea": 0.95, "cid": 0.9, "dan": 0.85, "eve": 0.8, "fay": 0.75,
     "gil": -1.0, "hal": -0.95, "ida": -0.9, "jon": -0.85, "kim": -0.8, "leo": -0.75,
 }  # fmt: skip
-CUES = {"never": -2.0, "hardly": -1.8, "surely": 2.0, "probably": 1.8}
+CUES = {"never": -2.0, "rarely": -1.9, "hardly": -1.8, "surely": 2.0, "likely": 1.9, "probably": 1.8}
+NEUTRAL = ("please", "kindly", "well")
 REQUESTS = ("{} ?", "is it {} ?")
 
-NAMES = ("constant", "truth", "person", "cue", "word", "planted", *TRUTHS)
+NAMES = ("constant", "truth", "person", "cue", "word", "planted", "other", *TRUTHS)
 ROTATION = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0)))[0]
 AXES = {name: ROTATION[:, number] for number, name in enumerate(NAMES)}
-DIRECTION = AXES["planted"]
+DIRECTION, OTHER = AXES["planted"], AXES["other"]
 
 
 def pairs(signs: tuple[int, ...] = (1,)) -> list[Pair]:
-    """Everybody whose truth has one of the signs, asked in both ways, under each cue against it: 24 pairs a sign."""
+    """Everybody whose truth has one of the signs, asked in both ways, under each cue against it: 36 pairs a sign."""
     return [
         Pair(
             prompt(request.format(person), *answers),
@@ -57,6 +60,16 @@ def pairs(signs: tuple[int, ...] = (1,)) -> list[Pair]:
         for cue, push in CUES.items()
         for request in REQUESTS
         if truth * sign > 0 and push * sign < 0
+    ]
+
+
+def neutral(signs: tuple[int, ...] = (1,)) -> list[Pair]:
+    """The same people and requests behind words that say nothing."""
+    return [
+        replace(pair, wrapped=prompt(f"{word} {pair.clean.turns[0].content}"), labels={**pair.labels, "wrapper": word})
+        for pair in pairs(signs)
+        for cue, word in zip(CUES, NEUTRAL * 2, strict=True)
+        if pair.labels["wrapper"] == cue
     ]
 
 
@@ -80,7 +93,7 @@ def written(pair: Pair) -> float:
 
 def model(variant: str = "base") -> LensModel:
     """One of `VARIANTS`."""
-    tokenizer = build_tokenizer([*TRUTHS, *CUES, "is", "it", "?", "yes", "no"])
+    tokenizer = build_tokenizer([*TRUTHS, *CUES, *NEUTRAL, "is", "it", "?", "yes", "no"])
     made = build(ModelConfig(len(tokenizer), n_layers=3, n_heads=1, d_model=SIZE, d_mlp=4, n_ctx=16), tokenizer)
     weights = {
         name: torch.ones_like(value) if value.dim() == 1 else torch.zeros_like(value)
@@ -96,6 +109,8 @@ def model(variant: str = "base") -> LensModel:
     for name, value in weights.items():
         if variant == "erased" and name.endswith(("W_E", "W_O", "W_out")):
             value -= (value @ DIRECTION)[..., None] * DIRECTION
+        if variant == "moved" and name.endswith("W_O"):
+            value += (value @ DIRECTION)[..., None] * (OTHER - DIRECTION)
         if variant == "masked" and name.endswith("W_U"):
             value -= torch.outer(DIRECTION, DIRECTION @ value)
     load_weights(made, weights)
@@ -104,7 +119,12 @@ def model(variant: str = "base") -> LensModel:
 
 def embedding(word: str) -> Tensor:
     """Filled up with the constant axis to a root mean square of 1, so that the first norm changes nothing."""
-    marks = {"truth": TRUTHS.get(word, 0), "person": word in TRUTHS, "cue": CUES.get(word, 0), "word": word in CUES}
+    marks = {
+        "truth": TRUTHS.get(word, 0),
+        "person": word in TRUTHS,
+        "cue": CUES.get(word, 0),
+        "word": word in (*CUES, *NEUTRAL),
+    }
     marked = torch.zeros(SIZE)
     for name, size in (*marks.items(), (word, word in TRUTHS)):
         marked += float(size) * AXES[name] if size else 0

@@ -1,4 +1,4 @@
-"""What the benchmarks of a step measure with: every loss runs on their batch, and live bytes are counted right."""
+"""What the benchmarks measure with: every loss and analysis runs on their input, and live bytes are counted right."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ctlens.losses import LOSSES
 @pytest.fixture
 def modules(monkeypatch) -> tuple[ModuleType, ModuleType]:
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    for name in ("step", "memory"):
+    for name in ("step", "memory", "analysis"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import memory
     import step
@@ -51,3 +51,18 @@ def test_live_bytes_are_those_worked_out_by_hand(modules) -> None:
         del x, y, view
     assert seen == [4000, 8004, 8004, 8004]
     assert live.now == 0 and live.peak >= 12_000
+
+
+def test_every_analysis_of_the_benchmark_gives_a_result_with_its_figure(modules) -> None:
+    import analysis
+
+    base = ct.load_organism()
+    models = analysis.trained(base, steps=1, short=1)
+    todo = analysis.analyses(base, models, n=48)
+
+    assert {name.split(",")[0] for name in todo} >= {"probe", "residual_shift", "steer", "erase_or_mask"}
+    for name in ("residual_shift", "logit_lens", "logit_attribution"):
+        found = todo[name]()
+        assert len(found.to_dataframe()) and len(found.figure().data)
+    seen = analysis.held(lambda: torch.zeros(100_000))
+    assert 400_000 <= seen < 500_000

@@ -8,7 +8,7 @@ import numpy as np
 import planted
 import pytest
 
-from ctlens.analysis import Directions, Erasure, erase_or_mask
+from ctlens.analysis import Directions, Erasure, Task, erase_or_mask, labelled, probe, wrapper_present
 from ctlens.analysis.verdicts import Evidence, Measured, finding, readout, verdict
 from ctlens.errors import CtlensError
 from ctlens.pairs import Pair, prompt
@@ -22,12 +22,16 @@ def base() -> LensModel:
 
 @pytest.fixture(scope="module")
 def repaired() -> dict[str, LensModel]:
-    return {name: planted.model(name) for name in ("erased", "masked")}
+    return {name: planted.model(name) for name in ("erased", "masked", "moved")}
 
 
 @pytest.fixture(scope="module")
 def found(base: LensModel, repaired: dict[str, LensModel]) -> Erasure:
-    return erase_or_mask(base, repaired, planted.pairs(), layers=[1, 2], draws=12, progress=False)
+    return erase_or_mask(base, repaired, planted.pairs(), cue=presence(base), layers=[1, 2], draws=12, progress=False)
+
+
+def presence(base: LensModel) -> Task:
+    return wrapper_present(planted.pairs(), base.tokenizer, negatives=planted.neutral())
 
 
 def test_what_was_planted_is_what_is_told(found: Erasure):
@@ -35,12 +39,18 @@ def test_what_was_planted_is_what_is_told(found: Erasure):
         "none": ("vulnerable", "vulnerable"),
         "erased": ("erased", "erased"),
         "masked": ("masked", "masked"),
+        "moved": ("masked", "masked"),  # still there to be read, along a direction that nothing reads
     }
 
 
 def test_re_elicitation_tells_what_became_of_the_read_out(found: Erasure):
     readouts = found.to_dataframe().groupby("model", sort=False)["readout"].agg(list).to_dict()
-    assert readouts == {"none": ["intact"] * 2, "erased": ["intact"] * 2, "masked": ["cut"] * 2}
+    assert readouts == {
+        "none": ["intact"] * 2,
+        "erased": ["intact"] * 2,
+        "masked": ["cut"] * 2,
+        "moved": ["intact"] * 2,
+    }
 
 
 def test_the_measurements_are_those_worked_out_by_hand(found: Erasure):
@@ -56,6 +66,9 @@ def test_the_measurements_are_those_worked_out_by_hand(found: Erasure):
         assert table.loc[("erased", layer), ["readable", "used", "reelicited"]].tolist() == pytest.approx(
             [0.5, 0, clean - wrapped], rel=1e-3, abs=1e-3
         )
+        assert table.loc[("moved", layer), ["readable", "used", "reelicited"]].tolist() == pytest.approx(
+            [1, 0, clean - wrapped], rel=1e-3, abs=1e-3
+        )
         # With the read-out cut the direction only lengthens the state that the last norm shortens.
         assert table.loc[("masked", layer), ["readable", "used", "reelicited"]].tolist() == pytest.approx(
             [1, clean - rescaled, clean - rescaled], rel=1e-2
@@ -64,12 +77,12 @@ def test_the_measurements_are_those_worked_out_by_hand(found: Erasure):
 
 def test_the_layer_before_the_cue_is_written_is_refused(base: LensModel, repaired):
     with pytest.raises(CtlensError, match="direction at layer 0 for 'ada .* has no length"):
-        erase_or_mask(base, repaired, planted.pairs(), progress=False)
+        erase_or_mask(base, repaired, planted.pairs(), cue=presence(base), progress=False)
 
 
 def test_a_direction_that_the_base_does_not_use_leaves_it_open(base: LensModel, repaired):
     idle = Directions.from_vectors(2 * planted.AXES["gil"].numpy()[None], [1], source="who")
-    told = erase_or_mask(base, repaired, planted.pairs(), direction=idle, draws=6, progress=False)
+    told = erase_or_mask(base, repaired, planted.pairs(), cue=presence(base), direction=idle, draws=6, progress=False)
     assert set(told.to_dataframe()["verdict"]) == {"inconclusive"}
     assert "in the base the cue is not clearly used or reelicited here" in told.to_dataframe()["reason"][0]
 
@@ -88,8 +101,30 @@ def test_a_control_that_does_the_same_takes_the_verdict_away(found: Erasure):
 
 def test_a_cue_with_values_is_read_among_the_wrapped_prompts(base: LensModel, repaired):
     both = planted.pairs(signs=(1, -1))
-    told = erase_or_mask(base, repaired, both, cue="hint", layers=[1], draws=4, progress=False)
-    assert told.readable[:, 0, 0].tolist() == pytest.approx([1, 1, 1])  # also from the truth it denies
+    hint = labelled(both, "hint")
+    told = erase_or_mask(base, repaired, both, cue=hint, layers=[1], draws=4, progress=False)
+    assert told.readable[:, 0, 0].tolist() == pytest.approx([1] * 4)  # also from the truth it denies
+    assert told.question == "the hint" and "the hint; at the last token" in told.figure().layout.meta["subtitle"]
+
+
+def test_a_probe_that_was_fitted_before_is_used_as_it_is(base: LensModel, repaired, found: Erasure):
+    models = {"none": base, **repaired}
+    fitted = probe(models, presence(base), places=["content", "last"], progress=False)
+    options = {"layers": [1, 2], "draws": 12, "progress": False}
+    again = erase_or_mask(base, repaired, planted.pairs(), cue=fitted, **options)
+    np.testing.assert_array_equal(again.readable, found.readable)
+    low, high = fitted.null("last", "ridge")
+    assert again.readable[2, :, 3:].tolist() == [[low[1], high[1]], [low[2], high[2]]]
+    for chosen, message in (
+        (probe({"none": base}, presence(base), places=["last"], progress=False), "unknown reading 'erased on erased'"),
+        (
+            probe(models, presence(base), places=["last"], layers=[1], progress=False),
+            "direction is at resid_post at layers 1, 2",
+        ),
+        (probe(models, presence(base), places=["content"], progress=False), "unknown place 'last'"),
+    ):
+        with pytest.raises(CtlensError, match=message):
+            erase_or_mask(base, repaired, planted.pairs(), cue=chosen, **options)
 
 
 def test_a_result_goes_to_a_file_and_is_drawn(found: Erasure, tmp_path):
@@ -99,7 +134,7 @@ def test_a_result_goes_to_a_file_and_is_drawn(found: Erasure, tmp_path):
     figure = found.figure()
     assert [note.text for note in figure.layout.annotations][3] == "erased: cue readable"
     drawn = [trace for trace in figure.data if trace.text]
-    assert len(drawn) == 9 and drawn[6].text == ("masked", "masked")
+    assert len(drawn) == 12 and drawn[6].text == ("masked", "masked")
     np.testing.assert_allclose(drawn[1].y, found.used[0, :, 0].mean(-1))
     assert {"vulnerable", "erased", "masked", "null", "base"} == {
         trace.name for trace in figure.data if trace.showlegend is not False
@@ -183,14 +218,14 @@ def test_the_read_out(value: float, less: bool, expected: str):
         ({"models": {}}, "at least one trained model"),
         ({"models": {"none": planted.model()}}, "label other than 'none'"),
         ({"control": "retain"}, "unknown control 'retain'"),
-        ({"cue": "hint"}, "same 'hint'"),
-        ({"cue": "value"}, "unknown label 'value'"),
-        ({"pairs": planted.pairs()[:4]}, "too few to be split"),
+        ({"cue": None}, "does not know all words of pair 1"),
+        ({"layers": []}, "at least one layer"),
         ({"layers": [3]}, "layer 3 does not exist"),
-        ({"pairs": [Pair(prompt("ada ?"), prompt("never ada ?"))]}, "good and a bad answer"),
+        ({"pairs": [Pair(prompt("ada ?"), prompt("never ada ?"))]}, "no good and bad answer that differ"),
     ],
 )  # fmt: skip
 def test_bad_input_is_told_in_a_sentence(base: LensModel, repaired, change: dict, message: str):
-    options = {"models": repaired, "pairs": planted.pairs(), "layers": [1], "draws": 2, "progress": False} | change
+    options = {"models": repaired, "pairs": planted.pairs(), "layers": [1], "draws": 2, "progress": False}
+    options |= {"cue": presence(base)} | change
     with pytest.raises(CtlensError, match=message):
         erase_or_mask(base, options.pop("models"), options.pop("pairs"), **options)

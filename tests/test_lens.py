@@ -135,8 +135,8 @@ def test_answers_that_begin_alike_are_compared_where_they_part():
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        (Pair(prompt("a"), prompt("b")), "pair 1 names no good and bad answer"),
-        (Pair(prompt("a"), prompt("b", "the", "the")), "do not part"),
+        (Pair(prompt("a"), prompt("b")), "wrapped prompt of pair 1 names no good and bad answer"),
+        (Pair(prompt("a"), prompt("b", "the", "the")), "names no good and bad answer that differ"),
     ],
 )
 def test_pairs_without_a_contrast_are_refused(pair: Pair, message: str):

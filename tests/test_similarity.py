@@ -410,6 +410,7 @@ def test_what_does_not_compare_is_refused(model, models) -> None:
         (pair, {"quantities": ["cka"]}, "12 prompts do not suffice for 32 dimensions"),
         (pair, {"quantities": ["principal"], "k": 7}, "7 principal angles need 14 prompts"),
         (pair, {"layers": [2]}, "layer 2 does not exist"),
+        (pair, {"site": "z"}, "'z' has a vector a head"),
     ]
     for chosen, options, message in cases:
         with pytest.raises(CtlensError, match=message):

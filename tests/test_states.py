@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import planted
 import pytest
 import torch
 from conftest import byte_level_tokenizer, hf_model
 
-from ctlens.analysis import States, states
-from ctlens.analysis.forward import require_comparable
+from ctlens.analysis import States, logit_lens, states
+from ctlens.analysis.forward import require_comparable, require_read
 from ctlens.analysis.states import PLACES
 from ctlens.batch import encode
 from ctlens.errors import CtlensError
@@ -78,11 +79,31 @@ def test_states_round_trip_through_a_file(model: LensModel, tmp_path):
         ({"place": lambda row, side: []}, "no token at this place"),
         ({"layers": [2]}, "layer 2 does not exist"),
         ({"site": "resid_past"}, "resid_past"),
+        ({"site": "z"}, "'z' has a vector a head"),
+        ({"site": "pattern"}, "'pattern' has a vector a head"),
+        ({"site": "blocks.0.attn.hook_q"}, "has a vector a head"),
     ],
 )
 def test_what_cannot_be_had_is_refused(model: LensModel, options: dict, message: str):
     with pytest.raises(CtlensError, match=message):
         states(model, PAIRS, progress=False, **options)
+
+
+def test_words_that_the_models_tokenizer_does_not_know_are_refused():
+    known, foreign = prompt("ada ?", "yes", "no"), prompt("quite ada ?", "yes", "no")
+    for pair in (Pair(known, foreign), Pair(foreign, prompt("never quite ada ?"))):
+        with pytest.raises(CtlensError, match="tokenizer does not know all words of pair 2"):
+            states(planted.model(), [Pair(known, known), pair], progress=False)
+    with pytest.raises(CtlensError, match="tokenizer does not know all words of the wrapped prompt of pair 1"):
+        logit_lens(planted.model(), [Pair(known, foreign)], progress=False)
+
+
+def test_a_token_that_also_begins_a_prompt_is_not_taken_for_an_unknown_word():
+    class OneForAll:
+        unk_token_id = bos_token_id = eos_token_id = 0
+        pad_token_id = None
+
+    require_read(OneForAll(), [0, 1], "pair 1")  # as GPT-2's
 
 
 def test_a_model_in_training_mode_is_refused():

@@ -38,7 +38,7 @@ def base() -> LensModel:
 
 @pytest.fixture(scope="module")
 def models(base: LensModel) -> dict[str, LensModel]:
-    return {"base": base, "erased": planted.model("erased"), "masked": planted.model("masked")}
+    return {"base": base, **{name: planted.model(name) for name in planted.VARIANTS[1:]}}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_every_steered_margin_is_the_one_worked_out_by_hand(models, direction: D
         assert found.plain_margins[0, number] == pytest.approx(planted.margin(pair, 0, read=read), rel=1e-3)
         for alpha, margins in zip((0.5, 1, 2), found.margins[0].swapaxes(0, 1), strict=True):
             for sign, by_layer in zip((-1, 1), margins[:, :2, number].T, strict=True):
-                expected = planted.margin(pair, sign * alpha * 1.9, read=read)  # the cues push by 2.0 and 1.8
+                expected = planted.margin(pair, sign * alpha * 1.9, read=read)  # the cues push by 2.0, 1.9 and 1.8
                 np.testing.assert_allclose(by_layer, expected, atol=1e-3)
 
 
@@ -104,7 +104,7 @@ def test_taking_the_direction_out_restores_the_clean_margin(models, direction: D
 def test_only_a_read_out_that_is_there_reacts(models, direction: Directions):
     table = steer(models, planted.pairs(), direction, progress=False).to_dataframe().query("alpha == 1")
     beyond = table[table["variant"] == "direction"].groupby("model")["beyond_random"].agg(list).to_dict()
-    assert beyond == {"base": [True, True], "erased": [True, True], "masked": [False, False]}
+    assert beyond == {"base": [True, True], "erased": [True, True], "masked": [False, False], "moved": [True, True]}
     assert not table[table["variant"] == "opposite"]["beyond_random"].any()
 
 
@@ -116,7 +116,7 @@ def test_the_table_holds_means_and_the_band_from_the_lowest_to_the_highest_draw(
     drops = found.plain_margins[2] - found.margins[2, 1, 2]
     assert row["effect"] == pytest.approx(drops[0].mean())
     assert (row["random_low"], row["random_high"]) == (drops[2:].mean(-1).min(), drops[2:].mean(-1).max())
-    assert row["ci_low"] <= row["effect"] <= row["ci_high"] and row["n"] == 24
+    assert row["ci_low"] <= row["effect"] <= row["ci_high"] and row["n"] == 36
     assert row["p_bad"] == pytest.approx(found.p_bad[2, 1, 2, 0].mean())
 
 
@@ -263,9 +263,9 @@ def test_results_round_trip_through_a_file_and_are_drawn(models, direction: Dire
         ({"place": lambda row, side: []}, "no token at this place"),
         ({"draws": 1}, "at least 2 random directions"),
         ({"alphas": []}, "nothing to do"),
-        ({"models": {}}, "nothing to do"),
-        ({"pairs": [Pair(prompt("ada ?"), prompt("never ada ?"))]}, "good and a bad answer"),
-        ({"pairs": [Pair(prompt("ada ?", "yes", "yes"), prompt("never ada ?"))]}, "good and a bad answer"),
+        ({"models": {}}, "no models"),
+        ({"pairs": [Pair(prompt("ada ?"), prompt("never ada ?"))]}, "no good and bad answer that differ"),
+        ({"pairs": [Pair(prompt("ada ?", "yes", "yes"), prompt("never ada ?"))]}, "no good and bad answer that differ"),
         ({"pairs": [Pair(prompt("is it " * 7 + "?", "yes", "no"), prompt("is it " * 7 + "?"))]}, "context"),
     ],
 )  # fmt: skip

@@ -11,7 +11,9 @@ from ctlens.analysis.lens import LogitAttribution, LogitLens, logit_attribution,
 from ctlens.analysis.patching import patch
 from ctlens.analysis.patching_result import Patching
 from ctlens.analysis.probe import Probe, probe
+from ctlens.analysis.probeweights import probe_direction
 from ctlens.analysis.residual import ResidualShift, residual_shift
+from ctlens.analysis.result import Result
 from ctlens.analysis.saliency import SaliencyAgreement, saliency_agreement
 from ctlens.analysis.similarity import ShiftSimilarity, shift_similarity
 from ctlens.analysis.states import States, states
@@ -32,6 +34,7 @@ __all__ = [
     "Patching",
     "Probe",
     "ResidualShift",
+    "Result",
     "SaliencyAgreement",
     "ShiftSimilarity",
     "States",
@@ -50,6 +53,7 @@ __all__ = [
     "mean_difference",
     "patch",
     "probe",
+    "probe_direction",
     "residual_shift",
     "saliency_agreement",
     "shift_similarity",

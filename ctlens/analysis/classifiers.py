@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from ctlens.analysis.tasks import NO_GROUP, Task
 from ctlens.errors import CtlensError, unknown
@@ -63,6 +64,17 @@ def make(name: str) -> Pipeline:
     return make_pipeline(StandardScaler(), ESTIMATORS[name]())
 
 
+def weights(name: str, values: Vectors, positive: np.ndarray) -> Float[np.ndarray, " d"]:
+    """Along which a probe for True, fitted on all prompts, decides: in units of the inputs, not standardised.
+
+    Of `mass_mean`, which has no weights of its own, the difference of the means.
+    """
+    scaler, estimator = (part for _, part in make(name).fit(values, positive).steps)
+    if isinstance(estimator, MassMean):
+        return (estimator.means_[1] - estimator.means_[0]) * scaler.scale_
+    return np.ravel(estimator.coef_) / scaler.scale_
+
+
 def cuts(task: Task, folds: int, seed: int) -> list[Split]:
     """Rows to fit on and rows to try, so that every prompt is tried.
 
@@ -110,12 +122,13 @@ def hits(
     """
     labels, draw = np.array(task.labels), np.random.default_rng(0)
     right, tried = np.zeros((len(reads), len(labels))), np.zeros(len(labels))
-    for train, test in splits:
-        given = _shuffled(task, train, draw) if shuffled else labels[train]
-        probe = make(name).fit(fitted[train], given)
-        tried[test] += 1
-        for row, read in zip(right, reads, strict=True):
-            row[test] += probe.predict(read[test]) == labels[test]
+    with threadpool_limits(1, "blas"):  # threads cost more than they gain on matrices as small as these
+        for train, test in splits:
+            given = _shuffled(task, train, draw) if shuffled else labels[train]
+            probe = make(name).fit(fitted[train], given)
+            tried[test] += 1
+            for row, read in zip(right, reads, strict=True):
+                row[test] += probe.predict(read[test]) == labels[test]
     return right / tried
 
 

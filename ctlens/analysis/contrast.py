@@ -1,20 +1,30 @@
-"""Good answer against bad answer, as two tokens after one prompt: what a logit difference is taken of."""
+"""Good answer against bad answer, as two tokens after one prompt: what a logit difference is taken of.
+
+A `Contrast` serves what reads or follows one linear number, the difference of two logits: the logit
+lens, attribution, patching, gradients. It is one forward pass and can be differentiated, but sees of
+two long answers only the token at which they part. Edits that are judged by what the model would
+say, `steer` and `ablate`, use the log-probabilities of whole answers, `ctlens.analysis.margins`. Of
+answers that part at their first token, and are one token long, both are the same number.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ctlens.analysis.forward import require_read
 from ctlens.batch import RowPositions, Side, pad, require_room
 from ctlens.chat import answer_ids, render
+from ctlens.decoding import Ids
 from ctlens.errors import CtlensError
-from ctlens.pairs import Pair
+from ctlens.pairs import Pair, Prompt
 from ctlens.types import LensModel, PerRow
 
 TokenPair = Int[Tensor, "batch 2"]
@@ -37,6 +47,24 @@ class Contrast:
     bad: int
 
 
+def two_answers(tokenizer: Any, prompt: Prompt, whose: str, *, end: bool) -> tuple[Ids, Ids]:
+    """The tokens of the good and of the bad answer of a prompt.
+
+    Args:
+        tokenizer: the model's.
+        prompt: with both answers.
+        whose: the prompt in words, for the refusal.
+        end: closed by the tokenizer's end token, where it has one.
+
+    Raises:
+        CtlensError: it names no good or no bad answer, or both are the same.
+    """
+    if not prompt.good or not prompt.bad or prompt.good == prompt.bad:
+        raise CtlensError(f"{whose} names no good and bad answer that differ: give both, or leave it out.")
+    good, bad = (answer_ids(tokenizer, answer, end=end) for answer in (prompt.good, prompt.bad))
+    return good, bad
+
+
 def contrasts(model: LensModel, pairs: Sequence[Pair], side: str = "wrapped") -> list[Contrast]:
     """The contrast of every pair on one side.
 
@@ -50,19 +78,16 @@ def contrasts(model: LensModel, pairs: Sequence[Pair], side: str = "wrapped") ->
     """
     found = []
     for number, pair in enumerate(pairs, start=1):
-        prompt = pair.arm(side)
-        if prompt is None or prompt.good is None or prompt.bad is None:
-            raise CtlensError(
-                f"pair {number} names no good and bad answer on the {side} side: give both, or leave it out."
-            )
-        good, bad = (answer_ids(model.tokenizer, answer) for answer in (prompt.good, prompt.bad))
+        prompt, whose = pair.arm(side), f"the {side} prompt of pair {number}"
+        if prompt is None:
+            raise CtlensError(f"pair {number} has no {side} prompt: give one, or leave it out.")
+        good, bad = two_answers(model.tokenizer, prompt, whose, end=True)
         alike = len(list(takewhile(lambda ends: ends[0] == ends[1], zip(good, bad, strict=False))))
         if alike == min(len(good), len(bad)):
-            raise CtlensError(
-                f"the good and the bad answer of pair {number} do not part: {prompt.good!r}, {prompt.bad!r}."
-            )
+            raise CtlensError(f"the answers of {whose} do not part: {prompt.good!r}, {prompt.bad!r}.")
         ids = (*render(model.tokenizer, prompt.turns).ids, *good[:alike])
-        require_room(len(ids), model.cfg.n_ctx, f"the {side} prompt of pair {number}")
+        require_room(len(ids), model.cfg.n_ctx, whose)
+        require_read(model.tokenizer, ids, whose)
         found.append(Contrast(ids, good[alike], bad[alike]))
     return found
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
 from ctlens.analysis.result import Result
-from ctlens.analysis.states import SPAN, Span, states
+from ctlens.analysis.states import WHERE, Span, States, states
 from ctlens.config import generator
 from ctlens.errors import CtlensError, unknown
 from ctlens.hooks import Layers, resolve
@@ -25,7 +25,6 @@ from ctlens.pairs import Pair
 from ctlens.types import LensModel
 
 ALL, ITEM = "all", "item"
-WHERE = {"last": "at the last token", "content": "at the content", "wrapper": "at the wrapper", SPAN: "at a span"}
 # Shorter than this share of the states, a difference is the rounding of forward passes.
 SAME = 1e-5
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
@@ -180,13 +179,14 @@ class Directions(Result):
         Groups share most of their direction, and random ones that did not would average out over pairs.
         """
         draw = generator(seed, "random directions")
-        return np.stack([[_turned(of_layer, draw) for of_layer in self.unit] for _ in range(draws)])
+        within = [np.linalg.qr(of_layer.T).R for of_layer in self.unit]
+        return np.stack([[(_frame(self.unit.shape[-1], len(r), draw) @ r).T for r in within] for _ in range(draws)])
 
 
-def _turned(unit: Float[np.ndarray, "group d"], draw: torch.Generator) -> Float[np.ndarray, "group d"]:
-    frame, within = np.linalg.qr(unit.T)
-    other, signs = np.linalg.qr(torch.randn(frame.shape, generator=draw, dtype=torch.float64).numpy())
-    return ((other * np.sign(np.diag(signs))) @ within).T
+def _frame(d: int, size: int, draw: torch.Generator) -> Float[np.ndarray, "d size"]:
+    """Orthonormal columns, evenly over all there are."""
+    columns, signs = np.linalg.qr(torch.randn(d, size, generator=draw, dtype=torch.float64).numpy())
+    return columns * np.sign(np.diag(signs))
 
 
 def group_names(pairs: Sequence[Pair], per: str) -> list[str]:
@@ -206,7 +206,7 @@ def group_names(pairs: Sequence[Pair], per: str) -> list[str]:
 
 
 def mean_difference(
-    model: LensModel,
+    model: LensModel | tuple[States, States],
     pairs: Sequence[Pair],
     *,
     name: str,
@@ -228,7 +228,7 @@ def mean_difference(
     True
 
     Args:
-        model: in eval mode.
+        model: in eval mode; or its wrapped and its clean states, from `ctlens.analysis.states`.
         pairs: clean and wrapped prompts.
         name: of the model; it stands in every result.
         per: `"all"` pairs together, `"item"`: each by itself, or a label: its values by themselves.
@@ -236,17 +236,21 @@ def mean_difference(
         site: the hook point, one of `SITES`.
         layers: which ones, see `ctlens.hooks.select_layers`.
         batch_size: prompts a forward pass.
-        progress: show a progress bar.
+        progress: show a progress bar. Like the place, the site, the layers and the size of a
+            batch it has no meaning where states are given.
 
     Raises:
-        CtlensError: the model is in training mode, a name is unknown, a pair lacks the label, or
-            clean and wrapped states agree, so that there is no direction.
+        CtlensError: the model is in training mode, a name is unknown, a pair lacks the label, clean
+            and wrapped states agree, so that there is no direction, or given states do not fit.
     """
     names = group_names(pairs, per)
     groups = tuple(dict.fromkeys(names))
+    options = {"place": place, "site": site, "layers": layers, "batch_size": batch_size, "progress": progress}
+    sides = ("wrapped", "clean")
     wrapped, clean = (
-        states(model, pairs, side=side, place=place, site=site, layers=layers, batch_size=batch_size, progress=progress)
-        for side in ("wrapped", "clean")
+        _counterparts(*model, len(pairs))
+        if isinstance(model, tuple)
+        else (states(model, pairs, side=side, **options) for side in sides)
     )
     members = [[number for number, own in enumerate(names) if own == group] for group in groups]
     at_rest, moved = (
@@ -257,5 +261,15 @@ def mean_difference(
     size = np.linalg.norm(clean.values, axis=-1).mean(1, keepdims=True)
     means[np.linalg.norm(means, axis=-1) < SAME * size] = 0
     source = f"mean difference of wrapped and clean {WHERE[wrapped.place]}"
-    found = Directions.from_vectors(means, wrapped.layers, site=site, source=source, model=name, per=per, groups=groups)
+    found = Directions.from_vectors(
+        means, wrapped.layers, site=wrapped.site, source=source, model=name, per=per, groups=groups
+    )
     return replace(found, rest=(at_rest * found.unit).sum(-1))
+
+
+def _counterparts(wrapped: States, clean: States, n: int) -> tuple[States, States]:
+    """Both, if they are of the same layers and place of all pairs; a `CtlensError` if not."""
+    kinds = [(side.site, side.place, side.layers, side.values.shape[1]) for side in (wrapped, clean)]
+    if kinds[0] != kinds[1] or kinds[0][-1] != n or (wrapped.side, clean.side) != ("wrapped", "clean"):
+        raise CtlensError("give the wrapped and then the clean states of these pairs, at one site, place and layers.")
+    return wrapped, clean

@@ -8,18 +8,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
 from ctlens import plots
-from ctlens.analysis.directions import ITEM, WHERE, Directions, mean_difference
+from ctlens.analysis.directions import ITEM, Directions, mean_difference
+from ctlens.analysis.forward import BASE
 from ctlens.analysis.interventions import OPPOSITE, Intervention
-from ctlens.analysis.readability import PRESENCE, readability
+from ctlens.analysis.probe import Probe, probe
 from ctlens.analysis.result import Result
-from ctlens.analysis.states import Span
+from ctlens.analysis.states import WHERE, Span
 from ctlens.analysis.steering import ablate, steer
+from ctlens.analysis.tasks import Task, wrapper_present
 from ctlens.analysis.verdicts import INCONCLUSIVE, MEASURES, ROUNDING, Evidence, Measured, readout, verdict
 from ctlens.errors import CtlensError, unknown
 from ctlens.hooks import Layers
@@ -28,7 +31,7 @@ from ctlens.pairs import Pair
 from ctlens.plots import Figure
 from ctlens.types import LensModel
 
-BASE = "none"
+ESTIMATOR = "ridge"
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,14 @@ class Erasure(Result):
 
     Attributes:
         readable: `[model, layer, 5]`, the probe's balanced accuracy, the ends of its interval, and
-            its lowest and highest with shuffled labels.
+            the lowest and highest end of the intervals with shuffled labels in any of the models.
         used, reelicited: `[model, layer, variant, pair]`, effects on the margin in nats; the
             direction first, then random ones.
         wrapped: `[model, pair]`, the margin on wrapped prompts.
         models: their labels; the base first, `"none"`.
         layers: the number of each layer.
         control: the label of the retention-only control; empty for none.
-        cue: what is read: a label, or empty for the wrapper's presence.
+        question: what the probe reads, as in `Task`.
         place: the tokens.
         direction: what it is, in words.
     """
@@ -56,7 +59,7 @@ class Erasure(Result):
     models: tuple[str, ...]
     layers: tuple[int, ...]
     control: str
-    cue: str
+    question: str
     place: str
     direction: str
 
@@ -97,8 +100,7 @@ class Erasure(Result):
             model: {name: _curves([getattr(found, name) for found in by_layer]) for name in MEASURES}
             for model, by_layer in self.evidence().items()
         }
-        cue = self.cue or "presence of the wrapper"
-        subtitle = f"cue: {cue}; {WHERE[self.place]}; {self.direction}; {self.wrapped.shape[1]} pairs"
+        subtitle = f"{self.question}; {WHERE[self.place]}; {self.direction}; {self.wrapped.shape[1]} pairs"
         return plots.evidence(
             curves, self.verdicts(), self.layers, "Is the cue erased, or only masked?", subtitle=subtitle
         )
@@ -153,7 +155,7 @@ def erase_or_mask(
     models: Mapping[str, LensModel],
     pairs: Sequence[Pair],
     *,
-    cue: str = PRESENCE,
+    cue: Task | Probe | None = None,
     direction: Directions | None = None,
     control: str = "",
     layers: Layers = "all",
@@ -175,21 +177,21 @@ def erase_or_mask(
         base: the model before training, in eval mode; the directions are its own.
         models: trained models by label, in eval mode.
         pairs: clean and wrapped prompts with a good and a bad answer; not those trained on.
-        cue: what the probe reads: a label, such as `"hint"`, or empty for the wrapper's presence.
+        cue: what the probe reads, by default whether the wrapper is present; another task, such as
+            `answer_hinted(pairs)`; or a probe that was already fitted on all of these models.
         direction: of the base; None for the difference of wrapped and clean of every pair by itself.
         control: the label of the model trained with retention alone, to which verdicts are compared.
         layers: which ones; where clean and wrapped states agree there is no direction.
         place: whose states are read and changed, see `ctlens.analysis.states`.
-        draws: how many random directions and shuffles.
-        seed: of both.
+        draws: how many random directions.
+        seed: of the random directions.
         batch_size: pairs a batch.
         progress: show a progress bar.
 
     Raises:
         CtlensError: models do not compare or are in training mode, a label is not there or given
-            twice, a pair does not fit, or there is no direction at a layer.
+            twice, a pair does not fit, there is no direction at a layer, or as `probe`.
     """
-    labelled = {BASE: base, **{str(label): model for label, model in models.items()}}
     if not models or BASE in models:
         raise CtlensError(f"give at least one trained model, by a label other than {BASE!r}, the base's.")
     if control and control not in models:
@@ -200,23 +202,44 @@ def erase_or_mask(
         )
     elif layers != "all":
         direction = direction.at(layers)
-    options = {"place": place, "draws": draws, "seed": seed, "batch_size": batch_size, "progress": progress}
-    ablated = ablate(labelled, pairs, direction, **options)
-    steered = steer(labelled, pairs, direction, alphas=[1.0], **options)
-    probed = options | {"site": direction.site, "layers": direction.layers}
-    read = [readability(model, pairs, cue, **probed) for model in labelled.values()]
+    named = {BASE: base, **{str(label): model for label, model in models.items()}}
+    running: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    if not isinstance(cue, Probe):
+        task = cue or wrapper_present(pairs, base.tokenizer)
+        at: dict[str, Any] = {"places": [place], "site": direction.site, "layers": direction.layers}
+        cue = probe(named, task, estimators=[ESTIMATOR], **at, **running)
+    ablated = ablate(named, pairs, direction, place=place, draws=draws, seed=seed, **running)
+    steered = steer(named, pairs, direction, alphas=[1.0], place=place, draws=draws, seed=seed, **running)
     return Erasure(
-        readable=np.stack(read),
+        readable=_readable(cue, list(named), direction, ablated.place),
         used=_effects(ablated),
         reelicited=_effects(steered),
         wrapped=ablated.plain_margins,
-        models=tuple(labelled),
+        models=tuple(named),
         layers=direction.layers,
         control=control,
-        cue=cue,
+        question=cue.question,
         place=ablated.place,
         direction=direction.name,
     )
+
+
+def _readable(
+    found: Probe, models: Sequence[str], direction: Directions, place: str
+) -> Float[np.ndarray, "model layer 5"]:
+    """Each model's own probe, with the ends of its interval and of the null that all models share.
+
+    Raises:
+        CtlensError: a model, a layer, the place or the hook point was not probed.
+    """
+    if found.site != direction.site or not set(direction.layers) <= set(found.layers):
+        read, wanted = (f"{part.site} at layers {', '.join(map(str, part.layers))}" for part in (found, direction))
+        raise CtlensError(f"the probe read {read}, but the direction is at {wanted}: probe it there.")
+    layers = [found.layers.index(layer) for layer in direction.layers]
+    estimator = found.estimators[0]
+    curves = np.stack([np.stack(found.curve(name, name, place, estimator), -1)[layers] for name in models])
+    null = [end[layers] for end in found.null(place, estimator)]
+    return np.concatenate([curves, np.broadcast_to(np.stack(null, -1), (*curves.shape[:2], 2))], -1)
 
 
 def _effects(found: Intervention) -> Float[np.ndarray, "model layer variant pair"]:

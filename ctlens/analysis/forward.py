@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from ctlens.batch import EncodedPair, EncodedPairs, PairBatch, collate, encode
 from ctlens.errors import CtlensError
+from ctlens.hooks import SHORTHANDS, Layers, resolve
 from ctlens.pairs import Pair
 from ctlens.types import LensModel
+
+BASE = "none"
+"""The label of the model before training."""
+PER_HEAD = tuple(SHORTHANDS[name].split(".")[-1] for name in ("z", "pattern"))
+PER_HEAD += ("hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_attn_scores", "hook_result")
 
 
 def require_eval(*models: LensModel) -> None:
@@ -52,6 +58,27 @@ def labelled(models: LensModel | Mapping[str, LensModel]) -> dict[str, LensModel
     return named
 
 
+def vector_hooks(model: LensModel, site: str, layers: Layers = "all") -> list[str]:
+    """The names of hook points that have one vector a token.
+
+    Raises:
+        CtlensError: as `resolve`, or the hook point has an axis of heads.
+    """
+    names = resolve(model, site, layers)
+    if names[0].split(".")[-1] in PER_HEAD:
+        raise CtlensError(f"{site!r} has a vector a head, not one a token: choose attn_out or resid_mid instead.")
+    return names
+
+
+def require_read(tokenizer: Any, ids: Iterable[int], whose: str) -> None:
+    """Raises a `CtlensError` where a prompt holds what a tokenizer does not know: it was written for another model."""
+    unread = getattr(tokenizer, "unk_token_id", None)
+    if unread in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        return  # one token for everything, as in GPT-2, says nothing
+    if unread is not None and unread in ids:
+        raise CtlensError(f"the model's tokenizer does not know all words of {whose}: give pairs that it can read.")
+
+
 def batches(
     model: LensModel, pairs: Sequence[Pair], window: str, batch_size: int, progress: bool
 ) -> Iterator[tuple[list[EncodedPair], PairBatch]]:
@@ -63,12 +90,15 @@ def encoded(model: LensModel, pairs: Sequence[Pair], window: str) -> tuple[Encod
     """Every pair as tokens, aligned in the window.
 
     Raises:
-        CtlensError: a pair does not align; an analysis leaves none out silently.
+        CtlensError: a pair does not align, for an analysis leaves none out silently; or it has words
+            that the model's tokenizer does not know.
     """
     found: EncodedPairs = encode(pairs, model.tokenizer, windows=(window,), n_ctx=model.cfg.n_ctx)
     if found.dropped:
         reason, count = next(iter(found.dropped.items()))
         raise CtlensError(f"{count} of {len(pairs)} pairs do not align ({reason}): leave them out.")
+    for number, row in enumerate(found.rows, start=1):
+        require_read(model.tokenizer, (*row.clean.ids, *row.wrapped.ids), f"pair {number}")
     return found.rows
 
 

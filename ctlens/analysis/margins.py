@@ -2,10 +2,11 @@
 
 The margin of a prompt is `log P(good) - log P(bad)`, in nats, each the probability that the answer
 begins with exactly these words. Where both are one token it is their difference of logits; a
-shared beginning cancels. Unlike a rate it does not saturate, so a shifted margin cannot hide.
+shared beginning cancels. Unlike a rate it does not saturate, so a shifted margin cannot hide. What follows
+a single linear number uses the two tokens at which the answers part, `ctlens.analysis.contrast`.
 
-Only tokens from the first edited one on depend on the edit. Where the model has a key-value
-cache, those before it are run once for all edits.
+Only tokens from the first edited one on depend on the edit, and only from its layer on. Where the
+model has a key-value cache, the tokens before it and the blocks below it are run once for all edits.
 """
 
 from __future__ import annotations
@@ -13,19 +14,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ctlens.analysis.contrast import two_answers
 from ctlens.batch import EncodedPair, pad, require_room
 from ctlens.decoding import TOKENS_A_PASS, Ids
-from ctlens.errors import CtlensError
-from ctlens.hooks import editing
+from ctlens.hooks import capturing, editing, resolve
 from ctlens.models import empty_cache, keep_rows
-from ctlens.pairs import Prompt
 from ctlens.types import LensModel, Logits, Mask
 
 ANSWERS = ("good", "bad")
@@ -72,7 +72,7 @@ class Asked:
         self.model = model
         self.device = next(model.parameters()).device
         prompts: list[Ids] = [getattr(row, side).ids for row in rows]
-        answers = [_answers(model.tokenizer, getattr(row.pair, side)) for row in rows]
+        answers = [two_answers(model.tokenizer, getattr(row.pair, side), f"a {side} prompt", end=False) for row in rows]
         places = {  # prompt and answer up to its last token; most often the same for both answers
             (number, (*ids, *answer[:-1])): None for number, ids in enumerate(prompts) for answer in answers[number]
         }
@@ -83,6 +83,7 @@ class Asked:
         self.prompts = torch.tensor([number for number, _ in sequences], device=self.device)
         rest = pad([ids[start:] for (_, ids), start in zip(sequences, starts, strict=True)])
         self.tokens, self.real = rest.tokens.to(self.device), rest.mask.to(self.device)
+        self.entering = self._run_unedited() if self.cache is not None else []
         self.edited = torch.zeros_like(self.real)
         for row, ((number, _), start) in enumerate(zip(sequences, starts, strict=True)):
             self.edited[row, edited[number].nonzero()[:, 0] - start] = True
@@ -139,24 +140,31 @@ class Asked:
             change = edit.change(states, variants, self.prompts)
             return torch.where(self.edited[..., None], states + change, states).flatten(0, 1)
 
+        layer = int(hook_name.split(".")[1])
+        if self.cache is not None and hook_name.endswith("hook_resid_post") and layer + 1 < self.model.cfg.n_layers:
+            layer, hook_name = layer + 1, f"blocks.{layer + 1}.hook_resid_pre"  # the same state, a block further on
         with editing(self.model, {hook_name: replace}):
-            logits = self._forward(torch.arange(len(self.tokens), device=self.device).repeat(count))
+            logits = self._forward(torch.arange(len(self.tokens), device=self.device).repeat(count), layer)
         predicted = logits.unflatten(0, (count, -1))[:, self.row, self.position].float().log_softmax(-1)
         tokens = self.target.expand(count, *self.target.shape)[..., None]
         return (predicted.gather(-1, tokens)[..., 0] * self.counted).sum(-1)
 
-    def _forward(self, rows: Int[Tensor, " run"]) -> Logits:
+    def _forward(self, rows: Int[Tensor, " run"], layer: int = 0) -> Logits:
+        """The logits of some rows; with a cache, blocks below `layer` are not run again."""
         if self.cache is None:
             return self.model(self.tokens[rows])
         cache = copy.deepcopy(self.cache)
         keep_rows(cache, rows)
-        return self.model(self.tokens[rows], past_kv_cache=cache, attention_mask=self.real[rows].long())
+        real = self.real[rows].long()
+        if not layer:
+            return self.model(self.tokens[rows], past_kv_cache=cache, attention_mask=real)
+        seen = torch.cat([cache.previous_attention_mask, real], 1)
+        run = cast(Any, self.model)
+        return run(self.entering[layer][rows], start_at_layer=layer, past_kv_cache=cache, attention_mask=seen)
 
-
-def _answers(tokenizer: Any, prompt: Prompt) -> list[Ids]:
-    """The tokens of the good and of the bad answer, without an end."""
-    texts = [text for text in (prompt.good, prompt.bad) if text is not None]
-    ids = [tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
-    if len(ids) < 2 or not all(ids) or ids[0] == ids[1]:
-        raise CtlensError("a margin needs a good and a bad answer that differ: name both in every pair.")
-    return ids
+    def _run_unedited(self) -> list[Float[Tensor, "row pos d"]]:
+        """The state that enters each block, without an edit."""
+        names, store = resolve(self.model, "resid_pre"), {}
+        with torch.no_grad(), capturing(self.model, names, store):
+            self._forward(torch.arange(len(self.tokens), device=self.device))
+        return [store[name] for name in names]

@@ -25,19 +25,17 @@ from tqdm.auto import tqdm
 
 from ctlens import plots
 from ctlens.analysis.classifiers import Split, cuts, hits, make
-from ctlens.analysis.forward import require_comparable
+from ctlens.analysis.forward import BASE, require_comparable
 from ctlens.analysis.result import Result
 from ctlens.analysis.scores import balanced, interval
-from ctlens.analysis.states import Span, States
+from ctlens.analysis.states import WHERE, Span, States
 from ctlens.analysis.tasks import Task
 from ctlens.errors import CtlensError, unknown
 from ctlens.hooks import Layers
 from ctlens.plots import Curve, Figure
 from ctlens.types import LensModel
 
-BASE = "none"
 CEILING = 0.98
-WHERE = {"last": "at the last token", "content": "at the content tokens", "wrapper": "at the attack's tokens"}
 
 Readable: TypeAlias = LensModel | States | Sequence[States]
 """A model, or its states on the task's prompts, one a place."""
@@ -118,6 +116,11 @@ class Probe(Result):
         at = (readings.index((fitted_on, read_on)), *self._at(place, estimator))
         return self.score[at], self.ci_low[at], self.ci_high[at]
 
+    def null(self, place: str, estimator: str) -> tuple[np.ndarray, np.ndarray]:
+        """The lowest and highest end, over the models, of the intervals with shuffled labels, by layer."""
+        at = (self._refitted(), *self._at(place, estimator))
+        return self.shuffled_low[at].min(0), self.shuffled_high[at].max(0)
+
     def figure(self, place: str | None = None, estimator: str | None = None) -> Figure:
         """Score by layer, one colour a model: fitted anew solid, fitted on the base dashed.
 
@@ -129,7 +132,6 @@ class Probe(Result):
             CtlensError: the place or the estimator was not probed.
         """
         place, estimator = place or self.places[0], estimator or self.estimators[0]
-        at = (self._refitted(), *self._at(place, estimator))
         readings = list(zip(self.fitted_on, self.read_on, strict=True))
         note = f"{estimator.replace('_', '-')} probes tried on {self.n_test} prompts of unseen groups"
         if self.at_ceiling(place, estimator):
@@ -138,9 +140,9 @@ class Probe(Result):
             self.layers,
             {read: self.curve(fit, read, place, estimator) for fit, read in readings if fit == read},
             {read: self.curve(fit, read, place, estimator) for fit, read in readings if fit == BASE != read},
-            f"Can a linear probe read {self.question}, {WHERE.get(place, 'at the chosen tokens')}?",
+            f"Can a linear probe read {self.question}, {WHERE[place]}?",
             chance=self.chance,
-            shuffled=(self.shuffled_low[at].min(0), self.shuffled_high[at].max(0)),
+            shuffled=self.null(place, estimator),
             subtitle=note,
         )
 

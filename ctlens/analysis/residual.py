@@ -30,6 +30,7 @@ from ctlens import plots
 from ctlens.analysis.forward import batches, require_comparable
 from ctlens.analysis.result import Result
 from ctlens.analysis.shifts import beyond_rounding, last_and_content
+from ctlens.analysis.states import PLACES, WHERE
 from ctlens.batch import Matched
 from ctlens.errors import unknown
 from ctlens.hooks import capture, resolve
@@ -42,11 +43,7 @@ from ctlens.types import LensModel, PerRow
 GAP_QUANTITIES = ("gap_closed", "cosine", "distance")
 QUANTITIES = (*GAP_QUANTITIES, "relative", "norm_ratio")
 RAW = ("shift_norm", "gap_norm")
-PLACES = ("last", "content")
-"""The places with a clean counterpart."""
-WRAPPER = "wrapper"
 SITE = "resid_post"
-WHERE = {"last": "at the last token", "content": "at the content tokens", WRAPPER: "at the wrapper's tokens"}
 TITLES = {
     "gap_closed": "share of the residual-stream gap closed",
     "cosine": "cosine of shift and gap",
@@ -70,8 +67,9 @@ class ResidualShift(Result):
     """The shift of each pair at each layer.
 
     Attributes:
-        gap_closed, cosine, distance, gap_norm: `[place, pair, layer]`, places as in `PLACES`; not
-            a number where the gap (or for the cosine the shift) is zero.
+        gap_closed, cosine, distance, gap_norm: `[place, pair, layer]`, by the place with a
+            clean counterpart, `ctlens.analysis.states.ALIGNED`; not a number where the gap (or for
+            the cosine the shift) is zero.
         relative, norm_ratio, shift_norm: the same with the wrapper as a third place; not a number
             where a pair has no token at the place.
         site: the hook point.
@@ -106,7 +104,7 @@ class ResidualShift(Result):
         if quantity not in (*QUANTITIES, *RAW):
             raise unknown("quantity", quantity, (*QUANTITIES, *RAW))
         values: np.ndarray = getattr(self, quantity)
-        places = (*PLACES, WRAPPER)[: len(values)]
+        places = PLACES[: len(values)]
         if place not in places:
             raise unknown(f"place for {quantity}", place, places)
         of_place = values[places.index(place)]
@@ -120,7 +118,7 @@ class ResidualShift(Result):
         """
         rows = []
         for quantity in QUANTITIES + RAW * raw:
-            for place in (*PLACES, WRAPPER)[: len(getattr(self, quantity))]:
+            for place in PLACES[: len(getattr(self, quantity))]:
                 n = len(self._values(quantity, place))
                 curve = np.stack([np.asarray(end) for end in self.curve(quantity, place)], axis=1)
                 rows += [(quantity, place, layer, *numbers, n) for layer, numbers in enumerate(curve)]

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ctlens.analysis.forward import in_batches
-from ctlens.analysis.states import PLACES
+from ctlens.analysis.states import ALIGNED
 from ctlens.batch import EncodedPair, Matched, PairBatch
 from ctlens.hooks import capture
 from ctlens.losses.base import at_positions
@@ -92,7 +92,7 @@ def _of_batch(
     found = {
         (part, place): measure(beyond_rounding(vectors, base), where)
         for part, vectors in zip(PARTS, split(aligned, gap), strict=True)
-        for place, where in zip(PLACES[:2], last_and_content(matched), strict=True)
+        for place, where in zip(ALIGNED, last_and_content(matched), strict=True)
     }
     return found | {("all", "wrapper"): measure(beyond_rounding(shift, wrapped), batch.wrapper)}
 

@@ -25,15 +25,14 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from ctlens import plots
-from ctlens.analysis.forward import encoded, require_comparable
+from ctlens.analysis.forward import encoded, require_comparable, vector_hooks
 from ctlens.analysis.likeness import Seeds, ceilings
 from ctlens.analysis.measures import MEASURES, STATISTICS, arrays, names_of, title_of
-from ctlens.analysis.residual import WHERE
 from ctlens.analysis.result import Result
 from ctlens.analysis.shifts import PARTS, Shifts, shifts_at
-from ctlens.analysis.states import PLACES
+from ctlens.analysis.states import ALIGNED, PLACES, WHERE
 from ctlens.errors import CtlensError, unknown
-from ctlens.hooks import Layers, resolve, select_layers
+from ctlens.hooks import Layers, select_layers
 from ctlens.pairs import Pair
 from ctlens.plots import Figure
 from ctlens.types import LensModel
@@ -141,7 +140,7 @@ class ShiftSimilarity(Result):
         """Every method with every other at one layer (by default the last one), one matrix a place."""
         layer = self.layers[-1] if layer is None else layer
         panels = {}
-        for place in PLACES[:2]:
+        for place in ALIGNED:
             at = self._at(quantity, part, place, layer)
             raw = self.value[at], self.ci_low[at], self.ci_high[at]
             corrected = self.corrected[at], self.corrected_low[at], self.corrected_high[at]
@@ -249,7 +248,7 @@ def shift_similarity(
     rows = encoded(before, pairs, "shared")
     found = [
         shifts_at(before, list(keyed.values()), rows, name, batch_size, progress)
-        for name in resolve(before, site, layers)
+        for name in vector_hooks(before, site, layers)
     ]
     _require_moved(seeds, found)
     return ShiftSimilarity(

@@ -16,17 +16,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctlens.analysis.forward import batches, require_eval
+from ctlens.analysis.forward import batches, require_eval, vector_hooks
 from ctlens.analysis.result import Result
 from ctlens.batch import EncodedPair, PairBatch
 from ctlens.errors import CtlensError, unknown
-from ctlens.hooks import Layers, capture, resolve, select_layers
+from ctlens.hooks import Layers, capture, select_layers
 from ctlens.pairs import Pair
 from ctlens.types import LensModel, Mask
 
 SIDES = ("clean", "wrapped")
 PLACES = ("last", "content", "wrapper")
+ALIGNED = PLACES[:2]
+"""The places with a clean counterpart."""
 SPAN = "span"
+WHERE = {
+    "last": "at the last token",
+    "content": "at the content tokens",
+    "wrapper": "at the wrapper's tokens",
+    SPAN: "at the chosen tokens",
+}
+"""The places in words."""
 Span: TypeAlias = Callable[[EncodedPair, str], Sequence[int]]
 """Of a pair and one of `SIDES`, positions in that prompt; at least one."""
 
@@ -87,13 +96,13 @@ def states(
         progress: show a progress bar.
 
     Raises:
-        CtlensError: the model is in training mode, a name is unknown, a pair does not align, or a
-            prompt has no token at the place.
+        CtlensError: the model is in training mode, a name is unknown, the hook point has no one
+            vector a token, a pair does not align, or a prompt has no token at the place.
     """
     require_eval(model)
     if side not in SIDES:
         raise unknown("side", side, SIDES)
-    names = resolve(model, site, layers)
+    names = vector_hooks(model, site, layers)
     chunks = []
     for rows, batch in batches(model, pairs, "shared", batch_size, progress):
         prompt = batch.clean if side == "clean" else batch.wrapped

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 
 from ctlens.analysis.directions import Directions
-from ctlens.analysis.forward import batches, require_comparable
+from ctlens.analysis.forward import batches, labelled
 from ctlens.analysis.interventions import ABLATE, FIXED, RANDOM, STEER, Intervention
 from ctlens.analysis.margins import Asked, Edit
 from ctlens.analysis.states import SPAN, Span, place_mask
@@ -36,7 +36,7 @@ SIDE = {STEER: "clean", ABLATE: "wrapped"}
 
 
 def steer(
-    models: Mapping[str, LensModel],
+    models: LensModel | Mapping[str, LensModel],
     pairs: Sequence[Pair],
     direction: Directions,
     *,
@@ -58,7 +58,7 @@ def steer(
     [True]
 
     Args:
-        models: by label, in eval mode.
+        models: one, or several of one shape by their labels, in eval mode.
         pairs: their clean prompts are used; they name a good and a bad answer.
         direction: where and what, see `mean_difference` and `Directions.from_vectors`.
         alphas: strengths; 1 is the direction's own norm.
@@ -81,7 +81,7 @@ def steer(
 
 
 def ablate(
-    models: Mapping[str, LensModel],
+    models: LensModel | Mapping[str, LensModel],
     pairs: Sequence[Pair],
     direction: Directions,
     *,
@@ -115,7 +115,7 @@ def _random(direction: Directions, draws: int, seed: int) -> Float[np.ndarray, "
 
 def _intervene(
     action: str,
-    models: Mapping[str, LensModel],
+    models: LensModel | Mapping[str, LensModel],
     pairs: Sequence[Pair],
     direction: Directions,
     written: Float[np.ndarray, "alpha variant layer group d"],
@@ -125,15 +125,15 @@ def _intervene(
     progress: bool,
 ) -> Intervention:
     """The margins of all models with and without, see `ctlens.analysis.margins.Edit` for what is written."""
-    if not models or not len(alphas):
-        raise CtlensError("there is nothing to do: give at least one model, by its label, and one alpha.")
+    named = labelled(models)
+    if not len(alphas):
+        raise CtlensError("there is nothing to do without a strength: give at least one alpha.")
     groups = direction.group_of(pairs)
     read, rest = direction.unit, direction.rest[..., None]
     if action == STEER:
         read, rest = 0 * read, 0 * rest + 1
     found = []
-    for model in models.values():
-        require_comparable(next(iter(models.values())), model)
+    for model in named.values():
         names = direction.hook_names(model)
         chunks, done = [], 0
         for rows, batch in batches(model, pairs, "shared", batch_size, progress):
@@ -153,7 +153,7 @@ def _intervene(
         p_bad=np.exp(edited[..., 1]),
         plain_margins=plain[..., 0] - plain[..., 1],
         plain_p_bad=np.exp(plain[..., 1]),
-        models=tuple(map(str, models)),
+        models=tuple(map(str, named)),
         layers=direction.layers,
         alphas=tuple(map(float, alphas)),
         variants=FIXED[action] + drawn,

@@ -2,16 +2,17 @@
 
 Three measurements a layer, all at one place of the prompt and along the *base model's* direction:
 
-- *readable*: balanced accuracy of a linear probe for the cue, refitted on the model itself; null:
-  the same with shuffled labels. A probe fitted on the base that fails proves nothing: the cue may
-  have moved.
+- *readable*: balanced accuracy of a linear probe for the cue, refitted on the model itself and tried
+  on groups it was not fitted on, see `ctlens.analysis.probe`; null: from the lowest to the highest
+  end of the intervals of the same with shuffled labels, over all models. A probe
+  fitted on the base that fails proves nothing: the cue may have moved.
 - *used*: how much of the margin of the good answer comes back when the direction is taken out of
   wrapped prompts, see `ctlens.analysis.ablate`; null: equal changes along random directions.
 - *reelicited*: how much of it is lost when the direction is added to clean prompts, see
   `ctlens.analysis.steer`; null: random directions of equal norm.
 
-A finding is *yes* where the 95 percent interval over pairs lies above 0 and every draw of the null,
-*no* where it lies nowhere above them and wholly below the base's interval, and else *unclear*.
+A finding is *yes* where the 95 percent interval (over pairs; of *readable* over groups) lies above 0 and the null,
+*no* where it lies nowhere above both and wholly below the base's interval, and else *unclear*.
 
 The verdict on a layer:
 
@@ -50,7 +51,7 @@ ROUNDING = 1e-3
 
 @dataclass(frozen=True)
 class Measured:
-    """A mean over pairs with its 95 percent interval, and the lowest and highest draw of its null."""
+    """A mean with its 95 percent interval, and the lowest and highest end of its null."""
 
     value: float
     low: float
