@@ -67,6 +67,7 @@ def test_states_round_trip_through_a_file(model: LensModel, tmp_path):
     found.save(tmp_path / "states.safetensors")
     again = States.load(tmp_path / "states.safetensors")
     assert (again.values == found.values).all() and again.layers == found.layers == (1,)
+    assert list(found.figure().data[-1].x) == [1] and "at the last token" in found.figure().layout.meta["title"]
     assert found.to_dataframe()["norm"].tolist() == pytest.approx(np.linalg.norm(found.values[0], axis=-1).tolist())
 
 

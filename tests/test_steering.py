@@ -244,6 +244,8 @@ def test_results_round_trip_through_a_file_and_are_drawn(models, direction: Dire
     assert again.to_dataframe().equals(found.to_dataframe())
     direction.save(tmp_path / "direction.safetensors")
     assert (Directions.load(tmp_path / "direction.safetensors").unit == direction.unit).all()
+    line = next(trace for trace in direction.figure().data if trace.mode and "markers" in trace.mode)
+    assert list(line.x) == [1, 2] and line.y == pytest.approx(direction.norm[:, 0])
     by_alpha, by_layer = found.figure("alpha", at=2), found.figure()
     line = next(trace for trace in by_alpha.data if trace.name == "the direction")
     np.testing.assert_allclose(line.y, found.effects[0, 1, :, 0].mean(-1))

@@ -16,12 +16,15 @@ import torch
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
+from ctlens import plots
 from ctlens.analysis.result import Result
 from ctlens.analysis.states import WHERE, Span, States, states
 from ctlens.config import generator
 from ctlens.errors import CtlensError, unknown
 from ctlens.hooks import Layers, resolve
+from ctlens.intervals import bootstrap_mean
 from ctlens.pairs import Pair
+from ctlens.plots import Figure
 from ctlens.types import LensModel
 
 ALL, ITEM = "all", "item"
@@ -120,6 +123,12 @@ class Directions(Result):
             for layer, group in np.ndindex(self.norm.shape)
         ]
         return pd.DataFrame(rows, columns=["layer", "group", "norm", "cosine_with_mean"])
+
+    def figure(self) -> Figure:
+        """The length of the directions by layer, with its interval over groups."""
+        subtitle = f"{self.name}; {self.site}"
+        curve, title = {"directions": bootstrap_mean(self.norm.T)}, "How long are the directions?"
+        return plots.layer_curves(curve, title, y_title="length", layers=self.layers, subtitle=subtitle)
 
     def at(self, layers: str | int | Sequence[int]) -> Directions:
         """The directions of some layers, by number, or of `"all"` that there are.

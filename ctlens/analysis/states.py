@@ -16,12 +16,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctlens import plots
 from ctlens.analysis.forward import batches, require_eval, vector_hooks
 from ctlens.analysis.result import Result
 from ctlens.batch import EncodedPair, PairBatch
 from ctlens.errors import CtlensError, unknown
 from ctlens.hooks import Layers, capture, select_layers
+from ctlens.intervals import bootstrap_mean
 from ctlens.pairs import Pair
+from ctlens.plots import Figure
 from ctlens.types import LensModel, Mask
 
 SIDES = ("clean", "wrapped")
@@ -63,6 +66,13 @@ class States(Result):
         norms = np.linalg.norm(self.values, axis=-1)
         rows = [(self.layers[layer], prompt, norm) for (layer, prompt), norm in np.ndenumerate(norms)]
         return pd.DataFrame(rows, columns=["layer", "prompt", "norm"])
+
+    def figure(self) -> Figure:
+        """The length of the states by layer, with its interval over prompts."""
+        curve = bootstrap_mean(np.linalg.norm(self.values, axis=-1).T)
+        title = f"How long are the {self.side} states {WHERE[self.place]}?"
+        subtitle = f"{self.site}, {self.values.shape[1]} prompts"
+        return plots.layer_curves({"states": curve}, title, y_title="length", layers=self.layers, subtitle=subtitle)
 
 
 def states(

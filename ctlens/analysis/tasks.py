@@ -118,6 +118,11 @@ def labelled(
 ) -> Task:
     """A user's labels, or a label of the pairs such as `"wrapper"`; grouped by subject and by wrapper.
 
+    >>> import ctlens as ct
+    >>> task = ct.analysis.labelled(ct.threats.get("jailbreak").pairs(8), "wrapper")
+    >>> task.question, list(task.groups)
+    ('the wrapper', ['subject'])
+
     Args:
         pairs: one prompt of each is read.
         labels: one a pair, or the name of a label of the pairs.
@@ -139,6 +144,11 @@ def labelled(
 def answer_hinted(pairs: Sequence[Pair]) -> Task:
     """Which answer the wrapper named: the label `hint` of sycophancy's pairs, among those of the relation asked for.
 
+    >>> import ctlens as ct
+    >>> task = ct.analysis.answer_hinted(ct.threats.get("sycophancy").pairs(64))
+    >>> task.question, task.chance() < 0.5
+    ('which answer was hinted', True)
+
     Raises:
         CtlensError: a pair has no label `hint` or `relation`.
     """
@@ -147,6 +157,11 @@ def answer_hinted(pairs: Sequence[Pair]) -> Task:
 
 def will_misbehave(model: LensModel, pairs: Sequence[Pair], *, progress: bool = True) -> Task:
     """Whether this model's own greedy answer to each wrapped prompt is bad.
+
+    >>> import ctlens as ct
+    >>> pairs = ct.threats.get("jailbreak").pairs(32, split="heldout")
+    >>> sorted(set(ct.analysis.will_misbehave(ct.load_organism(), pairs, progress=False).labels))
+    ['bad', 'not bad']
 
     Args:
         model: in eval mode; give the base to ask other models about the base's answers.
@@ -167,6 +182,11 @@ def wrapper_present(pairs: Sequence[Pair], tokenizer: Any, *, negatives: Sequenc
     Positives are the wrapped prompts. Negatives are the clean prompts, and each wrapped prompt with
     neutral words in place of the attack, as many tokens at the same place. Only these last are
     held against the positives in the score, so that neither length nor position answers.
+
+    >>> import ctlens as ct
+    >>> task = ct.analysis.wrapper_present(ct.threats.get("jailbreak").pairs(8), ct.load_organism().tokenizer)
+    >>> [task.labels.count(label) for label in ("wrapper", "none")]
+    [8, 16]
 
     Args:
         pairs: clean and wrapped prompts.

@@ -60,6 +60,7 @@ def layer_curves(
     title: str,
     *,
     y_title: str,
+    layers: Sequence[int] | None = None,
     reference_lines: Mapping[str, float] | None = None,
     subtitle: str | None = None,
 ) -> go.Figure:
@@ -69,6 +70,7 @@ def layer_curves(
         curves: per method, the mean and its interval `[layer]`.
         title: the question or the answer.
         y_title: the quantity with its unit.
+        layers: the number of each layer; from 0 if not given.
         reference_lines: values with a meaning, by the words to write on them.
         subtitle: one line under the title.
 
@@ -76,8 +78,8 @@ def layer_curves(
         CtlensError: no curve, no layer, or curves of different length.
     """
     require_some("curves", curves)
-    layers = np.arange(np.size(next(iter(curves.values()))[0]))
-    figure = banded("layers", layers, curves)
+    x = np.arange(np.size(next(iter(curves.values()))[0])) if layers is None else np.asarray(layers)
+    figure = banded("layers", x, curves)
     for words, value in (reference_lines or {}).items():
         figure.add_hline(value, line={"color": MUTED, "dash": "dot", "width": 1.2})
         figure.add_annotation(
@@ -86,7 +88,7 @@ def layer_curves(
     caption = "Lines are means, bands their intervals. Layer 0 is the first layer."
     finish(figure, title, subtitle, x_title="layer", y_title=y_title, kind="layer_curves", caption=caption)
     figure.update_yaxes(autorangeoptions_include=_padded(list((reference_lines or {}).values())))
-    return figure.update_xaxes(tickmode="linear", tick0=0, dtick=max(1, len(layers) // 12))
+    return figure.update_xaxes(tickmode="linear", tick0=0, dtick=max(1, len(x) // 12))
 
 
 def _padded(values: list[float]) -> list[float]:
