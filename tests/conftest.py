@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import install_import_hook
 
 install_import_hook(["ctlens.alignment", "ctlens.batch", "ctlens.losses", "ctlens.analysis"], "beartype.beartype")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits an ignored one
 torch.set_num_threads(1)  # on models this small, threads cost more than they bring
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
