@@ -25,6 +25,11 @@ from transformers import (  # noqa: E402
     Qwen3ForCausalLM,
 )
 
+from ctlens.models import build, load_model  # noqa: E402
+from ctlens.types import LensModel  # noqa: E402
+from ctlens.weights import ModelConfig  # noqa: E402
+
+CHAT_MODELS = ("made here", "llama", "gpt2", "qwen3")
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXTS = (
     "Which term best describes the disease?\n\nAnswer choices:\n(A) isolated cases\n(B) outbreak\n",
@@ -74,6 +79,18 @@ def hf_model(kind: str, vocab_size: int = 400, n_ctx: int = 256, seed: int = 0) 
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()
+
+
+def chat_model(kind: str) -> LensModel:
+    """A tiny random model with a chat tokenizer: one of `CHAT_MODELS`, by HuggingFace or made here."""
+    tokenizer = byte_level_tokenizer(chat=True)
+    if kind != "made here":
+        return load_model(hf_model(kind), tokenizer=tokenizer)
+    made = build(ModelConfig(d_vocab=400, n_layers=2, n_heads=4, d_model=32, d_mlp=48, n_ctx=256), tokenizer)
+    draw = torch.Generator().manual_seed(0)
+    for parameter in made.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw) * parameter.requires_grad
+    return made
 
 
 @pytest.fixture(scope="session")

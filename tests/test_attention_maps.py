@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import byte_level_tokenizer, hf_model
+from conftest import CHAT_MODELS, byte_level_tokenizer, chat_model
 
 from ctlens import plots
 from ctlens.analysis import AttentionMaps, attention_maps
@@ -16,7 +16,7 @@ from ctlens.batch import encode
 from ctlens.chat import Turn, render
 from ctlens.errors import CtlensError
 from ctlens.hooks import capture
-from ctlens.models import build, load_model
+from ctlens.models import build
 from ctlens.pairs import Pair, Prompt, prompt
 from ctlens.parameters import copy_model
 from ctlens.types import LensModel
@@ -24,23 +24,16 @@ from ctlens.weights import ModelConfig
 
 TOKENIZER = byte_level_tokenizer(chat=True)
 PAIR = Pair(prompt("Is it right?"), prompt("I don't think it's right. Is it right?"))
-KINDS = ("made here", "llama", "gpt2", "qwen3")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=CHAT_MODELS)
 def model(request: pytest.FixtureRequest) -> LensModel:
-    if request.param != "made here":
-        return load_model(hf_model(request.param), tokenizer=TOKENIZER)
-    made = build(ModelConfig(d_vocab=400, n_layers=2, n_heads=4, d_model=32, d_mlp=48, n_ctx=256), TOKENIZER)
-    draw = torch.Generator().manual_seed(0)
-    for parameter in made.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw) * parameter.requires_grad
-    return made
+    return chat_model(request.param)
 
 
 @pytest.fixture(scope="module")
 def llama() -> LensModel:
-    return load_model(hf_model("llama"), tokenizer=TOKENIZER)
+    return chat_model("llama")
 
 
 def moved(model: LensModel) -> LensModel:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import byte_level_tokenizer, hf_model
+from conftest import CHAT_MODELS, byte_level_tokenizer, chat_model
 from scipy import stats
 
 from ctlens import plots
@@ -18,11 +18,9 @@ from ctlens.analysis.spans import spans
 from ctlens.batch import encode
 from ctlens.errors import CtlensError
 from ctlens.hooks import capture, editing
-from ctlens.models import build, load_model
 from ctlens.pairs import Pair, prompt
 from ctlens.parameters import copy_model
 from ctlens.types import LensModel
-from ctlens.weights import ModelConfig
 
 TOKENIZER = byte_level_tokenizer(chat=True)
 QUESTIONS = (
@@ -34,20 +32,14 @@ PAIRS = [Pair(prompt(q, "the", "a"), prompt("no, it's not. " * n + q, "the", "a"
 NAMES = ["blocks.0.attn.hook_pattern", "blocks.1.attn.hook_pattern"]
 
 
-@pytest.fixture(scope="module", params=["made here", "llama", "gpt2", "qwen3"])
+@pytest.fixture(scope="module", params=CHAT_MODELS)
 def model(request: pytest.FixtureRequest) -> LensModel:
-    if request.param != "made here":
-        return load_model(hf_model(request.param), tokenizer=TOKENIZER)
-    made = build(ModelConfig(d_vocab=400, n_layers=2, n_heads=4, d_model=32, d_mlp=48, n_ctx=256), TOKENIZER)
-    draw = torch.Generator().manual_seed(0)
-    for parameter in made.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw) * parameter.requires_grad
-    return made
+    return chat_model(request.param)
 
 
 @pytest.fixture(scope="module")
 def llama() -> LensModel:
-    return load_model(hf_model("llama"), tokenizer=TOKENIZER)
+    return chat_model("llama")
 
 
 def batched(model: LensModel) -> ContrastBatch:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import byte_level_tokenizer, hf_model
+from conftest import CHAT_MODELS, byte_level_tokenizer, chat_model, hf_model
 
 from ctlens.analysis import LogitAttribution, LogitLens, logit_attribution, logit_lens
 from ctlens.analysis.contrast import contrasts
@@ -22,18 +22,11 @@ from ctlens.weights import ModelConfig
 TOKENIZER = byte_level_tokenizer(chat=True)
 QUESTIONS = ("Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?")
 PAIRS = [Pair(prompt(q, "the", "a"), prompt("no. " * n + q, "the", "a")) for n, q in enumerate(QUESTIONS, 1)]
-KINDS = ("made here", "llama", "gpt2", "qwen3")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=CHAT_MODELS)
 def model(request: pytest.FixtureRequest) -> LensModel:
-    if request.param != "made here":
-        return load_model(hf_model(request.param), tokenizer=TOKENIZER)
-    made = build(ModelConfig(d_vocab=400, n_layers=2, n_heads=4, d_model=32, d_mlp=48, n_ctx=256), TOKENIZER)
-    draw = torch.Generator().manual_seed(0)
-    for parameter in made.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw) * parameter.requires_grad
-    return made
+    return chat_model(request.param)
 
 
 def said(model: LensModel, pair: Pair) -> float:
