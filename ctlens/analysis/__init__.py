@@ -12,6 +12,8 @@ from ctlens.analysis.patching import patch
 from ctlens.analysis.patching_result import Patching
 from ctlens.analysis.probe import Probe, probe
 from ctlens.analysis.probeweights import probe_direction
+from ctlens.analysis.record import record
+from ctlens.analysis.recording import Recording
 from ctlens.analysis.residual import ResidualShift, residual_shift
 from ctlens.analysis.result import Result
 from ctlens.analysis.saliency import SaliencyAgreement, saliency_agreement
@@ -33,6 +35,7 @@ __all__ = [
     "LogitLens",
     "Patching",
     "Probe",
+    "Recording",
     "ResidualShift",
     "Result",
     "SaliencyAgreement",
@@ -54,6 +57,7 @@ __all__ = [
     "patch",
     "probe",
     "probe_direction",
+    "record",
     "residual_shift",
     "saliency_agreement",
     "shift_similarity",

@@ -82,14 +82,29 @@ def contrasts(model: LensModel, pairs: Sequence[Pair], side: str = "wrapped") ->
         if prompt is None:
             raise CtlensError(f"pair {number} has no {side} prompt: give one, or leave it out.")
         good, bad = two_answers(model.tokenizer, prompt, whose, end=True)
-        alike = len(list(takewhile(lambda ends: ends[0] == ends[1], zip(good, bad, strict=False))))
+        alike = _alike(good, bad)
         if alike == min(len(good), len(bad)):
             raise CtlensError(f"the answers of {whose} do not part: {prompt.good!r}, {prompt.bad!r}.")
-        ids = (*render(model.tokenizer, prompt.turns).ids, *good[:alike])
+        ids = up_to_contrast(model.tokenizer, prompt)
         require_room(len(ids), model.cfg.n_ctx, whose)
         require_read(model.tokenizer, ids, whose)
         found.append(Contrast(ids, good[alike], bad[alike]))
     return found
+
+
+def up_to_contrast(tokenizer: Any, prompt: Prompt) -> Ids:
+    """The tokens of a prompt up to where its answers part; its own where it names none that do."""
+    ids = render(tokenizer, prompt.turns).ids
+    if not prompt.good or not prompt.bad:
+        return ids
+    good, bad = (answer_ids(tokenizer, answer) for answer in (prompt.good, prompt.bad))
+    alike = _alike(good, bad)
+    return (*ids, *good[:alike]) if alike < min(len(good), len(bad)) else ids
+
+
+def _alike(good: Ids, bad: Ids) -> int:
+    """How many tokens both answers begin with."""
+    return len(list(takewhile(lambda ends: ends[0] == ends[1], zip(good, bad, strict=False))))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
 from ctlens import plots
+from ctlens.analysis.recording import Readable
 from ctlens.analysis.result import Result
 from ctlens.analysis.states import WHERE, Span, States, states
 from ctlens.config import generator
@@ -215,7 +216,7 @@ def group_names(pairs: Sequence[Pair], per: str) -> list[str]:
 
 
 def mean_difference(
-    model: LensModel | tuple[States, States],
+    model: Readable | tuple[States, States],
     pairs: Sequence[Pair],
     *,
     name: str,
@@ -237,7 +238,7 @@ def mean_difference(
     True
 
     Args:
-        model: in eval mode; or its wrapped and its clean states, from `ctlens.analysis.states`.
+        model: in eval mode; or its recording; or its wrapped and its clean states, from `ctlens.analysis.states`.
         pairs: clean and wrapped prompts.
         name: of the model; it stands in every result.
         per: `"all"` pairs together, `"item"`: each by itself, or a label: its values by themselves.

@@ -178,8 +178,10 @@ def erase_or_mask(
         models: trained models by label, in eval mode.
         pairs: clean and wrapped prompts with a good and a bad answer; not those trained on.
         cue: what the probe reads, by default whether the wrapper is present; another task, such as
-            `answer_hinted(pairs)`; or a probe that was already fitted on all of these models.
-        direction: of the base; None for the difference of wrapped and clean of every pair by itself.
+            `answer_hinted(pairs)`; or a probe that was already fitted on all of these models, for
+            example on their recordings.
+        direction: of the base, for example from its recording; None for the difference of wrapped and
+            clean of every pair by itself. The two edits always run the models, see `ctlens.analysis.steering`.
         control: the label of the model trained with retention alone, to which verdicts are compared.
         layers: which ones; where clean and wrapped states agree there is no direction.
         place: whose states are read and changed, see `ctlens.analysis.states`.

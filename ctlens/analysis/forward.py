@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
+from ctlens.analysis.recording import Recording
 from ctlens.batch import EncodedPair, EncodedPairs, PairBatch, collate, encode
 from ctlens.errors import CtlensError
 from ctlens.hooks import SHORTHANDS, Layers, resolve
 from ctlens.pairs import Pair
 from ctlens.types import LensModel
 
+M = TypeVar("M")
 BASE = "none"
 """The label of the model before training."""
 PER_HEAD = tuple(SHORTHANDS[name].split(".")[-1] for name in ("z", "pattern"))
@@ -20,7 +22,9 @@ PER_HEAD += ("hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_att
 
 
 def require_eval(*models: LensModel) -> None:
-    """Raises a `CtlensError` unless the models are in eval mode."""
+    """Raises a `CtlensError` unless the models are models, in eval mode."""
+    if any(isinstance(model, Recording) for model in models):
+        raise CtlensError("this analysis runs the model, a recording cannot stand for it: give recording.model.")
     if any(model.training for model in models):
         raise CtlensError("an analysis needs models in eval mode: call model.eval() first.")
 
@@ -43,15 +47,25 @@ def _read_alike(tokenizer: Any, other: Any) -> bool:
     return tokenizer.get_vocab() == other.get_vocab()
 
 
-def labelled(models: LensModel | Mapping[str, LensModel]) -> dict[str, LensModel]:
-    """Models by label; a single one is called `"model"`.
+def by_label(models: M | Mapping[str, M]) -> dict[str, M]:
+    """Models, or recordings of them, by label; a single one is called `"model"`.
 
     Raises:
-        CtlensError: there are none, or one does not compare with the first.
+        CtlensError: there are none.
     """
     named = dict(models) if isinstance(models, Mapping) else {"model": models}
     if not named:
         raise CtlensError("there are no models: give at least one, by its label.")
+    return named
+
+
+def labelled(models: LensModel | Mapping[str, LensModel]) -> dict[str, LensModel]:
+    """Models by label, as `by_label`.
+
+    Raises:
+        CtlensError: there are none, or one does not compare with the first.
+    """
+    named = by_label(models)
     first = next(iter(named.values()))
     for model in named.values():
         require_comparable(first, model)

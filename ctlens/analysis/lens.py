@@ -7,9 +7,10 @@ shares then add up to the model's own logit difference, and a test holds them to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from functools import partial
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -19,17 +20,22 @@ from torch import Tensor
 
 from ctlens import plots
 from ctlens.analysis.contrast import ContrastBatch, TokenPair, contrasts, in_batches
-from ctlens.analysis.forward import labelled
+from ctlens.analysis.forward import by_label, labelled
+from ctlens.analysis.recording import LOGITS, Readable, model_of, read
 from ctlens.analysis.result import Result
 from ctlens.errors import CtlensError
-from ctlens.hooks import capture, resolve
+from ctlens.hooks import resolve
 from ctlens.intervals import bootstrap_mean
 from ctlens.pairs import Pair
 from ctlens.plots import Figure
-from ctlens.types import LensModel, PerRow
+from ctlens.types import Activations, LensModel, PerRow
 
 EMBED, BIAS = "embed", "bias"
+PARTS = ("blocks.0.hook_resid_pre", "resid_post", "z", "attn_out", "mlp_out", LOGITS)
+"""What a recording for `logit_attribution` holds, at every layer."""
 Vectors: TypeAlias = Float[Tensor, "batch d"]
+AtLast: TypeAlias = Callable[[Sequence[str]], Activations]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ class LogitAttribution(Result):
 
 
 def logit_lens(
-    models: LensModel | Mapping[str, LensModel],
+    models: Readable | Mapping[str, Readable],
     pairs: Sequence[Pair],
     *,
     side: str = "wrapped",
@@ -115,31 +121,24 @@ def logit_lens(
     True
 
     Args:
-        models: one, or several of one shape by their labels, in eval mode.
+        models: one, or several of one shape by their labels, in eval mode; or their recordings of
+            that side, from `ctlens.analysis.record`, read through their models' weights.
         pairs: with good and bad answers.
         side: `"wrapped"`, `"clean"` or `"benign"`.
         batch_size: prompts a forward pass.
         progress: show a progress bar.
 
     Raises:
-        CtlensError: a model is in training mode or does not compare with the first, or as `contrasts`.
+        CtlensError: a model is in training mode or does not compare with the first, as `contrasts`,
+            or a recording lacks a layer or a prompt.
     """
-    named = labelled(models)
-    items = contrasts(next(iter(named.values())), pairs, side)
-    return LogitLens(
-        np.stack(
-            [
-                np.concatenate([_lens(model, batch) for batch in in_batches(model, items, batch_size, progress)], -1)
-                for model in named.values()
-            ]
-        ),
-        tuple(named),
-        side,
-    )
+    found = _of_models(_lens, models, pairs, side, batch_size, progress)
+    values = [np.concatenate(of_batches, -1) for of_batches in found.values()]
+    return LogitLens(np.stack(values), tuple(found), side)
 
 
 def logit_attribution(
-    models: LensModel | Mapping[str, LensModel],
+    models: Readable | Mapping[str, Readable],
     pairs: Sequence[Pair],
     *,
     side: str = "wrapped",
@@ -155,32 +154,56 @@ def logit_attribution(
     (22, 'Which heads')
 
     Args:
-        models, pairs, side, batch_size, progress: as in `logit_lens`.
+        models: as in `logit_lens`; recordings must hold the sites `PARTS` of this module.
+        pairs, side, batch_size, progress: as in `logit_lens`.
 
     Raises:
         CtlensError: as `logit_lens`; or the model changes the heads' sum before the residual
             stream gets it, so that no head has a share of its own.
     """
-    named = labelled(models)
+    found = _of_models(_shares, models, pairs, side, batch_size, progress)
+    values = [np.concatenate([np.stack([*shares.values()]) for shares in parts], -1) for parts in found.values()]
+    components = next(iter(found.values()))[0]
+    return LogitAttribution(np.stack(values), tuple(components), tuple(found), side)
+
+
+def _of_models(
+    analysis: Callable[[LensModel, ContrastBatch, AtLast], T],
+    models: Readable | Mapping[str, Readable],
+    pairs: Sequence[Pair],
+    side: str,
+    batch_size: int,
+    progress: bool,
+) -> dict[str, list[T]]:
+    """What an analysis makes of every batch, by model."""
+    sources = by_label(models)
+    named = labelled({name: model_of(source) for name, source in sources.items()})
     items = contrasts(next(iter(named.values())), pairs, side)
-    values, components = [], []
-    for model in named.values():
-        found = [_shares(model, batch) for batch in in_batches(model, items, batch_size, progress)]
-        components = list(found[0])
-        values.append(np.concatenate([np.stack(list(shares.values())) for shares in found], -1))
-    return LogitAttribution(np.stack(values), tuple(components), tuple(named), side)
+    found: dict[str, list[T]] = {name: [] for name in named}
+    for name, model in named.items():
+        for number, batch in enumerate(in_batches(model, items, batch_size, progress)):
+            at_last = partial(_at_last, sources[name], batch, number * batch_size, next(model.parameters()).dtype)
+            found[name].append(analysis(model, batch, at_last))
+    return found
 
 
-def _lens(model: LensModel, batch: ContrastBatch) -> Float[np.ndarray, "layer batch"]:
-    names = resolve(model, "resid_post")
-    states = capture(model, batch.side.tokens, names, grad=False)[1]
+def _at_last(
+    source: Readable, batch: ContrastBatch, first: int, dtype: torch.dtype, names: Sequence[str]
+) -> Activations:
+    """The activations where the answers are predicted, in the precision of the model's weights."""
+    found = read(source, batch.side, names, first)
+    return {name: (state if name == LOGITS else batch.at_last(state)).to(dtype) for name, state in found.items()}
+
+
+def _lens(model: LensModel, batch: ContrastBatch, at_last: AtLast) -> Float[np.ndarray, "layer batch"]:
     parts = cast(Any, model)
+    states = at_last(resolve(model, "resid_post")).values()
     with torch.no_grad():
-        read = [parts.unembed(parts.ln_final(batch.at_last(states[name])[:, None]))[:, 0] for name in names]
-    return torch.stack([batch.difference(logits) for logits in read]).float().cpu().numpy()
+        logits = [parts.unembed(parts.ln_final(state[:, None]))[:, 0] for state in states]
+    return torch.stack([batch.difference(of_layer) for of_layer in logits]).float().cpu().numpy()
 
 
-def _shares(model: LensModel, batch: ContrastBatch) -> dict[str, np.ndarray]:
+def _shares(model: LensModel, batch: ContrastBatch, at_last: AtLast) -> dict[str, np.ndarray]:
     """The share of every component in the logit difference, `[batch]` each.
 
     Raises:
@@ -189,20 +212,19 @@ def _shares(model: LensModel, batch: ContrastBatch) -> dict[str, np.ndarray]:
     lens, layers = cast(Any, model), range(model.cfg.n_layers)
     start, end = resolve(model, "resid_pre", 0)[0], resolve(model, "resid_post", "last")[0]
     z, attn_out, mlp_out = (resolve(model, point) for point in ("z", "attn_out", "mlp_out"))
-    logits, states = capture(model, batch.side.tokens, [start, end, *z, *attn_out, *mlp_out], grad=False)
-    at_last = {name: batch.at_last(state) for name, state in states.items()}
+    states = at_last([start, end, *z, *attn_out, *mlp_out, LOGITS])
     with torch.no_grad():
-        reading = _Reading(lens, at_last[end], batch.answers)
-        shares, rest = {EMBED: reading.share(at_last[start])}, reading.constant
+        reading = _Reading(lens, states[end], batch.answers)
+        shares, rest = {EMBED: reading.share(states[start])}, reading.constant
         for layer in layers:
-            heads = torch.einsum("bhd,hdm->hbm", at_last[z[layer]], lens.blocks[layer].attn.W_O)
+            heads = torch.einsum("bhd,hdm->hbm", states[z[layer]], lens.blocks[layer].attn.W_O)
             shares |= {f"L{layer}H{head}": reading.share(output) for head, output in enumerate(heads)}
-            shares[f"L{layer} MLP"] = reading.share(at_last[mlp_out[layer]])
-            bias = at_last[attn_out[layer]] - heads.sum(0)
+            shares[f"L{layer} MLP"] = reading.share(states[mlp_out[layer]])
+            bias = states[attn_out[layer]] - heads.sum(0)
             _require_constant(bias, layer)
             rest = rest + reading.share(bias)
         shares[BIAS] = rest
-        _require_whole(torch.stack(list(shares.values())), batch.difference(batch.at_last(logits)))
+        _require_whole(torch.stack(list(shares.values())), batch.difference(states[LOGITS]))
     return {name: share.float().cpu().numpy() for name, share in shares.items()}
 
 

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from ctlens import plots
 from ctlens.analysis.classifiers import Split, cuts, hits, make
 from ctlens.analysis.forward import BASE, require_comparable
+from ctlens.analysis.recording import Readable, model_of
 from ctlens.analysis.result import Result
 from ctlens.analysis.scores import balanced, interval
 from ctlens.analysis.states import WHERE, Span, States
@@ -33,12 +34,11 @@ from ctlens.analysis.tasks import Task
 from ctlens.errors import CtlensError, unknown
 from ctlens.hooks import Layers
 from ctlens.plots import Curve, Figure
-from ctlens.types import LensModel
 
 CEILING = 0.98
 
-Readable: TypeAlias = LensModel | States | Sequence[States]
-"""A model, or its states on the task's prompts, one a place."""
+Probed: TypeAlias = Readable | States | Sequence[States]
+"""A model, its recording, or its states on the task's prompts, one a place."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Probe(Result):
 
 
 def probe(
-    models: Mapping[str, Readable],
+    models: Mapping[str, Probed],
     task: Task,
     *,
     places: Sequence[str | Span] = ("last", "content"),
@@ -180,8 +180,8 @@ def probe(
     (True, 0.5, {'none': 192, 'wrapper': 96})
 
     Args:
-        models: by name, in eval mode; `"none"` is the base. In place of a model its states, from
-            `Task.states`, one a place.
+        models: by name, in eval mode; `"none"` is the base. In place of a model its recording of the
+            task's prompts, or its states, from `Task.states`, one a place.
         task: what is asked, see `ctlens.analysis.tasks`.
         places: see `ctlens.analysis.states`; not read where states are given, nor are the layers and the site.
         layers: which ones, see `ctlens.hooks.select_layers`.
@@ -232,14 +232,14 @@ def probe(
 
 
 def _states(
-    models: Mapping[str, Readable], task: Task, places: Sequence[str | Span], options: dict[str, Any]
+    models: Mapping[str, Probed], task: Task, places: Sequence[str | Span], options: dict[str, Any]
 ) -> dict[str, tuple[States, ...]]:
     """The states of each model, one a place.
 
     Raises:
         CtlensError: models or states do not compare, or do not fit the task.
     """
-    live = [item for item in models.values() if not isinstance(item, States | Sequence)]
+    live = [model_of(item) for item in models.values() if not isinstance(item, States | Sequence)]
     for model in live[1:]:
         require_comparable(live[0], model)
     found = {name: _of(item, task, places, options) for name, item in models.items()}
@@ -256,7 +256,7 @@ def _states(
     return found
 
 
-def _of(item: Readable, task: Task, places: Sequence[str | Span], options: dict[str, Any]) -> tuple[States, ...]:
+def _of(item: Probed, task: Task, places: Sequence[str | Span], options: dict[str, Any]) -> tuple[States, ...]:
     if isinstance(item, States):
         return (item,)
     if isinstance(item, Sequence):

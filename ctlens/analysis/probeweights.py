@@ -9,15 +9,15 @@ from jaxtyping import Float
 
 from ctlens.analysis.classifiers import weights
 from ctlens.analysis.directions import Directions
+from ctlens.analysis.recording import Readable
 from ctlens.analysis.states import WHERE, Span, States
 from ctlens.analysis.tasks import Task
 from ctlens.errors import CtlensError, unknown
 from ctlens.hooks import Layers
-from ctlens.types import LensModel
 
 
 def probe_direction(
-    model: LensModel | States,
+    model: Readable | States,
     task: Task,
     towards: str,
     *,
@@ -43,7 +43,7 @@ def probe_direction(
     "ridge probe for 'wrapper' at the last token of base"
 
     Args:
-        model: in eval mode; or its states on the task's prompts, from `Task.states`.
+        model: in eval mode; or its recording; or its states on the task's prompts, from `Task.states`.
         task: what the probe is asked, see `ctlens.analysis.tasks`.
         towards: the label that the direction points to, from all others.
         name: of the model; it stands in every result.

@@ -28,17 +28,18 @@ from torch import Tensor
 
 from ctlens import plots
 from ctlens.analysis.forward import batches, require_comparable
+from ctlens.analysis.recording import Readable, model_of, read
 from ctlens.analysis.result import Result
 from ctlens.analysis.shifts import beyond_rounding, last_and_content
 from ctlens.analysis.states import PLACES, WHERE
 from ctlens.batch import Matched
 from ctlens.errors import unknown
-from ctlens.hooks import capture, resolve
+from ctlens.hooks import resolve
 from ctlens.intervals import bootstrap_mean
 from ctlens.losses.base import at_positions
 from ctlens.pairs import Pair
 from ctlens.plots import Curve, Figure
-from ctlens.types import LensModel, PerRow
+from ctlens.types import PerRow
 
 GAP_QUANTITIES = ("gap_closed", "cosine", "distance")
 QUANTITIES = (*GAP_QUANTITIES, "relative", "norm_ratio")
@@ -148,8 +149,8 @@ def figure(
 
 
 def residual_shift(
-    before: LensModel,
-    after: LensModel,
+    before: Readable,
+    after: Readable,
     pairs: Sequence[Pair],
     *,
     window: str = "shared",
@@ -165,24 +166,25 @@ def residual_shift(
     [1.0, 1.0, 1.0, 1.0]
 
     Args:
-        before: the reference, in eval mode.
-        after: the trained model, in eval mode.
+        before: the reference, in eval mode; or its recording of both sides, from `ctlens.analysis.record`.
+        after: the trained model, in eval mode; or its recording of the wrapped side.
         pairs: clean and wrapped prompts.
         window: alignment window; must hold a token before the last one.
         batch_size: pairs a forward pass.
         progress: show a progress bar.
 
     Raises:
-        CtlensError: the models do not compare or are in training mode, or a pair does not align.
+        CtlensError: the models do not compare or are in training mode, a pair does not align, or a
+            recording lacks a layer or a prompt.
     """
-    require_comparable(before, after)
-    names = resolve(before, SITE)
+    base = model_of(before)
+    require_comparable(base, model_of(after))
+    names = resolve(base, SITE)
     chunks: list[dict[str, np.ndarray]] = []
-    for _, batch in batches(before, pairs, window, batch_size, progress):
-        matched = batch.matched[window]
-        clean = capture(before, batch.clean.tokens, names, grad=False)[1]
-        wrapped = capture(before, batch.wrapped.tokens, names, grad=False)[1]
-        trained = capture(after, batch.wrapped.tokens, names, grad=False)[1]
+    for number, (_, batch) in enumerate(batches(base, pairs, window, batch_size, progress)):
+        matched, first = batch.matched[window], number * batch_size
+        clean, wrapped = (read(before, side, names, first) for side in (batch.clean, batch.wrapped))
+        trained = read(after, batch.wrapped, names, first)
         layers = [_of_layer(clean[name], wrapped[name], trained[name], matched, batch.wrapper) for name in names]
         chunks.append({key: torch.stack([layer[key] for layer in layers], -1).cpu().numpy() for key in layers[0]})
     values = {key: np.concatenate([chunk[key] for chunk in chunks], axis=1) for key in chunks[0]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,17 +16,27 @@ from ctlens.errors import CtlensError
 from ctlens.files import atomic_file
 
 R = TypeVar("R", bound="Result")
+UNSAVED = {"saved": False}
+"""The metadata of a field that does not go to the file, and is None when the result comes back."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Base of the results: a frozen dataclass of numpy arrays and JSON-ready labels."""
+    """Base of the results: a frozen dataclass of numpy arrays, arrays by name, and JSON-ready labels."""
 
     def save(self, path: str | Path) -> None:
         """Writes the arrays and labels to one safetensors file."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        arrays = {name: np.ascontiguousarray(value) for name, value in values.items() if isinstance(value, np.ndarray)}
-        labels = {name: value for name, value in values.items() if name not in arrays}
+        fields = [field.name for field in dataclasses.fields(self) if field.metadata != UNSAVED]
+        arrays: dict[str, np.ndarray] = {}
+        labels: dict[str, Any] = {}
+        for name in fields:
+            value = getattr(self, name)
+            if isinstance(value, np.ndarray):
+                arrays[name] = np.ascontiguousarray(value)
+            elif isinstance(value, Mapping) and value and all(isinstance(part, np.ndarray) for part in value.values()):
+                arrays |= {f"{name}/{key}": np.ascontiguousarray(part) for key, part in value.items()}
+            else:
+                labels[name] = value
         with atomic_file(path) as temporary:
             save_file(arrays, temporary, {"kind": type(self).__name__, "labels": json.dumps(labels)})
 
@@ -42,6 +53,10 @@ class Result:
             metadata: dict[str, str] = stored.metadata() or {}
             if metadata.get("kind") != cls.__name__:
                 raise CtlensError(f"{path} holds a {metadata.get('kind', 'foreign file')}, not a {cls.__name__}.")
-            arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+            arrays: dict[str, Any] = {}
+            for stored_name in stored.keys():  # noqa: SIM118 (no mapping)
+                name, _, key = stored_name.partition("/")
+                array = stored.get_tensor(stored_name)
+                arrays[name] = {**arrays.get(name, {}), key: array} if key else array
         labels: dict[str, Any] = json.loads(metadata["labels"])
         return cls(**arrays, **{k: tuple(v) if isinstance(v, list) else v for k, v in labels.items()})

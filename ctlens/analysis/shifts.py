@@ -14,13 +14,12 @@ import torch
 from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from ctlens.analysis.forward import in_batches
+from ctlens.analysis.recording import Readable, read
 from ctlens.analysis.states import ALIGNED
-from ctlens.batch import EncodedPair, Matched, PairBatch
-from ctlens.hooks import capture
+from ctlens.batch import Matched, PairBatch
 from ctlens.losses.base import at_positions
-from ctlens.types import LensModel
 
 PARTS = ("all", "along", "off")
 ROUNDING = 2e-6  # of a float32 activation, several times what the size of a batch changes
@@ -62,29 +61,30 @@ def last_and_content(matched: Matched) -> tuple[Where, Where]:
 
 
 def shifts_at(
-    before: LensModel,
-    models: Sequence[LensModel],
-    rows: Sequence[EncodedPair],
+    before: Readable,
+    models: Sequence[Readable],
+    passes: Sequence[PairBatch],
     name: str,
-    batch_size: int,
     progress: bool,
 ) -> dict[tuple[str, str], Shifts]:
     """The shifts of models at the hook point `name`, by part and place; the wrapper has no gap, hence one part.
 
-    No more than one batch is held with all its tokens.
+    Of models that are no recordings, no more than one batch is held with all its tokens.
     """
-    chunks = [_of_batch(before, models, batch, name) for _, batch in in_batches(before, rows, batch_size, progress)]
+    chunks: list[dict[tuple[str, str], Shifts]] = []
+    first = 0
+    for batch in tqdm(passes, desc="forward", disable=not progress, leave=False):
+        chunks.append(_of_batch(before, models, batch, name, first))
+        first += len(batch.wrapped.tokens)
     return {key: _joined([chunk[key] for chunk in chunks]) for key in chunks[0]}
 
 
 def _of_batch(
-    before: LensModel, models: Sequence[LensModel], batch: PairBatch, name: str
+    before: Readable, models: Sequence[Readable], batch: PairBatch, name: str, first: int
 ) -> dict[tuple[str, str], Shifts]:
     matched = batch.matched["shared"]
-    clean, wrapped = (
-        capture(before, side.tokens, [name], grad=False)[1][name].float() for side in (batch.clean, batch.wrapped)
-    )
-    trained = [capture(model, batch.wrapped.tokens, [name], grad=False)[1][name].float() for model in models]
+    clean, wrapped = (read(before, side, [name], first)[name] for side in (batch.clean, batch.wrapped))
+    trained = [read(model, batch.wrapped, [name], first)[name] for model in models]
     shift = torch.stack([activation - wrapped for activation in trained])
     aligned = torch.stack([at_positions(of_model, matched.wrapped) for of_model in shift])
     base = at_positions(wrapped, matched.wrapped)

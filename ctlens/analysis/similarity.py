@@ -25,9 +25,10 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from ctlens import plots
-from ctlens.analysis.forward import encoded, require_comparable, vector_hooks
+from ctlens.analysis.forward import batches, require_comparable, vector_hooks
 from ctlens.analysis.likeness import Seeds, ceilings
 from ctlens.analysis.measures import MEASURES, STATISTICS, arrays, names_of, title_of
+from ctlens.analysis.recording import Readable, model_of
 from ctlens.analysis.result import Result
 from ctlens.analysis.shifts import PARTS, Shifts, shifts_at
 from ctlens.analysis.states import ALIGNED, PLACES, WHERE
@@ -190,8 +191,8 @@ class ShiftSimilarity(Result):
 
 
 def shift_similarity(
-    before: LensModel,
-    models: Mapping[tuple[str, int], LensModel] | Mapping[str, LensModel],
+    before: Readable,
+    models: Mapping[tuple[str, int], Readable] | Mapping[str, Readable],
     pairs: Sequence[Pair],
     *,
     null: str | None = None,
@@ -216,8 +217,9 @@ def shift_similarity(
     [['act', 'act'], ['act', 'mlpct'], ['mlpct', 'mlpct']]
 
     Args:
-        before: the reference, in eval mode.
-        models: trained models by (method, seed), in eval mode; a name alone is seed 0.
+        before: the reference, in eval mode; or its recording of both sides, from `ctlens.analysis.record`.
+        models: trained models by (method, seed), in eval mode, or their recordings of the wrapped
+            side; a name alone is seed 0.
         pairs: clean and wrapped prompts.
         null: the method that is the floor, such as training on retention alone.
         quantities: of `ctlens.analysis.measures.MEASURES`. `cosine`: of the shifts at a prompt's
@@ -227,15 +229,17 @@ def shift_similarity(
         k: how many directions span a shift, for `principal`.
         site: a hook point with one vector a token, see `ctlens.hooks.SHORTHANDS`.
         layers: which ones, see `ctlens.hooks.select_layers`.
-        batch_size: prompts a forward pass; only one batch at one hook point is held with all its tokens.
+        batch_size: prompts a forward pass; models are run once a hook point, and only one batch at
+            one hook point is held with all its tokens.
         progress: show a progress bar a hook point.
 
     Raises:
         CtlensError: a model does not compare with the reference, is in training mode or has not
             moved, there is one model only or one twice, a pair does not align, a name is unknown,
-            or there are too few prompts for a quantity.
+            there are too few prompts for a quantity, or a recording lacks a hook point or a prompt.
     """
-    keyed = _keyed(before, models)
+    base = model_of(before)
+    keyed = _keyed(base, models)
     seeds = list(keyed)
     methods = tuple(dict.fromkeys(method for method, _ in seeds))
     if not quantities or len(set(quantities)) < len(quantities):
@@ -245,17 +249,16 @@ def shift_similarity(
             raise unknown("quantity", name, list(MEASURES))
     if null is not None and null not in methods:
         raise unknown("null", null, methods)
-    rows = encoded(before, pairs, "shared")
+    passes = [batch for _, batch in batches(base, pairs, "shared", batch_size, progress=False)]
     found = [
-        shifts_at(before, list(keyed.values()), rows, name, batch_size, progress)
-        for name in vector_hooks(before, site, layers)
+        shifts_at(before, list(keyed.values()), passes, name, progress) for name in vector_hooks(base, site, layers)
     ]
     _require_moved(seeds, found)
     return ShiftSimilarity(
         **arrays(found, seeds, quantities, k),
         quantities=names_of(quantities, k),
         methods=methods,
-        layers=select_layers(before.cfg.n_layers, layers),
+        layers=select_layers(base.cfg.n_layers, layers),
         null=null or "",
         one_seed=tuple(method for method in methods if [name for name, _ in seeds].count(method) == 1),
         site=site,
@@ -263,8 +266,8 @@ def shift_similarity(
 
 
 def _keyed(
-    before: LensModel, models: Mapping[tuple[str, int], LensModel] | Mapping[str, LensModel]
-) -> dict[tuple[str, int], LensModel]:
+    base: LensModel, models: Mapping[tuple[str, int], Readable] | Mapping[str, Readable]
+) -> dict[tuple[str, int], Readable]:
     """The models by method and seed; they compare with the reference."""
     seeds = [(key, 0) if isinstance(key, str) else key for key in models]
     if len(seeds) < 2:
@@ -272,7 +275,7 @@ def _keyed(
     if len(set(seeds)) < len(seeds):
         raise CtlensError(f"a model is given twice ({seeds}): a name alone is seed 0.")
     for model in models.values():
-        require_comparable(before, model)
+        require_comparable(base, model_of(model))
     return dict(zip(seeds, models.values(), strict=True))
 
 

@@ -18,14 +18,15 @@ from torch import Tensor
 
 from ctlens import plots
 from ctlens.analysis.forward import batches, require_eval, vector_hooks
+from ctlens.analysis.recording import Readable, model_of, read
 from ctlens.analysis.result import Result
 from ctlens.batch import EncodedPair, PairBatch
 from ctlens.errors import CtlensError, unknown
-from ctlens.hooks import Layers, capture, select_layers
+from ctlens.hooks import Layers, select_layers
 from ctlens.intervals import bootstrap_mean
 from ctlens.pairs import Pair
 from ctlens.plots import Figure
-from ctlens.types import LensModel, Mask
+from ctlens.types import Mask
 
 SIDES = ("clean", "wrapped")
 PLACES = ("last", "content", "wrapper")
@@ -76,7 +77,7 @@ class States(Result):
 
 
 def states(
-    model: LensModel,
+    model: Readable,
     pairs: Sequence[Pair],
     *,
     side: str = "wrapped",
@@ -94,7 +95,7 @@ def states(
     (2, 4, 96)
 
     Args:
-        model: in eval mode.
+        model: in eval mode; or its recording, from `ctlens.analysis.record`.
         pairs: clean and wrapped prompts.
         side: which prompt of a pair.
         place: `"last"`, the prompt's last token; `"content"`, the mean over the aligned tokens
@@ -107,19 +108,21 @@ def states(
 
     Raises:
         CtlensError: the model is in training mode, a name is unknown, the hook point has no one
-            vector a token, a pair does not align, or a prompt has no token at the place.
+            vector a token, a pair does not align, a prompt has no token at the place, or a
+            recording lacks a hook point or a prompt.
     """
-    require_eval(model)
+    reader = model_of(model)
+    require_eval(reader)
     if side not in SIDES:
         raise unknown("side", side, SIDES)
-    names = vector_hooks(model, site, layers)
+    names = vector_hooks(reader, site, layers)
     chunks = []
-    for rows, batch in batches(model, pairs, "shared", batch_size, progress):
+    for number, (rows, batch) in enumerate(batches(reader, pairs, "shared", batch_size, progress)):
         prompt = batch.clean if side == "clean" else batch.wrapped
         chosen = place_mask(place, side, rows, batch)
-        found = capture(model, prompt.tokens, names, grad=False)[1]
-        chunks.append(torch.stack([_mean(found[name], chosen) for name in names]).float().cpu().numpy())
-    numbers = select_layers(model.cfg.n_layers, layers)
+        found = read(model, prompt, names, number * batch_size)
+        chunks.append(torch.stack([_mean(found[name], chosen) for name in names]).cpu().numpy())
+    numbers = select_layers(reader.cfg.n_layers, layers)
     return States(np.concatenate(chunks, 1), numbers, site, side, place if isinstance(place, str) else SPAN)
 
 

@@ -13,6 +13,11 @@ recovers says whether the behaviour rests on the direction there.
 Any change of a state costs margin, so every effect stands beside random directions: for `steer`
 of equal norm, for `ablate` the change `-(x . u - rest) r` along a random unit vector `r`, as long
 as that along `u`.
+
+An edit changes all that comes after it, margins too, so the models must run, and no recording can
+stand for them. What can be had beforehand is the direction, from `mean_difference` or
+`probe_direction` of a recording. The margins without an edit come from the same passes, where they
+are one variant in twenty or more.
 """
 
 from __future__ import annotations
@@ -58,7 +63,7 @@ def steer(
     [True]
 
     Args:
-        models: one, or several of one shape by their labels, in eval mode.
+        models: one, or several of one shape by their labels, in eval mode; they are run, see this module.
         pairs: their clean prompts are used; they name a good and a bad answer.
         direction: where and what, see `mean_difference` and `Directions.from_vectors`.
         alphas: strengths; 1 is the direction's own norm.

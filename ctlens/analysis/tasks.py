@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ctlens.analysis.recording import Readable
 from ctlens.analysis.states import Span, States, states
 from ctlens.chat import Turn, render
 from ctlens.errors import CtlensError, unknown
@@ -82,7 +83,7 @@ class Task:
 
     def states(
         self,
-        model: LensModel,
+        model: Readable,
         *,
         place: str | Span = "last",
         site: str = "resid_post",
