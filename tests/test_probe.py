@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from ctlens.analysis import (
     will_misbehave,
     wrapper_present,
 )
-from ctlens.analysis.classifiers import ESTIMATORS, MassMean, cuts
+from ctlens.analysis.classifiers import ESTIMATORS, MassMean, cuts, make
 from ctlens.analysis.scores import balanced, interval
 from ctlens.analysis.tasks import NO_GROUP
 from ctlens.chat import Turn, render
@@ -207,6 +208,33 @@ def test_the_interval_counts_groups_and_not_prompts() -> None:
     assert score == same == pytest.approx(2 / 3)
     assert low < low_many < 2 / 3 < high_many < high
     assert (high - low)[0] > 3 * (high_many - low_many)[0]  # sqrt(240 / 6) is 6.3
+
+
+def test_the_range_over_seeds_is_that_of_single_deals_and_the_score_their_mean() -> None:
+    values, options = (
+        {"none": held(planted(strength=0.7)[0])},
+        {"estimators": ["ridge", "mass_mean"], "progress": False},
+    )
+
+    found, first = (probe(values, TASK, seeds=seeds, **options) for seeds in (3, 1))
+
+    x, y, groups = values["none"].values, np.array(LABELS), np.array(GROUPS)
+    for place in product(range(2), range(LAYERS)):
+        estimator = make(("ridge", "mass_mean")[place[0]])
+        scores = []
+        for seed in range(3):
+            right = np.zeros(N)
+            for train, test in cuts(TASK, 3, seed):
+                assert not set(groups[train]) & set(groups[test])
+                right[test] = estimator.fit(x[place[1]][train], y[train]).predict(x[place[1]][test]) == y[test]
+            scores.append((right[y == "yes"].mean() + right[y == "no"].mean()) / 2)
+        at = (0, 0, *place)
+        assert (found.seed_low[at], found.seed_high[at]) == pytest.approx((min(scores), max(scores)))
+        assert found.score[at] == pytest.approx(np.mean(scores)) and first.score[at] == pytest.approx(scores[0])
+    assert (found.seed_low < found.seed_high).any() and (first.seed_low == first.seed_high).all()
+    apart = (found.seed_high - found.seed_low)[:, 0, 0].max()
+    assert f"deals of the groups differ by up to {apart:.2f}" in found.figure().layout.meta["subtitle"]
+    assert "deals" not in first.figure().layout.meta["subtitle"]
 
 
 def test_what_is_known_does_not_count_as_read() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -106,10 +106,10 @@ def hits(
     fitted: Vectors,
     reads: Sequence[Vectors],
     task: Task,
-    splits: Sequence[Split],
+    deals: Sequence[Sequence[Split]],
     *,
     shuffled: bool = False,
-) -> Float[np.ndarray, "reading prompt"]:
+) -> Float[np.ndarray, "deal reading prompt"]:
     """For each prompt, the share of probes fitted without its groups that told it right, 0 to 1.
 
     Args:
@@ -117,19 +117,44 @@ def hits(
         fitted: what the probes are fitted on.
         reads: what each of them is then tried on: the same prompts, for example in other models.
         task: labels and groups.
-        splits: from `cuts`.
+        deals: each from `cuts`.
         shuffled: fit on labels shuffled among the training prompts that are alike in what is known.
     """
     labels, draw = np.array(task.labels), np.random.default_rng(0)
-    right, tried = np.zeros((len(reads), len(labels))), np.zeros(len(labels))
+    right, tried = np.zeros((len(deals), len(reads), len(labels))), np.zeros((len(deals), 1, len(labels)))
     with threadpool_limits(1, "blas"):  # threads cost more than they gain on matrices as small as these
-        for train, test in splits:
+        for deal, (train, test) in ((deal, split) for deal, splits in enumerate(deals) for split in splits):
             given = _shuffled(task, train, draw) if shuffled else labels[train]
             probe = make(name).fit(fitted[train], given)
-            tried[test] += 1
-            for row, read in zip(right, reads, strict=True):
+            tried[deal, 0, test] += 1
+            for row, read in zip(right[deal], reads, strict=True):
                 row[test] += probe.predict(read[test]) == labels[test]
     return right / tried
+
+
+def hits_of_models(
+    name: str,
+    values: Mapping[str, np.ndarray],
+    readings: Sequence[tuple[str, str]],
+    task: Task,
+    deals: Sequence[Sequence[Split]],
+    *,
+    shuffled: bool = False,
+) -> Float[np.ndarray, "deal reading prompt"]:
+    """As `hits`, for models that read each other; each model's probe is fitted once and tried on all that it reads.
+
+    Args:
+        name: of the estimator.
+        values: of each model.
+        readings: the model fitted on and the model read.
+        task, deals, shuffled: as in `hits`.
+    """
+    rows: dict[tuple[str, str], np.ndarray] = {}
+    for fitted in values:
+        reads = [read for fit, read in readings if fit == fitted]
+        right = hits(name, values[fitted], [values[read] for read in reads], task, deals, shuffled=shuffled)
+        rows.update(zip(((fitted, read) for read in reads), right.swapaxes(0, 1), strict=True))
+    return np.stack([rows[reading] for reading in readings], 1)
 
 
 def _deal(labels: np.ndarray, groups: np.ndarray, factor: str, folds: int, seed: int) -> Rows:

@@ -1,9 +1,10 @@
 """What a linear probe reads from a model's states, on entities and wrappers that it was not fitted on.
 
 The score is balanced accuracy: the mean over classes of the share told right, among prompts that are
-alike in what is known anyway. Every prompt is tried in every one of several deals of its groups into
-folds. The interval resamples the groups of every factor at once (the pigeonhole bootstrap of Owen,
-2007), so it speaks of new entities under new wrappers.
+alike in what is known anyway. Every prompt is tried in every one of several deals of the groups into
+folds, one a seed. The interval resamples the groups of every factor at once (the pigeonhole bootstrap
+of Owen, 2007), so it speaks of new entities under new wrappers; `seed_low` and `seed_high`, the range
+over deals, say how much the score owes to which groups were fitted on.
 
 Beside the score stand a probe fitted on shuffled labels, a probe of random vectors and chance; and
 beside a probe carried from one model to another the one fitted anew, because a base-fitted probe
@@ -24,11 +25,11 @@ from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from ctlens import plots
-from ctlens.analysis.classifiers import Split, cuts, hits, make
+from ctlens.analysis.classifiers import cuts, hits, hits_of_models, make
 from ctlens.analysis.forward import BASE, require_comparable
 from ctlens.analysis.recording import Readable, model_of
 from ctlens.analysis.result import Result
-from ctlens.analysis.scores import balanced, interval
+from ctlens.analysis.scores import balanced, curves, deals_apart
 from ctlens.analysis.states import WHERE, Span, States
 from ctlens.analysis.tasks import Task
 from ctlens.errors import CtlensError, unknown
@@ -46,7 +47,8 @@ class Probe(Result):
     """Scores of probes, by reading (which model they were fitted on, which they read).
 
     Attributes:
-        score, ci_low, ci_high: balanced accuracy and its 95 percent interval.
+        score, ci_low, ci_high: balanced accuracy and its 95 percent interval over groups.
+        seed_low, seed_high: its lowest and highest value in one deal of the groups into folds.
         shuffled, shuffled_low, shuffled_high: the same with labels shuffled in training.
         random_features: per estimator, the score on random vectors in place of states.
         fitted_on, read_on: per reading, the model's name.
@@ -62,6 +64,8 @@ class Probe(Result):
     score: Float[np.ndarray, "reading place estimator layer"]
     ci_low: Float[np.ndarray, "reading place estimator layer"]
     ci_high: Float[np.ndarray, "reading place estimator layer"]
+    seed_low: Float[np.ndarray, "reading place estimator layer"]
+    seed_high: Float[np.ndarray, "reading place estimator layer"]
     shuffled: Float[np.ndarray, "reading place estimator layer"]
     shuffled_low: Float[np.ndarray, "reading place estimator layer"]
     shuffled_high: Float[np.ndarray, "reading place estimator layer"]
@@ -91,7 +95,7 @@ class Probe(Result):
         axes = product(range(len(self.fitted_on)), self.places, self.estimators, self.layers)
         names = [(self.fitted_on[row], self.read_on[row], *rest) for row, *rest in axes]
         table = pd.DataFrame(names, columns=["fitted_on", "read_on", "place", "estimator", "layer"])
-        for column in ("score", "ci_low", "ci_high", "shuffled"):
+        for column in ("score", "ci_low", "ci_high", "seed_low", "seed_high", "shuffled"):
             table[column] = getattr(self, column).ravel()
         table["selectivity"] = table["score"] - table["shuffled"]
         random = dict(zip(self.estimators, self.random_features.tolist(), strict=True))
@@ -134,6 +138,8 @@ class Probe(Result):
         place, estimator = place or self.places[0], estimator or self.estimators[0]
         readings = list(zip(self.fitted_on, self.read_on, strict=True))
         note = f"{estimator.replace('_', '-')} probes tried on {self.n_test} prompts of unseen groups"
+        apart = (self.seed_high - self.seed_low)[:, *self._at(place, estimator)].max()
+        note += f"; deals of the groups differ by up to {apart:.2f}" * bool(apart > 0)
         if self.at_ceiling(place, estimator):
             note += f"; uninformative: {CEILING:.0%} or more in every model and layer"
         return plots.probe_curves(
@@ -188,7 +194,7 @@ def probe(
         site: a hook point with one vector a token.
         estimators: `"ridge"`, `"logistic"` and `"mass_mean"`, all on standardised inputs.
         folds: into which the groups of every factor are dealt.
-        seeds: how many deals.
+        seeds: how many deals of the groups into folds.
         batch_size: prompts a forward pass.
         progress: show progress bars.
 
@@ -200,22 +206,23 @@ def probe(
         raise CtlensError("a probe needs at least 2 folds, 1 seed and 1 estimator, and each estimator once.")
     for name in estimators:
         make(name)
-    splits = [split for seed in range(seeds) for split in cuts(task, folds, seed)]
+    deals = [cuts(task, folds, seed) for seed in range(seeds)]
     options = {"site": site, "layers": layers, "batch_size": batch_size, "progress": progress}
     found = _states(models, task, places, options)
     first, readings = next(iter(found.values())), _readings(list(found))
-    shape = (len(first), len(estimators), len(first[0].layers), len(readings))
+    shape = (len(first), len(estimators), len(first[0].layers), seeds, len(readings))
     real, null = (np.zeros((*shape, len(task.labels))) for _ in range(2))
     axes = list(product(range(len(first)), enumerate(estimators), range(len(first[0].layers))))
     for place, (number, name), layer in tqdm(axes, desc="probes", disable=not progress, leave=False):
         values = {model: of[place].values[layer] for model, of in found.items()}
-        real[place, number, layer] = _hits(name, values, readings, task, splits)
-        null[place, number, layer] = _hits(name, values, readings, task, splits, shuffled=True)
+        real[place, number, layer] = hits_of_models(name, values, readings, task, deals)
+        null[place, number, layer] = hits_of_models(name, values, readings, task, deals, shuffled=True)
     noise = np.random.default_rng(0).standard_normal(first[0].values.shape[1:])
-    random = np.concatenate([hits(name, noise, [noise], task, splits) for name in estimators])
+    random = np.concatenate([hits(name, noise, [noise], task, deals).mean(0) for name in estimators])
     return Probe(
-        *_curves(real, task),
-        *_curves(null, task),
+        *curves(real.mean(3), task),
+        *deals_apart(real, task),
+        *curves(null.mean(3), task),
         random_features=balanced(random, task)[0],
         fitted_on=tuple(fitted for fitted, _ in readings),
         read_on=tuple(read for _, read in readings),
@@ -225,7 +232,7 @@ def probe(
         site=first[0].site,
         question=task.question,
         chance=task.chance(),
-        n_train=round(float(np.mean([len(train) for train, _ in splits]))),
+        n_train=round(float(np.mean([len(train) for splits in deals for train, _ in splits]))),
         n_test=sum(value in task.contested() for value in task.stratum),
         balance=dict(sorted(Counter(task.labels).items())),
     )
@@ -270,29 +277,3 @@ def _readings(names: list[str]) -> list[tuple[str, str]]:
     if BASE not in names:
         return own
     return own + [(BASE, name) for name in trained] + [(name, BASE) for name in trained]
-
-
-def _hits(
-    name: str,
-    values: Mapping[str, np.ndarray],
-    readings: Sequence[tuple[str, str]],
-    task: Task,
-    splits: Sequence[Split],
-    *,
-    shuffled: bool = False,
-) -> Float[np.ndarray, "reading prompt"]:
-    """Each model's probe is fitted once and tried on all that it reads."""
-    rows: dict[tuple[str, str], np.ndarray] = {}
-    for fitted in values:
-        reads = [read for fit, read in readings if fit == fitted]
-        right = hits(name, values[fitted], [values[read] for read in reads], task, splits, shuffled=shuffled)
-        rows.update(zip(((fitted, read) for read in reads), right, strict=True))
-    return np.stack([rows[reading] for reading in readings])
-
-
-def _curves(
-    right: Float[np.ndarray, "place estimator layer reading prompt"], task: Task
-) -> list[Float[np.ndarray, "reading place estimator layer"]]:
-    """Score and the ends of its interval."""
-    flat = interval(right.reshape(-1, right.shape[-1]), task)
-    return [np.moveaxis(values.reshape(right.shape[:-1]), -1, 0) for values in flat]
