@@ -99,6 +99,21 @@ def test_a_control_that_does_the_same_takes_the_verdict_away(found: Erasure):
     assert "retention-only control is masked too" in told.to_dataframe()["reason"][4]
 
 
+def test_a_control_that_hardly_moved_is_called_weak(found: Erasure):
+    arrays = {name: getattr(found, name)[[0, 0, 0]].copy() for name in ("readable", "used", "reelicited", "wrapped")}
+    for model, by in ((1, 2.0), (2, 0.01)):  # every margin that counts is moved by so many nats
+        arrays["wrapped"][model] += by
+        for name in ("used", "reelicited"):
+            arrays[name][model, :, 0] -= by
+            arrays[name][model, :, 1:] += 5  # random directions do not count
+    told = dataclasses.replace(found, **arrays, models=("none", "act", "retention"), control="retention")
+
+    assert told.control_moved == pytest.approx(0.005)
+    assert "retention hardly moved (0.5% of the others): a weak control" in told.figure().layout.meta["subtitle"]
+    assert "weak" not in dataclasses.replace(told, control="act").figure().layout.meta["subtitle"]
+    assert found.control_moved == np.inf and "weak" not in found.figure().layout.meta["subtitle"]
+
+
 def test_a_cue_with_values_is_read_among_the_wrapped_prompts(base: LensModel, repaired):
     both = planted.pairs(signs=(1, -1))
     hint = labelled(both, "hint")

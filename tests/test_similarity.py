@@ -115,6 +115,8 @@ def test_trainings_that_write_one_direction_off_the_gap_are_told_from_those_that
     assert abs(target["value"]) < 1e-4 and target["verdict"] == FLOOR
     assert row(found, "x", "z", place=place, quantity=quantity, part="along")["value"] == pytest.approx(1, abs=1e-3)
     assert row(found, "x", "z", place=place, quantity=quantity, part="all")["value"] > 0.5
+    told = row(found, "x", "z", place=place, quantity=quantity, part="along")["verdict"]
+    assert (told == "") == ((quantity, place) == ("cosine", "last"))  # along one direction it is a mere sign
 
 
 def test_the_whole_shift_is_what_is_along_and_what_is_off_the_gap(model, models) -> None:
@@ -159,8 +161,10 @@ def test_a_null_that_hardly_moved_is_called_a_weak_floor(model, models, found: S
 
     weak = shift_similarity(model, still, PAIRS, null="still", progress=False)
 
-    assert "still hardly moved (0.1%" in weak.curves().layout.title.text
-    assert "hardly" not in found.curves().layout.title.text
+    assert "still hardly moved (0.1%" in weak.curves().layout.meta["subtitle"]
+    assert "hardly" not in found.curves().layout.meta["subtitle"]
+    assert row(weak, "x", "z")["weak_floor"] and not row(found, "x", "z")["weak_floor"]
+    assert not row(weak, "x", "still")["weak_floor"]  # the null itself is no floor there
     numbers = row(found, "x", "z", layer=0)  # of one length off the gap: 0.8 and 0.5 times one reading
     assert numbers["length_a"] == pytest.approx(numbers["length_b"], rel=1e-4)
     assert row(weak, "x", "still")["length_a"] / row(weak, "x", "still")["length_b"] == pytest.approx(

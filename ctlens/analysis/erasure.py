@@ -18,6 +18,7 @@ from ctlens import plots
 from ctlens.analysis.directions import ITEM, Directions, mean_difference
 from ctlens.analysis.forward import BASE
 from ctlens.analysis.interventions import OPPOSITE, Intervention
+from ctlens.analysis.likeness import hardly_moved
 from ctlens.analysis.probe import Probe, probe
 from ctlens.analysis.result import Result
 from ctlens.analysis.states import WHERE, Span
@@ -94,6 +95,19 @@ class Erasure(Result):
         table = self.to_dataframe()
         return {model: tuple(table.loc[table["model"] == model, "verdict"]) for model in self.models}
 
+    @property
+    def control_moved(self) -> float:
+        """How far the control is from the base, as a share of the nearest other model; infinite without a control.
+
+        The distance is the root mean square over pairs, layers and margins: on wrapped prompts, and
+        lost or recovered along the direction. A control near 0 says no more than the base.
+        """
+        margins = np.concatenate([self.wrapped[:, None], self.used[:, :, 0], self.reelicited[:, :, 0]], axis=1)
+        moved = dict(zip(self.models, np.sqrt(((margins - margins[0]) ** 2).mean((1, 2))).tolist(), strict=True))
+        own = moved.pop(self.control, np.inf)
+        others = [distance for name, distance in moved.items() if name != BASE and distance > 0]
+        return own / min(others, default=np.inf)
+
     def figure(self) -> Figure:
         """The measurements by layer, a row a model, each with its null and the base; markers are verdicts."""
         curves = {
@@ -101,6 +115,7 @@ class Erasure(Result):
             for model, by_layer in self.evidence().items()
         }
         subtitle = f"{self.question}; {WHERE[self.place]}; {self.direction}; {self.wrapped.shape[1]} pairs"
+        subtitle += hardly_moved(self.control, self.control_moved, "control")
         return plots.evidence(
             curves, self.verdicts(), self.layers, "Is the cue erased, or only masked?", subtitle=subtitle
         )
@@ -182,7 +197,8 @@ def erase_or_mask(
             example on their recordings.
         direction: of the base, for example from its recording; None for the difference of wrapped and
             clean of every pair by itself. The two edits always run the models, see `ctlens.analysis.steering`.
-        control: the label of the model trained with retention alone, to which verdicts are compared.
+        control: the label of the model trained with retention alone, to which verdicts are compared; one
+            that hardly moved is no more than the base, see `Erasure.control_moved`.
         layers: which ones; where clean and wrapped states agree there is no direction.
         place: whose states are read and changed, see `ctlens.analysis.states`.
         draws: how many random directions.

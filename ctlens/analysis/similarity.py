@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 
 from ctlens import plots
 from ctlens.analysis.forward import batches, require_comparable, vector_hooks
-from ctlens.analysis.likeness import Seeds, ceilings
+from ctlens.analysis.likeness import WEAK, Seeds, ceilings, hardly_moved
 from ctlens.analysis.measures import MEASURES, STATISTICS, arrays, names_of, title_of
 from ctlens.analysis.recording import Readable, model_of
 from ctlens.analysis.result import Result
@@ -44,10 +44,9 @@ CORRECTED = "; above the diagonal: divided by the ceilings"
 UNKNOWN, FLOOR, ABOVE, BETWEEN, CEILING = VERDICTS = (
     "", "at the floor", "above the floor", "between floor and ceiling", "at the ceiling",
 )  # fmt: skip
-WEAK = 0.05
 COLUMNS = (
     "quantity", "part", "place", "layer", "a", "b", *STATISTICS, "ceiling", "floor", "random_low", "random_high",
-    "length_a", "length_b", "n", "verdict",
+    "length_a", "length_b", "weak_floor", "n", "verdict",
 )  # fmt: skip
 
 
@@ -108,7 +107,8 @@ class ShiftSimilarity(Result):
         """Where each number stands, one of `VERDICTS`; `[quantity, part, place, layer, a, b]`.
 
         At the floor: the interval over prompts or the range over seeds reaches the random band or
-        the null's. At the ceiling: one of them, corrected, reaches 1, as two seeds of one method.
+        the null's. At the ceiling: one of them, corrected, reaches 1, as two seeds of one method. None
+        of the cosine along the gap at the last token, which is a mere sign.
         """
         random = np.maximum(self.random_high[..., :, None], self.random_high[..., None, :])
         tops = (random, self.floor("ci_high"), self.floor("seed_high"))
@@ -119,10 +119,17 @@ class ShiftSimilarity(Result):
         verdicts = np.where(low > top, above, FLOOR)
         null = [method == self.null for method in self.methods]
         same = np.eye(len(self.methods), dtype=bool) | np.logical_or.outer(null, null)
-        return np.where(same | np.isnan(self.value), UNKNOWN, verdicts)
+        verdicts = np.where(same | np.isnan(self.value), UNKNOWN, verdicts)
+        if "cosine" in self.quantities:
+            verdicts[self._at("cosine", "along", "last")] = UNKNOWN
+        return verdicts
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per quantity, part, place, layer and two methods `a` and `b`; a method with itself is its ceiling."""
+        """One row per quantity, part, place, layer and two methods `a` and `b`; a method with itself is its ceiling.
+
+        `weak_floor` marks a null that is shorter than a twentieth of both shifts: random directions
+        are then the floor that counts.
+        """
         random = [np.maximum(band[..., :, None], band[..., None, :]) for band in (self.random_low, self.random_high)]
         floors = [ceilings(self.value), self.floor(), *random]
         numbers = np.stack([*(getattr(self, name) for name in STATISTICS), *floors])
@@ -133,7 +140,8 @@ class ShiftSimilarity(Result):
             if a <= b and (PLACES[place] != "wrapper" or PARTS[part] == "all"):
                 names = (self.quantities[quantity], PARTS[part], PLACES[place], self.layers[layer])
                 lengths = self.length[part, place, layer, [a, b]].tolist()
-                found = (*numbers[:, *at].tolist(), *lengths, int(self.n[at[1:]]), str(verdicts[at]))
+                weak = self._null_length(part, place, layer) < WEAK * min(lengths)
+                found = (*numbers[:, *at].tolist(), *lengths, weak, int(self.n[at[1:]]), str(verdicts[at]))
                 rows.append((*names, self.methods[a], self.methods[b], *found))
         return pd.DataFrame(rows, columns=list(COLUMNS))
 
@@ -178,16 +186,18 @@ class ShiftSimilarity(Result):
                 raise unknown(what, str(name), [str(value) for value in known])
         return tuple(known.index(name) for _, name, known in asked)
 
+    def _null_length(self, part: int, place: int, layer: int) -> float:
+        """Infinite without a null."""
+        return float(self.length[part, place, layer, self.methods.index(self.null)]) if self.null else np.inf
+
     def _called(self, quantity: str) -> str:
         return f"{title_of(quantity)}, {self.n.max()} prompts"
 
     def _warning(self) -> str:
         words = f"; one seed only, hence no ceiling: {', '.join(self.one_seed)}" if self.one_seed else ""
-        length = dict(zip(self.methods, self.length[0, 0].mean(0), strict=True))
+        length = dict(zip(self.methods, self.length[0, 0].mean(0).tolist(), strict=True))
         share = length.pop(self.null, np.inf) / min(length.values(), default=np.inf)
-        if share < WEAK:
-            words += f"; {self.null} hardly moved ({share:.1%} of the others): a weak floor"
-        return words
+        return words + hardly_moved(self.null, share, "floor")
 
 
 def shift_similarity(

@@ -17,7 +17,7 @@ from ctlens.plots.theme import MUTED, Style, finish, label
 Measurement = tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike, ArrayLike]
 """Value, its interval's lower and upper end, lowest and highest of its null, each `[layer]`."""
 
-HEIGHT, GAP, BELOW = 170, 56, 54
+WIDTH, HEIGHT, GAP, BELOW = 960, 170, 56, 54
 QUESTIONS = {
     "readable": ("cue readable", "balanced accuracy"),
     "used": ("direction used", "margin recovered (nats)"),
@@ -75,7 +75,7 @@ def evidence(
         column = place["col"]
         figure.update_yaxes(title_text=QUESTIONS[question][1], matches="y" if column == 1 else f"y{column}", **place)
     figure.update_yaxes(title_font_size=11)
-    return fit(figure, len(cells), height=HEIGHT, gap=GAP, below=BELOW)
+    return fit(figure, len(cells), height=HEIGHT, gap=GAP, below=BELOW).update_layout(width=WIDTH)
 
 
 def _draw_base(figure: go.Figure, place: Place, layers: Sequence[int], value: ArrayLike, *, listed: bool) -> None:

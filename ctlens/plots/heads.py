@@ -115,4 +115,6 @@ def component_grids(
     for place, first, _ in multiples.places(len(grids)):
         figure.update_yaxes(title_text="layer" if first else None, **place)
     multiples.fit(figure, len(grids), **size, below=GRID_BELOW)
-    return figure.update_layout(margin_r=96)
+    return figure.update_layout(
+        margin_r=96, width=max(700, 164 + 52 * len(columns) * min(multiples.COLUMNS, len(grids)))
+    )

@@ -15,8 +15,8 @@ INK = "#1f2933"
 MUTED = "#6b7280"
 GRID = "rgba(128, 128, 128, 0.22)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
-TITLE_WIDTH = 76
-SUBTITLE_WIDTH = 110
+TITLE_WIDTH = 64  # characters on 700 pixels, plotly's own width for pictures
+SUBTITLE_WIDTH = 90
 LEGEND_ROW = 44
 
 
