@@ -143,8 +143,7 @@ class DoseStudy:
         with atomic_file(self.folder / "doses.csv") as temporary:
             results.to_csv(temporary, index=False)
         result = DoseResult(self.folder, results)
-        for axis in AXES:
-            plots.save_figure(result.figure(axis), self.folder / "figures" / axis)
+        plots.save_figures({self.folder / "figures" / axis: result.figure(axis) for axis in AXES})
         return result
 
 

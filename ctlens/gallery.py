@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
@@ -31,7 +30,7 @@ DOSE_TITLES = {
 }
 
 
-def save_figures(folder: Path, results: pd.DataFrame, workers: int) -> list[Path]:
+def save_figures(folder: Path, results: pd.DataFrame) -> list[Path]:
     """Draws every figure of a study into its `figures` folder and returns the paths written.
 
     Rates pool the answers of all seeds; curves of analyses are averaged over seeds and their
@@ -40,12 +39,9 @@ def save_figures(folder: Path, results: pd.DataFrame, workers: int) -> list[Path
     Args:
         folder: of the study, with its base's answers and its finished cells.
         results: the rows of the study.
-        workers: how many figures are written at a time.
     """
     drawn = dict(chain(_of_study(folder, results), _of_threats(folder, results)))
-    places = [folder / "figures" / name for name in drawn]
-    with ThreadPoolExecutor(workers) as pool:  # each image is made by a process of its own
-        return [path for written in pool.map(plots.save_figure, drawn.values(), places) for path in written]
+    return plots.save_figures({folder / "figures" / name: figure for name, figure in drawn.items()})
 
 
 def _of_study(folder: Path, results: pd.DataFrame) -> Iterator[tuple[str, Figure]]:

@@ -123,7 +123,7 @@ class Study:
         with atomic_file(self.folder / "results.csv") as temporary:
             results.to_csv(temporary, index=False)
         write_json(self.folder / "environment.json", environment())
-        save_figures(self.folder, results, self.workers)
+        save_figures(self.folder, results)
         write_report(self.folder)
         return StudyResult(self.folder, results)
 

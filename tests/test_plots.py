@@ -9,7 +9,6 @@ import pytest
 
 from ctlens import plots
 from ctlens.errors import CtlensError
-from ctlens.plots import export
 from ctlens.plots.theme import METHODS
 
 ARMS = ["wrapped", "clean", "benign"]
@@ -183,28 +182,3 @@ def test_drawing_changes_no_global_setting():
     before = pio.templates.default, pio.renderers.default
     behaviour()
     assert (pio.templates.default, pio.renderers.default) == before
-
-
-def test_save_figure_writes_a_page_that_opens_offline_and_json_that_reads_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "find_spec", lambda name: None)
-    paths = plots.save_figure(behaviour(), tmp_path / "v0.1_rates")
-    assert [path.name for path in paths] == ["v0.1_rates.html", "v0.1_rates.json"]
-    page = paths[0].read_text()
-    assert 'src="plotly.min.js"' in page and 'src="http' not in page and len(page) < 100_000
-    assert (tmp_path / "plotly.min.js").stat().st_size > 1_000_000
-    np.testing.assert_array_equal(named(pio.from_json(paths[1].read_text()), "ACT").y, RATES[1])
-
-
-@pytest.mark.parametrize("program", ["import time; time.sleep(60)", "raise SystemExit(1)"])
-def test_a_png_that_hangs_or_fails_is_left_out(tmp_path, monkeypatch, program):
-    monkeypatch.setattr(export, "find_spec", lambda name: object())
-    monkeypatch.setattr(export, "PNG_PROGRAM", program)
-    monkeypatch.setattr(export, "PNG_SECONDS", 0.5)
-    plots.save_figure(behaviour(), tmp_path / "rates")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plotly.min.js", "rates.html", "rates.json"]
-
-
-def test_a_png_is_written_where_the_export_extra_is_installed(tmp_path):
-    pytest.importorskip("kaleido", reason="the export extra is not installed")
-    paths = plots.save_figure(behaviour(), tmp_path / "rates")
-    assert paths[-1].read_bytes().startswith(b"\x89PNG")

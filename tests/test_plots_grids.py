@@ -56,7 +56,7 @@ def test_the_splits_of_a_strength_stand_side_by_side():
 
 def test_strength_axes_count_whole_strengths_and_share_one_scale_of_rates():
     figure = strength(6)
-    assert {axis.dtick for axis in figure.select_xaxes()} == {1}
+    assert {axis.tickvals for axis in figure.select_xaxes()} == {(1, 2, 3)}
     assert len({axis.range for axis in figure.select_yaxes()}) == 1
     assert [axis.title.text for axis in figure.select_yaxes()] == ["bad rate", None, None] * 2
     assert [axis.title.text for axis in figure.select_xaxes()] == [None] * 3 + ["attack strength"] * 3

@@ -38,7 +38,7 @@ FIGURES = ("attention", "bad-rate", "dose", "generalisation", "good-rate", "resi
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_images() -> Iterator[None]:
-    """Images need a browser of their own and seconds each; `test_plots` looks at them."""
+    """Images need a browser of their own and seconds each; `test_export` looks at them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ctlens.plots.export.find_spec", lambda _: None)
         yield

@@ -9,7 +9,7 @@ from plotly.graph_objects import Figure
 from ctlens.plots.agreement import agreement
 from ctlens.plots.curves import Curve, dose_response, layer_curves
 from ctlens.plots.evidence import Measurement, evidence
-from ctlens.plots.export import save_figure
+from ctlens.plots.export import save_figure, save_figures
 from ctlens.plots.heads import attention_heads, component_grids
 from ctlens.plots.interventions import against_random
 from ctlens.plots.knockout import knockout_heads, knockout_layers
@@ -55,6 +55,7 @@ __all__ = [
     "patched_positions",
     "probe_curves",
     "save_figure",
+    "save_figures",
     "similarity_curves",
     "similarity_matrix",
     "style",

@@ -1,27 +1,35 @@
-"""Figures to files that open without a network, and a PNG that can never hang the caller."""
+"""Figures to files that open without a network, and images that can never hang the caller."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from ctlens.files import atomic_file, write_text
+from ctlens.files import atomic_file, write_json, write_text
+from ctlens.plots.data import csv_text
+from ctlens.plots.renderer import IMAGES
 
-PNG_SECONDS = 20
-# The renderer's browser deadlocks now and then at start-up when it is split into several processes.
-PNG_PROGRAM = """
-import sys, plotly.io as pio
-pio.kaleido.scope.chromium_args += ("--single-process",)
-figure = pio.from_json(open(sys.argv[1], encoding="utf-8").read())
-figure.write_image(sys.argv[2], format="png", width=figure.layout.width or 900, scale=2)
-"""
+Stem = TypeVar("Stem", bound=str | Path)
+
+FIGURE_SECONDS = 20.0
+ATTEMPTS = 3
+WAIT = 0.02
+# Without the folder of the file on the path, where names could be those of the standard library.
+RENDERER = (sys.executable, "-P", str(Path(__file__).with_name("renderer.py")))
 
 
 def plotly_source() -> str:
@@ -30,21 +38,47 @@ def plotly_source() -> str:
 
 
 def save_figure(figure: go.Figure, path_stem: str | Path) -> list[Path]:
-    """Writes `<stem>.html` and `<stem>.json`, and `<stem>.png` where the `export` extra is installed.
+    """Writes `<stem>.html`, `.json` and `.csv`, and `.png` and `.svg` where the `export` extra is installed.
 
-    The pages of one folder share a `plotly.min.js` beside them, so that they stay small and open
-    offline. The PNG is made in another process with a time limit; when that fails or takes too
-    long, the PNG is left out.
+    As `save_figures` of one figure.
 
     Returns:
         The figure's files that were written.
     """
-    stem = Path(path_stem)
-    html, data, png = (stem.with_name(stem.name + suffix) for suffix in (".html", ".json", ".png"))
-    _write_library(stem.parent / "plotly.min.js")
-    write_text(html, figure.to_html(include_plotlyjs="directory", config={"responsive": True, "displaylogo": False}))
-    write_text(data, f"{figure.to_json()}\n")
-    return [html, data, *([png] if _write_png(data, png) else [])]
+    return save_figures({path_stem: figure})
+
+
+def save_figures(figures: Mapping[Stem, go.Figure]) -> list[Path]:
+    """Writes `<stem>.html`, `.json` and `.csv` of each figure, and `.png` and `.svg` with the `export` extra.
+
+    The pages of one folder share a `plotly.min.js` beside them, so that they stay small and open
+    offline. The CSV holds the numbers that are drawn (see `ctlens.plots.data`). The images of all
+    figures are made by one process beside this one, with a time limit for each figure; those that
+    fail or take too long are left out with a warning, and no image of an earlier figure stays behind.
+
+    Args:
+        figures: by their path without an ending.
+
+    Returns:
+        The files that were written, figure by figure.
+    """
+    stems = [Path(stem) for stem in figures]
+    for stem, figure in zip(stems, figures.values(), strict=True):
+        _write_library(stem.parent / "plotly.min.js")
+        page = figure.to_html(include_plotlyjs="directory", config={"responsive": True, "displaylogo": False})
+        write_text(_file(stem, "html"), page)
+        write_text(_file(stem, "json"), f"{figure.to_json()}\n")
+        write_text(_file(stem, "csv"), csv_text(figure))
+        for kind in IMAGES:
+            _file(stem, kind).unlink(missing_ok=True)
+    if find_spec("kaleido") is not None:
+        _draw(stems)
+    files = (_file(stem, kind) for stem in stems for kind in ("html", "json", "csv", *IMAGES))
+    return [path for path in files if path.is_file()]
+
+
+def _file(stem: Path, kind: str) -> Path:
+    return stem.with_name(f"{stem.name}.{kind}")
 
 
 def _write_library(path: Path) -> None:
@@ -53,27 +87,55 @@ def _write_library(path: Path) -> None:
         write_text(path, source)
 
 
-def _write_png(data: Path, png: Path) -> bool:
-    if find_spec("kaleido") is None:
-        return False
-    try:
-        with atomic_file(png) as temporary:
-            _render(data, temporary)
-    except (subprocess.SubprocessError, OSError):
-        return False
-    return True
+def _draw(stems: list[Path]) -> None:
+    """Draws figures from their JSON; the one that a process gets stuck on is the last of the next process."""
+    missing = stems
+    for _ in range(ATTEMPTS):
+        answered = _render(missing)
+        missing = [*missing[answered + 1 :], *missing[answered : answered + 1]]
+        if not missing:
+            break
+    absent = [path.name for path in (_file(stem, kind) for stem in stems for kind in IMAGES) if not path.is_file()]
+    if absent:
+        warnings.warn(f"images that could not be drawn were left out: {', '.join(absent)}", stacklevel=3)
 
 
-def _render(data: Path, png: Path) -> None:
-    command = [sys.executable, "-c", PNG_PROGRAM, str(data), str(png)]
-    quiet = subprocess.DEVNULL
-    process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
-    try:
-        code = process.wait(PNG_SECONDS)
-    except subprocess.TimeoutExpired:
-        # The renderer starts a browser of its own, which outlives it unless the whole group is ended.
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
-    if code:
-        raise subprocess.CalledProcessError(code, command)
+def _render(stems: Sequence[Path]) -> int:
+    """Draws in a process of its own, until that ends or gets stuck, and returns how many figures it got through."""
+    with TemporaryDirectory() as name:
+        work, quiet = Path(name), subprocess.DEVNULL
+        write_json(work / "figures.json", [str(_file(stem, "json").absolute()) for stem in stems])
+        process = subprocess.Popen([*RENDERER, name], stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
+        try:
+            answered = _watch(process, work / "answered", len(stems))
+        finally:
+            _end(process)
+        for number, stem in enumerate(stems[:answered]):
+            for drawn in work.glob(f"{number}.*"):
+                with atomic_file(_file(stem, drawn.suffix.removeprefix("."))) as temporary:
+                    shutil.copyfile(drawn, temporary)
+        return answered
+
+
+def _watch(process: subprocess.Popen[bytes], log: Path, expected: int) -> int:
+    """The length of the log once it is as expected, the process has ended, or it has not grown for too long."""
+    length, deadline = 0, time.monotonic() + FIGURE_SECONDS
+    while length < expected and time.monotonic() < deadline:
+        ended = process.poll() is not None  # asked before the log, which does not grow after it
+        grown = log.stat().st_size if log.is_file() else 0
+        if grown > length:
+            length, deadline = grown, time.monotonic() + FIGURE_SECONDS
+        elif ended:
+            break
+        time.sleep(WAIT)
+    return length
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the process and the browser that it started, which would outlive it."""
+    if sys.platform == "win32":
+        subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True)
+    else:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -81,7 +81,9 @@ def _draw(figure: go.Figure, place: Place, threat: str, lines: Mapping[str, Stre
             **place,
         )
         listed.add(split)
-    figure.update_xaxes(tickmode="linear", tick0=1, dtick=1, range=[min(reached) - 0.4, max(reached) + 0.4], **place)
+    first, last = int(min(reached)), int(max(reached))
+    ticks = {"tickvals": list(range(first, last + 1)), "ticktext": [str(s) for s in range(first, last + 1)]}
+    figure.update_xaxes(**ticks, range=[first - 0.4, last + 0.4], **place)
 
 
 def _shade(figure: go.Figure, band: tuple[float, float] | None) -> None:
