@@ -153,8 +153,8 @@ def test_many_figures_need_one_renderer(tmp_path, renderer):
 
 def test_images_are_drawn_where_the_extra_is_installed(tmp_path):
     pytest.importorskip("kaleido", reason="the export extra is not installed")
-    wide = figure().update_layout(width=1000)
-    paths = plots.save_figures({tmp_path / "narrow": figure(), tmp_path / "wide": wide})
+    across = figure().update_layout(width=1000)
+    paths = plots.save_figures({tmp_path / "narrow": figure(), tmp_path / "wide": across})
 
     assert suffixes(paths) == 2 * [*ALWAYS, *IMAGES]
     narrow, wide = ((tmp_path / f"{name}.png").read_bytes() for name in ("narrow", "wide"))
@@ -164,6 +164,9 @@ def test_images_are_drawn_where_the_extra_is_installed(tmp_path):
     assert int.from_bytes(narrow[20:24]) == 880
     picture = (tmp_path / "narrow.svg").read_text()
     assert picture.startswith("<svg") and "How much training?" in picture
+    before = {path: path.read_bytes() for path in paths}
+    assert plots.save_figures({tmp_path / "narrow": figure(), tmp_path / "wide": across}) == paths
+    assert {path: path.read_bytes() for path in paths} == before  # equal figures are equal files, run after run
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

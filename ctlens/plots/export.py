@@ -28,6 +28,7 @@ Stem = TypeVar("Stem", bound=str | Path)
 FIGURE_SECONDS = 20.0
 ATTEMPTS = 3
 WAIT = 0.02
+PAGE = {"responsive": True, "displaylogo": False}
 # Without the folder of the file on the path, where names could be those of the standard library.
 RENDERER = (sys.executable, "-P", str(Path(__file__).with_name("renderer.py")))
 
@@ -65,7 +66,7 @@ def save_figures(figures: Mapping[Stem, go.Figure]) -> list[Path]:
     stems = [Path(stem) for stem in figures]
     for stem, figure in zip(stems, figures.values(), strict=True):
         _write_library(stem.parent / "plotly.min.js")
-        page = figure.to_html(include_plotlyjs="directory", config={"responsive": True, "displaylogo": False})
+        page = figure.to_html(include_plotlyjs="directory", div_id=stem.name, config=PAGE)
         write_text(_file(stem, "html"), page)
         write_text(_file(stem, "json"), f"{figure.to_json()}\n")
         write_text(_file(stem, "csv"), csv_text(figure))

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
+import zlib
 from pathlib import Path
+from typing import Any, cast
 
 import plotly.io as pio
 
@@ -20,8 +23,20 @@ WIDTH = 900  # of figures that do not say how wide they are, in pixels
 def draw(source: Path, stem: Path) -> None:
     """Draws the figure in a JSON file as `<stem>.png` and `<stem>.svg`."""
     figure = pio.from_json(source.read_text(encoding="utf-8"))
+    for number, trace in enumerate(cast(tuple[Any, ...], figure.data)):
+        trace.uid = str(number)  # else by chance, see `_settle`
     for kind, scale in IMAGES.items():
         figure.write_image(f"{stem}.{kind}", format=kind, width=figure.layout.width or WIDTH, scale=scale)
+    _settle(stem.with_suffix(".svg"), source.stem)
+
+
+def _settle(image: Path, name: str) -> None:
+    """Names the parts of an SVG by the figure, so that equal figures are equal files; plotly names them by chance."""
+    text = image.read_text(encoding="utf-8")
+    if chance := re.search(r'id="defs-(\w+)"', text):
+        settled = f"{zlib.crc32(name.encode()):08x}"
+        text = re.sub(rf'((?:id="|#)[a-z-]+){chance[1]}', rf"\g<1>{settled}", text)
+        image.write_text(text, encoding="utf-8")
 
 
 def main(work: Path) -> None:
