@@ -2,13 +2,15 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
+# A process a core, each on one thread (`tests/conftest.py`); idle ones take over what is left of the slowest.
+PARALLEL := --numprocesses logical --maxprocesses 8 --dist worksteal
 TESTS_4X := $(addprefix tests/test_,models.py weights.py hooks.py losses.py losses_outputs.py losses_attention.py)
 TESTS_4X += $(addprefix tests/test_,presets.py presets_outputs.py rmct.py f2c.py adapters.py relora.py updaterank.py)
 TESTS_4X += $(addprefix tests/test_,states.py lens.py training.py training_targets.py training_resume.py organism.py)
 TESTS_4X += $(addprefix tests/test_,steering.py erasure.py similarity.py planted.py probe.py attention.py patching.py)
 TESTS_4X += $(addprefix tests/test_,patching_engine.py patching_known.py calibrate.py recording.py)
 
-.PHONY: install compare test test-4x check figures clean
+.PHONY: install compare test test-4x check figures drawings install-4x clean
 
 install: $(VENV)/installed
 
@@ -22,24 +24,27 @@ compare: install
 	$(BIN)/ctlens compare --out runs/compare --resume
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 # What the documents show, each from one command.
 figures: compare
 	$(BIN)/ctlens doses --threat sycophancy --seeds 3 --out runs/doses --resume
+	rm -rf runs/leak
 	$(BIN)/ctlens organism leak --seeds 3 --out runs/leak
 	$(BIN)/ctlens organism card --out ORGANISM.md
 	$(BIN)/python -c "from ctlens import losses; print(losses.presets.page(losses.table()), end='')" > LOSSES.md
-	cp runs/compare/figures/sycophancy-residual-last.png runs/compare/figures/cross-threat.png figures/
-	cp runs/compare/figures/attack-strength.png runs/compare/results.csv figures/
-	cp runs/doses/figures/pairs.png figures/doses-pairs.png
-	cp runs/doses/figures/steps.png figures/doses-steps.png
-	cp runs/doses/doses.csv runs/leak/leak.csv runs/leak/leak.png figures/
+	$(BIN)/python figures/draw.py runs
+
+# The same pictures from the data that lie beside them, without a study.
+drawings: install
+	$(BIN)/python figures/draw.py
 
 # The newest TransformerLens 4.x, with everything else as pinned, and the tests of what depends on it.
-test-4x:
+test-4x: install-4x
+	.venv-4x/bin/pytest $(PARALLEL) $(TESTS_4X)
+
+install-4x: .venv-4x.txt
 	$(MAKE) install VENV=.venv-4x CONSTRAINTS=.venv-4x.txt
-	.venv-4x/bin/pytest $(TESTS_4X)
 
 .venv-4x.txt: constraints.txt
 	sed 's/^transformer-lens==.*/transformer-lens>=4,<5/' $< > $@

@@ -46,7 +46,7 @@ def save_figures(folder: Path, results: pd.DataFrame) -> list[Path]:
 
 def _of_study(folder: Path, results: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
     if len(set(results["evaluated_threat"])) > 1:
-        yield "cross-threat", _cross_threat(results)
+        yield "cross-threat", cross_threat_figure(results)
     yield "attack-strength", Evaluation.load(folder / "base.csv").strength_figure()
 
 
@@ -111,7 +111,8 @@ def _over_seeds(kind: type[R], folder: Path, threat: str, method: str, name: str
     return dataclasses.replace(loaded[0], **{a: np.mean([getattr(r, a) for r in loaded], axis=0) for a in arrays})
 
 
-def _cross_threat(results: pd.DataFrame) -> Figure:
+def cross_threat_figure(results: pd.DataFrame) -> Figure:
+    """The bad rate on wrapped prompts of every threat after training against each, a matrix a method."""
     measured = by_training(results)
     methods = in_order(method for _, method, _ in measured)
     trained = list(dict.fromkeys(threat for threat, *_ in measured if threat))

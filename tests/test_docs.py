@@ -46,7 +46,7 @@ def test_every_make_target_that_the_documents_name_exists() -> None:
     ]
     targets = {shlex.split(line, comments=True)[1] for line in commands if line.startswith("make ")}
 
-    assert targets == {"compare", "test", "check"}
+    assert targets == {"compare", "test", "check", "figures", "drawings"}
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
 
 
@@ -129,6 +129,15 @@ def test_the_readmes_sentences_on_the_leak_hold() -> None:
 
 def test_the_organism_s_page_is_its_card() -> None:
     assert (ROOT / "ORGANISM.md").read_text() == card_text(organism.card())
+
+
+def test_the_gallery_is_what_the_code_draws_today(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "figures")
+    import draw
+
+    old = draw.stale(ROOT / "figures", draw.drawings(ROOT / "figures"))
+
+    assert not old, f"{'; '.join(old)}: run `make figures`, or `make drawings` where only drawing has changed."
 
 
 def test_the_readmes_pictures_exist() -> None:

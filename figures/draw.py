@@ -1,0 +1,127 @@
+"""The gallery: every figure here is drawn from data that lie beside it, and a test draws them again.
+
+`python figures/draw.py` draws anew from these data, and `python figures/draw.py runs` first takes them
+from what the studies have left there; `make figures` runs the studies and then that. What was drawn is
+noted in `manifest.json`, so that `stale` can tell when the code has moved on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+from base64 import b64decode
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import ctlens
+from ctlens import gallery, plots
+from ctlens.analysis import ResidualShift, residual
+from ctlens.doses import DoseResult
+from ctlens.evaluation import Evaluation
+from ctlens.files import read_json, write_json
+from ctlens.leaks import Leak
+from ctlens.tables import read_results
+
+HERE = Path(__file__).parent
+KINDS = ("json", "html", "png")
+LIBRARY = "plotly.min.js"
+METHODS = ("retention", "act", "mlpct", "attct", "bct")
+TAKEN = {
+    "results.csv": "compare/results.csv",
+    "base.csv": "compare/base.csv",
+    "doses.csv": "doses/doses.csv",
+    "leak.csv": "leak/leak.csv",
+    **{
+        f"residual-{name}.safetensors": f"compare/runs/sycophancy-{name}-seed0/residual.safetensors" for name in METHODS
+    },
+}
+
+
+def drawings(data: Path) -> dict[str, plots.Figure]:
+    """The figures of the gallery by name, drawn by today's code from the data in a folder."""
+    doses = DoseResult(data, pd.read_csv(data / "doses.csv", keep_default_na=False))
+    shifts = {name: ResidualShift.load(data / f"residual-{name}.safetensors") for name in METHODS}
+    return {
+        "cross-threat": gallery.cross_threat_figure(read_results(data / "results.csv")),
+        "attack-strength": Evaluation.load(data / "base.csv").strength_figure(),
+        "sycophancy-residual-last": residual.figure(shifts, subtitle="sycophancy, wrappers and items held out"),
+        "doses-pairs": doses.figure("pairs"),
+        "doses-steps": doses.figure("steps"),
+        "leak": Leak(pd.read_csv(data / "leak.csv"), {}).figure(),
+    }
+
+
+def write(folder: Path, drawn: Mapping[str, plots.Figure]) -> None:
+    """Writes page, data and picture of each figure into a folder, and the manifest; whole, or nothing."""
+    files = [f"{name}.{kind}" for name in drawn for kind in KINDS]
+    with TemporaryDirectory() as work:
+        plots.save_figures({Path(work) / name: figure for name, figure in drawn.items()})
+        if absent := [name for name in files if not (Path(work) / name).is_file()]:
+            sys.exit(f"{', '.join(absent)} could not be drawn: install the export extra, or run it again.")
+        for name in (*files, LIBRARY):
+            shutil.copyfile(Path(work) / name, folder / name)
+    write_json(
+        folder / "manifest.json",
+        {"ctlens": ctlens.__version__, "figures": {name: _hashes(folder, name) for name in drawn}},
+    )
+
+
+def stale(folder: Path, drawn: Mapping[str, plots.Figure]) -> list[str]:
+    """What in a folder is older than the code, a sentence each.
+
+    A figure is fresh when its JSON is what was drawn just now, up to the rounding of another machine,
+    and its page and picture are those that were written with it.
+    """
+    manifest = read_json(folder / "manifest.json")
+    found = []
+    if manifest["ctlens"] != ctlens.__version__:
+        found.append(f"the gallery is of ctlens {manifest['ctlens']}, and this is {ctlens.__version__}")
+    for name in sorted({*drawn, *manifest["figures"]}):
+        if name not in drawn:
+            found.append(f"{name} is drawn no more")
+        elif name not in manifest["figures"]:
+            found.append(f"{name} is missing")
+        elif _hashes(folder, name) != manifest["figures"][name]:
+            found.append(f"the files of {name} are not those that were written together")
+        elif not same(read_json(folder / f"{name}.json"), json.loads(drawn[name].to_json() or "")):
+            found.append(f"{name} is not what the code draws today")
+    return found
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two parsed figures are equal, numbers up to rounding, however plotly has written them."""
+    one, other = _numbers(one), _numbers(other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9) or (math.isnan(one) and math.isnan(other))
+    return one == other
+
+
+def _numbers(value: Any) -> Any:
+    """An array that plotly has packed, as lists."""
+    if not (isinstance(value, dict) and "bdata" in value):
+        return value
+    flat = np.frombuffer(b64decode(value["bdata"]), value["dtype"]).astype(float)
+    return flat.reshape([int(size) for size in str(value.get("shape", flat.size)).split(",")]).tolist()
+
+
+def _hashes(folder: Path, name: str) -> dict[str, str]:
+    paths = {kind: folder / f"{name}.{kind}" for kind in KINDS}
+    return {kind: hashlib.sha256(path.read_bytes()).hexdigest() for kind, path in paths.items() if path.is_file()}
+
+
+if __name__ == "__main__":
+    for name, source in TAKEN.items() if len(sys.argv) > 1 else ():
+        shutil.copyfile(Path(sys.argv[1]) / source, HERE / name)
+    write(HERE, drawings(HERE))
