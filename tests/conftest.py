@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
+
+os.environ["OMP_NUM_THREADS"] = "1"  # on models this small, threads cost more than they bring; before torch looks
 
 import pytest
 import torch
@@ -11,7 +17,6 @@ from jaxtyping import install_import_hook
 
 install_import_hook(["ctlens.alignment", "ctlens.batch", "ctlens.losses", "ctlens.analysis"], "beartype.beartype")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits an ignored one
-torch.set_num_threads(1)  # on models this small, threads cost more than they bring
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import (  # noqa: E402
@@ -25,6 +30,7 @@ from transformers import (  # noqa: E402
     Qwen3ForCausalLM,
 )
 
+from ctlens import cli  # noqa: E402
 from ctlens.models import build, load_model  # noqa: E402
 from ctlens.types import LensModel  # noqa: E402
 from ctlens.weights import ModelConfig  # noqa: E402
@@ -112,3 +118,27 @@ def hf_folder(tmp_path: Path) -> Path:
     hf_model("llama").save_pretrained(folder)
     byte_level_tokenizer().save_pretrained(folder)
     return folder
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Call = Callable[[str], Ended]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs a command in this process."""
+
+    def run(line: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["ctlens", *line.split()])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return Ended(int(end.value.code or 0), *capsys.readouterr())
+
+    return run

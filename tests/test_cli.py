@@ -8,14 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import pytest
 import typer
-from conftest import byte_level_tokenizer, hf_model
+from conftest import Call, byte_level_tokenizer, hf_model
 
 from ctlens import cli, losses, threats
 from ctlens.config import to_dict
@@ -59,30 +59,6 @@ def commands(group: Any, name: str = "") -> Iterator[str]:
 
 
 COMMANDS = list(commands(typer.main.get_command(cli.app)))
-
-
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[[str], Ended]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Runs a command in this process."""
-
-    def run(line: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["ctlens", *line.split()])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return Ended(int(end.value.code or 0), *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_level_tokenizer, hf_model
+from conftest import Call, byte_level_tokenizer, hf_model
 
 from ctlens.adapters import LoRA
 from ctlens.errors import CtlensError
@@ -228,8 +228,6 @@ def place(tmp_path: Path, monkeypatch) -> Path:
 
 KILLER = """
 import os, signal, sys
-import torch
-torch.set_num_threads(1)
 from ctlens import cli
 from ctlens.training import Trainer
 take, number, after = Trainer.__next__, int(sys.argv[1]), int(sys.argv[2])
@@ -243,27 +241,27 @@ cli.main()
 """
 
 
-def command(line: str, *, end: int = 0, after: int = -1) -> subprocess.CompletedProcess[str]:
+def ended(line: str, *, by: signal.Signals, after: int) -> subprocess.CompletedProcess[str]:
     """Runs a command in a process of its own, which is sent a signal after some steps."""
-    program = [sys.executable, "-c", KILLER, str(end), str(after), line]
+    program = [sys.executable, "-c", KILLER, str(by.value), str(after), line]
     return subprocess.run(program, capture_output=True, text=True)
 
 
-def test_a_killed_command_goes_on_to_the_same_weights(place: Path) -> None:
-    assert command(f"{LINE} --out whole").returncode == 0
-    killed = command(f"{LINE} --out run --checkpoint-every 2", end=signal.SIGKILL, after=5)
+def test_a_killed_command_goes_on_to_the_same_weights(call: Call, place: Path) -> None:
+    assert call(f"{LINE} --out whole").code == 0
+    killed = ended(f"{LINE} --out run --checkpoint-every 2", by=signal.SIGKILL, after=5)
     assert killed.returncode == -signal.SIGKILL
     assert sorted(path.name for path in place.iterdir()) == ["good.jsonl", "hf", "run.partial", "whole"]
 
-    refused = command(f"{LINE} --out run")
-    other = command(f"{LINE} --out run --resume --seed 3")
-    done = command(f"{LINE} --out run --resume")
-    again = command(f"{LINE} --out run --resume")
+    refused = call(f"{LINE} --out run")
+    other = call(f"{LINE} --out run --resume --seed 3")
+    done = call(f"{LINE} --out run --resume")
+    again = call(f"{LINE} --out run --resume")
 
-    assert refused.returncode == 2 and "run.partial holds an interrupted training: pass --resume" in refused.stderr
-    assert other.returncode == 2 and "is of other settings" in other.stderr
-    assert done.returncode == again.returncode == 0 and "Run: run (finished before)" in again.stdout
-    assert "act: " in done.stdout and "at step 8" in done.stdout
+    assert refused.code == 2 and "run.partial holds an interrupted training: pass --resume" in refused.err
+    assert other.code == 2 and "is of other settings" in other.err
+    assert done.code == again.code == 0 and "Run: run (finished before)" in again.out
+    assert "act: " in done.out and "at step 8" in done.out
     assert (place / "run/model/weights.safetensors").read_bytes() == (
         place / "whole/model/weights.safetensors"
     ).read_bytes()
@@ -271,11 +269,11 @@ def test_a_killed_command_goes_on_to_the_same_weights(place: Path) -> None:
     assert not (place / "run.partial").exists()
 
 
-def test_an_interrupted_command_says_how_to_go_on(place: Path) -> None:
-    stopped = command(f"{LINE} --out run", end=signal.SIGINT, after=3)
+def test_an_interrupted_command_says_how_to_go_on(call: Call, place: Path) -> None:
+    stopped = ended(f"{LINE} --out run", by=signal.SIGINT, after=3)
 
     assert stopped.returncode == 130
     assert stopped.stderr == "ctlens: interrupted after 3 of 8 steps; go on with the same command and --resume\n"
     assert not (place / "run").exists()
-    assert command(f"{LINE} --out run --resume").returncode == 0
+    assert call(f"{LINE} --out run --resume").code == 0
     assert len(load_run(place / "run").history) == 8

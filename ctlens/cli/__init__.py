@@ -33,7 +33,7 @@ UsageError: Any = typer.BadParameter.__mro__[2]
 def main() -> None:
     """Runs the command line; a user's mistake is one sentence on stderr and exit code 2."""
     try:
-        code = app(standalone_mode=False) or 0
+        code = app(prog_name="ctlens", standalone_mode=False) or 0
     except (CtlensError, UsageError, OSError) as error:
         text = getattr(error, "format_message", error.__str__)() or "name a command."
         sys.stderr.write("ctlens: " + " ".join(text.split()) + "\n")
