@@ -33,7 +33,7 @@ from ctlens.analysis.patching_result import Patching
 from ctlens.errors import CtlensError, unknown
 from ctlens.hooks import SHORTHANDS, Layers, capture, resolve, select_layers
 from ctlens.pairs import Pair
-from ctlens.types import LensModel
+from ctlens.types import Activations, LensModel
 
 MEMORY = 2**28
 """Bytes that one forward pass, or the activations held of one group of pairs, take by default."""
@@ -91,21 +91,13 @@ def patch(
             has no answers, or no token to patch.
     """
     require_eval(model)
-    if site not in SHORTHANDS:
-        raise unknown("site", site, SHORTHANDS)
-    if max_batch is not None and max_batch < 1:
-        raise CtlensError(f"max_batch is {max_batch}: at least 1 is needed.")
     measures = named_metrics(metrics)
     prepared = prepare(model, pairs, direction, positions, window)
-    longest = max(len(ids) for pair in prepared for ids in (pair.source, pair.target))
-    size = max_batch or _fitting(model, longest)
-    numbers = select_layers(model.cfg.n_layers, layers)
-    blocks = read_blocks(model, longest) if site in SITES else None
-    sweep = _Sweep(model, site, numbers, measures, skip_unchanged, size, blocks)
-    groups = [prepared[start : start + size] for start in range(0, len(prepared), size)]
+    sweep = sweep_of(model, prepared, site, layers, measures, max_batch, skip_unchanged=skip_unchanged)
+    groups = sweep.groups(prepared)
     total = sum(sweep.patches(group) for group in groups)
     with tqdm(total=total, desc="patches", disable=not progress, leave=False) as bar:
-        chunks = [sweep.run(group, bar) for group in groups]
+        chunks = [_patched(sweep, group, bar) for group in groups]
     values, target, source, paths = zip(*chunks, strict=True)
     return Patching(
         np.concatenate(values, -1),
@@ -123,8 +115,23 @@ def patch(
 
 
 @dataclass(frozen=True)
-class _Sweep:
-    """What is the same for every group of pairs."""
+class Recorded:
+    """What a sweep needs of a run of a batch's prompts.
+
+    Attributes:
+        last: the logits at each prompt's last token, `[pair, d_vocab]`.
+        states: activations by hook name, those of `Sweep.needed`.
+    """
+
+    last: Tensor
+    states: Activations
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Every patch of one site into the runs of one model, wherever the activations come from: what is the same for
+    every group of pairs.
+    """
 
     model: LensModel
     site: str
@@ -136,55 +143,102 @@ class _Sweep:
 
     @property
     def heads(self) -> int:
+        """How many patches there are of one place at one layer."""
         return self.model.cfg.n_heads if self.site in WITH_HEADS else 1
 
-    def places(self, group: Sequence[PatchPair]) -> np.ndarray:
-        return np.array([pair.places(skip_unchanged=self.skip_unchanged) for pair in group])
+    @property
+    def needed(self) -> list[str]:
+        """The hook names that are patched, and those that the fast way needs."""
+        held = sum(needed(self.site, len(self.blocks)).values(), []) if self.blocks else []
+        return [*resolve(self.model, self.site, self.layers), *held]
+
+    def groups(self, prepared: Sequence[PatchPair]) -> list[Sequence[PatchPair]]:
+        """Pairs whose activations are held at once."""
+        return [prepared[start : start + self.max_batch] for start in range(0, len(prepared), self.max_batch)]
 
     def patches(self, group: Sequence[PatchPair]) -> int:
-        return len(self.layers) * self.heads * int(self.places(group).sum())
+        """How many there are."""
+        return len(self.layers) * self.heads * int(self._places(group).sum())
 
     @torch.no_grad()
-    def run(self, group: Sequence[PatchPair], bar: tqdm) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
-        """Values with their pairs last, the baselines of target and source, and the path."""
-        device = next(self.model.parameters()).device
-        batch = collate(group, device)
-        path, source_last, target_last = self.path(batch)
-        target, source = (
-            measured(self.metrics, last, rows, source_last).cpu().numpy()
-            for last, rows in ((target_last, batch.target), (source_last, batch.source))
+    def values(
+        self, group: Sequence[PatchPair], batch: PatchBatch, source: Recorded, target: Recorded, bar: tqdm
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+        """Values with their pairs last, the baselines of target and source, and the path.
+
+        Args:
+            group: the pairs of the batch.
+            batch: from `collate`.
+            source: of the batch's source prompts, by this model or another one.
+            target: of its target prompts, by this model.
+            bar: moved on by every patch.
+        """
+        device = batch.target.last.device
+        path = self._path(batch, source, target)
+        unpatched, whole = (
+            measured(self.metrics, run.last, rows, source.last).cpu().numpy()
+            for run, rows in ((target, batch.target), (source, batch.source))
         )
-        todo = jobs(self.places(group), len(self.layers), self.heads, device)
+        todo = jobs(self._places(group), len(self.layers), self.heads, device)
         exists = np.array([pair.places() for pair in group]).T
         shape = (len(self.metrics), len(self.layers), self.heads, *exists.shape)
-        values = np.where(exists, target[:, None, None, None], np.nan) * np.ones(shape)
+        values = np.where(exists, unpatched[:, None, None, None], np.nan) * np.ones(shape)
         for numbers, last in path(todo, self.max_batch):
             done = todo.take(numbers)
-            found = measured(self.metrics, last, batch.target_of(done.pair), source_last[done.pair])
+            found = measured(self.metrics, last, batch.target_of(done.pair), source.last[done.pair])
             place = (part.cpu().numpy() for part in (done.layer, done.head, done.column, done.pair))
             values[(slice(None), *place)] = found.cpu().numpy()
             bar.update(len(numbers))
-        return values if self.site in WITH_HEADS else values[:, :, 0], target, source, path.name
+        return values if self.site in WITH_HEADS else values[:, :, 0], unpatched, whole, path.name
 
-    def path(self, batch: PatchBatch) -> tuple[Suffix | Hooked, Tensor, Tensor]:
-        """The fast way if its logits are the model's, else the general one; and the last logits of source and target.
+    def _places(self, group: Sequence[PatchPair]) -> np.ndarray:
+        return np.array([pair.places(skip_unchanged=self.skip_unchanged) for pair in group])
 
-        Both runs are one forward pass.
-        """
-        names = resolve(self.model, self.site, self.layers)
-        held = sum(needed(self.site, len(self.blocks)).values(), []) if self.blocks else []
-        tokens = torch.cat([batch.source.side.tokens, batch.target.side.tokens])
-        logits, found = capture(self.model, tokens, [*names, *held], grad=False)
-        half = len(tokens) // 2
-        source, target = (
-            {name: state[rows] for name, state in found.items()} for rows in (slice(half), slice(half, None))
-        )
-        source_last, target_last = batch.source.at_last(logits[:half]), batch.target.at_last(logits[half:])
+    def _path(self, batch: PatchBatch, source: Recorded, target: Recorded) -> Suffix | Hooked:
+        """The fast way if its logits are the model's, else the general one."""
         if self.blocks:
-            fast = Suffix(self.model, self.blocks, batch, self.site, self.layers, source, target)
-            if fast.agrees(target_last):
-                return fast, source_last, target_last
-        return Hooked(self.model, batch, self.site, names, source), source_last, target_last
+            fast = Suffix(self.model, self.blocks, batch, self.site, self.layers, source.states, target.states)
+            if fast.agrees(target.last):
+                return fast
+        return Hooked(self.model, batch, self.site, resolve(self.model, self.site, self.layers), source.states)
+
+
+def sweep_of(
+    model: LensModel,
+    prepared: Sequence[PatchPair],
+    site: str,
+    layers: Layers,
+    metrics: dict[str, Metric],
+    max_batch: int | None,
+    *,
+    skip_unchanged: bool,
+) -> Sweep:
+    """The sweep of a site for pairs.
+
+    Raises:
+        CtlensError: the site is unknown, a layer does not exist, or `max_batch` is less than 1.
+    """
+    if site not in SHORTHANDS:
+        raise unknown("site", site, SHORTHANDS)
+    if max_batch is not None and max_batch < 1:
+        raise CtlensError(f"max_batch is {max_batch}: at least 1 is needed.")
+    longest = max(len(ids) for pair in prepared for ids in (pair.source, pair.target))
+    numbers = select_layers(model.cfg.n_layers, layers)
+    blocks = read_blocks(model, longest) if site in SITES else None
+    return Sweep(model, site, numbers, metrics, skip_unchanged, max_batch or _fitting(model, longest), blocks)
+
+
+def _patched(sweep: Sweep, group: Sequence[PatchPair], bar: tqdm) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """The patches between two runs of one model; both runs are one forward pass."""
+    batch = collate(group, next(sweep.model.parameters()).device)
+    tokens = torch.cat([batch.source.side.tokens, batch.target.side.tokens])
+    logits, found = capture(sweep.model, tokens, sweep.needed, grad=False)
+    half = len(tokens) // 2
+    source, target = (
+        Recorded(side.at_last(logits[rows]), {name: state[rows] for name, state in found.items()})
+        for side, rows in ((batch.source, slice(half)), (batch.target, slice(half, None)))
+    )
+    return sweep.values(group, batch, source, target, bar)
 
 
 def _fitting(model: LensModel, length: int) -> int:

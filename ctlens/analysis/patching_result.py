@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +9,9 @@ import pandas as pd
 from jaxtyping import Float
 
 from ctlens import plots
-from ctlens.analysis.patching_metrics import SMALLEST_GAPS
 from ctlens.analysis.result import Result
-from ctlens.errors import CtlensError, unknown
-from ctlens.intervals import bootstrap
+from ctlens.analysis.shares import Estimates, floor_of, means, require_gap, shares
+from ctlens.errors import unknown
 from ctlens.plots import Figure
 
 UNITS = {"logit_diff": "logits, good minus bad", "probability": "probability of the good token", "kl": "nats"}
@@ -21,9 +19,6 @@ QUESTIONS = {
     "denoising": "Where do the clean run's activations repair the wrapped run?",
     "noising": "Where do the wrapped run's activations break the clean run?",
 }
-
-Counts = Float[np.ndarray, " pair"]
-Cells = Float[np.ndarray, " cell"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,8 @@ class Patching(Result):
             interval over pairs, `ci_low` and `ci_high`. A position counts from the end, -1 is the
             last; a span goes by its name.
         """
-        return pd.concat([self._table(metric, self._mean(metric)) for metric in self.metrics], ignore_index=True)
+        tables = [self._table(metric, means(self._cells(row))) for row, metric in enumerate(self.metrics)]
+        return pd.concat(tables, ignore_index=True)
 
     def normalised(self, metric: str | None = None, *, smallest_gap: float | None = None) -> pd.DataFrame:
         """The same table of one metric as a share of the gap: 0 is the unpatched run, 1 the source run.
@@ -90,24 +86,10 @@ class Patching(Result):
         """
         metric = self.metrics[0] if metric is None else metric
         row = self._row(metric)
-        floor = SMALLEST_GAPS.get(metric) if smallest_gap is None else smallest_gap
-        if floor is None:
-            raise CtlensError(f"metric {metric!r} is your own: say with smallest_gap= which gap is more than noise.")
+        floor = floor_of(metric, smallest_gap)
         gap = self.source[row] - self.target[row]
-        if not abs(gap.mean()) >= floor:
-            raise CtlensError(
-                f"{metric} differs by {gap.mean():.3g} between source and target run: "
-                f"a share of less than {floor:g} is noise, read the values themselves."
-            )
-        cells, present = self._cells(row)
-        moved = np.where(present, cells - self.target[row], 0)
-
-        def share(counts: Counts) -> Cells:
-            below = (present * gap) @ counts
-            n = present @ counts
-            return np.where(np.abs(below) >= floor * n, moved @ counts / below, np.nan)
-
-        return self._table(metric, share)
+        require_gap(metric, gap, floor, "source and target run")
+        return self._table(metric, shares(self._cells(row) - self.target[row], gap, floor))
 
     def figure(self, metric: str | None = None) -> Figure:
         """The mean change over pairs: layers by positions, heads by positions, or layers by heads for a span.
@@ -120,9 +102,7 @@ class Patching(Result):
         """
         metric = self.metrics[0] if metric is None else metric
         row = self._row(metric)
-        cells, present = self._cells(row)
-        moved = np.where(present, cells - self.target[row], 0)
-        grid = (moved.sum(-1) / present.sum(-1)).reshape(self.values.shape[1:-1])
+        grid = np.nanmean(self._cells(row) - self.target[row], -1).reshape(self.values.shape[1:-1])
         subtitle = f"{self.site}, {self.values.shape[-1]} pairs; a cell is the change of the patched run's {metric}"
         words = {"unit": UNITS.get(metric, metric), "subtitle": subtitle}
         if self.has_heads and self.positions != "each":
@@ -138,32 +118,20 @@ class Patching(Result):
             raise unknown("measured metric", metric, self.metrics)
         return self.metrics.index(metric)
 
-    def _cells(self, row: int) -> tuple[Float[np.ndarray, "cell pair"], np.ndarray]:
-        """One metric's values, 0 where a pair has none, and where it has one."""
-        cells = self.values[row].reshape(-1, self.values.shape[-1])
-        present = ~np.isnan(cells)
-        return np.where(present, cells, 0), present
+    def _cells(self, row: int) -> Float[np.ndarray, "cell pair"]:
+        """One metric's values, NaN where a pair has none."""
+        return self.values[row].reshape(-1, self.values.shape[-1])
 
-    def _mean(self, metric: str) -> Callable[[Counts], Cells]:
-        cells, present = self._cells(self._row(metric))
-        return lambda counts: cells @ counts / (present @ counts)
-
-    def _table(self, metric: str, statistic: Callable[[Counts], Cells]) -> pd.DataFrame:
-        """A statistic of every cell, given as a function of how often each pair counts, with its intervals."""
-        n_pairs = self.values.shape[-1]
-        row = self._row(metric)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            value = statistic(np.ones(n_pairs))
-            ends = bootstrap(
-                lambda items: statistic(np.bincount(items, minlength=n_pairs).astype(float)).tolist(), n_pairs
-            )
-        present = self._cells(row)[1].sum(-1)
+    def _table(self, metric: str, estimates: Estimates) -> pd.DataFrame:
+        """A number of every cell with its interval."""
+        value, low, high = estimates
+        present = (~np.isnan(self._cells(self._row(metric)))).sum(-1)
         shape = self.values.shape[1:-1]
         places = range(-shape[-1], 0) if self.positions == "each" else [self.positions]
         rows = []
         for number, (layer, *head, position) in enumerate(np.ndindex(shape)):
             where = (self.layers[layer], *head, places[position], self.tokens[position])
-            rows.append((metric, *where, value[number], *ends[number], present[number]))
+            rows.append((metric, *where, value[number], low[number], high[number], present[number]))
         heads = ["head"] if self.has_heads else []
         columns = ["metric", "layer", *heads, "position", "token", "value", "ci_low", "ci_high", "n"]
         return pd.DataFrame(rows, columns=columns)
