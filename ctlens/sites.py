@@ -1,7 +1,8 @@
-"""The matrices of a block by name, wherever a model class keeps them and however it lays them out."""
+"""Weights by name and by what they do, wherever a model class keeps them and however it lays them out."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from ctlens.parameters import present_parameters
+from ctlens.errors import CtlensError
+from ctlens.parameters import parameter_groups, present_parameters
 from ctlens.types import LensModel
 from ctlens.weights import NATIVE_LAYOUT, TRANSPOSED
 
@@ -28,6 +30,11 @@ PLACES = {
     "mlp_out": ("mlp", "out", ("W_out",), "mlp.out.weight"),
 }
 SITES = tuple(PLACES)
+
+COMPONENTS = ("qk", "ov", "mlp", "norm", "embed", "unembed")
+TIED = "embed+unembed"
+HALVES = {"q": "qk", "k": "qk", "v": "ov", "o": "ov", "q_norm": "qk", "k_norm": "qk"}
+OF_HEADS = re.compile(r"_?[Wb]_([QKVO])$")
 
 
 @dataclass(frozen=True)
@@ -96,3 +103,40 @@ def _slot(block: Any, site: str) -> Slot | None:
         if part is not None and (name in part._parameters or parametrize.is_parametrized(part, name)):
             return Slot(part, name, NATIVE_LAYOUT[layout][1])
     return None
+
+
+def components(model: LensModel) -> dict[str, tuple[int | None, str]]:
+    """Of every parameter that the architecture has, its block (None outside the blocks) and its component.
+
+    A component is one of `COMPONENTS`, or `TIED` where one matrix embeds and unembeds.
+
+    Raises:
+        CtlensError: an attention keeps queries, keys and values in one matrix.
+    """
+    blocks = cast(Any, model).blocks
+    owner = {id(parameter): layer for layer, block in enumerate(blocks) for parameter in block.parameters()}
+    halves = {number: half for block in blocks for number, half in _halves(block.attn).items()}
+    groups, parameters = parameter_groups(model), present_parameters(model)
+    found = {}
+    for group, names in groups.items():
+        for name in names:
+            number = id(parameters[name])
+            component = TIED if group == "embed" and not groups["unembed"] else group
+            if group == "attn":
+                component = halves.get(number)
+            if component is None:
+                raise CtlensError(f"{name} is not split into queries, keys and values: QK and OV cannot be told apart.")
+            found[name] = owner.get(number), component
+    return found
+
+
+def _halves(attn: nn.Module) -> dict[int, str]:
+    """Of the parameters of an attention, by their identity, whether they belong to QK or to OV."""
+    found = {}
+    for name, half in HALVES.items():
+        part = getattr(attn, name, None)
+        found |= {id(parameter): half for parameter in part.parameters()} if isinstance(part, nn.Module) else {}
+    for name, parameter in attn.named_parameters(recurse=False):
+        if named := OF_HEADS.match(name):
+            found[id(parameter)] = HALVES[named[1].lower()]
+    return found

@@ -5,6 +5,7 @@ from ctlens.analysis.attention_maps import AttentionMaps, attention_maps
 from ctlens.analysis.crossloss import CrossLoss, cross_loss
 from ctlens.analysis.directions import Directions, mean_difference
 from ctlens.analysis.erasure import Erasure, erase_or_mask
+from ctlens.analysis.grafts import Graft, graft
 from ctlens.analysis.interventions import Intervention
 from ctlens.analysis.knockout import Knockout, knockout
 from ctlens.analysis.lens import LogitAttribution, LogitLens, logit_attribution, logit_lens
@@ -21,6 +22,7 @@ from ctlens.analysis.similarity import ShiftSimilarity, shift_similarity
 from ctlens.analysis.states import States, states
 from ctlens.analysis.steering import ablate, steer
 from ctlens.analysis.tasks import Task, answer_hinted, labelled, will_misbehave, wrapper_present
+from ctlens.analysis.transplants import Transplant, transplant
 from ctlens.analysis.updaterank import UpdateRank, update_rank
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "CrossLoss",
     "Directions",
     "Erasure",
+    "Graft",
     "Intervention",
     "Knockout",
     "LogitAttribution",
@@ -42,6 +45,7 @@ __all__ = [
     "ShiftSimilarity",
     "States",
     "Task",
+    "Transplant",
     "UpdateRank",
     "ablate",
     "answer_hinted",
@@ -49,6 +53,7 @@ __all__ = [
     "attention_maps",
     "cross_loss",
     "erase_or_mask",
+    "graft",
     "knockout",
     "labelled",
     "logit_attribution",
@@ -63,6 +68,7 @@ __all__ = [
     "shift_similarity",
     "states",
     "steer",
+    "transplant",
     "update_rank",
     "will_misbehave",
     "wrapper_present",

@@ -100,14 +100,15 @@ def batches(
     yield from in_batches(model, encoded(model, pairs, window), batch_size, progress)
 
 
-def encoded(model: LensModel, pairs: Sequence[Pair], window: str) -> tuple[EncodedPair, ...]:
-    """Every pair as tokens, aligned in the window.
+def encoded(model: LensModel, pairs: Sequence[Pair], window: str | None) -> tuple[EncodedPair, ...]:
+    """Every pair as tokens, aligned in the window where there is one.
 
     Raises:
         CtlensError: a pair does not align, for an analysis leaves none out silently; or it has words
             that the model's tokenizer does not know.
     """
-    found: EncodedPairs = encode(pairs, model.tokenizer, windows=(window,), n_ctx=model.cfg.n_ctx)
+    windows = () if window is None else (window,)
+    found: EncodedPairs = encode(pairs, model.tokenizer, windows=windows, n_ctx=model.cfg.n_ctx)
     if found.dropped:
         reason, count = next(iter(found.dropped.items()))
         raise CtlensError(f"{count} of {len(pairs)} pairs do not align ({reason}): leave them out.")

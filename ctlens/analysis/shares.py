@@ -65,7 +65,7 @@ def shares(moved: CellValues, gap: PairValues, floor: float) -> Estimates:
 
     def share(counts: Counts) -> Cells:
         below = gaps @ counts
-        return np.where(np.abs(below) >= floor * (present @ counts), known @ counts / below, np.nan)
+        return np.where(np.abs(below) >= floor * (present @ counts), known @ counts / below + 0.0, np.nan)  # no -0.0
 
     return _with_intervals(share, len(gap))
 

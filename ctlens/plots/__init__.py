@@ -9,6 +9,7 @@ from plotly.graph_objects import Figure
 from ctlens.plots.agreement import agreement
 from ctlens.plots.curves import Curve, dose_response, layer_curves
 from ctlens.plots.evidence import Measurement, evidence
+from ctlens.plots.exchange import exchange_curves, graft_bars
 from ctlens.plots.export import save_figure, save_figures
 from ctlens.plots.heads import attention_heads, component_grids
 from ctlens.plots.interventions import against_random
@@ -44,7 +45,9 @@ __all__ = [
     "cross_threat",
     "dose_response",
     "evidence",
+    "exchange_curves",
     "finish",
+    "graft_bars",
     "history",
     "hook_history",
     "knockout_heads",
