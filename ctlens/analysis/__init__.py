@@ -9,6 +9,7 @@ from ctlens.analysis.grafts import Graft, graft
 from ctlens.analysis.interventions import Intervention
 from ctlens.analysis.knockout import Knockout, knockout
 from ctlens.analysis.lens import LogitAttribution, LogitLens, logit_attribution, logit_lens
+from ctlens.analysis.mediators import Mediation, mediation
 from ctlens.analysis.patching import patch
 from ctlens.analysis.patching_result import Patching
 from ctlens.analysis.probe import Probe, probe
@@ -36,6 +37,7 @@ __all__ = [
     "Knockout",
     "LogitAttribution",
     "LogitLens",
+    "Mediation",
     "Patching",
     "Probe",
     "Recording",
@@ -59,6 +61,7 @@ __all__ = [
     "logit_attribution",
     "logit_lens",
     "mean_difference",
+    "mediation",
     "patch",
     "probe",
     "probe_direction",

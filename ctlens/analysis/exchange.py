@@ -142,3 +142,8 @@ def curve(table: pd.DataFrame) -> Curve:
     """The numbers of a table with their intervals."""
     value, low, high = (table[name].to_numpy() for name in ("value", "ci_low", "ci_high"))
     return value, low, high
+
+
+def where(table: pd.DataFrame, **labels: str) -> pd.DataFrame:
+    """The rows of a table that have these labels."""
+    return table.loc[np.all([table[name] == value for name, value in labels.items()], axis=0)]

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ctlens import plots
 from ctlens.adapters import has_adapters, merge_adapters
 from ctlens.analysis.contrast import ContrastBatch, contrasts, in_batches
-from ctlens.analysis.exchange import QUANTITIES, WORDS, Exchange, curve, with_effect
+from ctlens.analysis.exchange import QUANTITIES, WORDS, Exchange, curve, where, with_effect
 from ctlens.analysis.forward import require_comparable
 from ctlens.analysis.patching_metrics import Metric, UserMetric, measured, named_metrics
 from ctlens.analysis.states import SIDES
@@ -107,9 +107,7 @@ def figure(
     names = [_name(first.blocks[at], first.components[at]) for at in chosen]
     breaks = [at for at in range(1, len(chosen)) if kinds[chosen[at]] != kinds[chosen[at - 1]]]
     panels = {
-        WORDS[quantity]: {
-            name: curve(table[table["quantity"] == quantity].iloc[chosen]) for name, table in tables.items()
-        }
+        WORDS[quantity]: {name: curve(where(table, quantity=quantity).iloc[chosen]) for name, table in tables.items()}
         for quantity in QUANTITIES
     }
     equal = [_name(first.blocks[at], first.components[at]) for at in np.flatnonzero(~differ & np.isin(kinds, wanted))]

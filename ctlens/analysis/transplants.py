@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ctlens import plots
 from ctlens.analysis.contrast import contrasts
-from ctlens.analysis.exchange import QUANTITIES, WORDS, Exchange, curve, with_effect
+from ctlens.analysis.exchange import QUANTITIES, WORDS, Exchange, curve, where, with_effect
 from ctlens.analysis.forward import encoded, require_comparable
 from ctlens.analysis.patching import Recorded, Sweep, sweep_of
 from ctlens.analysis.patching_jobs import Column, PatchBatch, PatchPair, collate
@@ -97,21 +97,17 @@ def figure(
         if position not in result.positions:
             raise unknown("measured position", position, result.positions)
     tables, note = with_effect(results, metric, smallest_gap)
-    chosen = {name: _where(table, position=position) for name, table in tables.items()}
+    chosen = {name: where(table, position=position) for name, table in tables.items()}
     what = f"{first.site}, {first.n_pairs} {first.side} prompts, {metric or first.metrics[0]}"
     words = {"subtitle": "; ".join(filter(None, (subtitle or what, note)))}
     title = f"Where does the training live, {IN_WORDS[position]}?"
     if "head" in next(iter(chosen.values())):
         return _grids(chosen, title, **words)
     panels = {
-        WORDS[quantity]: {name: curve(_where(table, quantity=quantity)) for name, table in chosen.items()}
+        WORDS[quantity]: {name: curve(where(table, quantity=quantity)) for name, table in chosen.items()}
         for quantity in QUANTITIES
     }
     return plots.exchange_curves(first.layers, panels, title, y_title="share of the effect", **words)
-
-
-def _where(table: pd.DataFrame, **labels: str) -> pd.DataFrame:
-    return table.loc[np.all([table[name] == value for name, value in labels.items()], axis=0)]
 
 
 def _grids(tables: Mapping[str, pd.DataFrame], title: str, *, subtitle: str) -> Figure:
