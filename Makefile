@@ -9,6 +9,7 @@ TESTS_4X += $(addprefix tests/test_,presets.py presets_outputs.py rmct.py f2c.py
 TESTS_4X += $(addprefix tests/test_,states.py lens.py training.py training_targets.py training_resume.py organism.py)
 TESTS_4X += $(addprefix tests/test_,steering.py erasure.py similarity.py planted.py probe.py attention.py patching.py)
 TESTS_4X += $(addprefix tests/test_,patching_engine.py patching_known.py calibrate.py recording.py)
+TESTS_4X += $(addprefix tests/test_,transplants.py grafts.py mediators.py)
 
 .PHONY: install compare test test-4x check figures drawings install-4x clean
 

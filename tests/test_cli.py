@@ -12,14 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import typer
 from conftest import Call, byte_level_tokenizer, hf_model
 
 from ctlens import cli, losses, threats
+from ctlens.analysis import Patching, patch
 from ctlens.config import to_dict
 from ctlens.doses import PAIRS
+from ctlens.organism import load_organism
 from ctlens.study import Study, StudyConfig
 from ctlens.training import TrainConfig
 from ctlens.world import SPLITS
@@ -96,7 +99,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def test_the_commands_of_the_design_are_there() -> None:
-    assert {"compare", "doses", "train", "evaluate", "report", "organism"} <= set(COMMANDS)
+    assert {"compare", "doses", "train", "evaluate", "patch", "report", "organism"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -114,6 +117,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 TRAIN = "train --quiet --model hf --out new"
+PATCH = "patch --quiet --out new --direction noising"
 MISTAKES = {
     # the pairs
     f"{TRAIN} --loss act --pairs gone.jsonl": "gone.jsonl does not exist",
@@ -175,6 +179,20 @@ MISTAKES = {
     "evaluate --model hf --pairs good.jsonl": "neither a good nor a bad answer",
     "evaluate --model nothing --items 2": "nothing is no model folder",
     "evaluate --items 2 --threats jailbreak --out taken": "taken is a folder",
+    # patch
+    f"{PATCH} --threat jailbreak --site resid": "unknown site 'resid'; did you mean 'resid_pre' or 'resid_mid'",
+    f"{PATCH} --threat jailbreak --site z --positions wrapper": "no twin in the clean prompt",
+    f"{PATCH} --threat jailbreak --site z --metrics accuracy": "unknown metric 'accuracy'",
+    f"{PATCH} --threat jailbreak --site z --items 0": "at least 1 item",
+    f"{PATCH} --threat jailbreak --site z --split test": "unknown split 'test'",
+    f"{PATCH} --threat jailbrake --site z": "unknown threat 'jailbrake'; did you mean 'jailbreak'",
+    f"{PATCH} --threat jailbreak": "Missing option '--site'",
+    f"{PATCH} --site z": "give either --pairs FILE or --threat NAME",
+    f"{PATCH} --model hf --pairs good.jsonl --site z": "names no good and bad answer",
+    f"{PATCH} --model gone --threat jailbreak --site z": "gone is no model folder",
+    "patch --quiet --out new --threat jailbreak --site z": "Missing option '--direction'",
+    "patch --quiet --out new --threat jailbreak --site z --direction back": "unknown direction 'back'",
+    "patch --quiet --out taken --threat jailbreak --site z --direction noising": "taken exists already",
     # compare
     "compare --quiet --out taken": "taken exists already",
     "compare --quiet --out file": "file exists already",
@@ -232,6 +250,23 @@ def test_a_mistake_is_one_sentence_and_leaves_no_trace(call: Call, place: Path, 
     assert MISTAKES[line] in ended.err
     assert ended.out == ""
     assert tree(place) == before
+
+
+def test_a_patching_is_written_whole(call: Call, place: Path, monkeypatch) -> None:
+    drawn: list[Path] = []
+    monkeypatch.setattr("ctlens.plots.save_figure", lambda figure, stem: drawn.append(stem))
+
+    ended = call(f"{PATCH} --threat sycophancy --items 4 --site resid_post --positions last --metrics logit_diff,kl")
+
+    assert ended.code == 0 and ended.err == ""
+    assert ended.out.endswith("Patching: new\n") and ended.out.startswith("logit_diff, 4 pairs: ")
+    table, found = pd.read_csv("new/patching.csv"), Patching.load("new/patching.safetensors")
+    pairs = threats.get("sycophancy").pairs(4, split="heldout")
+    options = {"site": "resid_post", "direction": "noising", "positions": "last", "progress": False}
+    expected = patch(load_organism(), pairs, metrics=("logit_diff", "kl"), **options)
+    np.testing.assert_allclose(found.values, expected.values, atol=1e-5)
+    np.testing.assert_allclose(table["value"], expected.to_dataframe()["value"], atol=1e-5)
+    assert [stem.name for stem in drawn] == ["patching"]
 
 
 def test_the_organism_s_card_goes_to_the_terminal_or_a_file(call: Call, place: Path) -> None:

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ctlens.errors import CtlensError
+
 if TYPE_CHECKING:
     import pandas as pd
+
+    from ctlens.pairs import Pair
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Methods = Annotated[str, typer.Option(help="Comma-separated losses; act, mlpct, attct and bct by default.")]
@@ -22,6 +26,8 @@ ThreatNames = Annotated[str, typer.Option("--threats", help="Comma-separated thr
 ModelFolder = Annotated[Path | None, typer.Option("--model", help="HuggingFace or run folder; else the organism.")]
 PairsFile = Annotated[Path | None, typer.Option("--pairs", help="JSONL with clean and wrapped prompts.")]
 
+Threat = Annotated[str, typer.Option(help="This threat's own pairs instead of a file.")]
+
 
 def chosen_model(folder: Path | None) -> Any:
     """The model of a folder, or the shipped organism."""
@@ -32,6 +38,19 @@ def chosen_model(folder: Path | None) -> Any:
     from ctlens.models import load_model
 
     return load_model(folder)
+
+
+def chosen_pairs(path: Path | None, threat: str, **options: Any) -> list[Pair]:
+    """The pairs of a file, or those of a threat with its options."""
+    if (path is None) == (not threat):
+        raise CtlensError("give either --pairs FILE or --threat NAME.")
+    if path is not None:
+        from ctlens.pairs import load_pairs
+
+        return load_pairs(path)
+    from ctlens import threats
+
+    return threats.get(threat).pairs(**options)
 
 
 def names(text: str) -> tuple[str, ...]:

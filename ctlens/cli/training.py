@@ -8,13 +8,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ctlens.cli.common import ModelFolder, PairsFile, Quiet, Seed, ThreatNames, chosen_model, names, print_table, say
+from ctlens.cli.common import (
+    ModelFolder,
+    PairsFile,
+    Quiet,
+    Seed,
+    Threat,
+    ThreatNames,
+    chosen_model,
+    chosen_pairs,
+    names,
+    print_table,
+    say,
+)
 from ctlens.errors import CtlensError
 
 if TYPE_CHECKING:
     from ctlens.adapters import LoRA
     from ctlens.losses import Loss
-    from ctlens.pairs import Pair
     from ctlens.training import Trainer
 
 
@@ -28,7 +39,7 @@ def train(
     ],
     model: ModelFolder = None,
     pairs: PairsFile = None,
-    threat: Annotated[str, typer.Option(help="Train on this threat's own pairs instead of a file.")] = "",
+    threat: Threat = "",
     window: Annotated[
         str | None, typer.Option(help="Of all losses: shared, suffix, content, explicit, last, answer.")
     ] = None,
@@ -73,7 +84,7 @@ def train(
     if lora := _lora(lora_rank, names(lora_sites)):
         config = replace(config, trainable=lora)
     losses, tracked = ([_loss(name) for name in group] for group in (loss, names(track)))
-    chosen = _pairs(pairs, threat, seed)
+    chosen = chosen_pairs(pairs, threat, n=256, split="train", seed=seed)
     trainer = Trainer(chosen_model(model), chosen, losses, config, track=tracked, progress=not quiet)
     if partial.exists():
         trainer.restore(partial)
@@ -104,18 +115,6 @@ def evaluate(
         with atomic_file(out) as temporary:
             table.to_csv(temporary, index=False)
     print_table("Evaluation", table)
-
-
-def _pairs(path: Path | None, threat: str, seed: int) -> list[Pair]:
-    if (path is None) == (not threat):
-        raise CtlensError("give either --pairs FILE or --threat NAME.")
-    if path is not None:
-        from ctlens.pairs import load_pairs
-
-        return load_pairs(path)
-    from ctlens import threats
-
-    return threats.get(threat).pairs(256, split="train", seed=seed)
 
 
 def _loss(text: str) -> Loss:

@@ -1,0 +1,52 @@
+"""`ctlens patch`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ctlens.cli.common import ModelFolder, PairsFile, Quiet, Threat, chosen_model, chosen_pairs, names, say
+
+
+def patch(
+    out: Annotated[Path, typer.Option(help="New folder for the values and the figure.")],
+    site: Annotated[
+        str, typer.Option(help="resid_pre, resid_mid, resid_post, attn_out, mlp_out, mlp_post, z or pattern.")
+    ],
+    direction: Annotated[
+        str, typer.Option(help="denoising, clean activations into the wrapped run, or noising, the reverse.")
+    ],
+    model: ModelFolder = None,
+    pairs: PairsFile = None,
+    threat: Threat = "",
+    split: Annotated[str, typer.Option(help="Of the threat: train, entities, heldout or structure.")] = "heldout",
+    items: Annotated[int, typer.Option(help="Pairs of the threat.")] = 64,
+    positions: Annotated[str, typer.Option(help="each aligned token by itself, or last, content, all.")] = "each",
+    metrics: Annotated[str, typer.Option(help="Of logit_diff, probability and kl; the first is drawn.")] = "logit_diff",
+    quiet: Quiet = False,
+) -> None:
+    """Which activations of the one prompt change the answer to the other."""
+    from ctlens.analysis import patch as sweep
+    from ctlens.files import atomic_folder, require_free
+    from ctlens.plots import save_figure
+
+    require_free(out)
+    chosen = chosen_pairs(pairs, threat, n=items, split=split)
+    found = sweep(
+        chosen_model(model),
+        chosen,
+        site=site,
+        direction=direction,
+        positions=positions,
+        metrics=names(metrics),
+        progress=not quiet,
+    )
+    with atomic_folder(out) as work:
+        found.save(work / "patching.safetensors")
+        found.to_dataframe().to_csv(work / "patching.csv", index=False)
+        save_figure(found.figure(), work / "patching")
+    for metric, target, source in zip(found.metrics, found.target.mean(-1), found.source.mean(-1), strict=True):
+        say(f"{metric}, {len(chosen)} pairs: {target:.3f} before patching, {source:.3f} in the other run")
+    say(f"Patching: {out}")
