@@ -134,7 +134,7 @@ def sampled(setting: Setting, site: str) -> list[tuple[int, ...]]:
 def ours(model: LensModel, pairs: list[Pair], setting: Setting) -> dict[str, Any]:
     """The sweep of ctlens, every position and head."""
     options: Any = {"direction": "denoising", "window": "position", "layers": setting.layers, "progress": False}
-    return {site: ct.analysis.patch(model, pairs, site=site, **options) for site in SITES}
+    return ct.analysis.patch_sites(model, pairs, sites=SITES, **options)
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:

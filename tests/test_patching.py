@@ -14,7 +14,7 @@ from transformer_lens import patching as tl_patching
 
 from ctlens.alignment import opening
 from ctlens.analysis import Patching, patch
-from ctlens.analysis import patching as ours
+from ctlens.analysis import patching_sweep as ours
 from ctlens.analysis.contrast import contrasts
 from ctlens.batch import EncodedPair, encode
 from ctlens.errors import CtlensError

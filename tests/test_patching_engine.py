@@ -11,7 +11,7 @@ from conftest import hf_model
 from test_patching import CLOSE, EQUAL, PAIRS, TOKENIZER, made, swept
 from torch import Tensor
 
-from ctlens.analysis import patching as ours
+from ctlens.analysis import patching_sweep as ours
 from ctlens.analysis.patching_blocks import Block
 from ctlens.analysis.patching_engine import SITES
 from ctlens.models import HAS_HOOKED_TRANSFORMER, load_model
@@ -71,32 +71,36 @@ def test_how_patches_share_batches_changes_nothing(rows: int, monkeypatch: pytes
     model = made()
     expected = swept(model, PAIRS, "z").values
     monkeypatch.setattr("ctlens.analysis.patching_engine.ENOUGH_ROWS", rows)
-    monkeypatch.setattr("ctlens.analysis.patching_engine.MOST_ROWS", rows)
+    monkeypatch.setattr("ctlens.analysis.patching_engine.LARGEST", rows * 96)  # of the gate and the MLP's input
     np.testing.assert_allclose(swept(model, PAIRS, "z").values, expected, **CLOSE)
 
 
-def _offset_forgotten(project: Any) -> Any:
-    return lambda self, rows, positions, *part: project(self, rows, positions - positions.min(), *part)
+def _offset_forgotten(turned: Any) -> Any:
+    def wrong(self: Block, found: Tensor, width: int, positions: Any) -> Tensor:
+        here = isinstance(positions, slice)
+        return turned(self, found, width, slice(found.shape[1]) if here else positions - positions.min())
+
+    return wrong
 
 
 def _sees_the_next(attend: Any) -> Any:
-    def wrong(self: Block, q: Tensor, kv: Tensor, visible: Tensor) -> Tensor:
-        return attend(self, q, kv, torch.cat([visible[..., 1:], visible[..., -1:]], -1))
+    def wrong(self: Block, q: Tensor, kv: Tensor, hidden: Tensor) -> Tensor:
+        return attend(self, q, kv, torch.cat([hidden[..., 1:], hidden[..., -1:]], -1))
 
     return wrong
 
 
 def _sees_no_prefix(attend: Any) -> Any:
-    def wrong(self: Block, q: Tensor, kv: Tensor, visible: Tensor) -> Tensor:
+    def wrong(self: Block, q: Tensor, kv: Tensor, hidden: Tensor) -> Tensor:
         kv[:, : kv.shape[1] - q.shape[1]] = 0
-        return attend(self, q, kv, visible)
+        return attend(self, q, kv, hidden)
 
     return wrong
 
 
 @pytest.mark.parametrize(
     ("method", "mistake"),
-    [("project", _offset_forgotten), ("attend", _sees_the_next), ("attend", _sees_no_prefix)],
+    [("_turned", _offset_forgotten), ("attend", _sees_the_next), ("attend", _sees_no_prefix)],
 )
 def test_a_mistake_in_the_fast_way_is_noticed_and_the_general_one_taken(
     method: str, mistake: Any, monkeypatch: pytest.MonkeyPatch

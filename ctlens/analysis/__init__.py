@@ -2,6 +2,7 @@
 
 from ctlens.analysis.attention import AttentionDiff, attention_diff
 from ctlens.analysis.attention_maps import AttentionMaps, attention_maps
+from ctlens.analysis.attribution import AttributionAgreement, attribution_agreement, attribution_patch
 from ctlens.analysis.crossloss import CrossLoss, cross_loss
 from ctlens.analysis.directions import Directions, mean_difference
 from ctlens.analysis.erasure import Erasure, erase_or_mask
@@ -10,7 +11,7 @@ from ctlens.analysis.interventions import Intervention
 from ctlens.analysis.knockout import Knockout, knockout
 from ctlens.analysis.lens import LogitAttribution, LogitLens, logit_attribution, logit_lens
 from ctlens.analysis.mediators import Mediation, mediation
-from ctlens.analysis.patching import patch
+from ctlens.analysis.patching import patch, patch_sites
 from ctlens.analysis.patching_result import Patching
 from ctlens.analysis.probe import Probe, probe
 from ctlens.analysis.probeweights import probe_direction
@@ -29,6 +30,7 @@ from ctlens.analysis.updaterank import UpdateRank, update_rank
 __all__ = [
     "AttentionDiff",
     "AttentionMaps",
+    "AttributionAgreement",
     "CrossLoss",
     "Directions",
     "Erasure",
@@ -50,6 +52,8 @@ __all__ = [
     "Transplant",
     "UpdateRank",
     "ablate",
+    "attribution_agreement",
+    "attribution_patch",
     "answer_hinted",
     "attention_diff",
     "attention_maps",
@@ -63,6 +67,7 @@ __all__ = [
     "mean_difference",
     "mediation",
     "patch",
+    "patch_sites",
     "probe",
     "probe_direction",
     "record",

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -58,7 +58,9 @@ UNUSED: dict[str, tuple[object, ...]] = {
 }
 
 Vectors: TypeAlias = Float[Tensor, "job row _"]
-Numbers: TypeAlias = Int[Tensor, "*shape"]
+Numbers: TypeAlias = Int[Tensor, "*shape"] | slice
+Hidden: TypeAlias = Float[Tensor, "*shape"]
+"""Added to the scores: 0 at keys that a query sees, minus infinity at others."""
 WHOLE = slice(None)
 
 
@@ -95,8 +97,8 @@ class Block:
     """One block.
 
     Attributes:
-        qkv: queries, keys and values in one product, the pairs that a rotation turns side by side.
-        widths: how many of its outputs each of them has.
+        q: of all heads, the pairs that a rotation turns side by side.
+        kv: keys, laid out alike, and values in one product.
         turns: the rotary factors `[pos, half of d_head]`, complex; None where there are none.
         mlp_in: with the gate in front where there is one.
         product_bias: what is added to the gated product.
@@ -105,8 +107,8 @@ class Block:
 
     ln1: Norm
     ln2: Norm
-    qkv: Linear
-    widths: tuple[int, int, int]
+    q: Linear
+    kv: Linear
     d_head: int
     scale: float
     turns: Tensor | None
@@ -118,28 +120,27 @@ class Block:
     product_bias: Tensor | None
     parallel: bool
 
-    def project(self, rows: Vectors, positions: Numbers, part: slice = WHOLE) -> Vectors:
-        """Queries, keys and values side by side, or some of them, of the residual stream.
+    def queries(self, normed: Vectors, positions: Numbers) -> Vectors:
+        """Of the rows that `ln1` gives, at their positions: `[job, row]`, or a slice for all jobs."""
+        return self._turned(self.q(normed), self.q.weight.shape[0], positions)
 
-        Args:
-            rows: `[job, row, d_model]`.
-            positions: of the rows, `[row]` or `[job, row]`.
-            part: of the outputs.
-        """
-        bias = self.qkv.bias
-        found = F.linear(self.ln1(rows), self.qkv.weight[part], None if bias is None else bias[part])
+    def keys(self, normed: Vectors, positions: Numbers) -> Vectors:
+        """Keys and values side by side."""
+        return self._turned(self.kv(normed), self.kv.weight.shape[0] // 2, positions)
+
+    def _turned(self, found: Vectors, width: int, positions: Numbers) -> Vectors:
+        """The first `width` outputs turned by their positions, in place."""
         if self.turns is not None:
-            turning = found[..., : self.widths[0] + self.widths[1] - (part.start or 0)]
-            pairs = turning.unflatten(-1, (-1, self.d_head // 2, 2))
+            pairs = found[..., :width].unflatten(-1, (-1, self.d_head // 2, 2))
             torch.view_as_complex(pairs).mul_(self.turns[positions][..., None, :])
         return found
 
-    def attend(self, q: Vectors, kv: Tensor, visible: Bool[Tensor, "*shape"]) -> Vectors:
+    def attend(self, q: Vectors, kv: Float[Tensor, "job key _"], hidden: Hidden) -> Vectors:
         """What attention writes into the stream, of queries and of keys and values side by side."""
-        k, v = kv.split(self.widths[1:], -1)
+        k, v = kv.chunk(2, -1)
         heads = (part.unflatten(-1, (-1, self.d_head)).transpose(1, 2) for part in (q, k, v))
-        grouped = self.widths[0] != self.widths[1]
-        z = F.scaled_dot_product_attention(*heads, attn_mask=visible, scale=self.scale, enable_gqa=grouped)
+        grouped = q.shape[-1] != k.shape[-1]
+        z = F.scaled_dot_product_attention(*heads, attn_mask=hidden, scale=self.scale, enable_gqa=grouped)
         return self.out(z.transpose(1, 2).flatten(-2))
 
     def mlp(self, rows: Vectors) -> Vectors:
@@ -149,12 +150,12 @@ class Block:
             return self.mlp_out(self.activation(hidden))
         gate, up = hidden.chunk(2, -1)
         product = self.activation(gate).mul_(up)
-        return self.mlp_out(product if self.product_bias is None else product + self.product_bias)
+        return self.mlp_out(product if self.product_bias is None else product.add_(self.product_bias))
 
     def behind(self, before: Vectors, attention: Vectors) -> Vectors:
-        """The stream behind the block, of that in front of it and what attention writes."""
-        middle = before + attention
-        return middle + self.mlp(before if self.parallel else middle)
+        """The stream behind the block, of that in front of it and what attention writes, which is overwritten."""
+        middle = attention.add_(before)
+        return self.mlp(before if self.parallel else middle).add_(middle)
 
 
 @torch.no_grad()
@@ -183,20 +184,15 @@ def _block(block: Any, cfg: Any, length: int) -> Block:
     rotary = cfg.positional_embedding_type == "rotary"
     kept = torch.arange(d_head)
     turned = _side_by_side(cfg) if rotary else kept
-    parts = [("Q", turned), ("K", turned), ("V", kept)]
-    weights = [_of_heads(attn, "W", name)[..., order] for name, order in parts]
-    biases = [_of_heads(attn, "b", name) for name, _ in parts]
-    bias = None
-    if biases[0] is not None:
-        bias = torch.cat([part[:, order].flatten() for part, (_, order) in zip(biases, parts, strict=True)])
-    matrices = [rearrange(weight, "head d_model d_head -> (head d_head) d_model") for weight in weights]
+    q, k, v = (_of_heads(attn, name, order) for name, order in (("Q", turned), ("K", turned), ("V", kept)))
+    kv_bias = None if k.bias is None or v.bias is None else torch.cat([k.bias, v.bias])
     gated = getattr(mlp, "W_gate", None) is not None
     entering = [mlp.W_gate, mlp.W_in] if gated else [mlp.W_in]
     return Block(
         ln1=read_norm(block.ln1, cfg),
         ln2=read_norm(block.ln2, cfg),
-        qkv=Linear(torch.cat(matrices), _unless_zero(bias)),
-        widths=(len(matrices[0]), len(matrices[1]), len(matrices[2])),
+        q=Linear(q.weight, _unless_zero(q.bias)),
+        kv=Linear(torch.cat([k.weight, v.weight]), _unless_zero(kv_bias)),
         d_head=d_head,
         scale=_scale(cfg),
         turns=_turns(cfg, length, attn.W_Q.device) if rotary else None,
@@ -210,10 +206,18 @@ def _block(block: Any, cfg: Any, length: int) -> Block:
     )
 
 
-def _of_heads(attn: Any, kind: str, name: str) -> Any:
-    """A weight or bias of all heads; those of grouped keys and values as they are, not repeated."""
-    grouped = getattr(attn, f"_{kind}_{name}", None)
-    return getattr(attn, f"{kind}_{name}") if grouped is None else grouped
+def _of_heads(attn: Any, name: str, order: Numbers) -> Linear:
+    """Queries, keys or values of all heads; those of grouped keys and values as they are, not repeated.
+
+    Args:
+        attn: the attention.
+        name: `"Q"`, `"K"` or `"V"`.
+        order: of the numbers of a head.
+    """
+    grouped = getattr(attn, f"_W_{name}", None) is not None
+    weight, bias = (getattr(attn, f"_{kind}_{name}" if grouped else f"{kind}_{name}") for kind in "Wb")
+    matrix = rearrange(weight[..., order], "head d_model d_head -> (head d_head) d_model")
+    return Linear(matrix, None if bias is None else bias[:, order].flatten())
 
 
 def _unless_zero(bias: Tensor | None) -> Tensor | None:

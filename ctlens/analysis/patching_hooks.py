@@ -30,7 +30,7 @@ class Hooked:
 
     def __init__(self, model: LensModel, batch: PatchBatch, site: str, names: list[str], source: Activations) -> None:
         self.model, self.batch, self.names, self.source = model, batch, names, source
-        self.write: Write = {"z": _write_head, "pattern": _write_pattern}.get(site, _write_vectors)
+        self.write = write_of(site)
 
     def __call__(self, jobs: Jobs, max_batch: int) -> Found:
         """The last logits of every job, `max_batch` jobs a forward pass."""
@@ -50,6 +50,11 @@ class Hooked:
         edited = activation.clone()
         self.write(self.batch, jobs.take(rows), self.source[self.names[layer]], edited, rows)
         return edited
+
+
+def write_of(site: str) -> Write:
+    """How a site is patched."""
+    return {"z": _write_head, "pattern": _write_pattern}.get(site, _write_vectors)
 
 
 def places(batch: PatchBatch, jobs: Jobs) -> tuple[JobPositions, JobPositions]:

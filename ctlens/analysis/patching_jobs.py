@@ -208,15 +208,17 @@ def _keys(pairs: Sequence[PatchPair], device: torch.device) -> Matched:
 
 @dataclass(frozen=True)
 class Jobs:
-    """Patches to be made, one number of each per job; sorted by layer.
+    """Patches to be made, one number of each per job.
 
     Attributes:
+        site: the index among the sites.
         pair: its row in the batch.
         layer: the index among the chosen layers.
         column: of the sweep.
         head: 0 where the site has no heads.
     """
 
+    site: JobNumbers
     pair: JobNumbers
     layer: JobNumbers
     column: JobNumbers
@@ -227,17 +229,30 @@ class Jobs:
 
     def take(self, chosen: JobNumbers | slice) -> Jobs:
         """Some of the jobs."""
-        return Jobs(self.pair[chosen], self.layer[chosen], self.column[chosen], self.head[chosen])
+        parts = (self.site, self.pair, self.layer, self.column, self.head)
+        return Jobs(*(numbers[chosen] for numbers in parts))
+
+    def cells(self) -> tuple[np.ndarray, ...]:
+        """Layer, head, column and pair of every job."""
+        return tuple(part.cpu().numpy() for part in (self.layer, self.head, self.column, self.pair))
 
 
 Found: TypeAlias = Iterator[tuple[JobNumbers, Tensor]]
 """Numbers of jobs, and the logits `[job, d_vocab]` at the last token of their patched runs."""
 
 
-def jobs(places: Bool[np.ndarray, "pair column"], layers: int, heads: int, device: torch.device) -> Jobs:
-    """A job for every layer, head and place, a place being a column of a pair."""
+def jobs(places: Bool[np.ndarray, "pair column"], layers: int, heads: Sequence[int], device: torch.device) -> Jobs:
+    """A job for every site, layer, head and place, a place being a column of a pair.
+
+    Args:
+        places: where there is something to patch.
+        layers: how many.
+        heads: of every site, how many it has.
+        device: of the numbers.
+    """
     pair, column = np.nonzero(places)
-    shape = (layers, heads, len(pair))
-    layer, head, place = (index.ravel() for index in np.indices(shape))
-    columns = (pair[place], layer, column[place], head)
-    return Jobs(*(torch.from_numpy(numbers).to(device) for numbers in columns))
+    parts = []
+    for site, of_site in enumerate(heads):
+        layer, head, place = (index.ravel() for index in np.indices((layers, of_site, len(pair))))
+        parts.append((np.full_like(layer, site), pair[place], layer, column[place], head))
+    return Jobs(*(torch.from_numpy(np.concatenate(numbers)).to(device) for numbers in zip(*parts, strict=True)))

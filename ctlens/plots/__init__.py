@@ -17,7 +17,7 @@ from ctlens.plots.knockout import knockout_heads, knockout_layers
 from ctlens.plots.lines import StepCurve, cross_loss_steps, update_ranks
 from ctlens.plots.maps import LabelledMap, attention_maps
 from ctlens.plots.matrix import Panel, cross_loss, cross_threat
-from ctlens.plots.patching import patched_heads, patched_positions
+from ctlens.plots.patching import first_order, patched_heads, patched_positions
 from ctlens.plots.probes import probe_curves
 from ctlens.plots.rates import behaviour
 from ctlens.plots.similarity import similarity_curves, similarity_matrix
@@ -48,6 +48,7 @@ __all__ = [
     "exchange_curves",
     "finish",
     "graft_bars",
+    "first_order",
     "history",
     "hook_history",
     "knockout_heads",

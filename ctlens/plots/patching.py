@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from numpy.typing import ArrayLike
 
 from ctlens.plots.arrays import checked
-from ctlens.plots.theme import finish
+from ctlens.plots.theme import MUTED, RAMP, finish
 
 CELL, SMALLEST, AROUND = 22, 160, 170
 WRITTEN_ROWS = 40
@@ -53,6 +53,34 @@ def patched_positions(
     figure.update_yaxes(tickvals=shown, ticktext=[rows[row] for row in shown], autorange="reversed")
     figure.update_xaxes(tickvals=list(range(len(tokens))), ticktext=words, tickangle=-60)
     return _sized(figure, len(rows))
+
+
+def first_order(
+    exact: ArrayLike, approximate: ArrayLike, title: str, *, unit: str, subtitle: str | None = None
+) -> go.Figure:
+    """Is the first-order change of a patch its exact change? A point a patch.
+
+    Args:
+        exact: the change by each patch.
+        approximate: the same by the gradient.
+        title: the question or the answer.
+        unit: what a change counts.
+        subtitle: one line under the title.
+
+    Raises:
+        CtlensError: there are no patches, or not as many of both.
+    """
+    here, there = (
+        checked(name, values, np.size(exact)) for name, values in (("exact", exact), ("approximate", approximate))
+    )
+    ends = [float(min(here.min(), there.min())), float(max(here.max(), there.max()))]
+    figure = go.Figure()
+    figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": MUTED, "dash": "dot"}, hoverinfo="skip")
+    figure.add_scatter(x=here.tolist(), y=there.tolist(), mode="markers", marker={"size": 6, "color": RAMP[0]})
+    titles = {"x_title": f"exact {unit}", "y_title": f"first-order {unit}"}
+    caption = "A point is a patch, the mean over pairs; on the dotted line both are equal."
+    finish(figure, title, subtitle, **titles, kind="first_order", caption=caption)
+    return figure.update_layout(showlegend=False, width=620, height=560)
 
 
 def patched_heads(
