@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import CHAT_MODELS, chat_model
 
-from ctlens.analysis import Transplant, patching, transplant, transplants
+from ctlens.analysis import Transplant, patching_sweep, transplant, transplants
 from ctlens.analysis.patching_jobs import prepare
 from ctlens.batch import encode
 from ctlens.errors import CtlensError
@@ -46,7 +46,7 @@ def models(request: pytest.FixtureRequest) -> tuple[LensModel, LensModel]:
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "hooks":
-        monkeypatch.setattr(patching, "read_blocks", lambda *parts: None)
+        monkeypatch.setattr(patching_sweep, "read_blocks", lambda *parts: None)
     return request.param
 
 

@@ -23,9 +23,9 @@ from ctlens import plots
 from ctlens.analysis.contrast import contrasts
 from ctlens.analysis.exchange import QUANTITIES, WORDS, Exchange, curve, where, with_effect
 from ctlens.analysis.forward import encoded, require_comparable
-from ctlens.analysis.patching import Recorded, Sweep, sweep_of
 from ctlens.analysis.patching_jobs import Column, PatchBatch, PatchPair, collate
 from ctlens.analysis.patching_metrics import UserMetric, named_metrics
+from ctlens.analysis.patching_sweep import Recorded, Sweep, sweep_of
 from ctlens.analysis.states import PLACES, SIDES, WHERE
 from ctlens.batch import EncodedPair
 from ctlens.errors import CtlensError, unknown
@@ -171,7 +171,7 @@ def transplant(
     prepared = _prepared(recipient, pairs, side, places)
     measures = named_metrics(metrics)
     into = [
-        sweep_of(model, prepared, site, layers, measures, max_batch, skip_unchanged=False)
+        sweep_of(model, prepared, (site,), layers, measures, max_batch, skip_unchanged=False)
         for model in (recipient, donor)
     ]
     groups = into[0].groups(prepared)
@@ -202,8 +202,12 @@ def _exchanged(
         sweep.values(group, batch, source, target, bar)
         for sweep, source, target in zip(into, runs[::-1], runs, strict=True)
     ]
-    values, unpatched, source, paths = zip(*found, strict=True)
-    return np.stack(values), np.stack(unpatched), np.stack(source), set(paths)
+    site = into[0].sites[0]
+    values, unpatched, source = (
+        np.stack(part)
+        for part in zip(*((swept.values[site], swept.target, swept.source) for swept in found), strict=True)
+    )
+    return values, unpatched, source, {swept.paths[site] for swept in found}
 
 
 def _recorded(sweep: Sweep, batch: PatchBatch) -> Recorded:
