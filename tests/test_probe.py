@@ -233,8 +233,8 @@ def test_the_range_over_seeds_is_that_of_single_deals_and_the_score_their_mean()
         assert found.score[at] == pytest.approx(np.mean(scores)) and first.score[at] == pytest.approx(scores[0])
     assert (found.seed_low < found.seed_high).any() and (first.seed_low == first.seed_high).all()
     apart = (found.seed_high - found.seed_low)[:, 0, 0].max()
-    assert f"deals of the groups differ by up to {apart:.2f}" in found.figure().layout.meta["subtitle"]
-    assert "deals" not in first.figure().layout.meta["subtitle"]
+    assert f"seeds differ by up to {apart:.2f}" in found.figure().layout.meta["subtitle"]
+    assert "seeds" not in first.figure().layout.meta["subtitle"]
 
 
 def test_what_is_known_does_not_count_as_read() -> None:

@@ -137,9 +137,9 @@ class Probe(Result):
         """
         place, estimator = place or self.places[0], estimator or self.estimators[0]
         readings = list(zip(self.fitted_on, self.read_on, strict=True))
-        note = f"{estimator.replace('_', '-')} probes tried on {self.n_test} prompts of unseen groups"
+        note = f"{estimator.replace('_', '-')} probes, {self.n_test} prompts of unseen groups"
         apart = (self.seed_high - self.seed_low)[:, *self._at(place, estimator)].max()
-        note += f"; deals of the groups differ by up to {apart:.2f}" * bool(apart > 0)
+        note += f"; seeds differ by up to {apart:.2f}" * bool(apart > 0)
         if self.at_ceiling(place, estimator):
             note += f"; uninformative: {CEILING:.0%} or more in every model and layer"
         return plots.probe_curves(
