@@ -16,6 +16,7 @@ from ctlens import analysis as look
 from ctlens.analysis import Recording, Result, record
 from ctlens.analysis.lens import PARTS
 from ctlens.analysis.recording import LOGITS, Readable, model_of
+from ctlens.batch import pad
 from ctlens.chat import render
 from ctlens.errors import CtlensError
 from ctlens.pairs import Pair, prompt
@@ -148,6 +149,25 @@ def test_the_table_and_the_figure_hold_the_lengths_at_the_last_token() -> None:
     }
     with pytest.raises(CtlensError, match="unknown hook point of the recording 'resid_post'"):
         seen.figure("resid_post")
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_a_prompt_that_was_recorded_twice_is_read_at_its_own_place(padding) -> None:
+    """Prompts 5 6, then 7, then 5 6 again, as other batches round it; the values count the tokens."""
+    seen = Recording(
+        {"blocks.0.hook_mlp_out": np.arange(5, dtype=np.float32)[:, None], LOGITS: np.eye(3, dtype=np.float32)},
+        np.array([5, 6, 7, 5, 6]), np.array([2, 1, 2]), np.array([0, 1, 2]), ("clean",) * 3, "",
+    )  # fmt: skip
+    side = pad([(5, 6), (7,)], padding)
+
+    def read(first: int) -> tuple[list[list[float]], list[list[float]]]:
+        found = seen.read(side, ["blocks.0.hook_mlp_out", LOGITS], first)
+        return found["blocks.0.hook_mlp_out"][..., 0].tolist(), found[LOGITS].tolist()
+
+    lone = [2.0, 0.0] if padding == "right" else [0.0, 2.0]
+    assert read(0) == ([[0, 1], lone], [[1, 0, 0], [0, 1, 0]])
+    assert read(2) == ([[3, 4], lone], [[0, 0, 1], [0, 1, 0]])
+    assert read(7) == read(0)  # at no place of its own: the first
 
 
 # What does not fit is refused.
