@@ -7,11 +7,13 @@ import dataclasses
 import numpy as np
 import planted
 import pytest
+from conftest import chat_model
 
-from ctlens.analysis import Directions, Erasure, Task, erase_or_mask, labelled, probe, wrapper_present
+from ctlens.analysis import Directions, Erasure, Task, erase_or_mask, labelled, logit_lens, probe, wrapper_present
 from ctlens.analysis.verdicts import Evidence, Measured, finding, readout, verdict
 from ctlens.errors import CtlensError
 from ctlens.pairs import Pair, prompt
+from ctlens.parameters import copy_model
 from ctlens.types import LensModel
 
 
@@ -112,6 +114,23 @@ def test_a_control_that_hardly_moved_is_called_weak(found: Erasure):
     assert "retention hardly moved (0.5% of the others): a weak control" in told.figure().layout.meta["subtitle"]
     assert "weak" not in dataclasses.replace(told, control="act").figure().layout.meta["subtitle"]
     assert found.control_moved == np.inf and "weak" not in found.figure().layout.meta["subtitle"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+def test_on_a_bridge_an_untrained_copy_is_judged_as_the_base_and_margins_are_the_models_own(kind: str):
+    model, questions = chat_model(kind), ("Is it right?", "Which term describes the disease?", "A creature?", "Sure?")
+    pairs = [Pair(prompt(q, "t", "a"), prompt(f"no, that is wrong. {q}", "t", "a")) for q in questions]
+    parts = ((tuple(pairs), "wrapped"), (tuple(pairs), "clean"))
+    task = Task("which side it is", ("wrapped",) * 4 + ("clean",) * 4, {"item": tuple("12341234")}, parts=parts)
+
+    found = erase_or_mask(model, {"same": copy_model(model)}, pairs, cue=task, draws=3, progress=False)
+
+    for name in ("readable", "used", "reelicited", "wrapped"):
+        base, same = getattr(found, name)
+        np.testing.assert_allclose(same, base, atol=1e-4, err_msg=name)
+    lens = logit_lens(model, pairs, progress=False)
+    np.testing.assert_allclose(found.wrapped[0], lens.values[0, -1], atol=1e-3)  # of one token, a difference of logits
+    assert np.abs(found.used[0, :, 0]).max() > 1e-3 and found.verdicts()["same"] == found.verdicts()["none"]
 
 
 def test_a_cue_with_values_is_read_among_the_wrapped_prompts(base: LensModel, repaired):
