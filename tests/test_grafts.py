@@ -257,6 +257,8 @@ def test_parts_that_are_equal_are_not_drawn():
     blocks = graft(edited("W_O"), planted.model(), planted.pairs(), by="block", progress=False)
     with pytest.raises(CtlensError, match="no part by both was measured"):
         blocks.figure("both")
+    with pytest.raises(CtlensError, match="measured at different places"):
+        grafts.figure({"act": found, "bct": blocks})
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -228,6 +229,26 @@ def test_a_share_is_the_ratio_of_the_means_in_both_directions():
     assert by_hand().effect().tolist() == [4, 2]
 
 
+def test_what_two_trainings_keep_is_their_effect_over_the_base_with_the_other_s_part():
+    table = by_hand().kept(np.array([-2.0, 0.0]))
+    assert table["quantity"].tolist() == ["recipient keeps"] * 2 + ["donor keeps"] * 2
+    assert table["value"].tolist() == [(3 + 2) / (2 + 2), 10 / 4, 10 / 10, (2 + 2) / 10]
+    with pytest.raises(CtlensError, match="differs by 0.4 between recipient and base"):
+        by_hand().kept(np.array([-0.4, 1.6]))
+    with pytest.raises(CtlensError, match="kl is measured from the other model"):
+        replace(by_hand(), metrics=("kl",)).kept(np.zeros(2))
+
+
+def test_methods_that_do_alike_are_compared_over_their_base(models: tuple[LensModel, LensModel]):
+    one, base = models
+    other = copy_model(one)
+    found = exchanged((one, other))
+    table = found.kept(exchanged((one, base)).unpatched[0, 0], smallest_gap=0.0)
+    np.testing.assert_allclose(table["value"], 1, atol=1e-3)
+    with pytest.raises(CtlensError, match="differs by 0 between donor and recipient"):
+        found.normalised()
+
+
 def test_results_round_trip(tmp_path, models: tuple[LensModel, LensModel]):
     for site in ("resid_post", "z"):
         found = exchanged(models, site=site, metrics=("logit_diff", "kl"))
@@ -251,10 +272,7 @@ def test_a_figure_has_a_panel_a_direction_and_a_line_a_donor():
 
 def test_a_figure_says_which_donors_have_no_effect():
     none = by_hand()
-    still = Transplant(
-        none.values, none.unpatched, none.unpatched + 0.1, *(getattr(none, name) for name in (
-            "metrics", "layers", "positions", "site", "side", "path"))
-    )  # fmt: skip
+    still = replace(none, source=none.unpatched + 0.1)
     drawn = transplants.figure({"act": none, "retention": still})
     assert {trace.name for trace in drawn.data if trace.name} == {"ACT"}
     assert "not drawn, effect too small: retention only (0.1)" in drawn.layout.meta["subtitle"]

@@ -8,7 +8,7 @@ first tells what is sufficient, the second what is left elsewhere.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,7 +20,7 @@ from jaxtyping import Float
 from ctlens import plots
 from ctlens.analysis.result import Result
 from ctlens.analysis.shares import Estimates, floor_of, means, require_gap, shares
-from ctlens.errors import unknown
+from ctlens.errors import CtlensError, unknown
 from ctlens.plots import Curve
 
 QUANTITIES = ("sufficient", "lost")
@@ -29,11 +29,13 @@ WORDS = {
     "sufficient": "donor into recipient: share that appears",
     "lost": "recipient into donor: share that is lost",
 }
+KEPT = ("recipient keeps", "donor keeps")
+"""The shares of each model's own effect over a third one that are left with the other's activations or weights."""
 E = TypeVar("E", bound="Exchange")
 
 
 @dataclass(frozen=True)
-class Exchange(Result):
+class Exchange(Result, ABC):
     """Base of the results: every value of every pair, in both directions.
 
     Attributes:
@@ -64,7 +66,8 @@ class Exchange(Result):
         tables = []
         for number, quantity in enumerate(QUANTITIES):
             for row, metric in enumerate(self.metrics):
-                table = self._table(quantity, metric, means(self._flat(number, row)))
+                found = self._flat(number, row)
+                table = self._table(quantity, metric, found, means(found))
                 baselines = {name: getattr(self, name)[number, row].mean() for name in ("unpatched", "source")}
                 tables.append(table.assign(**baselines))
         return pd.concat(tables, ignore_index=True)
@@ -72,9 +75,8 @@ class Exchange(Result):
     def normalised(self, metric: str | None = None, *, smallest_gap: float | None = None) -> pd.DataFrame:
         """The same table of one metric as shares of the effect, each a ratio of means over pairs.
 
-        Returns:
-            Of `"sufficient"`, 0 is the recipient as it is and 1 the donor. Of `"lost"`, 0 is the
-            donor as it is and 1 the recipient: nothing of the effect is left elsewhere.
+        Of `"sufficient"`, 0 is the recipient as it is and 1 the donor. Of `"lost"`, 0 is the donor as
+        it is and 1 the recipient: nothing of the effect is left elsewhere.
 
         Args:
             metric: by default the first.
@@ -91,7 +93,36 @@ class Exchange(Result):
             gap = self.source[number, row] - self.unpatched[number, row]
             require_gap(metric, gap, floor, "donor and recipient")
             moved = self._flat(number, row) - self.unpatched[number, row]
-            tables.append(self._table(quantity, metric, shares(moved, gap, floor)))
+            tables.append(self._table(quantity, metric, moved, shares(moved, gap, floor)))
+        return pd.concat(tables, ignore_index=True)
+
+    def kept(
+        self, base: Float[np.ndarray, " pair"], metric: str | None = None, *, smallest_gap: float | None = None
+    ) -> pd.DataFrame:
+        """Of two trainings that do alike, how much of either's effect is left with the other's part: do they fit?
+
+        Between models that behave alike there is no effect to take shares of. Each has one over
+        their base: 1 is all of it, 0 is as the base. Quantities are `KEPT`.
+
+        Args:
+            base: of every pair, the metric of the base as it is, for example `unpatched[0, 0]` of the transplant
+                from one of the two into the base.
+            metric: by default the first; not `"kl"`, which is measured from the other model.
+            smallest_gap: see `normalised`.
+
+        Raises:
+            CtlensError: the metric was not measured or is `"kl"`, or a model differs by less from the base.
+        """
+        metric = self.metrics[0] if metric is None else metric
+        row, floor = self._row(metric), floor_of(metric, smallest_gap)
+        if metric == "kl":
+            raise CtlensError("kl is measured from the other model, not from the base: choose another metric.")
+        tables = []
+        for number, quantity in enumerate(KEPT):
+            gap = self.unpatched[number, row] - base
+            require_gap(metric, gap, floor, f"{quantity.split()[0]} and base")
+            left = self._flat(number, row) - base
+            tables.append(self._table(quantity, metric, left, shares(left, gap, floor)))
         return pd.concat(tables, ignore_index=True)
 
     @property
@@ -112,8 +143,9 @@ class Exchange(Result):
     def _flat(self, quantity: int, row: int) -> Float[np.ndarray, "cell pair"]:
         return self.values[quantity, row].reshape(-1, self.n_pairs)
 
-    def _table(self, quantity: str, metric: str, estimates: Estimates) -> pd.DataFrame:
-        found = self._flat(QUANTITIES.index(quantity), self._row(metric))
+    def _table(
+        self, quantity: str, metric: str, found: Float[np.ndarray, "cell pair"], estimates: Estimates
+    ) -> pd.DataFrame:
         labels = {"quantity": quantity, "metric": metric, **self.cells()}
         numbers = dict(zip(("value", "ci_low", "ci_high"), estimates, strict=True))
         return pd.DataFrame({**labels, **numbers, "n": (~np.isnan(found)).sum(-1)})
@@ -125,8 +157,11 @@ def with_effect(
     """The shares of each result that has an effect, and a note on those that have none.
 
     Raises:
-        CtlensError: none has an effect, or the metric was not measured.
+        CtlensError: none has an effect, the metric was not measured, or the results have different cells.
     """
+    labels = [result.cells().drop(columns="moved", errors="ignore") for result in results.values()]
+    if not all(of_one.equals(labels[0]) for of_one in labels):
+        raise CtlensError("the results were measured at different places: draw each by itself.")
     small = {
         name: result.effect(metric).mean()
         for name, result in results.items()

@@ -93,8 +93,8 @@ def figure(
     Raises:
         CtlensError: the parts or the metric were not measured, or no donor has an effect.
     """
-    first = next(iter(results.values()))
     tables, note = with_effect(results, metric, smallest_gap)
+    first = next(iter(results.values()))
     differ = np.any([result.moved > 0 for result in results.values()], axis=0)
     kinds = np.array([_kind(part) for part in zip(first.blocks, first.components, strict=True)])
     wanted = (by,) if isinstance(by, str) else tuple(by)

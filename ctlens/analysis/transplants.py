@@ -4,7 +4,8 @@ The activation of the donor at a layer and a place replaces the recipient's, and
 the one direction it tells what is sufficient: the share of the effect, the difference between the two
 models, that appears in the recipient. In the other it tells what is left in later weights: the share of the effect that
 is lost when the recipient's activation is put back into the donor; 1 is nothing left. A donor may
-be a trained model and the recipient its base, or both may be trained, by one method each.
+be a trained model and the recipient its base, or both may be trained, by one method each. Where two methods do alike,
+there is no effect between them, and `Transplant.kept` asks whether each still works with the other's activations.
 
 The last token, the content before it and the wrapper are never pooled, because they give different
 answers. Positions need no alignment, for both models read the same prompt.
