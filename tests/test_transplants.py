@@ -116,21 +116,15 @@ def test_an_equal_model_changes_nothing_and_has_no_shares(models: tuple[LensMode
             refused()
 
 
-@pytest.mark.parametrize("site", ["resid_post", "z", "pattern"])
-def test_batch_mates_order_and_chunks_change_nothing(models: tuple[LensModel, LensModel], site: str, path: str):
-    options: dict[str, Any] = {
-        "site": site,
-        "positions": ("last", "content", "wrapper"),
-        "metrics": ("logit_diff", "kl"),
-    }
-    together = exchanged(models, **options)
-    for turned in (exchanged(models, PAIRS[::-1], **options), exchanged(models, PAIRS[::-1], max_batch=2, **options)):
-        np.testing.assert_allclose(turned.values[..., ::-1], together.values, **CLOSE)
-        np.testing.assert_allclose(turned.unpatched[..., ::-1], together.unpatched, **CLOSE)
+@pytest.mark.parametrize("site", ["resid_post", "z"])
+def test_batch_mates_order_and_chunks_change_nothing(models: tuple[LensModel, LensModel], site: str):
+    options: dict[str, Any] = {"site": site, "positions": ("last", "wrapper"), "metrics": ("logit_diff", "kl")}
+    together, turned = exchanged(models, **options), exchanged(models, PAIRS[::-1], max_batch=2, **options)
+    np.testing.assert_allclose(turned.values[..., ::-1], together.values, **CLOSE)
+    np.testing.assert_allclose(turned.unpatched[..., ::-1], together.unpatched, **CLOSE)
     for index, pair in enumerate(PAIRS):
-        np.testing.assert_allclose(
-            exchanged(models, [pair], **options).values[..., 0], together.values[..., index], **CLOSE
-        )
+        alone = exchanged(models, [pair], **options)
+        np.testing.assert_allclose(alone.values[..., 0], together.values[..., index], **CLOSE)
 
 
 def test_exchanged_models_exchange_the_directions(models: tuple[LensModel, LensModel]):
