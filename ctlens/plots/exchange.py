@@ -111,6 +111,6 @@ def _framed(figure: go.Figure, count: int, y_title: str, *, below: int) -> go.Fi
         figure.add_hline(0, line={"color": MUTED, "width": 1}, layer="below", **place)
         figure.add_hline(1, line={"color": MUTED, "dash": "dot", "width": 1.2}, layer="below", **place)
         note = {"text": "the whole effect", "showarrow": False, "font": {"size": 11, "color": MUTED}}
-        figure.add_annotation(**note, x=1, xref="x domain", xanchor="right", y=1, yanchor="bottom", **place)
+        figure.add_annotation(**note, x=0, xref="x domain", xanchor="left", y=1, yanchor="bottom", **place)
     figure.update_yaxes(matches="y", autorangeoptions_include=[-0.08, 1.12])
     return fit(figure, count, height=HEIGHT, gap=GAP, below=below).update_layout(width=WIDE)
