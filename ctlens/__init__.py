@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ctlens.pairs import Pair, Prompt, load_pairs, save_pairs
     from ctlens.parameters import freeze
     from ctlens.study import StudyResult, compare
-    from ctlens.training import Phase, Run, TrainConfig, Trainer, Until, load_run, train
+    from ctlens.training import Live, Phase, Run, TrainConfig, Trainer, Until, load_run, train
     from ctlens.weights import ModelConfig
 
 __version__ = "0.1.0"
@@ -40,14 +40,14 @@ HOMES = {
     "organism": ("load_organism",),
     "pairs": ("Pair", "Prompt", "load_pairs", "save_pairs"),
     "study": ("StudyResult", "compare"),
-    "training": ("Phase", "Run", "TrainConfig", "Trainer", "Until", "load_run", "train"),
+    "training": ("Live", "Phase", "Run", "TrainConfig", "Trainer", "Until", "load_run", "train"),
     "weights": ("ModelConfig",),
 }
 PACKAGES = ("analysis", "losses", "organism", "threats")
 
 __all__ = [
     "ACT", "BCT", "F2C", "KLCT", "MLPCT", "RMCT", "AttCT", "AttMass", "AttOut", "CtlensError", "DoseResult",
-    "Evaluation", "Leak", "LoRA", "ModelConfig", "Pair", "Phase", "Prompt", "Run", "StudyConfig", "StudyResult",
+    "Evaluation", "Leak", "Live", "LoRA", "ModelConfig", "Pair", "Phase", "Prompt", "Run", "StudyConfig", "StudyResult",
     "TrainConfig", "Trainer", "Until", "analysis", "build", "compare", "dose_response", "evaluate", "freeze", "leak",
     "load_model", "load_organism", "load_pairs", "load_run", "losses", "organism", "parity", "save_pairs", "threats",
     "train",

@@ -30,6 +30,7 @@ OWNERS = {
     "scipy": ("intervals.py",),
     "sklearn": ("analysis/classifiers.py",),
     "joblib": ("workers.py",),
+    "IPython": ("training/live.py",),
 }
 PLOTS_MAY_USE = {"numpy", "plotly", "jaxtyping", "ctlens"}
 

@@ -139,6 +139,20 @@ def test_history_is_logarithmic_only_when_every_loss_is_positive():
     assert plots.history(STEPS, {"act": [1, 0.1, 0.0]}, "?").layout.yaxis.type != "log"
 
 
+def test_progress_reaches_to_the_end_from_the_start_and_keeps_gaps_and_looks():
+    empty = plots.progress({}, {"bad": ([], [])}, 50, "?")
+    losses = {"act": [4.0, 2.0, 1.0], "retention": [np.nan, 0.5, 0.25]}
+    figure = plots.progress(losses, {"bad": ([0, 2], [0.75, 0.5])}, 50, "?")
+
+    for shown in (empty, figure):
+        assert shown.layout.xaxis.range == shown.layout.xaxis2.range == (0, 50)
+    assert figure.layout.yaxis.type == "log" and figure.layout.yaxis2.type != "log"
+    np.testing.assert_array_equal(named(figure, "ACT").x, [1, 2, 3])
+    np.testing.assert_array_equal(named(figure, "retention only").y, losses["retention"])
+    assert (named(figure, "bad").x, named(figure, "bad").y, named(figure, "bad").xaxis) == ((0, 2), (0.75, 0.5), "x2")
+    assert "xaxis2" not in plots.progress(losses, {}, 50, "?").to_plotly_json()["layout"]
+
+
 def test_hook_history_keeps_every_hook_and_lists_the_ends_of_a_deep_model():
     figure = plots.hook_history(STEPS, {f"blocks.{layer}.hook_resid_post": LINE[0] for layer in range(12)}, "?")
     assert len(figure.data) == len({trace.line.color for trace in figure.data}) == 12
@@ -162,6 +176,8 @@ def test_hook_history_keeps_every_hook_and_lists_the_ends_of_a_deep_model():
         lambda: plots.attention_heads(np.zeros((2, 2)), np.zeros((2, 3)), "?"),
         lambda: plots.attention_heads(np.zeros(4), np.zeros(4), "?"),
         lambda: plots.history([], {"act": []}, "?"),
+        lambda: plots.progress({"act": [1.0], "bct": [1.0, 2.0]}, {}, 9, "?"),
+        lambda: plots.progress({}, {"bad": ([0, 10], [0.5])}, 9, "?"),
         lambda: plots.hook_history(STEPS, {"blocks.0.hook_z": [1.0]}, "?"),
     ],
 )

@@ -23,7 +23,7 @@ from ctlens.plots.rates import behaviour
 from ctlens.plots.similarity import similarity_curves, similarity_matrix
 from ctlens.plots.strength import StrengthCurve, attack_strength
 from ctlens.plots.theme import finish, label, style
-from ctlens.plots.training import history, hook_history
+from ctlens.plots.training import history, hook_history, progress
 
 __all__ = [
     "Curve",
@@ -58,6 +58,7 @@ __all__ = [
     "patched_heads",
     "patched_positions",
     "probe_curves",
+    "progress",
     "save_figure",
     "save_figures",
     "similarity_curves",

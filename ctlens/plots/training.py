@@ -10,11 +10,14 @@ from numpy.typing import ArrayLike
 from plotly.colors import sample_colorscale
 
 from ctlens.plots.arrays import checked, require_some
-from ctlens.plots.theme import finish, style
+from ctlens.plots.panels import fit, panels
+from ctlens.plots.rates import PERCENT
+from ctlens.plots.theme import finish, ordered, style
 
 # Both ends of Viridis are cut off: one would vanish on a dark page, the other on a white one.
 DEPTH = sample_colorscale("Viridis", np.linspace(0.15, 0.85, 9).tolist())
 LISTED_HOOKS = 6
+PANEL_HEIGHT = 300
 
 
 def history(
@@ -32,14 +35,49 @@ def history(
         CtlensError: no loss, no step, or an array that is not one number per step.
     """
     values = _per_step(steps, curves)
-    figure = go.Figure()
-    for name, losses in values.items():
-        look = style(name)
-        line = {"color": look.colour, "dash": look.dash, "width": 2.2}
-        gaps = np.isnan(losses).any()  # a number between two gaps has no line to be seen by
-        mode = "lines+markers" if gaps else "lines"
-        figure.add_scatter(x=list(steps), y=losses.tolist(), mode=mode, name=look.label, line=line)
+    figure = _lines(go.Figure(), steps, values)
     return _losses(figure, values, title, subtitle, "history", "Each line is one loss, times its weight.")
+
+
+def progress(
+    curves: Mapping[str, ArrayLike],
+    rates: Mapping[str, tuple[Sequence[int], ArrayLike]],
+    total: int,
+    title: str,
+    *,
+    subtitle: str | None = None,
+) -> go.Figure:
+    """How does a training that is not over go? The losses so far, and beside them the rates.
+
+    The axis of the steps reaches to the end of the training from the start, so that the picture
+    stands still while it fills.
+
+    Args:
+        curves: per loss, its value at every step from 1 on, NaN at steps that have none; empty before the first.
+        rates: per rate, the steps at which it was looked at, and its values `[look]`, 0 to 1; no rate, no panel.
+        total: steps of the whole training.
+        title: the question or the answer.
+        subtitle: one line under the title.
+
+    Raises:
+        CtlensError: losses of different lengths, or an array that is not one number per look.
+    """
+    steps = range(1, 1 + max((np.size(losses) for losses in curves.values()), default=0))
+    values = _per_step(steps, curves) if curves else {}
+    names = ["losses", "rates"] if rates else ["losses"]
+    figure = _lines(panels(names, height=PANEL_HEIGHT, gap=0, side=0.14), steps, values, row=1, col=1)
+    for look, (name, (looks, seen)) in zip(ordered(list(rates)).values(), rates.items(), strict=True):
+        rate = checked(f"rate {name!r}", seen, len(looks)).tolist() if len(looks) else []
+        marks = {"color": look.colour, "symbol": look.symbol, "size": 8}
+        line = {"color": look.colour, "dash": look.dash, "width": 2.2}
+        shape = {"mode": "lines+markers", "marker": marks, "line": line, "cliponaxis": False}
+        figure.add_scatter(x=list(looks), y=rate, name=name, row=1, col=2, **shape)
+    figure.add_scatter(x=[None], y=[None], showlegend=False, row=1, col=1)  # an empty panel has no axes
+    _losses(figure, values, title, subtitle, "progress", "Losses are weighted; step 0 is before training.")
+    figure.update_xaxes(range=[0, total], title_text="training step")
+    if rates:
+        figure.update_yaxes(**PERCENT, title_text="share of answers", row=1, col=2)
+    return fit(figure, len(names), height=PANEL_HEIGHT, gap=0, below=54)
 
 
 def hook_history(
@@ -72,14 +110,28 @@ def _per_step(steps: Sequence[int], curves: Mapping[str, ArrayLike]) -> dict[str
     return {name: checked(f"loss {name!r}", losses, len(steps)) for name, losses in curves.items()}
 
 
+def _lines(figure: go.Figure, steps: Sequence[int], values: Mapping[str, np.ndarray], **place: int) -> go.Figure:
+    """A line per loss."""
+    for name, losses in values.items():
+        look = style(name)
+        line = {"color": look.colour, "dash": look.dash, "width": 2.2}
+        alone = len(losses) == 1 or np.isnan(losses).any()  # a number between two gaps has no line to be seen by
+        mode = "lines+markers" if alone else "lines"
+        figure.add_scatter(x=list(steps), y=losses.tolist(), mode=mode, name=look.label, line=line, **place)
+    return figure
+
+
 def _losses(
     figure: go.Figure, values: dict[str, np.ndarray], title: str, subtitle: str | None, kind: str, caption: str
 ) -> go.Figure:
-    everything = np.concatenate(list(values.values()))
-    low, high = float(np.nanmin(everything)), float(np.nanmax(everything))
+    """The layout, with a log axis for the losses where all of them are positive."""
+    everything = np.concatenate([*values.values(), np.empty(0)])
+    low, high = (float(end(everything)) for end in (np.nanmin, np.nanmax)) if everything.size else (0.0, 0.0)
     scale = "loss (log scale)" if low > 0 else "loss"
     finish(figure, title, subtitle, x_title="training step", y_title=scale, kind=kind, caption=caption)
-    return figure.update_yaxes(type="log", tickvals=_log_ticks(low, high), tickformat="~g") if low > 0 else figure
+    if low > 0:
+        figure.update_layout(yaxis={"type": "log", "tickvals": _log_ticks(low, high), "tickformat": "~g"})
+    return figure
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -2,8 +2,9 @@
 
 from ctlens.training.config import Phase, TrainConfig, Until
 from ctlens.training.history import History
+from ctlens.training.live import Live
 from ctlens.training.run import Run, load_run
 from ctlens.training.step import Step
 from ctlens.training.trainer import Trainer, train
 
-__all__ = ["History", "Phase", "Run", "Step", "TrainConfig", "Trainer", "Until", "load_run", "train"]
+__all__ = ["History", "Live", "Phase", "Run", "Step", "TrainConfig", "Trainer", "Until", "load_run", "train"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
@@ -54,6 +54,11 @@ class History:
         """The values of one overall number, one a step from 1 on; NaN where a step has none."""
         found = self._overall(name)
         return [found.get(step, nan) for step in range(1, self.steps + 1)]
+
+    def losses(self, names: Iterable[str]) -> dict[str, list[float]]:
+        """The weighted losses of these names and the retention term, one value a step, as figures name them."""
+        labels = {**{name: name for name in names}, "retention": "KL to the reference"}
+        return {shown: self.every_step(name) for name, shown in labels.items() if self.series(name)}
 
     def has(self, step: int, name: str) -> bool:
         """Whether an overall number was seen at a step."""

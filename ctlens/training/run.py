@@ -91,9 +91,8 @@ class Run:
                 raise unknown("loss of this run", loss, names)
             title = f"At which depth does {plots.label(loss)} fall?"
             return plots.hook_history(self.history.steps_of(loss), self.history.by_hook(loss), title)
-        labels = {**{name: name for name in names}, "retention": "KL to the reference"}
-        curves = {label: self.history.every_step(name) for name, label in labels.items() if self.history.series(name)}
-        return plots.history(range(1, len(self.history) + 1), curves, "Does the training converge?")
+        steps = range(1, len(self.history) + 1)
+        return plots.history(steps, self.history.losses(names), "Does the training converge?")
 
 
 def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
