@@ -104,7 +104,7 @@ class Live:
     def _ipython_display_(self) -> None:
         """What a notebook calls to display the view: here it gets its place."""
         try:
-            from IPython.display import display
+            from IPython.display import display  # type: ignore  (an extra)
         except ImportError:
             raise CtlensError("a live view needs IPython: install ctlens[notebook] and open a notebook.") from None
         self._handle = display(self._bundle(), raw=True, display_id=True)
