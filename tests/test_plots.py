@@ -134,6 +134,25 @@ def test_heads_that_did_not_change_still_get_a_centred_scale():
     assert figure.layout.coloraxis2.cmin == -figure.layout.coloraxis2.cmax < 0
 
 
+def test_a_change_of_rounding_does_not_fill_the_scale_of_the_changes():
+    figure = plots.attention_heads(np.full((2, 3), 0.5), np.full((2, 3), 0.5 + 1e-6), "Which heads?")
+    assert figure.layout.coloraxis2.cmax == pytest.approx(0.01, rel=1e-4)  # two percent of 0.5
+
+
+def test_losses_that_are_rounding_do_not_fill_their_axis():
+    noise = plots.history(STEPS, {"act": [1e-7, -1e-7, 2e-7]}, "?").layout.yaxis
+    assert noise.type != "log" and noise.autorangeoptions.include == (0, 1e-3)
+
+
+def test_heads_are_named_for_their_effect_or_their_attention_and_models_do_not_overlap():
+    attention, effect = np.array([0.1, 0.2, 0.3, 0.9, 0.8, 0.7]), np.array([5.0, 4.0, -3.0, 0.0, 0.1, 0.2])
+    points = {name: (attention, effect, np.zeros(6)) for name in ("none", "attct")}
+    figure = plots.knockout_heads(points, [f"H{head}" for head in range(6)], "?", y_title="change")
+    texts = [trace for trace in figure.data if trace.text]
+    assert [list(trace.text) for trace in texts] == [["H0", "H1", "H2", "H3", "H4", ""]] * 2
+    assert [trace.textposition for trace in texts] == ["top center", "bottom center"]
+
+
 def test_history_is_logarithmic_only_when_every_loss_is_positive():
     assert plots.history(STEPS, {"act": [1, 0.1, 0.01]}, "?").layout.yaxis.type == "log"
     assert plots.history(STEPS, {"act": [1, 0.1, 0.0]}, "?").layout.yaxis.type != "log"

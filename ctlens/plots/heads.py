@@ -14,6 +14,7 @@ from ctlens.plots.arrays import checked, require_some
 from ctlens.plots.theme import finish, label
 
 WRITTEN_CELLS = 36
+LEAST_CHANGE = 0.02  # of the largest value: less is not to fill the scale of the changes
 GRID_CELL, GRID_GAP, GRID_BELOW = 34, 54, 60
 PANELS = ((0.0, 0.28), (0.31, 0.59), (0.7, 0.98))
 PANEL_NAMES = ("before training", "after training", "after minus before")
@@ -29,7 +30,8 @@ def attention_heads(
 ) -> go.Figure:
     """Which heads stopped reading the wrapper, and which read it more? The same of any quantity of a head.
 
-    Before and after share one scale from 0; the difference has its own, centred on 0.
+    Before and after share one scale from 0; the difference has its own, centred on 0 and never so fine that
+    a change in the last digits looks like one.
 
     Args:
         before: the quantity `[layer, head]`, not negative, before training.
@@ -53,7 +55,8 @@ def attention_heads(
         figure.add_annotation(text=PANEL_NAMES[column - 1], xref="paper", yref="paper", showarrow=False, **place)
     caption = f"Cells are heads (L0H1 is layer 0, head 1); each is the mean {what}."
     finish(figure, title, subtitle, x_title="head", y_title="layer", kind="attention_heads", caption=caption)
-    top, span = float(max(first.max(), second.max())), float(np.abs(change).max())
+    top = float(max(first.max(), second.max()))
+    span = max(float(np.abs(change).max()), LEAST_CHANGE * top)
     figure.update_layout(
         coloraxis=_scale("Purples", 0.0, top or 1.0, x=0.6),
         coloraxis2=_scale("RdBu_r", -(span or 1.0), span or 1.0, x=0.99),

@@ -14,7 +14,7 @@ from ctlens.plots.curves import Curve
 from ctlens.plots.theme import MUTED, Style, finish, style
 
 HEIGHT, GAP, BELOW, SIDE = 250, 60, 60, 0.09
-NAMED_HEADS = 3
+NAMED_HEADS, NAMED_KEEN = 3, 2  # by effect, by attention
 
 
 def knockout_layers(
@@ -106,10 +106,10 @@ def knockout_heads(
     """
     require_some("points", points)
     figure = go.Figure()
-    for model, arrays in points.items():
+    for row, (model, arrays) in enumerate(points.items()):
         attention, effect, null = (checked(f"points {model!r}", array, len(heads)) for array in arrays)
         look = style(model)
-        named = {*np.argsort(-np.abs(effect))[:NAMED_HEADS].tolist(), int(attention.argmax())}
+        named = {*np.argsort(-np.abs(effect))[:NAMED_HEADS].tolist(), *np.argsort(-attention)[:NAMED_KEEN].tolist()}
         hover = "%{customdata}: attention %{x:.2f}, change %{y:.3f}<extra></extra>"
         shared = {"x": attention.tolist(), "customdata": list(heads), "hovertemplate": hover, "legendgroup": model}
         figure.add_scatter(
@@ -124,7 +124,7 @@ def knockout_heads(
             y=effect.tolist(),
             mode="markers+text",
             text=[head if number in named else "" for number, head in enumerate(heads)],
-            textposition="top center",
+            textposition=("top center", "bottom center")[row % 2],
             textfont={"size": 10, "color": look.colour},
             name=look.label,
             marker={"color": look.colour, "symbol": look.symbol, "size": 9},

@@ -18,6 +18,7 @@ from ctlens.plots.theme import finish, ordered, style
 DEPTH = sample_colorscale("Viridis", np.linspace(0.15, 0.85, 9).tolist())
 LISTED_HOOKS = 6
 PANEL_HEIGHT = 300
+ROUNDING = 1e-3  # a loss that is zero but for rounding is not to fill the axis
 
 
 def history(
@@ -129,9 +130,8 @@ def _losses(
     low, high = (float(end(everything)) for end in (np.nanmin, np.nanmax)) if everything.size else (0.0, 0.0)
     scale = "loss (log scale)" if low > 0 else "loss"
     finish(figure, title, subtitle, x_title="training step", y_title=scale, kind=kind, caption=caption)
-    if low > 0:
-        figure.update_layout(yaxis={"type": "log", "tickvals": _log_ticks(low, high), "tickformat": "~g"})
-    return figure
+    log = {"type": "log", "tickvals": _log_ticks(low, high), "tickformat": "~g"} if low > 0 else {}
+    return figure.update_layout(yaxis=log or {"autorangeoptions": {"include": [0, ROUNDING]}})
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
