@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike
 from ctlens.plots.arrays import checked
 from ctlens.plots.theme import MUTED, RAMP, finish
 
-CELL, SMALLEST, AROUND = 22, 160, 170
+CELL, SMALLEST = 22, 160
+LETTER, UNDER = 7, 56  # pixels down a letter of a slanted label takes, and what is under the grid without labels
 WRITTEN_ROWS = 40
 CAPTION = "Red raises the number, blue lowers it, white is no change."
 
@@ -52,7 +53,7 @@ def patched_positions(
     shown = list(range(0, len(rows), step))
     figure.update_yaxes(tickvals=shown, ticktext=[rows[row] for row in shown], autorange="reversed")
     figure.update_xaxes(tickvals=list(range(len(tokens))), ticktext=words, tickangle=-60)
-    return _sized(figure, len(rows))
+    return _sized(figure, len(rows), UNDER + LETTER * max(map(len, words)))
 
 
 def first_order(
@@ -104,7 +105,7 @@ def patched_heads(
     finish(figure, title, subtitle, x_title="head", y_title="layer", kind="patched_heads", caption=CAPTION)
     figure.update_yaxes(tickvals=list(range(len(layers))), ticktext=[str(layer) for layer in layers])
     figure.update_xaxes(tickmode="linear", tick0=0, dtick=max(1, heads // 16))
-    return _sized(figure.update_yaxes(autorange="reversed"), len(layers))
+    return _sized(figure.update_yaxes(autorange="reversed"), len(layers), UNDER)
 
 
 def _heatmap(grid: np.ndarray, names: list[list[str]], unit: str) -> go.Figure:
@@ -118,13 +119,15 @@ def _heatmap(grid: np.ndarray, names: list[list[str]], unit: str) -> go.Figure:
         xgap=1,
         ygap=1,
     )
-    bar = {"title": {"text": unit, "side": "right"}, "thickness": 10, "outlinewidth": 0}
+    words = {"text": unit.replace(", ", ",<br>"), "side": "right", "font": {"size": 12}}
+    bar = {"title": words, "thickness": 10, "outlinewidth": 0}
     return go.Figure(trace).update_layout(
         coloraxis={"colorscale": "RdBu_r", "cmin": -span, "cmax": span, "colorbar": bar}
     )
 
 
-def _sized(figure: go.Figure, rows: int) -> go.Figure:
+def _sized(figure: go.Figure, rows: int, below: int) -> go.Figure:
     figure.update_xaxes(showgrid=False, showline=False, ticks="")
     figure.update_yaxes(showgrid=False, showline=False, ticks="")
-    return figure.update_layout(height=max(SMALLEST, CELL * rows) + AROUND, margin_r=96, margin_b=84)
+    drawn = max(SMALLEST, CELL * rows)
+    return figure.update_layout(height=drawn + figure.layout.margin.t + below, margin_r=96, margin_b=below)
