@@ -144,7 +144,7 @@ class Evaluation:
         curves: dict[str, dict[str, Any]] = {}
         for (threat, split), rows in by(self.by_strength(arm=arm), *PLACE):
             curve = tuple(rows[column].to_numpy() for column in ("strength", "value", "ci_low", "ci_high"))
-            curves.setdefault(threat, {})[split] = curve
+            curves.setdefault(threat, {})[split or threat] = curve  # pairs of one's own have no split
         return plots.attack_strength(curves, "Does a stronger attack work more often?", subtitle=f"{arm} prompts")
 
     def save(self, path: str | Path) -> None:
