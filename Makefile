@@ -8,10 +8,12 @@ TESTS_4X := $(addprefix tests/test_,models.py weights.py hooks.py losses.py loss
 TESTS_4X += $(addprefix tests/test_,presets.py presets_outputs.py rmct.py f2c.py adapters.py relora.py updaterank.py)
 TESTS_4X += $(addprefix tests/test_,states.py lens.py training.py training_targets.py training_resume.py organism.py)
 TESTS_4X += $(addprefix tests/test_,steering.py erasure.py similarity.py planted.py probe.py attention.py patching.py)
-TESTS_4X += $(addprefix tests/test_,patching_engine.py patching_known.py calibrate.py recording.py)
+TESTS_4X += $(addprefix tests/test_,patching_engine.py patching_known.py calibrate.py recording.py live.py)
 TESTS_4X += $(addprefix tests/test_,transplants.py grafts.py mediators.py)
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+STRIP := --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
 
-.PHONY: install compare test test-4x check figures drawings install-4x clean
+.PHONY: install compare test test-4x check figures drawings lab notebooks strip install-4x clean
 
 install: $(VENV)/installed
 
@@ -49,6 +51,21 @@ install-4x: .venv-4x.txt
 
 .venv-4x.txt: constraints.txt
 	sed 's/^transformer-lens==.*/transformer-lens>=4,<5/' $< > $@
+
+$(VENV)/notebook: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[notebook]'
+	touch $@
+
+lab: $(VENV)/notebook
+	$(BIN)/jupyter lab notebooks
+
+# Two at a time, one thread each; three minutes are the most that a notebook may take.
+notebooks: $(VENV)/notebook
+	printf '%s\n' $(NOTEBOOKS) | OMP_NUM_THREADS=1 xargs -n 1 -P 2 timeout 180 $(BIN)/pytest --nbmake --durations=1 -p no:cacheprovider
+
+# Takes outputs and counts out of notebooks that were run and saved.
+strip: $(VENV)/notebook
+	$(BIN)/jupyter nbconvert --log-level WARN --inplace --clear-output $(STRIP) $(NOTEBOOKS)
 
 check: install
 	$(BIN)/ruff format --check .

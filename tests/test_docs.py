@@ -46,7 +46,7 @@ def test_every_make_target_that_the_documents_name_exists() -> None:
     ]
     targets = {shlex.split(line, comments=True)[1] for line in commands if line.startswith("make ")}
 
-    assert targets == {"compare", "test", "check", "figures", "drawings"}
+    assert targets == {"compare", "test", "check", "figures", "drawings", "lab", "notebooks", "strip"}
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
 
 
