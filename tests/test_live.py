@@ -124,10 +124,22 @@ def test_a_notebook_is_sent_one_figure_over_and_over_to_the_end(tokenizer, shown
 
     last = drawn(shown[-1])
     assert not empty.get("ACT") and empty["rate"]["x"] == []
-    assert len(shown) == 1 + QUICK.steps + 1  # at its place, after every step, and at the end
+    assert len(shown[::2]) == 1 + QUICK.steps + 1  # at its place, after every step, and at the end
     assert last["rate"]["x"] == [0, 3, 6] and last["rate"]["y"] == [0.25] * 3
     assert last["ACT"]["y"] == pytest.approx(live.trainer.history.series("act"))
     assert shown[-1]["text/plain"] == "step 6 of 6"
+
+
+def test_a_box_of_the_same_height_comes_between_two_figures(tokenizer, shown):
+    live = Live(trainer(tokenizer), seconds=0)
+    live._ipython_display_()
+
+    list(live)
+
+    height = live.figure().layout.height
+    assert height and all(FIGURE_TYPE in bundle for bundle in shown[::2])
+    assert [*map(list, shown[1::2])] == [["text/html"]] * (len(shown) // 2)
+    assert {bundle["text/html"] for bundle in shown[1::2]} == {f'<div style="height: {height}px"></div>'}
 
 
 def test_drawing_waits_but_never_for_the_end_or_an_interrupt(tokenizer, shown):
@@ -135,7 +147,7 @@ def test_drawing_waits_but_never_for_the_end_or_an_interrupt(tokenizer, shown):
     live._ipython_display_()
     live.draw()
 
-    assert len(list(live)) == QUICK.steps and len(shown) == 3
+    assert len(list(live)) == QUICK.steps and len(shown) == 5
     assert drawn(shown[-1])["ACT"]["x"] == [1, 2, 3, 4, 5, 6]
 
 

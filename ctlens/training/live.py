@@ -1,8 +1,9 @@
 """A training that draws itself in a notebook while it goes on.
 
 The figure is sent to the front end as plotly's own MIME type under one display id, and sent again as it
-changes. JupyterLab and VS Code both draw that without a widget, the notebook keeps the last state as an
-ordinary figure, and nothing has to talk back to the kernel while it trains.
+changes. That needs no widget, the notebook keeps the last state as an ordinary figure, and nothing has to talk
+back to the kernel while it trains. Plotly's renderer in JupyterLab draws an output once and ignores what
+follows, so an empty box of the same height goes in between, which makes it begin anew.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Live:
     """
 
     def __init__(
-        self, trainer: Trainer, watch: Mapping[str, Watch] | None = None, *, every: int = 10, seconds: float = 0.5
+        self, trainer: Trainer, watch: Mapping[str, Watch] | None = None, *, every: int = 10, seconds: float = 1.0
     ) -> None:
         self.trainer, self.watch, self.every, self.seconds = trainer, dict(watch or {}), every, seconds
         if every < 1:
@@ -99,7 +100,10 @@ class Live:
         """Draws the view anew where it is displayed; without a display nothing happens."""
         self._drawn = time.monotonic()
         if self._handle is not None:
-            self._handle.update(self._bundle(), raw=True)
+            bundle = self._bundle()
+            height = bundle[FIGURE_TYPE]["layout"]["height"]
+            self._handle.update({"text/html": f'<div style="height: {height}px"></div>'}, raw=True)
+            self._handle.update(bundle, raw=True)
 
     def _ipython_display_(self) -> None:
         """What a notebook calls to display the view: here it gets its place."""
