@@ -7,11 +7,14 @@ printed and kept in `patching.csv`. TransformerLens gives the mean over the pair
 every pair's value; both are compared on all sites that both computed. `from_token` is where the two
 prompts of a pair begin to differ: from the first token, so that every patch is computed, or from the
 middle, so that ctlens takes half of them as they are. Where a setting says so, TransformerLens is
-timed at some positions, and both at some layers, and the times are scaled by their number.
+timed at some positions, and both at some layers, and the times are scaled by their number. `path` is
+the way that ctlens went: `suffix`, the fast one; `hooks`, the general one, which it takes for models it does not
+know; `gradient`, `attribution_patch`, whose `largest_difference` is that of an approximation.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 import time
@@ -19,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -49,6 +53,7 @@ class Setting:
         kind: `"llama"`, as ctlens builds them, or `"gpt2"`.
         layers: timed in both; their mean depth is that of all, as the cost of a patch falls with its depth.
         stride: TransformerLens is timed at every so many positions.
+        others: ways beside the fast one.
     """
 
     kind: str
@@ -60,6 +65,7 @@ class Setting:
     rounds: int
     layers: tuple[int, ...] = (0, 1, 2, 3)
     stride: int = 1
+    others: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -68,9 +74,9 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("gpt2", 4, 128, 4, 32, 1, 5),
+    Setting("gpt2", 4, 128, 4, 32, 1, 5, others=("hooks", "gradient")),
     Setting("llama", 4, 128, 4, 32, 1, 5),
-    Setting("gpt2", 4, 128, 4, 32, 16, 3, stride=2),
+    Setting("gpt2", 4, 128, 4, 32, 16, 3, stride=2, others=("hooks", "gradient")),
     Setting("llama", 4, 128, 4, 32, 16, 3, stride=2),
     Setting("gpt2", 12, 256, 8, 64, 8, 1, (0, 4, 7, 11), stride=16),
 )
@@ -131,10 +137,14 @@ def sampled(setting: Setting, site: str) -> list[tuple[int, ...]]:
     return list(itertools.product(setting.layers, places, *([range(setting.n_heads)] if site == "z" else [])))
 
 
-def ours(model: LensModel, pairs: list[Pair], setting: Setting) -> dict[str, Any]:
-    """The sweep of ctlens, every position and head."""
+def ours(model: LensModel, pairs: list[Pair], setting: Setting, way: str = "suffix") -> dict[str, Any]:
+    """The sweep of ctlens, every position and head, one of three ways."""
     options: Any = {"direction": "denoising", "window": "position", "layers": setting.layers, "progress": False}
-    return ct.analysis.patch_sites(model, pairs, sites=SITES, **options)
+    if way == "gradient":
+        return ct.analysis.attribution_patch(model, pairs, sites=SITES, **options)
+    known = mock.patch("ctlens.analysis.patching_sweep.read_blocks", lambda *parts: None)
+    with known if way == "hooks" else contextlib.nullcontext():
+        return ct.analysis.patch_sites(model, pairs, sites=SITES, **options)
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -162,11 +172,13 @@ def rows(setting: Setting) -> list[tuple[object, ...]]:
     patches = setting.n_layers * setting.length * per_place
     scale = patches / sum(len(sampled(setting, site)) for site in SITES)
     lines = []
-    for start, pairs in (("first", random_pairs), ("middle", halves(random_pairs))):
+    arms = [("first", random_pairs, "suffix"), ("middle", halves(random_pairs), "suffix")]
+    arms += [("first", random_pairs, way) for way in setting.others]
+    for start, pairs, way in arms:
         times, gaps, path = [], [], ""
         for _ in range(setting.rounds):
             slow, expected = timed(lambda pairs=pairs: theirs(model, pairs, setting))
-            fast, found = timed(lambda pairs=pairs: ours(model, pairs, setting))
+            fast, found = timed(lambda pairs=pairs, way=way: ours(model, pairs, setting, way))
             times.append((slow * scale, fast * setting.n_layers / len(setting.layers)))
             gaps.append(largest_difference(setting, expected, found))
             path = found["z"].path

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens import patching as tl_patching
 
 from ctlens.alignment import opening
-from ctlens.analysis import Patching, patch
+from ctlens.analysis import Patching, patch, patch_sites
 from ctlens.analysis import patching_sweep as ours
 from ctlens.analysis.contrast import contrasts
 from ctlens.batch import EncodedPair, encode
@@ -209,6 +209,23 @@ def test_skipping_what_cannot_change_changes_nothing(model: LensModel, site: str
     skipped, computed = (swept(model, [EQUAL], site, window="position", skip_unchanged=skip) for skip in (True, False))
     np.testing.assert_allclose(skipped.values, computed.values, **CLOSE)
     assert (skipped.values[..., 0, 0] == skipped.target).all()  # the first token opens both prompts
+
+
+def test_several_sites_in_one_sweep_are_a_sweep_each(model: LensModel, path: str):
+    options: Any = {"direction": "noising", "metrics": ("logit_diff", "kl"), "progress": False}
+    together = patch_sites(model, PAIRS, sites=[*SHORTHANDS][::-1], **options)
+    assert list(together) == [*SHORTHANDS][::-1]
+    for site, found in together.items():
+        alone = patch(model, PAIRS, site=site, **options)
+        np.testing.assert_allclose(found.values, alone.values, **CLOSE)
+        assert (found.site, found.path, found.metrics, found.tokens) == (site, alone.path, alone.metrics, alone.tokens)
+        np.testing.assert_allclose(found.source, alone.source, **CLOSE)
+
+
+@pytest.mark.parametrize(("sites", "message"), [((), "at least one site"), (("z", "z"), "each once")])
+def test_no_sites_and_repeated_ones_are_refused(sites: tuple[str, ...], message: str):
+    with pytest.raises(CtlensError, match=message):
+        patch_sites(made(), PAIRS, sites=sites, direction="denoising")
 
 
 @pytest.mark.parametrize("site", ["resid_post", "z"])

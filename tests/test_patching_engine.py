@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ctlens.analysis import patching_sweep as ours
 from ctlens.analysis.patching_blocks import Block
-from ctlens.analysis.patching_engine import SITES
+from ctlens.analysis.patching_engine import SITES, Suffix
 from ctlens.models import HAS_HOOKED_TRANSFORMER, load_model
 from ctlens.parameters import copy_model
 from ctlens.types import LensModel
@@ -96,6 +96,16 @@ def _sees_no_prefix(attend: Any) -> Any:
         return attend(self, q, kv, hidden)
 
     return wrong
+
+
+def test_a_row_that_is_prepared_wrongly_is_noticed(monkeypatch: pytest.MonkeyPatch):
+    model = made()
+    right = swept(model, PAIRS, "mlp_out")
+    changed = Suffix._changed
+    monkeypatch.setattr(Suffix, "_changed", lambda *parts: 1.01 * changed(*parts))
+    found = swept(model, PAIRS, "mlp_out")
+    assert (right.path, found.path) == ("suffix", "hooks")
+    np.testing.assert_allclose(found.values, right.values, **CLOSE)
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,8 @@ def attribution_agreement(approximate: Patching, exact: Patching, metric: str | 
         correlation(*(values[~np.isnan(values)] for values in both)) for both in zip(first.T, second.T, strict=True)
     ]
     some = ~np.isnan(second).all(-1)
-    means = (np.nanmean(values[some], -1) for values in (first, second))
-    return AttributionAgreement(*means, np.array(by_pair), metric, exact.site)
+    here, there = (np.nanmean(values[some], -1) for values in (first, second))
+    return AttributionAgreement(here, there, np.array(by_pair), metric, exact.site)
 
 
 def _changes(result: Patching, metric: str) -> Float[np.ndarray, "cell pair"]:

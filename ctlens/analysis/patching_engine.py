@@ -96,6 +96,13 @@ class Suffix:
             found = self._logits(self._run(start, pairs, at[:, None], rows))
             if not torch.allclose(found, expected, atol=TOLERANCE, rtol=TOLERANCE):
                 return False
+        layer, still = self.layers[0], torch.zeros_like(pairs)
+        jobs, at = Jobs(still, pairs, still, still, still), middle[:, None]
+        for site in self.sites:
+            own = self._changed(site, layer, jobs, at, at, self.target)
+            stream = self.stream[layer + (site != "resid_pre")][pairs[:, None], at]
+            if not torch.allclose(own, stream, atol=TOLERANCE, rtol=TOLERANCE):
+                return False
         return True
 
     def __call__(self, jobs: Jobs, max_batch: int) -> Found:
@@ -155,12 +162,14 @@ class Suffix:
         for kind in kinds.unique().tolist():
             site, layer = self.sites[kind // len(self.layers)], self.layers[kind % len(self.layers)]
             for part in (kinds == kind).nonzero()[:, 0].split(max(1, self.most_rows // there.shape[1])):
-                rows[part] = self._changed(site, layer, jobs.take(part), here[part], there[part])
+                rows[part] = self._changed(site, layer, jobs.take(part), here[part], there[part], self.source)
         return rows
 
-    def _changed(self, site: str, layer: int, jobs: Jobs, here: JobPositions, there: JobPositions) -> JobRows:
+    def _changed(
+        self, site: str, layer: int, jobs: Jobs, here: JobPositions, there: JobPositions, activations: Activations
+    ) -> JobRows:
         pairs, block = jobs.pair[:, None], self.blocks[layer]
-        source = self.source[SHORTHANDS[site].format(layer=layer)]
+        source = activations[SHORTHANDS[site].format(layer=layer)]
         if site == "z":
             return self._with_head(layer, source, jobs, here, there)
         new = source[pairs, here]

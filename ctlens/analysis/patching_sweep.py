@@ -116,7 +116,7 @@ class Sweep:
                 grid[(slice(None), *todo.take(done).cells())] = found[:, done.cpu().numpy()]
                 values[site] = grid if site in WITH_HEADS else grid[:, :, 0]
                 paths[site] = path.name
-        return Swept(values, unpatched, whole, paths)
+        return Swept({site: values[site] for site in self.sites}, unpatched, whole, paths)
 
     @property
     def _known(self) -> tuple[str, ...]:
