@@ -138,7 +138,8 @@ def test_a_course_is_drawn_in_the_panel_of_the_loss_measured_and_the_colour_of_t
 def test_courses_share_one_logarithmic_scale_with_a_line_at_no_change():
     figure = plots.cross_loss_steps(COURSES, "?")
     assert {axis.type for axis in figure.select_yaxes()} == {"log"}
-    assert {axis.matches for axis in figure.select_yaxes()} == {"y"}
+    first, *others = (axis.matches for axis in figure.select_yaxes())
+    assert first is None and set(others) == {"y"}
     assert [(shape.y0, shape.y1, shape.xref) for shape in figure.layout.shapes] == [
         (1, 1, "x domain"), (1, 1, "x2 domain"),
     ]  # fmt: skip
@@ -174,6 +175,50 @@ def test_all_methods_share_one_scale_from_0_to_1_and_are_named_for_readers():
 def test_only_the_lowest_panel_of_a_column_names_its_columns():
     shown = [axis.showticklabels for axis in matrix(**dict.fromkeys(list(METHODS)[:5], panel())).select_xaxes()]
     assert shown == [False, False, True, True, True]
+
+
+def drawn_for(figure: go.Figure) -> list[tuple[str | None, str | None]]:
+    """What each trace is drawn for, with the panel it stands in."""
+    return [(trace.meta["method"], trace.xaxis) for trace in figure.data]
+
+
+def test_a_line_and_its_band_say_which_method_they_are_drawn_for_whatever_it_is_called_in_the_legend():
+    line = ([0.5, 0.5], [0.4, 0.4], [0.6, 0.6])
+    curves = plots.layer_curves({"act": line, "mine": line}, "?", y_title="y")
+    assert [method for method, _ in drawn_for(curves)] == ["act", "act", "mine", "mine"]
+    assert drawn_for(plots.history([1, 2], {"attct": [1, 2], "none": [1, 1]}, "?")) == [("attct", None), ("none", None)]
+    panels, random = {"act": {"act": line, "bct": line}}, {"act": ([0, 0], [1, 1])}
+    shifts = plots.similarity_curves([0, 1], panels, random, "?", y_title="y")
+    ceiling = "ceiling: same method, other seed"
+    assert [method for method, _ in drawn_for(shifts)] == ["random directions", ceiling, ceiling, "bct", "bct"]
+
+
+def test_everything_in_a_panel_of_one_model_is_drawn_for_it():
+    line, ends = ([0.5, 0.5], [0.4, 0.4], [0.6, 0.6]), ([0.0, 0.0], [0.1, 0.1])
+    against = plots.against_random(
+        {"none": ({"direction": line}, ends), "act": ({"direction": line}, ends)}, [0, 1], "?", x_title="x", y_title="y"
+    )
+    assert set(drawn_for(against)) == {("none", "x"), ("act", "x2")}
+    measured = dict.fromkeys(("readable", "used", "reelicited"), (*line, *ends))
+    looks = {"none": ["masked", "erased"], "bct": ["masked", "masked"]}
+    shown = plots.evidence(dict.fromkeys(looks, measured), looks, [0, 1], "?")
+    rows = {(method, axis) for method, axis in drawn_for(shown) if method in looks}
+    assert rows == {("none", f"x{n or ''}") for n in (0, 2, 3)} | {("bct", f"x{n}") for n in (4, 5, 6)}
+    grids = plots.component_grids({"none": RATES[:2], "act": RATES[:2]}, THREATS, "?", unit="u")
+    assert drawn_for(grids) == [("none", "x"), ("act", "x2")]
+    assert drawn_for(matrix(none=panel(RATES[:1]), act=panel())) == [("none", "x"), ("act", "x2")]
+    assert [axis.matches for axis in against.select_yaxes()] == [None, "y"]  # an axis that matches itself is refused
+    assert [axis.matches for axis in shown.select_yaxes()] == [None, None, None, "y", "y2", "y3"]
+
+
+def test_many_methods_have_slanted_names_under_their_similarity():
+    def angles(count: int) -> set[float | None]:
+        cells = (np.full((count, count), 0.5),) * 3
+        names = [f"method {number}" for number in range(count)]
+        figure = plots.similarity_matrix(names, {"last": (cells, cells, np.zeros((count, count)))}, "?")
+        return {axis.tickangle for axis in figure.select_xaxes()}
+
+    assert (angles(4), angles(12)) == ({0}, {-40})
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from ctlens.plots.arrays import checked, require_some
 from ctlens.plots.interventions import draw_band
 from ctlens.plots.panels import COLUMNS, Place, fit, panels, places
 from ctlens.plots.rates import whiskers
-from ctlens.plots.theme import MUTED, Style, finish, label
+from ctlens.plots.theme import MUTED, Style, drawn_for, finish, label
 
 Measurement = tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike, ArrayLike]
 """Value, its interval's lower and upper end, lowest and highest of its null, each `[layer]`."""
@@ -66,14 +66,15 @@ def evidence(
         if model != base:
             _draw_base(figure, place, layers, measured[base][question][0], listed=number == COLUMNS)
         _draw(figure, place, layers, (value, low, high), verdicts[model])
+        figure.update_traces(meta=drawn_for(model), **place)
     _name_verdicts(figure, verdicts)
     caption = "Lines are means over pairs, bars their 95% intervals, markers the verdict on the layer. The grey band is"
     caption += " the null: shuffled labels, or random directions of equal size; the dashed line is the base."
     finish(figure, title, subtitle, kind="evidence", caption=caption)
-    for (_, question), (place, _, last) in zip(cells, places(len(cells)), strict=True):
+    for number, ((_, question), (place, _, last)) in enumerate(zip(cells, places(len(cells)), strict=True)):
         figure.update_xaxes(title_text="layer" if last else None, tickvals=list(layers), **place)
-        column = place["col"]
-        figure.update_yaxes(title_text=QUESTIONS[question][1], matches="y" if column == 1 else f"y{column}", **place)
+        scale = None if number < COLUMNS else "y" if place["col"] == 1 else f"y{place['col']}"
+        figure.update_yaxes(title_text=QUESTIONS[question][1], matches=scale, **place)
     figure.update_yaxes(title_font_size=11)
     return fit(figure, len(cells), height=HEIGHT, gap=GAP, below=BELOW).update_layout(width=WIDTH)
 

@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from ctlens.plots import panels as multiples
 from ctlens.plots.arrays import checked, require_some
-from ctlens.plots.theme import finish, label
+from ctlens.plots.theme import drawn_for, finish, label
 
 WRITTEN_CELLS = 36
 LEAST_CHANGE = 0.02  # of the largest value: less is not to fill the scale of the changes
@@ -105,9 +105,9 @@ def component_grids(
     size = {"height": max(140, GRID_CELL * layers), "gap": GRID_GAP}
     figure = multiples.panels([label(name) for name in grids], **size, side=0.05)
     span = max(float(np.abs(grid).max()) for grid in checked_grids.values()) or 1.0
-    for grid, (place, _, _) in zip(checked_grids.values(), multiples.places(len(grids)), strict=True):
+    for (model, grid), (place, _, _) in zip(checked_grids.items(), multiples.places(len(grids)), strict=True):
         names = [[f"L{layer}{column}" for column in columns] for layer in range(layers)]
-        figure.add_trace(_panel(grid, "coloraxis", names), **place)
+        figure.add_trace(_panel(grid, "coloraxis", names).update(meta=drawn_for(model)), **place)
     caption = "Rows are layers, columns their heads and MLP; red is for, blue against, white is nothing."
     finish(figure, title, subtitle, kind="component_grids", caption=caption)
     bar = {"title": {"text": unit, "side": "right"}}

@@ -11,7 +11,7 @@ from ctlens.plots.arrays import checked, require_some
 from ctlens.plots.curves import Curve
 from ctlens.plots.panels import Place, fit, panels, places
 from ctlens.plots.rates import whiskers
-from ctlens.plots.theme import MUTED, Style, finish, label
+from ctlens.plots.theme import MUTED, Style, drawn_for, finish, label
 
 Band = tuple[ArrayLike, ArrayLike]
 """Lower and upper end, each `[x]`."""
@@ -57,10 +57,11 @@ def against_random(
         draw_band(figure, place, name, x, band, name="random directions", listed=name == next(iter(shown)))
         for kind, curve in curves.items():
             _draw(figure, place, kind, x, curve, listed=name == next(iter(shown)))
+        figure.update_traces(meta=drawn_for(name), **place)
         figure.add_hline(0, line={"color": MUTED, "width": 1}, layer="below", **place)
     caption = "Lines are means over pairs, bars their 95% intervals; the grey band is from the lowest to the highest"
     finish(figure, title, subtitle, kind="against_random", caption=f"{caption} random direction of equal size.")
-    figure.update_yaxes(matches="y")
+    figure.update_yaxes(matches="y").update_layout(yaxis_matches=None)
     for place, first, last in places(len(shown)):
         figure.update_xaxes(title_text=x_title if last else None, tickvals=list(x), **place)
         figure.update_yaxes(title_text=y_title if first else None, showticklabels=first, **place)

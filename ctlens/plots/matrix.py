@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 
 from ctlens.plots import panels as multiples
 from ctlens.plots.arrays import checked, require_some
-from ctlens.plots.theme import INK, LEGEND_ROW, finish, label
+from ctlens.plots.theme import INK, LEGEND_ROW, drawn_for, finish, label
 
 Panel = tuple[ArrayLike, ArrayLike, ArrayLike]
 """Value, lower end and upper end of the interval, each `[trained, evaluated]`, or `[1, evaluated]` without a threat."""
@@ -64,7 +64,8 @@ def cross_threat(
         rows.append([NO_THREAT] if untrained else list(trained))
         names = [[f"trained on {row}, evaluated on {column}" for column in evaluated] for row in rows[-1]]
         hover = f"{label(method)}, %{{customdata[0]}}: {metric} %{{z:.1%}}<extra></extra>"
-        figure.add_trace(_matrix(*_checked(method, panel, rows[-1], evaluated), names, hover, _rate), **place)
+        matrix = _matrix(*_checked(method, panel, rows[-1], evaluated), names, hover, _rate)
+        figure.add_trace(matrix.update(meta=drawn_for(method)), **place)
     caption = "Cells are rates with their 95% intervals, in percent; outlined: evaluated on the threat trained on."
     finish(figure, title, subtitle, kind="cross_threat", caption=caption)
     for names, (place, first, last) in zip(rows, spots, strict=True):

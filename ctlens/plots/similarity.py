@@ -24,6 +24,7 @@ COLOURS = sample_colorscale("RdBu_r", np.linspace(0.2, 0.8, 9).tolist())  # ligh
 CEILING, RANDOM = "ceiling: same method, other seed", "random directions"
 RANDOM_COLOUR = "rgba(128, 128, 128, 0.22)"
 CELL, SIDE, BELOW, NAME = 56, 78, 62, 26
+LEVEL = 6  # longer rows of names are slanted
 HEIGHT, GAP, BELOW_CURVES = 250, 64, 54
 
 
@@ -126,7 +127,7 @@ def _frame(figure: go.Figure, place: multiples.Place, names: Sequence[str], has_
     size = len(names)
     plain = {"tickmode": "array", "tickvals": list(range(size)), "ticktext": list(names), "showgrid": False}
     plain |= {"showline": False, "ticks": "", "tickfont": {"size": 12}}
-    figure.update_xaxes(**plain, tickangle=0, **place)
+    figure.update_xaxes(**plain, tickangle=0 if size <= LEVEL else -40, automargin=True, **place)
     figure.update_yaxes(
         **plain, automargin=True, ticklabelstandoff=4, range=[size - 0.5, -0.5], showticklabels=first, **place
     )
@@ -169,7 +170,7 @@ def similarity_curves(
     x, lowest = np.asarray(layers, dtype=float), 0.0
     for (method, others), (place, first, last) in zip(panels.items(), multiples.places(len(panels)), strict=True):
         low, high = (checked(f"random {method!r}", end, len(x)) for end in random[method])
-        _band(figure, place, x, low, high, RANDOM_COLOUR, RANDOM)
+        _band(figure, place, x, low, high, RANDOM_COLOUR, RANDOM, name=RANDOM)
         for other, (value, low, high) in others.items():
             numbers = [checked(f"curve {other!r}", end, len(x)) for end in (value, low, high)]
             _line(figure, place, x, numbers, other, is_ceiling=other == method)
@@ -199,7 +200,7 @@ def _line(
     """A method's curve with its band, or a ceiling's without markers."""
     look = replace(style(name), label=CEILING, colour=INK, dash="dot") if is_ceiling else style(name)
     value, low, high = curve
-    _band(figure, place, x, low, high, look.shade(0.14))
+    _band(figure, place, x, low, high, look.shade(0.14), look.label)
     figure.add_scatter(
         x=x.tolist(),
         y=value.tolist(),
@@ -226,6 +227,7 @@ def _band(
     low: np.ndarray,
     high: np.ndarray,
     colour: str,
+    group: str,
     name: str = "",
 ) -> None:
     known = np.isfinite(low + high)  # a NaN would break the outline of the band
@@ -238,6 +240,6 @@ def _band(
         mode="lines",
         hoverinfo="skip",
         name=name,
-        legendgroup=name or None,
+        legendgroup=group,
         **place,
     )

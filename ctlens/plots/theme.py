@@ -6,6 +6,7 @@ import textwrap
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -35,11 +36,17 @@ class Style:
         return f"rgba({red}, {green}, {blue}, {alpha})"
 
 
-# Five of the Okabe-Ito colours, AttCT's in light and dark for its relatives, brown and olive; marker and dash
-# repeat the distinction for print and for colour-blind readers.
-METHODS = {
+# Greys, then five of the Okabe-Ito colours, AttCT's in light and dark for its relatives, brown and olive; the arms
+# of a loss are dashed, in hues near it. Marker and dash repeat the distinction for print and for colour-blind readers.
+CONTROLS = {
     "none": Style("base", "#666666", "x", "solid"),
     "retention": Style("retention only", "#a3a3a3", "cross", "dash"),
+    "sft": Style("SFT on clean prompts", "#808080", "star", "dashdot"),
+    "perturbed": Style("perturbed weights", "#949494", "hexagram", "dot"),
+    "harmless_act": Style("ACT, harmless wrapper", "#7b868f", "diamond-tall", "longdash"),
+    "harmless_bct": Style("BCT, harmless wrapper", "#8f857b", "diamond-wide", "longdashdot"),
+}
+METHODS = CONTROLS | {
     "act": Style("ACT", "#0072b2", "circle", "solid"),
     "mlpct": Style("MLPCT", "#e69f00", "square", "solid"),
     "attct": Style("AttCT", "#009e73", "diamond", "solid"),
@@ -49,6 +56,9 @@ METHODS = {
     "attmass": Style("AttMass", "#00523c", "hourglass", "dot"),
     "rmct": Style("RMCT", "#8c564b", "pentagon", "solid"),
     "f2c": Style("F2C", "#8a9a00", "hexagon", "solid"),
+    "act_last": Style("ACT, last token", "#004a75", "octagon", "dash"),
+    "klct_last": Style("KLCT, last token", "#4f8a9e", "triangle-left", "dash"),
+    "klct_suffix": Style("KLCT, suffix", "#6f8fdc", "triangle-right", "dash"),
 }
 # What has an order but is no method: dark to light, in hues that no method has.
 RAMP = ("#3d2c8d", "#8e2f9e", "#cf4a86", "#e38d78")
@@ -80,6 +90,7 @@ def ordered(names: Sequence[str]) -> dict[str, Style]:
 # The prompts of an evaluation, from those of the training to those that differ most from it.
 SPLITS = ordered(("train", "entities", "heldout", "structure"))
 STYLES = METHODS | SPLITS
+NAMES = {look.label: name for name, look in STYLES.items()}
 
 
 def style(name: str) -> Style:
@@ -100,6 +111,11 @@ def label(name: str) -> str:
     return style(name).label
 
 
+def drawn_for(method: str | None) -> dict[str, str | None]:
+    """The `meta` of a trace that is drawn for a method, by which a page shows and hides it."""
+    return {"method": method}
+
+
 def finish(
     figure: go.Figure,
     title: str,
@@ -112,6 +128,8 @@ def finish(
 ) -> go.Figure:
     """Gives `figure` the common layout, in place, and returns it.
 
+    Every trace that does not say what it is drawn for gets it from its legend group or its name.
+
     Args:
         figure: the figure with its traces.
         title: the question the figure answers, or the answer; wrapped to the width of the page.
@@ -121,6 +139,7 @@ def finish(
         kind: which sort of figure this is; the report orders figures by it.
         caption: how to read the figure, printed under it in the report.
     """
+    figure.for_each_trace(_name_method)
     heading = textwrap.wrap(title, TITLE_WIDTH)
     under = textwrap.wrap(subtitle or "", SUBTITLE_WIDTH)
     axis = {"gridcolor": GRID, "zeroline": False, "linecolor": MUTED, "ticks": "outside", "tickcolor": GRID}
@@ -144,6 +163,11 @@ def finish(
     if y_title is not None:
         figure.update_layout(yaxis_title_text=y_title)
     return figure
+
+
+def _name_method(trace: Any) -> None:
+    name = trace.legendgroup or trace.name
+    trace.meta = trace.meta or drawn_for(NAMES.get(name, name))
 
 
 def _title(heading: list[str], under: list[str]) -> dict[str, object]:
