@@ -1,0 +1,99 @@
+"""Claims of the field, each with its statistic, interval, null and a verdict that follows from them by one rule."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+import pandas as pd
+
+from ctlens.errors import CtlensError
+from ctlens.files import atomic_file
+
+HOLDS, FAILS, OPEN, UNMEASURED = VERDICTS = ("holds", "does not hold", "inconclusive", "not measured")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim on one threat, as measured.
+
+    Attributes:
+        key: names the claim, whatever the threat.
+        statement: what is claimed, a sentence without its full stop.
+        threat: trained and evaluated on; `"all"` where it is about several.
+        setting: `"equal steps"` or `"matched effect"`, how the methods were made comparable.
+        statistic: what the number is, in words.
+        unit: of the number.
+        value, ci_low, ci_high: the number with its 95 percent interval; NaN where not measured.
+        null: the same number of the control, beside which it stands; NaN where there is none.
+        floor: what the whole interval has to exceed for the claim to hold.
+        n: prompts, or trained models where the interval is over those.
+        over: what the interval is over, in words.
+        verdict: one of `VERDICTS`.
+        reason: why, in one sentence with the numbers in it.
+    """
+
+    key: str
+    statement: str
+    threat: str
+    setting: str
+    statistic: str
+    unit: str
+    value: float
+    ci_low: float
+    ci_high: float
+    null: float
+    floor: float
+    n: int
+    over: str
+    verdict: str
+    reason: str
+
+
+COLUMNS = tuple(field.name for field in fields(Claim))
+
+
+def verdict(value: float, low: float, high: float, floor: float = 0.0) -> str:
+    """Whether a claim holds: its whole interval lies above the floor, below it, or on both sides.
+
+    >>> verdict(0.5, 0.2, 0.8), verdict(-0.1, -0.3, -0.05), verdict(0.1, -0.2, 0.4)
+    ('holds', 'does not hold', 'inconclusive')
+    >>> verdict(float("nan"), float("nan"), float("nan"))
+    'not measured'
+    """
+    if pd.isna(value) or pd.isna(low) or pd.isna(high):
+        return UNMEASURED
+    return HOLDS if low > floor else FAILS if high <= floor else OPEN
+
+
+def write_claims(claims: Iterable[Claim], path: str | Path) -> None:
+    """Writes `claims.csv`, one claim a row."""
+    with atomic_file(Path(path)) as temporary:
+        pd.DataFrame([astuple(claim) for claim in claims], columns=list(COLUMNS)).to_csv(temporary, index=False)
+
+
+def read_claims(path: str | Path) -> list[Claim]:
+    """The claims of a `claims.csv`.
+
+    Raises:
+        CtlensError: the file is missing, or lacks a column.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CtlensError(f"{path} does not exist: run the study to its end first, or check the path.")
+    table = pd.read_csv(path)
+    if missing := [name for name in COLUMNS if name not in table]:
+        raise CtlensError(f"{path} lacks the columns {', '.join(missing)}: check that it is a study's claims.")
+    return [Claim(**row) for row in table[list(COLUMNS)].to_dict("records")]  # type: ignore[arg-type]
+
+
+def answer(claims: Sequence[Claim]) -> tuple[str, ...]:
+    """What the claims say together, in three sentences."""
+    found = Counter(claim.verdict for claim in claims)
+    return (
+        f"Of {len(claims)} claims tested, {found[HOLDS]} hold.",
+        f"{found[FAILS]} do not hold, and {found[OPEN]} are inconclusive.",
+        f"{found[UNMEASURED]} were not measured.",
+    )
