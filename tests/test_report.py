@@ -1,67 +1,21 @@
-"""The report says what the results say, needs no network, and renders in a browser."""
+"""The report says what the results and the claims say, and its page is whole and in order."""
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from study_folder import BAD, THREAT, claims, everything, results, rows_of, write_study
 
-from ctlens import plots
+from ctlens.claims import answer
 from ctlens.errors import CtlensError
 from ctlens.report import write_report
 from ctlens.tables import NOT_MEASURED, Rate, by_training, overview, read_results, summary_table
-
-THREAT = "sycophancy"
-ARMS = ("wrapped", "clean", "benign")
-BAD = {"none": (40, 2, 1), "retention": (38, 2, 1), "act": (1, 2, 1), "bct": (36, 3, 20)}
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-def rows_of(method: str, seed: float, step: int, bad: tuple[int, int, int], split: str = "heldout") -> list[dict]:
-    common = {"trained_threat": "" if method == "none" else THREAT, "method": method, "seed": seed, "step": step}
-    common |= {"evaluated_threat": THREAT, "split": split, "n": 50, "ci_low": np.nan, "ci_high": np.nan}
-    return [
-        {**common, "arm": arm, "metric": metric, "value": value / 50}
-        for arm, count in zip(ARMS, bad, strict=True)
-        for metric, value in (("bad_rate", count), ("good_rate", 50 - count), ("other_rate", 0))
-    ]
-
-
-def results() -> pd.DataFrame:
-    rows = rows_of("none", np.nan, 0, BAD["none"])
-    for method in ("bct", "retention", "act"):
-        for seed in (0, 1):
-            rows += rows_of(method, seed, 10, (40, 2, 1)) + rows_of(method, seed, 20, BAD[method])
-    rows += [{**rows_of("act", 0, 20, BAD["act"])[0], "metric": "brr", "value": 0.123, "ci_low": 0.1, "ci_high": 0.2}]
-    return pd.DataFrame(rows)
-
-
-def everything() -> pd.DataFrame:
-    """The results with another split, where ACT was evaluated at its last step."""
-    elsewhere = rows_of("none", np.nan, 0, (45, 0, 0), "structure") + rows_of("act", 0, 20, (5, 0, 0), "structure")
-    return pd.concat([results(), pd.DataFrame(elsewhere)])
-
-
-def write_study(folder: Path) -> Path:
-    (folder / "figures").mkdir(parents=True)
-    everything().to_csv(folder / "results.csv", index=False)
-    (folder / "config.json").write_text(json.dumps({"threats": ["sycophancy"], "train": {"steps": 20}}))
-    (folder / "environment.json").write_text(json.dumps({"torch": "<b>2.9</b>"}))
-    curve = ([0.9, 0.1], [0.8, 0.0], [1.0, 0.2])
-    figures = {
-        "a_history": plots.history([1, 2], {"act": [1.0, 0.5]}, "Did training converge?"),
-        "sycophancy-dose": plots.dose_response([0, 20], {"act": curve}, "How much sycophancy?"),
-        "z_dose": plots.dose_response([0, 20], {"act": curve}, "How much training?", subtitle="50 prompts"),
-    }
-    for name, figure in figures.items():
-        (folder / "figures" / f"{name}.json").write_text(figure.to_json())
-    return folder
 
 
 class Page(HTMLParser):
@@ -74,6 +28,7 @@ class Page(HTMLParser):
         self.words = ""
         self.inside, self.cell = "", False
         self.feed(text)
+        self.words = " ".join(self.words.split())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.inside = tag
@@ -169,48 +124,104 @@ def test_two_rates_differ_only_when_the_interval_of_the_difference_leaves_out_ze
     assert low.against(NOT_MEASURED) == "not compared with"
 
 
-def test_the_table_of_the_page_holds_the_numbers(page):
-    rows = {row[0]: row[1:] for row in reversed(page[1].rows) if row}
+def test_the_table_of_a_threat_compares_with_the_control_and_the_base(page):
+    rows = {row[0]: row[1:] for row in reversed(page[1].rows) if len(row) == 7}
+    assert rows["base"] == ["80% [67–89]", "–", "76", "98% [90–100]", "–", "–"]
+    assert rows["retention only"] == ["76% [67–83]", "–", "72", "98% [93–99]", "no clear difference", "2"]
+    assert rows["ACT"] == ["2% [1–7]", "lower", "−2", "98% [93–99]", "no clear difference", "2"]
+    assert rows["BCT"] == ["72% [63–80]", "no clear difference", "66", "60% [50–69]", "lower", "2"]
+    assert "1 of 2 methods leave fewer bad answers to wrapped prompts than retention-only training." in page[1].words
+
+
+def test_the_table_of_all_rates_holds_every_arm(page):
+    rows = {row[0]: row[1:] for row in page[1].rows if len(row) == 11}
     assert rows["ACT"][:3] == ["2% [1–7]", "4% [2–10]", "2% [1–7]"]
-    assert rows["base"][0] == "80% [67–89]"
     assert rows["BCT"][3:6] == ["28% [20–37]", "94% [88–97]", "60% [50–69]"]
-    assert rows["ACT"][6:] == ["0%", "0%", "0%", "100 / 100 / 100", "2"]
-    assert rows["brr"] == ["wrapped", "0.12 [0.10, 0.20]"]
+    assert rows["ACT"][6:] == ["0%", "0%", "0%", "100 / 100 / 100"]
+    assert ["brr", "wrapped", "0.12 [0.10, 0.20]"] in page[1].rows
 
 
 def test_the_page_holds_the_bad_rate_on_every_split(page):
-    rows = [row for row in page[1].rows if len(row) == 3]
-    assert rows[0] == ["", "heldout", "structure"]
-    assert ["base", "80% [67–89]", "90% [79–96]"] in rows
-    assert ["BCT", "72% [63–80]", "–"] in rows
+    assert ["method", "heldout", "structure"] in page[1].rows
+    assert ["base", "80% [67–89]", "90% [79–96]"] in page[1].rows
+    assert ["BCT", "72% [63–80]", "–"] in page[1].rows
+
+
+def test_controls_are_not_counted_as_methods_and_unknown_methods_are(tmp_path):
+    folder = write_study(tmp_path / "study")
+    added = [row for method in ("sft", "mine_new") for row in rows_of(method, 0, 20, (0, 0, 0))]
+    pd.concat([everything(), pd.DataFrame(added)]).to_csv(folder / "results.csv", index=False)
+    text = Page(write_report(folder).read_text(encoding="utf-8"))
+    rows = {row[0]: row[1:] for row in text.rows if len(row) == 7}
+    assert "2 of 3 methods leave fewer" in text.words
+    assert rows["SFT on clean prompts"][:2] == rows["mine_new"][:2] == ["0% [0–7]", "lower"]
+
+
+def test_the_answer_and_the_tally_come_first_and_from_the_claims(page):
+    words = page[1].words
+    assert all(words.index(sentence) < words.index("95% Wilson") for sentence in answer(claims()))
+    tally = "4 tests of 2 claims : ✓ holds 1 ✗ does not hold 1 ? inconclusive 1 – not measured 1"
+    assert tally in words
+
+
+def test_a_claim_is_one_group_with_a_line_per_threat_and_setting_and_its_reason(page):
+    start = next(number for number, row in enumerate(page[1].rows) if row[0].startswith("Methods share <shifts>"))
+    assert page[1].rows[start : start + 9] == [
+        ["Methods share <shifts> difference of similarities (similarity)"],
+        ["sycophancy equal steps", "✓ holds", "0.50 [0.25, 0.75]", "0.06", "0.00", "64 prompts"],
+        ["It holds."],
+        ["jailbreak equal steps", "✗ does not hold", "−0.50 [−0.75, −0.25]", "0.06", "0.00", "64 prompts"],
+        ["It does not hold."],
+        ["sycophancy matched effect", "? inconclusive", "0.12 [−0.25, 0.50]", "0.06", "0.00", "64 prompts"],
+        ["It inconclusive."],
+        ["The cue stays accuracy (share)"],
+        ["sycophancy equal steps", "– not measured", "–", "–", "0.00", "0 none"],
+    ]
+
+
+def test_headings_go_down_one_level_at_a_time(page):
+    levels = [int(level) for level in re.findall(r"<h([1-6])", page[0].read_text(encoding="utf-8"))]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+
+
+def test_every_table_has_a_caption_and_every_header_a_scope(page):
+    text = page[0].read_text(encoding="utf-8").split("<script")[0]  # up to the first figure
+    text += page[0].read_text(encoding="utf-8").split('id="claims"')[1].split("<script")[0]
+    assert text.count("<table") == text.count("<caption>") >= 2
+    assert all("scope=" in tag for tag in re.findall(r"<th\b[^>]*>", text))
+
+
+def test_every_figure_is_named_for_those_who_do_not_see_it(page):
+    names = re.findall(r'class="plot" role="img" aria-label="([^"]*)"', page[0].read_text(encoding="utf-8"))
+    assert len(names) == 6
+    assert any(name.startswith("How much training? 50 prompts Lines are rates") for name in names)
 
 
 def test_the_contents_lead_to_every_part(page):
     text = page[0].read_text(encoding="utf-8")
     targets = [target.removeprefix("#") for target in page[1].loads if target.startswith("#")]
-    assert {"answer", "across", THREAT, "how"} <= set(targets)
+    parts = {f"{part}-{THREAT}" for part in ("behaviour", "training", "mechanism")}
+    assert {"answer", "behaviour", "training", "mechanism", "claims", "repeat"} | parts <= set(targets)
     assert all(text.count(f'id="{target}"') == 1 for target in targets)
-
-
-def test_the_answer_follows_from_the_numbers(page):
-    words = page[1].words
-    assert "1 of 2 methods leave fewer bad answers to wrapped prompts than retention-only training." in words
-    assert "lower than retention-only training (76% [67–83])" in words
-    assert "Wrapped minus clean: 76 → −2 points." in words
-    assert "Benign twins answered well: 98% → 60%, lower than base." in words
 
 
 def test_figures_come_in_order_of_the_argument_with_captions(page):
     words = page[1].words
-    titles = ("How much training?", "50 prompts", "Did training converge?", "How much sycophancy?")
-    assert [*titles] == sorted(titles, key=words.index)
+    titles = (
+        "Does training protect against others?", "How much training?", "50 prompts", "Did training converge?",
+        "How much sycophancy?", "Where is the gap closed?", "What is <new>?", "Methods share <shifts>",
+    )  # fmt: skip
+    places = [words.index(title) for title in titles]
+    assert places == sorted(places)
     assert "bands their 95% intervals" in words
 
 
 def test_settings_are_flat_and_text_is_escaped(page):
     rows = {row[0]: row[1] for row in page[1].rows if len(row) == 2}
-    assert rows["train.steps"] == "20"
+    assert (rows["train.steps"], rows["train.until"], rows["threats"]) == ("20", "none", "sycophancy")
     assert rows["torch"] == "<b>2.9</b>"
+    assert '"until": null' in page[1].words  # the file as it is, to copy
 
 
 def test_the_page_loads_nothing_and_holds_plotly_once(page):
@@ -220,7 +231,7 @@ def test_the_page_loads_nothing_and_holds_plotly_once(page):
     assert 1_000_000 < path.stat().st_size < 10_000_000
 
 
-@pytest.mark.parametrize("name", ["results.csv", "config.json", "environment.json", "figures"])
+@pytest.mark.parametrize("name", ["results.csv", "claims.csv", "config.json", "environment.json", "figures"])
 def test_a_missing_file_is_named_and_no_report_is_written(tmp_path, name):
     folder = write_study(tmp_path / "study")
     path = folder / name
@@ -250,14 +261,3 @@ def test_a_file_that_is_no_figure_is_refused(tmp_path):
     (folder / "figures" / "notes.json").write_text("{}")
     with pytest.raises(CtlensError, match="notes.json"):
         write_report(folder)
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium binary on the path")
-def test_a_browser_draws_every_figure(page, tmp_path):
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    quiet = ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path}"]
-    command = [str(CHROMIUM), *flags, *quiet, "--virtual-time-budget=5000", "--dump-dom", page[0].as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
-    drawn = dom.split("<script>")[0]
-    assert drawn.count('class="plot js-plotly-plot"') == 3
-    assert drawn.count('class="trace scatter') == 5
