@@ -45,16 +45,14 @@ def everything() -> pd.DataFrame:
 
 def claims() -> list[Claim]:
     """Two claims: one on two threats and in two settings, one that was not measured."""
-    share = ("share", "Methods share <shifts>", "difference of similarities", "similarity")
+    share = ("share", "methods share <shifts>", "difference of similarities", "similarity")
     lines = [
         (THREAT, "equal steps", 0.5, 0.25, 0.75, HOLDS),
         ("jailbreak", "equal steps", -0.5, -0.75, -0.25, FAILS),
         (THREAT, "matched effect", 0.125, -0.25, 0.5, OPEN),
     ]
     found = [
-        Claim(
-            *share[:2], threat, setting, *share[2:], value, low, high, 0.0625, 0.0, 64, "prompts", word, f"It {word}."
-        )
+        Claim(*share[:2], threat, setting, *share[2:], value, low, high, 0.0625, 0.0, 64, "prompts", word, f"it {word}")
         for threat, setting, value, low, high, word in lines
     ]
     cue = Claim(
@@ -86,7 +84,8 @@ def write_study(folder: Path) -> Path:
     figures = {
         "a_history": plots.history([1, 2], {"act": [1.0, 0.5], "retention": [0.5, 0.5]}, "Did training converge?"),
         "cross-threat": plots.cross_threat(
-            [THREAT, "jailbreak"], [THREAT, "jailbreak"], {"act": (grid, grid, grid), "bct": (grid, grid, grid)},
+            [THREAT, "jailbreak"], [THREAT, "jailbreak"],
+            dict.fromkeys(["act", "bct", "retention"], (grid, grid, grid)),
             "Does training protect against others?",
         ),
         f"{THREAT}-dose": plots.dose_response([0, 20], curves, "How much sycophancy?"),

@@ -154,12 +154,12 @@ def test_controls_are_not_counted_as_methods_and_unknown_methods_are(tmp_path):
     text = Page(write_report(folder).read_text(encoding="utf-8"))
     rows = {row[0]: row[1:] for row in text.rows if len(row) == 7}
     assert "2 of 3 methods leave fewer" in text.words
-    assert rows["SFT on clean prompts"][:2] == rows["mine_new"][:2] == ["0% [0–7]", "lower"]
+    assert rows["SFT on other prompts"][:2] == rows["mine_new"][:2] == ["0% [0–7]", "lower"]
 
 
 def test_the_answer_and_the_tally_come_first_and_from_the_claims(page):
     words = page[1].words
-    assert all(words.index(sentence) < words.index("95% Wilson") for sentence in answer(claims()))
+    assert all(words.index(sentence) < words.index("Square brackets") for sentence in answer(claims()))
     tally = "4 tests of 2 claims : ✓ holds 1 ✗ does not hold 1 ? inconclusive 1 – not measured 1"
     assert tally in words
 

@@ -114,7 +114,7 @@ def test_a_method_is_hidden_and_shown_by_keyboard_in_figures_and_tables(chromium
     assert chromium.run("[...document.querySelectorAll('main [data-method=act]')].every(row => row.hidden)")
     assert not chromium.run("[...document.querySelectorAll('main [data-method=bct]')].some(row => row.hidden)")
     cells = PLOT.format("cross-threat") + ".data.map(trace => [trace.meta.method, trace.visible])"
-    assert chromium.run(cells) == [["act", False], ["bct", True]]
+    assert chromium.run(cells) == [["act", False], ["bct", True], ["retention", True]]
     assert chromium.run(PLOT.format("z_dose") + ".querySelectorAll('.trace').length") == 0
     chromium.press(" ")
     chromium.wait(IDLE)
@@ -187,10 +187,12 @@ def test_the_numbers_of_a_figure_come_as_a_table_when_asked_for(chromium, page):
 
 
 def test_print_draws_everything_at_once_in_light_colours_at_page_width(chromium, page):
-    chromium.open(page, width=680, dark=True)
+    chromium.open(page, dark=True)
     drawn = "[...figures.keys()].every(plot => plot.querySelector('.main-svg'))"
     assert chromium.run(f"dispatchEvent(new Event('beforeprint')), {drawn}")
-    chromium.media("print", **{"prefers-color-scheme": "dark"})
+    chromium.media("print", **{"prefers-color-scheme": "light"})  # as browsers do; the page must not draw for it
+    chromium.call("Emulation.setDeviceMetricsOverride", width=680, height=800, deviceScaleFactor=1, mobile=False)
+    chromium.run("new Promise(resolve => setTimeout(resolve, 400))")
     fills = chromium.run(f"[...{DOSE}.querySelectorAll('.xtick text')].map(text => getComputedStyle(text).fill)")
     assert len(fills) > 1 and all(contrast(fill, "rgb(255, 255, 255)") > 7 for fill in fills)
     assert chromium.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

@@ -71,10 +71,10 @@ def evidence(
     caption = "Lines are means over pairs, bars their 95% intervals, markers the verdict on the layer. The grey band is"
     caption += " the null: shuffled labels, or random directions of equal size; the dashed line is the base."
     finish(figure, title, subtitle, kind="evidence", caption=caption)
-    for number, ((_, question), (place, _, last)) in enumerate(zip(cells, places(len(cells)), strict=True)):
+    for (_, question), (place, _, last) in zip(cells, places(len(cells)), strict=True):
         figure.update_xaxes(title_text="layer" if last else None, tickvals=list(layers), **place)
-        scale = None if number < COLUMNS else "y" if place["col"] == 1 else f"y{place['col']}"
-        figure.update_yaxes(title_text=QUESTIONS[question][1], matches=scale, **place)
+        column = place["col"]
+        figure.update_yaxes(title_text=QUESTIONS[question][1], matches="y" if column == 1 else f"y{column}", **place)
     figure.update_yaxes(title_font_size=11)
     return fit(figure, len(cells), height=HEIGHT, gap=GAP, below=BELOW).update_layout(width=WIDTH)
 

@@ -61,7 +61,7 @@ def against_random(
         figure.add_hline(0, line={"color": MUTED, "width": 1}, layer="below", **place)
     caption = "Lines are means over pairs, bars their 95% intervals; the grey band is from the lowest to the highest"
     finish(figure, title, subtitle, kind="against_random", caption=f"{caption} random direction of equal size.")
-    figure.update_yaxes(matches="y").update_layout(yaxis_matches=None)
+    figure.update_yaxes(matches="y")
     for place, first, last in places(len(shown)):
         figure.update_xaxes(title_text=x_title if last else None, tickvals=list(x), **place)
         figure.update_yaxes(title_text=y_title if first else None, showticklabels=first, **place)

@@ -56,7 +56,7 @@ def cross_loss_steps(
     finish(figure, title, subtitle, kind="cross_loss_steps", caption=caption)
     everywhere: dict[str, Any] = {"row": "all", "col": "all"}
     figure.add_hline(1, line={"color": MUTED, "dash": "dot", "width": 1.2}, **everywhere)
-    figure.update_yaxes(type="log", dtick="D2", tickformat="~g", matches="y").update_layout(yaxis_matches=None)
+    figure.update_yaxes(type="log", dtick="D2", tickformat="~g", matches="y")
     return _labelled(figure, len(curves), "training step", "times before training")
 
 

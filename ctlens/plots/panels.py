@@ -56,11 +56,18 @@ def fit(figure: go.Figure, count: int, *, height: int, gap: int, below: int) -> 
         gap: as given to `panels`.
         below: room for the tick labels under the lowest panels, in pixels.
     """
+    figure.for_each_yaxis(_free_of_itself)
     drawn = _drawn(-(-count // COLUMNS), height, gap)
     top = figure.layout.margin.t + NAME_HEIGHT
     return figure.update_layout(
         height=drawn + top + below, margin={"t": top, "b": below}, legend_y=1 + NAME_HEIGHT / drawn
     )
+
+
+def _free_of_itself(axis: Any) -> None:
+    """The first axis of a common scale must not match itself: the browser warns of it."""
+    if axis.matches == axis.plotly_name.replace("axis", ""):
+        axis.matches = None
 
 
 def _drawn(rows: int, height: int, gap: int) -> int:

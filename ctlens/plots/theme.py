@@ -38,15 +38,13 @@ class Style:
 
 # Greys, then five of the Okabe-Ito colours, AttCT's in light and dark for its relatives, brown and olive; the arms
 # of a loss are dashed, in hues near it. Marker and dash repeat the distinction for print and for colour-blind readers.
-CONTROLS = {
+METHODS = {
     "none": Style("base", "#666666", "x", "solid"),
     "retention": Style("retention only", "#a3a3a3", "cross", "dash"),
-    "sft": Style("SFT on clean prompts", "#808080", "star", "dashdot"),
-    "perturbed": Style("perturbed weights", "#949494", "hexagram", "dot"),
+    "sft": Style("SFT on other prompts", "#808080", "star", "dashdot"),
     "harmless_act": Style("ACT, harmless wrapper", "#7b868f", "diamond-tall", "longdash"),
     "harmless_bct": Style("BCT, harmless wrapper", "#8f857b", "diamond-wide", "longdashdot"),
-}
-METHODS = CONTROLS | {
+    "perturbed": Style("noise on the weights", "#949494", "hexagram", "dot"),
     "act": Style("ACT", "#0072b2", "circle", "solid"),
     "mlpct": Style("MLPCT", "#e69f00", "square", "solid"),
     "attct": Style("AttCT", "#009e73", "diamond", "solid"),
@@ -58,7 +56,6 @@ METHODS = CONTROLS | {
     "f2c": Style("F2C", "#8a9a00", "hexagon", "solid"),
     "act_last": Style("ACT, last token", "#004a75", "octagon", "dash"),
     "klct_last": Style("KLCT, last token", "#4f8a9e", "triangle-left", "dash"),
-    "klct_suffix": Style("KLCT, suffix", "#6f8fdc", "triangle-right", "dash"),
 }
 # What has an order but is no method: dark to light, in hues that no method has.
 RAMP = ("#3d2c8d", "#8e2f9e", "#cf4a86", "#e38d78")

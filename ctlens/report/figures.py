@@ -21,8 +21,8 @@ PARTS = {
 }
 REST = "mechanism"
 ORDER = (
-    *PARTS["behaviour"], *PARTS["training"], "layer_curves", "similarity", "similarity_curves", "cross_loss",
-    "cross_loss_steps", "evidence", "attention_heads", "knockout",
+    *PARTS["behaviour"], *PARTS["training"], "layer_curves", "points", "similarity", "similarity_curves",
+    "exchange_curves", "graft_bars", "cross_loss", "cross_loss_steps", "evidence", "attention_heads", "knockout",
 )  # fmt: skip
 PANEL_WIDTH = 290
 NUMBERS = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?")

@@ -105,6 +105,6 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page.filters |= {"whole": _whole, "number": _number}
+    page.filters |= {"whole": _whole, "number": _number, "capital": lambda words: words[:1].upper() + words[1:]}
     page.globals |= {"symbols": SYMBOLS, "words": WORDS}
     return page.get_template("page.html.jinja")

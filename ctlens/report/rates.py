@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from ctlens.plots.theme import CONTROLS
 from ctlens.tables import (
     NOT_MEASURED,
     RATES,
@@ -20,6 +19,7 @@ from ctlens.tables import (
     in_order,
 )
 
+CONTROLS = ("none", "retention", "sft", "harmless_act", "harmless_bct", "perturbed")
 REFERENCES = {"retention": "retention-only training", "none": "the base model"}
 WORDS = {
     "lower than": "lower",

@@ -83,7 +83,9 @@ const work = () => {  // one figure at a time, those on the screen first, and th
   if (next) Promise.resolve(draw(next)).finally(() => near.size ? setTimeout(work) : idle(work));
 };
 const start = () => { if (!working) work(); };
+let printing = false;
 const refresh = () => {
+  if (printing) return;  // a dark page turns light for the printer, which is no reason to draw for the screen
   for (const plot of figures.keys()) { measured(plot, chosen(figures.get(plot).data)); stale.add(plot); }
   start();
 };
@@ -99,10 +101,11 @@ addEventListener("resize", () => {
   if (innerWidth !== drawnWidth) resizing = setTimeout(() => { drawnWidth = innerWidth; refresh(); }, 150);
 });
 addEventListener("beforeprint", () => {
+  printing = true;
   for (const more of all("details.more")) more.open = true;
   for (const plot of figures.keys()) draw(plot, true);
 });
-addEventListener("afterprint", refresh);
+addEventListener("afterprint", () => { printing = false; refresh(); });
 
 // ---- methods
 const choose = () => {
