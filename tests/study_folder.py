@@ -9,18 +9,19 @@ import numpy as np
 import pandas as pd
 
 from ctlens import plots
-from ctlens.claims import FAILS, HOLDS, OPEN, UNMEASURED, Claim, write_claims
+from ctlens.claims import VERDICTS, Claim, write_claims
 
 THREAT = "sycophancy"
 ARMS = ("wrapped", "clean", "benign")
 BAD = {"none": (40, 2, 1), "retention": (38, 2, 1), "act": (1, 2, 1), "bct": (36, 3, 20)}
 CURVE = ([0.9, 0.1], [0.8, 0.0], [1.0, 0.2])
 NAN = float("nan")
+HOLDS, FAILS, OPEN, UNMEASURED = VERDICTS
 
 
 def rows_of(method: str, seed: float, step: int, bad: tuple[int, int, int], split: str = "heldout") -> list[dict]:
     common = {"trained_threat": "" if method == "none" else THREAT, "method": method, "seed": seed, "step": step}
-    common |= {"evaluated_threat": THREAT, "split": split, "n": 50, "ci_low": np.nan, "ci_high": np.nan}
+    common |= {"organism": 0, "evaluated_threat": THREAT, "split": split, "n": 50, "ci_low": np.nan, "ci_high": np.nan}
     return [
         {**common, "arm": arm, "metric": metric, "value": value / 50}
         for arm, count in zip(ARMS, bad, strict=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from ctlens.claims import FAILS, HOLDS, OPEN, UNMEASURED, Claim, answer, read_claims
+from ctlens.claims import VERDICTS, Claim, answer, read_claims
 from ctlens.files import read_json, write_text
 from ctlens.plots.export import plotly_source
 from ctlens.plots.theme import INK, MUTED, style
@@ -20,7 +20,8 @@ from ctlens.report.rates import WORDS, rates_by_threat, splits
 from ctlens.tables import ARMS, in_order, read_results
 
 # A verdict has a word, a symbol and the name of its look: it is read without colour too.
-SYMBOLS = {HOLDS: ("✓", "holds"), FAILS: ("✗", "fails"), OPEN: ("?", "open"), UNMEASURED: ("–", "unmeasured")}
+LOOKS = (("✓", "holds"), ("✗", "fails"), ("?", "open"), ("–", "unmeasured"))
+SYMBOLS = dict(zip(VERDICTS, LOOKS, strict=True))
 
 
 def write_report(folder: str | Path) -> Path:
