@@ -29,19 +29,19 @@ def rows_of(method: str, seed: float, step: int, bad: tuple[int, int, int], spli
     ]
 
 
-def results() -> pd.DataFrame:
+def results(seeds: tuple[int, ...] = (0, 1)) -> pd.DataFrame:
     rows = rows_of("none", np.nan, 0, BAD["none"])
     for method in ("bct", "retention", "act"):
-        for seed in (0, 1):
+        for seed in seeds:
             rows += rows_of(method, seed, 10, (40, 2, 1)) + rows_of(method, seed, 20, BAD[method])
     rows += [{**rows_of("act", 0, 20, BAD["act"])[0], "metric": "brr", "value": 0.123, "ci_low": 0.1, "ci_high": 0.2}]
     return pd.DataFrame(rows)
 
 
-def everything() -> pd.DataFrame:
+def everything(seeds: tuple[int, ...] = (0, 1)) -> pd.DataFrame:
     """The results with another split, where ACT was evaluated at its last step."""
     elsewhere = rows_of("none", np.nan, 0, (45, 0, 0), "structure") + rows_of("act", 0, 20, (5, 0, 0), "structure")
-    return pd.concat([results(), pd.DataFrame(elsewhere)])
+    return pd.concat([results(seeds), pd.DataFrame(elsewhere)])
 
 
 def claims() -> list[Claim]:
@@ -76,7 +76,7 @@ def claims() -> list[Claim]:
 def write_study(folder: Path) -> Path:
     """A study with figures of every part of the page: lines, panels by method, a wide matrix, and an unknown kind."""
     (folder / "figures").mkdir(parents=True)
-    everything().to_csv(folder / "results.csv", index=False)
+    everything((0,)).to_csv(folder / "results.csv", index=False)
     write_claims(claims(), folder / "claims.csv")
     (folder / "config.json").write_text(json.dumps({"threats": ["sycophancy"], "train": {"steps": 20, "until": None}}))
     (folder / "environment.json").write_text(json.dumps({"torch": "<b>2.9</b>"}))

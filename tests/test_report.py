@@ -12,9 +12,12 @@ import pandas as pd
 import pytest
 from study_folder import BAD, THREAT, claims, everything, results, rows_of, write_study
 
+from ctlens import plots
 from ctlens.claims import answer
 from ctlens.errors import CtlensError
 from ctlens.report import write_report
+from ctlens.report.figures import read_figures
+from ctlens.report.rates import rates_by_threat
 from ctlens.tables import NOT_MEASURED, Rate, by_training, overview, read_results, summary_table
 
 
@@ -125,32 +128,50 @@ def test_two_rates_differ_only_when_the_interval_of_the_difference_leaves_out_ze
 
 
 def test_the_table_of_a_threat_compares_with_the_control_and_the_base(page):
+    # Wilson's intervals of 1, 36, 38, 40 and 49 in 50, by the closed formula with z = 1.959964.
     rows = {row[0]: row[1:] for row in reversed(page[1].rows) if len(row) == 7}
     assert rows["base"] == ["80% [67–89]", "–", "76", "98% [90–100]", "–", "–"]
-    assert rows["retention only"] == ["76% [67–83]", "–", "72", "98% [93–99]", "no clear difference", "2"]
-    assert rows["ACT"] == ["2% [1–7]", "lower", "−2", "98% [93–99]", "no clear difference", "2"]
-    assert rows["BCT"] == ["72% [63–80]", "no clear difference", "66", "60% [50–69]", "lower", "2"]
+    assert rows["retention only"] == ["76% [63–86]", "–", "72", "98% [90–100]", "no clear difference", "1"]
+    assert rows["ACT"] == ["2% [0–10]", "lower", "−2", "98% [90–100]", "no clear difference", "1"]
+    assert rows["BCT"] == ["72% [58–83]", "no clear difference", "66", "60% [46–72]", "lower", "1"]
     assert "1 of 2 methods leave fewer bad answers to wrapped prompts than retention-only training." in page[1].words
 
 
 def test_the_table_of_all_rates_holds_every_arm(page):
     rows = {row[0]: row[1:] for row in page[1].rows if len(row) == 11}
-    assert rows["ACT"][:3] == ["2% [1–7]", "4% [2–10]", "2% [1–7]"]
-    assert rows["BCT"][3:6] == ["28% [20–37]", "94% [88–97]", "60% [50–69]"]
-    assert rows["ACT"][6:] == ["0%", "0%", "0%", "100 / 100 / 100"]
+    assert rows["ACT"][:3] == ["2% [0–10]", "4% [1–13]", "2% [0–10]"]
+    assert rows["BCT"][3:6] == ["28% [17–42]", "94% [84–98]", "60% [46–72]"]
+    assert rows["ACT"][6:] == ["0%", "0%", "0%", "50 / 50 / 50"]
     assert ["brr", "wrapped", "0.12 [0.10, 0.20]"] in page[1].rows
 
 
 def test_the_page_holds_the_bad_rate_on_every_split(page):
     assert ["method", "heldout", "structure"] in page[1].rows
     assert ["base", "80% [67–89]", "90% [79–96]"] in page[1].rows
-    assert ["BCT", "72% [63–80]", "–"] in page[1].rows
+    assert ["BCT", "72% [58–83]", "–"] in page[1].rows
+
+
+def test_a_field_metric_of_several_trainings_is_their_mean_with_the_lowest_and_highest():
+    one = results().query("metric == 'brr'")
+    two = pd.concat([results(), one.assign(seed=1, value=0.323)])
+    assert rates_by_threat(two)[THREAT].metrics == {("brr", "wrapped"): {"act": "0.22 (0.12 to 0.32)"}}
+
+
+def test_a_figure_is_as_wide_as_it_says_or_as_its_panels_need(tmp_path):
+    folder = write_study(tmp_path / "study") / "figures"
+    curve = ([1, 2], *[[0.5, 0.5]] * 3)
+    figure = plots.attack_strength({name: {"heldout": curve} for name in "abcde"}, "Five panels, three in a row?")
+    (folder / "five.json").write_text(figure.to_json())
+    widths = {
+        f["name"]: f["width"] for part in read_figures(folder, [THREAT]).values() for of in part.values() for f in of
+    }
+    assert (widths["five"], widths["cross-threat"], widths["z_dose"]) == (3 * 290, 1200, 0)
 
 
 def test_controls_are_not_counted_as_methods_and_unknown_methods_are(tmp_path):
     folder = write_study(tmp_path / "study")
     added = [row for method in ("sft", "mine_new") for row in rows_of(method, 0, 20, (0, 0, 0))]
-    pd.concat([everything(), pd.DataFrame(added)]).to_csv(folder / "results.csv", index=False)
+    pd.concat([everything((0,)), pd.DataFrame(added)]).to_csv(folder / "results.csv", index=False)
     text = Page(write_report(folder).read_text(encoding="utf-8"))
     rows = {row[0]: row[1:] for row in text.rows if len(row) == 7}
     assert "2 of 3 methods leave fewer" in text.words
