@@ -1,5 +1,6 @@
 "use strict";
-const PRINTED = {width: 680, height: 780}, SMALLEST = .72, LEGEND_ROW = 20, ABOVE = 14, PANEL_NAME = 20;
+const PRINTED = {drawn: 900, width: 680, height: 700};  // made smaller, so that two fit on a page
+const SMALLEST = .72, LEGEND_ROW = 20, ABOVE = 14, PANEL_NAME = 20;
 const LIGHT = JSON.parse(document.getElementById("colours").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const touch = matchMedia("(pointer: coarse)");
@@ -50,7 +51,7 @@ const legendRows = (data, width) => {  // as many as its names need, one after t
 // A figure that is wider than the page is drawn as wide as it has to be, then made smaller, then it scrolls.
 const measured = (plot, data, printed) => {  // known before drawing, so that the page does not jump
   const {layout} = figures.get(plot), room = printed ? PRINTED.width : plot.parentElement.clientWidth;
-  const width = Math.max(room, plot.dataset.width);
+  const width = Math.max(printed ? PRINTED.drawn : room, plot.dataset.width);
   const named = (layout.annotations || []).some(note => note.yref === "paper" && note.yanchor === "bottom");
   const top = ABOVE + (named ? PANEL_NAME : 0) + LEGEND_ROW * legendRows(data, width);
   const height = plot.dataset.height - (layout.margin?.t || 0) + top;
@@ -59,6 +60,7 @@ const measured = (plot, data, printed) => {  // known before drawing, so that th
     width: `${width}px`, height: `${height}px`, transform: scale < 1 ? `scale(${scale})` : "",
     margin: `0 ${width * (scale - 1)}px ${height * (scale - 1)}px 0`,
   });
+  plot.parentElement.style.height = printed ? `${height * scale}px` : "";
   return {width, height, margin: {...layout.margin, t: top}};
 };
 const draw = (plot, printed) => {
