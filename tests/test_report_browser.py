@@ -122,6 +122,16 @@ def test_a_method_is_hidden_and_shown_by_keyboard_in_figures_and_tables(chromium
     assert chromium.errors() == []
 
 
+def test_a_figure_that_cannot_be_drawn_is_an_error_and_leaves_the_others_alone(chromium, page):
+    chromium.open(page)
+    chromium.wait(IDLE)
+    first = "[...figures.keys()][0]"
+    chromium.run(f"figures.get({first}).layout = {{get xaxis() {{ throw new Error('broken'); }}}}, refresh()")
+    chromium.wait(IDLE)
+    assert chromium.run(SEEN) == ["act", "bct", "act", "bct"]
+    assert len(chromium.errors()) == 1 and "broken" in chromium.errors()[0]
+
+
 def test_all_methods_are_hidden_and_shown_at_once(chromium, page):
     chromium.open(page)
     for button, seen in (("none", []), ("all", ["act", "bct", "act", "bct"])):

@@ -33,7 +33,7 @@ const isNamed = trace => trace.name && trace.showlegend !== false;
 const group = trace => trace.legendgroup || trace.name;
 const chosen = data => {  // the hidden methods out of sight, lines over the bands of those drawn later
   const without = hidden(), legend = new Set(data.filter(isNamed).map(group));
-  const traces = data.map(trace => ({...trace, visible: !without.has(trace.meta?.method)}));
+  const traces = data.map(trace => ({...trace, visible: !without.has(trace.meta?.method) && (trace.visible ?? true)}));
   for (const trace of traces) if (trace.visible && isNamed(trace)) legend.delete(group(trace));
   for (const trace of traces) if (trace.visible && legend.delete(group(trace))) trace.showlegend = true;  // for its group
   return traces.sort((one, other) => isBand(other) - isBand(one));
@@ -64,9 +64,9 @@ const measured = (plot, data, printed) => {  // known before drawing, so that th
   return {width, height, margin: {...layout.margin, t: top}};
 };
 const draw = (plot, printed) => {
+  stale.delete(plot);  // whatever comes of it: a figure that cannot be drawn is not tried for ever
   const saved = figures.get(plot), shade = palette(dark.matches && !printed), now = getComputedStyle(document.body);
   const data = chosen(painted(saved.data, shade)), layout = painted(saved.layout, shade);
-  stale.delete(plot);
   return Plotly.react(plot, data, {
     ...layout, ...measured(plot, data, printed), autosize: false, uirevision: true,
     paper_bgcolor: "rgba(0, 0, 0, 0)",
@@ -82,7 +82,7 @@ let working = false;
 const work = () => {  // one figure at a time, those on the screen first, and the page answers in between
   const next = [...near].find(plot => stale.has(plot)) || [...stale][0];
   working = Boolean(next);
-  if (next) Promise.resolve(draw(next)).finally(() => near.size ? setTimeout(work) : idle(work));
+  if (next) new Promise(done => done(draw(next))).finally(() => near.size ? setTimeout(work) : idle(work));
 };
 const start = () => { if (!working) work(); };
 let printing = false;
