@@ -200,6 +200,10 @@ def test_a_claim_is_one_group_with_a_line_per_threat_and_setting_and_its_reason(
     ]
 
 
+def test_the_page_says_how_many_models_were_trained(page):
+    assert "A ctlens study of 1 threat and 3 trainings" in page[1].words  # retention, ACT and BCT, of one seed
+
+
 def test_headings_go_down_one_level_at_a_time(page):
     levels = [int(level) for level in re.findall(r"<h([1-6])", page[0].read_text(encoding="utf-8"))]
     assert levels[0] == 1 and levels.count(1) == 1

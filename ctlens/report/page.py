@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from ctlens.claims import VERDICTS, Claim, answer, read_claims
@@ -19,6 +20,7 @@ from ctlens.report.figures import read_figures
 from ctlens.report.rates import WORDS, rates_by_threat, splits
 from ctlens.tables import ARMS, in_order, read_results
 
+TRAINING = ["trained_threat", "method", "seed", "organism"]
 # A verdict has a word, a symbol and the name of its look: it is read without colour too.
 LOOKS = (("✓", "holds"), ("✗", "fails"), ("?", "open"), ("–", "unmeasured"))
 SYMBOLS = dict(zip(VERDICTS, LOOKS, strict=True))
@@ -47,7 +49,7 @@ def write_report(folder: str | Path) -> Path:
         claims=_grouped(claims),
         threats=threats,
         methods={name: style(name) for name in in_order(results["method"])},
-        seeds=results.loc[results["trained_threat"] != "", "seed"].nunique(),
+        trainings=_trainings(results),
         splits=splits(results),
         arms=ARMS,
         figures=read_figures(folder / "figures", list(threats)),
@@ -58,6 +60,12 @@ def write_report(folder: str | Path) -> Path:
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
+
+
+def _trainings(results: pd.DataFrame) -> int:
+    """How many models were trained; the base is none."""
+    trained = results[results["trained_threat"].fillna("") != ""]
+    return trained.groupby([name for name in TRAINING if name in trained]).ngroups
 
 
 def _grouped(claims: Sequence[Claim]) -> list[list[Claim]]:
@@ -78,7 +86,7 @@ def _flat(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, 
         elif isinstance(value, list | Mapping):
             yield name, ", ".join(map(str, value)) or "none"
         else:
-            yield name, "none" if value is None else str(value)
+            yield name, "none" if value is None else str(value) or "none"
 
 
 def _whole(number: float) -> str:
