@@ -8,8 +8,8 @@ TESTS_4X := $(addprefix tests/test_,models.py weights.py hooks.py losses.py loss
 TESTS_4X += $(addprefix tests/test_,presets.py presets_outputs.py rmct.py f2c.py adapters.py relora.py updaterank.py)
 TESTS_4X += $(addprefix tests/test_,states.py lens.py training.py training_targets.py training_resume.py organism.py)
 TESTS_4X += $(addprefix tests/test_,steering.py erasure.py similarity.py planted.py probe.py attention.py patching.py)
-TESTS_4X += $(addprefix tests/test_,patching_engine.py patching_known.py calibrate.py recording.py live.py)
-TESTS_4X += $(addprefix tests/test_,transplants.py grafts.py mediators.py)
+TESTS_4X += $(addprefix tests/test_,patching_engine.py patching_known.py patching_organism.py attribution.py calibrate.py)
+TESTS_4X += $(addprefix tests/test_,recording.py live.py transplants.py grafts.py mediators.py)
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 STRIP := --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
 

@@ -74,11 +74,11 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("gpt2", 4, 128, 4, 32, 1, 5, others=("hooks", "gradient")),
-    Setting("llama", 4, 128, 4, 32, 1, 5),
-    Setting("gpt2", 4, 128, 4, 32, 16, 3, stride=2, others=("hooks", "gradient")),
-    Setting("llama", 4, 128, 4, 32, 16, 3, stride=2),
-    Setting("gpt2", 12, 256, 8, 64, 8, 1, (0, 4, 7, 11), stride=16),
+    Setting("gpt2", 4, 128, 4, 32, 1, 3, others=("hooks", "gradient")),
+    Setting("llama", 4, 128, 4, 32, 1, 3),
+    Setting("gpt2", 4, 128, 4, 32, 16, 2, stride=4, others=("hooks", "gradient")),
+    Setting("llama", 4, 128, 4, 32, 16, 2, stride=4),
+    Setting("gpt2", 12, 256, 8, 64, 8, 1, (0, 4, 7, 11), stride=32),
 )
 
 

@@ -11,6 +11,7 @@ from conftest import hf_model
 from test_patching import CLOSE, EQUAL, PAIRS, TOKENIZER, made, swept
 from torch import Tensor
 
+from ctlens.analysis import patching_hooks
 from ctlens.analysis import patching_sweep as ours
 from ctlens.analysis.patching_blocks import Block
 from ctlens.analysis.patching_engine import SITES, Suffix
@@ -96,6 +97,26 @@ def _sees_no_prefix(attend: Any) -> Any:
         return attend(self, q, kv, hidden)
 
     return wrong
+
+
+def test_the_general_way_begins_at_the_patch_only_where_that_gives_the_models_logits(monkeypatch: pytest.MonkeyPatch):
+    if not HAS_HOOKED_TRANSFORMER:
+        pytest.skip("TransformerLens 4 keeps no keys and values")
+    model = made()
+    begun: list[bool] = []
+    kept_of = patching_hooks.kept_of
+
+    def noted(*parts: Any) -> Any:
+        begun.append((kept := kept_of(*parts)) is not None)
+        return kept
+
+    monkeypatch.setattr(patching_hooks, "kept_of", noted)
+    right = swept(model, PAIRS, "pattern")
+    last = patching_hooks.Kept.last
+    monkeypatch.setattr(patching_hooks.Kept, "last", lambda self, *parts: 1.01 * last(self, *parts))
+    found = swept(model, PAIRS, "pattern")
+    assert begun == [True, False]
+    np.testing.assert_allclose(found.values, right.values, **CLOSE)
 
 
 def test_a_row_that_is_prepared_wrongly_is_noticed(monkeypatch: pytest.MonkeyPatch):

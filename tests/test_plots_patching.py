@@ -41,12 +41,21 @@ def test_many_rows_are_named_in_steps():
     assert figure.layout.yaxis.ticktext[:2] == ("L0H0", "L0H2")
 
 
+def test_first_order_changes_are_drawn_over_exact_ones_beside_the_line_where_both_are_equal():
+    figure = plots.first_order([0.0, 2.0, -1.0], [0.5, 1.0, -3.0], "?", unit="logits")
+    line, points = figure.data
+    assert line.x == line.y == (-3.0, 2.0)
+    assert points.x == (0.0, 2.0, -1.0) and points.y == (0.5, 1.0, -3.0)
+
+
 @pytest.mark.parametrize(
     "draw",
     [
         lambda: plots.patched_positions(CHANGES, ["L0"], ["a", "b", "c"], "?", unit="logits"),
         lambda: plots.patched_positions(CHANGES, ["L0", "L1"], ["a"], "?", unit="logits"),
         lambda: plots.patched_heads(CHANGES, [0], "?", unit="logits"),
+        lambda: plots.first_order([1.0, 2.0], [1.0], "?", unit="logits"),
+        lambda: plots.first_order([], [], "?", unit="logits"),
         lambda: plots.patched_heads(CHANGES[:, :0], [0, 1], "?", unit="logits"),
     ],
 )

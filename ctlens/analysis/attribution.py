@@ -248,7 +248,7 @@ def _moved(
     heads = {"z": 2, "pattern": 1}.get(site)
     todo = jobs(places, 1, [target.shape[heads] if heads else 1], target.device)
     patched = target.clone()
-    write_of(site)(batch, todo, source, patched, todo.pair)
+    write_of(site)(batch, todo, source, patched, todo.pair, 0)
     moved = ((patched - target) * slopes).sum(-1)
     moved = moved.unsqueeze(2) if heads is None else moved.movedim(heads + 1, 2)
     at = torch.zeros(*batch.target_at.shape[:2], target.shape[-2 if site == "pattern" else 1], device=target.device)

@@ -7,10 +7,14 @@ Why it is fast. A patch of one vector replaces one row of one residual stream, `
 of `resid_pre` the row itself; of `attn_out`, `mlp_out` and a head's `z` the row behind the block, with
 the MLP computed for that row alone. Rows in front of it stay as they are in the target run, so their
 keys and values are taken from there; the layers behind it are computed from that row to the end; the
-last layer for the last row alone. Patches of one layer at neighbouring positions share a batch. It is
-exact: only products whose factors changed are computed again. A model it does not know, or for
-which its own logits are not the model's, goes the general way: whole forward passes with many
-patches stacked on the batch axis.
+last layer for the last row alone. Whatever its site, a patch is then a row in front of some layer, so that all
+sites of a sweep (`patch_sites`) share the two runs, the held keys and values, and their batches; patches at
+neighbouring positions share a batch too. No batch has a tensor larger than the system gives without clearing
+new memory. It is exact: only products whose factors changed are computed again.
+
+Two runs of the model check it before it is used (`Suffix.agrees`). A model it does not know, or whose logits are
+not its own, goes the general way, the model's own blocks with many patches stacked on the batch axis
+(`ctlens.analysis.patching_hooks`); `Patching.path` says which. `attribution_patch` is the first-order estimate.
 """
 
 from __future__ import annotations

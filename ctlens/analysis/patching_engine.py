@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 
 from ctlens.analysis.patching_blocks import Block, Norm, read_norm
 from ctlens.analysis.patching_hooks import places
-from ctlens.analysis.patching_jobs import Found, JobNumbers, JobPositions, Jobs, PatchBatch
+from ctlens.analysis.patching_jobs import Found, JobNumbers, JobPositions, Jobs, PatchBatch, chunks
 from ctlens.hooks import SHORTHANDS
 from ctlens.types import Activations, LensModel
 
@@ -134,25 +133,11 @@ class Suffix:
             chosen = (starts == start).nonzero()[:, 0]
             pairs, positions = jobs.pair[chosen], there[chosen]
             rows = self._rows(jobs.take(chosen), here[chosen], positions)
-            for part in self._chunks(start, positions.amin(1), max_batch):
+            first = positions.amin(1)
+            if start >= len(self.blocks) - 1:  # computed for the last row alone, wherever the patch is
+                first = torch.full_like(first, len(self.hidden) // 2)
+            for part in chunks(first, len(self.hidden), max_batch, self.most_rows, ENOUGH_ROWS):
                 yield chosen[part], self._run(start, pairs[part], positions[part], rows[part])
-
-    def _chunks(self, start: int, first: JobNumbers, max_batch: int) -> Iterator[JobNumbers]:
-        """Jobs in front of one layer at one or, where these are few, neighbouring first rows."""
-        length = len(self.hidden)
-        firsts = first.cpu().numpy()
-        if start >= len(self.blocks) - 1:  # the last layer is computed for the last row alone, wherever the patch is
-            firsts = np.full_like(firsts, length // 2)
-        order = np.argsort(firsts, kind="stable")
-        firsts, begin = firsts[order], 0
-        for stop in [*(np.flatnonzero(np.diff(firsts)) + 1).tolist(), len(order)]:
-            rows = length - int(firsts[begin])
-            if stop < len(order) and (stop - begin) * rows < ENOUGH_ROWS:
-                continue
-            size = min(max_batch, max(1, self.most_rows // rows))
-            for part in np.array_split(order[begin:stop], -(-(stop - begin) // size)):
-                yield torch.from_numpy(part).to(first.device)
-            begin = stop
 
     @torch.inference_mode()
     def _rows(self, jobs: Jobs, here: JobPositions, there: JobPositions) -> JobRows:

@@ -256,3 +256,26 @@ def jobs(places: Bool[np.ndarray, "pair column"], layers: int, heads: Sequence[i
         layer, head, place = (index.ravel() for index in np.indices((layers, of_site, len(pair))))
         parts.append((np.full_like(layer, site), pair[place], layer, column[place], head))
     return Jobs(*(torch.from_numpy(np.concatenate(numbers)).to(device) for numbers in zip(*parts, strict=True)))
+
+
+def chunks(first: JobNumbers, length: int, max_batch: int, most: int, enough: int) -> Iterator[JobNumbers]:
+    """Numbers of jobs that are computed together: at one first row or, where these are few, at neighbouring ones.
+
+    Args:
+        first: of every job, the row from which it is computed to the end.
+        length: how many rows there are.
+        max_batch: jobs together.
+        most: rows together.
+        enough: rows that make it worth computing a few too many in front.
+    """
+    firsts = first.cpu().numpy()
+    order = np.argsort(firsts, kind="stable")
+    firsts, begin = firsts[order], 0
+    for stop in [*(np.flatnonzero(np.diff(firsts)) + 1).tolist(), len(order)]:
+        rows = length - int(firsts[begin])
+        if stop < len(order) and (stop - begin) * rows < enough:
+            continue
+        size = min(max_batch, max(1, most // rows))
+        for part in np.array_split(order[begin:stop], -(-(stop - begin) // size)):
+            yield torch.from_numpy(part).to(first.device)
+        begin = stop

@@ -142,7 +142,7 @@ class Sweep:
         for site in self.sites:
             if not found or site not in known:
                 names = resolve(self.model, site, self.layers)
-                found.append(((site,), Hooked(self.model, batch, site, names, source.states)))
+                found.append(((site,), Hooked(self.model, batch, site, names, source.states, target.last)))
         return found
 
 
