@@ -94,6 +94,15 @@ def test_batch_mates_order_and_chunks_change_nothing(model: LensModel):
         assert (np.isnan(found.values) == np.isnan(swept(model, PAIRS, site, **options).values)).all()
 
 
+def test_it_takes_its_gradient_where_gradients_are_off_and_leaves_none_behind():
+    model: Any = made()
+    expected = quick(model, PAIRS, "z")["z"]
+    with torch.no_grad():
+        found = quick(model, PAIRS, "z")["z"]
+    np.testing.assert_array_equal(found.values, expected.values)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_a_span_is_the_sum_of_its_tokens(model: LensModel):
     each, span = quick(model, PAIRS), quick(model, PAIRS, positions="all")
     for site, found in each.items():

@@ -206,10 +206,11 @@ def _first_order(
     flat = sum(names.values(), [])
     logits, source = capture(model, batch.source.side.tokens, flat, grad=False)
     last_source = batch.source.at_last(logits)
-    logits, target = _with_graph(model, batch, flat)
-    unpatched = measured(metrics, batch.target.at_last(logits), batch.target, last_source)
-    inputs = [target[name] for name in flat]
-    slopes = [torch.autograd.grad(values.sum(), inputs, retain_graph=True) for values in unpatched]
+    with torch.enable_grad():
+        logits, target = _with_graph(model, batch, flat)
+        unpatched = measured(metrics, batch.target.at_last(logits), batch.target, last_source)
+        inputs = [target[name] for name in flat]
+        slopes = [torch.autograd.grad(values.sum(), inputs, retain_graph=True) for values in unpatched]
     slope = {name: torch.stack(of_name) for name, of_name in zip(flat, zip(*slopes, strict=True), strict=True)}
     places, start = np.array([pair.places() for pair in group]), unpatched.detach().cpu().numpy()
     values: dict[str, np.ndarray] = {}
@@ -237,7 +238,7 @@ def _with_graph(model: LensModel, batch: PatchBatch, names: list[str]) -> tuple[
 
         return keep
 
-    with torch.enable_grad(), editing(model, {name: keeping(name) for name in dict.fromkeys([first, *names])}):
+    with editing(model, {name: keeping(name) for name in dict.fromkeys([first, *names])}):
         return run(model, batch.target.side.tokens), kept
 
 
