@@ -17,7 +17,7 @@ from ctlens.analysis import ShiftSimilarity, shift_similarity
 from ctlens.analysis.likeness import between, ceilings, cosines, debiased_cka, principal_cosines, top_directions
 from ctlens.analysis.measures import STATISTICS, measure_all
 from ctlens.analysis.shifts import Shifts, measure, split
-from ctlens.analysis.similarity import BETWEEN, CEILING, FLOOR
+from ctlens.analysis.similarity_result import BETWEEN, CEILING, FLOOR
 from ctlens.errors import CtlensError
 from ctlens.intervals import jackknife
 from ctlens.models import build

@@ -17,10 +17,12 @@ from ctlens.analysis.probe import Probe, probe
 from ctlens.analysis.probeweights import probe_direction
 from ctlens.analysis.record import record
 from ctlens.analysis.recording import Recording
+from ctlens.analysis.recovery import GapRecovered, gap_recovered
 from ctlens.analysis.residual import ResidualShift, residual_shift
 from ctlens.analysis.result import Result
 from ctlens.analysis.saliency import SaliencyAgreement, saliency_agreement
-from ctlens.analysis.similarity import ShiftSimilarity, shift_similarity
+from ctlens.analysis.similarity import shift_similarity
+from ctlens.analysis.similarity_result import ShiftSimilarity
 from ctlens.analysis.states import States, states
 from ctlens.analysis.steering import ablate, steer
 from ctlens.analysis.tasks import Task, answer_hinted, labelled, will_misbehave, wrapper_present
@@ -34,6 +36,7 @@ __all__ = [
     "CrossLoss",
     "Directions",
     "Erasure",
+    "GapRecovered",
     "Graft",
     "Intervention",
     "Knockout",
@@ -59,6 +62,7 @@ __all__ = [
     "attention_maps",
     "cross_loss",
     "erase_or_mask",
+    "gap_recovered",
     "graft",
     "knockout",
     "labelled",

@@ -63,6 +63,8 @@ def arrays(
     numbers = np.full((len(STATISTICS), *shape, methods), np.nan)
     random = np.full((2, *shape), np.nan)
     length, n = np.full(shape[1:], np.nan), np.zeros((*shape[1:], methods), dtype=np.int64)
+    prompts = len(next(iter(found[0].values())).gram)
+    by_prompt = np.full((*shape[1:4], prompts, methods, methods), np.nan, dtype=np.float32)
     for layer, of_layer in enumerate(found):
         for (part, place), shifts in of_layer.items():
             at = PARTS.index(part), PLACES.index(place), layer
@@ -72,9 +74,10 @@ def arrays(
             squares = np.einsum("naa->a", shifts.gram) / len(shifts.gram)
             of_methods = [squares[[owner == name for owner in owners]] for name in dict.fromkeys(owners)]
             length[at] = [np.sqrt(of_method.mean()) for of_method in of_methods]
+            by_prompt[at] = between(cosines(shifts.gram), seeds)[0]
             n[at] = np.nan_to_num(between(shifts.moved.sum(0).astype(float), seeds)[1])
     bands = {"random_low": random[0], "random_high": random[1]}
-    return dict(zip(STATISTICS, numbers, strict=True)) | bands | {"length": length, "n": n}
+    return dict(zip(STATISTICS, numbers, strict=True)) | bands | {"length": length, "n": n, "by_prompt": by_prompt}
 
 
 def measure_all(shifts: Shifts, seeds: Seeds, quantities: Sequence[str], k: int) -> Measured:

@@ -18,6 +18,7 @@ from ctlens.plots.lines import StepCurve, cross_loss_steps, update_ranks
 from ctlens.plots.maps import LabelledMap, attention_maps
 from ctlens.plots.matrix import Panel, cross_loss, cross_threat
 from ctlens.plots.patching import first_order, patched_heads, patched_positions
+from ctlens.plots.points import points
 from ctlens.plots.probes import probe_curves
 from ctlens.plots.rates import behaviour
 from ctlens.plots.similarity import similarity_curves, similarity_matrix
@@ -57,6 +58,7 @@ __all__ = [
     "layer_curves",
     "patched_heads",
     "patched_positions",
+    "points",
     "probe_curves",
     "progress",
     "save_figure",

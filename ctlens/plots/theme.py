@@ -50,12 +50,12 @@ METHODS = {
     "attct": Style("AttCT", "#009e73", "diamond", "solid"),
     "bct": Style("BCT", "#d55e00", "triangle-up", "solid"),
     "klct": Style("KLCT", "#56b4e9", "triangle-down", "solid"),
+    "act_last": Style("ACT, last token", "#004a75", "octagon", "dash"),
+    "klct_last": Style("KLCT, last token", "#4f8a9e", "triangle-left", "dash"),
     "attout": Style("AttOut", "#66c5ab", "bowtie", "dash"),
     "attmass": Style("AttMass", "#00523c", "hourglass", "dot"),
     "rmct": Style("RMCT", "#8c564b", "pentagon", "solid"),
     "f2c": Style("F2C", "#8a9a00", "hexagon", "solid"),
-    "act_last": Style("ACT, last token", "#004a75", "octagon", "dash"),
-    "klct_last": Style("KLCT, last token", "#4f8a9e", "triangle-left", "dash"),
 }
 # What has an order but is no method: dark to light, in hues that no method has.
 RAMP = ("#3d2c8d", "#8e2f9e", "#cf4a86", "#e38d78")
