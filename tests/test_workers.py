@@ -12,13 +12,13 @@ import pytest
 
 from ctlens.errors import CtlensError
 from ctlens.intervals import wilson
-from ctlens.workers import available, in_order
+from ctlens.workers import Pool, in_order
 
 INTERRUPTED = """
 import time
 from contextlib import closing
-from ctlens.workers import in_order
-with closing(in_order(time.sleep, [(0.01,), (60,), (60,)], 2)) as results:
+from ctlens.workers import Pool, in_order
+with closing(in_order(time.sleep, [(0.01,), (60,), (60,)], Pool(2))) as results:
     for _ in results:
         print("one", flush=True)
 """
@@ -28,27 +28,27 @@ with closing(in_order(time.sleep, [(0.01,), (60,), (60,)], 2)) as results:
 def test_results_come_in_the_order_of_the_tasks(workers: int) -> None:
     tasks = [(["sh", "-c", f"sleep {wait}; echo {wait}"],) for wait in ("0.5", "0.2", "0")]
 
-    assert list(in_order(subprocess.check_output, tasks, workers)) == [b"0.5\n", b"0.2\n", b"0\n"]
+    assert list(in_order(subprocess.check_output, tasks, Pool(workers))) == [b"0.5\n", b"0.2\n", b"0\n"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_of_a_task_is_raised_as_it_is(workers: int) -> None:
     with pytest.raises(CtlensError, match="at least one item"):
-        list(in_order(wilson, [(1, 2), (0, 0), (1, 2)], workers))
+        list(in_order(wilson, [(1, 2), (0, 0), (1, 2)], Pool(workers)))
 
 
 def test_a_killed_worker_is_a_sentence() -> None:
     with pytest.raises(CtlensError, match="use fewer workers"):
-        list(in_order(os.abort, [(), ()], 2))
+        list(in_order(os.abort, [(), ()], Pool(2)))
 
 
 @pytest.mark.parametrize("tasks", [[], [(7, 2)]])
 def test_few_tasks_need_no_processes(tasks: list) -> None:
-    assert list(in_order(divmod, tasks, 8)) == [(3, 1)] * len(tasks)
+    assert list(in_order(divmod, tasks, Pool(8))) == [(3, 1)] * len(tasks)
 
 
 def test_whoever_stops_asking_does_not_wait(recwarn: pytest.WarningsRecorder) -> None:
-    results = in_order(time.sleep, [(0.01,), (60,), (60,)], 2)
+    results = in_order(time.sleep, [(0.01,), (60,), (60,)], Pool(2))
     next(results)
     start = time.monotonic()
 
@@ -72,7 +72,7 @@ def test_an_interrupt_of_the_whole_terminal_ends_the_work_as_an_interrupt() -> N
 
 
 def test_by_default_there_is_a_worker_a_core() -> None:
-    assert 1 <= available(None) <= (os.cpu_count() or 1)
-    assert available(3) == 3
+    assert 1 <= Pool().workers <= (os.cpu_count() or 1)
+    assert Pool(3).workers == 3
     with pytest.raises(CtlensError, match="workers must be at least 1, not 0"):
-        available(0)
+        Pool(0)
