@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ctlens import analysis, losses, organism, threats
     from ctlens.adapters import LoRA
-    from ctlens.cells import StudyConfig
     from ctlens.doses import DoseResult, dose_response
     from ctlens.errors import CtlensError
     from ctlens.evaluation import Evaluation, evaluate
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from ctlens.organism import load_organism
     from ctlens.pairs import Pair, Prompt, load_pairs, save_pairs
     from ctlens.parameters import freeze
+    from ctlens.plan import StudyConfig
     from ctlens.study import StudyResult, compare
     from ctlens.training import Live, Phase, Run, TrainConfig, Trainer, Until, load_run, train
     from ctlens.weights import ModelConfig
@@ -29,7 +29,6 @@ __version__ = "0.1.0"
 
 HOMES = {
     "adapters": ("LoRA",),
-    "cells": ("StudyConfig",),
     "doses": ("DoseResult", "dose_response"),
     "errors": ("CtlensError",),
     "evaluation": ("Evaluation", "evaluate"),
@@ -38,6 +37,7 @@ HOMES = {
     "models": ("build", "load_model", "parity"),
     "parameters": ("freeze",),
     "organism": ("load_organism",),
+    "plan": ("StudyConfig",),
     "pairs": ("Pair", "Prompt", "load_pairs", "save_pairs"),
     "study": ("StudyResult", "compare"),
     "training": ("Live", "Phase", "Run", "TrainConfig", "Trainer", "Until", "load_run", "train"),

@@ -4,101 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from ctlens import losses as loss_registry
-from ctlens import threats as threat_registry
-from ctlens.analysis import attention_diff, residual_shift
+from ctlens import arms
+from ctlens.analysis import attention_diff, gap_recovered, residual_shift
+from ctlens.analysis.recovery import SHARE
+from ctlens.arms import PERTURBED, RETENTION
+from ctlens.batch import encode
 from ctlens.errors import CtlensError
-from ctlens.evaluation import Evaluation, evaluate
-from ctlens.files import atomic_folder
-from ctlens.organism import load_organism
+from ctlens.evaluation import Evaluation
+from ctlens.files import atomic_folder, write_json
+from ctlens.models import save_model
+from ctlens.organism import train_organism
+from ctlens.pairs import Pair
+from ctlens.parameters import copy_model
+from ctlens.plan import BASE, ORGANISM, Cell, StudyConfig, organism_cell
+from ctlens.subjects import Subject, evaluated, splits_of, start_model, subject
 from ctlens.tables import SPLIT
-from ctlens.training import TrainConfig, Trainer
+from ctlens.training import Trainer, load_run
+from ctlens.training.retention import held_prompts
 from ctlens.types import LensModel
-from ctlens.world import SPLITS
 
-CONTROL = "retention"
-BASE = "none"
-METHODS = ("act", "mlpct", "attct", "bct")
-HELD_OUT = tuple(split for split in SPLITS if split != "train")
 DOSES = (0.05, 0.1, 0.2, 0.4, 1.0)
+OUTCOMES = "outcomes.csv"
+LOOKS = (0.02, 0.04, 0.07, 0.1, 0.12, 0.13, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+NEAR = 0.08
 ANALYSED_PAIRS = 64
 NEUTRAL_PROMPTS = 128
+NAN = float("nan")
 RESULT_COLUMNS = (
-    "trained_threat", "method", "seed", "step", "evaluated_threat", "split", "arm", "metric", "value", "n",
+    "trained_threat", "method", "seed", "organism", "step", "evaluated_threat", "split", "arm", "metric", "value", "n",
     "ci_low", "ci_high",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StudyConfig:
-    """What a study runs; equal configs give equal studies.
-
-    Attributes:
-        threats: trained on, one at a time; each trained model is evaluated on all of them. None
-            given means all there are.
-        methods: names of losses, `METHODS` when none are given; the retention-only control is always added.
-        seeds: number of seeds, from 0.
-        pairs: training pairs a threat.
-        items: evaluation pairs a threat and split.
-        training: settings shared by every cell, whatever its method: window (`"shared"` unless it names
-            another), trainable parameters, steps, order of the pairs, retention, calibration; the seed
-            is replaced by the cell's.
-    """
-
-    threats: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ()
-    seeds: int = 1
-    pairs: int = 256
-    items: int = 96
-    training: TrainConfig = TrainConfig()
-
-    def __post_init__(self) -> None:
-        defaults = {"threats": (threat_registry, threat_registry.names()), "methods": (loss_registry, METHODS)}
-        for name, (registry, default) in defaults.items():
-            values = tuple(getattr(self, name)) or tuple(default)
-            object.__setattr__(self, name, values)
-            for value in values:
-                registry.get(value)
-            if len(set(values)) < len(values):
-                raise CtlensError(f"{name} must name each once, not {', '.join(values)}.")
-        if self.training.window is None:
-            object.__setattr__(self, "training", replace(self.training, window="shared"))
-        for name in ("seeds", "pairs", "items"):
-            if getattr(self, name) < 1:
-                raise CtlensError(f"{name} must be at least 1, not {getattr(self, name)}.")
-
-    def cells(self) -> list[Cell]:
-        """Every training of the study, in their order."""
-        methods = (CONTROL, *self.methods)
-        return [Cell(t, m, s) for s in range(self.seeds) for t in self.threats for m in methods]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training of a study: a threat, a method and a seed; or the base model, which has no threat."""
-
-    threat: str
-    method: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """The name of the cell's folder."""
-        return f"{self.threat}-{self.method}-seed{self.seed}"
-
-    def place(self, study: Path) -> Path:
-        """What there is in the folder of a study once the cell is done: a folder, or the file of the base's answers."""
-        return study / "runs" / self.name if self.threat else study / "base.csv"
-
-
-BASE_CELL = Cell("", BASE, 0)
 
 
 def run_cell(config: StudyConfig, study: Path, cell: Cell) -> None:
@@ -113,60 +55,159 @@ def run_cell(config: StudyConfig, study: Path, cell: Cell) -> None:
         CtlensError: as `Trainer` and `evaluate`.
     """
     with one_thread():
-        if cell == BASE_CELL:
-            _evaluate(config, base_model(), config.threats, HELD_OUT).save(cell.place(study))
+        if cell.method == ORGANISM:
+            train_organism(cell.place(study), seed=cell.organism, progress=False)
+        elif cell.method == BASE:
+            answers = evaluated(
+                base_model(config, study, cell), config.threats, splits_of(config.file), config.items, config.file
+            )
+            answers.save(cell.place(study))
+        elif cell.method == PERTURBED:
+            _perturb(config, study, cell)
         else:
-            _train(config, study, cell)
+            CellTraining(config, study, cell).run()
 
 
-@cache
-def base_model() -> LensModel:
-    """The model that every cell starts from, loaded once a process and never changed."""
-    return load_organism()
+def base_model(config: StudyConfig, study: Path, cell: Cell) -> LensModel:
+    """The model that a cell starts from."""
+    return start_model(config.model, organism_cell(cell.organism).place(study) if cell.organism else None)
 
 
-def _train(config: StudyConfig, study: Path, cell: Cell) -> None:
-    threat = threat_registry.get(cell.threat)
-    losses = [] if cell.method == CONTROL else [loss_registry.get(cell.method)]
-    training = replace(config.training, seed=cell.seed)
-    pairs = threat.pairs(config.pairs, split="train", seed=cell.seed)
-    retain = threat.neutral(NEUTRAL_PROMPTS, seed=cell.seed)
-    trainer = Trainer(base_model(), pairs, losses, training, retain=retain)
-    tables = []
-    marks = {max(1, round(share * training.steps)) for share in DOSES} - {training.steps}
-    for step in trainer:
-        if step.index in marks:
-            tables.append(rows(cell, step.index, _evaluate(config, trainer.model, [cell.threat], [SPLIT])))
-    final = _final(config, cell, trainer.model)
-    probes = threat.pairs(ANALYSED_PAIRS, split=SPLIT)
-    shift = residual_shift(base_model(), trainer.model, probes, progress=False)
-    attention = attention_diff(base_model(), trainer.model, probes, progress=False)
+def probe_pairs(config: StudyConfig, threat: str, model: LensModel, n: int = ANALYSED_PAIRS) -> list[Pair]:
+    """The held-out pairs whose activations are compared: those among `n` that align."""
+    return aligned(subject(threat, config.file), n, model, config, split=SPLIT)
+
+
+def aligned(source: Subject, n: int, model: LensModel, config: StudyConfig, *, split: str, seed: int = 0) -> list[Pair]:
+    """Those among `n` pairs that every arm can be trained on and every analysis can read."""
+    windows = {str(config.training.window), "shared", *([arms.LAST] if source.ends_alike else [])}
+    pairs = source.pairs(n, split=split, seed=seed)
+    return [row.pair for row in encode(pairs, model.tokenizer, windows=windows, n_ctx=model.cfg.n_ctx).rows]
+
+
+class CellTraining:
+    """A cell that is trained, looked at on the way, evaluated and looked into."""
+
+    def __init__(self, config: StudyConfig, study: Path, cell: Cell) -> None:
+        self.config, self.study, self.cell, self.arm = config, study, cell, arms.get(cell.method)
+        self.base = base_model(config, study, cell)
+        self.subject: Subject = subject(cell.threat, config.file)
+        self.inside = cell.threat in config.insides
+        self.ceiling = cell.seed >= config.seeds
+        self.main = cell.method in (RETENTION, *config.methods) and not self.ceiling
+        self.tables: list[pd.DataFrame] = []
+        self.matched: dict[int, tuple[float, LensModel]] = {}
+        self.share = NAN
+
+    @cached_property
+    def probes(self) -> list[Pair]:
+        """The held-out pairs that are looked at."""
+        return probe_pairs(self.config, self.cell.threat, self.base)
+
+    def run(self) -> None:
+        """Trains and writes the folder."""
+        trainer = self.trainer()
+        steps = self.config.training.steps
+        doses, looks = ({max(1, round(share * steps)) for share in shares} for shares in (DOSES, LOOKS))
+        for step in trainer:
+            if self.inside and step.index in looks:
+                self._look(step.index, trainer.model)
+            if self.main and step.index in doses - {steps}:
+                self._evaluate(step.index, trainer.model, [self.cell.threat], [SPLIT])
+        final = None if self.ceiling else self._final(trainer.model)
+        shift = residual_shift(self.base, trainer.model, self.probes, progress=False)
+        attention = attention_diff(self.base, trainer.model, self.probes, progress=False)
+        with atomic_folder(self.cell.place(self.study)) as work:
+            trainer.run.write(work)
+            self._write_matched(work / "matched")
+            if final:
+                final.save(work / OUTCOMES)
+            pd.concat(self.tables).to_csv(work / "results.csv", index=False)
+            shift.save(work / "residual.safetensors")
+            attention.save(work / "attention.safetensors")
+
+    def trainer(self) -> Trainer:
+        """Every arm holds the same prompts, so that they differ in nothing but what they are trained on."""
+        config, seed = self.config, self.cell.seed
+        attacked = aligned(self.subject, config.pairs, self.base, config, split="train", seed=seed)
+        ordinary = self.subject.neutral(NEUTRAL_PROMPTS, seed=seed)
+        changes = {"seed": seed, "window": self.arm.window or config.training.window}
+        changes |= {"trainable": self.arm.trainable} if self.arm.trainable else {}
+        pairs = self.arm.pairs(attacked, ordinary, self.base.tokenizer)
+        retain = held_prompts(attacked, ordinary)
+        return Trainer(self.base, pairs, self.arm.losses(), replace(config.training, **changes), retain=retain)
+
+    def _look(self, step: int, model: LensModel) -> None:
+        """Measures the effect in logits, and keeps the weights where it is close to what methods are matched at."""
+        share, low, high = recovered(self.base, model, self.probes)
+        self.tables.append(_row(self.cell, step, SHARE, share, low, high, len(self.probes)))
+        off = abs(share - self.config.matched)
+        if off <= min([NEAR, *(held for held, _ in self.matched.values())]):
+            self.matched = {step: (off, copy_model(model))}
+            self.share = share
+
+    def _write_matched(self, folder: Path) -> None:
+        """The model at the step whose effect was nearest to the one that methods are matched at, if any was near."""
+        for step, (_, model) in self.matched.items():
+            save_model(model, folder)
+            write_json(folder / "step.json", {"step": step, SHARE: self.share})
+
+    def _evaluate(self, step: int, model: LensModel, names: Sequence[str], splits: Sequence[str]) -> Evaluation:
+        found = evaluated(model, names, splits, self.config.items, self.config.file)
+        self.tables.append(rows(self.cell, step, found))
+        return found
+
+    def _final(self, model: LensModel) -> Evaluation:
+        """A cell of the comparison answers every threat, and its own on every split; one beside it its own alone."""
+        steps, own, file = self.config.training.steps, [self.cell.threat], self.config.file
+        asked = [(list(self.config.threats) if self.main else own, [SPLIT])]
+        if self.main and (others := [split for split in splits_of(file) if split != SPLIT]):
+            asked.append((own, others))
+        found = [evaluated(model, names, splits, self.config.items, file).outcomes for names, splits in asked]
+        whole = Evaluation(pd.concat(found, ignore_index=True))
+        self.tables.append(rows(self.cell, steps, whole))
+        return whole
+
+
+def recovered(base: LensModel, model: LensModel, pairs: Sequence[Pair]) -> tuple[float, float, float]:
+    """The share of the gap that a model has recovered, with its interval; NaN where the attack makes no gap."""
+    try:
+        return gap_recovered(base, {"model": model}, pairs, progress=False).share("model")
+    except CtlensError:
+        return NAN, NAN, NAN
+
+
+def _perturb(config: StudyConfig, study: Path, cell: Cell) -> None:
+    """Noise of the norm, matrix by matrix, that the methods' updates have on average."""
+    base = base_model(config, study, cell)
+    trained = [load_run(replace(cell, method=name).place(study)).model for name in config.methods]
+    model = arms.perturbed(base, trained, cell.seed)
+    probes = probe_pairs(config, cell.threat, base)
+    final = evaluated(model, [cell.threat], [SPLIT], config.items, config.file)
+    share = _row(cell, 0, SHARE, *recovered(base, model, probes), len(probes))
     with atomic_folder(cell.place(study)) as work:
-        trainer.run.write(work)
-        final.save(work / "outcomes.csv")
-        pd.concat([*tables, rows(cell, training.steps, final)]).to_csv(work / "results.csv", index=False)
-        shift.save(work / "residual.safetensors")
-        attention.save(work / "attention.safetensors")
-
-
-def _final(config: StudyConfig, cell: Cell, model: LensModel) -> Evaluation:
-    """Every threat on the headline split, and the cell's own on the other ones too."""
-    others = [split for split in HELD_OUT if split != SPLIT]
-    own, all_threats = (
-        _evaluate(config, model, threats, splits)
-        for threats, splits in (([cell.threat], others), (config.threats, [SPLIT]))
-    )
-    return Evaluation(pd.concat([own.outcomes, all_threats.outcomes], ignore_index=True))
-
-
-def _evaluate(config: StudyConfig, model: LensModel, threats: Sequence[str], splits: Sequence[str]) -> Evaluation:
-    return evaluate(model, threats, split=splits, n=config.items, progress=False)
+        save_model(model, work / "model")
+        final.save(work / OUTCOMES)
+        pd.concat([share, rows(cell, 0, final)]).to_csv(work / "results.csv", index=False)
+        residual_shift(base, model, probes, progress=False).save(work / "residual.safetensors")
+        attention_diff(base, model, probes, progress=False).save(work / "attention.safetensors")
 
 
 def rows(cell: Cell, step: int, evaluation: Evaluation) -> pd.DataFrame:
     """An evaluation of a cell's model after some steps, as rows of the results."""
-    place = {"trained_threat": cell.threat, "method": cell.method, "seed": cell.seed, "step": step}
-    return evaluation.to_dataframe().assign(**place).reindex(columns=list(RESULT_COLUMNS))
+    return evaluation.to_dataframe().assign(**_place(cell, step)).reindex(columns=list(RESULT_COLUMNS))
+
+
+def _row(cell: Cell, step: int, metric: str, value: float, low: float, high: float, n: int) -> pd.DataFrame:
+    """One number of a cell's own threat on wrapped prompts, as rows of the results."""
+    number = {"metric": metric, "value": value, "n": n, "ci_low": low, "ci_high": high}
+    where = {"evaluated_threat": cell.threat, "split": SPLIT, "arm": "wrapped"}
+    return pd.DataFrame([{**_place(cell, step), **where, **number}], columns=list(RESULT_COLUMNS))
+
+
+def _place(cell: Cell, step: int) -> dict[str, object]:
+    where = {"trained_threat": cell.threat, "method": cell.method, "seed": cell.seed, "organism": cell.organism}
+    return {**where, "step": step}
 
 
 @contextmanager

@@ -9,15 +9,15 @@ from pathlib import Path
 import pandas as pd
 
 from ctlens import plots
-from ctlens.cells import Cell, StudyConfig
 from ctlens.config import to_dict
 from ctlens.errors import CtlensError, unknown
 from ctlens.files import atomic_file
 from ctlens.gallery import dose_figure
+from ctlens.plan import TRAINING, Cell, StudyConfig
 from ctlens.plots import Figure
 from ctlens.study import Study, claim
 from ctlens.training import TrainConfig
-from ctlens.workers import available
+from ctlens.workers import Pool
 
 PAIRS = (8, 32, 128, 512)
 AXES = ("pairs", "steps")
@@ -32,7 +32,7 @@ class DoseConfig:
 
     Attributes:
         threat: trained and evaluated on.
-        methods: names of losses, `ctlens.cells.METHODS` when none are given; the retention-only control is
+        methods: names of losses, `ctlens.arms.METHODS` when none are given; the retention-only control is
             always added.
         pairs: the doses, numbers of training pairs, each once; sorted here.
         seeds: number of seeds, from 0.
@@ -45,7 +45,7 @@ class DoseConfig:
     pairs: tuple[int, ...] = PAIRS
     seeds: int = 1
     items: int = 96
-    training: TrainConfig = TrainConfig()
+    training: TrainConfig = TRAINING
 
     def __post_init__(self) -> None:
         if not self.pairs or len(set(self.pairs)) < len(self.pairs):
@@ -56,7 +56,9 @@ class DoseConfig:
     def studies(self) -> dict[int, StudyConfig]:
         """By number of pairs, the study of it."""
         return {
-            pairs: StudyConfig((self.threat,), self.methods, self.seeds, pairs, self.items, self.training)
+            pairs: StudyConfig(
+                (self.threat,), self.methods, self.seeds, pairs, self.items, self.training, looked_into=()
+            )
             for pairs in self.pairs
         }
 
@@ -121,10 +123,10 @@ class DoseStudy:
         progress: bool = True,
         workers: int | None = None,
     ) -> None:
-        self.folder, workers = Path(out), available(workers)
+        self.folder, pool = Path(out), Pool(workers)
         claim(self.folder, to_dict(config), resume)
         self.studies = {
-            pairs: Study(study, self.folder / f"pairs-{pairs}", resume=True, progress=progress, workers=workers)
+            pairs: Study(study, self.folder / f"pairs-{pairs}", resume=True, progress=progress, pool=pool)
             for pairs, study in config.studies().items()
         }
 
@@ -175,7 +177,7 @@ def dose_response(
     Raises:
         CtlensError: as `DoseStudy`.
     """
-    config = DoseConfig(threat, tuple(methods), tuple(pairs), seeds, training=training or TrainConfig())
+    config = DoseConfig(threat, tuple(methods), tuple(pairs), seeds, training=training or TRAINING)
     study = DoseStudy(config, out, resume=resume, progress=progress, workers=workers)
     for _ in study:
         pass

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,3 +113,28 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             kind = type(row).__name__
             raise CtlensError(f"{path}, line {number}: a {kind}, but an object with named fields is expected.")
         yield number, row
+
+
+def sweep(places: Iterable[Path]) -> None:
+    """Removes what processes that were ended in the middle of writing have left beside these places."""
+    for place in places:
+        for left in place.parent.glob(f".{place.name}.*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def sweep_folder(folder: Path) -> None:
+    """Removes what processes that were ended in the middle of writing have left anywhere in a folder of ours."""
+    for left in sorted(folder.rglob(".*"), reverse=True):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def digest(path: str | Path) -> str:
+    """A short name of what a file holds.
+
+    Raises:
+        CtlensError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CtlensError(f"{path} does not exist or is no file: check the path.")
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

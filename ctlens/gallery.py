@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 
 from ctlens import plots
 from ctlens.analysis import AttentionDiff, ResidualShift, attention, residual
-from ctlens.analysis.result import Result
+from ctlens.analysis.recovery import SHARE
 from ctlens.analysis.states import ALIGNED
+from ctlens.arms import RETENTION
 from ctlens.evaluation import Evaluation
-from ctlens.intervals import wilson
+from ctlens.inside_figures import inside_figures, over_seeds, where
 from ctlens.pairs import ARMS
+from ctlens.plan import BASE, StudyConfig
 from ctlens.plots import Figure
-from ctlens.tables import NOT_MEASURED, SPLIT, Measured, Rate, by_threat, by_training, in_order
-
-R = TypeVar("R", bound=Result)
+from ctlens.tables import NOT_MEASURED, SPLIT, Measured, Rate, by_threat, by_training, in_order, pooled
 
 DOSE_TITLES = {
     "step": "How much training until the wrapper no longer works?",
@@ -30,37 +28,49 @@ DOSE_TITLES = {
 }
 
 
-def save_figures(folder: Path, results: pd.DataFrame) -> list[Path]:
+def save_figures(config: StudyConfig, folder: Path, results: pd.DataFrame) -> list[Path]:
     """Draws every figure of a study into its `figures` folder and returns the paths written.
 
-    Rates pool the answers of all seeds; curves of analyses are averaged over seeds and their
+    Rates pool the answers of all trainings; curves of analyses are averaged over seeds and their
     intervals are over pairs.
 
     Args:
-        folder: of the study, with its base's answers and its finished cells.
+        config: of the study.
+        folder: of the study, with its base's answers, its finished cells and looks.
         results: the rows of the study.
     """
-    drawn = dict(chain(_of_study(folder, results), _of_threats(folder, results)))
+    drawn = dict(chain(_of_study(config, folder, results), _of_threats(config, folder, results)))
+    for threat in config.insides:
+        drawn |= {f"{threat}-{name}": figure for name, figure in inside_figures(config, folder, threat)}
     return plots.save_figures({folder / "figures" / name: figure for name, figure in drawn.items()})
 
 
-def _of_study(folder: Path, results: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
-    if len(set(results["evaluated_threat"])) > 1:
-        yield "cross-threat", cross_threat_figure(results)
+def _of_study(config: StudyConfig, folder: Path, results: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
+    if len(config.threats) > 1:
+        yield "cross-threat", cross_threat_figure(_rows_of(results, _compared(config)))
     yield "attack-strength", Evaluation.load(folder / "base.csv").strength_figure()
 
 
-def _of_threats(folder: Path, results: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
-    splits = {str(split): by_threat(results, str(split)) for split in dict.fromkeys(results["split"])}
+def _compared(config: StudyConfig) -> list[str]:
+    """The base, the null and the methods: what stands in the figures of behaviour."""
+    return [BASE, RETENTION, *config.methods]
+
+
+def _rows_of(results: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
+    return pd.DataFrame(results[results["method"].isin(methods)])
+
+
+def _of_threats(config: StudyConfig, folder: Path, results: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
+    shown = _rows_of(results, _compared(config))
+    splits = {str(split): by_threat(shown, str(split)) for split in dict.fromkeys(shown["split"])}
     for threat, methods in splits[SPLIT].items():
-        drawn = chain(_rates(threat, methods, splits), _looks(folder, threat, [m for m in methods if m != "none"]))
-        own = results.query("evaluated_threat == @threat and trained_threat in ('', @threat)")
-        yield f"{threat}-dose", dose_figure(own, "step", _where(threat))
+        trained = [name for name in methods if name != BASE]
+        drawn = chain(_rates(threat, methods, splits), _looks(config, folder, threat, trained))
+        own = shown.query("evaluated_threat == @threat and trained_threat in ('', @threat)")
+        yield f"{threat}-dose", dose_figure(own, "step", where(threat))
+        if threat in config.insides:
+            yield f"{threat}-gap-dose", gap_figure(results.query("trained_threat == @threat"), where(threat))
         yield from ((f"{threat}-{name}", figure) for name, figure in drawn)
-
-
-def _where(threat: str) -> str:
-    return f"{threat}, wrappers and items held out"
 
 
 def _rates(
@@ -69,7 +79,7 @@ def _rates(
     for verdict in ("bad", "good"):
         rates = {name: [found.rate(f"{verdict}_rate", arm) for arm in ARMS] for name, found in methods.items()}
         title = f"How often is the answer {verdict}, with the wrapper and without?"
-        yield f"{verdict}-rate", _behaviour(rates, ARMS, f"{verdict} rate", title, _where(threat))
+        yield f"{verdict}-rate", _behaviour(rates, ARMS, f"{verdict} rate", title, where(threat))
     rates = {name: [found[threat][name].rate("bad_rate", "wrapped") for found in splits.values()] for name in methods}
     title = "Does the repair hold on new entities, new wrapper texts and new structures?"
     yield "generalisation", _behaviour(rates, splits, "bad rate", title, f"{threat}, wrapped prompts", x_title="split")
@@ -95,20 +105,12 @@ def _arrays(rates: list[list[Rate]]) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return table[..., 0], table[..., 1], table[..., 2]
 
 
-def _looks(folder: Path, threat: str, methods: Sequence[str]) -> Iterator[tuple[str, Figure]]:
-    shifts = {method: _over_seeds(ResidualShift, folder, threat, method, "residual") for method in methods}
+def _looks(config: StudyConfig, folder: Path, threat: str, methods: Sequence[str]) -> Iterator[tuple[str, Figure]]:
+    shifts = {method: over_seeds(ResidualShift, folder, config, threat, method, "residual") for method in methods}
     for place in ALIGNED:
-        yield f"residual-{place}", residual.figure(shifts, place=place, subtitle=_where(threat))
-    masses = {method: _over_seeds(AttentionDiff, folder, threat, method, "attention") for method in methods}
-    yield "attention", attention.figure(masses, subtitle=_where(threat))
-
-
-def _over_seeds(kind: type[R], folder: Path, threat: str, method: str, name: str) -> R:
-    """The mean over seeds of an analysis, pair by pair."""
-    paths = sorted((folder / "runs").glob(f"{threat}-{method}-seed*/{name}.safetensors"))
-    loaded = [kind.load(path) for path in paths]
-    arrays = [f.name for f in dataclasses.fields(loaded[0]) if isinstance(getattr(loaded[0], f.name), np.ndarray)]
-    return dataclasses.replace(loaded[0], **{a: np.mean([getattr(r, a) for r in loaded], axis=0) for a in arrays})
+        yield f"residual-{place}", residual.figure(shifts, place=place, subtitle=where(threat))
+    masses = {method: over_seeds(AttentionDiff, folder, config, threat, method, "attention") for method in methods}
+    yield "attention", attention.figure(masses, subtitle=where(threat))
 
 
 def cross_threat_figure(results: pd.DataFrame) -> Figure:
@@ -140,19 +142,41 @@ def dose_figure(results: pd.DataFrame, axis: str, subtitle: str) -> Figure:
         axis: the column with the dose, `"step"` or `"pairs"`.
         subtitle: one line under the title.
     """
-    counts: defaultdict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])
+    counts: defaultdict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
     for row in results.query("metric == 'bad_rate' and arm == 'wrapped' and split == @SPLIT").to_dict("records"):
-        counts[row["method"], row[axis]][0] += round(row["value"] * row["n"])
-        counts[row["method"], row[axis]][1] += row["n"]
+        counts[row["method"], row[axis]].append((round(row["value"] * row["n"]), row["n"]))
     doses = sorted({dose for _, dose in counts})
     curves = {
-        method: _curve([counts[method if dose else "none", dose] for dose in doses])
-        for method in in_order(method for method, _ in counts if method != "none")
+        method: _curve([counts[method if dose else BASE, dose] for dose in doses])
+        for method in in_order(method for method, _ in counts if method != BASE)
     }
     shown = {"x_title": "training pairs", "log_x": True} if axis == "pairs" else {}
     return plots.dose_response(doses, curves, DOSE_TITLES[axis], subtitle=subtitle, **shown)
 
 
-def _curve(counts: list[list[int]]) -> plots.Curve:
-    ends = np.array([wilson(count, n) for count, n in counts])
-    return np.array([count / n for count, n in counts]), ends[:, 0], ends[:, 1]
+def _curve(counts: list[list[tuple[int, int]]]) -> plots.Curve:
+    rates = np.array([(rate.value, rate.low, rate.high) for rate in (pooled(of_dose) for of_dose in counts)])
+    return rates[:, 0], rates[:, 1], rates[:, 2]
+
+
+def gap_figure(results: pd.DataFrame, subtitle: str) -> Figure:
+    """The share of the gap in the logit difference that each arm recovers by step, a mean over trainings.
+
+    Args:
+        results: rows of one trained threat.
+        subtitle: one line under the title.
+    """
+    found: defaultdict[str, dict[int, list[tuple[float, ...]]]] = defaultdict(lambda: defaultdict(list))
+    for row in results.query("step > 0").to_dict("records"):
+        if row["metric"] != SHARE or pd.isna(row["value"]):
+            continue
+        found[row["method"]][row["step"]].append((row["value"], row["ci_low"], row["ci_high"]))
+    steps = sorted({step for by_step in found.values() for step in by_step})
+    unknown = [(float("nan"),) * 3]
+    curves = {
+        method: tuple(np.array([np.mean(found[method].get(step, unknown), axis=0) for step in steps]).T)
+        for method in in_order(found)
+    }
+    title = "How much of the wrapper's effect on the answer is undone, before rates saturate?"
+    unit = "share of the gap in the logit difference"
+    return plots.dose_response(steps, curves, title, subtitle=subtitle, y_title=unit)

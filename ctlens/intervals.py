@@ -18,8 +18,8 @@ GROUPS = 10
 Interval = tuple[float, float]
 
 
-def wilson(successes: int, n: int) -> Interval:
-    """The Wilson score interval of a proportion; never empty, also at 0 and 1.
+def wilson(successes: int, n: int, level: float = LEVEL) -> Interval:
+    """The Wilson score interval of a proportion at a level of confidence; never empty, also at 0 and 1.
 
     >>> low, high = wilson(0, 96)
     >>> round(low, 3), round(high, 3)
@@ -30,11 +30,24 @@ def wilson(successes: int, n: int) -> Interval:
     """
     if n < 1:
         raise CtlensError("an interval of a rate needs at least one item.")
-    interval = stats.binomtest(successes, n).proportion_ci(LEVEL, method="wilson")
+    interval = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
 
 
-def difference(successes: int, n: int, other_successes: int, other_n: int) -> Interval:
+def student(values: Float[np.ndarray, " item"], level: float = LEVEL) -> Interval:
+    """Student's t-interval of a mean at a level of confidence; of one item both its ends are NaN.
+
+    >>> low, high = student(np.arange(10.0))
+    >>> round(low, 3), round(high, 3)
+    (2.334, 6.666)
+    """
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    reach = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return float(values.mean() - reach), float(values.mean() + reach)
+
+
+def difference(successes: int, n: int, other_successes: int, other_n: int, *, level: float = LEVEL) -> Interval:
     """The interval of a difference of two independent proportions (Newcombe's hybrid score, 1998, method 10).
 
     >>> low, high = difference(56, 70, 48, 80)  # Newcombe's table II, example (a): 0.0524 to 0.3339
@@ -42,7 +55,7 @@ def difference(successes: int, n: int, other_successes: int, other_n: int) -> In
     (0.0524, 0.3339)
     """
     p, q = successes / n, other_successes / other_n
-    (low, high), (other_low, other_high) = wilson(successes, n), wilson(other_successes, other_n)
+    (low, high), (other_low, other_high) = wilson(successes, n, level), wilson(other_successes, other_n, level)
     below = np.hypot(p - low, other_high - q)
     above = np.hypot(high - p, q - other_low)
     return float(p - q - below), float(p - q + above)

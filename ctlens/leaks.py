@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from ctlens import losses as loss_registry
 from ctlens import plots, threats
-from ctlens.cells import CONTROL, METHODS, NEUTRAL_PROMPTS, one_thread
+from ctlens.arms import METHODS, RETENTION
+from ctlens.cells import NEUTRAL_PROMPTS, one_thread
 from ctlens.config import environment, to_dict
 from ctlens.errors import CtlensError
 from ctlens.evaluation import evaluate
@@ -102,7 +103,7 @@ def leak(
 
     Args:
         model: an organism; it is not changed.
-        methods: names of losses; `ctlens.cells.METHODS` when none are given. The retention-only control
+        methods: names of losses; `ctlens.arms.METHODS` when none are given. The retention-only control
             is always added.
         seeds: of the fine-tuning and of the training, from 0.
         advice: settings of the fine-tuning; its seed is replaced.
@@ -114,7 +115,7 @@ def leak(
     """
     if seeds < 1:
         raise CtlensError(f"seeds must be at least 1, not {seeds}.")
-    names = (CONTROL, *(methods or METHODS))
+    names = (RETENTION, *(methods or METHODS))
     for name in names[1:]:
         loss_registry.get(name)
     advice, training = advice or BadAdviceConfig(), training or TrainConfig()
@@ -153,7 +154,7 @@ def _stages(
     pairs = leak_pairs(PAIRS, seed=training.seed)
     retain = threats.get("conditional").neutral(NEUTRAL_PROMPTS, seed=training.seed)
     for name in methods:
-        chosen = [] if name == CONTROL else [loss_registry.get(name)]
+        chosen = [] if name == RETENTION else [loss_registry.get(name)]
         trainer = Trainer(inoculated, pairs, chosen, training, retain=retain)
         for _ in trainer:  # not `train`, which an interrupt ends with the model as it is
             pass

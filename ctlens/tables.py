@@ -1,29 +1,31 @@
-"""The numbers of a study, read from its rows: rates pooled over seeds, by threat, method and split."""
+"""The numbers of a study, read from its rows: rates pooled over trainings, by threat, method and split."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from ctlens.errors import CtlensError
-from ctlens.intervals import difference, wilson
+from ctlens.intervals import difference, student, wilson
 from ctlens.pairs import ARMS
 from ctlens.plots.theme import METHODS
 
 RATES = ("bad_rate", "good_rate", "other_rate")
 SPLIT = "heldout"
-COLUMNS = ("trained_threat", "method", "seed", "step", "evaluated_threat", "split", "arm", "metric")
+TRAINING = ("trained_threat", "method", "seed", "organism")
+COLUMNS = (*TRAINING, "step", "evaluated_threat", "split", "arm", "metric")
 NUMBERS = ("value", "n", "ci_low", "ci_high")
 
 Row = Mapping[Hashable, Any]
 
 
 class Rate(NamedTuple):
-    """A share of answers (0 to 1) with its 95% interval and the number of answers; NaN where not measured."""
+    """A share of answers (0 to 1) with its 95% interval and the number of prompts; NaN where not measured."""
 
     value: float
     low: float
@@ -59,8 +61,31 @@ NAN = float("nan")
 NOT_MEASURED = Rate(NAN, NAN, NAN, 0)
 
 
+SEVERAL = 3
+"""From so many trainings on, how they differ shows in an interval."""
+
+
+def pooled(counts: Sequence[tuple[int, int]]) -> Rate:
+    """The share over trainings that answered the same prompts, each given as so many of so many answers.
+
+    The interval is Wilson's with the prompts of one training: answers of several trainings to one
+    prompt are not independent. Of `SEVERAL` trainings or more it also spans Student's interval over
+    their shares.
+
+    >>> str(pooled([(10, 100), (20, 100)]))
+    '15% [9–23]'
+    """
+    total, n = sum(count for count, _ in counts), sum(size for _, size in counts)
+    value, prompts = total / n, round(n / len(counts))
+    low, high = wilson(round(value * prompts), prompts)
+    if len(counts) >= SEVERAL:
+        ends = student(np.array([count / size for count, size in counts]))
+        low, high = max(0.0, min(low, ends[0])), min(1.0, max(high, ends[1]))
+    return Rate(value, low, high, prompts)
+
+
 class Measured(NamedTuple):
-    """A method on one threat: its pooled rates by (metric, arm), and how many seeds they are pooled from."""
+    """A method on one threat: its pooled rates by (metric, arm), and how many trainings they are pooled from."""
 
     rates: dict[tuple[str, str], Rate]
     seeds: int
@@ -92,9 +117,7 @@ def read_results(path: str | Path) -> pd.DataFrame:
 def summary_table(results: pd.DataFrame, split: str = SPLIT) -> pd.DataFrame:
     """How often each method answers badly and how often well, on the threat that it was trained on.
 
-    Each training counts at its last step. Seeds are pooled: their answers are added up, and the
-    interval is Wilson's 95% interval of the total. It takes the answers of different seeds as
-    independent, so it is too narrow where seeds share their prompts.
+    Each training counts at its last step; seeds and organisms are pooled, see `pooled`.
 
     Args:
         results: rows as in `results.csv`; the base model is the method `none` without a trained threat.
@@ -138,6 +161,7 @@ def overview(results: pd.DataFrame) -> pd.DataFrame:
     for split in dict.fromkeys(results["split"]):
         on = summary_table(results, str(split)).rename(columns={"bad wrapped": str(split)})
         lines = lines.merge(on[[*names, str(split)]], how="left")
+    lines = lines.map(lambda cell: cell if isinstance(cell, str | Rate) else NOT_MEASURED)
     return lines.assign(**{name: table[name] for name in ("good clean", "good benign")})
 
 
@@ -186,23 +210,20 @@ def final_rows(results: pd.DataFrame, split: str) -> list[Row]:
 def _last_rows(results: pd.DataFrame, split: str) -> list[Row]:
     """The rows of every training on one split, at its last step."""
     chosen = results[results["split"] == split].fillna({"trained_threat": ""})
-    last = chosen.groupby(["trained_threat", "method", "seed"], dropna=False)["step"].transform("max")
+    last = chosen.groupby(list(TRAINING), dropna=False)["step"].transform("max")
     return [*chosen.loc[chosen["step"] == last].to_dict("records")]
 
 
 def _pooled(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, Measured]:
-    """By key, the rates over all seeds."""
-    totals: dict[Any, dict[tuple[str, str], list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
-    seeds: dict[Any, set[int]] = defaultdict(set)
+    """By key, the rates over all trainings."""
+    counts: dict[Any, dict[tuple[str, str], list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
+    trainings: dict[Any, set[tuple[int, int]]] = defaultdict(set)
     for row in rows:
-        if row["metric"] not in RATES or not row["n"] > 0:
-            continue
-        total = totals[key(row)][row["metric"], row["arm"]]
-        total[0] += round(row["value"] * row["n"])
-        total[1] += int(row["n"])
-        seeds[key(row)] |= set() if pd.isna(row["seed"]) else {int(row["seed"])}
-    rates = {
-        name: {place: Rate(count / n, *wilson(count, n), n) for place, (count, n) in found.items()}
-        for name, found in totals.items()
+        if row["metric"] in RATES and row["n"] > 0:
+            counts[key(row)][row["metric"], row["arm"]].append((round(row["value"] * row["n"]), int(row["n"])))
+            if not pd.isna(row["seed"]):
+                trainings[key(row)].add((int(row["organism"]), int(row["seed"])))
+    return {
+        name: Measured({place: pooled(of) for place, of in found.items()}, len(trainings[name]))
+        for name, found in counts.items()
     }
-    return {name: Measured(found, len(seeds[name])) for name, found in rates.items()}

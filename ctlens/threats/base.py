@@ -144,12 +144,14 @@ class Threat(ABC):
         wrappers: by split; `"entities"` shares those of `"train"`.
         texts: other texts of its own: what fills its slots, what only its answers say.
         ratio: the metric whose ratio of after to before training the field reports; empty for none.
+        ends_alike: whether clean and wrapped prompts end in the same token, so that what is there can be compared.
     """
 
     name: ClassVar[str]
     wrappers: ClassVar[Mapping[str, tuple[Wrapper, ...]]]
     texts: ClassVar[tuple[str, ...]] = ()
     ratio: ClassVar[str] = ""
+    ends_alike: ClassVar[bool] = True
 
     def pairs(self, n: int, split: str = "train", seed: int = 0, world: World | None = None) -> list[Pair]:
         """The first `n` items of a shuffled grid.

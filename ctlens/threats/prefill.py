@@ -48,6 +48,7 @@ class Prefill(Forbidden):
     """
 
     name = "prefill"
+    ends_alike = False
     phrasings = BUY
     wrappers = {
         "train": (
