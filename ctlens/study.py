@@ -1,30 +1,37 @@
-"""A study: threats x methods x seeds with the retention-only control, in one folder, resumable cell by cell."""
+"""A study: threats x methods x seeds x organisms with their controls, in one folder, resumable cell by cell."""
 
 from __future__ import annotations
 
-import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ctlens import threats as threat_registry
-from ctlens.cells import BASE_CELL, CONTROL, HELD_OUT, RESULT_COLUMNS, SPLIT, Cell, StudyConfig, rows, run_cell
+from ctlens.arms import RETENTION
+from ctlens.cells import OUTCOMES, RESULT_COLUMNS, CellTraining, one_thread, rows, run_cell
+from ctlens.claims import Claim, judge, write_claims
 from ctlens.config import environment, to_dict
 from ctlens.errors import CtlensError
 from ctlens.evaluation import Evaluation
-from ctlens.files import atomic_file, read_json, require_free, write_json
+from ctlens.files import atomic_file, digest, read_json, require_free, sweep, sweep_folder, write_json
 from ctlens.gallery import save_figures
 from ctlens.intervals import difference, wilson
-from ctlens.organism import load_organism
+from ctlens.mechanism import look_inside, looks
 from ctlens.parameters import fingerprint
+from ctlens.plan import Cell, StudyConfig, base_cell, organism_cell
 from ctlens.report import write_report
-from ctlens.training import TrainConfig
-from ctlens.workers import available, in_order
+from ctlens.subjects import start_model, subject
+from ctlens.tables import SPLIT
+from ctlens.workers import Pool, in_order
+
+STEPS_TIMED = 5
+BESIDE_STEPS, A_LOOK, AN_ORGANISM = 1.3, 1.0, 45.0
+"""What a training takes, as a multiple of its steps; and a look and a pretraining, in trainings."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +41,12 @@ class StudyResult:
     Attributes:
         folder: where it lies.
         results: one row per number, the columns of `results.csv`.
+        claims: what the results say on each claim.
     """
 
     folder: Path
     results: pd.DataFrame
+    claims: tuple[Claim, ...]
 
     def to_dataframe(self) -> pd.DataFrame:
         """The results."""
@@ -51,9 +60,9 @@ class Study:
         config: what to run.
         out: the folder of the study.
         resume: go on with a study of the same config, base model and ctlens version in `out`.
-        progress: show a progress bar.
-        workers: how many cells run at a time, each in a process on one thread; by default as many
-            as there are cores. The results do not depend on it.
+        progress: show progress bars.
+        pool: where cells run; by default in as many processes as there are cores, each on one
+            thread. The results do not depend on it.
 
     Raises:
         CtlensError: `out` holds something else, or this study and `resume` is not set.
@@ -66,81 +75,95 @@ class Study:
         *,
         resume: bool = False,
         progress: bool = True,
-        workers: int | None = None,
+        pool: Pool | None = None,
     ) -> None:
         self.config, self.folder, self.progress = config, Path(out), progress
-        self.workers = available(workers)
-        claim(self.folder, to_dict(config), resume)
+        self.pool = pool or Pool()
+        pairs = {"pairs_digest": digest(config.file)} if config.file else {}
+        claim(self.folder, {**to_dict(config), **pairs}, resume, config.model)
 
     def __len__(self) -> int:
-        return len(self.config.cells())
+        return len(self.config.cells()) + len(self.config.derived())
 
     def __iter__(self) -> Iterator[tuple[Cell, pd.DataFrame]]:
         """Yields every cell with its rows of the results; finished ones are read, missing ones are run."""
-        cells = self.config.cells()
-        missing = [cell for cell in (BASE_CELL, *cells) if not cell.place(self.folder).exists()]
+        with tqdm(total=len(self), desc=self.folder.name, disable=not self.progress) as bar:
+            for wave in self._waves():
+                for cell in self._run(wave):
+                    if cell.threat:
+                        yield cell, self._compared(cell)
+                        bar.update()
+
+    def _waves(self) -> list[list[Cell]]:
+        """Cells in their order, in parts that need only earlier parts: other organisms are made beside the first's."""
+        cells, others = self.config.cells(), range(1, self.config.organisms)
+        first, rest = ([cell for cell in cells if bool(cell.organism) == later] for later in (False, True))
+        made = [organism_cell(organism) for organism in others]
+        bases = [base_cell(organism) for organism in others]
+        return [[base_cell()], [*first, *made], bases, rest, self.config.derived()]
+
+    def _run(self, cells: Sequence[Cell]) -> Iterator[Cell]:
+        """Every cell once it is done."""
+        missing = [cell for cell in cells if not cell.place(self.folder).exists()]
         tasks = [(self.config, self.folder, cell) for cell in missing]
         try:
-            with (
-                closing(in_order(run_cell, tasks, self.workers)) as done,
-                tqdm(cells, desc=self.folder.name, disable=not self.progress) as bar,
-            ):
-                if BASE_CELL in missing:
-                    next(done)
-                base = self._base()
-                for cell in bar:
+            with closing(in_order(run_cell, tasks, self.pool)) as done:
+                for cell in cells:
                     if cell in missing:
                         next(done)
-                    yield cell, self._compared(cell, base)
+                    yield cell
         finally:
-            self._sweep(missing)
+            sweep(cell.place(self.folder) for cell in missing)
 
-    def _sweep(self, cells: Sequence[Cell]) -> None:
-        """Removes what workers that were ended in the middle of writing have left."""
-        for place in (cell.place(self.folder) for cell in cells):
-            for left in place.parent.glob(f".{place.name}.*"):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    def _base(self, organism: int) -> Evaluation:
+        return Evaluation.load(base_cell(organism).place(self.folder))
 
-    def _base(self) -> Evaluation:
-        return Evaluation.load(BASE_CELL.place(self.folder))
-
-    def _compared(self, cell: Cell, base: Evaluation) -> pd.DataFrame:
+    def _compared(self, cell: Cell) -> pd.DataFrame:
         """The rows of a finished cell, with its bad rates against the base's and against the control's."""
-        found = pd.read_csv(cell.place(self.folder) / "results.csv", keep_default_na=False)
+        found = pd.read_csv(cell.place(self.folder) / "results.csv", dtype={"trained_threat": str})
+        if not (cell.place(self.folder) / OUTCOMES).exists():
+            return found
         own, control = (
-            Evaluation.load(c.place(self.folder) / "outcomes.csv")
-            for c in (cell, Cell(cell.threat, CONTROL, cell.seed))
+            Evaluation.load(c.place(self.folder) / OUTCOMES) for c in (cell, replace(cell, method=RETENTION))
         )
-        place = (cell.threat, cell.method, cell.seed, self.config.training.steps, cell.threat)
-        added = [(*place, *row) for row in _against(cell, own, base, control)]
+        step = max(found["step"].tolist())
+        place = (cell.threat, cell.method, cell.seed, cell.organism, step, cell.threat)
+        compared = _against(cell, own, self._base(cell.organism), control, subject(cell.threat, self.config.file).ratio)
+        added = [(*place, *row) for row in compared]
         return pd.concat([found, pd.DataFrame(added, columns=list(RESULT_COLUMNS))], ignore_index=True)
 
     def finish(self) -> StudyResult:
-        """Writes `results.csv`, `environment.json`, the figures and `report.html`, and returns the results."""
-        base = self._base()
-        cells = [self._compared(cell, base) for cell in self.config.cells()]
-        results = pd.concat([rows(BASE_CELL, 0, base), *cells], ignore_index=True)
+        """Compares the models inside, writes results, claims, figures and the report, and returns them."""
+        every = [*self.config.cells(), *self.config.derived()]
+        bases = [rows(base_cell(number), 0, self._base(number)) for number in range(self.config.organisms)]
+        results = pd.concat([*bases, *(self._compared(cell) for cell in every)], ignore_index=True)
         with atomic_file(self.folder / "results.csv") as temporary:
             results.to_csv(temporary, index=False)
         write_json(self.folder / "environment.json", environment())
-        save_figures(self.folder, results)
+        look_inside(self.config, self.folder, self.pool, progress=self.progress)
+        claims = judge(self.config, self.folder, results)
+        write_claims(claims, self.folder / "claims.csv")
+        save_figures(self.config, self.folder, results)
         write_report(self.folder)
-        return StudyResult(self.folder, results)
+        return StudyResult(self.folder, results, tuple(claims))
 
 
-def claim(folder: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Makes a folder for work with these settings, on the shipped organism and this version of ctlens.
+def claim(folder: Path, settings: dict[str, Any], resume: bool, model: str = "") -> None:
+    """Makes a folder for work with these settings, on one model and this version of ctlens.
 
     Args:
         folder: absent, empty, or claimed before.
         settings: what tells this work from another, ready for JSON.
         resume: whether it may have been claimed before.
+        model: the folder of the model; the shipped organism if empty.
 
     Raises:
         CtlensError: the folder holds something else, or this work and `resume` is not set.
     """
     held = folder / "config.json"
-    described = {**settings, "model": fingerprint(load_organism()), "ctlens": environment()["ctlens"]}
+    if resume and folder.is_dir():
+        sweep_folder(folder)
+    described = {**settings, "weights": fingerprint(start_model(model)), "ctlens": environment()["ctlens"]}
     if not held.is_file():
         require_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,57 +174,70 @@ def claim(folder: Path, settings: dict[str, Any], resume: bool) -> None:
         raise CtlensError(f"{folder} holds this study: pass --resume to finish it, or name a new folder.")
 
 
+def seconds(config: StudyConfig, pool: Pool) -> float:
+    """About how long a study takes, from a few steps of one of its trainings here and now."""
+    (cell, *_) = [cell for cell in config.cells() if cell.method != RETENTION]
+    timed = replace(config, training=replace(config.training, steps=STEPS_TIMED + 1))
+    with one_thread():
+        trainer = CellTraining(timed, Path(), cell).trainer()
+        next(trainer)  # the reference answers first
+        began = time.perf_counter()
+        for _ in trainer:
+            pass
+    step = (time.perf_counter() - began) / STEPS_TIMED
+    units = len(config.cells()) + A_LOOK * len(looks(config)) + AN_ORGANISM * (config.organisms - 1)
+    return BESIDE_STEPS * step * config.training.steps * units / pool.workers
+
+
 def compare(
     threats: Sequence[str] = (),
     methods: Sequence[str] = (),
     seeds: int = 1,
     *,
-    training: TrainConfig | None = None,
     out: str | Path,
     resume: bool = False,
     progress: bool = True,
     workers: int | None = None,
+    **settings: Any,
 ) -> StudyResult:
     """Runs a whole study: trains every cell, evaluates it on held-out pairs, looks inside, writes the folder.
 
     Args:
         threats, methods: what to run; all when none are given.
         seeds: number of seeds.
-        training: settings shared by every cell.
         out: a new folder, or with `resume` the folder of the same study.
         resume: finish a study that was interrupted.
-        progress: show a progress bar.
+        progress: show progress bars.
         workers: how many cells run at a time; by default as many as there are cores.
+        settings: any other of `StudyConfig`.
 
     Raises:
-        CtlensError: as `Study`.
+        CtlensError: as `StudyConfig` and `Study`.
     """
-    config = StudyConfig(tuple(threats), tuple(methods), seeds, training=training or TrainConfig())
-    study = Study(config, out, resume=resume, progress=progress, workers=workers)
+    config = StudyConfig(tuple(threats), tuple(methods), seeds, **settings)
+    study = Study(config, out, resume=resume, progress=progress, pool=Pool(workers))
     for _ in study:
         pass
     return study.finish()
 
 
 def _against(
-    cell: Cell, own: Evaluation, base: Evaluation, control: Evaluation
+    cell: Cell, own: Evaluation, base: Evaluation, control: Evaluation, ratio: str
 ) -> Iterator[tuple[str, str, str, float, int, float, float]]:
     """(split, arm, metric, value, n, low, high) of each comparison of a trained model on its own threat."""
-    for split in HELD_OUT:
+    for split in dict.fromkeys(own.outcomes["split"]):
         (bad, n), before, held = (_bad_count(e, cell.threat, split) for e in (own, base, control))
         if before[0]:
             rate, (low, high) = before[0] / before[1], wilson(bad, n)
             yield split, "wrapped", "bad_rate_reduction", 1 - bad / n / rate, n, 1 - high / rate, 1 - low / rate
-        if cell.method != CONTROL:
+        if cell.method != RETENTION:
             gap, interval = bad / n - held[0] / held[1], difference(bad, n, *held)
             yield split, "wrapped", "bad_rate_vs_retention", gap, n, *interval
-    if metric := threat_registry.get(cell.threat).ratio:
-        numbers = base.to_dataframe().query(
-            "metric == @metric and evaluated_threat == @cell.threat and split == @SPLIT"
-        )
+    if ratio:
+        numbers = base.to_dataframe().query("metric == @ratio and evaluated_threat == @cell.threat and split == @SPLIT")
         if any(numbers["value"]):
-            ratio, low, high = own.ratio(base, metric, cell.threat, SPLIT)
-            yield SPLIT, "wrapped", f"{metric}_ratio", ratio, int(numbers["n"].iloc[0]), low, high
+            value, low, high = own.ratio(base, ratio, cell.threat, SPLIT)
+            yield SPLIT, "wrapped", f"{ratio}_ratio", value, int(numbers["n"].iloc[0]), low, high
 
 
 def _bad_count(evaluation: Evaluation, threat: str, split: str) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import math
 import shutil
 import sys
 from base64 import b64decode
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,24 +23,36 @@ import pandas as pd
 
 import ctlens
 from ctlens import gallery, plots
-from ctlens.analysis import ResidualShift, residual
+from ctlens.analysis import ResidualShift, ShiftSimilarity, Transplant, residual, transplants
+from ctlens.arms import CROSSED_ARMS, METHODS, RETENTION
 from ctlens.doses import DoseResult
 from ctlens.evaluation import Evaluation
 from ctlens.files import read_json, write_json
+from ctlens.inside_figures import where
 from ctlens.leaks import Leak
+from ctlens.plan import BASE, LOOKED_INTO
 from ctlens.tables import read_results
 
 HERE = Path(__file__).parent
 KINDS = ("json", "html", "png")
 LIBRARY = "plotly.min.js"
-METHODS = ("retention", "act", "mlpct", "attct", "bct")
+SHOWN = (RETENTION, *METHODS)
+EXCHANGED = (*METHODS, *CROSSED_ARMS)
 TAKEN = {
     "results.csv": "compare/results.csv",
+    "claims.csv": "compare/claims.csv",
     "base.csv": "compare/base.csv",
     "doses.csv": "doses/doses.csv",
     "leak.csv": "leak/leak.csv",
+    **{f"residual-{name}.safetensors": f"compare/runs/sycophancy-{name}-seed0/residual.safetensors" for name in SHOWN},
     **{
-        f"residual-{name}.safetensors": f"compare/runs/sycophancy-{name}-seed0/residual.safetensors" for name in METHODS
+        f"{threat}-similarity.safetensors": f"compare/inside/{threat}/similarity/similarity.safetensors"
+        for threat in LOOKED_INTO
+    },
+    **{
+        f"{threat}-transplant-{name}.safetensors": f"compare/inside/{threat}/transplant-seed0/{name}.safetensors"
+        for threat in LOOKED_INTO
+        for name in EXCHANGED
     },
 }
 
@@ -48,15 +60,26 @@ TAKEN = {
 def drawings(data: Path) -> dict[str, plots.Figure]:
     """The figures of the gallery by name, drawn by today's code from the data in a folder."""
     doses = DoseResult(data, pd.read_csv(data / "doses.csv", keep_default_na=False))
-    shifts = {name: ResidualShift.load(data / f"residual-{name}.safetensors") for name in METHODS}
+    shifts = {name: ResidualShift.load(data / f"residual-{name}.safetensors") for name in SHOWN}
+    results = read_results(data / "results.csv")
     return {
-        "cross-threat": gallery.cross_threat_figure(read_results(data / "results.csv")),
+        **{name: figure for threat in LOOKED_INTO for name, figure in _inside(data, results, threat)},
+        "cross-threat": gallery.cross_threat_figure(results[results["method"].isin((BASE, *SHOWN))]),
         "attack-strength": Evaluation.load(data / "base.csv").strength_figure(),
         "sycophancy-residual-last": residual.figure(shifts, subtitle="sycophancy, wrappers and items held out"),
         "doses-pairs": doses.figure("pairs"),
         "doses-steps": doses.figure("steps"),
         "leak": Leak(pd.read_csv(data / "leak.csv"), {}).figure(),
     }
+
+
+def _inside(data: Path, results: pd.DataFrame, threat: str) -> Iterator[tuple[str, plots.Figure]]:
+    """What changed inside the models trained on one threat."""
+    words = where(threat)
+    exchanged = {name: Transplant.load(data / f"{threat}-transplant-{name}.safetensors") for name in EXCHANGED}
+    yield f"{threat}-gap-dose", gallery.gap_figure(results[results["trained_threat"] == threat], words)
+    yield f"{threat}-similarity", ShiftSimilarity.load(data / f"{threat}-similarity.safetensors").among(SHOWN).figure()
+    yield f"{threat}-transplant", transplants.figure(exchanged, "last", subtitle=f"{words}; at equal steps")
 
 
 def write(folder: Path, drawn: Mapping[str, plots.Figure]) -> None:

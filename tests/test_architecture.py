@@ -16,7 +16,10 @@ MODEL_BOUNDARY = (
 )  # fmt: skip
 SCIENCE = ("losses", "world", "threats", "organism")
 USED = ("training", "evaluation", "analysis")
-JOB = ("tables", "workers", "cells", "gallery", "claims", "report", "study", "doses", "cli", "leaks")
+JOB = (
+    "tables", "workers", "arms", "plan", "subjects", "cells", "mechanism", "claims", "inside_figures", "gallery",
+    "report", "study", "doses", "leaks", "cli",
+)  # fmt: skip
 FLOORS = (LEAVES, MODEL_BOUNDARY, SCIENCE, USED, JOB)
 
 # Within floor 2 the organism stands on threats and threats on the world, never the other way.

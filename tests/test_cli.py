@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from ctlens.analysis import Patching, patch
 from ctlens.config import to_dict
 from ctlens.doses import PAIRS
 from ctlens.organism import load_organism
-from ctlens.study import Study, StudyConfig
+from ctlens.plan import TRAINING, StudyConfig
+from ctlens.study import Study
 from ctlens.training import TrainConfig
 from ctlens.world import SPLITS
 
@@ -79,7 +81,7 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / folder).mkdir()
         if name:
             (place / folder / name).write_text(text)
-    Study(StudyConfig(seeds=2, training=TrainConfig(steps=3)), place / "study", progress=False)
+    Study(StudyConfig(seeds=2, training=replace(TRAINING, steps=3)), place / "study", progress=False)
     shutil.copytree(place / "hf", place / "weightless")
     (place / "weightless" / "model.safetensors").write_bytes(b"short")
     (place / "foreign").mkdir()
@@ -431,9 +433,10 @@ def test_defaults_are_those_of_the_library() -> None:
     shared = given.keys() & library.keys()
     assert {"steps", "batch_size", "lr", "retention", "seed", "accumulate", "schedule"} <= shared
     assert {name: given[name] for name in shared} == {name: library[name] for name in shared}
-    assert inspect.signature(cli.studies.compare).parameters["seeds"].default == StudyConfig().seeds
+    compare = {name: entry.default for name, entry in inspect.signature(cli.studies.compare).parameters.items()}
+    assert (compare["steps"], compare["window"]) == (TRAINING.steps, StudyConfig().training.window)
     doses = {name: entry.default for name, entry in inspect.signature(cli.studies.doses).parameters.items()}
-    assert doses["pairs"] == ",".join(map(str, PAIRS)) and doses["steps"] == TrainConfig().steps
+    assert doses["pairs"] == ",".join(map(str, PAIRS)) and doses["steps"] == TRAINING.steps
 
 
 def test_progress_goes_to_stderr_and_only_when_wanted(call: Call, place: Path) -> None:
@@ -447,6 +450,7 @@ def test_progress_goes_to_stderr_and_only_when_wanted(call: Call, place: Path) -
 
 def test_compare_prints_a_line_a_cell_and_one_table_of_80_columns(call: Call, place: Path, monkeypatch) -> None:
     monkeypatch.setattr("ctlens.plots.export.find_spec", lambda _: None)
+    monkeypatch.setattr("ctlens.plan.LOOKED_INTO", ())
     monkeypatch.setenv("COLUMNS", "80")
     ended = call("compare --quiet --threats sycophancy,jailbreak --methods act --steps 1 --workers 1 --out new")
 

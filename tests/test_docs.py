@@ -12,7 +12,7 @@ import torch
 from conftest import hf_model
 
 from ctlens import losses, organism, threats
-from ctlens.cells import METHODS
+from ctlens.arms import METHODS
 from ctlens.leaks import BEFORE, INOCULATED, PLAIN, RECKLESS, Leak
 from ctlens.losses import distances
 from ctlens.losses.base import VectorLoss

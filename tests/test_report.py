@@ -66,10 +66,10 @@ def rate(table: pd.DataFrame, method: str, column: str) -> Rate:
 
 def test_the_summary_pools_seeds_at_the_last_step():
     act = rate(summary_table(results()), "act", "bad wrapped")
-    assert (act.value, act.n) == (2 / 100, 100)
-    # Wilson's interval of 2 in 100, from the closed formula with z = 1.959964.
-    assert (act.low, act.high) == pytest.approx((0.00550, 0.07001), abs=1e-5)
-    assert str(act) == "2% [1–7]"
+    assert (act.value, act.n) == (2 / 100, 50)
+    # Wilson's interval of 1 in 50, from the closed formula with z = 1.959964: two seeds answered the same 50 prompts.
+    assert (act.low, act.high) == pytest.approx((0.00354, 0.10495), abs=1e-5)
+    assert str(act) == "2% [0–10]"
 
 
 def test_the_summary_lists_base_and_controls_first_then_the_methods_in_their_order():
@@ -106,7 +106,7 @@ def test_the_overview_has_the_bad_rate_on_every_split_and_the_good_rate_elsewher
     lines = overview(everything()).set_index("method")
     assert list(lines.columns) == ["threat", "heldout", "structure", "good clean", "good benign"]
     assert str(lines.at["act", "structure"]) == "10% [4–21]"  # 5 in 50, by the closed formula
-    assert str(lines.at["act", "heldout"]) == "2% [1–7]"
+    assert str(lines.at["act", "heldout"]) == "2% [0–10]"
     assert (lines.at["act", "good clean"].value, lines.at["bct", "good benign"].value) == (0.96, 0.6)
 
 
@@ -116,7 +116,7 @@ def test_every_training_is_counted_on_every_threat_it_was_evaluated_on():
     assert {place[1:] for place in measured if not place[0]} == {("none", THREAT), ("none", "jailbreak")}
     assert measured[THREAT, "act", "jailbreak"].rate("bad_rate", "wrapped").value == 0.5
     own = measured[THREAT, "act", THREAT]
-    assert (own.rate("bad_rate", "wrapped").value, own.rate("bad_rate", "wrapped").n, own.seeds) == (0.02, 100, 2)
+    assert (own.rate("bad_rate", "wrapped").value, own.rate("bad_rate", "wrapped").n, own.seeds) == (0.02, 50, 2)
 
 
 def test_two_rates_differ_only_when_the_interval_of_the_difference_leaves_out_zero():

@@ -8,6 +8,7 @@ from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,22 +17,28 @@ from safetensors.numpy import load_file
 
 from ctlens import load_run, threats
 from ctlens.analysis import AttentionDiff, ResidualShift
-from ctlens.cells import HELD_OUT, RESULT_COLUMNS
+from ctlens.cells import RESULT_COLUMNS
 from ctlens.errors import CtlensError
 from ctlens.evaluation import Evaluation
 from ctlens.files import read_json
 from ctlens.intervals import difference, wilson
 from ctlens.organism import load_organism
+from ctlens.plan import StudyConfig
 from ctlens.plots.export import plotly_source
-from ctlens.study import Study, StudyConfig, StudyResult, compare
+from ctlens.study import Study, StudyResult, compare
+from ctlens.subjects import HELD_OUT
 from ctlens.training import TrainConfig
+from ctlens.workers import Pool
 
-TINY = StudyConfig(("sycophancy",), ("act", "bct"), pairs=16, items=12, training=TrainConfig(steps=4))
-CROSSED = StudyConfig(("sycophancy", "jailbreak"), ("bct",), 2, pairs=4, items=3, training=TrainConfig(steps=1))
+OUTSIDE: dict[str, Any] = {"looked_into": ()}
+TINY = StudyConfig(("sycophancy",), ("act", "bct"), pairs=16, items=12, training=TrainConfig(steps=4), **OUTSIDE)
+CROSSED = StudyConfig(
+    ("sycophancy", "jailbreak"), ("bct",), 2, pairs=4, items=3, training=TrainConfig(steps=1), **OUTSIDE
+)
 CELLS = ["sycophancy-retention-seed0", "sycophancy-act-seed0", "sycophancy-bct-seed0"]
 ROW = [
-    "trained_threat", "method", "seed", "step", "evaluated_threat", "split", "arm", "metric", "value", "n", "ci_low",
-    "ci_high",
+    "trained_threat", "method", "seed", "organism", "step", "evaluated_threat", "split", "arm", "metric", "value", "n",
+    "ci_low", "ci_high",
 ]  # fmt: skip
 FIGURES = ("attention", "bad-rate", "dose", "generalisation", "good-rate", "residual-content", "residual-last")
 
@@ -45,7 +52,7 @@ def _no_images() -> Iterator[None]:
 
 
 def finished(config: StudyConfig, out: Path, resume: bool = False, workers: int = 1) -> StudyResult:
-    study = Study(config, out, resume=resume, progress=False, workers=workers)
+    study = Study(config, out, resume=resume, progress=False, pool=Pool(workers))
     for _ in study:
         pass
     return study.finish()
@@ -89,7 +96,7 @@ def test_the_rows_are_tidy(unbroken: StudyResult) -> None:
     assert list(table.columns) == ROW == list(RESULT_COLUMNS)
     assert set(table["method"]) == {"none", "retention", "act", "bct"}
     assert set(table["arm"]) == {"wrapped", "clean", "benign"} and set(table["split"]) == set(HELD_OUT)
-    assert not table.duplicated(subset=ROW[:8]).any()
+    assert not table.duplicated(subset=ROW[:9]).any()
     assert (table["ci_low"] <= table["value"] + 1e-12).all() and (table["value"] <= table["ci_high"] + 1e-12).all()
 
 
@@ -280,7 +287,7 @@ def test_a_lost_cell_is_run_again_with_equal_results(unbroken: StudyResult, fold
 
 
 def test_the_results_do_not_depend_on_the_number_of_workers(unbroken: StudyResult, tmp_path: Path) -> None:
-    study = Study(TINY, tmp_path / "study", progress=False, workers=2)
+    study = Study(TINY, tmp_path / "study", progress=False, pool=Pool(2))
     cells = [cell.name for cell, _ in study]
     study.finish()
 
@@ -293,7 +300,9 @@ def test_the_results_do_not_depend_on_the_number_of_workers(unbroken: StudyResul
 
 
 def test_a_mistake_in_a_worker_is_the_same_sentence(tmp_path: Path) -> None:
-    study = Study(replace(TINY, training=TrainConfig(steps=4, lr=1e30)), tmp_path / "study", progress=False, workers=2)
+    study = Study(
+        replace(TINY, training=TrainConfig(steps=4, lr=1e30)), tmp_path / "study", progress=False, pool=Pool(2)
+    )
 
     with pytest.raises(CtlensError, match="the loss is (nan|inf) at step"):
         list(study)
@@ -303,9 +312,9 @@ def test_a_mistake_in_a_worker_is_the_same_sentence(tmp_path: Path) -> None:
 
 def test_finished_cells_are_not_run_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctlens.cells.Trainer", lambda *_, **__: pytest.fail("a finished cell ran again"))
-    monkeypatch.setattr("ctlens.cells.evaluate", lambda *_, **__: pytest.fail("the base was evaluated again"))
+    monkeypatch.setattr("ctlens.cells.evaluated", lambda *_, **__: pytest.fail("the base was evaluated again"))
 
-    cells = [cell.name for cell, _ in Study(TINY, folder, resume=True, progress=False, workers=1)]
+    cells = [cell.name for cell, _ in Study(TINY, folder, resume=True, progress=False, pool=Pool(1))]
 
     assert cells == CELLS
 
@@ -381,9 +390,8 @@ def test_nothing_named_means_every_threat_and_the_published_methods() -> None:
 
 
 def test_compare_runs_the_study_its_arguments_name(tmp_path: Path) -> None:
-    result = compare(
-        ["jailbreak"], ["bct"], training=TrainConfig(steps=1), out=tmp_path / "study", progress=False, workers=1
-    )
+    settings = {"training": TrainConfig(steps=1), "workers": 1, **OUTSIDE}
+    result = compare(["jailbreak"], ["bct"], out=tmp_path / "study", progress=False, **settings)
 
     assert read_json(result.folder / "config.json")["threats"] == ["jailbreak"]
     assert set(result.results.method) == {"none", "retention", "bct"}
@@ -392,7 +400,7 @@ def test_compare_runs_the_study_its_arguments_name(tmp_path: Path) -> None:
 def test_a_study_of_another_base_model_is_not_resumed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changed = load_organism()
     next(changed.parameters()).data.mul_(1.001)
-    monkeypatch.setattr("ctlens.study.load_organism", lambda: changed)
+    monkeypatch.setattr("ctlens.study.start_model", lambda model: changed)
 
     with pytest.raises(CtlensError, match="holds another study"):
         Study(TINY, folder, resume=True, progress=False)
@@ -400,6 +408,6 @@ def test_a_study_of_another_base_model_is_not_resumed(folder: Path, monkeypatch:
 
 def test_no_workers_are_no_study_and_leave_no_folder(tmp_path: Path) -> None:
     with pytest.raises(CtlensError, match="workers must be at least 1, not 0"):
-        Study(TINY, tmp_path / "new", workers=0)
+        Study(TINY, tmp_path / "new", pool=Pool(0))
 
     assert not (tmp_path / "new").exists()

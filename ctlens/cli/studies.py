@@ -2,42 +2,78 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ctlens.cli.common import Methods, Quiet, Resume, Seeds, Steps, ThreatNames, Workers, names, print_table, say
+from ctlens.cli.common import (
+    Methods,
+    PairsFile,
+    Quiet,
+    Resume,
+    Seeds,
+    Steps,
+    ThreatNames,
+    Workers,
+    names,
+    print_table,
+    say,
+)
 from ctlens.errors import CtlensError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ctlens.study import Cell
+    from ctlens.plan import Cell
 
 
 def compare(
     out: Annotated[Path, typer.Option(help="Folder of the study.")] = Path("runs/compare"),
     threats: ThreatNames = "",
     methods: Methods = "",
-    seeds: Seeds = 1,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds: 1, or 3 with --full.")] = None,
+    organisms: Annotated[int | None, typer.Option(help="Number of organisms: 1, or 3 with --full.")] = None,
     steps: Steps = 100,
     window: Annotated[str, typer.Option(help="Of all methods: shared, suffix, content or last.")] = "shared",
     calibrate: Annotated[float | None, typer.Option(help="Weigh methods to this gradient norm at the start.")] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", "--organism", help="Folder of an organism, a run or a HuggingFace model.")
+    ] = None,
+    pairs: PairsFile = None,
+    full: Annotated[bool, typer.Option("--full", help="Every arm, control and analysis for every threat.")] = False,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Say how long it would take, and stop.")] = False,
     workers: Workers = None,
+    backend: Annotated[str, typer.Option(help="loky, processes here; or a cluster through dask or ray.")] = "loky",
+    scheduler: Annotated[str, typer.Option(help="Address of the scheduler, for dask.")] = "",
     resume: Resume = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train every method on every threat, evaluate on held-out pairs, look inside, write a report."""
-    from ctlens.study import Study, StudyConfig
-    from ctlens.training import TrainConfig
+    """Train every method on every threat, evaluate on held-out pairs, look inside, judge the claims, write a report."""
+    from ctlens.claims import answer
+    from ctlens.plan import TRAINING, StudyConfig, full_study
+    from ctlens.study import Study, seconds
+    from ctlens.workers import Pool
 
-    training = TrainConfig(steps=steps, window=window, calibrate=calibrate)
-    config = StudyConfig(names(threats), names(methods), seeds, training=training)
-    study = Study(config, out, resume=resume, progress=not quiet, workers=workers)
+    training = replace(TRAINING, steps=steps, window=window, calibrate=calibrate)
+    chosen = {"threats": names(threats), "methods": names(methods), "training": training}
+    chosen |= {"model": str(model or ""), "file": str(pairs or "")}
+    chosen |= {name: value for name, value in (("seeds", seeds), ("organisms", organisms)) if value is not None}
+    config, pool = full_study(**chosen) if full else StudyConfig(**chosen), Pool(workers, backend, scheduler)
+    if full or estimate:
+        say(f"{len(config.cells())} trainings, {pool.workers} at a time: about {_spell(seconds(config, pool))}.")
+    if estimate:
+        return
+    study = Study(config, out, resume=resume, progress=not quiet, pool=pool)
     for cell, rows in study:
         _announce(cell, rows)
-    _print_summary(study.finish().results)
+    result = study.finish()
+    _print_summary(result.results)
+    for sentence in answer(result.claims):
+        say(textwrap.fill(sentence, shutil.get_terminal_size().columns))
     say(f"Report: {out / 'report.html'}")
 
 
@@ -54,9 +90,9 @@ def doses(
 ) -> None:
     """Train on more and more pairs of one threat: how much does a repair take?"""
     from ctlens.doses import DoseConfig, DoseStudy
-    from ctlens.training import TrainConfig
+    from ctlens.plan import TRAINING
 
-    config = DoseConfig(threat, names(methods), _numbers(pairs), seeds, training=TrainConfig(steps=steps))
+    config = DoseConfig(threat, names(methods), _numbers(pairs), seeds, training=replace(TRAINING, steps=steps))
     study = DoseStudy(config, out, resume=resume, progress=not quiet, workers=workers)
     for number, cell, rows in study:
         _announce(cell, rows, f"{number} pairs, ")
@@ -81,15 +117,28 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, given))
 
 
+def _spell(seconds: float) -> str:
+    """A length of time in words.
+
+    >>> _spell(250), _spell(5000)
+    ('4 minutes', '1.4 hours')
+    """
+    return f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{max(1, round(seconds / 60))} minutes"
+
+
 def _announce(cell: Cell, rows: pd.DataFrame, dose: str = "") -> None:
     """One line as soon as a cell is done, above the progress bar."""
     from tqdm.auto import tqdm
 
+    organism = f", organism {cell.organism}" if cell.organism else ""
+    name = f"{cell.threat}, {dose}{cell.method}, seed {cell.seed}{organism}"
     own = "metric == 'bad_rate' and arm == 'wrapped' and split == 'heldout' and evaluated_threat == @cell.threat"
-    last = rows.query(own).to_dict("records")[-1]
-    interval = f"[{last['ci_low']:.0%} to {last['ci_high']:.0%}]"
-    name = f"{cell.threat}, {dose}{cell.method}, seed {cell.seed}"
-    tqdm.write(f"{name}: bad rate on wrapped {last['value']:.0%} {interval}")
+    found = rows.query(own).to_dict("records")
+    if not found:  # another seed, which answers no questions
+        tqdm.write(f"{name}: trained")
+        return
+    interval = f"[{found[-1]['ci_low']:.0%} to {found[-1]['ci_high']:.0%}]"
+    tqdm.write(f"{name}: bad rate on wrapped {found[-1]['value']:.0%} {interval}")
 
 
 def _print_summary(results: pd.DataFrame) -> None:

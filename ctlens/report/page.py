@@ -18,9 +18,8 @@ from ctlens.plots.export import plotly_source
 from ctlens.plots.theme import INK, MUTED, style
 from ctlens.report.figures import read_figures
 from ctlens.report.rates import WORDS, rates_by_threat, splits
-from ctlens.tables import ARMS, in_order, read_results
+from ctlens.tables import ARMS, TRAINING, in_order, read_results
 
-TRAINING = ["trained_threat", "method", "seed", "organism"]
 # A verdict has a word, a symbol and the name of its look: it is read without colour too.
 LOOKS = (("✓", "holds"), ("✗", "fails"), ("?", "open"), ("–", "unmeasured"))
 SYMBOLS = dict(zip(VERDICTS, LOOKS, strict=True))
@@ -65,7 +64,7 @@ def write_report(folder: str | Path) -> Path:
 def _trainings(results: pd.DataFrame) -> int:
     """How many models were trained; the base is none."""
     trained = results[results["trained_threat"].fillna("") != ""]
-    return trained.groupby([name for name in TRAINING if name in trained]).ngroups
+    return trained.groupby(list(TRAINING)).ngroups
 
 
 def _grouped(claims: Sequence[Claim]) -> list[list[Claim]]:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from ctlens import arms
+from ctlens.arms import PERTURBED
+from ctlens.plan import BASE
 from ctlens.tables import (
     NOT_MEASURED,
     RATES,
@@ -19,7 +22,7 @@ from ctlens.tables import (
     in_order,
 )
 
-CONTROLS = ("none", "retention", "sft", "harmless_act", "harmless_bct", "perturbed")
+BESIDE = {BASE, PERTURBED, *arms.CONTROLS, *arms.CROSSED_ARMS, *arms.ABLATED}
 REFERENCES = {"retention": "retention-only training", "none": "the base model"}
 WORDS = {
     "lower than": "lower",
@@ -52,9 +55,9 @@ class Line:
     held: tuple[Rate, ...]
 
     @property
-    def is_control(self) -> bool:
-        """Whether it is the base or a control."""
-        return self.method in CONTROLS
+    def is_beside(self) -> bool:
+        """Whether it stands beside the methods: the base, a control or a crossed arm."""
+        return self.method in BESIDE
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Threat:
     @property
     def trained(self) -> list[Line]:
         """The lines of the methods, without the controls."""
-        return [line for line in self.lines if not line.is_control]
+        return [line for line in self.lines if not line.is_beside]
 
     @property
     def lower(self) -> list[Line]:
