@@ -13,7 +13,7 @@ import math
 import shutil
 import sys
 from base64 import b64decode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,11 +25,13 @@ import ctlens
 from ctlens import gallery, plots
 from ctlens.analysis import ResidualShift, ShiftSimilarity, Transplant, residual, transplants
 from ctlens.arms import CROSSED_ARMS, METHODS, RETENTION
+from ctlens.claims import Claim
 from ctlens.doses import DoseResult
 from ctlens.evaluation import Evaluation
 from ctlens.files import read_json, write_json
 from ctlens.inside_figures import where
 from ctlens.leaks import Leak
+from ctlens.mechanism import SETTINGS
 from ctlens.plan import BASE, LOOKED_INTO
 from ctlens.tables import read_results
 
@@ -80,6 +82,20 @@ def _inside(data: Path, results: pd.DataFrame, threat: str) -> Iterator[tuple[st
     yield f"{threat}-gap-dose", gallery.gap_figure(results[results["trained_threat"] == threat], words)
     yield f"{threat}-similarity", ShiftSimilarity.load(data / f"{threat}-similarity.safetensors").among(SHOWN).figure()
     yield f"{threat}-transplant", transplants.figure(exchanged, "last", subtitle=f"{words}; at equal steps")
+
+
+def claims_table(claims: Sequence[Claim]) -> str:
+    """The claims as a Markdown table, a row a claim and threat."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for claim in claims:
+        number = f"{claim.value:.2f} [{claim.ci_low:.2f}, {claim.ci_high:.2f}]".replace("-", "−")
+        cell = claim.verdict if math.isnan(claim.value) else f"**{claim.verdict}**, {number}"
+        rows.setdefault((claim.statement, claim.threat), {})[claim.setting] = cell
+    lines = [f"| claim | threat | {' | '.join(SETTINGS)} |", "|---|---|---|---|"]
+    for (statement, threat), cells in rows.items():
+        found = " | ".join(cells.get(setting, "–") for setting in SETTINGS)
+        lines.append(f"| {statement[0].upper()}{statement[1:]} | {threat} | {found} |")
+    return "\n".join(lines)
 
 
 def write(folder: Path, drawn: Mapping[str, plots.Figure]) -> None:

@@ -230,8 +230,8 @@ def test_the_answer_says_of_each_threat_what_holds() -> None:
     )
 
     assert len(told) == 3
-    assert "retention alone holds on sycophancy, stays open on prefill; that internal methods fail" in told[0]
-    assert "at the last token, does not hold on sycophancy;" in told[1]
+    assert "retention alone” holds on sycophancy, stays open on prefill; “internal methods fail" in told[0]
+    assert "BCT differently” does not hold on sycophancy;" in told[1]
     assert "holds on jailbreak at equal steps, stays open on jailbreak at matched effect" in told[1]
     assert "at the same tokens" not in told[1]
     assert "in 1 of 2 cases" in told[2] and "too few organisms for a claim about training in general" in told[2]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +15,7 @@ from conftest import hf_model
 
 from ctlens import losses, organism, threats
 from ctlens.arms import METHODS
+from ctlens.claims import Claim, read_claims
 from ctlens.leaks import BEFORE, INOCULATED, PLAIN, RECKLESS, Leak
 from ctlens.losses import distances
 from ctlens.losses.base import VectorLoss
@@ -64,34 +67,88 @@ def test_the_contributing_example_is_a_working_loss(tokenizer, monkeypatch) -> N
     assert made.distances["l1"](x, y) == 3
 
 
+sys.path.insert(0, str(ROOT / "figures"))
+draw = importlib.import_module("draw")
+CLAIMS = read_claims(ROOT / "figures" / "claims.csv")
+SHOWN = ("none", "retention", *METHODS)
+
+
 @pytest.fixture(scope="module")
 def results() -> pd.DataFrame:
     return pd.read_csv(ROOT / "figures" / "results.csv", keep_default_na=False)
 
 
+def findings() -> str:
+    return (ROOT / "FINDINGS.md").read_text()
+
+
 def test_the_readmes_table_is_the_one_of_the_committed_results(results: pd.DataFrame) -> None:
-    rates = summary_table(results)
+    rates = summary_table(results).set_index(["threat", "method"])["bad wrapped"]
     readme = (ROOT / "README.md").read_text()
 
-    assert set(rates["threat"]) == set(threats.names())
-    for threat, rows in rates.groupby("threat"):
-        assert f"| {threat} | {' | '.join(map(str, rows['bad wrapped']))} |" in readme
-    assert "Clean good rates stay at 100%" in readme and all(rate.value == 1 for rate in rates["good clean"])
-    assert "up to 10.4 points" in readme and round(max(1 - rate.value for rate in rates["good benign"]), 3) == 0.104
+    assert {threat for threat, _ in rates.index} == set(threats.names())
+    for threat in threats.names():
+        assert f"| {threat} | {' | '.join(str(rates[threat, name]) for name in SHOWN)} |" in readme
 
 
-def test_the_readmes_sentences_on_structure_and_transfer_hold(results: pd.DataFrame) -> None:
+def test_the_findings_on_structure_and_benign_twins_hold(results: pd.DataFrame) -> None:
     structure = summary_table(results, "structure").set_index(["threat", "method"])["bad wrapped"]
     sycophancy = [structure["sycophancy", name].percent for name in METHODS]
-    final = results.query("metric == 'bad_rate' and arm == 'wrapped' and split == 'heldout' and step in (0, 100)")
-    base = final.query("method == 'none'").set_index("evaluated_threat")["value"]
-    others = final.query("method != 'none' and trained_threat != evaluated_threat")
-    moved = (others["value"] - base.loc[others["evaluated_threat"]].to_numpy()).abs()
+    persona = {name: structure["persona", name].percent for name in ("attct", "bct")}
+    rates = summary_table(results).set_index(["threat", "method"])
+    methods = rates[rates.index.get_level_values("method").isin(METHODS)]
+    lost = max(100 * (1 - rate.value) for rate in methods["good benign"])
 
-    assert (min(sycophancy), max(sycophancy)) == ("33%", "51%")
-    assert (structure["persona", "attct"].percent, structure["persona", "bct"].percent) == ("49%", "3%")
-    assert round(moved.max(), 2) == 0.17
-    assert moved[others["method"] == "bct"].mean() < moved[others["method"].isin(["act", "mlpct", "attct"])].mean()
+    remain = f"on sycophancy {min(sycophancy, key=number)} to {max(sycophancy, key=number)} remain with every method"
+    assert f"{remain}, on persona {persona['attct']}\nwith AttCT and {persona['bct']} with BCT" in wrapped(findings())
+    assert f"losses cost up to {lost:.1f} points" in findings()
+    assert all(rate.value == 1 for rate in methods["good clean"]) and "Clean good rates stay at 100%" in findings()
+
+
+def number(percent: str) -> int:
+    return int(percent.rstrip("%"))
+
+
+def wrapped(text: str) -> str:
+    """The text with the line breaks of prose where a sentence of these tests has them."""
+    return re.sub(r"(on persona \d+%)\s+(with AttCT)", r"\1\n\2", re.sub(r"\n  ", " ", text))
+
+
+def test_the_findings_on_transfer_and_a_harmless_wrapper_hold(results: pd.DataFrame) -> None:
+    (transfer,) = [claim for claim in CLAIMS if claim.key == "transfer"]
+    rates = summary_table(results).set_index(["threat", "method"])["bad wrapped"]
+    base, act, bct = (rates["jailbreak", name] for name in ("retention", "harmless_act", "harmless_bct"))
+
+    assert "0 of 120 changes are clear" in transfer.reason and "of 120 changes, none stays clear" in findings()
+    assert f"takes jailbreaks from {base.percent} to {act.percent}" in re.sub(r"\s+", " ", findings())
+    assert abs(bct.value - base.value) <= 0.02
+
+
+def test_the_findings_hold_the_claims_of_the_committed_study() -> None:
+    assert draw.claims_table(CLAIMS) in findings()
+
+
+def judged(key: str, threat: str, setting: str = "equal steps") -> Claim:
+    (found,) = [c for c in CLAIMS if (c.key, c.threat, c.setting) == (key, threat, setting)]
+    return found
+
+
+def test_the_findings_on_the_mechanism_hold() -> None:
+    for threat in ("sycophancy", "jailbreak"):
+        assert judged("shared", threat).verdict == judged("shared_content", threat).verdict == "holds"
+        assert abs(judged("shared", threat).null) < 0.05
+        assert judged("level", threat).verdict == "holds" and judged("level", threat).value < 0.1
+        assert judged("distance", threat).verdict == "does not hold"
+        assert judged("cue_bct", threat).verdict == "holds"
+    matched = [c for c in CLAIMS if c.key.startswith("shared") and c.setting == "matched effect"]
+    assert {c.verdict for c in matched} <= {"holds", "not measured"}
+    assert 0 < judged("left_later", "sycophancy").value < 0.1
+    assert judged("left_later", "sycophancy", "matched effect").verdict == "inconclusive"
+    assert judged("left_later", "jailbreak").verdict == "does not hold" and judged("left_later", "jailbreak").value < 0
+    for name in ("act", "mlpct", "attct"):
+        assert judged(f"cue_{name}", "sycophancy").verdict == "inconclusive"
+        assert judged(f"cue_{name}", "jailbreak").verdict == "holds"
+    assert judged("output_only", "frustration").verdict == "does not hold"
 
 
 def test_the_null_moves_nothing_and_internal_losses_cannot_see_a_prefill(results: pd.DataFrame) -> None:
@@ -131,16 +188,14 @@ def test_the_organism_s_page_is_its_card() -> None:
     assert (ROOT / "ORGANISM.md").read_text() == card_text(organism.card())
 
 
-def test_the_gallery_is_what_the_code_draws_today(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "figures")
-    import draw
-
+def test_the_gallery_is_what_the_code_draws_today() -> None:
     old = draw.stale(ROOT / "figures", draw.drawings(ROOT / "figures"))
 
     assert not old, f"{'; '.join(old)}: run `make figures`, or `make drawings` where only drawing has changed."
 
 
-def test_the_readmes_pictures_exist() -> None:
-    pictures = re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text())
+@pytest.mark.parametrize("document", ["README.md", "FINDINGS.md"])
+def test_the_pictures_of_a_document_exist(document: str) -> None:
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / document).read_text())
 
     assert pictures and all((ROOT / picture).is_file() for picture in pictures)

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from ctlens.errors import CtlensError
-from ctlens.files import atomic_file, atomic_folder, read_json, read_jsonl, require_free, write_json, write_text
+from ctlens.files import (
+    atomic_file,
+    atomic_folder,
+    digest,
+    read_json,
+    read_jsonl,
+    require_free,
+    sweep_folder,
+    write_json,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -137,3 +147,29 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path: Path,
 
     with pytest.raises(CtlensError, match="cannot be made in"):
         require_free(tmp_path / "place" / "deep" / "run")
+
+
+def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "runs" / ".cell.half").mkdir(parents=True)
+    (tmp_path / "runs" / ".cell.half" / "weights").touch()
+    for name in (".results.csv.x1", "results.csv", "runs/kept"):
+        (tmp_path / name).touch()
+
+    sweep_folder(tmp_path)
+
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "results.csv",
+        "runs",
+        "runs/kept",
+    ]
+
+
+def test_a_digest_tells_contents_apart(tmp_path: Path) -> None:
+    for name, text in (("a", "x"), ("b", "x"), ("c", "y")):
+        (tmp_path / name).write_text(text)
+
+    a, b, c = (digest(tmp_path / name) for name in "abc")
+
+    assert a == b != c and len(a) == 16
+    with pytest.raises(CtlensError, match="does not exist"):
+        digest(tmp_path / "d")

@@ -7,6 +7,15 @@ from collections.abc import Sequence
 from ctlens.claims.claim import FAILS, HOLDS, OPEN, UNMEASURED, Claim
 from ctlens.claims.estimates import ORGANISMS, SEEDS
 
+OUTSIDE = {
+    "repair": "Every method leaves fewer bad answers than retention alone",
+    "output_only": "internal methods fail where BCT does not",
+}
+INSIDE = {
+    "shared": "internal methods move the residual stream alike at the last token, and BCT differently",
+    "left_later": "losses on outputs leave part of the repair in later weights",
+    "level": "KL on outputs leaves more there than ACT at the same tokens",
+}
 WORDS = {HOLDS: "holds", FAILS: "does not hold", OPEN: "stays open"}
 
 
@@ -15,18 +24,15 @@ def answer(claims: Sequence[Claim]) -> tuple[str, str, str]:
 
     A sentence lists verdicts and weighs nothing: what holds on one threat and not on another is said of each.
     """
-    repaired = _said(claims, "repair")
-    behaviour = f"That every method leaves fewer bad answers than retention alone {repaired or 'was not measured'}"
-    beyond = _said(claims, "output_only")
-    behaviour += f"; that internal methods fail where BCT does not {beyond}." if beyond else "."
-    parts = [
-        ("that internal methods move the residual stream alike and BCT differently, at the last token,", "shared"),
-        ("that losses on outputs leave part of the repair in later weights", "left_later"),
-        ("that KL on outputs leaves more there than ACT at the same tokens", "level"),
-    ]
-    told = [f"{words} {said}" for words, key in parts if (said := _said(claims, key))]
-    mechanism = f"Inside, {'; '.join(told)}." if told else "What changed inside was not measured."
-    return behaviour, mechanism, _cue(claims)
+    behaviour, mechanism = (
+        [f"“{words}” {said}" for key, words in parts.items() if (said := _said(claims, key))]
+        for parts in (OUTSIDE, INSIDE)
+    )
+    return (
+        f"{'; '.join(behaviour)}." if behaviour else "What changed outside was not measured.",
+        f"Inside, {'; '.join(mechanism)}." if mechanism else "What changed inside was not measured.",
+        _cue(claims),
+    )
 
 
 def _cue(claims: Sequence[Claim]) -> str:
