@@ -72,7 +72,7 @@ def test_without_the_extra_there_is_a_page_that_opens_offline_the_json_and_the_t
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     paths = plots.save_figure(figure(), tmp_path / "v0.1_rates")
 
-    assert [path.name for path in paths] == ["v0.1_rates.html", "v0.1_rates.json", "v0.1_rates.csv"]
+    assert [path.name for path in paths] == ["v0.1_rates.html", "v0.1_rates.json", "v0.1_rates.data.csv"]
     page = paths[0].read_text()
     assert 'src="plotly.min.js"' in page and 'src="http' not in page and len(page) < 100_000
     assert (tmp_path / "plotly.min.js").stat().st_size > 1_000_000

@@ -39,7 +39,7 @@ def plotly_source() -> str:
 
 
 def save_figure(figure: go.Figure, path_stem: str | Path) -> list[Path]:
-    """Writes `<stem>.html`, `.json` and `.csv`, and `.png` and `.svg` where the `export` extra is installed.
+    """Writes `<stem>.html`, `.json` and `.data.csv`, and `.png` and `.svg` where the `export` extra is installed.
 
     As `save_figures` of one figure.
 
@@ -50,7 +50,7 @@ def save_figure(figure: go.Figure, path_stem: str | Path) -> list[Path]:
 
 
 def save_figures(figures: Mapping[Stem, go.Figure]) -> list[Path]:
-    """Writes `<stem>.html`, `.json` and `.csv` of each figure, and `.png` and `.svg` with the `export` extra.
+    """Writes `<stem>.html`, `.json` and `.data.csv` of each figure, and `.png` and `.svg` with the `export` extra.
 
     The pages of one folder share a `plotly.min.js` beside them, so that they stay small and open
     offline. The CSV holds the numbers that are drawn (see `ctlens.plots.data`). The images of all
@@ -69,12 +69,12 @@ def save_figures(figures: Mapping[Stem, go.Figure]) -> list[Path]:
         page = figure.to_html(include_plotlyjs="directory", div_id=stem.name, config=PAGE)
         write_text(_file(stem, "html"), page)
         write_text(_file(stem, "json"), f"{figure.to_json()}\n")
-        write_text(_file(stem, "csv"), csv_text(figure))
+        write_text(_file(stem, "data.csv"), csv_text(figure))
         for kind in IMAGES:
             _file(stem, kind).unlink(missing_ok=True)
     if find_spec("kaleido") is not None:
         _draw(stems)
-    files = (_file(stem, kind) for stem in stems for kind in ("html", "json", "csv", *IMAGES))
+    files = (_file(stem, kind) for stem in stems for kind in ("html", "json", "data.csv", *IMAGES))
     return [path for path in files if path.is_file()]
 
 
