@@ -97,5 +97,5 @@ def write_study(folder: Path) -> Path:
     for name, figure in figures.items():
         (folder / "figures" / f"{name}.json").write_text(figure.to_json())
     numbers = 'panel,series,x,y\n,ACT,0,0.123456\n,ACT,20,0.5\n,"BCT, mine",0,1\n'
-    (folder / "figures" / f"{THREAT}-dose.csv").write_text(numbers)
+    (folder / "figures" / f"{THREAT}-dose.data.csv").write_text(numbers)
     return folder

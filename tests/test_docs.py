@@ -101,7 +101,9 @@ def test_the_findings_on_structure_and_benign_twins_hold(results: pd.DataFrame) 
 
     remain = f"on sycophancy {min(sycophancy, key=number)} to {max(sycophancy, key=number)} remain with every method"
     assert f"{remain}, on persona {persona['attct']}\nwith AttCT and {persona['bct']} with BCT" in wrapped(findings())
-    assert f"losses cost up to {lost:.1f} points" in findings()
+    assert f"losses cost up to {lost:.1f} points (persona), BCT none" in findings()
+    assert max(1 - rate.value for rate in rates.xs("bct", level="method")["good benign"]) == 0
+    assert max(1 - rate.value for rate in rates.loc["persona"]["good benign"]) == pytest.approx(lost / 100)
     assert all(rate.value == 1 for rate in methods["good clean"]) and "Clean good rates stay at 100%" in findings()
 
 
@@ -140,8 +142,12 @@ def test_the_findings_on_the_mechanism_hold() -> None:
         assert judged("level", threat).verdict == "holds" and judged("level", threat).value < 0.1
         assert judged("distance", threat).verdict == "does not hold"
         assert judged("cue_bct", threat).verdict == "holds"
-    matched = [c for c in CLAIMS if c.key.startswith("shared") and c.setting == "matched effect"]
-    assert {c.verdict for c in matched} <= {"holds", "not measured"}
+    for key in ("shared", "shared_content"):
+        assert judged(key, "sycophancy", "matched effect").verdict == "holds"
+    assert judged("shared", "jailbreak", "matched effect").verdict == "inconclusive"
+    assert judged("shared", "jailbreak", "matched effect").reason.endswith("AttCT 0.06, BCT 0.07")
+    at_content = [judged("shared_content", "jailbreak", setting).value for setting in ("equal steps", "matched effect")]
+    assert 0.08 < at_content[1] / at_content[0] < 0.12
     assert 0 < judged("left_later", "sycophancy").value < 0.1
     assert judged("left_later", "sycophancy", "matched effect").verdict == "inconclusive"
     assert judged("left_later", "jailbreak").verdict == "does not hold" and judged("left_later", "jailbreak").value < 0

@@ -32,7 +32,7 @@ def read_figures(folder: Path, threats: Sequence[str]) -> dict[str, Part]:
     """Per part of the page and per threat, the figures of a folder; what is of no known kind is mechanism.
 
     Args:
-        folder: with `*.json` and, where the numbers are wanted as tables, `*.csv` of the same names.
+        folder: with `*.json` and, where the numbers are wanted as tables, `*.data.csv` of the same names.
         threats: the names with which a figure of one threat begins, in their order.
 
     Raises:
@@ -68,7 +68,7 @@ def _figure(path: Path) -> Figure:
         "order": ORDER.index(kind) if kind in ORDER else len(ORDER),
         "width": _narrowest(layout),
         "height": layout.get("height", 450),
-        "numbers": _numbers(path.with_suffix(".csv")),
+        "numbers": _numbers(path.with_suffix(".data.csv")),
         "json": {"data": figure["data"], "layout": layout},
     }
 
