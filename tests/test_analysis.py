@@ -218,3 +218,13 @@ def test_what_does_not_compare_is_refused(model) -> None:
         residual_shift(model, model, PAIRS, progress=False).curve("distanc")
     with pytest.raises(CtlensError, match="place for gap_closed"):
         residual_shift(model, model, PAIRS, progress=False).curve("gap_closed", "wrapper")
+
+
+def test_equal_results_are_equal_files(tmp_path) -> None:
+    arrays = {name: np.ones((2, 3, 4)) for name in ("gap_closed", "cosine", "distance", "gap_norm")}
+    arrays |= {name: np.ones((3, 3, 4)) for name in ("relative", "norm_ratio", "shift_norm")}
+
+    for number in range(8):  # the entries of a file's metadata come in an order drawn by chance
+        ResidualShift(**arrays, site="resid_post", window="shared").save(tmp_path / f"{number}.safetensors")
+
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1

@@ -16,6 +16,8 @@ from ctlens.errors import CtlensError
 from ctlens.files import atomic_file
 
 R = TypeVar("R", bound="Result")
+ENTRY = "result"
+"""The one entry of a file's metadata: of several, the order in the file would be drawn by chance."""
 UNSAVED = {"saved": False}
 """The metadata of a field that does not go to the file, and is None when the result comes back."""
 
@@ -38,7 +40,7 @@ class Result:
             else:
                 labels[name] = value
         with atomic_file(path) as temporary:
-            save_file(arrays, temporary, {"kind": type(self).__name__, "labels": json.dumps(labels)})
+            save_file(arrays, temporary, {ENTRY: json.dumps({"kind": type(self).__name__, "labels": labels})})
 
     @classmethod
     def load(cls: type[R], path: str | Path) -> R:
@@ -50,7 +52,7 @@ class Result:
         if not Path(path).is_file():
             raise CtlensError(f"{path} does not exist: check the path.")
         with safe_open(path, framework="numpy") as stored:
-            metadata: dict[str, str] = stored.metadata() or {}
+            metadata: dict[str, Any] = json.loads((stored.metadata() or {}).get(ENTRY, "{}"))
             if metadata.get("kind") != cls.__name__:
                 raise CtlensError(f"{path} holds a {metadata.get('kind', 'foreign file')}, not a {cls.__name__}.")
             arrays: dict[str, Any] = {}
@@ -58,5 +60,5 @@ class Result:
                 name, _, key = stored_name.partition("/")
                 array = stored.get_tensor(stored_name)
                 arrays[name] = {**arrays.get(name, {}), key: array} if key else array
-        labels: dict[str, Any] = json.loads(metadata["labels"])
+        labels: dict[str, Any] = metadata["labels"]
         return cls(**arrays, **{k: tuple(v) if isinstance(v, list) else v for k, v in labels.items()})
