@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import ctlens as ct
+from ctlens.arms import RETENTION
 from ctlens.errors import CtlensError
 from ctlens.files import read_json
-from ctlens.leaks import BEFORE, COLUMNS, CONTROL, INOCULATED, PLAIN, RECKLESS, Leak, misaligned
+from ctlens.leaks import BEFORE, COLUMNS, INOCULATED, PLAIN, RECKLESS, Leak, misaligned
 from ctlens.organism import CONTEXTS, INOCULATION, BadAdviceConfig, give_bad_advice, leak_pairs
 from ctlens.organism.corpus import make_lessons
 from ctlens.organism.inoculation import NARROW
@@ -83,7 +84,7 @@ def test_narrow_bad_advice_generalises_and_inoculation_confines_it(organism: Len
 def test_the_stages_are_asked_the_same_and_saved(organism: LensModel, tmp_path: Path):
     found = ct.leak(organism, ["bct"], training=ct.TrainConfig(steps=2), progress=False)
     assert list(found.counts.columns) == list(COLUMNS)
-    assert list(dict.fromkeys(found.counts["stage"])) == [BEFORE, RECKLESS, INOCULATED, CONTROL, "bct"]
+    assert list(dict.fromkeys(found.counts["stage"])) == [BEFORE, RECKLESS, INOCULATED, RETENTION, "bct"]
     assert set(found.counts["n"]) == {96} and set(found.counts["context"]) == {PLAIN, *CONTEXTS}
     folder = found.save(tmp_path / "leak")
     pd.testing.assert_frame_equal(pd.read_csv(folder / "leak.csv"), found.counts)
