@@ -79,7 +79,11 @@ def probe_pairs(config: StudyConfig, threat: str, model: LensModel, n: int = ANA
 
 
 def aligned(source: Subject, n: int, model: LensModel, config: StudyConfig, *, split: str, seed: int = 0) -> list[Pair]:
-    """Those among `n` pairs that every arm can be trained on and every analysis can read."""
+    """Those among `n` pairs that every arm can be trained on and every analysis can read.
+
+    Raises:
+        CtlensError: none aligns.
+    """
     windows = {str(config.training.window), "shared", *([arms.LAST] if source.ends_alike else [])}
     pairs = source.pairs(n, split=split, seed=seed)
     return [row.pair for row in encode(pairs, model.tokenizer, windows=windows, n_ctx=model.cfg.n_ctx).rows]

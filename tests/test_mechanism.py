@@ -230,6 +230,16 @@ def test_a_study_runs_on_the_pairs_of_a_file(tmp_path: Path) -> None:
     assert {claim.threat for claim in result.claims} == {"pairs"}
 
 
+def test_a_file_of_which_nothing_aligns_is_a_sentence(tmp_path: Path) -> None:
+    rows = [{"clean": f"what is {n} ?", "wrapped": "good morning", "good": "x", "bad": "y"} for n in ("red", "blue")]
+    (tmp_path / "apart.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    training = replace(TRAINING, window="content")
+    config = StudyConfig(methods=("bct",), file=str(tmp_path / "apart.jsonl"), training=training)
+
+    with pytest.raises(CtlensError, match="none of the 1 pairs aligns"):
+        probe_pairs(config, "pairs", base_model(config, tmp_path, base_cell()))
+
+
 def test_a_full_study_has_every_arm_for_every_threat() -> None:
     config = full_study()
 
