@@ -31,7 +31,7 @@ from ctlens.training.retention import held_prompts
 from ctlens.types import LensModel
 
 DOSES = (0.05, 0.1, 0.2, 0.4, 1.0)
-OUTCOMES = "outcomes.csv"
+OUTCOMES, MATCHED_FOLDER = "outcomes.csv", "matched"
 LOOKS = (0.02, 0.04, 0.07, 0.1, 0.12, 0.13, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 NEAR = 0.08
 ANALYSED_PAIRS = 64
@@ -123,7 +123,7 @@ class CellTraining:
         attention = attention_diff(self.base, trainer.model, self.probes, progress=False)
         with atomic_folder(self.cell.place(self.study)) as work:
             trainer.run.write(work)
-            self._write_matched(work / "matched")
+            self._write_matched(work / MATCHED_FOLDER)
             if final:
                 final.save(work / OUTCOMES)
             pd.concat(self.tables).to_csv(work / "results.csv", index=False)

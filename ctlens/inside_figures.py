@@ -50,7 +50,7 @@ def inside_figures(config: StudyConfig, folder: Path, threat: str) -> Iterator[t
             words = f"{where(threat)}; level and window crossed"
             yield f"crossed-{place}", residual.figure(shifts, place=place, subtitle=words)
     for setting, end in ((EQUAL_STEPS, ""), (MATCHED, "-matched")):
-        yield from ((f"{name}{end}", figure) for name, figure in _at(config, folder, threat, setting))
+        yield from ((f"{name}{end}", figure) for name, figure in at_setting(config, folder, threat, setting))
     for result in _load(CrossLoss, "cross-loss", folder, threat).values():
         yield "cross-loss", result.figure()
     if found := _with_effect(_among(_load(Graft, "graft", folder, threat), config.methods)):
@@ -59,12 +59,14 @@ def inside_figures(config: StudyConfig, folder: Path, threat: str) -> Iterator[t
         yield "erasure", result.figure()
 
 
-def _at(config: StudyConfig, folder: Path, threat: str, setting: str) -> Iterator[tuple[str, Figure]]:
+def at_setting(config: StudyConfig, folder: Path, threat: str, setting: str) -> Iterator[tuple[str, Figure]]:
     """What is compared at equal steps and again at a matched effect."""
     for result in _load(ShiftSimilarity, "similarity", folder, threat, setting).values():
         shown = [name for name in (RETENTION, *config.methods, *config.beside_of(threat)) if name in result.methods]
-        yield "similarity", result.among([n for n in shown if n in (RETENTION, *config.methods)]).figure()
-        yield "similarity-all", result.among(shown).figure()
+        compared = [name for name in shown if name in (RETENTION, *config.methods)]
+        for name, methods in (("similarity", compared), ("similarity-all", shown)):
+            if len(methods) > 1:  # a matrix of one is none
+                yield name, result.among(methods).figure()
     found = _with_effect(_load(Transplant, "transplant", folder, threat, setting))
     for place in ALIGNED if found else ():
         words = f"{where(threat)}; at {setting}"

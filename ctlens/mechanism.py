@@ -22,7 +22,7 @@ from ctlens.analysis import (
 )
 from ctlens.analysis.result import Result
 from ctlens.arms import PERTURBED, RETENTION
-from ctlens.cells import ANALYSED_PAIRS, base_model, one_thread, probe_pairs
+from ctlens.cells import ANALYSED_PAIRS, MATCHED_FOLDER, base_model, one_thread, probe_pairs
 from ctlens.errors import CtlensError
 from ctlens.files import atomic_folder, read_json, sweep, write_json
 from ctlens.models import load_model
@@ -33,7 +33,7 @@ from ctlens.workers import Pool, in_order
 
 R = TypeVar("R", bound=Result)
 EQUAL_STEPS, MATCHED = SETTINGS = ("equal steps", "matched effect")
-MATCHED_FOLDER, REFUSALS = "matched", "refused.json"
+REFUSALS = "refused.json"
 PROBED_PAIRS = 192
 """For probes, which are fitted on two thirds of them and need every answer in each third."""
 

@@ -16,6 +16,7 @@ from ctlens.analysis.shifts import PARTS
 from ctlens.analysis.states import PLACES
 from ctlens.claims import Claim
 from ctlens.claims.inside import inside_claims
+from ctlens.inside_figures import at_setting
 from ctlens.mechanism import EQUAL_STEPS, MATCHED, Look
 from ctlens.plan import Cell, StudyConfig
 
@@ -66,7 +67,7 @@ def similarity(cosines: np.ndarray, methods: tuple[str, ...] = METHODS, seeds: i
         for f in dataclasses.fields(ShiftSimilarity)
         if f.name.split("_")[0] in ("value", "ci", "seed", "corrected")
     }
-    arrays |= {"random_low": two[..., 0], "random_high": two[..., 0], "length": two[0, ..., 0], "n": two[0].astype(int)}
+    arrays |= {"random_low": two[..., 0], "random_high": two[..., 0], "length": 1 + two[0, ..., 0], "n": two[0].astype(int)}
     alone = methods if seeds == 1 else ()
     return ShiftSimilarity(
         **arrays,
@@ -295,3 +296,12 @@ def test_what_no_look_has_is_not_measured(study: Path) -> None:
 
     assert {claim.verdict for (key, _), claim in found.items() if key != "attention"} == {"not measured"}
     assert all(np.isnan(claim.value) for (key, _), claim in found.items() if key != "attention")
+
+
+def test_a_matrix_of_no_method_is_not_drawn(study: Path) -> None:
+    cosines = np.ones((2, 2))
+    write(study, "similarity", {"similarity": similarity(cosines, ("klct", "klct_last"))}, MATCHED)
+
+    drawn = [name for name, _ in at_setting(CONFIG, study, "sycophancy", MATCHED)]
+
+    assert drawn == ["similarity-all"]
