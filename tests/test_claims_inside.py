@@ -67,7 +67,12 @@ def similarity(cosines: np.ndarray, methods: tuple[str, ...] = METHODS, seeds: i
         for f in dataclasses.fields(ShiftSimilarity)
         if f.name.split("_")[0] in ("value", "ci", "seed", "corrected")
     }
-    arrays |= {"random_low": two[..., 0], "random_high": two[..., 0], "length": 1 + two[0, ..., 0], "n": two[0].astype(int)}
+    arrays |= {
+        "random_low": two[..., 0],
+        "random_high": two[..., 0],
+        "length": 1 + two[0, ..., 0],
+        "n": two[0].astype(int),
+    }
     alone = methods if seeds == 1 else ()
     return ShiftSimilarity(
         **arrays,
