@@ -24,7 +24,7 @@ from ctlens.types import LensModel
 
 METHOD, CROSSED, CONTROL = ROLES = ("method", "crossed arm", "control")
 INTERNAL, OUTPUT = LEVELS = ("internal", "output")
-ATTACKED, HARMLESS, ORDINARY = DATA = ("attacked", "harmless", "ordinary")
+ATTACKED, HARMLESS, ORDINARY = "attacked", "harmless", "ordinary"
 LAST = "last"
 METHODS = ("act", "mlpct", "attct", "bct")
 RETENTION, PERTURBED = "retention", "perturbed"

@@ -12,7 +12,7 @@ import pytest
 from ctlens.arms import CROSSED_ARMS
 from ctlens.claims import Claim, answer, read_claims, verdict, write_claims
 from ctlens.claims.behaviour import behaviour_claims
-from ctlens.claims.estimates import NOTHING, Sample, estimate, mean_of
+from ctlens.claims.estimates import NOTHING, Sample, estimate
 from ctlens.errors import CtlensError
 from ctlens.intervals import difference
 from ctlens.plan import StudyConfig
@@ -35,6 +35,10 @@ NAN = float("nan")
 )
 def test_a_verdict_follows_from_the_interval_and_the_floor(numbers: tuple, floor: float, expected: str) -> None:
     assert verdict(*numbers, floor) == expected
+
+
+def mean_of(values: np.ndarray) -> Sample:
+    return Sample(len(values), lambda items: float(values[items].mean()))
 
 
 def test_of_one_training_the_interval_is_over_prompts() -> None:

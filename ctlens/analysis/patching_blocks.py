@@ -61,7 +61,6 @@ Vectors: TypeAlias = Float[Tensor, "job row _"]
 Numbers: TypeAlias = Int[Tensor, "*shape"] | slice
 Hidden: TypeAlias = Float[Tensor, "*shape"]
 """Added to the scores: 0 at keys that a query sees, minus infinity at others."""
-WHOLE = slice(None)
 
 
 @dataclass(frozen=True)

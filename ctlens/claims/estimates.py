@@ -111,8 +111,3 @@ def by_organism(values: Mapping[Training, float]) -> Float[np.ndarray, " organis
     """The mean over the trainings of each organism."""
     organisms = sorted({organism for organism, _ in values})
     return np.array([np.mean([v for (number, _), v in values.items() if number == one]) for one in organisms])
-
-
-def mean_of(values: Float[np.ndarray, " prompt"]) -> Sample:
-    """The mean over prompts."""
-    return Sample(len(values), lambda items: float(values[items].mean()))
