@@ -31,12 +31,16 @@ def draw(source: Path, stem: Path) -> None:
 
 
 def _settle(image: Path, name: str) -> None:
-    """Names the parts of an SVG by the figure, so that equal figures are equal files; plotly names them by chance."""
-    text = image.read_text(encoding="utf-8")
+    """Takes chance out of an SVG, so that equal figures are equal files.
+
+    plotly names its parts by chance, here they are named by the figure; and it leaves empty styles
+    now before and now behind other attributes.
+    """
+    text = image.read_text(encoding="utf-8").replace(' style=""', "")
     if chance := re.search(r'id="defs-(\w+)"', text):
         settled = f"{zlib.crc32(name.encode()):08x}"
         text = re.sub(rf'((?:id="|#)[a-z-]+){chance[1]}', rf"\g<1>{settled}", text)
-        image.write_text(text, encoding="utf-8")
+    image.write_text(text, encoding="utf-8")
 
 
 def main(work: Path) -> None:
