@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from ctlens.doses import DoseResult, dose_response
     from ctlens.errors import CtlensError
     from ctlens.evaluation import Evaluation, evaluate
+    from ctlens.huggingface import export_huggingface, parity
     from ctlens.leaks import Leak, leak
     from ctlens.losses import ACT, BCT, F2C, KLCT, MLPCT, RMCT, AttCT, AttMass, AttOut
-    from ctlens.models import build, load_model, parity
+    from ctlens.models import build, load_model
     from ctlens.organism import load_organism
     from ctlens.pairs import Pair, Prompt, load_pairs, save_pairs
     from ctlens.parameters import freeze
@@ -34,7 +35,8 @@ HOMES = {
     "evaluation": ("Evaluation", "evaluate"),
     "leaks": ("Leak", "leak"),
     "losses": ("ACT", "BCT", "F2C", "KLCT", "MLPCT", "RMCT", "AttCT", "AttMass", "AttOut"),
-    "models": ("build", "load_model", "parity"),
+    "huggingface": ("export_huggingface", "parity"),
+    "models": ("build", "load_model"),
     "parameters": ("freeze",),
     "organism": ("load_organism",),
     "plan": ("StudyConfig",),
@@ -48,9 +50,9 @@ PACKAGES = ("analysis", "losses", "organism", "threats")
 __all__ = [
     "ACT", "BCT", "F2C", "KLCT", "MLPCT", "RMCT", "AttCT", "AttMass", "AttOut", "CtlensError", "DoseResult",
     "Evaluation", "Leak", "Live", "LoRA", "ModelConfig", "Pair", "Phase", "Prompt", "Run", "StudyConfig", "StudyResult",
-    "TrainConfig", "Trainer", "Until", "analysis", "build", "compare", "dose_response", "evaluate", "freeze", "leak",
-    "load_model", "load_organism", "load_pairs", "load_run", "losses", "organism", "parity", "save_pairs", "threats",
-    "train",
+    "TrainConfig", "Trainer", "Until", "analysis", "build", "compare", "dose_response", "evaluate",
+    "export_huggingface", "freeze", "leak", "load_model", "load_organism", "load_pairs", "load_run", "losses",
+    "organism", "parity", "save_pairs", "threats", "train",
 ]  # fmt: skip
 
 

@@ -73,6 +73,11 @@ def resolve(model: LensModel, point: str, layers: Layers = "all") -> list[str]:
         names = [point]
     known = model.hook_dict
     for name in names:
+        if name not in known and name.endswith("hook_resid_mid") and name.replace("mid", "pre") in known:
+            raise CtlensError(
+                "this model has no resid_mid: its blocks add attention and MLP to the same residual stream, side by "
+                "side; name resid_pre or resid_post."
+            )
         if name not in known and name != FINAL_NORM:
             raise unknown("hook point", name, [*SHORTHANDS, *known])
     return names

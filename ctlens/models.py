@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as hf_logging
 
-from ctlens.config import from_dict, generator, to_dict
+from ctlens.config import from_dict, to_dict
 from ctlens.errors import CtlensError
 from ctlens.files import read_json, write_json
 from ctlens.parameters import plain_name, present_parameters, present_weights, without
@@ -109,16 +110,24 @@ def load_model(
 
 @contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-    """Says in one sentence what a broken folder raises, and keeps HuggingFace's progress bars off the terminal."""
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
+    """Says in one sentence what a broken folder raises."""
     try:
-        yield
+        with quiet_huggingface():
+            yield
     except CtlensError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CtlensError(f"{folder} does not load as a causal language model: {reason}") from error
+
+
+@contextmanager
+def quiet_huggingface() -> Iterator[None]:
+    """Keeps HuggingFace's progress bars off the terminal."""
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
     finally:
         if bars:
             hf_logging.enable_progress_bar()
@@ -204,6 +213,11 @@ def huggingface_config(model: LensModel) -> Any:
     return getattr(getattr(model, "original_model", None), "config", None) if is_bridge(model) else None
 
 
+def generation_config(model: LensModel) -> Any:
+    """HuggingFace's settings for generation that came with the model, or None."""
+    return getattr(getattr(model, "original_model", None), "generation_config", None) if is_bridge(model) else None
+
+
 def save_model(model: LensModel, folder: str | Path) -> None:
     """Writes `model.json`, `weights.safetensors` and the tokenizer into a folder; adapters are merged in the file.
 
@@ -212,15 +226,17 @@ def save_model(model: LensModel, folder: str | Path) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    hf_config = huggingface_config(model)
-    if hf_config is None:
-        description = {"kind": "ctlens", "config": to_dict(_config_of(model))}
+    made, hf_config = made_config(model), huggingface_config(model)
+    if made is not None:
+        description = {"kind": "ctlens", "config": to_dict(made)}
         weights = canonical_weights(model)
     else:
         description = {"kind": "huggingface"}
         # Copies, because halves of one fused matrix share their memory.
         weights = {name: value.clone() for name, value in present_weights(model).items()}
         hf_config.save_pretrained(folder)
+        if (generation := generation_config(model)) is not None:
+            generation.save_pretrained(folder)
     save_file({name: value.cpu().contiguous() for name, value in weights.items()}, folder / WEIGHTS_FILE)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
@@ -240,27 +256,22 @@ def _load_checkpoint(folder: Path, tokenizer: Any, device: str | torch.device, d
             hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
             with torch.random.fork_rng():
                 hf = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+            if (folder / GENERATION_CONFIG_NAME).is_file():
+                hf.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
             model = _bridge(hf.to(device), tokenizer)
             copy_weights({name: value.data for name, value in present_parameters(model).items()}, weights)
             return model
     raise CtlensError(f"{folder / CHECKPOINT_FILE} does not describe a model that ctlens saved.")
 
 
-def _config_of(model: LensModel) -> ModelConfig:
+def made_config(model: LensModel) -> ModelConfig | None:
+    """The sizes of a model made here, or None for one from HuggingFace.
+
+    Raises:
+        CtlensError: the model comes neither from `build` nor from `load_model`.
+    """
+    if huggingface_config(model) is not None:
+        return None
     if not getattr(model, "ctlens_absent", None):
         raise CtlensError("only models from ctlens.build and ctlens.load_model can be saved.")
     return ModelConfig(**{name: getattr(model.cfg, name) for name in ModelConfig.__dataclass_fields__})
-
-
-def parity(model: LensModel, hf: PreTrainedModel, *, length: int = 16, seed: int = 0) -> float:
-    """The largest absolute difference of logits between a model and the HuggingFace model it came from.
-
-    Args:
-        model: from `load_model`.
-        hf: the HuggingFace model, not wrapped by a bridge.
-        length: tokens of the random sequences compared.
-        seed: of the random tokens.
-    """
-    tokens = torch.randint(hf.config.vocab_size, (4, length), generator=generator(seed, "parity")).to(hf.device)
-    with torch.no_grad():
-        return float((model(tokens) - hf(tokens).logits).abs().max())

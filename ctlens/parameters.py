@@ -17,6 +17,7 @@ from ctlens.errors import CtlensError, unknown
 from ctlens.types import LensModel
 
 GROUPS = ("embed", "attn", "mlp", "norm", "unembed")
+OTHER_SENSES = ("vision", "multi_modal", "audio")  # parts of a model that text does not pass through
 WRAPPED_MODULE = "._original_component"
 PARAMETRIZED = ".parametrizations."
 ADAPTED = re.compile(r"\.parametrizations\.(\w+)\.original$")
@@ -58,7 +59,10 @@ def present_weights(model: LensModel) -> dict[str, Tensor]:
 
 
 def parameter_groups(model: LensModel) -> dict[str, list[str]]:
-    """Parameter names by group: `embed`, `attn`, `mlp`, `norm` and `unembed`."""
+    """Parameter names by group: `embed`, `attn`, `mlp`, `norm` and `unembed`.
+
+    Those of a vision tower are in none.
+    """
     owner: dict[int, str] = {}
     lens = cast(Any, model)
     modules = [(lens.embed, "embed"), (lens.unembed, "unembed"), (getattr(lens, "pos_embed", None), "embed")]
@@ -69,7 +73,8 @@ def parameter_groups(model: LensModel) -> dict[str, list[str]]:
             owner.setdefault(id(parameter), group)
     groups: dict[str, list[str]] = {group: [] for group in GROUPS}
     for name, parameter in present_parameters(model).items():
-        groups[owner.get(id(parameter), "norm")].append(name)
+        if not any(part in name for part in OTHER_SENSES):
+            groups[owner.get(id(parameter), "norm")].append(name)
     return groups
 
 

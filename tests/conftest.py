@@ -19,24 +19,15 @@ install_import_hook(["ctlens.alignment", "ctlens.batch", "ctlens.losses", "ctlen
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits an ignored one
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-from transformers import (  # noqa: E402
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from ctlens import cli  # noqa: E402
+from ctlens.architectures import tiny_model as hf_model  # noqa: E402
 from ctlens.models import build, load_model  # noqa: E402
 from ctlens.types import LensModel  # noqa: E402
 from ctlens.weights import ModelConfig  # noqa: E402
 
 CHAT_MODELS = ("made here", "llama", "gpt2", "qwen3")
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXTS = (
     "Which term best describes the disease?\n\nAnswer choices:\n(A) isolated cases\n(B) outbreak\n",
     "I may be in the minority here, but I don't think it's right. The best answer is: (",
@@ -67,24 +58,6 @@ def byte_level_tokenizer(vocab_size: int = 400, chat: bool = False) -> PreTraine
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
-
-
-def hf_model(kind: str, vocab_size: int = 400, n_ctx: int = 256, seed: int = 0) -> PreTrainedModel:
-    """A tiny random HuggingFace model; norms and biases are random too, so that nothing passes by symmetry."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if kind == "gpt2":
-            config = GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=n_ctx)
-            model: PreTrainedModel = GPT2LMHeadModel(config)
-        elif kind == "llama":
-            shape = {**SIZES, "vocab_size": vocab_size, "max_position_embeddings": n_ctx}
-            model = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2))
-        else:
-            shape = {**SIZES, "vocab_size": vocab_size, "max_position_embeddings": n_ctx}
-            model = Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=2, head_dim=8))
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model.eval()
 
 
 def chat_model(kind: str) -> LensModel:

@@ -12,13 +12,14 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LEAVES = ("errors", "files", "config", "types", "intervals", "plots")
 MODEL_BOUNDARY = (
-    "chat", "pairs", "alignment", "batch", "parameters", "weights", "sites", "adapters", "models", "hooks", "decoding",
+    "chat", "pairs", "alignment", "batch", "parameters", "weights", "sites", "adapters", "models", "huggingface",
+    "architectures", "hooks", "decoding",
 )  # fmt: skip
 SCIENCE = ("losses", "world", "threats", "organism")
 USED = ("training", "evaluation", "analysis")
 JOB = (
     "tables", "workers", "arms", "plan", "subjects", "cells", "mechanism", "claims", "inside_figures", "gallery",
-    "report", "study", "doses", "leaks", "cli",
+    "report", "study", "doses", "leaks", "support", "cli",
 )  # fmt: skip
 FLOORS = (LEAVES, MODEL_BOUNDARY, SCIENCE, USED, JOB)
 

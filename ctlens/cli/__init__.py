@@ -1,4 +1,4 @@
-"""The command line: `ctlens compare | doses | train | evaluate | patch | report | organism`.
+"""The command line: `ctlens compare | doses | train | evaluate | patch | export | models | report | organism`.
 
 Heavy imports wait for the command that needs them, so that `--help` answers at once. A user's
 mistake ends with exit code 2 and one sentence on stderr.
@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from ctlens.cli import analyses, organism, studies, training
+from ctlens.cli import analyses, models, organism, studies, training
 from ctlens.errors import CtlensError
 
 __all__ = ["app", "main"]
@@ -22,7 +22,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (studies.compare, studies.doses, training.train, training.evaluate, analyses.patch, studies.report):
+for command in (
+    studies.compare, studies.doses, training.train, training.evaluate, analyses.patch, models.export, models.models,
+    studies.report,
+):  # fmt: skip
     app.command()(command)
 app.add_typer(organism.app, name="organism")
 

@@ -1,0 +1,40 @@
+"""`ctlens models | export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ctlens.cli.common import Quiet, chosen_model, names, print_table, say
+from ctlens.errors import CtlensError
+
+
+def models(
+    architectures: Annotated[
+        str, typer.Option(help="Comma-separated model types; all that are checked by default.")
+    ] = "",
+    quiet: Quiet = False,
+) -> None:
+    """What works on which HuggingFace architecture, found out now on a tiny random model of each."""
+    from ctlens import support
+
+    found = support.support(names(architectures) or support.ARCHITECTURES, progress=not quiet)
+    print_table("What works", support.table(found))
+    for reason in support.reasons(found):
+        say(reason)
+    if wrong := [row.architecture for row in found if row.wrong]:
+        raise CtlensError(f"numbers are wrong on {', '.join(wrong)}: do not use it with these library versions.")
+
+
+def export(
+    model: Annotated[Path, typer.Option(help="Run folder, or a model folder of ctlens or HuggingFace.")],
+    out: Annotated[Path, typer.Option(help="New folder that transformers loads.")],
+) -> None:
+    """Write a trained model as a HuggingFace folder, adapters merged, with equal logits."""
+    from ctlens.files import require_free
+    from ctlens.huggingface import export_huggingface
+
+    require_free(out)
+    say(f"HuggingFace folder: {export_huggingface(chosen_model(model), out)}")
