@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from ctlens.doses import DoseResult, dose_response
     from ctlens.errors import CtlensError
     from ctlens.evaluation import Evaluation, evaluate
+    from ctlens.formats import load_facts, load_pairs, load_prefills, load_prompts
     from ctlens.huggingface import export_huggingface, parity
     from ctlens.leaks import Leak, leak
     from ctlens.losses import ACT, BCT, F2C, KLCT, MLPCT, RMCT, AttCT, AttMass, AttOut
     from ctlens.models import build, load_model
     from ctlens.organism import load_organism
-    from ctlens.pairs import Pair, Prompt, load_pairs, save_pairs
+    from ctlens.pairs import Pair, Prompt, save_pairs
     from ctlens.parameters import freeze
     from ctlens.plan import StudyConfig
     from ctlens.study import StudyResult, compare
@@ -40,7 +41,8 @@ HOMES = {
     "parameters": ("freeze",),
     "organism": ("load_organism",),
     "plan": ("StudyConfig",),
-    "pairs": ("Pair", "Prompt", "load_pairs", "save_pairs"),
+    "formats": ("load_facts", "load_pairs", "load_prefills", "load_prompts"),
+    "pairs": ("Pair", "Prompt", "save_pairs"),
     "study": ("StudyResult", "compare"),
     "training": ("Live", "Phase", "Run", "TrainConfig", "Trainer", "Until", "load_run", "train"),
     "weights": ("ModelConfig",),
@@ -51,8 +53,8 @@ __all__ = [
     "ACT", "BCT", "F2C", "KLCT", "MLPCT", "RMCT", "AttCT", "AttMass", "AttOut", "CtlensError", "DoseResult",
     "Evaluation", "Leak", "Live", "LoRA", "ModelConfig", "Pair", "Phase", "Prompt", "Run", "StudyConfig", "StudyResult",
     "TrainConfig", "Trainer", "Until", "analysis", "build", "compare", "dose_response", "evaluate",
-    "export_huggingface", "freeze", "leak", "load_model", "load_organism", "load_pairs", "load_run", "losses",
-    "organism", "parity", "save_pairs", "threats", "train",
+    "export_huggingface", "freeze", "leak", "load_facts", "load_model", "load_organism", "load_pairs", "load_prefills",
+    "load_prompts", "load_run", "losses", "organism", "parity", "save_pairs", "threats", "train",
 ]  # fmt: skip
 
 

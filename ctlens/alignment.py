@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher
+from itertools import accumulate, pairwise
 
 from ctlens.chat import Rendered, Span
 from ctlens.errors import unknown
 
-WINDOWS = ("shared", "suffix", "content", "explicit", "last", "answer")
+WINDOWS = ("shared", "suffix", "content", "explicit", "lines", "last", "answer")
 
 FUSED = "token fused across the boundary of the window"
 RETOKENISED = "token split differently in the wrapped prompt"
@@ -68,12 +70,14 @@ def align(
         - `shared`: the content, and the common suffix behind the last message of both prompts.
           Text behind the request does not hide the request (as it does from `suffix`), and the
           answer's position is in (as it is not in `content`) unless the wrapper is a prefill.
+        - `lines`: the lines that the last messages of both prompts have in common, in order, and the
+          common suffix behind both. For prompts that a wrapper interrupts or words anew in part.
         - `last`: the last token of both prompts, from which the answer is predicted. Prompts that
           end in different tokens, as most prefills do, are refused.
         - `answer`: the tokens that predict the answer which follows both prompts: the last one of
           both, where it is the same, and those of the answer but its last.
 
-    A candidate is a clean token that the window asks for: in `suffix` and `shared` any token but
+    A candidate is a clean token that the window asks for: in `suffix`, `shared` and `lines` any token but
     an added BOS, in `last` and `answer` those named, in the others the tokens of the text. A prompt whose content
     cannot be placed is refused by `shared` too: its suffix alone would be another window.
 
@@ -96,6 +100,8 @@ def align(
         return _answer(clean, wrapped, len(answer))
     if window == "explicit":
         return _align_text(window, clean, wrapped, _find_all(clean, shared or ""), shared or "")
+    if window == "lines":
+        return _lines(clean, wrapped)
     content = clean.contents[-1]
     by_text = _align_text("content", clean, wrapped, [content], clean.text[slice(*content)])
     if window == "content":
@@ -130,6 +136,31 @@ def _answer(clean: Rendered, wrapped: Rendered, length: int) -> Alignment:
     return Alignment("answer", here, there, length, drops, "" if pairs else "there is no answer to align at")
 
 
+def _lines(clean: Rendered, wrapped: Rendered) -> Alignment:
+    """Each run of common lines is a window of its own; a token that reaches out of it is dropped."""
+    here, there = _lines_of(clean), _lines_of(wrapped)
+    texts = [[side.text[slice(*span)] for span in spans] for side, spans in ((clean, here), (wrapped, there))]
+    pairs: dict[int, int] = {}
+    drops: Counter[str] = Counter()
+    for block in SequenceMatcher(None, *texts, autojunk=False).get_matching_blocks():
+        if "".join(texts[0][block.a : block.a + block.size]).strip():
+            left, right = (
+                (spans[start][0], spans[start + block.size - 1][1])
+                for spans, start in ((here, block.a), (there, block.b))
+            )
+            found, lost = _matched_cells(clean, wrapped, left, right)
+            pairs |= found
+            drops += lost
+    return _finish("lines", clean, [*pairs.items(), *_tail(clean, wrapped)], range(len(clean.ids)), drops)
+
+
+def _lines_of(prompt: Rendered) -> list[Span]:
+    """The lines of the last message, each with its line break."""
+    start, end = prompt.contents[-1]
+    lengths = map(len, prompt.text[start:end].splitlines(keepends=True))
+    return list(pairwise(accumulate(lengths, initial=start)))
+
+
 def _tail(clean: Rendered, wrapped: Rendered) -> list[PositionPair]:
     """The part of the suffix behind the last message of both prompts.
 
@@ -147,18 +178,24 @@ def _align_text(window: str, clean: Rendered, wrapped: Rendered, here: list[Span
         side, spans = ("clean", here) if len(here) != 1 else ("wrapped", there)
         found = f"occurs {len(spans)} times in" if spans else "is not in"
         return Alignment(window, (), (), 0, refusal=f"the text of the window {found} the {side} prompt")
-    left, right = _cells(clean, here[0]), _cells(wrapped, there[0])
-    crossing = [(begin, end) for begin, end in (*left, *right) if begin < 0 or end > len(text)]
-    pairs: list[PositionPair] = []
+    pairs, drops = _matched_cells(clean, wrapped, here[0], there[0])
+    return _finish(window, clean, list(pairs.items()), clean.positions(here[0]), drops)
+
+
+def _matched_cells(clean: Rendered, wrapped: Rendered, here: Span, there: Span) -> tuple[dict[int, int], Counter[str]]:
+    """Matched positions of two spans of the same text, and how many clean tokens have no match, by reason."""
+    left, right = _cells(clean, here), _cells(wrapped, there)
+    crossing = [(begin, end) for begin, end in (*left, *right) if begin < 0 or end > here[1] - here[0]]
+    pairs: dict[int, int] = {}
     drops: Counter[str] = Counter()
     for cell, positions in left.items():
         twins = right.get(cell, [])
         if cell not in crossing and [clean.ids[c] for c in positions] == [wrapped.ids[w] for w in twins]:
-            pairs += zip(positions, twins, strict=True)
+            pairs |= zip(positions, twins, strict=True)
         else:
             fused = any(begin < cell[1] and cell[0] < end for begin, end in crossing)
             drops[FUSED if fused else RETOKENISED] += len(positions)
-    return _finish(window, clean, pairs, clean.positions(here[0]), drops)
+    return pairs, drops
 
 
 def _find_all(prompt: Rendered, text: str) -> list[Span]:

@@ -119,7 +119,7 @@ def encode(pairs: Iterable[Pair], tokenizer: Any, *, windows: Iterable[str] = ("
     windows = tuple(windows)
     rows: list[EncodedPair] = []
     for number, pair in enumerate(pairs, start=1):
-        row = _encode_pair(pair, tokenizer, windows)
+        row = encode_pair(pair, tokenizer, windows)
         require_room(len(row.clean.ids), n_ctx, f"the clean prompt of pair {number}")
         require_room(len(row.wrapped.ids) + len(row.answer), n_ctx, f"the wrapped prompt of pair {number}")
         rows.append(row)
@@ -128,7 +128,8 @@ def encode(pairs: Iterable[Pair], tokenizer: Any, *, windows: Iterable[str] = ("
     return EncodedPairs(tuple(rows), {}).aligned(windows)
 
 
-def _encode_pair(pair: Pair, tokenizer: Any, windows: tuple[str, ...]) -> EncodedPair:
+def encode_pair(pair: Pair, tokenizer: Any, windows: Iterable[str]) -> EncodedPair:
+    """One pair, aligned or refused in each of the windows; arguments as of `encode`."""
     clean, wrapped = render(tokenizer, pair.clean.turns), render(tokenizer, pair.wrapped.turns)
     prompts = (window for window in windows if window != "answer")
     alignments = {window: align(clean, wrapped, window, shared=pair.shared) for window in prompts}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
@@ -12,6 +13,7 @@ from ctlens.errors import CtlensError
 Span = tuple[int, int]
 
 FIRST_SENTINEL = 0xE000
+SENTINEL = chr(FIRST_SENTINEL)
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,14 @@ class Rendered:
         ids: one token id per position, at most one BOS, no padding.
         offsets: per position, the half-open character span in `text` (empty for an added BOS).
         contents: per turn, the half-open character span of its content in `text`.
+        roles: per turn, who speaks.
     """
 
     text: str
     ids: tuple[int, ...]
     offsets: tuple[Span, ...]
     contents: tuple[Span, ...]
+    roles: tuple[str, ...] = ("user",)
 
     def positions(self, span: Span) -> tuple[int, ...]:
         """Token positions that share at least one character with the half-open character `span`."""
@@ -90,7 +94,7 @@ def _render_chat(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == (bos, bos):
         raise CtlensError("the chat template yields two BOS tokens: remove one from the template.")
-    return Rendered(text, ids, offsets, contents)
+    return Rendered(text, ids, offsets, contents, tuple(turn.role for turn in turns))
 
 
 def _apply_template(tokenizer: Any, turns: tuple[Turn, ...]) -> str:
@@ -102,7 +106,12 @@ def _apply_template(tokenizer: Any, turns: tuple[Turn, ...]) -> str:
         )
     except (TemplateError, ValueError) as error:
         reason = str(error).split("\n")[0]
-        raise CtlensError(f"the chat template refuses these messages: {reason}") from None
+        advice = "; put the system text in front of the first user message" if _has_system(turns) else ""
+        raise CtlensError(f"the chat template refuses these messages: {reason}{advice}") from None
+
+
+def _has_system(turns: tuple[Turn, ...]) -> bool:
+    return any(turn.role == "system" for turn in turns)
 
 
 def _content_spans(tokenizer: Any, turns: tuple[Turn, ...], text: str) -> tuple[Span, ...]:
@@ -127,7 +136,32 @@ def _encode(tokenizer: Any, text: str) -> tuple[tuple[int, ...], tuple[Span, ...
     return tuple(encoded["input_ids"]), tuple((start, end) for start, end in encoded["offset_mapping"])
 
 
+def end_token(tokenizer: Any) -> int | None:
+    """The token that closes an assistant's answer; None where the tokenizer has none.
+
+    It is the special token that the chat template puts behind an assistant's message, where it puts
+    one there: Gemma's turns end in `<end_of_turn>`, but its EOS is another token, which no answer has.
+    """
+    closing = _turn_end(tokenizer, getattr(tokenizer, "chat_template", None), tokenizer.eos_token)
+    return tokenizer.eos_token_id if closing is None else closing
+
+
+@lru_cache(maxsize=16)
+def _turn_end(tokenizer: Any, template: str | None, eos: str | None) -> int | None:
+    """The special token behind an assistant's message; `template` and `eos`, which decide it, can be changed."""
+    if not template:
+        return None
+    turns = (Turn("user", "a"), Turn("assistant", SENTINEL), Turn("user", "a"))
+    try:
+        behind = _encode(tokenizer, _apply_template(tokenizer, turns).partition(SENTINEL)[2].lstrip())[0]
+    except CtlensError:  # a template that wants other conversations
+        return None
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return behind[0] if behind[:1] and behind[0] in special else None
+
+
 def answer_ids(tokenizer: Any, answer: str, *, end: bool = True) -> tuple[int, ...]:
-    """The tokens of an assistant's answer; closed by the tokenizer's end token, where it has one, if `end`."""
+    """The tokens of an assistant's answer; closed by its `end_token`, where there is one, if `end`."""
     ids, _ = _encode(tokenizer, answer)
-    return ids if tokenizer.eos_token_id is None or not end else (*ids, tokenizer.eos_token_id)
+    closing = end_token(tokenizer) if end else None
+    return ids if closing is None else (*ids, closing)

@@ -97,9 +97,7 @@ def load_model(
     """
     if isinstance(source, PreTrainedModel):
         return _bridge(copy.deepcopy(source).to(device=device, dtype=dtype), tokenizer)  # type: ignore[arg-type]
-    folder = Path(source)
-    if (folder / "model" / CHECKPOINT_FILE).is_file():
-        folder = folder / "model"
+    folder = _model_folder(source)
     with _reading(folder):
         if (folder / CHECKPOINT_FILE).is_file():
             return _load_checkpoint(folder, tokenizer, device, dtype)
@@ -178,8 +176,27 @@ def _attach(model: LensModel, tokenizer: Any) -> LensModel:
     return model
 
 
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a model folder or a run folder, without the model; None where it holds none.
+
+    Raises:
+        CtlensError: the folder does not exist, or its tokenizer cannot be read.
+    """
+    folder = _model_folder(folder)
+    if not folder.is_dir():
+        raise CtlensError(f"{folder} is no folder: name one that holds a tokenizer.")
+    with _reading(folder):
+        return _load_tokenizer(folder)
+
+
+def _model_folder(source: str | Path) -> Path:
+    """The folder of the model itself, in a run folder too."""
+    folder = Path(source)
+    return folder / "model" if (folder / "model" / CHECKPOINT_FILE).is_file() else folder
+
+
 def _load_tokenizer(folder: Path) -> Any:
-    if not [*folder.glob("tokenizer*"), *folder.glob("vocab*")]:
+    if not any(path.is_file() for path in (*folder.glob("tokenizer*"), *folder.glob("vocab*"))):
         return None
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 

@@ -13,9 +13,10 @@ from ctlens.config import generator
 from ctlens.errors import CtlensError, unknown
 from ctlens.evaluation import Evaluation, evaluate
 from ctlens.evaluation.result import OWN_PAIRS
+from ctlens.formats import load_pairs
 from ctlens.models import load_model
 from ctlens.organism import load_organism
-from ctlens.pairs import Pair, Prompt, load_pairs
+from ctlens.pairs import Pair, Prompt
 from ctlens.tables import SPLIT
 from ctlens.threats import Threat
 from ctlens.types import LensModel

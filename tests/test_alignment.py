@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, zip_longest
 from string import printable
 
 import pytest
@@ -208,6 +208,32 @@ def test_words_of_the_system_message_are_not_mistaken_for_the_request():
     assert "occurs 2 times in the wrapped" in align(user("ab"), chat(("system", "ab"), ("user", "ab"))).refusal
 
 
+def test_common_lines_match_whatever_stands_between_them():
+    clean, wrapped = user("ab\ncd\nxy"), user("hint\nab\nno\ncd\nzz")
+    # [ a b \n c d \n x y ] :   and   [ h i n t \n a b \n n o \n c d \n z z ] :
+    alignment = align(clean, wrapped, "lines")
+    assert matches(alignment) == [(1, 6), (2, 7), (3, 8), (4, 12), (5, 13), (6, 14), (9, 17), (10, 18)]
+    assert (alignment.candidates, alignment.drops) == (11, {UNSHARED: 3})
+    assert align(clean, wrapped, "content").refusal
+
+
+def test_lines_keep_their_order_and_blank_ones_alone_do_not_match():
+    assert matches(align(user("ab\ncd\n"), user("cd\nab\n"), "lines"))[:3] in (
+        [(1, 4), (2, 5), (3, 6)],
+        [(4, 1), (5, 2), (6, 3)],
+    )
+    alignment = align(user("ab\n\ncd"), user("xy\n\nzz"), "lines")
+    assert matches(alignment) == [(7, 7), (8, 8)]  # the template behind both
+
+
+def test_a_token_that_reaches_out_of_its_line_is_dropped():
+    tokenizer = spelled(("b\n", "\nx"))
+    clean, wrapped = user("ab\ncd\nq", tokenizer), user("ab\nxx\ncd\nr", tokenizer)
+    found = align(clean, wrapped, "lines")
+    # In the wrapped prompt "b\n" is one token as in the clean one, and the lines start anew behind it.
+    assert [clean.text[slice(*clean.offsets[c])] for c, _ in matches(found)] == ["a", "b\n", "c", "d", "\n", "]", ":"]
+
+
 def test_prompts_without_a_common_end_have_no_suffix():
     tokenizer = spelled(template=None)
     alignment = align(user("ab", tokenizer), user("ac", tokenizer), "suffix")
@@ -366,3 +392,37 @@ def test_answer_pairs_what_predicts_the_answer_behind_both_prompts(
     assert matches(alignment) == same
     assert len(same) + sum(alignment.drops.values()) == alignment.candidates == len(answer)
     assert bool(alignment.refusal) == (not same)
+
+
+LINES = st.lists(st.lists(st.sampled_from(WORDS), max_size=4).map("".join), min_size=1, max_size=5)
+
+
+@MANY
+@given(kept=LINES, added=LINES, tail=TEXT)
+@pytest.mark.parametrize("tokenizer", [PLAIN, CHAT], ids=["plain", "chat"])
+def test_every_match_of_lines_is_the_same_token_at_the_same_place_of_an_equal_line(
+    tokenizer: PreTrainedTokenizerFast, kept: list[str], added: list[str], tail: str
+):
+    mixed = [line for both in zip_longest(kept, added) for line in both if line is not None]
+    assume("".join(kept).strip() and "".join(mixed).strip())
+    sides = [user("\n".join(lines) + end, tokenizer) for lines, end in ((kept, ""), (mixed, tail))]
+
+    alignment = align(*sides, "lines")
+
+    for half in (alignment.clean, alignment.wrapped):
+        assert list(half) == sorted(set(half))
+    assert len(alignment.clean) + sum(alignment.drops.values()) == alignment.candidates
+    for c, w in matches(alignment):
+        assert sides[0].ids[c] == sides[1].ids[w]
+        assert placed(sides[0], c) == placed(sides[1], w)
+
+
+def placed(side: Rendered, position: int) -> tuple[str, int]:
+    """The line of the last message that a token begins in, and where in it; or its place behind the message."""
+    start, end = side.contents[-1]
+    left = side.offsets[position][0]
+    if left >= end:
+        return "", left - end
+    line = side.text.rfind("\n", start, left) + 1 or start
+    stop = side.text.find("\n", left, end)
+    return side.text[max(line, start) : end if stop < 0 else stop], left - max(line, start)

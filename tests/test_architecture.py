@@ -12,8 +12,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LEAVES = ("errors", "files", "config", "types", "intervals", "plots")
 MODEL_BOUNDARY = (
-    "chat", "pairs", "alignment", "batch", "parameters", "weights", "sites", "adapters", "models", "huggingface",
-    "architectures", "hooks", "decoding",
+    "chat", "pairs", "formats", "alignment", "kinds", "batch", "parameters", "weights", "sites", "adapters", "models",
+    "huggingface", "architectures", "hooks", "decoding",
 )  # fmt: skip
 SCIENCE = ("losses", "world", "threats", "organism")
 USED = ("training", "evaluation", "analysis")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from ctlens.chat import Turn, answer_ids, render
+from ctlens.chat import Turn, answer_ids, end_token, render
 from ctlens.errors import CtlensError
 
 STRIPPING = CHAT_TEMPLATE.replace("message.content", "message.content | trim")
@@ -170,3 +170,90 @@ def test_spans_hold_the_contents_of_any_chat(chat: list[tuple[str, str]]):
     assert [rendered.text[start:end] for start, end in rendered.contents] == [content for _, content in chat]
     assert rendered.text.endswith("<|assistant|>\n") or chat[-1][0] == "assistant"
     assert CHAT.decode(list(rendered.ids), clean_up_tokenization_spaces=False) == rendered.text
+
+
+# Frames in the manner of the field's chat models; none of them is a copy.
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+HEADERS = (
+    "{{ bos_token }}{% for m in messages %}<|head|>{{ m.role }}<|tail|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|head|>assistant<|tail|>\n\n{% endif %}"
+)
+TURNS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}<turn>"
+    "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn>model\n{% endif %}"
+)
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+    "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
+)
+FRAMES = {
+    "chatml": (CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>", 0),
+    "headers": (HEADERS, ["<|head|>", "<|tail|>", "<|eot|>"], "<|eot|>", 1),
+    "turns": (TURNS, ["<turn>", "<end>"], "<end>", 1),
+    "inst": (INST, [], "</s>", 1),
+}
+
+
+def framed(name: str) -> PreTrainedTokenizerFast:
+    template, special, _, _ = FRAMES[name]
+    tokenizer = templated(template)
+    tokenizer.add_special_tokens({"additional_special_tokens": special} if special else {})
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_an_answer_ends_in_the_token_that_its_template_ends_turns_with(name: str):
+    tokenizer = framed(name)
+    closing = tokenizer.convert_tokens_to_ids(FRAMES[name][2])
+    assert end_token(tokenizer) == closing
+    assert answer_ids(tokenizer, "no") == (*answer_ids(tokenizer, "no", end=False), closing)
+    written = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}], tokenize=False
+    )
+    assert written.partition("no")[2].startswith(FRAMES[name][2])
+
+
+@pytest.mark.parametrize("name", FRAMES)
+@pytest.mark.parametrize("adds", [False, True], ids=["as it is", "with a tokenizer that adds one"])
+def test_the_frames_have_the_bos_that_they_write_and_no_other(name: str, adds: bool):
+    tokenizer = adding_bos(framed(name)) if adds else framed(name)
+    several = (("user", "Is it right?"), ("assistant", "no"), ("user", "Sure? 🟦 é"))
+    assert bos_count(tokenizer, *several) == FRAMES[name][3]
+    assert contents(tokenizer, *several) == ["Is it right?", "no", "Sure? 🟦 é"]
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_system_message_has_its_place_or_is_refused_with_advice(name: str):
+    chat = (("system", "Be brief."), ("user", "Is it right?"))
+    if name == "turns":
+        with pytest.raises(
+            CtlensError, match="System role not supported; put the system text in front of the first user"
+        ):
+            render(framed(name), turns(*chat))
+    else:
+        assert contents(framed(name), *chat) == ["Be brief.", "Is it right?"]
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_prompt_ends_where_the_answer_begins_and_a_prefill_is_left_open(name: str):
+    rendered = render(framed(name), turns(("user", "hi")))
+    heads = {"chatml": "assistant\n", "headers": "<|tail|>\n\n", "turns": "model\n", "inst": "[/INST]"}
+    assert rendered.text.endswith(heads[name])
+    assert render(framed(name), turns(("user", "hi"), ("assistant", "Sure"))).text.endswith("Sure")
+
+
+def test_a_template_without_a_closing_token_leaves_it_to_the_tokenizer():
+    assert end_token(templated("{% for m in messages %}{{ m.content }}\n{% endfor %}")) == CHAT.eos_token_id
+    assert end_token(byte_level_tokenizer()) == CHAT.eos_token_id
+
+
+def test_a_changed_template_is_seen():
+    tokenizer = framed("turns")
+    assert end_token(tokenizer) != CHAT.eos_token_id
+    tokenizer.chat_template = CHAT_TEMPLATE
+    assert end_token(tokenizer) == CHAT.eos_token_id

@@ -131,7 +131,7 @@ MISTAKES = {
     f"{TRAIN} --loss act --pairs number.jsonl": "number.jsonl, line 1: 'clean' must be a text",
     f"{TRAIN} --loss act --pairs messages.jsonl": "no chat template",
     f"{TRAIN} --loss act --pairs bytes.jsonl": "not UTF-8",
-    f"{TRAIN} --loss act --pairs empty.jsonl": "empty.jsonl holds no pairs",
+    f"{TRAIN} --loss act --pairs empty.jsonl": "empty.jsonl holds no rows",
     f"{TRAIN} --loss act --pairs apart.jsonl": "none of the 1 pairs aligns",
     f"{TRAIN} --loss act --pairs long.jsonl": "model's context is 256",
     f"{TRAIN} --loss act": "give either --pairs FILE or --threat NAME",

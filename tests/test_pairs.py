@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from ctlens.batch import encode
 from ctlens.chat import Turn
 from ctlens.errors import CtlensError
-from ctlens.pairs import Pair, Prompt, load_pairs, prompt, save_pairs
+from ctlens.formats import load_pairs
+from ctlens.pairs import Pair, Prompt, prompt, save_pairs
 
 SYCOPHANCY = Path(__file__).parents[2] / "shared" / "data" / "sycophancy"
 
@@ -89,14 +91,44 @@ def test_a_malformed_line_is_told_by_file_line_and_what_was_expected(tmp_path: P
 def test_a_missing_and_an_empty_file_are_refused(tmp_path: Path):
     with pytest.raises(CtlensError, match="absent.jsonl does not exist"):
         load_pairs(tmp_path / "absent.jsonl")
-    with pytest.raises(CtlensError, match="pairs.jsonl holds no pairs: give one JSON object"):
+    with pytest.raises(CtlensError, match="pairs.jsonl holds no rows: rows with"):
         load_pairs(written(tmp_path))
 
 
-def test_a_pair_without_a_jsonl_form_is_refused_before_anything_is_written(tmp_path: Path):
-    with pytest.raises(CtlensError, match="want different answers"):
-        save_pairs(tmp_path / "pairs.jsonl", [Pair(prompt("c", good="yes"), prompt("w", good="no"))])
-    assert list(tmp_path.iterdir()) == []
+SIDED = Pair(
+    Prompt((Turn("user", "c"),), "A) x", None, ("A) x", "B) y")),
+    Prompt((Turn("user", "w"),), "(A) x", "(B) y", ("(A) x", "(B) y")),
+)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        SIDED,
+        replace(SIDED, clean=prompt("c")),
+        replace(SIDED, wrapped=prompt("w")),
+        Pair(prompt("c", bad="no"), prompt("w", "no")),
+    ],
+)
+def test_sides_that_want_different_answers_come_back_equal(tmp_path: Path, pair: Pair):
+    save_pairs(tmp_path / "pairs.jsonl", [pair])
+    assert load_pairs(tmp_path / "pairs.jsonl") == [pair]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"options": ["a"]}, "at least two, each another"),
+        ({"options": ["a", "a"]}, "at least two, each another"),
+        ({"options": ["a", "b"], "good": "c"}, "'c' is not among the options of its question"),
+        ({"options": ["a", "b"], "bad": "A"}, "'A' is not among the options"),
+        ({"options": "ab"}, "'options' must be a list of texts"),
+        ({"clean_options": ["a", ""]}, "'clean_options' must be a list of texts"),
+    ],
+)
+def test_options_that_make_no_question_are_refused(tmp_path: Path, row: dict[str, Any], expected: str):
+    with pytest.raises(CtlensError, match=rf"pairs\.jsonl, line 1: .*{re.escape(expected)}"):
+        load_pairs(written(tmp_path, {**GOOD, **row}))
 
 
 def test_an_arm_is_found_by_name_and_an_unknown_one_refused():
@@ -134,3 +166,5 @@ def test_real_pairs_that_rephrase_the_request_are_counted_and_not_aligned_by_for
     contained = sum(pair.clean.turns[0].content in pair.wrapped.turns[0].content for pair in pairs)
     assert 0 < len(encoded) == contained < len(pairs)
     assert encoded.dropped == {"the text of the window is not in the wrapped prompt": len(pairs) - contained}
+    by_lines = encode(pairs, chat_tokenizer, windows=["lines"], n_ctx=10_000)
+    assert len(by_lines) == len(pairs) and by_lines.coverage("lines") > 0.8

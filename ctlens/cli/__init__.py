@@ -1,4 +1,4 @@
-"""The command line: `ctlens compare | doses | train | evaluate | patch | export | models | report | organism`.
+"""The command line: `ctlens compare | doses | train | evaluate | patch | export | models | pairs | report | organism`.
 
 Heavy imports wait for the command that needs them, so that `--help` answers at once. A user's
 mistake ends with exit code 2 and one sentence on stderr.
@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from ctlens.cli import analyses, models, organism, studies, training
+from ctlens.cli import analyses, models, organism, pairs, studies, training
 from ctlens.errors import CtlensError
 
 __all__ = ["app", "main"]
@@ -28,6 +28,7 @@ for command in (
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(organism.app, name="organism")
+app.add_typer(pairs.app, name="pairs")
 
 # Typer keeps its copy of click private; every usage error descends from this class.
 UsageError: Any = typer.BadParameter.__mro__[2]

@@ -40,12 +40,23 @@ def chosen_model(folder: Path | None) -> Any:
     return load_model(folder)
 
 
+def chosen_tokenizer(folder: Path | None) -> Any:
+    """The tokenizer of a folder, or the shipped organism's."""
+    if folder is None:
+        return chosen_model(None).tokenizer
+    from ctlens.models import load_tokenizer
+
+    if (tokenizer := load_tokenizer(folder)) is None:
+        raise CtlensError(f"{folder} holds no tokenizer: name a folder with tokenizer.json.")
+    return tokenizer
+
+
 def chosen_pairs(path: Path | None, threat: str, **options: Any) -> list[Pair]:
     """The pairs of a file, or those of a threat with its options."""
     if (path is None) == (not threat):
         raise CtlensError("give either --pairs FILE or --threat NAME.")
     if path is not None:
-        from ctlens.pairs import load_pairs
+        from ctlens.formats import load_pairs
 
         return load_pairs(path)
     from ctlens import threats

@@ -105,7 +105,7 @@ def evaluate(
     """Bad and good rates on wrapped, clean and benign prompts, with intervals."""
     from ctlens.evaluation import evaluate as run_evaluation
     from ctlens.files import atomic_file
-    from ctlens.pairs import load_pairs
+    from ctlens.formats import load_pairs
 
     if out and out.is_dir():
         raise CtlensError(f"{out} is a folder: name a file for the table.")

@@ -7,12 +7,16 @@ from ctlens.threats.base import Case, Count, Outcomes, Threat, Wrapper, judge
 from ctlens.threats.conditional import Conditional
 from ctlens.threats.frustration import Frustration
 from ctlens.threats.jailbreak import Jailbreak
+from ctlens.threats.natural import fact_wrappers, natural_wrappers, prefill_wrappers, wrap
 from ctlens.threats.persona import Persona
 from ctlens.threats.prefill import Prefill
 from ctlens.threats.replies import Reply, ask
 from ctlens.threats.sycophancy import Sycophancy
 
-__all__ = ["Case", "Count", "Outcomes", "Reply", "Threat", "Wrapper", "ask", "get", "judge", "names"]
+__all__ = [
+    "Case", "Count", "Outcomes", "Reply", "Threat", "Wrapper", "ask", "fact_wrappers", "get", "judge", "names",
+    "natural_wrappers", "prefill_wrappers", "wrap",
+]  # fmt: skip
 
 REGISTRY: dict[str, Threat] = {
     threat.name: threat for threat in (Sycophancy(), Jailbreak(), Persona(), Prefill(), Frustration(), Conditional())

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from string import Formatter
 from typing import ClassVar
 
 import numpy as np
@@ -52,8 +53,21 @@ class Wrapper:
         """The texts of all turns."""
         return "\n".join(turn.content for turn in self.turns)
 
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The names of the placeholders beside `{request}`."""
+        parts = (name for turn in self.turns for _, name, _, _ in Formatter().parse(turn.content) if name is not None)
+        return tuple(dict.fromkeys(name for name in parts if name != "request"))
+
     def wrap(self, request: str, **slots: str) -> tuple[Turn, ...]:
-        """The request under the attack, with the threat's slots filled in."""
+        """The request under the attack, with the threat's slots filled in.
+
+        Raises:
+            CtlensError: a slot of the wrapper is not filled.
+        """
+        for name in self.slots:
+            if name not in slots:
+                raise CtlensError(f"the wrapper {self.name!r} has a slot {{{name}}} that nothing fills: give its text.")
         return tuple(replace(turn, content=turn.content.format(request=request, **slots)) for turn in self.turns)
 
     def labels(self, split: str, kind: str = "", **known: str) -> dict[str, str]:

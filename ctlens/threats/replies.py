@@ -8,7 +8,7 @@ from math import nan
 from typing import Any
 
 from ctlens.batch import require_room
-from ctlens.chat import answer_ids, render
+from ctlens.chat import answer_ids, end_token, render
 from ctlens.decoding import Ids, decode
 from ctlens.pairs import Prompt
 from ctlens.threats.base import judge
@@ -59,7 +59,7 @@ def ask(
         wanted[ids[prompt.turns]].update(dict.fromkeys(openings[prompt].values()))
     decoded = decode(
         model, list(wanted), first_tokens=[tuple(tokens) for tokens in wanted.values()],
-        max_new_tokens=max_new_tokens, end=tokenizer.eos_token_id, progress=progress,
+        max_new_tokens=max_new_tokens, end=end_token(tokenizer), progress=progress,
     )  # fmt: skip
     texts = dict(zip(wanted, tokenizer.batch_decode(decoded.answers, skip_special_tokens=True), strict=True))
     likely = {

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ctlens.batch import EncodedPairs, require_room
+from ctlens.chat import end_token
 from ctlens.config import generator
 from ctlens.decoding import Ids, Sampling, generate
 from ctlens.errors import CtlensError
@@ -63,7 +64,7 @@ def reference_answers(
             not fit the context behind its prompts, no two pairs share a clean prompt whose
             consensus is asked for, or no prompt has one.
     """
-    end = reference.tokenizer.eos_token_id
+    end = end_token(reference.tokenizer)
     sampling = Sampling(generator(seed, "answers")) if kind == "sampled" else None
     open_rows = [row for row in pairs.rows if not row.answer]
     asked = [row.clean.ids for row in open_rows]

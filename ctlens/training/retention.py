@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctlens.batch import Side, pad, require_room
-from ctlens.chat import render
+from ctlens.chat import end_token, render
 from ctlens.config import generator
 from ctlens.decoding import Ids, generate
 from ctlens.hooks import run
@@ -56,7 +56,7 @@ class Retention:
         used = self._chosen[self._fires].unique().tolist()
         if not used or self.answers:
             return
-        end, asked = self.reference.tokenizer.eos_token_id, [self.prompts[index] for index in used]
+        end, asked = end_token(self.reference.tokenizer), [self.prompts[index] for index in used]
         given = generate(self.reference, asked, max_new_tokens=self.config.answer_tokens, end=end, progress=progress)
         answers = dict(zip(used, given, strict=True))
         if self.config.cache:

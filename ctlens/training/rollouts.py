@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ctlens.batch import EncodedPair, PairBatch, collate, require_room
+from ctlens.chat import end_token
 from ctlens.config import generator
 from ctlens.decoding import Ids, Sampling, generate
 from ctlens.errors import CtlensError
@@ -108,7 +109,7 @@ class Rollouts:
             model,
             [ids for ids in prompts for _ in range(count)],
             max_new_tokens=self.config.answer_tokens,
-            end=self.tokenizer.eos_token_id,
+            end=end_token(self.tokenizer),
             sampling=Sampling(draw),
         )
         return [given[start : start + count] for start in range(0, len(given), count)]

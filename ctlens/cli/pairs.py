@@ -1,0 +1,169 @@
+"""`ctlens pairs inspect | convert | wrap`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ctlens.cli.common import ModelFolder, Seed, say
+from ctlens.errors import CtlensError
+
+if TYPE_CHECKING:
+    from ctlens.batch import EncodedPair
+    from ctlens.pairs import Pair
+
+app = typer.Typer(help="Look at pairs token by token, convert them, make them.", no_args_is_help=True)
+
+File = Annotated[Path, typer.Argument(help="JSONL or CSV in one of the field's formats.")]
+Wrapped = Annotated[Path | None, typer.Option(help="Second file, where clean and wrapped prompts are apart.")]
+Out = Annotated[Path, typer.Option(help="New JSONL file.")]
+
+
+@app.command()
+def inspect(
+    file: File,
+    wrapped: Wrapped = None,
+    model: ModelFolder = None,
+    row: Annotated[int, typer.Option(help="Which pair to show, from 1.")] = 1,
+    window: Annotated[
+        str, typer.Option(help="shared, suffix, content, lines, last; explicit where pairs name one.")
+    ] = "shared",
+) -> None:
+    """A pair token by token with its alignment, and how much of the whole file aligns."""
+    from ctlens.cli.common import chosen_tokenizer
+    from ctlens.formats import read_pairs
+
+    tokenizer, reading = chosen_tokenizer(model), read_pairs(file, wrapped)
+    if not 1 <= row <= len(reading.pairs):
+        raise CtlensError(f"there is no pair {row}: the file holds {len(reading.pairs)}.")
+    _show(tokenizer, reading.pairs[row - 1], window)
+    _coverage(tokenizer, reading.pairs)
+    say(f"{len(reading.pairs)} pairs read, {len(reading.refused)} rows refused")
+    for reason in reading.refused:
+        say(f"  {reason}")
+
+
+@app.command()
+def convert(file: File, out: Out, wrapped: Wrapped = None) -> None:
+    """Any of the field's formats to ctlens's own JSONL."""
+    from ctlens.formats import load_pairs
+    from ctlens.pairs import save_pairs
+
+    _require_new(out)
+    pairs = load_pairs(file, wrapped)
+    save_pairs(out, pairs)
+    say(f"{len(pairs)} pairs: {out}")
+
+
+@app.command()
+def wrap(
+    prompts: Annotated[Path, typer.Argument(help="JSONL or CSV with prompts, or messages with answers.")],
+    threat: Annotated[str, typer.Option(help="Whose wrappers, in plain English.")],
+    out: Out,
+    split: Annotated[str, typer.Option(help="train or heldout: no wrapper is in both.")] = "train",
+    facts: Annotated[Path | None, typer.Option(help="Facts about a persona, to stand before the prompts.")] = None,
+    count: Annotated[int, typer.Option(help="Facts before each prompt.")] = 8,
+    prefills: Annotated[Path | None, typer.Option(help="CSV of beginnings of answers, in place of ours.")] = None,
+    name: Annotated[str, typer.Option(help="Of the persona, for wrappers that say it.")] = "",
+    seed: Seed = 0,
+) -> None:
+    """Put plain prompts under the wrappers of a threat."""
+    from ctlens import threats
+    from ctlens.formats import load_facts, load_prefills, load_prompts
+    from ctlens.pairs import save_pairs
+
+    _require_new(out)
+    if (facts and threat != "persona") or (prefills and threat != "prefill"):
+        raise CtlensError("--facts goes with --threat persona, and --prefills with --threat prefill.")
+    if facts:
+        wrappers = threats.fact_wrappers(load_facts(facts), [count], seed=seed)
+    elif prefills:
+        wrappers = threats.prefill_wrappers(load_prefills(prefills))
+    else:
+        wrappers = threats.natural_wrappers(threat, split)
+    pairs = threats.wrap(load_prompts(prompts), wrappers, {"name": name} if name else {}, seed=seed)
+    save_pairs(out, pairs)
+    say(f"{len(pairs)} pairs under {len(wrappers)} wrappers: {out}")
+
+
+def _require_new(out: Path) -> None:
+    if out.exists():
+        raise CtlensError(f"{out} exists already: name a new file, or remove it first.")
+
+
+def _show(tokenizer: Any, pair: Pair, window: str) -> None:
+    """The wrapped prompt's tokens, each with its clean token; then the clean ones without a match."""
+    from ctlens.batch import encode_pair
+    from ctlens.kinds import token_kinds
+
+    encoded = encode_pair(pair, tokenizer, [window])
+    found = encoded.alignments[window]
+    clean_kinds, wrapped_kinds = token_kinds(encoded.clean, encoded.wrapped, encoded.answer)
+    clean_ids = encoded.clean.ids + encoded.answer
+    matched = dict(zip(found.wrapped, found.clean, strict=True))
+    rows = [
+        (str(position), _token(tokenizer, token), kind, *_twin(matched.get(position)))
+        for position, (token, kind) in enumerate(zip(encoded.wrapped.ids + encoded.answer, wrapped_kinds, strict=True))
+    ]
+    _print_tokens(f"Wrapped prompt, window {window}", ("wrapped", "token", "is", "clean"), rows)
+    left = set(range(len(clean_ids))) - set(found.clean)
+    alone = [
+        (str(position), _token(tokenizer, clean_ids[position]), clean_kinds[position]) for position in sorted(left)
+    ]
+    if alone:
+        _print_tokens("Clean tokens without a match", ("clean", "token", "is"), alone)
+    say(f"Window {window}: {found.refusal or f'{found.coverage:.1%} of {found.candidates} clean tokens matched'}")
+    for reason, count in found.drops.items():
+        say(f"  {count} tokens: {reason}")
+
+
+def _twin(position: int | None) -> tuple[str]:
+    return ("" if position is None else str(position),)
+
+
+def _token(tokenizer: Any, token: int) -> str:
+    """The token's text with line breaks and spaces to be seen; its name where it is half a character."""
+    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    return tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text else text.replace("\n", "\\n").replace(" ", "·")
+
+
+def _print_tokens(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    import pandas as pd
+
+    from ctlens.cli.common import print_table
+
+    print_table(title, pd.DataFrame(rows, columns=list(columns)))
+
+
+def _coverage(tokenizer: Any, pairs: tuple[Pair, ...]) -> None:
+    """How many pairs and tokens of the file each window aligns, and what becomes of the others."""
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    from ctlens.batch import encode_pair
+    from ctlens.cli.common import print_table
+
+    windows = ["shared", "content", "suffix", "lines", "last"] + ["explicit"] * any(pair.shared for pair in pairs)
+    reasons: Counter[tuple[str, str]] = Counter()
+    encoded: list[EncodedPair] = []
+    for pair in tqdm(pairs, desc="pairs", delay=2, leave=False):
+        try:
+            encoded.append(encode_pair(pair, tokenizer, windows))
+        except CtlensError as error:
+            reasons["every window, pairs", str(error)] += 1
+    rows = []
+    for window in windows:
+        found = [row.alignments[window] for row in encoded]
+        aligned = [alignment for alignment in found if not alignment.refusal]
+        candidates = sum(alignment.candidates for alignment in aligned)
+        share = sum(len(alignment.clean) for alignment in aligned) / max(candidates, 1)
+        rows.append((window, f"{len(aligned)} of {len(pairs)}", f"{share:.1%}"))
+        reasons.update((f"{window}, pairs", alignment.refusal) for alignment in found if alignment.refusal)
+        for alignment in aligned:
+            reasons.update({(f"{window}, tokens", reason): count for reason, count in alignment.drops.items()})
+    print_table("Coverage over the file", pd.DataFrame(rows, columns=["window", "pairs aligned", "their tokens"]))
+    for (place, reason), count in reasons.items():
+        say(f"  {place}: {count} left out: {reason}")
