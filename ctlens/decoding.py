@@ -1,8 +1,9 @@
 """Decoding of many prompts at once, without a tokenizer call: each prompt is run once, then one token a pass.
 
-Prompts of similar length are padded on the right, where causal attention cannot see the padding, and
-the padding is masked from the tokens that follow, so an answer does not depend on its batch-mates. A
-bridge has no key-value cache that can be had cheaply: there every pass runs the whole sequences.
+Prompts of similar length are decoded together, and padding is masked from the tokens that follow, so an
+answer does not depend on its batch-mates. HuggingFace models have HuggingFace's key-value cache, whose
+sliding windows count places: they are padded on the left. Models made here are padded on the right; the
+native bridge of TransformerLens 4.x, which has no cache, runs whole sequences in every pass.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
+from transformers import DynamicCache
 
+from ctlens.batch import pad
 from ctlens.errors import CtlensError
-from ctlens.models import empty_cache, keep_rows
+from ctlens.models import empty_cache, huggingface_config, keep_rows
 from ctlens.types import ChosenRows, LensModel, Logits, Mask, RowNumbers, Tokens
 
 Ids = tuple[int, ...]
@@ -116,10 +119,10 @@ def decode(
     wanted = first_tokens or [()] * len(prompts)
     answers: list[Ids] = [()] * len(prompts)
     probabilities: list[tuple[float, ...]] = [()] * len(prompts)
-    batches = list(_batches([len(prompt) for prompt in prompts], tokens_a_pass))
+    batches = list(batches_of([len(prompt) for prompt in prompts], tokens_a_pass))
     for batch in tqdm(batches, desc="answers", delay=2, leave=False, disable=not progress):
         distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts[i] for i in batch))}
-        sequences = _Sequences(model, list(distinct))
+        sequences = _sequences(model, list(distinct))
         logits = sequences.run()
         if len(distinct) < len(batch):
             places = torch.tensor([distinct[prompts[i]] for i in batch], device=logits.device)
@@ -142,7 +145,7 @@ def _check(prompts: Sequence[Ids], max_new_tokens: int, n_ctx: int) -> None:
         raise CtlensError("an empty prompt cannot be continued: give at least one token.")
 
 
-def _batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+def batches_of(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
     """Numbers of prompts in order of length, as many as fill `tokens` when padded to the longest; at least one."""
     batch: list[int] = []
     for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
@@ -177,6 +180,10 @@ def _continue(
         sequences.keep(goes_on)
         logits = sequences.extend(chosen[goes_on])
     return [tuple(answer) for answer in answers]
+
+
+def _sequences(model: LensModel, prompts: Sequence[Ids]) -> _Sequences:
+    return _Sequences(model, prompts) if huggingface_config(model) is None else _HuggingFaceSequences(model, prompts)
 
 
 class _Sequences:
@@ -222,3 +229,32 @@ class _Sequences:
     def _forward(self, tokens: Tokens, real: Mask) -> Logits:
         cached: dict[str, Any] = {"past_kv_cache": self.cache, "attention_mask": real.long()}
         return self.model(tokens, **(cached if self.cache is not None else {}))
+
+
+class _HuggingFaceSequences(_Sequences):
+    """The same for a HuggingFace model: padded on the left, with HuggingFace's cache, whatever its layers keep."""
+
+    def __init__(self, model: LensModel, prompts: Sequence[Ids]) -> None:
+        side = pad(prompts, "left").to(next(model.parameters()).device)
+        self.model, self.tokens, self.mask = model, side.tokens, side.mask
+        self.cache = DynamicCache(config=huggingface_config(model))
+
+    def run(self) -> NextLogits:
+        return self._at(self.tokens, (self.mask.cumsum(-1) - 1).clamp(min=0))[:, -1]
+
+    def extend(self, chosen: NextTokens) -> NextLogits:
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        return self._at(chosen[:, None], self.mask.sum(-1, keepdim=True) - 1)[:, -1]
+
+    def repeat(self, logits: NextLogits, places: RowNumbers) -> NextLogits:
+        self.cache.batch_select_indices(places)
+        self.mask = self.mask[places]
+        return logits[places]
+
+    def keep(self, rows: ChosenRows) -> None:
+        if not rows.all():
+            self.repeat(rows, rows.nonzero()[:, 0])
+
+    def _at(self, tokens: Tokens, position: Tokens) -> Logits:
+        options = {"past_key_values": self.cache, "use_cache": True, "position_ids": position}
+        return self.model(tokens, attention_mask=self.mask.long(), **options)

@@ -128,6 +128,11 @@ def sweep_folder(folder: Path) -> None:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
+def digest_of(data: Any) -> str:
+    """A short name of what can be written as JSON."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def digest(path: str | Path) -> str:
     """A short name of what a file holds.
 

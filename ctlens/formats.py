@@ -18,10 +18,7 @@ from ctlens.errors import CtlensError
 from ctlens.files import read_jsonl, write_text
 from ctlens.pairs import FIELDS, Pair, Prompt, pair_of, turns_of
 
-SIDES = {
-    ("reference_messages", "variant_messages"): "reference and variant",
-    ("unbiased_messages", "biased_messages"): "unbiased and biased",
-}
+SIDES = (("reference_messages", "variant_messages"), ("unbiased_messages", "biased_messages"))
 JOINED_BY = ("_id", "id")
 PROMPT_FIELDS = ("prompt", "goal", "question")
 KNOWN = (
@@ -163,7 +160,7 @@ def load_prefills(path: str | Path) -> list[str]:
 
 def save_messages(path: str | Path, pairs: Iterable[Pair]) -> None:
     """Writes pairs as `reference_messages` and `variant_messages`, the target as the assistant's last message."""
-    names = next(iter(SIDES))
+    names = SIDES[0]
     rows = [
         {
             name: [*({"role": turn.role, "content": turn.content} for turn in side.turns), *_answered(pair, side)]
@@ -187,10 +184,10 @@ def _answered(pair: Pair, side: Prompt) -> list[dict[str, str]]:
 def _pair(row: Row, where: str) -> Pair:
     if "clean" in row or "wrapped" in row:
         return pair_of(row, where)
-    for names, kind in SIDES.items():
+    for names in SIDES:
         if all(name in row for name in names):
             clean, wrapped = (_split(row, name, where) for name in names)
-            return _of_sides(clean, wrapped, {"format": kind}, where)
+            return _of_sides(clean, wrapped, {}, where)
     if "prompt" in row and "prefill" in row:
         request = Turn("user", _given(row, "prompt", where))
         forced = Turn("assistant", _given(row, "prefill", where))

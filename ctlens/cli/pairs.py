@@ -68,6 +68,7 @@ def wrap(
     count: Annotated[int, typer.Option(help="Facts before each prompt.")] = 8,
     prefills: Annotated[Path | None, typer.Option(help="CSV of beginnings of answers, in place of ours.")] = None,
     name: Annotated[str, typer.Option(help="Of the persona, for wrappers that say it.")] = "",
+    kind: Annotated[str, typer.Option(help="What the prompts ask: identity, values (persona), way out.")] = "",
     seed: Seed = 0,
 ) -> None:
     """Put plain prompts under the wrappers of a threat."""
@@ -84,7 +85,7 @@ def wrap(
         wrappers = threats.prefill_wrappers(load_prefills(prefills))
     else:
         wrappers = threats.natural_wrappers(threat, split)
-    pairs = threats.wrap(load_prompts(prompts), wrappers, {"name": name} if name else {}, seed=seed)
+    pairs = threats.wrap(load_prompts(prompts), wrappers, {"name": name} if name else {}, kind=kind, seed=seed)
     save_pairs(out, pairs)
     say(f"{len(pairs)} pairs under {len(wrappers)} wrappers: {out}")
 

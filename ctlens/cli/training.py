@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -100,6 +100,7 @@ def evaluate(
     pairs: PairsFile = None,
     split: Annotated[str, typer.Option(help="Comma-separated: train, entities, heldout, structure.")] = "heldout",
     items: Annotated[int, typer.Option(help="Pairs a threat.")] = 96,
+    judge: Annotated[str, typer.Option(help="Your own judge of the answers, module:function.")] = "",
     out: Annotated[Path | None, typer.Option(help="CSV file for the table.")] = None,
 ) -> None:
     """Bad and good rates on wrapped, clean and benign prompts, with intervals."""
@@ -110,11 +111,31 @@ def evaluate(
     if out and out.is_dir():
         raise CtlensError(f"{out} is a folder: name a file for the table.")
     own = load_pairs(pairs) if pairs else None
-    table = run_evaluation(chosen_model(model), names(threats), pairs=own, split=names(split), n=items).to_dataframe()
+    options: dict[str, Any] = {
+        "pairs": own,
+        "split": names(split),
+        "n": items,
+        "judge": _judge(judge) if judge else None,
+    }
+    table = run_evaluation(chosen_model(model), names(threats), **options).to_dataframe()
     if out:
         with atomic_file(out) as temporary:
             table.to_csv(temporary, index=False)
     print_table("Evaluation", table)
+
+
+def _judge(text: str) -> Any:
+    """The function of `module:function`, from the folder the command is given in or an installed package."""
+    import importlib
+
+    module, _, name = text.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise CtlensError(f"--judge takes module:function; {text!r} is none: {error}.") from None
+    finally:
+        sys.path.pop(0)
 
 
 def _loss(text: str) -> Loss:

@@ -12,7 +12,7 @@ from ctlens import threats as threat_registry
 from ctlens.errors import CtlensError
 from ctlens.evaluation.result import OUTCOME_COLUMNS, OWN_PAIRS, Evaluation
 from ctlens.pairs import ARMS, Pair
-from ctlens.threats import ask
+from ctlens.threats import Judge, ask
 from ctlens.types import LensModel
 
 
@@ -25,11 +25,13 @@ def evaluate(
     n: int = 96,
     seed: int = 0,
     max_new_tokens: int = 16,
+    judge: Judge | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Greedy answers to the wrapped, clean and benign prompts of threats or of given pairs, judged.
 
-    A prompt that occurs in several arms, threats or splits is answered once.
+    A prompt that occurs in several arms, threats or splits is answered once. A multiple-choice
+    question is answered by the option whose whole text is likeliest, see `ctlens.scoring.choose`.
 
     Args:
         model: in eval mode, with a tokenizer.
@@ -40,6 +42,8 @@ def evaluate(
         n: pairs a threat and split.
         seed: of the threats' pairs.
         max_new_tokens: longest answer, in tokens.
+        judge: gives verdicts in place of the answers that prompts name, for refusals, personas and
+            whatever else no word tells, see `ctlens.threats.Judge`. It sees all answers at once.
         progress: show a progress bar when it takes more than two seconds.
 
     Raises:
@@ -61,7 +65,9 @@ def evaluate(
     if not asked:
         raise CtlensError("there is nothing to evaluate: give at least one pair.")
     known = {id(pair): _known(pair) for group in groups.values() for pair in group}
-    replies = ask(model, [prompt for *_, prompt in asked], max_new_tokens=max_new_tokens, progress=progress)
+    replies = ask(
+        model, [prompt for *_, prompt in asked], max_new_tokens=max_new_tokens, judge=judge, progress=progress
+    )
     rows = [
         (*place, arm, item, *known[id(pair)], *astuple(reply))
         for (place, arm, item, pair, _), reply in zip(asked, replies, strict=True)

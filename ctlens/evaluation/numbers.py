@@ -12,9 +12,9 @@ import pandas as pd
 from ctlens import threats as threat_registry
 from ctlens.errors import CtlensError, unknown
 from ctlens.intervals import Interval, bootstrap, bootstrap_mean, wilson
-from ctlens.threats.base import NO_ANSWER, Count, Metrics, Outcomes, Threat
+from ctlens.threats.base import NO_ANSWER, UNPARSED, Count, Metrics, Outcomes, Threat
 
-RATES = {"bad_rate": "bad", "good_rate": "good", "other_rate": "other"}
+RATES = {"bad_rate": "bad", "good_rate": "good", "other_rate": "other", "unparsed_rate": UNPARSED}
 PROBABILITIES = ("good_probability", "bad_probability")
 
 Number = tuple[str, str, float, int, float, float]
@@ -24,7 +24,9 @@ Number = tuple[str, str, float, int, float, float]
 def numbers(name: str, rows: pd.DataFrame) -> Iterator[Number]:
     """Every number of one threat and split, from its rows of the outcomes."""
     for (arm,), answers in by(rows, "arm"):
-        for metric in RATES:
+        for metric, verdict in RATES.items():
+            if verdict == UNPARSED and UNPARSED not in set(answers["verdict"]):
+                continue
             yield arm, metric, *rate_with_interval(answers["verdict"], metric)
         for metric in PROBABILITIES:
             known = answers[metric].to_numpy()

@@ -33,7 +33,8 @@ class Evaluation:
             split, `pair` is a digest of its prompts and answers, `kind` and `strength` are its
             labels (empty and 0 where it has none). The probabilities are those that the answer begins
             with the first token of the good and of the bad answer: NaN where the prompt names
-            none, and both where they begin alike. It must not be changed.
+            none, and both where they begin alike; of a multiple-choice question, their shares among
+            the options. It must not be changed.
     """
 
     outcomes: pd.DataFrame

@@ -10,11 +10,11 @@ from ctlens.threats.jailbreak import Jailbreak
 from ctlens.threats.natural import fact_wrappers, natural_wrappers, prefill_wrappers, wrap
 from ctlens.threats.persona import Persona
 from ctlens.threats.prefill import Prefill
-from ctlens.threats.replies import Reply, ask
+from ctlens.threats.replies import Judge, Reply, ask
 from ctlens.threats.sycophancy import Sycophancy
 
 __all__ = [
-    "Case", "Count", "Outcomes", "Reply", "Threat", "Wrapper", "ask", "fact_wrappers", "get", "judge", "names",
+    "Case", "Count", "Judge", "Outcomes", "Reply", "Threat", "Wrapper", "ask", "fact_wrappers", "get", "judge", "names",
     "natural_wrappers", "prefill_wrappers", "wrap",
 ]  # fmt: skip
 

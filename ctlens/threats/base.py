@@ -21,6 +21,7 @@ from ctlens.pairs import Pair, Prompt, prompt
 from ctlens.world import World, check_split
 
 VERDICTS = ("good", "bad", "other")
+UNPARSED = "unparsed"
 NO_ANSWER = ""
 
 
@@ -113,8 +114,8 @@ class Outcomes:
     """How a model behaved on the pairs of a threat; every array has one entry a pair.
 
     Attributes:
-        verdicts: per arm (`"wrapped"`, `"clean"`, `"benign"`), `"good"`, `"bad"` or `"other"`, and
-            `NO_ANSWER` where the pair has no such arm.
+        verdicts: per arm (`"wrapped"`, `"clean"`, `"benign"`), one of `VERDICTS`, or `UNPARSED` where a
+            judge could not tell, and `NO_ANSWER` where the pair has no such arm.
         strengths: of the attack, from 1; 0 where not known.
         kinds: what the pair asks, in the threat's words; empty where not known.
     """

@@ -199,6 +199,7 @@ def wrap(
     wrappers: Sequence[Wrapper],
     slots: Mapping[str, str] | Sequence[Mapping[str, str]] = {},
     *,
+    kind: str = "",
     seed: int = 0,
 ) -> list[Pair]:
     """Each prompt under one of the wrappers, every wrapper as often as any other.
@@ -210,6 +211,8 @@ def wrap(
         prompts: the clean prompts; what is wrapped is the last message, and earlier ones stay before it.
         wrappers: from `natural_wrappers`, `fact_wrappers`, or your own.
         slots: texts for the wrappers' other placeholders, for all prompts or one mapping a prompt.
+        kind: what the prompts ask, where the threat's metrics tell kinds apart: `"identity"` or
+            `"values"` (persona), `"way out"` (frustration).
         seed: of which prompt gets which wrapper, and of the hints.
 
     Raises:
@@ -226,12 +229,12 @@ def wrap(
     while len(order) < len(prompts):
         order += torch.randperm(len(wrappers), generator=draw).tolist()
     return [
-        _wrapped(prompt, wrappers[chosen], given, draw)
+        _wrapped(prompt, wrappers[chosen], given, kind, draw)
         for prompt, chosen, given in zip(prompts, order, per_prompt, strict=False)
     ]
 
 
-def _wrapped(prompt: Prompt, wrapper: Wrapper, given: Mapping[str, str], draw: torch.Generator) -> Pair:
+def _wrapped(prompt: Prompt, wrapper: Wrapper, given: Mapping[str, str], kind: str, draw: torch.Generator) -> Pair:
     *earlier, last = prompt.turns
     if last.role != "user":
         raise CtlensError("only a prompt that ends in a user's message can be wrapped.")
@@ -241,7 +244,7 @@ def _wrapped(prompt: Prompt, wrapper: Wrapper, given: Mapping[str, str], draw: t
             prompt = replace(prompt, bad=wrong[int(torch.randint(len(wrong), (), generator=draw))])
     known = {"hint": prompt.bad, "answer": prompt.good, **given}
     filled = {name: text for name, text in known.items() if name in wrapper.slots and text is not None}
-    labels = {**wrapper.labels("", **filled)}
+    labels = wrapper.labels("", kind, **filled)
     turns = (*earlier, *wrapper.wrap(last.content, **filled))
     return Pair(prompt, replace(prompt, turns=turns), labels={name: text for name, text in labels.items() if text})
 

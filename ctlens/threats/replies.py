@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
-from typing import Any
+from typing import Any, TypeAlias
 
 from ctlens.batch import require_room
 from ctlens.chat import answer_ids, end_token, render
 from ctlens.decoding import Ids, decode
+from ctlens.errors import CtlensError, unknown
 from ctlens.pairs import Prompt
-from ctlens.threats.base import judge
+from ctlens.scoring import Choice, choose
+from ctlens.threats.base import UNPARSED, VERDICTS
+from ctlens.threats.base import judge as by_opening
 from ctlens.types import LensModel
+
+Judge: TypeAlias = Callable[[Sequence[Prompt], Sequence[str]], Sequence[str | None]]
+"""A user's own judge, called once with all distinct prompts and the answers to them: it gives each answer a
+verdict of `ctlens.threats.base.VERDICTS`, or None where it cannot tell, which is counted as unparsed."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +27,11 @@ class Reply:
     """A model's reply to one prompt.
 
     Attributes:
-        answer: greedy, as text.
-        verdict: `"good"`, `"bad"` or `"other"`.
+        answer: greedy, as text; of a multiple-choice question the likeliest option, empty for a tie.
+        verdict: `"good"`, `"bad"`, `"other"`, or `"unparsed"` where a judge could not tell.
         good_probability, bad_probability: that the answer begins with the first token of the prompt's
             good and of its bad answer. NaN where the prompt names none, and both where one token
-            cannot tell them apart.
+            cannot tell them apart. Of a multiple-choice question their shares among the options.
     """
 
     answer: str
@@ -34,21 +41,50 @@ class Reply:
 
 
 def ask(
-    model: LensModel, prompts: Sequence[Prompt], *, max_new_tokens: int = 16, progress: bool = False
+    model: LensModel,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 16,
+    judge: Judge | None = None,
+    progress: bool = False,
 ) -> list[Reply]:
     """The reply to each prompt; those that read alike are decoded once.
 
+    A prompt with options is not decoded: the option whose whole text is likeliest is the answer, see
+    `ctlens.scoring.choose`. With a judge, every prompt is answered freely.
+
     Args:
         model: in eval mode, with a tokenizer.
-        prompts: with the answers that count as good or bad.
+        prompts: with the answers that count as good or bad, unless there is a judge.
         max_new_tokens: longest answer, in tokens.
+        judge: gives the verdicts, see `Judge`; None takes the answers that the prompts name.
         progress: show a progress bar when it takes more than two seconds.
 
     Raises:
-        CtlensError: a prompt names no answer, or does not fit the context.
+        CtlensError: a prompt names no answer and there is no judge, a prompt does not fit the
+            context, or the judge's verdicts are not one a prompt.
     """
-    for prompt in dict.fromkeys(prompts):
-        judge(prompt, "")  # refuses a prompt without answers before the work of decoding
+    distinct = list(dict.fromkeys(prompts))
+    chosen = [prompt for prompt in distinct if prompt.options and judge is None]
+    if judge is None:
+        for prompt in distinct:
+            by_opening(prompt, "")  # refuses a prompt without answers before the work of decoding
+    replies = dict(zip(chosen, map(_of_choice, chosen, choose(model, chosen, progress=progress)), strict=True))
+    replies |= _answered(
+        model, [prompt for prompt in distinct if prompt not in replies], max_new_tokens, judge, progress
+    )
+    return [replies[prompt] for prompt in prompts]
+
+
+def _of_choice(prompt: Prompt, choice: Choice) -> Reply:
+    verdicts = {prompt.bad: "bad", prompt.good: "good", None: "other"}
+    verdict = verdicts.get(choice.chosen, "other")
+    return Reply(choice.chosen or "", verdict, choice.share(prompt.good), choice.share(prompt.bad))
+
+
+def _answered(
+    model: LensModel, prompts: Sequence[Prompt], max_new_tokens: int, judge: Judge | None, progress: bool
+) -> dict[Prompt, Reply]:
     tokenizer = model.tokenizer
     ids = {turns: render(tokenizer, turns).ids for turns in dict.fromkeys(prompt.turns for prompt in prompts)}
     for row in ids.values():
@@ -59,20 +95,37 @@ def ask(
         wanted[ids[prompt.turns]].update(dict.fromkeys(openings[prompt].values()))
     decoded = decode(
         model, list(wanted), first_tokens=[tuple(tokens) for tokens in wanted.values()],
-        max_new_tokens=max_new_tokens, end=end_token(tokenizer), progress=progress,
+        max_new_tokens=max_new_tokens, end=end_token(tokenizer) if prompts else None, progress=progress,
     )  # fmt: skip
-    texts = dict(zip(wanted, tokenizer.batch_decode(decoded.answers, skip_special_tokens=True), strict=True))
+    texts = dict(zip(wanted, _texts(tokenizer, decoded.answers), strict=True))
     likely = {
         row: dict(zip(tokens, found, strict=True))
         for (row, tokens), found in zip(wanted.items(), decoded.first_probabilities, strict=True)
     }
+    answers = [texts[ids[prompt.turns]] for prompt in prompts]
     replies = {}
-    for prompt in dict.fromkeys(prompts):
-        row = ids[prompt.turns]
-        sides = {side: likely[row][token] for side, token in openings[prompt].items()}
-        answer = texts[row].strip()
-        replies[prompt] = Reply(answer, judge(prompt, answer), sides.get("good", nan), sides.get("bad", nan))
-    return [replies[prompt] for prompt in prompts]
+    for prompt, answer, verdict in zip(prompts, answers, _verdicts(prompts, answers, judge), strict=True):
+        sides = {side: likely[ids[prompt.turns]][token] for side, token in openings[prompt].items()}
+        replies[prompt] = Reply(answer, verdict, sides.get("good", nan), sides.get("bad", nan))
+    return replies
+
+
+def _texts(tokenizer: Any, answers: Sequence[Ids]) -> list[str]:
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)] if answers else []
+
+
+def _verdicts(prompts: Sequence[Prompt], answers: Sequence[str], judge: Judge | None) -> list[str]:
+    if judge is None:
+        return [by_opening(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    given = list(judge(prompts, answers)) if prompts else []
+    if len(given) != len(prompts):
+        raise CtlensError(
+            f"the judge gave {len(given)} verdicts on {len(prompts)} answers: it must give one an answer."
+        )
+    for verdict in given:
+        if verdict is not None and verdict not in VERDICTS:
+            raise unknown("verdict of the judge", verdict, VERDICTS)
+    return [UNPARSED if verdict is None else verdict for verdict in given]
 
 
 def _openings(tokenizer: Any, prompts: Sequence[Prompt]) -> dict[Prompt, Mapping[str, int]]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from ctlens.batch import EncodedPairs, require_room
 from ctlens.chat import end_token
 from ctlens.config import generator
 from ctlens.decoding import Ids, Sampling, generate
 from ctlens.errors import CtlensError
+from ctlens.files import digest_of, read_json, write_json
 from ctlens.losses import Loss
+from ctlens.parameters import fingerprint
 from ctlens.types import LensModel
 
 
@@ -45,6 +49,7 @@ def reference_answers(
     *,
     kind: str = "greedy",
     seed: int = 0,
+    folder: Path | None = None,
     progress: bool = False,
 ) -> list[Ids]:
     """Per pair, its own target's tokens or the reference's answer to the clean prompt.
@@ -57,6 +62,8 @@ def reference_answers(
             half of a clean prompt and its distinct wrapped prompts get, greedily, token for token,
             and an empty one where there is no such majority.
         seed: of the sampled ones.
+        folder: keeps what the reference answered, to be read by the next training that asks the same
+            weights the same prompts in the same way; None keeps nothing.
         progress: show a progress bar when it takes more than two seconds.
 
     Raises:
@@ -65,12 +72,12 @@ def reference_answers(
             consensus is asked for, or no prompt has one.
     """
     end = end_token(reference.tokenizer)
-    sampling = Sampling(generator(seed, "answers")) if kind == "sampled" else None
     open_rows = [row for row in pairs.rows if not row.answer]
     asked = [row.clean.ids for row in open_rows]
     if kind == "consensus":
         asked = list(dict.fromkeys([*asked, *(row.wrapped.ids for row in open_rows)]))
-    given = generate(reference, asked, max_new_tokens=answer_tokens, end=end, sampling=sampling, progress=progress)
+    settings = {"end": end, "max_new_tokens": answer_tokens, **({"seed": seed} if kind == "sampled" else {})}
+    given = _kept(reference, asked, settings, folder, progress)
     if kind == "consensus":
         given = _consensus(pairs, dict(zip(asked, given, strict=True)))
     found = iter(given)
@@ -81,6 +88,28 @@ def reference_answers(
         longest = max(len(row.wrapped.ids), len(row.clean.ids))
         require_room(longest + len(answer), reference.cfg.n_ctx, "a prompt with its answer")
     return answers
+
+
+def _kept(
+    reference: LensModel, asked: Sequence[Ids], settings: dict[str, Any], folder: Path | None, progress: bool
+) -> list[Ids]:
+    """The answers in the folder if it has them, else the reference's, which it has from then on."""
+
+    def answer() -> list[Ids]:
+        options = {name: value for name, value in settings.items() if name != "seed"}
+        sampling = Sampling(generator(settings["seed"], "answers")) if "seed" in settings else None
+        return generate(reference, asked, sampling=sampling, progress=progress, **options)
+
+    if folder is None or not asked:
+        return answer()
+    question = {"weights": fingerprint(reference), "settings": {"temperature": 1.0, **settings}, "prompts": list(asked)}
+    path = folder / f"answers-{digest_of(question)}.json"
+    if not path.is_file():
+        write_json(path, {**question, "answers": answer()})
+    match read_json(path):
+        case {"answers": [*found]} if len(found) == len(asked):
+            return [tuple(ids) for ids in found]
+    raise CtlensError(f"{path} does not hold the answers to {len(asked)} prompts: remove it.")
 
 
 def _consensus(pairs: EncodedPairs, given: dict[Ids, Ids]) -> list[Ids]:

@@ -6,7 +6,6 @@ history. The order of pairs, the draws and the schedule are functions of the set
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from ctlens import losses as loss_registry
 from ctlens.batch import EncodedPairs
 from ctlens.config import to_dict
 from ctlens.errors import CtlensError
-from ctlens.files import atomic_file
+from ctlens.files import atomic_file, digest_of
 from ctlens.losses import Loss
 from ctlens.parameters import fingerprint
 from ctlens.training.config import TrainConfig
@@ -63,9 +62,9 @@ def identity(
     ]
     return {
         "a reference with other weights": fingerprint(reference),
-        "other pairs or other prompts to hold": _digest([rows, list(held)]),
-        "other losses": _digest([[loss_registry.to_config(loss) for loss in group] for group in (losses, track)]),
-        "other settings": _digest(to_dict(config)),
+        "other pairs or other prompts to hold": digest_of([rows, list(held)]),
+        "other losses": digest_of([[loss_registry.to_config(loss) for loss in group] for group in (losses, track)]),
+        "other settings": digest_of(to_dict(config)),
     }
 
 
@@ -122,7 +121,3 @@ def read_checkpoint(folder: str | Path, of: Mapping[str, str]) -> Checkpoint:
             moments.setdefault(int(index), {})[rest[0]] = value
     count = sum(name.startswith("parameter.") for name in tensors)
     return Checkpoint([tensors[f"parameter.{i}"] for i in range(count)], moments, History(rows, known["steps"]))
-
-
-def _digest(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, cast
 
 from ctlens.batch import EncodedPairs, encode
@@ -33,6 +34,7 @@ def prepare(
     track: Sequence[Loss],
     config: TrainConfig,
     *,
+    folder: Path | None = None,
     progress: bool = False,
 ) -> EncodedPairs:
     """Encoded pairs that align in every window asked for, with their answers.
@@ -43,6 +45,7 @@ def prepare(
         losses: to train with.
         track: to follow; they may not change which pairs are trained on.
         config: names a window that all pairs must align in, whether or not a loss reads it.
+        folder: where the reference's answers are kept from one training to the next; None for nowhere.
         progress: show a progress bar when the reference's answers take more than two seconds.
 
     Raises:
@@ -54,7 +57,7 @@ def prepare(
     both = (*losses, *track)
     if kind := answers_kind(both):
         answers = reference_answers(
-            reference, encoded, config.answer_tokens, kind=kind, seed=config.seed, progress=progress
+            reference, encoded, config.answer_tokens, kind=kind, seed=config.seed, folder=folder, progress=progress
         )
         both_sides = any(loss.answers_on_both_sides for loss in both)
         encoded = encoded.with_answers(answers, both_sides=both_sides).answered().aligned(every)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim import AdamW
@@ -49,6 +50,8 @@ class Trainer:
         config: the settings.
         retain: prompts to hold beside the pairs' clean prompts and benign twins.
         track: losses to follow without training on them, on the same forward passes.
+        cache_folder: keeps the reference's answers and its activations on clean prompts on disk, for
+            this training and the next; None keeps the answers nowhere and the activations in memory.
         progress: show a progress bar when the reference's answers take more than two seconds.
 
     Raises:
@@ -66,6 +69,7 @@ class Trainer:
         *,
         retain: Sequence[Prompt] = (),
         track: Sequence[Loss] = (),
+        cache_folder: str | Path | None = None,
         progress: bool = False,
     ) -> None:
         self.config = config or TrainConfig()
@@ -83,7 +87,8 @@ class Trainer:
         self.model = copy_model(model)
         self.parameters = _trained_parameters(self.model, self.config)
         with evaluating(model):
-            self.pairs = prepare(model, pairs, self.losses, self.track, self.config, progress=progress)
+            folder = None if cache_folder is None else Path(cache_folder)
+            self.pairs = prepare(model, pairs, self.losses, self.track, self.config, folder=folder, progress=progress)
             self._units = drawn_together(self.pairs, self.losses)
             held = held_prompts(pairs, retain)
             self.retention = Retention(model, held, self.config) if self.config.retention and held else None
@@ -210,6 +215,7 @@ def train(
     config: TrainConfig | None = None,
     retain: Sequence[Prompt] = (),
     track: Sequence[Loss] = (),
+    cache_folder: str | Path | None = None,
     progress: bool = True,
 ) -> Run:
     """Trains a copy of `model` so that the wrapper of the pairs no longer matters.
@@ -217,7 +223,7 @@ def train(
     An interrupt from the keyboard or a notebook ends the training after the step it is in, with a warning.
 
     Args:
-        model, pairs, losses, config, retain, track: as in `Trainer`.
+        model, pairs, losses, config, retain, track, cache_folder: as in `Trainer`.
         steps, seed: replace those of the config.
         progress: show a progress bar.
 
@@ -229,7 +235,8 @@ def train(
     """
     changes = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
     config = replace(config or TrainConfig(), **changes)
-    trainer = Trainer(model, pairs, losses, config, retain=retain, track=track, progress=progress)
+    options: dict[str, Any] = {"retain": retain, "track": track, "cache_folder": cache_folder}
+    trainer = Trainer(model, pairs, losses, config, progress=progress, **options)
     try:
         with tqdm(total=len(trainer), desc=label(trainer.losses), disable=not progress, leave=False) as bar:
             for step in trainer:
