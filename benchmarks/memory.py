@@ -2,11 +2,15 @@
 
 Run `python benchmarks/memory.py`. Counted are the bytes of all tensors that live at once and were made in
 the step, operation by operation, so that the numbers are the same on every run and machine; what an
-operation needs inside itself is not seen. The table is printed and kept in `memory.csv`.
+operation needs inside itself is not seen. `memory.csv` has every loss at a moderate size, all captured at
+once; `memory_sizes.csv` and its figure have AttCT on a HuggingFace Llama as layers, width and length grow,
+for each way to keep memory and each home of the clean targets, which in memory or on disk were there before.
 """
 
 from __future__ import annotations
 
+import tempfile
+import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +18,28 @@ from typing import Any
 
 import pandas as pd
 import torch
-from step import BARE, CONFIG, batch, losses, step
+from step import BARE, CONFIG, batch, losses, rendered, step
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import ctlens as ct
+from ctlens import plots
+from ctlens.alignment import Alignment
+from ctlens.batch import EncodedPair, EncodedPairs, PairBatch, collate
+from ctlens.config import generator
+from ctlens.hooks import capture
+from ctlens.losses import Loss
+from ctlens.pairs import Pair, prompt
+from ctlens.training.passes import Passes, Term
+from ctlens.types import LensModel
 
 MEGABYTE = 2**20
+USUAL = {"layers": 4, "width": 64, "length": 1024}
+GROWING = {"layers": (2, 4, 8), "width": (64, 128, 256), "length": (256, 512, 1024, 2048)}
+WAYS = (("all", "memory"), ("layers", "memory"), ("layers", "disk"), ("layers", "again"), ("blocks", "disk"))
+"""Of `TrainConfig.memory`, and where the clean targets are: in memory, on disk, or worked out again at each step."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -53,8 +71,68 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+def costs() -> pd.DataFrame:
+    """A step of AttCT over the bare passes, one size at a time away from the usual one."""
+    sizes = [dict(USUAL)] + [
+        {**USUAL, name: value} for name, values in GROWING.items() for value in values if value != USUAL[name]
+    ]
+    rows = []
+    for size in tqdm(sizes, desc="sizes"):
+        bare, seconds = measured(size, None, "all", "memory")
+        for memory, targets in WAYS:
+            peak, taken = measured(size, ct.AttCT(), memory, targets)
+            found = {"bare_mb": bare, "peak_mb": peak, "ratio": peak / bare, "above_bare_mb": peak - bare}
+            rows.append({**size, "memory": memory, "targets": targets, **found, "seconds_ratio": taken / seconds})
+    return pd.DataFrame(rows).round(3)
+
+
+def measured(size: dict[str, int], loss: Loss | None, memory: str, targets: str) -> tuple[float, float]:
+    """The peak in MiB and the seconds of one step; targets that are kept were worked out before it."""
+    reference, model, rows = llama(size), llama(size), pair(size["length"])
+    terms = [Term(loss, loss.factors(model))] if loss else []
+    config = ct.TrainConfig(steps=1, batch_size=1, memory=memory, cache=targets != "again")
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) if targets == "disk" else None
+        passes = Passes(reference, model, EncodedPairs((rows,), {}), terms, [[0]], config, place)
+        if loss and config.cache:
+            passes.targets.fetch([0], collate([rows]))
+        start = time.process_time()
+        with LiveBytes() as live, passes.open():
+            total = passes_alone(reference, model, collate([rows])) if loss is None else with_loss(passes, terms[0])
+            total.backward()
+        return live.peak / MEGABYTE, time.process_time() - start
+
+
+def passes_alone(reference: LensModel, model: LensModel, pairs: PairBatch) -> torch.Tensor:
+    """Both forward passes, and a scalar of the logits."""
+    capture(reference, pairs.clean.tokens, [], grad=False)
+    return capture(model, pairs.wrapped.tokens, [], grad=True)[0].square().mean()
+
+
+def with_loss(passes: Passes, term: Term) -> torch.Tensor:
+    """What a training step minimises."""
+    (forwards,) = passes.seen([0], [term], step=1, grad=True)
+    return term.loss.compute(forwards, term.factors).total
+
+
+def llama(size: dict[str, int]) -> LensModel:
+    """A random Llama of the size."""
+    shape = {"hidden_size": size["width"], "intermediate_size": 2 * size["width"], "num_hidden_layers": size["layers"]}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 4096, "vocab_size": 512}
+    return ct.load_model(LlamaForCausalLM(LlamaConfig(**shape, **heads)))
+
+
+def pair(length: int) -> EncodedPair:
+    """A wrapped prompt of the length, of which all but 64 tokens of a wrapper are shared with the clean one."""
+    ids = tuple(torch.randint(1, 512, (length - 1,), generator=generator(0, "memory")).tolist())
+    clean, wrapped = rendered((0, *ids[64:])), rendered((0, *ids))
+    here = tuple(range(1, len(clean.ids)))
+    alignments = {"shared": Alignment("shared", here, tuple(place + 64 for place in here), len(here))}
+    return EncodedPair(Pair(prompt("-"), prompt("-")), clean, wrapped, alignments, (), tuple(range(1, 65)), ())
+
+
 def main() -> None:
-    """Counts the peak of every loss and of the bare passes."""
+    """Counts the peak of every loss and of the bare passes, then AttCT as the model grows."""
     torch.set_num_threads(1)
     reference, model, pairs = ct.build(CONFIG), ct.build(CONFIG, seed=1), batch()
     peaks: dict[str, int] = {}
@@ -63,9 +141,25 @@ def main() -> None:
             step(reference, model, pairs, loss)
         peaks[name] = live.peak
     rows = [(name, peak / MEGABYTE, peak / peaks[BARE]) for name, peak in peaks.items()]
-    table = pd.DataFrame(rows, columns=["step with", "peak_mb", "ratio"]).round(3)
-    table.to_csv(Path(__file__).with_suffix(".csv"), index=False)
-    tqdm.write(table.to_string(index=False))
+    here = Path(__file__).parent
+    tables = {"memory": pd.DataFrame(rows, columns=["step with", "peak_mb", "ratio"]).round(3), "memory_sizes": costs()}
+    for name, table in tables.items():
+        table.to_csv(here / f"{name}.csv", index=False)
+        tqdm.write(table.to_string(index=False))
+    drawn = {size: lines(tables["memory_sizes"], size) for size in GROWING}
+    title = "What does a step of AttCT hold, over the bare passes?"
+    image = plots.costs(drawn, title, y_title="peak memory, ratio", limit=1.5).to_image("svg")
+    (here / "memory_sizes.svg").write_bytes(image)
+
+
+def lines(table: pd.DataFrame, size: str) -> dict[str, tuple[list[float], list[float]]]:
+    """The ratio by way to keep memory, over one size, at the usual others."""
+    others = [name for name in USUAL if name != size]
+    part = table[(table[others] == pd.Series({name: USUAL[name] for name in others})).all(axis=1)].sort_values(size)
+    return {
+        f"{memory}, targets {home}": (rows[size].tolist(), rows["ratio"].tolist())
+        for (memory, home), rows in part.groupby(["memory", "targets"], sort=False)
+    }
 
 
 if __name__ == "__main__":

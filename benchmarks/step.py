@@ -49,7 +49,7 @@ def batch() -> PairBatch:
 
 
 def _pair(ids: list[int]) -> EncodedPair:
-    clean, wrapped = (_rendered((0, *ids[start:-ANSWER])) for start in (WRAPPER, 0))
+    clean, wrapped = (rendered((0, *ids[start:-ANSWER])) for start in (WRAPPER, 0))
     positions = tuple(range(1, 1 + CONTENT))
     moved = tuple(position + WRAPPER for position in positions)
     alignments = {window: Alignment(window, positions, moved, CONTENT) for window in WINDOWS}
@@ -57,7 +57,7 @@ def _pair(ids: list[int]) -> EncodedPair:
     return EncodedPair(Pair(prompt("-"), prompt("-")), clean, wrapped, alignments, answer, wrapper, answer)
 
 
-def _rendered(ids: tuple[int, ...]) -> Rendered:
+def rendered(ids: tuple[int, ...]) -> Rendered:
     """A BOS and one message, a character a token."""
     offsets = tuple((position, position + 1) for position in range(len(ids)))
     return Rendered("-" * len(ids), ids, offsets, ((1, len(ids)),))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from ctlens.errors import CtlensError, unknown
-from ctlens.models import is_bridge
+from ctlens.models import huggingface_config, is_bridge
 from ctlens.types import Activations, HookFunction, LensModel, Logits, Mask, Tokens
 
 SHORTHANDS = {
@@ -111,7 +112,10 @@ def capture(
 
 def run(model: LensModel, tokens: Tokens, mask: Mask | None = None) -> Logits:
     """The logits of one forward pass; `mask` as in `capture`."""
-    return model(tokens) if mask is None else model(tokens, attention_mask=mask.long())
+    options: dict[str, Any] = {} if mask is None else {"attention_mask": mask.long()}
+    if huggingface_config(model) is not None:
+        options["use_cache"] = False  # nobody reads it, and a block that is run again would add to it
+    return model(tokens, **options)
 
 
 @contextmanager
@@ -121,26 +125,44 @@ def capturing(model: LensModel, names: Iterable[str], store: Activations) -> Ite
     Raises:
         CtlensError: a name does not exist, or its hook did not fire.
     """
-
-    def keep(name: str) -> HookFunction:
-        def hook(activation: Tensor, hook: Any) -> None:
-            store[name] = activation
-
-        return hook
-
     names = list(dict.fromkeys(names))
     for name in names:
-        resolve(model, name)
         store.pop(name, None)
-    hooked = [name for name in names if name in model.hook_dict]
-    with model.hooks(fwd_hooks=[(name, keep(name)) for name in hooked]), ExitStack() as modules:
-        if FINAL_NORM in names and FINAL_NORM not in hooked:
+    with visiting(model, {name: partial(store.__setitem__, name) for name in names}):
+        yield
+
+
+@contextmanager
+def visiting(model: LensModel, visits: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Calls a function with the activation at each full hook name during the forward passes inside the block.
+
+    Raises:
+        CtlensError: a name does not exist, or its hook did not fire.
+    """
+    fired: dict[str, Any] = {}
+
+    def visit(name: str, activation: Tensor) -> None:
+        fired[name] = True
+        visits[name](activation)
+
+    for name in visits:
+        resolve(model, name)
+    hooked = [name for name in visits if name in model.hook_dict]
+    with model.hooks(fwd_hooks=[(name, _seeing(partial(visit, name))) for name in hooked]), ExitStack() as modules:
+        if FINAL_NORM in visits and FINAL_NORM not in hooked:
             handle = cast(Any, model).ln_final.register_forward_hook(
-                lambda module, inputs, output: store.__setitem__(FINAL_NORM, output)
+                lambda module, inputs, output: visit(FINAL_NORM, output)
             )
             modules.callback(handle.remove)
         yield
-    _require_fired(names, store)
+    _require_fired(visits, fired)
+
+
+def _seeing(visit: Callable[[Tensor], None]) -> HookFunction:
+    def hook(activation: Tensor, hook: Any) -> None:
+        visit(activation)
+
+    return hook
 
 
 @contextmanager

@@ -156,6 +156,16 @@ def test_ranks_are_drawn_by_layer_and_a_missing_matrix_leaves_a_gap():
     assert [axis.title.text for axis in figure.select_yaxes()] == ["rank", None]
 
 
+def test_costs_are_drawn_over_every_size_with_their_limit():
+    curves = {"layers": {"all": ([2, 4], [3.0, 4.0]), "mine": ([2, 4], [1.5, 1.5])}, "length": {"all": ([64], [2.0])}}
+    figure = plots.costs(curves, "?", y_title="ratio", limit=1.5)
+    assert [(trace.name, trace.x, trace.y) for trace in figure.data] == [
+        ("all", (2, 4), (3.0, 4.0)), ("mine", (2, 4), (1.5, 1.5)), ("all", (64,), (2.0,)),
+    ]  # fmt: skip
+    assert [shape.y0 for shape in figure.layout.shapes] == [1.5, 1.5]
+    assert figure.layout.xaxis.title.text == "layers" and figure.layout.yaxis.title.text == "ratio"
+
+
 @pytest.mark.parametrize("trained", [THREATS, THREATS[:1]])
 def test_the_base_model_is_one_row_without_an_own_threat(trained):
     base = panel(RATES[:1])
@@ -237,6 +247,9 @@ def test_many_methods_have_slanted_names_under_their_similarity():
         lambda: plots.cross_loss_steps({"act": {}}, "?"),
         lambda: plots.cross_loss_steps({"act": {"act": ([], [], [], [])}}, "?"),
         lambda: plots.cross_loss_steps({"act": {"act": (STEPS, [1], [1], [1])}}, "?"),
+        lambda: plots.costs({}, "?", y_title="ratio", limit=1),
+        lambda: plots.costs({"layers": {}}, "?", y_title="ratio", limit=1),
+        lambda: plots.costs({"layers": {"all": ([1, 2], [1])}}, "?", y_title="ratio", limit=1),
         lambda: plots.update_ranks({}, "?", y_title="rank"),
         lambda: plots.update_ranks({"q": {}}, "?", y_title="rank"),
         lambda: plots.update_ranks({"q": {"act": [1, 2], "bct": [1]}}, "?", y_title="rank"),

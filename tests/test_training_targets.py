@@ -125,10 +125,10 @@ def test_a_target_does_not_depend_on_when_it_is_needed(model) -> None:
     here, there = (Trainer(model, PAIRS, [ACT(), AttCT()], QUICK)._passes.targets for _ in range(2))
     rows, late = [5, 1, 3], [6, 2, 0, 4]
     batch, later = (collate([here.pairs.rows[row] for row in chosen]) for chosen in (rows, late))
-    first = here.of(rows, batch)[0]
+    first = here.of(rows, batch, here.names)[0]
 
-    there.of(late, later)
-    second = there.of(rows, batch)[0]
+    there.of(late, later, there.names)
+    second = there.of(rows, batch, here.names)[0]
 
     assert all(torch.equal(first[name], second[name]) for name in first) and len(first) == 4
 

@@ -50,6 +50,12 @@ def train(
     lora_rank: Annotated[int | None, typer.Option(help="Train adapters of this rank beside frozen weights.")] = None,
     lora_sites: Annotated[str, typer.Option(help="Of q, k, v, o, mlp_in, mlp_gate, mlp_out; q,v by default.")] = "",
     accumulate: Annotated[int, typer.Option(help="Parts a batch is worked off in, to save memory.")] = 1,
+    memory: Annotated[
+        str, typer.Option(help="Keep for gradients: all, layers (losses again), blocks (all again).")
+    ] = "all",
+    cache_folder: Annotated[
+        Path | None, typer.Option(help="Keeps what the reference says and does on disk, for the next training too.")
+    ] = None,
     schedule: Annotated[str, typer.Option(help="linear, or one of torch's: CosineAnnealingLR,T_max=90.")] = "linear",
     stop_below: Annotated[float | None, typer.Option(help="End at this bad rate on held-out pairs.")] = None,
     track: Annotated[str, typer.Option(help="Comma-separated losses to follow without training on them.")] = "",
@@ -79,13 +85,15 @@ def train(
     config = TrainConfig(
         steps=steps, batch_size=batch_size, lr=lr, retention=retention, seed=seed, accumulate=accumulate,
         schedule=kind, schedule_options=options, until=None if stop_below is None else Until(threat, below=stop_below),
-        window=window, calibrate=calibrate,
+        window=window, calibrate=calibrate, memory=memory,
     )  # fmt: skip
     if lora := _lora(lora_rank, names(lora_sites)):
         config = replace(config, trainable=lora)
     losses, tracked = ([_loss(name) for name in group] for group in (loss, names(track)))
     chosen = chosen_pairs(pairs, threat, n=256, split="train", seed=seed)
-    trainer = Trainer(chosen_model(model), chosen, losses, config, track=tracked, progress=not quiet)
+    trainer = Trainer(
+        chosen_model(model), chosen, losses, config, track=tracked, cache_folder=cache_folder, progress=not quiet
+    )
     if partial.exists():
         trainer.restore(partial)
     _print_alignment(trainer)

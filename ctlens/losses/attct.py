@@ -78,6 +78,11 @@ class AttCT(InternalLoss):
         return "pattern"
 
     @property
+    def mean_over_heads(self) -> bool:
+        """Unless heads are averaged before they are compared."""
+        return self.heads == "each"
+
+    @property
     def windows(self) -> tuple[str, ...]:
         """The window of the queries, and that of the keys where it is another."""
         return tuple(dict.fromkeys((self.window, self._key_window)))

@@ -48,6 +48,11 @@ class AttMass(InternalLoss):
         return False
 
     @property
+    def mean_over_heads(self) -> bool:
+        """Always."""
+        return True
+
+    @property
     def point(self) -> str:
         """The attention weights after the softmax."""
         return "pattern"

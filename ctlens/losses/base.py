@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -42,6 +42,7 @@ class Forwards:
         clean_logits: those on the clean prompts; None where no loss needs them.
         advantages: per row, what its sampled answer is worth, for losses on rollouts; None for none.
         gaps: per row, what a loss on rollouts is to bring to zero for the row's prompt; None for none.
+        known: by loss and hook point, the values a row of losses that were worked out during the passes.
     """
 
     batch: PairBatch
@@ -51,6 +52,7 @@ class Forwards:
     clean_logits: CleanLogits | None = None
     advantages: PerRow | None = None
     gaps: PerRow | None = None
+    known: Mapping[str, Mapping[str, PerRow]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,11 @@ class Loss(ABC):
         return False
 
     @property
+    def mean_over_heads(self) -> bool:
+        """Whether its value at a hook point is the mean over heads of what it is for each head alone."""
+        return False
+
+    @property
     def relative_to_gap(self) -> bool:
         """Whether its value at each hook point counts relative to that before training."""
         return False
@@ -125,7 +132,8 @@ class Loss(ABC):
 
     def measure(self, forwards: Forwards, factors: Mapping[str, float]) -> LossValue:
         """The loss on one batch before its weight, as `compute` is after it, with or without a graph."""
-        by_hook = {name: values.mean() for name, values in self.row_values(forwards, list(factors)).items()}
+        values = forwards.known.get(self.name) or self.row_values(forwards, list(factors))
+        by_hook = {name: values[name].mean() for name in values}
         total = torch.stack([factors.get(name, 1.0) * value for name, value in by_hook.items()]).mean()
         return LossValue(total, {name: value.detach() for name, value in by_hook.items()})
 

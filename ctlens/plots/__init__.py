@@ -14,7 +14,7 @@ from ctlens.plots.export import save_figure, save_figures
 from ctlens.plots.heads import attention_heads, component_grids
 from ctlens.plots.interventions import against_random
 from ctlens.plots.knockout import knockout_heads, knockout_layers
-from ctlens.plots.lines import StepCurve, cross_loss_steps, update_ranks
+from ctlens.plots.lines import StepCurve, costs, cross_loss_steps, update_ranks
 from ctlens.plots.maps import LabelledMap, attention_maps
 from ctlens.plots.matrix import Panel, cross_loss, cross_threat
 from ctlens.plots.patching import first_order, patched_heads, patched_positions
@@ -41,6 +41,7 @@ __all__ = [
     "attention_maps",
     "behaviour",
     "component_grids",
+    "costs",
     "cross_loss",
     "cross_loss_steps",
     "cross_threat",

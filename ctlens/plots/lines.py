@@ -87,6 +87,34 @@ def update_ranks(
     return _labelled(figure, len(ranks), "layer", y_title)
 
 
+def costs(
+    curves: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]], title: str, *, y_title: str, limit: float
+) -> go.Figure:
+    """What does a way to work cost, as a model grows?
+
+    Args:
+        curves: per size that grows and per way to work, the sizes and the cost at each.
+        title: the question or the answer.
+        y_title: the cost with its unit.
+        limit: what it may be, a dotted line.
+
+    Raises:
+        CtlensError: no size, no way to work, or not one cost a size.
+    """
+    figure = _empty(list(curves))
+    for (size, lines), (place, *_) in zip(curves.items(), places(len(curves)), strict=True):
+        require_some(f"curves[{size!r}]", lines)
+        for name, (sizes, cost) in lines.items():
+            value = checked(f"{name!r} over {size!r}", cost, np.size(sizes))
+            draw_line(figure, name, np.asarray(sizes), value, size=MARKER, listed=size == next(iter(curves)), **place)
+        figure.update_xaxes(title_text=size, tickvals=sorted({*np.ravel([x for x, _ in lines.values()])}), **place)
+    finish(figure, title, None, kind="costs", caption=f"The dotted line is {limit:g}.")
+    everywhere: dict[str, Any] = {"row": "all", "col": "all"}
+    figure.add_hline(limit, line={"color": MUTED, "dash": "dot", "width": 1.2}, **everywhere)
+    figure.update_yaxes(rangemode="tozero", title_text=y_title)
+    return fit(figure, len(curves), height=HEIGHT, gap=GAP, below=BELOW)
+
+
 def _empty(names: Sequence[str]) -> go.Figure:
     require_some("panels", names)
     return panels(names, height=HEIGHT, gap=GAP, side=SIDE)

@@ -14,6 +14,8 @@ from ctlens.errors import CtlensError, unknown
 from ctlens.training.schedules import LINEAR, require_schedule
 from ctlens.world import SPLITS
 
+MEMORY = ("all", "layers", "blocks")
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -95,8 +97,12 @@ class TrainConfig:
             pairs must align in it, whatever the loss, so that every method trains on the same ones.
         calibrate: the norm that the gradient of each loss has before training: weights are replaced
             so that it has. None takes the weights as they are.
-        cache: keep what the reference says on clean prompts in memory, on the CPU, so that it runs
-            once a prompt. Without it runs again at every step: for vocabularies and windows that do not fit.
+        cache: keep what the reference says on clean prompts, in memory on the CPU or in the cache folder
+            of the training, so that it runs once a prompt. Without it runs again at every step.
+        memory: what a step keeps for its gradient, one of `MEMORY`: `"all"`, which is fastest;
+            `"layers"`, where losses on activations are worked out layer by layer as the forward pass
+            goes, and again for the gradient; `"blocks"`, where the model's blocks are run again too.
+            The losses are equal, and gradients up to rounding.
     """
 
     steps: int = 100
@@ -119,6 +125,7 @@ class TrainConfig:
     window: str | None = None
     calibrate: float | None = None
     cache: bool = True
+    memory: str = MEMORY[0]
 
     def __post_init__(self) -> None:
         _require_counts(self, ("steps", "batch_size", "answer_tokens", "accumulate"))
@@ -139,6 +146,8 @@ class TrainConfig:
             raise CtlensError(f"the phases have {planned} steps together, but the training has {self.steps}.")
         if self.window is not None and self.window not in WINDOWS:
             raise unknown("alignment window", self.window, WINDOWS)
+        if self.memory not in MEMORY:
+            raise unknown("way to keep memory", self.memory, MEMORY)
         if self.calibrate is not None and not 0 < self.calibrate < float("inf"):
             raise CtlensError(f"losses are calibrated to a positive gradient norm, not {self.calibrate}.")
         require_schedule(self.schedule, self.schedule_options, self.steps, self.warmup)

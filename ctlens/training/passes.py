@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from ctlens.batch import EncodedPairs, PairBatch, collate
-from ctlens.hooks import capture
+from ctlens.hooks import capture, visiting
 from ctlens.losses import RMCT, Forwards, Loss
 from ctlens.training.config import TrainConfig
+from ctlens.training.layerwise import Layerwise, blocks_again, is_layerwise
 from ctlens.training.order import homes
 from ctlens.training.rollouts import Rollouts
-from ctlens.training.targets import CleanTargets
+from ctlens.training.targets import CleanTargets, Fetch, fetch_from
 from ctlens.types import Activations, CleanLogits, LensModel
 
 
@@ -36,6 +38,7 @@ class Passes:
         terms: every loss that will ever be asked for.
         units: rows that are drawn together.
         config: the settings.
+        folder: where the reference's clean side is kept; None for in memory.
 
     Raises:
         CtlensError: as `Rollouts`.
@@ -49,12 +52,16 @@ class Passes:
         terms: Sequence[Term],
         units: Sequence[Sequence[int]],
         config: TrainConfig,
+        folder: Path | None = None,
     ) -> None:
         self.model, self.pairs = model, pairs
         sampled = [term.loss for term in terms if isinstance(term.loss, RMCT)]
         self.rollouts = {loss.name: Rollouts(reference, pairs.rows, loss, config) for loss in sampled}
         names, logits = _clean_needs(self._on_pairs(terms), "reference")
-        self.targets = CleanTargets(reference, pairs, homes(units, config), names, logits=logits, cache=config.cache)
+        self.memory, self._hooks = config.memory, ExitStack()
+        self.targets = CleanTargets(
+            reference, pairs, homes(units, config), names, logits=logits, cache=config.cache, folder=folder
+        )
 
     def seen(self, rows: Sequence[int], terms: Sequence[Term], *, step: int, grad: bool) -> list[Forwards]:
         """What each loss sees of some pairs, on the same passes where it can.
@@ -83,15 +90,34 @@ class Passes:
             drawn = self.rollouts[name].draw(self.model, pairs, step, *rows[:1])
         return drawn.seen_by(self.model)
 
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """A forward pass with what belongs to it; where blocks are run again, its backward pass belongs inside."""
+        again = blocks_again(self.model) if self.memory == "blocks" else nullcontext()
+        with again, ExitStack() as self._hooks:
+            yield
+
     def forwards(self, rows: Sequence[int], terms: Sequence[Term], *, grad: bool) -> dict[str, Forwards]:
         """What losses on pairs see of some of them, by whose clean side they are compared with."""
         batch = collate([self.pairs.rows[row] for row in rows]).to(next(self.model.parameters()).device)
-        names = list(dict.fromkeys(name for term in terms for name in term.factors))
+        known = [term for term in terms if self.memory != "all" and is_layerwise(term.loss)]
+        rest = [term for term in terms if term not in known]
+        fetch = {side: self._fetch(side, rows, batch, known) for side in _sides(known)}
+        layerwise = Layerwise([(term.loss, list(term.factors)) for term in known], batch, fetch, grad=grad)
+        self._hooks.enter_context(visiting(self.model, layerwise.visits()))
+        names = list(dict.fromkeys(name for term in rest for name in term.factors))
         tokens, mask = batch.wrapped.tokens, batch.wrapped.needed_mask
         logits, wrapped = capture(self.model, tokens, names, grad=grad, mask=mask)
-        sides = dict.fromkeys(term.loss.clean_side for term in terms)
-        clean = {side: self._clean(side, rows, batch, terms) for side in sides}
-        return {side: Forwards(batch, states, wrapped, logits, found) for side, (states, found) in clean.items()}
+        clean = {side: self._clean(side, rows, batch, rest) for side in _sides(terms)}
+        return {
+            side: Forwards(batch, states, wrapped, logits, found, known=layerwise.values)
+            for side, (states, found) in clean.items()
+        }
+
+    def _fetch(self, side: str, rows: Sequence[int], batch: PairBatch, terms: Sequence[Term]) -> Fetch:
+        if side == "reference":
+            return self.targets.fetch(rows, batch)
+        return fetch_from(self._clean(side, rows, batch, terms)[0])
 
     def _clean(
         self, side: str, rows: Sequence[int], batch: PairBatch, terms: Sequence[Term]
@@ -100,10 +126,14 @@ class Passes:
         if not names and not logits:
             return {}, None
         if side == "reference":
-            return self.targets.of(rows, batch)
+            return self.targets.of(rows, batch, names)
         with evaluating(self.model):
             seen, states = capture(self.model, batch.clean.tokens, names, grad=False, mask=batch.clean.needed_mask)
         return states, seen
+
+
+def _sides(terms: Sequence[Term]) -> list[str]:
+    return list(dict.fromkeys(term.loss.clean_side for term in terms))
 
 
 def _clean_needs(terms: Sequence[Term], side: str) -> tuple[list[str], bool]:

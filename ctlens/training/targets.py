@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ctlens.batch import EncodedPair, EncodedPairs, PairBatch, collate
+from ctlens.files import digest_of
 from ctlens.hooks import capture
 from ctlens.losses.base import OUTPUT
+from ctlens.parameters import fingerprint
+from ctlens.training.stores import EVERY, InMemory, OnDisk, Store
 from ctlens.types import Activations, CleanLogits, LensModel
 
 PATTERN = "hook_pattern"
 
 
+class Fetch(Protocol):
+    """Gives the clean side's activation at a hook point in the shape of a batch, of a pattern at some heads alone."""
+
+    def __call__(self, name: str, heads: slice = ..., /) -> Tensor: ...
+
+
 class CleanTargets:
-    """The reference's clean side of every pair at the positions that losses read, kept on the CPU.
+    """The reference's clean side of every pair at the positions that losses read, kept on the CPU or on disk.
 
     A pair's target is always computed among the same batch-mates, its home, so that its floats do
     not depend on the step at which it is first needed.
 
     Args:
-        reference: in eval mode whenever `of` is called.
+        reference: in eval mode whenever `of` or `fetch` is called.
         pairs: encoded, with their answers.
         homes: row numbers in the batches that the reference sees, every row once.
         names: full names of the hook points to keep.
         logits: keep the logits too.
         cache: False keeps nothing, and runs the reference on every batch asked for.
+        folder: keeps them on disk, for this training and the next of the same reference and pairs;
+            None keeps them in memory.
     """
 
     def __init__(
@@ -39,55 +53,64 @@ class CleanTargets:
         *,
         logits: bool,
         cache: bool = True,
+        folder: Path | None = None,
     ) -> None:
         self.reference, self.pairs, self.homes, self.cache = reference, pairs, homes, cache
         self.names, self.logits = list(names), logits
         self._home = {row: number for number, rows in enumerate(homes) for row in rows}
         self._positions = [torch.tensor(read_positions(row)) for row in pairs.rows]
-        sizes = torch.tensor([len(positions) for positions in self._positions])
-        self._places = list(torch.arange(int(sizes.sum())).split(sizes.tolist()))
-        self._longest = max(len(row.clean.ids + row.clean_answer) for row in pairs.rows)
-        self._kept: Activations = {}
-        self._known: set[int] = set()
+        needed = cache and folder is not None and (self.names or logits)
+        self._store: Store = OnDisk(folder / self._name()) if needed and folder else InMemory()
 
-    def of(self, rows: Sequence[int], batch: PairBatch) -> tuple[Activations, CleanLogits | None]:
+    def _name(self) -> str:
+        """Of a folder for these targets and no others."""
+        rows = [
+            (row.clean.ids, row.clean_answer, places.tolist())
+            for row, places in zip(self.pairs.rows, self._positions, strict=True)
+        ]
+        kind = [fingerprint(self.reference), str(next(self.reference.parameters()).dtype), self.names, self.logits]
+        return f"targets-{digest_of([kind, rows, list(map(list, self.homes))])}"
+
+    def of(self, rows: Sequence[int], batch: PairBatch, names: Iterable[str]) -> tuple[Activations, CleanLogits | None]:
         """The activations and logits on the clean side of a batch; with the cache, zero where no loss reads.
 
         Args:
             rows: the row numbers of the batch.
             batch: the same rows, collated.
+            names: the hook points wanted.
         """
-        if not self.cache:
-            return self._seen(batch)
-        for home in dict.fromkeys(self._home[row] for row in rows if row not in self._known):
-            self._compute(home)
-        places = torch.cat([self._places[row] for row in rows])
-        restored = {name: self._restored(name, rows, places, batch) for name in self._kept}
-        return restored, restored.pop(OUTPUT, None)
+        fetch = self.fetch(rows, batch)
+        return {name: fetch(name) for name in names}, fetch(OUTPUT) if self.logits else None
 
-    def _seen(self, batch: PairBatch) -> tuple[Activations, CleanLogits | None]:
+    def fetch(self, rows: Sequence[int], batch: PairBatch) -> Fetch:
+        """A function that gives the activation at one hook point, as often as it is asked."""
+        if not self.cache:
+            return fetch_from(self._seen(batch))
+        for home in dict.fromkeys(self._home[row] for row in rows if row not in self._store):
+            self._compute(home)
+        return partial(self._restored, rows=rows, batch=batch)
+
+    def _seen(self, batch: PairBatch) -> Activations:
         clean = batch.clean
         logits, states = capture(self.reference, clean.tokens, self.names, grad=False, mask=clean.needed_mask)
-        return states, logits if self.logits else None
+        return {**states, OUTPUT: logits} if self.logits else states
 
     def _compute(self, home: int) -> None:
         rows = self.homes[home]
         batch = collate([self.pairs.rows[row] for row in rows])
-        states, logits = self._seen(batch.to(next(self.reference.parameters()).device))
-        places, cells = torch.cat([self._places[row] for row in rows]), self._cells(rows, batch)
-        for name, value in {**states, **({OUTPUT: logits} if logits is not None else {})}.items():
-            values = _by_position(name, value).flatten(0, 1)[cells.to(value.device)].cpu()
-            if name.endswith(PATTERN):
-                values = torch.nn.functional.pad(values, (0, self._longest - values.shape[-1]))
-            if name not in self._kept:
-                self._kept[name] = values.new_empty(sum(map(len, self._places)), *values.shape[1:])
-            self._kept[name][places] = values
-        self._known.update(rows)
+        seen = self._seen(batch.to(next(self.reference.parameters()).device))
+        for number, row in enumerate(rows):
+            length = len(self.pairs.rows[row].clean.ids + self.pairs.rows[row].clean_answer)
+            values = {name: _by_position(name, value)[number][self._positions[row]] for name, value in seen.items()}
+            cut = {name: value[..., :length] if name.endswith(PATTERN) else value for name, value in values.items()}
+            self._store.put(row, {name: value.cpu() for name, value in cut.items()})
 
-    def _restored(self, name: str, rows: Sequence[int], places: Tensor, batch: PairBatch) -> Tensor:
+    def _restored(self, name: str, heads: slice = EVERY, *, rows: Sequence[int], batch: PairBatch) -> Tensor:
         device, width = batch.clean.tokens.device, batch.clean.tokens.shape[1]
-        values = self._kept[name][places]
-        values = (values[..., :width] if name.endswith(PATTERN) else values).to(device)
+        kept = [self._store.get(row, name, heads) for row in rows]
+        if name.endswith(PATTERN):
+            kept = [torch.nn.functional.pad(value, (0, width - value.shape[-1])) for value in kept]
+        values = torch.cat(kept).to(device)
         empty = values.new_zeros(len(rows) * width, *values.shape[1:])
         filled = empty.index_copy(0, self._cells(rows, batch).to(device), values)
         return _by_position(name, filled.unflatten(0, (len(rows), width)))
@@ -96,6 +119,15 @@ class CleanTargets:
         """Where the kept positions of these rows are in a batch of them, counted through all its tokens."""
         width = batch.clean.tokens.shape[1]
         return torch.cat([number * width + self._positions[row] for number, row in enumerate(rows)])
+
+
+def fetch_from(states: Activations) -> Fetch:
+    """A function that gives these activations, at some heads where it is asked for them."""
+
+    def fetch(name: str, heads: slice = EVERY) -> Tensor:
+        return states[name] if heads == EVERY else states[name][:, heads]
+
+    return fetch
 
 
 def read_positions(row: EncodedPair) -> list[int]:

@@ -93,9 +93,11 @@ class Trainer:
             held = held_prompts(pairs, retain)
             self.retention = Retention(model, held, self.config) if self.config.retention and held else None
             terms = [*self._terms, *self._tracked]
-            self._passes = Passes(model, self.model, self.pairs, terms, self._units, self.config)
+            self._passes = Passes(model, self.model, self.pairs, terms, self._units, self.config, folder)
             first = parts(next(batches(self._units, self.config)), self.config.accumulate)[0]
-            self._terms, self.calibration = calibrate(self._terms, self._passes, first, self.parameters, self.config)
+            with self._passes.open():
+                found = calibrate(self._terms, self._passes, first, self.parameters, self.config)
+            self._terms, self.calibration = found
         self.losses = tuple(term.loss for term in self._terms)
         self._start(History())
 
@@ -142,11 +144,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         seen, rows = Seen(), next(self._batches)
         for part in parts(rows, self.config.accumulate):
-            self._learn_from(part, len(part) / len(rows), index, seen)
-        for divergence in self.retention.terms(self.model, index) if self.retention else ():
-            term = self.config.retention * divergence
-            term.backward()
-            seen.add_retention(term)
+            with self._passes.open():
+                self._learn_from(part, len(part) / len(rows), index, seen)
+        with self._passes.open():
+            for divergence in self.retention.terms(self.model, index) if self.retention else ():
+                term = self.config.retention * divergence
+                term.backward()
+                seen.add_retention(term)
         if not torch.isfinite(seen.total):
             raise CtlensError(f"the loss is {seen.total.item()} at step {index}: lower lr or the weights.")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)

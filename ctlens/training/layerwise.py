@@ -1,0 +1,102 @@
+"""Losses worked out layer by layer as the forward pass goes, and blocks that are run again instead of kept.
+
+At a real model's size the activations of all layers, their targets and what a distance keeps for its gradient
+weigh more than the model. Here a loss is worked out inside the hook of its layer, and only its value a pair
+stays: for the gradient the same is worked out again from the activation, which autograd keeps anyway, and from
+the target, which is fetched again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ctlens.batch import PairBatch
+from ctlens.losses import Forwards, Loss
+from ctlens.losses.base import InternalLoss
+from ctlens.training.stores import EVERY
+from ctlens.training.targets import Fetch
+from ctlens.types import LensModel, PerRow
+
+
+def is_layerwise(loss: Loss) -> bool:
+    """Whether the loss at a hook point depends on nothing but the activations there."""
+    return isinstance(loss, InternalLoss)
+
+
+class Layerwise:
+    """Works out losses at their hook points.
+
+    Args:
+        losses: those of which `is_layerwise` holds, with their hook points.
+        batch: the pairs.
+        fetch: by whose clean side a loss is compared with.
+        grad: keep the graph.
+
+    Attributes:
+        values: by loss and hook point, the loss of each pair.
+    """
+
+    def __init__(
+        self,
+        losses: Sequence[tuple[Loss, Sequence[str]]],
+        batch: PairBatch,
+        fetch: dict[str, Fetch],
+        *,
+        grad: bool,
+    ) -> None:
+        self.losses, self.batch, self.fetch, self.grad = losses, batch, fetch, grad
+        self.values: dict[str, dict[str, PerRow]] = {loss.name: {} for loss, _ in losses}
+
+    def visits(self) -> dict[str, Callable[[Tensor], None]]:
+        """What to do with the activation at each hook point, see `ctlens.hooks.visiting`."""
+        return {name: partial(self._visit, name) for _, names in self.losses for name in names}
+
+    def _visit(self, name: str, activation: Tensor) -> None:
+        for loss, names in self.losses:
+            if name in names:
+                value = self._at_layer(loss, name, activation)
+                self.values[loss.name].setdefault(name, value)  # that of a block run again would keep its activations
+
+    def _at_layer(self, loss: Loss, name: str, activation: Tensor) -> PerRow:
+        """Head by head where the loss is a mean over heads, whose patterns are the largest of all activations."""
+        if not loss.mean_over_heads:
+            return self._value(loss, name, EVERY, activation)
+        heads = [slice(head, head + 1) for head in range(activation.shape[1])]
+        parts = activation.split(1, dim=1)
+        values = [self._value(loss, name, head, part) for head, part in zip(heads, parts, strict=True)]
+        return torch.stack(values).mean(0)
+
+    def _value(self, loss: Loss, name: str, heads: slice, activation: Tensor) -> PerRow:
+        work = partial(self._worked_out, loss, name, heads)
+        if not self.grad:
+            return work(activation)
+        return cast(PerRow, checkpoint(work, activation, use_reentrant=False, preserve_rng_state=False))
+
+    def _worked_out(self, loss: Loss, name: str, heads: slice, activation: Tensor) -> PerRow:
+        clean = {name: self.fetch[loss.clean_side](name, heads)} if loss.needs_clean_activations else {}
+        no_logits = activation.new_empty(len(activation), 0, 0)
+        return loss.row_values(Forwards(self.batch, clean, {name: activation}, no_logits), [name])[name]
+
+
+@contextmanager
+def blocks_again(model: LensModel) -> Iterator[None]:
+    """Inside the block no activation within the model's blocks is kept: a backward pass runs each block again.
+
+    Hooks that are on in the forward pass must still be on in the backward pass, because they are run again too.
+    """
+    blocks = list(cast(Any, model).blocks)
+    try:
+        for block in blocks:
+            # Not by assignment, which a bridge passes on to the layer that it wraps.
+            block.__dict__["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)

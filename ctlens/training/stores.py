@@ -1,0 +1,77 @@
+"""Where the reference's activations on clean prompts are kept, pair by pair: in memory, or in files that are mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ctlens.errors import CtlensError
+from ctlens.files import atomic_file
+
+EVERY = slice(None)
+
+
+class Store(Protocol):
+    """Tensors by pair and hook point: positions first, and heads second where there are any."""
+
+    def __contains__(self, row: int) -> bool: ...
+
+    def put(self, row: int, values: Mapping[str, Tensor]) -> None: ...
+
+    def get(self, row: int, name: str, heads: slice) -> Tensor: ...
+
+
+class InMemory:
+    """On the CPU, for this training."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Mapping[str, Tensor]] = {}
+
+    def __contains__(self, row: int) -> bool:
+        return row in self._kept
+
+    def put(self, row: int, values: Mapping[str, Tensor]) -> None:
+        self._kept[row] = values
+
+    def get(self, row: int, name: str, heads: slice) -> Tensor:
+        value = self._kept[row][name]
+        return value if heads == EVERY else value[:, heads]
+
+
+class OnDisk:
+    """A safetensors file a pair, of which only the hook point asked for is read.
+
+    Args:
+        folder: of these targets alone; files of an earlier training that are there count.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __contains__(self, row: int) -> bool:
+        return self._path(row).is_file()
+
+    def put(self, row: int, values: Mapping[str, Tensor]) -> None:
+        """Writes the pair's file, whole or not at all."""
+        with atomic_file(self._path(row)) as temporary:
+            save_file({name: value.contiguous() for name, value in values.items()}, temporary)
+
+    def get(self, row: int, name: str, heads: slice) -> Tensor:
+        """One hook point of a pair, at some of its heads where it has them, mapped from its file.
+
+        Raises:
+            CtlensError: the file is damaged.
+        """
+        try:
+            with safe_open(self._path(row), framework="pt") as file:
+                return file.get_tensor(name) if heads == EVERY else file.get_slice(name)[:, heads]
+        except (OSError, SafetensorError) as error:
+            raise CtlensError(f"{self._path(row)} cannot be read ({error}): remove its folder.") from None
+
+    def _path(self, row: int) -> Path:
+        return self.folder / f"pair-{row}.safetensors"
