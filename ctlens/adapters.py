@@ -26,7 +26,7 @@ from ctlens.errors import CtlensError, unknown
 from ctlens.files import atomic_folder, read_json, write_json
 from ctlens.parameters import fingerprint
 from ctlens.sites import SITES, Slot, slots
-from ctlens.types import LensModel
+from ctlens.types import LensModel, widened
 from ctlens.weights import copy_weights
 
 CONFIG_FILE = "adapters.json"
@@ -62,6 +62,8 @@ class LoRA:
 class LowRank(nn.Module):
     """The update of one weight; the parametrization that adds it.
 
+    It is kept in float32 at least: in bfloat16 most steps of a usual learning rate would round to nothing.
+
     Args:
         lora: its rank and scale.
         A: from the inputs to the rank.
@@ -87,7 +89,8 @@ class LowRank(nn.Module):
         if not self.enabled:
             return weight
         update = self.lora.alpha / self.lora.rank * (self.B @ self.A)
-        return weight + (rearrange(update, self.pattern, **self.sizes) if self.pattern else update)
+        laid_out = rearrange(update, self.pattern, **self.sizes) if self.pattern else update
+        return weight + laid_out.to(weight.dtype)
 
 
 def add_adapters(model: LensModel, lora: LoRA, seed: int = 0) -> list[nn.Parameter]:
@@ -226,7 +229,8 @@ def _attach(
         parameter.requires_grad_(False)
     trainable = []
     for place, slot in chosen.items():
-        A, B = (tensors[f"{place}.{name}"].to(slot.weight) for name in "AB")
+        wide = widened(slot.weight[:0]).dtype
+        A, B = (tensors[f"{place}.{name}"].to(slot.weight.device, wide) for name in "AB")
         adapter = LowRank(lora, A, B, slot.pattern, slot.sizes)
         parametrize.register_parametrization(slot.module, slot.name, adapter)
         _own_class(slot.module)

@@ -26,6 +26,11 @@ Activations: TypeAlias = dict[str, Tensor]
 HookFunction: TypeAlias = Callable[..., Tensor | None]
 
 
+def widened(values: Tensor) -> Tensor:
+    """The same in float32 where it is in half precision, in which sums over many entries are too coarse."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
 @runtime_checkable
 class LensModel(Protocol):
     """A TransformerLens model: `HookedTransformer` (3.x) or `TransformerBridge` (3.x and 4.x).

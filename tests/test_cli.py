@@ -301,7 +301,7 @@ def test_no_command_shows_the_help_and_what_is_missing(call: Call, line: str) ->
 
 
 def test_a_mistake_is_the_only_line_on_a_real_terminal(place: Path) -> None:
-    command = [sys.executable, "-m", "ctlens.cli", *f"{TRAIN} --loss act --pairs apart.jsonl".split()]
+    command = [sys.executable, "-m", "ctlens", *f"{TRAIN} --loss act --pairs apart.jsonl".split()]
 
     done = subprocess.run(command, capture_output=True, text=True)
 

@@ -210,6 +210,8 @@ def _shares(model: LensModel, batch: ContrastBatch, at_last: AtLast) -> dict[str
         CtlensError: they do not add up to what the model says, or the heads not to their layer's output.
     """
     lens, layers = cast(Any, model), range(model.cfg.n_layers)
+    if torch.finfo(next(model.parameters()).dtype).bits < 32:
+        raise CtlensError("the shares of components in the logits add up in float32 alone: load the model in float32.")
     start, end = resolve(model, "resid_pre", 0)[0], resolve(model, "resid_post", "last")[0]
     z, attn_out, mlp_out = (resolve(model, point) for point in ("z", "attn_out", "mlp_out"))
     states = at_last([start, end, *z, *attn_out, *mlp_out, LOGITS])

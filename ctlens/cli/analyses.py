@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from ctlens.cli.common import ModelFolder, PairsFile, Quiet, Threat, chosen_model, chosen_pairs, names, say
+from ctlens.cli.common import (
+    Device,
+    Dtype,
+    ModelFolder,
+    PairsFile,
+    Quiet,
+    Threat,
+    chosen_model,
+    chosen_pairs,
+    names,
+    say,
+)
 
 
 def patch(
@@ -25,6 +36,8 @@ def patch(
     items: Annotated[int, typer.Option(help="Pairs of the threat.")] = 64,
     positions: Annotated[str, typer.Option(help="each aligned token by itself, or last, content, all.")] = "each",
     metrics: Annotated[str, typer.Option(help="Of logit_diff, probability and kl; the first is drawn.")] = "logit_diff",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     quiet: Quiet = False,
 ) -> None:
     """Which activations of the one prompt change the answer to the other."""
@@ -35,7 +48,7 @@ def patch(
     require_free(out)
     chosen = chosen_pairs(pairs, threat, n=items, split=split)
     found = sweep(
-        chosen_model(model),
+        chosen_model(model, device, dtype),
         chosen,
         site=site,
         direction=direction,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ctlens.errors import CtlensError
+from ctlens.errors import CtlensError, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,18 +27,41 @@ ThreatNames = Annotated[str, typer.Option("--threats", help="Comma-separated thr
 ModelFolder = Annotated[Path | None, typer.Option("--model", help="HuggingFace or run folder; else the organism.")]
 PairsFile = Annotated[Path | None, typer.Option("--pairs", help="JSONL with clean and wrapped prompts.")]
 
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.")]
+Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")]
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 Threat = Annotated[str, typer.Option(help="This threat's own pairs instead of a file.")]
 
 
-def chosen_model(folder: Path | None) -> Any:
-    """The model of a folder, or the shipped organism."""
-    if folder is None:
-        from ctlens.organism import load_organism
+def chosen_model(folder: Path | None, device: str = "cpu", dtype: str = "float32") -> Any:
+    """The model of a folder, or the shipped organism, where and how it is asked for."""
+    import torch
 
-        return load_organism()
     from ctlens.models import load_model
+    from ctlens.organism import SHIPPED
 
-    return load_model(folder)
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    return load_model(folder or SHIPPED, device=_device(device), dtype=getattr(torch, dtype))
+
+
+def _device(name: str) -> Any:
+    """The device of that name, if this machine has it."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0]
+        raise CtlensError(f"--device {name} cannot be used here, name cpu, cuda or mps: {reason}") from None
+    return device
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and prints; of several that accelerate started, the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def chosen_tokenizer(folder: Path | None) -> Any:
@@ -84,5 +108,6 @@ def print_table(title: str, table: pd.DataFrame) -> None:
 
 
 def say(text: str) -> None:
-    """One line on stdout."""
-    sys.stdout.write(text + "\n")
+    """One line on stdout, from one process."""
+    if is_main_process():
+        sys.stdout.write(text + "\n")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ctlens.cli.common import Quiet, chosen_model, names, print_table, say
+from ctlens.cli.common import Dtype, Quiet, chosen_model, names, print_table, say
 from ctlens.errors import CtlensError
 
 
@@ -31,10 +31,11 @@ def models(
 def export(
     model: Annotated[Path, typer.Option(help="Run folder, or a model folder of ctlens or HuggingFace.")],
     out: Annotated[Path, typer.Option(help="New folder that transformers loads.")],
+    dtype: Dtype = "float32",
 ) -> None:
     """Write a trained model as a HuggingFace folder, adapters merged, with equal logits."""
     from ctlens.files import require_free
     from ctlens.huggingface import export_huggingface
 
     require_free(out)
-    say(f"HuggingFace folder: {export_huggingface(chosen_model(model), out)}")
+    say(f"HuggingFace folder: {export_huggingface(chosen_model(model, dtype=dtype), out)}")

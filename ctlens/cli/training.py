@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ctlens.cli.common import (
+    Device,
+    Dtype,
     ModelFolder,
     PairsFile,
     Quiet,
@@ -17,16 +19,17 @@ from ctlens.cli.common import (
     ThreatNames,
     chosen_model,
     chosen_pairs,
+    is_main_process,
     names,
     print_table,
     say,
 )
-from ctlens.errors import CtlensError
+from ctlens.errors import CtlensError, unknown
 
 if TYPE_CHECKING:
     from ctlens.adapters import LoRA
     from ctlens.losses import Loss
-    from ctlens.training import Trainer
+    from ctlens.training import Logger, Trainer
 
 
 def train(
@@ -62,6 +65,11 @@ def train(
     calibrate: Annotated[float | None, typer.Option(help="Weigh losses to this gradient norm at the start.")] = None,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 50,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what was interrupted or killed.")] = False,
+    log: Annotated[
+        list[str] | None, typer.Option(help="tensorboard or wandb (offline); repeat for both. Kept beside the run.")
+    ] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -70,6 +78,7 @@ def train(
 
     from ctlens.files import require_free
     from ctlens.training import TrainConfig, Trainer, Until
+    from ctlens.training.processes import settle
 
     partial = _partial(out, resume)
     if resume and (out / "history.csv").is_file():
@@ -91,9 +100,11 @@ def train(
         config = replace(config, trainable=lora)
     losses, tracked = ([_loss(name) for name in group] for group in (loss, names(track)))
     chosen = chosen_pairs(pairs, threat, n=256, split="train", seed=seed)
+    quiet = quiet or not is_main_process()
     trainer = Trainer(
-        chosen_model(model), chosen, losses, config, track=tracked, cache_folder=cache_folder, progress=not quiet
-    )
+        chosen_model(model, settle(device), dtype), chosen, losses, config, track=tracked,
+        loggers=_loggers(log or [], out), cache_folder=cache_folder, progress=not quiet,
+    )  # fmt: skip
     if partial.exists():
         trainer.restore(partial)
     _print_alignment(trainer)
@@ -109,6 +120,8 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Comma-separated: train, entities, heldout, structure.")] = "heldout",
     items: Annotated[int, typer.Option(help="Pairs a threat.")] = 96,
     judge: Annotated[str, typer.Option(help="Your own judge of the answers, module:function.")] = "",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     out: Annotated[Path | None, typer.Option(help="CSV file for the table.")] = None,
 ) -> None:
     """Bad and good rates on wrapped, clean and benign prompts, with intervals."""
@@ -125,7 +138,7 @@ def evaluate(
         "n": items,
         "judge": _judge(judge) if judge else None,
     }
-    table = run_evaluation(chosen_model(model), names(threats), **options).to_dataframe()
+    table = run_evaluation(chosen_model(model, device, dtype), names(threats), **options).to_dataframe()
     if out:
         with atomic_file(out) as temporary:
             table.to_csv(temporary, index=False)
@@ -177,6 +190,18 @@ def _schedule(text: str) -> tuple[str, dict[str, float]]:
     return name, options
 
 
+def _loggers(names: list[str], out: Path) -> list[Logger]:
+    """The loggers of these names, in a folder beside that of the run."""
+    from ctlens.training import TensorBoard, WeightsAndBiases
+
+    place = out.with_name(out.name + ".log")
+    known = {"tensorboard": lambda: TensorBoard(place), "wandb": lambda: WeightsAndBiases(folder=place)}
+    for name in names:
+        if name not in known:
+            raise unknown("logger", name, known)
+    return [known[name]() for name in dict.fromkeys(names)] if is_main_process() else []
+
+
 def _partial(out: Path, resume: bool) -> Path:
     """The folder of the checkpoints, beside that of the run."""
     partial = out.with_name(out.name + ".partial")
@@ -195,13 +220,17 @@ def _train_and_save(trainer: Trainer, out: Path, partial: Path, every: int, quie
     """Takes the steps left; an interrupt leaves a checkpoint of those taken, and a saved run leaves none."""
     try:
         _take_steps(trainer, partial, every, quiet)
-        trainer.run.save(out)
+        if is_main_process():
+            trainer.run.save(out)
+        trainer.processes.wait()
     except KeyboardInterrupt:
-        if len(trainer.history):
+        if len(trainer.history) and is_main_process():
             trainer.checkpoint(partial)
             done = f"{len(trainer.history)} of {len(trainer)} steps"
             sys.stderr.write(f"ctlens: interrupted after {done}; go on with the same command and --resume\n")
         raise
+    finally:
+        trainer.close()
     _remove(partial)
 
 
@@ -211,7 +240,7 @@ def _take_steps(trainer: Trainer, partial: Path, every: int, quiet: bool) -> Non
     with tqdm(trainer, desc="train", initial=len(trainer.history), total=len(trainer), disable=quiet) as bar:
         for step in bar:
             bar.set_postfix(loss=f"{step.losses['total']:.4g}", refresh=False)
-            if step.index % every == 0:
+            if step.index % every == 0 and is_main_process():
                 trainer.checkpoint(partial)
 
 

@@ -19,7 +19,7 @@ from ctlens.batch import Matched, PairBatch, Side
 from ctlens.errors import CtlensError
 from ctlens.losses.base import Distance, Forwards, InternalLoss, check_option
 from ctlens.losses.distances import LOG_FLOOR, jensen_shannon, kl_of_masses, squared_error
-from ctlens.types import Mask, Pattern, PerRow, Positions
+from ctlens.types import Mask, Pattern, PerRow, Positions, widened
 
 KEYS = ("raw", "renormalised", "rest", "lifted")
 HEADS = ("each", "mean")
@@ -131,9 +131,9 @@ class AttCT(InternalLoss):
 
 
 def query_rows(pattern: Pattern, queries: Positions) -> Float[Tensor, "batch width head k"]:
-    """The attention rows of given queries, `[batch, query, head, key]`."""
+    """The attention rows of given queries, `[batch, query, head, key]`, in float32 at least."""
     rows = torch.arange(len(pattern), device=pattern.device)[:, None]
-    return pattern.transpose(1, 2)[rows, queries]
+    return widened(pattern.transpose(1, 2)[rows, queries])
 
 
 def block_rows(

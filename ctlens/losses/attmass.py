@@ -17,7 +17,7 @@ import torch
 from ctlens.batch import Matched, PairBatch
 from ctlens.errors import CtlensError
 from ctlens.losses.base import Forwards, InternalLoss
-from ctlens.types import PerRow
+from ctlens.types import PerRow, widened
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class AttMass(InternalLoss):
         keys = batch.wrapper.sum(-1) if self.per_key else 1
         values: dict[str, PerRow] = {}
         for name in hook_names:
-            pattern = forwards.wrapped[name]
+            pattern = widened(forwards.wrapped[name])
             mass = torch.einsum("bhqk,bk->bq", pattern, batch.wrapper.to(pattern.dtype)) / pattern.shape[1]
             values[name] = matched.row_mean(mass.gather(1, matched.wrapped)) / keys
         return values

@@ -15,7 +15,7 @@ from ctlens.alignment import WINDOWS
 from ctlens.batch import PairBatch
 from ctlens.errors import CtlensError, unknown
 from ctlens.hooks import Layers, resolve, select_layers
-from ctlens.types import Activations, CleanLogits, LensModel, Logits, PerRow, Positions, Scalar
+from ctlens.types import Activations, CleanLogits, LensModel, Logits, PerRow, Positions, Scalar, widened
 
 Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 OUTPUT = "logits"
@@ -271,7 +271,7 @@ def check_option(kind: str, value: str, known: Sequence[str]) -> None:
 
 
 def at_positions(activation: Shaped[Tensor, "batch pos *d"], positions: Positions) -> Shaped[Tensor, "batch width *d"]:
-    """The activation vectors at given positions of each row."""
+    """The activation vectors at given positions of each row, in float32 at least."""
     rows = torch.arange(len(activation), device=activation.device)[:, None]
     flat = (rows * activation.shape[1] + positions).flatten()  # one index: its backward pass is the fastest
-    return activation.flatten(0, 1).index_select(0, flat).unflatten(0, positions.shape)
+    return widened(activation.flatten(0, 1).index_select(0, flat).unflatten(0, positions.shape))

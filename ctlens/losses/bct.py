@@ -25,7 +25,7 @@ from ctlens.batch import Matched, PairBatch
 from ctlens.errors import CtlensError
 from ctlens.losses.base import OUTPUT, Forwards, Loss, check_option, check_weight
 from ctlens.losses.outputs import check_temperature, output_distance
-from ctlens.types import LensModel, PerRow
+from ctlens.types import LensModel, PerRow, widened
 
 TARGETS = ("greedy", "sampled", "soft", "prefill")
 DISTRIBUTIONS = ("soft", "prefill")
@@ -100,7 +100,7 @@ class BCT(Loss):
     def _surprise(self, forwards: Forwards) -> PerRow:
         batch = forwards.batch
         trained = batch.wrapped.mask[:, 1:] & batch.wrapped.mask[:, :-1] if self.prompt else batch.answer[:, 1:]
-        log_p = forwards.wrapped_logits[:, :-1].log_softmax(-1)
+        log_p = widened(forwards.wrapped_logits[:, :-1]).log_softmax(-1)
         surprise = -log_p.gather(-1, batch.wrapped.tokens[:, 1:, None]).squeeze(-1)
         return torch.where(trained, surprise, 0.0).sum(-1) / trained.sum(-1)
 

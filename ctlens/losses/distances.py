@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctlens.types import widened
+
 LOG_FLOOR = 1e-9
 NORM_FLOOR = 1e-8
 
@@ -105,5 +107,5 @@ def kl_divergence(target: Float[Tensor, "... k"], logits: Float[Tensor, "... k"]
     >>> kl_divergence(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 0.0]))
     tensor(0.)
     """
-    reference, log_p = target.log_softmax(-1), logits.log_softmax(-1)
+    reference, log_p = widened(target).log_softmax(-1), widened(logits).log_softmax(-1)
     return (reference.exp() * (reference - log_p)).sum(-1)

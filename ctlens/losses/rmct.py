@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ctlens.errors import CtlensError
 from ctlens.losses.base import CLEAN_SIDES, OUTPUT, Forwards, Loss, check_option, check_weight
-from ctlens.types import LensModel, PerRow
+from ctlens.types import LensModel, PerRow, widened
 
 PerRollout: TypeAlias = Float[Tensor, "prompt rollout"]
 PerPrompt: TypeAlias = Float[Tensor, "prompt"]
@@ -99,6 +99,6 @@ class RMCT(Loss):
         if forwards.advantages is None or forwards.gaps is None:
             raise CtlensError("RMCT needs sampled answers and what they are worth: train with it, see Trainer.")
         tokens, answer = forwards.batch.wrapped.tokens[:, 1:], forwards.batch.answer[:, 1:]
-        log_p = forwards.wrapped_logits[:, :-1].log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+        log_p = widened(forwards.wrapped_logits[:, :-1]).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
         surrogate = -forwards.advantages * torch.where(answer, log_p, 0.0).sum(-1)
         return {OUTPUT: forwards.gaps.square() / 2 + (surrogate - surrogate.detach())}

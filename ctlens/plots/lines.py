@@ -107,7 +107,8 @@ def costs(
         for name, (sizes, cost) in lines.items():
             value = checked(f"{name!r} over {size!r}", cost, np.size(sizes))
             draw_line(figure, name, np.asarray(sizes), value, size=MARKER, listed=size == next(iter(curves)), **place)
-        figure.update_xaxes(title_text=size, tickvals=sorted({*np.ravel([x for x, _ in lines.values()])}), **place)
+        ticks = np.unique(np.concatenate([np.asarray(sizes, dtype=float) for sizes, _ in lines.values()]))
+        figure.update_xaxes(title_text=size, tickvals=ticks.tolist(), **place)
     finish(figure, title, None, kind="costs", caption=f"The dotted line is {limit:g}.")
     everywhere: dict[str, Any] = {"row": "all", "col": "all"}
     figure.add_hline(limit, line={"color": MUTED, "dash": "dot", "width": 1.2}, **everywhere)

@@ -7,10 +7,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from torch import nn
+
+from ctlens.adapters import LoRA, add_adapters, has_adapters, merge_adapters
 from ctlens.batch import EncodedPairs, encode
 from ctlens.errors import CtlensError
 from ctlens.losses import Loss
 from ctlens.pairs import Pair
+from ctlens.parameters import freeze
 from ctlens.training.answers import answers_kind, reference_answers
 from ctlens.training.config import TrainConfig
 from ctlens.types import LensModel
@@ -66,3 +71,22 @@ def prepare(
         if lost := len(trained) - len(encoded):
             raise CtlensError(f"{lost} pairs do not align in the window of a tracked loss: choose its window.")
     return encoded
+
+
+def trained_parameters(model: LensModel, config: TrainConfig) -> list[nn.Parameter]:
+    """Freezes everything but what the config trains; adapters of an earlier training become weights.
+
+    Raises:
+        CtlensError: as `freeze` or `add_adapters`, or the weights to train are in half precision.
+    """
+    if has_adapters(model):
+        merge_adapters(model)
+    if isinstance(config.trainable, LoRA):
+        return add_adapters(model, config.trainable, config.seed)
+    parameters = freeze(model, config.trainable)
+    if any(torch.finfo(parameter.dtype).bits < 32 for parameter in parameters):
+        raise CtlensError(
+            "weights in half precision are too coarse to be trained, most steps would round to nothing: train "
+            "adapters, which stay in float32 (a LoRA, --lora-rank), or load the model in float32."
+        )
+    return parameters

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -67,7 +67,9 @@ class Retention:
                 self._targets |= dict(zip(chunk, found.cpu().split([len(answers[i]) for i in chunk]), strict=True))
         self.answers = answers
 
-    def terms(self, model: LensModel, step: int) -> Iterator[Scalar]:
+    def terms(
+        self, model: LensModel, step: int, share: Callable[[Sequence[int]], Sequence[int]] = tuple
+    ) -> Iterator[Scalar]:
         """`KL(reference || model)` in nats on the batch of a step, averaged over the answers' tokens.
 
         It comes in `accumulate` parts that sum to it, and not at all at steps without the term.
@@ -77,12 +79,13 @@ class Retention:
         Args:
             model: the trained model.
             step: from 1.
+            share: which of the batch's prompts this process takes; by default all.
         """
         if not self._fires[step - 1]:
             return
         chosen = self._chosen[step - 1].tolist()
         tokens = sum(len(self.answers[index]) for index in chosen)
-        for part in parts(chosen, self.config.accumulate):
+        for part in parts(share(chosen), self.config.accumulate):
             side, decides = self._sequences(part, self.answers)
             if self.config.cache:
                 target = torch.cat([self._targets[index] for index in part]).to(side.tokens.device)

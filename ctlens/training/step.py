@@ -53,6 +53,21 @@ class Seen:
         """Adds a part of the retention term."""
         _add(self.losses, "retention", term)
 
+    def include(self, other: Seen) -> None:
+        """Adds what another process has seen."""
+        for mine, theirs in ((self.losses, other.losses), (self.tracked, other.tracked)):
+            for name, value in theirs.items():
+                _add(mine, name, value)
+        for name, values in other.by_hook.items():
+            for hook, value in values.items():
+                _add(self.by_hook.setdefault(name, {}), hook, value)
+
+    def to(self, device: torch.device | str) -> Seen:
+        """The same sums on another device."""
+        losses, tracked = (_moved(sums, device) for sums in (self.losses, self.tracked))
+        by_hook = {name: _moved(values, device) for name, values in self.by_hook.items()}
+        return Seen(losses, tracked, by_hook)
+
     @property
     def total(self) -> Scalar:
         """The sum of what is trained on."""
@@ -67,6 +82,10 @@ class Seen:
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+
+
+def _moved(sums: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in sums.items()}
 
 
 def _floats(values: Mapping[str, Tensor]) -> dict[str, float]:

@@ -21,9 +21,13 @@ class Store(Protocol):
 
     def __contains__(self, row: int) -> bool: ...
 
-    def put(self, row: int, values: Mapping[str, Tensor]) -> None: ...
+    def put(self, row: int, values: Mapping[str, Tensor]) -> None:
+        """Keeps what the reference does on a pair."""
+        ...
 
-    def get(self, row: int, name: str, heads: slice) -> Tensor: ...
+    def get(self, row: int, name: str, heads: slice) -> Tensor:
+        """What is kept of a pair at one hook point, at some of its heads where it has them."""
+        ...
 
 
 class InMemory:
@@ -36,9 +40,11 @@ class InMemory:
         return row in self._kept
 
     def put(self, row: int, values: Mapping[str, Tensor]) -> None:
+        """Keeps the tensors themselves."""
         self._kept[row] = values
 
     def get(self, row: int, name: str, heads: slice) -> Tensor:
+        """One hook point of a pair, a view of it at some heads."""
         value = self._kept[row][name]
         return value if heads == EVERY else value[:, heads]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -14,27 +14,29 @@ import torch
 from torch.optim import AdamW
 from tqdm.auto import tqdm
 
-from ctlens.adapters import LoRA, add_adapters, has_adapters, merge_adapters
-from ctlens.config import environment, generator
+from ctlens import losses as loss_registry
+from ctlens.config import environment, generator, to_dict
 from ctlens.errors import CtlensError
 from ctlens.losses import Loss, require_distinct
 from ctlens.pairs import Pair, Prompt
-from ctlens.parameters import copy_model, freeze
+from ctlens.parameters import copy_model
 from ctlens.training.answers import drawn_together
 from ctlens.training.calibrate import calibrate
 from ctlens.training.checkpoint import identity, read_checkpoint, write_checkpoint
 from ctlens.training.config import TrainConfig
 from ctlens.training.history import History
 from ctlens.training.interrupts import uninterrupted
+from ctlens.training.loggers import Logger, Loggers
 from ctlens.training.order import batches, parts
 from ctlens.training.passes import Passes, Term, evaluating, seeded
-from ctlens.training.prepare import in_window, prepare
+from ctlens.training.prepare import in_window, prepare, trained_parameters
+from ctlens.training.processes import processes
 from ctlens.training.retention import Retention, held_prompts
 from ctlens.training.run import Run
 from ctlens.training.schedules import fast_forward, make_schedule
 from ctlens.training.step import TRACKED, Seen, Step
 from ctlens.training.until import look
-from ctlens.types import LensModel
+from ctlens.types import LensModel, Scalar
 
 
 class Trainer:
@@ -50,6 +52,7 @@ class Trainer:
         config: the settings.
         retain: prompts to hold beside the pairs' clean prompts and benign twins.
         track: losses to follow without training on them, on the same forward passes.
+        loggers: get every number of the history as it comes, see `ctlens.training.loggers`.
         cache_folder: keeps the reference's answers and its activations on clean prompts on disk, for
             this training and the next; None keeps the answers nowhere and the activations in memory.
         progress: show a progress bar when the reference's answers take more than two seconds.
@@ -69,6 +72,7 @@ class Trainer:
         *,
         retain: Sequence[Prompt] = (),
         track: Sequence[Loss] = (),
+        loggers: Sequence[Logger] = (),
         cache_folder: str | Path | None = None,
         progress: bool = False,
     ) -> None:
@@ -82,10 +86,10 @@ class Trainer:
         self.config.require_phases_of(loss.name for loss in self.losses)
         if not self.losses and not self.config.retention:
             raise CtlensError("there is nothing to train: give a loss, or a retention weight above zero.")
-        self.reference, self.progress = model, progress
+        self.reference, self.progress, self.processes = model, progress, processes()
         self._terms, self._tracked = ([Term(x, x.factors(model)) for x in group] for group in (self.losses, self.track))
         self.model = copy_model(model)
-        self.parameters = _trained_parameters(self.model, self.config)
+        self.parameters = trained_parameters(self.model, self.config)
         with evaluating(model):
             folder = None if cache_folder is None else Path(cache_folder)
             self.pairs = prepare(model, pairs, self.losses, self.track, self.config, folder=folder, progress=progress)
@@ -99,6 +103,7 @@ class Trainer:
                 found = calibrate(self._terms, self._passes, first, self.parameters, self.config)
             self._terms, self.calibration = found
         self.losses = tuple(term.loss for term in self._terms)
+        self.loggers = tuple(loggers) if self.processes.is_main else ()
         self._start(History())
 
     def _start(self, history: History) -> None:
@@ -111,6 +116,8 @@ class Trainer:
         )
         fast_forward(self.schedule, len(history))
         self._batches = islice(batches(self._units, config), len(history), None)
+        settings = {"training": to_dict(config), "losses": [loss_registry.to_config(loss) for loss in self.losses]}
+        self._sent = Loggers(self.loggers, settings, len(history.rows))
 
     def __len__(self) -> int:
         return self.config.steps
@@ -121,12 +128,20 @@ class Trainer:
     def __next__(self) -> Step:
         ended = self.config.until is not None and look(self.config.until, self.model, self.history)
         if ended or len(self.history) == self.config.steps:
+            self.close()
             raise StopIteration
         with evaluating(self.reference):
             if self.retention:
                 self.retention.prepare(self.progress)
             with uninterrupted():
-                return self._whole_step(len(self.history) + 1)
+                step = self._whole_step(len(self.history) + 1)
+                self._sent.catch_up(self.history.rows)
+        return step
+
+    def close(self) -> None:
+        """Ends the loggers; the last step does, and whoever stops before it should."""
+        self._sent.catch_up(self.history.rows)
+        self._sent.end()
 
     def _whole_step(self, index: int) -> Step:
         dropout = generator(self.config.seed, "step", index).initial_seed()
@@ -143,14 +158,16 @@ class Trainer:
     def _step(self, index: int) -> Step:
         self.optimizer.zero_grad(set_to_none=True)
         seen, rows = Seen(), next(self._batches)
-        for part in parts(rows, self.config.accumulate):
+        for part in parts(self.processes.share(rows), self.config.accumulate):
             with self._passes.open():
                 self._learn_from(part, len(part) / len(rows), index, seen)
         with self._passes.open():
-            for divergence in self.retention.terms(self.model, index) if self.retention else ():
+            for divergence in self._held(index):
                 term = self.config.retention * divergence
                 term.backward()
                 seen.add_retention(term)
+        self.processes.sum_gradients(self.parameters)
+        seen = self.processes.sum_seen(seen)
         if not torch.isfinite(seen.total):
             raise CtlensError(f"the loss is {seen.total.item()} at step {index}: lower lr or the weights.")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
@@ -158,6 +175,10 @@ class Trainer:
         self.optimizer.step()
         self.schedule.step()
         return seen.step(index, lr, float(norm))
+
+    def _held(self, index: int) -> Iterable[Scalar]:
+        """This process's parts of the retention term."""
+        return self.retention.terms(self.model, index, self.processes.share) if self.retention else ()
 
     def _learn_from(self, rows: Sequence[int], share: float, index: int, seen: Seen) -> None:
         """Adds the gradient of some of a batch's pairs, in their share of the batch, and what they show."""
@@ -219,6 +240,7 @@ def train(
     config: TrainConfig | None = None,
     retain: Sequence[Prompt] = (),
     track: Sequence[Loss] = (),
+    loggers: Sequence[Logger] = (),
     cache_folder: str | Path | None = None,
     progress: bool = True,
 ) -> Run:
@@ -227,7 +249,7 @@ def train(
     An interrupt from the keyboard or a notebook ends the training after the step it is in, with a warning.
 
     Args:
-        model, pairs, losses, config, retain, track, cache_folder: as in `Trainer`.
+        model, pairs, losses, config, retain, track, loggers, cache_folder: as in `Trainer`.
         steps, seed: replace those of the config.
         progress: show a progress bar.
 
@@ -239,7 +261,7 @@ def train(
     """
     changes = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
     config = replace(config or TrainConfig(), **changes)
-    options: dict[str, Any] = {"retain": retain, "track": track, "cache_folder": cache_folder}
+    options: dict[str, Any] = {"retain": retain, "track": track, "loggers": loggers, "cache_folder": cache_folder}
     trainer = Trainer(model, pairs, losses, config, progress=progress, **options)
     try:
         with tqdm(total=len(trainer), desc=label(trainer.losses), disable=not progress, leave=False) as bar:
@@ -248,18 +270,11 @@ def train(
                 bar.update()
     except KeyboardInterrupt:
         warnings.warn(f"interrupted after {len(trainer.history)} of {len(trainer)} steps", stacklevel=2)
+    finally:
+        trainer.close()
     return trainer.run
 
 
 def label(losses: Sequence[Loss]) -> str:
     """The name of a method: its losses joined by `+`, or `retention` for none."""
     return "+".join(loss.name for loss in losses) or "retention"
-
-
-def _trained_parameters(model: LensModel, config: TrainConfig) -> list[torch.nn.Parameter]:
-    """Freezes everything but what the config trains; adapters of an earlier training become weights."""
-    if has_adapters(model):
-        merge_adapters(model)
-    if isinstance(config.trainable, LoRA):
-        return add_adapters(model, config.trainable, config.seed)
-    return freeze(model, config.trainable)

@@ -1,5 +1,0 @@
-"""`python -m ctlens.cli` is `ctlens`."""
-
-from ctlens.cli import main
-
-main()

@@ -1,0 +1,137 @@
+"""TensorBoard and Weights & Biases: what is in a training's history, sent on as it comes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from ctlens.errors import CtlensError, unknown
+
+ADVICE = "install it with the extra: pip install 'ctlens[logging]'."
+
+
+class Logger(Protocol):
+    """Takes the numbers of a training; write your own with these three methods."""
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Once, before the first numbers, with the settings of the training and its losses."""
+        ...
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """After a step: every number that the history has of it, by its name, `loss/hook point` at hook points."""
+        ...
+
+    def end(self) -> None:
+        """At the end of the training, whole or interrupted."""
+        ...
+
+
+class TensorBoard:
+    """Writes an event file for `tensorboard --logdir`.
+
+    Args:
+        folder: of the event file.
+
+    Raises:
+        CtlensError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise CtlensError(f"TensorBoard is not here: {ADVICE}") from None
+        self._folder, self._make = str(folder), SummaryWriter
+        self._writer: Any = None
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Opens the event file and writes the settings as a text."""
+        self._writer = self._make(self._folder)
+        self._writer.add_text("settings", f"```json\n{json.dumps(dict(settings), indent=2)}\n```")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes a scalar a number, and the file at once, so that an interrupt loses nothing."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def end(self) -> None:
+        """Closes the event file."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Sends to Weights & Biases, or keeps a run to be synchronised later.
+
+    Args:
+        project: its name there.
+        folder: where the run is kept on this machine.
+        mode: `"online"`, or `"offline"`, which uses no network.
+
+    Raises:
+        CtlensError: wandb is not installed, or the mode is unknown.
+    """
+
+    def __init__(self, project: str = "ctlens", *, folder: str | Path = ".", mode: str = "offline") -> None:
+        if mode not in ("online", "offline"):
+            raise unknown("mode of Weights & Biases", mode, ("online", "offline"))
+        try:
+            import wandb
+        except ImportError:
+            raise CtlensError(f"Weights & Biases is not here: {ADVICE}") from None
+        self._wandb: Any = wandb
+        self._options = {"project": project, "dir": str(folder), "mode": mode}
+        self._run: Any = None
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Starts a run with these settings."""
+        Path(self._options["dir"]).mkdir(parents=True, exist_ok=True)
+        quiet = self._wandb.Settings(silent=True, console="off")
+        self._run = self._wandb.init(**self._options, config=dict(settings), settings=quiet)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the numbers of a step."""
+        self._run.log(dict(values), step=step)
+
+    def end(self) -> None:
+        """Finishes the run."""
+        self._run.finish()
+
+
+class Loggers:
+    """Passes on what a history has gained.
+
+    Args:
+        loggers: any number.
+        settings: of the training.
+        seen: rows of the history that they have had, of an earlier part of the training.
+    """
+
+    def __init__(self, loggers: tuple[Logger, ...], settings: Mapping[str, Any], seen: int = 0) -> None:
+        self.loggers, self.settings, self.seen = loggers, settings, seen
+        self._begun = False
+
+    def catch_up(self, rows: list[tuple[int, str, str, float]]) -> None:
+        """Logs the rows that are new, step by step."""
+        if len(rows) == self.seen:
+            return
+        if not self._begun:
+            self._begun = True
+            for logger in self.loggers:
+                logger.begin(self.settings)
+        steps: dict[int, dict[str, float]] = {}
+        for step, name, hook, value in rows[self.seen :]:
+            steps.setdefault(step, {})[f"{name}/{hook}" if hook else name] = value
+        self.seen = len(rows)
+        for logger in self.loggers:
+            for step, values in steps.items():
+                logger.log(step, values)
+
+    def end(self) -> None:
+        """Ends those that have begun; a second time it does nothing."""
+        if self._begun:
+            self._begun = False
+            for logger in self.loggers:
+                logger.end()
