@@ -1,9 +1,11 @@
 """What an evaluation costs: the organism on every threat and split, with the key-value cache and without.
 
-Also: with fewer and with more tokens a pass, and what the table of rates and intervals costs.
+Also: with fewer and with more tokens a pass, what the table of rates and intervals costs, and long
+answers of a HuggingFace model on its bridge, with HuggingFace's cache and without.
 
 Run `python benchmarks/evaluation.py`. All variants are timed in turn, in one process on one thread,
-and compared by the median of the per-round ratios; the table is printed and kept in `evaluation.csv`.
+and compared with the first of their kind by the median of the per-round ratios; the table is printed
+and kept in `evaluation.csv`.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ import torch
 from tqdm.auto import tqdm
 
 import ctlens as ct
-from ctlens import decoding
+from ctlens import decoding, sequences
+from ctlens.architectures import tiny_model
 from ctlens.threats import replies
 from ctlens.world import SPLITS
 
 ITEMS, ROUNDS, WARM = 96, 5, 1
 TOKENS = (512, 4096, 16384)
+PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 16, 64, 64
 
 
 @contextmanager
@@ -47,6 +51,32 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+@contextmanager
+def no_cache() -> Iterator[None]:
+    """Every pass runs the whole sequences."""
+    with replaced(sequences, "_cache", lambda model, rows: None):
+        yield
+
+
+def bridged_variants() -> dict[str, Callable[[], object]]:
+    """Long answers of a small Llama on its bridge, every prompt of another length."""
+    model = ct.load_model(tiny_model("llama"))
+    draw = torch.Generator().manual_seed(0)
+    lengths = range(PROMPT_TOKENS - PROMPTS, PROMPT_TOKENS)
+    prompts = [tuple(torch.randint(1, 400, (length,), generator=draw).tolist()) for length in lengths]
+
+    def answers() -> list[decoding.Ids]:
+        return decoding.generate(model, prompts, max_new_tokens=ANSWER_TOKENS)
+
+    def full_passes() -> list[decoding.Ids]:
+        with no_cache():
+            return answers()
+
+    if answers() != full_passes():
+        raise AssertionError("the cache changes an answer")
+    return {"bridge, cached": answers, "bridge, full passes": full_passes}
+
+
 def main() -> None:
     """Times the ways to evaluate, and the table of rates and intervals, round by round."""
     torch.set_num_threads(1)
@@ -56,7 +86,7 @@ def main() -> None:
         return ct.evaluate(model, split=SPLITS, n=ITEMS, progress=False)
 
     def full_passes() -> None:
-        with replaced(decoding, "empty_cache", lambda model, rows: None):
+        with no_cache():
             evaluate()
 
     def at(tokens: int) -> None:
@@ -69,17 +99,19 @@ def main() -> None:
         "full passes": full_passes,
         **{f"cached, {tokens} tokens a pass": partial(at, tokens) for tokens in TOKENS},
         "table": lambda: ct.Evaluation(held).to_dataframe(),
+        **bridged_variants(),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in tqdm(range(WARM + ROUNDS), desc="rounds"):
         for name, work in variants.items():
             seconds[name].append(timed(work))
-    cached = seconds["cached"][WARM:]
     rows = []
     for name, times in seconds.items():
-        ratios = sorted(own / base for own, base in zip(times[WARM:], cached, strict=True))
+        bridge = name.startswith("bridge")
+        base = seconds["bridge, cached" if bridge else "cached"][WARM:]
+        ratios = sorted(own / other for own, other in zip(times[WARM:], base, strict=True))
         middle = statistics.median(times[WARM:]), statistics.median(ratios)
-        rows.append((name, len(held), *middle, ratios[1], ratios[-2]))
+        rows.append((name, PROMPTS if bridge else len(held), *middle, ratios[1], ratios[-2]))
     columns = ["evaluation", "prompts", "seconds", "ratio", "ratio_low", "ratio_high"]
     table = pd.DataFrame(rows, columns=columns).round(3)
     table.to_csv(Path(__file__).with_suffix(".csv"), index=False)

@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 
 from ctlens.batch import pad, require_room
 from ctlens.chat import encoded, render
-from ctlens.decoding import TOKENS_A_PASS, Ids, batches_of
 from ctlens.errors import CtlensError
 from ctlens.hooks import run
 from ctlens.pairs import Prompt
+from ctlens.sequences import TOKENS_A_PASS, Ids, batches
 from ctlens.types import LensModel
 
 
@@ -80,8 +80,8 @@ def choose(
     for _, ids in rows:
         require_room(len(ids), model.cfg.n_ctx, "a prompt with its option")
     found: dict[tuple[int, Ids], float] = {}
-    batches = list(batches_of([len(ids) for _, ids in rows], tokens_a_pass))
-    for batch in tqdm(batches, desc="options", delay=2, leave=False, disable=not progress):
+    together = list(batches(model, [len(ids) for _, ids in rows], 0, tokens_a_pass))
+    for batch in tqdm(together, desc="options", delay=2, leave=False, disable=not progress):
         chosen = [rows[number] for number in batch]
         found |= zip(chosen, _log_probabilities(model, chosen), strict=True)
     return [

@@ -13,7 +13,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LEAVES = ("errors", "files", "config", "types", "intervals", "plots")
 MODEL_BOUNDARY = (
     "chat", "pairs", "formats", "alignment", "kinds", "batch", "parameters", "weights", "sites", "adapters", "models",
-    "huggingface", "architectures", "hooks", "decoding", "scoring",
+    "huggingface", "architectures", "hooks", "sequences", "decoding", "scoring",
 )  # fmt: skip
 SCIENCE = ("losses", "world", "threats", "organism")
 USED = ("training", "evaluation", "analysis")

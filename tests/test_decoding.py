@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from conftest import hf_model
 
-from ctlens import decoding
+from ctlens import sequences
 from ctlens.chat import render
 from ctlens.config import generator
 from ctlens.decoding import Decoded, Ids, Sampling, decode, generate
 from ctlens.errors import CtlensError
-from ctlens.models import build, is_bridge
+from ctlens.hooks import editing
+from ctlens.models import build, is_bridge, load_model
 from ctlens.organism import load_organism
 from ctlens.threats import get, names
 from ctlens.types import LensModel
@@ -80,9 +82,9 @@ def test_equal_prompts_go_through_the_model_once_until_their_answers_begin(model
 
 
 def without_cache(model: LensModel, prompts: Sequence[Ids], **options: Any) -> Decoded:
-    """Every pass over the whole sequences, as on bridges."""
+    """Every pass over the whole sequences."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding, "empty_cache", lambda model, rows: None)
+        patch.setattr(sequences, "_cache", lambda model, rows: None)
         return decode(model, prompts, **options)
 
 
@@ -225,3 +227,94 @@ def test_equal_seeds_draw_equal_answers_and_a_cold_draw_is_the_greedy_one(model:
 def test_a_temperature_that_makes_no_sense_is_refused(temperature: float):
     with pytest.raises(CtlensError, match="temperature"):
         Sampling(generator(0, "test"), temperature)
+
+
+BRIDGED = ("llama", "gpt2", "mistral", "gemma3")
+WINDOW = 6  # of the sliding attention of the last two
+MIXED = ((5, 6, 7), (9,), (11, 12, 13, 14, 15, 16, 17, 18, 19), (1, 3), (7, 6, 5), tuple(range(40, 52)))
+
+
+@pytest.fixture(scope="module", params=BRIDGED)
+def bridged(request: pytest.FixtureRequest) -> LensModel:
+    return load_model(hf_model(request.param, vocab_size=60, n_ctx=N_CTX))
+
+
+def test_a_bridge_with_its_cache_gives_what_it_gives_without_one_prompt_at_a_time(bridged: LensModel):
+    expected = [naive(bridged, prompt) for prompt in MIXED]
+    assert len(set(expected)) > 3
+    for order in (slice(None), slice(None, None, -1)):
+        assert generate(bridged, MIXED[order], max_new_tokens=6) == expected[order]
+    assert without_cache(bridged, MIXED, max_new_tokens=6).answers == expected
+
+
+def test_a_bridge_draws_equal_answers_with_its_cache_and_without(bridged: LensModel):
+    prompts = [prompt for prompt in MIXED for _ in range(3)]
+
+    def drawn(decoding: Callable[..., Decoded]) -> Decoded:
+        sampling = Sampling(generator(0, "test"))
+        return decoding(bridged, prompts, first_tokens=[(0, 1)] * 18, max_new_tokens=6, end=3, sampling=sampling)
+
+    cached, full = drawn(decode), drawn(without_cache)
+
+    assert cached.answers == full.answers
+    assert cached.first_probabilities == [pytest.approx(row, abs=1e-5) for row in full.first_probabilities]
+    assert len(set(cached.answers)) > 12 and len(set(map(len, cached.answers))) > 1
+
+
+def test_a_bridge_runs_a_prompt_once_and_hooks_see_every_token_once(bridged: LensModel):
+    seen: list[tuple[int, ...]] = []
+    with bridged.hooks(
+        fwd_hooks=[("blocks.1.hook_resid_pre", lambda value, hook: seen.append(tuple(value.shape[:2])))]
+    ):
+        answers = generate(bridged, [(1, 2, 3), (4, 5, 6)], max_new_tokens=4)
+
+    assert seen == [(2, 3), (2, 1), (2, 1), (2, 1)] and len(answers[0]) == 4
+
+
+def test_steering_and_ablation_reach_every_token_of_a_cached_answer(bridged: LensModel):
+    draw = generator(0, "steering")
+    direction = torch.randn(bridged.cfg.d_model, generator=draw)
+
+    def steered(value: torch.Tensor) -> torch.Tensor:
+        return value + 3 * direction
+
+    def ablated(value: torch.Tensor) -> torch.Tensor:
+        value = value.clone()
+        value[:, :, 1] = 0
+        return value
+
+    for edit in ({"blocks.1.hook_resid_pre": steered}, {"blocks.1.attn.hook_z": ablated}):
+        with editing(bridged, edit):
+            cached, full = generate(bridged, MIXED, max_new_tokens=6), without_cache(bridged, MIXED, max_new_tokens=6)
+        assert cached == full.answers
+    assert cached != generate(bridged, MIXED, max_new_tokens=6)
+
+
+def test_prompts_that_outgrow_a_sliding_window_are_run_among_their_own_length_alone():
+    def rows(kind: str, new: int) -> list[int]:
+        seen: list[int] = []
+        model = load_model(hf_model(kind, vocab_size=60, n_ctx=N_CTX))
+        with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda value, hook: seen.append(len(value)))]):
+            generate(model, [(1, 2), (1, 2, 3), (3, 2, 1), (1, 2, 3, 4), (4, 3, 2, 1)], max_new_tokens=new)
+        return seen
+
+    assert rows("llama", 1) == [5] and rows("llama", 4) == [5] * 4
+    assert rows("mistral", WINDOW - 4) == [5] * 2
+    assert rows("mistral", WINDOW - 3) == [3] * 3 + [2] * 3
+    assert rows("mistral", WINDOW - 2) == [1] * 4 + [2] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize("reason", ["not filled", "another kind", "no positions"])
+def test_a_cache_that_cannot_be_trusted_is_not_used(monkeypatch: pytest.MonkeyPatch, reason: str):
+    model = load_model(hf_model("llama", vocab_size=60, n_ctx=N_CTX))
+    expected = [naive(model, prompt) for prompt in MIXED]
+    if reason == "not filled":
+        monkeypatch.setattr(sequences.DynamicLayer, "get_seq_length", lambda self: 0)
+    elif reason == "another kind":
+        monkeypatch.setattr(sequences, "SELECTABLE", ())
+    else:
+        monkeypatch.setattr(sequences, "NEEDED", {"positions nobody takes"})
+    widths: list[int] = []
+    with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda value, hook: widths.append(value.shape[1]))]):
+        assert generate(model, MIXED, max_new_tokens=6) == expected
+    assert widths == list(range(12, 18))  # whole sequences

@@ -149,7 +149,8 @@ def test_cached_decoding_is_what_longer_and_longer_prompts_give(architecture: st
         fwd_hooks=[("blocks.0.hook_resid_pre", lambda value, hook: passes.append(tuple(value.shape[:2])))]
     ):
         together = generate(model, [*prompts, prompts[1]], max_new_tokens=9, end=None)
-    assert passes[0] == (4, 11) and set(passes[1:]) == {(5, 1)}  # each prompt once, then one token a pass
+    whole = [rows for rows, width in passes if width > 1]
+    assert sum(whole) == 4 and len(passes) == 9 * len(whole)  # each prompt once, then one token a pass
     assert together[-1] == together[1]
     for ids, answer in zip(prompts, together, strict=False):
         for place, token in enumerate(answer):
