@@ -53,6 +53,11 @@ def batches(model: LensModel, lengths: Sequence[int], new: int, tokens_a_pass: i
         yield batch
 
 
+def has_cache(model: LensModel) -> bool:
+    """Whether what was run of a sequence need not be run again."""
+    return _cache(model, 1) is not None
+
+
 class Sequences:
     """Some sequences of any lengths, to be run, continued, repeated and dropped.
 

@@ -122,6 +122,7 @@ def evaluate(
     judge: Annotated[str, typer.Option(help="Your own judge of the answers, module:function.")] = "",
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    per_token: Annotated[bool, typer.Option("--per-token", help="Compare options by their mean over tokens.")] = False,
     out: Annotated[Path | None, typer.Option(help="CSV file for the table.")] = None,
 ) -> None:
     """Bad and good rates on wrapped, clean and benign prompts, with intervals."""
@@ -137,6 +138,7 @@ def evaluate(
         "split": names(split),
         "n": items,
         "judge": _judge(judge) if judge else None,
+        "per_token": per_token,
     }
     table = run_evaluation(chosen_model(model, device, dtype), names(threats), **options).to_dataframe()
     if out:

@@ -26,6 +26,7 @@ def evaluate(
     seed: int = 0,
     max_new_tokens: int = 16,
     judge: Judge | None = None,
+    per_token: bool = False,
     progress: bool = True,
 ) -> Evaluation:
     """Greedy answers to the wrapped, clean and benign prompts of threats or of given pairs, judged.
@@ -44,6 +45,8 @@ def evaluate(
         max_new_tokens: longest answer, in tokens.
         judge: gives verdicts in place of the answers that prompts name, for refusals, personas and
             whatever else no word tells, see `ctlens.threats.Judge`. It sees all answers at once.
+        per_token: compare options by the mean log-probability of their tokens instead of the sum,
+            which favours short ones, as the model does.
         progress: show a progress bar when it takes more than two seconds.
 
     Raises:
@@ -66,8 +69,9 @@ def evaluate(
         raise CtlensError("there is nothing to evaluate: give at least one pair.")
     known = {id(pair): _known(pair) for group in groups.values() for pair in group}
     replies = ask(
-        model, [prompt for *_, prompt in asked], max_new_tokens=max_new_tokens, judge=judge, progress=progress
-    )
+        model, [prompt for *_, prompt in asked], max_new_tokens=max_new_tokens, judge=judge, per_token=per_token,
+        progress=progress,
+    )  # fmt: skip
     rows = [
         (*place, arm, item, *known[id(pair)], *astuple(reply))
         for (place, arm, item, pair, _), reply in zip(asked, replies, strict=True)

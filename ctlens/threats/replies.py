@@ -46,6 +46,7 @@ def ask(
     *,
     max_new_tokens: int = 16,
     judge: Judge | None = None,
+    per_token: bool = False,
     progress: bool = False,
 ) -> list[Reply]:
     """The reply to each prompt; those that read alike are decoded once.
@@ -58,6 +59,7 @@ def ask(
         prompts: with the answers that count as good or bad, unless there is a judge.
         max_new_tokens: longest answer, in tokens.
         judge: gives the verdicts, see `Judge`; None takes the answers that the prompts name.
+        per_token: compare options by the mean log-probability of their tokens instead of the sum.
         progress: show a progress bar when it takes more than two seconds.
 
     Raises:
@@ -69,7 +71,8 @@ def ask(
     if judge is None:
         for prompt in distinct:
             by_opening(prompt, "")  # refuses a prompt without answers before the work of decoding
-    replies = dict(zip(chosen, map(_of_choice, chosen, choose(model, chosen, progress=progress)), strict=True))
+    choices = [each.per_token if per_token else each for each in choose(model, chosen, progress=progress)]
+    replies = dict(zip(chosen, map(_of_choice, chosen, choices), strict=True))
     replies |= _answered(
         model, [prompt for prompt in distinct if prompt not in replies], max_new_tokens, judge, progress
     )
