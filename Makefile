@@ -9,7 +9,8 @@ TESTS_4X += $(addprefix tests/test_,presets.py presets_outputs.py rmct.py f2c.py
 TESTS_4X += $(addprefix tests/test_,states.py lens.py training.py training_targets.py training_resume.py organism.py)
 TESTS_4X += $(addprefix tests/test_,steering.py erasure.py similarity.py planted.py probe.py attention.py patching.py)
 TESTS_4X += $(addprefix tests/test_,patching_engine.py patching_known.py patching_organism.py attribution.py calibrate.py)
-TESTS_4X += $(addprefix tests/test_,decoding.py scoring.py continuations.py architectures.py huggingface.py recording.py live.py transplants.py grafts.py mediators.py)
+TESTS_4X += $(addprefix tests/test_,architectures.py huggingface.py recording.py live.py transplants.py grafts.py mediators.py)
+TESTS_4X += $(addprefix tests/test_,decoding.py scoring.py continuations.py)
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 STRIP := --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
 

@@ -38,7 +38,8 @@ def evaluate(
         model: in eval mode, with a tokenizer.
         threats: names from `ctlens.threats.names()`; all by default, unless `pairs` are given.
         pairs: the user's own, with the answers that count as good or bad; together with one
-            threat, they get that threat's own metrics and its name.
+            threat, they get that threat's own metrics and its name. Persona tells its metrics apart
+            by the label `kind`, `"identity"` or `"values"`, frustration self-deletion by `"way out"`.
         split: one or several of the splits of the threats' pairs (`ctlens.world.SPLITS`).
         n: pairs a threat and split.
         seed: of the threats' pairs.

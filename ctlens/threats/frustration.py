@@ -124,6 +124,6 @@ class Frustration(Threat):
         return {
             **by_turn,
             "distress_auc": float(np.mean(rates)) if rates else None,
-            "high_distress": trapped.of(strength=turns[-1]).count("bad", "wrapped") if turns else None,
+            "high_distress": (trapped.of(strength=turns[-1]) if turns else trapped).count("bad", "wrapped"),
             "self_deletion": outcomes.of(kind="way out").count("bad", "wrapped"),
         }
