@@ -31,18 +31,27 @@ class Sampling:
     Attributes:
         generator: decides them; on the CPU, whatever the model's device.
         temperature: what logits are divided by before the softmax.
+        top_p: tokens are drawn from the fewest that are this likely together, the nucleus
+            (Holtzman et al. 2020, arXiv 1904.09751); 1 for all tokens.
     """
 
     generator: torch.Generator
     temperature: float = 1.0
+    top_p: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
             raise CtlensError(f"the temperature must be a positive number, not {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise CtlensError(f"top_p is a probability above 0, up to 1, not {self.top_p}.")
 
     def draw(self, logits: NextLogits) -> NextTokens:
         """One token a row."""
         shares = (logits.float() / self.temperature).softmax(-1).cpu()
+        if self.top_p < 1:
+            ranked, tokens = shares.sort(-1, descending=True)
+            likelier = ranked.cumsum(-1) - ranked
+            shares = torch.zeros_like(shares).scatter(-1, tokens, ranked.where(likelier < self.top_p, 0.0))
         return torch.multinomial(shares, 1, generator=self.generator)[:, 0].to(logits.device)
 
 

@@ -51,6 +51,19 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def usable_folder(path: str | Path) -> Path:
+    """The path, of a folder that is there or can be made.
+
+    Raises:
+        CtlensError: something else is there, or above it.
+    """
+    path = Path(path)
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise CtlensError(f"{place} is no folder: name one that is there or can be made.")
+    return path
+
+
 def require_free(path: str | Path) -> None:
     """Raises a `CtlensError` unless `path` is an empty folder, or absent and can be made."""
     path = Path(path)

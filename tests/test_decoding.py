@@ -223,6 +223,27 @@ def test_equal_seeds_draw_equal_answers_and_a_cold_draw_is_the_greedy_one(model:
     assert drawn(0, 1e-4) == list(expected.values())
 
 
+@pytest.mark.parametrize(
+    ("top_p", "nucleus"), [(0.4, {2}), (0.5, {2}), (0.6, {2, 0}), (0.9, {2, 0, 3}), (1.0, {0, 1, 2, 3})]
+)
+def test_tokens_are_drawn_from_the_nucleus_in_their_shares(top_p: float, nucleus: set[int]):
+    shares = torch.tensor([0.25, 0.0625, 0.5, 0.1875])
+
+    drawn = Sampling(generator(0, "test"), top_p=top_p).draw(shares.log().expand(4000, 4))
+
+    found = torch.bincount(drawn, minlength=4) / 4000
+    kept = torch.tensor([float(share) if token in nucleus else 0.0 for token, share in enumerate(shares)])
+    expected = kept / kept.sum()
+    assert set(drawn.tolist()) == nucleus
+    assert ((found - expected).abs() <= 4 * (expected * (1 - expected) / 4000).sqrt()).all()
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1.1, float("nan")])
+def test_a_nucleus_that_makes_no_sense_is_refused(top_p: float):
+    with pytest.raises(CtlensError, match="top_p"):
+        Sampling(generator(0, "test"), top_p=top_p)
+
+
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_temperature_that_makes_no_sense_is_refused(temperature: float):
     with pytest.raises(CtlensError, match="temperature"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from ctlens.pairs import Pair, Prompt, prompt, save_pairs
 from ctlens.parameters import present_parameters
 from ctlens.scoring import Choice, choose
 from ctlens.threats import ask, natural_wrappers, wrap
-from ctlens.training import TrainConfig, train
+from ctlens.training import TrainConfig, Trainer, train
+from ctlens.training.answers import drawn_at
 from ctlens.types import LensModel
 
 OPTIONS = ("\n(A) isolated cases", "\n(B) outbreak", "\n(C) a thing's texture, or an outbreak of it")
@@ -252,7 +254,8 @@ def test_sampled_answers_are_kept_and_read_back(
     options: dict[str, Any] = {"config": CONFIG, "cache_folder": tmp_path, "progress": False}
     first = train(model, PAIRS, BCT(targets="sampled"), **options)
     (kept,) = answers_in(tmp_path)
-    assert kept["settings"] == {"temperature": 1.0, "end": model.tokenizer.eos_token_id, "max_new_tokens": 4, "seed": 0}
+    settings = {"end": model.tokenizer.eos_token_id, "max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "seed": 0}
+    assert kept["settings"] == settings
     assert len(kept["answers"]) == len(kept["prompts"]) == len(PAIRS)
 
     monkeypatch.setattr(answers, "generate", lambda *_, **__: pytest.fail("the answers were there"))
@@ -264,7 +267,9 @@ def test_sampled_answers_are_kept_and_read_back(
     assert fresh.history.series("bct") == first.history.series("bct")
 
 
-@pytest.mark.parametrize("change", ["seed", "weights", "prompts", "kind", "length"])
+@pytest.mark.parametrize(
+    "change", ["seed", "weights", "prompts", "template", "kind", "length", "temperature", "nucleus"]
+)
 def test_another_question_is_another_file(tmp_path: Path, change: str) -> None:
     model, config, pairs, loss = chat_model("llama"), CONFIG, PAIRS, BCT(targets="sampled")
     options: dict[str, Any] = {"cache_folder": tmp_path, "progress": False}
@@ -276,19 +281,33 @@ def test_another_question_is_another_file(tmp_path: Path, change: str) -> None:
             next(iter(present_parameters(model).values())).data.mul_(1.5)
         case "prompts":
             pairs = pairs[1:]
+        case "template":
+            model.tokenizer.chat_template = "Now: " + model.tokenizer.chat_template
         case "kind":
             loss = BCT()
+        case "temperature":
+            loss = BCT(targets="sampled", temperature=0.7)
+        case "nucleus":
+            loss = BCT(targets="sampled", top_p=0.9)
         case "length":
             config = TrainConfig(steps=1, batch_size=3, answer_tokens=5, retention=0)
     train(model, pairs, loss, config=config, **options)
     assert len(answers_in(tmp_path)) == 2
 
 
-def test_a_damaged_file_of_answers_is_refused(model: LensModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["only answers", "one short", "no tokens", "another question"])
+def test_a_damaged_file_of_answers_is_refused(model: LensModel, tmp_path: Path, damage: str) -> None:
     options: dict[str, Any] = {"config": CONFIG, "cache_folder": tmp_path, "progress": False}
     train(model, PAIRS, BCT(targets="sampled"), **options)
     (path,) = tmp_path.glob("answers-*.json")
-    path.write_text(json.dumps({"answers": [[1]]}))
+    held = json.loads(path.read_text())
+    changed: dict[str, Any] = {
+        "only answers": {"answers": held["answers"]},
+        "one short": {**held, "answers": held["answers"][1:]},
+        "no tokens": {**held, "answers": [["5"], *held["answers"][1:]]},
+        "another question": {**held, "settings": {**held["settings"], "seed": 1}},
+    }
+    path.write_text(json.dumps(changed[damage]))
     with pytest.raises(CtlensError, match="does not hold the answers to 4 prompts: remove it"):
         train(model, PAIRS, BCT(targets="sampled"), **options)
 
@@ -305,3 +324,31 @@ def test_the_command_takes_a_judge(call: Call, tmp_path: Path, monkeypatch: pyte
     for wrong in ("my_judge:never", "no_such_module:f", "always"):
         refused = call(f"evaluate --model hf --pairs own.jsonl --judge {wrong}")
         assert refused.code == 2 and "--judge takes module:function" in refused.err
+
+
+def test_a_file_of_answers_that_is_no_json_is_refused(model: LensModel, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"config": CONFIG, "cache_folder": tmp_path, "progress": False}
+    train(model, PAIRS, BCT(targets="sampled"), **options)
+    (path,) = tmp_path.glob("answers-*.json")
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(CtlensError, match="is not JSON"):
+        train(model, PAIRS, BCT(targets="sampled"), **options)
+
+
+def test_sampled_targets_are_drawn_as_the_loss_says(model: LensModel) -> None:
+    def answers(loss: BCT) -> list[tuple[int, ...]]:
+        return [row.answer for row in Trainer(model, PAIRS, loss, CONFIG).pairs.rows]
+
+    greedy = answers(BCT())
+    assert answers(BCT(targets="sampled", temperature=1e-4)) == greedy
+    assert answers(BCT(targets="sampled", top_p=1e-4)) == greedy != answers(BCT(targets="sampled"))
+    two = [BCT(targets="sampled"), replace(BCT(targets="sampled"), temperature=0.5)]
+    with pytest.raises(CtlensError, match="sampled at different temperatures"):
+        drawn_at(two)
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused_before_the_work(model: LensModel, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    for folder in (tmp_path / "taken", tmp_path / "taken" / "deep"):
+        with pytest.raises(CtlensError, match="taken is no folder"):
+            train(model, PAIRS, BCT(targets="sampled"), config=CONFIG, cache_folder=folder, progress=False)

@@ -29,7 +29,7 @@ from ctlens.intervals import bootstrap, bootstrap_mean
 from ctlens.losses import MEASURED, Forwards, Loss, get, require_distinct
 from ctlens.pairs import Pair
 from ctlens.plots import Figure
-from ctlens.training.answers import answers_kind, reference_answers
+from ctlens.training.answers import answers_kind, drawn_at, reference_answers
 from ctlens.types import LensModel
 
 CLEAN_SIDES = {"reference": "the reference's clean prompts", "own": "each model's own clean prompts"}
@@ -204,7 +204,9 @@ def cross_loss(
         raise CtlensError("there is nothing to measure by: give a loss, or None for the usual ones.")
     encoded = _encode(reference, pairs, chosen)
     if kind := answers_kind(chosen):
-        answers = reference_answers(reference, encoded, answer_tokens, kind=kind, progress=progress)
+        answers = reference_answers(
+            reference, encoded, answer_tokens, kind=kind, drawn_at=drawn_at(chosen), progress=progress
+        )
         encoded = encoded.with_answers(answers, both_sides=any(loss.answers_on_both_sides for loss in chosen))
     aligned = _aligned(encoded, chosen)
     hook_names = {loss.name: loss.hook_names(reference) for loss in chosen}

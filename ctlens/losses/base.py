@@ -114,6 +114,11 @@ class Loss(ABC):
         return "greedy" if "answer" in self.windows else ""
 
     @property
+    def drawn_at(self) -> tuple[float, float]:
+        """The temperature and the `top_p` at which the reference's answers are drawn, where they are sampled."""
+        return 1.0, 1.0
+
+    @property
     def answers_on_both_sides(self) -> bool:
         """Whether the answers must stand behind the clean prompts too."""
         return "answer" in self.windows

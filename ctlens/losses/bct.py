@@ -38,11 +38,12 @@ class BCT(Loss):
     Attributes:
         weight: factor of the total.
         prompt: also train on the prompt's own tokens, as the published sycophancy runs do; for hard targets.
-        targets: `"greedy"` or `"sampled"` (at temperature 1) answers of the reference; `"soft"`,
+        targets: `"greedy"` or `"sampled"` answers of the reference; `"soft"`,
             its distributions along the greedy answer; `"prefill"`, its distribution at the clean
             prompt's last token, at every token the attack put behind the clean prompt.
-        temperature: what both sides' logits are divided by, for the last two; the loss is
-            multiplied by its square.
+        temperature: of the reference, when its answers are sampled; for the last two, what both
+            sides' logits are divided by, and the loss is multiplied by its square.
+        top_p: sampled answers are drawn from the likeliest tokens of this probability together.
     """
 
     name: ClassVar[str] = "bct"
@@ -50,6 +51,7 @@ class BCT(Loss):
     prompt: bool = False
     targets: str = "greedy"
     temperature: float = 1.0
+    top_p: float = 1.0
 
     def __post_init__(self) -> None:
         check_weight(self.weight)
@@ -57,13 +59,22 @@ class BCT(Loss):
         check_temperature(self.temperature)
         if self.prompt and self.targets in DISTRIBUTIONS:
             raise CtlensError(f"BCT with {self.targets} targets has none for the prompt's tokens: leave prompt off.")
-        if self.temperature != 1 and self.targets not in DISTRIBUTIONS:
-            raise CtlensError(f"a temperature does nothing to the {self.targets} targets of BCT: leave it at 1.")
+        if self.temperature != 1 and self.targets == "greedy":
+            raise CtlensError("a temperature does nothing to the greedy targets of BCT: leave it at 1.")
+        if not 0 < self.top_p <= 1:
+            raise CtlensError(f"top_p is a probability above 0, up to 1, not {self.top_p}.")
+        if self.top_p != 1 and self.targets != "sampled":
+            raise CtlensError(f"top_p does nothing to the {self.targets} targets of BCT: leave it at 1.")
 
     @property
     def answers(self) -> str:
         """The reference's answers, where a pair has no target of its own; the prefill form needs none."""
         return {"soft": "greedy", "prefill": ""}.get(self.targets, self.targets)
+
+    @property
+    def drawn_at(self) -> tuple[float, float]:
+        """Its own temperature and `top_p`."""
+        return self.temperature, self.top_p
 
     @property
     def answers_on_both_sides(self) -> bool:

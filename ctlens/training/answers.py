@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,18 @@ def answers_kind(losses: Sequence[Loss]) -> str:
     return next(iter(kinds), "")
 
 
+def drawn_at(losses: Sequence[Loss]) -> tuple[float, float]:
+    """The temperature and the `top_p` at which losses want the reference's answers sampled; 1 for both if none does.
+
+    Raises:
+        CtlensError: two of them want different ones.
+    """
+    found = dict.fromkeys(loss.drawn_at for loss in losses if loss.answers == "sampled")
+    if len(found) > 1:
+        raise CtlensError("the losses want answers sampled at different temperatures: train them in separate runs.")
+    return next(iter(found), (1.0, 1.0))
+
+
 def drawn_together(pairs: EncodedPairs, losses: Sequence[Loss]) -> list[list[int]]:
     """Numbers of the rows, in one list those that batches keep together: for a consensus, a prompt's variants."""
     if answers_kind(losses) != "consensus":
@@ -48,6 +60,7 @@ def reference_answers(
     answer_tokens: int,
     *,
     kind: str = "greedy",
+    drawn_at: tuple[float, float] = (1.0, 1.0),
     seed: int = 0,
     folder: Path | None = None,
     progress: bool = False,
@@ -58,9 +71,10 @@ def reference_answers(
         reference: in eval mode.
         pairs: encoded.
         answer_tokens: longest answer, in tokens.
-        kind: `"greedy"`; `"sampled"` at temperature 1; or `"consensus"`, the answer that more than
+        kind: `"greedy"`; `"sampled"`; or `"consensus"`, the answer that more than
             half of a clean prompt and its distinct wrapped prompts get, greedily, token for token,
             and an empty one where there is no such majority.
+        drawn_at: the temperature and the `top_p` of the sampled ones.
         seed: of the sampled ones.
         folder: keeps what the reference answered, to be read by the next training that asks the same
             weights the same prompts in the same way; None keeps nothing.
@@ -76,7 +90,8 @@ def reference_answers(
     asked = [row.clean.ids for row in open_rows]
     if kind == "consensus":
         asked = list(dict.fromkeys([*asked, *(row.wrapped.ids for row in open_rows)]))
-    settings = {"end": end, "max_new_tokens": answer_tokens, **({"seed": seed} if kind == "sampled" else {})}
+    draws = dict(zip(("temperature", "top_p", "seed"), (*drawn_at, seed), strict=True)) if kind == "sampled" else {}
+    settings = {"end": end, "max_new_tokens": answer_tokens, **draws}
     given = _kept(reference, asked, settings, folder, progress)
     if kind == "consensus":
         given = _consensus(pairs, dict(zip(asked, given, strict=True)))
@@ -94,22 +109,36 @@ def _kept(
     reference: LensModel, asked: Sequence[Ids], settings: dict[str, Any], folder: Path | None, progress: bool
 ) -> list[Ids]:
     """The answers in the folder if it has them, else the reference's, which it has from then on."""
-
-    def answer() -> list[Ids]:
-        options = {name: value for name, value in settings.items() if name != "seed"}
-        sampling = Sampling(generator(settings["seed"], "answers")) if "seed" in settings else None
-        return generate(reference, asked, sampling=sampling, progress=progress, **options)
-
     if folder is None or not asked:
-        return answer()
-    question = {"weights": fingerprint(reference), "settings": {"temperature": 1.0, **settings}, "prompts": list(asked)}
+        return _given(reference, asked, settings, progress)
+    question = {"weights": fingerprint(reference), "settings": settings, "prompts": [list(ids) for ids in asked]}
     path = folder / f"answers-{digest_of(question)}.json"
     if not path.is_file():
-        write_json(path, {**question, "answers": answer()})
-    match read_json(path):
-        case {"answers": [*found]} if len(found) == len(asked):
-            return [tuple(ids) for ids in found]
-    raise CtlensError(f"{path} does not hold the answers to {len(asked)} prompts: remove it.")
+        write_json(path, {**question, "answers": _given(reference, asked, settings, progress)})
+    held = read_json(path)
+    answers: Any = held.pop("answers", None) if isinstance(held, dict) else None
+    if held != question or not _are_answers(answers, len(asked)):
+        raise CtlensError(f"{path} does not hold the answers to {len(asked)} prompts: remove it.")
+    return [tuple(ids) for ids in answers]
+
+
+def _given(reference: LensModel, asked: Sequence[Ids], settings: Mapping[str, Any], progress: bool) -> list[Ids]:
+    """What the reference answers, greedily unless the settings have a seed."""
+    sampling = None
+    if "seed" in settings:
+        draw = generator(settings["seed"], "answers")
+        sampling = Sampling(draw, settings["temperature"], settings["top_p"])
+    end, longest = settings["end"], settings["max_new_tokens"]
+    return generate(reference, asked, max_new_tokens=longest, end=end, sampling=sampling, progress=progress)
+
+
+def _are_answers(found: Any, count: int) -> bool:
+    """Whether that is `count` lists of tokens."""
+    return (
+        isinstance(found, list)
+        and len(found) == count
+        and all(isinstance(ids, list) and all(type(token) is int for token in ids) for ids in found)
+    )
 
 
 def _consensus(pairs: EncodedPairs, given: dict[Ids, Ids]) -> list[Ids]:

@@ -16,7 +16,7 @@ from ctlens.errors import CtlensError
 from ctlens.losses import Loss
 from ctlens.pairs import Pair
 from ctlens.parameters import freeze
-from ctlens.training.answers import answers_kind, reference_answers
+from ctlens.training.answers import answers_kind, drawn_at, reference_answers
 from ctlens.training.config import TrainConfig
 from ctlens.types import LensModel
 
@@ -62,8 +62,9 @@ def prepare(
     both = (*losses, *track)
     if kind := answers_kind(both):
         answers = reference_answers(
-            reference, encoded, config.answer_tokens, kind=kind, seed=config.seed, folder=folder, progress=progress
-        )
+            reference, encoded, config.answer_tokens, kind=kind, drawn_at=drawn_at(both), seed=config.seed,
+            folder=folder, progress=progress,
+        )  # fmt: skip
         both_sides = any(loss.answers_on_both_sides for loss in both)
         encoded = encoded.with_answers(answers, both_sides=both_sides).answered().aligned(every)
     if every != own:

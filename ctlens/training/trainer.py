@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from ctlens import losses as loss_registry
 from ctlens.config import environment, generator, to_dict
 from ctlens.errors import CtlensError
+from ctlens.files import usable_folder
 from ctlens.losses import Loss, require_distinct
 from ctlens.pairs import Pair, Prompt
 from ctlens.parameters import copy_model
@@ -91,7 +92,7 @@ class Trainer:
         self.model = copy_model(model)
         self.parameters = trained_parameters(self.model, self.config)
         with evaluating(model):
-            folder = None if cache_folder is None else Path(cache_folder)
+            folder = None if cache_folder is None else usable_folder(cache_folder)
             self.pairs = prepare(model, pairs, self.losses, self.track, self.config, folder=folder, progress=progress)
             self._units = drawn_together(self.pairs, self.losses)
             held = held_prompts(pairs, retain)
