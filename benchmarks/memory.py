@@ -38,6 +38,12 @@ from ctlens.types import LensModel
 MEGABYTE = 2**20
 USUAL = {"layers": 4, "width": 64, "length": 1024}
 GROWING = {"layers": (2, 4, 8), "width": (64, 128, 256), "length": (256, 512, 1024, 2048)}
+DRAWN = {
+    ("all", "memory"): "all layers at once",
+    ("layers", "again"): "layer by layer, targets worked out again",
+    ("layers", "disk"): "layer by layer, targets on disk",
+    ("blocks", "disk"): "blocks run again, targets on disk",
+}
 WAYS = (("all", "memory"), ("layers", "memory"), ("layers", "disk"), ("layers", "again"), ("blocks", "disk"))
 """Of `TrainConfig.memory`, and where the clean targets are: in memory, on disk, or worked out again at each step."""
 
@@ -156,10 +162,8 @@ def lines(table: pd.DataFrame, size: str) -> dict[str, tuple[list[float], list[f
     """The ratio by way to keep memory, over one size, at the usual others."""
     others = [name for name in USUAL if name != size]
     part = table[(table[others] == pd.Series({name: USUAL[name] for name in others})).all(axis=1)].sort_values(size)
-    return {
-        f"{memory}, targets {home}": (rows[size].tolist(), rows["ratio"].tolist())
-        for (memory, home), rows in part.groupby(["memory", "targets"], sort=False)
-    }
+    found = {way: rows for way, rows in part.groupby(["memory", "targets"], sort=False)}
+    return {name: (found[way][size].tolist(), found[way]["ratio"].tolist()) for way, name in DRAWN.items()}
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ def run_cell(config: StudyConfig, study: Path, cell: Cell) -> None:
 
 def base_model(config: StudyConfig, study: Path, cell: Cell) -> LensModel:
     """The model that a cell starts from."""
-    return start_model(config.model, organism_cell(cell.organism).place(study) if cell.organism else None)
+    trained = organism_cell(cell.organism).place(study) if cell.organism else None
+    return start_model(config.model, trained, config.device, config.dtype)
 
 
 def probe_pairs(config: StudyConfig, threat: str, model: LensModel, n: int = ANALYSED_PAIRS) -> list[Pair]:

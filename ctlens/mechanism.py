@@ -97,7 +97,7 @@ class Scene:
             place = Cell(self.look.threat, name, seed, self.look.organism).place(self.study)
             place /= MATCHED_FOLDER if self.look.setting == MATCHED else "model"
             if place.exists():
-                found[name] = load_model(place)
+                found[name] = load_model(place, device=self.config.device, dtype=self.config.dtype)
         return found
 
     @property

@@ -30,7 +30,7 @@ from ctlens.config import from_dict, to_dict
 from ctlens.errors import CtlensError
 from ctlens.files import read_json, write_json
 from ctlens.parameters import plain_name, present_parameters, present_weights, without
-from ctlens.types import ChosenRows, LensModel, RowNumbers
+from ctlens.types import ChosenRows, LensModel, RowNumbers, dtype_named
 from ctlens.weights import ModelConfig, canonical_weights, copy_weights, initial_weights, is_bias, load_weights
 
 HAS_HOOKED_TRANSFORMER = int(importlib.metadata.version("transformer-lens").split(".")[0]) < 4
@@ -81,7 +81,7 @@ def load_model(
     *,
     tokenizer: Any = None,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
 ) -> LensModel:
     """A model in eval mode from a folder or from memory; nothing is downloaded.
 
@@ -90,11 +90,12 @@ def load_model(
             `Run.save` wrote, or a HuggingFace model in memory (copied, so that it stays as it is).
         tokenizer: a fast HuggingFace tokenizer; by default the folder's own.
         device: where the model lives.
-        dtype: of the weights.
+        dtype: of the weights, or its name, one of `ctlens.types.DTYPES`.
 
     Raises:
-        CtlensError: the folder holds no model, or one that TransformerLens cannot bridge.
+        CtlensError: the dtype is unknown, the folder holds no model, or one that TransformerLens cannot bridge.
     """
+    dtype = dtype_named(dtype) if isinstance(dtype, str) else dtype
     if isinstance(source, PreTrainedModel):
         return _bridge(copy.deepcopy(source).to(device=device, dtype=dtype), tokenizer)  # type: ignore[arg-type]
     folder = _model_folder(source)

@@ -45,6 +45,8 @@ class StudyConfig:
         matched: the share of the gap in the logit difference at which methods are compared again, 0 to 1.
         model: the folder of what is trained, instead of the shipped organism.
         file: JSONL pairs to train and evaluate on, instead of threats.
+        device: where models live, for example `"cuda"`.
+        dtype: of their weights, for example `"bfloat16"`; adapters are then what is trained.
     """
 
     threats: tuple[str, ...] = ()
@@ -59,6 +61,8 @@ class StudyConfig:
     matched: float = 0.5
     model: str = ""
     file: str = ""
+    device: str = "cpu"
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         known = [OWN_PAIRS] if self.file else threats.names()

@@ -15,7 +15,7 @@ from ctlens.evaluation import Evaluation, evaluate
 from ctlens.evaluation.result import OWN_PAIRS
 from ctlens.formats import load_pairs
 from ctlens.models import load_model
-from ctlens.organism import load_organism
+from ctlens.organism import SHIPPED
 from ctlens.pairs import Pair, Prompt
 from ctlens.tables import SPLIT
 from ctlens.threats import Threat
@@ -109,13 +109,12 @@ def evaluated(model: LensModel, names: Sequence[str], splits: Sequence[str], n: 
 
 
 @cache
-def start_model(model: str, trained: Path | None = None) -> LensModel:
+def start_model(model: str, trained: Path | None = None, device: str = "cpu", dtype: str = "float32") -> LensModel:
     """A model that trainings start from, loaded once a process and never changed.
 
     Args:
         model: a folder; the shipped organism if empty.
         trained: the folder of an organism made for the study, in its place.
+        device, dtype: where it lives, and of its weights.
     """
-    if trained is not None:
-        return load_model(trained)
-    return load_model(model) if model else load_organism()
+    return load_model(trained or model or SHIPPED, device=device, dtype=dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -22,7 +22,6 @@ from ctlens.hooks import capture, editing, resolve
 from ctlens.huggingface import export_huggingface, parity
 from ctlens.models import load_model, quiet_huggingface
 from ctlens.organism import load_organism
-from ctlens.pairs import Pair
 from ctlens.parameters import copy_model, parameter_groups, present_parameters
 from ctlens.sites import SITES, slots
 from ctlens.training import Run, TrainConfig, train
@@ -30,13 +29,15 @@ from ctlens.training import Run, TrainConfig, train
 # What the last matrix of an MLP is called; its input is what MLPCT trains on.
 DOWN = (".mlp.down_proj", ".mlp.c_proj", ".mlp.dense_4h_to_h")
 TOLERANCE = 1e-4
+# A random model's sampled answers are never judged bad, so that rate matching has nothing to train.
+TRAINED = tuple(name for name in losses.names() if losses.get(name).answers != "rollouts")
 PREFACE = """# The architectures, side by side
 
 `ctlens models` made this table: each cell was run on a random model of two layers, with random norms and biases.
 
 - *logits* are HuggingFace's; *resid*, *mlp* and *attn*, what ACT, MLPCT and AttCT train on, are HuggingFace's at every
   layer and carry gradients; *mid*: `resid_mid` adds up, and an edit of it reaches the skip path.
-- *losses*: a step of ACT, MLPCT, AttCT, BCT and KLCT each changes the attention that is trained, and nothing else.
+- *losses*: a step of each of the losses but RMCT changes the attention that is trained, and nothing else.
 - *lora*: adapters at every place train and merge. *export*: `transformers` loads the trained model with equal logits.
 - *probe*, *maps* (attention difference) and *patch* run; a patch of everything gives the other run's values.
 """
@@ -73,7 +74,7 @@ class Subject:
     def __init__(self, hf: PreTrainedModel, tokenizer: Any) -> None:
         self.hf, self.model = hf, load_model(hf, tokenizer=tokenizer)
         self.hf.set_attn_implementation("eager")
-        self.pairs: list[Pair] = threats.get("sycophancy").pairs(8)
+        self.pairs = [replace(pair, target=pair.clean.good) for pair in threats.get("sycophancy").pairs(4)]
         self.tokens = torch.arange(36).reshape(3, 12) + 5
 
     @cached_property
@@ -132,7 +133,7 @@ def _resid_mid(subject: Subject) -> None:
 def _losses(subject: Subject) -> None:
     attention = set(parameter_groups(subject.model)["attn"])
     before = {name: value.clone() for name, value in present_parameters(subject.model).items()}
-    for name in losses.MEASURED:
+    for name in TRAINED:
         run = train(subject.model, subject.pairs, losses.get(name), config=ONE_STEP, progress=False)
         after = present_parameters(run.model)
         changed = {each for each, value in before.items() if not torch.equal(value, after[each])}

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ctlens.errors import unknown
+
 Tokens: TypeAlias = Int[Tensor, "batch pos"]
 Mask: TypeAlias = Bool[Tensor, "batch pos"]
 Logits: TypeAlias = Float[Tensor, "batch pos d_vocab"]
@@ -24,6 +26,20 @@ Positions: TypeAlias = Int[Tensor, "batch width"]
 
 Activations: TypeAlias = dict[str, Tensor]
 HookFunction: TypeAlias = Callable[..., Tensor | None]
+
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The type of weights of that name.
+
+    Raises:
+        CtlensError: it is none of `DTYPES`.
+    """
+    if name not in DTYPES:
+        raise unknown("dtype", name, DTYPES)
+    return getattr(torch, name)
 
 
 def widened(values: Tensor) -> Tensor:

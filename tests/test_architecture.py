@@ -19,7 +19,7 @@ SCIENCE = ("losses", "world", "threats", "organism")
 USED = ("training", "evaluation", "analysis")
 JOB = (
     "tables", "workers", "arms", "plan", "subjects", "cells", "mechanism", "claims", "inside_figures", "gallery",
-    "report", "study", "doses", "leaks", "support", "cli",
+    "report", "study", "doses", "leaks", "support", "cli", "__main__",
 )  # fmt: skip
 FLOORS = (LEAVES, MODEL_BOUNDARY, SCIENCE, USED, JOB)
 

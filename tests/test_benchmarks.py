@@ -66,3 +66,14 @@ def test_every_analysis_of_the_benchmark_gives_a_result_with_its_figure(modules)
         assert len(found.to_dataframe()) and len(found.figure().data)
     seen = analysis.held(lambda: torch.zeros(100_000))
     assert 400_000 <= seen < 500_000
+
+
+def test_the_gpu_benchmark_says_when_there_is_none(modules, monkeypatch, capsys) -> None:
+    monkeypatch.delitem(sys.modules, "gpu", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    import gpu
+
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    assert end.value.code == 2 and "no GPU here: nothing was measured" in capsys.readouterr().err

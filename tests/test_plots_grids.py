@@ -163,7 +163,8 @@ def test_costs_are_drawn_over_every_size_with_their_limit():
         ("all", (2, 4), (3.0, 4.0)), ("mine", (2, 4), (1.5, 1.5)), ("all", (64,), (2.0,)),
     ]  # fmt: skip
     assert [shape.y0 for shape in figure.layout.shapes] == [1.5, 1.5]
-    assert figure.layout.xaxis.title.text == "layers" and figure.layout.yaxis.title.text == "ratio"
+    assert figure.layout.annotations[0].text == "layers" and figure.layout.yaxis.title.text == "ratio"
+    assert len({trace.line.color for trace in figure.data}) == 2
 
 
 @pytest.mark.parametrize("trained", [THREATS, THREATS[:1]])

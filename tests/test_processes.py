@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import Ended, byte_level_tokenizer, hf_model
+from conftest import Call, Ended, byte_level_tokenizer, hf_model
 
 from ctlens.errors import CtlensError
 from ctlens.losses import LossValue
@@ -40,8 +40,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(place: Path, line: str, *, launched: bool) -> Ended:
-    command = [*(ACCELERATE if launched else (sys.executable,)), "-m", "ctlens", *line.split()]
+def launched(place: Path, line: str) -> Ended:
+    """A command in two processes."""
+    command = [*ACCELERATE, "-m", "ctlens", *line.split()]
     done = subprocess.run(command, cwd=place, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
     return Ended(done.returncode, done.stdout, done.stderr)
 
@@ -49,12 +50,14 @@ def run(place: Path, line: str, *, launched: bool) -> Ended:
 TRAIN = "train --model hf --pairs pairs.jsonl --quiet --steps 3 --batch-size 3 --loss act --loss bct --retention 1"
 
 
-def test_two_processes_train_as_one_does_and_one_of_them_writes(place: Path) -> None:
-    alone = run(place, f"{TRAIN} --out alone", launched=False)
-    together = run(place, f"{TRAIN} --checkpoint-every 2 --out together", launched=True)
+def test_two_processes_train_as_one_does_and_one_of_them_writes(
+    place: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    call("--help")
+    alone, together = call(f"{TRAIN} --out alone"), launched(place, f"{TRAIN} --checkpoint-every 2 --out together")
 
-    assert alone.code == 0, alone.err
-    assert together.code == 0, together.err
+    assert (alone.code, together.code) == (0, 0), alone.err + together.err
     assert together.out.count("Run: together") == 1
     here, there = (pd.read_csv(place / name / "history.csv", keep_default_na=False) for name in ("alone", "together"))
     assert here[["step", "name", "hook_point"]].equals(there[["step", "name", "hook_point"]])

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from ctlens.errors import CtlensError
 from ctlens.evaluation.result import OWN_PAIRS
@@ -71,3 +72,4 @@ def test_pairs_that_cannot_be_compared_are_refused(rows: list, message: str, tmp
 
 def test_a_start_is_loaded_once() -> None:
     assert start_model("") is start_model("")
+    assert next(start_model("", None, "cpu", "bfloat16").parameters()).dtype == torch.bfloat16

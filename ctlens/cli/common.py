@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ctlens.errors import CtlensError, unknown
+from ctlens.errors import CtlensError
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from ctlens.adapters import LoRA
     from ctlens.pairs import Pair
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
@@ -28,25 +29,22 @@ ModelFolder = Annotated[Path | None, typer.Option("--model", help="HuggingFace o
 PairsFile = Annotated[Path | None, typer.Option("--pairs", help="JSONL with clean and wrapped prompts.")]
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.")]
+LoraRank = Annotated[int | None, typer.Option(help="Train adapters of this rank beside frozen weights.")]
+LoraSites = Annotated[str, typer.Option(help="Of q, k, v, o, mlp_in, mlp_gate, mlp_out; q,v by default.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")]
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 Threat = Annotated[str, typer.Option(help="This threat's own pairs instead of a file.")]
 
 
 def chosen_model(folder: Path | None, device: str = "cpu", dtype: str = "float32") -> Any:
     """The model of a folder, or the shipped organism, where and how it is asked for."""
-    import torch
-
     from ctlens.models import load_model
     from ctlens.organism import SHIPPED
 
-    if dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
-    return load_model(folder or SHIPPED, device=_device(device), dtype=getattr(torch, dtype))
+    return load_model(folder or SHIPPED, device=chosen_device(device), dtype=dtype)
 
 
-def _device(name: str) -> Any:
+def chosen_device(name: str) -> Any:
     """The device of that name, if this machine has it."""
     import torch
 
@@ -73,6 +71,17 @@ def chosen_tokenizer(folder: Path | None) -> Any:
     if (tokenizer := load_tokenizer(folder)) is None:
         raise CtlensError(f"{folder} holds no tokenizer: name a folder with tokenizer.json.")
     return tokenizer
+
+
+def chosen_lora(rank: int | None, sites: tuple[str, ...]) -> LoRA | None:
+    """The adapters that the options ask for; None where none is given."""
+    from ctlens.adapters import LoRA
+
+    if rank is None:
+        if sites:
+            raise CtlensError("--lora-sites needs a rank: give --lora-rank too.")
+        return None
+    return LoRA(rank, sites=sites) if sites else LoRA(rank)
 
 
 def chosen_pairs(path: Path | None, threat: str, **options: Any) -> list[Pair]:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctlens.cli.common import (
+    Device,
     Methods,
     ModelFolder,
     Quiet,
     Seeds,
     Steps,
     ThreatNames,
+    chosen_device,
     chosen_model,
     names,
     print_table,
@@ -34,14 +36,16 @@ def train(
     preset: Annotated[str, typer.Option(help="small, as shipped, or large, about 10M parameters.")] = "small",
     relora_rank: Annotated[int | None, typer.Option(help="Train adapters of this rank, merged and begun anew.")] = None,
     relora_every: Annotated[int | None, typer.Option(help="Steps between two starts of the adapters.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    device: Device = "cpu",
     quiet: Quiet = False,
 ) -> None:
     """Train an organism from scratch and write its folder with its card."""
     from ctlens.organism import train_organism
 
     relora = _relora(rank=relora_rank, every=relora_every)
-    train_organism(out, seed=seed, steps=steps, preset=preset, relora=relora, device=device, progress=not quiet)
+    train_organism(
+        out, seed=seed, steps=steps, preset=preset, relora=relora, device=chosen_device(device), progress=not quiet
+    )
     say(f"Organism: {out}")
 
 

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctlens.cli.common import (
+    Device,
+    Dtype,
+    LoraRank,
+    LoraSites,
     Methods,
     PairsFile,
     Quiet,
@@ -19,6 +23,8 @@ from ctlens.cli.common import (
     Steps,
     ThreatNames,
     Workers,
+    chosen_device,
+    chosen_lora,
     names,
     print_table,
     say,
@@ -49,6 +55,10 @@ def compare(
     workers: Workers = None,
     backend: Annotated[str, typer.Option(help="loky, processes here; or a cluster through dask or ray.")] = "loky",
     scheduler: Annotated[str, typer.Option(help="Address of the scheduler, for dask.")] = "",
+    lora_rank: LoraRank = None,
+    lora_sites: LoraSites = "",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     resume: Resume = False,
     quiet: Quiet = False,
 ) -> None:
@@ -59,8 +69,15 @@ def compare(
     from ctlens.workers import Pool
 
     training = replace(TRAINING, steps=steps, window=window, calibrate=calibrate)
+    if lora := chosen_lora(lora_rank, names(lora_sites)):
+        training = replace(training, trainable=lora)
     chosen = {"threats": names(threats), "methods": names(methods), "training": training}
-    chosen |= {"model": str(model or ""), "file": str(pairs or "")}
+    chosen |= {
+        "model": str(model or ""),
+        "file": str(pairs or ""),
+        "device": str(chosen_device(device)),
+        "dtype": dtype,
+    }
     chosen |= {name: value for name, value in (("seeds", seeds), ("organisms", organisms)) if value is not None}
     config, pool = full_study(**chosen) if full else StudyConfig(**chosen), Pool(workers, backend, scheduler)
     if full or estimate:

@@ -11,12 +11,15 @@ import typer
 from ctlens.cli.common import (
     Device,
     Dtype,
+    LoraRank,
+    LoraSites,
     ModelFolder,
     PairsFile,
     Quiet,
     Seed,
     Threat,
     ThreatNames,
+    chosen_lora,
     chosen_model,
     chosen_pairs,
     is_main_process,
@@ -27,7 +30,6 @@ from ctlens.cli.common import (
 from ctlens.errors import CtlensError, unknown
 
 if TYPE_CHECKING:
-    from ctlens.adapters import LoRA
     from ctlens.losses import Loss
     from ctlens.training import Logger, Trainer
 
@@ -50,8 +52,8 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Pairs a step.")] = 32,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
     retention: Annotated[float, typer.Option(help="Weight of the KL to the reference.")] = 10.0,
-    lora_rank: Annotated[int | None, typer.Option(help="Train adapters of this rank beside frozen weights.")] = None,
-    lora_sites: Annotated[str, typer.Option(help="Of q, k, v, o, mlp_in, mlp_gate, mlp_out; q,v by default.")] = "",
+    lora_rank: LoraRank = None,
+    lora_sites: LoraSites = "",
     accumulate: Annotated[int, typer.Option(help="Parts a batch is worked off in, to save memory.")] = 1,
     memory: Annotated[
         str, typer.Option(help="Keep for gradients: all, layers (losses again), blocks (all again).")
@@ -96,7 +98,7 @@ def train(
         schedule=kind, schedule_options=options, until=None if stop_below is None else Until(threat, below=stop_below),
         window=window, calibrate=calibrate, memory=memory,
     )  # fmt: skip
-    if lora := _lora(lora_rank, names(lora_sites)):
+    if lora := chosen_lora(lora_rank, names(lora_sites)):
         config = replace(config, trainable=lora)
     losses, tracked = ([_loss(name) for name in group] for group in (loss, names(track)))
     chosen = chosen_pairs(pairs, threat, n=256, split="train", seed=seed)
@@ -167,16 +169,6 @@ def _loss(text: str) -> Loss:
 
     name, _, source = text.partition(":")
     return losses.preset(name, source) if source else losses.get(name)
-
-
-def _lora(rank: int | None, sites: tuple[str, ...]) -> LoRA | None:
-    from ctlens.adapters import LoRA
-
-    if rank is None:
-        if sites:
-            raise CtlensError("--lora-sites needs a rank: give --lora-rank too.")
-        return None
-    return LoRA(rank, sites=sites) if sites else LoRA(rank)
 
 
 def _schedule(text: str) -> tuple[str, dict[str, float]]:

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from ctlens.errors import CtlensError
 from ctlens.plots.arrays import checked, require_some
 from ctlens.plots.rates import PERCENT
-from ctlens.plots.theme import MUTED, finish, style
+from ctlens.plots.theme import MUTED, Style, finish, style
 
 Curve = tuple[ArrayLike, ArrayLike, ArrayLike]
 """Value, lower end and upper end of the interval, each `[dose]` or `[layer]`."""
@@ -126,10 +126,18 @@ def draw_band(figure: go.Figure, name: str, x: np.ndarray, low: np.ndarray, high
 
 
 def draw_line(
-    figure: go.Figure, name: str, x: np.ndarray, value: np.ndarray, *, size: int = 8, listed: bool = True, **place: Any
+    figure: go.Figure,
+    name: str,
+    x: np.ndarray,
+    value: np.ndarray,
+    *,
+    size: int = 8,
+    listed: bool = True,
+    look: Style | None = None,
+    **place: Any,
 ) -> None:
-    """A curve in the look of its method; `size` of its markers in pixels, `listed` in the legend."""
-    look = style(name)
+    """A curve in the look of its method or another; `size` of its markers in pixels, `listed` in the legend."""
+    look = look or style(name)
     figure.add_scatter(
         x=x.tolist(),
         y=value.tolist(),

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from ctlens.plots.arrays import checked, require_some
 from ctlens.plots.curves import draw_band, draw_line
 from ctlens.plots.panels import fit, panels, places
-from ctlens.plots.theme import MUTED, finish, label
+from ctlens.plots.theme import MUTED, finish, label, ordered
 
 HEIGHT, GAP, BELOW = 190, 54, 54
 SIDE = 0.05
@@ -102,17 +102,22 @@ def costs(
         CtlensError: no size, no way to work, or not one cost a size.
     """
     figure = _empty(list(curves))
-    for (size, lines), (place, *_) in zip(curves.items(), places(len(curves)), strict=True):
+    looks = ordered(list(dict.fromkeys(name for lines in curves.values() for name in lines)))
+    for (size, lines), (place, first, _) in zip(curves.items(), places(len(curves)), strict=True):
         require_some(f"curves[{size!r}]", lines)
+        ticks = np.unique(np.concatenate([np.asarray(sizes, dtype=float) for sizes, _ in lines.values()]))
         for name, (sizes, cost) in lines.items():
             value = checked(f"{name!r} over {size!r}", cost, np.size(sizes))
-            draw_line(figure, name, np.asarray(sizes), value, size=MARKER, listed=size == next(iter(curves)), **place)
-        ticks = np.unique(np.concatenate([np.asarray(sizes, dtype=float) for sizes, _ in lines.values()]))
-        figure.update_xaxes(title_text=size, tickvals=ticks.tolist(), **place)
-    finish(figure, title, None, kind="costs", caption=f"The dotted line is {limit:g}.")
+            look, listed = looks[name], size == next(iter(curves))
+            draw_line(figure, name, np.asarray(sizes), value, size=MARKER, listed=listed, look=look, **place)
+        figure.update_xaxes(type="log", tickvals=ticks.tolist(), **place)
+        figure.update_yaxes(title_text=y_title if first else None, **place)
+    finish(
+        figure, title, None, kind="costs", caption=f"The dotted line is {limit:g}; the horizontal axis is logarithmic."
+    )
     everywhere: dict[str, Any] = {"row": "all", "col": "all"}
     figure.add_hline(limit, line={"color": MUTED, "dash": "dot", "width": 1.2}, **everywhere)
-    figure.update_yaxes(rangemode="tozero", title_text=y_title)
+    figure.update_yaxes(rangemode="tozero", matches="y")
     return fit(figure, len(curves), height=HEIGHT, gap=GAP, below=BELOW)
 
 

@@ -1,0 +1,140 @@
+"""What ctlens costs on a GPU: a step of each loss on a Llama of a billion parameters, an organism, a patching sweep.
+
+Run `python benchmarks/gpu.py`. The table is printed and kept in `gpu.csv` with the name of the card. Steps are
+of adapters beside weights in bfloat16, losses layer by layer, over the same two passes without a loss. Without a
+GPU it ends with a sentence; `--small --device cpu` tries the script itself on small models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from memory import pair, passes_alone
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import ctlens as ct
+from ctlens import losses
+from ctlens.adapters import add_adapters
+from ctlens.batch import EncodedPair, EncodedPairs, collate
+from ctlens.organism import PRESETS, pretrain
+from ctlens.parameters import copy_model
+from ctlens.training.passes import Passes, Term
+from ctlens.types import LensModel
+
+BILLION = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+ROUNDS = 5
+
+Row = tuple[str, str, float, float, float]
+"""What, on which model, seconds, times the bare passes, peak GiB."""
+
+
+def llama(small: bool, device: torch.device) -> LensModel:
+    """A random Llama in bfloat16."""
+    shape = {**(TINY if small else BILLION), "vocab_size": 32_000, "max_position_embeddings": 4096}
+    config = LlamaConfig(**shape, num_key_value_heads=shape["num_attention_heads"] // 4)
+    with torch.device(device):
+        hf = LlamaForCausalLM(config)
+    return ct.load_model(hf, device=device, dtype=torch.bfloat16)
+
+
+def timed(device: torch.device, work: Callable[[], Any], rounds: int = ROUNDS) -> tuple[float, float]:
+    """The median of the seconds, and the peak of the memory in GiB where there is a card to ask."""
+    seconds = []
+    on_card = device.type == "cuda"
+    if on_card:
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(rounds + 1):  # the first one warms up
+        start = time.perf_counter()
+        work()
+        if on_card:
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:] or seconds), torch.cuda.max_memory_allocated(
+        device
+    ) / 2**30 if on_card else 0.0
+
+
+def steps(small: bool, device: torch.device) -> list[Row]:
+    """A step of every loss that needs no samples, over the bare passes."""
+    reference = llama(small, device)
+    model = copy_model(reference)
+    add_adapters(model, ct.LoRA(8))
+    rows = pair(128 if small else 1024)
+    rows = replace(rows, answer=(5, 6, 7))
+    batch = collate([rows]).to(device)
+    name = "tiny Llama" if small else "1B Llama"
+    bare, peak = timed(device, lambda: passes_alone(reference, model, batch).backward())
+    found: list[Row] = [("bare passes", name, bare, 1.0, peak)]
+    for loss in tqdm([losses.get(each) for each in losses.names()], desc="losses"):
+        if loss.answers not in ("", "greedy"):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            seconds, peak = timed(device, one_step(loss, reference, model, rows, Path(folder)))
+        found.append((f"step of {loss.name}", name, seconds, seconds / bare, peak))
+    return found
+
+
+def one_step(
+    loss: losses.Loss, reference: LensModel, model: LensModel, rows: EncodedPair, folder: Path
+) -> Callable[[], None]:
+    """Both passes with the loss and the backward pass, the clean targets worked out again each time."""
+    term = Term(loss, loss.factors(model))
+    config = ct.TrainConfig(steps=1, batch_size=1, memory="layers", cache=False)
+    passes = Passes(reference, model, EncodedPairs((rows,), {}), [term], [[0]], config, folder)
+
+    def step() -> None:
+        with passes.open():
+            (forwards,) = passes.seen([0], [term], step=1, grad=True)
+            loss.compute(forwards, term.factors).total.backward()
+
+    return step
+
+
+def organism(small: bool, device: torch.device) -> list[Row]:
+    """The organism of about 10M parameters, trained from scratch."""
+    config = replace(PRESETS["small"], steps=3, lessons=2000, batch_size=16) if small else PRESETS["large"]
+    seconds, peak = timed(device, lambda: pretrain(config, device=device, progress=not small), rounds=0)
+    return [("organism from scratch", "3 steps" if small else "large preset", seconds, float("nan"), peak)]
+
+
+def sweep(small: bool, device: torch.device) -> list[Row]:
+    """Every patch of resid_pre on the shipped organism."""
+    model = ct.load_organism(device=device)
+    pairs = ct.threats.get("sycophancy").pairs(4 if small else 256, split="heldout")
+    options: dict[str, Any] = {"site": "resid_pre", "direction": "denoising", "progress": False}
+    seconds, peak = timed(device, lambda: ct.analysis.patch(model, pairs, **options), rounds=1)
+    return [(f"patching sweep, {len(pairs)} pairs", "organism", seconds, float("nan"), peak)]
+
+
+def main() -> None:
+    """Runs everything and keeps the table."""
+    asked = argparse.ArgumentParser(description=__doc__)
+    asked.add_argument("--device", default="cuda")
+    asked.add_argument("--small", action="store_true", help="small models, to try the script; nothing is kept")
+    given = asked.parse_args()
+    device = torch.device(given.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.stderr.write("no GPU here: nothing was measured; --small --device cpu tries the script itself\n")
+        sys.exit(2)
+    rows = [row for part in (steps, organism, sweep) for row in part(given.small, device)]
+    table = pd.DataFrame(rows, columns=["what", "model", "seconds", "over_bare", "peak_gib"]).round(4)
+    table["card"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if not given.small:
+        table.to_csv(Path(__file__).with_suffix(".csv"), index=False)
+    tqdm.write(table.to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
