@@ -101,6 +101,19 @@ def test_several_losses_adapters_parts_and_tracked_ones_go_together(llama: LensM
     assert runs[1].calibration.gradient_norms == pytest.approx(runs[0].calibration.gradient_norms, rel=1e-3)
 
 
+@pytest.mark.parametrize("memory", ["layers", "blocks"])
+def test_the_other_passes_of_a_step_are_left_alone(llama: LensModel, memory: str) -> None:
+    # The model's own clean side, its sampled answers and the held prompts go through the same hooks and blocks.
+    mixed = [AttCT(), KLCT(clean="own"), RMCT(), MLPCT(clean="own")]
+    config = replace(CONFIG, retention=1.0)
+    runs = [
+        train(llama, PAIRS, mixed, config=replace(config, memory=way), track=[ACT(clean="own")], progress=False)
+        for way in ("all", memory)
+    ]
+    for name in ("attct", "klct", "rmct", "mlpct", "tracked/act", "retention"):
+        assert runs[1].history.series(name) == pytest.approx(runs[0].history.series(name), rel=1e-3, abs=1e-7)
+
+
 def test_the_gradient_of_one_step_is_that_of_all_at_once(model: LensModel) -> None:
     gradients = []
     for memory in ("all", "layers", "blocks"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, cast
 
@@ -23,6 +24,8 @@ from ctlens.losses.base import InternalLoss
 from ctlens.training.stores import EVERY
 from ctlens.training.targets import Fetch
 from ctlens.types import LensModel, PerRow
+
+IN_FORCE: ContextVar[Layerwise | None] = ContextVar("IN_FORCE", default=None)
 
 
 def is_layerwise(loss: Loss) -> bool:
@@ -58,7 +61,15 @@ class Layerwise:
         """What to do with the activation at each hook point, see `ctlens.hooks.visiting`."""
         return {name: partial(self._visit, name) for _, names in self.losses for name in names}
 
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Works out the losses in the forward passes inside the block, and when these are run again, in no others."""
+        with _set(self):
+            yield
+
     def _visit(self, name: str, activation: Tensor) -> None:
+        if IN_FORCE.get() is not self:
+            return
         for loss, names in self.losses:
             if name in names:
                 value = self._at_layer(loss, name, activation)
@@ -85,6 +96,26 @@ class Layerwise:
         return loss.row_values(Forwards(self.batch, clean, {name: activation}, no_logits), [name])[name]
 
 
+def _again(forward: Callable[..., Any], *given: Any, **options: Any) -> Any:
+    """A block whose forward pass is run again under what was in force when it was run first."""
+    layerwise = IN_FORCE.get()
+
+    def work(*given: Any, **options: Any) -> Any:
+        with _set(layerwise):
+            return forward(*given, **options)
+
+    return checkpoint(work, *given, use_reentrant=False, **options)
+
+
+@contextmanager
+def _set(layerwise: Layerwise | None) -> Iterator[None]:
+    token = IN_FORCE.set(layerwise)
+    try:
+        yield
+    finally:
+        IN_FORCE.reset(token)
+
+
 @contextmanager
 def blocks_again(model: LensModel) -> Iterator[None]:
     """Inside the block no activation within the model's blocks is kept: a backward pass runs each block again.
@@ -95,7 +126,7 @@ def blocks_again(model: LensModel) -> Iterator[None]:
     try:
         for block in blocks:
             # Not by assignment, which a bridge passes on to the layer that it wraps.
-            block.__dict__["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
+            block.__dict__["forward"] = partial(_again, block.forward)
         yield
     finally:
         for block in blocks:

@@ -107,7 +107,8 @@ class Passes:
         self._hooks.enter_context(visiting(self.model, layerwise.visits()))
         names = list(dict.fromkeys(name for term in rest for name in term.factors))
         tokens, mask = batch.wrapped.tokens, batch.wrapped.needed_mask
-        logits, wrapped = capture(self.model, tokens, names, grad=grad, mask=mask)
+        with layerwise.in_force():
+            logits, wrapped = capture(self.model, tokens, names, grad=grad, mask=mask)
         clean = {side: self._clean(side, rows, batch, rest) for side in _sides(terms)}
         return {
             side: Forwards(batch, states, wrapped, logits, found, known=layerwise.values)
