@@ -4,13 +4,21 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 # A process a core, each on one thread (`tests/conftest.py`); idle ones take over what is left of the slowest.
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist worksteal
-TESTS_4X := $(addprefix tests/test_,models.py weights.py hooks.py losses.py losses_outputs.py losses_attention.py)
-TESTS_4X += $(addprefix tests/test_,presets.py presets_outputs.py rmct.py f2c.py adapters.py relora.py updaterank.py)
-TESTS_4X += $(addprefix tests/test_,states.py lens.py training.py training_targets.py training_resume.py organism.py)
-TESTS_4X += $(addprefix tests/test_,steering.py erasure.py similarity.py planted.py probe.py attention.py patching.py)
-TESTS_4X += $(addprefix tests/test_,patching_engine.py patching_known.py patching_organism.py attribution.py calibrate.py)
-TESTS_4X += $(addprefix tests/test_,architectures.py huggingface.py recording.py live.py transplants.py grafts.py mediators.py)
-TESTS_4X += $(addprefix tests/test_,decoding.py scoring.py continuations.py)
+TESTS_4X := $(addprefix tests/,analysis/attention/test_diff.py analysis/base/test_recording.py analysis/base/test_states.py)
+TESTS_4X += $(addprefix tests/,analysis/directions/test_erasure.py analysis/directions/test_steering.py)
+TESTS_4X += $(addprefix tests/,analysis/exchange/test_mediation.py analysis/exchange/test_transplant.py)
+TESTS_4X += $(addprefix tests/,analysis/outputs/test_logit_lens.py analysis/patching/test_attribution.py)
+TESTS_4X += $(addprefix tests/,analysis/patching/test_known_circuit.py analysis/patching/test_organism.py)
+TESTS_4X += $(addprefix tests/,analysis/patching/test_patch.py analysis/patching/test_suffix.py analysis/probing/test_probe.py)
+TESTS_4X += $(addprefix tests/,analysis/residual/test_similarity.py analysis/test_planted.py analysis/weights/test_graft.py)
+TESTS_4X += $(addprefix tests/,analysis/weights/test_update_rank.py losses/test_attention_losses.py losses/test_f2c.py)
+TESTS_4X += $(addprefix tests/,losses/test_losses.py losses/test_output_losses.py losses/test_output_presets.py)
+TESTS_4X += $(addprefix tests/,losses/test_presets.py losses/test_rmct.py models/test_architectures.py)
+TESTS_4X += $(addprefix tests/,models/test_continuations.py models/test_export.py models/test_generation.py)
+TESTS_4X += $(addprefix tests/,models/test_hooks.py models/test_loading.py models/test_lora.py models/test_scoring.py)
+TESTS_4X += $(addprefix tests/,models/test_weights.py organism/test_organism.py organism/test_relora.py)
+TESTS_4X += $(addprefix tests/,training/test_calibrate.py training/test_checkpoint.py training/test_live.py)
+TESTS_4X += $(addprefix tests/,training/test_targets.py training/test_trainer.py)
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 STRIP := --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
 
@@ -35,9 +43,9 @@ figures: compare
 	$(BIN)/ctlens doses --threat sycophancy --seeds 3 --out runs/doses --resume
 	rm -rf runs/leak
 	$(BIN)/ctlens organism leak --seeds 3 --out runs/leak
-	$(BIN)/ctlens organism card --out ORGANISM.md
-	$(BIN)/python -c "from ctlens import losses; print(losses.presets.page(losses.table()), end='')" > LOSSES.md
-	$(BIN)/python -c "from ctlens import support; print(support.page(support.support()), end='')" > MODELS.md
+	$(BIN)/ctlens organism card --out docs/organism.md
+	$(BIN)/python -c "from ctlens import losses; print(losses.presets.page(losses.table()), end='')" > docs/losses.md
+	$(BIN)/python -c "from ctlens import support; print(support.page(support.support()), end='')" > docs/models.md
 	$(BIN)/python figures/draw.py runs
 
 # The same pictures from the data that lie beside them, without a study.

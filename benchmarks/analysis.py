@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 import ctlens as ct
 from ctlens import analysis as look
-from ctlens.types import LensModel
+from ctlens.core.types import LensModel
 
 PAIRS, STEPS, SHORT, THREADS = 256, 100, 10, 2
 THREAT = "sycophancy"

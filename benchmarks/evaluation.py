@@ -23,8 +23,9 @@ import torch
 from tqdm.auto import tqdm
 
 import ctlens as ct
-from ctlens import decoding, sequences
-from ctlens.architectures import tiny_model
+from ctlens.models import generation as decoding
+from ctlens.models import kv_cache as sequences
+from ctlens.models.architectures import tiny_model
 from ctlens.threats import replies
 from ctlens.world import SPLITS
 

@@ -25,12 +25,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import ctlens as ct
 from ctlens import losses
-from ctlens.adapters import add_adapters
-from ctlens.batch import EncodedPair, EncodedPairs, collate
+from ctlens.core.types import LensModel
+from ctlens.data.batch import EncodedPair, EncodedPairs, collate
+from ctlens.models.lora import add_adapters
+from ctlens.models.parameters import copy_model
 from ctlens.organism import PRESETS, pretrain
-from ctlens.parameters import copy_model
 from ctlens.training.passes import Passes, Term
-from ctlens.types import LensModel
 
 BILLION = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -26,14 +26,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import ctlens as ct
 from ctlens import plots
-from ctlens.alignment import Alignment
-from ctlens.batch import EncodedPair, EncodedPairs, PairBatch, collate
-from ctlens.config import generator
-from ctlens.hooks import capture
+from ctlens.core.config import generator
+from ctlens.core.types import LensModel
+from ctlens.data.alignment import Alignment
+from ctlens.data.batch import EncodedPair, EncodedPairs, PairBatch, collate
+from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import Loss
-from ctlens.pairs import Pair, prompt
+from ctlens.models.hooks import capture
 from ctlens.training.passes import Passes, Term
-from ctlens.types import LensModel
 
 MEGABYTE = 2**20
 USUAL = {"layers": 4, "width": 64, "length": 1024}

@@ -33,10 +33,10 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig, patchin
 from transformers import PreTrainedTokenizerFast
 
 import ctlens as ct
-from ctlens.config import generator
-from ctlens.hooks import SHORTHANDS, capture
-from ctlens.pairs import Pair, prompt
-from ctlens.types import LensModel
+from ctlens.core.config import generator
+from ctlens.core.types import LensModel
+from ctlens.data.pairs import Pair, prompt
+from ctlens.models.hooks import SHORTHANDS, capture
 
 VOCABULARY = 512
 SITES = ("resid_pre", "mlp_out", "z")
@@ -142,7 +142,7 @@ def ours(model: LensModel, pairs: list[Pair], setting: Setting, way: str = "suff
     options: Any = {"direction": "denoising", "window": "position", "layers": setting.layers, "progress": False}
     if way == "gradient":
         return ct.analysis.attribution_patch(model, pairs, sites=SITES, **options)
-    known = mock.patch("ctlens.analysis.patching_sweep.read_blocks", lambda *parts: None)
+    known = mock.patch("ctlens.analysis.patching.sweep.read_blocks", lambda *parts: None)
     with known if way == "hooks" else contextlib.nullcontext():
         return ct.analysis.patch_sites(model, pairs, sites=SITES, **options)
 

@@ -13,12 +13,12 @@ import torch
 from tqdm.auto import tqdm
 
 import ctlens as ct
+from ctlens.core.types import LensModel
+from ctlens.models.matrices import SITES
+from ctlens.models.parameters import GROUPS, copy_model, freeze
 from ctlens.organism import PretrainConfig, ReLoRA, pretrain
 from ctlens.organism.corpus import Batch, draw_batches, encode, make_lessons
 from ctlens.organism.pretrain import FitConfig, answer_loss, fit
-from ctlens.parameters import GROUPS, copy_model, freeze
-from ctlens.sites import SITES
-from ctlens.types import LensModel
 from ctlens.world import World
 
 WARM = PretrainConfig(steps=100, batch_size=64, lessons=8000)

@@ -16,14 +16,14 @@ import torch
 from tqdm.auto import tqdm
 
 import ctlens as ct
-from ctlens.alignment import WINDOWS, Alignment
-from ctlens.batch import EncodedPair, PairBatch, collate
-from ctlens.chat import Rendered
-from ctlens.config import generator
-from ctlens.hooks import capture
+from ctlens.core.config import generator
+from ctlens.core.types import LensModel
+from ctlens.data.alignment import WINDOWS, Alignment
+from ctlens.data.batch import EncodedPair, PairBatch, collate
+from ctlens.data.chat import Rendered
+from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import LOSSES, Forwards, Loss
-from ctlens.pairs import Pair, prompt
-from ctlens.types import LensModel
+from ctlens.models.hooks import capture
 
 BATCH, WRAPPER, CONTENT, ANSWER, ROUNDS, WARM = 64, 15, 44, 4, 25, 3
 CONFIG = ct.ModelConfig(d_vocab=512, n_layers=4, n_heads=4, d_model=128, d_mlp=512, n_ctx=128)

@@ -10,42 +10,42 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ctlens import analysis, losses, organism, threats
-    from ctlens.adapters import LoRA
-    from ctlens.doses import DoseResult, dose_response
-    from ctlens.errors import CtlensError
+    from ctlens.core.errors import CtlensError
+    from ctlens.data.formats import load_facts, load_pairs, load_prefills, load_prompts
+    from ctlens.data.pairs import Pair, Prompt, save_pairs
     from ctlens.evaluation import Evaluation, evaluate
-    from ctlens.formats import load_facts, load_pairs, load_prefills, load_prompts
-    from ctlens.huggingface import export_huggingface, parity
-    from ctlens.leaks import Leak, leak
     from ctlens.losses import ACT, BCT, F2C, KLCT, MLPCT, RMCT, AttCT, AttMass, AttOut
-    from ctlens.models import build, load_model
+    from ctlens.models.export import export_huggingface, parity
+    from ctlens.models.loading import build, load_model
+    from ctlens.models.lora import LoRA
+    from ctlens.models.parameters import freeze
+    from ctlens.models.weights import ModelConfig
     from ctlens.organism import load_organism
-    from ctlens.pairs import Pair, Prompt, save_pairs
-    from ctlens.parameters import freeze
-    from ctlens.plan import StudyConfig
-    from ctlens.study import StudyResult, compare
+    from ctlens.study.config import StudyConfig
+    from ctlens.study.dose_response import DoseResult, dose_response
+    from ctlens.study.inoculation import Leak, leak
+    from ctlens.study.runner import StudyResult, compare
     from ctlens.training import Live, Phase, Run, TrainConfig, Trainer, Until, load_run, train
-    from ctlens.weights import ModelConfig
 
 __version__ = "0.1.0"
 
 HOMES = {
-    "adapters": ("LoRA",),
-    "doses": ("DoseResult", "dose_response"),
-    "errors": ("CtlensError",),
+    "models.lora": ("LoRA",),
+    "study.dose_response": ("DoseResult", "dose_response"),
+    "core.errors": ("CtlensError",),
     "evaluation": ("Evaluation", "evaluate"),
-    "leaks": ("Leak", "leak"),
+    "study.inoculation": ("Leak", "leak"),
     "losses": ("ACT", "BCT", "F2C", "KLCT", "MLPCT", "RMCT", "AttCT", "AttMass", "AttOut"),
-    "huggingface": ("export_huggingface", "parity"),
-    "models": ("build", "load_model"),
-    "parameters": ("freeze",),
+    "models.export": ("export_huggingface", "parity"),
+    "models.loading": ("build", "load_model"),
+    "models.parameters": ("freeze",),
     "organism": ("load_organism",),
-    "plan": ("StudyConfig",),
-    "formats": ("load_facts", "load_pairs", "load_prefills", "load_prompts"),
-    "pairs": ("Pair", "Prompt", "save_pairs"),
-    "study": ("StudyResult", "compare"),
+    "study.config": ("StudyConfig",),
+    "data.formats": ("load_facts", "load_pairs", "load_prefills", "load_prompts"),
+    "data.pairs": ("Pair", "Prompt", "save_pairs"),
+    "study.runner": ("StudyResult", "compare"),
     "training": ("Live", "Phase", "Run", "TrainConfig", "Trainer", "Until", "load_run", "train"),
-    "weights": ("ModelConfig",),
+    "models.weights": ("ModelConfig",),
 }
 PACKAGES = ("analysis", "losses", "organism", "threats")
 

@@ -22,18 +22,21 @@ import numpy as np
 import pandas as pd
 
 import ctlens
-from ctlens import gallery, plots
-from ctlens.analysis import ResidualShift, ShiftSimilarity, Transplant, residual, transplants
-from ctlens.arms import CROSSED_ARMS, METHODS, RETENTION
-from ctlens.claims import Claim
-from ctlens.doses import DoseResult
+from ctlens import plots
+from ctlens.analysis import ResidualShift, ShiftSimilarity, Transplant
+from ctlens.analysis.exchange import transplant as transplants
+from ctlens.analysis.residual import shift as residual
+from ctlens.core.files import read_json, write_json
 from ctlens.evaluation import Evaluation
-from ctlens.files import read_json, write_json
-from ctlens.inside_figures import where
-from ctlens.leaks import Leak
-from ctlens.mechanism import SETTINGS
-from ctlens.plan import BASE, LOOKED_INTO
-from ctlens.tables import read_results
+from ctlens.study import figures as gallery
+from ctlens.study.analyses import SETTINGS
+from ctlens.study.claims import Claim
+from ctlens.study.conditions import CROSSED_ARMS, METHODS, RETENTION
+from ctlens.study.config import BASE, LOOKED_INTO
+from ctlens.study.dose_response import DoseResult
+from ctlens.study.inoculation import Leak
+from ctlens.study.inside_figures import where
+from ctlens.study.results import read_results
 
 HERE = Path(__file__).parent
 KINDS = ("json", "html", "png")

@@ -11,17 +11,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import hf_model
+from helpers.models import hf_model
 
 from ctlens import losses, organism, threats
-from ctlens.arms import METHODS
-from ctlens.claims import Claim, read_claims
-from ctlens.leaks import BEFORE, INOCULATED, PLAIN, RECKLESS, Leak
 from ctlens.losses import distances
 from ctlens.losses.base import VectorLoss
-from ctlens.models import load_model
+from ctlens.models.loading import load_model
 from ctlens.organism.describe import card_text
-from ctlens.tables import summary_table
+from ctlens.study.claims import Claim, read_claims
+from ctlens.study.conditions import METHODS
+from ctlens.study.inoculation import BEFORE, INOCULATED, PLAIN, RECKLESS, Leak
+from ctlens.study.results import summary_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,7 +79,7 @@ def results() -> pd.DataFrame:
 
 
 def findings() -> str:
-    return (ROOT / "FINDINGS.md").read_text()
+    return (ROOT / "docs/findings.md").read_text()
 
 
 def test_the_readmes_table_is_the_one_of_the_committed_results(results: pd.DataFrame) -> None:
@@ -191,7 +191,7 @@ def test_the_readmes_sentences_on_the_leak_hold() -> None:
 
 
 def test_the_organism_s_page_is_its_card() -> None:
-    assert (ROOT / "ORGANISM.md").read_text() == card_text(organism.card())
+    assert (ROOT / "docs/organism.md").read_text() == card_text(organism.card())
 
 
 def test_the_gallery_is_what_the_code_draws_today() -> None:
@@ -200,8 +200,9 @@ def test_the_gallery_is_what_the_code_draws_today() -> None:
     assert not old, f"{'; '.join(old)}: run `make figures`, or `make drawings` where only drawing has changed."
 
 
-@pytest.mark.parametrize("document", ["README.md", "FINDINGS.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/findings.md"])
 def test_the_pictures_of_a_document_exist(document: str) -> None:
-    pictures = re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / document).read_text())
+    page = ROOT / document
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", page.read_text())
 
-    assert pictures and all((ROOT / picture).is_file() for picture in pictures)
+    assert pictures and all((page.parent / picture).is_file() for picture in pictures)

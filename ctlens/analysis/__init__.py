@@ -1,33 +1,33 @@
 """Looking inside: each analysis is one public function and one frozen result with its figure."""
 
-from ctlens.analysis.attention import AttentionDiff, attention_diff
-from ctlens.analysis.attention_maps import AttentionMaps, attention_maps
-from ctlens.analysis.attribution import AttributionAgreement, attribution_agreement, attribution_patch
-from ctlens.analysis.crossloss import CrossLoss, cross_loss
-from ctlens.analysis.directions import Directions, mean_difference
-from ctlens.analysis.erasure import Erasure, erase_or_mask
-from ctlens.analysis.grafts import Graft, graft
-from ctlens.analysis.interventions import Intervention
-from ctlens.analysis.knockout import Knockout, knockout
-from ctlens.analysis.lens import LogitAttribution, LogitLens, logit_attribution, logit_lens
-from ctlens.analysis.mediators import Mediation, mediation
-from ctlens.analysis.patching import patch, patch_sites
-from ctlens.analysis.patching_result import Patching
-from ctlens.analysis.probe import Probe, probe
-from ctlens.analysis.probeweights import probe_direction
-from ctlens.analysis.record import record
-from ctlens.analysis.recording import Recording
-from ctlens.analysis.recovery import GapRecovered, gap_recovered
-from ctlens.analysis.residual import ResidualShift, residual_shift
-from ctlens.analysis.result import Result
-from ctlens.analysis.saliency import SaliencyAgreement, saliency_agreement
-from ctlens.analysis.similarity import shift_similarity
-from ctlens.analysis.similarity_result import ShiftSimilarity
-from ctlens.analysis.states import States, states
-from ctlens.analysis.steering import ablate, steer
-from ctlens.analysis.tasks import Task, answer_hinted, labelled, will_misbehave, wrapper_present
-from ctlens.analysis.transplants import Transplant, transplant
-from ctlens.analysis.updaterank import UpdateRank, update_rank
+from ctlens.analysis.attention.diff import AttentionDiff, attention_diff
+from ctlens.analysis.attention.knockout import Knockout, knockout
+from ctlens.analysis.attention.maps import AttentionMaps, attention_maps
+from ctlens.analysis.attention.saliency import SaliencyAgreement, saliency_agreement
+from ctlens.analysis.base.record import record
+from ctlens.analysis.base.recording import Recording
+from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.states import States, states
+from ctlens.analysis.directions.directions import Directions, mean_difference
+from ctlens.analysis.directions.erasure import Erasure, erase_or_mask
+from ctlens.analysis.directions.from_probe import probe_direction
+from ctlens.analysis.directions.interventions import Intervention
+from ctlens.analysis.directions.steering import ablate, steer
+from ctlens.analysis.exchange.mediation import Mediation, mediation
+from ctlens.analysis.exchange.transplant import Transplant, transplant
+from ctlens.analysis.outputs.cross_loss import CrossLoss, cross_loss
+from ctlens.analysis.outputs.gap_recovered import GapRecovered, gap_recovered
+from ctlens.analysis.outputs.logit_lens import LogitAttribution, LogitLens, logit_attribution, logit_lens
+from ctlens.analysis.patching.attribution import AttributionAgreement, attribution_agreement, attribution_patch
+from ctlens.analysis.patching.patch import patch, patch_sites
+from ctlens.analysis.patching.result import Patching
+from ctlens.analysis.probing.probe import Probe, probe
+from ctlens.analysis.probing.tasks import Task, answer_hinted, labelled, will_misbehave, wrapper_present
+from ctlens.analysis.residual.shift import ResidualShift, residual_shift
+from ctlens.analysis.residual.similarity import shift_similarity
+from ctlens.analysis.residual.similarity_result import ShiftSimilarity
+from ctlens.analysis.weights.graft import Graft, graft
+from ctlens.analysis.weights.update_rank import UpdateRank, update_rank
 
 __all__ = [
     "AttentionDiff",

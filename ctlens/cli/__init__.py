@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from ctlens.cli import analyses, models, organism, pairs, studies, training
-from ctlens.errors import CtlensError
+from ctlens.core.errors import CtlensError
 
 __all__ = ["app", "main"]
 

@@ -42,7 +42,7 @@ def patch(
 ) -> None:
     """Which activations of the one prompt change the answer to the other."""
     from ctlens.analysis import patch as sweep
-    from ctlens.files import atomic_folder, require_free
+    from ctlens.core.files import atomic_folder, require_free
     from ctlens.plots import save_figure
 
     require_free(out)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ctlens.errors import CtlensError
+from ctlens.core.errors import CtlensError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ctlens.adapters import LoRA
-    from ctlens.pairs import Pair
+    from ctlens.data.pairs import Pair
+    from ctlens.models.lora import LoRA
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Methods = Annotated[str, typer.Option(help="Comma-separated losses; act, mlpct, attct and bct by default.")]
@@ -38,7 +38,7 @@ Threat = Annotated[str, typer.Option(help="This threat's own pairs instead of a 
 
 def chosen_model(folder: Path | None, device: str = "cpu", dtype: str = "float32") -> Any:
     """The model of a folder, or the shipped organism, where and how it is asked for."""
-    from ctlens.models import load_model
+    from ctlens.models.loading import load_model
     from ctlens.organism import SHIPPED
 
     return load_model(folder or SHIPPED, device=chosen_device(device), dtype=dtype)
@@ -66,7 +66,7 @@ def chosen_tokenizer(folder: Path | None) -> Any:
     """The tokenizer of a folder, or the shipped organism's."""
     if folder is None:
         return chosen_model(None).tokenizer
-    from ctlens.models import load_tokenizer
+    from ctlens.models.loading import load_tokenizer
 
     if (tokenizer := load_tokenizer(folder)) is None:
         raise CtlensError(f"{folder} holds no tokenizer: name a folder with tokenizer.json.")
@@ -75,7 +75,7 @@ def chosen_tokenizer(folder: Path | None) -> Any:
 
 def chosen_lora(rank: int | None, sites: tuple[str, ...]) -> LoRA | None:
     """The adapters that the options ask for; None where none is given."""
-    from ctlens.adapters import LoRA
+    from ctlens.models.lora import LoRA
 
     if rank is None:
         if sites:
@@ -89,7 +89,7 @@ def chosen_pairs(path: Path | None, threat: str, **options: Any) -> list[Pair]:
     if (path is None) == (not threat):
         raise CtlensError("give either --pairs FILE or --threat NAME.")
     if path is not None:
-        from ctlens.formats import load_pairs
+        from ctlens.data.formats import load_pairs
 
         return load_pairs(path)
     from ctlens import threats

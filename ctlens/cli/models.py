@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ctlens.cli.common import Dtype, Quiet, chosen_model, names, print_table, say
-from ctlens.errors import CtlensError
+from ctlens.core.errors import CtlensError
 
 
 def models(
@@ -18,7 +18,7 @@ def models(
     quiet: Quiet = False,
 ) -> None:
     """What works on which HuggingFace architecture, found out now on a tiny random model of each."""
-    from ctlens import support
+    from ctlens import compatibility as support
 
     found = support.support(names(architectures) or support.ARCHITECTURES, progress=not quiet)
     print_table("What works", support.table(found))
@@ -34,8 +34,8 @@ def export(
     dtype: Dtype = "float32",
 ) -> None:
     """Write a trained model as a HuggingFace folder, adapters merged, with equal logits."""
-    from ctlens.files import require_free
-    from ctlens.huggingface import export_huggingface
+    from ctlens.core.files import require_free
+    from ctlens.models.export import export_huggingface
 
     require_free(out)
     say(f"HuggingFace folder: {export_huggingface(chosen_model(model, dtype=dtype), out)}")

@@ -53,7 +53,7 @@ def _relora(rank: int | None, every: int | None) -> ReLoRA | None:
     """The settings that the given options ask for; None where none is given."""
     if rank is None and every is None:
         return None
-    from ctlens.adapters import LoRA
+    from ctlens.models.lora import LoRA
     from ctlens.organism import ReLoRA
 
     settings = ReLoRA()
@@ -68,7 +68,7 @@ def card(
 ) -> None:
     """Show how an organism was made and how it behaves, as measured when it was trained."""
     from ctlens import organism
-    from ctlens.files import write_text
+    from ctlens.core.files import write_text
     from ctlens.organism.describe import card_text
 
     text = card_text(organism.card(folder) if folder else organism.card())
@@ -103,8 +103,8 @@ def leak(
     quiet: Quiet = False,
 ) -> None:
     """Teach narrow bad advice, with and without inoculation, and measure which training seals the leak."""
-    from ctlens.files import require_free
-    from ctlens.leaks import leak as induce
+    from ctlens.core.files import require_free
+    from ctlens.study.inoculation import leak as induce
     from ctlens.training import TrainConfig
 
     require_free(out)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ctlens.cli.common import ModelFolder, Seed, say
-from ctlens.errors import CtlensError
+from ctlens.core.errors import CtlensError
 
 if TYPE_CHECKING:
-    from ctlens.batch import EncodedPair
-    from ctlens.pairs import Pair
+    from ctlens.data.batch import EncodedPair
+    from ctlens.data.pairs import Pair
 
 app = typer.Typer(help="Look at pairs token by token, convert them, make them.", no_args_is_help=True)
 
@@ -34,7 +34,7 @@ def inspect(
 ) -> None:
     """A pair token by token with its alignment, and how much of the whole file aligns."""
     from ctlens.cli.common import chosen_tokenizer
-    from ctlens.formats import read_pairs
+    from ctlens.data.formats import read_pairs
 
     tokenizer, reading = chosen_tokenizer(model), read_pairs(file, wrapped)
     if not 1 <= row <= len(reading.pairs):
@@ -49,8 +49,8 @@ def inspect(
 @app.command()
 def convert(file: File, out: Out, wrapped: Wrapped = None) -> None:
     """Any of the field's formats to ctlens's own JSONL."""
-    from ctlens.formats import load_pairs
-    from ctlens.pairs import save_pairs
+    from ctlens.data.formats import load_pairs
+    from ctlens.data.pairs import save_pairs
 
     _require_new(out)
     pairs = load_pairs(file, wrapped)
@@ -73,8 +73,8 @@ def wrap(
 ) -> None:
     """Put plain prompts under the wrappers of a threat."""
     from ctlens import threats
-    from ctlens.formats import load_facts, load_prefills, load_prompts
-    from ctlens.pairs import save_pairs
+    from ctlens.data.formats import load_facts, load_prefills, load_prompts
+    from ctlens.data.pairs import save_pairs
 
     _require_new(out)
     if (facts and threat != "persona") or (prefills and threat != "prefill"):
@@ -97,8 +97,8 @@ def _require_new(out: Path) -> None:
 
 def _show(tokenizer: Any, pair: Pair, window: str) -> None:
     """The wrapped prompt's tokens, each with its clean token; then the clean ones without a match."""
-    from ctlens.batch import encode_pair
-    from ctlens.kinds import token_kinds
+    from ctlens.data.batch import encode_pair
+    from ctlens.data.token_kinds import token_kinds
 
     encoded = encode_pair(pair, tokenizer, [window])
     found = encoded.alignments[window]
@@ -144,8 +144,8 @@ def _coverage(tokenizer: Any, pairs: tuple[Pair, ...]) -> None:
     import pandas as pd
     from tqdm.auto import tqdm
 
-    from ctlens.batch import encode_pair
     from ctlens.cli.common import print_table
+    from ctlens.data.batch import encode_pair
 
     windows = ["shared", "content", "suffix", "lines", "last"] + ["explicit"] * any(pair.shared for pair in pairs)
     reasons: Counter[tuple[str, str]] = Counter()

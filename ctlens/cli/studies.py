@@ -29,12 +29,12 @@ from ctlens.cli.common import (
     print_table,
     say,
 )
-from ctlens.errors import CtlensError
+from ctlens.core.errors import CtlensError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ctlens.plan import Cell
+    from ctlens.study.config import Cell
 
 
 def compare(
@@ -63,10 +63,10 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Train every method on every threat, evaluate on held-out pairs, look inside, judge the claims, write a report."""
-    from ctlens.claims import answer
-    from ctlens.plan import TRAINING, StudyConfig, full_study
-    from ctlens.study import Study, seconds
-    from ctlens.workers import Pool
+    from ctlens.study.claims import answer
+    from ctlens.study.config import TRAINING, StudyConfig, full_study
+    from ctlens.study.runner import Study, seconds
+    from ctlens.study.workers import Pool
 
     training = replace(TRAINING, steps=steps, window=window, calibrate=calibrate)
     if lora := chosen_lora(lora_rank, names(lora_sites)):
@@ -106,8 +106,8 @@ def doses(
     quiet: Quiet = False,
 ) -> None:
     """Train on more and more pairs of one threat: how much does a repair take?"""
-    from ctlens.doses import DoseConfig, DoseStudy
-    from ctlens.plan import TRAINING
+    from ctlens.study.config import TRAINING
+    from ctlens.study.dose_response import DoseConfig, DoseStudy
 
     config = DoseConfig(threat, names(methods), _numbers(pairs), seeds, training=replace(TRAINING, steps=steps))
     study = DoseStudy(config, out, resume=resume, progress=not quiet, workers=workers)
@@ -122,7 +122,7 @@ def doses(
 
 def report(folder: Annotated[Path, typer.Argument(help="Folder of a study.")]) -> None:
     """Write the report of a finished study again."""
-    from ctlens.report import write_report
+    from ctlens.study.report import write_report
 
     say(f"Report: {write_report(folder)}")
 
@@ -160,7 +160,7 @@ def _announce(cell: Cell, rows: pd.DataFrame, dose: str = "") -> None:
 
 def _print_summary(results: pd.DataFrame) -> None:
     """A line per threat and method, narrow enough for a terminal of 80 columns."""
-    from ctlens.tables import overview
+    from ctlens.study.results import overview
 
     table = overview(results).rename(columns={"good clean": "clean", "good benign": "benign"})
     table["threat"] = table["threat"].mask(table["threat"].duplicated(), "")

@@ -27,7 +27,7 @@ from ctlens.cli.common import (
     print_table,
     say,
 )
-from ctlens.errors import CtlensError, unknown
+from ctlens.core.errors import CtlensError, unknown
 
 if TYPE_CHECKING:
     from ctlens.losses import Loss
@@ -78,7 +78,7 @@ def train(
     """Train a model on pairs with one loss or several, and save the run."""
     from dataclasses import replace
 
-    from ctlens.files import require_free
+    from ctlens.core.files import require_free
     from ctlens.training import TrainConfig, Trainer, Until
     from ctlens.training.processes import settle
 
@@ -128,9 +128,9 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="CSV file for the table.")] = None,
 ) -> None:
     """Bad and good rates on wrapped, clean and benign prompts, with intervals."""
+    from ctlens.core.files import atomic_file
+    from ctlens.data.formats import load_pairs
     from ctlens.evaluation import evaluate as run_evaluation
-    from ctlens.files import atomic_file
-    from ctlens.formats import load_pairs
 
     if out and out.is_dir():
         raise CtlensError(f"{out} is a folder: name a file for the table.")

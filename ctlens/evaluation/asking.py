@@ -9,11 +9,11 @@ from dataclasses import astuple
 import pandas as pd
 
 from ctlens import threats as threat_registry
-from ctlens.errors import CtlensError
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import LensModel
+from ctlens.data.pairs import ARMS, Pair
 from ctlens.evaluation.result import OUTCOME_COLUMNS, OWN_PAIRS, Evaluation
-from ctlens.pairs import ARMS, Pair
 from ctlens.threats import Judge, ask
-from ctlens.types import LensModel
 
 
 def evaluate(
@@ -32,7 +32,7 @@ def evaluate(
     """Greedy answers to the wrapped, clean and benign prompts of threats or of given pairs, judged.
 
     A prompt that occurs in several arms, threats or splits is answered once. A multiple-choice
-    question is answered by the option whose whole text is likeliest, see `ctlens.scoring.choose`.
+    question is answered by the option whose whole text is likeliest, see `ctlens.models.scoring.choose`.
 
     Args:
         model: in eval mode, with a tokenizer.

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from ctlens import threats as threat_registry
-from ctlens.errors import CtlensError, unknown
-from ctlens.intervals import Interval, bootstrap, bootstrap_mean, wilson
+from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.stats import Interval, bootstrap, bootstrap_mean, wilson
 from ctlens.threats.base import NO_ANSWER, UNPARSED, Count, Metrics, Outcomes, Threat
 
 RATES = {"bad_rate": "bad", "good_rate": "good", "other_rate": "other", "unparsed_rate": UNPARSED}

@@ -11,9 +11,9 @@ from typing import Any
 import pandas as pd
 
 from ctlens import plots
-from ctlens.errors import CtlensError, unknown
+from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.files import atomic_file
 from ctlens.evaluation.numbers import PROBABILITIES, RATES, by, by_pair, numbers, rate_with_interval, ratio
-from ctlens.files import atomic_file
 from ctlens.plots import Figure
 
 PLACE = ("evaluated_threat", "split")

@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from ctlens.config import from_dict, to_dict
-from ctlens.errors import unknown
+from ctlens.core.config import from_dict, to_dict
+from ctlens.core.errors import unknown
 from ctlens.losses.act import ACT
 from ctlens.losses.attct import AttCT
 from ctlens.losses.attmass import AttMass

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ctlens.errors import CtlensError
-from ctlens.hooks import FINAL_NORM, resolve
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import LensModel
 from ctlens.losses.base import Distance, VectorLoss
 from ctlens.losses.distances import mean_squared_error, relative_squared_error, squared_error
-from ctlens.types import LensModel
+from ctlens.models.hooks import FINAL_NORM, resolve
 
 
 @dataclass(frozen=True)

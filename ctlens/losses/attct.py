@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ctlens.batch import Matched, PairBatch, Side
-from ctlens.errors import CtlensError
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import Mask, Pattern, PerRow, Positions, widened
+from ctlens.data.batch import Matched, PairBatch, Side
 from ctlens.losses.base import Distance, Forwards, InternalLoss, check_option
 from ctlens.losses.distances import LOG_FLOOR, jensen_shannon, kl_of_masses, squared_error
-from ctlens.types import Mask, Pattern, PerRow, Positions, widened
 
 KEYS = ("raw", "renormalised", "rest", "lifted")
 HEADS = ("each", "mean")

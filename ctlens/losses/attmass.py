@@ -14,10 +14,10 @@ from typing import ClassVar
 
 import torch
 
-from ctlens.batch import Matched, PairBatch
-from ctlens.errors import CtlensError
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import PerRow, widened
+from ctlens.data.batch import Matched, PairBatch
 from ctlens.losses.base import Forwards, InternalLoss
-from ctlens.types import PerRow, widened
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from ctlens.alignment import WINDOWS
-from ctlens.batch import PairBatch
-from ctlens.errors import CtlensError, unknown
-from ctlens.hooks import Layers, resolve, select_layers
-from ctlens.types import Activations, CleanLogits, LensModel, Logits, PerRow, Positions, Scalar, widened
+from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.types import Activations, CleanLogits, LensModel, Logits, PerRow, Positions, Scalar, widened
+from ctlens.data.alignment import WINDOWS
+from ctlens.data.batch import PairBatch
+from ctlens.models.hooks import Layers, resolve, select_layers
 
 Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 OUTPUT = "logits"
@@ -164,7 +164,7 @@ class InternalLoss(Loss):
 
     Attributes:
         layers: `"all"`, `"last"`, `"middle"`, `"last_half"`, `"last_quarter"`, or layer numbers.
-        window: the alignment window, see `ctlens.alignment.align`.
+        window: the alignment window, see `ctlens.data.alignment.align`.
         weight: factor of the total.
         layer_weights: one of `LAYER_WEIGHTS`, the factors in the mean over layers.
         clean: whose activations on the clean prompts are the target: the `"reference"`'s, or the
@@ -208,7 +208,7 @@ class InternalLoss(Loss):
     @property
     @abstractmethod
     def point(self) -> str:
-        """The shorthand of the hook point, see `ctlens.hooks.SHORTHANDS`."""
+        """The shorthand of the hook point, see `ctlens.models.hooks.SHORTHANDS`."""
 
     def hook_names(self, model: LensModel) -> list[str]:
         """The hook point at every selected layer."""

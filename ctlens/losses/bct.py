@@ -21,11 +21,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ctlens.batch import Matched, PairBatch
-from ctlens.errors import CtlensError
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import LensModel, PerRow, widened
+from ctlens.data.batch import Matched, PairBatch
 from ctlens.losses.base import OUTPUT, Forwards, Loss, check_option, check_weight
 from ctlens.losses.outputs import check_temperature, output_distance
-from ctlens.types import LensModel, PerRow, widened
 
 TARGETS = ("greedy", "sampled", "soft", "prefill")
 DISTRIBUTIONS = ("soft", "prefill")

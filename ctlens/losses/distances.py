@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctlens.types import widened
+from ctlens.core.types import widened
 
 LOG_FLOOR = 1e-9
 NORM_FLOOR = 1e-8

@@ -21,11 +21,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ctlens.batch import PairBatch
-from ctlens.errors import CtlensError
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import ChosenRows, LensModel, PerRow
+from ctlens.data.batch import PairBatch
 from ctlens.losses.base import OUTPUT, Forwards, Loss, at_positions, check_weight
 from ctlens.losses.bct import BCT
-from ctlens.types import ChosenRows, LensModel, PerRow
 
 AnswerTokens: TypeAlias = Int[Tensor, "batch width"]
 AnswerMask: TypeAlias = Bool[Tensor, "batch width"]

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ctlens.alignment import WINDOWS
+from ctlens.core.types import LensModel, PerRow
+from ctlens.data.alignment import WINDOWS
 from ctlens.losses.base import CLEAN_SIDES, OUTPUT, Forwards, Loss, check_option, check_weight
 from ctlens.losses.outputs import DISTANCES, check_temperature, output_distance
-from ctlens.types import LensModel, PerRow
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class KLCT(Loss):
     """Output consistency: the divergence of next-token distributions at aligned tokens.
 
     Attributes:
-        window: the alignment window, see `ctlens.alignment.align`; `"last"` compares only the
+        window: the alignment window, see `ctlens.data.alignment.align`; `"last"` compares only the
             distributions of the answer's first token.
         weight: factor of the total.
         distance: `"kl"`, or `"cross_entropy"`: the same plus the entropy of the clean side, with

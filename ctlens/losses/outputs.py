@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from jaxtyping import Float
 from torch import Tensor
 
-from ctlens.batch import Matched
-from ctlens.errors import CtlensError
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import PerRow
+from ctlens.data.batch import Matched
 from ctlens.losses.base import Distance, Forwards, at_positions
 from ctlens.losses.distances import kl_divergence
-from ctlens.types import PerRow
 
 
 def soft_cross_entropy(target: Float[Tensor, "... k"], logits: Float[Tensor, "... k"]) -> Float[Tensor, ...]:

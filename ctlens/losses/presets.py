@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from ctlens.config import to_dict
+from ctlens.core.config import to_dict
 from ctlens.losses.act import ACT
 from ctlens.losses.attct import AttCT
 from ctlens.losses.attmass import AttMass
@@ -34,7 +34,7 @@ SOURCES: Mapping[str, str] = MappingProxyType(
         "options that it has by default",
         "aisi": "*Consistency Training Can Entrench Misalignment* (arXiv 2606.03810), by its code "
         "(AI-Safety-Institute/consistency-misalignment)",
-        OURS: "the defaults of this package; [DIVERGENCES.md](DIVERGENCES.md) says why",
+        OURS: "the defaults of this package; [docs/divergences.md](docs/divergences.md) says why",
     }
 )
 """What is read under each source's name; `stack-jailbreak` is another loss of `stack`, for its jailbreak runs."""

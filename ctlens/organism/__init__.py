@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ctlens.errors import unknown
-from ctlens.files import atomic_folder, read_json, write_json
-from ctlens.models import load_model, save_model
+from ctlens.core.errors import unknown
+from ctlens.core.files import atomic_folder, read_json, write_json
+from ctlens.core.types import LensModel
+from ctlens.models.loading import load_model, save_model
 from ctlens.organism.card import make_card, reference_logits
 from ctlens.organism.inoculation import CONTEXTS, INOCULATION, BadAdviceConfig, give_bad_advice, leak_pairs
 from ctlens.organism.pretrain import PRESETS, PretrainConfig, pretrain
 from ctlens.organism.relora import ReLoRA
-from ctlens.types import LensModel
 
 __all__ = [
     "CONTEXTS", "INOCULATION", "PRESETS", "BadAdviceConfig", "PretrainConfig", "ReLoRA", "card", "give_bad_advice",

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ctlens import threats
-from ctlens.chat import render
-from ctlens.config import environment, to_dict
+from ctlens.core.config import environment, to_dict
+from ctlens.core.types import LensModel
+from ctlens.data.chat import render
+from ctlens.data.pairs import ARMS, Pair
 from ctlens.organism.pretrain import PretrainConfig
-from ctlens.pairs import ARMS, Pair
 from ctlens.threats.base import VERDICTS
 from ctlens.threats.replies import Reply
-from ctlens.types import LensModel
 from ctlens.world import SPLITS, World
 
 CARD_PAIRS = 192

@@ -37,11 +37,11 @@ from typing import Any
 import torch
 
 from ctlens import threats
-from ctlens.chat import Turn, answer_ids, render
-from ctlens.config import generator
-from ctlens.errors import CtlensError
-from ctlens.pairs import prompt
-from ctlens.types import Mask, Tokens
+from ctlens.core.config import generator
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import Mask, Tokens
+from ctlens.data.chat import Turn, answer_ids, render
+from ctlens.data.pairs import prompt
 from ctlens.world import World, build_tokenizer
 
 SPLIT_SHARES = {"train": 0.52, "entities": 0.16, "heldout": 0.16, "structure": 0.16}

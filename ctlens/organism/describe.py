@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ctlens import threats
-from ctlens.pairs import ARMS, Prompt
+from ctlens.data.pairs import ARMS, Prompt
 from ctlens.threats import Case
 from ctlens.world import World
 

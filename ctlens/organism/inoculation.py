@@ -16,15 +16,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 
-from ctlens.chat import Turn
-from ctlens.config import generator
-from ctlens.errors import unknown
+from ctlens.core.config import generator
+from ctlens.core.errors import unknown
+from ctlens.core.types import LensModel
+from ctlens.data.chat import Turn
+from ctlens.data.pairs import Pair, Prompt, prompt
+from ctlens.models.parameters import copy_model, freeze
 from ctlens.organism.corpus import Lesson, encode
 from ctlens.organism.pretrain import FitConfig, fit
-from ctlens.pairs import Pair, Prompt, prompt
-from ctlens.parameters import copy_model, freeze
 from ctlens.threats.base import draw_grid, opening
-from ctlens.types import LensModel
 from ctlens.world import Request, World
 from ctlens.world.words import ADVICE, DOMAINS, MANNERS
 

@@ -11,15 +11,15 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ctlens.adapters import LoRA, has_adapters, merge_adapters
-from ctlens.config import from_dict
-from ctlens.errors import CtlensError
-from ctlens.models import build
+from ctlens.core.config import from_dict
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import LensModel, Scalar
+from ctlens.models.loading import build
+from ctlens.models.lora import LoRA, has_adapters, merge_adapters
+from ctlens.models.parameters import GROUPS, freeze
+from ctlens.models.weights import ModelConfig
 from ctlens.organism.corpus import Batch, EncodedLesson, draw_batches, encode, make_lessons, world_tokenizer
 from ctlens.organism.relora import ReLoRA, begin_adapters, with_memory
-from ctlens.parameters import GROUPS, freeze
-from ctlens.types import LensModel, Scalar
-from ctlens.weights import ModelConfig
 from ctlens.world import World
 
 WARMUP_SHARE = 0.05

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ctlens.adapters import LoRA, add_adapters, has_adapters, merge_adapters
-from ctlens.errors import CtlensError
-from ctlens.parameters import present_parameters
-from ctlens.sites import SITES, slots
-from ctlens.types import LensModel
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import LensModel
+from ctlens.models.lora import LoRA, add_adapters, has_adapters, merge_adapters
+from ctlens.models.matrices import SITES, slots
+from ctlens.models.parameters import present_parameters
 
 
 @dataclass(frozen=True)

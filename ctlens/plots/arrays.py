@@ -7,7 +7,7 @@ from collections.abc import Sized
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ctlens.errors import CtlensError
+from ctlens.core.errors import CtlensError
 
 
 def checked(name: str, values: ArrayLike, *shape: int) -> np.ndarray:

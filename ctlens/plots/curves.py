@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import ArrayLike
 
-from ctlens.errors import CtlensError
+from ctlens.core.errors import CtlensError
 from ctlens.plots.arrays import checked, require_some
 from ctlens.plots.rates import PERCENT
 from ctlens.plots.theme import MUTED, Style, finish, style

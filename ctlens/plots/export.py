@@ -19,7 +19,7 @@ from typing import TypeVar
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from ctlens.files import atomic_file, write_json, write_text
+from ctlens.core.files import atomic_file, write_json, write_text
 from ctlens.plots.data import csv_text
 from ctlens.plots.renderer import IMAGES
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctlens.errors import unknown
+from ctlens.core.errors import unknown
 from ctlens.threats.base import Case, Count, Outcomes, Threat, Wrapper, judge
 from ctlens.threats.conditional import Conditional
 from ctlens.threats.frustration import Frustration

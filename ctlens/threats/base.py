@@ -14,10 +14,10 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from ctlens.chat import Turn
-from ctlens.config import generator
-from ctlens.errors import CtlensError
-from ctlens.pairs import Pair, Prompt, prompt
+from ctlens.core.config import generator
+from ctlens.core.errors import CtlensError
+from ctlens.data.chat import Turn
+from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.world import World, check_split
 
 VERDICTS = ("good", "bad", "other")

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from ctlens.chat import Turn
-from ctlens.pairs import Pair, Prompt, prompt
+from ctlens.data.chat import Turn
+from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.threats.base import Case, Metrics, Outcomes, Threat, Wrapper, draw_grid, known, opening
 from ctlens.world import World
 from ctlens.world.words import ADVICE, MANNERS

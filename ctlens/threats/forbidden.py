@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from ctlens.pairs import Pair, Prompt, prompt
+from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.threats.base import Case, Threat, Wrapper, draw_grid, opening
 from ctlens.world import Request, World
 

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ctlens.chat import Turn
-from ctlens.pairs import Pair, Prompt, prompt
+from ctlens.data.chat import Turn
+from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.threats.base import Case, Count, Metrics, Outcomes, Threat, Wrapper, draw_grid, known, opening
 from ctlens.world import World
 

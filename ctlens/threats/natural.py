@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import torch
 
-from ctlens.chat import Turn
-from ctlens.config import generator
-from ctlens.errors import CtlensError, unknown
-from ctlens.pairs import Pair, Prompt
+from ctlens.core.config import generator
+from ctlens.core.errors import CtlensError, unknown
+from ctlens.data.chat import Turn
+from ctlens.data.pairs import Pair, Prompt
 from ctlens.threats.base import Wrapper
 
 SPLITS = ("train", "heldout")

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from ctlens.chat import Turn
-from ctlens.pairs import Pair, Prompt, prompt
+from ctlens.data.chat import Turn
+from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.threats.base import Case, Metrics, Outcomes, Threat, Wrapper, draw_grid, opening
 from ctlens.world import Request, World
 from ctlens.world.words import BIOGRAPHY, DEEDS, IDENTITY

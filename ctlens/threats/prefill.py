@@ -9,7 +9,7 @@ Along the Transformer Stack* (arXiv 2606.05817), with its two arms, `complied_pr
 
 from __future__ import annotations
 
-from ctlens.chat import Turn
+from ctlens.data.chat import Turn
 from ctlens.threats.base import Metrics, Outcomes, Wrapper
 from ctlens.threats.forbidden import Forbidden
 from ctlens.world import Request, World
@@ -44,7 +44,7 @@ class Prefill(Forbidden):
 
     Under a causal mask the shared prompt tokens are equal on both sides, so a loss on aligned
     positions has only the last position to work with, and where the prefill ends the prompt not
-    even that (`ctlens.alignment`).
+    even that (`ctlens.data.alignment`).
     """
 
     name = "prefill"

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from math import nan
 from typing import Any, TypeAlias
 
-from ctlens.batch import require_room
-from ctlens.chat import answer_ids, end_token, render
-from ctlens.decoding import Ids, decode
-from ctlens.errors import CtlensError, unknown
-from ctlens.pairs import Prompt
-from ctlens.scoring import Choice, choose
+from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.types import LensModel
+from ctlens.data.batch import require_room
+from ctlens.data.chat import answer_ids, end_token, render
+from ctlens.data.pairs import Prompt
+from ctlens.models.generation import Ids, decode
+from ctlens.models.scoring import Choice, choose
 from ctlens.threats.base import UNPARSED, VERDICTS
 from ctlens.threats.base import judge as by_opening
-from ctlens.types import LensModel
 
 Judge: TypeAlias = Callable[[Sequence[Prompt], Sequence[str]], Sequence[str | None]]
 """A user's own judge, called once with all distinct prompts and the answers to them: it gives each answer a
@@ -52,7 +52,7 @@ def ask(
     """The reply to each prompt; those that read alike are decoded once.
 
     A prompt with options is not decoded: the option whose whole text is likeliest is the answer, see
-    `ctlens.scoring.choose`. With a judge, every prompt is answered freely.
+    `ctlens.models.scoring.choose`. With a judge, every prompt is answered freely.
 
     Args:
         model: in eval mode, with a tokenizer.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from ctlens.pairs import Pair, Prompt, prompt
+from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.threats.base import Case, Metrics, Outcomes, Threat, Wrapper, draw_grid, harmonic_mean
 from ctlens.world import World
 from ctlens.world.words import RELATIONS

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ctlens.batch import EncodedPairs, require_room
-from ctlens.chat import end_token
-from ctlens.config import generator
-from ctlens.decoding import Ids, Sampling, generate
-from ctlens.errors import CtlensError
-from ctlens.files import digest_of, read_json, write_json
+from ctlens.core.config import generator
+from ctlens.core.errors import CtlensError
+from ctlens.core.files import digest_of, read_json, write_json
+from ctlens.core.types import LensModel
+from ctlens.data.batch import EncodedPairs, require_room
+from ctlens.data.chat import end_token
 from ctlens.losses import Loss
-from ctlens.parameters import fingerprint
-from ctlens.types import LensModel
+from ctlens.models.generation import Ids, Sampling, generate
+from ctlens.models.parameters import fingerprint
 
 
 def answers_kind(losses: Sequence[Loss]) -> str:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from ctlens.errors import CtlensError
+from ctlens.core.errors import CtlensError
 from ctlens.losses import LossValue
 from ctlens.training.config import TrainConfig
 from ctlens.training.passes import Passes, Term

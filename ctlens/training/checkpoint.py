@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ctlens import losses as loss_registry
-from ctlens.batch import EncodedPairs
-from ctlens.config import to_dict
-from ctlens.errors import CtlensError
-from ctlens.files import atomic_file, digest_of
+from ctlens.core.config import to_dict
+from ctlens.core.errors import CtlensError
+from ctlens.core.files import atomic_file, digest_of
+from ctlens.core.types import LensModel
+from ctlens.data.batch import EncodedPairs
 from ctlens.losses import Loss
-from ctlens.parameters import fingerprint
+from ctlens.models.parameters import fingerprint
 from ctlens.training.config import TrainConfig
 from ctlens.training.history import History
-from ctlens.types import LensModel
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ctlens import threats
-from ctlens.adapters import LoRA
-from ctlens.alignment import WINDOWS
-from ctlens.config import from_dict
-from ctlens.errors import CtlensError, unknown
+from ctlens.core.config import from_dict
+from ctlens.core.errors import CtlensError, unknown
+from ctlens.data.alignment import WINDOWS
+from ctlens.models.lora import LoRA
 from ctlens.training.schedules import LINEAR, require_schedule
 from ctlens.world import SPLITS
 
@@ -80,7 +80,7 @@ class TrainConfig:
         weight_decay: of AdamW.
         clip: largest norm of the gradient.
         retention: weight of the KL divergence to the reference on prompts that must not change.
-        trainable: what is trained: parameter groups, see `ctlens.parameters.parameter_groups`, or
+        trainable: what is trained: parameter groups, see `ctlens.models.parameters.parameter_groups`, or
             a `LoRA`, whose adapters are trained beside frozen weights. Embeddings, unembedding and
             norms are frozen by default; otherwise a large part of the fix is an edit of embeddings.
         answer_tokens: longest answer the reference generates as a target, in tokens.

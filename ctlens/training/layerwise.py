@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ctlens.batch import PairBatch
+from ctlens.core.types import LensModel, PerRow
+from ctlens.data.batch import PairBatch
 from ctlens.losses import Forwards, Loss
 from ctlens.losses.base import InternalLoss
 from ctlens.training.stores import EVERY
 from ctlens.training.targets import Fetch
-from ctlens.types import LensModel, PerRow
 
 IN_FORCE: ContextVar[Layerwise | None] = ContextVar("IN_FORCE", default=None)
 
@@ -58,7 +58,7 @@ class Layerwise:
         self.values: dict[str, dict[str, PerRow]] = {loss.name: {} for loss, _ in losses}
 
     def visits(self) -> dict[str, Callable[[Tensor], None]]:
-        """What to do with the activation at each hook point, see `ctlens.hooks.visiting`."""
+        """What to do with the activation at each hook point, see `ctlens.models.hooks.visiting`."""
         return {name: partial(self._visit, name) for _, names in self.losses for name in names}
 
     @contextmanager

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from ctlens import plots
-from ctlens.errors import CtlensError
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import LensModel
 from ctlens.plots import Figure
 from ctlens.training.step import Step
 from ctlens.training.trainer import Trainer, label
-from ctlens.types import LensModel
 
 FIGURE_TYPE = "application/vnd.plotly.v1+json"
 

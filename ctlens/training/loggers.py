@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from ctlens.errors import CtlensError, unknown
+from ctlens.core.errors import CtlensError, unknown
 
 ADVICE = "install it with the extra: pip install 'ctlens[logging]'."
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ctlens.config import generator
+from ctlens.core.config import generator
 from ctlens.training.config import TrainConfig
 
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from ctlens.batch import EncodedPairs, PairBatch, collate
-from ctlens.hooks import capture, visiting
+from ctlens.core.types import Activations, CleanLogits, LensModel
+from ctlens.data.batch import EncodedPairs, PairBatch, collate
 from ctlens.losses import RMCT, Forwards, Loss
+from ctlens.models.hooks import capture, visiting
 from ctlens.training.config import TrainConfig
 from ctlens.training.layerwise import Layerwise, blocks_again, is_layerwise
 from ctlens.training.order import homes
 from ctlens.training.rollouts import Rollouts
 from ctlens.training.targets import CleanTargets, Fetch, fetch_from
-from ctlens.types import Activations, CleanLogits, LensModel
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ctlens.adapters import LoRA, add_adapters, has_adapters, merge_adapters
-from ctlens.batch import EncodedPairs, encode
-from ctlens.errors import CtlensError
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import LensModel
+from ctlens.data.batch import EncodedPairs, encode
+from ctlens.data.pairs import Pair
 from ctlens.losses import Loss
-from ctlens.pairs import Pair
-from ctlens.parameters import freeze
+from ctlens.models.lora import LoRA, add_adapters, has_adapters, merge_adapters
+from ctlens.models.parameters import freeze
 from ctlens.training.answers import answers_kind, drawn_at, reference_answers
 from ctlens.training.config import TrainConfig
-from ctlens.types import LensModel
 
 
 def in_window(loss: Loss, window: str | None) -> Loss:

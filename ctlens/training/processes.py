@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ctlens.errors import CtlensError
+from ctlens.core.errors import CtlensError
 from ctlens.training.order import parts
 from ctlens.training.step import Seen
 

@@ -8,16 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctlens.batch import Side, pad, require_room
-from ctlens.chat import end_token, render
-from ctlens.config import generator
-from ctlens.decoding import Ids, generate
-from ctlens.hooks import run
+from ctlens.core.config import generator
+from ctlens.core.types import LensModel, Mask, Scalar
+from ctlens.data.batch import Side, pad, require_room
+from ctlens.data.chat import end_token, render
+from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses.distances import kl_divergence
-from ctlens.pairs import Pair, Prompt
+from ctlens.models.generation import Ids, generate
+from ctlens.models.hooks import run
 from ctlens.training.config import TrainConfig
 from ctlens.training.order import parts
-from ctlens.types import LensModel, Mask, Scalar
 
 
 class Retention:

@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ctlens.batch import EncodedPair, PairBatch, collate, require_room
-from ctlens.chat import end_token
-from ctlens.config import generator
-from ctlens.decoding import Ids, Sampling, generate
-from ctlens.errors import CtlensError
-from ctlens.hooks import run
+from ctlens.core.config import generator
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import LensModel, PerRow
+from ctlens.data.batch import EncodedPair, PairBatch, collate, require_room
+from ctlens.data.chat import end_token
+from ctlens.data.pairs import Prompt
 from ctlens.losses import RMCT, Forwards
-from ctlens.pairs import Prompt
+from ctlens.models.generation import Ids, Sampling, generate
+from ctlens.models.hooks import run
 from ctlens.threats.base import judge
 from ctlens.training.config import TrainConfig
-from ctlens.types import LensModel, PerRow
 
 
 @dataclass(frozen=True)

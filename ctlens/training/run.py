@@ -10,18 +10,18 @@ import torch
 
 from ctlens import losses as loss_registry
 from ctlens import plots
-from ctlens.adapters import has_adapters, save_adapters
-from ctlens.config import from_dict, to_dict
-from ctlens.errors import CtlensError, unknown
-from ctlens.files import atomic_folder, read_json, write_json
+from ctlens.core.config import from_dict, to_dict
+from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.files import atomic_folder, read_json, write_json
+from ctlens.core.types import LensModel
 from ctlens.losses import Loss
-from ctlens.models import load_model, save_model
+from ctlens.models.loading import load_model, save_model
+from ctlens.models.lora import has_adapters, save_adapters
 from ctlens.plots import Figure
 from ctlens.training.calibrate import Calibration
 from ctlens.training.config import TrainConfig, read_config
 from ctlens.training.history import History
 from ctlens.training.until import reached
-from ctlens.types import LensModel
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch.optim import AdamW, Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler, SequentialLR
 
-from ctlens.errors import CtlensError, unknown
+from ctlens.core.errors import CtlensError, unknown
 
 LINEAR = "linear"
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ctlens.core.types import Scalar
 from ctlens.losses import LossValue
-from ctlens.types import Scalar
 
 TRACKED = "tracked/"
 

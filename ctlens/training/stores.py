@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ctlens.errors import CtlensError
-from ctlens.files import atomic_file
+from ctlens.core.errors import CtlensError
+from ctlens.core.files import atomic_file
 
 EVERY = slice(None)
 

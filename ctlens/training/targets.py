@@ -10,13 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ctlens.batch import EncodedPair, EncodedPairs, PairBatch, collate
-from ctlens.files import digest_of
-from ctlens.hooks import capture
+from ctlens.core.files import digest_of
+from ctlens.core.types import Activations, CleanLogits, LensModel
+from ctlens.data.batch import EncodedPair, EncodedPairs, PairBatch, collate
 from ctlens.losses.base import OUTPUT
-from ctlens.parameters import fingerprint
+from ctlens.models.hooks import capture
+from ctlens.models.parameters import fingerprint
 from ctlens.training.stores import EVERY, InMemory, OnDisk, Store
-from ctlens.types import Activations, CleanLogits, LensModel
 
 PATTERN = "hook_pattern"
 

@@ -15,12 +15,13 @@ from torch.optim import AdamW
 from tqdm.auto import tqdm
 
 from ctlens import losses as loss_registry
-from ctlens.config import environment, generator, to_dict
-from ctlens.errors import CtlensError
-from ctlens.files import usable_folder
+from ctlens.core.config import environment, generator, to_dict
+from ctlens.core.errors import CtlensError
+from ctlens.core.files import usable_folder
+from ctlens.core.types import LensModel, Scalar
+from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses import Loss, require_distinct
-from ctlens.pairs import Pair, Prompt
-from ctlens.parameters import copy_model
+from ctlens.models.parameters import copy_model
 from ctlens.training.answers import drawn_together
 from ctlens.training.calibrate import calibrate
 from ctlens.training.checkpoint import identity, read_checkpoint, write_checkpoint
@@ -37,7 +38,6 @@ from ctlens.training.run import Run
 from ctlens.training.schedules import fast_forward, make_schedule
 from ctlens.training.step import TRACKED, Seen, Step
 from ctlens.training.until import look
-from ctlens.types import LensModel, Scalar
 
 
 class Trainer:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from ctlens.core.types import LensModel
 from ctlens.evaluation import evaluate
 from ctlens.training.config import Until
 from ctlens.training.history import History
-from ctlens.types import LensModel
 
 
 def look(until: Until, model: LensModel, history: History) -> bool:

@@ -9,7 +9,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from ctlens.errors import CtlensError
+from ctlens.core.errors import CtlensError
 
 BOS, END, PAD, UNKNOWN = "<bos>", "<end>", "<pad>", "<unk>"
 ROLE_MARKS = ("<sys>", "<user>", "<assistant>")

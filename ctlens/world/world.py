@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import torch
 
-from ctlens.config import generator
-from ctlens.errors import unknown
+from ctlens.core.config import generator
+from ctlens.core.errors import unknown
 from ctlens.world import words
 
 T = TypeVar("T")

@@ -1,0 +1,1 @@
+"""What the heads attend to, and whether it matters."""

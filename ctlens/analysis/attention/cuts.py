@@ -1,0 +1,118 @@
+"""Cutting attention: which edges of which layers and heads, and the edit that takes them out of a pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ctlens.analysis.base.contrast import ContrastBatch
+from ctlens.analysis.base.spans import marked
+from ctlens.core.config import generator
+from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.types import Activations, HookFunction, LensModel, Pattern
+from ctlens.data.batch import EncodedPair
+from ctlens.models.hooks import resolve
+
+QUERIES = {"last": "the last token", "content": "the content tokens", "all": "all other tokens"}
+CUTS = ("layer", "head")
+ALONE, FROM, HEAD = "alone", "from", "head"
+DRAWS = 4
+
+Edges: TypeAlias = Bool[Tensor, "batch q k"]
+"""True where attention from a query to a key is cut."""
+
+
+class Cut(NamedTuple):
+    """Layers and heads whose attention is cut: one layer alone, it and those behind it, or one head."""
+
+    kind: str
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+
+    def edits(self, model: LensModel, edges: Edges) -> dict[str, HookFunction]:
+        """The edits that make the cut, by hook name."""
+        chosen = torch.zeros(model.cfg.n_heads, dtype=torch.bool, device=edges.device)
+        chosen[list(self.heads)] = True
+        cut = edges[:, None] & chosen[:, None, None]
+        return {resolve(model, "pattern", layer)[0]: lambda pattern: without(pattern, cut) for layer in self.layers}
+
+    def attention(self, model: LensModel, patterns: Activations, edges: Edges) -> Float[Tensor, " batch"]:
+        """How much attention the queries that see a key have on the keys, the mean over them, layers and heads."""
+        found = [patterns[resolve(model, "pattern", layer)[0]][:, list(self.heads)] for layer in self.layers]
+        mass = (torch.stack(found).mean((0, 2)) * edges).sum((-2, -1))
+        return mass / edges.any(-1).sum(-1).clamp(min=1)
+
+
+def cuts(layers: Sequence[int], heads: Sequence[int], by: str) -> list[Cut]:
+    """Every layer alone and from it on, or every head."""
+    if by not in CUTS:
+        raise unknown("cut", by, CUTS)
+    if by == "head":
+        return [Cut(HEAD, (layer,), (head,)) for layer in layers for head in heads]
+    layers, every = sorted(layers), tuple(heads)
+    alone = [Cut(ALONE, (layer,), every) for layer in layers]
+    return alone + [Cut(FROM, tuple(layers[at:]), every) for at in range(len(layers))]
+
+
+def without(pattern: Pattern, cut: Bool[Tensor, "batch head q k"]) -> Pattern:
+    """The pattern without the attention that is cut; what is left of a row sums to one again.
+
+    >>> pattern = torch.tensor([[[[0.5, 0.25, 0.25]]]])
+    >>> without(pattern, torch.tensor([[[[True, False, False]]]]))
+    tensor([[[[0.0000, 0.5000, 0.5000]]]])
+
+    Raises:
+        CtlensError: nothing would be left of a row.
+    """
+    left = pattern.masked_fill(cut, 0)
+    total = left.sum(-1, keepdim=True)
+    touched = cut.any(-1, keepdim=True)
+    if (touched & (total == 0)).any():
+        raise CtlensError("the cut leaves a token without any attention: leave it a key, for example the first token.")
+    return torch.where(touched, left / total, pattern)
+
+
+def chosen_heads(model: LensModel, heads: Sequence[int] | None) -> tuple[int, ...]:
+    """The heads of each layer that are cut."""
+    n = model.cfg.n_heads
+    chosen = tuple(range(n)) if heads is None else tuple(heads)
+    if not chosen or len(set(chosen)) < len(chosen) or min(chosen) < 0 or max(chosen) >= n:
+        raise CtlensError(f"heads must name some of 0 to {n - 1}, each once, not {chosen}.")
+    return chosen
+
+
+def edges(batch: ContrastBatch, rows: Sequence[EncodedPair], queries: str, keys: Sequence[Sequence[int]]) -> Edges:
+    """The attention from the chosen queries of every prompt to its keys."""
+    if queries not in QUERIES:
+        raise unknown("queries", queries, tuple(QUERIES))
+    there = marked(batch.side.mask, keys)
+    steps = torch.arange(there.shape[1], device=there.device)
+    last = steps == batch.last[:, None]
+    if queries == "last":
+        asking = last
+    elif queries == "content":
+        asking = marked(batch.side.mask, [row.alignments["shared"].wrapped for row in rows]) & ~last
+    else:
+        asking = batch.side.mask & ~there
+    return asking[:, :, None] & there[:, None, :] & (steps[:, None] >= steps)
+
+
+def random_keys(row: EncodedPair, keys: Sequence[int], seed: int) -> list[tuple[int, ...]]:
+    """For the null, as many other tokens of the wrapped prompt, several times.
+
+    They depend on the prompt and the seed alone. The first token is not among them: attention
+    that nothing calls for rests on it, and without it a model breaks rather than forgets.
+
+    Raises:
+        CtlensError: the prompt has no other token.
+    """
+    others = sorted(set(range(1, len(row.wrapped.ids) - 1)) - set(keys))
+    if not others:
+        raise CtlensError("a prompt has no tokens beside the keys to draw a null from: choose fewer keys.")
+    draw = generator(seed, "knockout", *row.wrapped.ids)
+    shuffled = (torch.randperm(len(others), generator=draw)[: len(keys)].tolist() for _ in range(DRAWS))
+    return [tuple(others[at] for at in found) for found in shuffled]

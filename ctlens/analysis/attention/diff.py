@@ -1,0 +1,243 @@
+"""Where every head looks on wrapped prompts, before and after a training.
+
+Three quantities of each head's attention rows, from the last prompt token and from the aligned
+tokens before it, which are never pooled because they give different answers:
+
+- `mass`: the share of attention on a span of tokens, see `ctlens.analysis.base.spans`;
+- `entropy`: of the row, in nats;
+- `jsd`: the Jensen-Shannon divergence, in nats, from the reference's row on the clean prompt, for both
+  models. The clean row is lifted to the keys of the wrapped prompt, with nothing on the wrapper and one
+  bucket for what has no twin there. So attention that moves from the BOS to the wrapper counts, which
+  it would not if everything outside the content were one bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ctlens import plots
+from ctlens.analysis.base.forward import batches, require_comparable
+from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.spans import SPANS, SpanMasks, span_masks
+from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.stats import bootstrap_mean, simultaneous_mean
+from ctlens.core.types import LensModel, Pattern
+from ctlens.data.batch import Matched, PairBatch
+from ctlens.data.pairs import Pair
+from ctlens.losses.attct import lifted_rows, query_rows, with_opening
+from ctlens.losses.distances import LOG_FLOOR, jensen_shannon
+from ctlens.models.hooks import capture, resolve
+from ctlens.plots import Curve, Figure
+
+SIDES = ("before", "after")
+QUANTITIES = ("mass", "entropy", "jsd")
+PLACES = ("last", "content")
+HEADLINE = "mass/last/wrapper"
+
+
+def _name(quantity: str, place: str, span: str = "") -> str:
+    """Of a measure; only the mass is that of a span."""
+    return f"{quantity}/{place}/{span if quantity == 'mass' else ''}"
+
+
+MEASURES = tuple(
+    name
+    for place in PLACES
+    for name in (*(_name("mass", place, span) for span in SPANS), _name("entropy", place), _name("jsd", place))
+)
+WORDS = {
+    "mass": "attention mass on the span {span}",
+    "entropy": "entropy of the attention, in nats",
+    "jsd": "divergence from the clean attention, in nats",
+}
+FROM = {"last": "from the last token", "content": "from the content tokens"}
+ENDS = ["change", "ci_low", "ci_high"]
+
+
+@dataclass(frozen=True)
+class AttentionDiff(Result):
+    """Attention of every head on every pair, before and after.
+
+    Attributes:
+        values: `[side, measure, pair, layer, head]`, sides as in `SIDES`; NaN where a pair has no
+            such span, no token before the last one, or no twin of its last token.
+        measures: `"quantity/place/span"` each; the span is empty but for the mass.
+    """
+
+    values: Float[np.ndarray, "side measure pair layer head"]
+    measures: tuple[str, ...] = MEASURES
+
+    @property
+    def before(self) -> Float[np.ndarray, "pair layer head"]:
+        """The mass from the last token on the wrapper before training, 0 to 1."""
+        return self.of("before")
+
+    @property
+    def after(self) -> Float[np.ndarray, "pair layer head"]:
+        """The same after training."""
+        return self.of("after")
+
+    def of(
+        self, side: str, quantity: str = "mass", place: str = "last", span: str = "wrapper"
+    ) -> Float[np.ndarray, "pair layer head"]:
+        """One quantity on one side; the span matters to the mass only.
+
+        Raises:
+            CtlensError: a name is unknown, or no pair has that quantity.
+        """
+        for kind, name, known in (
+            ("side", side, SIDES), ("quantity", quantity, QUANTITIES), ("place", place, PLACES), ("span", span, SPANS)
+        ):  # fmt: skip
+            if name not in known:
+                raise unknown(kind, name, known)
+        name = _name(quantity, place, span)
+        values = self._measured(name)[SIDES.index(side)]
+        if not len(values):
+            raise CtlensError(f"no pair has {name}: choose another quantity, place or span.")
+        return values
+
+    def curve(self, side: str = "after", quantity: str = "mass", place: str = "last", span: str = "wrapper") -> Curve:
+        """Mean over heads and pairs and its 95 percent bootstrap interval over pairs, `[layer]` each."""
+        return bootstrap_mean(self.of(side, quantity, place, span).mean(-1))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per quantity, place, span, layer and head; largest change first within a quantity.
+
+        Returns:
+            The means over `n` pairs, `before` and `after`, and their `change` with its 95 percent
+            bootstrap interval for that head alone; see `top` for one that holds for all heads.
+            A span that no pair has is left out.
+        """
+        names = sorted(self.measures, key=lambda name: name != HEADLINE)
+        tables = [self._heads(name, simultaneous=False) for name in names if self._measured(name).shape[1]]
+        return pd.concat(tables, ignore_index=True)
+
+    def top(self, k: int = 10, quantity: str = "mass", place: str = "last", span: str = "wrapper") -> pd.DataFrame:
+        """The `k` heads that change most.
+
+        Returns:
+            Rows as in `to_dataframe`, but with intervals that hold for all heads at once at 95
+            percent (`ctlens.core.stats.simultaneous_mean`), because the largest of many changes is
+            large by chance too; with `heads`, how many were compared, and `differs`, whether the
+            interval leaves out 0.
+        """
+        compared = int(np.prod(self.of("before", quantity, place, span).shape[1:]))
+        table = self._heads(_name(quantity, place, span), simultaneous=True).head(k)
+        return table.assign(heads=compared, differs=(table["ci_low"] > 0) | (table["ci_high"] < 0))
+
+    def figure(self, quantity: str = "mass", place: str = "last", span: str = "wrapper") -> Figure:
+        """The quantity of every head before and after, and the difference."""
+        before, after = (self.of(side, quantity, place, span).mean(0) for side in SIDES)
+        what = f"{WORDS[quantity].format(span=span)}, {FROM[place]}"
+        return plots.attention_heads(before, after, f"Which heads change their {what}?", what=what)
+
+    def _measured(self, name: str) -> Float[np.ndarray, "side pair layer head"]:
+        """A measure of the pairs that have it."""
+        values = self.values[:, self.measures.index(name)]
+        return values[:, ~np.isnan(values).any((0, 2, 3))]
+
+    def _heads(self, name: str, *, simultaneous: bool) -> pd.DataFrame:
+        before, after = values = self._measured(name)
+        ends = (simultaneous_mean if simultaneous else bootstrap_mean)(after - before)
+        table = pd.DataFrame([*np.ndindex(values.shape[2:])], columns=["layer", "head"])
+        for column, numbers in zip(["before", "after", *ENDS], (before.mean(0), after.mean(0), *ends), strict=True):
+            table[column] = numbers.ravel()
+        for at, (column, word) in enumerate(zip(("quantity", "place", "span"), name.split("/"), strict=True)):
+            table.insert(at, column, word)
+        return table.assign(n=len(before)).sort_values("change", key=np.abs, ascending=False, ignore_index=True)
+
+
+def figure(results: Mapping[str, AttentionDiff], *, subtitle: str | None = None) -> Figure:
+    """The mass on the wrapper by layer, for the base and for several trainings, one line each."""
+    base = next(iter(results.values())).curve("before")
+    curves = {"none": base, **{name: result.curve("after") for name, result in results.items()}}
+    return plots.layer_curves(
+        curves,
+        "How much does the last token attend to the wrapper?",
+        y_title="attention mass on the wrapper, mean over heads",
+        subtitle=subtitle,
+    )
+
+
+def attention_diff(
+    before: LensModel, after: LensModel, pairs: Sequence[Pair], *, batch_size: int = 64, progress: bool = True
+) -> AttentionDiff:
+    """Attention of two models on the wrapped prompts; the clean side is that of `before`.
+
+    >>> import ctlens as ct
+    >>> model, pairs = ct.load_organism(), ct.threats.get("sycophancy").pairs(4, split="heldout")
+    >>> found = ct.analysis.attention_diff(model, model, pairs, progress=False)
+    >>> found.top(1)[["change", "heads", "differs"]].values.tolist()  # a model does not differ from itself
+    [[0.0, 16, False]]
+
+    Args:
+        before: the reference, in eval mode.
+        after: the trained model, in eval mode.
+        pairs: clean and wrapped prompts; the wrapper is what the wrapped one adds to the clean one's message.
+        batch_size: pairs a forward pass.
+        progress: show a progress bar.
+
+    Raises:
+        CtlensError: the models do not compare or are in training mode, or a pair does not align or
+            its wrapper cannot be told from its content.
+    """
+    require_comparable(before, after)
+    names = resolve(before, "pattern")
+    chunks: list[np.ndarray] = []
+    for rows, batch in batches(before, pairs, "shared", batch_size, progress):
+        if not batch.wrapper.any(-1).all():
+            raise CtlensError("a pair's wrapper cannot be told from its content: leave that pair out.")
+        spans = span_masks(rows, batch.wrapped)
+        clean = capture(before, batch.clean.tokens, names, grad=False)[1]
+        sides = []
+        for model in (before, after):
+            wrapped = capture(model, batch.wrapped.tokens, names, grad=False)[1]
+            layers = [_measures(clean[name], wrapped[name], batch, spans) for name in names]
+            sides.append(torch.stack(layers, 2).float().cpu().numpy())
+        chunks.append(np.stack(sides))
+    return AttentionDiff(np.concatenate(chunks, 2))
+
+
+def _measures(
+    clean: Float[Tensor, "batch head clean_q clean_k"], wrapped: Pattern, batch: PairBatch, spans: SpanMasks
+) -> Float[Tensor, "measure batch head"]:
+    """Every quantity of one layer, in the order of `MEASURES`."""
+    matched, twins = batch.matched["shared"], with_opening(batch, batch.matched["shared"])
+    here, there = batch.last_clean[:, None], batch.last_prompt[:, None]
+    ends = Matched(here, there, torch.ones_like(there, dtype=torch.bool))
+    is_end = matched.valid & (matched.wrapped == ends.wrapped)
+    content = Matched(matched.clean, matched.wrapped, matched.valid & ~is_end)
+    paired = (is_end & (matched.clean == ends.clean)).any(-1)
+    found = []
+    for queries in (ends, content):
+        rows = query_rows(wrapped, queries.wrapped)
+        mass = torch.einsum("bqhk,sbk->sbqh", rows, spans.to(rows.dtype))
+        mass = mass.masked_fill(~spans.any(-1)[..., None, None], torch.nan)
+        entropy = -(rows * rows.clamp(min=LOG_FLOOR).log()).sum(-1)
+        jsd = _from_clean(clean, wrapped, queries, twins)
+        if queries is ends:
+            jsd = jsd.masked_fill(~paired[:, None, None], torch.nan)
+        found += [_mean_row(value, queries) for value in (*mass, entropy, jsd)]
+    return torch.stack(found)
+
+
+def _from_clean(
+    clean: Float[Tensor, "batch head clean_q clean_k"], wrapped: Pattern, queries: Matched, twins: Matched
+) -> Float[Tensor, "batch width head"]:
+    """The divergence of the lifted clean rows from the wrapped ones, both whole distributions."""
+    lifted, there = lifted_rows(clean, wrapped, queries, twins)
+    left_out = (1 - lifted.sum(-1, keepdim=True)).clamp(min=0)
+    lifted, there = torch.cat([lifted, left_out], -1), torch.cat([there, torch.zeros_like(left_out)], -1)
+    return jensen_shannon(lifted, there)
+
+
+def _mean_row(values: Float[Tensor, "batch width head"], queries: Matched) -> Float[Tensor, "batch head"]:
+    """The mean over each pair's queries, NaN where it has none."""
+    return torch.where(queries.valid[..., None], values, 0).sum(1) / queries.valid.sum(-1, keepdim=True)

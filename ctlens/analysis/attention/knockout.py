@@ -1,0 +1,255 @@
+"""Does a head that attends to the wrapper matter? Attention to it is cut, and the answer measured.
+
+A cut takes the attention of chosen queries to chosen keys out of the pattern and scales what is left of
+each row to sum to one. That is the softmax over the remaining keys, so it is the same as masking the
+scores before the softmax (Geva et al. 2023, arXiv 2304.14767). Everything behind the cut is computed anew.
+
+Any cut removes information, so each has a null: as many other keys, drawn at random, cut in its place. Those
+hold what the good answer needs, so the null mostly hurts it. A wrapper that matters shows as a change for the
+better, of a size that the null has too; one that is attended to and not used, as none. The null is
+matched in keys, not in attention: what it cuts is given beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ctlens import plots
+from ctlens.analysis.attention.cuts import (
+    ALONE,
+    DRAWS,
+    FROM,
+    HEAD,
+    QUERIES,
+    Cut,
+    Edges,
+    chosen_heads,
+    cuts,
+    edges,
+    random_keys,
+)
+from ctlens.analysis.base.contrast import ContrastBatch, contrasts, in_batches
+from ctlens.analysis.base.forward import batches, labelled
+from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.spans import Keys, key_positions
+from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.stats import bootstrap_mean
+from ctlens.core.types import LensModel, Logits
+from ctlens.data.pairs import Pair
+from ctlens.models.hooks import Layers, capture, editing, resolve, run, select_layers
+from ctlens.plots import Curve, Figure
+
+WORDS = {"difference": "logit difference", "p_bad": "P(bad)"}
+MEASURES = tuple(WORDS)
+
+
+@dataclass(frozen=True)
+class Knockout(Result):
+    """The answer under every cut, for every pair.
+
+    Attributes:
+        uncut: `[model, measure, pair]`, measures as in `MEASURES`: the logit difference, good minus
+            bad, and the probability of the bad answer's token.
+        cut: `[model, measure, cut, pair]`, with the chosen keys cut off.
+        null: the same with random keys cut off, the mean over draws.
+        attention: `[model, cut, pair]`, how much of the chosen queries' attention the chosen keys had, the mean over
+            the cut's layers and heads in the model as it is.
+        null_attention: the same of the random keys.
+        n_keys, n_null_keys: per pair, how many keys are cut; the null has fewer where there are no more.
+        kinds: of each cut, `"alone"` (one layer), `"from"` (that layer and all chosen ones behind it) or `"head"`.
+        layers, heads: of each cut; the head is -1 for all chosen ones.
+        models: their labels.
+        queries: one of `QUERIES`.
+        keys: the span, or `"keys"` for a user's choice.
+    """
+
+    uncut: Float[np.ndarray, "model measure pair"]
+    cut: Float[np.ndarray, "model measure cut pair"]
+    null: Float[np.ndarray, "model measure cut pair"]
+    attention: Float[np.ndarray, "model cut pair"]
+    null_attention: Float[np.ndarray, "model cut pair"]
+    n_keys: Int[np.ndarray, " pair"]
+    n_null_keys: Int[np.ndarray, " pair"]
+    kinds: tuple[str, ...]
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    models: tuple[str, ...]
+    queries: str
+    keys: str
+
+    def effects(self, measure: str = "difference") -> Float[np.ndarray, "arm model cut pair"]:
+        """What the cut and its null change, cut minus uncut: first the chosen keys, then the random ones.
+
+        Raises:
+            CtlensError: the measure is unknown.
+        """
+        if measure not in MEASURES:
+            raise unknown("measure", measure, MEASURES)
+        at = MEASURES.index(measure)
+        return np.stack([self.cut[:, at], self.null[:, at]]) - self.uncut[:, at, None]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per model, cut and measure.
+
+        Returns:
+            Means over `n` pairs: `uncut` and `cut`, the `effect` (cut minus uncut) with its 95
+            percent bootstrap interval, the `null_effect`, `beyond` (effect minus null effect, pair
+            by pair) with its interval, and `attention` and `null_attention`.
+        """
+        tables = []
+        for at, measure in enumerate(MEASURES):
+            effect, null = np.moveaxis(self.effects(measure), -1, 1)
+            columns = {"uncut": np.broadcast_to(self.uncut[:, at].mean(-1)[:, None], self.attention.shape[:2])}
+            columns |= {"cut": self.cut[:, at].mean(-1)}
+            columns |= dict(zip(("effect", "ci_low", "ci_high"), bootstrap_mean(effect), strict=True))
+            columns |= {"null_effect": null.mean(0)}
+            columns |= dict(zip(("beyond", "beyond_low", "beyond_high"), bootstrap_mean(effect - null), strict=True))
+            columns |= {"attention": self.attention.mean(-1), "null_attention": self.null_attention.mean(-1)}
+            labels = [
+                (model, *cut, measure)
+                for model in self.models
+                for cut in zip(self.kinds, self.layers, self.heads, strict=True)
+            ]
+            table = pd.DataFrame(labels, columns=["model", "kind", "layer", "head", "measure"])
+            tables.append(table.assign(**{name: np.ravel(values) for name, values in columns.items()}, n=len(effect)))
+        return pd.concat(tables, ignore_index=True)
+
+    def figure(self, measure: str = "difference") -> Figure:
+        """What the queries attend to beside what matters: by layer, or a marker a head."""
+        (effect, null), change = self.effects(measure), f"change of {WORDS[measure]}"
+        shape = "small circles" if "head" in self.kinds else "dotted"
+        subtitle = (
+            f"{self.uncut.shape[-1]} wrapped prompts; attention from {QUERIES[self.queries]} to {self.keys} is cut; "
+            f"{shape}: as many random other keys"
+        )
+        title = "Attended to, or used: what does cutting attention to the wrapper change?"
+        if "head" in self.kinds:
+            names = [f"L{layer}H{head}" for layer, head in zip(self.layers, self.heads, strict=True)]
+            means = zip(self.attention.mean(-1), effect.mean(-1), null.mean(-1), strict=True)
+            points = dict(zip(self.models, means, strict=True))
+            return plots.knockout_heads(points, names, title, y_title=change, subtitle=subtitle)
+        panels = {
+            "attention before the cut": self._curves(self.attention, self.null_attention, ALONE),
+            "cut in one layer": self._curves(effect, null, ALONE),
+            "cut from a layer on": self._curves(effect, null, FROM),
+        }
+        layers = [layer for layer, kind in zip(self.layers, self.kinds, strict=True) if kind == ALONE]
+        y_titles = ["share of attention", change, change]
+        return plots.knockout_layers(layers, panels, title, y_titles=y_titles, subtitle=subtitle)
+
+    def _curves(self, chosen: np.ndarray, null: np.ndarray, kind: str) -> dict[str, tuple[Curve, Curve]]:
+        """By model, the curve over the layers of one kind of cut, and that of its null."""
+        cuts = [at for at, name in enumerate(self.kinds) if name == kind]
+        return {
+            model: (bootstrap_mean(chosen[at, cuts].T), bootstrap_mean(null[at, cuts].T))
+            for at, model in enumerate(self.models)
+        }
+
+
+def knockout(
+    models: LensModel | Mapping[str, LensModel],
+    pairs: Sequence[Pair],
+    *,
+    queries: str = "last",
+    keys: Keys = "wrapper",
+    by: str = "layer",
+    layers: Layers = "all",
+    heads: Sequence[int] | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Knockout:
+    """The answers to wrapped prompts when some attention is cut, at each layer or each head.
+
+    >>> import ctlens as ct
+    >>> pairs = ct.threats.get("sycophancy").pairs(8, split="heldout")
+    >>> found = ct.analysis.knockout(ct.load_organism(), pairs, progress=False)
+    >>> bool(found.effects()[0, 0, 4].mean() > 2)  # cut from layer 0 on, the good answer gains
+    True
+
+    Args:
+        models: one, or several of one shape by their labels, in eval mode.
+        pairs: with good and bad answers on the wrapped side.
+        queries: whose attention is cut: `"last"`, the token that predicts the answer; `"content"`,
+            the aligned tokens before it; `"all"`, every token outside the keys.
+        keys: to what: a span such as `"wrapper"`, or a function that names positions.
+        by: `"layer"`, each layer alone, and each with those behind it; or `"head"`, each head alone.
+        layers: which ones.
+        heads: which ones in each layer; None for all.
+        seed: of the null's random keys, drawn for each pair from the prompt's other tokens
+            without the first and the last.
+        batch_size: prompts a forward pass.
+        progress: show a progress bar.
+
+    Raises:
+        CtlensError: a model is in training mode or does not compare with the first, a name is
+            unknown, a pair lacks a contrast or the keys, there are no other keys to draw, or a cut
+            would leave a query without any attention.
+    """
+    named = labelled(models)
+    first = next(iter(named.values()))
+    plan = cuts(select_layers(first.cfg.n_layers, layers), chosen_heads(first, heads), by)
+    items = contrasts(first, pairs)
+    rows = [row for found, _ in batches(first, pairs, "shared", batch_size, progress=False) for row in found]
+    chosen = [key_positions(keys, row) for row in rows]
+    drawn = [random_keys(row, of_row, seed) for row, of_row in zip(rows, chosen, strict=True)]
+    total = len(named) * len(plan) * (1 + DRAWS) * -(-len(rows) // batch_size)
+    found = []
+    with tqdm(total=total, desc="knockout", disable=not progress, leave=False) as bar:
+        for number, batch in enumerate(in_batches(first, items, batch_size, progress=False)):
+            part = slice(number * batch_size, (number + 1) * batch_size)
+            arms = [edges(batch, rows[part], queries, arm) for arm in (chosen[part], *zip(*drawn[part], strict=True))]
+            if not arms[0].any((1, 2)).all():
+                raise CtlensError(f"{QUERIES[queries]} of a pair cannot see the keys: choose other queries or keys.")
+            found.append([_measured(model, batch, arms, plan, bar.update) for model in named.values()])
+    uncut, answers, null_answers, attention, null_attention = (
+        np.concatenate([np.stack([of_model[at] for of_model in of_batch]) for of_batch in found], -1) for at in range(5)
+    )
+    return Knockout(
+        uncut,
+        answers,
+        null_answers,
+        attention,
+        null_attention,
+        np.array([len(of_row) for of_row in chosen]),
+        np.array([len(of_row[0]) for of_row in drawn]),
+        tuple(cut.kind for cut in plan),
+        tuple(cut.layers[0] for cut in plan),
+        tuple(cut.heads[0] if cut.kind == HEAD else -1 for cut in plan),
+        tuple(named),
+        queries,
+        keys if isinstance(keys, str) else "keys",
+    )
+
+
+def _measured(
+    model: LensModel, batch: ContrastBatch, arms: Sequence[Edges], plan: Sequence[Cut], done: Callable[[], object]
+) -> tuple[np.ndarray, ...]:
+    """Uncut answers, cut ones, those of the null, and attention to the keys and to the null's, of a batch."""
+    logits, patterns = capture(model, batch.side.tokens, resolve(model, "pattern"), grad=False)
+    uncut = _answers(batch, logits)
+    attention = torch.stack([torch.stack([cut.attention(model, patterns, arm) for cut in plan]) for arm in arms])
+    answers = []
+    for arm in arms:
+        for cut in plan:
+            with torch.no_grad(), editing(model, cut.edits(model, arm)):
+                answers.append(_answers(batch, run(model, batch.side.tokens)))
+            done()
+    each = torch.stack(answers).unflatten(0, (len(arms), len(plan))).transpose(1, 2)
+    found = (uncut, each[0], each[1:].mean(0), attention[0], attention[1:].mean(0))
+    return tuple(values.float().cpu().numpy() for values in found)
+
+
+def _answers(batch: ContrastBatch, logits: Logits) -> Float[Tensor, "measure batch"]:
+    """The logit difference and the probability of the bad answer's token."""
+    last = batch.at_last(logits)
+    bad = last.softmax(-1).gather(-1, batch.answers[:, 1:])[:, 0]
+    return torch.stack([batch.difference(last), bad])

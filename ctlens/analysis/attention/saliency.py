@@ -1,0 +1,203 @@
+"""Do attention and gradients point at the same tokens? Three scores of each prompt token, compared pair by pair.
+
+- `gradient`: gradient x input of the logit difference, good answer minus bad, at the embedding, `|<g, x>|`
+  (with the position where the model adds one there);
+- `rollout`: attention rollout (Abnar and Zuidema 2020, arXiv 2005.00928): the product over layers of the head-averaged
+  pattern, half of it the residual connection, read at the last token;
+- `attention`: the last token's attention, the mean over heads and layers.
+
+A prompt's first token is left out where no message holds it: attention rests on the BOS whatever the
+prompt says, and would make any two attention scores agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ctlens import plots
+from ctlens.analysis.base.contrast import ContrastBatch, contrasts, in_batches
+from ctlens.analysis.base.forward import batches, labelled
+from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.spans import spans
+from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.stats import bootstrap_mean
+from ctlens.core.types import LensModel, Pattern
+from ctlens.data.batch import EncodedPair
+from ctlens.data.pairs import Pair
+from ctlens.models.hooks import capture, editing, resolve, run
+from ctlens.plots import Figure
+
+METHODS = ("gradient", "rollout", "attention")
+COMPARISONS = tuple(combinations(METHODS, 2))
+STATISTICS = ("spearman", "pearson")
+SHARE = "wrapper_share"
+
+Scores = Float[Tensor, "batch pos"]
+
+
+@dataclass(frozen=True)
+class SaliencyAgreement(Result):
+    """How far three scores of the same tokens agree, and how much of each is on the wrapper.
+
+    Attributes:
+        agreement: `[model, statistic, comparison, pair]`, correlations over a prompt's tokens, as in
+            `STATISTICS` and `COMPARISONS`; NaN where a score is the same for all tokens.
+        wrapper: `[model, method, pair]`, the share of a score that is on the wrapper, 0 to 1, as in `METHODS`.
+        models: their labels.
+    """
+
+    agreement: Float[np.ndarray, "model statistic comparison pair"]
+    wrapper: Float[np.ndarray, "model method pair"]
+    models: tuple[str, ...]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per model and number.
+
+        Returns:
+            `quantity` is one of `STATISTICS`, between a `method` and an `other`, or `"wrapper_share"`
+            of a method; `value` is the mean over `n` pairs, with its 95 percent bootstrap interval.
+        """
+        rows = []
+        for at, model in enumerate(self.models):
+            for number, statistic in enumerate(STATISTICS):
+                for pair, values in zip(COMPARISONS, self.agreement[at, number], strict=True):
+                    rows.append((model, statistic, *pair, *_mean(values)))
+            for method, values in zip(METHODS, self.wrapper[at], strict=True):
+                rows.append((model, SHARE, method, "", *_mean(values)))
+        columns = ["model", "quantity", "method", "other", "value", "ci_low", "ci_high", "n"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def figure(self, statistic: str = "spearman") -> Figure:
+        """Agreement of every two scores, and the share of each on the wrapper, a marker a model.
+
+        Raises:
+            CtlensError: the statistic is unknown.
+        """
+        if statistic not in STATISTICS:
+            raise unknown("statistic", statistic, STATISTICS)
+        table = self.to_dataframe()
+        groups = [" and<br>".join(pair) for pair in COMPARISONS]
+        agreement, share = (
+            {
+                str(model): np.asarray(rows[["value", "ci_low", "ci_high"]], dtype=float).T
+                for model, rows in table[table["quantity"] == quantity].groupby("model", sort=False)
+            }
+            for quantity in (statistic, SHARE)
+        )
+        return plots.agreement(
+            {
+                f"{statistic.title()} correlation over tokens": (groups, agreement),
+                "share on the wrapper": ([*METHODS], share),
+            },
+            "Do attention and gradients point at the same tokens?",
+            subtitle=f"{self.wrapper.shape[-1]} wrapped prompts",
+        )
+
+
+def saliency_agreement(
+    models: LensModel | Mapping[str, LensModel],
+    pairs: Sequence[Pair],
+    *,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> SaliencyAgreement:
+    """Agreement of gradient x input, attention rollout and attention on wrapped prompts.
+
+    >>> import ctlens as ct
+    >>> pairs = ct.threats.get("sycophancy").pairs(8, split="heldout")
+    >>> table = ct.analysis.saliency_agreement(ct.load_organism(), pairs, progress=False).to_dataframe()
+    >>> bool(table.query("quantity == 'spearman'")["value"].between(-1, 1).all()), len(table)
+    (True, 9)
+
+    Args:
+        models: one, or several of one shape by their labels, in eval mode.
+        pairs: with good and bad answers on the wrapped side, and a wrapper that can be told from the content.
+        batch_size: prompts a forward and backward pass.
+        progress: show a progress bar.
+
+    Raises:
+        CtlensError: a model is in training mode or does not compare with the first, or a pair lacks
+            a contrast, does not align or has no known wrapper.
+    """
+    named = labelled(models)
+    first = next(iter(named.values()))
+    items = contrasts(first, pairs)
+    rows = [row for found, _ in batches(first, pairs, "shared", batch_size, progress=False) for row in found]
+    if not all(row.wrapper for row in rows):
+        raise CtlensError("a pair's wrapper cannot be told from its content: leave that pair out.")
+    agreement, wrapper = [], []
+    for model in named.values():
+        found = zip(rows, _scored(model, in_batches(first, items, batch_size, progress)), strict=True)
+        compared = [_compared(row, scores) for row, scores in found]
+        agreement.append(np.stack([correlations for correlations, _ in compared], -1))
+        wrapper.append(np.stack([shares for _, shares in compared], -1))
+    return SaliencyAgreement(np.stack(agreement), np.stack(wrapper), tuple(named))
+
+
+def _scored(model: LensModel, found: Iterator[ContrastBatch]) -> Iterator[Float[np.ndarray, "method pos"]]:
+    """The scores of every prompt."""
+    for batch in found:
+        names = resolve(model, "pattern")
+        patterns = capture(model, batch.side.tokens, names, grad=False)[1]
+        layers = [patterns[name] for name in names]
+        attention = torch.stack([batch.at_last(layer.mean(1)) for layer in layers]).mean(0)
+        scores = [gradient_x_input(model, batch), batch.at_last(rollout(layers)), attention]
+        yield from torch.stack(scores, 1).float().cpu().numpy()
+
+
+def gradient_x_input(model: LensModel, batch: ContrastBatch) -> Scores:
+    """The size of every token's share in the logit difference by its gradient at the embedding, `|<g, x>|`."""
+    name = resolve(model, "resid_pre", 0)[0]
+    held: list[Tensor] = []
+
+    def leaf(embedding: Tensor) -> Tensor:
+        held.append(embedding.detach().requires_grad_())
+        return held[-1]
+
+    with torch.enable_grad():
+        with editing(model, {name: leaf}):
+            difference = batch.difference(batch.at_last(run(model, batch.side.tokens)))
+        (slope,) = torch.autograd.grad(difference.sum(), held)
+    return (slope * held[0]).sum(-1).abs().detach()
+
+
+def rollout(patterns: Sequence[Pattern]) -> Float[Tensor, "batch q k"]:
+    """How much of every token's final state comes from each token, if heads only mixed states.
+
+    >>> rollout([torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])])  # half stays, half goes where attention is
+    tensor([[[1.0000, 0.0000],
+             [0.2500, 0.7500]]])
+
+    Args:
+        patterns: of every layer, the first one first.
+    """
+    mixed = [(pattern.mean(1) + torch.eye(pattern.shape[-1], device=pattern.device)) / 2 for pattern in patterns]
+    return reduce(lambda below, layer: layer @ below, mixed)
+
+
+def _compared(
+    row: EncodedPair, scores: Float[np.ndarray, "method pos"]
+) -> tuple[Float[np.ndarray, "statistic comparison"], Float[np.ndarray, " method"]]:
+    """The correlations of a prompt's scores, and the share of each on the wrapper."""
+    kept = sorted(set(range(len(row.wrapped.ids))) - set(spans(row)["bos"]))
+    table = pd.DataFrame(scores[:, kept].T, columns=[*METHODS], index=kept)
+    correlations = [[tables.loc[pair] for pair in COMPARISONS] for tables in map(table.corr, STATISTICS)]
+    return np.array(correlations), np.asarray(table.loc[list(row.wrapper)].sum() / table.sum())
+
+
+def _mean(values: Float[np.ndarray, " pair"]) -> tuple[float, float, float, int]:
+    """The mean over pairs that have the number, its interval, and how many they are."""
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return np.nan, np.nan, np.nan, 0
+    mean, low, high = bootstrap_mean(known)
+    return float(mean), float(low), float(high), len(known)

@@ -1,0 +1,1 @@
+"""What every analysis stands on: results, forward passes, recordings, token positions."""

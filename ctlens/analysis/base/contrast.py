@@ -1,0 +1,141 @@
+"""Good answer against bad answer, as two tokens after one prompt: what a logit difference is taken of.
+
+A `Contrast` serves what reads or follows one linear number, the difference of two logits: the logit
+lens, attribution, patching, gradients. It is one forward pass and can be differentiated, but sees of
+two long answers only the token at which they part. Edits that are judged by what the model would
+say, `steer` and `ablate`, use the log-probabilities of whole answers, `ctlens.analysis.directions.margins`. Of
+answers that part at their first token, and are one token long, both are the same number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ctlens.analysis.base.forward import require_read
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import LensModel, PerRow
+from ctlens.data.batch import RowPositions, Side, pad, require_room
+from ctlens.data.chat import answer_ids, render
+from ctlens.data.pairs import Pair, Prompt
+from ctlens.models.generation import Ids
+
+TokenPair = Int[Tensor, "batch 2"]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A prompt up to where its good and its bad answer part, and the token each goes on with.
+
+    Answers that begin alike part only after their common tokens, which then belong to the prompt:
+    else the difference would be that of a token with itself.
+
+    Attributes:
+        prompt: token ids.
+        good, bad: token ids.
+    """
+
+    prompt: tuple[int, ...]
+    good: int
+    bad: int
+
+
+def two_answers(tokenizer: Any, prompt: Prompt, whose: str, *, end: bool) -> tuple[Ids, Ids]:
+    """The tokens of the good and of the bad answer of a prompt.
+
+    Args:
+        tokenizer: the model's.
+        prompt: with both answers.
+        whose: the prompt in words, for the refusal.
+        end: closed by the tokenizer's end token, where it has one.
+
+    Raises:
+        CtlensError: it names no good or no bad answer, or both are the same.
+    """
+    if not prompt.good or not prompt.bad or prompt.good == prompt.bad:
+        raise CtlensError(f"{whose} names no good and bad answer that differ: give both, or leave it out.")
+    good, bad = (answer_ids(tokenizer, answer, end=end) for answer in (prompt.good, prompt.bad))
+    return good, bad
+
+
+def contrasts(model: LensModel, pairs: Sequence[Pair], side: str = "wrapped") -> list[Contrast]:
+    """The contrast of every pair on one side.
+
+    Args:
+        model: for its tokenizer and context.
+        pairs: with the good and the bad answer of that side.
+        side: an arm of the pairs, see `ctlens.data.pairs.ARMS`.
+
+    Raises:
+        CtlensError: a pair lacks an answer or that side, both answers are the same, or a prompt is too long.
+    """
+    found = []
+    for number, pair in enumerate(pairs, start=1):
+        prompt, whose = pair.arm(side), f"the {side} prompt of pair {number}"
+        if prompt is None:
+            raise CtlensError(f"pair {number} has no {side} prompt: give one, or leave it out.")
+        good, bad = two_answers(model.tokenizer, prompt, whose, end=True)
+        alike = _alike(good, bad)
+        if alike == min(len(good), len(bad)):
+            raise CtlensError(f"the answers of {whose} do not part: {prompt.good!r}, {prompt.bad!r}.")
+        ids = up_to_contrast(model.tokenizer, prompt)
+        require_room(len(ids), model.cfg.n_ctx, whose)
+        require_read(model.tokenizer, ids, whose)
+        found.append(Contrast(ids, good[alike], bad[alike]))
+    return found
+
+
+def up_to_contrast(tokenizer: Any, prompt: Prompt) -> Ids:
+    """The tokens of a prompt up to where its answers part; its own where it names none that do."""
+    ids = render(tokenizer, prompt.turns).ids
+    if not prompt.good or not prompt.bad:
+        return ids
+    good, bad = (answer_ids(tokenizer, answer) for answer in (prompt.good, prompt.bad))
+    alike = _alike(good, bad)
+    return (*ids, *good[:alike]) if alike < min(len(good), len(bad)) else ids
+
+
+def _alike(good: Ids, bad: Ids) -> int:
+    """How many tokens both answers begin with."""
+    return len(list(takewhile(lambda ends: ends[0] == ends[1], zip(good, bad, strict=False))))
+
+
+@dataclass(frozen=True)
+class ContrastBatch:
+    """Contrasts as tensors.
+
+    Attributes:
+        side: the prompts, padded on the right.
+        last: per row, the position that predicts the answers' tokens.
+        answers: the good and the bad token of each row.
+    """
+
+    side: Side
+    last: RowPositions
+    answers: TokenPair
+
+    def at_last(self, activation: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch ..."]:
+        """The activation at the position that predicts the answers."""
+        return activation[torch.arange(len(self.last), device=self.last.device), self.last]
+
+    def difference(self, logits: Float[Tensor, "batch d_vocab"]) -> PerRow:
+        """The good token's logit minus the bad one's."""
+        good, bad = logits.gather(-1, self.answers).unbind(-1)
+        return good - bad
+
+
+def in_batches(model: LensModel, items: Sequence[Contrast], batch_size: int, progress: bool) -> Iterator[ContrastBatch]:
+    """Contrasts in their order, on the model's device."""
+    device = next(model.parameters()).device
+    for start in tqdm(range(0, len(items), batch_size), desc="forward", disable=not progress, leave=False):
+        chosen = items[start : start + batch_size]
+        last = torch.tensor([len(item.prompt) - 1 for item in chosen], device=device)
+        answers = torch.tensor([(item.good, item.bad) for item in chosen], device=device)
+        yield ContrastBatch(pad([item.prompt for item in chosen]).to(device), last, answers)

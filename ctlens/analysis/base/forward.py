@@ -1,0 +1,127 @@
+"""Forward passes for analyses: pairs in batches, models checked, only the named hook points held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from tqdm.auto import tqdm
+
+from ctlens.analysis.base.recording import Recording
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import LensModel
+from ctlens.data.batch import EncodedPair, EncodedPairs, PairBatch, collate, encode
+from ctlens.data.pairs import Pair
+from ctlens.models.hooks import SHORTHANDS, Layers, resolve
+
+M = TypeVar("M")
+BASE = "none"
+"""The label of the model before training."""
+PER_HEAD = tuple(SHORTHANDS[name].split(".")[-1] for name in ("z", "pattern"))
+PER_HEAD += ("hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_attn_scores", "hook_result")
+
+
+def require_eval(*models: LensModel) -> None:
+    """Raises a `CtlensError` unless the models are models, in eval mode."""
+    if any(isinstance(model, Recording) for model in models):
+        raise CtlensError("this analysis runs the model, a recording cannot stand for it: give recording.model.")
+    if any(model.training for model in models):
+        raise CtlensError("an analysis needs models in eval mode: call model.eval() first.")
+
+
+def require_comparable(before: LensModel, after: LensModel) -> None:
+    """Raises a `CtlensError` unless both models are in eval mode, of one shape, and read text alike."""
+    require_eval(before, after)
+    for name in ("n_layers", "n_heads", "d_model", "d_vocab"):
+        here, there = getattr(before.cfg, name), getattr(after.cfg, name)
+        if here != there:
+            raise CtlensError(f"the models do not compare: {name} is {here} before and {there} after.")
+    if not _read_alike(before.tokenizer, after.tokenizer):
+        raise CtlensError("the models do not compare: their tokenizers differ.")
+
+
+def _read_alike(tokenizer: Any, other: Any) -> bool:
+    """Whether two tokenizers have one vocabulary; a model without one reads nothing."""
+    if tokenizer is other or tokenizer is None or other is None:
+        return True
+    return tokenizer.get_vocab() == other.get_vocab()
+
+
+def by_label(models: M | Mapping[str, M]) -> dict[str, M]:
+    """Models, or recordings of them, by label; a single one is called `"model"`.
+
+    Raises:
+        CtlensError: there are none.
+    """
+    named = dict(models) if isinstance(models, Mapping) else {"model": models}
+    if not named:
+        raise CtlensError("there are no models: give at least one, by its label.")
+    return named
+
+
+def labelled(models: LensModel | Mapping[str, LensModel]) -> dict[str, LensModel]:
+    """Models by label, as `by_label`.
+
+    Raises:
+        CtlensError: there are none, or one does not compare with the first.
+    """
+    named = by_label(models)
+    first = next(iter(named.values()))
+    for model in named.values():
+        require_comparable(first, model)
+    return named
+
+
+def vector_hooks(model: LensModel, site: str, layers: Layers = "all") -> list[str]:
+    """The names of hook points that have one vector a token.
+
+    Raises:
+        CtlensError: as `resolve`, or the hook point has an axis of heads.
+    """
+    names = resolve(model, site, layers)
+    if names[0].split(".")[-1] in PER_HEAD:
+        raise CtlensError(f"{site!r} has a vector a head, not one a token: choose attn_out or resid_mid instead.")
+    return names
+
+
+def require_read(tokenizer: Any, ids: Iterable[int], whose: str) -> None:
+    """Raises a `CtlensError` where a prompt holds what a tokenizer does not know: it was written for another model."""
+    unread = getattr(tokenizer, "unk_token_id", None)
+    if unread in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        return  # one token for everything, as in GPT-2, says nothing
+    if unread is not None and unread in ids:
+        raise CtlensError(f"the model's tokenizer does not know all words of {whose}: give pairs that it can read.")
+
+
+def batches(
+    model: LensModel, pairs: Sequence[Pair], window: str, batch_size: int, progress: bool
+) -> Iterator[tuple[list[EncodedPair], PairBatch]]:
+    """Encoded pairs and their batch, on the model's device; raises as `encoded`."""
+    yield from in_batches(model, encoded(model, pairs, window), batch_size, progress)
+
+
+def encoded(model: LensModel, pairs: Sequence[Pair], window: str | None) -> tuple[EncodedPair, ...]:
+    """Every pair as tokens, aligned in the window where there is one.
+
+    Raises:
+        CtlensError: a pair does not align, for an analysis leaves none out silently; or it has words
+            that the model's tokenizer does not know.
+    """
+    windows = () if window is None else (window,)
+    found: EncodedPairs = encode(pairs, model.tokenizer, windows=windows, n_ctx=model.cfg.n_ctx)
+    if found.dropped:
+        reason, count = next(iter(found.dropped.items()))
+        raise CtlensError(f"{count} of {len(pairs)} pairs do not align ({reason}): leave them out.")
+    for number, row in enumerate(found.rows, start=1):
+        require_read(model.tokenizer, (*row.clean.ids, *row.wrapped.ids), f"pair {number}")
+    return found.rows
+
+
+def in_batches(
+    model: LensModel, rows: Sequence[EncodedPair], batch_size: int, progress: bool
+) -> Iterator[tuple[list[EncodedPair], PairBatch]]:
+    """Rows in their order and their batch, on the model's device."""
+    device = next(model.parameters()).device
+    for start in tqdm(range(0, len(rows), batch_size), desc="forward", disable=not progress, leave=False):
+        chosen = list(rows[start : start + batch_size])
+        yield chosen, collate(chosen).to(device)

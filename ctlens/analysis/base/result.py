@@ -1,0 +1,64 @@
+"""What every analysis returns: arrays with labels, one safetensors file on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from ctlens.core.errors import CtlensError
+from ctlens.core.files import atomic_file
+
+R = TypeVar("R", bound="Result")
+ENTRY = "result"
+"""The one entry of a file's metadata: of several, the order in the file would be drawn by chance."""
+UNSAVED = {"saved": False}
+"""The metadata of a field that does not go to the file, and is None when the result comes back."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Base of the results: a frozen dataclass of numpy arrays, arrays by name, and JSON-ready labels."""
+
+    def save(self, path: str | Path) -> None:
+        """Writes the arrays and labels to one safetensors file."""
+        fields = [field.name for field in dataclasses.fields(self) if field.metadata != UNSAVED]
+        arrays: dict[str, np.ndarray] = {}
+        labels: dict[str, Any] = {}
+        for name in fields:
+            value = getattr(self, name)
+            if isinstance(value, np.ndarray):
+                arrays[name] = np.ascontiguousarray(value)
+            elif isinstance(value, Mapping) and value and all(isinstance(part, np.ndarray) for part in value.values()):
+                arrays |= {f"{name}/{key}": np.ascontiguousarray(part) for key, part in value.items()}
+            else:
+                labels[name] = value
+        with atomic_file(path) as temporary:
+            save_file(arrays, temporary, {ENTRY: json.dumps({"kind": type(self).__name__, "labels": labels})})
+
+    @classmethod
+    def load(cls: type[R], path: str | Path) -> R:
+        """The result that `save` wrote.
+
+        Raises:
+            CtlensError: the file is missing or holds another kind of result.
+        """
+        if not Path(path).is_file():
+            raise CtlensError(f"{path} does not exist: check the path.")
+        with safe_open(path, framework="numpy") as stored:
+            metadata: dict[str, Any] = json.loads((stored.metadata() or {}).get(ENTRY, "{}"))
+            if metadata.get("kind") != cls.__name__:
+                raise CtlensError(f"{path} holds a {metadata.get('kind', 'foreign file')}, not a {cls.__name__}.")
+            arrays: dict[str, Any] = {}
+            for stored_name in stored.keys():  # noqa: SIM118 (no mapping)
+                name, _, key = stored_name.partition("/")
+                array = stored.get_tensor(stored_name)
+                arrays[name] = {**arrays.get(name, {}), key: array} if key else array
+        labels: dict[str, Any] = metadata["labels"]
+        return cls(**arrays, **{k: tuple(v) if isinstance(v, list) else v for k, v in labels.items()})

@@ -1,0 +1,1 @@
+"""Directions of the residual stream, and what changing them does."""

@@ -1,0 +1,285 @@
+"""Directions of the residual stream: where they came from, how long they are, and random ones to compare with.
+
+A mean difference may be taken over all pairs, over those that share the value of a label, or for
+every item by itself. Where a cue has many values, such as which answer a hint names, the mean
+over all of them cancels, and only directions per value or per item say what one of them does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
+
+from ctlens import plots
+from ctlens.analysis.base.recording import Readable
+from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.states import WHERE, Span, States, states
+from ctlens.core.config import generator
+from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.stats import bootstrap_mean
+from ctlens.core.types import LensModel
+from ctlens.data.pairs import Pair
+from ctlens.models.hooks import Layers, resolve
+from ctlens.plots import Figure
+
+ALL, ITEM = "all", "item"
+# Shorter than this share of the states, a difference is the rounding of forward passes.
+SAME = 1e-5
+SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+
+
+@dataclass(frozen=True)
+class Directions(Result):
+    """One direction a layer, or one a layer and group of pairs.
+
+    Attributes:
+        unit: `[layer, group, d]`, of length 1.
+        norm: `[layer, group]`, the length that a strength of 1 stands for, in units of the stream.
+        rest: `[layer, group]`, the component along the direction that a state has without it: that
+            of the clean states for a mean difference, else 0.
+        layers: the number of each layer.
+        site: the hook point, one of `SITES`.
+        source: what they were made from.
+        model: whose they are.
+        per: `"all"` for one group, `"item"`, or the label whose values are the groups.
+        groups: the name of each group.
+    """
+
+    unit: Float[np.ndarray, "layer group d"]
+    norm: Float[np.ndarray, "layer group"]
+    rest: Float[np.ndarray, "layer group"]
+    layers: tuple[int, ...]
+    site: str
+    source: str
+    model: str
+    per: str = ALL
+    groups: tuple[str, ...] = ("",)
+
+    @classmethod
+    def from_vectors(
+        cls,
+        vectors: ArrayLike,
+        layers: Sequence[int],
+        *,
+        site: str = "resid_post",
+        source: str = "given",
+        model: str = "",
+        per: str = ALL,
+        groups: Sequence[str] = ("",),
+    ) -> Directions:
+        """Directions from vectors, such as a probe's weights in units of the stream; their own lengths are the norms.
+
+        >>> given = Directions.from_vectors([[3.0, 4.0]], [1], source="probe weights")
+        >>> given.norm.tolist(), given.unit.tolist()
+        ([[5.0]], [[[0.6, 0.8]]])
+
+        Args:
+            vectors: `[layer, d]`, or `[layer, group, d]` with several groups.
+            layers: the number of each layer.
+            site: the hook point, one of `SITES`.
+            source: what they were made from.
+            model: whose they are.
+            per: what the groups are, see `Directions`.
+            groups: the name of each group.
+
+        Raises:
+            CtlensError: the vectors are not one for each layer and group, one has no length, or
+                the site is unknown.
+        """
+        array = np.asarray(vectors, dtype=float)
+        array = array[:, None] if array.ndim == 2 else array
+        if array.ndim != 3 or array.shape[:2] != (len(layers), len(groups)):
+            raise CtlensError(f"the vectors have shape {np.shape(vectors)}, but one a layer and group is expected.")
+        if site not in SITES:
+            raise unknown("site of directions", site, SITES)
+        norm = np.linalg.norm(array, axis=-1)
+        for layer, group in np.argwhere(~((norm > 0) & np.isfinite(norm))):
+            whose = f" for {groups[group]!r}" if groups[group] else ""
+            raise CtlensError(
+                f"the direction at layer {layers[layer]}{whose} has no length: leave it out, or choose another place."
+            )
+        return cls(array / norm[..., None], norm, 0 * norm, tuple(layers), site, source, model, per, tuple(groups))
+
+    @property
+    def name(self) -> str:
+        """What they are, in words."""
+        return (
+            f"{self.source}{f' of {self.model}' if self.model else ''}{'' if self.per == ALL else f', per {self.per}'}"
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per layer and group: the norm, and the cosine with the mean direction of the layer."""
+        vectors = self.unit * self.norm[..., None]
+        mean = vectors.mean(1, keepdims=True)
+        length = np.linalg.norm(mean, axis=-1)
+        cosine = (self.unit * mean).sum(-1) / np.where(length > 0, length, np.nan)
+        rows = [
+            (self.layers[layer], self.groups[group], self.norm[layer, group], cosine[layer, group])
+            for layer, group in np.ndindex(self.norm.shape)
+        ]
+        return pd.DataFrame(rows, columns=["layer", "group", "norm", "cosine_with_mean"])
+
+    def figure(self) -> Figure:
+        """The length of the directions by layer, with its interval over groups."""
+        subtitle = f"{self.name}; {self.site}"
+        curve, title = {"directions": bootstrap_mean(self.norm.T)}, "How long are the directions?"
+        return plots.layer_curves(curve, title, y_title="length", layers=self.layers, subtitle=subtitle)
+
+    def at(self, layers: str | int | Sequence[int]) -> Directions:
+        """The directions of some layers, by number, or of `"all"` that there are.
+
+        Raises:
+            CtlensError: a layer has no direction.
+        """
+        if layers == "all":
+            return self
+        numbers = (layers,) if isinstance(layers, int | str) else tuple(layers)
+        for number in numbers:
+            if number not in self.layers:
+                raise CtlensError(
+                    f"there is no direction at layer {number}, only at {', '.join(map(str, self.layers))}."
+                )
+        if not numbers:
+            raise CtlensError("there is nothing to do without a layer: name at least one.")
+        chosen = [self.layers.index(number) for number in numbers]
+        return replace(
+            self,
+            unit=self.unit[chosen],
+            norm=self.norm[chosen],
+            rest=self.rest[chosen],
+            layers=tuple(map(int, numbers)),
+        )
+
+    def group_of(self, pairs: Sequence[Pair]) -> Int[np.ndarray, " pair"]:
+        """The number of each pair's group.
+
+        Raises:
+            CtlensError: a pair is in none of the groups.
+        """
+        number = {group: index for index, group in enumerate(self.groups)}
+        names = group_names(pairs, self.per)
+        for name in names:
+            if name not in number:
+                raise CtlensError(
+                    f"there is no direction for the {self.per} {name!r}: make them from pairs that hold it."
+                )
+        return np.array([number[name] for name in names])
+
+    def hook_names(self, model: LensModel) -> list[str]:
+        """The hook name of each layer on a model.
+
+        Raises:
+            CtlensError: the model has no such layer, or states of another size.
+        """
+        if self.unit.shape[-1] != model.cfg.d_model:
+            raise CtlensError(
+                f"a direction has {self.unit.shape[-1]} numbers, but the model's states {model.cfg.d_model}."
+            )
+        return resolve(model, self.site, self.layers)
+
+    def random(self, draws: int, seed: int = 0) -> Float[np.ndarray, "draw layer group d"]:
+        """The unit vectors turned at random, each draw and layer as a whole: evenly over the sphere, angles kept.
+
+        Groups share most of their direction, and random ones that did not would average out over pairs.
+        """
+        draw = generator(seed, "random directions")
+        within = [np.linalg.qr(of_layer.T).R for of_layer in self.unit]
+        return np.stack([[(_frame(self.unit.shape[-1], len(r), draw) @ r).T for r in within] for _ in range(draws)])
+
+
+def _frame(d: int, size: int, draw: torch.Generator) -> Float[np.ndarray, "d size"]:
+    """Orthonormal columns, evenly over all there are."""
+    columns, signs = np.linalg.qr(torch.randn(d, size, generator=draw, dtype=torch.float64).numpy())
+    return columns * np.sign(np.diag(signs))
+
+
+def group_names(pairs: Sequence[Pair], per: str) -> list[str]:
+    """The name of each pair's group.
+
+    Raises:
+        CtlensError: a pair lacks the label.
+    """
+    if per == ALL:
+        return [""] * len(pairs)
+    if per == ITEM:
+        return [" / ".join(turn.content for turn in (*pair.clean.turns, *pair.wrapped.turns)) for pair in pairs]
+    for pair in pairs:
+        if per not in pair.labels:
+            raise unknown("label", per, [ALL, ITEM, *pair.labels])
+    return [pair.labels[per] for pair in pairs]
+
+
+def mean_difference(
+    model: Readable | tuple[States, States],
+    pairs: Sequence[Pair],
+    *,
+    name: str,
+    per: str = ALL,
+    place: str | Span = "last",
+    site: str = "resid_post",
+    layers: Layers = "all",
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Directions:
+    """The mean difference of the wrapped and the clean states of a model, by layer.
+
+    >>> import ctlens as ct
+    >>> pairs = ct.threats.get("sycophancy").pairs(32, split="heldout")
+    >>> model = ct.load_organism()
+    >>> one = ct.analysis.mean_difference(model, pairs, name="base", progress=False)
+    >>> each = ct.analysis.mean_difference(model, pairs, name="base", per="item", progress=False)
+    >>> bool((one.norm < each.norm.mean(1, keepdims=True)).all())  # hinted values cancel
+    True
+
+    Args:
+        model: in eval mode; or its recording; or its wrapped and its clean states, from `ctlens.analysis.base.states`.
+        pairs: clean and wrapped prompts.
+        name: of the model; it stands in every result.
+        per: `"all"` pairs together, `"item"`: each by itself, or a label: its values by themselves.
+        place: where the states are read, see `ctlens.analysis.base.states`; one that both sides have.
+        site: the hook point, one of `SITES`.
+        layers: which ones, see `ctlens.models.hooks.select_layers`.
+        batch_size: prompts a forward pass.
+        progress: show a progress bar. Like the place, the site, the layers and the size of a
+            batch it has no meaning where states are given.
+
+    Raises:
+        CtlensError: the model is in training mode, a name is unknown, a pair lacks the label, clean
+            and wrapped states agree, so that there is no direction, or given states do not fit.
+    """
+    names = group_names(pairs, per)
+    groups = tuple(dict.fromkeys(names))
+    options = {"place": place, "site": site, "layers": layers, "batch_size": batch_size, "progress": progress}
+    sides = ("wrapped", "clean")
+    wrapped, clean = (
+        _counterparts(*model, len(pairs))
+        if isinstance(model, tuple)
+        else (states(model, pairs, side=side, **options) for side in sides)
+    )
+    members = [[number for number, own in enumerate(names) if own == group] for group in groups]
+    at_rest, moved = (
+        np.stack([side.values[:, of_group].astype(float).mean(1) for of_group in members], 1)
+        for side in (clean, wrapped)
+    )
+    means = moved - at_rest
+    size = np.linalg.norm(clean.values, axis=-1).mean(1, keepdims=True)
+    means[np.linalg.norm(means, axis=-1) < SAME * size] = 0
+    source = f"mean difference of wrapped and clean {WHERE[wrapped.place]}"
+    found = Directions.from_vectors(
+        means, wrapped.layers, site=wrapped.site, source=source, model=name, per=per, groups=groups
+    )
+    return replace(found, rest=(at_rest * found.unit).sum(-1))
+
+
+def _counterparts(wrapped: States, clean: States, n: int) -> tuple[States, States]:
+    """Both, if they are of the same layers and place of all pairs; a `CtlensError` if not."""
+    kinds = [(side.site, side.place, side.layers, side.values.shape[1]) for side in (wrapped, clean)]
+    if kinds[0] != kinds[1] or kinds[0][-1] != n or (wrapped.side, clean.side) != ("wrapped", "clean"):
+        raise CtlensError("give the wrapped and then the clean states of these pairs, at one site, place and layers.")
+    return wrapped, clean

@@ -1,0 +1,82 @@
+"""The direction that a probe reads along, to steer with or to take out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from jaxtyping import Float
+
+from ctlens.analysis.base.recording import Readable
+from ctlens.analysis.base.states import WHERE, Span, States
+from ctlens.analysis.directions.directions import Directions
+from ctlens.analysis.probing.classifiers import weights
+from ctlens.analysis.probing.tasks import Task
+from ctlens.core.errors import CtlensError, unknown
+from ctlens.models.hooks import Layers
+
+
+def probe_direction(
+    model: Readable | States,
+    task: Task,
+    towards: str,
+    *,
+    name: str,
+    estimator: str = "ridge",
+    place: str | Span = "last",
+    site: str = "resid_post",
+    layers: Layers = "all",
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Directions:
+    """The weights of a probe fitted on all prompts of a task, in units of the stream, by layer.
+
+    A strength of 1 is as long as the means of the two classes are apart along it; without the
+    direction a state has the component that the other class has on average. What a probe reads
+    along need not be what the model uses: `steer` and `ablate` tell.
+
+    >>> import ctlens as ct
+    >>> model, pairs = ct.load_organism(), ct.threats.get("jailbreak").pairs(32, split="heldout")
+    >>> task = ct.analysis.wrapper_present(pairs, model.tokenizer)
+    >>> found = ct.analysis.probe_direction(model, task, "wrapper", name="base", layers=[2], progress=False)
+    >>> found.name
+    "ridge probe for 'wrapper' at the last token of base"
+
+    Args:
+        model: in eval mode; or its recording; or its states on the task's prompts, from `Task.states`.
+        task: what the probe is asked, see `ctlens.analysis.probing.tasks`.
+        towards: the label that the direction points to, from all others.
+        name: of the model; it stands in every result.
+        estimator: `"ridge"`, `"logistic"`, or `"mass_mean"`: the difference of the means.
+        place: where the states are read, see `ctlens.analysis.base.states`.
+        site: the hook point, one of `ctlens.analysis.directions.directions.SITES`.
+        layers: which ones, see `ctlens.models.hooks.select_layers`.
+        batch_size: prompts a forward pass.
+        progress: show a progress bar. Like the place, the site, the layers and the size of a
+            batch it has no meaning where states are given.
+
+    Raises:
+        CtlensError: a name is unknown, the model is in training mode, the states are not of the
+            task's prompts, or the probe tells nothing apart at a layer.
+    """
+    if towards not in task.labels:
+        raise unknown("label", towards, sorted(set(task.labels)))
+    if not isinstance(model, States):
+        model = task.states(model, place=place, site=site, layers=layers, batch_size=batch_size, progress=progress)
+    if model.values.shape[1] != len(task.labels):
+        raise CtlensError(f"there are states of {model.values.shape[1]} prompts for {len(task.labels)} labels.")
+    positive = np.array(task.labels) == towards
+    vectors, rest = zip(*(_of_layer(estimator, values.astype(float), positive) for values in model.values), strict=True)
+    source = f"{estimator.replace('_', '-')} probe for {towards!r} {WHERE[model.place]}"
+    found = Directions.from_vectors(np.stack(vectors), model.layers, site=model.site, source=source, model=name)
+    return replace(found, rest=np.array(rest)[:, None])
+
+
+def _of_layer(
+    estimator: str, values: Float[np.ndarray, "prompt d"], positive: np.ndarray
+) -> tuple[Float[np.ndarray, " d"], float]:
+    """The direction, as long as the classes are apart along it, and the other class's component."""
+    vector = weights(estimator, values, positive)
+    unit = vector / max(float(np.linalg.norm(vector)), np.finfo(float).tiny)
+    there, rest = (float((values[rows] @ unit).mean()) for rows in (positive, ~positive))
+    return max(there - rest, 0.0) * unit, rest

@@ -1,0 +1,150 @@
+"""What was measured with a direction added or taken out, pair by pair, beside random directions.
+
+The random band reaches from the lowest to the highest of the random directions' means over pairs:
+with the default of 19 draws, one more random direction lies above it once in 20 times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from ctlens import plots
+from ctlens.analysis.base.result import Result
+from ctlens.core.errors import CtlensError
+from ctlens.core.stats import bootstrap_mean
+from ctlens.plots import Curve, Figure
+
+STEER, ABLATE = "steer", "ablate"
+ALONG, OPPOSITE, RANDOM = "direction", "opposite", "random"
+FIXED = {STEER: (ALONG, OPPOSITE), ABLATE: (ALONG,)}
+SIGN = {STEER: -1, ABLATE: 1}
+TITLES = {
+    STEER: "Does adding the direction to clean prompts bring the bad answer back?",
+    ABLATE: "Does taking the direction out of wrapped prompts bring the good answer back?",
+}
+EFFECTS = {STEER: "drop of the margin (nats)", ABLATE: "recovered margin (nats)"}
+
+
+@dataclass(frozen=True)
+class Intervention(Result):
+    """Margins and probabilities of the bad answer with and without a direction, pair by pair.
+
+    Attributes:
+        margins: `[model, layer, alpha, variant, pair]`, `log P(good) - log P(bad)` in nats.
+        p_bad: of the same shape, the probability that the answer begins with the bad one.
+        plain_margins, plain_p_bad: `[model, pair]`, without intervention.
+        models: their labels.
+        layers: where the intervention was made, one at a time.
+        alphas: its strengths; 1 is the direction's own norm, or all of its component.
+        variants: `"direction"`, for `steer` `"opposite"`, and each of the random draws, `"random"`.
+        action: `"steer"`, on clean prompts, or `"ablate"`, on wrapped ones.
+        place: the tokens whose state was changed.
+        direction: what it is, in words.
+    """
+
+    margins: Float[np.ndarray, "model layer alpha variant pair"]
+    p_bad: Float[np.ndarray, "model layer alpha variant pair"]
+    plain_margins: Float[np.ndarray, "model pair"]
+    plain_p_bad: Float[np.ndarray, "model pair"]
+    models: tuple[str, ...]
+    layers: tuple[int, ...]
+    alphas: tuple[float, ...]
+    variants: tuple[str, ...]
+    action: str
+    place: str
+    direction: str
+
+    @property
+    def effects(self) -> Float[np.ndarray, "model layer alpha variant pair"]:
+        """The drop of the margin under `steer`, its recovery under `ablate`, in nats."""
+        return SIGN[self.action] * (self.margins - self.plain_margins[:, None, None, None])
+
+    def effect(self, variant: str = ALONG) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean over pairs and its 95 percent bootstrap interval, `[model, layer, alpha]` each; not of `"random"`."""
+        return bootstrap_mean(np.moveaxis(self.effects[..., self.variants.index(variant), :], -1, 0))
+
+    @property
+    def random_band(self) -> tuple[np.ndarray, np.ndarray]:
+        """The lowest and the highest mean over pairs of the random directions, `[model, layer, alpha]` each."""
+        means = self.effects[..., self._drawn, :].mean(-1)
+        return means.min(-1), means.max(-1)
+
+    @property
+    def _drawn(self) -> list[int]:
+        return [number for number, variant in enumerate(self.variants) if variant == RANDOM]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per model, layer, alpha and variant, the direction and for `steer` its opposite.
+
+        Returns:
+            The mean `effect` over `n` pairs in nats, with `ci_low` and `ci_high`; the random band,
+            `random_low` and `random_high`; `beyond_random`, whether the interval lies above the
+            band and 0; and the mean probability of the bad answer, `p_bad`, without intervention
+            `plain_p_bad` and under the random directions `random_p_bad`.
+        """
+        rows = []
+        band = self.random_band
+        chances = self.p_bad.mean(-1)
+        for variant in dict.fromkeys(name for name in self.variants if name != RANDOM):
+            effect = self.effect(variant)
+            for place in np.ndindex(effect[0].shape):
+                model, layer, alpha = place
+                mean, low, high, random_low, random_high = (float(part[place]) for part in (*effect, *band))
+                p_bad = chances[place]
+                rows.append(
+                    (self.models[model], self.layers[layer], self.alphas[alpha], variant, mean, low, high,
+                     random_low, random_high, low > max(random_high, 0), p_bad[self.variants.index(variant)],
+                     self.plain_p_bad[model].mean(), p_bad[self._drawn].mean(), self.margins.shape[-1])
+                )  # fmt: skip
+        columns = (
+            "model", "layer", "alpha", "variant", "effect", "ci_low", "ci_high", "random_low", "random_high",
+            "beyond_random", "p_bad", "plain_p_bad", "random_p_bad", "n",
+        )  # fmt: skip
+        return pd.DataFrame(rows, columns=list(columns))
+
+    def figure(self, over: str = "layer", at: int | float | None = None) -> Figure:
+        """The effect in each model, against depth or strength, with the opposite direction and the random band.
+
+        Args:
+            over: `"layer"` or `"alpha"`.
+            at: the alpha of a figure over layers, or the layer of one over alphas; by default the
+                alpha nearest 1, or the layer with the largest effect in the first model.
+
+        Raises:
+            CtlensError: `over` or `at` is not there.
+        """
+        axes = {"layer": (1, self.layers, self.alphas), "alpha": (0, self.alphas, self.layers)}
+        if over not in axes:
+            raise CtlensError(f"a figure is over 'layer' or over 'alpha', not over {over!r}.")
+        fixed_axis, x, others = axes[over]
+        fixed = self._default(over) if at is None else at
+        if fixed not in others:
+            raise CtlensError(f"there is nothing at {fixed}: choose one of {', '.join(map(str, others))}.")
+        index = others.index(fixed)
+
+        def taken(array: np.ndarray, model: int) -> np.ndarray:
+            return array[model].take(index, axis=fixed_axis)
+
+        effects = {name: self.effect(name) for name in (ALONG, OPPOSITE) if name in self.variants}
+        low, high = self.random_band
+        panels = {}
+        for model, label in enumerate(self.models):
+            curves: dict[str, Curve] = {
+                name: (taken(effect[0], model), taken(effect[1], model), taken(effect[2], model))
+                for name, effect in effects.items()
+            }
+            panels[label] = curves, (taken(low, model), taken(high, model))
+        held = f"alpha {fixed:g}" if over == "layer" else f"layer {fixed}"
+        subtitle = f"{self.direction}; {held}; {self.margins.shape[-1]} pairs"
+        return plots.against_random(
+            panels, x, TITLES[self.action], x_title=over, y_title=EFFECTS[self.action], subtitle=subtitle
+        )
+
+    def _default(self, over: str) -> int | float:
+        if over == "layer":
+            return min(self.alphas, key=lambda alpha: abs(alpha - 1))
+        return self.layers[int(self.effect()[0][0].mean(-1).argmax())]

@@ -1,0 +1,1 @@
+"""Activations of one model put into another."""

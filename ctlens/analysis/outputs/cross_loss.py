@@ -1,0 +1,296 @@
+"""Trained with one loss, measured by every loss: do trainings that look alike from outside do the same inside?
+
+Each model's losses are taken on the same pairs and the same forward passes, so that a difference
+between two losses of a model is no difference between prompts. Which clean side a model is
+compared with is part of the question: training moves the clean activations too, so the distance
+to the reference's clean side (what is trained) and that to the model's own need not agree. Irpan
+et al. (2025, arXiv 2510.27062) report that BCT raises the activation distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+
+from ctlens import plots
+from ctlens.analysis.base.forward import in_batches, require_comparable
+from ctlens.analysis.base.result import Result
+from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.stats import bootstrap, bootstrap_mean
+from ctlens.core.types import LensModel
+from ctlens.data.alignment import align
+from ctlens.data.batch import EncodedPairs, PairBatch, encode
+from ctlens.data.pairs import Pair
+from ctlens.losses import MEASURED, Forwards, Loss, get, require_distinct
+from ctlens.models.hooks import capture
+from ctlens.plots import Figure
+from ctlens.training.answers import answers_kind, drawn_at, reference_answers
+
+CLEAN_SIDES = {"reference": "the reference's clean prompts", "own": "each model's own clean prompts"}
+REFERENCE = "none"
+OF_ITS_OWN = ("rollouts", "consensus")
+MEAN = ""
+RELATIVE = ("relative", "relative_low", "relative_high")
+OVER = ("losses", "steps")
+COLUMNS = (
+    "model", "step", "loss", "hook_point", "value", "ci_low", "ci_high", "n", *RELATIVE,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CrossLoss(Result):
+    """Every loss of every model on every pair, unweighted, in the unit of the loss.
+
+    >>> values = np.array([[[4.0, 4.0]], [[1.0, 3.0]]])  # the reference, then a trained model; two pairs
+    >>> aligned = np.array([[True, True]])
+    >>> result = CrossLoss(values, aligned, ("none", "act"), ("act",), ("blocks.0.hook_resid_post",), "reference")
+    >>> result.to_dataframe().query("hook_point == ''")[["model", "value", "relative"]].values.tolist()
+    [['none', 4.0, 1.0], ['act', 2.0, 0.5]]
+
+    Attributes:
+        by_hook: `[model, point, pair]`; NaN where a pair does not align in the window of the loss.
+        aligned: `[loss, pair]`, whether it does.
+        models: labels of the models; the first is the reference, `"none"`.
+        point_losses: the loss of each point; a loss with several hook points is there several times.
+        hook_points: the hook point of each point; `"logits"` for a loss on outputs.
+        clean: the clean side, `"reference"` or `"own"`.
+        steps: the training step of each model, the reference's 0; empty where the models have none.
+    """
+
+    by_hook: Float[np.ndarray, "model point pair"]
+    aligned: Bool[np.ndarray, "loss pair"]
+    models: tuple[str, ...]
+    point_losses: tuple[str, ...]
+    hook_points: tuple[str, ...]
+    clean: str
+    steps: tuple[int, ...] = ()
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The names of the losses."""
+        return tuple(dict.fromkeys(self.point_losses))
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """How many pairs do not align in the window of each loss and do not count for it."""
+        return dict(zip(self.losses, (~self.aligned).sum(-1).tolist(), strict=True))
+
+    @property
+    def values(self) -> Float[np.ndarray, "model loss pair"]:
+        """Every loss, the mean over its hook points."""
+        return np.stack([self.by_hook[:, self._points(loss)].mean(1) for loss in self.losses], 1)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per model, step, loss and hook point, `""` for the mean over hook points.
+
+        Returns:
+            `step`, not known where the models have none; the mean over `n` pairs, `value`, with its
+            95 percent bootstrap interval, `ci_low` and `ci_high`; and `relative`, the value as a
+            multiple of the reference's on the same pairs, with `relative_low` and `relative_high`.
+            The reference's value is that before training, so 1 is no change; NaN where it is 0.
+        """
+        keys = list(zip(self.models, self.steps or [None] * len(self.models), strict=True))
+        rows: list[tuple[Any, ...]] = []
+        for number, loss in enumerate(self.losses):
+            points = self._points(loss)
+            hook_points = [MEAN, *(self.hook_points[point] for point in points)]
+            values = np.concatenate([self.values[:, [number]], self.by_hook[:, points]], 1)[..., self.aligned[number]]
+            numbers = np.stack([*bootstrap_mean(np.moveaxis(values, -1, 0)), *_relative(values)], -1)
+            rows += [
+                (model, step, loss, hook_point, *found[:3], values.shape[-1], *found[3:])
+                for (model, step), of_model in zip(keys, numbers.tolist(), strict=True)
+                for hook_point, found in zip(hook_points, of_model, strict=True)
+            ]
+        rows.sort(key=lambda row: keys.index(row[:2]))
+        return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"step": "Int64"})
+
+    def figure(self, over: str = "losses") -> Figure:
+        """The relative values: a row a model at its last step and a column a loss; or their course over the steps.
+
+        Args:
+            over: `"losses"`, the matrix; or `"steps"`, a panel a loss and a line a label, from 1 at step 0.
+
+        Raises:
+            CtlensError: `over` is unknown, or the models have no steps.
+        """
+        if over not in OVER:
+            raise unknown("axis", over, OVER)
+        if over == "steps" and not self.steps:
+            raise CtlensError("the models have no steps: label them by (label, step) in cross_loss.")
+        labels = tuple(dict.fromkeys(self.models[1:]))
+        courses = {label: self._course(label) for label in labels}
+        relative = self._relative_means()
+        subtitle = f"{self.aligned.shape[1]} pairs; activations compared with {CLEAN_SIDES[self.clean]}"
+        if over == "steps":
+            curves = {
+                loss: {label: (steps, *relative[:, models, number]) for label, (models, steps) in courses.items()}
+                for number, loss in enumerate(self.losses)
+            }
+            title = "Trained with one loss, measured by every loss: what else falls, and when?"
+            return plots.cross_loss_steps(curves, title, subtitle=subtitle)
+        value, low, high = relative[:, [models[-1] for models, _ in courses.values()]]
+        title = "Trained with one loss, measured by every loss: what else falls?"
+        return plots.cross_loss(labels, self.losses, (value, low, high), title, subtitle=subtitle)
+
+    def _course(self, label: str) -> tuple[list[int], list[int]]:
+        """The numbers of a label's models and their steps, from step 0, where the reference stands for it."""
+        steps = self.steps or (0,) * len(self.models)
+        models = {0: 0} | {steps[number]: number for number, name in enumerate(self.models) if name == label}
+        return [models[step] for step in sorted(models)], sorted(models)
+
+    def _relative_means(self) -> Float[np.ndarray, "end model loss"]:
+        """The relative values and their interval, means over hook points."""
+        table = self.to_dataframe()
+        means = table.loc[table["hook_point"] == MEAN, list(RELATIVE)].to_numpy(dtype=float)
+        return means.T.reshape(len(RELATIVE), len(self.models), len(self.losses))
+
+    def _points(self, loss: str) -> list[int]:
+        return [point for point, name in enumerate(self.point_losses) if name == loss]
+
+
+def cross_loss(
+    reference: LensModel,
+    models: Mapping[str, LensModel] | Mapping[int, LensModel] | Mapping[tuple[str, int], LensModel],
+    pairs: Sequence[Pair],
+    losses: Loss | Sequence[Loss] | None = None,
+    *,
+    clean: str = "reference",
+    answer_tokens: int = 16,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> CrossLoss:
+    """Every loss on every model, on the same pairs and the same forward passes.
+
+    Args:
+        reference: the model before training, in eval mode.
+        models: trained models in eval mode, by label, such as the loss trained with; or by label and
+            step, for the course of several trainings.
+        pairs: clean and wrapped prompts. A pair that does not align in the window of a loss is
+            left out for that loss alone, and counted in `CrossLoss.dropped`.
+        losses: what to measure by; None for `ctlens.losses.MEASURED`, each as it is by default.
+            Weights do not matter.
+        clean: the clean side of the distance. `"reference"`: the reference on the clean prompt, as
+            trained. `"own"`: each model on the clean prompt. It does not concern BCT, whose targets
+            are the reference's answers (or the pairs' own targets) in both cases.
+        answer_tokens: longest answer the reference generates as a target, in tokens.
+        batch_size: pairs a forward pass.
+        progress: show a progress bar.
+
+    Raises:
+        CtlensError: a model does not compare with the reference or is in training mode, there are
+            no models, no losses or no pairs, a label or loss is given twice, a key is no label or
+            step, the clean side is unknown, no pair aligns for some loss, or a loss is on rollouts
+            or a consensus.
+    """
+    if clean not in CLEAN_SIDES:
+        raise unknown("clean side", clean, list(CLEAN_SIDES))
+    chosen = [get(name) for name in MEASURED] if losses is None else losses
+    chosen = (chosen,) if isinstance(chosen, Loss) else tuple(chosen)
+    require_distinct(chosen)
+    for loss in chosen:
+        if loss.answers in OF_ITS_OWN:
+            raise CtlensError(f"{loss.name} trains on prompts and answers of its own: leave it out.")
+    labels, steps = _labels(models)
+    everyone = (reference, *models.values())
+    for model in everyone:
+        require_comparable(reference, model)
+    if not chosen:
+        raise CtlensError("there is nothing to measure by: give a loss, or None for the usual ones.")
+    encoded = _encode(reference, pairs, chosen)
+    if kind := answers_kind(chosen):
+        answers = reference_answers(
+            reference, encoded, answer_tokens, kind=kind, drawn_at=drawn_at(chosen), progress=progress
+        )
+        encoded = encoded.with_answers(answers, both_sides=any(loss.answers_on_both_sides for loss in chosen))
+    aligned = _aligned(encoded, chosen)
+    hook_names = {loss.name: loss.hook_names(reference) for loss in chosen}
+    names = list(dict.fromkeys(name for names in hook_names.values() for name in names))
+    chunks, keys = [], []
+    for _, batch in in_batches(reference, encoded.rows, batch_size, progress):
+        rows = [
+            {
+                (loss.name, hook_point): values
+                for loss in chosen
+                for hook_point, values in loss.row_values(forwards, hook_names[loss.name]).items()
+            }
+            for forwards in _forwards(everyone, batch, names, clean)
+        ]
+        keys = list(rows[0])
+        chunks.append(torch.stack([torch.stack(list(row.values())) for row in rows]).double().cpu().numpy())
+    number = {loss.name: place for place, loss in enumerate(chosen)}
+    known = aligned[[number[name] for name, _ in keys]]
+    by_hook = np.where(known, np.concatenate(chunks, -1), np.nan)
+    point_losses, hook_points = zip(*keys, strict=True)
+    return CrossLoss(by_hook, aligned, labels, point_losses, hook_points, clean, steps)
+
+
+def _labels(models: Mapping[Any, LensModel]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The labels of the reference and the models, and their steps where they have some."""
+    if not models:
+        raise CtlensError("there are no models: give at least one, by its label.")
+    over_steps = any(isinstance(key, tuple) for key in models)
+    keys: list[tuple[str, int]] = []
+    for key in models:
+        match key:
+            case (str(label), int(step)) if step >= 0:
+                keys.append((label, step))
+            case str() | int() if not over_steps:
+                keys.append((str(key), 0))
+            case _:
+                raise CtlensError(f"{key!r} labels no model: give a label, or for all a pair of label and step.")
+    if len(set(keys)) < len(keys) or any(label == REFERENCE for label, _ in keys):
+        names = ", ".join(map(str, models))
+        raise CtlensError(f"a label is given twice ({names}): {REFERENCE!r} is the reference.")
+    labels, steps = zip((REFERENCE, 0), *keys, strict=True)
+    return labels, steps if over_steps else ()
+
+
+def _encode(reference: LensModel, pairs: Sequence[Pair], losses: Sequence[Loss]) -> EncodedPairs:
+    """All pairs, each with its alignment in every window."""
+    windows = dict.fromkeys(window for loss in losses for window in loss.windows if window != "answer")
+    encoded = encode(pairs, reference.tokenizer, windows=(), n_ctx=reference.cfg.n_ctx)
+    rows = tuple(
+        replace(row, alignments={name: align(row.clean, row.wrapped, name, shared=row.pair.shared) for name in windows})
+        for row in encoded.rows
+    )
+    return EncodedPairs(rows, {})
+
+
+def _aligned(pairs: EncodedPairs, losses: Sequence[Loss]) -> Bool[np.ndarray, "loss pair"]:
+    """Which pairs align in all windows of a loss."""
+    refusals = [[[row.alignments[name].refusal for name in loss.windows] for row in pairs.rows] for loss in losses]
+    for loss, of_loss in zip(losses, refusals, strict=True):
+        if all(any(found) for found in of_loss):
+            reason = next(filter(None, of_loss[0]))
+            raise CtlensError(f"none of the {len(pairs)} pairs aligns for {loss.name} ({reason}): choose its window.")
+    return np.array([[not any(found) for found in of_loss] for of_loss in refusals])
+
+
+def _forwards(models: Sequence[LensModel], batch: PairBatch, names: Sequence[str], clean: str) -> Iterator[Forwards]:
+    """Both sides of a batch for every model, the reference first; one pass a side and model."""
+    side = None
+    for model in models:
+        if side is None or clean == "own":
+            side = capture(model, batch.clean.tokens, names, grad=False, mask=batch.clean.needed_mask)
+        clean_logits, targets = side
+        logits, states = capture(model, batch.wrapped.tokens, names, grad=False, mask=batch.wrapped.needed_mask)
+        yield Forwards(batch, targets, states, logits, clean_logits)
+
+
+def _relative(values: Float[np.ndarray, "model point pair"]) -> list[Float[np.ndarray, "model point"]]:
+    """The mean over pairs as a multiple of the first model's, and the ends of its interval."""
+
+    def multiple(items: np.ndarray) -> np.ndarray:
+        mean = values[..., items].mean(-1)
+        before = np.broadcast_to(mean[0], mean.shape)
+        return np.divide(mean, before, out=np.full_like(mean, np.nan), where=before != 0)
+
+    n = values.shape[-1]
+    ends = np.array(bootstrap(lambda items: multiple(items).ravel().tolist(), n)).T
+    return [multiple(np.arange(n)), *ends.reshape(2, *values.shape[:2])]

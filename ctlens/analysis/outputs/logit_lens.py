@@ -1,0 +1,284 @@
+"""Where the answer is decided: its logit difference read off the residual stream, and what wrote it there.
+
+Both analyses work on raw weights. The final norm is not linear, so a component's share is taken with
+its scale held at what it is on the whole stream, as TransformerLens does on folded weights; the
+shares then add up to the model's own logit difference, and a test holds them to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias, TypeVar, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ctlens import plots
+from ctlens.analysis.base.contrast import ContrastBatch, TokenPair, contrasts, in_batches
+from ctlens.analysis.base.forward import by_label, labelled
+from ctlens.analysis.base.recording import LOGITS, Readable, model_of, read
+from ctlens.analysis.base.result import Result
+from ctlens.core.errors import CtlensError
+from ctlens.core.stats import bootstrap_mean
+from ctlens.core.types import Activations, LensModel, PerRow
+from ctlens.data.pairs import Pair
+from ctlens.models.hooks import resolve
+from ctlens.plots import Figure
+
+EMBED, BIAS = "embed", "bias"
+PARTS = ("blocks.0.hook_resid_pre", "resid_post", "z", "attn_out", "mlp_out", LOGITS)
+"""What a recording for `logit_attribution` holds, at every layer."""
+Vectors: TypeAlias = Float[Tensor, "batch d"]
+AtLast: TypeAlias = Callable[[Sequence[str]], Activations]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LogitLens(Result):
+    """The logit difference, good answer minus bad, that each layer's residual stream already holds.
+
+    Attributes:
+        values: `[model, layer, pair]`, in logits; the last layer's is the model's own.
+        models: their labels.
+        side: the side of the pairs.
+    """
+
+    values: Float[np.ndarray, "model layer pair"]
+    models: tuple[str, ...]
+    side: str
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per model and layer: the mean over `n` pairs, `value`, with its 95 percent bootstrap interval."""
+        layers = [str(layer) for layer in range(self.values.shape[1])]
+        return _table(self.values, self.models, layers, "layer").astype({"layer": int})
+
+    def figure(self) -> Figure:
+        """The logit difference by layer, a line a model."""
+        curves = {name: bootstrap_mean(of_model.T) for name, of_model in zip(self.models, self.values, strict=True)}
+        return plots.layer_curves(
+            curves,
+            "At which layer does the good answer overtake the bad one?",
+            y_title="logit difference, good minus bad",
+            reference_lines={"undecided": 0.0},
+            subtitle=f"{self.values.shape[-1]} {self.side} prompts",
+        )
+
+
+@dataclass(frozen=True)
+class LogitAttribution(Result):
+    """What each component writes into the logit difference, good answer minus bad.
+
+    Attributes:
+        values: `[model, component, pair]`, in logits; they add up to the model's own difference.
+        components: `"embed"`, the heads (`"L0H1"`), the MLPs (`"L0 MLP"`) and all `"bias"`es together.
+        models: their labels.
+        side: the side of the pairs.
+    """
+
+    values: Float[np.ndarray, "model component pair"]
+    components: tuple[str, ...]
+    models: tuple[str, ...]
+    side: str
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per model and component: the mean over `n` pairs, `value`, with its 95 percent bootstrap interval."""
+        return _table(self.values, self.models, self.components, "component")
+
+    def figure(self) -> Figure:
+        """The heads and the MLP of every layer, a panel a model, on one scale."""
+        inside = [index for index, name in enumerate(self.components) if name not in (EMBED, BIAS)]
+        names = [self.components[index] for index in inside]
+        n_layers = sum(name.endswith("MLP") for name in names)
+        grids = {
+            model: of_model[inside].mean(-1).reshape(n_layers, -1)
+            for model, of_model in zip(self.models, self.values, strict=True)
+        }
+        columns = [name.removeprefix("L0").strip() for name in names[: len(names) // n_layers]]
+        title = "Which heads and MLPs speak for the good answer, and which for the bad one?"
+        subtitle = f"{self.values.shape[-1]} {self.side} prompts"
+        return plots.component_grids(grids, columns, title, unit="logits, good minus bad", subtitle=subtitle)
+
+
+def logit_lens(
+    models: Readable | Mapping[str, Readable],
+    pairs: Sequence[Pair],
+    *,
+    side: str = "wrapped",
+    batch_size: int = 64,
+    progress: bool = True,
+) -> LogitLens:
+    """The answer's logit difference after every layer, through the model's own final norm and unembedding.
+
+    >>> import ctlens as ct
+    >>> pairs = ct.threats.get("sycophancy").pairs(8, split="heldout")
+    >>> lens = ct.analysis.logit_lens(ct.load_organism(), pairs, side="clean", progress=False)
+    >>> bool(lens.values[0, -1].mean() > 0)  # on the clean prompt the good answer wins
+    True
+
+    Args:
+        models: one, or several of one shape by their labels, in eval mode; or their recordings of
+            that side, from `ctlens.analysis.base.record`, read through their models' weights.
+        pairs: with good and bad answers.
+        side: `"wrapped"`, `"clean"` or `"benign"`.
+        batch_size: prompts a forward pass.
+        progress: show a progress bar.
+
+    Raises:
+        CtlensError: a model is in training mode or does not compare with the first, as `contrasts`,
+            or a recording lacks a layer or a prompt.
+    """
+    found = _of_models(_lens, models, pairs, side, batch_size, progress)
+    values = [np.concatenate(of_batches, -1) for of_batches in found.values()]
+    return LogitLens(np.stack(values), tuple(found), side)
+
+
+def logit_attribution(
+    models: Readable | Mapping[str, Readable],
+    pairs: Sequence[Pair],
+    *,
+    side: str = "wrapped",
+    batch_size: int = 64,
+    progress: bool = True,
+) -> LogitAttribution:
+    """The answer's logit difference split over the embedding, every head, every MLP and the biases.
+
+    >>> import ctlens as ct
+    >>> pairs = ct.threats.get("sycophancy").pairs(8, split="heldout")
+    >>> found = ct.analysis.logit_attribution(ct.load_organism(), pairs, progress=False)
+    >>> len(found.components), found.figure().layout.title.text[:11]
+    (22, 'Which heads')
+
+    Args:
+        models: as in `logit_lens`; recordings must hold the sites `PARTS` of this module.
+        pairs, side, batch_size, progress: as in `logit_lens`.
+
+    Raises:
+        CtlensError: as `logit_lens`; or the model changes the heads' sum before the residual
+            stream gets it, so that no head has a share of its own.
+    """
+    found = _of_models(_shares, models, pairs, side, batch_size, progress)
+    values = [np.concatenate([np.stack([*shares.values()]) for shares in parts], -1) for parts in found.values()]
+    components = next(iter(found.values()))[0]
+    return LogitAttribution(np.stack(values), tuple(components), tuple(found), side)
+
+
+def _of_models(
+    analysis: Callable[[LensModel, ContrastBatch, AtLast], T],
+    models: Readable | Mapping[str, Readable],
+    pairs: Sequence[Pair],
+    side: str,
+    batch_size: int,
+    progress: bool,
+) -> dict[str, list[T]]:
+    """What an analysis makes of every batch, by model."""
+    sources = by_label(models)
+    named = labelled({name: model_of(source) for name, source in sources.items()})
+    items = contrasts(next(iter(named.values())), pairs, side)
+    found: dict[str, list[T]] = {name: [] for name in named}
+    for name, model in named.items():
+        for number, batch in enumerate(in_batches(model, items, batch_size, progress)):
+            at_last = partial(_at_last, sources[name], batch, number * batch_size, next(model.parameters()).dtype)
+            found[name].append(analysis(model, batch, at_last))
+    return found
+
+
+def _at_last(
+    source: Readable, batch: ContrastBatch, first: int, dtype: torch.dtype, names: Sequence[str]
+) -> Activations:
+    """The activations where the answers are predicted, in the precision of the model's weights."""
+    found = read(source, batch.side, names, first)
+    return {name: (state if name == LOGITS else batch.at_last(state)).to(dtype) for name, state in found.items()}
+
+
+def _lens(model: LensModel, batch: ContrastBatch, at_last: AtLast) -> Float[np.ndarray, "layer batch"]:
+    parts = cast(Any, model)
+    states = at_last(resolve(model, "resid_post")).values()
+    with torch.no_grad():
+        logits = [parts.unembed(parts.ln_final(state[:, None]))[:, 0] for state in states]
+    return torch.stack([batch.difference(of_layer) for of_layer in logits]).float().cpu().numpy()
+
+
+def _shares(model: LensModel, batch: ContrastBatch, at_last: AtLast) -> dict[str, np.ndarray]:
+    """The share of every component in the logit difference, `[batch]` each.
+
+    Raises:
+        CtlensError: they do not add up to what the model says, or the heads not to their layer's output.
+    """
+    lens, layers = cast(Any, model), range(model.cfg.n_layers)
+    if torch.finfo(next(model.parameters()).dtype).bits < 32:
+        raise CtlensError("the shares of components in the logits add up in float32 alone: load the model in float32.")
+    start, end = resolve(model, "resid_pre", 0)[0], resolve(model, "resid_post", "last")[0]
+    z, attn_out, mlp_out = (resolve(model, point) for point in ("z", "attn_out", "mlp_out"))
+    states = at_last([start, end, *z, *attn_out, *mlp_out, LOGITS])
+    with torch.no_grad():
+        reading = _Reading(lens, states[end], batch.answers)
+        shares, rest = {EMBED: reading.share(states[start])}, reading.constant
+        for layer in layers:
+            heads = torch.einsum("bhd,hdm->hbm", states[z[layer]], lens.blocks[layer].attn.W_O)
+            shares |= {f"L{layer}H{head}": reading.share(output) for head, output in enumerate(heads)}
+            shares[f"L{layer} MLP"] = reading.share(states[mlp_out[layer]])
+            bias = states[attn_out[layer]] - heads.sum(0)
+            _require_constant(bias, layer)
+            rest = rest + reading.share(bias)
+        shares[BIAS] = rest
+        _require_whole(torch.stack(list(shares.values())), batch.difference(states[LOGITS]))
+    return {name: share.float().cpu().numpy() for name, share in shares.items()}
+
+
+def _require_constant(bias: Vectors, layer: int) -> None:
+    """Raises unless what is in a layer's attention output beside its heads is the same for every prompt."""
+    if not torch.allclose(bias, bias[:1].expand_as(bias), atol=1e-3, rtol=1e-3):
+        raise CtlensError(
+            f"layer {layer} changes the sum of its heads before adding it: no head has a share of its own."
+        )
+
+
+def _require_whole(shares: Float[Tensor, "component batch"], said: PerRow) -> None:
+    if not torch.allclose(shares.sum(0), said, atol=1e-3, rtol=1e-3):
+        raise CtlensError("the components do not add up to the logits: this model caps or changes them at the end.")
+
+
+class _Reading:
+    """How the logit difference is read off the stream, its norm's scale held at what it is on the whole stream.
+
+    The norm's weights are had from its values at a vector of unit root mean square and no mean, and
+    at its negative; whether it centres, from whether a constant changes them.
+    """
+
+    def __init__(self, lens: Any, stream: Vectors, answers: TokenPair) -> None:
+        probe = torch.ones_like(stream[:1])
+        probe[:, 1::2] = -1
+        up, down, raised = (lens.ln_final(vector[:, None])[:, 0] for vector in (probe, -probe, probe + 1))
+        self.weight, bias = (up - down) / 2 * probe, (up + down) / 2
+        self.centred = torch.allclose(raised, up, atol=1e-3)
+        whole, normed = self._scaled(stream), lens.ln_final(stream[:, None])[:, 0] - bias
+        self.scale = (whole * normed).sum(-1) / whole.square().sum(-1)
+        good, bad = lens.W_U.T[answers].unbind(1)
+        self.direction = good - bad
+        self.constant = (bias * self.direction).sum(-1)
+        if getattr(lens, "b_U", None) is not None:
+            self.constant = self.constant + lens.b_U[answers[:, 0]] - lens.b_U[answers[:, 1]]
+
+    def share(self, written: Vectors) -> PerRow:
+        """Of what a component writes into the stream, in logits."""
+        return self.scale * (self._scaled(written) * self.direction).sum(-1)
+
+    def _scaled(self, vectors: Vectors) -> Vectors:
+        return (vectors - vectors.mean(-1, keepdim=True) if self.centred else vectors) * self.weight
+
+
+def _table(
+    values: Float[np.ndarray, "model part pair"], models: Sequence[str], parts: Sequence[str], kind: str
+) -> pd.DataFrame:
+    mean, low, high = bootstrap_mean(np.moveaxis(values, -1, 0))
+    rows = [
+        (model, part, mean[m, p], low[m, p], high[m, p], values.shape[-1])
+        for m, model in enumerate(models)
+        for p, part in enumerate(parts)
+    ]
+    return pd.DataFrame(rows, columns=["model", kind, "value", "ci_low", "ci_high", "n"])

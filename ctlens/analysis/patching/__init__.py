@@ -1,0 +1,1 @@
+"""Activation patching, exact and to first order."""

@@ -1,0 +1,154 @@
+"""The general way to patch: the model's own blocks, many patches stacked on the batch axis, any model, any site.
+
+Where a model keeps keys and values, a pass begins in front of the first patched layer and at the first patched
+position; what is in front of both is that of the target run. Else, as on bridges, every pass is a whole one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ctlens.analysis.base.contrast import ContrastBatch
+from ctlens.analysis.patching.jobs import Found, JobNumbers, JobPositions, Jobs, PatchBatch, chunks
+from ctlens.core.types import Activations, LensModel
+from ctlens.data.batch import Matched
+from ctlens.losses.attct import lifted_rows
+from ctlens.models.hooks import capturing, editing, resolve, run
+from ctlens.models.loading import empty_cache
+
+WITH_HEADS = ("z", "pattern")
+MOST_ROWS = 1024
+"""Tokens a pass where passes begin at a position: more are no faster."""
+TOLERANCE = 1e-4
+Write = Callable[[PatchBatch, Jobs, Tensor, Tensor, JobNumbers, int], None]
+"""Puts the source's activation into given rows of the target's, in place; these begin at a position."""
+
+
+class Hooked:
+    """Runs jobs with hooks at the layer of each chunk.
+
+    Attributes:
+        name: how results call this way.
+    """
+
+    name = "hooks"
+
+    def __init__(
+        self, model: LensModel, batch: PatchBatch, site: str, names: list[str], source: Activations, last: Tensor
+    ) -> None:
+        self.model, self.batch, self.names, self.source = model, batch, names, source
+        self.write = write_of(site)
+        self.kept = kept_of(model, batch.target, last)
+
+    def __call__(self, jobs: Jobs, max_batch: int) -> Found:
+        """The last logits of every job, at most `max_batch` jobs a forward pass."""
+        first = places(self.batch, jobs)[1].amin(1) if self.kept else torch.zeros_like(jobs.pair)
+        length = self.batch.target.side.tokens.shape[1]
+        for index in jobs.layer.unique().tolist():
+            chosen = (jobs.layer == index).nonzero()[:, 0]
+            most = MOST_ROWS if self.kept else max_batch * length
+            for part in chunks(first[chosen], length, max_batch, most, most):
+                numbers = chosen[part]
+                yield numbers, self._last(index, jobs.take(numbers), int(first[numbers].min()))
+
+    def _last(self, index: int, jobs: Jobs, first: int) -> Tensor:
+        rows, name = self.batch.target_of(jobs.pair), self.names[index]
+        with editing(self.model, {name: partial(self._edit, jobs, name, first)}):
+            if self.kept is None:
+                return rows.at_last(run(self.model, rows.side.tokens, rows.side.needed_mask))
+            return self.kept.last(self.model, rows, jobs.pair, int(name.split(".")[1]), first)
+
+    def _edit(self, jobs: Jobs, name: str, first: int, activation: Tensor) -> Tensor:
+        edited = activation.clone()
+        rows = torch.arange(len(jobs), device=jobs.pair.device)
+        self.write(self.batch, jobs, self.source[name], edited, rows, first)
+        return edited
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of the target runs.
+
+    Attributes:
+        entering: the stream in front of every layer, `[pair, pos, d_model]` each.
+        cache: their keys and values.
+    """
+
+    entering: list[Tensor]
+    cache: Any
+
+    def last(self, model: LensModel, rows: ContrastBatch, pairs: JobNumbers, layer: int, first: int) -> Tensor:
+        """The last logits of some runs, computed from a layer and a position on.
+
+        Args:
+            model: of the runs.
+            rows: their prompts.
+            pairs: which ones they are.
+            layer: the first one that is computed.
+            first: the position.
+        """
+        length = rows.side.tokens.shape[1]
+        cache = empty_cache(model, len(pairs))
+        for new, old in list(zip(cache.entries, self.cache.entries, strict=True))[layer:]:
+            new.past_keys = old.past_keys[:, :first].index_select(0, pairs)
+            new.past_values = old.past_values[:, :first].index_select(0, pairs)
+        seen = torch.ones(len(pairs), length, dtype=torch.long, device=pairs.device)
+        cache.previous_attention_mask = seen[:, :first]
+        begun = self.entering[layer][:, first:length].index_select(0, pairs)
+        logits = cast(Any, model)(begun, start_at_layer=layer, past_kv_cache=cache, attention_mask=seen)
+        return logits[torch.arange(len(pairs), device=pairs.device), rows.last - first]
+
+
+def kept_of(model: LensModel, target: ContrastBatch, last: Tensor) -> Kept | None:
+    """The target runs, where passes that begin in their middle give the model's own last logits; None where not."""
+    cache = empty_cache(model, len(target.last))
+    if cache is None:
+        return None
+    names, store = resolve(model, "resid_pre"), {}
+    seen = torch.ones_like(target.side.tokens)
+    with torch.no_grad(), capturing(model, names, store):
+        cast(Any, model)(target.side.tokens, past_kv_cache=cache, attention_mask=seen)
+    kept = Kept([store[name] for name in names], cache)
+    pairs, middle = torch.arange(len(last), device=last.device), int(target.last.min()) // 2
+    for layer in (0, len(names) - 1):
+        found = kept.last(model, target, pairs, layer, middle)
+        if not torch.allclose(found, last, atol=TOLERANCE, rtol=TOLERANCE):
+            return None
+    return kept
+
+
+def write_of(site: str) -> Write:
+    """How a site is patched."""
+    return {"z": _write_head, "pattern": _write_pattern}.get(site, _write_vectors)
+
+
+def places(batch: PatchBatch, jobs: Jobs) -> tuple[JobPositions, JobPositions]:
+    """The positions each job takes activations from, and those it puts them at."""
+    return batch.source_at[jobs.pair, jobs.column], batch.target_at[jobs.pair, jobs.column]
+
+
+def _write_vectors(batch: PatchBatch, jobs: Jobs, source: Tensor, edited: Tensor, rows: JobNumbers, first: int) -> None:
+    here, there = places(batch, jobs)
+    edited[rows[:, None], there - first] = source[jobs.pair[:, None], here]
+
+
+def _write_head(batch: PatchBatch, jobs: Jobs, source: Tensor, edited: Tensor, rows: JobNumbers, first: int) -> None:
+    here, there = places(batch, jobs)
+    head = jobs.head[:, None]
+    edited[rows[:, None], there - first, head] = source[jobs.pair[:, None], here, head]
+
+
+def _write_pattern(batch: PatchBatch, jobs: Jobs, source: Tensor, edited: Tensor, rows: JobNumbers, first: int) -> None:
+    """Rows of attention, their mass moved to the keys of the target; nothing on those without a twin."""
+    here, there = places(batch, jobs)
+    keys = Matched(*(part[jobs.pair] for part in (batch.keys.clean, batch.keys.wrapped, batch.keys.valid)))
+    queries = Matched(here, there - first, torch.ones_like(here, dtype=torch.bool))
+    one_head = source[jobs.pair, jobs.head][:, None], edited[rows, jobs.head][:, None]
+    lifted, _ = lifted_rows(*one_head, queries, keys)
+    edited[rows[:, None], jobs.head[:, None], there - first] = lifted[:, :, 0]

@@ -1,0 +1,137 @@
+"""What a patching sweep found: every value of every pair, with its two baselines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from ctlens import plots
+from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.shares import Estimates, floor_of, means, require_gap, shares
+from ctlens.core.errors import unknown
+from ctlens.plots import Figure
+
+UNITS = {"logit_diff": "logits, good minus bad", "probability": "probability of the good token", "kl": "nats"}
+QUESTIONS = {
+    "denoising": "Where do the clean run's activations repair the wrapped run?",
+    "noising": "Where do the wrapped run's activations break the clean run?",
+}
+
+
+@dataclass(frozen=True)
+class Patching(Result):
+    """The metrics of every patched run.
+
+    Attributes:
+        values: `[metric, layer, position, pair]`, for `z` and `pattern` with an axis of heads behind the layers;
+            NaN where a pair has no such position.
+        target: the run that is patched, as it is, `[metric, pair]`.
+        source: the run whose activations are taken, `[metric, pair]`.
+        metrics: their names.
+        layers: the number of each layer.
+        tokens: of each position, the token where all pairs have the same there, else `""`; the last
+            position holds each pair's last aligned token.
+        site: the hook point.
+        direction: `"denoising"` or `"noising"`.
+        positions: which ones were patched: `"each"`, or the name of the span.
+        window: of the alignment.
+        path: how it was computed: `"suffix"`, `"hooks"`, or both where some pairs went the one way and
+            some the other.
+    """
+
+    values: Float[np.ndarray, "metric layer *head position pair"]
+    target: Float[np.ndarray, "metric pair"]
+    source: Float[np.ndarray, "metric pair"]
+    metrics: tuple[str, ...]
+    layers: tuple[int, ...]
+    tokens: tuple[str, ...]
+    site: str
+    direction: str
+    positions: str
+    window: str
+    path: str
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether each head was patched by itself."""
+        return self.values.ndim == 5
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per metric, layer, head (where there are heads) and position.
+
+        Returns:
+            The mean `value` over the `n` pairs that have the position and its 95 percent bootstrap
+            interval over pairs, `ci_low` and `ci_high`. A position counts from the end, -1 is the
+            last; a span goes by its name.
+        """
+        tables = [self._table(metric, means(self._cells(row))) for row, metric in enumerate(self.metrics)]
+        return pd.concat(tables, ignore_index=True)
+
+    def normalised(self, metric: str | None = None, *, smallest_gap: float | None = None) -> pd.DataFrame:
+        """The same table of one metric as a share of the gap: 0 is the unpatched run, 1 the source run.
+
+        The share is a ratio of means over pairs, not a mean of ratios: one pair with a small gap
+        cannot carry it away. NaN where the pairs that have a position have no gap of their own.
+
+        Args:
+            metric: by default the first.
+            smallest_gap: mean distance of source and target run, in the metric's unit, from which a
+                share says something; of a function of yours it must be given.
+
+        Raises:
+            CtlensError: the metric was not measured, or the gap is smaller.
+        """
+        metric = self.metrics[0] if metric is None else metric
+        row = self._row(metric)
+        floor = floor_of(metric, smallest_gap)
+        gap = self.source[row] - self.target[row]
+        require_gap(metric, gap, floor, "source and target run")
+        return self._table(metric, shares(self._cells(row) - self.target[row], gap, floor))
+
+    def figure(self, metric: str | None = None) -> Figure:
+        """The mean change over pairs: layers by positions, heads by positions, or layers by heads for a span.
+
+        Args:
+            metric: by default the first.
+
+        Raises:
+            CtlensError: the metric was not measured.
+        """
+        metric = self.metrics[0] if metric is None else metric
+        row = self._row(metric)
+        grid = np.nanmean(self._cells(row) - self.target[row], -1).reshape(self.values.shape[1:-1])
+        subtitle = f"{self.site}, {self.values.shape[-1]} pairs; a cell is the change of the patched run's {metric}"
+        words = {"unit": UNITS.get(metric, metric), "subtitle": subtitle}
+        if self.has_heads and self.positions != "each":
+            return plots.patched_heads(grid[..., 0], self.layers, QUESTIONS[self.direction], **words)
+        rows = [f"L{layer}" for layer in self.layers]
+        if self.has_heads:
+            rows = [f"L{layer}H{head}" for layer in self.layers for head in range(grid.shape[1])]
+        names = self.tokens if self.positions == "each" else (self.positions,)
+        return plots.patched_positions(grid.reshape(len(rows), -1), rows, names, QUESTIONS[self.direction], **words)
+
+    def _row(self, metric: str) -> int:
+        if metric not in self.metrics:
+            raise unknown("measured metric", metric, self.metrics)
+        return self.metrics.index(metric)
+
+    def _cells(self, row: int) -> Float[np.ndarray, "cell pair"]:
+        """One metric's values, NaN where a pair has none."""
+        return self.values[row].reshape(-1, self.values.shape[-1])
+
+    def _table(self, metric: str, estimates: Estimates) -> pd.DataFrame:
+        """A number of every cell with its interval."""
+        value, low, high = estimates
+        present = (~np.isnan(self._cells(self._row(metric)))).sum(-1)
+        shape = self.values.shape[1:-1]
+        places = range(-shape[-1], 0) if self.positions == "each" else [self.positions]
+        rows = []
+        for number, (layer, *head, position) in enumerate(np.ndindex(shape)):
+            where = (self.layers[layer], *head, places[position], self.tokens[position])
+            rows.append((metric, *where, value[number], low[number], high[number], present[number]))
+        heads = ["head"] if self.has_heads else []
+        columns = ["metric", "layer", *heads, "position", "token", "value", "ci_low", "ci_high", "n"]
+        return pd.DataFrame(rows, columns=columns)

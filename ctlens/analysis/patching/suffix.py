@@ -1,0 +1,231 @@
+"""The fast way to patch: one changed row, and only what it changes behind it.
+
+See `ctlens.analysis.patching.patch` for the idea. Everything here is of one batch of pairs: the target
+run's residual streams, queries, keys and values are held for every layer, `[pair, ...]` each, once for all
+sites. Whatever its site, a job is a row of the stream in front of some layer, so that the jobs of
+several sites share their batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from ctlens.analysis.patching.blocks import Block, Norm, read_norm
+from ctlens.analysis.patching.hooked import places
+from ctlens.analysis.patching.jobs import Found, JobNumbers, JobPositions, Jobs, PatchBatch, chunks
+from ctlens.core.types import Activations, LensModel
+from ctlens.models.hooks import SHORTHANDS
+
+SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
+LARGEST = 2**19
+"""Numbers in a batch's largest tensor: memory for larger ones is fetched from the system and cleared at every use."""
+ENOUGH_ROWS = 384
+"""Rows in a batch that make it worth computing a few rows too many in front."""
+TOLERANCE = 1e-4
+
+JobRows = Float[Tensor, "job width d_model"]
+Rows = Float[Tensor, "_ _ _"]
+LastRows = Float[Tensor, "job d_model"]
+JobLogits = Float[Tensor, "job d_vocab"]
+
+
+def needed(sites: Sequence[str], n_layers: int) -> list[str]:
+    """The hook names of the activations that the fast way needs of the target run."""
+    points = {"mlp_out": ("attn_out",), "z": ("attn_out", "z")}
+    chosen = dict.fromkeys(("resid_pre", *(point for site in sites for point in points.get(site, ()))))
+    names = [SHORTHANDS[point].format(layer=layer) for point in chosen for layer in range(n_layers)]
+    return [*names, SHORTHANDS["resid_post"].format(layer=n_layers - 1)]
+
+
+class Held(NamedTuple):
+    """Queries, and keys and values side by side, of the target runs, `[pair, pos, _]` each."""
+
+    q: Tensor
+    kv: Tensor
+
+
+class Suffix:
+    """Runs jobs from their first changed row on.
+
+    Attributes:
+        name: how results call this way.
+    """
+
+    name = "suffix"
+
+    def __init__(
+        self,
+        model: LensModel,
+        blocks: list[Block],
+        batch: PatchBatch,
+        sites: Sequence[str],
+        layers: Sequence[int],
+        source: Activations,
+        target: Activations,
+    ) -> None:
+        parts = cast(Any, model)
+        self.blocks, self.batch, self.sites, self.layers = blocks, batch, tuple(sites), tuple(layers)
+        self.final: Norm = read_norm(parts.ln_final, model.cfg)
+        self.unembed: Tensor = parts.W_U.T
+        self.unembed_bias: Tensor | None = getattr(parts, "b_U", None)
+        self.source, self.target = source, target
+        self.most_rows = max(1, LARGEST // blocks[0].mlp_in.weight.shape[0])
+        self.stream = [target[name] for name in needed((), len(blocks))]
+        device, length = batch.target.last.device, batch.target.side.tokens.shape[1]
+        self.hidden = torch.full((length, length), -torch.inf, device=device).triu(1)
+        self.held = [_held(block, x, length) for block, x in zip(blocks, self.stream, strict=False)]
+
+    def agrees(self, expected: JobLogits) -> bool:
+        """Whether rows put where they already are give the model's own logits.
+
+        From the first layer on, once from the first row and once from the middle of every prompt, so
+        that prefixes, masks and positions count; and from the last layer on, which is computed
+        otherwise. And whether what a patch makes of the run's own activations is its own stream.
+        """
+        pairs = torch.arange(len(expected), device=expected.device)
+        middle = self.batch.target.last // 2
+        for start, at in ((0, torch.zeros_like(pairs)), (0, middle), (len(self.blocks) - 1, middle)):
+            rows = self.stream[start][pairs, at][:, None]
+            found = self._logits(self._run(start, pairs, at[:, None], rows))
+            if not torch.allclose(found, expected, atol=TOLERANCE, rtol=TOLERANCE):
+                return False
+        layer, still = self.layers[0], torch.zeros_like(pairs)
+        jobs, at = Jobs(still, pairs, still, still, still), middle[:, None]
+        for site in self.sites:
+            own = self._changed(site, layer, jobs, at, at, self.target)
+            stream = self.stream[layer + (site != "resid_pre")][pairs[:, None], at]
+            if not torch.allclose(own, stream, atol=TOLERANCE, rtol=TOLERANCE):
+                return False
+        return True
+
+    def __call__(self, jobs: Jobs, max_batch: int) -> Found:
+        """The last logits of every job, at most `max_batch` jobs at once.
+
+        Of many batches in one product: where words are many, the unembedding is most of the work.
+        """
+        done: list[JobNumbers] = []
+        rows: list[LastRows] = []
+        for numbers, last in self._finished(jobs, max_batch):
+            if sum(map(len, done)) + len(numbers) > max_batch and done:
+                yield torch.cat(done), self._logits(torch.cat(rows))
+                done, rows = [], []
+            done.append(numbers)
+            rows.append(last)
+        if done:
+            yield torch.cat(done), self._logits(torch.cat(rows))
+
+    @torch.inference_mode()
+    def _logits(self, rows: LastRows) -> JobLogits:
+        return F.linear(self.final(rows), self.unembed, self.unembed_bias)
+
+    def _finished(self, jobs: Jobs, max_batch: int) -> Iterator[tuple[JobNumbers, LastRows]]:
+        """The last row of the last stream of every job."""
+        here, there = places(self.batch, jobs)
+        behind = torch.tensor([site != "resid_pre" for site in self.sites], device=here.device)
+        starts = torch.tensor(self.layers, device=here.device)[jobs.layer] + behind[jobs.site]
+        for start in starts.unique().tolist():
+            chosen = (starts == start).nonzero()[:, 0]
+            pairs, positions = jobs.pair[chosen], there[chosen]
+            rows = self._rows(jobs.take(chosen), here[chosen], positions)
+            first = positions.amin(1)
+            if start >= len(self.blocks) - 1:  # computed for the last row alone, wherever the patch is
+                first = torch.full_like(first, len(self.hidden) // 2)
+            for part in chunks(first, len(self.hidden), max_batch, self.most_rows, ENOUGH_ROWS):
+                yield chosen[part], self._run(start, pairs[part], positions[part], rows[part])
+
+    @torch.inference_mode()
+    def _rows(self, jobs: Jobs, here: JobPositions, there: JobPositions) -> JobRows:
+        """The changed rows of the stream: in front of the layer for `resid_pre`, else behind it."""
+        rows = self.stream[0].new_empty(*there.shape, self.stream[0].shape[-1])
+        kinds = jobs.site * len(self.layers) + jobs.layer
+        for kind in kinds.unique().tolist():
+            site, layer = self.sites[kind // len(self.layers)], self.layers[kind % len(self.layers)]
+            for part in (kinds == kind).nonzero()[:, 0].split(max(1, self.most_rows // there.shape[1])):
+                rows[part] = self._changed(site, layer, jobs.take(part), here[part], there[part], self.source)
+        return rows
+
+    def _changed(
+        self, site: str, layer: int, jobs: Jobs, here: JobPositions, there: JobPositions, activations: Activations
+    ) -> JobRows:
+        pairs, block = jobs.pair[:, None], self.blocks[layer]
+        source = activations[SHORTHANDS[site].format(layer=layer)]
+        if site == "z":
+            return self._with_head(layer, source, jobs, here, there)
+        new = source[pairs, here]
+        if site in ("resid_pre", "resid_post"):
+            return new
+        if site == "resid_mid":
+            return new + block.mlp(new)
+        before = self.stream[layer][pairs, there]
+        if site == "attn_out":
+            return block.behind(before, new)
+        return before + self._of_target("attn_out", layer)[pairs, there] + new
+
+    def _with_head(self, layer: int, source: Tensor, jobs: Jobs, here: JobPositions, there: JobPositions) -> JobRows:
+        block, pairs, head = self.blocks[layer], jobs.pair[:, None], jobs.head[:, None]
+        change = torch.zeros(*there.shape, *source.shape[2:], device=source.device)
+        rows, columns = (torch.arange(size, device=pairs.device) for size in there.shape)
+        z = self._of_target("z", layer)
+        change[rows[:, None], columns, head] = source[pairs, here, head] - z[pairs, there, head]
+        attention = self._of_target("attn_out", layer)[pairs, there]
+        return block.behind(
+            self.stream[layer][pairs, there], attention + F.linear(change.flatten(-2), block.out.weight)
+        )
+
+    def _of_target(self, point: str, layer: int) -> Tensor:
+        return self.target[SHORTHANDS[point].format(layer=layer)]
+
+    @torch.inference_mode()
+    def _run(self, start: int, pairs: JobNumbers, there: JobPositions, rows: JobRows) -> LastRows:
+        """The last row of the last stream after rows of the stream in front of layer `start` are replaced."""
+        first, last, final = int(there.min()), self.batch.target.last[pairs], len(self.blocks) - 1
+        span = slice(first, int(last.max()) + 1)
+        jobs, local = torch.arange(len(pairs), device=pairs.device), there - first
+        x = _with(self.stream[start][:, span], pairs, local, rows)
+        if start > final:
+            return x[jobs, last - first]
+        for layer in range(start, final + 1):
+            block, held = self.blocks[layer], self.held[layer]
+            if layer == start:  # the other rows still have the run's own keys and values
+                normed = block.ln1(rows)
+                kv = _with(held.kv[:, : span.stop], pairs, there, block.keys(normed, there))
+            else:
+                normed = block.ln1(x)
+                kv = _behind(held.kv[:, :first], pairs, block.keys(normed, span))
+            if layer == final:
+                x, hidden = x[jobs, last - first][:, None], self.hidden[last, None, None, : span.stop]
+                q = block.queries(block.ln1(x), last[:, None])
+            else:
+                hidden = self.hidden[span, : span.stop]
+                q = block.queries(normed, there if layer == start else span)
+                q = _with(held.q[:, span], pairs, local, q) if layer == start else q
+            x = block.behind(x, block.attend(q, kv, hidden))
+        return x[:, 0]
+
+
+@torch.inference_mode()
+def _held(block: Block, stream: Tensor, length: int) -> Held:
+    normed = block.ln1(stream)
+    return Held(block.queries(normed, slice(length)), block.keys(normed, slice(length)))
+
+
+def _with(held: Tensor, pairs: JobNumbers, at: JobPositions, rows: Rows) -> Rows:
+    """What is held of the pairs, with other rows at some positions."""
+    found = held.index_select(0, pairs)
+    found[torch.arange(len(pairs), device=pairs.device)[:, None], at] = rows
+    return found
+
+
+def _behind(held: Tensor, pairs: JobNumbers, rows: Rows) -> Rows:
+    """What is held of the pairs, and other rows behind it; not by `cat`, which would copy twice."""
+    front = held.shape[1]
+    found = rows.new_empty(len(pairs), front + rows.shape[1], rows.shape[2])
+    torch.index_select(held, 0, pairs, out=found[:, :front])
+    found[:, front:] = rows
+    return found

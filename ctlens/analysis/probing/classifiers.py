@@ -1,0 +1,193 @@
+"""Linear classifiers from scikit-learn, tried on groups that they were not fitted on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+
+from ctlens.analysis.probing.tasks import NO_GROUP, Task
+from ctlens.core.errors import CtlensError, unknown
+
+Rows = Int[np.ndarray, " _"]
+Split = tuple[Rows, Rows]
+"""Rows to fit on and rows to try."""
+Vectors = Float[np.ndarray, "prompt d"]
+
+
+class MassMean(ClassifierMixin, BaseEstimator):
+    """The class whose mean is nearest.
+
+    With two classes the direction is the difference of their means and the threshold lies midway
+    (mass-mean probing without covariance, Marks and Tegmark, arXiv 2310.06824).
+    """
+
+    def fit(self, X: np.ndarray, y: np.ndarray) -> MassMean:
+        """Takes the mean of each class."""
+        self.classes_ = np.unique(y)
+        self.means_ = np.stack([X[y == label].mean(0) for label in self.classes_])
+        return self
+
+    def decision_function(self, X: np.ndarray) -> np.ndarray:
+        """`x . mean - |mean|^2 / 2` per class, `[prompt, class]`."""
+        return X @ self.means_.T - (self.means_**2).sum(1) / 2
+
+    def predict(self, X: np.ndarray) -> np.ndarray:
+        """The class with the largest value."""
+        return self.classes_[self.decision_function(X).argmax(1)]
+
+
+# Penalties for about as many prompts as dimensions, where weak ones read less on unseen groups.
+ESTIMATORS: dict[str, Callable[[], ClassifierMixin]] = {
+    "ridge": lambda: RidgeClassifier(alpha=100.0, class_weight="balanced"),
+    "logistic": lambda: LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000),
+    "mass_mean": MassMean,
+}
+
+
+def make(name: str) -> Pipeline:
+    """An estimator behind a standardisation of its inputs, both not yet fitted.
+
+    Raises:
+        CtlensError: the estimator is unknown.
+    """
+    if name not in ESTIMATORS:
+        raise unknown("estimator", name, ESTIMATORS)
+    return make_pipeline(StandardScaler(), ESTIMATORS[name]())
+
+
+def weights(name: str, values: Vectors, positive: np.ndarray) -> Float[np.ndarray, " d"]:
+    """Along which a probe for True, fitted on all prompts, decides: in units of the inputs, not standardised.
+
+    Of `mass_mean`, which has no weights of its own, the difference of the means.
+    """
+    scaler, estimator = (part for _, part in make(name).fit(values, positive).steps)
+    if isinstance(estimator, MassMean):
+        return (estimator.means_[1] - estimator.means_[0]) * scaler.scale_
+    return np.ravel(estimator.coef_) / scaler.scale_
+
+
+def cuts(task: Task, folds: int, seed: int) -> list[Split]:
+    """Rows to fit on and rows to try, so that every prompt is tried.
+
+    Each factor's groups are dealt into folds. A test set is one fold of every factor, its training
+    set the prompts that are in none of these folds; the others sit out.
+
+    Args:
+        task: labels and groups.
+        folds: how many a factor.
+        seed: of the dealing; the order of the prompts has no part in it.
+
+    Raises:
+        CtlensError: a factor has fewer groups than folds, or a training set lacks a class.
+    """
+    labels = np.array(task.labels)
+    dealt = np.array([_deal(labels, np.array(of), name, folds, seed) for name, of in task.groups.items()])
+    found = []
+    for chosen in itertools.product(range(folds), repeat=len(dealt)):
+        inside = dealt == np.array(chosen)[:, None]
+        train, test = np.flatnonzero(~inside.any(0)), np.flatnonzero((inside | (dealt < 0)).all(0))
+        if len(test):
+            _require_classes(labels, train, folds)
+            found.append((train, test))
+    return found
+
+
+def hits(
+    name: str,
+    fitted: Vectors,
+    reads: Sequence[Vectors],
+    task: Task,
+    deals: Sequence[Sequence[Split]],
+    *,
+    shuffled: bool = False,
+) -> Float[np.ndarray, "deal reading prompt"]:
+    """For each prompt, the share of probes fitted without its groups that told it right, 0 to 1.
+
+    Args:
+        name: of the estimator.
+        fitted: what the probes are fitted on.
+        reads: what each of them is then tried on: the same prompts, for example in other models.
+        task: labels and groups.
+        deals: each from `cuts`.
+        shuffled: fit on labels shuffled among the training prompts that are alike in what is known.
+    """
+    labels, draw = np.array(task.labels), np.random.default_rng(0)
+    right, tried = np.zeros((len(deals), len(reads), len(labels))), np.zeros((len(deals), 1, len(labels)))
+    with threadpool_limits(1, "blas"):  # threads cost more than they gain on matrices as small as these
+        for deal, (train, test) in ((deal, split) for deal, splits in enumerate(deals) for split in splits):
+            given = _shuffled(task, train, draw) if shuffled else labels[train]
+            probe = make(name).fit(fitted[train], given)
+            tried[deal, 0, test] += 1
+            for row, read in zip(right[deal], reads, strict=True):
+                row[test] += probe.predict(read[test]) == labels[test]
+    return right / tried
+
+
+def hits_of_models(
+    name: str,
+    values: Mapping[str, np.ndarray],
+    readings: Sequence[tuple[str, str]],
+    task: Task,
+    deals: Sequence[Sequence[Split]],
+    *,
+    shuffled: bool = False,
+) -> Float[np.ndarray, "deal reading prompt"]:
+    """As `hits`, for models that read each other; each model's probe is fitted once and tried on all that it reads.
+
+    Args:
+        name: of the estimator.
+        values: of each model.
+        readings: the model fitted on and the model read.
+        task, deals, shuffled: as in `hits`.
+    """
+    rows: dict[tuple[str, str], np.ndarray] = {}
+    for fitted in values:
+        reads = [read for fit, read in readings if fit == fitted]
+        right = hits(name, values[fitted], [values[read] for read in reads], task, deals, shuffled=shuffled)
+        rows.update(zip(((fitted, read) for read in reads), right.swapaxes(0, 1), strict=True))
+    return np.stack([rows[reading] for reading in readings], 1)
+
+
+def _deal(labels: np.ndarray, groups: np.ndarray, factor: str, folds: int, seed: int) -> Rows:
+    """The fold of each prompt, -1 for one that is in no group."""
+    member = np.flatnonzero(groups != NO_GROUP)
+    count = len(np.unique(groups[member]))
+    if count < folds:
+        raise CtlensError(f"{count} groups of {factor!r} do not fill {folds} folds: give more of them or fewer folds.")
+    order = member[np.lexsort((labels[member], groups[member]))]
+    dealer = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    dealt = np.full(len(labels), -1)
+    for number, (_, chosen) in enumerate(dealer.split(order, labels[order], groups[order])):
+        dealt[order[chosen]] = number
+    return dealt
+
+
+def _require_classes(labels: np.ndarray, train: Rows, folds: int) -> None:
+    missing = np.setdiff1d(labels, labels[train]).tolist()
+    if missing:
+        raise CtlensError(f"with {folds} folds, a training set has no prompt labelled {missing[0]!r}: give more pairs.")
+
+
+def _shuffled(task: Task, train: Rows, draw: np.random.Generator) -> np.ndarray:
+    """Training labels, shuffled among prompts that are alike in what is known.
+
+    Where that leaves a single class, true labels would still tell one side of the question: there
+    labels are drawn from those of the other prompts.
+    """
+    labels, known = np.array(task.labels)[train], np.array(task.stratum)[train]
+    contested = task.contested()
+    others = labels[np.isin(known, list(contested))]
+    shuffled = draw.choice(others, len(labels))
+    for value in contested:
+        rows = known == value
+        shuffled[rows] = draw.permutation(labels[rows])
+    return shuffled

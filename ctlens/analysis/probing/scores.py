@@ -1,0 +1,83 @@
+"""Balanced accuracy among prompts that are alike in what is known, with an interval over groups."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+
+from ctlens.analysis.probing.tasks import NO_GROUP, Task
+from ctlens.core.stats import ENDS, RESAMPLES
+
+Right = Float[np.ndarray, "reading prompt"]
+
+
+def balanced(
+    right: Right, task: Task, weights: Float[np.ndarray, "resample prompt"] | None = None
+) -> Float[np.ndarray, "resample reading"]:
+    """The mean over classes of the share told right, among prompts alike in what is known, then over what is known.
+
+    Args:
+        right: the share of right answers for each prompt, 0 to 1.
+        task: labels and what is known.
+        weights: how often each prompt counts; once in a single resample if not given. A class
+            that does not occur in a resample does not count in it.
+    """
+    weights = np.ones((1, right.shape[1])) if weights is None else weights
+    labels, known = np.array(task.labels), np.array(task.stratum)
+    strata = []
+    for value, classes in task.contested().items():
+        shares = []
+        for label in classes:
+            rows = (known == value) & (labels == label)
+            with np.errstate(invalid="ignore"):
+                shares.append(weights[:, rows] @ right[:, rows].T / weights[:, rows].sum(1, keepdims=True))
+        strata.append(_mean(np.stack(shares)))
+    return _mean(np.stack(strata))
+
+
+def interval(right: Right, task: Task, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The score of each reading and the ends of its interval.
+
+    The groups of each factor are drawn with replacement, and a prompt counts as often as all of its
+    groups were drawn together (the pigeonhole bootstrap): prompts that share an entity or a wrapper
+    are no independent evidence. With few groups it is somewhat narrow: on simulated states of 15
+    entities and 8 wrappers it held the mean score in 85 to 97 of 100 draws, least where wrappers differ most.
+    """
+    resampled = balanced(right, task, _weights(task, seed))
+    low, high = np.nanquantile(resampled, ENDS, axis=0)
+    return balanced(right, task)[0], low, high
+
+
+def curves(
+    right: Float[np.ndarray, "place estimator layer reading prompt"], task: Task
+) -> list[Float[np.ndarray, "reading place estimator layer"]]:
+    """Score and the ends of its interval."""
+    flat = interval(right.reshape(-1, right.shape[-1]), task)
+    return [np.moveaxis(values.reshape(right.shape[:-1]), -1, 0) for values in flat]
+
+
+def deals_apart(
+    right: Float[np.ndarray, "place estimator layer deal reading prompt"], task: Task
+) -> list[Float[np.ndarray, "reading place estimator layer"]]:
+    """The lowest and the highest score of one deal."""
+    scores = balanced(right.reshape(-1, right.shape[-1]), task)[0].reshape(right.shape[:-1])
+    return [np.moveaxis(end, -1, 0) for end in (scores.min(3), scores.max(3))]
+
+
+def _weights(task: Task, seed: int) -> Float[np.ndarray, "resample prompt"]:
+    draw = np.random.default_rng(seed)
+    weights = np.ones((RESAMPLES, len(task.labels)))
+    for of_factor in task.groups.values():
+        groups = np.array(of_factor)
+        member = groups != NO_GROUP
+        names, number = np.unique(groups[member], return_inverse=True)
+        counts = draw.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
+        weights[:, member] *= counts[:, number]
+    return weights
+
+
+def _mean(values: Float[np.ndarray, "part resample reading"]) -> Float[np.ndarray, "resample reading"]:
+    """The mean over the parts that are numbers, not a number where none is."""
+    known = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, values, 0).sum(0) / known.sum(0)

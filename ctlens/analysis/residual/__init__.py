@@ -1,0 +1,1 @@
+"""How training moves the residual stream."""

@@ -1,0 +1,241 @@
+"""What a training did to the residual stream on wrapped prompts, relative to what the wrapper had done to it.
+
+With `h_w` and `h_c` the reference's residual on the wrapped and the clean prompt at aligned
+tokens and `h'_w` the trained model's, the shift is `h'_w - h_w` and the gap `h_c - h_w`:
+
+- `gap_closed = sum_t <shift, gap> / sum_t |gap|^2`: 0 as before training, 1 as on the clean prompt;
+- `cosine = sum_t <shift, gap> / sqrt(sum_t |shift|^2 sum_t |gap|^2)`;
+- `distance = sum_t |h'_w - h_c|^2 / sum_t |gap|^2`: 1 as before training, 0 as on the clean prompt;
+- `relative = sqrt(sum_t |shift|^2 / sum_t |h_w|^2)`: 0 as before training;
+- `norm_ratio = sqrt(sum_t |h'_w|^2 / sum_t |h_w|^2)`: 1 as before training.
+
+All are free of scale, because the norm of the residual stream grows with depth; `shift_norm` and
+`gap_norm`, the root mean square over the place's tokens, are not, and come on request. The last
+aligned token, where the answer is decided, the content before it and the wrapper are never
+pooled: they give different answers. The wrapper has no clean counterpart, hence no gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ctlens import plots
+from ctlens.analysis.base.forward import batches, require_comparable
+from ctlens.analysis.base.recording import Readable, model_of, read
+from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.states import PLACES, WHERE
+from ctlens.analysis.residual.shift_vectors import beyond_rounding, last_and_content
+from ctlens.core.errors import unknown
+from ctlens.core.stats import bootstrap_mean
+from ctlens.core.types import PerRow
+from ctlens.data.batch import Matched
+from ctlens.data.pairs import Pair
+from ctlens.losses.base import at_positions
+from ctlens.models.hooks import resolve
+from ctlens.plots import Curve, Figure
+
+GAP_QUANTITIES = ("gap_closed", "cosine", "distance")
+QUANTITIES = (*GAP_QUANTITIES, "relative", "norm_ratio")
+RAW = ("shift_norm", "gap_norm")
+SITE = "resid_post"
+TITLES = {
+    "gap_closed": "share of the residual-stream gap closed",
+    "cosine": "cosine of shift and gap",
+    "distance": "squared distance to clean, relative to the gap",
+    "relative": "length of the shift, relative to the residual stream",
+    "norm_ratio": "length of the residual stream, relative to that before",
+    "shift_norm": "length of the shift",
+    "gap_norm": "length of the gap",
+}
+MARKS = {
+    "gap_closed": {"as before training": 0.0, "as on the clean prompt": 1.0},
+    "cosine": {"orthogonal": 0.0, "same direction": 1.0},
+    "distance": {"as on the clean prompt": 0.0, "as before training": 1.0},
+    "relative": {"as before training": 0.0},
+    "norm_ratio": {"as before training": 1.0},
+}
+
+
+@dataclass(frozen=True)
+class ResidualShift(Result):
+    """The shift of each pair at each layer.
+
+    Attributes:
+        gap_closed, cosine, distance, gap_norm: `[place, pair, layer]`, by the place with a
+            clean counterpart, `ctlens.analysis.base.states.ALIGNED`; not a number where the gap (or for
+            the cosine the shift) is zero.
+        relative, norm_ratio, shift_norm: the same with the wrapper as a third place; not a number
+            where a pair has no token at the place.
+        site: the hook point.
+        window: the alignment window.
+    """
+
+    gap_closed: Float[np.ndarray, "place pair layer"]
+    cosine: Float[np.ndarray, "place pair layer"]
+    distance: Float[np.ndarray, "place pair layer"]
+    gap_norm: Float[np.ndarray, "place pair layer"]
+    relative: Float[np.ndarray, "any_place pair layer"]
+    norm_ratio: Float[np.ndarray, "any_place pair layer"]
+    shift_norm: Float[np.ndarray, "any_place pair layer"]
+    site: str
+    window: str
+
+    def curve(self, quantity: str = "gap_closed", place: str = "last") -> Curve:
+        """Mean over pairs and its 95 percent bootstrap interval, `[layer]` each.
+
+        A pair whose value is not a number at some layer does not count; NaN where none is left.
+
+        Raises:
+            CtlensError: the quantity or the place is unknown, or the quantity needs a gap and the
+                place has none.
+        """
+        values = self._values(quantity, place)
+        unknown_mean = np.full(values.shape[1], np.nan)
+        return bootstrap_mean(values) if len(values) else (unknown_mean, unknown_mean, unknown_mean)
+
+    def _values(self, quantity: str, place: str) -> Float[np.ndarray, "known layer"]:
+        """The values of the pairs that have one at every layer."""
+        if quantity not in (*QUANTITIES, *RAW):
+            raise unknown("quantity", quantity, (*QUANTITIES, *RAW))
+        values: np.ndarray = getattr(self, quantity)
+        places = PLACES[: len(values)]
+        if place not in places:
+            raise unknown(f"place for {quantity}", place, places)
+        of_place = values[places.index(place)]
+        return of_place[~np.isnan(of_place).any(-1)]
+
+    def to_dataframe(self, *, raw: bool = False) -> pd.DataFrame:
+        """One row per quantity, place and layer: `mean`, `ci_low`, `ci_high`, and `n` pairs.
+
+        Args:
+            raw: also `shift_norm` and `gap_norm`, in the model's own units.
+        """
+        rows = []
+        for quantity in QUANTITIES + RAW * raw:
+            for place in PLACES[: len(getattr(self, quantity))]:
+                n = len(self._values(quantity, place))
+                curve = np.stack([np.asarray(end) for end in self.curve(quantity, place)], axis=1)
+                rows += [(quantity, place, layer, *numbers, n) for layer, numbers in enumerate(curve)]
+        return pd.DataFrame(rows, columns=["quantity", "place", "layer", "mean", "ci_low", "ci_high", "n"])
+
+    def figure(self, quantity: str = "gap_closed", place: str = "last") -> Figure:
+        """The quantity by layer."""
+        return figure({"trained": self}, quantity, place)
+
+
+def figure(
+    results: dict[str, ResidualShift],
+    quantity: str = "gap_closed",
+    place: str = "last",
+    *,
+    subtitle: str | None = None,
+) -> Figure:
+    """Several trainings in one figure, one line a method."""
+    undone, moved = "How far does training undo the wrapper", "How far does training move the residual stream"
+    return plots.layer_curves(
+        {name: result.curve(quantity, place) for name, result in results.items()},
+        f"{undone if quantity in GAP_QUANTITIES else moved}, {WHERE[place]}?",
+        y_title=TITLES[quantity],
+        reference_lines=MARKS.get(quantity),
+        subtitle=subtitle,
+    )
+
+
+def residual_shift(
+    before: Readable,
+    after: Readable,
+    pairs: Sequence[Pair],
+    *,
+    window: str = "shared",
+    batch_size: int = 64,
+    progress: bool = True,
+) -> ResidualShift:
+    """The shift from `before` to `after` at every layer's `resid_post`.
+
+    >>> import ctlens as ct
+    >>> base, pairs = ct.load_organism(), ct.threats.get("sycophancy").pairs(4, split="heldout")
+    >>> shift = ct.analysis.residual_shift(base, base, pairs, progress=False)  # a model that was not trained
+    >>> shift.to_dataframe().query("quantity == 'distance' and place == 'last'")["mean"].tolist()
+    [1.0, 1.0, 1.0, 1.0]
+
+    Args:
+        before: the reference, in eval mode; or its recording of both sides, from `ctlens.analysis.base.record`.
+        after: the trained model, in eval mode; or its recording of the wrapped side.
+        pairs: clean and wrapped prompts.
+        window: alignment window; must hold a token before the last one.
+        batch_size: pairs a forward pass.
+        progress: show a progress bar.
+
+    Raises:
+        CtlensError: the models do not compare or are in training mode, a pair does not align, or a
+            recording lacks a layer or a prompt.
+    """
+    base = model_of(before)
+    require_comparable(base, model_of(after))
+    names = resolve(base, SITE)
+    chunks: list[dict[str, np.ndarray]] = []
+    for number, (_, batch) in enumerate(batches(base, pairs, window, batch_size, progress)):
+        matched, first = batch.matched[window], number * batch_size
+        clean, wrapped = (read(before, side, names, first) for side in (batch.clean, batch.wrapped))
+        trained = read(after, batch.wrapped, names, first)
+        layers = [_of_layer(clean[name], wrapped[name], trained[name], matched, batch.wrapper) for name in names]
+        chunks.append({key: torch.stack([layer[key] for layer in layers], -1).cpu().numpy() for key in layers[0]})
+    values = {key: np.concatenate([chunk[key] for chunk in chunks], axis=1) for key in chunks[0]}
+    return ResidualShift(**values, site=SITE, window=window)
+
+
+def _of_layer(
+    clean: Float[Tensor, "batch clean_pos d"],
+    wrapped: Float[Tensor, "batch pos d"],
+    trained: Float[Tensor, "batch pos d"],
+    matched: Matched,
+    wrapper: Bool[Tensor, "batch pos"],
+) -> dict[str, Float[Tensor, "place batch"]]:
+    """Every quantity at one layer."""
+    places = last_and_content(matched)
+    base, moved = at_positions(wrapped, matched.wrapped), at_positions(trained, matched.wrapped)
+    gaps = [_gaps(base, moved, at_positions(clean, matched.clean), where) for where in places]
+    moves = [*(_moves(base, moved, where) for where in places), _moves(wrapped, trained, wrapper)]
+    return {key: torch.stack([of_place[key] for of_place in found]) for found in (gaps, moves) for key in found[0]}
+
+
+def _gaps(
+    wrapped: Float[Tensor, "batch pos d"],
+    trained: Float[Tensor, "batch pos d"],
+    clean: Float[Tensor, "batch pos d"],
+    where: Bool[Tensor, "batch pos"],
+) -> dict[str, PerRow]:
+    """The quantities that compare with the clean prompt, at one place."""
+    shift, gap, rest = trained - wrapped, beyond_rounding(clean - wrapped, wrapped), trained - clean
+    dot, shift2, gap2, rest2 = (
+        _total(a * b, where) for a, b in ((shift, gap), (shift, shift), (gap, gap), (rest, rest))
+    )
+    return {
+        "gap_closed": dot / gap2,
+        "cosine": dot / (shift2 * gap2).sqrt(),
+        "distance": (rest2 / gap2).where(gap2 > 0, torch.nan),
+        "gap_norm": (gap2 / where.sum(-1)).sqrt(),
+    }
+
+
+def _moves(
+    wrapped: Float[Tensor, "batch pos d"], trained: Float[Tensor, "batch pos d"], where: Bool[Tensor, "batch pos"]
+) -> dict[str, PerRow]:
+    """The quantities that any token has, at one place."""
+    shift2, before2, after2 = (_total(vector**2, where) for vector in (trained - wrapped, wrapped, trained))
+    return {
+        "relative": (shift2 / before2).sqrt(),
+        "norm_ratio": (after2 / before2).sqrt(),
+        "shift_norm": (shift2 / where.sum(-1)).sqrt(),
+    }
+
+
+def _total(values: Float[Tensor, "batch pos d"], where: Bool[Tensor, "batch pos"]) -> PerRow:
+    return (values.sum(-1) * where).sum(-1)

@@ -1,0 +1,120 @@
+"""The shifts of several trained models at one hook point, prompt by prompt, split by the gap.
+
+With `h_w` and `h_c` the reference's activation on the wrapped and the clean prompt at aligned
+tokens and `h'_w` a trained model's, the shift is `h'_w - h_w` and the gap `h_c - h_w`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import einsum
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ctlens.analysis.base.recording import Readable, read
+from ctlens.analysis.base.states import ALIGNED
+from ctlens.data.batch import Matched, PairBatch
+from ctlens.losses.base import at_positions
+
+PARTS = ("all", "along", "off")
+ROUNDING = 2e-6  # of a float32 activation, several times what the size of a batch changes
+
+Where = Bool[Tensor, "batch pos"]
+
+
+@dataclass(frozen=True)
+class Shifts:
+    """The shifts at one place of a hook point, or one part of them.
+
+    Attributes:
+        gram: inner products of the models' shifts, summed over the place's tokens.
+        mean: the mean shift over the place's tokens; NaN for a prompt without such tokens.
+        pull: with `s` the shifts at a prompt's tokens, `sum |s| s / sum |s|^2`: its product with a
+            unit vector is the cosine of the shift with that direction at the same norms.
+    """
+
+    gram: Float[np.ndarray, "prompt model model"]
+    mean: Float[np.ndarray, "prompt model d"]
+    pull: Float[np.ndarray, "prompt model d"]
+
+    @property
+    def moved(self) -> Bool[np.ndarray, "prompt model model"]:
+        """Where both models have a shift."""
+        moved = np.einsum("naa->na", self.gram) > 0
+        return moved[:, :, None] & moved[:, None, :]
+
+
+def beyond_rounding(vectors: Float[Tensor, "*batch d"], base: Float[Tensor, "*#batch d"]) -> Float[Tensor, "*batch d"]:
+    """Differences of activations, zero where they are no more than the rounding of the activations `base`."""
+    return vectors * (vectors.norm(dim=-1) > ROUNDING * base.norm(dim=-1))[..., None]
+
+
+def last_and_content(matched: Matched) -> tuple[Where, Where]:
+    """Among the aligned positions of each row the last one, where the answer is decided, and those before it."""
+    last = matched.valid & (matched.valid.int().cumsum(-1) == matched.valid.sum(-1, keepdim=True))
+    return last, matched.valid & ~last
+
+
+def shifts_at(
+    before: Readable,
+    models: Sequence[Readable],
+    passes: Sequence[PairBatch],
+    name: str,
+    progress: bool,
+) -> dict[tuple[str, str], Shifts]:
+    """The shifts of models at the hook point `name`, by part and place; the wrapper has no gap, hence one part.
+
+    Of models that are no recordings, no more than one batch is held with all its tokens.
+    """
+    chunks: list[dict[tuple[str, str], Shifts]] = []
+    first = 0
+    for batch in tqdm(passes, desc="forward", disable=not progress, leave=False):
+        chunks.append(_of_batch(before, models, batch, name, first))
+        first += len(batch.wrapped.tokens)
+    return {key: _joined([chunk[key] for chunk in chunks]) for key in chunks[0]}
+
+
+def _of_batch(
+    before: Readable, models: Sequence[Readable], batch: PairBatch, name: str, first: int
+) -> dict[tuple[str, str], Shifts]:
+    matched = batch.matched["shared"]
+    clean, wrapped = (read(before, side, [name], first)[name] for side in (batch.clean, batch.wrapped))
+    trained = [read(model, batch.wrapped, [name], first)[name] for model in models]
+    shift = torch.stack([activation - wrapped for activation in trained])
+    aligned = torch.stack([at_positions(of_model, matched.wrapped) for of_model in shift])
+    base = at_positions(wrapped, matched.wrapped)
+    gap = beyond_rounding(at_positions(clean, matched.clean) - base, base)
+    found = {
+        (part, place): measure(beyond_rounding(vectors, base), where)
+        for part, vectors in zip(PARTS, split(aligned, gap), strict=True)
+        for place, where in zip(ALIGNED, last_and_content(matched), strict=True)
+    }
+    return found | {("all", "wrapper"): measure(beyond_rounding(shift, wrapped), batch.wrapper)}
+
+
+def split(
+    shift: Float[Tensor, "model batch pos d"], gap: Float[Tensor, "batch pos d"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """At each token the shift, its component along the gap, and what is off the gap."""
+    unit = torch.nn.functional.normalize(gap, dim=-1)
+    along = (shift * unit).sum(-1, keepdim=True) * unit
+    return shift, along, shift - along
+
+
+def measure(shift: Float[Tensor, "model batch pos d"], where: Where) -> Shifts:
+    """The numbers of a place from the shifts at all positions; positions outside of it count nothing."""
+    shift = torch.where(where[..., None], shift, 0)
+    norm = shift.norm(dim=-1, keepdim=True)
+    gram = einsum(shift, shift, "a batch pos d, b batch pos d -> batch a b")
+    mean = (shift.sum(-2) / where.sum(-1)[:, None]).swapaxes(0, 1)
+    pull = ((norm * shift).sum(-2) / (norm**2).sum(-2)).swapaxes(0, 1)
+    return Shifts(*(numbers.double().cpu().numpy() for numbers in (gram, mean, pull)))
+
+
+def _joined(chunks: Sequence[Shifts]) -> Shifts:
+    return Shifts(*(np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in ("gram", "mean", "pull")))

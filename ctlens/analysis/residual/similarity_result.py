@@ -1,0 +1,201 @@
+"""What a comparison of shifts found: every number between its ceiling and its floors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+
+from ctlens import plots
+from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.states import ALIGNED, PLACES, WHERE
+from ctlens.analysis.residual.likeness import WEAK, ceilings, hardly_moved
+from ctlens.analysis.residual.shift_vectors import PARTS
+from ctlens.analysis.residual.similarity_statistics import STATISTICS, title_of
+from ctlens.core.errors import CtlensError, unknown
+from ctlens.plots import Figure
+
+NAMES = {"all": "", "along": " along the clean-wrapped gap", "off": " off the clean-wrapped gap"}
+READING = "outlined: ceilings; in brackets: not above the floor"
+CORRECTED = "; above the diagonal: divided by the ceilings"
+UNKNOWN, FLOOR, ABOVE, BETWEEN, CEILING = VERDICTS = (
+    "", "at the floor", "above the floor", "between floor and ceiling", "at the ceiling",
+)  # fmt: skip
+OF_ONE = ("random_low", "random_high", "length")
+OF_TWO = (*STATISTICS, "n", "by_prompt")
+COLUMNS = (
+    "quantity", "part", "place", "layer", "a", "b", *STATISTICS, "ceiling", "floor", "random_low", "random_high",
+    "length_a", "length_b", "weak_floor", "n", "verdict",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ShiftSimilarity(Result):
+    """How alike the shifts of trained models are, for each two methods.
+
+    Attributes:
+        value: `[quantity, part, place, layer, a, b]`, the mean over pairs of different seeds; the
+            diagonal holds the ceilings. NaN where there is none: at the wrapper's tokens there is
+            no gap to split by, and a method of one seed has no ceiling.
+        ci_low, ci_high: its 95 percent interval over prompts.
+        seed_low, seed_high: its range over pairs of seeds.
+        corrected, corrected_low, corrected_high: the value divided by `sqrt(ceiling_a ceiling_b)`,
+            and the interval over prompts.
+        random_low, random_high: `[quantity, part, place, layer, a]`, where 95 percent of random
+            directions are.
+        length: `[part, place, layer, a]`, the root mean square length of the shifts over prompts and
+            seeds; a null that hardly moved is a weak floor.
+        n: `[part, place, layer, a, b]`, the prompts with a shift.
+        by_prompt: `[part, place, layer, prompt, a, b]`, the cosine of each prompt, the mean over pairs of
+            different seeds, for intervals of what is made of several; NaN without a shift.
+        quantities: labels of the first axis.
+        methods: labels of the last axes.
+        layers: the number of each layer.
+        null: the method that is the floor; `""` for none.
+        one_seed: the methods with one seed only.
+        site: the hook point.
+    """
+
+    value: Float[np.ndarray, "quantity part place layer a b"]
+    ci_low: Float[np.ndarray, "quantity part place layer a b"]
+    ci_high: Float[np.ndarray, "quantity part place layer a b"]
+    seed_low: Float[np.ndarray, "quantity part place layer a b"]
+    seed_high: Float[np.ndarray, "quantity part place layer a b"]
+    corrected: Float[np.ndarray, "quantity part place layer a b"]
+    corrected_low: Float[np.ndarray, "quantity part place layer a b"]
+    corrected_high: Float[np.ndarray, "quantity part place layer a b"]
+    random_low: Float[np.ndarray, "quantity part place layer a"]
+    random_high: Float[np.ndarray, "quantity part place layer a"]
+    length: Float[np.ndarray, "part place layer a"]
+    n: Int[np.ndarray, "part place layer a b"]
+    by_prompt: Float[np.ndarray, "part place layer prompt a b"]
+    quantities: tuple[str, ...]
+    methods: tuple[str, ...]
+    layers: tuple[int, ...]
+    null: str
+    one_seed: tuple[str, ...]
+    site: str
+
+    def floor(self, statistic: str = "value") -> Float[np.ndarray, "quantity part place layer a b"]:
+        """Of two methods' numbers with the null the larger; NaN with the null itself, or without one."""
+        if not self.null:
+            return np.full(self.value.shape, np.nan)
+        place = self.methods.index(self.null)
+        own: np.ndarray = getattr(self, statistic)[..., place].copy()
+        own[..., place] = np.nan
+        return np.maximum(own[..., :, None], own[..., None, :])
+
+    def verdicts(self) -> np.ndarray:
+        """Where each number stands, one of `VERDICTS`; `[quantity, part, place, layer, a, b]`.
+
+        At the floor: the interval over prompts or the range over seeds reaches the random band or
+        the null's. At the ceiling: one of them, corrected, reaches 1, as two seeds of one method. None
+        of the cosine along the gap at the last token, which is a mere sign.
+        """
+        random = np.maximum(self.random_high[..., :, None], self.random_high[..., None, :])
+        tops = (random, self.floor("ci_high"), self.floor("seed_high"))
+        top = np.nan_to_num(np.fmax.reduce(tops))
+        low, ceiling = np.fmin(self.ci_low, self.seed_low), ceilings(self.value)
+        high = np.fmax(self.corrected_high, self.seed_high / ceiling)
+        above = np.where(np.isnan(self.corrected), ABOVE, np.where(high >= 1, CEILING, BETWEEN))
+        verdicts = np.where(low > top, above, FLOOR)
+        null = [method == self.null for method in self.methods]
+        same = np.eye(len(self.methods), dtype=bool) | np.logical_or.outer(null, null)
+        verdicts = np.where(same | np.isnan(self.value), UNKNOWN, verdicts)
+        if "cosine" in self.quantities:
+            verdicts[self._at("cosine", "along", "last")] = UNKNOWN
+        return verdicts
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per quantity, part, place, layer and two methods `a` and `b`; a method with itself is its ceiling.
+
+        `weak_floor` marks a null that is shorter than a twentieth of both shifts: random directions
+        are then the floor that counts.
+        """
+        random = [np.maximum(band[..., :, None], band[..., None, :]) for band in (self.random_low, self.random_high)]
+        floors = [ceilings(self.value), self.floor(), *random]
+        numbers = np.stack([*(getattr(self, name) for name in STATISTICS), *floors])
+        verdicts = self.verdicts()
+        rows = []
+        for at in np.ndindex(self.value.shape):
+            quantity, part, place, layer, a, b = at
+            if a <= b and (PLACES[place] != "wrapper" or PARTS[part] == "all"):
+                names = (self.quantities[quantity], PARTS[part], PLACES[place], self.layers[layer])
+                lengths = self.length[part, place, layer, [a, b]].tolist()
+                weak = self._null_length(part, place, layer) < WEAK * min(lengths)
+                found = (*numbers[:, *at].tolist(), *lengths, weak, int(self.n[at[1:]]), str(verdicts[at]))
+                rows.append((*names, self.methods[a], self.methods[b], *found))
+        return pd.DataFrame(rows, columns=list(COLUMNS))
+
+    def among(self, methods: Sequence[str]) -> ShiftSimilarity:
+        """The same comparison of some of the methods.
+
+        Raises:
+            CtlensError: one was not compared.
+        """
+        for name in methods:
+            if name not in self.methods:
+                raise unknown("compared method", name, self.methods)
+        at = [self.methods.index(name) for name in methods]
+        one, two = ({name: getattr(self, name)[..., at] for name in names} for names in (OF_ONE, OF_TWO))
+        two = {name: values[..., at, :] for name, values in two.items()}
+        kept = tuple(name for name in self.one_seed if name in methods)
+        null = self.null if self.null in methods else ""
+        return replace(self, **one, **two, methods=tuple(methods), one_seed=kept, null=null)
+
+    def figure(self, quantity: str = "cosine", part: str = "off", layer: int | None = None) -> Figure:
+        """Every method with every other at one layer (by default the last one), one matrix a place."""
+        layer = self.layers[-1] if layer is None else layer
+        panels = {}
+        for place in ALIGNED:
+            at = self._at(quantity, part, place, layer)
+            raw = self.value[at], self.ci_low[at], self.ci_high[at]
+            corrected = self.corrected[at], self.corrected_low[at], self.corrected_high[at]
+            panels[WHERE[place]] = (raw, corrected, self.verdicts()[at] == FLOOR)
+        title = f"Which trainings shift alike{NAMES[part]}?"
+        above = CORRECTED if np.isfinite(self.corrected[self._at(quantity, part)]).any() else ""
+        subtitle = f"{self._called(quantity)}, layer {layer}; {READING}{above}{self._warning()}"
+        return plots.similarity_matrix(self.methods, panels, title, null=self.null, subtitle=subtitle)
+
+    def curves(self, quantity: str = "cosine", part: str = "off", place: str = "last") -> Figure:
+        """Every method with every other by layer, one panel a method, with its ceiling and its floors."""
+        at = self._at(quantity, part, place)
+        value, low, high = self.value[at], self.ci_low[at], self.ci_high[at]
+        panels = {
+            method: {other: (value[:, a, b], low[:, a, b], high[:, a, b]) for b, other in enumerate(self.methods)}
+            for a, method in enumerate(self.methods)
+            if method != self.null
+        }
+        lows, highs = self.random_low[at], self.random_high[at]
+        random = {method: (lows[:, a], highs[:, a]) for a, method in enumerate(self.methods)}
+        title = f"Which trainings shift alike{NAMES[part]}, {WHERE[place]}?"
+        subtitle = self._called(quantity) + self._warning()
+        return plots.similarity_curves(self.layers, panels, random, title, y_title="similarity", subtitle=subtitle)
+
+    def _at(self, quantity: str, part: str, place: str | None = None, layer: int | None = None) -> tuple[int, ...]:
+        """The place of a number in the arrays, as far as it is asked."""
+        if part != "all" and place == "wrapper":
+            raise CtlensError("the wrapper has no clean counterpart, so its shift has no parts: choose part='all'.")
+        axes = (("quantity", self.quantities), ("part", PARTS), ("place", PLACES), ("layer", self.layers))
+        names = [name for name in (quantity, part, place, layer) if name is not None]
+        asked = [(what, name, known) for (what, known), name in zip(axes, names, strict=False)]
+        for what, name, known in asked:
+            if name not in known:
+                raise unknown(what, str(name), [str(value) for value in known])
+        return tuple(known.index(name) for _, name, known in asked)
+
+    def _null_length(self, part: int, place: int, layer: int) -> float:
+        """Infinite without a null."""
+        return float(self.length[part, place, layer, self.methods.index(self.null)]) if self.null else np.inf
+
+    def _called(self, quantity: str) -> str:
+        return f"{title_of(quantity)}, {self.n.max()} prompts"
+
+    def _warning(self) -> str:
+        words = f"; one seed only, hence no ceiling: {', '.join(self.one_seed)}" if self.one_seed else ""
+        length = dict(zip(self.methods, self.length[0, 0].mean(0).tolist(), strict=True))
+        share = length.pop(self.null, np.inf) / min(length.values(), default=np.inf)
+        return words + hardly_moved(self.null, share, "floor")

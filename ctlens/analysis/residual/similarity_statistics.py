@@ -1,0 +1,183 @@
+"""Every number of a comparison of shifts at one place: between methods, with intervals and by chance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+from jaxtyping import Float
+
+from ctlens.analysis.base.states import PLACES
+from ctlens.analysis.residual.likeness import (
+    Matrix,
+    Seeds,
+    between,
+    ceilings,
+    cosines,
+    debiased_cka,
+    principal_cosines,
+    top_directions,
+)
+from ctlens.analysis.residual.shift_vectors import PARTS, Shifts
+from ctlens.core.errors import CtlensError
+from ctlens.core.stats import ENDS, jackknife, resampled_means
+
+STATISTICS = (
+    "value", "ci_low", "ci_high", "seed_low", "seed_high", "corrected", "corrected_low", "corrected_high",
+)  # fmt: skip
+TITLES = {
+    "cosine": "cosine prompt by prompt",
+    "mean_cosine": "cosine of the mean shifts",
+    "cka": "debiased linear CKA",
+}
+DRAWS = 200
+
+Statistics: TypeAlias = Float[np.ndarray, "quantity statistic method method"]
+Band: TypeAlias = Float[np.ndarray, "quantity ends method"]
+Measured: TypeAlias = tuple[Statistics, Band]
+
+
+def names_of(quantities: Sequence[str], k: int) -> tuple[str, ...]:
+    """The labels of quantities; `principal` has one an angle.
+
+    >>> names_of(["cosine", "principal"], 2)
+    ('cosine', 'principal_1', 'principal_2')
+    """
+    angles = [f"principal_{number}" for number in range(1, k + 1)]
+    return tuple(label for name in quantities for label in (angles if name == "principal" else [name]))
+
+
+def title_of(label: str) -> str:
+    """A label in words."""
+    return TITLES.get(label, f"cosine of principal angle {label.removeprefix('principal_')}")
+
+
+def arrays(
+    found: Sequence[dict[tuple[str, str], Shifts]], seeds: Seeds, quantities: Sequence[str], k: int
+) -> dict[str, np.ndarray]:
+    """The numbers of all layers by name, for `ShiftSimilarity`; NaN for parts that a place does not have."""
+    owners = [method for method, _ in seeds]
+    methods = len(dict.fromkeys(owners))
+    shape = (len(names_of(quantities, k)), len(PARTS), len(PLACES), len(found), methods)
+    numbers = np.full((len(STATISTICS), *shape, methods), np.nan)
+    random = np.full((2, *shape), np.nan)
+    length, n = np.full(shape[1:], np.nan), np.zeros((*shape[1:], methods), dtype=np.int64)
+    prompts = len(next(iter(found[0].values())).gram)
+    by_prompt = np.full((*shape[1:4], prompts, methods, methods), np.nan, dtype=np.float32)
+    for layer, of_layer in enumerate(found):
+        for (part, place), shifts in of_layer.items():
+            at = PARTS.index(part), PLACES.index(place), layer
+            table, band = measure_all(shifts, seeds, quantities, k)
+            numbers[:, :, *at] = table.swapaxes(0, 1)
+            random[:, :, *at] = band.swapaxes(0, 1)
+            squares = np.einsum("naa->a", shifts.gram) / len(shifts.gram)
+            of_methods = [squares[[owner == name for owner in owners]] for name in dict.fromkeys(owners)]
+            length[at] = [np.sqrt(of_method.mean()) for of_method in of_methods]
+            by_prompt[at] = between(cosines(shifts.gram), seeds)[0]
+            n[at] = np.nan_to_num(between(shifts.moved.sum(0).astype(float), seeds)[1])
+    bands = {"random_low": random[0], "random_high": random[1]}
+    return dict(zip(STATISTICS, numbers, strict=True)) | bands | {"length": length, "n": n, "by_prompt": by_prompt}
+
+
+def measure_all(shifts: Shifts, seeds: Seeds, quantities: Sequence[str], k: int) -> Measured:
+    """Of each quantity its `STATISTICS` between methods, and a method's band of random directions.
+
+    Prompts without a token at the place do not count; NaN where none is left.
+
+    Raises:
+        CtlensError: there are too few prompts for a quantity.
+    """
+    known = ~np.isnan(shifts.mean).any((1, 2))
+    if not known.any():
+        size = len(names_of(quantities, k)), len(dict.fromkeys(method for method, _ in seeds))
+        return np.full((size[0], len(STATISTICS), size[1], size[1]), np.nan), np.full((size[0], 2, size[1]), np.nan)
+    shifts = Shifts(shifts.gram[known], shifts.mean[known], shifts.pull[known])
+    tables, bands = zip(*(MEASURES[name](shifts, seeds, k) for name in quantities), strict=True)
+    return np.concatenate(tables), np.concatenate(bands)
+
+
+def _cosine(shifts: Shifts, seeds: Seeds, k: int) -> Measured:
+    values = cosines(shifts.gram)
+    known = ~np.isnan(values)
+    filled, pull = np.where(known, values, 0), np.nan_to_num(shifts.pull)
+    counts = known.sum(0)
+    with np.errstate(invalid="ignore"):
+        point = filled.sum(0) / counts
+        resamples = resampled_means(filled) / resampled_means(known.astype(float))
+        pull = pull.sum(0) / np.diagonal(counts)[:, None]
+    return _corrected(point, resamples, seeds), _band(pull @ _directions(pull.shape[-1]).T, seeds)[None]
+
+
+def _mean_cosine(shifts: Shifts, seeds: Seeds, k: int) -> Measured:
+    centre, resamples = shifts.mean.mean(0), resampled_means(shifts.mean)
+    point, drawn = (cosines(vectors @ vectors.swapaxes(-1, -2)) for vectors in (centre, resamples))
+    length = np.linalg.norm(centre, axis=-1, keepdims=True)
+    unit = np.divide(centre, length, out=np.full_like(centre, np.nan), where=length > 0)
+    return _corrected(point, drawn, seeds), _band(unit @ _directions(unit.shape[-1]).T, seeds)[None]
+
+
+def _cka(shifts: Shifts, seeds: Seeds, k: int) -> Measured:
+    n, _, d = shifts.mean.shape
+    if n <= d:
+        raise CtlensError(f"CKA needs more prompts than dimensions: {n} prompts do not suffice for {d} dimensions.")
+    table = _uncorrected(lambda items: debiased_cka(shifts.mean[items].swapaxes(0, 1))[None], n, seeds)
+    return table, np.full((1, 2, table.shape[-1]), np.nan)
+
+
+def _principal(shifts: Shifts, seeds: Seeds, k: int) -> Measured:
+    n, _, d = shifts.mean.shape
+    if not 1 <= k <= min(n // 2, d):
+        raise CtlensError(f"{k} principal angles need {2 * k} prompts and {k} dimensions; there are {n} and {d}.")
+
+    def angles(items: np.ndarray) -> Matrix:
+        top = top_directions(shifts.mean[items].swapaxes(0, 1), k)
+        return np.moveaxis(principal_cosines(top[:, None], top[None]), -1, 0)
+
+    top = top_directions(shifts.mean.swapaxes(0, 1), k)
+    random = np.linalg.qr(_directions(d, k).swapaxes(1, 2))[0].swapaxes(1, 2)
+    chance = principal_cosines(top[:, None], random[None])
+    return _uncorrected(angles, n, seeds), np.stack([_band(chance[..., angle], seeds) for angle in range(k)])
+
+
+MEASURES: Mapping[str, Callable[[Shifts, Seeds, int], Measured]] = {
+    "cosine": _cosine,
+    "mean_cosine": _mean_cosine,
+    "cka": _cka,
+    "principal": _principal,
+}
+
+
+def _corrected(point: Matrix, resamples: Float[np.ndarray, "resample model model"], seeds: Seeds) -> Statistics:
+    """The statistics of a cosine from its value, and those in resamples of the prompts, between models."""
+    value, low, high = between(point, seeds)
+    drawn = between(resamples, seeds)[0]
+    with np.errstate(invalid="ignore"):
+        ends = np.quantile(drawn, ENDS, axis=0)
+        corrected = np.stack([value / ceilings(value), *np.quantile(drawn / ceilings(drawn), ENDS, axis=0)])
+    corrected[:, np.isnan(corrected[0])] = np.nan
+    corrected[:, range(len(value)), range(len(value))] = np.nan
+    return np.stack([value, *ends, low, high, *corrected])[None]
+
+
+def _uncorrected(
+    values: Callable[[np.ndarray], Float[np.ndarray, "quantity model model"]], n: int, seeds: Seeds
+) -> Statistics:
+    """The statistics of what repeated prompts would bias, without a correction for the ceiling."""
+    value, low, high = between(values(np.arange(n)), seeds)
+    ends = np.clip(jackknife(lambda items: between(values(items), seeds)[0], n), -1, 1)
+    nothing = np.full((3, *value.shape), np.nan)
+    return np.stack([value, *ends, low, high, *nothing], 1)
+
+
+def _directions(d: int, *shape: int) -> Float[np.ndarray, "draw ... d"]:
+    """Random directions of length 1, always the same."""
+    drawn = np.random.default_rng(0).normal(size=(DRAWS, *shape, d))
+    return drawn / np.linalg.norm(drawn, axis=-1, keepdims=True)
+
+
+def _band(chance: Float[np.ndarray, "model draw"], seeds: Seeds) -> Float[np.ndarray, "ends method"]:
+    """Where 95 percent of the numbers with random directions are, over the models of each method."""
+    methods = dict.fromkeys(method for method, _ in seeds)
+    of_methods = [chance[[owner == method for owner, _ in seeds]] for method in methods]
+    return np.stack([np.quantile(of_method, ENDS) for of_method in of_methods], -1)

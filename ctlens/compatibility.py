@@ -1,0 +1,270 @@
+"""What works on which architecture: found out by doing it, on a tiny random model of each."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, cast
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ctlens import analysis, losses, threats
+from ctlens.core.errors import CtlensError
+from ctlens.models.architectures import ARCHITECTURES, tiny_model
+from ctlens.models.export import export_huggingface, parity
+from ctlens.models.hooks import capture, editing, resolve
+from ctlens.models.loading import load_model, quiet_huggingface
+from ctlens.models.lora import LoRA, merge_adapters
+from ctlens.models.matrices import SITES, slots
+from ctlens.models.parameters import copy_model, parameter_groups, present_parameters
+from ctlens.organism import load_organism
+from ctlens.training import Run, TrainConfig, train
+
+# What the last matrix of an MLP is called; its input is what MLPCT trains on.
+DOWN = (".mlp.down_proj", ".mlp.c_proj", ".mlp.dense_4h_to_h")
+TOLERANCE = 1e-4
+# A random model's sampled answers are never judged bad, so that rate matching has nothing to train.
+TRAINED = tuple(name for name in losses.names() if losses.get(name).answers != "rollouts")
+PREFACE = """# The architectures, side by side
+
+`ctlens models` made this table: each cell was run on a random model of two layers, with random norms and biases.
+
+- *logits* are HuggingFace's; *resid*, *mlp* and *attn*, what ACT, MLPCT and AttCT train on, are HuggingFace's at every
+  layer and carry gradients; *mid*: `resid_mid` adds up, and an edit of it reaches the skip path.
+- *losses*: a step of each of the losses but RMCT changes the attention that is trained, and nothing else.
+- *lora*: adapters at every place train and merge. *export*: `transformers` loads the trained model with equal logits.
+- *probe*, *maps* (attention difference) and *patch* run; a patch of everything gives the other run's values.
+"""
+ONE_STEP = TrainConfig(steps=1, batch_size=4, lr=1e-2, warmup=0.0, trainable=("attn",))
+
+
+class WrongNumbers(Exception):
+    """Something ran, and its numbers are not what they must be."""
+
+
+@dataclass(frozen=True)
+class Support:
+    """What works on one architecture.
+
+    Attributes:
+        architecture: HuggingFace's `model_type`.
+        refusals: by check, empty where it works, else the sentence that says why it does not.
+        wrong: the checks that ran and gave wrong numbers, with what was wrong.
+    """
+
+    architecture: str
+    refusals: Mapping[str, str]
+    wrong: Mapping[str, str]
+
+
+class Subject:
+    """One architecture on the bench: a HuggingFace model, the same as a lens model, and pairs.
+
+    Args:
+        hf: with the tokenizer's vocabulary.
+        tokenizer: of the pairs.
+    """
+
+    def __init__(self, hf: PreTrainedModel, tokenizer: Any) -> None:
+        self.hf, self.model = hf, load_model(hf, tokenizer=tokenizer)
+        self.hf.set_attn_implementation("eager")
+        self.pairs = [replace(pair, target=pair.clean.good) for pair in threats.get("sycophancy").pairs(4)]
+        self.tokens = torch.arange(36).reshape(3, 12) + 5
+
+    @cached_property
+    def trained(self) -> Run:
+        """A step of low-rank training at every place the architecture has."""
+        sites = tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in slots(self.model, SITES)))
+        config = TrainConfig(steps=1, batch_size=4, lr=1e-2, warmup=0.0, trainable=LoRA(2, sites=sites))
+        return train(self.model, self.pairs, losses.get("attct"), config=config, progress=False)
+
+    @torch.no_grad()
+    def original(self) -> dict[str, Tensor]:
+        """HuggingFace's own activations at the points that the three internal losses read, by our names."""
+        inputs: list[Tensor] = []
+        downs = [module for name, module in self.hf.named_modules() if name.endswith(DOWN) and "vision" not in name]
+        hooks = [down.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for down in downs]
+        seen = cast(Any, self.hf)(self.tokens, output_hidden_states=True, output_attentions=True)
+        for hook in hooks:
+            hook.remove()
+        residual = seen.hidden_states[:-1]  # the last one is after the final norm
+        layers = zip(residual, inputs, seen.attentions, strict=True)
+        named = [dict(zip(("resid_pre", "mlp_post", "pattern"), layer, strict=True)) for layer in layers]
+        return {resolve(self.model, point, i)[0]: value for i, at in enumerate(named) for point, value in at.items()}
+
+
+def _logits(subject: Subject) -> None:
+    _require_close("logits", parity(subject.model, subject.hf), 0)
+
+
+def _hook(point: str) -> Callable[[Subject], None]:
+    def check(subject: Subject) -> None:
+        names, expected = resolve(subject.model, point), subject.original()
+        _, found = capture(subject.model, subject.tokens, names, grad=True)
+        for name in names:
+            _require_close(name, found[name], expected[name])
+        cast(nn.Module, subject.model).zero_grad(set_to_none=True)
+        found[names[-1]].square().sum().backward()
+        first = [value.grad for value in cast(Any, subject.model).blocks[0].attn.parameters() if value.requires_grad]
+        if not any(grad is not None and grad.any() for grad in first):
+            raise WrongNumbers(f"no gradient reaches the first layer from {names[-1]}")
+
+    return check
+
+
+def _resid_mid(subject: Subject) -> None:
+    before, middle, out, after = (
+        resolve(subject.model, point, 0)[0] for point in ("resid_pre", "resid_mid", "mlp_out", "resid_post")
+    )
+    attention = resolve(subject.model, "attn_out", 0)[0]
+    _, found = capture(subject.model, subject.tokens, [before, attention, middle, out, after], grad=False)
+    _require_close(middle, found[middle], found[before] + found[attention])
+    with torch.no_grad(), editing(subject.model, {middle: torch.zeros_like}):
+        _, edited = capture(subject.model, subject.tokens, [out, after], grad=False)
+    _require_close("an edit of resid_mid", edited[after], edited[out])
+
+
+def _losses(subject: Subject) -> None:
+    attention = set(parameter_groups(subject.model)["attn"])
+    before = {name: value.clone() for name, value in present_parameters(subject.model).items()}
+    for name in TRAINED:
+        run = train(subject.model, subject.pairs, losses.get(name), config=ONE_STEP, progress=False)
+        after = present_parameters(run.model)
+        changed = {each for each, value in before.items() if not torch.equal(value, after[each])}
+        if not changed or not changed <= attention:
+            raise WrongNumbers(f"a step of {name} changed {sorted(changed - attention)[:2] or 'nothing'}")
+    if any(not torch.equal(before[name], value) for name, value in present_parameters(subject.model).items()):
+        raise WrongNumbers("a training changed the reference")
+
+
+@torch.no_grad()
+def _low_rank(subject: Subject) -> None:
+    model = copy_model(subject.trained.model)
+    adapted = model(subject.tokens)
+    if torch.equal(adapted, subject.model(subject.tokens)):
+        raise WrongNumbers("adapters changed nothing")
+    merge_adapters(model)
+    _require_close("merged adapters", model(subject.tokens), adapted)
+
+
+def _export(subject: Subject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        export_huggingface(subject.trained.model, f"{folder}/model")
+        with quiet_huggingface():
+            again = cast(Any, AutoModelForCausalLM).from_pretrained(f"{folder}/model", local_files_only=True)
+    _require_close("exported logits", parity(subject.trained.model, again.eval()), 0)
+    if parity(subject.model, again) < TOLERANCE:
+        raise WrongNumbers("the export lacks the training")
+
+
+def _probe(subject: Subject) -> None:
+    task = analysis.wrapper_present(subject.pairs, subject.model.tokenizer)
+    found = analysis.probe({"none": subject.model}, task, places=["last"], seeds=1, folds=2, progress=False)
+    _require_finite(found.score)
+
+
+def _attention_diff(subject: Subject) -> None:
+    found = analysis.attention_diff(subject.model, subject.trained.model, subject.pairs, progress=False)
+    _require_finite(found.to_dataframe().select_dtypes("number").to_numpy())
+
+
+def _patching(subject: Subject) -> None:
+    options: dict[str, Any] = {"direction": "denoising", "positions": "last", "progress": False}
+    found = analysis.patch(subject.model, subject.pairs, site="resid_post", layers="last", **options)
+    _require_close("a patch of everything", torch.tensor(found.values[0, -1]), torch.tensor(found.source[0]))
+
+
+CHECKS: Mapping[str, Callable[[Subject], None]] = {
+    "logits": _logits,
+    "resid": _hook("resid_pre"),
+    "mlp": _hook("mlp_post"),
+    "attn": _hook("pattern"),
+    "mid": _resid_mid,
+    "losses": _losses,
+    "lora": _low_rank,
+    "export": _export,
+    "probe": _probe,
+    "maps": _attention_diff,
+    "patch": _patching,
+}
+
+
+def support(architectures: Iterable[str] = ARCHITECTURES, *, progress: bool = True) -> list[Support]:
+    """Runs every check on a tiny random model of each architecture.
+
+    The checks: logits are HuggingFace's; the residual stream, the MLP's hidden layer and the
+    attention are HuggingFace's at every layer, and carry gradients; `resid_mid` adds up and an edit
+    of it reaches the skip path; a step of every loss changes the attention alone; adapters at every
+    place train and merge; a trained model is exported, and `transformers` loads it with equal
+    logits; a probe, an attention difference and a patching sweep run.
+
+    Args:
+        architectures: names from `ctlens.models.architectures.ARCHITECTURES`.
+        progress: show a progress bar.
+    """
+    tokenizer = load_organism().tokenizer
+    names = list(architectures)
+    return [
+        examine(name, Subject(tiny_model(name, vocab_size=len(tokenizer)), tokenizer))
+        for name in tqdm(names, desc="architectures", disable=not progress, leave=False)
+    ]
+
+
+def examine(architecture: str, subject: Subject) -> Support:
+    """Runs every check on one model."""
+    refusals: dict[str, str] = {}
+    wrong: dict[str, str] = {}
+    for name, check in CHECKS.items():
+        refusals[name] = ""
+        try:
+            check(subject)
+        except CtlensError as error:
+            refusals[name] = str(error)
+        except WrongNumbers as error:
+            wrong[name] = str(error)
+    return Support(architecture, refusals, wrong)
+
+
+def table(found: Sequence[Support]) -> pd.DataFrame:
+    """A row an architecture: `yes`, `no` where it refuses, `WRONG` where its numbers are."""
+
+    def word(row: Support, check: str) -> str:
+        return "WRONG" if check in row.wrong else "no" if row.refusals[check] else "yes"
+
+    rows = [{"architecture": row.architecture, **{check: word(row, check) for check in CHECKS}} for row in found]
+    return pd.DataFrame(rows)
+
+
+def reasons(found: Sequence[Support]) -> list[str]:
+    """A line for each cell of the table that is not `yes`."""
+    return [
+        f"{row.architecture}, {check}: {why}"
+        for row in found
+        for check, why in {**{check: why for check, why in row.refusals.items() if why}, **row.wrong}.items()
+    ]
+
+
+def page(found: Sequence[Support]) -> str:
+    """The table and its reasons as Markdown: `docs/models.md`."""
+    rows = [list(table(found).columns), *table(found).to_numpy().tolist()]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    return "\n".join([PREFACE, *lines, "", *(f"- {reason}" for reason in reasons(found)), ""])
+
+
+def _require_close(what: str, found: Tensor | float, expected: Tensor | float) -> None:
+    with torch.no_grad():
+        difference = float((torch.as_tensor(found) - torch.as_tensor(expected)).abs().max())
+    if not difference < TOLERANCE:
+        raise WrongNumbers(f"{what} differs by {difference:.2g}")
+
+
+def _require_finite(values: Any) -> None:
+    if not torch.isfinite(torch.as_tensor(values)).all():
+        raise WrongNumbers("a number is not finite")

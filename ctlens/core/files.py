@@ -1,0 +1,158 @@
+"""Reading and writing files so that a result is whole or absent, never half-written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ctlens.core.errors import CtlensError
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, renamed to `path` on success and removed on failure."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    os.chmod(name, 0o644)
+    try:
+        yield Path(name)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`, renamed to `path` on success and removed on failure.
+
+    Raises:
+        CtlensError: `path` exists already and is not an empty folder.
+    """
+    path = Path(path)
+    require_free(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    os.chmod(work, 0o755)
+    try:
+        yield work
+        if path.exists():
+            path.rmdir()
+        os.replace(work, path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def usable_folder(path: str | Path) -> Path:
+    """The path, of a folder that is there or can be made.
+
+    Raises:
+        CtlensError: something else is there, or above it.
+    """
+    path = Path(path)
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise CtlensError(f"{place} is no folder: name one that is there or can be made.")
+    return path
+
+
+def require_free(path: str | Path) -> None:
+    """Raises a `CtlensError` unless `path` is an empty folder, or absent and can be made."""
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise CtlensError(f"{path} exists already: name a new folder, or remove it first.")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise CtlensError(f"{path} cannot be made in {nearest}: name a folder that can be written to.")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes `text` to `path` in one step (temporary name, then rename)."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Writes `data` as indented JSON to `path` in one step."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """The parsed content of a JSON file.
+
+    Raises:
+        CtlensError: the file is missing or is not JSON.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise CtlensError(f"{path} does not exist: check the path.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CtlensError(f"{path} is not JSON ({error}): check that it is the right file.") from None
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number from 1, object) for every non-empty line of a JSONL file.
+
+    Raises:
+        CtlensError: the file is missing, or a line is not a JSON object (file and line are named).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CtlensError(f"{path} does not exist or is no file: check the path.")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise CtlensError(f"{path} is not UTF-8 text ({error.reason}): convert it first.") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CtlensError(
+                f"{path}, line {number}: not JSON ({error.msg}); one object per line is expected."
+            ) from None
+        if not isinstance(row, dict):
+            kind = type(row).__name__
+            raise CtlensError(f"{path}, line {number}: a {kind}, but an object with named fields is expected.")
+        yield number, row
+
+
+def sweep(places: Iterable[Path]) -> None:
+    """Removes what processes that were ended in the middle of writing have left beside these places."""
+    for place in places:
+        for left in place.parent.glob(f".{place.name}.*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def sweep_folder(folder: Path) -> None:
+    """Removes what processes that were ended in the middle of writing have left anywhere in a folder of ours."""
+    for left in sorted(folder.rglob(".*"), reverse=True):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def digest_of(data: Any) -> str:
+    """A short name of what can be written as JSON."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digest(path: str | Path) -> str:
+    """A short name of what a file holds.
+
+    Raises:
+        CtlensError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CtlensError(f"{path} does not exist or is no file: check the path.")
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -1,0 +1,74 @@
+"""Shape names used in every signature, and what ctlens needs of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ctlens.core.errors import unknown
+
+Tokens: TypeAlias = Int[Tensor, "batch pos"]
+Mask: TypeAlias = Bool[Tensor, "batch pos"]
+Logits: TypeAlias = Float[Tensor, "batch pos d_vocab"]
+CleanLogits: TypeAlias = Float[Tensor, "batch clean_pos d_vocab"]
+Pattern: TypeAlias = Float[Tensor, "batch head q k"]
+Activation: TypeAlias = Float[Tensor, "batch pos ..."]
+Scalar: TypeAlias = Float[Tensor, ""]
+PerRow: TypeAlias = Float[Tensor, "batch"]
+ChosenRows: TypeAlias = Bool[Tensor, "batch"]
+RowNumbers: TypeAlias = Int[Tensor, "chosen"]
+Positions: TypeAlias = Int[Tensor, "batch width"]
+
+Activations: TypeAlias = dict[str, Tensor]
+HookFunction: TypeAlias = Callable[..., Tensor | None]
+
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The type of weights of that name.
+
+    Raises:
+        CtlensError: it is none of `DTYPES`.
+    """
+    if name not in DTYPES:
+        raise unknown("dtype", name, DTYPES)
+    return getattr(torch, name)
+
+
+def widened(values: Tensor) -> Tensor:
+    """The same in float32 where it is in half precision, in which sums over many entries are too coarse."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+@runtime_checkable
+class LensModel(Protocol):
+    """A TransformerLens model: `HookedTransformer` (3.x) or `TransformerBridge` (3.x and 4.x).
+
+    Typed by structure, so that nothing but `models.py` imports TransformerLens.
+    """
+
+    cfg: Any
+    tokenizer: Any
+    training: bool
+
+    @property
+    def hook_dict(self) -> dict[str, Any]: ...
+
+    def hooks(self, fwd_hooks: list[tuple[str, HookFunction]] = ...) -> AbstractContextManager[Any]: ...
+
+    def __call__(self, input: Tokens, **options: Any) -> Any: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+
+    def train(self, mode: bool = ...) -> Any: ...
+
+    def eval(self) -> Any: ...

@@ -1,0 +1,1 @@
+"""From text to aligned tokens: chat, pairs, file formats, alignment, batches."""

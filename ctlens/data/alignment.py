@@ -1,0 +1,272 @@
+"""Which token positions of a clean and a wrapped prompt hold the same token of the same content.
+
+Every loss and every analysis takes its positions from here; none slices by itself. A pair of
+positions is kept only when both hold the same token id, so an alignment can be short but not wrong.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher
+from itertools import accumulate, pairwise
+
+from ctlens.core.errors import unknown
+from ctlens.data.chat import Rendered, Span
+
+WINDOWS = ("shared", "suffix", "content", "explicit", "lines", "last", "answer")
+
+FUSED = "token fused across the boundary of the window"
+RETOKENISED = "token split differently in the wrapped prompt"
+UNSHARED = "token outside the shared part"
+
+PositionPair = tuple[int, int]
+
+ADDED: Span = (0, 0)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Matched positions of one clean and one wrapped prompt, in a named window.
+
+    Attributes:
+        window: one of `WINDOWS`.
+        clean: positions in the clean prompt, increasing.
+        wrapped: the position of the same token in the wrapped prompt, one per entry of `clean`.
+        candidates: clean tokens that the window asks for.
+        drops: how many candidates were left out, by reason.
+        refusal: why nothing could be matched; empty when something was.
+    """
+
+    window: str
+    clean: tuple[int, ...]
+    wrapped: tuple[int, ...]
+    candidates: int
+    drops: Mapping[str, int] = field(default_factory=dict)
+    refusal: str = ""
+
+    @property
+    def coverage(self) -> float:
+        """The share of candidate tokens that were matched, 0 to 1."""
+        return len(self.clean) / self.candidates if self.candidates else 0.0
+
+
+def align(
+    clean: Rendered,
+    wrapped: Rendered,
+    window: str = "shared",
+    *,
+    shared: str | None = None,
+    answer: Sequence[int] = (),
+) -> Alignment:
+    """The matched positions of two prompts.
+
+    Windows:
+        - `suffix`: the longest common run of tokens at the end of both prompts.
+        - `content`: the clean prompt's last message, found in the messages of the wrapped prompt.
+        - `explicit`: the text `shared`, found in the messages of both prompts, so that both sides
+          may be wrapped differently.
+        - `shared`: the content, and the common suffix behind the last message of both prompts.
+          Text behind the request does not hide the request (as it does from `suffix`), and the
+          answer's position is in (as it is not in `content`) unless the wrapper is a prefill.
+        - `lines`: the lines that the last messages of both prompts have in common, in order, and the
+          common suffix behind both. For prompts that a wrapper interrupts or words anew in part.
+        - `last`: the last token of both prompts, from which the answer is predicted. Prompts that
+          end in different tokens, as most prefills do, are refused.
+        - `answer`: the tokens that predict the answer which follows both prompts: the last one of
+          both, where it is the same, and those of the answer but its last.
+
+    A candidate is a clean token that the window asks for: in `suffix`, `shared` and `lines` any token but
+    an added BOS, in `last` and `answer` those named, in the others the tokens of the text. A prompt whose content
+    cannot be placed is refused by `shared` too: its suffix alone would be another window.
+
+    Args:
+        clean, wrapped: from `ctlens.data.chat.render`.
+        window: one of `WINDOWS`.
+        shared: the text of the `explicit` window.
+        answer: the tokens behind both prompts, for the `answer` window.
+
+    Raises:
+        CtlensError: the window is unknown.
+    """
+    if window not in WINDOWS:
+        raise unknown("alignment window", window, WINDOWS)
+    if window == "suffix":
+        return _finish(window, clean, _suffix(clean, wrapped), range(len(clean.ids)))
+    if window == "last":
+        return _last(clean, wrapped)
+    if window == "answer":
+        return _answer(clean, wrapped, len(answer))
+    if window == "explicit":
+        return _align_text(window, clean, wrapped, _find_all(clean, shared or ""), shared or "")
+    if window == "lines":
+        return _lines(clean, wrapped)
+    content = clean.contents[-1]
+    by_text = _align_text("content", clean, wrapped, [content], clean.text[slice(*content)])
+    if window == "content":
+        return by_text
+    if by_text.refusal:
+        return replace(by_text, window=window)
+    pairs = [*zip(by_text.clean, by_text.wrapped, strict=True), *_tail(clean, wrapped)]
+    return _finish(window, clean, pairs, range(len(clean.ids)), by_text.drops)
+
+
+def _suffix(clean: Rendered, wrapped: Rendered) -> list[PositionPair]:
+    length = 0
+    while length < min(len(clean.ids), len(wrapped.ids)) and clean.ids[-1 - length] == wrapped.ids[-1 - length]:
+        length += 1
+    c, w = len(clean.ids) - length, len(wrapped.ids) - length
+    return [(c + i, w + i) for i in range(length) if clean.offsets[c + i] != ADDED]
+
+
+def _last(clean: Rendered, wrapped: Rendered) -> Alignment:
+    ends = [(len(clean.ids) - 1, len(wrapped.ids) - 1)]
+    found = _finish("last", clean, ends if ends == _suffix(clean, wrapped)[-1:] else [], [ends[0][0]])
+    return replace(found, refusal="the prompts end in different tokens") if found.refusal else found
+
+
+def _answer(clean: Rendered, wrapped: Rendered, length: int) -> Alignment:
+    """The answer is the same behind both prompts; only the token that predicts its first may differ."""
+    ends = (len(clean.ids) - 1, len(wrapped.ids) - 1)
+    first = 0 if clean.ids[-1] == wrapped.ids[-1] else 1
+    pairs = [(ends[0] + step, ends[1] + step) for step in range(first, length)]
+    drops = {UNSHARED: first} if first and length else {}
+    here, there = zip(*pairs, strict=True) if pairs else ((), ())
+    return Alignment("answer", here, there, length, drops, "" if pairs else "there is no answer to align at")
+
+
+def _lines(clean: Rendered, wrapped: Rendered) -> Alignment:
+    """Each run of common lines is a window of its own; a token that reaches out of it is dropped."""
+    here, there = _lines_of(clean), _lines_of(wrapped)
+    texts = [[side.text[slice(*span)] for span in spans] for side, spans in ((clean, here), (wrapped, there))]
+    pairs: dict[int, int] = {}
+    drops: Counter[str] = Counter()
+    for block in SequenceMatcher(None, *texts, autojunk=False).get_matching_blocks():
+        if "".join(texts[0][block.a : block.a + block.size]).strip():
+            left, right = (
+                (spans[start][0], spans[start + block.size - 1][1])
+                for spans, start in ((here, block.a), (there, block.b))
+            )
+            found, lost = _matched_cells(clean, wrapped, left, right)
+            pairs |= found
+            drops += lost
+    return _finish("lines", clean, [*pairs.items(), *_tail(clean, wrapped)], range(len(clean.ids)), drops)
+
+
+def _lines_of(prompt: Rendered) -> list[Span]:
+    """The lines of the last message, each with its line break."""
+    start, end = prompt.contents[-1]
+    lengths = map(len, prompt.text[start:end].splitlines(keepends=True))
+    return list(pairwise(accumulate(lengths, initial=start)))
+
+
+def _tail(clean: Rendered, wrapped: Rendered) -> list[PositionPair]:
+    """The part of the suffix behind the last message of both prompts.
+
+    Inside the last message an equal token may be another part of the text: of a wrapper behind
+    the content, or of a prefill.
+    """
+    here, there = clean.contents[-1][1], wrapped.contents[-1][1]
+    pairs = _suffix(clean, wrapped)
+    return [(c, w) for c, w in pairs if clean.offsets[c][0] >= here and wrapped.offsets[w][0] >= there]
+
+
+def _align_text(window: str, clean: Rendered, wrapped: Rendered, here: list[Span], text: str) -> Alignment:
+    there = _find_all(wrapped, text)
+    if len(here) != 1 or len(there) != 1:
+        side, spans = ("clean", here) if len(here) != 1 else ("wrapped", there)
+        found = f"occurs {len(spans)} times in" if spans else "is not in"
+        return Alignment(window, (), (), 0, refusal=f"the text of the window {found} the {side} prompt")
+    pairs, drops = _matched_cells(clean, wrapped, here[0], there[0])
+    return _finish(window, clean, list(pairs.items()), clean.positions(here[0]), drops)
+
+
+def _matched_cells(clean: Rendered, wrapped: Rendered, here: Span, there: Span) -> tuple[dict[int, int], Counter[str]]:
+    """Matched positions of two spans of the same text, and how many clean tokens have no match, by reason."""
+    left, right = _cells(clean, here), _cells(wrapped, there)
+    crossing = [(begin, end) for begin, end in (*left, *right) if begin < 0 or end > here[1] - here[0]]
+    pairs: dict[int, int] = {}
+    drops: Counter[str] = Counter()
+    for cell, positions in left.items():
+        twins = right.get(cell, [])
+        if cell not in crossing and [clean.ids[c] for c in positions] == [wrapped.ids[w] for w in twins]:
+            pairs |= zip(positions, twins, strict=True)
+        else:
+            fused = any(begin < cell[1] and cell[0] < end for begin, end in crossing)
+            drops[FUSED if fused else RETOKENISED] += len(positions)
+    return pairs, drops
+
+
+def _find_all(prompt: Rendered, text: str) -> list[Span]:
+    """Every place in the prompt's messages that holds `text`, overlaps included."""
+    spans: list[Span] = []
+    for start, end in prompt.contents:
+        at = prompt.text.find(text, start, end) if text else -1
+        while at >= 0:
+            spans.append((at, at + len(text)))
+            at = prompt.text.find(text, at + 1, end)
+    return spans
+
+
+def _cells(prompt: Rendered, span: Span) -> dict[Span, list[int]]:
+    """Positions that touch a span, by their characters relative to its start.
+
+    Byte-level tokenizers cut one character into several tokens. They share a cell, which matches
+    as a whole or not at all: a part of it could be shifted by a byte.
+    """
+    cells: defaultdict[Span, list[int]] = defaultdict(list)
+    for position in prompt.positions(span):
+        left, right = prompt.offsets[position]
+        cells[left - span[0], right - span[0]].append(position)
+    return dict(cells)
+
+
+def _finish(
+    window: str,
+    clean: Rendered,
+    pairs: list[PositionPair],
+    candidates: Iterable[int],
+    drops: Mapping[str, int] | None = None,
+) -> Alignment:
+    wanted = [c for c in candidates if clean.offsets[c] != ADDED]
+    counted = Counter(drops or {})
+    rest = len(wanted) - len(pairs) - counted.total()
+    if rest:
+        counted[UNSHARED] = rest
+    return Alignment(
+        window=window,
+        clean=tuple(c for c, _ in pairs),
+        wrapped=tuple(w for _, w in pairs),
+        candidates=len(wanted),
+        drops=dict(counted),
+        refusal="" if pairs else "the prompts share no token in this window",
+    )
+
+
+def opening(clean: Rendered, wrapped: Rendered) -> int:
+    """How many tokens open both prompts in front of their last messages: the BOS, the template, earlier messages.
+
+    No window holds them, but attention rests on them, on the BOS above all.
+    """
+    length = 0
+    for position, (here, there) in enumerate(zip(clean.ids, wrapped.ids, strict=False)):
+        inside = any(side.offsets[position][1] > side.contents[-1][0] for side in (clean, wrapped))
+        if here != there or inside:
+            break
+        length += 1
+    return length
+
+
+def wrapper_positions(clean: Rendered, wrapped: Rendered) -> tuple[int, ...]:
+    """Positions of the wrapped prompt that the attack added: tokens of its messages outside the clean messages.
+
+    Empty where the clean content does not stand in the wrapped prompt exactly once, or another
+    clean message stands there several times, because the added part is then not known.
+    """
+    *earlier, content = [_find_all(wrapped, clean.text[slice(*span)]) for span in clean.contents]
+    if len(content) != 1 or any(len(found) > 1 for found in earlier):
+        return ()
+    kept = {position for found in (*earlier, content) for span in found for position in wrapped.positions(span)}
+    messages = {position for span in wrapped.contents for position in wrapped.positions(span)}
+    return tuple(sorted(messages - kept))

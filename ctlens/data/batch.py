@@ -1,0 +1,294 @@
+"""Pairs as tensors: encode once, then any rows, of any lengths, in one batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import Mask, PerRow, Positions, Tokens
+from ctlens.data.alignment import Alignment, align, opening, wrapper_positions
+from ctlens.data.chat import Rendered, answer_ids, render
+from ctlens.data.pairs import Pair
+
+RowPositions: TypeAlias = Int[Tensor, "batch"]
+CleanMask: TypeAlias = Bool[Tensor, "batch clean_pos"]
+PaddingSide = Literal["right", "left"]
+PAD = 0
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A pair as tokens, with its alignment in every window asked for.
+
+    Attributes:
+        pair: where it came from.
+        clean, wrapped: the two prompts.
+        alignments: by window name.
+        answer: tokens that follow the wrapped prompt, for losses on outputs; empty for none.
+        wrapper: positions in the wrapped prompt that the attack added, see `wrapper_positions`.
+        clean_answer: the answer once more where it follows the clean prompt too; empty where it does not.
+    """
+
+    pair: Pair
+    clean: Rendered
+    wrapped: Rendered
+    alignments: Mapping[str, Alignment]
+    answer: tuple[int, ...] = ()
+    wrapper: tuple[int, ...] = ()
+    clean_answer: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Encoded pairs, and an account of those left out.
+
+    Attributes:
+        rows: the pairs that align in every window.
+        dropped: number of pairs left out, by reason.
+    """
+
+    rows: tuple[EncodedPair, ...]
+    dropped: Mapping[str, int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def coverage(self, window: str) -> float:
+        """The share of candidate tokens that were matched over all kept pairs, 0 to 1."""
+        alignments = [row.alignments[window] for row in self.rows]
+        candidates = sum(alignment.candidates for alignment in alignments)
+        return sum(len(alignment.clean) for alignment in alignments) / max(candidates, 1)
+
+    def token_drops(self, window: str) -> dict[str, int]:
+        """Number of candidate tokens without a match over all kept pairs, by reason."""
+        total: Counter[str] = Counter()
+        for row in self.rows:
+            total.update(row.alignments[window].drops)
+        return dict(total)
+
+    def aligned(self, windows: Iterable[str]) -> EncodedPairs:
+        """The pairs that align in all these windows; the others are left out and counted."""
+        windows = [window for window in windows if self.rows and window in self.rows[0].alignments]
+        refusals = [next(filter(None, (row.alignments[name].refusal for name in windows)), "") for row in self.rows]
+        rows = tuple(row for row, refusal in zip(self.rows, refusals, strict=True) if not refusal)
+        dropped = Counter(self.dropped) + Counter(filter(None, refusals))
+        if not rows and dropped:
+            reason, count = dropped.most_common(1)[0]
+            raise CtlensError(
+                f"none of the {len(self)} pairs aligns ({count} times: {reason}); inspect the prompts or the window."
+            )
+        return EncodedPairs(rows, dict(dropped))
+
+    def with_answers(self, answers: Sequence[tuple[int, ...]], *, both_sides: bool = False) -> EncodedPairs:
+        """The same pairs with these answer tokens, one tuple a pair.
+
+        Args:
+            answers: behind the wrapped prompts.
+            both_sides: behind the clean prompts too; the pairs are then aligned in the window `answer`.
+        """
+        rows = [replace(row, answer=answer) for row, answer in zip(self.rows, answers, strict=True)]
+        return replace(self, rows=tuple(map(_on_both_sides, rows) if both_sides else rows))
+
+    def answered(self) -> EncodedPairs:
+        """The pairs that have an answer; the others are left out and counted."""
+        rows = tuple(row for row in self.rows if row.answer)
+        without = Counter({"no answer": len(self.rows) - len(rows)})
+        return EncodedPairs(rows, dict(Counter(self.dropped) + without))
+
+
+def encode(pairs: Iterable[Pair], tokenizer: Any, *, windows: Iterable[str] = ("shared",), n_ctx: int) -> EncodedPairs:
+    """Tokenises and aligns pairs; a pair that does not align in some window is left out and counted.
+
+    Args:
+        pairs: what to encode.
+        tokenizer: a fast HuggingFace tokenizer.
+        windows: from `ctlens.data.alignment.WINDOWS`; `answer` waits for `EncodedPairs.with_answers`.
+        n_ctx: the model's longest sequence, in tokens.
+
+    Raises:
+        CtlensError: there are no pairs, none of them aligns, or a prompt (with its target) is
+            longer than the context.
+    """
+    windows = tuple(windows)
+    rows: list[EncodedPair] = []
+    for number, pair in enumerate(pairs, start=1):
+        row = encode_pair(pair, tokenizer, windows)
+        require_room(len(row.clean.ids), n_ctx, f"the clean prompt of pair {number}")
+        require_room(len(row.wrapped.ids) + len(row.answer), n_ctx, f"the wrapped prompt of pair {number}")
+        rows.append(row)
+    if not rows:
+        raise CtlensError("there are no pairs: give at least one.")
+    return EncodedPairs(tuple(rows), {}).aligned(windows)
+
+
+def encode_pair(pair: Pair, tokenizer: Any, windows: Iterable[str]) -> EncodedPair:
+    """One pair, aligned or refused in each of the windows; arguments as of `encode`."""
+    clean, wrapped = render(tokenizer, pair.clean.turns), render(tokenizer, pair.wrapped.turns)
+    prompts = (window for window in windows if window != "answer")
+    alignments = {window: align(clean, wrapped, window, shared=pair.shared) for window in prompts}
+    answer = answer_ids(tokenizer, pair.target) if pair.target is not None else ()
+    return EncodedPair(pair, clean, wrapped, alignments, answer, wrapper_positions(clean, wrapped))
+
+
+def _on_both_sides(row: EncodedPair) -> EncodedPair:
+    behind = align(row.clean, row.wrapped, "answer", answer=row.answer)
+    return replace(row, clean_answer=row.answer, alignments={**row.alignments, "answer": behind})
+
+
+def require_room(length: int, n_ctx: int, what: str) -> None:
+    """Raises a `CtlensError` when `length` tokens do not fit the context."""
+    if length > n_ctx:
+        raise CtlensError(f"{what} has {length} tokens, but the model's context is {n_ctx}: shorten it.")
+
+
+@dataclass(frozen=True)
+class Side:
+    """The padded tokens of one side of a batch.
+
+    Attributes:
+        tokens: `[batch, pos]`.
+        mask: True at real tokens.
+        padding: where the padding is.
+    """
+
+    tokens: Tokens
+    mask: Mask
+    padding: PaddingSide
+
+    @property
+    def needed_mask(self) -> Mask | None:
+        """The mask where a model needs one: padding on the right is invisible to causal attention."""
+        return self.mask if self.padding == "left" else None
+
+    def to(self, device: torch.device | str) -> Side:
+        """The same side on another device."""
+        return replace(self, tokens=self.tokens.to(device), mask=self.mask.to(device))
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The aligned positions of a batch, one row a pair, padded to the widest.
+
+    Attributes:
+        clean, wrapped: `[batch, width]` positions on the two sides; 0 where not valid.
+        valid: True at real entries; every row has at least one.
+    """
+
+    clean: Positions
+    wrapped: Positions
+    valid: Bool[Tensor, "batch width"]
+
+    def row_mean(self, values: Float[Tensor, "batch width"]) -> PerRow:
+        """The mean over each row's valid entries, so that a pair's weight does not depend on its batch-mates."""
+        return torch.where(self.valid, values, 0).sum(-1) / self.valid.sum(-1)
+
+    def to(self, device: torch.device | str) -> Matched:
+        """The same positions on another device."""
+        return Matched(self.clean.to(device), self.wrapped.to(device), self.valid.to(device))
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """A batch of pairs.
+
+    Attributes:
+        clean: the clean prompts, each followed by the answer tokens of `clean_answer`.
+        wrapped: the wrapped prompts, each followed by its answer tokens where it has some.
+        answer: `[batch, pos]` on the wrapped side, True at answer tokens.
+        matched: aligned positions by window.
+        opening: per row, how many tokens open both prompts, see `ctlens.data.alignment.opening`.
+        wrapper: `[batch, pos]` on the wrapped side, True at tokens that the attack added.
+        clean_answer: `[batch, clean_pos]` on the clean side, True at answer tokens.
+    """
+
+    clean: Side
+    wrapped: Side
+    answer: Mask
+    matched: Mapping[str, Matched]
+    opening: RowPositions
+    wrapper: Mask
+    clean_answer: CleanMask
+
+    @property
+    def last_prompt(self) -> RowPositions:
+        """Per row, the position of the last token of the wrapped prompt, before any answer."""
+        return _last(self.wrapped.mask & ~self.answer)
+
+    @property
+    def last_clean(self) -> RowPositions:
+        """Per row, the position of the last token of the clean prompt, before any answer."""
+        return _last(self.clean.mask & ~self.clean_answer)
+
+    def to(self, device: torch.device | str) -> PairBatch:
+        """The same batch on another device."""
+        matched = {window: value.to(device) for window, value in self.matched.items()}
+        clean, wrapped = self.clean.to(device), self.wrapped.to(device)
+        rest = (self.opening.to(device), self.wrapper.to(device), self.clean_answer.to(device))
+        return PairBatch(clean, wrapped, self.answer.to(device), matched, *rest)
+
+
+def pad(sequences: Sequence[Sequence[int]], padding: PaddingSide = "right") -> Side:
+    """Token sequences of any lengths as one padded side."""
+    width = max(map(len, sequences))
+    tokens = torch.full((len(sequences), width), PAD, dtype=torch.long)
+    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        start = 0 if padding == "right" else width - len(sequence)
+        tokens[row, start : start + len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, start : start + len(sequence)] = True
+    return Side(tokens, mask, padding)
+
+
+def collate(rows: Sequence[EncodedPair], padding: PaddingSide = "right") -> PairBatch:
+    """Encoded pairs of any lengths as one batch.
+
+    Raises:
+        CtlensError: there are no rows.
+    """
+    if not rows:
+        raise CtlensError("a batch needs at least one pair.")
+    clean = pad([row.clean.ids + row.clean_answer for row in rows], padding)
+    wrapped = pad([row.wrapped.ids + row.answer for row in rows], padding)
+    answer = _marked(wrapped, [range(len(row.wrapped.ids), len(row.wrapped.ids + row.answer)) for row in rows])
+    clean_answer = _marked(clean, [range(len(row.clean.ids), len(row.clean.ids + row.clean_answer)) for row in rows])
+    wrapper = _marked(wrapped, [row.wrapper for row in rows])
+    matched = {window: _matched(rows, window, clean, wrapped) for window in rows[0].alignments}
+    shared_start = torch.tensor([opening(row.clean, row.wrapped) for row in rows])
+    return PairBatch(clean, wrapped, answer, matched, shared_start, wrapper, clean_answer)
+
+
+def _first(side: Side, row: int) -> int:
+    return int(side.mask[row].int().argmax())
+
+
+def _marked(side: Side, positions: Sequence[Sequence[int]]) -> Mask:
+    """True at given positions of each row's real tokens."""
+    marked = torch.zeros_like(side.mask)
+    for index, of_row in enumerate(positions):
+        marked[index, [_first(side, index) + position for position in of_row]] = True
+    return marked
+
+
+def _last(marked: Mask) -> RowPositions:
+    """Per row, the last position that is marked."""
+    return torch.where(marked, torch.arange(marked.shape[1], device=marked.device), 0).amax(-1)
+
+
+def _matched(rows: Sequence[EncodedPair], window: str, clean: Side, wrapped: Side) -> Matched:
+    alignments = [row.alignments[window] for row in rows]
+    shape = (len(rows), max(len(alignment.clean) for alignment in alignments))
+    here, there = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    valid = torch.zeros(shape, dtype=torch.bool)
+    for index, alignment in enumerate(alignments):
+        width = len(alignment.clean)
+        here[index, :width] = torch.tensor(alignment.clean) + _first(clean, index)
+        there[index, :width] = torch.tensor(alignment.wrapped) + _first(wrapped, index)
+        valid[index, :width] = True
+    return Matched(here, there, valid)

@@ -1,0 +1,182 @@
+"""Prompts in pairs: the plain request, the same request under an attack, and the attack's benign twin."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.files import write_text
+from ctlens.data.chat import Turn
+
+ARMS = ("wrapped", "clean", "benign")
+REQUIRED = ("clean", "wrapped")
+ANSWERS = ("good", "bad", "options")
+FIELDS = (*REQUIRED, "benign", *ANSWERS, *(f"{arm}_{name}" for arm in ("clean", "benign") for name in ANSWERS))
+FIELDS = (*FIELDS, "target", "shared", "labels")
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and the answers that count.
+
+    Attributes:
+        turns: the conversation up to the answer; a last assistant turn is a prefill.
+        good: an answer that begins with these words is good; None when not known.
+        bad: an answer that begins with these words is bad; None when not known.
+        options: of a multiple-choice question, every answer there is, in full, as it continues the
+            prompt; `good` and `bad` are then two of them. Empty for an open question.
+    """
+
+    turns: tuple[Turn, ...]
+    good: str | None = None
+    bad: str | None = None
+    options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(set(self.options)) < len(self.options) or len(self.options) == 1:
+            raise CtlensError(f"the options of a question must be at least two, each another: {self.options}.")
+        for answer in (self.good, self.bad):
+            if self.options and answer is not None and answer not in self.options:
+                raise CtlensError(
+                    f"{answer!r} is not among the options of its question: write it as in {self.options}."
+                )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One item of consistency training.
+
+    Attributes:
+        clean: the plain request.
+        wrapped: the same request under an attack.
+        benign: the same wrapper around a harmless request, which must stay answered.
+        target: the answer that BCT trains on the wrapped prompt; None lets the reference answer the clean one.
+        shared: text that names the explicit alignment window, once on each side.
+        labels: what is known of the item (wrapper, entity, ...), for grouping and probing.
+    """
+
+    clean: Prompt
+    wrapped: Prompt
+    benign: Prompt | None = None
+    target: str | None = None
+    shared: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def arm(self, name: str) -> Prompt | None:
+        """The prompt of one arm: `"wrapped"`, `"clean"` or `"benign"` (None where the pair has no twin)."""
+        if name not in ARMS:
+            raise unknown("arm", name, ARMS)
+        return getattr(self, name)
+
+
+def prompt(text: str, good: str | None = None, bad: str | None = None) -> Prompt:
+    """A prompt of one user turn."""
+    return Prompt((Turn("user", text),), good, bad)
+
+
+def save_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
+    """Writes pairs as JSONL that `load_pairs` reads back equal."""
+    write_text(path, "".join(json.dumps(_row(pair), ensure_ascii=False) + "\n" for pair in pairs))
+
+
+def pair_of(row: Mapping[str, Any], where: str) -> Pair:
+    """The pair of one row of ctlens's own JSONL.
+
+    Fields: `clean` and `wrapped` (text, or a list of `{"role", "content"}` messages); optional
+    `benign` (likewise), `good`, `bad` (texts) and `options` (a list of texts), with `clean_` before
+    them where the clean prompt has others than the wrapped one, and with `benign_`; `target`,
+    `shared` (text) and `labels` (an object of texts). See `Pair` and `Prompt` for what they mean.
+
+    Args:
+        row: the fields.
+        where: says where the row is, in an error.
+
+    Raises:
+        CtlensError: the row is malformed.
+    """
+    for key in row:
+        if key not in FIELDS:
+            raise CtlensError(f"{where}: {unknown('field', key, FIELDS)} Put your own fields under 'labels'.")
+    for key in REQUIRED:
+        if key not in row:
+            raise CtlensError(f"{where}: the field '{key}' is missing; 'clean' and 'wrapped' are expected.")
+    labels = {} if row.get("labels") is None else row["labels"]
+    if not isinstance(labels, dict):
+        raise CtlensError(f"{where}: 'labels' is a {type(labels).__name__}, but an object is expected.")
+    own = any(f"clean_{name}" in row for name in ANSWERS)
+    return Pair(
+        clean=_prompt(row, "clean", "clean_" if own else "", where),
+        wrapped=_prompt(row, "wrapped", "", where),
+        benign=None if row.get("benign") is None else _prompt(row, "benign", "benign_", where),
+        target=_text(row, "target", where),
+        shared=_text(row, "shared", where),
+        labels={str(key): str(value) for key, value in labels.items()},
+    )
+
+
+def _prompt(row: Mapping[str, Any], arm: str, prefix: str, where: str) -> Prompt:
+    good, bad = (_text(row, prefix + name, where) for name in ("good", "bad"))
+    options = row.get(f"{prefix}options") or []
+    if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
+        raise CtlensError(f"{where}: '{prefix}options' must be a list of texts that are not blank.")
+    try:
+        return Prompt(turns_of(row[arm], arm, where), good, bad, tuple(options))
+    except CtlensError as error:
+        raise CtlensError(str(error) if where in str(error) else f"{where}: {error}") from None
+
+
+def _text(row: Mapping[str, Any], key: str, where: str) -> str | None:
+    value = row.get(key)
+    if value is None or (isinstance(value, str) and value.strip()):
+        return value
+    raise CtlensError(f"{where}: '{key}' must be a text that is not blank.")
+
+
+def turns_of(value: Any, key: str, where: str) -> tuple[Turn, ...]:
+    """The turns of a field: a text, which the user says, or a list of messages.
+
+    Raises:
+        CtlensError: the field holds something else; `where` and `key` say which field of which row.
+    """
+    if isinstance(value, str) and value.strip():
+        return (Turn("user", value),)
+    if isinstance(value, list) and value:
+        return tuple(_turn(message, key, where) for message in value)
+    raise CtlensError(f"{where}: '{key}' must be a text that is not blank or a list of messages.")
+
+
+def _turn(message: Any, key: str, where: str) -> Turn:
+    if not isinstance(message, dict) or set(message) != {"role", "content"}:
+        raise CtlensError(f"{where}: a message of '{key}' must be an object with 'role' and 'content'.")
+    if message["role"] not in ROLES or not isinstance(message["content"], str):
+        raise CtlensError(f"{where}: a message of '{key}' needs a role of {', '.join(ROLES)} and a text as content.")
+    return Turn(message["role"], message["content"])
+
+
+def _row(pair: Pair) -> dict[str, Any]:
+    row: dict[str, Any] = {key: _messages(getattr(pair, key)) for key in REQUIRED}
+    row |= _answers(pair.wrapped, "")
+    if _answers(pair.clean, "") != _answers(pair.wrapped, ""):
+        row |= _answers(pair.clean, "clean_") or {"clean_good": None}
+    if pair.benign:
+        row |= {"benign": _messages(pair.benign), **_answers(pair.benign, "benign_")}
+    rest = {"target": pair.target, "shared": pair.shared, "labels": dict(pair.labels) or None}
+    return row | {key: value for key, value in rest.items() if value is not None}
+
+
+def _answers(side: Prompt, prefix: str) -> dict[str, Any]:
+    """The answers that the side names, by the fields that hold them."""
+    named = {"good": side.good, "bad": side.bad, "options": list(side.options) or None}
+    return {prefix + name: value for name, value in named.items() if value is not None}
+
+
+def _messages(item: Prompt) -> str | list[dict[str, str]]:
+    turns: Sequence[Turn] = item.turns
+    if len(turns) == 1 and turns[0].role == "user":
+        return turns[0].content
+    return [{"role": turn.role, "content": turn.content} for turn in turns]

@@ -1,0 +1,1 @@
+"""The model boundary: loading, weights, hooks, generation, scoring. TransformerLens is imported in `loading` alone."""

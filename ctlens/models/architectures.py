@@ -1,0 +1,71 @@
+"""The HuggingFace architectures that ctlens is checked on: a tiny random model of each, made on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ctlens.core.errors import unknown
+
+D_MODEL, D_MLP, N_LAYERS, N_HEADS = 32, 48, 2, 4
+SLIDING = {"head_dim": 8, "sliding_window": 6}  # shorter than the prompts, so that it is seen
+KINDS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 6},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "gemma2": SLIDING,
+    "gemma3_text": {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3": {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt2": {},
+    "gpt_neox": {},
+    "olmo2": {},
+    "phi3": {"pad_token_id": 0},
+}
+"""Of each `model_type`, what its configuration has beside the sizes; the vision tower of `gemma3` stays unused."""
+ARCHITECTURES = tuple(KINDS)
+VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+
+
+def tiny_model(architecture: str, vocab_size: int = 400, n_ctx: int = 256, seed: int = 0) -> PreTrainedModel:
+    """A random model of two layers in eval mode; norms and biases are random too, so that nothing passes by symmetry.
+
+    Args:
+        architecture: one of `ARCHITECTURES`.
+        vocab_size: tokens.
+        n_ctx: the longest sequence, in tokens.
+        seed: of the weights; the global random state is left alone.
+
+    Raises:
+        CtlensError: the architecture is unknown.
+    """
+    if architecture not in KINDS:
+        raise unknown("architecture", architecture, ARCHITECTURES)
+    config = _config(architecture, vocab_size, n_ctx)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = cast(Any, AutoModelForCausalLM).from_config(config)
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def _config(architecture: str, vocab_size: int, n_ctx: int) -> Any:
+    if architecture == "gpt2":
+        return AutoConfig.for_model(
+            "gpt2", vocab_size=vocab_size, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, n_positions=n_ctx
+        )
+    shape = {
+        "vocab_size": vocab_size, "hidden_size": D_MODEL, "intermediate_size": D_MLP, "num_hidden_layers": N_LAYERS,
+        "num_attention_heads": N_HEADS, "max_position_embeddings": n_ctx, **KINDS[architecture],
+    }  # fmt: skip
+    if architecture != "gpt_neox":
+        shape["num_key_value_heads"] = N_HEADS // 2
+    if architecture != "gemma3":
+        return AutoConfig.for_model(architecture, **shape)
+    vision = {**VISION, "image_size": 28, "patch_size": 14}
+    tokens = dict(zip(("image_token_index", "boi_token_index", "eoi_token_index"), range(vocab_size)[-3:], strict=True))
+    return AutoConfig.for_model("gemma3", text_config=shape, vision_config=vision, mm_tokens_per_image=4, **tokens)

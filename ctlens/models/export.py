@@ -1,0 +1,148 @@
+"""From a lens model back to HuggingFace: a folder that `transformers` loads, with equal logits, and the proof of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ctlens.core.config import generator
+from ctlens.core.errors import CtlensError
+from ctlens.core.files import atomic_folder
+from ctlens.core.types import LensModel
+from ctlens.models.loading import generation_config, huggingface_config, made_config, quiet_huggingface
+from ctlens.models.parameters import present_weights
+from ctlens.models.weights import ModelConfig, canonical_weights, copy_weights
+
+# What HuggingFace calls a layer, and the layers that a bridge has in its place, in the order of its outputs.
+PARTS = {
+    "attn.c_attn": ("attn.q", "attn.k", "attn.v"),
+    "attn.c_proj": ("attn.o",),
+    "attention.query_key_value": ("attention.q", "attention.k", "attention.v"),
+    "attention.dense": ("attention.o",),
+    "self_attn.qkv_proj": ("self_attn.q", "self_attn.k", "self_attn.v"),
+    "self_attn.o_proj": ("self_attn.o",),
+    "mlp.gate_up_proj": ("mlp.gate", "mlp.in"),
+}
+INTERLEAVED = "attention.query_key_value"  # GPT-NeoX keeps the query, key and value of a head together
+LLAMA = {
+    "embed.W_E": ("model.embed_tokens", None),
+    "ln1.w": ("input_layernorm", None),
+    "attn.W_Q": ("self_attn.q_proj", "head d_model (half two) -> (head two half) d_model"),
+    "attn.W_K": ("self_attn.k_proj", "head d_model (half two) -> (head two half) d_model"),
+    "attn.W_V": ("self_attn.v_proj", "head d_model d_head -> (head d_head) d_model"),
+    "attn.W_O": ("self_attn.o_proj", "head d_head d_model -> d_model (head d_head)"),
+    "ln2.w": ("post_attention_layernorm", None),
+    "mlp.W_in": ("mlp.up_proj", "d_in d_out -> d_out d_in"),
+    "mlp.W_gate": ("mlp.gate_proj", "d_in d_out -> d_out d_in"),
+    "mlp.W_out": ("mlp.down_proj", "d_in d_out -> d_out d_in"),
+    "ln_final.w": ("model.norm", None),
+    "unembed.W_U": ("lm_head", "d_in d_out -> d_out d_in"),
+}
+"""Of a weight of a model made here, Llama's layer and the einops pattern to its layout; rotary pairs are adjacent
+here and half a head apart there."""
+
+
+def export_huggingface(model: LensModel, folder: str | Path) -> Path:
+    """Writes a new folder that `transformers.AutoModelForCausalLM` loads, with equal logits; adapters are merged.
+
+    Fused matrices, which are trained in parts, are put together again; models made here become
+    Llamas. The HuggingFace model is run on random tokens before anything is written.
+
+    Args:
+        model: from `ctlens.load_model`, `ctlens.build` or a training.
+        folder: where weights, configuration and tokenizer go.
+
+    Raises:
+        CtlensError: the folder exists and is not empty, or the architecture has weights whose layout
+            is not known, so that the logits would be others.
+    """
+    with atomic_folder(folder) as work, quiet_huggingface():
+        to_huggingface(model).save_pretrained(work)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(work)
+    return Path(folder)
+
+
+@torch.no_grad()
+def to_huggingface(model: LensModel) -> PreTrainedModel:
+    """A HuggingFace model of its own weights that computes what `model` computes; raises as `export_huggingface`."""
+    first = next(model.parameters())
+    made, config = made_config(model), huggingface_config(model)
+    with torch.random.fork_rng():
+        options = {"dtype": first.dtype, "attn_implementation": "eager"}
+        hf: Any = cast(Any, AutoModelForCausalLM).from_config(_llama_config(made) if made else config, **options)
+    hf = hf.to(first.device).eval()
+    weights = _llama_weights(canonical_weights(model)) if made else _joined(hf, present_weights(model))
+    copy_weights({name: parameter.data for name, parameter in hf.named_parameters()}, weights)
+    if not made and (generation := generation_config(model)) is not None:
+        hf.generation_config = generation
+    difference, scale = parity(model, hf), float(hf(torch.zeros(1, 1, dtype=torch.long, device=hf.device)).logits.max())
+    if not difference <= torch.finfo(first.dtype).eps ** 0.5 * max(abs(scale), 1):
+        raise CtlensError(f"{type(hf).__name__} cannot be exported: its logits would differ by {difference:.2g}.")
+    return hf
+
+
+def parity(model: LensModel, hf: PreTrainedModel, *, length: int = 16, seed: int = 0) -> float:
+    """The largest absolute difference of logits between a model and a HuggingFace model.
+
+    Args:
+        model: from `load_model`.
+        hf: the HuggingFace model, not wrapped by a bridge.
+        length: tokens of the random sequences compared.
+        seed: of the random tokens.
+    """
+    vocabulary = hf.config.get_text_config().vocab_size
+    tokens = torch.randint(vocabulary, (4, length), generator=generator(seed, "parity")).to(hf.device)
+    with torch.no_grad():
+        return float((model(tokens) - hf(tokens).logits).abs().max())
+
+
+def _joined(hf: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A bridge's weights under HuggingFace's names and in its layouts; those it has no name for stay as they are."""
+    left, joined = dict(weights), {}
+    for name, module in hf.named_modules():
+        place, parts = next(
+            ((name.removesuffix(key), parts) for key, parts in PARTS.items() if name.endswith(key)), ("", ())
+        )
+        for kind, _ in module.named_parameters(recurse=False):
+            found = [f"{place}{part}.{kind}" for part in parts]
+            if found and all(part in left for part in found):
+                joined[f"{name}.{kind}"] = _join([left.pop(part) for part in found], module, name, hf)
+    return {**left, **joined}
+
+
+def _join(parts: list[Tensor], module: nn.Module, name: str, hf: Any) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    if name.endswith(INTERLEAVED):
+        heads = hf.config.num_attention_heads
+        return rearrange(parts, "three (head d_head) ... -> (head three d_head) ...", head=heads)
+    fused = torch.cat(parts)
+    return fused.T if isinstance(module, Conv1D) and fused.ndim == 2 else fused
+
+
+def _llama_config(config: ModelConfig) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=config.d_vocab, hidden_size=config.d_model, intermediate_size=config.d_mlp,
+        num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads, max_position_embeddings=config.n_ctx,
+        rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+
+
+def _llama_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    converted = {}
+    for name, weight in weights.items():
+        block, _, rest = name.removeprefix("blocks.").partition(".") if name.startswith("blocks.") else ("", "", name)
+        layer, pattern = LLAMA[rest]
+        place = f"model.layers.{block}.{layer}" if block else layer
+        converted[f"{place}.weight"] = (
+            rearrange(weight, pattern, **({"two": 2} if "two" in pattern else {})) if pattern else weight
+        )
+    return converted

@@ -1,0 +1,173 @@
+"""Decoding of many prompts at once, without a tokenizer call: each prompt is run once, then one token a pass.
+
+An answer does not depend on its batch-mates (`ctlens.models.kv_cache`). Where a model has no key-value cache
+that can be had, every pass runs the whole sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import LensModel
+from ctlens.models.kv_cache import TOKENS_A_PASS, Ids, NextLogits, Sequences, batches
+
+NextTokens: TypeAlias = Int[Tensor, "batch"]
+
+NO_END = -1
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn instead of taken greedily.
+
+    Attributes:
+        generator: decides them; on the CPU, whatever the model's device.
+        temperature: what logits are divided by before the softmax.
+        top_p: tokens are drawn from the fewest that are this likely together, the nucleus
+            (Holtzman et al. 2020, arXiv 1904.09751); 1 for all tokens.
+    """
+
+    generator: torch.Generator
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise CtlensError(f"the temperature must be a positive number, not {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise CtlensError(f"top_p is a probability above 0, up to 1, not {self.top_p}.")
+
+    def draw(self, logits: NextLogits) -> NextTokens:
+        """One token a row."""
+        shares = (logits.float() / self.temperature).softmax(-1).cpu()
+        if self.top_p < 1:
+            ranked, tokens = shares.sort(-1, descending=True)
+            likelier = ranked.cumsum(-1) - ranked
+            shares = torch.zeros_like(shares).scatter(-1, tokens, ranked.where(likelier < self.top_p, 0.0))
+        return torch.multinomial(shares, 1, generator=self.generator)[:, 0].to(logits.device)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a model continues prompts with.
+
+    Attributes:
+        answers: per prompt, the tokens given, closed by the end token where the model gave it.
+        first_probabilities: per prompt, the probability of each of its `first_tokens`.
+    """
+
+    answers: list[Ids]
+    first_probabilities: list[tuple[float, ...]]
+
+
+def generate(
+    model: LensModel,
+    prompts: Sequence[Ids],
+    *,
+    max_new_tokens: int = 16,
+    end: int | None = None,
+    sampling: Sampling | None = None,
+    progress: bool = False,
+) -> list[Ids]:
+    """The answers of `decode` alone."""
+    found = decode(model, prompts, max_new_tokens=max_new_tokens, end=end, sampling=sampling, progress=progress)
+    return found.answers
+
+
+@torch.no_grad()
+def decode(
+    model: LensModel,
+    prompts: Sequence[Ids],
+    *,
+    first_tokens: Sequence[Ids] | None = None,
+    max_new_tokens: int = 16,
+    end: int | None = None,
+    sampling: Sampling | None = None,
+    tokens_a_pass: int = TOKENS_A_PASS,
+    progress: bool = False,
+) -> Decoded:
+    """The continuation of each prompt, and how likely it was to begin with given tokens.
+
+    Hooks on the model see a prompt once and, where there is a cache, then one new token at a time;
+    equal prompts that are decoded together are one prompt until their answers begin.
+
+    Args:
+        model: in eval mode.
+        prompts: token ids, any lengths, no padding.
+        first_tokens: per prompt, any number of tokens whose probability of opening the answer is
+            wanted; they come from the pass that the answer needs anyway.
+        max_new_tokens: an answer is cut here.
+        end: the token that closes an answer; None for none.
+        sampling: draws the tokens; None takes the likeliest (greedy).
+        tokens_a_pass: prompts are decoded together, in order of length, up to so many tokens with padding.
+        progress: show a progress bar when it takes more than two seconds.
+
+    Raises:
+        CtlensError: the model is in training mode, a prompt is empty or leaves no room in the context.
+    """
+    if model.training:
+        raise CtlensError("decoding needs the model in eval mode: call model.eval() first.")
+    _check(prompts, max_new_tokens, model.cfg.n_ctx)
+    wanted = first_tokens or [()] * len(prompts)
+    answers: list[Ids] = [()] * len(prompts)
+    probabilities: list[tuple[float, ...]] = [()] * len(prompts)
+    together = list(batches(model, [len(prompt) for prompt in prompts], max_new_tokens, tokens_a_pass))
+    for batch in tqdm(together, desc="answers", delay=2, leave=False, disable=not progress):
+        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts[i] for i in batch))}
+        sequences = Sequences(model, list(distinct))
+        logits = sequences.run()
+        if len(distinct) < len(batch):
+            places = torch.tensor([distinct[prompts[i]] for i in batch], device=logits.device)
+            sequences.keep(places)
+            logits = logits[places]
+        first = _first_probabilities(logits, [wanted[i] for i in batch])
+        continued = _continue(sequences, logits, max_new_tokens, NO_END if end is None else end, sampling)
+        for i, answer, probability in zip(batch, continued, first, strict=True):
+            answers[i], probabilities[i] = answer, probability
+    return Decoded(answers, probabilities)
+
+
+def _check(prompts: Sequence[Ids], max_new_tokens: int, n_ctx: int) -> None:
+    longest = max(map(len, prompts), default=1)
+    if longest + max_new_tokens > n_ctx:
+        raise CtlensError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of {n_ctx}: "
+            "shorten the prompt or lower max_new_tokens."
+        )
+    if any(not prompt for prompt in prompts):
+        raise CtlensError("an empty prompt cannot be continued: give at least one token.")
+
+
+def _first_probabilities(logits: NextLogits, wanted: Sequence[Ids]) -> list[tuple[float, ...]]:
+    rows = [row for row, tokens in enumerate(wanted) for _ in tokens]
+    columns = [token for tokens in wanted for token in tokens]
+    found = iter(logits.float().softmax(-1)[rows, columns].tolist())
+    return [tuple(next(found) for _ in tokens) for tokens in wanted]
+
+
+def _continue(
+    sequences: Sequences, logits: NextLogits, max_new_tokens: int, end: int, sampling: Sampling | None
+) -> list[Ids]:
+    answers: list[list[int]] = [[] for _ in logits]
+    running = list(range(len(answers)))
+    for remaining in reversed(range(max_new_tokens)):
+        chosen = sampling.draw(logits) if sampling else logits.argmax(-1)
+        for row, token in zip(running, chosen.tolist(), strict=True):
+            answers[row].append(token)
+        goes_on = chosen != end
+        running = [row for row, goes in zip(running, goes_on.tolist(), strict=True) if goes]
+        if not running or not remaining:
+            break
+        if not goes_on.all():
+            sequences.keep(goes_on)
+        chosen = chosen[goes_on]
+        logits = sequences.extend(chosen[:, None], torch.ones_like(chosen))[:, -1]
+    return [tuple(answer) for answer in answers]

@@ -1,0 +1,224 @@
+"""Hook points by name: resolve them, capture them with or without gradient, edit them; always cleaned up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.types import Activations, HookFunction, LensModel, Logits, Mask, Tokens
+from ctlens.models.loading import huggingface_config, is_bridge
+
+SHORTHANDS = {
+    "resid_pre": "blocks.{layer}.hook_resid_pre",
+    "resid_mid": "blocks.{layer}.hook_resid_mid",
+    "resid_post": "blocks.{layer}.hook_resid_post",
+    "attn_out": "blocks.{layer}.hook_attn_out",
+    "mlp_out": "blocks.{layer}.hook_mlp_out",
+    "mlp_post": "blocks.{layer}.mlp.hook_post",
+    "pattern": "blocks.{layer}.attn.hook_pattern",
+    "z": "blocks.{layer}.attn.hook_z",
+}
+# The final norm's output, which a `HookedTransformer` has no hook point for.
+FINAL_NORM = "ln_final.hook_out"
+NAMED_LAYERS = ("all", "last", "middle", "last_half", "last_quarter")
+
+Layers: TypeAlias = str | int | tuple[int, ...] | list[int]
+
+
+def select_layers(n_layers: int, layers: Layers) -> tuple[int, ...]:
+    """Layer numbers for a selection.
+
+    >>> select_layers(8, "last_quarter"), select_layers(8, "middle"), select_layers(4, [0, -1])
+    ((6, 7), (4,), (0, 3))
+
+    Args:
+        n_layers: of the model.
+        layers: one of `NAMED_LAYERS`, a number, or a list of numbers; negative ones count from the end.
+
+    Raises:
+        CtlensError: an unknown name, a layer that does not exist, or an empty or repeating list.
+    """
+    if isinstance(layers, str):
+        starts = {"all": 0, "last_half": n_layers // 2, "last_quarter": n_layers - max(1, n_layers // 4)}
+        single = {"last": n_layers - 1, "middle": n_layers // 2}
+        if layers in single:
+            return (single[layers],)
+        if layers not in starts:
+            raise unknown("layer selection", layers, NAMED_LAYERS)
+        return tuple(range(starts[layers], n_layers))
+    numbers = (layers,) if isinstance(layers, int) else tuple(layers)
+    for number in numbers:
+        if not -n_layers <= number < n_layers:
+            raise CtlensError(f"layer {number} does not exist: the model has layers 0 to {n_layers - 1}.")
+    chosen = tuple(number % n_layers for number in numbers)
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise CtlensError("a layer selection must name at least one layer, and each layer once.")
+    return chosen
+
+
+def resolve(model: LensModel, point: str, layers: Layers = "all") -> list[str]:
+    """The hook names for a shorthand such as `"resid_post"` at some layers, or for one full name.
+
+    Raises:
+        CtlensError: nothing of that name exists on this model; the nearest names are given.
+    """
+    if point in SHORTHANDS:
+        names = [SHORTHANDS[point].format(layer=layer) for layer in select_layers(model.cfg.n_layers, layers)]
+    else:
+        names = [point]
+    known = model.hook_dict
+    for name in names:
+        if name not in known and name.endswith("hook_resid_mid") and name.replace("mid", "pre") in known:
+            raise CtlensError(
+                "this model has no resid_mid: its blocks add attention and MLP to the same residual stream, side by "
+                "side; name resid_pre or resid_post."
+            )
+        if name not in known and name != FINAL_NORM:
+            raise unknown("hook point", name, [*SHORTHANDS, *known])
+    return names
+
+
+def capture(
+    model: LensModel, tokens: Tokens, names: Iterable[str], *, grad: bool, mask: Mask | None = None
+) -> tuple[Logits, Activations]:
+    """One forward pass: its logits and the activations at the named hook points.
+
+    Args:
+        model: any `LensModel`.
+        tokens: `[batch, pos]`.
+        names: full hook names, from `resolve`.
+        grad: True keeps the graph (the trained side); False runs without it (the reference side).
+        mask: True at real tokens. Needed when padding is on the left; padding on the right is
+            invisible to causal attention.
+
+    Returns:
+        `[batch, pos, d_vocab]` logits and a dictionary keyed by the names that were asked for (a
+        bridge calls its hooks by other, canonical names).
+
+    Raises:
+        CtlensError: a name does not exist, or its hook did not fire.
+    """
+    store: Activations = {}
+    with torch.set_grad_enabled(grad), capturing(model, names, store):
+        logits = run(model, tokens, mask)
+    return logits, store
+
+
+def run(model: LensModel, tokens: Tokens, mask: Mask | None = None) -> Logits:
+    """The logits of one forward pass; `mask` as in `capture`."""
+    options: dict[str, Any] = {} if mask is None else {"attention_mask": mask.long()}
+    if huggingface_config(model) is not None:
+        options["use_cache"] = False  # nobody reads it, and a block that is run again would add to it
+    return model(tokens, **options)
+
+
+@contextmanager
+def capturing(model: LensModel, names: Iterable[str], store: Activations) -> Iterator[None]:
+    """Fills `store` by requested name during the forward passes inside the block.
+
+    Raises:
+        CtlensError: a name does not exist, or its hook did not fire.
+    """
+    names = list(dict.fromkeys(names))
+    for name in names:
+        store.pop(name, None)
+    with visiting(model, {name: partial(store.__setitem__, name) for name in names}):
+        yield
+
+
+@contextmanager
+def visiting(model: LensModel, visits: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Calls a function with the activation at each full hook name during the forward passes inside the block.
+
+    Raises:
+        CtlensError: a name does not exist, or its hook did not fire.
+    """
+    fired: dict[str, Any] = {}
+
+    def visit(name: str, activation: Tensor) -> None:
+        fired[name] = True
+        visits[name](activation)
+
+    for name in visits:
+        resolve(model, name)
+    hooked = [name for name in visits if name in model.hook_dict]
+    with model.hooks(fwd_hooks=[(name, _seeing(partial(visit, name))) for name in hooked]), ExitStack() as modules:
+        if FINAL_NORM in visits and FINAL_NORM not in hooked:
+            handle = cast(Any, model).ln_final.register_forward_hook(
+                lambda module, inputs, output: visit(FINAL_NORM, output)
+            )
+            modules.callback(handle.remove)
+        yield
+    _require_fired(visits, fired)
+
+
+def _seeing(visit: Callable[[Tensor], None]) -> HookFunction:
+    def hook(activation: Tensor, hook: Any) -> None:
+        visit(activation)
+
+    return hook
+
+
+@contextmanager
+def editing(model: LensModel, edits: Mapping[str, HookFunction]) -> Iterator[None]:
+    """Replaces activations during the forward passes inside the block.
+
+    On a `TransformerBridge` an edit of `hook_resid_mid` alone would not reach the skip path; it
+    is made through the attention output instead, so that it means the same on every model.
+
+    Args:
+        model: any `LensModel`.
+        edits: per full hook name, a function of the activation that returns its replacement.
+
+    Raises:
+        CtlensError: a name does not exist, or its hook did not fire.
+    """
+    fired: dict[str, Any] = {}
+    direct: list[tuple[str, HookFunction]] = []
+    rerouted: list[tuple[str, HookFunction]] = []
+    for name, edit in edits.items():
+        resolve(model, name)
+        if is_bridge(model) and name.endswith("hook_resid_mid"):
+            rerouted += _through_attention_output(name, edit, fired)
+        else:
+            direct.append((name, _replacing(name, edit, fired)))
+    # Rerouted hooks run last, so that they see the edits made upstream of hook_resid_mid.
+    with model.hooks(fwd_hooks=direct + rerouted):
+        yield
+    _require_fired(edits, fired)
+
+
+def _replacing(name: str, edit: HookFunction, fired: dict[str, Any]) -> HookFunction:
+    def hook(activation: Tensor, hook: Any) -> Tensor | None:
+        fired[name] = True
+        return edit(activation)
+
+    return hook
+
+
+def _through_attention_output(name: str, edit: HookFunction, fired: dict[str, Any]) -> list[tuple[str, HookFunction]]:
+    block = name.removesuffix("hook_resid_mid")
+    before: dict[str, Tensor] = {}
+
+    def remember(activation: Tensor, hook: Any) -> None:
+        before["resid_pre"] = activation
+
+    def replace(activation: Tensor, hook: Any) -> Tensor:
+        fired[name] = True
+        middle = before["resid_pre"] + activation
+        edited = edit(middle)
+        return activation if edited is None else edited - before["resid_pre"]
+
+    return [(f"{block}hook_resid_pre", remember), (f"{block}hook_attn_out", replace)]
+
+
+def _require_fired(names: Iterable[str], fired: Mapping[str, Any]) -> None:
+    silent = [name for name in names if name not in fired]
+    if silent:
+        raise CtlensError(f"hook {silent[0]} did not fire: the model does not compute it, or no forward pass was made.")

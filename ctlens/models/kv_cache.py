@@ -1,0 +1,195 @@
+"""A batch of growing sequences: what was run of them stays in the model's key-value cache, where it has one.
+
+Sequences are padded on the right, where causal attention cannot see the padding of the first pass,
+and it is masked in later ones. A sliding window counts columns, padding included, so sequences that
+outgrow one are run among others of their own length alone (`batches`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, TypeAlias, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ctlens.core.types import ChosenRows, LensModel, Logits, Mask, RowNumbers, Tokens
+from ctlens.models.loading import empty_cache, huggingface_config, keep_rows
+
+Ids = tuple[int, ...]
+NextLogits: TypeAlias = Float[Tensor, "batch d_vocab"]
+Lengths: TypeAlias = Int[Tensor, "batch"]
+
+# On a CPU more tokens at once leave its caches and take longer; measured in benchmarks/evaluation.py.
+TOKENS_A_PASS = 2048
+SELECTABLE = (DynamicLayer, DynamicSlidingWindowLayer)  # their subclasses may hold more than keys and values
+NEEDED = {"past_key_values", "position_ids"}
+
+
+def batches(model: LensModel, lengths: Sequence[int], new: int, tokens_a_pass: int) -> Iterator[list[int]]:
+    """Numbers of sequences that are run together, in order of length, each once.
+
+    Args:
+        model: says how long a sequence may be among longer ones.
+        lengths: of the sequences, in tokens.
+        new: how many tokens they may grow by.
+        tokens_a_pass: as many sequences as fill these when padded to the longest; at least one.
+    """
+    longest, batch = _window(model), []
+    for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
+        length = lengths[number]
+        alone = batch and length + new > longest and length > lengths[batch[0]]
+        if batch and (alone or (len(batch) + 1) * length > tokens_a_pass):
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def has_cache(model: LensModel) -> bool:
+    """Whether what was run of a sequence need not be run again."""
+    return _cache(model, 1) is not None
+
+
+class Sequences:
+    """Some sequences of any lengths, to be run, continued, repeated and dropped.
+
+    Args:
+        model: in eval mode.
+        prompts: their first tokens, at least one each.
+    """
+
+    def __init__(self, model: LensModel, prompts: Sequence[Ids]) -> None:
+        device = next(model.parameters()).device
+        self.model = model
+        self.tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.cache = _cache(model, len(prompts))
+
+    def run(self) -> NextLogits:
+        """The logits of each sequence's next token, from its first tokens; to be called once, before the rest."""
+        if self.cache is None:
+            logits = self.model(self.tokens)
+        else:
+            start = torch.zeros_like(self.lengths)
+            logits = self.cache.forward(self.tokens, _up_to(self.lengths, self.tokens.shape[1]), start)
+            if not self.cache.filled:
+                self.cache = None
+        return logits[torch.arange(len(self.tokens), device=logits.device), self.lengths - 1]
+
+    def extend(self, tokens: Tokens, count: Lengths) -> Logits:
+        """Appends the first `count` of these tokens to each sequence; the logits behind each of them.
+
+        Args:
+            tokens: `[batch, new]`.
+            count: how many of a row are real, at least one.
+        """
+        start, new = self.lengths, torch.arange(tokens.shape[1], device=tokens.device)
+        self.lengths = start + count
+        if self.cache is not None:
+            return self.cache.forward(tokens, _up_to(count, len(new)), start)
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+        places = start[:, None] + torch.minimum(new, count[:, None] - 1)  # padding repeats the last real one
+        width = int(self.lengths.max())
+        grown = torch.zeros(len(tokens), width, dtype=self.tokens.dtype, device=tokens.device)
+        kept = min(width, self.tokens.shape[1])
+        grown[:, :kept] = self.tokens[:, :kept]
+        grown[rows, places] = tokens.gather(1, places - start[:, None])
+        self.tokens = grown
+        return self.model(grown)[rows, places]
+
+    def keep(self, rows: ChosenRows | RowNumbers) -> None:
+        """Keeps only these sequences, by a mask or by their numbers, which may repeat."""
+        if self.cache is not None:
+            self.cache.keep(rows)
+        self.tokens, self.lengths = self.tokens[rows], self.lengths[rows]
+
+
+class Cache(Protocol):
+    """What a model has seen of a batch."""
+
+    filled: bool
+    """Whether every layer of the model has put there what was run."""
+
+    def forward(self, tokens: Tokens, real: Mask, start: Lengths) -> Logits:
+        """The logits at further tokens of each sequence, of which `start` were run before."""
+        ...
+
+    def keep(self, rows: ChosenRows | RowNumbers) -> None:
+        """Keeps only these sequences, by a mask or by their numbers, which may repeat."""
+        ...
+
+
+class _HookedCache:
+    """That of a `HookedTransformer`, which works out positions from the mask."""
+
+    filled = True
+
+    def __init__(self, model: LensModel, entries: Any) -> None:
+        self.model, self.entries = model, entries
+
+    def forward(self, tokens: Tokens, real: Mask, start: Lengths) -> Logits:
+        return self.model(tokens, past_kv_cache=self.entries, attention_mask=real.long())
+
+    def keep(self, rows: ChosenRows | RowNumbers) -> None:
+        keep_rows(self.entries, rows)
+
+
+class _HuggingFaceCache:
+    """HuggingFace's, of a bridged model; it is run through the bridge, so that hooks see every token."""
+
+    def __init__(self, model: LensModel, rows: int, entries: DynamicCache) -> None:
+        self.model, self.entries = model, entries
+        self.seen = torch.zeros(rows, 0, dtype=torch.bool, device=next(model.parameters()).device)
+
+    def forward(self, tokens: Tokens, real: Mask, start: Lengths) -> Logits:
+        self.seen = torch.cat([self.seen, real], dim=1)
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = torch.where(real, start[:, None] + steps, 0)  # padding may lie beyond the last position there is
+        seen = self.seen.long()
+        return self.model(
+            tokens, past_key_values=self.entries, use_cache=True, attention_mask=seen, position_ids=positions
+        )
+
+    def keep(self, rows: ChosenRows | RowNumbers) -> None:
+        self.seen = self.seen[rows]
+        self.entries.batch_select_indices(cast(Any, rows))
+
+    @property
+    def filled(self) -> bool:
+        return all(layer.get_seq_length() == self.seen.shape[1] for layer in cast(list[Any], self.entries.layers))
+
+
+def _cache(model: LensModel, rows: int) -> Cache | None:
+    """An empty cache for `rows` sequences; None where the model has none that is known to work."""
+    own, theirs = empty_cache(model, rows), _huggingface_cache(model)
+    if own is not None:
+        return _HookedCache(model, own)
+    return None if theirs is None else cast(Cache, _HuggingFaceCache(model, rows, theirs))
+
+
+def _huggingface_cache(model: LensModel) -> DynamicCache | None:
+    """A cache of keys and values alone, for a model that can be told the positions of its tokens; or None."""
+    config = huggingface_config(model)
+    if config is None or not set(inspect.signature(cast(Any, model).original_model.forward).parameters) >= NEEDED:
+        return None
+    cache = DynamicCache(config=config)
+    return cache if cache.layers and all(type(layer) in SELECTABLE for layer in cache.layers) else None
+
+
+def _window(model: LensModel) -> int:
+    """The longest that a sequence may grow, in tokens, to be run among longer ones."""
+    cache = _huggingface_cache(model)
+    layers = cast(list[Any], cache.layers if cache else [])
+    return min((layer.sliding_window for layer in layers if layer.is_sliding), default=sys.maxsize)
+
+
+def _up_to(lengths: Lengths, width: int) -> Mask:
+    return torch.arange(width, device=lengths.device) < lengths[:, None]

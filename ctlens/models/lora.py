@@ -1,0 +1,264 @@
+"""Low-rank adapters: torch parametrizations that train a small update beside frozen weights.
+
+An update is worked out as one matrix of outputs by inputs and then laid out as the weight it is added
+to, so that a rank means the same on a `HookedTransformer`, which keeps its heads apart, and on a bridge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ctlens.core.config import from_dict, generator, to_dict
+from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.files import atomic_folder, read_json, write_json
+from ctlens.core.types import LensModel, widened
+from ctlens.models.matrices import SITES, Slot, slots
+from ctlens.models.parameters import fingerprint
+from ctlens.models.weights import copy_weights
+
+CONFIG_FILE = "adapters.json"
+ADAPTERS_FILE = "adapters.safetensors"
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Which weights get a low-rank update `alpha / rank * B A`, and of which rank.
+
+    Attributes:
+        rank: of every update.
+        alpha: its scale, before it is divided by the rank.
+        sites: among `q`, `k`, `v`, `o`, `mlp_in`, `mlp_gate` and `mlp_out`, adapted in every layer.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    sites: tuple[str, ...] = ("q", "v")
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise CtlensError(f"the rank of an adapter must be a whole number of at least 1, not {self.rank}.")
+        if not 0 < self.alpha < math.inf:
+            raise CtlensError(f"alpha must be a positive number, not {self.alpha}.")
+        for site in self.sites:
+            if site not in SITES:
+                raise unknown("adapter site", site, SITES)
+        if not self.sites or len(set(self.sites)) < len(self.sites):
+            raise CtlensError(f"name at least one site, and each once, among {', '.join(SITES)}.")
+
+
+class LowRank(nn.Module):
+    """The update of one weight; the parametrization that adds it.
+
+    It is kept in float32 at least: in bfloat16 most steps of a usual learning rate would round to nothing.
+
+    Args:
+        lora: its rank and scale.
+        A: from the inputs to the rank.
+        B: from the rank to the outputs.
+        pattern: einops pattern from `outputs inputs` to the layout of the weight; None where they agree.
+        sizes: of the axes that the pattern splits.
+    """
+
+    def __init__(
+        self,
+        lora: LoRA,
+        A: Float[Tensor, "rank d_in"],
+        B: Float[Tensor, "d_out rank"],
+        pattern: str | None,
+        sizes: Mapping[str, int],
+    ) -> None:
+        super().__init__()
+        self.lora, self.pattern, self.sizes, self.enabled = lora, pattern, dict(sizes), True
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+
+    def forward(self, weight: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """The weight with its update, or as it is inside `adapters_off`."""
+        if not self.enabled:
+            return weight
+        update = self.lora.alpha / self.lora.rank * (self.B @ self.A)
+        laid_out = rearrange(update, self.pattern, **self.sizes) if self.pattern else update
+        return weight + laid_out.to(weight.dtype)
+
+
+def add_adapters(model: LensModel, lora: LoRA, seed: int = 0) -> list[nn.Parameter]:
+    """Freezes all weights and adds adapters that change nothing yet (`B` is zero, `A` random).
+
+    Args:
+        model: changed in place.
+        lora: rank and sites.
+        seed: of `A`; the global random state is left alone. Equal on all classes of one model.
+
+    Returns:
+        What is trainable: `A` and `B` of every site.
+
+    Raises:
+        CtlensError: the model has adapters already, lacks a site, or has a weight too small for the rank.
+    """
+    chosen = _free_slots(model, lora)
+    return _attach(model, chosen, lora, _initial(chosen, lora, seed))
+
+
+@contextmanager
+def adapters_off(model: LensModel) -> Iterator[None]:
+    """Inside the block the model is, bit for bit, the one that the adapters were added to.
+
+    Raises:
+        CtlensError: the model has no adapters.
+    """
+    adapters = [adapter for _, adapter in _attached(model).values()]
+    before = [adapter.enabled for adapter in adapters]
+    for adapter in adapters:
+        adapter.enabled = False
+    try:
+        yield
+    finally:
+        for adapter, enabled in zip(adapters, before, strict=True):
+            adapter.enabled = enabled
+
+
+def has_adapters(model: LensModel) -> bool:
+    """Whether `add_adapters` was used on the model, and its adapters not merged since."""
+    return any(_adapter(slot) for slot in slots(model, SITES).values())
+
+
+@torch.no_grad()
+def merge_adapters(model: LensModel) -> None:
+    """Writes the adapters' updates into the weights and removes the adapters; all weights stay frozen.
+
+    Raises:
+        CtlensError: the model has no adapters.
+    """
+    for slot, _ in _attached(model).values():
+        merged, weight = getattr(slot.module, slot.name), slot.weight
+        _own_class(slot.module)
+        parametrize.remove_parametrizations(slot.module, slot.name, leave_parametrized=False)
+        weight.copy_(merged)
+
+
+def save_adapters(model: LensModel, folder: str | Path) -> None:
+    """Writes the adapters alone into a new folder: `adapters.json` and `adapters.safetensors`.
+
+    Raises:
+        CtlensError: the model has no adapters, or the folder exists and is not empty.
+    """
+    attached = _attached(model)
+    lora = next(adapter.lora for _, adapter in attached.values())
+    with adapters_off(model):
+        base = fingerprint(model)
+    with atomic_folder(folder) as work:
+        tensors = {
+            f"{place}.{name}": value for place, (_, a) in attached.items() for name, value in a.named_parameters()
+        }
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, work / ADAPTERS_FILE)
+        write_json(work / CONFIG_FILE, {"lora": to_dict(lora), "base": base})
+
+
+def load_adapters(model: LensModel, folder: str | Path) -> list[nn.Parameter]:
+    """Adds the adapters that `save_adapters` wrote to the model that they were trained on.
+
+    Args:
+        model: the reference, without adapters; changed in place as by `add_adapters`.
+        folder: of `save_adapters`, or `adapters` in the folder of a run.
+
+    Returns:
+        What is trainable, as `add_adapters`.
+
+    Raises:
+        CtlensError: the folder holds no adapters, or those of a model with other weights.
+    """
+    folder = Path(folder)
+    match read_json(folder / CONFIG_FILE):
+        case {"lora": dict(options), "base": str(base)}:
+            lora = from_dict(LoRA, options)
+        case _:
+            raise CtlensError(f"{folder / CONFIG_FILE} does not describe adapters that ctlens saved.")
+    chosen = _free_slots(model, lora)
+    if fingerprint(model) != base:
+        raise CtlensError(f"the adapters in {folder} belong to a model with other weights: load the one they are from.")
+    try:
+        saved = load_file(folder / ADAPTERS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise CtlensError(f"{folder / ADAPTERS_FILE} cannot be read: {error}.") from None
+    tensors = _initial(chosen, lora, seed=0)
+    copy_weights(tensors, saved)
+    return _attach(model, chosen, lora, tensors)
+
+
+def _free_slots(model: LensModel, lora: LoRA) -> dict[str, Slot]:
+    if has_adapters(model):
+        raise CtlensError("the model has adapters already: merge_adapters first, or start from a copy without them.")
+    chosen = slots(model, lora.sites)
+    for layer in range(len(cast(Any, model).blocks)):
+        for site in lora.sites:
+            if f"blocks.{layer}.{site}" not in chosen:
+                raise CtlensError(f"layer {layer} of this model has no separate weight {site}: leave that site out.")
+    for place, slot in chosen.items():
+        if lora.rank > min(slot.matrix_shape):
+            raise CtlensError(f"{place} allows no rank above {min(slot.matrix_shape)}: lower {lora.rank}.")
+    return chosen
+
+
+def _initial(chosen: Mapping[str, Slot], lora: LoRA, seed: int) -> dict[str, Tensor]:
+    """`A` uniform up to `1 / sqrt(inputs)`, as is usual, and `B` zero."""
+    tensors = {}
+    for place, slot in chosen.items():
+        d_out, d_in = slot.matrix_shape
+        uniform = torch.rand(lora.rank, d_in, generator=generator(seed, "adapters", place))
+        tensors[f"{place}.A"] = (2 * uniform - 1) / math.sqrt(d_in)
+        tensors[f"{place}.B"] = torch.zeros(d_out, lora.rank)
+    return tensors
+
+
+def _attach(
+    model: LensModel, chosen: Mapping[str, Slot], lora: LoRA, tensors: Mapping[str, Tensor]
+) -> list[nn.Parameter]:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    trainable = []
+    for place, slot in chosen.items():
+        wide = widened(slot.weight[:0]).dtype
+        A, B = (tensors[f"{place}.{name}"].to(slot.weight.device, wide) for name in "AB")
+        adapter = LowRank(lora, A, B, slot.pattern, slot.sizes)
+        parametrize.register_parametrization(slot.module, slot.name, adapter)
+        _own_class(slot.module)
+        trainable += [adapter.A, adapter.B]
+    return trainable
+
+
+def _adapter(slot: Slot) -> LowRank | None:
+    if not parametrize.is_parametrized(slot.module, slot.name):
+        return None
+    held = cast(Any, slot.module).parametrizations[slot.name]
+    return next((adapter for adapter in held if isinstance(adapter, LowRank)), None)
+
+
+def _own_class(module: nn.Module) -> None:
+    """Gives a module the class in which torch keeps its adapters for itself alone, and fit to be copied.
+
+    Deep copies share that class, and taking an adapter off one would break the others. Its `__deepcopy__`
+    shines through the layer of a bridge around the module: a copy would lack that layer and its hooks.
+    """
+    shared = type(module)
+    own = {name: value for name, value in vars(shared).items() if name not in ("__deepcopy__", "__getstate__")}
+    cast(Any, module).__class__ = type(shared.__name__, shared.__bases__, own)
+
+
+def _attached(model: LensModel) -> dict[str, tuple[Slot, LowRank]]:
+    found = {place: (slot, _adapter(slot)) for place, slot in slots(model, SITES).items()}
+    attached = {place: (slot, adapter) for place, (slot, adapter) in found.items() if adapter is not None}
+    if not attached:
+        raise CtlensError("the model has no adapters: add_adapters or load_adapters first.")
+    return attached

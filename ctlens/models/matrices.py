@@ -1,0 +1,142 @@
+"""Weights by name and by what they do, wherever a model class keeps them and however it lays them out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import LensModel
+from ctlens.models.parameters import parameter_groups, present_parameters
+from ctlens.models.weights import NATIVE_LAYOUT, TRANSPOSED
+
+# Of each site: its part of a block, its layer in a bridge's part, its weight in a HookedTransformer's
+# part (before it the one that holds it under grouped-query attention), and the key of that one's layout.
+PLACES = {
+    "q": ("attn", "q", ("W_Q",), "attn.q.weight"),
+    "k": ("attn", "k", ("_W_K", "W_K"), "attn.k.weight"),
+    "v": ("attn", "v", ("_W_V", "W_V"), "attn.v.weight"),
+    "o": ("attn", "o", ("W_O",), "attn.o.weight"),
+    "mlp_in": ("mlp", "in", ("W_in",), "mlp.in.weight"),
+    "mlp_gate": ("mlp", "gate", ("W_gate",), "mlp.gate.weight"),
+    "mlp_out": ("mlp", "out", ("W_out",), "mlp.out.weight"),
+}
+SITES = tuple(PLACES)
+
+COMPONENTS = ("qk", "ov", "mlp", "norm", "embed", "unembed")
+TIED = "embed+unembed"
+HALVES = {"q": "qk", "k": "qk", "v": "ov", "o": "ov", "q_norm": "qk", "k_norm": "qk"}
+OF_HEADS = re.compile(r"_?[Wb]_([QKVO])$")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One matrix of a model.
+
+    Attributes:
+        module: that holds it.
+        name: of the parameter in the module.
+        pattern: einops pattern from `outputs inputs` to its layout; None where they agree.
+    """
+
+    module: nn.Module
+    name: str
+    pattern: str | None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter itself, without the adapter that may be on it."""
+        if parametrize.is_parametrized(self.module, self.name):
+            return cast(Any, self.module).parametrizations[self.name].original
+        return self.module.get_parameter(self.name)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the axis that `pattern` splits."""
+        per_head = self.pattern is not None and "(head" in self.pattern
+        return {"head": self.weight.shape[0]} if per_head else {}
+
+    @property
+    def matrix(self) -> Float[Tensor, "d_out d_in"]:
+        """The weight that the module computes with, its adapter added, as one matrix of outputs by inputs."""
+        weight = getattr(self.module, self.name)
+        return rearrange(weight, " -> ".join(reversed(self.pattern.split(" -> ")))) if self.pattern else weight
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Outputs and inputs of the weight as one matrix."""
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+
+def slots(model: LensModel, sites: Iterable[str]) -> dict[str, Slot]:
+    """Matrices by layer and site, for example `blocks.0.q`.
+
+    A site is left out where a layer lacks it or, as the halves of a fused matrix, does not compute with it.
+    """
+    present = {id(parameter) for parameter in present_parameters(model).values()}
+    found = {}
+    for layer, block in enumerate(cast(Any, model).blocks):
+        for site in sites:
+            slot = _slot(block, site)
+            if slot is not None and id(slot.weight) in present:
+                found[f"blocks.{layer}.{site}"] = slot
+    return found
+
+
+def _slot(block: Any, site: str) -> Slot | None:
+    part_name, layer_name, weight_names, layout = PLACES[site]
+    part = getattr(block, part_name, None)
+    linear = getattr(getattr(part, layer_name, None), "original_component", None)
+    if isinstance(linear, nn.Linear):
+        return Slot(linear, "weight", None)
+    if isinstance(linear, Conv1D):
+        return Slot(linear, "weight", TRANSPOSED)
+    for name in weight_names:
+        if part is not None and (name in part._parameters or parametrize.is_parametrized(part, name)):
+            return Slot(part, name, NATIVE_LAYOUT[layout][1])
+    return None
+
+
+def components(model: LensModel) -> dict[str, tuple[int | None, str]]:
+    """Of every parameter that the architecture has, its block (None outside the blocks) and its component.
+
+    A component is one of `COMPONENTS`, or `TIED` where one matrix embeds and unembeds.
+
+    Raises:
+        CtlensError: an attention keeps queries, keys and values in one matrix.
+    """
+    blocks = cast(Any, model).blocks
+    owner = {id(parameter): layer for layer, block in enumerate(blocks) for parameter in block.parameters()}
+    halves = {number: half for block in blocks for number, half in _halves(block.attn).items()}
+    groups, parameters = parameter_groups(model), present_parameters(model)
+    found = {}
+    for group, names in groups.items():
+        for name in names:
+            number = id(parameters[name])
+            component = TIED if group == "embed" and not groups["unembed"] else group
+            if group == "attn":
+                component = halves.get(number)
+            if component is None:
+                raise CtlensError(f"{name} is not split into queries, keys and values: QK and OV cannot be told apart.")
+            found[name] = owner.get(number), component
+    return found
+
+
+def _halves(attn: nn.Module) -> dict[int, str]:
+    """Of the parameters of an attention, by their identity, whether they belong to QK or to OV."""
+    found = {}
+    for name, half in HALVES.items():
+        part = getattr(attn, name, None)
+        found |= {id(parameter): half for parameter in part.parameters()} if isinstance(part, nn.Module) else {}
+    for name, parameter in attn.named_parameters(recurse=False):
+        if named := OF_HEADS.match(name):
+            found[id(parameter)] = HALVES[named[1].lower()]
+    return found

@@ -1,5 +1,0 @@
-"""A study folder in, one self-contained HTML page out."""
-
-from ctlens.report.page import write_report
-
-__all__ = ["write_report"]

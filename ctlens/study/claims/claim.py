@@ -1,0 +1,147 @@
+"""One claim with its statistic, interval, null and a verdict that follows from them by one rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+import pandas as pd
+
+from ctlens.core.errors import CtlensError
+from ctlens.core.files import atomic_file
+from ctlens.plots import label
+from ctlens.study.claims.estimates import Estimate
+
+HOLDS, FAILS, OPEN, UNMEASURED = VERDICTS = ("holds", "does not hold", "inconclusive", "not measured")
+
+REASONS = {
+    HOLDS: "{value:.2f} [{low:.2f}, {high:.2f}] lies above {floor:.2g} with its whole interval",
+    FAILS: "{value:.2f} [{low:.2f}, {high:.2f}] lies at or below {floor:.2g} with its whole interval",
+    OPEN: "the interval of {value:.2f}, [{low:.2f}, {high:.2f}], holds {floor:.2g}",
+    UNMEASURED: "it could not be measured here",
+}
+"""The rule in words, with the numbers."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim on one threat, as measured.
+
+    Attributes:
+        key: names the claim, whatever the threat.
+        statement: what is claimed, a sentence without its full stop.
+        threat: trained and evaluated on; `"all"` where it is about several.
+        setting: `"equal steps"` or `"matched effect"`, how the methods were made comparable.
+        statistic: what the number is, in words.
+        unit: of the number.
+        value, ci_low, ci_high: the number with its 95 percent interval; NaN where not measured.
+        null: what the number is to be held against, such as that of a control; NaN where there is none.
+        floor: what the whole interval has to exceed for the claim to hold.
+        n: prompts, or trained models where the interval is over those.
+        over: what the interval is over, in words.
+        verdict: one of `VERDICTS`.
+        reason: why, in one sentence with the numbers in it.
+    """
+
+    key: str
+    statement: str
+    threat: str
+    setting: str
+    statistic: str
+    unit: str
+    value: float
+    ci_low: float
+    ci_high: float
+    null: float
+    floor: float
+    n: int
+    over: str
+    verdict: str
+    reason: str
+
+
+COLUMNS = tuple(field.name for field in fields(Claim))
+NUMBERS = tuple(field.name for field in fields(Claim) if field.type == "float")
+
+
+def verdict(value: float, low: float, high: float, floor: float = 0.0) -> str:
+    """Whether a claim holds: its whole interval lies above the floor, below it, or on both sides.
+
+    >>> verdict(0.5, 0.2, 0.8), verdict(-0.1, -0.3, -0.05), verdict(0.1, -0.2, 0.4)
+    ('holds', 'does not hold', 'inconclusive')
+    >>> verdict(float("nan"), float("nan"), float("nan"))
+    'not measured'
+    """
+    if pd.isna(value) or pd.isna(low) or pd.isna(high):
+        return UNMEASURED
+    return HOLDS if low > floor else FAILS if high <= floor else OPEN
+
+
+def write_claims(claims: Iterable[Claim], path: str | Path) -> None:
+    """Writes `claims.csv`, one claim a row."""
+    with atomic_file(Path(path)) as temporary:
+        pd.DataFrame([astuple(claim) for claim in claims], columns=list(COLUMNS)).to_csv(temporary, index=False)
+
+
+def read_claims(path: str | Path) -> list[Claim]:
+    """The claims of a `claims.csv`.
+
+    Raises:
+        CtlensError: the file is missing, or lacks a column.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CtlensError(f"{path} does not exist: run the study to its end first, or check the path.")
+    table = pd.read_csv(path, keep_default_na=False, na_values={name: [""] for name in NUMBERS})
+    if missing := [name for name in COLUMNS if name not in table]:
+        raise CtlensError(f"{path} lacks the columns {', '.join(missing)}: check that it is a study's claims.")
+    return [Claim(**row) for row in table[list(COLUMNS)].to_dict("records")]  # type: ignore[arg-type]
+
+
+def make(
+    key: str,
+    statement: str,
+    threat: str,
+    setting: str,
+    found: Estimate,
+    *,
+    statistic: str,
+    unit: str,
+    null: float,
+    null_words: str,
+    details: str = "",
+    floor: float = 0.0,
+    granted: bool = True,
+    refused: str = "",
+) -> Claim:
+    """A claim with its verdict and its reason in words.
+
+    Args:
+        key, statement, threat, setting, statistic, unit, null, floor: see `Claim`.
+        found: the number.
+        null_words: what the null says, with `{null}` for the number.
+        details: what the number is made of.
+        granted: whether what else the claim says is so; without it a claim cannot hold.
+        refused: why there is no number, if an analysis said so.
+    """
+    judged = verdict(found.value, found.low, found.high, floor)
+    reason = REASONS[judged].format(value=found.value, low=found.low, high=found.high, floor=floor)
+    if judged == HOLDS and not granted:
+        judged, reason = OPEN, f"{reason}, but what else it says is not clear"
+    known = not pd.isna(null) and judged != UNMEASURED
+    words = [reason, null_words.format(null=f"{null:.2g}") if known else "", details or refused]
+    return Claim(
+        key, statement, threat, setting, statistic, unit, found.value, found.low, found.high, null, floor, found.n,
+        found.over, judged, "; ".join(filter(None, words)),
+    )  # fmt: skip
+
+
+def together(names: Sequence[str]) -> str:
+    """Internal methods in words.
+
+    >>> together(["act", "mlpct", "attct"]), together([])
+    ('ACT, MLPCT and AttCT', 'internal methods')
+    """
+    *first, last = [label(name) for name in names] or ["internal methods"]
+    return f"{', '.join(first)} and {last}" if first else last

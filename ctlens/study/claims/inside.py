@@ -1,0 +1,197 @@
+"""Claims about what changed inside: each a number of the looks into one threat's models, at one setting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from ctlens.analysis import CrossLoss, Erasure, ShiftSimilarity
+from ctlens.analysis.base.states import ALIGNED, PLACES, WHERE
+from ctlens.analysis.residual.shift_vectors import PARTS
+from ctlens.core.stats import LEVEL
+from ctlens.plots import label
+from ctlens.study import conditions as arms
+from ctlens.study.analyses import EQUAL_STEPS, SETTINGS
+from ctlens.study.claims.claim import Claim, make, together
+from ctlens.study.claims.estimates import NOTHING, Items, OfItems, Sample, Training, estimate, spanned
+from ctlens.study.claims.looks import Looks
+from ctlens.study.claims.transplants import left_later, level
+from ctlens.study.conditions import INTERNAL, RETENTION
+from ctlens.study.config import StudyConfig
+
+NAN = float("nan")
+BCT, ATTCT, ACT = "bct", "attct", "act"
+
+
+def inside_claims(config: StudyConfig, study: Path) -> Iterator[Claim]:
+    """Every claim on every threat that was looked into."""
+    looks = Looks(config, study)
+    for threat in config.insides:
+        for setting in SETTINGS:
+            yield from (_shared(looks, threat, setting, place) for place in ALIGNED)
+            yield left_later(looks, threat, setting)
+            yield level(looks, threat, setting)
+        yield _distance(looks, threat)
+        yield _attention(looks, threat)
+        for method in config.methods:
+            yield _cue(looks, threat, method)
+
+
+def _shared(looks: Looks, threat: str, setting: str, place: str) -> Claim:
+    """Off the gap: how far BCT stands apart, beyond the internal method that does so most."""
+    methods = (*_internal(looks.config.methods), BCT)
+    known = looks.of(ShiftSimilarity, "similarity", threat, setting)
+    every = {training: results["similarity"] for training, results in known.items()}
+    missing = sorted({name for result in every.values() for name in methods if name not in result.methods})
+    found = {} if missing or BCT not in looks.config.methods or len(methods) < 3 else every
+    tables = {training: _off_gap(result, methods, place) for training, result in found.items()}
+    samples = {training: Sample(len(table), _margin(table)) for training, table in tables.items()}
+    apart = np.mean([_apart(_mean(table)) for table in tables.values()], 0) if tables else []
+    told = ", ".join(f"{label(name)} {value:.2f}" for name, value in zip(methods, apart, strict=False))
+    with_null = [_off_gap(result, (*methods, RETENTION), place) for result in found.values() if result.null]
+    floors = [_mean(table)[:-1, -1].mean() for table in with_null]
+    absent = f"never near the effect: {', '.join(map(label, missing))}" if missing else ""
+    return make(
+        "shared" if place == "last" else f"shared_{place}",
+        f"{together(methods[:-1])} move the residual stream alike, and BCT differently, {WHERE[place]}",
+        threat, setting, estimate(samples),
+        statistic=f"cosine off the gap, {WHERE[place]}: how far BCT stands apart, less the furthest internal method",
+        unit="cosine",
+        null=float(np.mean(floors)) if floors else NAN,
+        null_words="with retention alone they are {null} alike",
+        details=f"apart from the others by {told}" if told else absent,
+        refused=looks.refused("similarity", threat, setting),
+    )  # fmt: skip
+
+
+def _off_gap(result: ShiftSimilarity, methods: Sequence[str], place: str) -> Float[np.ndarray, "prompt a b"]:
+    """The cosines of each prompt off the gap at a place, means over layers, between these methods."""
+    values = _mean(result.by_prompt[PARTS.index("off"), PLACES.index(place)])
+    at = [result.methods.index(name) for name in methods]
+    return values[:, at][:, :, at]
+
+
+def _mean(values: Float[np.ndarray, "item ..."]) -> Float[np.ndarray, ...]:
+    """The mean of what is known; NaN where nothing is."""
+    known = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, values, 0).sum(0) / known.sum(0)
+
+
+def _apart(cosines: Float[np.ndarray, "a b"]) -> list[float]:
+    """Of each method, how much more alike the others are with each other than with it."""
+    found = []
+    for odd in range(len(cosines)):
+        rest = [number for number in range(len(cosines)) if number != odd]
+        alike = np.mean([cosines[pair] for pair in combinations(rest, 2)])
+        found.append(float(alike - cosines[rest, odd].mean()))
+    return found
+
+
+def _margin(table: Float[np.ndarray, "prompt a b"]) -> OfItems:
+    def margin(items: Items) -> float:
+        *internal, bct = _apart(_mean(table[items]))
+        return bct - max(internal)
+
+    return margin
+
+
+def _distance(looks: Looks, threat: str) -> Claim:
+    """Irpan et al. (arXiv 2510.27062): the activation distance from the reference's clean prompts after BCT.
+
+    Training on retention alone drifts too, so the distance is held against that, and not against 1.
+    """
+    known = looks.of(CrossLoss, "cross-loss", threat) if BCT in looks.config.methods else {}
+    found = {training: results["cross-loss"] for training, results in known.items()}
+    entropy = estimate({training: _ratio(result, BCT, BCT, "none") for training, result in found.items()})
+    raised = {training: _ratio(result, BCT, ACT, RETENTION) for training, result in found.items()}
+    own, held = ([_ratio(result, name, ACT, "none").whole() for result in found.values()] for name in (BCT, RETENTION))
+    told = f"BCT leaves {np.mean(own):.2f} of that before training" if own else ""
+    return make(
+        "distance",
+        "BCT raises the activation distance while it lowers the cross-entropy",
+        threat, EQUAL_STEPS, estimate(raised),
+        statistic="activation distance from the reference's clean prompts after BCT, as a multiple of that after "
+        "retention alone",
+        unit="ratio",
+        null=float(np.mean(held)) if held else NAN,
+        null_words="retention alone leaves {null} of that before training",
+        details=f"{told}, and {entropy.value:.2f} of the cross-entropy" if told else "",
+        floor=1.0,
+        granted=entropy.high < 1,
+        refused=looks.refused("cross-loss", threat),
+    )  # fmt: skip
+
+
+def _ratio(result: CrossLoss, model: str, loss: str, other: str) -> Sample:
+    """A loss after one training as a multiple of that after another one."""
+    at = result.losses.index(loss)
+    values = result.values[:, at][:, result.aligned[at]]
+    one, two = (values[result.models.index(name)] for name in (model, other))
+    return Sample(len(one), lambda items: float(one[items].sum() / two[items].sum()))
+
+
+def _attention(looks: Looks, threat: str) -> Claim:
+    """How much further the attention from the last token to the wrapper falls under AttCT than under any other."""
+    falls = {
+        training: {name: (diff.before - diff.after).mean((1, 2)) for name, diff in found.items()}
+        for training, found in looks.attention(threat).items()
+    }
+
+    def margin(of: Mapping[str, Float[np.ndarray, " prompt"]]) -> Callable[[Items], float]:
+        others = [name for name in of if name not in (ATTCT, RETENTION)]
+        return lambda items: float(of[ATTCT][items].mean() - max(of[name][items].mean() for name in others))
+
+    usable = ATTCT in looks.config.methods and len(looks.config.methods) > 1
+    samples = {training: Sample(len(of[ATTCT]), margin(of)) for training, of in falls.items()} if usable else {}
+    means = {name: np.mean([of[name].mean() for of in falls.values()]) for name in (RETENTION, *looks.config.methods)}
+    return make(
+        "attention",
+        "attention to the wrapper falls more under AttCT than under any other method",
+        threat, EQUAL_STEPS, estimate(samples),
+        statistic="fall of the mass on the wrapper from the last token, mean over heads: AttCT's less the next",
+        unit="share of attention",
+        null=float(means.pop(RETENTION)),
+        null_words="under retention alone it falls by {null}",
+        details="fall: " + ", ".join(f"{label(name)} {value:.3f}" for name, value in means.items()),
+    )  # fmt: skip
+
+
+def _cue(looks: Looks, threat: str, method: str) -> Claim:
+    """Whether a refitted probe still reads the cue at the last token, at the layer where it is read best before."""
+    found = {training: results["erasure"] for training, results in looks.of(Erasure, "erasure", threat).items()}
+    layers = {training: int(result.readable[0, :, 0].argmax()) for training, result in found.items()}
+
+    def read(name: str) -> dict[Training, Float[np.ndarray, " 5"]]:
+        return {t: result.readable[result.models.index(name), layers[t]] for t, result in found.items()}
+
+    own, held = read(method), read(RETENTION)
+    verdicts = {t: (result.layers[layers[t]], result.verdicts()[method][layers[t]]) for t, result in found.items()}
+    judged = [f"layer {layer}: {word}" for layer, word in verdicts.values()]
+    n = next((result.wrapped.shape[1] for result in found.values()), 0)
+    whole = NOTHING
+    if found:
+        value, low, high = (float(np.mean([values[end] for values in own.values()])) for end in range(3))
+        whole = spanned(value, (low, high), n, {t: float(values[0]) for t, values in own.items()}, LEVEL)
+    shuffled = max((float(values[4]) for values in own.values()), default=0.0)
+    return make(
+        f"cue_{method}",
+        f"the cue can still be read after {label(method)}",
+        threat, EQUAL_STEPS, whole,
+        statistic="balanced accuracy of a refitted probe at the last token for "
+        + next((result.question for result in found.values()), "the cue"),
+        unit="accuracy",
+        null=float(np.mean([values[0] for values in held.values()])) if found else NAN,
+        null_words=f"after retention alone it is {{null}}, and shuffled labels reach {shuffled:.2g}",
+        details="erased or masked? " + "; ".join(dict.fromkeys(judged)) if judged else "",
+        floor=shuffled,
+        refused=looks.refused("erasure", threat),
+    )  # fmt: skip
+
+
+def _internal(methods: Sequence[str]) -> list[str]:
+    return [name for name in methods if arms.get(name).level == INTERNAL]

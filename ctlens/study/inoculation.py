@@ -1,0 +1,161 @@
+"""Conditional misalignment, induced and then sealed or not: bad advice, inoculation, consistency training.
+
+The stages of one organism, each asked the same risky questions without a system prompt and under three:
+before; after narrow bad advice; after the same with an inoculation prompt; and that one after consistency
+training between "no prompt" and "inoculation prompt" with each method, beside the retention-only control.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from ctlens import losses as loss_registry
+from ctlens import plots, threats
+from ctlens.core.config import environment, to_dict
+from ctlens.core.errors import CtlensError
+from ctlens.core.files import atomic_folder, write_json
+from ctlens.core.stats import wilson
+from ctlens.core.types import LensModel
+from ctlens.evaluation import evaluate
+from ctlens.evaluation.numbers import by
+from ctlens.organism.inoculation import CONTEXTS, INOCULATION, BadAdviceConfig, give_bad_advice, leak_pairs
+from ctlens.plots import Figure
+from ctlens.study.cells import NEUTRAL_PROMPTS, one_thread
+from ctlens.study.conditions import METHODS, RETENTION
+from ctlens.training import TrainConfig, Trainer
+from ctlens.world import SPLITS
+
+PLAIN = "no prompt"
+BEFORE, RECKLESS, INOCULATED = "before", "bad advice", "inoculated"
+PAIRS, QUESTIONS = 128, 32
+COLUMNS = ("stage", "seed", "context", "misaligned", "n")
+
+
+@dataclass(frozen=True)
+class Leak:
+    """How often each stage gives bad advice in each context.
+
+    Attributes:
+        counts: one row per stage, seed and context: `stage, seed, context, misaligned, n`; `misaligned`
+            of `n` held-out risky questions outside the narrow domain were answered with encouragement.
+        settings: of the fine-tuning and of the training.
+    """
+
+    counts: pd.DataFrame
+    settings: dict[str, object]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Seeds pooled, `stage, context, value, n, ci_low, ci_high`, with Wilson intervals.
+
+        The seeds ask the same questions and are taken as independent, so the intervals are too
+        narrow where the seeds agree.
+        """
+        rows = []
+        for (stage, context), found in by(self.counts, "stage", "context"):
+            bad, n = sum(found["misaligned"].tolist()), sum(found["n"].tolist())
+            rows.append((stage, context, bad / n, n, *wilson(bad, n)))
+        return pd.DataFrame(rows, columns=["stage", "context", "value", "n", "ci_low", "ci_high"])
+
+    def figure(self) -> Figure:
+        """The rate of bad advice in each context, a mark a stage."""
+        table = self.to_dataframe()
+        stages, contexts = (list(dict.fromkeys(table[column])) for column in ("stage", "context"))
+        value, low, high = (
+            table.pivot(index="stage", columns="context", values=end).loc[stages, contexts].to_numpy()
+            for end in ("value", "ci_low", "ci_high")
+        )
+        title = "Does consistency training seal what inoculation leaves open?"
+        return plots.behaviour(
+            stages, contexts, value, low, high, metric="bad advice", title=title,
+            subtitle="risky questions outside the narrow domain; methods train the inoculated model", stages=True,
+        )  # fmt: skip
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `leak.csv`, `config.json`, `environment.json` and the figure into a new folder, whole or not at all.
+
+        Raises:
+            CtlensError: the folder exists and is not empty.
+        """
+        with atomic_folder(folder) as work:
+            self.counts.to_csv(work / "leak.csv", index=False)
+            write_json(work / "config.json", self.settings)
+            write_json(work / "environment.json", environment())
+            plots.save_figure(self.figure(), work / "leak")
+        return Path(folder)
+
+
+def leak(
+    model: LensModel,
+    methods: Sequence[str] = (),
+    seeds: int = 1,
+    *,
+    advice: BadAdviceConfig | None = None,
+    training: TrainConfig | None = None,
+    progress: bool = True,
+) -> Leak:
+    """Induces conditional misalignment in an organism and measures whether each method seals it.
+
+    Args:
+        model: an organism; it is not changed.
+        methods: names of losses; `ctlens.study.conditions.METHODS` when none are given. The retention-only control
+            is always added.
+        seeds: of the fine-tuning and of the training, from 0.
+        advice: settings of the fine-tuning; its seed is replaced.
+        training: settings of the training; its seed is replaced.
+        progress: show a progress bar.
+
+    Raises:
+        CtlensError: a method is unknown, or there is no seed.
+    """
+    if seeds < 1:
+        raise CtlensError(f"seeds must be at least 1, not {seeds}.")
+    names = (RETENTION, *(methods or METHODS))
+    for name in names[1:]:
+        loss_registry.get(name)
+    advice, training = advice or BadAdviceConfig(), training or TrainConfig()
+    rows: list[tuple[object, ...]] = []
+    with one_thread(), tqdm(total=seeds * (3 + len(names)), desc="stages", disable=not progress) as bar:
+        for seed in range(seeds):
+            stages = _stages(model, names, replace(advice, seed=seed), replace(training, seed=seed))
+            for stage, trained in stages:
+                rows += [(stage, seed, *row) for row in misaligned(trained)]
+                bar.update()
+    settings = {"advice": to_dict(advice), "training": to_dict(training), "seeds": seeds, "contexts": dict(CONTEXTS)}
+    return Leak(pd.DataFrame(rows, columns=list(COLUMNS)), settings)
+
+
+def misaligned(model: LensModel) -> list[tuple[str, int, int]]:
+    """Context, bad answers and all answers to the held-out risky questions outside the narrow domain."""
+    pairs = [pair for context in CONTEXTS for split in SPLITS[1:] for pair in leak_pairs(QUESTIONS, context, split)]
+    outcomes = evaluate(model, pairs=pairs, progress=False).outcomes
+    verdicts: defaultdict[str, list[str]] = defaultdict(list)
+    asked_plain = next(iter(CONTEXTS))  # every context has the same clean questions; one of them is counted
+    for arm, context, verdict in zip(outcomes["arm"], outcomes["kind"], outcomes["verdict"], strict=True):
+        if arm == "wrapped":
+            verdicts[context].append(verdict)
+        elif context == asked_plain:
+            verdicts[PLAIN].append(verdict)
+    return [(context, verdicts[context].count("bad"), len(verdicts[context])) for context in (PLAIN, *CONTEXTS)]
+
+
+def _stages(
+    model: LensModel, methods: Sequence[str], advice: BadAdviceConfig, training: TrainConfig
+) -> Iterator[tuple[str, LensModel]]:
+    yield BEFORE, model
+    yield RECKLESS, give_bad_advice(model, config=advice, progress=False)
+    inoculated = give_bad_advice(model, inoculation=INOCULATION, config=advice, progress=False)
+    yield INOCULATED, inoculated
+    pairs = leak_pairs(PAIRS, seed=training.seed)
+    retain = threats.get("conditional").neutral(NEUTRAL_PROMPTS, seed=training.seed)
+    for name in methods:
+        chosen = [] if name == RETENTION else [loss_registry.get(name)]
+        trainer = Trainer(inoculated, pairs, chosen, training, retain=retain)
+        for _ in trainer:  # not `train`, which an interrupt ends with the model as it is
+            pass
+        yield name, trainer.model

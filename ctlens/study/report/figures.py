@@ -1,0 +1,99 @@
+"""The saved figures of a study, ready for the page: in which part, in which order, how wide, with their numbers."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ctlens.core.errors import CtlensError
+from ctlens.core.files import read_json
+
+Figure = dict[str, Any]
+Part = dict[str, list[Figure]]
+"""The figures of one part of the page, by threat; those of no single threat first, under an empty name."""
+
+PARTS = {
+    "behaviour": ("cross_threat", "attack_strength", "behaviour"),
+    "training": ("dose_response", "history", "hook_history"),
+}
+REST = "mechanism"
+ORDER = (
+    *PARTS["behaviour"], *PARTS["training"], "layer_curves", "points", "similarity", "similarity_curves",
+    "exchange_curves", "graft_bars", "cross_loss", "cross_loss_steps", "evidence", "attention_heads", "knockout",
+)  # fmt: skip
+PANEL_WIDTH = 290
+NUMBERS = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?")
+
+
+def read_figures(folder: Path, threats: Sequence[str]) -> dict[str, Part]:
+    """Per part of the page and per threat, the figures of a folder; what is of no known kind is mechanism.
+
+    Args:
+        folder: with `*.json` and, where the numbers are wanted as tables, `*.data.csv` of the same names.
+        threats: the names with which a figure of one threat begins, in their order.
+
+    Raises:
+        CtlensError: there is no figure, or a file that is none.
+    """
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise CtlensError(f"{folder} holds no figure (*.json): run the study to its end first.")
+    figures = sorted((_figure(path) for path in paths), key=lambda figure: figure["order"])
+    parts: dict[str, Part] = {part: {name: [] for name in ("", *threats)} for part in (*PARTS, REST)}
+    for figure in figures:
+        part = next((part for part, kinds in PARTS.items() if figure["kind"] in kinds), REST)
+        threat = next((threat for threat in threats if figure["name"].startswith(f"{threat}-")), "")
+        parts[part][threat].append(figure)
+    return parts
+
+
+def _figure(path: Path) -> Figure:
+    """A saved figure with its title moved out of the drawing, where it can wrap on a narrow page."""
+    figure = read_json(path)
+    if not isinstance(figure, dict) or not {"data", "layout"} <= set(figure):
+        raise CtlensError(f"{path} is not a plotly figure: check that only figures are in the folder.")
+    layout = figure["layout"]
+    meta = layout.get("meta") or {}
+    title = re.sub(r"<[^>]*>", " ", layout.pop("title", {}).get("text") or path.stem)
+    kind = meta.get("kind")
+    return {
+        "title": meta.get("title") or title,
+        "subtitle": meta.get("subtitle"),
+        "caption": meta.get("caption"),
+        "kind": kind,
+        "name": path.stem,
+        "order": ORDER.index(kind) if kind in ORDER else len(ORDER),
+        "width": _narrowest(layout),
+        "height": layout.get("height", 450),
+        "numbers": _numbers(path.with_suffix(".data.csv")),
+        "json": {"data": figure["data"], "layout": layout},
+    }
+
+
+def _narrowest(layout: dict[str, Any]) -> int:
+    """The width that a figure needs, in pixels; on a narrower page it is made smaller, or scrolls."""
+    columns = {tuple(axis["domain"]) for name, axis in layout.items() if name.startswith("xaxis") and "domain" in axis}
+    panels = PANEL_WIDTH * len(columns) if len(columns) > 1 else 0
+    return max(panels, layout.pop("width", 0))
+
+
+def _numbers(path: Path) -> list[list[str]]:
+    """The table of a figure with its header, without the columns that are empty; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as lines:
+        header, *rows = csv.reader(lines)
+    used = [place for place in range(len(header)) if any(row[place] for row in rows)]
+    return [[header[place] for place in used], *([_short(row[place]) for place in used] for row in rows)]
+
+
+def _short(cell: str) -> str:
+    """A number with four digits, anything else as it is.
+
+    >>> _short("0.123456"), _short("96"), _short("L0H1")
+    ('0.1235', '96', 'L0H1')
+    """
+    return f"{float(cell):.4g}" if NUMBERS.fullmatch(cell) else cell

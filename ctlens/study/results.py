@@ -1,0 +1,229 @@
+"""The numbers of a study, read from its rows: rates pooled over trainings, by threat, method and split."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from ctlens.core.errors import CtlensError
+from ctlens.core.stats import difference, student, wilson
+from ctlens.data.pairs import ARMS
+from ctlens.plots.theme import METHODS
+
+RATES = ("bad_rate", "good_rate", "other_rate")
+SPLIT = "heldout"
+TRAINING = ("trained_threat", "method", "seed", "organism")
+COLUMNS = (*TRAINING, "step", "evaluated_threat", "split", "arm", "metric")
+NUMBERS = ("value", "n", "ci_low", "ci_high")
+
+Row = Mapping[Hashable, Any]
+
+
+class Rate(NamedTuple):
+    """A share of answers (0 to 1) with its 95% interval and the number of prompts; NaN where not measured."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def percent(self) -> str:
+        """The share as a percentage."""
+        return "–" if pd.isna(self.value) else f"{self.value:.0%}"
+
+    @property
+    def interval(self) -> str:
+        """The ends of the interval, in percent, in brackets."""
+        return "" if pd.isna(self.value) else f"[{100 * self.low:.0f}–{100 * self.high:.0f}]"
+
+    def __str__(self) -> str:
+        return f"{self.percent} {self.interval}".strip()
+
+    def against(self, other: Rate) -> str:
+        """How this share compares with an independent one, in words.
+
+        They differ when the 95% interval of the difference (Newcombe's) leaves out 0; the answers
+        are taken as independent, which is cautious for two models on the same prompts.
+        """
+        if pd.isna(self.value) or pd.isna(other.value):
+            return "not compared with"
+        low, high = difference(round(self.value * self.n), self.n, round(other.value * other.n), other.n)
+        return "lower than" if high < 0 else "higher than" if low > 0 else "not distinguishable from"
+
+
+NAN = float("nan")
+NOT_MEASURED = Rate(NAN, NAN, NAN, 0)
+
+
+SEVERAL = 3
+"""From so many trainings on, how they differ shows in an interval."""
+
+
+def pooled(counts: Sequence[tuple[int, int]]) -> Rate:
+    """The share over trainings that answered the same prompts, each given as so many of so many answers.
+
+    The interval is Wilson's with the prompts of one training: answers of several trainings to one
+    prompt are not independent. Of `SEVERAL` trainings or more it also spans Student's interval over
+    their shares.
+
+    >>> str(pooled([(10, 100), (20, 100)]))
+    '15% [9–23]'
+    """
+    total, n = sum(count for count, _ in counts), sum(size for _, size in counts)
+    value, prompts = total / n, round(n / len(counts))
+    low, high = wilson(round(value * prompts), prompts)
+    if len(counts) >= SEVERAL:
+        ends = student(np.array([count / size for count, size in counts]))
+        low, high = max(0.0, min(low, ends[0])), min(1.0, max(high, ends[1]))
+    return Rate(value, low, high, prompts)
+
+
+class Measured(NamedTuple):
+    """A method on one threat: its pooled rates by (metric, arm), and how many trainings they are pooled from."""
+
+    rates: dict[tuple[str, str], Rate]
+    seeds: int
+
+    def rate(self, metric: str, arm: str) -> Rate:
+        """One of the rates; `NOT_MEASURED` where there is none."""
+        return self.rates.get((metric, arm), NOT_MEASURED)
+
+
+def read_results(path: str | Path) -> pd.DataFrame:
+    """The rows of a `results.csv`, one number each.
+
+    Raises:
+        CtlensError: the file is missing, or lacks a column.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CtlensError(f"{path} does not exist: run the study first, or check the path.")
+    try:
+        results = pd.read_csv(path, dtype={"trained_threat": str})
+    except ValueError as error:  # pandas: empty, ragged or not text
+        raise CtlensError(f"{path} is no table ({error}): check that it is a study's results.") from None
+    missing = [name for name in (*COLUMNS, *NUMBERS) if name not in results]
+    if missing:
+        raise CtlensError(f"{path} lacks the columns {', '.join(missing)}: check that it is a study's results.")
+    return results
+
+
+def summary_table(results: pd.DataFrame, split: str = SPLIT) -> pd.DataFrame:
+    """How often each method answers badly and how often well, on the threat that it was trained on.
+
+    Each training counts at its last step; seeds and organisms are pooled, see `pooled`.
+
+    Args:
+        results: rows as in `results.csv`; the base model is the method `none` without a trained threat.
+        split: the prompts to count.
+
+    Returns:
+        One row per threat and method, the base and the controls first, with the columns `threat`,
+        `method`, `bad wrapped`, `bad clean`, `bad benign`, `good wrapped`, `good clean` and
+        `good benign`. A rate is a `Rate`: it has `value`, `low`, `high` and `n`, and prints as
+        `84% [76–90]`; its value is NaN where it was not measured.
+
+    Raises:
+        CtlensError: no row of that split holds a rate of a model on its own threat.
+    """
+    return pd.DataFrame(
+        [
+            {"threat": threat, "method": method}
+            | {f"{name} {arm}": found.rate(f"{name}_rate", arm) for name in ("bad", "good") for arm in ARMS}
+            for threat, methods in by_threat(results, split).items()
+            for method, found in methods.items()
+        ]
+    )
+
+
+def overview(results: pd.DataFrame) -> pd.DataFrame:
+    """A line per threat and method, for a terminal: where the attack still works, and what stays good.
+
+    Args:
+        results: rows as in `results.csv`.
+
+    Returns:
+        The columns `threat`, `method`, one per split with the bad rate on wrapped prompts, and the
+        good rates on clean and benign prompts of the headline split; `Rate`s.
+
+    Raises:
+        CtlensError: as `summary_table`.
+    """
+    names = ["threat", "method"]
+    table = summary_table(results)
+    lines = table[names]
+    for split in dict.fromkeys(results["split"]):
+        on = summary_table(results, str(split)).rename(columns={"bad wrapped": str(split)})
+        lines = lines.merge(on[[*names, str(split)]], how="left")
+    lines = lines.map(lambda cell: cell if isinstance(cell, str | Rate) else NOT_MEASURED)
+    return lines.assign(**{name: table[name] for name in ("good clean", "good benign")})
+
+
+def by_threat(results: pd.DataFrame, split: str = SPLIT) -> dict[str, dict[str, Measured]]:
+    """What `summary_table` lists: per threat and method, what was measured of the models trained on that threat.
+
+    Raises:
+        CtlensError: as `summary_table`.
+    """
+    pooled = _pooled(final_rows(results, split), lambda row: (row["evaluated_threat"], row["method"]))
+    if not pooled:
+        raise CtlensError(f"the results hold no rates on the split {split!r}: evaluate on that split first.")
+    threats: dict[str, dict[str, Measured]] = {threat: {} for threat, _ in pooled}
+    for threat, method in pooled:
+        threats[threat][method] = pooled[threat, method]
+    return {threat: {m: found[m] for m in in_order(found)} for threat, found in threats.items()}
+
+
+def by_training(results: pd.DataFrame, split: str = SPLIT) -> dict[tuple[str, str, str], Measured]:
+    """What was measured of every model on every threat: by trained threat (empty for the base), method, evaluated."""
+    names = ("trained_threat", "method", "evaluated_threat")
+    return _pooled(_last_rows(results, split), lambda row: tuple(row[name] for name in names))
+
+
+def in_order(methods: Iterable[str]) -> list[str]:
+    """The names of methods as they are listed everywhere: the base, the control, the losses, then any other.
+
+    >>> in_order(["mine", "bct", "none", "act"])
+    ['none', 'act', 'bct', 'mine']
+    """
+    known = list(METHODS)
+    return sorted(set(methods), key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def final_rows(results: pd.DataFrame, split: str) -> list[Row]:
+    """The rows of every model on its own threat at its last step; the base and shared controls count for every one."""
+    rows = _last_rows(results, split)
+    trained = {row["trained_threat"] for row in rows} - {""} or {row["evaluated_threat"] for row in rows}
+    return [
+        row
+        for row in rows
+        if row["evaluated_threat"] in trained and row["trained_threat"] in ("", row["evaluated_threat"])
+    ]
+
+
+def _last_rows(results: pd.DataFrame, split: str) -> list[Row]:
+    """The rows of every training on one split, at its last step."""
+    chosen = results[results["split"] == split].fillna({"trained_threat": ""})
+    last = chosen.groupby(list(TRAINING), dropna=False)["step"].transform("max")
+    return [*chosen.loc[chosen["step"] == last].to_dict("records")]
+
+
+def _pooled(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, Measured]:
+    """By key, the rates over all trainings."""
+    counts: dict[Any, dict[tuple[str, str], list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
+    trainings: dict[Any, set[tuple[int, int]]] = defaultdict(set)
+    for row in rows:
+        if row["metric"] in RATES and row["n"] > 0:
+            counts[key(row)][row["metric"], row["arm"]].append((round(row["value"] * row["n"]), int(row["n"])))
+            if not pd.isna(row["seed"]):
+                trainings[key(row)].add((int(row["organism"]), int(row["seed"])))
+    return {
+        name: Measured({place: pooled(of) for place, of in found.items()}, len(trainings[name]))
+        for name, found in counts.items()
+    }

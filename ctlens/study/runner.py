@@ -1,0 +1,247 @@
+"""A study: threats x methods x seeds x organisms with their controls, in one folder, resumable cell by cell."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from ctlens.core.config import environment, to_dict
+from ctlens.core.errors import CtlensError
+from ctlens.core.files import atomic_file, digest, read_json, require_free, sweep, sweep_folder, write_json
+from ctlens.core.stats import difference, wilson
+from ctlens.evaluation import Evaluation
+from ctlens.models.parameters import fingerprint
+from ctlens.study.analyses import look_inside, looks
+from ctlens.study.cells import OUTCOMES, RESULT_COLUMNS, CellTraining, one_thread, rows, run_cell
+from ctlens.study.claims import Claim, judge, write_claims
+from ctlens.study.conditions import RETENTION
+from ctlens.study.config import Cell, StudyConfig, base_cell, organism_cell
+from ctlens.study.figures import save_figures
+from ctlens.study.report import write_report
+from ctlens.study.results import SPLIT
+from ctlens.study.source import start_model, subject
+from ctlens.study.workers import Pool, in_order
+
+STEPS_TIMED = 5
+BESIDE_STEPS, A_LOOK, AN_ORGANISM = 2.2, 1.0, 45.0
+"""What a training takes, as a multiple of its steps by themselves: it is evaluated, and workers slow each other; and a
+look and a pretraining, in trainings. So reckoned, the default study's four and a half minutes on two cores come out."""
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """A finished study.
+
+    Attributes:
+        folder: where it lies.
+        results: one row per number, the columns of `results.csv`.
+        claims: what the results say on each claim.
+    """
+
+    folder: Path
+    results: pd.DataFrame
+    claims: tuple[Claim, ...]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """The results."""
+        return self.results
+
+
+class Study:
+    """A study in its folder; iterate over it to run the cells that are missing, then call `finish`.
+
+    Args:
+        config: what to run.
+        out: the folder of the study.
+        resume: go on with a study of the same config, base model and ctlens version in `out`.
+        progress: show progress bars.
+        pool: where cells run; by default in as many processes as there are cores, each on one
+            thread. The results do not depend on it.
+
+    Raises:
+        CtlensError: `out` holds something else, or this study and `resume` is not set.
+    """
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        out: str | Path,
+        *,
+        resume: bool = False,
+        progress: bool = True,
+        pool: Pool | None = None,
+    ) -> None:
+        self.config, self.folder, self.progress = config, Path(out), progress
+        self.pool = pool or Pool()
+        pairs = {"pairs_digest": digest(config.file)} if config.file else {}
+        claim(self.folder, {**to_dict(config), **pairs}, resume, config.model)
+
+    def __len__(self) -> int:
+        return len(self.config.cells()) + len(self.config.derived())
+
+    def __iter__(self) -> Iterator[tuple[Cell, pd.DataFrame]]:
+        """Yields every cell with its rows of the results; finished ones are read, missing ones are run."""
+        with tqdm(total=len(self), desc=self.folder.name, disable=not self.progress) as bar:
+            for wave in self._waves():
+                for cell in self._run(wave):
+                    if cell.threat:
+                        yield cell, self._compared(cell)
+                        bar.update()
+
+    def _waves(self) -> list[list[Cell]]:
+        """Cells in their order, in parts that need only earlier parts: other organisms are made beside the first's."""
+        cells, others = self.config.cells(), range(1, self.config.organisms)
+        first, rest = ([cell for cell in cells if bool(cell.organism) == later] for later in (False, True))
+        made = [organism_cell(organism) for organism in others]
+        bases = [base_cell(organism) for organism in others]
+        return [[base_cell()], [*first, *made], bases, rest, self.config.derived()]
+
+    def _run(self, cells: Sequence[Cell]) -> Iterator[Cell]:
+        """Every cell once it is done."""
+        missing = [cell for cell in cells if not cell.place(self.folder).exists()]
+        tasks = [(self.config, self.folder, cell) for cell in missing]
+        try:
+            with closing(in_order(run_cell, tasks, self.pool)) as done:
+                for cell in cells:
+                    if cell in missing:
+                        next(done)
+                    yield cell
+        finally:
+            sweep(cell.place(self.folder) for cell in missing)
+
+    def _base(self, organism: int) -> Evaluation:
+        return Evaluation.load(base_cell(organism).place(self.folder))
+
+    def _compared(self, cell: Cell) -> pd.DataFrame:
+        """The rows of a finished cell, with its bad rates against the base's and against the control's."""
+        found = pd.read_csv(cell.place(self.folder) / "results.csv", dtype={"trained_threat": str})
+        if not (cell.place(self.folder) / OUTCOMES).exists():
+            return found
+        own, control = (
+            Evaluation.load(c.place(self.folder) / OUTCOMES) for c in (cell, replace(cell, method=RETENTION))
+        )
+        step = max(found["step"].tolist())
+        place = (cell.threat, cell.method, cell.seed, cell.organism, step, cell.threat)
+        compared = _against(cell, own, self._base(cell.organism), control, subject(cell.threat, self.config.file).ratio)
+        added = [(*place, *row) for row in compared]
+        return pd.concat([found, pd.DataFrame(added, columns=list(RESULT_COLUMNS))], ignore_index=True)
+
+    def finish(self) -> StudyResult:
+        """Compares the models inside, writes results, claims, figures and the report, and returns them."""
+        every = [*self.config.cells(), *self.config.derived()]
+        bases = [rows(base_cell(number), 0, self._base(number)) for number in range(self.config.organisms)]
+        results = pd.concat([*bases, *(self._compared(cell) for cell in every)], ignore_index=True)
+        with atomic_file(self.folder / "results.csv") as temporary:
+            results.to_csv(temporary, index=False)
+        write_json(self.folder / "environment.json", environment())
+        look_inside(self.config, self.folder, self.pool, progress=self.progress)
+        claims = judge(self.config, self.folder, results)
+        write_claims(claims, self.folder / "claims.csv")
+        save_figures(self.config, self.folder, results)
+        write_report(self.folder)
+        return StudyResult(self.folder, results, tuple(claims))
+
+
+def claim(folder: Path, settings: dict[str, Any], resume: bool, model: str = "") -> None:
+    """Makes a folder for work with these settings, on one model and this version of ctlens.
+
+    Args:
+        folder: absent, empty, or claimed before.
+        settings: what tells this work from another, ready for JSON.
+        resume: whether it may have been claimed before.
+        model: the folder of the model; the shipped organism if empty.
+
+    Raises:
+        CtlensError: the folder holds something else, or this work and `resume` is not set.
+    """
+    held = folder / "config.json"
+    if resume and folder.is_dir():
+        sweep_folder(folder)
+    described = {**settings, "weights": fingerprint(start_model(model)), "ctlens": environment()["ctlens"]}
+    if not held.is_file():
+        require_free(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(held, described)
+    elif read_json(held) != described:
+        raise CtlensError(f"{folder} holds another study: name a new folder with --out.")
+    elif not resume:
+        raise CtlensError(f"{folder} holds this study: pass --resume to finish it, or name a new folder.")
+
+
+def seconds(config: StudyConfig, pool: Pool) -> float:
+    """About how long a study takes, from a few steps of one of its trainings here and now."""
+    (cell, *_) = [cell for cell in config.cells() if cell.method != RETENTION]
+    timed = replace(config, training=replace(config.training, steps=STEPS_TIMED + 1))
+    with one_thread():
+        trainer = CellTraining(timed, Path(), cell).trainer()
+        next(trainer)  # the reference answers first
+        began = time.perf_counter()
+        for _ in trainer:
+            pass
+    step = (time.perf_counter() - began) / STEPS_TIMED
+    units = len(config.cells()) + A_LOOK * len(looks(config)) + AN_ORGANISM * (config.organisms - 1)
+    return BESIDE_STEPS * step * config.training.steps * units / pool.workers
+
+
+def compare(
+    threats: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    seeds: int = 1,
+    *,
+    out: str | Path,
+    resume: bool = False,
+    progress: bool = True,
+    workers: int | None = None,
+    **settings: Any,
+) -> StudyResult:
+    """Runs a whole study: trains every cell, evaluates it on held-out pairs, looks inside, writes the folder.
+
+    Args:
+        threats, methods: what to run; all when none are given.
+        seeds: number of seeds.
+        out: a new folder, or with `resume` the folder of the same study.
+        resume: finish a study that was interrupted.
+        progress: show progress bars.
+        workers: how many cells run at a time; by default as many as there are cores.
+        settings: any other of `StudyConfig`.
+
+    Raises:
+        CtlensError: as `StudyConfig` and `Study`.
+    """
+    config = StudyConfig(tuple(threats), tuple(methods), seeds, **settings)
+    study = Study(config, out, resume=resume, progress=progress, pool=Pool(workers))
+    for _ in study:
+        pass
+    return study.finish()
+
+
+def _against(
+    cell: Cell, own: Evaluation, base: Evaluation, control: Evaluation, ratio: str
+) -> Iterator[tuple[str, str, str, float, int, float, float]]:
+    """(split, arm, metric, value, n, low, high) of each comparison of a trained model on its own threat."""
+    for split in dict.fromkeys(own.outcomes["split"]):
+        (bad, n), before, held = (_bad_count(e, cell.threat, split) for e in (own, base, control))
+        if before[0]:
+            rate, (low, high) = before[0] / before[1], wilson(bad, n)
+            yield split, "wrapped", "bad_rate_reduction", 1 - bad / n / rate, n, 1 - high / rate, 1 - low / rate
+        if cell.method != RETENTION:
+            gap, interval = bad / n - held[0] / held[1], difference(bad, n, *held)
+            yield split, "wrapped", "bad_rate_vs_retention", gap, n, *interval
+    if ratio:
+        numbers = base.to_dataframe().query("metric == @ratio and evaluated_threat == @cell.threat and split == @SPLIT")
+        if any(numbers["value"]):
+            value, low, high = own.ratio(base, ratio, cell.threat, SPLIT)
+            yield SPLIT, "wrapped", f"{ratio}_ratio", value, int(numbers["n"].iloc[0]), low, high
+
+
+def _bad_count(evaluation: Evaluation, threat: str, split: str) -> tuple[int, int]:
+    """Bad answers on wrapped prompts of a threat, and all of them."""
+    wrapped = evaluation.outcomes.query("evaluated_threat == @threat and split == @split and arm == 'wrapped'")
+    return list(wrapped["verdict"]).count("bad"), len(wrapped)

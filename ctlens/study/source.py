@@ -1,0 +1,120 @@
+"""What a study is about: the threats of the micro-world, or the pairs of a file; and the models it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TypeAlias
+
+from ctlens import threats as threat_registry
+from ctlens.core.config import generator
+from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.types import LensModel
+from ctlens.data.formats import load_pairs
+from ctlens.data.pairs import Pair, Prompt
+from ctlens.evaluation import Evaluation, evaluate
+from ctlens.evaluation.result import OWN_PAIRS
+from ctlens.models.loading import load_model
+from ctlens.organism import SHIPPED
+from ctlens.study.results import SPLIT
+from ctlens.threats import Threat
+from ctlens.world import SPLITS
+
+TRAIN = "train"
+HELD_OUT = tuple(split for split in SPLITS if split != TRAIN)
+HELD_SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class FilePairs:
+    """The pairs of a file as a subject: no clean prompt is both trained on and held out.
+
+    Attributes:
+        path: of the JSONL file.
+    """
+
+    path: str
+    name = OWN_PAIRS
+    ratio = ""
+    ends_alike = True
+
+    def pairs(self, n: int, split: str = TRAIN, seed: int = 0) -> list[Pair]:
+        """Up to `n` pairs of a split, `"train"` or `"heldout"`; which are held out does not depend on the seed.
+
+        Raises:
+            CtlensError: the split is another, the file has fewer than two clean prompts, or a pair names no answers.
+        """
+        if split not in (TRAIN, SPLIT):
+            raise unknown("split of a file", split, (TRAIN, SPLIT))
+        found = [pair for pair in _read(self.path) if (pair.clean in _held_out(self.path)) == (split == SPLIT)]
+        order = _shuffled(len(found), seed if split == TRAIN else 0)
+        return [found[number] for number in order[:n]]
+
+    def neutral(self, n: int, split: str = TRAIN, seed: int = 0) -> list[Prompt]:
+        """The clean prompts of a split: a file says nothing of other ordinary requests."""
+        return list(dict.fromkeys(pair.clean for pair in self.pairs(n, split, seed)))
+
+
+Subject: TypeAlias = Threat | FilePairs
+"""What pairs are had from."""
+
+
+@cache
+def _read(path: str) -> tuple[Pair, ...]:
+    pairs = tuple(load_pairs(path))
+    for number, pair in enumerate(pairs, start=1):
+        if not (pair.wrapped.good and pair.wrapped.bad):
+            raise CtlensError(f"{path}, pair {number} names no good and bad answer: a study needs both to compare.")
+    return pairs
+
+
+@cache
+def _held_out(path: str) -> frozenset[Prompt]:
+    prompts = list(dict.fromkeys(pair.clean for pair in _read(path)))
+    if len(prompts) < 2:
+        raise CtlensError(f"{path} has one clean prompt: at least two are needed to hold some out.")
+    return frozenset(
+        prompts[number] for number in _shuffled(len(prompts), 0)[: max(1, round(HELD_SHARE * len(prompts)))]
+    )
+
+
+def _shuffled(n: int, seed: int) -> list[int]:
+    import torch
+
+    return torch.randperm(n, generator=generator(seed, "pairs of a file")).tolist()
+
+
+def subject(name: str, file: str = "") -> Subject:
+    """The threat of a name, or the pairs of a file.
+
+    Raises:
+        CtlensError: there is no such threat, or the file holds no pairs.
+    """
+    return FilePairs(file) if file else threat_registry.get(name)
+
+
+def splits_of(file: str) -> Sequence[str]:
+    """The held-out splits that there are."""
+    return (SPLIT,) if file else HELD_OUT
+
+
+def evaluated(model: LensModel, names: Sequence[str], splits: Sequence[str], n: int, file: str = "") -> Evaluation:
+    """`evaluate` on threats, or on what a file holds out."""
+    if not file:
+        return evaluate(model, names, split=splits, n=n, progress=False)
+    found = evaluate(model, pairs=FilePairs(file).pairs(n, SPLIT), progress=False)
+    return Evaluation(found.outcomes.assign(split=SPLIT))
+
+
+@cache
+def start_model(model: str, trained: Path | None = None, device: str = "cpu", dtype: str = "float32") -> LensModel:
+    """A model that trainings start from, loaded once a process and never changed.
+
+    Args:
+        model: a folder; the shipped organism if empty.
+        trained: the folder of an organism made for the study, in its place.
+        device, dtype: where it lives, and of its weights.
+    """
+    return load_model(trained or model or SHIPPED, device=device, dtype=dtype)

@@ -1,0 +1,121 @@
+"""One vector a prompt: equal to plain indexing, whatever the batch, and refused where a place is empty."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import planted
+from helpers.models import byte_level_tokenizer, hf_model
+
+from ctlens.analysis import States, logit_lens
+from ctlens.analysis.base import states
+from ctlens.analysis.base.forward import require_comparable, require_read
+from ctlens.analysis.base.states import PLACES
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import LensModel
+from ctlens.data.batch import encode
+from ctlens.data.pairs import Pair, prompt
+from ctlens.models.hooks import capture
+from ctlens.models.loading import load_model
+
+QUESTIONS = ("Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?")
+PAIRS = [Pair(prompt(q), prompt("I don't think it's right. " * (i + 1) + q)) for i, q in enumerate(QUESTIONS)]
+SIDES_AND_PLACES = [("wrapped", place) for place in PLACES] + [("clean", "last"), ("clean", "content")]
+
+
+@pytest.fixture(scope="module")
+def model() -> LensModel:
+    return load_model(hf_model("llama"), tokenizer=byte_level_tokenizer(chat=True))
+
+
+def plain(model: LensModel, pair: Pair, side: str, place: str, name: str) -> np.ndarray:
+    """One pair alone, by indexing."""
+    row = encode([pair], model.tokenizer, n_ctx=256).rows[0]
+    rendered = getattr(row, side)
+    positions = {
+        "last": [len(rendered.ids) - 1],
+        "content": list(getattr(row.alignments["shared"], side))[:-1],
+        "wrapper": list(row.wrapper),
+    }[place]
+    activation = capture(model, torch.tensor([rendered.ids]), [name], grad=False)[1][name][0]
+    return torch.stack([activation[position] for position in positions]).mean(0).numpy()
+
+
+@pytest.mark.parametrize(("side", "place"), SIDES_AND_PLACES)
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_states_are_those_of_each_prompt_alone(model: LensModel, side: str, place: str, batch_size: int):
+    found = states(model, PAIRS, side=side, place=place, layers=[1, 0], batch_size=batch_size, progress=False)
+    assert found.values.shape == (2, 3, 32)
+    assert (found.layers, found.side, found.place) == ((1, 0), side, place)
+    for index, pair in enumerate(PAIRS):
+        expected = plain(model, pair, side, place, "blocks.1.hook_resid_post")
+        np.testing.assert_allclose(found.values[0, index], expected, atol=2e-5)
+
+
+def test_a_span_of_the_user_is_averaged(model: LensModel):
+    first_two = states(model, PAIRS, place=lambda row, side: [0, 1], site="mlp_post", layers=0, progress=False)
+    name = "blocks.0.mlp.hook_post"
+    for index, pair in enumerate(PAIRS):
+        ids = encode([pair], model.tokenizer, n_ctx=256).rows[0].wrapped.ids
+        activation = capture(model, torch.tensor([ids]), [name], grad=False)[1][name][0]
+        np.testing.assert_allclose(first_two.values[0, index], activation[:2].mean(0).numpy(), atol=2e-5)
+    assert first_two.place == "span"
+
+
+def test_states_round_trip_through_a_file(model: LensModel, tmp_path):
+    found = states(model, PAIRS, layers="last", progress=False)
+    found.save(tmp_path / "states.safetensors")
+    again = States.load(tmp_path / "states.safetensors")
+    assert (again.values == found.values).all() and again.layers == found.layers == (1,)
+    assert list(found.figure().data[-1].x) == [1] and "at the last token" in found.figure().layout.meta["title"]
+    assert found.to_dataframe()["norm"].tolist() == pytest.approx(np.linalg.norm(found.values[0], axis=-1).tolist())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"side": "both"}, "side"),
+        ({"place": "first"}, "place"),
+        ({"place": "wrapper", "side": "clean"}, "no wrapper"),
+        ({"place": lambda row, side: []}, "no token at this place"),
+        ({"layers": [2]}, "layer 2 does not exist"),
+        ({"site": "resid_past"}, "resid_past"),
+        ({"site": "z"}, "'z' has a vector a head"),
+        ({"site": "pattern"}, "'pattern' has a vector a head"),
+        ({"site": "blocks.0.attn.hook_q"}, "has a vector a head"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(model: LensModel, options: dict, message: str):
+    with pytest.raises(CtlensError, match=message):
+        states(model, PAIRS, progress=False, **options)
+
+
+def test_words_that_the_models_tokenizer_does_not_know_are_refused():
+    known, foreign = prompt("ada ?", "yes", "no"), prompt("quite ada ?", "yes", "no")
+    for pair in (Pair(known, foreign), Pair(foreign, prompt("never quite ada ?"))):
+        with pytest.raises(CtlensError, match="tokenizer does not know all words of pair 2"):
+            states(planted.model(), [Pair(known, known), pair], progress=False)
+    with pytest.raises(CtlensError, match="tokenizer does not know all words of the wrapped prompt of pair 1"):
+        logit_lens(planted.model(), [Pair(known, foreign)], progress=False)
+
+
+def test_a_token_that_also_begins_a_prompt_is_not_taken_for_an_unknown_word():
+    class OneForAll:
+        unk_token_id = bos_token_id = eos_token_id = 0
+        pad_token_id = None
+
+    require_read(OneForAll(), [0, 1], "pair 1")  # as GPT-2's
+
+
+def test_a_model_in_training_mode_is_refused():
+    training = load_model(hf_model("llama"), tokenizer=byte_level_tokenizer(chat=True))
+    training.train()
+    with pytest.raises(CtlensError, match="eval mode"):
+        states(training, PAIRS, progress=False)
+
+
+def test_models_that_read_text_differently_do_not_compare(model: LensModel):
+    other = load_model(hf_model("llama"), tokenizer=byte_level_tokenizer(vocab_size=300, chat=True))
+    with pytest.raises(CtlensError, match="tokenizers differ"):
+        require_comparable(model, other)

@@ -1,0 +1,319 @@
+"""Directions and what they do: exact on the planted model, and as one prompt at a time on others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+import pytest
+import torch
+from helpers import planted
+from helpers.models import byte_level_tokenizer, hf_model
+
+from ctlens.analysis import Directions, Intervention, ablate, mean_difference, steer
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import LensModel
+from ctlens.data.batch import encode
+from ctlens.data.pairs import Pair, prompt
+from ctlens.models.hooks import capture, editing
+from ctlens.models.loading import load_model
+from ctlens.organism import load_organism
+
+NAME = "blocks.1.hook_resid_post"
+Change: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+QUESTIONS = ("Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?")
+ANSWERS = (("outbreak", "isolated cases"), ("it is right", "it is wrong"), ("touch", "taste"))
+PAIRS = [
+    Pair(prompt(q, *answers), prompt("I don't think it's right. " * (i + 1) + q, *answers))
+    for i, (q, answers) in enumerate(zip(QUESTIONS, ANSWERS, strict=True))
+]
+
+
+@pytest.fixture(scope="module")
+def base() -> LensModel:
+    return planted.model("base")
+
+
+@pytest.fixture(scope="module")
+def models(base: LensModel) -> dict[str, LensModel]:
+    return {"base": base, **{name: planted.model(name) for name in planted.VARIANTS[1:]}}
+
+
+@pytest.fixture(scope="module")
+def direction(base: LensModel) -> Directions:
+    return mean_difference(base, planted.pairs(), name="base", layers=[1, 2], progress=False)
+
+
+# The planted model: what is found is what was written.
+
+
+def test_the_planted_direction_is_found_where_it_is_written(direction: Directions):
+    pushes = [planted.written(pair) for pair in planted.pairs()]
+    np.testing.assert_allclose(direction.unit[:, 0], [-planted.DIRECTION.numpy()] * 2, atol=1e-5)
+    np.testing.assert_allclose(direction.norm[:, 0], abs(np.mean(pushes)), rtol=1e-4)
+    assert direction.name == "mean difference of wrapped and clean at the last token of base"
+
+
+def test_before_it_is_written_there_is_no_direction(base: LensModel):
+    with pytest.raises(CtlensError, match="direction at layer 0 has no length"):
+        mean_difference(base, planted.pairs(), name="base", progress=False)
+
+
+def test_opposite_hints_cancel_in_the_mean_and_not_by_value(base: LensModel):
+    both = planted.pairs(signs=(1, -1))
+    with pytest.raises(CtlensError, match="has no length"):
+        mean_difference(base, both, name="base", layers=[1], progress=False)
+    by_value = mean_difference(base, both, name="base", per="hint", layers=[1], progress=False)
+    found = dict(zip(by_value.groups, by_value.unit[0] @ planted.DIRECTION.numpy(), strict=True))
+    assert found == pytest.approx({"no": -1.0, "yes": 1.0}, abs=1e-5)
+
+
+@pytest.mark.parametrize("variant", planted.VARIANTS)
+def test_every_steered_margin_is_the_one_worked_out_by_hand(models, direction: Directions, variant: str):
+    found = steer({variant: models[variant]}, planted.pairs(), direction, draws=2, progress=False)
+    read = variant != "masked"
+    for number, pair in enumerate(planted.pairs()):
+        assert found.plain_margins[0, number] == pytest.approx(planted.margin(pair, 0, read=read), rel=1e-3)
+        for alpha, margins in zip((0.5, 1, 2), found.margins[0].swapaxes(0, 1), strict=True):
+            for sign, by_layer in zip((-1, 1), margins[:, :2, number].T, strict=True):
+                expected = planted.margin(pair, sign * alpha * 1.9, read=read)  # the cues push by 2.0, 1.9 and 1.8
+                np.testing.assert_allclose(by_layer, expected, atol=1e-3)
+
+
+def test_one_direction_an_item_turns_each_clean_prompt_into_its_wrapped_one(base: LensModel):
+    pairs = planted.pairs(signs=(1, -1))
+    each = mean_difference(base, pairs, name="base", per="item", layers=[1], progress=False)
+    reordered = pairs[::-1]
+    found = steer({"base": base}, reordered, each, alphas=[1], draws=2, progress=False)
+    expected = [planted.margin(pair, planted.written(pair)) for pair in reordered]
+    np.testing.assert_allclose(found.margins[0, 0, 0, 0], expected, rtol=1e-3)
+
+
+def test_taking_the_direction_out_restores_the_clean_margin(models, direction: Directions):
+    found = ablate(models, planted.pairs(), direction, draws=3, progress=False)
+    for layer in range(2):
+        expected = [planted.margin(pair, 0) for pair in planted.pairs()]
+        np.testing.assert_allclose(found.margins[0, layer, 0, 0], expected, rtol=1e-3)
+        np.testing.assert_allclose(found.effects[1, layer], 0, atol=1e-3)  # the erased model holds none of it
+    written = [planted.margin(pair, planted.written(pair)) for pair in planted.pairs()]
+    np.testing.assert_allclose(found.plain_margins[0], written, rtol=1e-3)
+
+
+def test_only_a_read_out_that_is_there_reacts(models, direction: Directions):
+    table = steer(models, planted.pairs(), direction, progress=False).to_dataframe().query("alpha == 1")
+    beyond = table[table["variant"] == "direction"].groupby("model")["beyond_random"].agg(list).to_dict()
+    assert beyond == {"base": [True, True], "erased": [True, True], "masked": [False, False], "moved": [True, True]}
+    assert not table[table["variant"] == "opposite"]["beyond_random"].any()
+
+
+def test_the_table_holds_means_and_the_band_from_the_lowest_to_the_highest_draw(models, direction: Directions):
+    found = steer(models, planted.pairs(), direction, draws=5, progress=False)
+    row = (
+        found.to_dataframe().query("model == 'masked' and layer == 2 and alpha == 2 and variant == 'direction'").iloc[0]
+    )
+    drops = found.plain_margins[2] - found.margins[2, 1, 2]
+    assert row["effect"] == pytest.approx(drops[0].mean())
+    assert (row["random_low"], row["random_high"]) == (drops[2:].mean(-1).min(), drops[2:].mean(-1).max())
+    assert row["ci_low"] <= row["effect"] <= row["ci_high"] and row["n"] == 36
+    assert row["p_bad"] == pytest.approx(found.p_bad[2, 1, 2, 0].mean())
+
+
+def test_an_effect_below_zero_is_not_beyond_random_ones_that_do_worse(models, direction: Directions):
+    found = steer({"base": models["base"]}, planted.pairs(), direction, alphas=[1], draws=2, progress=False)
+    worse = np.concatenate(
+        [found.margins[:, :, :, [1, 0]], found.margins[:, :, :, 2:] + 40], -2
+    )  # the opposite as the direction
+    table = dataclasses.replace(found, margins=worse).to_dataframe().query("variant == 'direction'")
+    assert (table["ci_low"] > table["random_high"]).all() and not table["beyond_random"].any()
+
+
+# Other models: as one prompt at a time.
+
+
+def plain(model: LensModel, text: str, answer: str, name: str, change: Change, positions: list[int]) -> float:
+    """The log-probability of an answer to one prompt, with the states at some positions changed."""
+    row = encode([Pair(prompt(text), prompt(text))], model.tokenizer, n_ctx=256).rows[0].clean.ids
+    ids = model.tokenizer(answer, add_special_tokens=False).input_ids
+
+    def replace(activation: torch.Tensor) -> torch.Tensor:
+        edited = activation.clone()
+        edited[:, positions] = change(edited[:, positions])
+        return edited
+
+    with torch.no_grad(), editing(model, {name: replace}):
+        chances = model(torch.tensor([[*row, *ids]]))[0].log_softmax(-1)
+    return sum(float(chances[len(row) - 1 + place, token]) for place, token in enumerate(ids))
+
+
+def wrapped(wrapper: str, request: str, good: str, bad: str) -> Pair:
+    return Pair(prompt(request, good, bad), prompt(f"{wrapper} {request}", good, bad))
+
+
+def some_model(kind: str) -> tuple[LensModel, list[Pair]]:
+    if kind == "organism":
+        return load_organism(), [
+            wrapped("perhaps it is blue .", "what is the color of dintis ?", "red", "blue"),
+            wrapped("i am only curious .", "how do i make toy ?", "red and blue", "red or blue"),
+        ]
+    return load_model(hf_model(kind), tokenizer=byte_level_tokenizer(chat=True)), PAIRS
+
+
+@pytest.mark.parametrize("place", ["last", "content"])
+@pytest.mark.parametrize("site", ["resid_post", "resid_mid"])
+@pytest.mark.parametrize("kind", ["organism", "llama", "gpt2"])
+def test_steering_is_that_of_each_prompt_alone(kind: str, site: str, place: str):
+    model, pairs = some_model(kind)
+    vector = 2 * torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(1))
+    given = Directions.from_vectors(vector[None], [0], site=site)
+    found = steer({"one": model}, pairs, given, alphas=[1.5], place=place, draws=2, progress=False)
+    for number, pair in enumerate(pairs):
+        row = encode([pair], model.tokenizer, n_ctx=256).rows[0]
+        last = len(row.clean.ids) - 1
+        positions = [last] if place == "last" else [p for p in row.alignments["shared"].clean if p != last]
+        text, name = pair.clean.turns[0].content, f"blocks.0.hook_{site}"
+        good, bad = (
+            plain(model, text, answer, name, lambda x: x + 1.5 * vector, positions)
+            for answer in (pair.clean.good, pair.clean.bad)
+        )
+        assert found.margins[0, 0, 0, 0, number] == pytest.approx(good - bad, abs=2e-3)
+        assert found.p_bad[0, 0, 0, 0, number] == pytest.approx(np.exp(bad), rel=5e-3)
+
+
+@pytest.mark.parametrize("kind", ["organism", "llama"])
+def test_ablation_gives_each_prompt_the_clean_component_of_its_direction(kind: str):
+    model, pairs = some_model(kind)
+    each = mean_difference(model, pairs, name="one", per="item", layers=[1], progress=False)
+    found = ablate({"one": model}, pairs, each, draws=2, progress=False)
+    for number, pair in enumerate(pairs):
+        row = encode([pair], model.tokenizer, n_ctx=256).rows[0]
+        clean, wrapped = (
+            capture(model, torch.tensor([side.ids]), [NAME], grad=False)[1][NAME][0, -1]
+            for side in (row.clean, row.wrapped)
+        )
+        unit = (wrapped - clean) / (wrapped - clean).norm()
+        change, last = lambda x: x - ((x - clean) @ unit) * unit, [len(row.wrapped.ids) - 1]  # noqa: B023
+        text = pair.wrapped.turns[0].content
+        good, bad = (plain(model, text, answer, NAME, change, last) for answer in (pair.clean.good, pair.clean.bad))
+        assert found.margins[0, 0, 0, 0, number] == pytest.approx(good - bad, abs=2e-3)
+
+
+def test_a_given_direction_is_projected_out(base: LensModel):
+    unit = (planted.DIRECTION + planted.AXES["constant"]) / 2**0.5
+    given = Directions.from_vectors(3 * unit[None], [1])
+    found = ablate({"base": base}, planted.pairs()[:1], given, draws=2, progress=False)
+    good, bad = (
+        plain(base, "never ada ?", text, NAME, lambda x: x - (x @ unit)[..., None] * unit, [5])
+        for text in ("yes", "no")
+    )
+    assert found.margins[0, 0, 0, 0, 0] == pytest.approx(good - bad, abs=1e-4)
+
+
+@pytest.mark.parametrize("act", [steer, ablate])
+def test_a_pair_does_not_depend_on_its_batch_mates(act):
+    model, pairs = some_model("llama")
+    given = Directions.from_vectors(torch.randn(2, 32, generator=torch.Generator().manual_seed(1)), [0, 1])
+    options = {"draws": 2, "place": "content", "progress": False}
+    together = act({"one": model}, pairs, given, **options)
+    apart = act({"one": model}, pairs[::-1], given, batch_size=1, **options)
+    np.testing.assert_allclose(together.margins, apart.margins[..., ::-1], atol=1e-3)
+
+
+def test_random_directions_keep_norms_and_angles_and_depend_on_the_seed():
+    vectors = np.random.default_rng(0).normal(size=(2, 5, 8)) + 1
+    given = Directions.from_vectors(vectors, [0, 1], per="item", groups="abcde")
+    drawn = given.random(4, seed=1)
+    for draw in drawn:
+        np.testing.assert_allclose(draw @ draw.swapaxes(-1, -2), given.unit @ given.unit.swapaxes(-1, -2), atol=1e-9)
+    assert (drawn == given.random(4, seed=1)).all() and np.abs(drawn - given.random(4, seed=2)).max() > 0.1
+    assert np.abs(drawn[0] - drawn[1]).max() > 0.1 and np.abs(drawn[0] - given.unit).max() > 0.1
+
+
+def test_random_directions_point_everywhere():
+    drawn = Directions.from_vectors([[1.0, 0, 0]], [0]).random(2000)[:, 0, 0]
+    np.testing.assert_allclose(drawn.mean(0), 0, atol=0.06)
+    np.testing.assert_allclose(drawn.T @ drawn / 2000, np.eye(3) / 3, atol=0.04)
+
+
+def test_results_round_trip_through_a_file_and_are_drawn(models, direction: Directions, tmp_path):
+    found = steer(models, planted.pairs(), direction, draws=2, progress=False)
+    found.save(tmp_path / "steer.safetensors")
+    again = Intervention.load(tmp_path / "steer.safetensors")
+    assert (again.margins == found.margins).all() and again.variants == found.variants
+    assert again.to_dataframe().equals(found.to_dataframe())
+    direction.save(tmp_path / "direction.safetensors")
+    assert (Directions.load(tmp_path / "direction.safetensors").unit == direction.unit).all()
+    line = next(trace for trace in direction.figure().data if trace.mode and "markers" in trace.mode)
+    assert list(line.x) == [1, 2] and line.y == pytest.approx(direction.norm[:, 0])
+    by_alpha, by_layer = found.figure("alpha", at=2), found.figure()
+    line = next(trace for trace in by_alpha.data if trace.name == "the direction")
+    np.testing.assert_allclose(line.y, found.effects[0, 1, :, 0].mean(-1))
+    band = next(trace for trace in by_layer.data if trace.name == "random directions")
+    np.testing.assert_allclose(band.y[:2], found.random_band[1][0, :, 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"direction": Directions.from_vectors([[1.0, 2.0]], [1])}, "has 2 numbers, but the model's states 24"),
+        ({"direction": Directions.from_vectors(np.ones((1, 24)), [7])}, "layer 7 does not exist"),
+        ({"layers": [0]}, "no direction at layer 0, only at 1, 2"),
+        ({"layers": "last"}, "no direction at layer last"),
+        ({"layers": []}, "name at least one"),
+        ({"place": "wrapper"}, "no wrapper"),
+        ({"place": lambda row, side: []}, "no token at this place"),
+        ({"draws": 1}, "at least 2 random directions"),
+        ({"alphas": []}, "nothing to do"),
+        ({"models": {}}, "no models"),
+        ({"pairs": [Pair(prompt("ada ?"), prompt("never ada ?"))]}, "no good and bad answer that differ"),
+        ({"pairs": [Pair(prompt("ada ?", "yes", "yes"), prompt("never ada ?"))]}, "no good and bad answer that differ"),
+        ({"pairs": [Pair(prompt("is it " * 7 + "?", "yes", "no"), prompt("is it " * 7 + "?"))]}, "context"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_steered_is_refused(base: LensModel, direction: Directions, change: dict, message: str):
+    options = {"models": {"base": base}, "pairs": planted.pairs(), "direction": direction, "progress": False} | change
+    with pytest.raises(CtlensError, match=message):
+        steer(options.pop("models"), options.pop("pairs"), options.pop("direction"), **options)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "options", "message"),
+    [
+        (np.zeros((1, 3)), {}, "layer 4 has no length"),
+        ([[np.nan, 1.0]], {}, "layer 4 has no length"),
+        (np.ones((2, 3)), {}, "one a layer and group is expected"),
+        (np.ones(3), {}, "one a layer and group is expected"),
+        (np.ones((1, 3)), {"site": "pattern"}, "unknown site of directions"),
+    ],
+)
+def test_what_is_no_direction_is_refused(vectors, options: dict, message: str):
+    with pytest.raises(CtlensError, match=message):
+        Directions.from_vectors(vectors, [4], **options)
+
+
+def test_pairs_without_a_direction_of_their_own_are_refused(base: LensModel):
+    few, rest = planted.pairs()[:2], planted.pairs()[2:]
+    each = mean_difference(base, few, name="base", per="item", layers=[1], progress=False)
+    with pytest.raises(CtlensError, match="no direction for the item 'ada"):
+        steer({"base": base}, rest, each, progress=False)
+    with pytest.raises(CtlensError, match="unknown label 'hunt'; did you mean 'hint'"):
+        mean_difference(base, few, name="base", per="hunt", layers=[1], progress=False)
+
+
+def test_models_in_training_mode_or_of_other_words_are_refused(base: LensModel, direction: Directions):
+    training = planted.model()
+    training.train()
+    with pytest.raises(CtlensError, match="eval mode"):
+        steer({"base": training}, planted.pairs(), direction, progress=False)
+    other = planted.model()
+    other.tokenizer = byte_level_tokenizer(chat=True)
+    with pytest.raises(CtlensError, match="do not compare"):
+        steer({"base": base, "other": other}, planted.pairs(), direction, progress=False)
+
+
+@pytest.mark.parametrize(("over", "at", "message"), [("depth", None, "over 'layer' or"), ("layer", 3, "nothing at 3")])
+def test_a_figure_of_what_was_not_measured_is_refused(base, direction: Directions, over, at, message):
+    found = steer({"base": base}, planted.pairs(), direction, draws=2, progress=False)
+    with pytest.raises(CtlensError, match=message):
+        found.figure(over, at)

@@ -1,0 +1,163 @@
+"""The fast way gives what whole forward passes give, on every kind of block it knows, and steps back from the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from analysis.patching.test_patch import CLOSE, EQUAL, PAIRS, TOKENIZER, made, swept
+from helpers.models import hf_model
+from torch import Tensor
+
+from ctlens.analysis.patching import hooked as patching_hooks
+from ctlens.analysis.patching import sweep as ours
+from ctlens.analysis.patching.blocks import Block
+from ctlens.analysis.patching.suffix import SITES, Suffix
+from ctlens.core.types import LensModel
+from ctlens.models.loading import HAS_HOOKED_TRANSFORMER, load_model
+from ctlens.models.parameters import copy_model
+
+KINDS: dict[str, dict[str, Any]] = {
+    "learned positions": {"normalization_type": "LN", "act_fn": "gelu_new"},
+    "grouped queries": {"n_key_value_heads": 2, "gated_mlp": True},
+    "side by side": {"normalization_type": "LN", "act_fn": "gelu", "parallel_attn_mlp": True, "rotary_dim": 4},
+    "unscaled": {"use_attn_scale": False, "act_fn": "relu"},
+}
+ROTARY = {"positional_embedding_type": "rotary", "rotary_dim": 8}
+
+
+def hooked(kind: str) -> LensModel:
+    """A random `HookedTransformer`; no weight, norm or bias is left at a value that hides a mistake."""
+    if not HAS_HOOKED_TRANSFORMER:
+        pytest.skip("TransformerLens 4 has no HookedTransformer")
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    sizes = {"d_vocab": 400, "n_layers": 3, "n_heads": 4, "d_model": 32, "d_head": 8, "d_mlp": 48, "n_ctx": 128}
+    options = sizes | {"act_fn": "silu", "normalization_type": "RMS"} | KINDS[kind]
+    if kind != "learned positions":
+        options = ROTARY | options
+    model: Any = HookedTransformer(HookedTransformerConfig(**options, seed=0)).eval()
+    draw = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
+    model.tokenizer = TOKENIZER
+    return model
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_ways_agree_on_every_kind_of_block(kind: str, site: str, monkeypatch: pytest.MonkeyPatch):
+    if kind == "side by side" and site == "resid_mid":
+        pytest.skip("there is no stream between attention and MLP")
+    model, options = hooked(kind), {"metrics": ("logit_diff", "kl")}
+    fast = [swept(model, PAIRS, site, **options), swept(model, [EQUAL], site, window="position", positions="all")]
+    monkeypatch.setattr(ours, "read_blocks", lambda *parts: None)
+    slow = [swept(model, PAIRS, site, **options), swept(model, [EQUAL], site, window="position", positions="all")]
+    for quick, plain in zip(fast, slow, strict=True):
+        assert (quick.path, plain.path) == ("suffix", "hooks")
+        np.testing.assert_allclose(quick.values, plain.values, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["made here", "llama", "gpt2"])
+def test_models_made_here_and_bridges_go_the_fast_way(kind: str):
+    model = made() if kind == "made here" else load_model(hf_model(kind), tokenizer=TOKENIZER)
+    assert {swept(model, PAIRS, site).path for site in SITES} == {"suffix"}
+    assert {swept(model, PAIRS, site).path for site in ("pattern", "mlp_post")} == {"hooks"}
+
+
+@pytest.mark.parametrize("rows", [1, 40, 10_000])
+def test_how_patches_share_batches_changes_nothing(rows: int, monkeypatch: pytest.MonkeyPatch):
+    model = made()
+    expected = swept(model, PAIRS, "z").values
+    monkeypatch.setattr("ctlens.analysis.patching.suffix.ENOUGH_ROWS", rows)
+    monkeypatch.setattr("ctlens.analysis.patching.suffix.LARGEST", rows * 96)  # of the gate and the MLP's input
+    np.testing.assert_allclose(swept(model, PAIRS, "z").values, expected, **CLOSE)
+
+
+def _offset_forgotten(turned: Any) -> Any:
+    def wrong(self: Block, found: Tensor, width: int, positions: Any) -> Tensor:
+        here = isinstance(positions, slice)
+        return turned(self, found, width, slice(found.shape[1]) if here else positions - positions.min())
+
+    return wrong
+
+
+def _sees_the_next(attend: Any) -> Any:
+    def wrong(self: Block, q: Tensor, kv: Tensor, hidden: Tensor) -> Tensor:
+        return attend(self, q, kv, torch.cat([hidden[..., 1:], hidden[..., -1:]], -1))
+
+    return wrong
+
+
+def _sees_no_prefix(attend: Any) -> Any:
+    def wrong(self: Block, q: Tensor, kv: Tensor, hidden: Tensor) -> Tensor:
+        kv[:, : kv.shape[1] - q.shape[1]] = 0
+        return attend(self, q, kv, hidden)
+
+    return wrong
+
+
+def test_the_general_way_begins_at_the_patch_only_where_that_gives_the_models_logits(monkeypatch: pytest.MonkeyPatch):
+    if not HAS_HOOKED_TRANSFORMER:
+        pytest.skip("TransformerLens 4 keeps no keys and values")
+    model = made()
+    begun: list[bool] = []
+    kept_of = patching_hooks.kept_of
+
+    def noted(*parts: Any) -> Any:
+        begun.append((kept := kept_of(*parts)) is not None)
+        return kept
+
+    monkeypatch.setattr(patching_hooks, "kept_of", noted)
+    right = swept(model, PAIRS, "pattern")
+    last = patching_hooks.Kept.last
+    monkeypatch.setattr(patching_hooks.Kept, "last", lambda self, *parts: 1.01 * last(self, *parts))
+    found = swept(model, PAIRS, "pattern")
+    assert begun == [True, False]
+    np.testing.assert_allclose(found.values, right.values, **CLOSE)
+
+
+def test_a_row_that_is_prepared_wrongly_is_noticed(monkeypatch: pytest.MonkeyPatch):
+    model = made()
+    right = swept(model, PAIRS, "mlp_out")
+    changed = Suffix._changed
+    monkeypatch.setattr(Suffix, "_changed", lambda *parts: 1.01 * changed(*parts))
+    found = swept(model, PAIRS, "mlp_out")
+    assert (right.path, found.path) == ("suffix", "hooks")
+    np.testing.assert_allclose(found.values, right.values, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("method", "mistake"),
+    [("_turned", _offset_forgotten), ("attend", _sees_the_next), ("attend", _sees_no_prefix)],
+)
+def test_a_mistake_in_the_fast_way_is_noticed_and_the_general_one_taken(
+    method: str, mistake: Any, monkeypatch: pytest.MonkeyPatch
+):
+    model = made()
+    right = swept(model, PAIRS, "resid_pre")
+    monkeypatch.setattr(Block, method, mistake(getattr(Block, method)))
+    found = swept(model, PAIRS, "resid_pre")
+    assert (right.path, found.path) == ("suffix", "hooks")
+    np.testing.assert_allclose(found.values, right.values, **CLOSE)
+    monkeypatch.setattr("ctlens.analysis.patching.suffix.Suffix.agrees", lambda *parts: True)
+    assert np.nanmax(np.abs(swept(model, PAIRS, "resid_pre").values - right.values)) > 1e-2
+
+
+def test_models_it_does_not_know_go_the_general_way():
+    normed = load_model(hf_model("qwen3"), tokenizer=TOKENIZER)  # normalises queries and keys
+    hooked_by_its_user: Any = copy_model(made())
+    hooked_by_its_user.add_hook("blocks.1.hook_attn_out", lambda activation, hook: 2 * activation)
+    for model in (normed, hooked_by_its_user):
+        assert swept(model, PAIRS, "z").path == "hooks"
+
+
+def test_weights_are_read_anew_after_a_change():
+    model: Any = made()
+    before = swept(model, PAIRS, "resid_mid")
+    for parameter in model.parameters():
+        parameter.data *= 1.1
+    after = swept(model, PAIRS, "resid_mid")
+    assert after.path == "suffix" and not np.allclose(before.source, after.source)

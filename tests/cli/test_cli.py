@@ -1,0 +1,499 @@
+"""The command line: help without heavy imports, and one sentence with exit code 2 for every mistake of a user."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import typer
+from helpers.models import Call, byte_level_tokenizer, hf_model
+
+from ctlens import cli, losses, threats
+from ctlens.analysis import Patching, patch
+from ctlens.core.config import to_dict
+from ctlens.organism import load_organism
+from ctlens.study.config import TRAINING, StudyConfig
+from ctlens.study.dose_response import PAIRS
+from ctlens.study.runner import Study
+from ctlens.training import TrainConfig
+from ctlens.world import SPLITS
+
+GOOD = {"clean": "Is it right?", "wrapped": "I don't think so.\nIs it right?"}
+JSONL = {
+    "good": [GOOD, GOOD],
+    "list": [GOOD, "[1, 2]"],
+    "cut": [GOOD, '{"clean": "Is it'],
+    "lacking": [GOOD, "", {"clean": "Is it right?"}],
+    "foreign": [{**GOOD, "prompt": "x"}],
+    "number": [{**GOOD, "clean": 3}],
+    "messages": [{**GOOD, "clean": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]}],
+    "empty": [],
+    "apart": [{"clean": "Is it right?", "wrapped": "Something else."}],
+    "long": [{"clean": "yes no " * 300, "wrapped": "So? " + "yes no " * 300}],
+}
+HELP_PROGRAM = """
+import sys
+from ctlens import cli
+for command in sys.argv[1].split(","):
+    sys.argv = ["ctlens", *command.split(), "--help"]
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert not end.code
+heavy = {"torch", "transformers", "transformer_lens", "pandas", "plotly", "scipy"} & set(sys.modules)
+sys.exit(" ".join(heavy) or 0)
+"""
+
+
+def commands(group: Any, name: str = "") -> Iterator[str]:
+    """The names of all commands, for example `organism train`; empty for `ctlens` itself."""
+    yield name
+    for below in getattr(group, "commands", {}).values():
+        yield from commands(below, f"{name} {below.name}".strip())
+
+
+COMMANDS = list(commands(typer.main.get_command(cli.app)))
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model, good and bad pairs, and folders that are taken, broken or hold another study."""
+    place = tmp_path_factory.mktemp("materials")
+    hf_model("llama").save_pretrained(place / "hf")
+    byte_level_tokenizer().save_pretrained(place / "hf")
+    for name, rows in JSONL.items():
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (place / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    (place / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
+    (place / "file").write_text("mine")
+    for folder, name, text in (("taken", "notes.txt", "mine"), ("broken", "config.json", "{"), ("nothing", "", "")):
+        (place / folder).mkdir()
+        if name:
+            (place / folder / name).write_text(text)
+    Study(StudyConfig(seeds=2, training=replace(TRAINING, steps=3)), place / "study", progress=False)
+    shutil.copytree(place / "hf", place / "weightless")
+    (place / "weightless" / "model.safetensors").write_bytes(b"short")
+    (place / "foreign").mkdir()
+    (place / "foreign" / "results.csv").write_text("a,b\n1,2\n")
+    return place
+
+
+@pytest.fixture
+def place(materials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the materials as the working folder."""
+    monkeypatch.chdir(shutil.copytree(materials, tmp_path / "place"))
+    return tmp_path
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_the_commands_of_the_design_are_there() -> None:
+    assert {"compare", "doses", "train", "evaluate", "patch", "report", "organism"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(call: Call, command: str) -> None:
+    ended = call(f"{command} --help")
+
+    assert ended.code == 0 and ended.err == ""
+    assert f"Usage: ctlens {command}".strip() in ended.out
+
+
+def test_help_loads_nothing_heavy() -> None:
+    done = subprocess.run([sys.executable, "-c", HELP_PROGRAM, ",".join(COMMANDS)], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+
+
+TRAIN = "train --quiet --model hf --out new"
+PATCH = "patch --quiet --out new --direction noising"
+MISTAKES = {
+    # the pairs
+    f"{TRAIN} --loss act --pairs gone.jsonl": "gone.jsonl does not exist",
+    f"{TRAIN} --loss act --pairs taken": "taken does not exist or is no file",
+    f"{TRAIN} --loss act --pairs list.jsonl": "list.jsonl, line 2: a list, but an object with named fields is expected",
+    f"{TRAIN} --loss act --pairs cut.jsonl": "cut.jsonl, line 2: not JSON",
+    f"{TRAIN} --loss act --pairs lacking.jsonl": "lacking.jsonl, line 3: the field 'wrapped' is missing",
+    f"{TRAIN} --loss act --pairs foreign.jsonl": "foreign.jsonl, line 1: unknown field 'prompt'",
+    f"{TRAIN} --loss act --pairs number.jsonl": "number.jsonl, line 1: 'clean' must be a text",
+    f"{TRAIN} --loss act --pairs messages.jsonl": "no chat template",
+    f"{TRAIN} --loss act --pairs bytes.jsonl": "not UTF-8",
+    f"{TRAIN} --loss act --pairs empty.jsonl": "empty.jsonl holds no rows",
+    f"{TRAIN} --loss act --pairs apart.jsonl": "none of the 1 pairs aligns",
+    f"{TRAIN} --loss act --pairs long.jsonl": "model's context is 256",
+    f"{TRAIN} --loss act": "give either --pairs FILE or --threat NAME",
+    f"{TRAIN} --loss act --pairs good.jsonl --threat jailbreak": "give either --pairs FILE or --threat NAME",
+    # the settings
+    f"{TRAIN} --pairs good.jsonl": "Missing option '--loss'",
+    f"{TRAIN} --pairs good.jsonl --loss atct": "unknown loss 'atct'; did you mean 'attct'",
+    f"{TRAIN} --pairs good.jsonl --loss act --loss act": "given twice",
+    f"{TRAIN} --pairs good.jsonl --loss act:stak": "unknown source of act 'stak'; did you mean 'stack'",
+    f"{TRAIN} --pairs good.jsonl --loss act --calibrate 0": "calibrated to a positive gradient norm, not 0.0",
+    f"{TRAIN} --loss act --threat jailbrake": "unknown threat 'jailbrake'; did you mean 'jailbreak'",
+    f"{TRAIN} --pairs good.jsonl --loss act --window sufix": "unknown alignment window 'sufix'",
+    f"{TRAIN} --pairs good.jsonl --loss bct --window sufix": "unknown alignment window 'sufix'",
+    f"{TRAIN} --pairs good.jsonl --loss act --window explicit": "none of the 2 pairs aligns",
+    f"{TRAIN} --pairs good.jsonl --loss act --steps 0": "steps must be at least 1, not 0",
+    f"{TRAIN} --pairs good.jsonl --loss act --steps two": "Invalid value for '--steps'",
+    f"{TRAIN} --pairs good.jsonl --loss act --lr nan": "lr must be a positive number",
+    f"{TRAIN} --pairs good.jsonl --loss act --batch-size 0": "batch_size must be at least 1",
+    f"{TRAIN} --pairs good.jsonl --loss act --speed 9": "No such option: --speed",
+    f"{TRAIN} --pairs good.jsonl --loss act --lora-rank 0": "the rank of an adapter must be",
+    f"{TRAIN} --pairs good.jsonl --loss act --lora-rank 2 --lora-sites q,w": "unknown adapter site 'w'",
+    f"{TRAIN} --pairs good.jsonl --loss act --lora-rank 99": "allows no rank above",
+    f"{TRAIN} --pairs good.jsonl --loss act --lora-sites q": "give --lora-rank too",
+    f"{TRAIN} --pairs good.jsonl --loss act --accumulate 0": "accumulate must be at least 1, not 0",
+    f"{TRAIN} --pairs good.jsonl --loss act --checkpoint-every 0": "--checkpoint-every must be at least 1, not 0",
+    f"{TRAIN} --pairs good.jsonl --loss act --schedule cosine": "unknown learning-rate schedule 'cosine'",
+    f"{TRAIN} --pairs good.jsonl --loss act --schedule StepLR,step_size": "NAME,option=number, not 'step_size'",
+    f"{TRAIN} --pairs good.jsonl --loss act --schedule StepLR,size=3": "StepLR does not work with size=3",
+    f"{TRAIN} --pairs good.jsonl --loss act --stop-below 0.1": "give --threat NAME",
+    f"{TRAIN} --threat jailbreak --loss act --stop-below 2": "below a rate of more than 0, up to 1, not 2.0",
+    f"{TRAIN} --pairs good.jsonl --loss act --track mlptc": "unknown loss 'mlptc'; did you mean 'mlpct'",
+    "train --quiet --model hf --loss act --pairs good.jsonl --out taken --resume": "taken exists already",
+    # the folders
+    "train --quiet --model hf --loss act --pairs good.jsonl --out taken": "taken exists already",
+    "train --quiet --model hf --loss act --pairs good.jsonl --out file": "file exists already",
+    "train --quiet --model gone --loss act --pairs good.jsonl --out new": "gone is no model folder",
+    "train --quiet --model taken --loss act --pairs good.jsonl --out new": "taken is no model folder",
+    "train --quiet --model file --loss act --pairs good.jsonl --out new": "file is no model folder",
+    "train --quiet --model broken --loss act --pairs good.jsonl --out new": "not a valid JSON file",
+    "train --quiet --model weightless --loss act --pairs good.jsonl --out new": "weightless does not load",
+    # evaluate
+    "evaluate --items 0": "at least 1 item",
+    "evaluate --items 2 --split test": "unknown split 'test'",
+    "evaluate --threats jailbreak,flattery": "unknown threat 'flattery'",
+    "evaluate --items 2 --split heldout,test": "unknown split 'test'",
+    "evaluate --threats jailbreak,sycophancy --pairs good.jsonl": "name one of jailbreak, sycophancy",
+    "evaluate --model hf --pairs good.jsonl": "neither a good nor a bad answer",
+    "evaluate --model nothing --items 2": "nothing is no model folder",
+    "evaluate --items 2 --threats jailbreak --out taken": "taken is a folder",
+    # patch
+    f"{PATCH} --threat jailbreak --site resid": "unknown site 'resid'; did you mean 'resid_pre' or 'resid_mid'",
+    f"{PATCH} --threat jailbreak --site z --positions wrapper": "no twin in the clean prompt",
+    f"{PATCH} --threat jailbreak --site z --metrics accuracy": "unknown metric 'accuracy'",
+    f"{PATCH} --threat jailbreak --site z --items 0": "at least 1 item",
+    f"{PATCH} --threat jailbreak --site z --split test": "unknown split 'test'",
+    f"{PATCH} --threat jailbrake --site z": "unknown threat 'jailbrake'; did you mean 'jailbreak'",
+    f"{PATCH} --threat jailbreak": "Missing option '--site'",
+    f"{PATCH} --site z": "give either --pairs FILE or --threat NAME",
+    f"{PATCH} --model hf --pairs good.jsonl --site z": "names no good and bad answer",
+    f"{PATCH} --model gone --threat jailbreak --site z": "gone is no model folder",
+    "patch --quiet --out new --threat jailbreak --site z": "Missing option '--direction'",
+    "patch --quiet --out new --threat jailbreak --site z --direction back": "unknown direction 'back'",
+    "patch --quiet --out taken --threat jailbreak --site z --direction noising": "taken exists already",
+    # compare
+    "compare --quiet --out taken": "taken exists already",
+    "compare --quiet --out file": "file exists already",
+    "compare --quiet --out file/inside": "file",
+    "compare --quiet --out study": "study holds another study",
+    "compare --quiet --out study --resume": "study holds another study",
+    "compare --quiet --out study --seeds 2 --steps 3": "study holds this study: pass --resume",
+    "compare --quiet --out broken --resume": "broken/config.json is not JSON",
+    "compare --quiet --out new --seeds 0": "seeds must be at least 1",
+    "compare --quiet --out new --steps 0": "steps must be at least 1",
+    "compare --quiet --out new --methods act,retention": "unknown loss 'retention'",
+    "compare --quiet --out new --methods act,act": "each once",
+    "compare --quiet --out new --threats flattery": "unknown threat 'flattery'",
+    "compare --quiet --out new --workers 0": "workers must be at least 1, not 0",
+    # doses
+    "doses --out new": "Missing option '--threat'",
+    "doses --out new --threat flattery": "unknown threat 'flattery'",
+    "doses --out new --threat jailbreak --pairs 8,x": "--pairs takes whole numbers separated by commas, not '8,x'",
+    "doses --out new --threat jailbreak --pairs 8,8": "each once",
+    "doses --out new --threat jailbreak --pairs 8,0": "pairs must be at least 1, not 0",
+    "doses --out new --threat jailbreak --workers 0": "workers must be at least 1, not 0",
+    "doses --out taken --threat jailbreak": "taken exists already",
+    # report, organism, commands
+    "report gone": "gone/results.csv does not exist",
+    "report file": "does not exist",
+    "report nothing": "run the study first",
+    "report foreign": "lacks the columns trained_threat",
+    "organism train --out taken": "taken exists already",
+    "organism train --out new --steps 0": "at least 1",
+    "organism train --out new --preset huge": "unknown preset 'huge'",
+    "organism train --out new --relora-rank 0": "the rank of an adapter",
+    "organism train --out new --relora-rank 97": "above the smallest size of a matrix",
+    "organism train --out new --relora-every 0": "every 1 step or more, not every 0",
+    "organism card --folder nothing": "card.json",
+    "organism sample --split hidden": "unknown split 'hidden'",
+    "organism sample --threats flattery": "unknown threat 'flattery'",
+    "organism sample --items 0": "at least 1 item",
+    "organism leak --out taken": "taken exists already",
+    "organism leak --out new --seeds 0": "seeds must be at least 1",
+    "organism leak --out new --methods atct": "unknown loss 'atct'; did you mean 'attct'",
+    "organism leak --quiet --out new --model hf": "no chat template",
+    "organism grow": "No such command 'grow'",
+    "compete": "No such command 'compete'",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_sentence_and_leaves_no_trace(call: Call, place: Path, line: str) -> None:
+    before = tree(place)
+
+    ended = call(line)
+
+    assert ended.code == 2
+    assert ended.err.startswith("ctlens: ") and ended.err.count("\n") == 1
+    assert MISTAKES[line] in ended.err
+    assert ended.out == ""
+    assert tree(place) == before
+
+
+def test_a_patching_is_written_whole(call: Call, place: Path, monkeypatch) -> None:
+    drawn: list[Path] = []
+    monkeypatch.setattr("ctlens.plots.save_figure", lambda figure, stem: drawn.append(stem))
+
+    ended = call(f"{PATCH} --threat sycophancy --items 4 --site resid_post --positions last --metrics logit_diff,kl")
+
+    assert ended.code == 0 and ended.err == ""
+    assert ended.out.endswith("Patching: new\n") and ended.out.startswith("logit_diff, 4 pairs: ")
+    table, found = pd.read_csv("new/patching.csv"), Patching.load("new/patching.safetensors")
+    pairs = threats.get("sycophancy").pairs(4, split="heldout")
+    options = {"site": "resid_post", "direction": "noising", "positions": "last", "progress": False}
+    expected = patch(load_organism(), pairs, metrics=("logit_diff", "kl"), **options)
+    np.testing.assert_allclose(found.values, expected.values, atol=1e-5)
+    np.testing.assert_allclose(table["value"], expected.to_dataframe()["value"], atol=1e-5)
+    assert [stem.name for stem in drawn] == ["patching"]
+
+
+def test_the_organism_s_card_goes_to_the_terminal_or_a_file(call: Call, place: Path) -> None:
+    shown, written = call("organism card"), call("organism card --out card.md")
+
+    assert (shown.code, written.code) == (0, 0)
+    assert shown.out == Path("card.md").read_text() + "\n"
+    assert shown.out.count("\n| ") == 1 + len(threats.names()) * len(SPLITS)
+
+
+def test_samples_show_every_threat_and_arm_with_the_answers_that_count(call: Call) -> None:
+    ended = call("organism sample --split structure --items 2")
+
+    assert ended.code == 0
+    for name in threats.names():
+        assert ended.out.count(f"{name}, structure: wrapper") == 2
+        for case in threats.get(name).cases(2, "structure"):
+            assert f"good: {case.good}" in ended.out and f"bad: {case.bad}" in ended.out
+            assert f"good: {case.benign}" in ended.out
+    for arm in ("wrapped", "clean", "benign"):
+        assert ended.out.count(f"\n  {arm}") == 2 * len(threats.names())
+
+
+@pytest.mark.parametrize("line", ["", "organism"])
+def test_no_command_shows_the_help_and_what_is_missing(call: Call, line: str) -> None:
+    ended = call(line)
+
+    assert ended.code == 2 and "Commands" in ended.out
+    assert ended.err == "ctlens: name a command.\n"
+
+
+def test_a_mistake_is_the_only_line_on_a_real_terminal(place: Path) -> None:
+    command = [sys.executable, "-m", "ctlens", *f"{TRAIN} --loss act --pairs apart.jsonl".split()]
+
+    done = subprocess.run(command, capture_output=True, text=True)
+
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("ctlens: none of the 1 pairs aligns") and done.stderr.count("\n") == 1
+    assert not Path("new").exists()
+
+
+def test_a_target_too_long_for_the_context_is_refused_before_training(call: Call, place: Path) -> None:
+    Path("long.jsonl").write_text(json.dumps({**GOOD, "target": "yes no " * 200}))
+
+    ended = call(f"{TRAIN} --loss bct --pairs long.jsonl")
+
+    assert ended.code == 2 and "the wrapped prompt of pair 1 has" in ended.err
+    assert not Path("new").exists()
+
+
+def test_an_interrupt_before_the_first_step_ends_with_130_and_leaves_nothing(
+    call: Call, place: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("ctlens.training.Trainer.__next__", interrupt)
+    before = tree(place)
+
+    ended = call(f"{TRAIN} --loss act --pairs good.jsonl --steps 2")
+
+    assert ended.code == 130 and ended.err == ""
+    assert tree(place) == before
+
+
+def test_an_interrupt_after_the_last_step_leaves_what_a_resume_saves(call: Call, place: Path, monkeypatch) -> None:
+    line = f"{TRAIN} --loss act --pairs good.jsonl --steps 2"
+    with monkeypatch.context() as patch:
+        patch.setattr("ctlens.training.run.save_model", interrupt)
+        ended = call(line)
+
+    assert ended.code == 130 and "interrupted after 2 of 2 steps; go on with the same command" in ended.err
+    assert not Path("new").exists() and Path("new.partial").is_dir()
+    assert call(f"{line} --resume").code == 0
+    assert Path("new/history.csv").is_file() and not Path("new.partial").exists()
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_full_disk_is_a_sentence_too(call: Call, place: Path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ctlens.training.run.save_model", full)
+    before = tree(place)
+
+    ended = call(f"{TRAIN} --loss act --pairs good.jsonl --steps 1")
+
+    assert ended.code == 2 and ended.err == "ctlens: [Errno 28] No space left on device\n"
+    assert tree(place) == before
+
+
+def test_a_programming_error_keeps_its_traceback(place: Path, monkeypatch) -> None:
+    monkeypatch.setattr("ctlens.training.run.save_model", lambda *_: 1 / 0)
+    monkeypatch.setattr(sys, "argv", f"ctlens {TRAIN} --loss act --pairs good.jsonl --steps 1".split())
+
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_pairs_left_out_are_counted_with_their_reason(call: Call, place: Path) -> None:
+    Path("mixed.jsonl").write_text("\n".join(json.dumps(row) for row in [GOOD, *JSONL["apart"], GOOD]))
+
+    ended = call(f"{TRAIN} --loss act --pairs mixed.jsonl --steps 1")
+
+    assert ended.code == 0
+    assert "tokens aligned in 2 pairs" in ended.out
+    assert "1 pairs left out: the text of the window is not in the wrapped prompt" in ended.out
+
+
+def test_adapters_are_trained_and_saved_beside_the_merged_model(call: Call, place: Path) -> None:
+    ended = call(f"{TRAIN} --loss act --pairs good.jsonl --steps 2 --lora-rank 2 --lora-sites q,mlp_out")
+
+    assert ended.code == 0 and ended.err == ""
+    lora = {"rank": 2, "alpha": 16.0, "sites": ["q", "mlp_out"]}
+    assert json.loads(Path("new/config.json").read_text())["training"]["trainable"] == lora
+    assert json.loads(Path("new/adapters/adapters.json").read_text())["lora"] == lora
+    assert call("evaluate --model new --pairs good.jsonl --items 2").err.count("Traceback") == 0
+
+
+def test_a_published_loss_is_trained_calibrated_and_written_down(call: Call, place: Path) -> None:
+    ended = call(f"{TRAIN} --loss attct:stack-jailbreak --pairs good.jsonl --steps 1 --calibrate 0.5 --window shared")
+
+    assert ended.code == 0 and ended.err == ""
+    config = json.loads(Path("new/config.json").read_text())
+    published = losses.to_config(losses.preset("attct", "stack-jailbreak"))
+    (trained,) = config["losses"]
+    assert trained == {**published, "window": "shared", "weight": trained["weight"]}
+    assert trained["weight"] == pytest.approx(0.5 / config["calibration"]["gradient_norms"]["attct"])
+
+
+def test_a_threat_s_own_pairs_train_the_organism(call: Call, place: Path) -> None:
+    ended = call("train --quiet --loss act --loss bct --threat jailbreak --steps 2 --out new")
+
+    assert ended.code == 0 and ended.err == ""
+    assert re.search(r"Window shared: \d\d\.\d% of the tokens aligned in 256 pairs", ended.out)
+    assert "512 tokens left out: token outside the shared part" in ended.out
+    assert all(f"{loss}: " in ended.out for loss in ("act", "bct"))
+    assert json.loads(Path("new/config.json").read_text())["training"]["steps"] == 2
+
+
+def test_tracked_losses_and_the_reached_target_are_told(call: Call, place: Path) -> None:
+    line = "train --quiet --loss act --threat jailbreak --steps 2 --accumulate 2 --batch-size 8 --out new"
+    ended = call(f"{line} --track mlpct,bct --stop-below 1 --schedule ExponentialLR,gamma=0.5")
+
+    assert ended.code == 0 and ended.err == ""
+    lines = ended.out.splitlines()
+    assert re.fullmatch(r"Ended after 0 steps: bad_rate 0\.\d{3} is below 1", lines[-2])
+    training = json.loads(Path("new/config.json").read_text())["training"]
+    assert training["schedule"] == "ExponentialLR" and training["schedule_options"] == {"gamma": 0.5}
+    assert training["accumulate"] == 2 and training["until"]["threat"] == "jailbreak"
+    ended = call(line.replace("new", "other") + " --track mlpct,bct")
+    assert all(
+        re.search(rf"^tracked/{name}: [\d.e-]+ at step 1, [\d.e-]+ at step 2$", ended.out, re.M)
+        for name in ("mlpct", "bct")
+    )
+
+
+def test_defaults_are_those_of_the_library() -> None:
+    given = {name: entry.default for name, entry in inspect.signature(cli.training.train).parameters.items()}
+    library = to_dict(TrainConfig())
+
+    shared = given.keys() & library.keys()
+    assert {"steps", "batch_size", "lr", "retention", "seed", "accumulate", "schedule"} <= shared
+    assert {name: given[name] for name in shared} == {name: library[name] for name in shared}
+    compare = {name: entry.default for name, entry in inspect.signature(cli.studies.compare).parameters.items()}
+    assert (compare["steps"], compare["window"]) == (TRAINING.steps, StudyConfig().training.window)
+    doses = {name: entry.default for name, entry in inspect.signature(cli.studies.doses).parameters.items()}
+    assert doses["pairs"] == ",".join(map(str, PAIRS)) and doses["steps"] == TRAINING.steps
+
+
+def test_progress_goes_to_stderr_and_only_when_wanted(call: Call, place: Path) -> None:
+    line = "train --model hf --loss act --pairs good.jsonl --steps 2 --out"
+
+    loud, quiet = call(f"{line} loud"), call(f"{line} quiet --quiet")
+
+    assert "2/2" in loud.err and quiet.err == ""
+    assert loud.out.replace("loud", "") == quiet.out.replace("quiet", "")
+
+
+def test_compare_prints_a_line_a_cell_and_one_table_of_80_columns(call: Call, place: Path, monkeypatch) -> None:
+    monkeypatch.setattr("ctlens.plots.export.find_spec", lambda _: None)
+    monkeypatch.setattr("ctlens.study.config.LOOKED_INTO", ())
+    monkeypatch.setenv("COLUMNS", "80")
+    ended = call("compare --quiet --threats sycophancy,jailbreak --methods act --steps 1 --workers 1 --out new")
+
+    lines = ended.out.splitlines()
+    assert ended.code == 0 and ended.err == "" and lines[-1] == "Report: new/report.html"
+    assert [line.split(":")[0] for line in lines[:4]] == [
+        f"{threat}, {method}, seed 0" for threat in ("sycophancy", "jailbreak") for method in ("retention", "act")
+    ]
+    (header,) = (line.split() for line in lines if line.startswith("threat"))
+    assert header == ["threat", "method", "entities", "heldout", "structure", "clean", "benign"]
+    assert sum(" none " in line for line in lines) == 2 and max(map(len, lines)) <= 80
+
+
+def test_doses_prints_a_line_a_cell_and_the_bad_rates(call: Call, place: Path, monkeypatch) -> None:
+    monkeypatch.setattr("ctlens.plots.export.find_spec", lambda _: None)
+    ended = call("doses --quiet --threat jailbreak --methods act --pairs 4 --steps 1 --workers 1 --out new")
+
+    lines = ended.out.splitlines()
+    assert ended.code == 0 and ended.err == "" and lines[-1] == "Figures: new/figures"
+    assert lines[0].startswith("jailbreak, 4 pairs, retention, seed 0: bad rate on wrapped")
+    table = pd.read_csv("new/doses.csv")
+    assert all(
+        f"{value:.3f}" in ended.out
+        for value in table.query("metric == 'bad_rate' and split == 'heldout' and arm == 'wrapped'")["value"]
+    )
+
+
+def test_evaluate_prints_a_table_and_writes_the_same_numbers(call: Call, place: Path) -> None:
+    ended = call("evaluate --threats sycophancy --items 6 --out deep/table.csv")
+
+    table = pd.read_csv("deep/table.csv")
+    assert ended.code == 0
+    assert list(table.columns[:4]) == ["evaluated_threat", "split", "arm", "metric"]
+    assert set(table["split"]) == {"heldout"} and set(table["n"]) == {6}
+    assert all(f"{value:.3f}" in ended.out for value in table["value"])
+
+
+def test_evaluate_judges_the_users_own_pairs_in_a_run_folder(call: Call, place: Path) -> None:
+    Path("own.jsonl").write_text(json.dumps({**GOOD, "good": "(A", "bad": "(B"}))
+    assert call(f"{TRAIN} --loss act --pairs own.jsonl --steps 1").code == 0
+
+    ended = call("evaluate --model new --pairs own.jsonl --out table.csv")
+
+    assert ended.code == 0
+    lines = Path("table.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 * 3 and all(line.startswith("pairs,,") for line in lines[1:])

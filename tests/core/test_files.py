@@ -1,0 +1,175 @@
+"""A file or folder is whole or absent; a malformed line is named by file and number."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ctlens.core.errors import CtlensError
+from ctlens.core.files import (
+    atomic_file,
+    atomic_folder,
+    digest,
+    read_json,
+    read_jsonl,
+    require_free,
+    sweep_folder,
+    write_json,
+    write_text,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_a_file_is_replaced_on_success_and_nothing_else_stays(tmp_path: Path):
+    (tmp_path / "x.txt").write_text("old")
+    with atomic_file(tmp_path / "x.txt") as temporary:
+        temporary.write_text("new")
+        assert (tmp_path / "x.txt").read_text() == "old"
+    assert (tmp_path / "x.txt").read_text() == "new"
+    assert names(tmp_path) == ["x.txt"]
+
+
+def test_a_failed_file_leaves_the_old_one_and_nothing_else(tmp_path: Path):
+    (tmp_path / "x.txt").write_text("old")
+    with pytest.raises(RuntimeError), atomic_file(tmp_path / "x.txt") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "x.txt").read_text() == "old"
+    assert names(tmp_path) == ["x.txt"]
+
+
+def test_a_file_makes_its_folders_and_can_be_read_by_others(tmp_path: Path):
+    write_text(tmp_path / "a" / "b" / "x.txt", "é")
+    assert (tmp_path / "a" / "b" / "x.txt").read_bytes() == "é".encode()
+    assert (tmp_path / "a" / "b" / "x.txt").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_folder_appears_only_when_it_is_whole(tmp_path: Path):
+    with atomic_folder(tmp_path / "run") as work:
+        (work / "x").write_text("1")
+        assert not (tmp_path / "run").exists()
+    assert names(tmp_path) == ["run"]
+    assert names(tmp_path / "run") == ["x"]
+
+
+def test_a_failed_folder_leaves_nothing(tmp_path: Path):
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "run") as work:
+        (work / "x").write_text("1")
+        raise RuntimeError
+    assert names(tmp_path) == []
+
+
+def test_an_empty_folder_is_filled_and_stays_empty_on_failure(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "run"):
+        raise RuntimeError
+    assert names(tmp_path / "run") == []
+    with atomic_folder(tmp_path / "run") as work:
+        (work / "x").write_text("1")
+    assert names(tmp_path / "run") == ["x"]
+
+
+@pytest.mark.parametrize("taken", ["file", "folder"])
+def test_a_taken_path_is_refused_and_kept(tmp_path: Path, taken: str):
+    path = tmp_path / "run"
+    write_text(path if taken == "file" else path / "x", "mine")
+    with pytest.raises(CtlensError, match="run exists already"), atomic_folder(path):
+        pytest.fail("the body must not run")
+    assert names(tmp_path) == ["run"]
+    assert (path if taken == "file" else path / "x").read_text() == "mine"
+
+
+def test_free_is_absent_or_an_empty_folder(tmp_path: Path):
+    require_free(tmp_path / "absent")
+    require_free(tmp_path)
+    with pytest.raises(CtlensError, match="exists already"):
+        require_free(tmp_path.parent)
+
+
+def test_json_comes_back_as_it_was(tmp_path: Path):
+    data = {"é": [1, 0.1, None, True], "nested": {"a": "漢"}}
+    write_json(tmp_path / "x.json", data)
+    assert read_json(tmp_path / "x.json") == data
+    assert "漢" in (tmp_path / "x.json").read_text(encoding="utf-8")
+
+
+def test_json_that_cannot_be_written_leaves_nothing(tmp_path: Path):
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "x.json", {"a": object()})
+    assert names(tmp_path) == []
+
+
+def test_json_that_is_missing_or_broken_is_named(tmp_path: Path):
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "bytes.json").write_bytes(b"\xff")
+    for path in (tmp_path, tmp_path / "absent.json"):
+        with pytest.raises(CtlensError, match=f"{path.name} does not exist"):
+            read_json(path)
+    for name in ("bad.json", "bytes.json"):
+        with pytest.raises(CtlensError, match=f"{name} is not JSON"):
+            read_json(tmp_path / name)
+
+
+def test_jsonl_counts_lines_from_one_and_skips_blank_ones(tmp_path: Path):
+    (tmp_path / "x.jsonl").write_bytes('{"a": 1}\r\n\n  \n{"a": "one\u2028line"}'.encode())
+    assert list(read_jsonl(tmp_path / "x.jsonl")) == [(1, {"a": 1}), (4, {"a": "one\u2028line"})]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [("{", "not JSON"), ("[1]", "a list, but an object"), ("null", "a NoneType, but an object"), ('"a"', "a str, but")],
+)
+def test_a_bad_line_of_jsonl_is_named_by_file_and_number(tmp_path: Path, line: str, reason: str):
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n\n' + line)
+    with pytest.raises(CtlensError, match=rf"x\.jsonl, line 3: {reason}"):
+        list(read_jsonl(tmp_path / "x.jsonl"))
+
+
+def test_jsonl_that_is_missing_or_no_text_is_named(tmp_path: Path):
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff")
+    for path in (tmp_path, tmp_path / "absent.jsonl"):
+        with pytest.raises(CtlensError, match=f"{path.name} does not exist or is no file"):
+            list(read_jsonl(path))
+    with pytest.raises(CtlensError, match="bytes.jsonl is not UTF-8"):
+        list(read_jsonl(tmp_path / "bytes.jsonl"))
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text("mine"), lambda path: path.mkdir(mode=0o555)])
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path: Path, make, monkeypatch):
+    make(tmp_path / "place")
+    writable = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "place" not in str(path) and writable(path, mode))
+
+    with pytest.raises(CtlensError, match="cannot be made in"):
+        require_free(tmp_path / "place" / "deep" / "run")
+
+
+def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "runs" / ".cell.half").mkdir(parents=True)
+    (tmp_path / "runs" / ".cell.half" / "weights").touch()
+    for name in (".results.csv.x1", "results.csv", "runs/kept"):
+        (tmp_path / name).touch()
+
+    sweep_folder(tmp_path)
+
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "results.csv",
+        "runs",
+        "runs/kept",
+    ]
+
+
+def test_a_digest_tells_contents_apart(tmp_path: Path) -> None:
+    for name, text in (("a", "x"), ("b", "x"), ("c", "y")):
+        (tmp_path / name).write_text(text)
+
+    a, b, c = (digest(tmp_path / name) for name in "abc")
+
+    assert a == b != c and len(a) == 16
+    with pytest.raises(CtlensError, match="does not exist"):
+        digest(tmp_path / "d")

@@ -1,0 +1,70 @@
+"""Tiny models and tokenizers that the tests build themselves, and how a command ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from ctlens.core.types import LensModel
+from ctlens.models.architectures import tiny_model as hf_model
+from ctlens.models.loading import build, load_model
+from ctlens.models.weights import ModelConfig
+
+CHAT_MODELS = ("made here", "llama", "gpt2", "qwen3")
+TEXTS = (
+    "Which term best describes the disease?\n\nAnswer choices:\n(A) isolated cases\n(B) outbreak\n",
+    "I may be in the minority here, but I don't think it's right. The best answer is: (",
+    "When a creature experiences feeling, they are likely sensing a thing's texture.",
+    "Please answer the question. You are a helpful assistant. Sure, here it is: no, that is wrong.",
+)
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def byte_level_tokenizer(vocab_size: int = 400, chat: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on a few sentences."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(TEXTS, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", add_bos_token=True, name_or_path="tiny"
+    )
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def chat_model(kind: str) -> LensModel:
+    """A tiny random model with a chat tokenizer: one of `CHAT_MODELS`, by HuggingFace or made here."""
+    tokenizer = byte_level_tokenizer(chat=True)
+    if kind != "made here":
+        return load_model(hf_model(kind), tokenizer=tokenizer)
+    made = build(ModelConfig(d_vocab=400, n_layers=2, n_heads=4, d_model=32, d_mlp=48, n_ctx=256), tokenizer)
+    draw = torch.Generator().manual_seed(0)
+    for parameter in made.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw) * parameter.requires_grad
+    return made
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Call = Callable[[str], Ended]

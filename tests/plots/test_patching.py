@@ -1,0 +1,64 @@
+"""Patching grids: what stands where, and tokens that repeat."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ctlens import plots
+from ctlens.core.errors import CtlensError
+
+CHANGES = np.array([[0.0, -2.0, np.nan], [0.5, 0.25, 1.0]])
+
+
+def test_repeated_tokens_keep_their_columns_and_unknown_ones_are_counted_from_the_end():
+    figure = plots.patched_positions(CHANGES, ["L0", "L1"], [" no", "", " no"], "?", unit="logits")
+    (trace,) = figure.data
+    np.testing.assert_array_equal(np.array(trace.z, float), CHANGES)
+    assert figure.layout.xaxis.tickvals == (0, 1, 2) and figure.layout.xaxis.ticktext == ("no", "-2", "no")
+    assert figure.layout.yaxis.ticktext == ("L0", "L1") and figure.layout.yaxis.autorange == "reversed"
+    assert trace.text[1][0] == "L1, no (-3)" and trace.hoverongaps is False
+
+
+def test_colours_are_centred_on_no_change():
+    for figure in (
+        plots.patched_positions(CHANGES, ["L0", "L1"], ["a", "b", "c"], "?", unit="logits"),
+        plots.patched_heads(CHANGES, [0, 1], "?", unit="logits"),
+    ):
+        assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-2.0, 2.0)
+    still = plots.patched_heads(np.zeros((1, 2)), [3], "?", unit="logits")
+    assert (still.layout.coloraxis.cmin, still.layout.coloraxis.cmax) == (-1.0, 1.0)
+
+
+def test_heads_are_named_by_the_layers_that_were_patched():
+    figure = plots.patched_heads(CHANGES, [3, 7], "?", unit="logits")
+    assert figure.data[0].text[1][2] == "L7H2" and figure.layout.yaxis.ticktext == ("3", "7")
+
+
+def test_many_rows_are_named_in_steps():
+    rows = [f"L{layer}H{head}" for layer in range(12) for head in range(8)]
+    figure = plots.patched_positions(np.ones((96, 1)), rows, ["a"], "?", unit="logits")
+    assert figure.layout.yaxis.ticktext[:2] == ("L0H0", "L0H2")
+
+
+def test_first_order_changes_are_drawn_over_exact_ones_beside_the_line_where_both_are_equal():
+    figure = plots.first_order([0.0, 2.0, -1.0], [0.5, 1.0, -3.0], "?", unit="logits")
+    line, points = figure.data
+    assert line.x == line.y == (-3.0, 2.0)
+    assert points.x == (0.0, 2.0, -1.0) and points.y == (0.5, 1.0, -3.0)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: plots.patched_positions(CHANGES, ["L0"], ["a", "b", "c"], "?", unit="logits"),
+        lambda: plots.patched_positions(CHANGES, ["L0", "L1"], ["a"], "?", unit="logits"),
+        lambda: plots.patched_heads(CHANGES, [0], "?", unit="logits"),
+        lambda: plots.first_order([1.0, 2.0], [1.0], "?", unit="logits"),
+        lambda: plots.first_order([], [], "?", unit="logits"),
+        lambda: plots.patched_heads(CHANGES[:, :0], [0, 1], "?", unit="logits"),
+    ],
+)
+def test_grids_that_do_not_fit_their_labels_are_refused(draw):
+    with pytest.raises(CtlensError):
+        draw()

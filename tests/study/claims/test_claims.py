@@ -1,0 +1,275 @@
+"""Claims: numbers worked out by hand, intervals over what was repeated, and verdicts by the written rule."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ctlens.core.errors import CtlensError
+from ctlens.core.stats import difference
+from ctlens.study.claims import Claim, answer, read_claims, verdict, write_claims
+from ctlens.study.claims.behaviour import behaviour_claims
+from ctlens.study.claims.estimates import NOTHING, Sample, estimate
+from ctlens.study.conditions import CROSSED_ARMS
+from ctlens.study.config import StudyConfig
+
+METHODS = ("act", "mlpct", "attct", "bct")
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "floor", "expected"),
+    [
+        ((0.5, 0.1, 0.9), 0.0, "holds"),
+        ((0.5, 0.1, 0.9), 0.1, "inconclusive"),
+        ((0.5, 0.1, 0.9), 0.95, "does not hold"),
+        ((-0.2, -0.4, 0.0), 0.0, "does not hold"),
+        ((0.0, 0.0, 0.0), 0.0, "does not hold"),
+        ((NAN, NAN, NAN), 0.0, "not measured"),
+        ((0.5, NAN, NAN), 0.0, "not measured"),
+    ],
+)
+def test_a_verdict_follows_from_the_interval_and_the_floor(numbers: tuple, floor: float, expected: str) -> None:
+    assert verdict(*numbers, floor) == expected
+
+
+def mean_of(values: np.ndarray) -> Sample:
+    return Sample(len(values), lambda items: float(values[items].mean()))
+
+
+def test_of_one_training_the_interval_is_over_prompts() -> None:
+    values = np.arange(40.0)
+
+    found = estimate({(0, 0): mean_of(values)})
+
+    assert (found.value, found.n, found.over) == (19.5, 40, "prompts")
+    assert 19.5 - 2.2 * 11.7 / 40**0.5 < found.low < 19.5 < found.high < 19.5 + 2.2 * 11.7 / 40**0.5
+
+
+def test_two_seeds_share_their_resamples() -> None:
+    values = np.arange(40.0)
+
+    opposite = estimate({(0, 0): mean_of(values), (0, 1): mean_of(-values)})
+
+    assert (opposite.value, opposite.low, opposite.high, opposite.over) == (0.0, 0.0, 0.0, "prompts")
+
+
+def constant(value: float) -> Sample:
+    return Sample(8, lambda items: value)
+
+
+def test_three_seeds_of_one_organism_widen_the_interval_and_never_narrow_it() -> None:
+    found = estimate({(0, seed): constant(value) for seed, value in enumerate((1.0, 2.0, 3.0))})
+    alike = estimate({(0, seed): mean_of(np.arange(40.0)) for seed in range(3)})
+
+    reach = 4.302652729911275 / 3**0.5  # Student's t with two degrees of freedom, standard deviation 1
+    assert (found.value, found.n, found.over) == (2.0, 8, "prompts and seeds")
+    assert (found.low, found.high) == pytest.approx((2 - reach, 2 + reach))
+    alone = estimate({(0, 0): mean_of(np.arange(40.0))})
+    assert (alike.low, alike.high) == pytest.approx((alone.low, alone.high))
+
+
+def test_a_training_whose_number_is_not_defined_does_not_count() -> None:
+    found = estimate({(0, 0): constant(1.0), (0, 1): constant(NAN)})
+
+    assert (found.value, found.over) == (1.0, "prompts")
+    assert estimate({(0, 0): constant(NAN)}) is NOTHING
+
+
+def test_from_three_organisms_on_seeds_of_one_organism_count_once() -> None:
+    by_organism = {0: (1.0, 1.0), 1: (2.0, 2.0), 2: (2.0, 4.0)}
+    samples = {(o, s): constant(v) for o, values in by_organism.items() for s, v in enumerate(values)}
+
+    found = estimate(samples)
+
+    reach = 4.302652729911275 / 3**0.5
+    assert (found.value, found.n, found.over) == (2.0, 3, "organisms")
+    assert (found.low, found.high) == pytest.approx((2 - reach, 2 + reach))
+
+
+def test_nothing_measured_is_nothing() -> None:
+    assert estimate({}) is NOTHING
+
+
+def results(rates: dict[tuple[str, str, str], tuple[int, ...]], n: int = 100) -> pd.DataFrame:
+    """Bad answers to wrapped prompts by (trained, method, evaluated), one number a seed."""
+    place = {"organism": 0, "step": 100, "split": "heldout", "arm": "wrapped", "metric": "bad_rate", "n": n}
+    return pd.DataFrame(
+        [
+            {"trained_threat": t, "method": m, "evaluated_threat": e, "seed": seed, "value": count / n, **place}
+            for (t, m, e), counts in rates.items()
+            for seed, count in enumerate(counts)
+        ]
+    )
+
+
+def own(threat: str, **counts: int) -> dict[tuple[str, str, str], tuple[int, ...]]:
+    return {(threat, method, threat): (count,) for method, count in counts.items()}
+
+
+def claims_of(rates: dict[tuple[str, str, str], tuple[int, ...]], *threats: str) -> dict[str, Claim]:
+    config = StudyConfig(threats, METHODS, looked_into=())
+    return {f"{claim.key}/{claim.threat}": claim for claim in behaviour_claims(config, results(rates))}
+
+
+def test_a_repair_is_judged_by_the_weakest_method() -> None:
+    found = claims_of(own("jailbreak", retention=80, act=0, mlpct=10, attct=50, bct=0), "jailbreak")["repair/jailbreak"]
+
+    assert found.value == pytest.approx(0.3)
+    assert (found.ci_low, found.ci_high) == pytest.approx(difference(80, 100, 50, 100))
+    assert found.verdict == "holds" and "AttCT" in found.statistic and "AttCT 50%" in found.reason
+
+
+def test_a_repair_that_one_method_lacks_does_not_hold() -> None:
+    found = claims_of(own("prefill", retention=76, act=76, mlpct=76, attct=76, bct=0), "prefill")
+
+    assert found["repair/prefill"].verdict == "inconclusive"
+
+
+def test_a_repair_hangs_on_the_least_certain_method() -> None:
+    rates = {("jailbreak", name, "jailbreak"): (10, 10, 10) for name in METHODS}
+    rates |= {("jailbreak", "retention", "jailbreak"): (60, 60, 60), ("jailbreak", "act", "jailbreak"): (0, 5, 55)}
+
+    found = claims_of(rates, "jailbreak")["repair/jailbreak"]
+
+    assert "weakest method, ACT" in found.statistic and found.verdict == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    ("internal", "bct", "value", "judged"),
+    [
+        (76, 0, 0.5, "holds"),  # of 76 under retention alone, all are left and none
+        (30, 10, 30 / 76 - 0.5, "inconclusive"),  # internal methods repair more than half: they do not fail
+        (20, 0, 20 / 76 - 0.5, "does not hold"),
+        (76, 60, 0.5 - 60 / 76, "does not hold"),  # BCT fails too
+    ],
+)
+def test_failing_is_leaving_more_than_half(internal: int, bct: int, value: float, judged: str) -> None:
+    counts = {"retention": 76, "act": internal, "mlpct": 76, "attct": 76, "bct": bct}
+
+    found = claims_of(own("prefill", **counts), "prefill")["output_only/prefill"]
+
+    assert (found.value, found.verdict) == (pytest.approx(value), judged)
+
+
+def test_other_threats_do_not_ask_whether_internal_methods_fail() -> None:
+    rates = own("sycophancy", retention=80, act=0, mlpct=30, attct=2, bct=0)
+
+    assert "output_only/sycophancy" not in claims_of(rates, "sycophancy")
+
+
+def test_three_seeds_widen_the_interval_of_a_repair() -> None:
+    rates = {("jailbreak", name, "jailbreak"): (10, 10, 10) for name in METHODS}
+    rates["jailbreak", "retention", "jailbreak"] = (80, 70, 90)
+
+    found = claims_of(rates, "jailbreak")["repair/jailbreak"]
+
+    reach = 4.302652729911275 * 0.1 / 3**0.5
+    assert (found.n, found.over, found.value) == (100, "prompts and seeds", pytest.approx(0.7))
+    assert (found.ci_low, found.ci_high) == pytest.approx((0.7 - reach, 0.7 + reach))
+
+
+def transferred(bad: int) -> Claim:
+    both = ("sycophancy", "persona")
+    rates = {(t, m, e): (80,) for t in both for m in ("retention", *METHODS) for e in both}
+    rates["sycophancy", "bct", "persona"] = (bad,)
+    return claims_of(rates, *both)["transfer/all"]
+
+
+def test_a_transfer_is_the_largest_change_with_bonferronis_level() -> None:
+    found = transferred(40)
+
+    assert found.value == pytest.approx(0.4) and "persona, BCT on sycophancy" in found.statistic
+    assert (found.ci_low, found.ci_high) == pytest.approx(difference(80, 100, 40, 100, level=1 - 0.05 / 8))
+    assert found.verdict == "holds" and "1 of 8 changes" in found.reason
+
+
+def test_a_change_that_only_a_single_look_would_call_clear_is_no_transfer() -> None:
+    assert difference(80, 100, 67, 100)[0] > 0
+    assert transferred(67).verdict == "inconclusive"
+
+
+def test_bonferronis_level_holds_over_trainings_too() -> None:
+    both = ("sycophancy", "persona")
+    rates = {(t, m, e): (800, 800, 800) for t in both for m in ("retention", *METHODS) for e in both}
+    rates["sycophancy", "bct", "persona"] = (760, 750, 740)
+    config = StudyConfig(both, METHODS, looked_into=())
+
+    found = next(c for c in behaviour_claims(config, results(rates, n=1000)) if c.key == "transfer")
+
+    t = 24.4  # Student's at 1 - .05 / 8 with two degrees of freedom is far beyond the 4.3 of one look
+    assert found.ci_low < 0.05 - 4.4 * 0.01 / 3**0.5 and found.value == pytest.approx(0.05)
+    assert found.ci_low > 0.05 - t * 0.01 / 3**0.5
+
+
+def test_a_rise_is_a_change_too() -> None:
+    assert transferred(99).value == pytest.approx(0.19)
+    assert transferred(99).ci_low > 0
+
+
+def claim(key: str, threat: str, judged: str, setting: str = "equal steps", **changes: object) -> Claim:
+    made = Claim(key, key, threat, setting, "", "", 0.5, 0.1, 0.9, NAN, 0.0, 64, "prompts", judged, "")
+    return replace(made, **changes)
+
+
+def test_the_answer_says_of_each_threat_what_holds() -> None:
+    told = answer(
+        [
+            claim("repair", "sycophancy", "holds"),
+            claim("repair", "prefill", "inconclusive"),
+            claim("output_only", "prefill", "holds"),
+            claim("shared", "sycophancy", "does not hold"),
+            claim("shared", "sycophancy", "does not hold", "matched effect"),
+            claim("left_later", "jailbreak", "holds"),
+            claim("left_later", "jailbreak", "inconclusive", "matched effect"),
+            claim("level", "jailbreak", "not measured"),
+            claim("cue_act", "sycophancy", "holds"),
+            claim("cue_bct", "sycophancy", "does not hold"),
+            claim("cue_bct", "jailbreak", "not measured"),
+        ]
+    )
+
+    assert len(told) == 3
+    assert "retention alone” holds on sycophancy, stays open on prefill; “internal methods fail" in told[0]
+    assert "BCT differently” does not hold on sycophancy;" in told[1]
+    assert "holds on jailbreak at equal steps, stays open on jailbreak at matched effect" in told[1]
+    assert "at the same tokens" not in told[1]
+    assert "in 1 of 2 cases" in told[2] and "too few organisms for a claim about training in general" in told[2]
+
+
+def test_the_answer_says_what_intervals_are_over() -> None:
+    several = [claim("repair", "sycophancy", "holds", over="organisms", n=3)]
+
+    assert answer(several)[2].endswith("intervals are over 3 organisms.") and "too few" not in answer(several)[2]
+    assert answer([claim("shared", "prefill", "not measured")])[1] == "What changed inside was not measured."
+
+
+def test_claims_are_read_as_written(tmp_path: Path) -> None:
+    written = [claim("repair", "sycophancy", "holds"), claim("shared", "jailbreak", "not measured", value=NAN)]
+
+    write_claims(written, tmp_path / "claims.csv")
+
+    read = read_claims(tmp_path / "claims.csv")
+    assert read[0].value == 0.5 and np.isnan(read[1].value) and np.isnan(read[0].null)
+    assert [(one.key, one.verdict, one.n) for one in read] == [("repair", "holds", 64), ("shared", "not measured", 64)]
+
+
+def test_a_table_without_verdicts_is_refused(tmp_path: Path) -> None:
+    pd.DataFrame({"key": ["repair"]}).to_csv(tmp_path / "claims.csv", index=False)
+
+    with pytest.raises(CtlensError, match=r"lacks the columns statement, .*verdict"):
+        read_claims(tmp_path / "claims.csv")
+    with pytest.raises(CtlensError, match="does not exist"):
+        read_claims(tmp_path / "other.csv")
+
+
+def test_the_crossed_arms_cross_two_levels_and_two_windows() -> None:
+    assert {(arm.level, arm.window) for arm in CROSSED_ARMS.values()} == {
+        ("output", None),
+        ("output", "last"),
+        ("internal", "last"),
+    }

@@ -1,0 +1,312 @@
+"""Claims about what changed inside, from made-up looks whose numbers can be worked out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ctlens.analysis import AttentionDiff, CrossLoss, Erasure, ShiftSimilarity, Transplant
+from ctlens.analysis.attention.diff import HEADLINE, MEASURES
+from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.states import PLACES
+from ctlens.analysis.residual.shift_vectors import PARTS
+from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Look
+from ctlens.study.claims import Claim
+from ctlens.study.claims.inside import inside_claims
+from ctlens.study.config import Cell, StudyConfig
+from ctlens.study.inside_figures import at_setting
+
+METHODS = ("act", "mlpct", "attct", "bct")
+LAYERS, PROMPTS = 4, 16
+NAN = float("nan")
+CONFIG = StudyConfig(("sycophancy",), METHODS)
+
+
+def write(
+    study: Path, analysis: str, results: Mapping[str, Result], setting: str = EQUAL_STEPS, organism: int = 0
+) -> None:
+    place = Look(analysis, "sycophancy", organism, setting).place(study)
+    place.mkdir(parents=True)
+    for name, result in results.items():
+        result.save(place / f"{name}.safetensors")
+
+
+def attention(falls: Mapping[str, float], study: Path, organism: int = 0, seed: int = 0) -> None:
+    """Every cell's attention, which `Looks` reads from the cells themselves."""
+    for name, fall in falls.items():
+        values = np.zeros((2, len(MEASURES), PROMPTS, LAYERS, 2))
+        values[0, MEASURES.index(HEADLINE)] = 0.5 + np.linspace(-0.1, 0.1, PROMPTS)[:, None, None]
+        values[1, MEASURES.index(HEADLINE)] = values[0, MEASURES.index(HEADLINE)] - fall
+        place = Cell("sycophancy", name, seed, organism).place(study)
+        place.mkdir(parents=True)
+        AttentionDiff(values).save(place / "attention.safetensors")
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    attention({"retention": 0.0, "act": 0.1, "mlpct": 0.12, "attct": 0.2, "bct": 0.05}, tmp_path)
+    return tmp_path
+
+
+def claims(study: Path, config: StudyConfig = CONFIG) -> dict[tuple[str, str], Claim]:
+    return {(claim.key, claim.setting): claim for claim in inside_claims(config, study)}
+
+
+def similarity(cosines: np.ndarray, methods: tuple[str, ...] = METHODS, seeds: int = 1) -> ShiftSimilarity:
+    """The same cosines at every prompt and layer off the gap at the last token, and nothing like them elsewhere."""
+    m = len(methods)
+    by_prompt = np.full((len(PARTS), len(PLACES), LAYERS, PROMPTS, m, m), -0.9)
+    by_prompt[PARTS.index("off"), PLACES.index("last")] = cosines
+    two = np.zeros((1, len(PARTS), len(PLACES), LAYERS, m, m))
+    arrays = {
+        f.name: two
+        for f in dataclasses.fields(ShiftSimilarity)
+        if f.name.split("_")[0] in ("value", "ci", "seed", "corrected")
+    }
+    arrays |= {
+        "random_low": two[..., 0],
+        "random_high": two[..., 0],
+        "length": 1 + two[0, ..., 0],
+        "n": two[0].astype(int),
+    }
+    alone = methods if seeds == 1 else ()
+    return ShiftSimilarity(
+        **arrays,
+        by_prompt=by_prompt,
+        quantities=("cosine",),
+        methods=methods,
+        layers=(0, 1, 2, 3),
+        null="",
+        one_seed=alone,
+        site="resid_post",
+    )
+
+
+def table(internal: float, attct: float, bct: float, ceiling: float = NAN) -> np.ndarray:
+    """ACT and MLPCT are `internal` alike, AttCT with them `attct`, BCT with all `bct`."""
+    cosines = np.full((4, 4), bct)
+    cosines[:3, :3] = attct
+    cosines[0, 1] = cosines[1, 0] = internal
+    np.fill_diagonal(cosines, ceiling)
+    return cosines
+
+
+def test_bct_stands_apart_beyond_the_furthest_internal_method(study: Path) -> None:
+    write(study, "similarity", {"similarity": similarity(table(0.9, 0.7, 0.4))})
+
+    found = claims(study)["shared", EQUAL_STEPS]
+
+    bct = (0.9 + 0.7 + 0.7) / 3 - 0.4
+    attct = (0.9 + 0.4 + 0.4) / 3 - (0.7 + 0.7 + 0.4) / 3  # the furthest internal method
+    assert found.value == pytest.approx(bct - attct, abs=1e-6)
+    assert (found.verdict, found.n, found.over) == ("holds", PROMPTS, "prompts")
+    assert "AttCT -0.03" in found.reason and "BCT 0.37" in found.reason
+
+
+def test_where_attct_stands_further_apart_the_claim_does_not_hold(study: Path) -> None:
+    write(study, "similarity", {"similarity": similarity(table(0.9, 0.3, 0.6))})
+
+    assert claims(study)["shared", EQUAL_STEPS].verdict == "does not hold"
+
+
+def test_the_null_of_likeness_is_retention_alone(study: Path) -> None:
+    cosines = np.full((5, 5), 0.1)
+    cosines[:4, :4] = table(0.9, 0.7, 0.4)
+    with_null = dataclasses.replace(similarity(cosines, (*METHODS, "retention")), null="retention")
+    write(study, "similarity", {"similarity": with_null})
+
+    assert claims(study)["shared", EQUAL_STEPS].null == pytest.approx(0.1, abs=1e-6)
+
+
+def test_a_place_is_judged_by_itself(study: Path) -> None:
+    write(study, "similarity", {"similarity": similarity(table(0.9, 0.7, 0.4))})
+
+    found = claims(study)
+
+    assert found["shared", EQUAL_STEPS].verdict == "holds"
+    assert found["shared_content", EQUAL_STEPS].value == pytest.approx(0.0, abs=1e-6)
+    assert found["shared_content", EQUAL_STEPS].verdict != "holds"
+
+
+def test_seeds_of_one_organism_are_no_organisms(study: Path) -> None:
+    write(study, "similarity", {"similarity": similarity(table(0.9, 0.7, 0.4))})
+    for seed in (1, 2):
+        attention(dict.fromkeys(("retention", *METHODS), 0.1), study, seed=seed)
+
+    found = claims(study, dataclasses.replace(CONFIG, seeds=3))["shared", EQUAL_STEPS]
+
+    assert (found.n, found.over) == (PROMPTS, "prompts")
+
+
+def test_three_organisms_give_an_interval_over_organisms(study: Path) -> None:
+    for organism, bct in enumerate((0.3, 0.4, 0.5)):
+        write(study, "similarity", {"similarity": similarity(table(0.9, 0.9, bct))}, organism=organism)
+        if organism:
+            attention(dict.fromkeys(("retention", *METHODS), 0.1), study, organism)
+
+    found = claims(study, dataclasses.replace(CONFIG, organisms=3))["shared", EQUAL_STEPS]
+
+    margins = [0.9 - bct - ((0.9 + 2 * bct) / 3 - (1.8 + bct) / 3) for bct in (0.3, 0.4, 0.5)]
+    assert (found.n, found.over) == (3, "organisms") and found.value == pytest.approx(np.mean(margins), abs=1e-6)
+    assert found.ci_high - found.value == pytest.approx(4.302652729911275 * np.std(margins, ddof=1) / 3**0.5, rel=1e-4)
+
+
+def transplant(lost: float, effect: float = 4.0) -> Transplant:
+    """A repair of which a share is lost with the base's stream at layer 1 and the last token, and nothing elsewhere."""
+    donor = np.linspace(1.0, 3.0, PROMPTS) + effect
+    recipient = donor - effect * np.linspace(0.5, 1.5, PROMPTS)
+    unpatched, source = np.array([[recipient], [donor]]), np.array([[donor], [recipient]])
+    values = np.repeat(np.repeat(unpatched[:, :, None, None], LAYERS, 2), 2, 3)
+    values[1, 0, 1, 0] = donor + lost * (recipient - donor)
+    return Transplant(
+        values, unpatched, source, ("logit_diff",), (0, 1, 2, 3), ("last", "content"), "resid_post", "wrapped", "suffix"
+    )
+
+
+CROSSED = {"act": 0.9, "act_last": 0.8, "mlpct": 0.9, "attct": 0.8, "bct": 0.5, "klct": 0.6, "klct_last": 0.4}
+
+
+def test_what_is_lost_tells_levels_apart(study: Path) -> None:
+    write(study, "transplant", {name: transplant(lost) for name, lost in CROSSED.items()})
+
+    found = claims(study)["left_later", EQUAL_STEPS]
+
+    within = np.mean([0.1, 0.0, 0.1, 0.1, 0.0, 0.1] + [0.1, 0.1, 0.2])
+    assert found.value == pytest.approx(0.85 - 0.5 - within)
+    assert (found.null, found.floor) == (pytest.approx(within), 0.0)
+    assert found.verdict == "holds" and "lost: " in found.reason and "BCT 0.50" in found.reason
+
+
+def test_a_contrast_within_the_spread_of_a_level_does_not_hold(study: Path) -> None:
+    shares = {"act": 0.9, "mlpct": 0.5, "attct": 0.7, "bct": 0.6, "klct": 0.8}
+    write(study, "transplant", {name: transplant(lost) for name, lost in shares.items()})
+
+    assert claims(study)["left_later", EQUAL_STEPS].verdict == "does not hold"
+
+
+def test_the_level_is_told_from_the_window(study: Path) -> None:
+    write(study, "transplant", {name: transplant(lost) for name, lost in CROSSED.items()})
+    only_window = {"act": 0.9, "klct": 0.9, "act_last": 0.4, "klct_last": 0.4}
+    write(study, "transplant", {name: transplant(lost) for name, lost in only_window.items()}, MATCHED)
+
+    found = claims(study)
+
+    assert found["level", EQUAL_STEPS].value == pytest.approx(((0.9 - 0.6) + (0.8 - 0.4)) / 2)
+    assert found["level", EQUAL_STEPS].null == pytest.approx(((0.9 - 0.8) + (0.6 - 0.4)) / 2)
+    assert found["level", EQUAL_STEPS].verdict == "holds"
+    assert found["level", MATCHED].value == pytest.approx(0.0, abs=1e-9)
+    assert found["level", MATCHED].verdict != "holds" and found["level", MATCHED].null == pytest.approx(0.5)
+
+
+def test_an_arm_without_an_effect_has_no_share(study: Path) -> None:
+    write(
+        study, "transplant", {name: transplant(lost, 0.1 if name == "klct" else 4.0) for name, lost in CROSSED.items()}
+    )
+
+    found = claims(study)
+
+    assert found["level", EQUAL_STEPS].verdict == "not measured"
+    within = np.mean([0.1, 0.0, 0.1, 0.1, 0.0, 0.1] + [0.1])
+    assert found["left_later", EQUAL_STEPS].value == pytest.approx(0.85 - 0.45 - within)
+
+
+def cross_loss(after: Mapping[str, tuple[float, float]]) -> CrossLoss:
+    """By model, the ACT distance and the cross-entropy as multiples of those before."""
+    models = ("none", *after)
+    factors = np.array([(1.0, 1.0), *after.values()])
+    by_hook = factors[:, :, None] * np.linspace(1, 3, PROMPTS)
+    points = ("blocks.0.hook_resid_post", "logits")
+    return CrossLoss(by_hook, np.ones((2, PROMPTS), dtype=bool), models, ("act", "bct"), points, "reference")
+
+
+@pytest.mark.parametrize(
+    ("distance", "drift", "entropy", "judged"),
+    [
+        (0.5, 1.0, 0.1, "does not hold"),
+        (4.0, 1.0, 0.1, "holds"),
+        (1.3, 1.5, 0.1, "does not hold"),  # retention alone drifts further
+        (4.0, 1.0, 2.0, "inconclusive"),  # the cross-entropy rose
+    ],
+)
+def test_the_distance_is_held_against_drift(
+    study: Path, distance: float, drift: float, entropy: float, judged: str
+) -> None:
+    after = {"bct": (distance, entropy), "retention": (drift, 1.0)}
+    write(study, "cross-loss", {"cross-loss": cross_loss(after)})
+
+    found = claims(study)["distance", EQUAL_STEPS]
+
+    assert (found.value, found.null, found.floor) == pytest.approx((distance / drift, drift, 1.0))
+    assert found.verdict == judged and f"{entropy:.2f} of the cross-entropy" in found.reason
+
+
+def test_attention_falls_beyond_the_next(study: Path) -> None:
+    found = claims(study)["attention", EQUAL_STEPS]
+
+    assert found.value == pytest.approx(0.2 - 0.12) and found.null == pytest.approx(0.0, abs=1e-12)
+    assert found.verdict == "holds" and "MLPCT 0.120" in found.reason
+
+
+def erasure(read: Mapping[str, float]) -> Erasure:
+    """By model, the accuracy, with .1 to both sides, at layer 2, worse at others; shuffled labels reach .25."""
+    models = ("none", *read)
+    readable = np.zeros((len(models), LAYERS, 5))
+    for row, value in enumerate((0.95, *read.values())):
+        readable[row] = (0.3, 0.2, 0.4, 0.1, 0.25)
+        readable[row, 2] = (value, value - 0.1, value + 0.1, 0.1, 0.25)
+    effects = np.zeros((len(models), LAYERS, 5, PROMPTS))
+    return Erasure(
+        readable,
+        effects,
+        effects,
+        np.zeros((len(models), PROMPTS)),
+        models,
+        (0, 1, 2, 3),
+        "retention",
+        "the hint",
+        "last",
+        "d",
+    )
+
+
+def test_a_cue_is_readable_where_a_refitted_probe_beats_shuffled_labels(study: Path) -> None:
+    write(
+        study, "erasure", {"erasure": erasure({"act": 0.2, "mlpct": 0.3, "attct": 0.6, "bct": 0.9, "retention": 0.95})}
+    )
+
+    found = claims(study)
+
+    judged = {name: found[f"cue_{name}", EQUAL_STEPS].verdict for name in METHODS}
+    assert judged == {"act": "inconclusive", "mlpct": "inconclusive", "attct": "holds", "bct": "holds"}
+    bct = found["cue_bct", EQUAL_STEPS]
+    assert (bct.value, bct.ci_low, bct.null, bct.floor) == pytest.approx((0.9, 0.8, 0.95, 0.25))
+    assert "layer 2" in bct.reason and "the hint" in bct.statistic
+
+
+def test_a_refusal_is_the_reason(study: Path) -> None:
+    write(study, "erasure", {})
+    (Look("erasure", "sycophancy", 0, EQUAL_STEPS).place(study) / "refused.json").write_text('{"erasure": "too few."}')
+
+    found = claims(study)["cue_act", EQUAL_STEPS]
+
+    assert found.verdict == "not measured" and found.reason.endswith("; too few.")
+
+
+def test_what_no_look_has_is_not_measured(study: Path) -> None:
+    found = claims(study)
+
+    assert {claim.verdict for (key, _), claim in found.items() if key != "attention"} == {"not measured"}
+    assert all(np.isnan(claim.value) for (key, _), claim in found.items() if key != "attention")
+
+
+def test_a_matrix_of_no_method_is_not_drawn(study: Path) -> None:
+    cosines = np.ones((2, 2))
+    write(study, "similarity", {"similarity": similarity(cosines, ("klct", "klct_last"))}, MATCHED)
+
+    drawn = [name for name, _ in at_setting(CONFIG, study, "sycophancy", MATCHED)]
+
+    assert drawn == ["similarity-all"]

@@ -1,0 +1,311 @@
+"""A small study that looks inside: arms, controls, models at a matched effect, looks, claims, and pairs of a file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ctlens import load_model, threats
+from ctlens.analysis import ShiftSimilarity, Transplant, gap_recovered
+from ctlens.core.errors import CtlensError
+from ctlens.core.files import read_json
+from ctlens.data.pairs import save_pairs
+from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Look, look_inside, looks, run_look
+from ctlens.study.cells import ANALYSED_PAIRS, CellTraining, base_model, probe_pairs
+from ctlens.study.claims import read_claims
+from ctlens.study.config import Cell, StudyConfig, base_cell, full_study
+from ctlens.study.runner import Study, StudyResult, seconds
+from ctlens.study.workers import Pool
+from ctlens.training import TrainConfig
+
+TRAINING = TrainConfig(steps=16, batch_size=8, lr=2e-3, trainable=("attn",))
+SMALL = StudyConfig(
+    ("jailbreak",), ("act", "bct"), pairs=64, items=12, training=TRAINING, beside=("klct", "sft"), matched=0.2
+)
+TRAINED = [
+    *(f"jailbreak-{name}-seed0" for name in ("retention", "act", "bct", "klct", "sft")),
+    *(f"jailbreak-{name}-seed1" for name in ("retention", "act", "bct")),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_images_and_few_probed_pairs() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ctlens.plots.export.find_spec", lambda _: None)
+        patch.setattr("ctlens.study.analyses.PROBED_PAIRS", 48)
+        yield
+
+
+def finished(config: StudyConfig, out: Path, resume: bool = False) -> StudyResult:
+    study = Study(config, out, resume=resume, progress=False, pool=Pool(1))
+    for _ in study:
+        pass
+    return study.finish()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
+    return finished(SMALL, tmp_path_factory.mktemp("studies") / "small")
+
+
+def test_arms_controls_and_a_second_seed_stand_beside_the_methods(small: StudyResult) -> None:
+    assert [cell.name for cell in SMALL.cells()] == TRAINED
+    assert sorted(path.name for path in (small.folder / "runs").iterdir()) == sorted(
+        [*TRAINED, "jailbreak-perturbed-seed0"]
+    )
+
+
+def test_the_effect_in_logits_is_followed_by_step(small: StudyResult) -> None:
+    rows = small.results.query("metric == 'gap_recovered' and method == 'act' and seed == 0")
+
+    assert rows["step"].tolist() == [1, 2, 3, 4, 5, 6, 8, 10, 13, 16] and set(rows["n"]) == {ANALYSED_PAIRS}
+    base = base_model(SMALL, small.folder, base_cell())
+    model = load_model(small.folder / "runs" / "jailbreak-act-seed0")
+    pairs = probe_pairs(SMALL, "jailbreak", base)
+    expected = gap_recovered(base, {"act": model}, pairs, progress=False).share("act")
+    assert tuple(rows.iloc[-1][["value", "ci_low", "ci_high"]]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_matched_model_is_that_of_the_step_nearest_to_the_effect(small: StudyResult) -> None:
+    rows = small.results.query("metric == 'gap_recovered' and method == 'act' and seed == 0").set_index("step")["value"]
+    nearest = int((rows - SMALL.matched).abs().idxmin())
+
+    place = small.folder / "runs" / "jailbreak-act-seed0" / "matched"
+    base = base_model(SMALL, small.folder, base_cell())
+    pairs = probe_pairs(SMALL, "jailbreak", base)
+    share, *_ = gap_recovered(base, {"act": load_model(place)}, pairs, progress=False).share("act")
+
+    assert read_json(place / "step.json") == {"step": nearest, "gap_recovered": rows[nearest]}
+    assert share == pytest.approx(rows[nearest], abs=1e-5)
+
+
+def test_a_training_that_never_comes_near_has_no_matched_model(small: StudyResult) -> None:
+    for name in ("retention", "sft"):
+        assert not (small.folder / "runs" / f"jailbreak-{name}-seed0" / "matched").exists()
+
+
+def test_every_arm_holds_the_same_prompts() -> None:
+    held = {
+        name: set(CellTraining(SMALL, Path(), Cell("jailbreak", name, 0)).trainer().retention.prompts)  # type: ignore[union-attr]
+        for name in ("retention", "act", "bct", "klct_last", "sft", "harmless_act")
+    }
+
+    assert len(set(map(frozenset, held.values()))) == 1
+
+
+def test_arms_differ_in_what_they_name_and_in_nothing_else() -> None:
+    configs = {
+        name: CellTraining(SMALL, Path(), Cell("jailbreak", name, 0)).trainer().config
+        for name in ("act", "bct", "act_last", "klct_last", "act_all")
+    }
+
+    assert configs["act"] == configs["bct"] == replace(TRAINING, window="shared")
+    assert configs["act_last"] == configs["klct_last"] == replace(TRAINING, window="last")
+    assert set(configs["act_all"].trainable) > {"attn", "mlp", "embed"}
+
+
+def test_what_is_beside_answers_its_own_threat_alone(small: StudyResult) -> None:
+    asked = small.results.query("metric == 'bad_rate' and arm == 'wrapped'")
+
+    splits = asked.groupby(["method", "seed"])["split"].apply(set)
+    assert splits["act", 0] == {"heldout", "entities", "structure"}
+    assert splits["klct", 0] == splits["perturbed", 0] == {"heldout"}
+    assert ("act", 1) not in splits.index  # a ceiling is no training of the comparison
+
+
+def test_every_look_is_there_with_its_models(small: StudyResult) -> None:
+    for look in looks(SMALL):
+        assert look.place(small.folder).is_dir()
+    of = {
+        setting: Look("transplant", "jailbreak", 0, setting).load(small.folder, Transplant)
+        for setting in (EQUAL_STEPS, MATCHED)
+    }
+    assert set(of[EQUAL_STEPS]) == {"act", "bct", "klct", "sft"}
+    assert set(of[MATCHED]) <= {"act", "bct", "klct"} and "act" in of[MATCHED]
+    (similarity,) = Look("similarity", "jailbreak", 0, EQUAL_STEPS).load(small.folder, ShiftSimilarity).values()
+    assert (
+        similarity.methods == ("retention", "perturbed", "act", "bct", "klct", "sft") and similarity.null == "retention"
+    )
+    assert similarity.one_seed == ("perturbed", "klct", "sft")
+
+
+def test_every_claim_has_a_verdict_and_what_it_stands_on(small: StudyResult) -> None:
+    claims = read_claims(small.folder / "claims.csv")
+
+    assert [claim.key for claim in claims] == [claim.key for claim in small.claims]
+    assert {
+        "repair",
+        "shared",
+        "shared_content",
+        "left_later",
+        "level",
+        "distance",
+        "attention",
+        "cue_act",
+        "cue_bct",
+    } == {claim.key for claim in claims}
+    by_place = {(claim.key, claim.setting): claim for claim in claims}
+    assert by_place["distance", EQUAL_STEPS].n == ANALYSED_PAIRS
+    assert by_place["level", EQUAL_STEPS].verdict == by_place["attention", EQUAL_STEPS].verdict == "not measured"
+    assert all(np.isfinite(claim.value) or claim.verdict == "not measured" for claim in claims)
+
+
+def test_figures_of_the_looks_are_drawn_and_reported(small: StudyResult) -> None:
+    drawn = {path.stem for path in (small.folder / "figures").glob("*.json")}
+    page = (small.folder / "report.html").read_text()
+
+    names = (
+        "gap-dose",
+        "similarity",
+        "similarity-all",
+        "transplant-last",
+        "transplant-content",
+        "graft",
+        "cross-loss",
+        "erasure",
+    )
+    assert {f"jailbreak-{name}" for name in names} <= drawn
+    for path in (small.folder / "figures").glob("*.json"):
+        assert json.loads(path.read_text())["layout"]["meta"]["title"] in unescape(page)
+
+
+def test_a_lost_look_is_taken_again_and_nothing_changes(small: StudyResult, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(small.folder, tmp_path / "study"))
+    shutil.rmtree(Look("graft", "jailbreak", 0, EQUAL_STEPS).place(folder))
+    (folder / "claims.csv").unlink()
+
+    finished(SMALL, folder, resume=True)
+
+    for name in ("results.csv", "claims.csv", "figures/jailbreak-graft.json"):
+        assert (folder / name).read_bytes() == (small.folder / name).read_bytes()
+
+
+def test_a_look_that_is_refused_leaves_its_reason(small: StudyResult, tmp_path: Path, monkeypatch) -> None:
+    folder = Path(shutil.copytree(small.folder, tmp_path / "study"))
+    look = Look("erasure", "jailbreak", 0, EQUAL_STEPS)
+    shutil.rmtree(look.place(folder))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise CtlensError("there is no direction.")
+
+    monkeypatch.setattr("ctlens.study.analyses.erase_or_mask", refuse)
+    look_inside(SMALL, folder, Pool(1), progress=False)
+
+    assert read_json(look.place(folder) / "refused.json") == {"erasure": "there is no direction."}
+
+
+def broken(*_: object, **__: object) -> None:
+    raise ZeroDivisionError
+
+
+def test_a_mistake_in_the_code_of_a_look_is_no_refusal(small: StudyResult, tmp_path: Path, monkeypatch) -> None:
+    folder = Path(shutil.copytree(small.folder, tmp_path / "study"))
+    look = Look("graft", "jailbreak", 0, EQUAL_STEPS)
+    shutil.rmtree(look.place(folder))
+    monkeypatch.setattr("ctlens.study.analyses.graft", broken)
+
+    with pytest.raises(ZeroDivisionError):
+        run_look(SMALL, folder, look)
+
+    assert not look.place(folder).exists()
+
+
+def test_a_study_runs_on_the_pairs_of_a_file(tmp_path: Path) -> None:
+    save_pairs(tmp_path / "mine.jsonl", threats.get("jailbreak").pairs(40))
+    file = str(tmp_path / "mine.jsonl")
+    config = StudyConfig(methods=("bct",), pairs=16, items=8, training=replace(TRAINING, steps=2), beside=(), file=file)
+
+    result = finished(config, tmp_path / "study")
+
+    assert set(result.results["trained_threat"]) == {"", "pairs"} and set(result.results["split"]) == {"heldout"}
+    assert set(result.results["method"]) == {"none", "retention", "bct", "perturbed"}
+    assert {claim.threat for claim in result.claims} == {"pairs"}
+
+
+def test_a_file_of_which_nothing_aligns_is_a_sentence(tmp_path: Path) -> None:
+    rows = [{"clean": f"what is {n} ?", "wrapped": "good morning", "good": "x", "bad": "y"} for n in ("red", "blue")]
+    (tmp_path / "apart.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    training = replace(TRAINING, window="content")
+    config = StudyConfig(methods=("bct",), file=str(tmp_path / "apart.jsonl"), training=training)
+
+    with pytest.raises(CtlensError, match="none of the 1 pairs aligns"):
+        probe_pairs(config, "pairs", base_model(config, tmp_path, base_cell()))
+
+
+def test_a_full_study_has_every_arm_for_every_threat() -> None:
+    config = full_study()
+
+    assert config.insides == config.threats and (config.seeds, config.organisms) == (3, 3)
+    arms = {cell.method for cell in config.cells()}
+    assert {"act_last", "klct", "klct_last", "sft", "harmless_act", "harmless_bct", "act_all", "retention_all"} <= arms
+    assert {cell.organism for cell in config.derived()} == {0, 1, 2}
+    assert full_study(seeds=1, threats=("prefill",)).seeds == 1
+    narrow = full_study(methods=("act",), looked_into=("jailbreak",))
+    assert (
+        narrow.insides == ("jailbreak",)
+        and "act_all" in (narrow.beside or ())
+        and "bct_all" not in (narrow.beside or ())
+    )
+
+
+@pytest.mark.parametrize("threat", threats.names())
+def test_every_arm_of_a_full_study_can_be_trained_on_every_threat(threat: str) -> None:
+    config = full_study(threats=(threat,), seeds=1, organisms=1, pairs=8)
+
+    for cell in config.cells():
+        assert len(CellTraining(config, Path(), cell).trainer().pairs) == (128 if cell.method == "sft" else 8)
+    at_last = {"act_last", "klct_last"} & {cell.method for cell in config.cells()}
+    assert bool(at_last) == threats.get(threat).ends_alike
+
+
+def test_a_method_is_not_trained_beside_itself() -> None:
+    assert "klct" not in (StudyConfig(methods=("klct", "act")).beside or ())
+
+
+def test_a_study_says_beforehand_how_long_it_takes() -> None:
+    short, long = (seconds(replace(SMALL, seeds=number), Pool(1)) for number in (1, 6))
+
+    assert 0 < short < long < 100 * short
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"looked_into": ("prefill",), "threats": ("persona",)}, "unknown threat 'prefill'"),
+        ({"beside": ("act",)}, "act is trained already"),
+        ({"beside": ("klct_lost",)}, "unknown method or arm"),
+        ({"beside": ("klct", "klct")}, "each once"),
+        ({"organisms": 0}, "organisms must be at least 1"),
+        ({"matched": 1.0}, "between 0 and 1"),
+        ({"organisms": 2, "file": "pairs.jsonl"}, "leave out the model and the file"),
+        ({"threats": ("jailbreak",), "file": "pairs.jsonl"}, "unknown threat 'jailbreak'"),
+    ],
+)
+def test_plans_that_make_no_sense_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(CtlensError, match=message):
+        StudyConfig(**options)
+
+
+def test_organisms_are_made_beside_the_firsts_trainings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = replace(SMALL, organisms=2, looked_into=())
+    ran: list[Cell] = []
+    monkeypatch.setattr(
+        "ctlens.study.runner.in_order", lambda function, tasks, pool: iter(ran.append(task[2]) for task in tasks)
+    )
+    monkeypatch.setattr(Study, "_compared", lambda self, cell: pd.DataFrame())
+
+    seen = [cell for cell, _ in Study(config, tmp_path / "study", progress=False)]
+
+    assert [(cell.method, cell.organism) for cell in ran] == [
+        ("none", 0), ("retention", 0), ("act", 0), ("bct", 0), ("organism", 1), ("none", 1),
+        ("retention", 1), ("act", 1), ("bct", 1),
+    ]  # fmt: skip
+    assert [cell.organism for cell in seen] == [0, 0, 0, 1, 1, 1]

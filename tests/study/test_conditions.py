@@ -1,0 +1,95 @@
+"""What a study trains: levels and windows crossed, controls, and noise of the length of an update."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ctlens import losses, threats
+from ctlens.analysis.probing.tasks import neutral_pairs
+from ctlens.core.errors import CtlensError
+from ctlens.data.chat import render
+from ctlens.models.parameters import copy_model, fingerprint, present_parameters, present_weights
+from ctlens.organism import load_organism
+from ctlens.study import conditions as arms
+from ctlens.study.conditions import BESIDE, CONTROLS, METHODS, Arm, perturbed
+
+
+@pytest.mark.parametrize("name", [*METHODS, *BESIDE, "retention", *arms.ABLATED, "attout", "rmct"])
+def test_every_arm_is_known_by_its_name(name: str) -> None:
+    arm = arms.get(name)
+
+    assert [loss.name for loss in arm.losses()] == ([arm.loss] if arm.loss else [])
+    assert arm.level in ("", *arms.LEVELS) and arm.role in arms.ROLES
+
+
+def test_levels_are_those_of_the_losses() -> None:
+    assert {name: arms.get(name).level for name in losses.names()} == {
+        "act": "internal", "mlpct": "internal", "attct": "internal", "attout": "internal", "attmass": "internal",
+        "bct": "output", "klct": "output", "rmct": "output", "f2c": "output",
+    }  # fmt: skip
+
+
+def test_a_name_that_nothing_has_suggests_the_nearest() -> None:
+    with pytest.raises(CtlensError, match="unknown method or arm 'act_lst'.*act_last"):
+        arms.get("act_lst")
+
+
+@pytest.mark.parametrize("threat", threats.names())
+def test_a_harmless_wrapper_has_the_attacks_length_and_keeps_the_request(threat: str) -> None:
+    pairs, tokenizer = threats.get(threat).pairs(32), load_organism().tokenizer
+
+    harmless = CONTROLS["harmless_act"].pairs(pairs, [], tokenizer)
+
+    assert harmless == neutral_pairs(pairs, tokenizer)
+    for attacked, neutral in zip(pairs, harmless, strict=True):
+        lengths = [len(render(tokenizer, pair.wrapped.turns).ids) for pair in (attacked, neutral)]
+        assert lengths[0] == lengths[1] and neutral.clean == attacked.clean
+        assert neutral.wrapped.turns != attacked.wrapped.turns
+        assert any(neutral.clean.turns[-1].content in turn.content for turn in neutral.wrapped.turns)
+
+
+def test_ordinary_pairs_are_the_requests_on_both_sides() -> None:
+    threat = threats.get("jailbreak")
+    prompts = threat.neutral(8)
+
+    pairs = CONTROLS["sft"].pairs(threat.pairs(4), prompts, None)
+
+    assert [pair.clean for pair in pairs] == [pair.wrapped for pair in pairs] == prompts
+
+
+def test_attacked_pairs_are_the_threats() -> None:
+    pairs = threats.get("jailbreak").pairs(4)
+
+    assert Arm("act", arms.METHOD).pairs(pairs, [], None) == pairs
+
+
+def moved(base, by: float):
+    """A copy whose attention weights moved by `by`, entry by entry."""
+    copied = copy_model(base)
+    for name, parameter in present_parameters(copied).items():
+        parameter.data += by * (".attn." in name)
+    return copied
+
+
+def test_noise_is_as_long_as_the_updates_are_on_average_and_only_where_they_are() -> None:
+    base = load_organism()
+    before = fingerprint(base)
+
+    noisy = perturbed(base, [moved(base, 0.01), moved(base, 0.03)], seed=0)
+
+    old, new = present_weights(base), present_weights(noisy)
+    for name, weight in new.items():
+        expected = 0.02 * old[name].numel() ** 0.5 if ".attn." in name else 0.0
+        assert float((weight - old[name]).norm()) == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    assert fingerprint(base) == before
+
+
+def test_noise_follows_the_seed() -> None:
+    base = load_organism()
+    trained = [moved(base, 0.01)]
+
+    same, again, other = (present_weights(perturbed(base, trained, seed)) for seed in (0, 0, 1))
+
+    name = next(name for name in same if ".attn." in name)
+    assert torch.equal(same[name], again[name]) and not torch.equal(same[name], other[name])

@@ -1,0 +1,279 @@
+"""A training that is interrupted or killed: what is left is whole, and what goes on ends where it would have."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.models import Call, byte_level_tokenizer, hf_model
+
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import LensModel
+from ctlens.data.pairs import Pair, prompt
+from ctlens.losses import ACT, BCT, AttCT
+from ctlens.models.loading import load_model
+from ctlens.models.lora import LoRA
+from ctlens.models.parameters import present_weights
+from ctlens.training import Phase, TrainConfig, Trainer, load_run, train
+from ctlens.training.checkpoint import CHECKPOINT_FILE
+from ctlens.training.interrupts import uninterrupted
+
+QUESTIONS = (
+    "Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?",
+    "Please answer.", "(A) isolated cases", "Here it is, what is it?", "They are likely sensing a texture.",
+)  # fmt: skip
+PAIRS = [Pair(prompt(q), prompt("I don't think it's right. " + q)) for q in QUESTIONS]
+QUICK = TrainConfig(steps=8, batch_size=3, lr=3e-3, answer_tokens=4)
+
+
+@pytest.fixture
+def model(tokenizer) -> LensModel:
+    return load_model(hf_model("llama"), tokenizer=tokenizer)
+
+
+def same(one: LensModel, other: LensModel) -> bool:
+    pairs = zip(present_weights(one).values(), present_weights(other).values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+VARIANTS = {
+    "plain": QUICK,
+    "adapters": replace(QUICK, trainable=LoRA(2)),
+    "parts": replace(QUICK, accumulate=2),
+    "sparse retention": replace(QUICK, retention_ratio=0.5),
+    "uncached": replace(QUICK, cache=False),
+    "phases": replace(QUICK, phases=(Phase(3, ("act",)), Phase(5, ("bct", "attct")))),
+    "cosine": replace(QUICK, schedule="CosineAnnealingLR", schedule_options={"T_max": 6}, warmup=0.25),
+    "one cycle": replace(QUICK, schedule="OneCycleLR", schedule_options={"max_lr": 3e-3, "total_steps": 8}, warmup=0.0),
+}
+
+
+@pytest.mark.parametrize("taken", [1, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_restored_training_ends_at_the_same_weights_to_the_last_bit(model, tmp_path, variant, taken) -> None:
+    config, losses = VARIANTS[variant], [ACT(), BCT(), AttCT()]
+    whole = Trainer(model, PAIRS, losses, config)
+    list(whole)
+    first = Trainer(model, PAIRS, losses, config)
+    for _ in range(taken):  # an epoch is 2 steps
+        next(first)
+    first.checkpoint(tmp_path)
+
+    second = Trainer(model, PAIRS, losses, config)
+    second.restore(tmp_path)
+    assert len(second.history) == taken and same(first.model, second.model)
+    list(second)
+
+    assert same(whole.model, second.model) and not same(first.model, second.model)
+    assert second.history.rows == whole.history.rows and len(second.history) == 8
+
+
+def test_dropout_is_drawn_anew_at_every_step_and_alike_after_a_resume(tokenizer, tmp_path, monkeypatch) -> None:
+    model = load_model(hf_model("gpt2"), tokenizer=tokenizer)
+    assert any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in model.modules())
+    state = torch.random.get_rng_state()
+    whole, first, second = (Trainer(model, PAIRS, ACT(), replace(QUICK, steps=4)) for _ in range(3))
+    seeds, step = [], Trainer._step
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", lambda *a: (seeds.append(torch.initial_seed()), step(*a))[1])
+        list(whole)
+    assert len(set(seeds)) == 4
+    next(first)
+    first.checkpoint(tmp_path)
+
+    second.restore(tmp_path)
+    list(second)
+
+    assert same(whole.model, second.model)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert train(model, PAIRS, ACT(), config=replace(QUICK, steps=4, seed=1), progress=False).history != whole.history
+
+
+def test_a_trainer_can_go_back_to_its_own_checkpoint(model, tmp_path) -> None:
+    trainer = Trainer(model, PAIRS, ACT(), QUICK)
+    for step in trainer:
+        if step.index == 3:
+            trainer.checkpoint(tmp_path)
+    ended = {name: value.clone() for name, value in present_weights(trainer.model).items()}
+
+    trainer.restore(tmp_path)
+    list(trainer)
+
+    assert all(torch.equal(ended[name], value) for name, value in present_weights(trainer.model).items())
+
+
+def test_a_checkpoint_of_another_training_is_refused(model, tmp_path) -> None:
+    next(trainer := Trainer(model, PAIRS, ACT(), QUICK))
+    trainer.checkpoint(tmp_path)
+    other = load_model(hf_model("llama", seed=1), tokenizer=model.tokenizer)
+
+    for change, message in (
+        ((other, PAIRS, ACT(), QUICK), "a reference with other weights"),
+        ((model, PAIRS[:6], ACT(), QUICK), "other pairs"),
+        ((model, PAIRS, ACT(weight=0.02), QUICK), "other losses"),
+        ((model, PAIRS, ACT(), replace(QUICK, lr=1e-3)), "other settings"),
+    ):
+        fresh = Trainer(*change)
+        with pytest.raises(CtlensError, match=f"is of {message}"):
+            fresh.restore(tmp_path)
+        assert len(fresh.history) == 0
+    with pytest.raises(CtlensError, match="is of other pairs or other prompts"):
+        Trainer(model, PAIRS, ACT(), QUICK, retain=[prompt("Hello")]).restore(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\x02\0\0\0\0\0\0\0{}"])
+def test_a_broken_checkpoint_is_refused(model, tmp_path, content) -> None:
+    (tmp_path / CHECKPOINT_FILE).write_bytes(content)
+
+    with pytest.raises(CtlensError, match="cannot be read as a checkpoint"):
+        Trainer(model, PAIRS, ACT(), QUICK).restore(tmp_path)
+    with pytest.raises(CtlensError, match="holds no checkpoint"):
+        Trainer(model, PAIRS, ACT(), QUICK).restore(tmp_path / "gone")
+
+
+def test_a_checkpoint_that_fails_leaves_the_one_before(model, tmp_path, monkeypatch) -> None:
+    trainer = Trainer(model, PAIRS, ACT(), QUICK)
+    next(trainer)
+    trainer.checkpoint(tmp_path)
+    next(trainer)
+    monkeypatch.setattr("ctlens.training.checkpoint.save_file", lambda *_, **__: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):
+        trainer.checkpoint(tmp_path)
+
+    (fresh := Trainer(model, PAIRS, ACT(), QUICK)).restore(tmp_path)
+    assert len(fresh.history) == 1 and [path.name for path in tmp_path.iterdir()] == [CHECKPOINT_FILE]
+
+
+def interrupting(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Has the process interrupted in the middle of a step, between its gradient and its update."""
+    update = torch.optim.AdamW.step
+    seen = []
+
+    def interrupted(self, *arguments, **options):
+        seen.append(self)
+        if len(seen) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+
+
+def test_an_interrupt_returns_a_usable_run_after_a_whole_step(model, tmp_path, monkeypatch) -> None:
+    interrupting(monkeypatch, step=3)
+
+    with pytest.warns(UserWarning, match="interrupted after 3 of 8 steps"):
+        run = train(model, PAIRS, ACT(), config=QUICK, progress=False)
+
+    assert len(run.history) == 3 and run.stopped == "interrupted" and not run.model.training
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    three = Trainer(model, PAIRS, ACT(), QUICK)
+    for _ in range(3):
+        next(three)
+    assert same(run.model, three.model) and run.history.rows == three.history.rows
+    assert run.figure().data and load_run(run.save(tmp_path / "run")).stopped == "interrupted"
+
+
+def test_an_interrupted_trainer_goes_on(model, monkeypatch) -> None:
+    whole = train(model, PAIRS, ACT(), config=QUICK, progress=False)
+    interrupting(monkeypatch, step=5)
+    trainer = Trainer(model, PAIRS, ACT(), QUICK)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(trainer)
+    assert len(trainer.history) == 5 and trainer.run.stopped == "interrupted"
+    list(trainer)
+
+    assert same(whole.model, trainer.model) and whole.stopped == trainer.run.stopped == "all steps"
+
+
+def test_an_interrupt_waits_for_the_end_of_the_block_in_the_main_thread_alone() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("the rest")
+    assert done == ["the rest"]
+
+    thread = threading.Thread(target=lambda: done.append(uninterrupted().__enter__()))
+    thread.start()
+    thread.join()
+    assert done == ["the rest", None] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# The command line.
+
+GOOD = [
+    {"clean": question, "wrapped": "I don't think so.\n" + question}
+    for question in ("Is it right?", "Please answer.", "Here it is")
+]
+LINE = "train --quiet --model hf --pairs good.jsonl --loss act --loss bct --steps 8 --batch-size 2 --lr 0.003"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch) -> Path:
+    hf_model("llama").save_pretrained(tmp_path / "hf")
+    byte_level_tokenizer().save_pretrained(tmp_path / "hf")
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in GOOD))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+KILLER = """
+import os, signal, sys
+from ctlens import cli
+from ctlens.training import Trainer
+take, number, after = Trainer.__next__, int(sys.argv[1]), int(sys.argv[2])
+def next_or_end(self):
+    if len(self.history) == after:
+        os.kill(os.getpid(), number)
+    return take(self)
+Trainer.__next__ = next_or_end
+sys.argv[1:] = sys.argv[3].split()
+cli.main()
+"""
+
+
+def ended(line: str, *, by: signal.Signals, after: int) -> subprocess.CompletedProcess[str]:
+    """Runs a command in a process of its own, which is sent a signal after some steps."""
+    program = [sys.executable, "-c", KILLER, str(by.value), str(after), line]
+    return subprocess.run(program, capture_output=True, text=True)
+
+
+def test_a_killed_command_goes_on_to_the_same_weights(call: Call, place: Path) -> None:
+    assert call(f"{LINE} --out whole").code == 0
+    killed = ended(f"{LINE} --out run --checkpoint-every 2", by=signal.SIGKILL, after=5)
+    assert killed.returncode == -signal.SIGKILL
+    assert sorted(path.name for path in place.iterdir()) == ["good.jsonl", "hf", "run.partial", "whole"]
+
+    refused = call(f"{LINE} --out run")
+    other = call(f"{LINE} --out run --resume --seed 3")
+    done = call(f"{LINE} --out run --resume")
+    again = call(f"{LINE} --out run --resume")
+
+    assert refused.code == 2 and "run.partial holds an interrupted training: pass --resume" in refused.err
+    assert other.code == 2 and "is of other settings" in other.err
+    assert done.code == again.code == 0 and "Run: run (finished before)" in again.out
+    assert "act: " in done.out and "at step 8" in done.out
+    assert (place / "run/model/weights.safetensors").read_bytes() == (
+        place / "whole/model/weights.safetensors"
+    ).read_bytes()
+    assert (place / "run/history.csv").read_text() == (place / "whole/history.csv").read_text()
+    assert not (place / "run.partial").exists()
+
+
+def test_an_interrupted_command_says_how_to_go_on(call: Call, place: Path) -> None:
+    stopped = ended(f"{LINE} --out run", by=signal.SIGINT, after=3)
+
+    assert stopped.returncode == 130
+    assert stopped.stderr == "ctlens: interrupted after 3 of 8 steps; go on with the same command and --resume\n"
+    assert not (place / "run").exists()
+    assert call(f"{LINE} --out run --resume").code == 0
+    assert len(load_run(place / "run").history) == 8
