@@ -146,7 +146,8 @@ def test_probabilities_of_first_tokens_come_as_they_were_asked_for(model: LensMo
     found = decode(model, PROMPTS, first_tokens=wanted, max_new_tokens=1)
 
     assert [len(row) for row in found.first_probabilities] == [0, 1, 3, 20, 0]
-    assert found.first_probabilities[1] == pytest.approx((float(next_token(model, PROMPTS[1])[7]),))
+    # Two ways to the same float32 logits, at a probability of 6e-7: how far they round apart depends on the processor.
+    assert found.first_probabilities[1] == pytest.approx((float(next_token(model, PROMPTS[1])[7]),), rel=1e-4)
     assert found.first_probabilities[2][0] == found.first_probabilities[2][1]
     assert sum(found.first_probabilities[3]) == pytest.approx(1)
     most = max(range(20), key=lambda token: found.first_probabilities[3][token])

@@ -234,7 +234,7 @@ def test_brr_of_a_multiple_choice_file_counts_each_arm(model: LensModel, tmp_pat
     for (arm, item), row in outcomes.iterrows():
         (choice,) = choose(model, [pairs[item].arm(arm)])
         assert row["answer"] == choice.chosen and row["verdict"] == {"A) yes": "good", "B) no": "bad"}[choice.chosen]
-        assert row["good_probability"] == pytest.approx(choice.share("A) yes"))
+        assert row["good_probability"] == pytest.approx(choice.share("A) yes"), rel=1e-4)  # other batches, float32
     arms = {arm: float(part["verdict"].eq("bad").mean()) for arm, part in found.outcomes.groupby("arm")}
     assert found.rate("brr", "wrapped") == pytest.approx(arms["wrapped"] - arms["clean"])
 
