@@ -53,7 +53,7 @@ def test_the_parts_of_a_batch_have_the_gradient_of_the_whole(model, loss, n) -> 
     expected = gradient(whole)
     torch.testing.assert_close(gradient(cut), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
     for name in (*whole.history.to_dataframe()["name"].unique(),):
-        # Retention is 0 before the first step: a KL of equal float32 logits is 0 to about 1e-6, more or less by processor.
+        # Retention is 0 before the first step, where a KL of equal float32 logits is 0 to about 1e-6.
         assert cut.history.series(name) == pytest.approx(whole.history.series(name), rel=1e-4, abs=1e-5)
     for hook, values in whole.history.by_hook("tracked/mlpct").items():
         assert cut.history.by_hook("tracked/mlpct")[hook] == pytest.approx(values, rel=1e-4)
