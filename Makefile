@@ -4,25 +4,11 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 # A process a core, each on one thread (`tests/conftest.py`); idle ones take over what is left of the slowest.
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist worksteal
-TESTS_4X := $(addprefix tests/,analysis/attention/test_diff.py analysis/base/test_recording.py analysis/base/test_states.py)
-TESTS_4X += $(addprefix tests/,analysis/directions/test_erasure.py analysis/directions/test_steering.py)
-TESTS_4X += $(addprefix tests/,analysis/exchange/test_mediation.py analysis/exchange/test_transplant.py)
-TESTS_4X += $(addprefix tests/,analysis/outputs/test_logit_lens.py analysis/patching/test_attribution.py)
-TESTS_4X += $(addprefix tests/,analysis/patching/test_known_circuit.py analysis/patching/test_organism.py)
-TESTS_4X += $(addprefix tests/,analysis/patching/test_patch.py analysis/patching/test_suffix.py analysis/probing/test_probe.py)
-TESTS_4X += $(addprefix tests/,analysis/residual/test_similarity.py analysis/test_planted.py analysis/weights/test_graft.py)
-TESTS_4X += $(addprefix tests/,analysis/weights/test_update_rank.py losses/test_attention_losses.py losses/test_f2c.py)
-TESTS_4X += $(addprefix tests/,losses/test_losses.py losses/test_output_losses.py losses/test_output_presets.py)
-TESTS_4X += $(addprefix tests/,losses/test_presets.py losses/test_rmct.py models/test_architectures.py)
-TESTS_4X += $(addprefix tests/,models/test_continuations.py models/test_export.py models/test_generation.py)
-TESTS_4X += $(addprefix tests/,models/test_hooks.py models/test_loading.py models/test_lora.py models/test_scoring.py)
-TESTS_4X += $(addprefix tests/,models/test_weights.py organism/test_organism.py organism/test_relora.py)
-TESTS_4X += $(addprefix tests/,training/test_calibrate.py training/test_checkpoint.py training/test_live.py)
-TESTS_4X += $(addprefix tests/,training/test_targets.py training/test_trainer.py)
+UNIT := not slow and not browser and not processes
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 STRIP := --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
 
-.PHONY: install compare test test-4x check figures drawings lab notebooks strip install-4x clean
+.PHONY: install compare test test-all doctest test-4x check figures drawings lab notebooks strip dist install-4x clean
 
 install: $(VENV)/installed
 
@@ -35,8 +21,15 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 compare: install
 	$(BIN)/ctlens compare --out runs/compare --resume
 
+# The unit tier, the whole suite, and the examples in the docstrings; the markers are in pyproject.toml.
 test: install
+	$(BIN)/pytest $(PARALLEL) -m "$(UNIT)"
+
+test-all: install
 	$(BIN)/pytest $(PARALLEL)
+
+doctest: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) --doctest-modules ctlens
 
 # What the documents show, each from one command.
 figures: compare
@@ -52,9 +45,9 @@ figures: compare
 drawings: install
 	$(BIN)/python figures/draw.py
 
-# The newest TransformerLens 4.x, with everything else as pinned, and the tests of what depends on it.
+# The newest TransformerLens 4.x, with everything else as pinned, and the tests of what depends on it, marked `boundary`.
 test-4x: install-4x
-	.venv-4x/bin/pytest $(PARALLEL) $(TESTS_4X)
+	.venv-4x/bin/pytest $(PARALLEL) -m boundary
 
 install-4x: .venv-4x.txt
 	$(MAKE) install VENV=.venv-4x CONSTRAINTS=.venv-4x.txt
@@ -82,5 +75,10 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The sdist, and the wheel made from it.
+dist: install
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+
 clean:
-	rm -rf $(VENV) .venv-4x .venv-4x.txt runs
+	rm -rf $(VENV) .venv-4x .venv-4x.txt runs dist

@@ -7,11 +7,13 @@ mistake ends with exit code 2 and one sentence on stderr.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from ctlens import __version__
 from ctlens.cli import analyses, models, organism, pairs, studies, training
+from ctlens.cli.common import say
 from ctlens.core.errors import CtlensError
 
 __all__ = ["app", "main"]
@@ -29,6 +31,23 @@ for command in (
     app.command()(command)
 app.add_typer(organism.app, name="organism")
 app.add_typer(pairs.app, name="pairs")
+
+
+def print_version(wanted: bool) -> None:
+    """Prints name and version and ends the program, where `--version` was given."""
+    if wanted:
+        say(f"ctlens {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Holds the options that belong to no command."""
+
 
 # Typer keeps its copy of click private; every usage error descends from this class.
 UsageError: Any = typer.BadParameter.__mro__[2]
