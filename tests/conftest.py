@@ -1,4 +1,4 @@
-"""Tiny models and tokenizers that the tests build themselves; shapes are checked at run time."""
+"""Tiny models and tokenizers that the tests build themselves; `CTLENS_TYPECHECK=1` has shapes checked at run time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # on models this small, threads cost more t
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook(
-    ["ctlens.data.alignment", "ctlens.data.batch", "ctlens.losses", "ctlens.analysis"], "beartype.beartype"
-)
+if os.environ.get("CTLENS_TYPECHECK") == "1":
+    install_import_hook(
+        ["ctlens.data.alignment", "ctlens.data.batch", "ctlens.losses", "ctlens.analysis"], "beartype.beartype"
+    )
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits an ignored one
 
 from helpers.models import Call, Ended, byte_level_tokenizer, hf_model  # noqa: E402

@@ -53,6 +53,7 @@ def test_live_bytes_are_those_worked_out_by_hand(modules) -> None:
     assert live.now == 0 and live.peak >= 12_000
 
 
+@pytest.mark.slow
 def test_every_analysis_of_the_benchmark_gives_a_result_with_its_figure(modules) -> None:
     import analysis
 

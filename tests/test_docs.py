@@ -30,6 +30,7 @@ def blocks(document: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_readme_example_runs_and_its_claim_holds() -> None:
     (example,) = blocks("README.md", "python")
     names: dict[str, object] = {}
@@ -49,7 +50,19 @@ def test_every_make_target_that_the_documents_name_exists() -> None:
     ]
     targets = {shlex.split(line, comments=True)[1] for line in commands if line.startswith("make ")}
 
-    assert targets == {"compare", "test", "check", "figures", "drawings", "lab", "notebooks", "strip"}
+    assert targets == {
+        "compare",
+        "test",
+        "test-all",
+        "doctest",
+        "test-4x",
+        "check",
+        "figures",
+        "drawings",
+        "lab",
+        "notebooks",
+        "strip",
+    }
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
 
 
@@ -194,6 +207,7 @@ def test_the_organism_s_page_is_its_card() -> None:
     assert (ROOT / "docs/organism.md").read_text() == card_text(organism.card())
 
 
+@pytest.mark.slow
 def test_the_gallery_is_what_the_code_draws_today() -> None:
     old = draw.stale(ROOT / "figures", draw.drawings(ROOT / "figures"))
 

@@ -40,6 +40,7 @@ def test_a_name_that_is_not_public_is_an_attribute_error() -> None:
         ct.attct  # noqa: B018
 
 
+@pytest.mark.processes
 def test_importing_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers import planted
+from helpers.tiers import unit_first
 
 from ctlens.analysis import (
     Directions,
@@ -24,6 +25,8 @@ from ctlens.analysis.base import states
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 
+pytestmark = pytest.mark.boundary
+
 PAIRS = planted.pairs()
 PUSH = np.array([abs(planted.written(pair)) for pair in PAIRS])
 DIRECTION = planted.DIRECTION.numpy()
@@ -42,7 +45,7 @@ def task(models) -> Task:
 # Probes.
 
 
-@pytest.fixture(scope="module", params=["ridge", "logistic", "mass_mean"])
+@pytest.fixture(scope="module", params=unit_first(["ridge", "logistic", "mass_mean"]))
 def probed(models, task: Task, request) -> Probe:
     return probe(models, task, places=["last"], estimators=[request.param], progress=False)
 

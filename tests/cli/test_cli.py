@@ -19,7 +19,7 @@ import pytest
 import typer
 from helpers.models import Call, byte_level_tokenizer, hf_model
 
-from ctlens import cli, losses, threats
+from ctlens import __version__, cli, losses, threats
 from ctlens.analysis import Patching, patch
 from ctlens.core.config import to_dict
 from ctlens.organism import load_organism
@@ -45,8 +45,8 @@ JSONL = {
 HELP_PROGRAM = """
 import sys
 from ctlens import cli
-for command in sys.argv[1].split(","):
-    sys.argv = ["ctlens", *command.split(), "--help"]
+for line in sys.argv[1].split(","):
+    sys.argv = ["ctlens", *line.split()]
     try:
         cli.main()
     except SystemExit as end:
@@ -112,8 +112,17 @@ def test_every_command_explains_itself(call: Call, command: str) -> None:
     assert f"Usage: ctlens {command}".strip() in ended.out
 
 
-def test_help_loads_nothing_heavy() -> None:
-    done = subprocess.run([sys.executable, "-c", HELP_PROGRAM, ",".join(COMMANDS)], capture_output=True, text=True)
+def test_the_version_is_that_of_the_package(call: Call) -> None:
+    ended = call("--version")
+
+    assert (ended.code, ended.out, ended.err) == (0, f"ctlens {__version__}\n", "")
+
+
+@pytest.mark.processes
+def test_help_and_the_version_load_nothing_heavy() -> None:
+    lines = [*(f"{command} --help" for command in COMMANDS), "--version"]
+
+    done = subprocess.run([sys.executable, "-c", HELP_PROGRAM, ",".join(lines)], capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr
 
@@ -300,6 +309,7 @@ def test_no_command_shows_the_help_and_what_is_missing(call: Call, line: str) ->
     assert ended.err == "ctlens: name a command.\n"
 
 
+@pytest.mark.processes
 def test_a_mistake_is_the_only_line_on_a_real_terminal(place: Path) -> None:
     command = [sys.executable, "-m", "ctlens", *f"{TRAIN} --loss act --pairs apart.jsonl".split()]
 
@@ -448,6 +458,7 @@ def test_progress_goes_to_stderr_and_only_when_wanted(call: Call, place: Path) -
     assert loud.out.replace("loud", "") == quiet.out.replace("quiet", "")
 
 
+@pytest.mark.slow
 def test_compare_prints_a_line_a_cell_and_one_table_of_80_columns(call: Call, place: Path, monkeypatch) -> None:
     monkeypatch.setattr("ctlens.plots.export.find_spec", lambda _: None)
     monkeypatch.setattr("ctlens.study.config.LOOKED_INTO", ())
@@ -464,6 +475,7 @@ def test_compare_prints_a_line_a_cell_and_one_table_of_80_columns(call: Call, pl
     assert sum(" none " in line for line in lines) == 2 and max(map(len, lines)) <= 80
 
 
+@pytest.mark.slow
 def test_doses_prints_a_line_a_cell_and_the_bad_rates(call: Call, place: Path, monkeypatch) -> None:
     monkeypatch.setattr("ctlens.plots.export.find_spec", lambda _: None)
     ended = call("doses --quiet --threat jailbreak --methods act --pairs 4 --steps 1 --workers 1 --out new")

@@ -7,6 +7,7 @@ from string import printable
 
 import pytest
 from helpers.models import byte_level_tokenizer
+from helpers.tiers import unit_first
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -289,7 +290,7 @@ def prompts(tokenizer: PreTrainedTokenizerFast, before: str, content: str, after
     return user(content, tokenizer), user(before + content + after, tokenizer)
 
 
-@pytest.mark.parametrize("tokenizer", [PLAIN, CHAT], ids=["plain", "chat"])
+@pytest.mark.parametrize("tokenizer", unit_first([PLAIN, CHAT]), ids=["plain", "chat"])
 @settings(MANY, max_examples=1000)
 @given(before=TEXT, content=CONTENT, after=TEXT)
 def test_every_match_holds_the_same_token_in_order_and_every_candidate_is_accounted_for(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from helpers.files import DATA, OPTIONS, QUESTION, jsonl, messages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,21 +24,7 @@ from ctlens.data.formats import (
 )
 from ctlens.data.pairs import Pair, Prompt, prompt, save_pairs
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
-QUESTION = "Which floats?\n\nAnswer choices:\n(A) a cork\n(B) a coin\n(C) a brick\n"
-OPTIONS = ("A) a cork", "B) a coin", "C) a brick")
-
-
 ANSWER = [{"role": "assistant", "content": "a"}]
-
-
-def jsonl(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def messages(*contents: str) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
 
 
 @pytest.mark.parametrize(

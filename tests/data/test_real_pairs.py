@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.models import byte_level_tokenizer, hf_model
+from helpers.tiers import unit_first
 
 from ctlens import cli, load_model, load_pairs, load_run, losses
 from ctlens.core.types import LensModel
@@ -117,7 +118,7 @@ def logits(model: LensModel) -> torch.Tensor:
         return model(torch.arange(2 * 30).reshape(2, 30))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("kind", unit_first(["llama", "gpt2", "qwen3"]))
 def test_a_huggingface_folder_is_trained_and_comes_back(train, tmp_path: Path, pairs_file: Path, kind: str) -> None:
     source, out = save_hf(kind, tmp_path / "hf"), tmp_path / "run"
 
@@ -134,6 +135,7 @@ def test_a_huggingface_folder_is_trained_and_comes_back(train, tmp_path: Path, p
     assert again.model.tokenizer.get_vocab() == byte_level_tokenizer().get_vocab()
 
 
+@pytest.mark.slow
 def test_the_command_trains_as_the_library_does(train, tmp_path: Path, own_pairs: Path) -> None:
     source, out = save_hf("llama", tmp_path / "hf"), tmp_path / "run"
     config = TrainConfig(steps=6, batch_size=5, lr=2e-3, retention=1.0, seed=3)
@@ -148,6 +150,7 @@ def test_the_command_trains_as_the_library_does(train, tmp_path: Path, own_pairs
     assert torch.equal(logits(load_model(out)), logits(trainer.model))
 
 
+@pytest.mark.slow
 def test_all_losses_fall_together(train, tmp_path: Path, own_pairs: Path) -> None:
     source, out = save_hf("llama", tmp_path / "hf"), tmp_path / "run"
     named = [part for name in losses.MEASURED for part in ("--loss", name)]
@@ -158,7 +161,7 @@ def test_all_losses_fall_together(train, tmp_path: Path, own_pairs: Path) -> Non
     assert {loss.name for loss in load_run(out).losses} == set(losses.MEASURED)
 
 
-@pytest.mark.parametrize("loss", ["attct", "bct"])
+@pytest.mark.parametrize("loss", unit_first(["attct", "bct"]))
 def test_a_model_with_a_chat_template_is_trained_on_its_messages(train, tmp_path: Path, own_pairs, loss: str) -> None:
     source, out = save_hf("llama", tmp_path / "hf", chat=True), tmp_path / "run"
 
@@ -174,6 +177,7 @@ def test_a_model_with_a_chat_template_is_trained_on_its_messages(train, tmp_path
         assert f"  {drops[1]} tokens left out: {drops[0]}" in printed
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_further(train, tmp_path: Path, own_pairs: Path) -> None:
     source, first, second = save_hf("qwen3", tmp_path / "hf"), tmp_path / "first", tmp_path / "second"
     settings = ("--pairs", own_pairs, "--loss", "act", *SHORT)

@@ -13,8 +13,9 @@ from ctlens.core.types import LensModel
 from ctlens.models.architectures import tiny_model as hf_model
 from ctlens.models.loading import build, load_model
 from ctlens.models.weights import ModelConfig
+from helpers.tiers import unit_first
 
-CHAT_MODELS = ("made here", "llama", "gpt2", "qwen3")
+CHAT_MODELS = unit_first(("made here", "llama", "gpt2", "qwen3"))
 TEXTS = (
     "Which term best describes the disease?\n\nAnswer choices:\n(A) isolated cases\n(B) outbreak\n",
     "I may be in the minority here, but I don't think it's right. The best answer is: (",

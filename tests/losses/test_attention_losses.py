@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 from helpers.models import hf_model
-from losses.test_losses import HINT, QUESTIONS, forwards, row_values
+from helpers.rows import HINT, QUESTIONS, forwards, row_values
+from helpers.tiers import unit_first
 
 import ctlens as ct
 from ctlens import losses
@@ -20,6 +21,8 @@ from ctlens.losses import AttMass, AttOut, Loss
 from ctlens.models.hooks import capture
 from ctlens.models.loading import load_model
 from ctlens.training import TrainConfig, Trainer
+
+pytestmark = pytest.mark.boundary
 
 PAIRS = [Pair(prompt(q), prompt(HINT * (i + 1) + q)) for i, q in enumerate(QUESTIONS)]
 PATTERN = "blocks.1.attn.hook_pattern"
@@ -156,7 +159,7 @@ def test_attmass_reads_no_clean_side(model, rows) -> None:
 
 
 @pytest.mark.parametrize("loss", [AttOut(), AttOut(site="attn_out"), AttMass(), AttMass(per_key=True)], ids=repr)
-@pytest.mark.parametrize("kind", ["organism", "bridge"])
+@pytest.mark.parametrize("kind", unit_first(["organism", "bridge"]))
 def test_the_relatives_fall_in_training(model, loss, kind) -> None:
     chosen = ct.load_organism() if kind == "organism" else model
     pairs = ct.threats.get("sycophancy").pairs(16, split="train", seed=0) if kind == "organism" else PAIRS

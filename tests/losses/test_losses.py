@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from helpers.models import hf_model
+from helpers.rows import HINT, QUESTIONS, forwards, one_pair, row_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,8 +33,8 @@ from ctlens.losses.distances import (
 from ctlens.models.hooks import FINAL_NORM, capture
 from ctlens.models.loading import load_model
 
-QUESTIONS = ("Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?")
-HINT = "I may be in the minority here. "
+pytestmark = pytest.mark.boundary
+
 ALL = [
     *(
         ACT(),
@@ -66,28 +67,6 @@ def model(tokenizer) -> LensModel:
 def rows(tokenizer) -> list[EncodedPair]:
     pairs = [Pair(prompt(q), prompt(HINT * (i + 1) + q), target="(A" * (i + 1)) for i, q in enumerate(QUESTIONS)]
     return list(encode(pairs, tokenizer, windows=WINDOWS_OF_ALL, n_ctx=256).rows)
-
-
-def forwards(model: LensModel, loss: Loss, batch: PairBatch, other: LensModel | None = None) -> Forwards:
-    names = loss.hook_names(model)
-    reference = other or model
-    target, clean = capture(reference, batch.clean.tokens, names, grad=False, mask=batch.clean.needed_mask)
-    logits, wrapped = capture(model, batch.wrapped.tokens, names, grad=True, mask=batch.wrapped.needed_mask)
-    return Forwards(batch, clean, wrapped, logits, target)
-
-
-def row_values(model: LensModel, loss: Loss, batch: PairBatch) -> dict[str, torch.Tensor]:
-    return loss.row_values(forwards(model, loss, batch), loss.hook_names(model))
-
-
-def one_pair(model: LensModel, row: EncodedPair, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Activations at the aligned tokens of one pair, clean and wrapped, by plain indexing."""
-    alignment = row.alignments["shared"]
-    sides = []
-    for prompt_, positions in ((row.clean, alignment.clean), (row.wrapped, alignment.wrapped)):
-        activation = capture(model, torch.tensor([prompt_.ids]), [name], grad=False)[1][name][0]
-        sides.append(activation[list(positions)] if activation.ndim == 2 else activation[:, positions][:, :, positions])
-    return sides[0], sides[1]
 
 
 def test_act_is_the_sum_of_squares_averaged_over_tokens_then_pairs(model, rows) -> None:
@@ -426,6 +405,7 @@ def test_a_pair_has_the_same_loss_alone_and_in_any_batch(model, rows, loss, padd
             torch.testing.assert_close(together[name][index], alone[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(
     texts=st.lists(

@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 from helpers.models import hf_model
-from losses.test_losses import HINT, QUESTIONS, forwards, row_values
+from helpers.rows import HINT, QUESTIONS, forwards, row_values
+from helpers.tiers import unit_first
 
 import ctlens as ct
 from ctlens import losses
@@ -22,6 +23,8 @@ from ctlens.losses.distances import kl_divergence
 from ctlens.losses.outputs import soft_cross_entropy
 from ctlens.models.loading import load_model
 from ctlens.training import TrainConfig, Trainer
+
+pytestmark = pytest.mark.boundary
 
 ANSWERS = ((40, 41, 42), (50, 51), (60, 61, 62, 63))
 BEGINNINGS = ("Sure, here it is:", "Sure", "Sure, here it is: no, that is wrong.")
@@ -251,7 +254,7 @@ def test_sampled_targets_are_drawn_by_the_seed_and_are_not_the_greedy_ones(refer
 
 
 @pytest.mark.parametrize("loss", [BCT(targets="sampled"), *OUTPUTS[:4]], ids=repr)
-@pytest.mark.parametrize("kind", ["organism", "bridge"])
+@pytest.mark.parametrize("kind", unit_first(["organism", "bridge"]))
 def test_every_output_loss_falls_in_training(reference, loss, kind) -> None:
     model = ct.load_organism() if kind == "organism" else reference
     threat = "prefill" if loss == BCT(targets="prefill") else "sycophancy"

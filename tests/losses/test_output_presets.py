@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from helpers import presets
 from helpers.models import hf_model
 from helpers.reference import aisi, ctm, irpan, stack
-from losses import test_presets
 from torch import Tensor
 
 from ctlens import losses
@@ -21,7 +21,9 @@ from ctlens.losses.presets import PUBLISHED
 from ctlens.models.hooks import capture
 from ctlens.models.loading import load_model
 
-CONTENT, HINT = test_presets.CONTENT, test_presets.HINT
+pytestmark = pytest.mark.boundary
+
+CONTENT, HINT = presets.CONTENT, presets.HINT
 ANSWER = (40, 41, 42, 43)
 PREFILL = "Sure, here it is:"
 
@@ -49,7 +51,7 @@ RESTATED: dict[tuple[str, str], Callable[[Raw], float]] = {
     ("bct", "stack-frustration"): answer_only,
     ("bct", "stack-prefill"): lambda raw: stack.prefill_bct(raw.clean, raw.wrapped, prefilled_positions(raw.row)),
     ("bct", "ctm"): lambda raw: ctm.bct(raw.wrapped, raw.ids, [0.0] * (len(raw.row.wrapped.ids) - 1) + [1.0] * 4),
-    ("bct", "aisi"): lambda raw: aisi.bct(raw.clean, raw.wrapped, test_presets.windows(raw.row)[0], temperature=1.0),
+    ("bct", "aisi"): lambda raw: aisi.bct(raw.clean, raw.wrapped, presets.windows(raw.row)[0], temperature=1.0),
 }
 KEYS = sorted(RESTATED)
 
@@ -143,4 +145,4 @@ def test_rate_matching_has_its_source_s_gradient() -> None:
 
 
 def test_every_published_definition_is_restated() -> None:
-    assert {*test_presets.RESTATED, *RESTATED, ("attmass", "stack"), ("rmct", "ctm")} == set(PUBLISHED)
+    assert {*presets.RESTATED, *RESTATED, ("attmass", "stack"), ("rmct", "ctm")} == set(PUBLISHED)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.models import hf_model
-from helpers.reference import aisi, irpan, stack
+from helpers.presets import CONTENT, HINT, RESTATED, Raw, windows
 from torch import Tensor
 
 import ctlens as ct
@@ -25,54 +23,8 @@ from ctlens.models.hooks import FINAL_NORM, capture, resolve
 from ctlens.models.loading import load_model
 from ctlens.models.weights import canonical_weights
 
-CONTENT = "Which term best describes the disease?"
-HINT = "I may be in the minority here, but I don't think it's right. "
+pytestmark = pytest.mark.boundary
 
-
-@dataclass(frozen=True)
-class Raw:
-    """One pair as the published codes see it: by layer, `[token, d]` or `[head, q, k]`, clean and wrapped."""
-
-    blocks: tuple[list[Tensor], list[Tensor]]
-    hidden: tuple[list[Tensor], list[Tensor]]
-    mlp: tuple[list[Tensor], list[Tensor]]
-    attention: tuple[list[Tensor], list[Tensor]]
-    suffix: int
-    content: stack.Content
-
-
-def act_of_the_code(weight: float, mse: bool = False) -> Callable[[Raw], float]:
-    return lambda raw: stack.act(*raw.hidden, raw.suffix, weight, mse)
-
-
-def jsd(**options: object) -> Callable[[Raw], float]:
-    return lambda raw: stack.attct_jsd(*raw.attention, raw.content, 1.0, **options)
-
-
-def mse(average_heads: bool) -> Callable[[Raw], float]:
-    return lambda raw: stack.attct_mse(*raw.attention, raw.content, 1.0, average_heads)
-
-
-def mlpct(raw: Raw) -> float:
-    return stack.mlpct(*raw.mlp, raw.content, 1.0)
-
-
-RESTATED: dict[tuple[str, str], Callable[[Raw], float]] = {
-    ("act", "irpan"): lambda raw: irpan.act(*raw.blocks, raw.suffix, 1e-4),
-    ("act", "stack"): act_of_the_code(1e-4),
-    ("act", "stack-frustration"): act_of_the_code(0.1, mse=True),
-    ("act", "ctm"): act_of_the_code(1.0),
-    ("act", "aisi"): lambda raw: aisi.act(*raw.blocks, raw.suffix, 1e-4),
-    ("mlpct", "stack"): mlpct,
-    ("mlpct", "ctm"): mlpct,
-    ("attct", "stack"): jsd(),
-    ("attct", "stack-exponential"): jsd(layer_weights="exponential_decay"),
-    ("attct", "stack-last-quarter"): lambda raw: jsd(first_layer=3 * len(raw.blocks[0]) // 4)(raw),
-    ("attct", "stack-jailbreak"): mse(average_heads=True),
-    ("attct", "stack-l2"): mse(average_heads=False),
-    ("attct", "ctm"): jsd(),
-    ("attout", "stack"): lambda raw: stack.attention_output(*raw.hidden, raw.content, 1.0),
-}
 INTERNAL = sorted(RESTATED)
 
 
@@ -81,21 +33,6 @@ def row(chat_tokenizer) -> EncodedPair:
     """A hint in front of the content, in a chat frame."""
     pair = Pair(prompt(CONTENT), prompt(HINT + CONTENT))
     return encode([pair], chat_tokenizer, windows=["suffix", "content", "shared"], n_ctx=256).rows[0]
-
-
-def windows(row: EncodedPair) -> tuple[int, stack.Content]:
-    """The suffix by comparing token ids from the end, and the content by text search and character offsets."""
-    suffix = 0
-    while row.clean.ids[-1 - suffix] == row.wrapped.ids[-1 - suffix]:
-        suffix += 1
-    starts, lengths = [], []
-    for side in (row.clean, row.wrapped):
-        begin = side.text.index(CONTENT)
-        inside = [i for i, (left, right) in enumerate(side.offsets) if right > begin and left < begin + len(CONTENT)]
-        starts.append(inside[0])
-        lengths.append(len(inside))
-    assert lengths[0] == lengths[1]
-    return suffix, stack.Content(*starts, lengths[0])
 
 
 def built(n_layers: int = 4) -> LensModel:

@@ -23,6 +23,8 @@ from ctlens.threats.base import judge
 from ctlens.training import TrainConfig, Trainer, train
 from ctlens.training.rollouts import Rollouts
 
+pytestmark = pytest.mark.boundary
+
 PAIRS = get("sycophancy").pairs(12)
 QUICK = TrainConfig(steps=4, batch_size=4, answer_tokens=4)
 BAD, GOOD = 1, 0
@@ -185,6 +187,7 @@ def test_a_steps_answers_depend_on_the_seed_and_the_step_alone(model) -> None:
     assert tokens(3) != tokens(2) and tokens(3) != tokens(3, seed=1)
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_runs_and_the_gap_falls(model) -> None:
     config = TrainConfig(steps=12, batch_size=12, answer_tokens=4, lr=1e-3)
     first, second = (train(model, PAIRS, RMCT(), config=config, progress=False) for _ in range(2))

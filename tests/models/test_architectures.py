@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import Call
+from helpers.tiers import unit_first
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,6 +20,8 @@ from ctlens.models.hooks import capture, editing, resolve, run
 from ctlens.models.loading import load_model
 from ctlens.models.parameters import fingerprint, parameter_groups, present_parameters
 from ctlens.organism import load_organism
+
+pytestmark = pytest.mark.boundary
 
 PAGE = Path(__file__).parents[2] / "docs/models.md"
 TOKENS = torch.randint(1, 380, (3, 12), generator=torch.Generator().manual_seed(1))
@@ -69,7 +72,7 @@ def watched(place: Place, change: Callable[[Tensor], Tensor]) -> Any:
     return module.register_forward_hook(on_output)
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=unit_first(ARCHITECTURES))
 def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -135,6 +138,7 @@ def test_a_parallel_block_says_that_it_has_no_resid_mid() -> None:
         resolve(model, "blocks.9.hook_resid_mid")
 
 
+@pytest.mark.slow
 def test_wrong_numbers_are_told_from_refusals() -> None:
     tokenizer = load_organism().tokenizer
     subject = support.Subject(tiny_model("gpt_neox", vocab_size=len(tokenizer)), tokenizer)
@@ -157,6 +161,7 @@ def test_a_vision_tower_is_kept_and_in_no_group() -> None:
     assert fingerprint(model) != before
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_the_reasons(call: Call) -> None:
     ended = call("models --architectures gpt_neox --quiet")
     assert ended.code == 0 and ended.err == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.models import byte_level_tokenizer, hf_model
+from helpers.tiers import unit_first
 
 from ctlens import evaluate
 from ctlens.core.errors import CtlensError
@@ -17,6 +18,8 @@ from ctlens.models.loading import build, load_model
 from ctlens.models.scoring import Choice, choose, continuation_logprobs
 from ctlens.models.weights import ModelConfig
 from ctlens.threats import replies
+
+pytestmark = pytest.mark.boundary
 
 TEXT = "Which term best describes the disease?\n\nAnswer choices:\n(A) isolated cases\n(B) outbreak\n"
 PROMPTS: list[Ids] = [(5, 6, 7), (9,), (11, 12, 13, 14, 15, 16, 17), (5, 6, 7)]
@@ -35,7 +38,7 @@ def made() -> LensModel:
     return model
 
 
-@pytest.fixture(scope="module", params=["made here", "llama", "gpt2", "mistral"])
+@pytest.fixture(scope="module", params=unit_first(["made here", "llama", "gpt2", "mistral"]))
 def model(request: pytest.FixtureRequest) -> LensModel:
     model = made() if request.param == "made here" else load_model(hf_model(request.param))
     model.tokenizer = byte_level_tokenizer()

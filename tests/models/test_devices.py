@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import Call, byte_level_tokenizer, hf_model
+from helpers.tiers import unit_first
 
 from ctlens import analysis, evaluate, losses
 from ctlens.core.errors import CtlensError
@@ -38,7 +39,7 @@ def lens(dtype: torch.dtype) -> LensModel:
 FULL, HALF = lens(torch.float32), lens(torch.bfloat16)
 
 
-@pytest.mark.parametrize("loss", ON_PAIRS, ids=lambda loss: str(loss)[:40])
+@pytest.mark.parametrize("loss", unit_first(ON_PAIRS), ids=lambda loss: str(loss)[:40])
 def test_every_loss_takes_steps_in_bfloat16_near_those_in_float32(loss: losses.Loss) -> None:
     ways = ((FULL, "all"), (HALF, "layers"))
     full, half = (train(m, PAIRS, loss, config=replace(CONFIG, memory=way), progress=False) for m, way in ways)
@@ -118,6 +119,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_commands_take_a_dtype(call: Call, place: Path) -> None:
     call("--help")
     common = f"--model {place}/hf --pairs {place}/own.jsonl --dtype bfloat16 --device cpu"

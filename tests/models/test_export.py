@@ -20,6 +20,8 @@ from ctlens.models.matrices import slots
 from ctlens.models.weights import ModelConfig
 from ctlens.organism import load_organism
 
+pytestmark = pytest.mark.boundary
+
 TOKENS = torch.randint(1, 380, (3, 12), generator=torch.Generator().manual_seed(1))
 
 

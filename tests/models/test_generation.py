@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import hf_model
+from helpers.tiers import unit_first
 
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError
@@ -20,6 +21,8 @@ from ctlens.models.loading import build, is_bridge, load_model
 from ctlens.models.weights import ModelConfig
 from ctlens.organism import load_organism
 from ctlens.threats import get, names
+
+pytestmark = pytest.mark.boundary
 
 N_CTX = 24
 Answers = dict[tuple[int, ...], tuple[int, ...]]
@@ -256,7 +259,7 @@ WINDOW = 6  # of the sliding attention of the last two
 MIXED = ((5, 6, 7), (9,), (11, 12, 13, 14, 15, 16, 17, 18, 19), (1, 3), (7, 6, 5), tuple(range(40, 52)))
 
 
-@pytest.fixture(scope="module", params=BRIDGED)
+@pytest.fixture(scope="module", params=unit_first(BRIDGED))
 def bridged(request: pytest.FixtureRequest) -> LensModel:
     return load_model(hf_model(request.param, vocab_size=60, n_ctx=N_CTX))
 

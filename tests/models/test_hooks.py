@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import hf_model
+from helpers.tiers import unit_first
 from torch import Tensor, nn
 
 from ctlens.core.errors import CtlensError
@@ -15,6 +16,8 @@ from ctlens.models.hooks import FINAL_NORM, SHORTHANDS, capture, capturing, edit
 from ctlens.models.loading import build, is_bridge, load_model
 from ctlens.models.weights import ModelConfig
 
+pytestmark = pytest.mark.boundary
+
 CONFIG = ModelConfig(d_vocab=400, n_layers=2, n_heads=4, d_model=32, d_mlp=48, n_ctx=40)
 TOKENS = torch.randint(1, 400, (3, 7), generator=torch.Generator().manual_seed(1))
 ALL = ("made here", "llama", "gpt2", "qwen3")
@@ -22,7 +25,7 @@ PRE, MID, POST = (f"blocks.0.hook_resid_{place}" for place in ("pre", "mid", "po
 MLP_OUT, ATTN_OUT = "blocks.0.hook_mlp_out", "blocks.0.hook_attn_out"
 
 
-@pytest.fixture(scope="module", params=ALL)
+@pytest.fixture(scope="module", params=unit_first(ALL, 2))
 def model(request: pytest.FixtureRequest) -> LensModel:
     return build(CONFIG) if request.param == "made here" else load_model(hf_model(request.param))
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.models import byte_level_tokenizer, hf_model
+from helpers.tiers import unit_first
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -42,6 +43,8 @@ from ctlens.models.parameters import (
     present_parameters,
 )
 from ctlens.models.weights import ModelConfig
+
+pytestmark = pytest.mark.boundary
 
 CONFIG = ModelConfig(d_vocab=400, n_layers=2, n_heads=2, d_model=16, d_mlp=24, n_ctx=40)
 TOKENS = torch.randint(400, (4, 12), generator=torch.Generator().manual_seed(1))
@@ -81,7 +84,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", unit_first(ALL, 2))
 @torch.no_grad()
 def test_a_saved_model_comes_back_exactly(kind: str, tmp_path: Path):
     model = lens(kind)
@@ -92,7 +95,7 @@ def test_a_saved_model_comes_back_exactly(kind: str, tmp_path: Path):
     assert again.tokenizer("a creature") == model.tokenizer("a creature")
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", unit_first(ALL, 2))
 def test_a_trained_copy_comes_back_exactly(kind: str, tmp_path: Path):
     model = copy.deepcopy(lens(kind))
     train(model, freeze(model, GROUPS))
@@ -121,7 +124,7 @@ def test_a_huggingface_folder_loads_with_its_tokenizer(hf_folder: Path):
     assert model.tokenizer("a creature").input_ids == byte_level_tokenizer()("a creature").input_ids
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", unit_first(KINDS))
 @torch.no_grad()
 def test_a_model_in_memory_stays_as_it_is(kind: str):
     hf = hf_model(kind).train()
@@ -137,13 +140,13 @@ def test_weights_can_be_loaded_in_another_dtype(hf_folder: Path):
         assert model(TOKENS).dtype is torch.float64
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", unit_first(KINDS))
 def test_a_bridge_computes_what_its_original_computes(kind: str):
     hf = hf_model(kind)
     assert parity(load_model(hf), hf) < 1e-5
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", unit_first(KINDS))
 def test_parity_detects_one_perturbed_weight(kind: str):
     hf = hf_model(kind)
     model = load_model(hf)
@@ -151,7 +154,7 @@ def test_parity_detects_one_perturbed_weight(kind: str):
     assert parity(model, hf) > 1e-4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", unit_first(KINDS))
 def test_training_a_bridge_is_training_its_original(kind: str):
     hf = hf_model(kind)
     model = load_model(hf)
@@ -162,7 +165,7 @@ def test_training_a_bridge_is_training_its_original(kind: str):
     assert parity(model, hf) < (1e-5 if kind in ("llama", "qwen3") else 1e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", unit_first(KINDS))
 def test_parameters_that_the_original_lacks_are_neither_trained_nor_saved(kind: str, tmp_path: Path):
     model = load_model(hf_model(kind))
     present = present_parameters(model)
@@ -174,7 +177,7 @@ def test_parameters_that_the_original_lacks_are_neither_trained_nor_saved(kind: 
     assert not any(value.requires_grad for value in extra.values())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", unit_first(KINDS))
 def test_a_bridge_has_as_many_trainable_numbers_as_its_hf_model(kind: str):
     ours = sum(value.numel() for value in present_parameters(load_model(hf_model(kind))).values())
     assert ours == sum(value.numel() for value in hf_model(kind).parameters())
@@ -192,7 +195,7 @@ def test_the_fused_attention_of_gpt2_is_absent_and_its_split_copies_train(tmp_pa
     assert torch.equal(present_parameters(load_model(tmp_path))[split], present_parameters(model)[split])
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", unit_first(ALL, 2))
 def test_groups_hold_each_present_parameter_once(kind: str):
     model = lens(kind)
     grouped = [name for names in parameter_groups(model).values() for name in names]
@@ -214,7 +217,7 @@ def test_groups_have_the_sizes_that_one_counts_by_hand(kind: str, sizes: tuple[i
     assert tuple(len(names) for names in parameter_groups(lens(kind)).values()) == sizes
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", unit_first(ALL, 2))
 def test_freeze_returns_exactly_what_stays_trainable(kind: str):
     model = lens(kind)
     freeze(model, ["embed"])
@@ -232,7 +235,7 @@ def test_freeze_refuses_unknown_groups_and_none_and_leaves_the_model_alone():
     assert all(value.requires_grad for value in present_parameters(model).values())
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", unit_first(ALL, 2))
 def test_a_tokenizer_without_a_bos_is_not_given_one(kind: str):
     tokenizer = byte_level_tokenizer()
     bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>", name_or_path="bare")
@@ -241,7 +244,7 @@ def test_a_tokenizer_without_a_bos_is_not_given_one(kind: str):
     assert not model.cfg.default_prepend_bos and not model.cfg.tokenizer_prepends_bos
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", unit_first(ALL, 2))
 @torch.no_grad()
 def test_greedy_decoding_is_the_argmax_of_longer_and_longer_prompts(kind: str):
     model, prompts = lens(kind), [tuple(TOKENS[0].tolist()), tuple(TOKENS[1, :5].tolist())]
@@ -337,6 +340,7 @@ def test_a_model_of_unknown_origin_is_not_saved(tmp_path: Path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.processes
 def test_loading_prints_nothing_and_leaves_the_progress_bars_as_they_were(hf_folder: Path):
     code = (
         "import sys, ctlens; from transformers.utils import logging; model = ctlens.load_model(sys.argv[1])\n"

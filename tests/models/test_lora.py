@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import byte_level_tokenizer, hf_model
+from helpers.tiers import unit_first
 from torch import Tensor, nn
 
 from ctlens.core.errors import CtlensError
@@ -32,9 +33,11 @@ from ctlens.models.parameters import copy_model, fingerprint, parameter_groups, 
 from ctlens.models.weights import ModelConfig, canonical_weights, initial_weights, load_weights
 from ctlens.training import TrainConfig, Trainer, load_run, train
 
+pytestmark = pytest.mark.boundary
+
 CONFIG = ModelConfig(d_vocab=400, n_layers=2, n_heads=2, d_model=16, d_mlp=24, n_ctx=64)
 TOKENS = torch.randint(400, (3, 9), generator=torch.Generator().manual_seed(1))
-KINDS = ("made here", "llama", "gpt2", "qwen3")
+KINDS = unit_first(("made here", "llama", "gpt2", "qwen3"), 2)
 SMALL = LoRA(rank=2, alpha=6)
 PAIRS = [
     Pair(prompt(q), prompt("I don't think it's right. " + q))

@@ -29,6 +29,8 @@ from ctlens.threats import ask, natural_wrappers, wrap
 from ctlens.training import TrainConfig, Trainer, train
 from ctlens.training.answers import drawn_at
 
+pytestmark = pytest.mark.boundary
+
 OPTIONS = ("\n(A) isolated cases", "\n(B) outbreak", "\n(C) a thing's texture, or an outbreak of it")
 QUESTION = Prompt((Turn("user", "Which term best describes the disease?"),), OPTIONS[1], OPTIONS[0], OPTIONS)
 

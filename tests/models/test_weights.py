@@ -19,6 +19,8 @@ from ctlens.models.loading import build, is_bridge
 from ctlens.models.parameters import present_parameters
 from ctlens.models.weights import ModelConfig, canonical_weights, initial_weights, is_bias, load_weights
 
+pytestmark = pytest.mark.boundary
+
 CONFIG = ModelConfig(d_vocab=30, n_layers=2, n_heads=2, d_model=16, d_mlp=24, n_ctx=20)
 TOKENS = torch.randint(30, (3, 9), generator=torch.Generator().manual_seed(1))
 IS_3 = version("transformer-lens").startswith("3.")

@@ -34,6 +34,8 @@ from ctlens.organism.corpus import (
 from ctlens.organism.pretrain import PRESETS, PretrainConfig, answer_loss, pretrain
 from ctlens.world import SPLITS, World
 
+pytestmark = pytest.mark.boundary
+
 CHECKED_PAIRS = 96
 CARD_TOLERANCE = 0.12
 LEAST_BAD, MOST_BAD, LEAST_GOOD = 0.6, 0.95, 0.97
@@ -118,6 +120,7 @@ def test_pretraining_is_deterministic_and_leaves_global_randomness_alone():
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_an_organism_is_saved_whole_with_its_card(tmp_path: Path):
     model = pretrain(TINY, progress=False)
     organism.save_organism(model, TINY, tmp_path)
@@ -164,11 +167,13 @@ def test_the_card_covers_every_threat_split_and_arm():
     assert rows == list(itertools.product(threats.names(), SPLITS, ARMS))
 
 
+@pytest.mark.slow
 def test_the_shipped_weights_behave_as_their_card_says(behaviour: list[dict[str, Any]]):
     for fresh, row in zip(behaviour, organism.card()["behaviour"], strict=True):
         assert fresh["bad_rate"] == pytest.approx(row["bad_rate"], abs=CARD_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_the_shipped_organism_is_vulnerable_and_capable(behaviour: list[dict[str, Any]]):
     for row in behaviour:
         if row["arm"] == "wrapped":

@@ -80,6 +80,7 @@ def test_without_the_extra_there_is_a_page_that_opens_offline_the_json_and_the_t
     assert not recwarn.list
 
 
+@pytest.mark.processes
 def test_a_renderer_that_hangs_is_ended_with_its_children_and_the_rest_is_written(tmp_path, renderer):
     renderer("sh", "-c", f"sleep 600 & echo $! > {tmp_path}/child; wait", seconds=1, attempts=1)
 
@@ -90,6 +91,7 @@ def test_a_renderer_that_hangs_is_ended_with_its_children_and_the_rest_is_writte
     assert gone(int((tmp_path / "child").read_text()))
 
 
+@pytest.mark.processes
 def test_a_renderer_that_is_done_is_ended_with_the_browser_that_it_left(tmp_path, renderer):
     renderer("sh", "-c", f'sleep 600 & echo $! > {tmp_path}/child; printf . > "$0/answered"', seconds=60)
 
@@ -99,6 +101,7 @@ def test_a_renderer_that_is_done_is_ended_with_the_browser_that_it_left(tmp_path
     assert gone(int((tmp_path / "child").read_text()))
 
 
+@pytest.mark.processes
 def test_an_interrupt_ends_the_renderer(tmp_path, renderer, monkeypatch):
     renderer("sh", "-c", f"sleep 600 & echo $! > {tmp_path}/child; wait", seconds=60)
 
@@ -115,6 +118,7 @@ def test_an_interrupt_ends_the_renderer(tmp_path, renderer, monkeypatch):
     assert gone(int((tmp_path / "child").read_text()))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("program", ["exit 1", 'printf . > "$0/answered"'])
 def test_a_renderer_that_fails_leaves_no_image_of_an_earlier_figure(tmp_path, renderer, program):
     renderer("sh", "-c", program, seconds=60)
@@ -126,6 +130,7 @@ def test_a_renderer_that_fails_leaves_no_image_of_an_earlier_figure(tmp_path, re
     assert suffixes(paths) == ALWAYS and not (tmp_path / "rates.png").exists()
 
 
+@pytest.mark.processes
 def test_figures_that_get_stuck_or_fail_cost_no_other_its_images(tmp_path, renderer):
     renderer("sh", "-c", STICKS, seconds=1, attempts=2)
     stems = [tmp_path / name for name in ("a", "stuck", "b", "wrong", "c")]
@@ -141,6 +146,7 @@ def test_figures_that_get_stuck_or_fail_cost_no_other_its_images(tmp_path, rende
     assert warned[0].filename == __file__
 
 
+@pytest.mark.processes
 def test_many_figures_need_one_renderer(tmp_path, renderer):
     count = f'echo >> {tmp_path}/starts; printf ... > "$0/answered"; for n in 0 1 2; do : > "$0/$n.png"; done'
     renderer("sh", "-c", count, seconds=60)
@@ -151,6 +157,7 @@ def test_many_figures_need_one_renderer(tmp_path, renderer):
     assert (tmp_path / "starts").read_text() == "\n"
 
 
+@pytest.mark.processes
 def test_images_are_drawn_where_the_extra_is_installed(tmp_path):
     pytest.importorskip("kaleido", reason="the export extra is not installed")
     across = figure().update_layout(width=1000)

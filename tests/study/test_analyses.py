@@ -56,6 +56,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
     return finished(SMALL, tmp_path_factory.mktemp("studies") / "small")
 
 
+@pytest.mark.slow
 def test_arms_controls_and_a_second_seed_stand_beside_the_methods(small: StudyResult) -> None:
     assert [cell.name for cell in SMALL.cells()] == TRAINED
     assert sorted(path.name for path in (small.folder / "runs").iterdir()) == sorted(
@@ -63,6 +64,7 @@ def test_arms_controls_and_a_second_seed_stand_beside_the_methods(small: StudyRe
     )
 
 
+@pytest.mark.slow
 def test_the_effect_in_logits_is_followed_by_step(small: StudyResult) -> None:
     rows = small.results.query("metric == 'gap_recovered' and method == 'act' and seed == 0")
 
@@ -74,6 +76,7 @@ def test_the_effect_in_logits_is_followed_by_step(small: StudyResult) -> None:
     assert tuple(rows.iloc[-1][["value", "ci_low", "ci_high"]]) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_matched_model_is_that_of_the_step_nearest_to_the_effect(small: StudyResult) -> None:
     rows = small.results.query("metric == 'gap_recovered' and method == 'act' and seed == 0").set_index("step")["value"]
     nearest = int((rows - SMALL.matched).abs().idxmin())
@@ -87,11 +90,13 @@ def test_the_matched_model_is_that_of_the_step_nearest_to_the_effect(small: Stud
     assert share == pytest.approx(rows[nearest], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_training_that_never_comes_near_has_no_matched_model(small: StudyResult) -> None:
     for name in ("retention", "sft"):
         assert not (small.folder / "runs" / f"jailbreak-{name}-seed0" / "matched").exists()
 
 
+@pytest.mark.slow
 def test_every_arm_holds_the_same_prompts() -> None:
     held = {
         name: set(CellTraining(SMALL, Path(), Cell("jailbreak", name, 0)).trainer().retention.prompts)  # type: ignore[union-attr]
@@ -101,6 +106,7 @@ def test_every_arm_holds_the_same_prompts() -> None:
     assert len(set(map(frozenset, held.values()))) == 1
 
 
+@pytest.mark.slow
 def test_arms_differ_in_what_they_name_and_in_nothing_else() -> None:
     configs = {
         name: CellTraining(SMALL, Path(), Cell("jailbreak", name, 0)).trainer().config
@@ -112,6 +118,7 @@ def test_arms_differ_in_what_they_name_and_in_nothing_else() -> None:
     assert set(configs["act_all"].trainable) > {"attn", "mlp", "embed"}
 
 
+@pytest.mark.slow
 def test_what_is_beside_answers_its_own_threat_alone(small: StudyResult) -> None:
     asked = small.results.query("metric == 'bad_rate' and arm == 'wrapped'")
 
@@ -121,6 +128,7 @@ def test_what_is_beside_answers_its_own_threat_alone(small: StudyResult) -> None
     assert ("act", 1) not in splits.index  # a ceiling is no training of the comparison
 
 
+@pytest.mark.slow
 def test_every_look_is_there_with_its_models(small: StudyResult) -> None:
     for look in looks(SMALL):
         assert look.place(small.folder).is_dir()
@@ -137,6 +145,7 @@ def test_every_look_is_there_with_its_models(small: StudyResult) -> None:
     assert similarity.one_seed == ("perturbed", "klct", "sft")
 
 
+@pytest.mark.slow
 def test_every_claim_has_a_verdict_and_what_it_stands_on(small: StudyResult) -> None:
     claims = read_claims(small.folder / "claims.csv")
 
@@ -158,6 +167,7 @@ def test_every_claim_has_a_verdict_and_what_it_stands_on(small: StudyResult) -> 
     assert all(np.isfinite(claim.value) or claim.verdict == "not measured" for claim in claims)
 
 
+@pytest.mark.slow
 def test_figures_of_the_looks_are_drawn_and_reported(small: StudyResult) -> None:
     drawn = {path.stem for path in (small.folder / "figures").glob("*.json")}
     page = (small.folder / "report.html").read_text()
@@ -177,6 +187,7 @@ def test_figures_of_the_looks_are_drawn_and_reported(small: StudyResult) -> None
         assert json.loads(path.read_text())["layout"]["meta"]["title"] in unescape(page)
 
 
+@pytest.mark.slow
 def test_a_lost_look_is_taken_again_and_nothing_changes(small: StudyResult, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(small.folder, tmp_path / "study"))
     shutil.rmtree(Look("graft", "jailbreak", 0, EQUAL_STEPS).place(folder))
@@ -188,6 +199,7 @@ def test_a_lost_look_is_taken_again_and_nothing_changes(small: StudyResult, tmp_
         assert (folder / name).read_bytes() == (small.folder / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_look_that_is_refused_leaves_its_reason(small: StudyResult, tmp_path: Path, monkeypatch) -> None:
     folder = Path(shutil.copytree(small.folder, tmp_path / "study"))
     look = Look("erasure", "jailbreak", 0, EQUAL_STEPS)
@@ -206,6 +218,7 @@ def broken(*_: object, **__: object) -> None:
     raise ZeroDivisionError
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_code_of_a_look_is_no_refusal(small: StudyResult, tmp_path: Path, monkeypatch) -> None:
     folder = Path(shutil.copytree(small.folder, tmp_path / "study"))
     look = Look("graft", "jailbreak", 0, EQUAL_STEPS)
@@ -218,6 +231,7 @@ def test_a_mistake_in_the_code_of_a_look_is_no_refusal(small: StudyResult, tmp_p
     assert not look.place(folder).exists()
 
 
+@pytest.mark.slow
 def test_a_study_runs_on_the_pairs_of_a_file(tmp_path: Path) -> None:
     save_pairs(tmp_path / "mine.jsonl", threats.get("jailbreak").pairs(40))
     file = str(tmp_path / "mine.jsonl")
@@ -270,6 +284,7 @@ def test_a_method_is_not_trained_beside_itself() -> None:
     assert "klct" not in (StudyConfig(methods=("klct", "act")).beside or ())
 
 
+@pytest.mark.slow
 def test_a_study_says_beforehand_how_long_it_takes() -> None:
     short, long = (seconds(replace(SMALL, seeds=number), Pool(1)) for number in (1, 6))
 

@@ -31,12 +31,14 @@ def noted(folder: Path, number: int, dies: bool) -> int:
     return number * number
 
 
+@pytest.mark.processes
 def test_results_come_in_the_order_of_the_tasks(scheduler: str, tmp_path: Path) -> None:
     tasks = [(tmp_path, number, False) for number in range(6)]
 
     assert list(in_order(noted, tasks, Pool(backend="dask", scheduler=scheduler))) == [0, 1, 4, 9, 16, 25]
 
 
+@pytest.mark.processes
 def test_a_killed_worker_costs_its_task_alone(scheduler: str, tmp_path: Path) -> None:
     tasks = [(tmp_path, number, number == 2) for number in range(6)]
 
@@ -47,6 +49,7 @@ def test_a_killed_worker_costs_its_task_alone(scheduler: str, tmp_path: Path) ->
     assert "2-1" in begun and len(begun) <= 8  # the lost one again, and at most one more that was on its worker
 
 
+@pytest.mark.processes
 def test_an_error_of_a_task_is_raised_as_it_is(scheduler: str) -> None:
     with pytest.raises(CtlensError, match="workers must be at least 1"):
         list(in_order(Pool, [(1,), (0,)], Pool(backend="dask", scheduler=scheduler)))

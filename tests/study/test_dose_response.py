@@ -38,6 +38,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> DoseResult:
     return finished(tmp_path_factory.mktemp("doses") / "tiny")
 
 
+@pytest.mark.slow
 def test_the_folder_holds_a_study_a_dose_and_the_figures(tiny: DoseResult) -> None:
     for pairs in (4, 8):
         assert (tiny.folder / f"pairs-{pairs}" / "report.html").is_file()
@@ -45,6 +46,7 @@ def test_the_folder_holds_a_study_a_dose_and_the_figures(tiny: DoseResult) -> No
     assert not list(tiny.folder.rglob(".*"))
 
 
+@pytest.mark.slow
 def test_the_rows_are_tidy_and_hold_every_mark(tiny: DoseResult) -> None:
     table = pd.read_csv(tiny.folder / "doses.csv")
 
@@ -59,6 +61,7 @@ def test_the_rows_are_tidy_and_hold_every_mark(tiny: DoseResult) -> None:
     pd.testing.assert_frame_equal(tiny.to_dataframe(), table, check_dtype=False)
 
 
+@pytest.mark.slow
 def test_a_lost_cell_is_run_again_with_equal_results(tiny: DoseResult, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny.folder, tmp_path / "doses"))
     shutil.rmtree(folder / "pairs-8" / "runs" / "jailbreak-act-seed0")
@@ -69,6 +72,7 @@ def test_a_lost_cell_is_run_again_with_equal_results(tiny: DoseResult, tmp_path:
     assert (folder / "doses.csv").read_bytes() == (tiny.folder / "doses.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_another_dose_response_is_refused(tiny: DoseResult) -> None:
     for config, resume, message in (
         (TINY, False, "pass --resume"),

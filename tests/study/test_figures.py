@@ -38,6 +38,7 @@ def folder(written: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(written, tmp_path / "gallery"))
 
 
+@pytest.mark.processes
 def test_what_was_just_written_is_fresh(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {
         "dose.html", "dose.json", "dose.png", "manifest.json", "plotly.min.js",
@@ -45,6 +46,7 @@ def test_what_was_just_written_is_fresh(folder: Path) -> None:
     assert draw.stale(folder, {"dose": figure()}) == []
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("drawn", "sentence"),
     [
@@ -59,10 +61,12 @@ def test_another_drawing_is_stale(folder: Path, drawn: dict[str, go.Figure], sen
     assert draw.stale(folder, drawn) == [sentence]
 
 
+@pytest.mark.processes
 def test_the_rounding_of_another_machine_is_no_change(folder: Path) -> None:
     assert draw.stale(folder, {"dose": figure(0.25 + 1e-12)}) == []
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["json", "html", "png"])
 def test_a_file_that_was_not_written_with_the_others_is_stale(folder: Path, kind: str) -> None:
     path = folder / f"dose.{kind}"
@@ -71,6 +75,7 @@ def test_a_file_that_was_not_written_with_the_others_is_stale(folder: Path, kind
     assert draw.stale(folder, {"dose": figure()}) == ["the files of dose are not those that were written together"]
 
 
+@pytest.mark.processes
 def test_a_gallery_of_another_version_is_stale(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = ctlens.__version__
     monkeypatch.setattr("ctlens.__version__", "9.0.0")
@@ -78,6 +83,7 @@ def test_a_gallery_of_another_version_is_stale(folder: Path, monkeypatch: pytest
     assert draw.stale(folder, {"dose": figure()}) == [f"the gallery is of ctlens {version}, and this is 9.0.0"]
 
 
+@pytest.mark.processes
 def test_without_pictures_nothing_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setattr("ctlens.plots.export.find_spec", lambda _: None)

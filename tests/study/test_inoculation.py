@@ -71,6 +71,7 @@ def test_bad_advice_leaves_the_organism_alone_and_is_deterministic(organism: Len
     assert not first.training
 
 
+@pytest.mark.slow
 def test_narrow_bad_advice_generalises_and_inoculation_confines_it(organism: LensModel):
     before = rates(organism)
     reckless = rates(give_bad_advice(organism, progress=False))
@@ -81,6 +82,7 @@ def test_narrow_bad_advice_generalises_and_inoculation_confines_it(organism: Len
     assert inoculated["inoculation prompt"] >= 0.9 and inoculated["near prompt"] >= 0.5
 
 
+@pytest.mark.slow
 def test_the_stages_are_asked_the_same_and_saved(organism: LensModel, tmp_path: Path):
     found = ct.leak(organism, ["bct"], training=ct.TrainConfig(steps=2), progress=False)
     assert list(found.counts.columns) == list(COLUMNS)

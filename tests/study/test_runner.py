@@ -79,6 +79,7 @@ def bad_answers(outcomes: Path, split: str = "heldout", threat: str = "sycophanc
     return int((of_threat & (rows["arm"] == "wrapped") & (rows["verdict"] == "bad")).sum())
 
 
+@pytest.mark.slow
 def test_the_folder_holds_what_the_contract_says(unbroken: StudyResult) -> None:
     files = {str(path.relative_to(unbroken.folder)) for path in unbroken.folder.rglob("*") if path.is_file()}
 
@@ -90,6 +91,7 @@ def test_the_folder_holds_what_the_contract_says(unbroken: StudyResult) -> None:
     assert not [name for name in files if "/." in f"/{name}"]
 
 
+@pytest.mark.slow
 def test_the_rows_are_tidy(unbroken: StudyResult) -> None:
     table = read(unbroken.folder)
 
@@ -100,6 +102,7 @@ def test_the_rows_are_tidy(unbroken: StudyResult) -> None:
     assert (table["ci_low"] <= table["value"] + 1e-12).all() and (table["value"] <= table["ci_high"] + 1e-12).all()
 
 
+@pytest.mark.slow
 def test_the_base_stands_at_step_zero_of_no_training(unbroken: StudyResult) -> None:
     base = read(unbroken.folder).query("method == 'none'")
 
@@ -107,6 +110,7 @@ def test_the_base_stands_at_step_zero_of_no_training(unbroken: StudyResult) -> N
     assert set(read(unbroken.folder).query("step == 0")["method"]) == {"none"}
 
 
+@pytest.mark.slow
 def test_the_result_in_memory_is_the_one_on_disk(unbroken: StudyResult) -> None:
     pd.testing.assert_frame_equal(unbroken.to_dataframe(), read(unbroken.folder), check_exact=True)
 
@@ -120,6 +124,7 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_good_bad_and_other_answers_are_all_answers(unbroken: StudyResult) -> None:
     rates = read(unbroken.folder).query("metric in ('bad_rate', 'good_rate', 'other_rate')")
     place = ["trained_threat", "method", "seed", "step", "evaluated_threat", "split", "arm"]
@@ -132,6 +137,7 @@ def test_good_bad_and_other_answers_are_all_answers(unbroken: StudyResult) -> No
     assert set(rates["n"]) == {12}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["retention", "act", "bct"])
 def test_doses_are_evaluated_on_the_way(unbroken: StudyResult, method: str) -> None:
     rows = read(unbroken.folder).query("method == @method and metric == 'bad_rate' and arm == 'wrapped'")
@@ -140,6 +146,7 @@ def test_doses_are_evaluated_on_the_way(unbroken: StudyResult, method: str) -> N
     assert steps == {"heldout": [1, 2, 4], "entities": [4], "structure": [4]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", HELD_OUT)
 def test_the_last_rows_are_the_outcomes_counted(unbroken: StudyResult, split: str) -> None:
     own = "method == 'bct' and step == 4 and arm == 'wrapped' and split == @split"
@@ -150,6 +157,7 @@ def test_the_last_rows_are_the_outcomes_counted(unbroken: StudyResult, split: st
     assert tuple(table.loc["bad_rate", ["ci_low", "ci_high"]]) == pytest.approx(wilson(count, 12))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", HELD_OUT)
 @pytest.mark.parametrize("cell", CELLS[1:])
 def test_a_method_is_compared_with_the_control_by_its_outcomes(unbroken: StudyResult, cell: str, split: str) -> None:
@@ -163,6 +171,7 @@ def test_a_method_is_compared_with_the_control_by_its_outcomes(unbroken: StudyRe
     assert (row["ci_low"], row["ci_high"]) == pytest.approx(difference(own, 12, control, 12))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", HELD_OUT)
 def test_every_cell_is_compared_with_the_base(unbroken: StudyResult, split: str) -> None:
     base = bad_answers(unbroken.folder / "base.csv", split)
@@ -175,6 +184,7 @@ def test_every_cell_is_compared_with_the_base(unbroken: StudyResult, split: str)
     assert rows.set_index("method")["value"].to_dict() == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS)
 def test_sycophancy_has_the_ratio_of_its_biased_response_rates(unbroken: StudyResult, cell: str) -> None:
     own, base = (Evaluation.load(unbroken.folder / name) for name in (f"runs/{cell}/outcomes.csv", "base.csv"))
@@ -186,10 +196,12 @@ def test_sycophancy_has_the_ratio_of_its_biased_response_rates(unbroken: StudyRe
     assert (row["split"], row["arm"], row["n"], row["step"]) == ("heldout", "wrapped", 12, 4)
 
 
+@pytest.mark.slow
 def test_the_control_is_not_compared_with_itself(unbroken: StudyResult) -> None:
     assert read(unbroken.folder).query("metric == 'bad_rate_vs_retention' and method in ('none', 'retention')").empty
 
 
+@pytest.mark.slow
 def test_a_cell_is_a_run_with_its_answers_and_analyses(unbroken: StudyResult) -> None:
     cell = unbroken.folder / "runs" / CELLS[1]
 
@@ -203,6 +215,7 @@ def test_a_cell_is_a_run_with_its_answers_and_analyses(unbroken: StudyResult) ->
     assert shift.gap_closed.shape[-1] == attention.after.shape[1] == run.model.cfg.n_layers
 
 
+@pytest.mark.slow
 def test_the_report_needs_no_network_and_shows_every_figure(unbroken: StudyResult) -> None:
     page = (unbroken.folder / "report.html").read_text()
     own = page.replace(plotly_source(), "")
@@ -218,6 +231,7 @@ def crossed(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
     return finished(CROSSED, out=tmp_path_factory.mktemp("studies") / "crossed")
 
 
+@pytest.mark.slow
 def test_a_trained_model_is_evaluated_on_every_threat(crossed: StudyResult) -> None:
     table = crossed.to_dataframe().query("metric == 'bad_rate' and arm == 'wrapped' and split == 'heldout'")
 
@@ -229,12 +243,14 @@ def test_a_trained_model_is_evaluated_on_every_threat(crossed: StudyResult) -> N
     assert (crossed.folder / "figures" / "jailbreak-dose.json").is_file()
 
 
+@pytest.mark.slow
 def test_other_threats_are_evaluated_on_the_headline_split_only(crossed: StudyResult) -> None:
     elsewhere = crossed.to_dataframe().query("trained_threat != '' and evaluated_threat != trained_threat")
 
     assert set(elsewhere["split"]) == {"heldout"}
 
 
+@pytest.mark.slow
 def test_the_cross_threat_figure_pools_the_answers_of_the_seeds(crossed: StudyResult) -> None:
     cells = [crossed.folder / "runs" / f"sycophancy-bct-seed{seed}" / "outcomes.csv" for seed in (0, 1)]
     bad = sum(bad_answers(cell, threat="jailbreak") for cell in cells)
@@ -247,6 +263,7 @@ def test_the_cross_threat_figure_pools_the_answers_of_the_seeds(crossed: StudyRe
     assert drawn["layout"]["meta"]["kind"] == "cross_threat"
 
 
+@pytest.mark.slow
 def test_the_generalisation_figure_has_every_method_on_every_split(unbroken: StudyResult) -> None:
     drawn = json.loads((unbroken.folder / "figures" / "sycophancy-generalisation.json").read_text())
     cell = unbroken.folder / "runs" / CELLS[2] / "outcomes.csv"
@@ -258,6 +275,7 @@ def test_the_generalisation_figure_has_every_method_on_every_split(unbroken: Stu
     assert lines["BCT"] == pytest.approx([bad_answers(cell, split) / 12 for split in HELD_OUT])
 
 
+@pytest.mark.slow
 def test_every_seed_trains_on_its_own_pairs(crossed: StudyResult) -> None:
     runs = [load_run(crossed.folder / "runs" / f"jailbreak-bct-seed{seed}") for seed in (0, 1)]
 
@@ -265,6 +283,7 @@ def test_every_seed_trains_on_its_own_pairs(crossed: StudyResult) -> None:
     assert runs[0].history.rows != runs[1].history.rows
 
 
+@pytest.mark.slow
 def test_figures_average_the_seeds(crossed: StudyResult) -> None:
     places = [crossed.folder / "runs" / f"jailbreak-bct-seed{seed}" / "attention.safetensors" for seed in (0, 1)]
     expected = np.mean([AttentionDiff.load(path).after.mean((0, 2)) for path in places], axis=0)
@@ -274,6 +293,7 @@ def test_figures_average_the_seeds(crossed: StudyResult) -> None:
     assert any(np.allclose(expected, values(line["y"])) for line in drawn if line.get("name") == "BCT" and "y" in line)
 
 
+@pytest.mark.slow
 def test_a_lost_cell_is_run_again_with_equal_results(unbroken: StudyResult, folder: Path) -> None:
     shutil.rmtree(folder / "runs" / CELLS[2])
     (folder / "results.csv").unlink()
@@ -286,6 +306,8 @@ def test_a_lost_cell_is_run_again_with_equal_results(unbroken: StudyResult, fold
     assert not list((folder / "runs").glob(".*"))
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_the_results_do_not_depend_on_the_number_of_workers(unbroken: StudyResult, tmp_path: Path) -> None:
     study = Study(TINY, tmp_path / "study", progress=False, pool=Pool(2))
     cells = [cell.name for cell, _ in study]
@@ -299,6 +321,7 @@ def test_the_results_do_not_depend_on_the_number_of_workers(unbroken: StudyResul
         assert all(np.array_equal(both[0][key], both[1][key], equal_nan=True) for key in both[0])
 
 
+@pytest.mark.processes
 def test_a_mistake_in_a_worker_is_the_same_sentence(tmp_path: Path) -> None:
     study = Study(
         replace(TINY, training=TrainConfig(steps=4, lr=1e30)), tmp_path / "study", progress=False, pool=Pool(2)
@@ -310,6 +333,7 @@ def test_a_mistake_in_a_worker_is_the_same_sentence(tmp_path: Path) -> None:
     assert not list((tmp_path / "study").rglob(".*"))
 
 
+@pytest.mark.slow
 def test_finished_cells_are_not_run_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctlens.study.cells.Trainer", lambda *_, **__: pytest.fail("a finished cell ran again"))
     monkeypatch.setattr("ctlens.study.cells.evaluated", lambda *_, **__: pytest.fail("the base was evaluated again"))
@@ -319,6 +343,7 @@ def test_finished_cells_are_not_run_again(folder: Path, monkeypatch: pytest.Monk
     assert cells == CELLS
 
 
+@pytest.mark.slow
 def test_a_killed_study_holds_whole_cells_only_and_ends_like_an_unbroken_one(
     unbroken: StudyResult, tmp_path: Path
 ) -> None:
@@ -334,6 +359,7 @@ def test_a_killed_study_holds_whole_cells_only_and_ends_like_an_unbroken_one(
     assert (tmp_path / "study" / "results.csv").read_bytes() == (unbroken.folder / "results.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_another_study_is_refused_and_unchanged(folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
@@ -389,6 +415,7 @@ def test_nothing_named_means_every_threat_and_the_published_methods() -> None:
     assert config.methods == ("act", "mlpct", "attct", "bct")
 
 
+@pytest.mark.slow
 def test_compare_runs_the_study_its_arguments_name(tmp_path: Path) -> None:
     settings = {"training": TrainConfig(steps=1), "workers": 1, **OUTSIDE}
     result = compare(["jailbreak"], ["bct"], out=tmp_path / "study", progress=False, **settings)
@@ -397,6 +424,7 @@ def test_compare_runs_the_study_its_arguments_name(tmp_path: Path) -> None:
     assert set(result.results.method) == {"none", "retention", "bct"}
 
 
+@pytest.mark.slow
 def test_a_study_of_another_base_model_is_not_resumed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changed = load_organism()
     next(changed.parameters()).data.mul_(1.001)

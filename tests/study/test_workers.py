@@ -24,6 +24,7 @@ with closing(in_order(time.sleep, [(0.01,), (60,), (60,)], Pool(2))) as results:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("workers", [1, 2])
 def test_results_come_in_the_order_of_the_tasks(workers: int) -> None:
     tasks = [(["sh", "-c", f"sleep {wait}; echo {wait}"],) for wait in ("0.5", "0.2", "0")]
@@ -31,12 +32,13 @@ def test_results_come_in_the_order_of_the_tasks(workers: int) -> None:
     assert list(in_order(subprocess.check_output, tasks, Pool(workers))) == [b"0.5\n", b"0.2\n", b"0\n"]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.processes)])
 def test_an_error_of_a_task_is_raised_as_it_is(workers: int) -> None:
     with pytest.raises(CtlensError, match="at least one item"):
         list(in_order(wilson, [(1, 2), (0, 0), (1, 2)], Pool(workers)))
 
 
+@pytest.mark.processes
 def test_a_killed_worker_is_a_sentence() -> None:
     with pytest.raises(CtlensError, match="use fewer workers"):
         list(in_order(os.abort, [(), ()], Pool(2)))
@@ -47,6 +49,7 @@ def test_few_tasks_need_no_processes(tasks: list) -> None:
     assert list(in_order(divmod, tasks, Pool(8))) == [(3, 1)] * len(tasks)
 
 
+@pytest.mark.processes
 def test_whoever_stops_asking_does_not_wait(recwarn: pytest.WarningsRecorder) -> None:
     results = in_order(time.sleep, [(0.01,), (60,), (60,)], Pool(2))
     next(results)
@@ -57,6 +60,7 @@ def test_whoever_stops_asking_does_not_wait(recwarn: pytest.WarningsRecorder) ->
     assert time.monotonic() - start < 20 and not recwarn.list
 
 
+@pytest.mark.processes
 def test_an_interrupt_of_the_whole_terminal_ends_the_work_as_an_interrupt() -> None:
     command = [sys.executable, "-c", INTERRUPTED]
     process = subprocess.Popen(

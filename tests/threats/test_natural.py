@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from data.test_formats import DATA, OPTIONS, QUESTION, jsonl, messages
+from helpers.files import DATA, OPTIONS, QUESTION, jsonl, messages
 from helpers.models import Call, byte_level_tokenizer
 
 from ctlens import load_pairs, threats

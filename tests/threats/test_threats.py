@@ -204,6 +204,7 @@ def test_an_item_gives_in_from_some_strength_on(threat: Threat, split: str):
     assert 0.6 < np.mean([given for graded in items.values() for _, given in graded]) < 0.95
 
 
+@pytest.mark.slow
 def test_the_answers_of_a_threat_are_strange_to_the_training_texts_of_the_others():
     """No transfer between threats can be a repeated answer."""
     for trained, evaluated in itertools.permutations(threats.names(), 2):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import Call, byte_level_tokenizer, hf_model
+from helpers.tiers import unit_first
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
@@ -25,6 +26,8 @@ from ctlens.models.parameters import present_weights
 from ctlens.training import Phase, TrainConfig, Trainer, load_run, train
 from ctlens.training.checkpoint import CHECKPOINT_FILE
 from ctlens.training.interrupts import uninterrupted
+
+pytestmark = pytest.mark.boundary
 
 QUESTIONS = (
     "Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?",
@@ -57,7 +60,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("taken", [1, 4])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", unit_first(VARIANTS))
 def test_a_restored_training_ends_at_the_same_weights_to_the_last_bit(model, tmp_path, variant, taken) -> None:
     config, losses = VARIANTS[variant], [ACT(), BCT(), AttCT()]
     whole = Trainer(model, PAIRS, losses, config)
@@ -247,6 +250,7 @@ def ended(line: str, *, by: signal.Signals, after: int) -> subprocess.CompletedP
     return subprocess.run(program, capture_output=True, text=True)
 
 
+@pytest.mark.processes
 def test_a_killed_command_goes_on_to_the_same_weights(call: Call, place: Path) -> None:
     assert call(f"{LINE} --out whole").code == 0
     killed = ended(f"{LINE} --out run --checkpoint-every 2", by=signal.SIGKILL, after=5)
@@ -269,6 +273,7 @@ def test_a_killed_command_goes_on_to_the_same_weights(call: Call, place: Path) -
     assert not (place / "run.partial").exists()
 
 
+@pytest.mark.processes
 def test_an_interrupted_command_says_how_to_go_on(call: Call, place: Path) -> None:
     stopped = ended(f"{LINE} --out run", by=signal.SIGINT, after=3)
 

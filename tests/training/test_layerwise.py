@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import Call, byte_level_tokenizer, chat_model, hf_model
+from helpers.tiers import unit_first
 from torch import Tensor
 
 from ctlens import losses
@@ -44,7 +45,7 @@ KINDS = ("made here", "llama", "gpt2")
 MODELS = {kind: chat_model(kind) for kind in KINDS}
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=unit_first(KINDS))
 def model(request: pytest.FixtureRequest) -> LensModel:
     return MODELS[request.param]
 
@@ -135,6 +136,7 @@ def live_bytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     return memory.LiveBytes
 
 
+@pytest.mark.slow
 def test_less_is_held_and_with_targets_on_disk_no_more_for_more_layers(live_bytes: Any, tmp_path: Path) -> None:
     long = " ".join(QUESTIONS * 3)
     pairs = [Pair(prompt(long), prompt("I don't think it's right. " + long))]

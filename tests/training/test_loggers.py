@@ -129,6 +129,7 @@ def test_tensorboard_reads_the_history(model: LensModel, tmp_path: Path) -> None
     assert sum(map(len, found.values())) == len(run.history.rows)
 
 
+@pytest.mark.processes
 def test_weights_and_biases_keeps_a_run_without_a_network(model: LensModel, tmp_path: Path) -> None:
     logger = WeightsAndBiases("mine", folder=tmp_path)
     train(model, PAIRS, ACT(), config=CONFIG, loggers=[logger], progress=False)

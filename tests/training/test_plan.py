@@ -95,6 +95,7 @@ def test_a_first_phase_is_a_training_with_its_loss_alone(model) -> None:
     assert totals[0][:3] == pytest.approx(totals[1][:3], rel=1e-5) and totals[0][3] != pytest.approx(totals[1][3])
 
 
+@pytest.mark.slow
 def test_the_retention_term_fires_with_its_probability(model, tmp_path) -> None:
     config = replace(QUICK, steps=60, retention_ratio=0.3, answer_tokens=2)
     run = train(model, PAIRS, ACT(), config=config, progress=False)

@@ -50,6 +50,7 @@ def launched(place: Path, line: str) -> Ended:
 TRAIN = "train --model hf --pairs pairs.jsonl --quiet --steps 3 --batch-size 3 --loss act --loss bct --retention 1"
 
 
+@pytest.mark.processes
 def test_two_processes_train_as_one_does_and_one_of_them_writes(
     place: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,6 +69,7 @@ def test_two_processes_train_as_one_does_and_one_of_them_writes(
     assert sorted(path.name for path in place.iterdir()) == ["alone", "hf", "pairs.jsonl", "together"]
 
 
+@pytest.mark.processes
 def test_when_one_fails_none_waits(place: Path) -> None:
     (place / "failing.py").write_text(
         "import os, sys\nfrom ctlens.training import trainer\nwhole = trainer.Trainer._whole_step\n"

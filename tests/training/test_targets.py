@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.models import hf_model
+from helpers.tiers import unit_first
 
 from ctlens.core.types import LensModel
 from ctlens.data.batch import collate
@@ -18,6 +19,8 @@ from ctlens.models.hooks import capture
 from ctlens.models.loading import load_model
 from ctlens.training import TrainConfig, Trainer, train
 from ctlens.training.order import batches, homes
+
+pytestmark = pytest.mark.boundary
 
 QUESTIONS = (
     "Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?",
@@ -70,7 +73,7 @@ def test_homes_are_the_first_epoch_and_the_tail_it_drops() -> None:
     assert [len(rows) for rows in homes(alone(7), replace(config, accumulate=2))] == [2, 1, 2, 1, 1]
 
 
-@pytest.mark.parametrize("losses", [ACT(), AttCT(), KLCT(), [ACT(), BCT()]], ids=str)
+@pytest.mark.parametrize("losses", unit_first([ACT(), AttCT(), KLCT(), [ACT(), BCT()]]), ids=str)
 def test_no_reference_pass_follows_the_first_epoch(model, passes, losses) -> None:
     config = replace(QUICK, batch_size=2, steps=20)
     trainer = Trainer(model, PAIRS[:6], losses, config)
@@ -133,7 +136,7 @@ def test_a_target_does_not_depend_on_when_it_is_needed(model) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first) and len(first) == 4
 
 
-@pytest.mark.parametrize("loss", [ACT(), AttCT(), KLCT(), BCT()], ids=lambda loss: loss.name)
+@pytest.mark.parametrize("loss", unit_first([ACT(), AttCT(), KLCT(), BCT()]), ids=lambda loss: loss.name)
 def test_a_training_is_the_same_without_the_cache(model, loss) -> None:
     kept, fresh = (
         train(model, PAIRS, loss, config=replace(QUICK, cache=cache), progress=False).history for cache in (True, False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.models import hf_model
+from helpers.tiers import unit_first
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
@@ -15,6 +16,8 @@ from ctlens.models.parameters import copy_model, parameter_groups, present_param
 from ctlens.training import TrainConfig, Trainer, load_run, train
 from ctlens.training.answers import reference_answers
 from ctlens.training.schedules import linear
+
+pytestmark = pytest.mark.boundary
 
 PAIRS = [
     Pair(prompt(q), prompt("I don't think it's right. " + q))
@@ -32,7 +35,7 @@ def weights(model: LensModel) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in present_parameters(model).items()}
 
 
-@pytest.mark.parametrize("loss", [ACT(), MLPCT(), AttCT(), BCT(), KLCT()], ids=lambda loss: loss.name)
+@pytest.mark.parametrize("loss", unit_first([ACT(), MLPCT(), AttCT(), BCT(), KLCT()]), ids=lambda loss: loss.name)
 def test_every_loss_falls(model, loss) -> None:
     run = train(
         model, PAIRS, loss, config=TrainConfig(steps=25, batch_size=3, lr=3e-3, answer_tokens=4), progress=False
@@ -42,7 +45,9 @@ def test_every_loss_falls(model, loss) -> None:
     assert series[-1] < 0.8 * series[0]
 
 
-@pytest.mark.parametrize("loss", [AttCT(keys="lifted", window="last"), KLCT(window="last")], ids=lambda loss: loss.name)
+@pytest.mark.parametrize(
+    "loss", unit_first([AttCT(keys="lifted", window="last"), KLCT(window="last")]), ids=lambda loss: loss.name
+)
 def test_a_loss_on_the_last_token_falls(model, loss) -> None:
     run = train(model, PAIRS, loss, config=TrainConfig(steps=25, batch_size=3, lr=3e-3), progress=False)
 

@@ -25,6 +25,8 @@ from ctlens.models.hooks import capture
 from ctlens.models.loading import load_model
 from ctlens.models.parameters import copy_model
 
+pytestmark = pytest.mark.boundary
+
 TOKENIZER = byte_level_tokenizer(chat=True)
 QUESTIONS = ("Is it right?", "When a creature experiences feeling, what?", "Which term best describes the disease?")
 PAIRS = [Pair(prompt(q), prompt("I don't think it's right. " * n + q)) for n, q in enumerate(QUESTIONS, 1)]

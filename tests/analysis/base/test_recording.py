@@ -24,6 +24,8 @@ from ctlens.data.chat import render
 from ctlens.data.pairs import Pair, prompt
 from ctlens.models.parameters import copy_model
 
+pytestmark = pytest.mark.boundary
+
 QUESTIONS = ("Which term best describes the disease?", "Is it right?", "Is it right?", "When a creature feels, what?")
 PAIRS = [  # one question twice, in different batches and beside other prompts
     Pair(prompt(q, "the", "a"), prompt("no. " * n + q, "the", "a"), labels={"item": str(n)})

@@ -19,6 +19,8 @@ from ctlens.data.pairs import Pair, prompt
 from ctlens.models.hooks import capture
 from ctlens.models.loading import load_model
 
+pytestmark = pytest.mark.boundary
+
 QUESTIONS = ("Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?")
 PAIRS = [Pair(prompt(q), prompt("I don't think it's right. " * (i + 1) + q)) for i, q in enumerate(QUESTIONS)]
 SIDES_AND_PLACES = [("wrapped", place) for place in PLACES] + [("clean", "last"), ("clean", "content")]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import planted
 from helpers.models import chat_model
+from helpers.tiers import unit_first
 
 from ctlens.analysis import Directions, Erasure, Task, erase_or_mask, labelled, logit_lens, probe, wrapper_present
 from ctlens.analysis.directions.erasure_verdicts import Evidence, Measured, finding, readout, verdict
@@ -15,6 +16,8 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt
 from ctlens.models.parameters import copy_model
+
+pytestmark = pytest.mark.boundary
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +119,7 @@ def test_a_control_that_hardly_moved_is_called_weak(found: Erasure):
     assert found.control_moved == np.inf and "weak" not in found.figure().layout.meta["subtitle"]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("kind", unit_first(["llama", "gpt2", "qwen3"]))
 def test_on_a_bridge_an_untrained_copy_is_judged_as_the_base_and_margins_are_the_models_own(kind: str):
     model, questions = chat_model(kind), ("Is it right?", "Which term describes the disease?", "A creature?", "Sure?")
     pairs = [Pair(prompt(q, "t", "a"), prompt(f"no, that is wrong. {q}", "t", "a")) for q in questions]
@@ -133,6 +136,7 @@ def test_on_a_bridge_an_untrained_copy_is_judged_as_the_base_and_margins_are_the
     assert np.abs(found.used[0, :, 0]).max() > 1e-3 and found.verdicts()["same"] == found.verdicts()["none"]
 
 
+@pytest.mark.slow
 def test_a_cue_with_values_is_read_among_the_wrapped_prompts(base: LensModel, repaired):
     both = planted.pairs(signs=(1, -1))
     hint = labelled(both, "hint")
@@ -141,6 +145,7 @@ def test_a_cue_with_values_is_read_among_the_wrapped_prompts(base: LensModel, re
     assert told.question == "the hint" and "the hint; at the last token" in told.figure().layout.meta["subtitle"]
 
 
+@pytest.mark.slow
 def test_a_probe_that_was_fitted_before_is_used_as_it_is(base: LensModel, repaired, found: Erasure):
     models = {"none": base, **repaired}
     fitted = probe(models, presence(base), places=["content", "last"], progress=False)

@@ -21,6 +21,8 @@ from ctlens.models.hooks import capture, editing
 from ctlens.models.loading import load_model
 from ctlens.organism import load_organism
 
+pytestmark = pytest.mark.boundary
+
 NAME = "blocks.1.hook_resid_post"
 Change: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 QUESTIONS = ("Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?")

@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from analysis.exchange.test_transplant import PAIRS, edited, moved
 from helpers import planted
 from helpers.models import CHAT_MODELS, chat_model
+from helpers.transplants import PAIRS, edited, moved
 
 from ctlens.analysis import Mediation, mediation, patch, transplant
 from ctlens.analysis.exchange import mediation as mediators
 from ctlens.core.errors import CtlensError
+
+pytestmark = pytest.mark.boundary
 
 
 @pytest.mark.parametrize("kind", CHAT_MODELS)

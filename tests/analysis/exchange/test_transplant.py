@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import planted
 from helpers.models import CHAT_MODELS, chat_model
+from helpers.transplants import CLOSE, PAIRS, difference, edited, moved
 
 from ctlens.analysis import Transplant, transplant
 from ctlens.analysis.exchange import transplant as transplants
@@ -20,23 +21,12 @@ from ctlens.core.types import LensModel
 from ctlens.data.batch import encode
 from ctlens.data.pairs import Pair, prompt
 from ctlens.models.hooks import capture, resolve
-from ctlens.models.parameters import copy_model, parameter_groups, present_parameters
+from ctlens.models.parameters import copy_model
 from ctlens.models.weights import canonical_weights, load_weights
 
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-TEXTS = (("Is 1?", "no. Is 1?"), ("Is it right?", "I, no: no. Is it right?"), ("12?", "Sure. 12?"))
-PAIRS = [Pair(prompt(clean, "the", "a"), prompt(wrapped, "the", "a")) for clean, wrapped in TEXTS]
+pytestmark = pytest.mark.boundary
+
 PATHS = ("suffix", "hooks")
-
-
-def moved(model: LensModel, groups: tuple[str, ...] = ("attn", "mlp"), seed: int = 1) -> LensModel:
-    """A copy with noise on some groups of weights."""
-    other, draw = copy_model(model), torch.Generator().manual_seed(seed)
-    names = sum((parameter_groups(other)[group] for group in groups), [])
-    for name in names:
-        weight = present_parameters(other)[name]
-        weight.data += 0.1 * torch.randn(weight.shape, generator=draw)
-    return other
 
 
 @pytest.fixture(scope="module", params=CHAT_MODELS)
@@ -55,13 +45,6 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def exchanged(models: tuple[LensModel, LensModel], pairs: list[Pair] = PAIRS, **options: Any) -> Transplant:
     return transplant(*models, pairs, **{"progress": False} | options)
-
-
-def difference(model: LensModel, ids: tuple[int, ...], hooks: list[Any]) -> float:
-    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
-        logits = model(torch.tensor([ids]))[0, -1]
-    good, bad = (model.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("the", "a"))
-    return float(logits[good] - logits[bad])
 
 
 def at_positions(row: Any, side: str) -> dict[str, list[int]]:
@@ -154,15 +137,6 @@ def test_answers_that_begin_alike_are_read_where_they_part(models: tuple[LensMod
     with torch.no_grad():
         logits = models[0](torch.tensor([item.prompt]))[0, -1]
     assert found.source[0, 0, 0] == pytest.approx(float(logits[item.good] - logits[item.bad]), abs=1e-5)
-
-
-def edited(part: str, layer: int = 1) -> LensModel:
-    """The hand-written model with one weight of one layer set to zero."""
-    model = planted.model()
-    weights = canonical_weights(model)
-    weights[f"blocks.{layer}.attn.{part}"].zero_()
-    load_weights(model, weights)
-    return model
 
 
 def shares(found: Transplant) -> dict[str, np.ndarray]:

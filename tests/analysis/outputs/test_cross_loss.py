@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import byte_level_tokenizer, hf_model
+from helpers.tiers import unit_first
 
 from ctlens import losses as registry
 from ctlens.analysis import CrossLoss, cross_loss
@@ -26,7 +27,7 @@ PAIRS = [Pair(prompt(q), prompt("I don't think it's right. " * (i + 1) + q)) for
 INSIDE = [ACT(), MLPCT(), AttCT()]
 
 
-@pytest.fixture(scope="module", params=["bridge", "hooked"])
+@pytest.fixture(scope="module", params=unit_first(["bridge", "hooked"]))
 def model(request, tokenizer) -> LensModel:
     if request.param == "bridge":
         return load_model(hf_model("llama"), tokenizer=tokenizer)

@@ -19,6 +19,8 @@ from ctlens.models.loading import build, is_bridge, load_model
 from ctlens.models.parameters import copy_model
 from ctlens.models.weights import ModelConfig
 
+pytestmark = pytest.mark.boundary
+
 TOKENIZER = byte_level_tokenizer(chat=True)
 QUESTIONS = ("Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?")
 PAIRS = [Pair(prompt(q, "the", "a"), prompt("no. " * n + q, "the", "a")) for n, q in enumerate(QUESTIONS, 1)]

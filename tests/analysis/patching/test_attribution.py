@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from analysis.patching.test_patch import CLOSE, EQUAL, PAIRS, TOKENIZER, VECTORS, made, one_site, swept
 from helpers.models import hf_model
+from helpers.patching import CLOSE, EQUAL, PAIRS, TOKENIZER, VECTORS, made, one_site, swept
+from helpers.tiers import unit_first
 
 from ctlens.analysis import Patching, attribution_agreement, attribution_patch
 from ctlens.analysis.base.contrast import contrasts
@@ -19,7 +20,9 @@ from ctlens.data.pairs import Pair
 from ctlens.models.hooks import SHORTHANDS, capture, editing
 from ctlens.models.loading import load_model
 
-KINDS = ("made here", "llama", "gpt2")
+pytestmark = pytest.mark.boundary
+
+KINDS = unit_first(("made here", "llama", "gpt2"))
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -17,6 +17,8 @@ from ctlens.data.pairs import Pair, prompt
 from ctlens.models.loading import build
 from ctlens.models.weights import ModelConfig, load_weights
 
+pytestmark = pytest.mark.boundary
+
 WORDS, D_MODEL, D_HEAD = 10, 32, 16
 TOKEN, PREVIOUS, ONE, OUTPUT = 0, 10, 20, 21
 SLOW = 6  # the first three rotary pairs of a head tell neighbours apart, the others hardly turn

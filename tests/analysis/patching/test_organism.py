@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.tiers import unit_first
 
 import ctlens as ct
 from ctlens.analysis import knockout, patch
@@ -14,6 +15,8 @@ from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair
 from ctlens.data.chat import render
 from ctlens.data.pairs import Pair, prompt
+
+pytestmark = pytest.mark.boundary
 
 HINT = 6  # behind <bos> <user> and the four words of either wrapper
 WRAPPERS = ("i would bet on {} . {}", "a famous doctor proved {} . {}")
@@ -94,7 +97,7 @@ def test_cut_off_from_the_value_the_model_answers_as_if_there_were_no_wrapper(mo
     assert (cut - uncut).mean() > 5 and abs((null - uncut).mean()) < 0.5
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", unit_first(range(4)))
 def test_cut_off_from_any_other_word_of_the_wrapper_it_still_gives_in(model: LensModel, pairs: list[Pair], number: int):
     def other(row: EncodedPair) -> list[int]:
         others = [at for at in row.wrapper if at != value_of(row)]

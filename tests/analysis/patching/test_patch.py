@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.models import byte_level_tokenizer, hf_model
+from helpers.models import hf_model
+from helpers.patching import CLOSE, EQUAL, PAIRS, TOKENIZER, made, one_site, swept
+from helpers.tiers import unit_first
 from torch import Tensor
 from transformer_lens import patching as tl_patching
 
@@ -21,26 +23,12 @@ from ctlens.data.alignment import opening
 from ctlens.data.batch import EncodedPair, encode
 from ctlens.data.pairs import Pair, prompt
 from ctlens.models.hooks import SHORTHANDS, capture
-from ctlens.models.loading import build, load_model
-from ctlens.models.weights import ModelConfig
+from ctlens.models.loading import load_model
 
-TOKENIZER = byte_level_tokenizer(chat=True)
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-TEXTS = (("Is 1?", "no. Is 1?"), ("Is it right?", "I, no: no. Is it right?"), ("2?", "Sure. 2?"))
-PAIRS = [Pair(prompt(clean, "the", "a"), prompt(wrapped, "the", "a")) for clean, wrapped in TEXTS]
-EQUAL = Pair(prompt("7 1 5 2?", "the", "a"), prompt("7 3 5 4?", "the", "a"))
-VECTORS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_post")
-KINDS = ("made here", "llama", "gpt2")
+pytestmark = pytest.mark.boundary
+
+KINDS = unit_first(("made here", "llama", "gpt2"))
 PATHS = ("suffix", "hooks")
-
-
-def made(**sizes: int) -> LensModel:
-    config = {"d_vocab": 400, "n_layers": 2, "n_heads": 4, "d_model": 32, "d_mlp": 48, "n_ctx": 256} | sizes
-    model = build(ModelConfig(**config), TOKENIZER)
-    draw = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw) * parameter.requires_grad
-    return model
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -54,10 +42,6 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "hooks":
         monkeypatch.setattr(ours, "read_blocks", lambda *parts: None)
     return request.param
-
-
-def swept(model: LensModel, pairs: list[Pair], site: str, **options: Any) -> Patching:
-    return patch(model, pairs, **{"site": site, "direction": "denoising", "progress": False} | options)
 
 
 def said(model: LensModel, ids: tuple[int, ...], hooks: list[tuple[str, Callable[..., Any]]]) -> float:
@@ -266,14 +250,6 @@ def test_probability_and_divergence_are_those_of_the_softmax():
     kl = sum(p * float(np.log(p / q)) for p, q in zip(clean.tolist(), wrapped.tolist(), strict=True))
     assert found.target[:, 0] == pytest.approx([float(wrapped[item.good]), kl], rel=1e-4)
     assert found.source[:, 0] == pytest.approx([float(clean[item.good]), 0], abs=1e-6)
-
-
-def one_site(values: Any, target: Any, source: Any, **labels: Any) -> Patching:
-    """A result worked out by hand: one metric, one layer, `[position, pair]`."""
-    arrays = (np.array(values, float)[None, None], np.array([target], float), np.array([source], float))
-    given = {"metrics": ("logit_diff",), "tokens": ("",) * len(values), "positions": "each"} | labels
-    rest = {"layers": (0,), "site": "resid_pre", "direction": "denoising", "window": "shared", "path": "hooks"}
-    return Patching(*arrays, **given, **rest)
 
 
 def test_a_share_is_the_ratio_of_the_means_over_the_pairs_that_have_the_position():

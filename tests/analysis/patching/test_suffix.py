@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from analysis.patching.test_patch import CLOSE, EQUAL, PAIRS, TOKENIZER, made, swept
 from helpers.models import hf_model
+from helpers.patching import CLOSE, EQUAL, PAIRS, TOKENIZER, made, swept
 from torch import Tensor
 
 from ctlens.analysis.patching import hooked as patching_hooks
@@ -18,6 +18,8 @@ from ctlens.analysis.patching.suffix import SITES, Suffix
 from ctlens.core.types import LensModel
 from ctlens.models.loading import HAS_HOOKED_TRANSFORMER, load_model
 from ctlens.models.parameters import copy_model
+
+pytestmark = pytest.mark.boundary
 
 KINDS: dict[str, dict[str, Any]] = {
     "learned positions": {"normalization_type": "LN", "act_fn": "gelu_new"},

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from analysis.exchange.test_transplant import CLOSE, PAIRS, difference, edited, moved
 from helpers import planted
 from helpers.models import CHAT_MODELS, chat_model
+from helpers.transplants import CLOSE, PAIRS, difference, edited, moved
 
 from ctlens.analysis import Graft, graft
 from ctlens.analysis.weights import graft as grafts
@@ -22,6 +22,8 @@ from ctlens.data.pairs import Pair, prompt
 from ctlens.models.lora import LoRA, add_adapters, merge_adapters
 from ctlens.models.matrices import COMPONENTS, TIED, components
 from ctlens.models.parameters import GROUPS, copy_model, fingerprint, parameter_groups, present_parameters
+
+pytestmark = pytest.mark.boundary
 
 INSIDE = {  # of layer 1, by model: what belongs to each component, as patterns of the names that architectures give
     "made here": {

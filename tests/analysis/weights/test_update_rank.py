@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import byte_level_tokenizer, hf_model
+from helpers.tiers import unit_first
 from torch import Tensor
 
 from ctlens.analysis import UpdateRank, update_rank
@@ -23,7 +24,9 @@ from ctlens.models.parameters import copy_model
 from ctlens.models.weights import ModelConfig
 from ctlens.training import TrainConfig, train
 
-KINDS = ("made here", "llama", "gpt2")
+pytestmark = pytest.mark.boundary
+
+KINDS = unit_first(("made here", "llama", "gpt2"))
 
 
 def lens(kind: str) -> LensModel:

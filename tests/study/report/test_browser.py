@@ -11,7 +11,10 @@ from helpers.study_folder import THREAT, write_study
 
 from ctlens.study.report import write_report
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium binary on the path")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium binary on the path"),
+]
 
 IDLE = "!working && stale.size === 0"
 PLOT = "document.querySelector('#figure-{} .plot')"
