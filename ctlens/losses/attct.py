@@ -34,7 +34,7 @@ DISTANCES: Mapping[str, Distance] = {
 
 @dataclass(frozen=True)
 class AttCT(InternalLoss):
-    """Attention consistency.
+    """AttCT is attention consistency: it compares attention patterns row by row.
 
     Attributes:
         weight: the default suits the shipped organism.
@@ -56,6 +56,7 @@ class AttCT(InternalLoss):
     """
 
     name: ClassVar[str] = "attct"
+    # Rows cut to the window hold little mass on the organism, so the raw divergence is small; published is 1.
     weight: float = 200.0
     distance: str = "jsd"
     keys: str = "raw"
@@ -74,22 +75,22 @@ class AttCT(InternalLoss):
 
     @property
     def point(self) -> str:
-        """The attention weights after the softmax."""
+        """The loss reads the attention weights after the softmax."""
         return "pattern"
 
     @property
     def mean_over_heads(self) -> bool:
-        """Unless heads are averaged before they are compared."""
+        """True unless heads are averaged before they are compared."""
         return self.heads == "each"
 
     @property
     def windows(self) -> tuple[str, ...]:
-        """The window of the queries, and that of the keys where it is another."""
+        """The loss reads the window of the queries, and that of the keys where it is another."""
         return tuple(dict.fromkeys((self.window, self._key_window)))
 
     @property
     def _key_window(self) -> str:
-        """Lifted rows are whole ones, so all the content is in, whatever the window of the queries."""
+        """The window of the keys: lifted rows are whole, so they take all the content, whatever the queries are."""
         return "shared" if self.keys == "lifted" and self.window != "explicit" else self.window
 
     @property
@@ -97,7 +98,7 @@ class AttCT(InternalLoss):
         return self.sink == "kept" or (self.sink is None and self.keys == "lifted")
 
     def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
-        """The distance per hook point and pair, averaged over heads and aligned queries."""
+        """Measures the distance per hook point and pair, averaged over heads and aligned queries."""
         batch, queries = forwards.batch, forwards.batch.matched[self.window]
         window = batch.matched[self._key_window]
         keys = with_opening(batch, window) if self._keeps_sink else window
@@ -131,7 +132,7 @@ class AttCT(InternalLoss):
 
 
 def query_rows(pattern: Pattern, queries: Positions) -> Float[Tensor, "batch width head k"]:
-    """The attention rows of given queries, `[batch, query, head, key]`, in float32 at least."""
+    """Takes the attention rows of given queries, `[batch, query, head, key]`, in float32 at least."""
     rows = torch.arange(len(pattern), device=pattern.device)[:, None]
     return widened(pattern.transpose(1, 2)[rows, queries])
 
@@ -139,7 +140,7 @@ def query_rows(pattern: Pattern, queries: Positions) -> Float[Tensor, "batch wid
 def block_rows(
     pattern: Pattern, queries: Positions, keys: Int[Tensor, "batch key"], valid: Bool[Tensor, "batch key"]
 ) -> Float[Tensor, "batch width head key"]:
-    """Attention from given queries to given keys, `[batch, query, head, key]`, zero at keys that are not valid.
+    """Takes attention from given queries to given keys, `[batch, query, head, key]`, zero at keys that are not valid.
 
     Args:
         pattern: attention weights after the softmax, `[batch, head, q, k]`.
@@ -153,7 +154,7 @@ def block_rows(
 def lifted_rows(
     clean: Float[Tensor, "batch head clean_q clean_k"], wrapped: Pattern, queries: Matched, keys: Matched
 ) -> tuple[Float[Tensor, "batch width head k"], Float[Tensor, "batch width head k"]]:
-    """The clean rows moved to the wrapped keys, zero where a key has no twin, and the wrapped rows as they are.
+    """Moves the clean rows to the wrapped keys, zero where a key has no twin, and takes the wrapped rows as they are.
 
     Args:
         clean, wrapped: attention weights after the softmax, `[batch, head, q, k]`.
@@ -167,7 +168,7 @@ def lifted_rows(
 
 
 def with_opening(batch: PairBatch, matched: Matched) -> Matched:
-    """The aligned positions, and in front of them the tokens that open both prompts, the attention sink among them."""
+    """Puts the tokens that open both prompts, the attention sink among them, in front of the aligned positions."""
     front = _opening_keys(batch, matched)
     return Matched(
         torch.cat([front.clean, matched.clean], 1),
@@ -177,7 +178,7 @@ def with_opening(batch: PairBatch, matched: Matched) -> Matched:
 
 
 def opening_mask(batch: PairBatch, matched: Matched) -> Mask:
-    """True at the positions of the wrapped prompts that `with_opening` puts in front."""
+    """Marks the positions of the wrapped prompts that `with_opening` puts in front."""
     front = _opening_keys(batch, matched)
     marked = torch.zeros(batch.wrapped.tokens.shape, dtype=torch.int, device=front.valid.device)
     return marked.scatter_add(1, front.wrapped, front.valid.int()).bool()
@@ -193,7 +194,7 @@ def _opening_keys(batch: PairBatch, matched: Matched) -> Matched:
 def _opening(
     side: Side, steps: Int[Tensor, " step"], positions: Positions, valid: Bool[Tensor, "batch width"]
 ) -> tuple[Int[Tensor, "batch step"], Bool[Tensor, "batch step"]]:
-    """The first positions of each row's real tokens, and which of them are in front of the aligned ones."""
+    """Finds the first positions of each row's real tokens, and which of them are in front of the aligned ones."""
     width = side.tokens.shape[1]
     first = (side.mask.int().argmax(1)[:, None] + steps).clamp(max=width - 1)
     return first, first < positions.masked_fill(~valid, width).amin(1)[:, None]
