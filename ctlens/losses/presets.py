@@ -34,7 +34,7 @@ SOURCES: Mapping[str, str] = MappingProxyType(
         "options that it has by default",
         "aisi": "*Consistency Training Can Entrench Misalignment* (arXiv 2606.03810), by its code "
         "(AI-Safety-Institute/consistency-misalignment)",
-        OURS: "the defaults of this package; [docs/divergences.md](docs/divergences.md) says why",
+        OURS: "the defaults of this package; [docs/divergences.md](divergences.md) says why",
     }
 )
 """Each name stands for this source; `stack-jailbreak` is another loss of `stack`, for its jailbreak runs."""
