@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,7 +21,8 @@ from ctlens.data.batch import Matched, PairBatch, Side
 from ctlens.losses.base import Distance, Forwards, InternalLoss, check_option
 from ctlens.losses.distances import LOG_FLOOR, jensen_shannon, kl_of_masses, squared_error
 
-KEYS = ("raw", "renormalised", "rest", "lifted")
+Heads: TypeAlias = Float[Tensor, "batch head clean_q clean_k"]
+Rows: TypeAlias = Float[Tensor, "batch width head _"]
 HEADS = ("each", "mean")
 SINKS = ("kept", "dropped")
 DISTANCES: Mapping[str, Distance] = {
@@ -29,6 +30,79 @@ DISTANCES: Mapping[str, Distance] = {
     "l2": squared_error,
     "mse": squared_error,
     "kl_clean_wrapped": kl_of_masses,
+}
+
+
+class RawKeys:
+    """RawKeys compares rows that are cut to the window and sum to less than one, as published.
+
+    Args:
+        batch: the pairs.
+        queries: aligned positions whose rows are compared.
+        window: aligned positions that are keys.
+        keeps_sink: the tokens that open both prompts are keys too.
+    """
+
+    def __init__(self, batch: PairBatch, queries: Matched, window: Matched, *, keeps_sink: bool) -> None:
+        self.batch, self.queries, self.window, self.keeps_sink = batch, queries, window, keeps_sink
+        self.keys = with_opening(batch, window) if keeps_sink else window
+
+    def rows(self, clean: Heads, wrapped: Pattern) -> tuple[Rows, Rows]:
+        """Takes the rows of both sides that are compared, from the patterns of one layer."""
+        queries, keys = self.queries, self.keys
+        return (
+            self.finished(block_rows(clean, queries.clean, keys.clean, keys.valid)),
+            self.finished(block_rows(wrapped, queries.wrapped, keys.wrapped, keys.valid)),
+        )
+
+    def n_keys(self) -> Int[Tensor, " batch"]:
+        """Counts the entries of each pair's rows."""
+        return self.keys.valid.sum(-1)
+
+    @staticmethod
+    def finished(block: Rows) -> Rows:
+        """Leaves the mass outside the window out."""
+        return block
+
+
+class RenormalisedKeys(RawKeys):
+    """RenormalisedKeys compares rows that are cut to the window and divided by their sum."""
+
+    @staticmethod
+    def finished(block: Rows) -> Rows:
+        """Divides every row by its sum."""
+        return block / block.sum(-1, keepdim=True).clamp(min=LOG_FLOOR)
+
+
+class RestKeys(RawKeys):
+    """RestKeys compares rows that are cut to the window, with one bucket more for the mass outside it."""
+
+    def n_keys(self) -> Int[Tensor, " batch"]:
+        """Counts the keys and the bucket."""
+        return super().n_keys() + 1
+
+    @staticmethod
+    def finished(block: Rows) -> Rows:
+        """Adds the bucket to every row."""
+        return torch.cat([block, (1 - block.sum(-1, keepdim=True)).clamp(min=0)], dim=-1)
+
+
+class LiftedKeys(RawKeys):
+    """LiftedKeys compares whole wrapped rows with the clean rows moved to the wrapped prompt's keys."""
+
+    def rows(self, clean: Heads, wrapped: Pattern) -> tuple[Rows, Rows]:
+        """Lifts the clean rows; the opening tokens count on neither side where the sink is dropped."""
+        here, there = lifted_rows(clean, wrapped, self.queries, self.keys)
+        if self.keeps_sink:
+            return here, there
+        return here, there * ~opening_mask(self.batch, self.window)[:, None, None, :]
+
+
+KEY_MODES: Mapping[str, type[RawKeys]] = {
+    "raw": RawKeys,
+    "renormalised": RenormalisedKeys,
+    "rest": RestKeys,
+    "lifted": LiftedKeys,
 }
 
 
@@ -66,7 +140,7 @@ class AttCT(InternalLoss):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_option("distance of AttCT", self.distance, tuple(DISTANCES))
-        check_option("keys of AttCT", self.keys, KEYS)
+        check_option("keys of AttCT", self.keys, tuple(KEY_MODES))
         check_option("heads of AttCT", self.heads, HEADS)
         if self.sink is not None:
             check_option("sink of AttCT", self.sink, SINKS)
@@ -99,36 +173,18 @@ class AttCT(InternalLoss):
 
     def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
         """Measures the distance per hook point and pair, averaged over heads and aligned queries."""
-        batch, queries = forwards.batch, forwards.batch.matched[self.window]
-        window = batch.matched[self._key_window]
-        keys = with_opening(batch, window) if self._keeps_sink else window
-        n_keys = keys.valid.sum(-1) + (self.keys == "rest") if self.distance == "mse" else 1
+        matched = forwards.batch.matched
+        queries = matched[self.window]
+        mode = KEY_MODES[self.keys](forwards.batch, queries, matched[self._key_window], keeps_sink=self._keeps_sink)
         values: dict[str, PerRow] = {}
         for name in hook_names:
             clean, wrapped = self._heads(forwards.clean[name].detach()), self._heads(forwards.wrapped[name])
-            if self.keys == "lifted":
-                here, there = lifted_rows(clean, wrapped, queries, keys)
-                rows = here, there if self._keeps_sink else there * ~opening_mask(batch, window)[:, None, None, :]
-            else:
-                rows = (
-                    self._rows(clean, queries.clean, keys.clean, keys.valid),
-                    self._rows(wrapped, queries.wrapped, keys.wrapped, keys.valid),
-                )
-            values[name] = queries.row_mean(DISTANCES[self.distance](*rows).mean(-1)) / n_keys
+            value = queries.row_mean(DISTANCES[self.distance](*mode.rows(clean, wrapped)).mean(-1))
+            values[name] = value / mode.n_keys() if self.distance == "mse" else value
         return values
 
     def _heads(self, pattern: Pattern) -> Float[Tensor, "batch group q k"]:
         return pattern.mean(1, keepdim=True) if self.heads == "mean" else pattern
-
-    def _rows(
-        self, pattern: Pattern, queries: Positions, keys: Int[Tensor, "batch key"], valid: Bool[Tensor, "batch key"]
-    ) -> Float[Tensor, "batch width head _"]:
-        block = block_rows(pattern, queries, keys, valid)
-        if self.keys == "renormalised":
-            return block / block.sum(-1, keepdim=True).clamp(min=LOG_FLOOR)
-        if self.keys == "rest":
-            return torch.cat([block, (1 - block.sum(-1, keepdim=True)).clamp(min=0)], dim=-1)
-        return block
 
 
 def query_rows(pattern: Pattern, queries: Positions) -> Float[Tensor, "batch width head k"]:
