@@ -22,7 +22,7 @@ from ctlens.losses.rmct import RMCT
 
 LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in (ACT, MLPCT, AttCT, BCT, RMCT, F2C, KLCT, AttOut, AttMass)}
 MEASURED = ("act", "mlpct", "attct", "bct", "klct")
-"""What models are measured by unless told otherwise: losses that ask no more of a pair than that it aligns."""
+"""These losses measure a model unless told otherwise: they ask no more of a pair than that it aligns."""
 
 __all__ = [
     "ACT",
@@ -50,12 +50,12 @@ __all__ = [
 
 
 def names() -> list[str]:
-    """The names of all losses."""
+    """Lists the names of all losses."""
     return list(LOSSES)
 
 
 def get(name: str, **options: Any) -> Loss:
-    """The loss of that name with the given options.
+    """Builds the loss of that name with the given options.
 
     >>> get("attct", layers="last_half", keys="rest").keys
     'rest'
@@ -69,17 +69,17 @@ def get(name: str, **options: Any) -> Loss:
 
 
 def to_config(loss: Loss) -> dict[str, Any]:
-    """The loss as JSON-ready values, its name among them."""
+    """Writes the loss as JSON-ready values, its name among them."""
     return {"name": loss.name, **to_dict(loss)}
 
 
 def from_config(config: dict[str, Any]) -> Loss:
-    """The loss that `to_config` described."""
+    """Builds the loss that `to_config` described."""
     return get(**config)
 
 
 def preset(method: str, source: str) -> Loss:
-    """The loss that a source defines under a method's name, see `ctlens.losses.presets`.
+    """Builds the loss that a source defines under a method's name, see `ctlens.losses.presets`.
 
     >>> preset("attct", "stack-jailbreak").distance
     'mse'
@@ -101,7 +101,7 @@ def preset(method: str, source: str) -> Loss:
 
 
 def table() -> pd.DataFrame:
-    """Every definition of every method side by side, one row each; ours first.
+    """Sets every definition of every method side by side, one row each; ours come first.
 
     Columns: method, source, loss (the class's name), hook point, window, layers, distance, options
     (what is particular to the loss), layer weights, clean side, tokens (what is trained on), weight,
@@ -115,7 +115,7 @@ def table() -> pd.DataFrame:
 
 
 def _presets() -> dict[tuple[str, str], tuple[Loss, str]]:
-    """Loss and note by method and source, the sources of a method together."""
+    """Maps method and source to the loss and its note; the sources of a method stand together."""
     ours = {(name, OURS): (kind(), "") for name, kind in LOSSES.items()}
     found = ours | {key: (published.loss, published.note) for key, published in PUBLISHED.items()}
     methods = list(dict.fromkeys(method for method, _ in found))

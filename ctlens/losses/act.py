@@ -20,7 +20,7 @@ from ctlens.models.hooks import FINAL_NORM, resolve
 
 @dataclass(frozen=True)
 class ACT(VectorLoss):
-    """Activation consistency.
+    """ACT is activation consistency: it compares residual streams token by token.
 
     Attributes:
         weight: the default suits the sum over `d_model` on the shipped organism.
@@ -37,6 +37,7 @@ class ACT(VectorLoss):
         "mse": mean_squared_error,
         "relative": relative_squared_error,
     }
+    # The published 1e-4 is for larger models: the residual norms of the organism are small.
     weight: float = 0.01
     site: str = "resid_post"
     distance: str = "squared"
@@ -50,7 +51,7 @@ class ACT(VectorLoss):
             )
 
     def hook_names(self, model: LensModel) -> list[str]:
-        """The site at every selected layer, the last after the final norm where the loss says so.
+        """Lists the site at every selected layer; with `final_norm` the last one stands after the final norm.
 
         Raises:
             CtlensError: `final_norm` without the last layer among the selected ones.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,7 +21,8 @@ from ctlens.data.batch import Matched, PairBatch, Side
 from ctlens.losses.base import Distance, Forwards, InternalLoss, check_option
 from ctlens.losses.distances import LOG_FLOOR, jensen_shannon, kl_of_masses, squared_error
 
-KEYS = ("raw", "renormalised", "rest", "lifted")
+Heads: TypeAlias = Float[Tensor, "batch head clean_q clean_k"]
+Rows: TypeAlias = Float[Tensor, "batch width head _"]
 HEADS = ("each", "mean")
 SINKS = ("kept", "dropped")
 DISTANCES: Mapping[str, Distance] = {
@@ -32,9 +33,82 @@ DISTANCES: Mapping[str, Distance] = {
 }
 
 
+class RawKeys:
+    """RawKeys compares rows that are cut to the window and sum to less than one, as published.
+
+    Args:
+        batch: the pairs.
+        queries: aligned positions whose rows are compared.
+        window: aligned positions that are keys.
+        keeps_sink: the tokens that open both prompts are keys too.
+    """
+
+    def __init__(self, batch: PairBatch, queries: Matched, window: Matched, *, keeps_sink: bool) -> None:
+        self.batch, self.queries, self.window, self.keeps_sink = batch, queries, window, keeps_sink
+        self.keys = with_opening(batch, window) if keeps_sink else window
+
+    def rows(self, clean: Heads, wrapped: Pattern) -> tuple[Rows, Rows]:
+        """Takes the rows of both sides that are compared, from the patterns of one layer."""
+        queries, keys = self.queries, self.keys
+        return (
+            self.finished(block_rows(clean, queries.clean, keys.clean, keys.valid)),
+            self.finished(block_rows(wrapped, queries.wrapped, keys.wrapped, keys.valid)),
+        )
+
+    def n_keys(self) -> Int[Tensor, " batch"]:
+        """Counts the entries of each pair's rows."""
+        return self.keys.valid.sum(-1)
+
+    @staticmethod
+    def finished(block: Rows) -> Rows:
+        """Leaves the mass outside the window out."""
+        return block
+
+
+class RenormalisedKeys(RawKeys):
+    """RenormalisedKeys compares rows that are cut to the window and divided by their sum."""
+
+    @staticmethod
+    def finished(block: Rows) -> Rows:
+        """Divides every row by its sum."""
+        return block / block.sum(-1, keepdim=True).clamp(min=LOG_FLOOR)
+
+
+class RestKeys(RawKeys):
+    """RestKeys compares rows that are cut to the window, with one bucket more for the mass outside it."""
+
+    def n_keys(self) -> Int[Tensor, " batch"]:
+        """Counts the keys and the bucket."""
+        return super().n_keys() + 1
+
+    @staticmethod
+    def finished(block: Rows) -> Rows:
+        """Adds the bucket to every row."""
+        return torch.cat([block, (1 - block.sum(-1, keepdim=True)).clamp(min=0)], dim=-1)
+
+
+class LiftedKeys(RawKeys):
+    """LiftedKeys compares whole wrapped rows with the clean rows moved to the wrapped prompt's keys."""
+
+    def rows(self, clean: Heads, wrapped: Pattern) -> tuple[Rows, Rows]:
+        """Lifts the clean rows; the opening tokens count on neither side where the sink is dropped."""
+        here, there = lifted_rows(clean, wrapped, self.queries, self.keys)
+        if self.keeps_sink:
+            return here, there
+        return here, there * ~opening_mask(self.batch, self.window)[:, None, None, :]
+
+
+KEY_MODES: Mapping[str, type[RawKeys]] = {
+    "raw": RawKeys,
+    "renormalised": RenormalisedKeys,
+    "rest": RestKeys,
+    "lifted": LiftedKeys,
+}
+
+
 @dataclass(frozen=True)
 class AttCT(InternalLoss):
-    """Attention consistency.
+    """AttCT is attention consistency: it compares attention patterns row by row.
 
     Attributes:
         weight: the default suits the shipped organism.
@@ -56,6 +130,7 @@ class AttCT(InternalLoss):
     """
 
     name: ClassVar[str] = "attct"
+    # Rows cut to the window hold little mass on the organism, so the raw divergence is small; published is 1.
     weight: float = 200.0
     distance: str = "jsd"
     keys: str = "raw"
@@ -65,7 +140,7 @@ class AttCT(InternalLoss):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_option("distance of AttCT", self.distance, tuple(DISTANCES))
-        check_option("keys of AttCT", self.keys, KEYS)
+        check_option("keys of AttCT", self.keys, tuple(KEY_MODES))
         check_option("heads of AttCT", self.heads, HEADS)
         if self.sink is not None:
             check_option("sink of AttCT", self.sink, SINKS)
@@ -74,22 +149,22 @@ class AttCT(InternalLoss):
 
     @property
     def point(self) -> str:
-        """The attention weights after the softmax."""
+        """The loss reads the attention weights after the softmax."""
         return "pattern"
 
     @property
     def mean_over_heads(self) -> bool:
-        """Unless heads are averaged before they are compared."""
+        """True unless heads are averaged before they are compared."""
         return self.heads == "each"
 
     @property
     def windows(self) -> tuple[str, ...]:
-        """The window of the queries, and that of the keys where it is another."""
+        """The loss reads the window of the queries, and that of the keys where it is another."""
         return tuple(dict.fromkeys((self.window, self._key_window)))
 
     @property
     def _key_window(self) -> str:
-        """Lifted rows are whole ones, so all the content is in, whatever the window of the queries."""
+        """The window of the keys: lifted rows are whole, so they take all the content, whatever the queries are."""
         return "shared" if self.keys == "lifted" and self.window != "explicit" else self.window
 
     @property
@@ -97,41 +172,23 @@ class AttCT(InternalLoss):
         return self.sink == "kept" or (self.sink is None and self.keys == "lifted")
 
     def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
-        """The distance per hook point and pair, averaged over heads and aligned queries."""
-        batch, queries = forwards.batch, forwards.batch.matched[self.window]
-        window = batch.matched[self._key_window]
-        keys = with_opening(batch, window) if self._keeps_sink else window
-        n_keys = keys.valid.sum(-1) + (self.keys == "rest") if self.distance == "mse" else 1
+        """Measures the distance per hook point and pair, averaged over heads and aligned queries."""
+        matched = forwards.batch.matched
+        queries = matched[self.window]
+        mode = KEY_MODES[self.keys](forwards.batch, queries, matched[self._key_window], keeps_sink=self._keeps_sink)
         values: dict[str, PerRow] = {}
         for name in hook_names:
             clean, wrapped = self._heads(forwards.clean[name].detach()), self._heads(forwards.wrapped[name])
-            if self.keys == "lifted":
-                here, there = lifted_rows(clean, wrapped, queries, keys)
-                rows = here, there if self._keeps_sink else there * ~opening_mask(batch, window)[:, None, None, :]
-            else:
-                rows = (
-                    self._rows(clean, queries.clean, keys.clean, keys.valid),
-                    self._rows(wrapped, queries.wrapped, keys.wrapped, keys.valid),
-                )
-            values[name] = queries.row_mean(DISTANCES[self.distance](*rows).mean(-1)) / n_keys
+            value = queries.row_mean(DISTANCES[self.distance](*mode.rows(clean, wrapped)).mean(-1))
+            values[name] = value / mode.n_keys() if self.distance == "mse" else value
         return values
 
     def _heads(self, pattern: Pattern) -> Float[Tensor, "batch group q k"]:
         return pattern.mean(1, keepdim=True) if self.heads == "mean" else pattern
 
-    def _rows(
-        self, pattern: Pattern, queries: Positions, keys: Int[Tensor, "batch key"], valid: Bool[Tensor, "batch key"]
-    ) -> Float[Tensor, "batch width head _"]:
-        block = block_rows(pattern, queries, keys, valid)
-        if self.keys == "renormalised":
-            return block / block.sum(-1, keepdim=True).clamp(min=LOG_FLOOR)
-        if self.keys == "rest":
-            return torch.cat([block, (1 - block.sum(-1, keepdim=True)).clamp(min=0)], dim=-1)
-        return block
-
 
 def query_rows(pattern: Pattern, queries: Positions) -> Float[Tensor, "batch width head k"]:
-    """The attention rows of given queries, `[batch, query, head, key]`, in float32 at least."""
+    """Takes the attention rows of given queries, `[batch, query, head, key]`, in float32 at least."""
     rows = torch.arange(len(pattern), device=pattern.device)[:, None]
     return widened(pattern.transpose(1, 2)[rows, queries])
 
@@ -139,7 +196,7 @@ def query_rows(pattern: Pattern, queries: Positions) -> Float[Tensor, "batch wid
 def block_rows(
     pattern: Pattern, queries: Positions, keys: Int[Tensor, "batch key"], valid: Bool[Tensor, "batch key"]
 ) -> Float[Tensor, "batch width head key"]:
-    """Attention from given queries to given keys, `[batch, query, head, key]`, zero at keys that are not valid.
+    """Takes attention from given queries to given keys, `[batch, query, head, key]`, zero at keys that are not valid.
 
     Args:
         pattern: attention weights after the softmax, `[batch, head, q, k]`.
@@ -153,7 +210,7 @@ def block_rows(
 def lifted_rows(
     clean: Float[Tensor, "batch head clean_q clean_k"], wrapped: Pattern, queries: Matched, keys: Matched
 ) -> tuple[Float[Tensor, "batch width head k"], Float[Tensor, "batch width head k"]]:
-    """The clean rows moved to the wrapped keys, zero where a key has no twin, and the wrapped rows as they are.
+    """Moves the clean rows to the wrapped keys, zero where a key has no twin, and takes the wrapped rows as they are.
 
     Args:
         clean, wrapped: attention weights after the softmax, `[batch, head, q, k]`.
@@ -167,7 +224,7 @@ def lifted_rows(
 
 
 def with_opening(batch: PairBatch, matched: Matched) -> Matched:
-    """The aligned positions, and in front of them the tokens that open both prompts, the attention sink among them."""
+    """Puts the tokens that open both prompts, the attention sink among them, in front of the aligned positions."""
     front = _opening_keys(batch, matched)
     return Matched(
         torch.cat([front.clean, matched.clean], 1),
@@ -177,7 +234,7 @@ def with_opening(batch: PairBatch, matched: Matched) -> Matched:
 
 
 def opening_mask(batch: PairBatch, matched: Matched) -> Mask:
-    """True at the positions of the wrapped prompts that `with_opening` puts in front."""
+    """Marks the positions of the wrapped prompts that `with_opening` puts in front."""
     front = _opening_keys(batch, matched)
     marked = torch.zeros(batch.wrapped.tokens.shape, dtype=torch.int, device=front.valid.device)
     return marked.scatter_add(1, front.wrapped, front.valid.int()).bool()
@@ -193,7 +250,7 @@ def _opening_keys(batch: PairBatch, matched: Matched) -> Matched:
 def _opening(
     side: Side, steps: Int[Tensor, " step"], positions: Positions, valid: Bool[Tensor, "batch width"]
 ) -> tuple[Int[Tensor, "batch step"], Bool[Tensor, "batch step"]]:
-    """The first positions of each row's real tokens, and which of them are in front of the aligned ones."""
+    """Finds the first positions of each row's real tokens, and which of them are in front of the aligned ones."""
     width = side.tokens.shape[1]
     first = (side.mask.int().argmax(1)[:, None] + steps).clamp(max=width - 1)
     return first, first < positions.masked_fill(~valid, width).amin(1)[:, None]

@@ -22,7 +22,7 @@ from ctlens.losses.base import Forwards, InternalLoss
 
 @dataclass(frozen=True)
 class AttMass(InternalLoss):
-    """Suppression of attention to the wrapper.
+    """AttMass pushes attention to the wrapper towards zero.
 
     Queries in front of the wrapper cannot see it and count as 0; behind a prefill there are none but
     those of the answer, `window="answer"`.
@@ -34,6 +34,7 @@ class AttMass(InternalLoss):
     """
 
     name: ClassVar[str] = "attmass"
+    # As with AttCT, the raw value is small on the organism; published is 1.
     weight: float = 20.0
     per_key: bool = False
 
@@ -44,21 +45,21 @@ class AttMass(InternalLoss):
 
     @property
     def needs_clean_activations(self) -> bool:
-        """Never."""
+        """The loss needs no clean activations, because its target is a mass of 0."""
         return False
 
     @property
     def mean_over_heads(self) -> bool:
-        """Always."""
+        """True: the mass of each head is measured alone, and then averaged over heads."""
         return True
 
     @property
     def point(self) -> str:
-        """The attention weights after the softmax."""
+        """The loss reads the attention weights after the softmax."""
         return "pattern"
 
     def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
-        """The mass on added tokens per hook point and pair, averaged over heads and aligned queries.
+        """Measures the mass on added tokens per hook point and pair, averaged over heads and aligned queries.
 
         Raises:
             CtlensError: no aligned query of a pair can see an added token.

@@ -21,7 +21,7 @@ from ctlens.losses.distances import cosine_distance, mean_squared_error, relativ
 
 
 def over_heads(distance: Distance) -> Distance:
-    """The distance of each head's vectors, averaged over the heads where there are any.
+    """Makes a distance that compares each head's vectors and averages over the heads where there are any.
 
     >>> import torch
     >>> z = torch.tensor([[[[3.0, 0.0], [0.0, 1.0]]]])  # one pair, one token, two heads
@@ -37,7 +37,7 @@ def over_heads(distance: Distance) -> Distance:
 
 @dataclass(frozen=True)
 class AttOut(VectorLoss):
-    """Consistency of the attention output.
+    """AttOut compares what attention writes, head by head or as a sum.
 
     Attributes:
         weight: the default suits the shipped organism.

@@ -26,12 +26,12 @@ LAYER_WEIGHTS: Mapping[str, Callable[[int, int], float]] = {
     "linear": lambda layer, n_layers: (layer + 1) / n_layers,
     "exponential": lambda layer, n_layers: 2 ** (layer / n_layers) - 1,
 }
-"""By name, the factor of a layer in the mean over layers; the last two grow with depth (the stack paper's code)."""
+"""Each entry weighs a layer in the mean over layers; the last two grow with depth (the stack paper's code)."""
 
 
 @dataclass(frozen=True)
 class Forwards:
-    """One batch seen from both sides.
+    """Forwards is one batch seen from both sides.
 
     Attributes:
         batch: tokens and aligned positions.
@@ -42,7 +42,8 @@ class Forwards:
         clean_logits: those on the clean prompts; None where no loss needs them.
         advantages: per row, what its sampled answer is worth, for losses on rollouts; None for none.
         gaps: per row, what a loss on rollouts is to bring to zero for the row's prompt; None for none.
-        known: by loss and hook point, the values a row of losses that were worked out during the passes.
+        known: the loss of each row where it was computed during the forward passes already, keyed by
+            the name of the loss and then by hook point.
     """
 
     batch: PairBatch
@@ -57,7 +58,7 @@ class Forwards:
 
 @dataclass(frozen=True)
 class LossValue:
-    """A loss on one batch.
+    """LossValue is what a loss says of one batch.
 
     Attributes:
         total: the weighted loss, connected to the graph.
@@ -69,7 +70,7 @@ class LossValue:
 
 
 class Loss(ABC):
-    """A consistency loss. Subclasses are frozen dataclasses; their fields are the options.
+    """Loss is the base of every consistency loss. Subclasses are frozen dataclasses; their fields are the options.
 
     The total is `weight` times the mean over hook points of the mean over pairs, so that adding a
     layer or a pair does not change its scale; a loss may give its hook points factors in that mean.
@@ -80,70 +81,70 @@ class Loss(ABC):
 
     @property
     def windows(self) -> tuple[str, ...]:
-        """The alignment windows the loss reads; none for a loss on answers."""
+        """The loss reads these alignment windows; a loss on answers reads none."""
         return ()
 
     @property
     def clean_side(self) -> str:
-        """Whose clean side it compares with, one of `CLEAN_SIDES`."""
+        """The loss compares with the clean side of this model, one of `CLEAN_SIDES`."""
         return "reference"
 
     @property
     def needs_clean_activations(self) -> bool:
-        """Whether it reads its hook points on the clean prompts too."""
+        """True if the loss reads its hook points on the clean prompts too."""
         return True
 
     @property
     def needs_clean_logits(self) -> bool:
-        """Whether it reads the logits of the clean prompts."""
+        """True if the loss reads the logits of the clean prompts."""
         return False
 
     @property
     def mean_over_heads(self) -> bool:
-        """Whether its value at a hook point is the mean over heads of what it is for each head alone."""
+        """True if the value at a hook point is the mean of the values that the heads have alone."""
         return False
 
     @property
     def relative_to_gap(self) -> bool:
-        """Whether its value at each hook point counts relative to that before training."""
+        """True if the value at each hook point counts relative to its value before training."""
         return False
 
     @property
     def answers(self) -> str:
-        """How the answers behind the prompts are had, one of `ANSWERS`; empty where it needs none."""
+        """The answers behind the prompts come from here, one of `ANSWERS`; empty if the loss needs no answers."""
         return "greedy" if "answer" in self.windows else ""
 
     @property
     def drawn_at(self) -> tuple[float, float]:
-        """The temperature and the `top_p` at which the reference's answers are drawn, where they are sampled."""
+        """The reference's answers are drawn at this temperature and `top_p`, if they are sampled."""
         return 1.0, 1.0
 
     @property
     def answers_on_both_sides(self) -> bool:
-        """Whether the answers must stand behind the clean prompts too."""
+        """True if the answers must stand behind the clean prompts too."""
         return "answer" in self.windows
 
     def factors(self, model: LensModel) -> dict[str, float]:
-        """The hook points it reads on this model, each with its factor in the mean over them."""
+        """Maps each hook point the loss reads on this model to its factor in the mean over them."""
         return dict.fromkeys(self.hook_names(model), 1.0)
 
     @abstractmethod
     def hook_names(self, model: LensModel) -> list[str]:
-        """The full names of the hook points the loss reads on this model."""
+        """Lists the full names of the hook points the loss reads on this model."""
 
     @abstractmethod
     def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
-        """The unweighted loss per hook point and pair, `[batch]` each."""
+        """Measures the unweighted loss per hook point and pair, `[batch]` each."""
 
     def measure(self, forwards: Forwards, factors: Mapping[str, float]) -> LossValue:
-        """The loss on one batch before its weight, as `compute` is after it, with or without a graph."""
+        """Measures the loss on one batch without its weight, with or without a graph; `compute` applies the weight."""
         values = forwards.known.get(self.name) or self.row_values(forwards, list(factors))
         by_hook = {name: values[name].mean() for name in values}
         total = torch.stack([factors.get(name, 1.0) * value for name, value in by_hook.items()]).mean()
         return LossValue(total, {name: value.detach() for name, value in by_hook.items()})
 
     def compute(self, forwards: Forwards, factors: Mapping[str, float]) -> LossValue:
-        """The loss on one batch.
+        """Computes the weighted loss on one batch, to be trained on.
 
         Args:
             forwards: both sides of the batch.
@@ -160,7 +161,7 @@ class Loss(ABC):
 
 @dataclass(frozen=True)
 class InternalLoss(Loss):
-    """A loss on activations at aligned positions.
+    """InternalLoss is a loss on activations at aligned positions.
 
     Attributes:
         layers: `"all"`, `"last"`, `"middle"`, `"last_half"`, `"last_quarter"`, or layer numbers.
@@ -192,30 +193,30 @@ class InternalLoss(Loss):
 
     @property
     def windows(self) -> tuple[str, ...]:
-        """The alignment window the loss reads."""
+        """The loss reads its one alignment window."""
         return (self.window,)
 
     @property
     def clean_side(self) -> str:
-        """Whose clean side it compares with."""
+        """The loss compares with the clean side of the model that `clean` names."""
         return self.clean
 
     @property
     def relative_to_gap(self) -> bool:
-        """Whether each layer's term is divided by its value before training."""
+        """True if each layer's term is divided by its value before training."""
         return self.gap
 
     @property
     @abstractmethod
     def point(self) -> str:
-        """The shorthand of the hook point, see `ctlens.models.hooks.SHORTHANDS`."""
+        """The loss reads the hook point of this shorthand, see `ctlens.models.hooks.SHORTHANDS`."""
 
     def hook_names(self, model: LensModel) -> list[str]:
-        """The hook point at every selected layer."""
+        """Lists the hook point at every selected layer."""
         return resolve(model, self.point, self.layers)
 
     def factors(self, model: LensModel) -> dict[str, float]:
-        """The hook points with the factors of their layers."""
+        """Maps the hook points to the factors of their layers."""
         factor, n_layers = LAYER_WEIGHTS[self.layer_weights], model.cfg.n_layers
         layers = select_layers(n_layers, self.layers)
         return {name: factor(layer, n_layers) for name, layer in zip(self.hook_names(model), layers, strict=True)}
@@ -223,7 +224,7 @@ class InternalLoss(Loss):
 
 @dataclass(frozen=True)
 class VectorLoss(InternalLoss):
-    """A loss on activation vectors: a distance at each aligned token, averaged over tokens.
+    """VectorLoss is a loss on activation vectors: a distance at each aligned token, averaged over tokens.
 
     Attributes:
         site: the hook point, one of the class's `sites`.
@@ -242,11 +243,11 @@ class VectorLoss(InternalLoss):
 
     @property
     def point(self) -> str:
-        """The hook point of the site."""
+        """The loss reads the hook point of its site."""
         return self.site
 
     def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
-        """The distance per hook point and pair, averaged over aligned tokens; the clean side is detached."""
+        """Measures the distance per hook point and pair, averaged over aligned tokens; the clean side is detached."""
         matched, distance = forwards.batch.matched[self.window], self.distances[self.distance]
         values: dict[str, PerRow] = {}
         for name in hook_names:
@@ -276,7 +277,7 @@ def check_option(kind: str, value: str, known: Sequence[str]) -> None:
 
 
 def at_positions(activation: Shaped[Tensor, "batch pos *d"], positions: Positions) -> Shaped[Tensor, "batch width *d"]:
-    """The activation vectors at given positions of each row, in float32 at least."""
+    """Takes the activation vectors at given positions of each row, in float32 at least."""
     rows = torch.arange(len(activation), device=activation.device)[:, None]
     flat = (rows * activation.shape[1] + positions).flatten()  # one index: its backward pass is the fastest
     return widened(activation.flatten(0, 1).index_select(0, flat).unflatten(0, positions.shape))

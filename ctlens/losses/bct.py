@@ -33,7 +33,7 @@ DISTRIBUTIONS = ("soft", "prefill")
 
 @dataclass(frozen=True)
 class BCT(Loss):
-    """Bias-augmented consistency on outputs.
+    """BCT is bias-augmented consistency: it compares outputs, never activations.
 
     Attributes:
         weight: factor of the total.
@@ -68,30 +68,30 @@ class BCT(Loss):
 
     @property
     def answers(self) -> str:
-        """The reference's answers, where a pair has no target of its own; the prefill form needs none."""
+        """The reference answers where a pair has no target of its own; the prefill form needs no answer."""
         return {"soft": "greedy", "prefill": ""}.get(self.targets, self.targets)
 
     @property
     def drawn_at(self) -> tuple[float, float]:
-        """Its own temperature and `top_p`."""
+        """Sampled answers are drawn once, before training, at the loss's own temperature and `top_p`."""
         return self.temperature, self.top_p
 
     @property
     def answers_on_both_sides(self) -> bool:
-        """Soft targets are the reference's along the answer."""
+        """True for soft targets: the reference's distributions are read along the answer to the clean prompt."""
         return self.targets == "soft"
 
     @property
     def needs_clean_logits(self) -> bool:
-        """Where distributions are the targets."""
+        """True for soft and prefill targets, which are the reference's distributions on the clean prompt."""
         return self.targets in DISTRIBUTIONS
 
     def hook_names(self, model: LensModel) -> list[str]:
-        """None: the loss reads the logits."""
+        """Lists no hook point: the loss reads the logits."""
         return []
 
     def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
-        """The cross-entropy or divergence per pair in nats, averaged over the tokens trained on.
+        """Measures the cross-entropy or divergence per pair in nats, averaged over the tokens trained on.
 
         Raises:
             CtlensError: a pair of the batch has no answer tokens, or for soft targets none behind
@@ -117,7 +117,7 @@ class BCT(Loss):
 
 
 def _before_the_answer(batch: PairBatch) -> Matched:
-    """The tokens that predict the answer: from the last one of either prompt, whatever it is, to its last but one."""
+    """Matches the tokens that predict the answer: from each prompt's last token to the answer's last but one."""
     lengths = batch.answer.sum(-1)
     if not torch.equal(lengths, batch.clean_answer.sum(-1)):
         raise CtlensError("soft targets need the answer behind the clean prompts too: encode it on both sides.")
@@ -126,7 +126,7 @@ def _before_the_answer(batch: PairBatch) -> Matched:
 
 
 def _behind_the_prompt(batch: PairBatch) -> Matched:
-    """The added tokens with which the wrapped prompt ends, each with the last token of the clean prompt."""
+    """Matches each added token at the end of the wrapped prompt with the last token of the clean prompt."""
     kept = batch.wrapped.mask & ~batch.answer & ~batch.wrapper
     last_kept = torch.where(kept, torch.arange(kept.shape[1], device=kept.device), 0).amax(-1)
     lengths = batch.last_prompt - last_kept
@@ -140,6 +140,6 @@ def _behind_the_prompt(batch: PairBatch) -> Matched:
 
 
 def _steps(lengths: Int[Tensor, " batch"]) -> tuple[Int[Tensor, " width"], Bool[Tensor, "batch width"]]:
-    """`0, 1, ...` up to the longest length, and which of them are within each row's own."""
+    """Counts `0, 1, ...` up to the longest length, and marks the numbers within each row's own length."""
     steps = torch.arange(int(lengths.max()), device=lengths.device)
     return steps, steps < lengths[:, None]

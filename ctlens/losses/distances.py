@@ -8,12 +8,14 @@ from torch import Tensor
 
 from ctlens.core.types import widened
 
+# A mass of 0 has no logarithm: below this it is taken for this, and times the mass the term stays 0.
 LOG_FLOOR = 1e-9
+# A vector of norm 0 has no direction and no scale: nothing is divided by less than this.
 NORM_FLOOR = 1e-8
 
 
 def squared_error(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Float[Tensor, ...]:
-    """The squared L2 distance, summed over the last axis (ACT, Irpan et al. 2025, equation 1).
+    """Measures the squared L2 distance, summed over the last axis (ACT, Irpan et al. 2025, equation 1).
 
     >>> squared_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))  # 0 + 4
     tensor(4.)
@@ -22,7 +24,7 @@ def squared_error(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Float
 
 
 def mean_squared_error(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Float[Tensor, ...]:
-    """The squared L2 distance, averaged over the last axis: `squared_error / d`.
+    """Measures the squared L2 distance, averaged over the last axis: `squared_error / d`.
 
     >>> mean_squared_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))  # (0 + 4) / 2
     tensor(2.)
@@ -31,7 +33,7 @@ def mean_squared_error(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> 
 
 
 def relative_squared_error(x: Float[Tensor, "... d"], clean: Float[Tensor, "... d"]) -> Float[Tensor, ...]:
-    """The squared L2 distance as a share of the clean side's squared norm, so that no layer's scale dominates.
+    """Measures the squared L2 distance as a share of the clean side's squared norm: no layer's scale dominates.
 
     >>> relative_squared_error(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 2.0]))  # (1 + 0) / (0 + 4)
     tensor(0.2500)
@@ -40,7 +42,7 @@ def relative_squared_error(x: Float[Tensor, "... d"], clean: Float[Tensor, "... 
 
 
 def smooth_l1(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Float[Tensor, ...]:
-    """Huber's distance averaged over the last axis: `z^2 / 2` where `|z| < 1`, else `|z| - 1/2` (MLPCT's code).
+    """Takes Huber's distance averaged over the last axis: `z^2 / 2` where `|z| < 1`, else `|z| - 1/2` (MLPCT's code).
 
     >>> smooth_l1(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 0.0]))  # (0.5 + 2.5) / 2
     tensor(1.5000)
@@ -49,7 +51,7 @@ def smooth_l1(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Float[Ten
 
 
 def normalised_mse(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Float[Tensor, ...]:
-    """The mean squared error of the unit vectors, which is `2/d * cosine_distance` (MLPCT's code).
+    """Measures the mean squared error of the unit vectors, which is `2/d * cosine_distance` (MLPCT's code).
 
     >>> normalised_mse(torch.tensor([3.0, 0.0]), torch.tensor([0.0, 5.0]))  # (1 + 1) / 2
     tensor(1.)
@@ -59,7 +61,7 @@ def normalised_mse(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Floa
 
 
 def cosine_distance(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Float[Tensor, ...]:
-    """One minus the cosine similarity: 0 for the same direction, 1 for orthogonal, 2 for opposite (MLPCT).
+    """Measures one minus the cosine similarity: 0 for the same direction, 1 for orthogonal, 2 for opposite (MLPCT).
 
     >>> cosine_distance(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([5.0, 0.0]))
     tensor([0., 1.])
@@ -70,7 +72,7 @@ def cosine_distance(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Flo
 
 
 def jensen_shannon(p: Float[Tensor, "... k"], q: Float[Tensor, "... k"]) -> Float[Tensor, ...]:
-    """The Jensen-Shannon divergence in nats: `KL(p||m)/2 + KL(q||m)/2` with `m = (p+q)/2` (AttCT).
+    """Measures the Jensen-Shannon divergence in nats: `KL(p||m)/2 + KL(q||m)/2` with `m = (p+q)/2` (AttCT).
 
     Between 0 and log 2 for distributions. Rows that sum to less than one are allowed, as the
     published AttCT has them; the value is then still not negative.
@@ -87,7 +89,7 @@ def jensen_shannon(p: Float[Tensor, "... k"], q: Float[Tensor, "... k"]) -> Floa
 
 
 def kl_of_masses(p: Float[Tensor, "... k"], q: Float[Tensor, "... k"]) -> Float[Tensor, ...]:
-    """`KL(p || q)` in nats for masses: `sum_k [ p log(p/q) - p + q ]`, the usual KL where both rows sum to one.
+    """Measures `KL(p || q)` in nats for masses: `sum_k [ p log(p/q) - p + q ]`, the usual KL if both rows sum to one.
 
     The last two terms keep rows that sum to less than one from going below zero, and from asking
     for more mass in `q` than `p` has.
@@ -102,7 +104,7 @@ def kl_of_masses(p: Float[Tensor, "... k"], q: Float[Tensor, "... k"]) -> Float[
 
 
 def kl_divergence(target: Float[Tensor, "... k"], logits: Float[Tensor, "... k"]) -> Float[Tensor, ...]:
-    """`KL(softmax(target) || softmax(logits))` in nats; the first argument is the reference.
+    """Measures `KL(softmax(target) || softmax(logits))` in nats; the first argument is the reference.
 
     >>> kl_divergence(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 0.0]))
     tensor(0.)

@@ -34,18 +34,18 @@ Together: TypeAlias = Bool[Tensor, "batch batch"]
 
 @dataclass(frozen=True)
 class F2C(Loss):
-    """Flip-flop consistency: consensus cross-entropy with an alignment of predictions.
+    """F2C is flip-flop consistency: consensus cross-entropy with an alignment of predictions.
 
     Attributes:
         weight: factor of the total.
-        align_weight: of the alignment beside the cross-entropy; 0 leaves the latter alone.
+        align_weight: factor of the alignment beside the cross-entropy; at 0 only the cross-entropy trains.
         teachers: how many variants of a prompt are teachers at most; one is always left to learn.
     """
 
     name: ClassVar[str] = "f2c"
     weight: float = 1.0
-    align_weight: float = 0.1
-    teachers: int = 2
+    align_weight: float = 0.1  # the published code weighs it from 0.001 to 1
+    teachers: int = 2  # the published code takes 2 or more; prompts here have few variants
 
     def __post_init__(self) -> None:
         check_weight(self.weight)
@@ -56,15 +56,15 @@ class F2C(Loss):
 
     @property
     def answers(self) -> str:
-        """The one most variants of a prompt get, where a pair has no target of its own."""
+        """The target is the majority answer over a prompt's paraphrases, used when a pair has no target of its own."""
         return "consensus"
 
     def hook_names(self, model: LensModel) -> list[str]:
-        """None: the loss reads the logits."""
+        """Lists no hook point: the loss reads the logits."""
         return []
 
     def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
-        """The cross-entropy plus the weighted alignment per pair, in nats, averaged over the answer's tokens.
+        """Measures the cross-entropy plus the weighted alignment per pair, in nats, averaged over the answer's tokens.
 
         Raises:
             CtlensError: a pair of the batch has no answer tokens.
@@ -73,7 +73,7 @@ class F2C(Loss):
         return {OUTPUT: surprise + self.align_weight * self._alignment(forwards, surprise.detach())}
 
     def _alignment(self, forwards: Forwards, surprise: PerRow) -> PerRow:
-        """How far each variant is from the teachers of its prompt; 0 for them, and where there are none."""
+        """Measures how far each variant is from the teachers of its prompt: 0 for a teacher, and 0 without teachers."""
         positions, valid = answer_positions(forwards.batch)
         tokens = forwards.batch.wrapped.tokens.gather(1, positions + 1)
         log_p = at_positions(forwards.wrapped_logits, positions).log_softmax(-1)
@@ -88,7 +88,7 @@ class F2C(Loss):
         return torch.where(learns, divergence, 0.0).sum(-1) / valid.sum(-1)
 
     def chosen(self, together: Together, votes: ChosenRows, surprise: PerRow) -> ChosenRows:
-        """The teachers: of each prompt's voters for its answer, those who find it least surprising.
+        """Chooses the teachers: among a prompt's voters for its answer, those who find it least surprising.
 
         >>> prompts = torch.tensor([[True, True, True, False]] * 3 + [[False, False, False, True]])
         >>> votes, surprise = torch.tensor([True, True, False, True]), torch.tensor([0.2, 0.1, 0.3, 0.1])
@@ -102,7 +102,7 @@ class F2C(Loss):
 
 
 def answer_positions(batch: PairBatch) -> tuple[AnswerTokens, AnswerMask]:
-    """Per row, the positions whose predictions are the answer's tokens, and which of them are real."""
+    """Finds, per row, the positions whose predictions are the answer's tokens, and which of them are real."""
     lengths = batch.answer.sum(-1, keepdim=True)
     step = torch.arange(int(lengths.max()), device=lengths.device)
     valid = step < lengths
@@ -110,6 +110,6 @@ def answer_positions(batch: PairBatch) -> tuple[AnswerTokens, AnswerMask]:
 
 
 def same_prompt(batch: PairBatch, answers: AnswerTokens) -> Together:
-    """Which rows have the same clean prompt and the same answer."""
+    """Marks the pairs of rows that have the same clean prompt and the same answer."""
     key = torch.cat([batch.clean.tokens.masked_fill(~batch.clean.mask, -1), answers], 1)
     return (key[:, None] == key).all(-1)

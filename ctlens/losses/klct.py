@@ -21,7 +21,7 @@ from ctlens.losses.outputs import DISTANCES, check_temperature, output_distance
 
 @dataclass(frozen=True)
 class KLCT(Loss):
-    """Output consistency: the divergence of next-token distributions at aligned tokens.
+    """KLCT is output consistency: it compares next-token distributions at aligned tokens.
 
     Attributes:
         window: the alignment window, see `ctlens.data.alignment.align`; `"last"` compares only the
@@ -50,25 +50,25 @@ class KLCT(Loss):
 
     @property
     def windows(self) -> tuple[str, ...]:
-        """The alignment window the loss reads."""
+        """The loss reads its one alignment window."""
         return (self.window,)
 
     @property
     def clean_side(self) -> str:
-        """Whose predictions are the target."""
+        """The predictions of this model on the clean prompts are the target."""
         return self.clean
 
     @property
     def needs_clean_logits(self) -> bool:
-        """Always: they are the target."""
+        """True: the logits on the clean prompts are the target, so the loss cannot do without them."""
         return True
 
     def hook_names(self, model: LensModel) -> list[str]:
-        """None: the loss reads the logits."""
+        """Lists no hook point: the loss reads the logits."""
         return []
 
     def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
-        """The divergence per pair in nats, averaged over aligned tokens; the clean side is detached.
+        """Measures the divergence per pair in nats, averaged over aligned tokens; the clean side is detached.
 
         Raises:
             CtlensError: the logits on the clean prompts are not there.

@@ -17,7 +17,7 @@ from ctlens.losses.distances import cosine_distance, mean_squared_error, normali
 
 @dataclass(frozen=True)
 class MLPCT(VectorLoss):
-    """MLP consistency.
+    """MLPCT is MLP consistency: it compares the hidden states of MLPs token by token.
 
     Attributes:
         weight: the default suits the shipped organism.
@@ -34,6 +34,7 @@ class MLPCT(VectorLoss):
         "smooth_l1": smooth_l1,
         "normalised_mse": normalised_mse,
     }
+    # The raw value is small on the organism; published is 1.
     weight: float = 10.0
     site: str = "mlp_post"
     distance: str = "cosine"

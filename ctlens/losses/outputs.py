@@ -15,7 +15,7 @@ from ctlens.losses.distances import kl_divergence
 
 
 def soft_cross_entropy(target: Float[Tensor, "... k"], logits: Float[Tensor, "... k"]) -> Float[Tensor, ...]:
-    """`-sum_k p_k log q_k` in nats, with `p` and `q` the softmax of `target` and `logits`.
+    """Measures `-sum_k p_k log q_k` in nats, with `p` and `q` the softmax of `target` and `logits`.
 
     It is the KL plus the entropy of `p`, and has the KL's gradient.
 
@@ -32,14 +32,14 @@ DISTANCES: Mapping[str, Distance] = {"kl": kl_divergence, "cross_entropy": soft_
 def output_distance(
     loss: str, forwards: Forwards, matched: Matched, *, distance: str = "kl", temperature: float = 1.0
 ) -> PerRow:
-    """The distance of next-token distributions in nats, averaged over each pair's tokens; the clean side is detached.
+    """Compares next-token distributions in nats, averaged over each pair's tokens; the clean side is detached.
 
     Args:
         loss: the name of the loss, for the message.
         forwards: both sides of the batch.
         matched: the tokens whose predictions are compared.
         distance: one of `DISTANCES`, the clean side first.
-        temperature: what both sides' logits are divided by. The distance is multiplied by its
+        temperature: both sides' logits are divided by it. The distance is multiplied by its
             square, so that the gradient does not shrink with it (Hinton et al. 2015, arXiv 1503.02531).
 
     Raises:

@@ -34,10 +34,10 @@ SOURCES: Mapping[str, str] = MappingProxyType(
         "options that it has by default",
         "aisi": "*Consistency Training Can Entrench Misalignment* (arXiv 2606.03810), by its code "
         "(AI-Safety-Institute/consistency-misalignment)",
-        OURS: "the defaults of this package; [docs/divergences.md](docs/divergences.md) says why",
+        OURS: "the defaults of this package; [docs/divergences.md](divergences.md) says why",
     }
 )
-"""What is read under each source's name; `stack-jailbreak` is another loss of `stack`, for its jailbreak runs."""
+"""Each name stands for this source; `stack-jailbreak` is another loss of `stack`, for its jailbreak runs."""
 
 _SLICED = (
     "The code slices both sides by the length of the clean content, which it finds by text, and compares no tokens."
@@ -53,7 +53,7 @@ _OTHER_COLUMNS = ("weight", "window", "layers", "final_norm", "layer_weights", "
 
 @dataclass(frozen=True)
 class Published:
-    """A loss as a source defines it.
+    """Published is a loss as a source defines it.
 
     Attributes:
         loss: with the source's own options.
@@ -150,11 +150,11 @@ PUBLISHED: Mapping[tuple[str, str], Published] = MappingProxyType(
         ),
     }
 )
-"""By method and source."""
+"""Every published loss stands here under its method and its source."""
 
 
 def page(table: pd.DataFrame) -> str:
-    """The table of `ctlens.losses.table` as a Markdown page, with the sources."""
+    """Writes the table of `ctlens.losses.table` as a Markdown page, with the sources."""
     rows = [" | ".join(f"{cell:g}" if isinstance(cell, float) else str(cell) for cell in row) for row in table.values]
     lines = [
         "# The losses, side by side",
@@ -174,7 +174,7 @@ def page(table: pd.DataFrame) -> str:
 
 
 def described(loss: Loss) -> dict[str, Any]:
-    """The cells of the table that the loss itself tells, by column.
+    """Fills the cells of the table that the loss itself tells, by column.
 
     >>> described(ACT(window="suffix", final_norm=True))["layers"]
     'all, the last after the final norm'
@@ -188,7 +188,7 @@ def described(loss: Loss) -> dict[str, Any]:
         "layers": _layers(options),
         "distance": _distance(loss, options),
         "options": ", ".join(f"{name}={value}" for name, value in shown.items()),
-        "layer weights": options.get("layer_weights", "") + ", relative to the gap" * options.get("gap", False),
+        "layer weights": _layer_weights(options),
         "clean side": loss.clean_side if loss.needs_clean_activations else "none",
         "tokens": _tokens(loss, options),
         "weight": loss.weight,
@@ -198,6 +198,11 @@ def described(loss: Loss) -> dict[str, Any]:
 def _layers(options: Mapping[str, Any]) -> str:
     layers = str(options.get("layers", ""))
     return f"{layers}, the last after the final norm" if options.get("final_norm") else layers
+
+
+def _layer_weights(options: Mapping[str, Any]) -> str:
+    weights = str(options.get("layer_weights", ""))
+    return f"{weights}, relative to the gap" if options.get("gap") else weights
 
 
 def _distance(loss: Loss, options: Mapping[str, Any]) -> str:

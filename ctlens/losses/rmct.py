@@ -26,12 +26,13 @@ from ctlens.losses.base import CLEAN_SIDES, OUTPUT, Forwards, Loss, check_option
 PerRollout: TypeAlias = Float[Tensor, "prompt rollout"]
 PerPrompt: TypeAlias = Float[Tensor, "prompt"]
 STANDARDISE = ("none", "per_item")
+# Answers that are all alike have rewards of no spread: below this they count as 0 and are not divided.
 SPREAD_FLOOR = 1e-8
 
 
 @dataclass(frozen=True)
 class RMCT(Loss):
-    """Rate matching: a policy gradient on sampled answers, see `ctlens.training.rollouts`.
+    """RMCT is rate matching: a policy gradient on sampled answers, see `ctlens.training.rollouts`.
 
     Attributes:
         weight: factor of the total; the default suits the shipped organism.
@@ -43,6 +44,7 @@ class RMCT(Loss):
     """
 
     name: ClassVar[str] = "rmct"
+    # Published are 128 answers to each of 4 prompts; 8 to each of 32, with this weight, suit the organism.
     weight: float = 10.0
     rollouts: int = 8
     standardise: str = "none"
@@ -59,20 +61,20 @@ class RMCT(Loss):
 
     @property
     def clean_side(self) -> str:
-        """Whose rate on the clean prompts is matched."""
+        """The rate of this model on the clean prompts is matched."""
         return self.clean
 
     @property
     def answers(self) -> str:
-        """Those that the trained model gives at every step."""
+        """The trained model answers anew at every step."""
         return "rollouts"
 
     def hook_names(self, model: LensModel) -> list[str]:
-        """None: the loss reads the logits."""
+        """Lists no hook point: the loss reads the logits."""
         return []
 
     def advantages(self, bad: PerRollout, clean_rates: PerPrompt) -> PerRollout:
-        """What each answer is worth; a prompt's do not depend on the other prompts.
+        """Works out what each answer is worth; the worth does not depend on the other prompts.
 
         >>> RMCT(rollouts=2).advantages(torch.tensor([[1.0, 0.0]]), torch.tensor([0.1]))  # -0.4 * (1 - 0.5), ...
         tensor([[-0.2000,  0.2000]])
@@ -89,12 +91,12 @@ class RMCT(Loss):
         return torch.where(spread < SPREAD_FLOOR, 0.0, rewards / spread.clamp(min=SPREAD_FLOOR))
 
     def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
-        """Half the squared gap between the measured rates, with the gradient of the policy.
+        """Measures half the squared gap between the measured rates, with the gradient of the policy.
 
         The surrogate's own value says nothing, so the value of what it descends on takes its place.
 
         Raises:
-            CtlensError: the batch is none of rollouts.
+            CtlensError: the batch holds no sampled answers.
         """
         if forwards.advantages is None or forwards.gaps is None:
             raise CtlensError("RMCT needs sampled answers and what they are worth: train with it, see Trainer.")

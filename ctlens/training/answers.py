@@ -19,9 +19,10 @@ from ctlens.models.parameters import fingerprint
 
 
 def answers_kind(losses: Sequence[Loss]) -> str:
-    """How the losses want the reference's answers, one of `ctlens.losses.base.ANSWERS`; empty where none does.
+    """Finds how the losses want the reference's answers, one of `ctlens.losses.base.ANSWERS`; empty if none wants them.
 
-    Rollouts are the trained model's own answers and get in nobody's way.
+    A loss on rollouts takes the trained model's own answers, so it never conflicts with where the other losses
+    take theirs.
 
     Raises:
         CtlensError: two of them want different ones.
@@ -33,7 +34,7 @@ def answers_kind(losses: Sequence[Loss]) -> str:
 
 
 def drawn_at(losses: Sequence[Loss]) -> tuple[float, float]:
-    """The temperature and the `top_p` at which losses want the reference's answers sampled; 1 for both if none does.
+    """Finds the temperature and the `top_p` for the reference's sampled answers; both are 1 if no loss samples.
 
     Raises:
         CtlensError: two of them want different ones.
@@ -45,7 +46,7 @@ def drawn_at(losses: Sequence[Loss]) -> tuple[float, float]:
 
 
 def drawn_together(pairs: EncodedPairs, losses: Sequence[Loss]) -> list[list[int]]:
-    """Numbers of the rows, in one list those that batches keep together: for a consensus, a prompt's variants."""
+    """Groups the rows that batches keep together: for a consensus a prompt's variants, else each row alone."""
     if answers_kind(losses) != "consensus":
         return [[number] for number in range(len(pairs))]
     together: dict[Ids, list[int]] = {}
@@ -65,7 +66,7 @@ def reference_answers(
     folder: Path | None = None,
     progress: bool = False,
 ) -> list[Ids]:
-    """Per pair, its own target's tokens or the reference's answer to the clean prompt.
+    """Gives each pair its own target's tokens, or the reference's answer to the clean prompt.
 
     Args:
         reference: in eval mode.
@@ -74,8 +75,8 @@ def reference_answers(
         kind: `"greedy"`; `"sampled"`; or `"consensus"`, the answer that more than
             half of a clean prompt and its distinct wrapped prompts get, greedily, token for token,
             and an empty one where there is no such majority.
-        drawn_at: the temperature and the `top_p` of the sampled ones.
-        seed: of the sampled ones.
+        drawn_at: the temperature and the `top_p` of sampled answers.
+        seed: it decides sampled answers.
         folder: keeps what the reference answered, to be read by the next training that asks the same
             weights the same prompts in the same way; None keeps nothing.
         progress: show a progress bar when it takes more than two seconds.
@@ -108,7 +109,7 @@ def reference_answers(
 def _kept(
     reference: LensModel, asked: Sequence[Ids], settings: dict[str, Any], folder: Path | None, progress: bool
 ) -> list[Ids]:
-    """The answers in the folder if it has them, else the reference's, which it has from then on."""
+    """Reads the answers from the folder; if it has none, asks the reference and writes them there."""
     if folder is None or not asked:
         return _given(reference, asked, settings, progress)
     question = {"weights": fingerprint(reference), "settings": settings, "prompts": [list(ids) for ids in asked]}
@@ -123,7 +124,7 @@ def _kept(
 
 
 def _given(reference: LensModel, asked: Sequence[Ids], settings: Mapping[str, Any], progress: bool) -> list[Ids]:
-    """What the reference answers, greedily unless the settings have a seed."""
+    """Asks the reference, which answers greedily unless the settings have a seed."""
     sampling = None
     if "seed" in settings:
         draw = generator(settings["seed"], "answers")
@@ -133,7 +134,7 @@ def _given(reference: LensModel, asked: Sequence[Ids], settings: Mapping[str, An
 
 
 def _are_answers(found: Any, count: int) -> bool:
-    """Whether that is `count` lists of tokens."""
+    """Checks that this is `count` lists of tokens."""
     return (
         isinstance(found, list)
         and len(found) == count
@@ -142,7 +143,7 @@ def _are_answers(found: Any, count: int) -> bool:
 
 
 def _consensus(pairs: EncodedPairs, given: dict[Ids, Ids]) -> list[Ids]:
-    """The majority's answer for each pair without a target, from the answers `given` to its prompts."""
+    """Takes the majority's answer for each pair without a target, from the answers `given` to its prompts."""
     variants: dict[Ids, dict[Ids, None]] = {}
     for row in pairs.rows:
         if not row.answer:
@@ -156,7 +157,7 @@ def _consensus(pairs: EncodedPairs, given: dict[Ids, Ids]) -> list[Ids]:
 
 
 def majority(answers: Sequence[Ids]) -> Ids:
-    """The answer that more than half give; an empty one where none is, so that a tie goes to nobody.
+    """Returns the answer that more than half give, or an empty one: a tie goes to nobody.
 
     >>> majority([(5, 1), (5, 1), (6, 1)]), majority([(5, 1), (6, 1)])
     ((5, 1), ())

@@ -1,4 +1,4 @@
-"""What is measured once, before the first step, so that losses and layers of different scales start alike."""
+"""The first batch is measured once, before any step, so that losses and layers of different scales start alike."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ctlens.training.passes import Passes, Term
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the first batch said of each loss, before any update.
+    """Calibration is what the first batch said of each loss, before any update.
 
     Attributes:
         gaps: the unweighted value at each hook point, of losses whose layers count relative to it.
@@ -35,7 +35,7 @@ def calibrate(
     parameters: Sequence[torch.nn.Parameter],
     config: TrainConfig,
 ) -> tuple[list[Term], Calibration]:
-    """The losses with the weights, and their hook points with the factors, that the first rows ask for.
+    """Sets the weights of the losses and the factors of their hook points by what the first rows show.
 
     Args:
         terms: the losses as given.
@@ -67,7 +67,7 @@ def calibrate(
 
 
 def _over_gaps(term: Term, gaps: Mapping[str, float]) -> Term:
-    """Every hook point's factor over its value before training, so that every layer starts at its factor."""
+    """Divides every hook point's factor by its value before training, so that every layer starts at its factor."""
     for hook_point, gap in gaps.items():
         if not 0 < gap < float("inf"):
             raise CtlensError(f"{term.loss.name} is {gap:g} at {hook_point} before training: leave that layer out.")
@@ -81,7 +81,7 @@ def _gradient_norm(value: LossValue, parameters: Sequence[torch.nn.Parameter]) -
 
 
 def _with_norm(term: Term, norm: float, target: float) -> Term:
-    """The loss at the weight that gives its gradient the norm `target`."""
+    """Gives the loss the weight at which its gradient has the norm `target`."""
     if not 0 < norm < float("inf"):
         raise CtlensError(f"{term.loss.name} cannot be calibrated: its gradient has the norm {norm:g} before training.")
     return replace(term, loss=replace(cast(Any, term.loss), weight=term.loss.weight * target / norm))

@@ -34,7 +34,7 @@ CHECKPOINT_FILE = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a training goes on from.
+    """Checkpoint is what a training goes on from.
 
     Attributes:
         parameters: the trained ones, in their order.
@@ -55,7 +55,7 @@ def identity(
     track: Sequence[Loss],
     config: TrainConfig,
 ) -> dict[str, str]:
-    """What a training is of, each part as a short fingerprint: equal for trainings that go on from each other."""
+    """Fingerprints what a training is made of, part by part; a training goes on only from one with equal parts."""
     rows = [
         (row.clean.ids, row.wrapped.ids, row.answer, {name: (a.clean, a.wrapped) for name, a in row.alignments.items()})
         for row in pairs.rows
@@ -91,7 +91,7 @@ def write_checkpoint(
 
 
 def read_checkpoint(folder: str | Path, of: Mapping[str, str]) -> Checkpoint:
-    """The checkpoint in a folder.
+    """Reads the checkpoint in a folder.
 
     Args:
         folder: of `write_checkpoint`.
@@ -112,7 +112,9 @@ def read_checkpoint(folder: str | Path, of: Mapping[str, str]) -> Checkpoint:
     for part, value in of.items():
         if known["of"].get(part) != value:
             raise CtlensError(f"the checkpoint in {folder} is of {part}: repeat the training as it was, or remove it.")
-    steps, numbers, values = (tensors.pop(f"history.{name}").tolist() for name in ("step", "name", "value"))
+    steps = tensors.pop("history.step").tolist()
+    numbers = tensors.pop("history.name").tolist()
+    values = tensors.pop("history.value").tolist()
     rows = [(step, *known["names"][number], value) for step, number, value in zip(steps, numbers, values, strict=True)]
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():

@@ -19,7 +19,7 @@ MEMORY = ("all", "layers", "blocks")
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of a training in which only some of its losses are active.
+    """Phase is a stretch of a training in which only some of its losses are active.
 
     Attributes:
         steps: its length.
@@ -37,13 +37,13 @@ class Phase:
 
 @dataclass(frozen=True)
 class Until:
-    """A behaviour at which a training ends, so that methods can be compared at the same effect.
+    """Until names a behaviour at which a training ends, so that methods can be compared at the same effect.
 
     Attributes:
-        threat: whose pairs are asked.
+        threat: its pairs are asked.
         metric: its rate on the wrapped prompts, see `ctlens.evaluate`.
         below: the training ends once the rate is under this, 0 to 1.
-        split: of the threat's pairs.
+        split: the part of the threat's pairs that is asked.
         items: pairs asked.
         every: steps between two looks; the first look is before the first step.
     """
@@ -66,7 +66,7 @@ class Until:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything about a training but the model, the pairs and the losses; equal for all methods of a study.
+    """TrainConfig is all of a training but the model, the pairs and the losses; a study has one for all methods.
 
     Attributes:
         steps: optimiser steps.
@@ -77,19 +77,19 @@ class TrainConfig:
             entry of a gradient of norm 1. Far above torch's 1e-8, so that a loss that is already
             zero does not turn rounding noise into full-sized steps: the retention-only control
             stays where it is.
-        weight_decay: of AdamW.
+        weight_decay: AdamW's own.
         clip: largest norm of the gradient.
         retention: weight of the KL divergence to the reference on prompts that must not change.
         trainable: what is trained: parameter groups, see `ctlens.models.parameters.parameter_groups`, or
             a `LoRA`, whose adapters are trained beside frozen weights. Embeddings, unembedding and
             norms are frozen by default; otherwise a large part of the fix is an edit of embeddings.
         answer_tokens: longest answer the reference generates as a target, in tokens.
-        seed: of everything that is drawn: the order of pairs, the retention prompts, dropout.
+        seed: it decides everything that is drawn: the order of pairs, the retention prompts, dropout.
         retention_ratio: the probability that a step has the retention term, 0 to 1.
         phases: which losses are active when, one phase after the other; all of them always if empty.
-        schedule: of the learning rate after the warm-up: `"linear"` falls to zero at the end, or the
+        schedule: how the learning rate goes after the warm-up: `"linear"` falls to zero at the end, or the
             name of a class in `torch.optim.lr_scheduler`, whose steps count from the end of the warm-up.
-        schedule_options: of that class, for example `{"T_max": 90}` for `"CosineAnnealingLR"`.
+        schedule_options: options of that class, for example `{"T_max": 90}` for `"CosineAnnealingLR"`.
         accumulate: how many parts a batch is worked off in, one after the other: the gradient of the
             whole batch in less memory.
         until: ends the training before its last step.
@@ -109,7 +109,7 @@ class TrainConfig:
     batch_size: int = 32
     lr: float = 5e-4
     warmup: float = 0.1
-    relative_eps: float = 0.5
+    relative_eps: float = 0.5  # at torch's 1e-8 the retention-only control drifts on rounding noise
     weight_decay: float = 0.0
     clip: float = 1.0
     retention: float = 10.0
@@ -153,7 +153,7 @@ class TrainConfig:
         require_schedule(self.schedule, self.schedule_options, self.steps, self.warmup)
 
     def active(self, step: int, losses: Iterable[str]) -> list[str]:
-        """Which of the losses are active in a step, counted from 1."""
+        """Lists which of the losses are active in a step, counted from 1."""
         for phase in self.phases:
             if step <= phase.steps:
                 return [name for name in losses if name in phase.losses]
@@ -178,7 +178,7 @@ def _require_counts(config: Any, names: Iterable[str]) -> None:
 
 
 def read_config(data: Mapping[str, Any]) -> TrainConfig:
-    """The settings that `to_dict` gave; in them groups are a list and a `LoRA` is an object.
+    """Reads the settings that `to_dict` gave; in them groups are a list and a `LoRA` is an object.
 
     Raises:
         CtlensError: as `from_dict`, or a setting makes no sense.

@@ -14,7 +14,7 @@ COLUMNS = ("step", "name", "hook_point", "value")
 
 @dataclass
 class History:
-    """Numbers of a training by step: losses, learning rate, gradient norm, and each loss at each hook point.
+    """History holds a training's numbers by step: losses, learning rate, gradient norm, each loss at each hook point.
 
     Not every number is there at every step: a loss outside its phase is not, nor is the retention
     term where it was not drawn, nor a rate between two looks at the behaviour.
@@ -40,36 +40,36 @@ class History:
         self.steps = max(step, self.steps)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per number: `step`, `name`, `hook_point` (empty for a whole loss, weighted), `value`.
+        """Tabulates one row per number: `step`, `name`, `hook_point` (empty for a whole loss, weighted), `value`.
 
         A loss that was only tracked is called `tracked/` and its name, and is unweighted.
         """
         return pd.DataFrame(self.rows, columns=list(COLUMNS))
 
     def series(self, name: str) -> list[float]:
-        """The values of one overall number at the steps that have it, for example `series("total")`."""
+        """Lists the values of one overall number at the steps that have it, for example `series("total")`."""
         return list(self._overall(name).values())
 
     def every_step(self, name: str) -> list[float]:
-        """The values of one overall number, one a step from 1 on; NaN where a step has none."""
+        """Lists the values of one overall number, one per step from 1 on; NaN where a step has none."""
         found = self._overall(name)
         return [found.get(step, nan) for step in range(1, self.steps + 1)]
 
     def losses(self, names: Iterable[str]) -> dict[str, list[float]]:
-        """The weighted losses of these names and the retention term, one value a step, as figures name them."""
+        """Lists the weighted losses of these names and the retention term, one value per step, as figures name them."""
         labels = {**{name: name for name in names}, "retention": "KL to the reference"}
         return {shown: self.every_step(name) for name, shown in labels.items() if self.series(name)}
 
     def has(self, step: int, name: str) -> bool:
-        """Whether an overall number was seen at a step."""
+        """Tells whether an overall number was seen at a step."""
         return step in self._overall(name)
 
     def steps_of(self, name: str) -> list[int]:
-        """The steps that have an overall number."""
+        """Lists the steps that have an overall number."""
         return list(self._overall(name))
 
     def by_hook(self, name: str) -> dict[str, list[float]]:
-        """The unweighted values of one loss at each of its hook points, one at each of its steps."""
+        """Lists the unweighted values of one loss at each of its hook points, one at each of its steps."""
         curves: dict[str, list[float]] = {}
         for _, row_name, hook, value in self.rows:
             if row_name == name and hook:
@@ -85,7 +85,7 @@ class History:
 
     @staticmethod
     def load(path: Path) -> History:
-        """The history that `save` wrote."""
+        """Reads the history that `save` wrote."""
         # Python reads every digit of a float, pandas may not.
         table = pd.read_csv(path, keep_default_na=False, converters={"value": float})
         rows = [(int(step), str(name), str(hook), float(value)) for step, name, hook, value in table.to_numpy()]

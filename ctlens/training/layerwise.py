@@ -1,8 +1,8 @@
 """Losses worked out layer by layer as the forward pass goes, and blocks that are run again instead of kept.
 
 At a real model's size the activations of all layers, their targets and what a distance keeps for its gradient
-weigh more than the model. Here a loss is worked out inside the hook of its layer, and only its value a pair
-stays: for the gradient the same is worked out again from the activation, which autograd keeps anyway, and from
+weigh more than the model. Here a loss is computed inside the hook of its layer, and only its value per pair
+stays: for the gradient it is computed again from the activation, which autograd keeps anyway, and from
 the target, which is fetched again.
 """
 
@@ -29,17 +29,17 @@ IN_FORCE: ContextVar[Layerwise | None] = ContextVar("IN_FORCE", default=None)
 
 
 def is_layerwise(loss: Loss) -> bool:
-    """Whether the loss at a hook point depends on nothing but the activations there."""
+    """Tells whether the loss at a hook point depends on nothing but the activations there."""
     return isinstance(loss, InternalLoss)
 
 
 class Layerwise:
-    """Works out losses at their hook points.
+    """Layerwise computes losses at their hook points, while the forward pass goes.
 
     Args:
-        losses: those of which `is_layerwise` holds, with their hook points.
+        losses: losses that are layerwise, see `is_layerwise`, with their hook points.
         batch: the pairs.
-        fetch: by whose clean side a loss is compared with.
+        fetch: gets the clean activations, by the side that a loss compares with.
         grad: keep the graph.
 
     Attributes:
@@ -58,12 +58,12 @@ class Layerwise:
         self.values: dict[str, dict[str, PerRow]] = {loss.name: {} for loss, _ in losses}
 
     def visits(self) -> dict[str, Callable[[Tensor], None]]:
-        """What to do with the activation at each hook point, see `ctlens.models.hooks.visiting`."""
+        """Says what to do with the activation at each hook point, see `ctlens.models.hooks.visiting`."""
         return {name: partial(self._visit, name) for _, names in self.losses for name in names}
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Works out the losses in the forward passes inside the block, and when these are run again, in no others."""
+        """Activates the losses for the passes inside the block and for their recomputation, and for no other pass."""
         with _set(self):
             yield
 
@@ -76,7 +76,7 @@ class Layerwise:
                 self.values[loss.name].setdefault(name, value)  # that of a block run again would keep its activations
 
     def _at_layer(self, loss: Loss, name: str, activation: Tensor) -> PerRow:
-        """Head by head where the loss is a mean over heads, whose patterns are the largest of all activations."""
+        """Computes one layer's loss, head by head if it is a mean over heads: patterns are the largest activations."""
         if not loss.mean_over_heads:
             return self._value(loss, name, EVERY, activation)
         heads = [slice(head, head + 1) for head in range(activation.shape[1])]
@@ -97,7 +97,7 @@ class Layerwise:
 
 
 def _again(forward: Callable[..., Any], *given: Any, **options: Any) -> Any:
-    """A block whose forward pass is run again under what was in force when it was run first."""
+    """Runs a block under checkpointing, which recomputes it; the same losses must be active then as now."""
     layerwise = IN_FORCE.get()
 
     def work(*given: Any, **options: Any) -> Any:
@@ -118,7 +118,7 @@ def _set(layerwise: Layerwise | None) -> Iterator[None]:
 
 @contextmanager
 def blocks_again(model: LensModel) -> Iterator[None]:
-    """Inside the block no activation within the model's blocks is kept: a backward pass runs each block again.
+    """Keeps no activation within the model's blocks: a backward pass runs each block again.
 
     Hooks that are on in the forward pass must still be on in the backward pass, because they are run again too.
     """

@@ -23,11 +23,11 @@ from ctlens.training.trainer import Trainer, label
 FIGURE_TYPE = "application/vnd.plotly.v1+json"
 
 Watch: TypeAlias = Callable[[LensModel], float]
-"""A rate of the model as it stands, 0 to 1."""
+"""A Watch gives a rate of the model as it stands, 0 to 1."""
 
 
 class Live:
-    """A trainer to look at: end a notebook's cell with it, then iterate over it in place of the trainer.
+    """Live is a trainer to look at: end a notebook's cell with it, then iterate over it in place of the trainer.
 
     An interrupt, the stop button, leaves the trainer whole after a step; iterating again goes on. Outside
     a notebook it is the trainer with its looks, and `figure` is there all the same.
@@ -88,7 +88,7 @@ class Live:
                 history.add(len(history), {name: rate(self.trainer.model)})
 
     def figure(self) -> Figure:
-        """The losses so far, and the rates where any are watched."""
+        """Draws the losses so far, and the rates if any are watched."""
         history = self.trainer.history
         rates = {name: (history.steps_of(name), history.series(name)) for name in self.watch}
         title = f"How does the training with {plots.label(label(self.trainer.losses))} go?"
@@ -106,7 +106,7 @@ class Live:
             self._handle.update(bundle, raw=True)
 
     def _ipython_display_(self) -> None:
-        """What a notebook calls to display the view: here it gets its place."""
+        """Displays the view, and keeps its place; a notebook calls this."""
         try:
             from IPython.display import display  # type: ignore  (an extra)
         except ImportError:

@@ -13,26 +13,26 @@ ADVICE = "install it with the extra: pip install 'ctlens[logging]'."
 
 
 class Logger(Protocol):
-    """Takes the numbers of a training; write your own with these three methods."""
+    """A Logger takes the numbers of a training; write your own with these three methods."""
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Once, before the first numbers, with the settings of the training and its losses."""
+        """Begins, once, before the first numbers, with the settings of the training and its losses."""
         ...
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """After a step: every number that the history has of it, by its name, `loss/hook point` at hook points."""
+        """Logs a step: every number that the history has of it, by its name, `loss/hook point` at hook points."""
         ...
 
     def end(self) -> None:
-        """At the end of the training, whole or interrupted."""
+        """Ends, when the training does, whole or interrupted."""
         ...
 
 
 class TensorBoard:
-    """Writes an event file for `tensorboard --logdir`.
+    """TensorBoard writes an event file for `tensorboard --logdir`.
 
     Args:
-        folder: of the event file.
+        folder: where the event file goes.
 
     Raises:
         CtlensError: tensorboard is not installed.
@@ -52,7 +52,7 @@ class TensorBoard:
         self._writer.add_text("settings", f"```json\n{json.dumps(dict(settings), indent=2)}\n```")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes a scalar a number, and the file at once, so that an interrupt loses nothing."""
+        """Writes each number as a scalar, and the file at once, so that an interrupt loses nothing."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -63,7 +63,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Sends to Weights & Biases, or keeps a run to be synchronised later.
+    """WeightsAndBiases sends numbers to Weights & Biases, or keeps a run to be synchronised later.
 
     Args:
         project: its name there.
@@ -101,12 +101,12 @@ class WeightsAndBiases:
 
 
 class Loggers:
-    """Passes on what a history has gained.
+    """Loggers passes on what a history has gained.
 
     Args:
-        loggers: any number.
-        settings: of the training.
-        seen: rows of the history that they have had, of an earlier part of the training.
+        loggers: any number of them.
+        settings: the training's.
+        seen: how many rows of the history an earlier part of the training has logged.
     """
 
     def __init__(self, loggers: tuple[Logger, ...], settings: Mapping[str, Any], seen: int = 0) -> None:
@@ -130,7 +130,7 @@ class Loggers:
                 logger.log(step, values)
 
     def end(self) -> None:
-        """Ends those that have begun; a second time it does nothing."""
+        """Ends the loggers that have begun; a second call does nothing."""
         if self._begun:
             self._begun = False
             for logger in self.loggers:

@@ -11,7 +11,7 @@ from ctlens.training.config import TrainConfig
 
 
 def batches(units: Sequence[Sequence[int]], config: TrainConfig) -> Iterator[list[int]]:
-    """Batches of row numbers without end; every epoch is a new order of all units, the rows drawn together."""
+    """Yields batches of row numbers without end; every epoch is a new order of all units, the rows drawn together."""
     draw = generator(config.seed, "batches")
     count = sum(map(len, units))
     size = min(config.batch_size, count)
@@ -21,7 +21,7 @@ def batches(units: Sequence[Sequence[int]], config: TrainConfig) -> Iterator[lis
 
 
 def homes(units: Sequence[Sequence[int]], config: TrainConfig) -> list[list[int]]:
-    """All rows in the batches (or parts of batches) in which the reference sees them.
+    """Lists all rows in the batches (or parts of batches) in which the reference sees them.
 
     They are those of the first epoch and the tail that it drops, so that a row's target does not
     depend on when it is computed, to the last bit.
@@ -36,7 +36,7 @@ def _order(units: Sequence[Sequence[int]], draw: torch.Generator) -> list[int]:
 
 
 def parts(rows: Sequence[int], n: int) -> list[list[int]]:
-    """The rows in at most `n` parts of nearly equal length.
+    """Splits the rows into at most `n` parts of nearly equal length.
 
     >>> parts([4, 7, 1, 3, 8], 3)
     [[4, 7], [1, 3], [8]]

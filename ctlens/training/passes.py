@@ -22,7 +22,7 @@ from ctlens.training.targets import CleanTargets, Fetch, fetch_from
 
 @dataclass(frozen=True)
 class Term:
-    """A loss with the hook points it reads on this model, each with its factor in the mean over them."""
+    """Term is a loss with the hook points it reads on this model, each with its factor in the mean over them."""
 
     loss: Loss
     factors: Mapping[str, float]
@@ -138,7 +138,7 @@ def _sides(terms: Sequence[Term]) -> list[str]:
 
 
 def _clean_needs(terms: Sequence[Term], side: str) -> tuple[list[str], bool]:
-    """What these losses read of one clean side: hook points, and whether the logits too."""
+    """Finds what these losses read of one clean side: hook points, and whether the logits too."""
     chosen = [term for term in terms if term.loss.clean_side == side]
     names = dict.fromkeys(name for term in chosen if term.loss.needs_clean_activations for name in term.factors)
     return list(names), any(term.loss.needs_clean_logits for term in chosen)

@@ -1,4 +1,4 @@
-"""Pairs made ready for a training: one window for every method, answers behind the prompts, what is drawn together."""
+"""Pairs are made ready for a training: one window for every method, answers behind the prompts, weights to train."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ctlens.training.config import TrainConfig
 
 
 def in_window(loss: Loss, window: str | None) -> Loss:
-    """The loss at a window, where it reads one; as it is for None.
+    """Sets the window of a loss that reads one; None leaves the loss as it is.
 
     >>> from ctlens.losses import ACT, BCT
     >>> in_window(ACT(), "last").windows, in_window(BCT(), "last").windows
@@ -42,7 +42,7 @@ def prepare(
     folder: Path | None = None,
     progress: bool = False,
 ) -> EncodedPairs:
-    """Encoded pairs that align in every window asked for, with their answers.
+    """Encodes the pairs that align in every window asked for, with their answers.
 
     Args:
         reference: in eval mode.

@@ -23,7 +23,7 @@ SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_ME
 
 
 class Processes:
-    """This process alone, with nobody to share with.
+    """Processes is this process alone, with nobody to share with.
 
     Attributes:
         count: how many there are.
@@ -35,11 +35,11 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes and prints."""
+        """True if this process is the one that writes and prints."""
         return self.index == 0
 
     def share(self, rows: Sequence[int]) -> list[int]:
-        """This process's part of the rows, nearly as many as any other's.
+        """Takes this process's part of the rows, nearly as many as any other's.
 
         Raises:
             CtlensError: there are fewer rows than processes.
@@ -60,7 +60,7 @@ class Processes:
 
 
 class Accelerated(Processes):
-    """One of several processes that accelerate started."""
+    """Accelerated is one of several processes that accelerate started."""
 
     def __init__(self) -> None:
         from accelerate import PartialState
@@ -73,7 +73,7 @@ class Accelerated(Processes):
 
     @property
     def device(self) -> torch.device:
-        """Where this process's model belongs."""
+        """This process's model belongs on this device."""
         return torch.device(self._state.device)  # type: ignore[arg-type]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -100,7 +100,7 @@ class Accelerated(Processes):
 
 @lru_cache(maxsize=1)
 def processes() -> Processes:
-    """The processes that this one was started with.
+    """Returns the processes that this one was started with.
 
     Raises:
         CtlensError: they were started to split the model's weights.
@@ -109,11 +109,11 @@ def processes() -> Processes:
 
 
 def is_launched() -> bool:
-    """Whether several processes were started together."""
+    """Tells whether several processes were started together."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def settle(device: Any) -> Any:
-    """The device of this process: what is asked for, unless accelerate gives each its own."""
+    """Chooses the device of this process: the one asked for, unless accelerate gives each process its own."""
     given = processes()
     return given.device if isinstance(given, Accelerated) else device

@@ -1,4 +1,4 @@
-"""Holding behaviour that should not change: KL to the reference on prompts and the reference's own answers."""
+"""Retention holds behaviour that should not change: KL to the reference on prompts and the reference's own answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ctlens.training.order import parts
 
 
 class Retention:
-    """A pool of token sequences on which the trained model is held to the reference.
+    """Retention is a pool of token sequences on which the trained model is held to the reference.
 
     Which prompts are held at which step is drawn in advance, so that the reference answers and
     judges only those, and only once.
@@ -70,7 +70,7 @@ class Retention:
     def terms(
         self, model: LensModel, step: int, share: Callable[[Sequence[int]], Sequence[int]] = tuple
     ) -> Iterator[Scalar]:
-        """`KL(reference || model)` in nats on the batch of a step, averaged over the answers' tokens.
+        """Yields `KL(reference || model)` in nats on the batch of a step, averaged over the answers' tokens.
 
         It comes in `accumulate` parts that sum to it, and not at all at steps without the term.
         The prompts' own tokens are left out: a chat model is never asked to predict them, and holding
@@ -94,7 +94,7 @@ class Retention:
             yield kl_divergence(target, run(model, side.tokens)[:, :-1][decides]).sum() / tokens
 
     def _sequences(self, chosen: Sequence[int], answers: dict[int, Ids]) -> tuple[Side, Mask]:
-        """Prompts with their answers, and where an answer's token is decided."""
+        """Puts the answers behind their prompts, and marks where an answer's token is decided."""
         device = next(self.reference.parameters()).device
         side = pad([self.prompts[index] + answers[index] for index in chosen]).to(device)
         lengths = torch.tensor([len(self.prompts[index]) for index in chosen], device=device)
@@ -107,6 +107,6 @@ class Retention:
 
 
 def held_prompts(pairs: Sequence[Pair], extra: Sequence[Prompt] = ()) -> list[Prompt]:
-    """The prompts a training holds: the pairs' clean prompts and benign twins, and `extra` ones."""
+    """Lists the prompts a training holds: the pairs' clean prompts and benign twins, and `extra` ones."""
     own = [prompt for pair in pairs for prompt in (pair.clean, pair.benign) if prompt is not None]
     return [*own, *extra]

@@ -1,4 +1,4 @@
-"""Answers that the trained model gives at every step, graded, for losses that reinforce some of them."""
+"""The trained model answers at every step, and its answers are graded, for losses that reinforce some of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ctlens.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Drawn:
-    """The graded answers of one step.
+    """Drawn is the graded answers of one step.
 
     Attributes:
         batch: a row per answer: the wrapped prompt with the answer behind it; the answers to one
@@ -36,14 +36,14 @@ class Drawn:
     gaps: PerRow
 
     def seen_by(self, model: LensModel) -> Forwards:
-        """The answers in a pass of the model with its graph; equal ones go through it once."""
+        """Runs the model on the answers, with its graph; equal answers go through it once."""
         distinct, place = self.batch.wrapped.tokens.unique(dim=0, return_inverse=True)
         logits = run(model, distinct)[place]
         return Forwards(self.batch, {}, {}, logits, advantages=self.advantages, gaps=self.gaps)
 
 
 class Rollouts:
-    """Draws and grades answers to the wrapped prompts of a training.
+    """Rollouts draws and grades answers to the wrapped prompts of a training.
 
     A step's answers depend on the seed, the step, its pairs and the weights alone.
 
@@ -70,7 +70,7 @@ class Rollouts:
             self._clean_rates = self._measured(reference, pairs, draw)
 
     def draw(self, model: LensModel, rows: Sequence[EncodedPair], step: int, *part: int) -> Drawn:
-        """The answers of one step to the wrapped prompts of some pairs.
+        """Draws the answers of one step to the wrapped prompts of some pairs.
 
         Args:
             model: the trained model, in eval mode.
@@ -96,14 +96,14 @@ class Rollouts:
     def _measured(
         self, model: LensModel, rows: Sequence[EncodedPair], draw: torch.Generator
     ) -> dict[tuple[Ids, Prompt], float]:
-        """The rate of bad answers to each clean prompt; prompts of the same tokens share their answers."""
+        """Measures the rate of bad answers to each clean prompt; prompts of the same tokens share their answers."""
         prompts = list(dict.fromkeys(row.clean.ids for row in rows))
         answers = dict(zip(prompts, self._sampled(model, prompts, draw), strict=True))
         asked = {(row.clean.ids, row.pair.clean) for row in rows}
         return {(ids, prompt): float(self._bad(prompt, answers[ids]).mean()) for ids, prompt in asked}
 
     def _sampled(self, model: LensModel, prompts: Sequence[Ids], draw: torch.Generator) -> list[list[Ids]]:
-        """`loss.rollouts` answers to each prompt."""
+        """Draws `loss.rollouts` answers to each prompt."""
         count = self.loss.rollouts
         given = generate(
             model,
@@ -115,6 +115,6 @@ class Rollouts:
         return [given[start : start + count] for start in range(0, len(given), count)]
 
     def _bad(self, prompt: Prompt, answers: Sequence[Ids]) -> torch.Tensor:
-        """1 for a bad answer and 0 for another."""
+        """Grades answers: 1 for a bad one and 0 for another."""
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return torch.tensor([float(judge(prompt, text) == "bad") for text in texts])

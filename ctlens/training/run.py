@@ -1,4 +1,4 @@
-"""A training that happened: its model, settings, history and environment, in memory and in one folder."""
+"""A run is a training that happened: its model, settings, history and environment, in memory and in one folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ctlens.training.until import reached
 
 @dataclass(frozen=True)
 class Run:
-    """One training.
+    """Run is one training that happened.
 
     Attributes:
         model: the trained model, in eval mode; with its adapters if it was trained by a `LoRA`,
@@ -47,7 +47,7 @@ class Run:
 
     @property
     def stopped(self) -> str:
-        """Why it has no more steps: `"all steps"`, `"target reached"` (see `Until`) or `"interrupted"`."""
+        """The run ended for this reason: `"all steps"`, `"target reached"` (see `Until`) or `"interrupted"`."""
         if self.config.until and reached(self.config.until, self.history):
             return "target reached"
         return "all steps" if len(self.history) == self.config.steps else "interrupted"
@@ -77,7 +77,7 @@ class Run:
             save_adapters(self.model, folder / "adapters")
 
     def figure(self, loss: str | None = None) -> Figure:
-        """The weighted losses by step; or one loss, unweighted, at each of its hook points.
+        """Draws the weighted losses by step; or one loss, unweighted, at each of its hook points.
 
         Args:
             loss: the name of a loss that the run was trained with.
@@ -96,7 +96,7 @@ class Run:
 
 
 def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
-    """The run that `Run.save` wrote.
+    """Reads the run that `Run.save` wrote.
 
     Raises:
         CtlensError: the folder holds no run.

@@ -17,7 +17,7 @@ LINEAR = "linear"
 
 
 def linear(step: int, steps: int, warmup: float) -> float:
-    """The learning rate of a step (from 0) as a share of its peak: linear warm-up, then linear decay to zero.
+    """Gives the learning rate of a step (from 0) as a share of its peak: linear warm-up, then linear decay to zero.
 
     >>> [round(linear(step, 4, 0.5), 2) for step in range(4)]
     [0.33, 0.67, 0.67, 0.33]
@@ -31,13 +31,13 @@ def linear(step: int, steps: int, warmup: float) -> float:
 def make_schedule(
     optimizer: Optimizer, name: str, options: Mapping[str, Any], steps: int, warmup: float
 ) -> LRScheduler:
-    """The schedule of an optimiser before its first step.
+    """Makes the schedule of an optimiser before its first step.
 
     Args:
         optimizer: at its peak learning rate.
         name: `"linear"`, or a class of `torch.optim.lr_scheduler`.
-        options: of that class.
-        steps: of the training.
+        options: options of that class.
+        steps: length of the training.
         warmup: share of the steps; a schedule of torch begins after it.
 
     Raises:

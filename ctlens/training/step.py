@@ -1,4 +1,4 @@
-"""What one step saw."""
+"""A step reports what it saw."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRACKED = "tracked/"
 
 @dataclass(frozen=True)
 class Step:
-    """What one step saw, before its update.
+    """Step is what one step saw, before its update.
 
     Attributes:
         index: from 1.
@@ -37,7 +37,7 @@ class Step:
 
 @dataclass
 class Seen:
-    """The sums over the parts of a step, on the model's device until all of them are there."""
+    """Seen sums over the parts of a step, on the model's device until all of them are there."""
 
     losses: dict[str, Tensor] = field(default_factory=dict)
     tracked: dict[str, Tensor] = field(default_factory=dict)
@@ -63,18 +63,17 @@ class Seen:
                 _add(self.by_hook.setdefault(name, {}), hook, value)
 
     def to(self, device: torch.device | str) -> Seen:
-        """The same sums on another device."""
-        losses, tracked = (_moved(sums, device) for sums in (self.losses, self.tracked))
+        """Copies the sums to another device."""
         by_hook = {name: _moved(values, device) for name, values in self.by_hook.items()}
-        return Seen(losses, tracked, by_hook)
+        return Seen(_moved(self.losses, device), _moved(self.tracked, device), by_hook)
 
     @property
     def total(self) -> Scalar:
-        """The sum of what is trained on."""
+        """The total is the sum of what is trained on."""
         return torch.stack(list(self.losses.values())).sum() if self.losses else torch.zeros(())
 
     def step(self, index: int, lr: float, grad_norm: float) -> Step:
-        """The sums as plain numbers."""
+        """Reads the sums as plain numbers."""
         losses = _floats({**self.losses, "total": self.total})
         by_hook = {name: _floats(values) for name, values in self.by_hook.items()}
         return Step(index, losses, _floats(self.tracked), by_hook, lr, grad_norm)

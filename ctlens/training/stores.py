@@ -1,4 +1,4 @@
-"""Where the reference's activations on clean prompts are kept, pair by pair: in memory, or in files that are mapped."""
+"""The reference's activations on clean prompts are kept here, pair by pair: in memory, or in files that are mapped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EVERY = slice(None)
 
 
 class Store(Protocol):
-    """Tensors by pair and hook point: positions first, and heads second where there are any."""
+    """A Store keeps tensors by pair and hook point: positions first, and heads second where there are any."""
 
     def __contains__(self, row: int) -> bool: ...
 
@@ -26,12 +26,12 @@ class Store(Protocol):
         ...
 
     def get(self, row: int, name: str, heads: slice) -> Tensor:
-        """What is kept of a pair at one hook point, at some of its heads where it has them."""
+        """Returns what is kept of a pair at one hook point, at some of its heads where it has them."""
         ...
 
 
 class InMemory:
-    """On the CPU, for this training."""
+    """InMemory keeps tensors on the CPU, for this training."""
 
     def __init__(self) -> None:
         self._kept: dict[int, Mapping[str, Tensor]] = {}
@@ -44,16 +44,16 @@ class InMemory:
         self._kept[row] = values
 
     def get(self, row: int, name: str, heads: slice) -> Tensor:
-        """One hook point of a pair, a view of it at some heads."""
+        """Returns one hook point of a pair, a view of it at some heads."""
         value = self._kept[row][name]
         return value if heads == EVERY else value[:, heads]
 
 
 class OnDisk:
-    """A safetensors file a pair, of which only the hook point asked for is read.
+    """OnDisk keeps a safetensors file per pair, and reads only the hook point asked for.
 
     Args:
-        folder: of these targets alone; files of an earlier training that are there count.
+        folder: it holds these targets alone; files of an earlier training that are there count.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -68,7 +68,7 @@ class OnDisk:
             save_file({name: value.contiguous() for name, value in values.items()}, temporary)
 
     def get(self, row: int, name: str, heads: slice) -> Tensor:
-        """One hook point of a pair, at some of its heads where it has them, mapped from its file.
+        """Reads one hook point of a pair, at some of its heads where it has them, mapped from its file.
 
         Raises:
             CtlensError: the file is damaged.

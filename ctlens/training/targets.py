@@ -1,4 +1,4 @@
-"""What the reference does on the clean prompts: worked out once a pair, and given back in the shape of any batch."""
+"""The reference's clean side is computed once per pair, and given back in the shape of any batch."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ PATTERN = "hook_pattern"
 
 
 class Fetch(Protocol):
-    """Gives the clean side's activation at a hook point in the shape of a batch, of a pattern at some heads alone."""
+    """A Fetch gives the clean activation at a hook point in the shape of a batch, of a pattern at some heads alone."""
 
     def __call__(self, name: str, heads: slice = ..., /) -> Tensor: ...
 
 
 class CleanTargets:
-    """The reference's clean side of every pair at the positions that losses read, kept on the CPU or on disk.
+    """CleanTargets keeps the reference's clean side of every pair at the positions that losses read.
 
-    A pair's target is always computed among the same batch-mates, its home, so that its floats do
-    not depend on the step at which it is first needed.
+    The reference always sees a pair in one fixed batch, its home. Rounding depends on what else is in a
+    batch, so this makes a pair's target equal to the last bit, at whichever step it is first needed.
 
     Args:
         reference: in eval mode whenever `of` or `fetch` is called.
@@ -63,7 +63,7 @@ class CleanTargets:
         self._store: Store = OnDisk(folder / self._name()) if needed and folder else InMemory()
 
     def _name(self) -> str:
-        """Of a folder for these targets and no others."""
+        """Names the folder for these targets and no others."""
         rows = [
             (row.clean.ids, row.clean_answer, places.tolist())
             for row, places in zip(self.pairs.rows, self._positions, strict=True)
@@ -72,7 +72,7 @@ class CleanTargets:
         return f"targets-{digest_of([kind, rows, list(map(list, self.homes))])}"
 
     def of(self, rows: Sequence[int], batch: PairBatch, names: Iterable[str]) -> tuple[Activations, CleanLogits | None]:
-        """The activations and logits on the clean side of a batch; with the cache, zero where no loss reads.
+        """Returns the activations and logits on the clean side of a batch; with the cache, zero where no loss reads.
 
         Args:
             rows: the row numbers of the batch.
@@ -83,7 +83,7 @@ class CleanTargets:
         return {name: fetch(name) for name in names}, fetch(OUTPUT) if self.logits else None
 
     def fetch(self, rows: Sequence[int], batch: PairBatch) -> Fetch:
-        """A function that gives the activation at one hook point, as often as it is asked."""
+        """Returns a function that gives the activation at one hook point, as often as it is asked."""
         if not self.cache:
             return fetch_from(self._seen(batch))
         for home in dict.fromkeys(self._home[row] for row in rows if row not in self._store):
@@ -116,13 +116,13 @@ class CleanTargets:
         return _by_position(name, filled.unflatten(0, (len(rows), width)))
 
     def _cells(self, rows: Sequence[int], batch: PairBatch) -> Tensor:
-        """Where the kept positions of these rows are in a batch of them, counted through all its tokens."""
+        """Finds where the kept positions of these rows are in a batch of them, counted through all its tokens."""
         width = batch.clean.tokens.shape[1]
         return torch.cat([number * width + self._positions[row] for number, row in enumerate(rows)])
 
 
 def fetch_from(states: Activations) -> Fetch:
-    """A function that gives these activations, at some heads where it is asked for them."""
+    """Returns a function that gives these activations, at some heads if it is asked for them."""
 
     def fetch(name: str, heads: slice = EVERY) -> Tensor:
         return states[name] if heads == EVERY else states[name][:, heads]
@@ -131,12 +131,12 @@ def fetch_from(states: Activations) -> Fetch:
 
 
 def read_positions(row: EncodedPair) -> list[int]:
-    """Positions on the clean side that losses read: the aligned ones, and from the prompt's last token on."""
+    """Lists the positions on the clean side that losses read: the aligned ones, and from the prompt's last token on."""
     aligned = {position for alignment in row.alignments.values() for position in alignment.clean}
     end = len(row.clean.ids)
     return sorted(aligned | set(range(end - 1, end + len(row.clean_answer))))
 
 
 def _by_position(name: str, value: Tensor) -> Tensor:
-    """Positions on the second axis, where patterns have heads; the same function leads back."""
+    """Puts positions on the second axis, where patterns have heads; applied twice it changes nothing."""
     return value.transpose(1, 2) if name.endswith(PATTERN) else value

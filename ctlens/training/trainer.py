@@ -41,7 +41,7 @@ from ctlens.training.until import look
 
 
 class Trainer:
-    """Trains a copy of a model; iterate over it to take the steps.
+    """Trainer trains a copy of a model; iterate over it to take the steps.
 
     After every step `trainer.model` is in eval mode and may be looked at; `trainer.run` is the
     training so far. An interrupt waits for the end of a step, so what is there is always whole.
@@ -178,7 +178,7 @@ class Trainer:
         return seen.step(index, lr, float(norm))
 
     def _held(self, index: int) -> Iterable[Scalar]:
-        """This process's parts of the retention term."""
+        """Yields this process's parts of the retention term."""
         return self.retention.terms(self.model, index, self.processes.share) if self.retention else ()
 
     def _learn_from(self, rows: Sequence[int], share: float, index: int, seen: Seen) -> None:
@@ -202,7 +202,7 @@ class Trainer:
 
     @property
     def run(self) -> Run:
-        """The training so far, with the model as it stands."""
+        """The run is the training so far, with the model as it stands."""
         return Run(self.model, self.config, self.losses, self.history, environment(), self.calibration)
 
     @cached_property
@@ -277,5 +277,5 @@ def train(
 
 
 def label(losses: Sequence[Loss]) -> str:
-    """The name of a method: its losses joined by `+`, or `retention` for none."""
+    """Names a method: its losses joined by `+`, or `retention` for none."""
     return "+".join(loss.name for loss in losses) or "retention"

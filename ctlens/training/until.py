@@ -1,4 +1,4 @@
-"""Looking at the behaviour during a training, to end it at a given effect."""
+"""A training looks at its behaviour now and then, and ends at a given effect."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ctlens.training.history import History
 
 
 def look(until: Until, model: LensModel, history: History) -> bool:
-    """Whether the training is at its end, after a look at the behaviour where the steps taken ask for one.
+    """Tells whether the training is at its end, after a look at the behaviour if one is due.
 
     Args:
         until: the behaviour.
@@ -28,5 +28,5 @@ def look(until: Until, model: LensModel, history: History) -> bool:
 
 
 def reached(until: Until, history: History) -> bool:
-    """Whether the last rate seen is low enough."""
+    """Tells whether the last rate seen is low enough."""
     return any(rate < until.below for rate in history.series(until.metric)[-1:])

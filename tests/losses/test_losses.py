@@ -18,7 +18,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair, Matched, PairBatch, collate, encode, pad
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT, BCT, KLCT, MLPCT, AttCT, AttMass, AttOut, Forwards, Loss
-from ctlens.losses.attct import block_rows, with_opening
+from ctlens.losses.attct import RenormalisedKeys, RestKeys, block_rows, with_opening
 from ctlens.losses.distances import (
     cosine_distance,
     jensen_shannon,
@@ -484,7 +484,7 @@ def test_the_rest_bucket_sees_attention_that_leaves_the_window() -> None:
     wrapped = torch.tensor([[[[0.1, 0.1, 0.8]] * 3]])
     positions, valid = torch.tensor([[0, 1]]), torch.tensor([[True, True]])
 
-    rows = [AttCT(keys="rest")._rows(side, positions, positions, valid)[0, 0, 0] for side in (clean, wrapped)]
+    rows = [RestKeys.finished(block_rows(side, positions, positions, valid))[0, 0, 0] for side in (clean, wrapped)]
 
     torch.testing.assert_close(rows[0], torch.tensor([0.5, 0.5, 0.0]))
     torch.testing.assert_close(rows[1], torch.tensor([0.1, 0.1, 0.8]))
@@ -494,9 +494,8 @@ def test_renormalised_keys_ignore_it() -> None:
     clean = torch.tensor([[[[0.5, 0.5, 0.0]] * 3]])
     wrapped = torch.tensor([[[[0.1, 0.1, 0.8]] * 3]])
     positions, valid = torch.tensor([[0, 1]]), torch.tensor([[True, True]])
-    loss = AttCT(keys="renormalised")
 
-    rows = [loss._rows(side, positions, positions, valid) for side in (clean, wrapped)]
+    rows = [RenormalisedKeys.finished(block_rows(side, positions, positions, valid)) for side in (clean, wrapped)]
     divergence = jensen_shannon(*rows)
 
     assert divergence.abs().max() < 1e-6
