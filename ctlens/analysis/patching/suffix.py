@@ -25,9 +25,9 @@ from ctlens.models.hooks import SHORTHANDS
 
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
 LARGEST = 2**19
-"""Numbers in a batch's largest tensor: memory for larger ones is fetched from the system and cleared at every use."""
+"""The most numbers in a batch's largest tensor, 2 MiB in float32: the system clears larger memory at every use."""
 ENOUGH_ROWS = 384
-"""Rows in a batch that make it worth computing a few rows too many in front."""
+"""A batch with fewer rows is joined with the next: a larger product is worth some wasted rows in front."""
 TOLERANCE = 1e-4
 
 JobRows = Float[Tensor, "job width d_model"]
@@ -38,7 +38,7 @@ JobLogits = Float[Tensor, "job d_vocab"]
 
 
 def needed(sites: Sequence[str], n_layers: int) -> list[str]:
-    """The hook names of the activations that the fast way needs of the target run."""
+    """The hook names of the target run's activations that the fast way reads."""
     points = {"mlp_out": ("attn_out",), "z": ("attn_out", "z")}
     chosen = dict.fromkeys(("resid_pre", *(point for site in sites for point in points.get(site, ()))))
     names = [SHORTHANDS[point].format(layer=layer) for point in chosen for layer in range(n_layers)]
@@ -46,7 +46,7 @@ def needed(sites: Sequence[str], n_layers: int) -> list[str]:
 
 
 class Held(NamedTuple):
-    """Queries, and keys and values side by side, of the target runs, `[pair, pos, _]` each."""
+    """The target runs' queries, and their keys and values side by side, `[pair, pos, _]` each."""
 
     q: Tensor
     kv: Tensor
@@ -137,11 +137,12 @@ class Suffix:
         self.held = [_held(block, x, length) for block, x in zip(blocks, self.stream, strict=False)]
 
     def agrees(self, expected: JobLogits) -> bool:
-        """Whether rows put where they already are give the model's own logits.
+        """Checks that rows put where they already are give the model's own logits.
 
-        From the first layer on, once from the first row and once from the middle of every prompt, so
-        that prefixes, masks and positions count; and from the last layer on, which is computed
-        otherwise. And whether what a patch makes of the run's own activations is its own stream.
+        They are put in front of the first layer, once at the first row and once in the middle of every
+        prompt, so that a mistake in prefixes, masks or positions shows; and in front of the last layer, which
+        is computed in another way. Then each site is patched with the run's own activations, which must give
+        the run's own stream.
         """
         pairs = torch.arange(len(expected), device=expected.device)
         middle = self.batch.target.last // 2
@@ -162,7 +163,8 @@ class Suffix:
     def __call__(self, jobs: Jobs, max_batch: int) -> Found:
         """The last logits of every job, at most `max_batch` jobs at once.
 
-        Of many batches in one product: where words are many, the unembedding is most of the work.
+        Several batches are unembedded in one product, because with a large vocabulary that product is most of
+        the work.
         """
         done: list[JobNumbers] = []
         rows: list[LastRows] = []
@@ -285,14 +287,14 @@ def _held(block: Block, stream: Tensor, length: int) -> Held:
 
 
 def _with(held: Tensor, pairs: JobNumbers, at: JobPositions, rows: Rows) -> Rows:
-    """What is held of the pairs, with other rows at some positions."""
+    """Copies the held rows of the pairs, and puts new rows at some positions."""
     found = held.index_select(0, pairs)
     found[torch.arange(len(pairs), device=pairs.device)[:, None], at] = rows
     return found
 
 
 def _behind(held: Tensor, pairs: JobNumbers, rows: Rows) -> Rows:
-    """What is held of the pairs, and other rows behind it; not by `cat`, which would copy twice."""
+    """Copies the held rows of the pairs, and puts new rows behind them; `cat` would copy the held ones twice."""
     front = held.shape[1]
     found = rows.new_empty(len(pairs), front + rows.shape[1], rows.shape[2])
     torch.index_select(held, 0, pairs, out=found[:, :front])
