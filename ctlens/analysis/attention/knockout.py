@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -210,42 +211,83 @@ def knockout(
             if not arms[0].any((1, 2)).all():
                 raise CtlensError(f"{QUERIES[queries]} of a pair cannot see the keys: choose other queries or keys.")
             found.append([_measured(model, batch, arms, plan, bar.update) for model in named.values()])
-    uncut, answers, null_answers, attention, null_attention = (
-        np.concatenate([np.stack([of_model[at] for of_model in of_batch]) for of_batch in found], -1) for at in range(5)
-    )
+    measured = _joined(found)
     return Knockout(
-        uncut,
-        answers,
-        null_answers,
-        attention,
-        null_attention,
-        np.array([len(of_row) for of_row in chosen]),
-        np.array([len(of_row[0]) for of_row in drawn]),
-        tuple(cut.kind for cut in plan),
-        tuple(cut.layers[0] for cut in plan),
-        tuple(cut.heads[0] if cut.kind == HEAD else -1 for cut in plan),
-        tuple(named),
-        queries,
-        keys if isinstance(keys, str) else "keys",
+        uncut=measured.uncut,
+        cut=measured.cut,
+        null=measured.null,
+        attention=measured.attention,
+        null_attention=measured.null_attention,
+        n_keys=np.array([len(of_row) for of_row in chosen]),
+        n_null_keys=np.array([len(of_row[0]) for of_row in drawn]),
+        kinds=tuple(cut.kind for cut in plan),
+        layers=tuple(cut.layers[0] for cut in plan),
+        heads=tuple(cut.heads[0] if cut.kind == HEAD else -1 for cut in plan),
+        models=tuple(named),
+        queries=queries,
+        keys=keys if isinstance(keys, str) else "keys",
     )
+
+
+class Measured(NamedTuple):
+    """One model's answers to a batch, and its attention to the keys that are cut.
+
+    Attributes:
+        uncut: the answers without a cut, measures as in `MEASURES`.
+        cut: the answers with the chosen keys cut off.
+        null: the answers with random keys cut off, the mean over draws.
+        attention: the chosen queries' attention to the chosen keys before the cut.
+        null_attention: their attention to the random keys, the mean over draws.
+    """
+
+    uncut: Float[np.ndarray, "*model measure pair"]
+    cut: Float[np.ndarray, "*model measure cut pair"]
+    null: Float[np.ndarray, "*model measure cut pair"]
+    attention: Float[np.ndarray, "*model cut pair"]
+    null_attention: Float[np.ndarray, "*model cut pair"]
+
+
+def _joined(found: Sequence[Sequence[Measured]]) -> Measured:
+    """Every model on every pair, from each model on each batch: models become the first axis, pairs stay the last."""
+    by_batch = [[np.stack(of_models) for of_models in zip(*of_batch, strict=True)] for of_batch in found]
+    return Measured(*(np.concatenate(of_batches, -1) for of_batches in zip(*by_batch, strict=True)))
 
 
 def _measured(
     model: LensModel, batch: ContrastBatch, arms: Sequence[Edges], plan: Sequence[Cut], done: Callable[[], object]
-) -> tuple[np.ndarray, ...]:
-    """Uncut answers, cut ones, those of the null, and attention to the keys and to the null's, of a batch."""
+) -> Measured:
+    """Runs a model on a batch without a cut, then with every cut of the plan, for every arm.
+
+    Args:
+        model: in eval mode.
+        batch: the prompts with their answers.
+        arms: the edges that are cut: those to the chosen keys first, then those to each draw of random ones.
+        plan: the cuts.
+        done: called after every pass with a cut.
+    """
     logits, patterns = capture(model, batch.side.tokens, resolve(model, "pattern"), grad=False)
     uncut = _answers(batch, logits)
     attention = torch.stack([torch.stack([cut.attention(model, patterns, arm) for cut in plan]) for arm in arms])
-    answers = []
+    by_arm = []
     for arm in arms:
+        of_arm = []
         for cut in plan:
             with torch.no_grad(), editing(model, cut.edits(model, arm)):
-                answers.append(_answers(batch, run(model, batch.side.tokens)))
+                of_arm.append(_answers(batch, run(model, batch.side.tokens)))
             done()
-    each = torch.stack(answers).unflatten(0, (len(arms), len(plan))).transpose(1, 2)
-    found = (uncut, each[0], each[1:].mean(0), attention[0], attention[1:].mean(0))
-    return tuple(values.float().cpu().numpy() for values in found)
+        by_arm.append(torch.stack(of_arm, 1))
+    answers = torch.stack(by_arm)  # [arm, measure, cut, pair]
+    return Measured(
+        uncut=_array(uncut),
+        cut=_array(answers[0]),
+        null=_array(answers[1:].mean(0)),
+        attention=_array(attention[0]),
+        null_attention=_array(attention[1:].mean(0)),
+    )
+
+
+def _array(values: Tensor) -> np.ndarray:
+    return values.float().cpu().numpy()
 
 
 def _answers(batch: ContrastBatch, logits: Logits) -> Float[Tensor, "measure batch"]:

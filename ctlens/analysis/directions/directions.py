@@ -41,8 +41,8 @@ class Directions(Result):
     Attributes:
         unit: `[layer, group, d]`, of length 1.
         norm: `[layer, group]`, the length that a strength of 1 stands for, in units of the stream.
-        rest: `[layer, group]`, the component along the direction that a state has without it: that
-            of the clean states for a mean difference, else 0.
+        rest: `[layer, group]`, the value that the component along the direction is set to when the direction
+            is ablated: the clean states' mean for a mean difference, else 0.
         layers: the number of each layer.
         site: the hook point, one of `SITES`.
         source: what they were made from.
@@ -108,7 +108,7 @@ class Directions(Result):
 
     @property
     def name(self) -> str:
-        """What they are, in words."""
+        """The directions in words: their source, their model and their groups."""
         return (
             f"{self.source}{f' of {self.model}' if self.model else ''}{'' if self.per == ALL else f', per {self.per}'}"
         )

@@ -14,11 +14,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ctlens.analysis.base.contrast import two_answers
@@ -55,8 +55,92 @@ class Edit:
         return (self.rest[prompts][:, None, None] - component) * self.write[variants][:, prompts, None]
 
 
+class PlannedAnswer(NamedTuple):
+    """Where one answer of one prompt is read.
+
+    Attributes:
+        prompt: the number of the prompt.
+        answer: the number of the answer, as in `ANSWERS`.
+        row: the sequence that is run for it.
+        first: the position in that sequence that predicts the answer's first token, the prompt's last one.
+        ids: the answer's tokens.
+    """
+
+    prompt: int
+    answer: int
+    row: int
+    first: int
+    ids: Ids
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sequences that are run to ask prompts for their answers, and where each answer is read in them.
+
+    Attributes:
+        sequences: per row, a prompt and an answer up to the last token, which nothing needs to follow.
+        prompts: per row, the number of its prompt.
+        answers: one entry per prompt and answer.
+    """
+
+    sequences: tuple[Ids, ...]
+    prompts: tuple[int, ...]
+    answers: tuple[PlannedAnswer, ...]
+
+
+def plan_sequences(prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]) -> Plan:
+    """Plans one sequence per prompt and answer, and one for both where they differ in their last token alone.
+
+    Prompts `(1, 2)`, asked for `(8,)` or `(9,)`, and `(3,)`, asked for `(8,)` or `(7, 9)`, need three rows:
+    `(1, 2)` for both answers of the first, `(3,)` and `(3, 7)` for those of the second.
+
+    Args:
+        prompts: their tokens.
+        answers: of each prompt, the tokens of its answers.
+    """
+    row_of: dict[tuple[int, Ids], int] = {}
+    found = []
+    for number, ids in enumerate(prompts):
+        for which, answer in enumerate(answers[number]):
+            row = row_of.setdefault((number, (*ids, *answer[:-1])), len(row_of))
+            found.append(PlannedAnswer(number, which, row, len(ids) - 1, answer))
+    return Plan(tuple(ids for _, ids in row_of), tuple(number for number, _ in row_of), tuple(found))
+
+
+class Predictions(NamedTuple):
+    """Which logits predict the tokens of the answers, as indices that gather all of them at once.
+
+    Attributes:
+        row: the row of the logits.
+        position: the position of the logits, counted from the first one that is run.
+        target: the token that they predict.
+        counted: false where an answer is shorter than the longest.
+    """
+
+    row: Int[Tensor, "prompt answer width"]
+    position: Int[Tensor, "prompt answer width"]
+    target: Int[Tensor, "prompt answer width"]
+    counted: Bool[Tensor, "prompt answer width"]
+
+
+def _predictions(plan: Plan, starts: Sequence[int], device: torch.device) -> Predictions:
+    """The indices of a plan whose rows are run from their positions `starts` on."""
+    width = max(len(planned.ids) for planned in plan.answers)
+    shape = (plan.answers[-1].prompt + 1, len(ANSWERS), width)
+    row, position, target = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+    counted = torch.zeros(shape, dtype=torch.bool)
+    for planned in plan.answers:
+        at, length = (planned.prompt, planned.answer), len(planned.ids)
+        first = planned.first - starts[planned.row]
+        row[at] = planned.row
+        position[at][:length] = torch.arange(first, first + length)
+        target[at][:length] = torch.tensor(planned.ids)
+        counted[at][:length] = True
+    return Predictions(row, position, target.to(device), counted.to(device))
+
+
 class Asked:
-    """A batch of prompts with their two answers, of one model.
+    """A batch of prompts with their two answers, ready to be run under edits by one model.
 
     Args:
         model: in eval mode, with a tokenizer.
@@ -73,54 +157,29 @@ class Asked:
         self.device = next(model.parameters()).device
         prompts: list[Ids] = [getattr(row, side).ids for row in rows]
         answers = [two_answers(model.tokenizer, getattr(row.pair, side), f"a {side} prompt", end=False) for row in rows]
-        places = {  # prompt and answer up to its last token; most often the same for both answers
-            (number, (*ids, *answer[:-1])): None for number, ids in enumerate(prompts) for answer in answers[number]
-        }
-        sequences = list(places)
-        for _, ids in sequences:
+        plan = plan_sequences(prompts, answers)
+        for ids in plan.sequences:
             require_room(len(ids) + 1, model.cfg.n_ctx, "a prompt with its answer")
-        starts = self._run_prefixes([ids for _, ids in sequences], edited[[number for number, _ in sequences]])
-        self.prompts = torch.tensor([number for number, _ in sequences], device=self.device)
-        rest = pad([ids[start:] for (_, ids), start in zip(sequences, starts, strict=True)])
+        self.cache, starts = self._run_prefixes(plan.sequences, edited[list(plan.prompts)])
+        self.prompts = torch.tensor(plan.prompts, device=self.device)
+        rest = pad([ids[start:] for ids, start in zip(plan.sequences, starts, strict=True)])
         self.tokens, self.real = rest.tokens.to(self.device), rest.mask.to(self.device)
         self.entering = self._run_unedited() if self.cache is not None else []
         self.edited = torch.zeros_like(self.real)
-        for row, ((number, _), start) in enumerate(zip(sequences, starts, strict=True)):
+        for row, (number, start) in enumerate(zip(plan.prompts, starts, strict=True)):
             self.edited[row, edited[number].nonzero()[:, 0] - start] = True
-        self._place_answers(prompts, answers, {place: row for row, place in enumerate(sequences)}, starts)
+        self.predicted = _predictions(plan, starts, self.device)
 
-    def _run_prefixes(self, sequences: Sequence[Ids], edited: Mask) -> list[int]:
-        """Fills the cache with the tokens before each first edited one, and tells how many they are."""
+    def _run_prefixes(self, sequences: Sequence[Ids], edited: Mask) -> tuple[Any, list[int]]:
+        """A cache of the tokens before each first edited one, and how many they are; None and 0 without a cache."""
         starts: list[int] = edited.int().argmax(-1).tolist()
-        self.cache: Any = empty_cache(self.model, len(sequences)) if min(starts) else None
-        if self.cache is None:
-            return [0] * len(sequences)
+        cache: Any = empty_cache(self.model, len(sequences)) if min(starts) else None
+        if cache is None:
+            return None, [0] * len(sequences)
         prefixes = pad([ids[:start] for ids, start in zip(sequences, starts, strict=True)]).to(self.device)
         with torch.no_grad():
-            self.model(prefixes.tokens, past_kv_cache=self.cache, attention_mask=prefixes.mask.long())
-        return starts
-
-    def _place_answers(
-        self,
-        prompts: Sequence[Ids],
-        answers: Sequence[Sequence[Ids]],
-        rows: dict[tuple[int, Ids], int],
-        starts: Sequence[int],
-    ) -> None:
-        """The row and position that predict each token of each answer, `[prompt, answer, width]`."""
-        width = max(len(answer) for pair in answers for answer in pair)
-        shape = (len(prompts), len(ANSWERS), width)
-        self.row, self.position, self.target = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
-        self.counted = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        for number, ids in enumerate(prompts):
-            for side, answer in enumerate(answers[number]):
-                row = rows[number, (*ids, *answer[:-1])]
-                self.row[number, side] = row
-                before = len(ids) - 1 - starts[row]
-                self.position[number, side, : len(answer)] = torch.arange(before, before + len(answer))
-                self.target[number, side, : len(answer)] = torch.tensor(answer)
-                self.counted[number, side, : len(answer)] = True
-        self.target = self.target.to(self.device)
+            self.model(prefixes.tokens, past_kv_cache=cache, attention_mask=prefixes.mask.long())
+        return cache, starts
 
     @torch.no_grad()
     def log_probabilities(self, hook_name: str, edit: Edit) -> Float[np.ndarray, "variant prompt answer"]:
@@ -145,9 +204,10 @@ class Asked:
             layer, hook_name = layer + 1, f"blocks.{layer + 1}.hook_resid_pre"  # the same state, a block further on
         with editing(self.model, {hook_name: replace}):
             logits = self._forward(torch.arange(len(self.tokens), device=self.device).repeat(count), layer)
-        predicted = logits.unflatten(0, (count, -1))[:, self.row, self.position].float().log_softmax(-1)
-        tokens = self.target.expand(count, *self.target.shape)[..., None]
-        return (predicted.gather(-1, tokens)[..., 0] * self.counted).sum(-1)
+        row, position, target, counted = self.predicted
+        predicted = logits.unflatten(0, (count, -1))[:, row, position].float().log_softmax(-1)
+        tokens = target.expand(count, *target.shape)[..., None]
+        return (predicted.gather(-1, tokens)[..., 0] * counted).sum(-1)
 
     def _forward(self, rows: Int[Tensor, " run"], layer: int = 0) -> Logits:
         """The logits of some rows; with a cache, blocks below `layer` are not run again."""

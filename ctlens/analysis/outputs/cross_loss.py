@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from ctlens.analysis.base.forward import in_batches, require_comparable
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.stats import bootstrap, bootstrap_mean
-from ctlens.core.types import LensModel
+from ctlens.core.types import LensModel, PerRow
 from ctlens.data.alignment import align
 from ctlens.data.batch import EncodedPairs, PairBatch, encode
 from ctlens.data.pairs import Pair
@@ -188,46 +188,91 @@ def cross_loss(
             step, the clean side is unknown, no pair aligns for some loss, or a loss is on rollouts
             or a consensus.
     """
-    if clean not in CLEAN_SIDES:
-        raise unknown("clean side", clean, list(CLEAN_SIDES))
-    chosen = [get(name) for name in MEASURED] if losses is None else losses
-    chosen = (chosen,) if isinstance(chosen, Loss) else tuple(chosen)
-    require_distinct(chosen)
-    for loss in chosen:
-        if loss.answers in OF_ITS_OWN:
-            raise CtlensError(f"{loss.name} trains on prompts and answers of its own: leave it out.")
+    chosen = _chosen(losses, clean)
     labels, steps = _labels(models)
     everyone = (reference, *models.values())
     for model in everyone:
         require_comparable(reference, model)
+    encoded = _with_answers(reference, _encode(reference, pairs, chosen), chosen, answer_tokens, progress)
+    aligned = _aligned(encoded, chosen)
+    points, values = _compare(everyone, encoded, chosen, clean, batch_size, progress)
+    row_of = {loss.name: row for row, loss in enumerate(chosen)}
+    counts = aligned[[row_of[point.loss] for point in points]]
+    return CrossLoss(
+        by_hook=np.where(counts, values, np.nan),
+        aligned=aligned,
+        models=labels,
+        point_losses=tuple(point.loss for point in points),
+        hook_points=tuple(point.hook_point for point in points),
+        clean=clean,
+        steps=steps,
+    )
+
+
+class Point(NamedTuple):
+    """Where a loss is measured: its name, and one of its hook points or `"logits"`."""
+
+    loss: str
+    hook_point: str
+
+
+def _chosen(losses: Loss | Sequence[Loss] | None, clean: str) -> tuple[Loss, ...]:
+    """The losses to measure by, once they and the clean side are known to make sense."""
+    if clean not in CLEAN_SIDES:
+        raise unknown("clean side", clean, list(CLEAN_SIDES))
+    if losses is None:
+        losses = [get(name) for name in MEASURED]
+    chosen = (losses,) if isinstance(losses, Loss) else tuple(losses)
     if not chosen:
         raise CtlensError("there is nothing to measure by: give a loss, or None for the usual ones.")
-    encoded = _encode(reference, pairs, chosen)
-    if kind := answers_kind(chosen):
-        answers = reference_answers(
-            reference, encoded, answer_tokens, kind=kind, drawn_at=drawn_at(chosen), progress=progress
-        )
-        encoded = encoded.with_answers(answers, both_sides=any(loss.answers_on_both_sides for loss in chosen))
-    aligned = _aligned(encoded, chosen)
-    hook_names = {loss.name: loss.hook_names(reference) for loss in chosen}
-    names = list(dict.fromkeys(name for names in hook_names.values() for name in names))
-    chunks, keys = [], []
-    for _, batch in in_batches(reference, encoded.rows, batch_size, progress):
-        rows = [
-            {
-                (loss.name, hook_point): values
-                for loss in chosen
-                for hook_point, values in loss.row_values(forwards, hook_names[loss.name]).items()
-            }
-            for forwards in _forwards(everyone, batch, names, clean)
-        ]
-        keys = list(rows[0])
-        chunks.append(torch.stack([torch.stack(list(row.values())) for row in rows]).double().cpu().numpy())
-    number = {loss.name: place for place, loss in enumerate(chosen)}
-    known = aligned[[number[name] for name, _ in keys]]
-    by_hook = np.where(known, np.concatenate(chunks, -1), np.nan)
-    point_losses, hook_points = zip(*keys, strict=True)
-    return CrossLoss(by_hook, aligned, labels, point_losses, hook_points, clean, steps)
+    require_distinct(chosen)
+    for loss in chosen:
+        if loss.answers in OF_ITS_OWN:
+            raise CtlensError(f"{loss.name} trains on prompts and answers of its own: leave it out.")
+    return chosen
+
+
+def _with_answers(
+    reference: LensModel, encoded: EncodedPairs, losses: Sequence[Loss], answer_tokens: int, progress: bool
+) -> EncodedPairs:
+    """The pairs with the reference's answers appended where a loss is on answers; as they are where none is."""
+    kind = answers_kind(losses)
+    if not kind:
+        return encoded
+    answers = reference_answers(
+        reference, encoded, answer_tokens, kind=kind, drawn_at=drawn_at(losses), progress=progress
+    )
+    return encoded.with_answers(answers, both_sides=any(loss.answers_on_both_sides for loss in losses))
+
+
+def _compare(
+    models: Sequence[LensModel],
+    encoded: EncodedPairs,
+    losses: Sequence[Loss],
+    clean: str,
+    batch_size: int,
+    progress: bool,
+) -> tuple[list[Point], Float[np.ndarray, "model point pair"]]:
+    """Every loss of every model, the reference first, on the same batches, and the points at which they are."""
+    hook_names = {loss.name: loss.hook_names(models[0]) for loss in losses}
+    needed = list(dict.fromkeys(name for names in hook_names.values() for name in names))
+    points: list[Point] = []
+    chunks = []
+    for _, batch in in_batches(models[0], encoded.rows, batch_size, progress):
+        by_model = [_measure(losses, forwards, hook_names) for forwards in _forwards(models, batch, needed, clean)]
+        points = list(by_model[0])
+        values = torch.stack([torch.stack(list(of_model.values())) for of_model in by_model])
+        chunks.append(values.double().cpu().numpy())
+    return points, np.concatenate(chunks, -1)
+
+
+def _measure(losses: Sequence[Loss], forwards: Forwards, hook_names: Mapping[str, list[str]]) -> dict[Point, PerRow]:
+    """Every loss of one model on one batch, at each of its hook points."""
+    return {
+        Point(loss.name, hook_point): values
+        for loss in losses
+        for hook_point, values in loss.row_values(forwards, hook_names[loss.name]).items()
+    }
 
 
 def _labels(models: Mapping[Any, LensModel]) -> tuple[tuple[str, ...], tuple[int, ...]]:

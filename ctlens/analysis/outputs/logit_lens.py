@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -243,33 +243,73 @@ def _require_whole(shares: Float[Tensor, "component batch"], said: PerRow) -> No
         raise CtlensError("the components do not add up to the logits: this model caps or changes them at the end.")
 
 
-class _Reading:
-    """How the logit difference is read off the stream, its norm's scale held at what it is on the whole stream.
+class NormAffine(NamedTuple):
+    """What a norm does beside dividing by the size of its input.
 
-    The norm's weights are had from its values at a vector of unit root mean square and no mean, and
-    at its negative; whether it centres, from whether a constant changes them.
+    Attributes:
+        weight: `[1, d]`, what it multiplies by.
+        bias: `[1, d]`, what it adds.
+        centred: whether it takes the mean away first.
+    """
+
+    weight: Vectors
+    bias: Vectors
+    centred: bool
+
+
+def affine_of_norm(norm: Callable[[Tensor], Tensor], like: Vectors) -> NormAffine:
+    """Reads a norm's weight, bias and centring off three of its values, because models name and fold them differently.
+
+    1. The norm is `n(x) = w c(x) / rms(c(x)) + b`, where `c(x)` is `x` or, if it centres, `x - mean(x)`.
+    2. Take `v = (1, -1, 1, -1, ...)` of even width: its mean is 0 and its root mean square 1, so `c(v) / rms = v`.
+    3. Then `n(v) = w v + b` and `n(-v) = -w v + b`, hence `b = (n(v) + n(-v)) / 2`.
+    4. Likewise `w = v (n(v) - n(-v)) / 2`, as every `v v` is 1.
+    5. Adding 1 to `v` changes nothing if and only if the norm centres: else `v + 1` is `(2, 0, 2, 0, ...)`.
+    6. The norm's `eps` divides `w` by `sqrt(1 + eps)`; a scale that is fitted with this `w` makes up for it.
+
+    >>> norm = torch.nn.LayerNorm(4)
+    >>> norm.load_state_dict({"weight": torch.tensor([1.0, 2.0, 3.0, 4.0]), "bias": torch.full((4,), 0.5)})
+    <All keys matched successfully>
+    >>> found = affine_of_norm(norm, torch.zeros(1, 4))
+    >>> [round(weight, 3) for weight in found.weight[0].tolist()], found.bias[0].tolist(), found.centred
+    ([1.0, 2.0, 3.0, 4.0], [0.5, 0.5, 0.5, 0.5], True)
+
+    Args:
+        norm: of vectors `[batch, 1, d]`.
+        like: a vector `[1, d]` of the width, precision and device that the norm takes.
+    """
+    probe = torch.ones_like(like)
+    probe[:, 1::2] = -1
+    up = norm(probe[:, None])[:, 0]
+    down = norm(-probe[:, None])[:, 0]
+    raised = norm((probe + 1)[:, None])[:, 0]
+    return NormAffine((up - down) / 2 * probe, (up + down) / 2, torch.allclose(raised, up, atol=1e-3))
+
+
+class _Reading:
+    """Reads the logit difference off the stream, with the final norm's scale held at what it is on the whole stream.
+
+    Held so, the norm is linear but for its bias. The scale is the factor that fits `w c(x)` to `n(x) - b`, in the
+    words of `affine_of_norm`.
     """
 
     def __init__(self, lens: Any, stream: Vectors, answers: TokenPair) -> None:
-        probe = torch.ones_like(stream[:1])
-        probe[:, 1::2] = -1
-        up, down, raised = (lens.ln_final(vector[:, None])[:, 0] for vector in (probe, -probe, probe + 1))
-        self.weight, bias = (up - down) / 2 * probe, (up + down) / 2
-        self.centred = torch.allclose(raised, up, atol=1e-3)
-        whole, normed = self._scaled(stream), lens.ln_final(stream[:, None])[:, 0] - bias
+        self.norm = affine_of_norm(lens.ln_final, stream[:1])
+        whole, normed = self._scaled(stream), lens.ln_final(stream[:, None])[:, 0] - self.norm.bias
         self.scale = (whole * normed).sum(-1) / whole.square().sum(-1)
         good, bad = lens.W_U.T[answers].unbind(1)
         self.direction = good - bad
-        self.constant = (bias * self.direction).sum(-1)
+        self.constant = (self.norm.bias * self.direction).sum(-1)
         if getattr(lens, "b_U", None) is not None:
             self.constant = self.constant + lens.b_U[answers[:, 0]] - lens.b_U[answers[:, 1]]
 
     def share(self, written: Vectors) -> PerRow:
-        """Of what a component writes into the stream, in logits."""
+        """The logits that a component's writing into the stream is worth."""
         return self.scale * (self._scaled(written) * self.direction).sum(-1)
 
     def _scaled(self, vectors: Vectors) -> Vectors:
-        return (vectors - vectors.mean(-1, keepdim=True) if self.centred else vectors) * self.weight
+        centred = vectors - vectors.mean(-1, keepdim=True) if self.norm.centred else vectors
+        return centred * self.norm.weight
 
 
 def _table(

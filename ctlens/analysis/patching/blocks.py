@@ -41,7 +41,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": gelu_tanh,
 }
 NORMS = {"LN": True, "RMS": False}
-"""Whether they centre."""
+"""The norms that are known, and whether each takes the mean away."""
 POSITIONS = ("rotary", "standard")
 # Settings of TransformerLens that change a block, with their values where they do not.
 UNUSED: dict[str, tuple[object, ...]] = {
@@ -93,7 +93,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Block:
-    """One block.
+    """The weights of one block, and its parts as functions of them.
 
     Attributes:
         q: of all heads, the pairs that a rotation turns side by side.
@@ -120,7 +120,7 @@ class Block:
     parallel: bool
 
     def queries(self, normed: Vectors, positions: Numbers) -> Vectors:
-        """Of the rows that `ln1` gives, at their positions: `[job, row]`, or a slice for all jobs."""
+        """The queries of rows that `ln1` gives, at their positions: `[job, row]`, or a slice for all jobs."""
         return self._turned(self.q(normed), self.q.weight.shape[0], positions)
 
     def keys(self, normed: Vectors, positions: Numbers) -> Vectors:
@@ -135,7 +135,7 @@ class Block:
         return found
 
     def attend(self, q: Vectors, kv: Float[Tensor, "job key _"], hidden: Hidden) -> Vectors:
-        """What attention writes into the stream, of queries and of keys and values side by side."""
+        """What attention writes into the stream, from queries, and keys and values side by side."""
         k, v = kv.chunk(2, -1)
         heads = (part.unflatten(-1, (-1, self.d_head)).transpose(1, 2) for part in (q, k, v))
         grouped = q.shape[-1] != k.shape[-1]
@@ -143,7 +143,7 @@ class Block:
         return self.out(z.transpose(1, 2).flatten(-2))
 
     def mlp(self, rows: Vectors) -> Vectors:
-        """What the MLP writes, of the stream it reads."""
+        """What the MLP writes, from the stream it reads."""
         hidden = self.mlp_in(self.ln2(rows))
         if not self.gated:
             return self.mlp_out(self.activation(hidden))
@@ -152,7 +152,7 @@ class Block:
         return self.mlp_out(product if self.product_bias is None else product.add_(self.product_bias))
 
     def behind(self, before: Vectors, attention: Vectors) -> Vectors:
-        """The stream behind the block, of that in front of it and what attention writes, which is overwritten."""
+        """The stream behind the block, from that in front of it and what attention writes, which is overwritten."""
         middle = attention.add_(before)
         return self.mlp(before if self.parallel else middle).add_(middle)
 

@@ -24,7 +24,7 @@ from ctlens.models.loading import empty_cache
 
 WITH_HEADS = ("z", "pattern")
 MOST_ROWS = 1024
-"""Tokens a pass where passes begin at a position: more are no faster."""
+"""The most tokens in a pass that begins at a position: passes with more are no faster."""
 TOLERANCE = 1e-4
 Write = Callable[[PatchBatch, Jobs, Tensor, Tensor, JobNumbers, int], None]
 """Puts the source's activation into given rows of the target's, in place; these begin at a position."""
@@ -73,7 +73,7 @@ class Hooked:
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept of the target runs.
+    """The states of the target runs from which a pass can begin in their middle.
 
     Attributes:
         entering: the stream in front of every layer, `[pair, pos, d_model]` each.
@@ -106,7 +106,7 @@ class Kept:
 
 
 def kept_of(model: LensModel, target: ContrastBatch, last: Tensor) -> Kept | None:
-    """The target runs, where passes that begin in their middle give the model's own last logits; None where not."""
+    """Runs the targets and keeps their states; None if passes begun in the middle miss the model's own last logits."""
     cache = empty_cache(model, len(target.last))
     if cache is None:
         return None
@@ -124,7 +124,7 @@ def kept_of(model: LensModel, target: ContrastBatch, last: Tensor) -> Kept | Non
 
 
 def write_of(site: str) -> Write:
-    """How a site is patched."""
+    """The function that patches a site."""
     return {"z": _write_head, "pattern": _write_pattern}.get(site, _write_vectors)
 
 

@@ -20,7 +20,7 @@ from ctlens.data.batch import EncodedPair, Matched, Side, encode, pad, require_r
 from ctlens.data.pairs import Pair
 
 DIRECTIONS = {"denoising": ("clean", "wrapped"), "noising": ("wrapped", "clean")}
-"""Of each direction, the side whose activations are taken and the side of the run they are put into."""
+"""Each direction's two sides: the one whose activations are taken, and the one whose run they are put into."""
 POSITIONS = ("each", "last", "content", "all")
 SAME_INDEX = "position"
 OWN_TWINS = ("explicit", SAME_INDEX)
@@ -195,7 +195,7 @@ def collate(pairs: Sequence[PatchPair], device: torch.device) -> PatchBatch:
 
 
 def _repeated(column: Column, width: int) -> list[Twin]:
-    """Patching a position twice with the same value is patching it once."""
+    """Fills a column up with its first twin: patching a position twice with the same value is patching it once."""
     return [*column, *[column[0] if column else (0, 0)] * (width - len(column))]
 
 
@@ -259,7 +259,7 @@ def jobs(places: Bool[np.ndarray, "pair column"], layers: int, heads: Sequence[i
 
 
 def chunks(first: JobNumbers, length: int, max_batch: int, most: int, enough: int) -> Iterator[JobNumbers]:
-    """Numbers of jobs that are computed together: at one first row or, where these are few, at neighbouring ones.
+    """Splits jobs into batches of one first row each or, where one row has few jobs, of neighbouring first rows.
 
     Args:
         first: of every job, the row from which it is computed to the end.

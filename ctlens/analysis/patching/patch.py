@@ -9,8 +9,8 @@ the MLP computed for that row alone. Rows in front of it stay as they are in the
 keys and values are taken from there; the layers behind it are computed from that row to the end; the
 last layer for the last row alone. Whatever its site, a patch is then a row in front of some layer, so that all
 sites of a sweep (`patch_sites`) share the two runs, the held keys and values, and their batches; patches at
-neighbouring positions share a batch too. No batch has a tensor larger than the system gives without clearing
-new memory. It is exact: only products whose factors changed are computed again.
+neighbouring positions share a batch too. No tensor of a batch is larger than 2 MiB, because larger memory is
+fetched from the system and cleared at every use. It is exact: only products whose factors changed are computed again.
 
 Two runs of the model check it before it is used (`Suffix.agrees`). A model it does not know, or whose logits are
 not its own, goes the general way, the model's own blocks with many patches stacked on the batch axis
@@ -195,7 +195,7 @@ def _patched(sweep: Sweep, group: Sequence[PatchPair], bar: tqdm) -> Swept:
 
 
 def column_tokens(model: LensModel, pairs: Sequence[PatchPair]) -> tuple[str, ...]:
-    """Of each column, the token where all pairs have the same there, else nothing."""
+    """The token of each column where all pairs have the same one, else nothing."""
     found = [[{pair.target[there] for _, there in column} for column in pair.columns] for pair in pairs]
     agreed = [set[int]().union(*column) for column in zip(*found, strict=True)]
     return tuple(model.tokenizer.decode(list(ids)) if len(ids) == 1 else "" for ids in agreed)

@@ -9,6 +9,7 @@ several sites share their batches.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,19 +25,20 @@ from ctlens.models.hooks import SHORTHANDS
 
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
 LARGEST = 2**19
-"""Numbers in a batch's largest tensor: memory for larger ones is fetched from the system and cleared at every use."""
+"""The most numbers in a batch's largest tensor, 2 MiB in float32: the system clears larger memory at every use."""
 ENOUGH_ROWS = 384
-"""Rows in a batch that make it worth computing a few rows too many in front."""
+"""A batch with fewer rows is joined with the next: a larger product is worth some wasted rows in front."""
 TOLERANCE = 1e-4
 
 JobRows = Float[Tensor, "job width d_model"]
+SpanRows = Float[Tensor, "job span d_model"]
 Rows = Float[Tensor, "_ _ _"]
 LastRows = Float[Tensor, "job d_model"]
 JobLogits = Float[Tensor, "job d_vocab"]
 
 
 def needed(sites: Sequence[str], n_layers: int) -> list[str]:
-    """The hook names of the activations that the fast way needs of the target run."""
+    """The hook names of the target run's activations that the fast way reads."""
     points = {"mlp_out": ("attn_out",), "z": ("attn_out", "z")}
     chosen = dict.fromkeys(("resid_pre", *(point for site in sites for point in points.get(site, ()))))
     names = [SHORTHANDS[point].format(layer=layer) for point in chosen for layer in range(n_layers)]
@@ -44,10 +46,63 @@ def needed(sites: Sequence[str], n_layers: int) -> list[str]:
 
 
 class Held(NamedTuple):
-    """Queries, and keys and values side by side, of the target runs, `[pair, pos, _]` each."""
+    """The target runs' queries, and their keys and values side by side, `[pair, pos, _]` each."""
 
     q: Tensor
     kv: Tensor
+
+
+@dataclass(frozen=True)
+class SuffixRows:
+    """The rows of the stream that a batch of jobs computes together: from the first changed row of any of them on.
+
+    Two jobs that change one row each, at positions 3 and 4, in prompts of 8 and 7 tokens:
+
+        position    0  1  2    3  4  5  6  7
+        job 0       .  .  .  | X  o  o  o  L |     there [3]   local [0]   last 7
+        job 1       .  .  .  | o  X  o  L  - |     there [4]   local [1]   last 6
+                             ^ first         ^ stop
+
+        .  in front of every patch: keys and values are those held of the target run
+        X  the changed row, which is the job's input
+        o  computed because a batch has one first row, or because the row sees the changed one
+        L  the job's last row, off which the answer is read
+        -  padding, which no row in front of it sees
+
+    The span is `first` to `stop`; `local` counts from its beginning, `there` and `last` from the prompt's.
+
+    Attributes:
+        pairs: per job, its pair's row in the batch.
+        there: per job, the positions of its changed rows.
+        last: per job, the position that predicts the answer.
+        first: the span's first position.
+        stop: the position behind the span's last.
+    """
+
+    pairs: JobNumbers
+    there: JobPositions
+    last: JobNumbers
+    first: int
+    stop: int
+
+    @classmethod
+    def of(cls, pairs: JobNumbers, there: JobPositions, last: JobNumbers) -> SuffixRows:
+        """The smallest span that holds every changed and every last row."""
+        return cls(pairs, there, last, int(there.min()), int(last.max()) + 1)
+
+    @property
+    def span(self) -> slice:
+        """The positions that are computed."""
+        return slice(self.first, self.stop)
+
+    @property
+    def local(self) -> JobPositions:
+        """The changed rows, counted within the span."""
+        return self.there - self.first
+
+    def last_of(self, x: SpanRows) -> LastRows:
+        """The last row of every job, out of the rows of the span."""
+        return x[torch.arange(len(self.pairs), device=self.pairs.device), self.last - self.first]
 
 
 class Suffix:
@@ -82,11 +137,12 @@ class Suffix:
         self.held = [_held(block, x, length) for block, x in zip(blocks, self.stream, strict=False)]
 
     def agrees(self, expected: JobLogits) -> bool:
-        """Whether rows put where they already are give the model's own logits.
+        """Checks that rows put where they already are give the model's own logits.
 
-        From the first layer on, once from the first row and once from the middle of every prompt, so
-        that prefixes, masks and positions count; and from the last layer on, which is computed
-        otherwise. And whether what a patch makes of the run's own activations is its own stream.
+        They are put in front of the first layer, once at the first row and once in the middle of every
+        prompt, so that a mistake in prefixes, masks or positions shows; and in front of the last layer, which
+        is computed in another way. Then each site is patched with the run's own activations, which must give
+        the run's own stream.
         """
         pairs = torch.arange(len(expected), device=expected.device)
         middle = self.batch.target.last // 2
@@ -107,7 +163,8 @@ class Suffix:
     def __call__(self, jobs: Jobs, max_batch: int) -> Found:
         """The last logits of every job, at most `max_batch` jobs at once.
 
-        Of many batches in one product: where words are many, the unembedding is most of the work.
+        Several batches are unembedded in one product, because with a large vocabulary that product is most of
+        the work.
         """
         done: list[JobNumbers] = []
         rows: list[LastRows] = []
@@ -183,30 +240,44 @@ class Suffix:
 
     @torch.inference_mode()
     def _run(self, start: int, pairs: JobNumbers, there: JobPositions, rows: JobRows) -> LastRows:
-        """The last row of the last stream after rows of the stream in front of layer `start` are replaced."""
-        first, last, final = int(there.min()), self.batch.target.last[pairs], len(self.blocks) - 1
-        span = slice(first, int(last.max()) + 1)
-        jobs, local = torch.arange(len(pairs), device=pairs.device), there - first
-        x = _with(self.stream[start][:, span], pairs, local, rows)
+        """Puts rows into the stream in front of layer `start`, and gives the last row behind the last block."""
+        at, final = SuffixRows.of(pairs, there, self.batch.target.last[pairs]), len(self.blocks) - 1
+        x = _with(self.stream[start][:, at.span], pairs, at.local, rows)
         if start > final:
-            return x[jobs, last - first]
-        for layer in range(start, final + 1):
-            block, held = self.blocks[layer], self.held[layer]
-            if layer == start:  # the other rows still have the run's own keys and values
-                normed = block.ln1(rows)
-                kv = _with(held.kv[:, : span.stop], pairs, there, block.keys(normed, there))
-            else:
-                normed = block.ln1(x)
-                kv = _behind(held.kv[:, :first], pairs, block.keys(normed, span))
-            if layer == final:
-                x, hidden = x[jobs, last - first][:, None], self.hidden[last, None, None, : span.stop]
-                q = block.queries(block.ln1(x), last[:, None])
-            else:
-                hidden = self.hidden[span, : span.stop]
-                q = block.queries(normed, there if layer == start else span)
-                q = _with(held.q[:, span], pairs, local, q) if layer == start else q
-            x = block.behind(x, block.attend(q, kv, hidden))
-        return x[:, 0]
+            return at.last_of(x)
+        if start == final:
+            return self._last_block(at, x, self._keys_with(final, at, self.blocks[final].ln1(rows)))
+        x = self._first_block(start, at, x, rows)
+        for layer in range(start + 1, final):
+            x = self._middle_block(layer, at, x)
+        return self._last_block(at, x, self._keys_behind(final, at, self.blocks[final].ln1(x)))
+
+    def _first_block(self, layer: int, at: SuffixRows, x: SpanRows, rows: JobRows) -> SpanRows:
+        """The patched block computes queries and keys of the changed rows, `X`, and takes all others as held."""
+        block, normed = self.blocks[layer], self.blocks[layer].ln1(rows)
+        kv = self._keys_with(layer, at, normed)
+        q = _with(self.held[layer].q[:, at.span], at.pairs, at.local, block.queries(normed, at.there))
+        return block.behind(x, block.attend(q, kv, self.hidden[at.span, : at.stop]))
+
+    def _middle_block(self, layer: int, at: SuffixRows, x: SpanRows) -> SpanRows:
+        """A later block computes all rows of the span and takes only the keys in front of it, `.`, as held."""
+        block, normed = self.blocks[layer], self.blocks[layer].ln1(x)
+        kv = self._keys_behind(layer, at, normed)
+        return block.behind(x, block.attend(block.queries(normed, at.span), kv, self.hidden[at.span, : at.stop]))
+
+    def _last_block(self, at: SuffixRows, x: SpanRows, kv: Rows) -> LastRows:
+        """The last block computes each job's last row, `L`, alone, because the answer is read off nothing else."""
+        block, x = self.blocks[-1], at.last_of(x)[:, None]
+        q = block.queries(block.ln1(x), at.last[:, None])
+        return block.behind(x, block.attend(q, kv, self.hidden[at.last, None, None, : at.stop]))[:, 0]
+
+    def _keys_with(self, layer: int, at: SuffixRows, normed: JobRows) -> Rows:
+        """Keys and values of a layer in front of which only the changed rows, here normed, are new."""
+        return _with(self.held[layer].kv[:, : at.stop], at.pairs, at.there, self.blocks[layer].keys(normed, at.there))
+
+    def _keys_behind(self, layer: int, at: SuffixRows, normed: SpanRows) -> Rows:
+        """Keys and values of a layer in front of which every row of the span, here normed, is new."""
+        return _behind(self.held[layer].kv[:, : at.first], at.pairs, self.blocks[layer].keys(normed, at.span))
 
 
 @torch.inference_mode()
@@ -216,14 +287,14 @@ def _held(block: Block, stream: Tensor, length: int) -> Held:
 
 
 def _with(held: Tensor, pairs: JobNumbers, at: JobPositions, rows: Rows) -> Rows:
-    """What is held of the pairs, with other rows at some positions."""
+    """Copies the held rows of the pairs, and puts new rows at some positions."""
     found = held.index_select(0, pairs)
     found[torch.arange(len(pairs), device=pairs.device)[:, None], at] = rows
     return found
 
 
 def _behind(held: Tensor, pairs: JobNumbers, rows: Rows) -> Rows:
-    """What is held of the pairs, and other rows behind it; not by `cat`, which would copy twice."""
+    """Copies the held rows of the pairs, and puts new rows behind them; `cat` would copy the held ones twice."""
     front = held.shape[1]
     found = rows.new_empty(len(pairs), front + rows.shape[1], rows.shape[2])
     torch.index_select(held, 0, pairs, out=found[:, :front])

@@ -25,7 +25,7 @@ MEMORY = 2**28
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a sweep needs of a run of a batch's prompts.
+    """One run of a batch's prompts, with what a sweep reads of it.
 
     Attributes:
         last: the logits at each prompt's last token, `[pair, d_vocab]`.
@@ -54,8 +54,9 @@ class Swept:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every patch of some sites into the runs of one model, wherever the activations come from: what is the same for
-    every group of pairs.
+    """The settings of a sweep that are the same for every group of pairs.
+
+    A sweep makes every patch of some sites into the runs of one model, wherever the activations come from.
     """
 
     model: LensModel
@@ -77,7 +78,7 @@ class Sweep:
         return [prepared[start : start + self.max_batch] for start in range(0, len(prepared), self.max_batch)]
 
     def patches(self, group: Sequence[PatchPair]) -> int:
-        """How many there are."""
+        """The number of patches in a group."""
         return len(self.layers) * sum(map(self._heads, self.sites)) * int(self._places(group).sum())
 
     @torch.no_grad()
@@ -181,7 +182,7 @@ def require_sites(sites: Sequence[str], max_batch: int | None) -> None:
 
 
 def fitting(model: LensModel, length: int) -> int:
-    """How many prompts of a length fit."""
+    """The number of prompts of a length that fit into `MEMORY`."""
     cfg = model.cfg
     held = 8 * cfg.n_layers * cfg.d_model
     passing = 10 * cfg.d_model + 3 * cfg.d_mlp + 3 * cfg.n_heads * length + 2 * cfg.d_vocab
