@@ -10,12 +10,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ctlens.core.stats import bootstrap, student
+from ctlens.study.looks import Training
 from ctlens.study.results import SEVERAL
 
 Items: TypeAlias = Int[np.ndarray, " item"]
 OfItems: TypeAlias = Callable[[Items], float]
-Training: TypeAlias = tuple[int, int]
-"""Its organism and its seed."""
 
 
 @dataclass(frozen=True)

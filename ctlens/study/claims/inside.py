@@ -15,13 +15,12 @@ from ctlens.analysis.residual.shift_vectors import PARTS
 from ctlens.core.stats import LEVEL
 from ctlens.plots import label
 from ctlens.study import conditions as arms
-from ctlens.study.analyses import EQUAL_STEPS, SETTINGS
 from ctlens.study.claims.claim import Claim, make, together
-from ctlens.study.claims.estimates import NOTHING, Items, OfItems, Sample, Training, estimate, spanned
-from ctlens.study.claims.looks import Looks
+from ctlens.study.claims.estimates import NOTHING, Items, OfItems, Sample, estimate, spanned
 from ctlens.study.claims.transplants import left_later, level
 from ctlens.study.conditions import INTERNAL, RETENTION
 from ctlens.study.config import StudyConfig
+from ctlens.study.looks import EQUAL_STEPS, SETTINGS, Looks, Training
 
 NAN = float("nan")
 BCT, ATTCT, ACT = "bct", "attct", "act"

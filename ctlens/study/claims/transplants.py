@@ -13,9 +13,9 @@ from ctlens.analysis.exchange.exchange import QUANTITIES
 from ctlens.plots import label
 from ctlens.study import conditions as arms
 from ctlens.study.claims.claim import Claim, make
-from ctlens.study.claims.estimates import Items, OfItems, Sample, Training, estimate
-from ctlens.study.claims.looks import Looks
+from ctlens.study.claims.estimates import Items, OfItems, Sample, estimate
 from ctlens.study.conditions import INTERNAL, OUTPUT
+from ctlens.study.looks import Looks, Training
 from ctlens.study.results import in_order
 
 NAN = float("nan")
