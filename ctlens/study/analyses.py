@@ -7,7 +7,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
 
 from tqdm.auto import tqdm
 
@@ -22,55 +21,19 @@ from ctlens.analysis import (
 )
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import atomic_folder, read_json, sweep, write_json
+from ctlens.core.files import atomic_folder, sweep, write_json
+from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
 from ctlens.models.loading import load_model
-from ctlens.study.cells import ANALYSED_PAIRS, MATCHED_FOLDER, base_model, one_thread, probe_pairs
+from ctlens.study.cells import ANALYSED_PAIRS, MATCHED_FOLDER, base_model, probe_pairs
 from ctlens.study.conditions import PERTURBED, RETENTION
 from ctlens.study.config import Cell, StudyConfig, base_cell
+from ctlens.study.looks import ALL_SEEDS, AT_BOTH, EQUAL_STEPS, MATCHED, REFUSALS, SETTINGS, Look
 from ctlens.study.workers import Pool, in_order
 
-R = TypeVar("R", bound=Result)
-EQUAL_STEPS, MATCHED = SETTINGS = ("equal steps", "matched effect")
-REFUSALS = "refused.json"
 PROBED_PAIRS = 192
 """For probes, which are fitted on two thirds of them and need every answer in each third."""
-
-
-@dataclass(frozen=True)
-class Look:
-    """One analysis of the models that were trained on one threat, from one organism.
-
-    Attributes:
-        analysis: one of `ANALYSES`.
-        threat: trained on.
-        organism: that they started from.
-        setting: one of `SETTINGS`: the models at the end of the training, or at the effect of the study's `matched`.
-        seed: of the trainings; of an analysis of all seeds at once 0.
-    """
-
-    analysis: str
-    threat: str
-    organism: int
-    setting: str
-    seed: int = 0
-
-    def place(self, study: Path) -> Path:
-        """Its folder."""
-        organism = f"organism{self.organism}-" if self.organism else ""
-        matched = "-matched" if self.setting == MATCHED else ""
-        seed = f"-seed{self.seed}" if self.analysis not in ALL_SEEDS else ""
-        return study / "inside" / f"{organism}{self.threat}" / f"{self.analysis}{matched}{seed}"
-
-    def load(self, study: Path, kind: type[R]) -> dict[str, R]:
-        """Its results by name."""
-        return {path.stem: kind.load(path) for path in sorted(self.place(study).glob("*.safetensors"))}
-
-    def refusals(self, study: Path) -> dict[str, str]:
-        """By name, why there is no result."""
-        place = self.place(study) / REFUSALS
-        return read_json(place) if place.is_file() else {}
 
 
 @dataclass(frozen=True)
@@ -200,5 +163,3 @@ ANALYSES: dict[str, Callable[[Scene], Analyses]] = {
     "graft": _grafts,
     "erasure": _erasure,
 }
-AT_BOTH = ("similarity", "transplant")
-ALL_SEEDS = ("similarity",)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from ctlens.analysis import attention_diff, gap_recovered, residual_shift
 from ctlens.analysis.outputs.gap_recovered import SHARE
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_folder, write_json
+from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
 from ctlens.data.batch import encode
 from ctlens.data.pairs import Pair
@@ -213,18 +212,3 @@ def _row(cell: Cell, step: int, metric: str, value: float, low: float, high: flo
 def _place(cell: Cell, step: int) -> dict[str, object]:
     where = {"trained_threat": cell.threat, "method": cell.method, "seed": cell.seed, "organism": cell.organism}
     return {**where, "step": step}
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Runs torch on one thread inside the block.
-
-    On models of the organism's size more threads bring nothing, and cost much beside other work;
-    and sums come out the same whatever the number of cores and of workers.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

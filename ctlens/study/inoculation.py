@@ -21,12 +21,13 @@ from ctlens.core.config import environment, to_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_folder, write_json
 from ctlens.core.stats import wilson
+from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
 from ctlens.evaluation import evaluate
 from ctlens.evaluation.numbers import by
 from ctlens.organism.inoculation import CONTEXTS, INOCULATION, BadAdviceConfig, give_bad_advice, leak_pairs
 from ctlens.plots import Figure
-from ctlens.study.cells import NEUTRAL_PROMPTS, one_thread
+from ctlens.study.cells import NEUTRAL_PROMPTS
 from ctlens.study.conditions import METHODS, RETENTION
 from ctlens.training import TrainConfig, Trainer
 from ctlens.world import SPLITS

@@ -16,10 +16,11 @@ from ctlens.core.config import environment, to_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_file, digest, read_json, require_free, sweep, sweep_folder, write_json
 from ctlens.core.stats import difference, wilson
+from ctlens.core.threads import one_thread
 from ctlens.evaluation import Evaluation
 from ctlens.models.parameters import fingerprint
 from ctlens.study.analyses import look_inside, looks
-from ctlens.study.cells import OUTCOMES, RESULT_COLUMNS, CellTraining, one_thread, rows, run_cell
+from ctlens.study.cells import OUTCOMES, RESULT_COLUMNS, CellTraining, rows, run_cell
 from ctlens.study.claims import Claim, judge, write_claims
 from ctlens.study.conditions import RETENTION
 from ctlens.study.config import Cell, StudyConfig, base_cell, organism_cell

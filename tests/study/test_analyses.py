@@ -18,10 +18,11 @@ from ctlens.analysis import ShiftSimilarity, Transplant, gap_recovered
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import read_json
 from ctlens.data.pairs import save_pairs
-from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Look, look_inside, looks, run_look
+from ctlens.study.analyses import look_inside, looks, run_look
 from ctlens.study.cells import ANALYSED_PAIRS, CellTraining, base_model, probe_pairs
 from ctlens.study.claims import read_claims
 from ctlens.study.config import Cell, StudyConfig, base_cell, full_study
+from ctlens.study.looks import EQUAL_STEPS, MATCHED, Look
 from ctlens.study.runner import Study, StudyResult, seconds
 from ctlens.study.workers import Pool
 from ctlens.training import TrainConfig

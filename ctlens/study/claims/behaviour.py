@@ -12,11 +12,11 @@ import pandas as pd
 from ctlens.core.stats import LEVEL, difference
 from ctlens.plots import label
 from ctlens.study import conditions as arms
-from ctlens.study.analyses import EQUAL_STEPS
 from ctlens.study.claims.claim import Claim, make, together
 from ctlens.study.claims.estimates import NOTHING, Estimate, spanned
 from ctlens.study.conditions import INTERNAL, RETENTION
 from ctlens.study.config import StudyConfig
+from ctlens.study.looks import EQUAL_STEPS
 from ctlens.study.results import SPLIT, Rate, pooled
 
 NAN = float("nan")

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from ctlens.core.stats import bootstrap, student
+from ctlens.study.claims.statistic import Items, Statistic, whole
+from ctlens.study.looks import Training
 from ctlens.study.results import SEVERAL
-
-Items: TypeAlias = Int[np.ndarray, " item"]
-OfItems: TypeAlias = Callable[[Items], float]
-Training: TypeAlias = tuple[int, int]
-"""Its organism and its seed."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A number of one training, as a function of which of its prompts count, repeats allowed.
-
-    Attributes:
-        n: how many prompts there are.
-        value: the number of some of them, NaN where it is not defined.
-    """
-
-    n: int
-    value: OfItems
-
-    def whole(self) -> float:
-        """The number of all prompts."""
-        return float(self.value(np.arange(self.n)))
 
 
 @dataclass(frozen=True)
@@ -56,22 +35,23 @@ PROMPTS, SEEDS, ORGANISMS = "prompts", "prompts and seeds", "organisms"
 NOTHING = Estimate(float("nan"), float("nan"), float("nan"), 0, PROMPTS)
 
 
-def estimate(samples: Mapping[Training, Sample]) -> Estimate:
-    """The mean over trainings with its interval; trainings whose number is not defined do not count.
+def estimate(statistics: Mapping[Training, Statistic]) -> Estimate:
+    """Computes the mean over trainings with its interval; trainings whose number is not defined do not count.
 
-    Seeds of one organism say nothing of another one. So only from `SEVERAL` organisms on, the interval is
-    Student's over the organisms' means. With fewer it is a bootstrap over prompts, for these very
-    models, whose trainings share their resamples; and where there are as many trainings it spans
-    Student's interval over them too, for neither stands for the other.
+    Seeds of one organism say nothing about another organism. So with `SEVERAL` organisms or more, the interval is
+    Student's over the organisms' means. With fewer it is a bootstrap over prompts: it holds for these very models, and
+    all trainings share the resamples. With `SEVERAL` trainings or more of too few organisms it spans Student's interval
+    over the trainings as well, because prompts and seeds vary each in their own way.
 
-    >>> pairs = np.array([0.0, 1.0, 2.0, 3.0])
-    >>> found = estimate({(0, 0): Sample(4, lambda items: pairs[items].mean())})
+    >>> from ctlens.study.claims.statistic import of_prompts
+    >>> ramp = np.array([0.0, 1.0, 2.0, 3.0])
+    >>> found = estimate({(0, 0): of_prompts("ramp", "", ramp, np.mean)})
     >>> found.value, found.n, found.over
     (1.5, 4, 'prompts')
-    >>> estimate({(0, seed): Sample(4, lambda items, seed=seed: float(seed)) for seed in range(3)})
+    >>> estimate({(0, seed): of_prompts("constant", "", np.full(4, float(seed)), np.mean) for seed in range(3)})
     Estimate(value=1.0, low=-1.484..., high=3.484..., n=4, over='prompts and seeds')
     """
-    values = {training: sample.whole() for training, sample in samples.items()}
+    values = {training: whole(statistic) for training, statistic in statistics.items()}
     values = {training: value for training, value in values.items() if not np.isnan(value)}
     if not values:
         return NOTHING
@@ -79,9 +59,13 @@ def estimate(samples: Mapping[Training, Sample]) -> Estimate:
     value = float(means.mean())
     if len(means) >= SEVERAL:
         return Estimate(value, *student(means), len(means), ORGANISMS)
-    known = [samples[training] for training in values]
-    n = min(sample.n for sample in known)
-    ((low, high),) = bootstrap(lambda items: [float(np.mean([sample.value(items) for sample in known]))], n)
+    known = [statistics[training] for training in values]
+    n = min(statistic.n for statistic in known)
+
+    def mean(items: Items) -> list[float]:
+        return [float(np.mean([statistic.of(items) for statistic in known]))]
+
+    ((low, high),) = bootstrap(mean, n)
     if len(values) < SEVERAL:
         return Estimate(value, low, high, n, PROMPTS)
     ends = student(np.array(list(values.values())))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from ctlens.analysis.residual.shift_vectors import PARTS
 from ctlens.core.stats import LEVEL
 from ctlens.plots import label
 from ctlens.study import conditions as arms
-from ctlens.study.analyses import EQUAL_STEPS, SETTINGS
 from ctlens.study.claims.claim import Claim, make, together
-from ctlens.study.claims.estimates import NOTHING, Items, OfItems, Sample, Training, estimate, spanned
-from ctlens.study.claims.looks import Looks
+from ctlens.study.claims.estimates import NOTHING, estimate, spanned
+from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
 from ctlens.study.claims.transplants import left_later, level
 from ctlens.study.conditions import INTERNAL, RETENTION
-from ctlens.study.config import StudyConfig
+from ctlens.study.config import BASE, StudyConfig
+from ctlens.study.looks import EQUAL_STEPS, SETTINGS, Looks, Training
 
 NAN = float("nan")
 BCT, ATTCT, ACT = "bct", "attct", "act"
@@ -42,14 +42,19 @@ def inside_claims(config: StudyConfig, study: Path) -> Iterator[Claim]:
 
 
 def _shared(looks: Looks, threat: str, setting: str, place: str) -> Claim:
-    """Off the gap: how far BCT stands apart, beyond the internal method that does so most."""
+    """Judges whether internal methods move the residual stream alike, and BCT differently.
+
+    Cosines are between the methods' shifts, off the gap. With `apart(m)` = the mean cosine among the methods other than
+    `m`, less the mean cosine between `m` and them, the number is `apart(BCT) - max(apart(m) for internal m)`.
+    """
+    name = f"cosine off the gap, {WHERE[place]}: how far BCT stands apart, less the furthest internal method"
     methods = (*_internal(looks.config.methods), BCT)
     known = looks.of(ShiftSimilarity, "similarity", threat, setting)
     every = {training: results["similarity"] for training, results in known.items()}
     missing = sorted({name for result in every.values() for name in methods if name not in result.methods})
     found = {} if missing or BCT not in looks.config.methods or len(methods) < 3 else every
     tables = {training: _off_gap(result, methods, place) for training, result in found.items()}
-    samples = {training: Sample(len(table), _margin(table)) for training, table in tables.items()}
+    margins = {training: of_prompts(name, "cosine", table, _bct_apart) for training, table in tables.items()}
     apart = np.mean([_apart(_mean(table)) for table in tables.values()], 0) if tables else []
     told = ", ".join(f"{label(name)} {value:.2f}" for name, value in zip(methods, apart, strict=False))
     with_null = [_off_gap(result, (*methods, RETENTION), place) for result in found.values() if result.null]
@@ -58,8 +63,8 @@ def _shared(looks: Looks, threat: str, setting: str, place: str) -> Claim:
     return make(
         "shared" if place == "last" else f"shared_{place}",
         f"{together(methods[:-1])} move the residual stream alike, and BCT differently, {WHERE[place]}",
-        threat, setting, estimate(samples),
-        statistic=f"cosine off the gap, {WHERE[place]}: how far BCT stands apart, less the furthest internal method",
+        threat, setting, estimate(margins),
+        statistic=name,
         unit="cosine",
         null=float(np.mean(floors)) if floors else NAN,
         null_words="with retention alone they are {null} alike",
@@ -83,7 +88,7 @@ def _mean(values: Float[np.ndarray, "item ..."]) -> Float[np.ndarray, ...]:
 
 
 def _apart(cosines: Float[np.ndarray, "a b"]) -> list[float]:
-    """Of each method, how much more alike the others are with each other than with it."""
+    """How far each method stands apart: the others' mean cosine with each other, less their mean cosine with it."""
     found = []
     for odd in range(len(cosines)):
         rest = [number for number in range(len(cosines)) if number != odd]
@@ -92,12 +97,10 @@ def _apart(cosines: Float[np.ndarray, "a b"]) -> list[float]:
     return found
 
 
-def _margin(table: Float[np.ndarray, "prompt a b"]) -> OfItems:
-    def margin(items: Items) -> float:
-        *internal, bct = _apart(_mean(table[items]))
-        return bct - max(internal)
-
-    return margin
+def _bct_apart(table: Float[np.ndarray, "prompt a b"]) -> float:
+    """How far BCT, the last method, stands apart, less the same of the internal method that stands furthest apart."""
+    *internal, bct = _apart(_mean(table))
+    return bct - max(internal)
 
 
 def _distance(looks: Looks, threat: str) -> Claim:
@@ -107,9 +110,10 @@ def _distance(looks: Looks, threat: str) -> Claim:
     """
     known = looks.of(CrossLoss, "cross-loss", threat) if BCT in looks.config.methods else {}
     found = {training: results["cross-loss"] for training, results in known.items()}
-    entropy = estimate({training: _ratio(result, BCT, BCT, "none") for training, result in found.items()})
+    entropy = estimate({training: _ratio(result, BCT, BCT, BASE) for training, result in found.items()})
     raised = {training: _ratio(result, BCT, ACT, RETENTION) for training, result in found.items()}
-    own, held = ([_ratio(result, name, ACT, "none").whole() for result in found.values()] for name in (BCT, RETENTION))
+    own = [whole(_ratio(result, BCT, ACT, BASE)) for result in found.values()]
+    held = [whole(_ratio(result, RETENTION, ACT, BASE)) for result in found.values()]
     told = f"BCT leaves {np.mean(own):.2f} of that before training" if own else ""
     return make(
         "distance",
@@ -127,38 +131,54 @@ def _distance(looks: Looks, threat: str) -> Claim:
     )  # fmt: skip
 
 
-def _ratio(result: CrossLoss, model: str, loss: str, other: str) -> Sample:
-    """A loss after one training as a multiple of that after another one."""
+def _ratio(result: CrossLoss, model: str, loss: str, other: str) -> Statistic:
+    """The loss after one training, as a multiple of the same loss after another training."""
     at = result.losses.index(loss)
     values = result.values[:, at][:, result.aligned[at]]
-    one, two = (values[result.models.index(name)] for name in (model, other))
-    return Sample(len(one), lambda items: float(one[items].sum() / two[items].sum()))
+    both = np.stack([values[result.models.index(name)] for name in (model, other)], axis=1)
+    return of_prompts(f"{loss} of {model} over {other}", "ratio", both, _ratio_of_sums)
+
+
+def _ratio_of_sums(rows: Float[np.ndarray, "prompt 2"]) -> float:
+    return rows[:, 0].sum() / rows[:, 1].sum()
 
 
 def _attention(looks: Looks, threat: str) -> Claim:
-    """How much further the attention from the last token to the wrapper falls under AttCT than under any other."""
+    """Judges whether AttCT takes more attention off the wrapper than any other method does.
+
+    The number is the fall under AttCT less the largest fall under another method; a fall is that of the mass from the
+    last token on the wrapper, a mean over heads and layers.
+    """
+    name = "fall of the mass on the wrapper from the last token, mean over heads: AttCT's less the next"
     falls = {
         training: {name: (diff.before - diff.after).mean((1, 2)) for name, diff in found.items()}
         for training, found in looks.attention(threat).items()
     }
 
-    def margin(of: Mapping[str, Float[np.ndarray, " prompt"]]) -> Callable[[Items], float]:
-        others = [name for name in of if name not in (ATTCT, RETENTION)]
-        return lambda items: float(of[ATTCT][items].mean() - max(of[name][items].mean() for name in others))
-
-    usable = ATTCT in looks.config.methods and len(looks.config.methods) > 1
-    samples = {training: Sample(len(of[ATTCT]), margin(of)) for training, of in falls.items()} if usable else {}
-    means = {name: np.mean([of[name].mean() for of in falls.values()]) for name in (RETENTION, *looks.config.methods)}
+    margins = {}
+    if ATTCT in looks.config.methods and len(looks.config.methods) > 1:
+        for training, of in falls.items():
+            parts = [
+                of_prompts(method, "share of attention", fall, np.mean)
+                for method, fall in of.items()
+                if method != RETENTION
+            ]
+            margins[training] = of_parts(name, "share of attention", parts, _attct_beyond)
+    means = {arm: np.mean([of[arm].mean() for of in falls.values()]) for arm in (RETENTION, *looks.config.methods)}
     return make(
         "attention",
         "attention to the wrapper falls more under AttCT than under any other method",
-        threat, EQUAL_STEPS, estimate(samples),
-        statistic="fall of the mass on the wrapper from the last token, mean over heads: AttCT's less the next",
+        threat, EQUAL_STEPS, estimate(margins),
+        statistic=name,
         unit="share of attention",
         null=float(means.pop(RETENTION)),
         null_words="under retention alone it falls by {null}",
-        details="fall: " + ", ".join(f"{label(name)} {value:.3f}" for name, value in means.items()),
+        details="fall: " + ", ".join(f"{label(arm)} {value:.3f}" for arm, value in means.items()),
     )  # fmt: skip
+
+
+def _attct_beyond(falls: Mapping[str, float]) -> float:
+    return falls[ATTCT] - max(fall for name, fall in falls.items() if name != ATTCT)
 
 
 def _cue(looks: Looks, threat: str, method: str) -> Claim:

@@ -1,11 +1,17 @@
-"""Claims from transplants: is a repair in the residual stream, or in the weights behind it?"""
+"""The claims from transplants: is a repair in the residual stream, or in the weights behind it?
+
+Each number is made of shares. The trained model runs with the base's residual stream put in at one layer, and the share
+of the repair that is lost is counted: what is not lost must sit in the weights behind that layer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
+from typing import TypeAlias
 
 import numpy as np
+from jaxtyping import Float
 
 from ctlens.analysis import Transplant
 from ctlens.analysis.base.metrics import SMALLEST_GAPS
@@ -13,127 +19,154 @@ from ctlens.analysis.exchange.exchange import QUANTITIES
 from ctlens.plots import label
 from ctlens.study import conditions as arms
 from ctlens.study.claims.claim import Claim, make
-from ctlens.study.claims.estimates import Items, OfItems, Sample, Training, estimate
-from ctlens.study.claims.looks import Looks
+from ctlens.study.claims.estimates import estimate
+from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
 from ctlens.study.conditions import INTERNAL, OUTPUT
+from ctlens.study.looks import Looks, Training
 from ctlens.study.results import in_order
 
-NAN = float("nan")
-SQUARE = {
-    (INTERNAL, "all"): "act",
-    (INTERNAL, "last"): "act_last",
-    (OUTPUT, "all"): "klct",
-    (OUTPUT, "last"): "klct_last",
-}
-"""The arms that cross what a loss compares with the tokens that it sees."""
-Shares = Mapping[str, OfItems]
-"""By arm, a share as a function of the prompts that count."""
+_NAN = float("nan")
+_SHARE_UNIT = "share of the effect"
+# What a loss compares (ACT the stream, KL the outputs) is crossed with the tokens that it sees (the study's window, or
+# the last token alone). Each contrast is a mean over the other factor.
+_LEVEL_WEIGHTS = {"act": 0.5, "act_last": 0.5, "klct": -0.5, "klct_last": -0.5}
+_TOKEN_WEIGHTS = {"act": 0.5, "act_last": -0.5, "klct": 0.5, "klct_last": -0.5}
+
+Shares: TypeAlias = Sequence[Statistic]
+"""The share of every condition with an effect, by its name."""
 
 
 def left_later(looks: Looks, threat: str, setting: str) -> Claim:
-    """How much more of a repair is lost with the base's stream after internal losses than after output losses.
+    """Judges how much more of a repair is lost with the base's stream after internal losses than after output losses.
 
-    Two arms of one level differ as well. What they differ by on average, taken anew in every
-    resample, is subtracted: only a contrast beyond it is one of the levels.
+    Two conditions of one level differ as well. The number is what is left of the difference when that is taken off,
+    anew in every resample: `mean(internal) - mean(output) - spread`, see `_beyond_spread` and `_spread`.
     """
     lost = _shares(looks, threat, setting, "lost")
-    samples = {training: Sample(n, _beyond(shares)) for training, (n, shares) in lost.items()}
-    within = [_spread(shares)(np.arange(n)) for n, shares in lost.values()]
     given = _shares(looks, threat, setting, "sufficient")
+    name = (
+        "share of the repair lost with the base's residual stream in the lower half, last token: internal "
+        "losses less output losses, less what arms of one level differ by"
+    )
+    found = {training: of_parts(name, _SHARE_UNIT, shares, _beyond_spread) for training, shares in lost.items()}
+    within = [whole(of_parts("spread", _SHARE_UNIT, shares, _spread)) for shares in lost.values()]
     return make(
-        "left_later",
-        "losses on outputs leave part of the repair in later weights, internal losses put it into the residual stream",
-        threat, setting, estimate(samples),
-        statistic="share of the repair lost with the base's residual stream in the lower half, last token: internal "
-        "losses less output losses, less what arms of one level differ by",
-        unit="share of the effect",
-        null=float(np.nanmean(within)) if within else NAN,
+        key="left_later",
+        statement="losses on outputs leave part of the repair in later weights, "
+        "internal losses put it into the residual stream",
+        threat=threat,
+        setting=setting,
+        found=estimate(found),
+        statistic=name,
+        unit=_SHARE_UNIT,
+        null=float(np.nanmean(within)) if within else _NAN,
         null_words="two arms of one level differ by {null}",
         details="; ".join(filter(None, (_told("lost", lost), _told("the trained stream in the base restores", given)))),
         refused=looks.refused("transplant", threat, setting),
-    )  # fmt: skip
+    )
 
 
 def level(looks: Looks, threat: str, setting: str) -> Claim:
-    """The same contrast where both levels see the same tokens, beside what the tokens do at an equal level."""
+    """Judges the same contrast where losses of both levels see the same tokens.
+
+    The number is `(act + act_last - klct - klct_last) / 2`, of their shares. Beside it stands what the tokens do at an
+    equal level, `(act + klct - act_last - klct_last) / 2`.
+    """
     lost = {
-        training: (n, shares)
-        for training, (n, shares) in _shares(looks, threat, setting, "lost").items()
-        if set(SQUARE.values()) <= set(shares)
+        training: shares
+        for training, shares in _shares(looks, threat, setting, "lost").items()
+        if set(_LEVEL_WEIGHTS) <= {share.name for share in shares}
     }
-
-    def effect(shares: Shares, signs: Mapping[tuple[str, str], int]) -> OfItems:
-        return lambda items: sum(sign * shares[SQUARE[place]](items) for place, sign in signs.items()) / 2
-
-    levels = {(kind, tokens): 1 if kind == INTERNAL else -1 for kind, tokens in SQUARE}
-    tokens = {(kind, of): 1 if of == "all" else -1 for kind, of in SQUARE}
-    samples = {training: Sample(n, effect(shares, levels)) for training, (n, shares) in lost.items()}
-    window = [abs(Sample(n, effect(shares, tokens)).whole()) for n, shares in lost.values()]
+    name = "the same share: ACT less KL on outputs, mean over the study's tokens and the last one alone"
+    found = {training: of_parts(name, _SHARE_UNIT, shares, _level_contrast) for training, shares in lost.items()}
+    tokens = [abs(whole(of_parts("tokens", _SHARE_UNIT, shares, _token_contrast))) for shares in lost.values()]
     return make(
-        "level",
-        "at the same tokens, KL on outputs leaves more of the repair in later weights than ACT",
-        threat, setting, estimate(samples),
-        statistic="the same share: ACT less KL on outputs, mean over the study's tokens and the last one alone",
-        unit="share of the effect",
-        null=float(np.mean(window)) if window else NAN,
+        key="level",
+        statement="at the same tokens, KL on outputs leaves more of the repair in later weights than ACT",
+        threat=threat,
+        setting=setting,
+        found=estimate(found),
+        statistic=name,
+        unit=_SHARE_UNIT,
+        null=float(np.mean(tokens)) if tokens else _NAN,
         null_words="the tokens make a difference of {null} at an equal level",
         details=_told("lost", lost),
         refused=looks.refused("transplant", threat, setting),
-    )  # fmt: skip
+    )
 
 
-def _beyond(shares: Shares) -> OfItems:
-    sides = [[of for name, of in shares.items() if arms.get(name).level == side] for side in (INTERNAL, OUTPUT)]
-    if not all(sides):
-        return lambda items: NAN
-    spread = _spread(shares)
-
-    def beyond(items: Items) -> float:
-        internal, output = (np.mean([of(items) for of in side]) for side in sides)
-        return float(internal - output) - spread(items)
-
-    return beyond
+def _level_contrast(shares: Mapping[str, float]) -> float:
+    """ACT less KL on outputs, a mean over both windows."""
+    return sum(weight * shares[name] for name, weight in _LEVEL_WEIGHTS.items())
 
 
-def _spread(shares: Shares) -> OfItems:
-    """The mean difference between two arms of one level; 0 where no level has two."""
-
-    def spread(items: Items) -> float:
-        found = []
-        for side in (INTERNAL, OUTPUT):
-            values = [of(items) for name, of in shares.items() if arms.get(name).level == side]
-            found += [abs(one - other) for one, other in combinations(values, 2)]
-        return float(np.mean(found)) if found else 0.0
-
-    return spread
+def _token_contrast(shares: Mapping[str, float]) -> float:
+    """The study's window less the last token, a mean over both levels."""
+    return sum(weight * shares[name] for name, weight in _TOKEN_WEIGHTS.items())
 
 
-def _shares(looks: Looks, threat: str, setting: str, quantity: str) -> dict[Training, tuple[int, Shares]]:
-    """By training, the prompts, and by arm the share; arms whose effect is too small have none."""
+def _beyond_spread(shares: Mapping[str, float]) -> float:
+    """Internal losses less output losses, less what two conditions of one level differ by; NaN if a level has none."""
+    internal = _of_level(shares, INTERNAL)
+    output = _of_level(shares, OUTPUT)
+    if not internal or not output:
+        return _NAN
+    return float(np.mean(internal) - np.mean(output)) - _spread(shares)
+
+
+def _spread(shares: Mapping[str, float]) -> float:
+    """The mean difference between two conditions of one level; 0 where no level has two."""
+    found = []
+    for side in (INTERNAL, OUTPUT):
+        found += [abs(one - other) for one, other in combinations(_of_level(shares, side), 2)]
+    return float(np.mean(found)) if found else 0.0
+
+
+def _of_level(shares: Mapping[str, float], side: str) -> list[float]:
+    return [share for name, share in shares.items() if arms.get(name).level == side]
+
+
+def _shares(looks: Looks, threat: str, setting: str, quantity: str) -> dict[Training, Shares]:
+    """By training, a share per condition; a control has none, nor has a condition whose effect is too small."""
     found = {}
     for training, results in looks.of(Transplant, "transplant", threat, setting).items():
-        kept = {
-            name: result for name, result in results.items() if result.effect().mean() >= SMALLEST_GAPS["logit_diff"]
-        }
-        kept = {name: result for name, result in kept.items() if arms.get(name).level}
-        if kept:
-            prompts = next(iter(kept.values())).n_pairs
-            found[training] = prompts, {name: _share(result, quantity) for name, result in kept.items()}
+        shares = [
+            _share(name, result, quantity)
+            for name, result in results.items()
+            if result.effect().mean() >= SMALLEST_GAPS["logit_diff"] and arms.get(name).level
+        ]
+        if shares:
+            found[training] = shares
     return found
 
 
-def _share(result: Transplant, quantity: str) -> OfItems:
-    """Of the stream behind the last block of the lower half but one, where the pilot's contrast was largest."""
-    layer, position, at = len(result.layers) // 4, result.positions.index("last"), QUANTITIES.index(quantity)
+def _share(name: str, result: Transplant, quantity: str) -> Statistic:
+    """The share of the effect that moves with the stream of one layer at the last token.
+
+    The layer is number `n // 4` of `n`, in the lower half. It was chosen on a pilot: on the jailbreak prompts of one
+    prototype organism of four layers, layer 1 told output losses from internal losses best. That is a forking path,
+    for a layer picked where the contrast was largest flatters it on models like the pilot's. The transplant figures
+    show every layer.
+    """
+    layer = len(result.layers) // 4
+    position = result.positions.index("last")
+    at = QUANTITIES.index(quantity)
     moved = result.values[at, 0, layer, position] - result.unpatched[at, 0]
     effect = result.source[at, 0] - result.unpatched[at, 0]
-    return lambda items: float(moved[items].sum() / effect[items].sum())
+    return of_prompts(name, _SHARE_UNIT, np.stack([moved, effect], axis=1), _moved_of_effect)
 
 
-def _told(words: str, lost: Mapping[Training, tuple[int, Shares]]) -> str:
-    names = in_order({name for _, shares in lost.values() for name in shares})
-    means = {
-        name: np.mean([Sample(n, shares[name]).whole() for n, shares in lost.values() if name in shares])
-        for name in names
-    }
-    return f"{words}: " + ", ".join(f"{label(name)} {value:.2f}" for name, value in means.items()) if means else ""
+def _moved_of_effect(rows: Float[np.ndarray, "prompt 2"]) -> float:
+    """The sum of what moved over the sum of the effect."""
+    return rows[:, 0].sum() / rows[:, 1].sum()
+
+
+def _told(words: str, found: Mapping[Training, Shares]) -> str:
+    """The share of each condition in words, a mean over trainings; nothing where there is none."""
+    by_name: dict[str, list[float]] = {}
+    for shares in found.values():
+        for share in shares:
+            by_name.setdefault(share.name, []).append(whole(share))
+    if not by_name:
+        return ""
+    return f"{words}: " + ", ".join(f"{label(name)} {np.mean(by_name[name]):.2f}" for name in in_order(by_name))

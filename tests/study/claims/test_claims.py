@@ -13,7 +13,8 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.stats import difference
 from ctlens.study.claims import Claim, answer, read_claims, verdict, write_claims
 from ctlens.study.claims.behaviour import behaviour_claims
-from ctlens.study.claims.estimates import NOTHING, Sample, estimate
+from ctlens.study.claims.estimates import NOTHING, estimate
+from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
 from ctlens.study.conditions import CROSSED_ARMS
 from ctlens.study.config import StudyConfig
 
@@ -37,8 +38,17 @@ def test_a_verdict_follows_from_the_interval_and_the_floor(numbers: tuple, floor
     assert verdict(*numbers, floor) == expected
 
 
-def mean_of(values: np.ndarray) -> Sample:
-    return Sample(len(values), lambda items: float(values[items].mean()))
+def mean_of(values: np.ndarray) -> Statistic:
+    return of_prompts("the mean", "", values, np.mean)
+
+
+def test_a_statistic_of_parts_follows_the_prompts_that_count() -> None:
+    parts = [of_prompts("one", "logits", np.arange(4.0), np.mean), of_prompts("two", "logits", np.ones(4), np.mean)]
+
+    found = of_parts("one less two", "logits", parts, lambda of: of["one"] - of["two"])
+
+    assert (found.name, found.unit, found.n) == ("one less two", "logits", 4)
+    assert (whole(found), found.of(np.array([3, 3, 0]))) == (0.5, 1.0)
 
 
 def test_of_one_training_the_interval_is_over_prompts() -> None:
@@ -58,8 +68,8 @@ def test_two_seeds_share_their_resamples() -> None:
     assert (opposite.value, opposite.low, opposite.high, opposite.over) == (0.0, 0.0, 0.0, "prompts")
 
 
-def constant(value: float) -> Sample:
-    return Sample(8, lambda items: value)
+def constant(value: float) -> Statistic:
+    return of_prompts("constant", "", np.full(8, value), np.mean)
 
 
 def test_three_seeds_of_one_organism_widen_the_interval_and_never_narrow_it() -> None:

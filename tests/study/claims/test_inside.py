@@ -14,11 +14,11 @@ from ctlens.analysis.attention.diff import HEADLINE, MEASURES
 from ctlens.analysis.base.result import Result
 from ctlens.analysis.base.states import PLACES
 from ctlens.analysis.residual.shift_vectors import PARTS
-from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Look
 from ctlens.study.claims import Claim
 from ctlens.study.claims.inside import inside_claims
 from ctlens.study.config import Cell, StudyConfig
 from ctlens.study.inside_figures import at_setting
+from ctlens.study.looks import EQUAL_STEPS, MATCHED, Look
 
 METHODS = ("act", "mlpct", "attct", "bct")
 LAYERS, PROMPTS = 4, 16
