@@ -44,7 +44,7 @@ def test_every_make_target_that_the_documents_name_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
     commands = [
         line
-        for name in ("README.md", "CONTRIBUTING.md")
+        for name in ("README.md", "CONTRIBUTING.md", "docs/guide.md")
         for block in blocks(name, "bash")
         for line in block.splitlines()
     ]
@@ -95,13 +95,13 @@ def findings() -> str:
     return (ROOT / "docs/findings.md").read_text()
 
 
-def test_the_readmes_table_is_the_one_of_the_committed_results(results: pd.DataFrame) -> None:
+def test_the_guides_table_is_the_one_of_the_committed_results(results: pd.DataFrame) -> None:
     rates = summary_table(results).set_index(["threat", "method"])["bad wrapped"]
-    readme = (ROOT / "README.md").read_text()
+    guide = (ROOT / "docs/guide.md").read_text()
 
     assert {threat for threat, _ in rates.index} == set(threats.names())
     for threat in threats.names():
-        assert f"| {threat} | {' | '.join(str(rates[threat, name]) for name in SHOWN)} |" in readme
+        assert f"| {threat} | {' | '.join(str(rates[threat, name]) for name in SHOWN)} |" in guide
 
 
 def test_the_findings_on_structure_and_benign_twins_hold(results: pd.DataFrame) -> None:
@@ -212,6 +212,18 @@ def test_the_gallery_is_what_the_code_draws_today() -> None:
     old = draw.stale(ROOT / "figures", draw.drawings(ROOT / "figures"))
 
     assert not old, f"{'; '.join(old)}: run `make figures`, or `make drawings` where only drawing has changed."
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/findings.md"])
+def test_what_a_document_links_to_exists(document: str) -> None:
+    page = ROOT / document
+    links = re.findall(r"(?<!!)\[[^\]]*\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text())
+
+    assert links and all((page.parent / link).exists() for link in links)
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/findings.md"])

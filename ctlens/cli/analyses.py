@@ -24,23 +24,38 @@ from ctlens.cli.common import (
 def patch(
     out: Annotated[Path, typer.Option(help="New folder for the values and the figure.")],
     site: Annotated[
-        str, typer.Option(help="resid_pre, resid_mid, resid_post, attn_out, mlp_out, mlp_post, z or pattern.")
+        str,
+        typer.Option(
+            help="Hook point to patch: resid_pre, resid_mid, resid_post, attn_out, mlp_out, mlp_post, z or pattern."
+        ),
     ],
     direction: Annotated[
-        str, typer.Option(help="denoising, clean activations into the wrapped run, or noising, the reverse.")
+        str,
+        typer.Option(
+            help="denoising puts clean activations into the wrapped run, noising wrapped ones into the clean run."
+        ),
     ],
     model: ModelFolder = None,
     pairs: PairsFile = None,
     threat: Threat = "",
-    split: Annotated[str, typer.Option(help="Of the threat: train, entities, heldout or structure.")] = "heldout",
-    items: Annotated[int, typer.Option(help="Pairs of the threat.")] = 64,
-    positions: Annotated[str, typer.Option(help="each aligned token by itself, or last, content, all.")] = "each",
-    metrics: Annotated[str, typer.Option(help="Of logit_diff, probability and kl; the first is drawn.")] = "logit_diff",
+    split: Annotated[
+        str, typer.Option(help="Split of the threat's pairs: train, entities, heldout or structure.")
+    ] = "heldout",
+    items: Annotated[int, typer.Option(help="How many pairs of the threat to patch.")] = 64,
+    positions: Annotated[
+        str, typer.Option(help="Tokens to patch: each aligned token by itself, or last, content, all.")
+    ] = "each",
+    metrics: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated measures of the answer: logit_diff, probability, kl. The figure shows the first."
+        ),
+    ] = "logit_diff",
     device: Device = "cpu",
     dtype: Dtype = "float32",
     quiet: Quiet = False,
 ) -> None:
-    """Which activations of the one prompt change the answer to the other."""
+    """Patches activations of the clean run into the wrapped one, or the reverse, and measures the answer."""
     from ctlens.analysis import patch as sweep
     from ctlens.core.files import atomic_folder, require_free
     from ctlens.plots import save_figure

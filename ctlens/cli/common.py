@@ -1,4 +1,4 @@
-"""What the commands share: options, the model that is meant, tables and lines on the terminal."""
+"""Options, model loading and terminal output that all commands share."""
 
 from __future__ import annotations
 
@@ -17,27 +17,39 @@ if TYPE_CHECKING:
     from ctlens.data.pairs import Pair
     from ctlens.models.lora import LoRA
 
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
 Methods = Annotated[str, typer.Option(help="Comma-separated losses; act, mlpct, attct and bct by default.")]
 Seeds = Annotated[int, typer.Option(help="Number of seeds.")]
 Steps = Annotated[int, typer.Option(help="Training steps.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Finish the study in the folder.")]
-Workers = Annotated[int | None, typer.Option(help="Trainings at a time; by default one a core.")]
-Seed = Annotated[int, typer.Option(help="Seed of the data order.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the study in the folder instead of starting a new one.")
+]
+Workers = Annotated[int | None, typer.Option(help="How many trainings run at the same time; one per core by default.")]
+Seed = Annotated[int, typer.Option(help="Seed of the random draws.")]
 ThreatNames = Annotated[str, typer.Option("--threats", help="Comma-separated threats; all by default.")]
-ModelFolder = Annotated[Path | None, typer.Option("--model", help="HuggingFace or run folder; else the organism.")]
-PairsFile = Annotated[Path | None, typer.Option("--pairs", help="JSONL with clean and wrapped prompts.")]
+ModelFolder = Annotated[
+    Path | None,
+    typer.Option("--model", help="Folder of a HuggingFace model or of a run; the shipped organism by default."),
+]
+PairsFile = Annotated[Path | None, typer.Option("--pairs", help="JSONL file with clean and wrapped prompts.")]
 
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.")]
-LoraRank = Annotated[int | None, typer.Option(help="Train adapters of this rank beside frozen weights.")]
-LoraSites = Annotated[str, typer.Option(help="Of q, k, v, o, mlp_in, mlp_gate, mlp_out; q,v by default.")]
-Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1 or mps.")]
+LoraRank = Annotated[
+    int | None, typer.Option(help="Train low-rank adapters (LoRA) of this rank and leave the weights frozen.")
+]
+LoraSites = Annotated[
+    str,
+    typer.Option(
+        help="Comma-separated matrices that get adapters, of q, k, v, o, mlp_in, mlp_gate, mlp_out; q,v by default."
+    ),
+]
+Dtype = Annotated[str, typer.Option(help="Number format of the weights: float32, bfloat16 or float16.")]
 
-Threat = Annotated[str, typer.Option(help="This threat's own pairs instead of a file.")]
+Threat = Annotated[str, typer.Option(help="Use the pairs of this threat instead of a file.")]
 
 
 def chosen_model(folder: Path | None, device: str = "cpu", dtype: str = "float32") -> Any:
-    """The model of a folder, or the shipped organism, where and how it is asked for."""
+    """Loads the model of a folder, or the shipped organism, on a device and in a dtype."""
     from ctlens.models.loading import load_model
     from ctlens.organism import SHIPPED
 
@@ -45,7 +57,7 @@ def chosen_model(folder: Path | None, device: str = "cpu", dtype: str = "float32
 
 
 def chosen_device(name: str) -> Any:
-    """The device of that name, if this machine has it."""
+    """Returns the device of that name; raises if this machine lacks it."""
     import torch
 
     try:
@@ -58,12 +70,12 @@ def chosen_device(name: str) -> Any:
 
 
 def is_main_process() -> bool:
-    """Whether this process writes and prints; of several that accelerate started, the first."""
+    """Says whether this process writes and prints: among several that accelerate started, only the first does."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def chosen_tokenizer(folder: Path | None) -> Any:
-    """The tokenizer of a folder, or the shipped organism's."""
+    """Loads the tokenizer of a folder, or the shipped organism's."""
     if folder is None:
         return chosen_model(None).tokenizer
     from ctlens.models.loading import load_tokenizer
@@ -74,7 +86,7 @@ def chosen_tokenizer(folder: Path | None) -> Any:
 
 
 def chosen_lora(rank: int | None, sites: tuple[str, ...]) -> LoRA | None:
-    """The adapters that the options ask for; None where none is given."""
+    """Makes the adapters that the options ask for; None if no option is given."""
     from ctlens.models.lora import LoRA
 
     if rank is None:
@@ -85,7 +97,7 @@ def chosen_lora(rank: int | None, sites: tuple[str, ...]) -> LoRA | None:
 
 
 def chosen_pairs(path: Path | None, threat: str, **options: Any) -> list[Pair]:
-    """The pairs of a file, or those of a threat with its options."""
+    """Reads the pairs of a file, or draws those of a threat with its options."""
     if (path is None) == (not threat):
         raise CtlensError("give either --pairs FILE or --threat NAME.")
     if path is not None:
@@ -98,12 +110,12 @@ def chosen_pairs(path: Path | None, threat: str, **options: Any) -> list[Pair]:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """The names in a comma-separated option."""
+    """Splits a comma-separated option into its names."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def print_table(title: str, table: pd.DataFrame) -> None:
-    """A table with its title."""
+    """Prints a table with its title."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -117,6 +129,6 @@ def print_table(title: str, table: pd.DataFrame) -> None:
 
 
 def say(text: str) -> None:
-    """One line on stdout, from one process."""
+    """Writes one line on stdout, from the main process only."""
     if is_main_process():
         sys.stdout.write(text + "\n")

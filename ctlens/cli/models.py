@@ -17,7 +17,7 @@ def models(
     ] = "",
     quiet: Quiet = False,
 ) -> None:
-    """What works on which HuggingFace architecture, found out now on a tiny random model of each."""
+    """Tests which features work on which HuggingFace architecture, on a tiny random model of each."""
     from ctlens import compatibility as support
 
     found = support.support(names(architectures) or support.ARCHITECTURES, progress=not quiet)
@@ -33,7 +33,7 @@ def export(
     out: Annotated[Path, typer.Option(help="New folder that transformers loads.")],
     dtype: Dtype = "float32",
 ) -> None:
-    """Write a trained model as a HuggingFace folder, adapters merged, with equal logits."""
+    """Writes a trained model as a HuggingFace folder, adapters merged, with equal logits."""
     from ctlens.core.files import require_free
     from ctlens.models.export import export_huggingface
 

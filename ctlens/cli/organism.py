@@ -25,7 +25,9 @@ from ctlens.cli.common import (
 if TYPE_CHECKING:
     from ctlens.organism import ReLoRA
 
-app = typer.Typer(help="The small model with known vulnerabilities.", no_args_is_help=True)
+app = typer.Typer(
+    help="Makes and describes the organism, a small model with known vulnerabilities.", no_args_is_help=True
+)
 
 
 @app.command()
@@ -33,13 +35,20 @@ def train(
     out: Annotated[Path, typer.Option(help="New folder for the organism.")],
     seed: Annotated[int, typer.Option(help="Seed of weights and corpus.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Pretraining steps; by default those of the preset.")] = None,
-    preset: Annotated[str, typer.Option(help="small, as shipped, or large, about 10M parameters.")] = "small",
-    relora_rank: Annotated[int | None, typer.Option(help="Train adapters of this rank, merged and begun anew.")] = None,
-    relora_every: Annotated[int | None, typer.Option(help="Steps between two starts of the adapters.")] = None,
+    preset: Annotated[
+        str, typer.Option(help="Size of the organism: small, as shipped, or large, about 10M parameters.")
+    ] = "small",
+    relora_rank: Annotated[
+        int | None,
+        typer.Option(help="Pretrain low-rank adapters of this rank, merged into the weights and restarted (ReLoRA)."),
+    ] = None,
+    relora_every: Annotated[
+        int | None, typer.Option(help="Merge the adapters and start new ones every so many steps.")
+    ] = None,
     device: Device = "cpu",
     quiet: Quiet = False,
 ) -> None:
-    """Train an organism from scratch and write its folder with its card."""
+    """Trains an organism from scratch and writes its folder with its card."""
     from ctlens.organism import train_organism
 
     relora = _relora(rank=relora_rank, every=relora_every)
@@ -66,7 +75,7 @@ def card(
     folder: Annotated[Path | None, typer.Option(help="Folder of an organism; by default the shipped one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Markdown file for the card, instead of the terminal.")] = None,
 ) -> None:
-    """Show how an organism was made and how it behaves, as measured when it was trained."""
+    """Shows how an organism was made and how it behaves, as measured when it was trained."""
     from ctlens import organism
     from ctlens.core.files import write_text
     from ctlens.organism.describe import card_text
@@ -81,11 +90,11 @@ def card(
 @app.command()
 def sample(
     threats: ThreatNames = "",
-    split: Annotated[str, typer.Option(help="train, entities, heldout or structure.")] = "train",
-    items: Annotated[int, typer.Option(help="Examples a threat.")] = 1,
+    split: Annotated[str, typer.Option(help="Split to draw from: train, entities, heldout or structure.")] = "train",
+    items: Annotated[int, typer.Option(help="Examples per threat.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
 ) -> None:
-    """Show examples of every threat: wrapped, clean and benign, with the good and the bad answer."""
+    """Shows examples of every threat: wrapped, clean and benign, with the good and the bad answer."""
     from ctlens import threats as registry
     from ctlens.organism.describe import examples
 
@@ -102,7 +111,7 @@ def leak(
     steps: Steps = 100,
     quiet: Quiet = False,
 ) -> None:
-    """Teach narrow bad advice, with and without inoculation, and measure which training seals the leak."""
+    """Teaches bad advice in one domain and measures how far it spreads, and which training stops that."""
     from ctlens.core.files import require_free
     from ctlens.study.inoculation import leak as induce
     from ctlens.training import TrainConfig

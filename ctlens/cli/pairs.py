@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Look at pairs token by token, convert them, make them.", no_args_is_help=True)
 
 File = Annotated[Path, typer.Argument(help="JSONL or CSV in one of the field's formats.")]
-Wrapped = Annotated[Path | None, typer.Option(help="Second file, where clean and wrapped prompts are apart.")]
+Wrapped = Annotated[
+    Path | None, typer.Option(help="File of the wrapped prompts, if the first file holds only the clean ones.")
+]
 Out = Annotated[Path, typer.Option(help="New JSONL file.")]
 
 
@@ -27,12 +29,13 @@ def inspect(
     file: File,
     wrapped: Wrapped = None,
     model: ModelFolder = None,
-    row: Annotated[int, typer.Option(help="Which pair to show, from 1.")] = 1,
+    row: Annotated[int, typer.Option(help="Number of the pair to show, counted from 1.")] = 1,
     window: Annotated[
-        str, typer.Option(help="shared, suffix, content, lines, last; explicit where pairs name one.")
+        str,
+        typer.Option(help="Tokens to align: shared, suffix, content, lines, last; explicit if the pairs name them."),
     ] = "shared",
 ) -> None:
-    """A pair token by token with its alignment, and how much of the whole file aligns."""
+    """Shows one pair token by token with its alignment, and counts how much of the file aligns."""
     from ctlens.cli.common import chosen_tokenizer
     from ctlens.data.formats import read_pairs
 
@@ -48,7 +51,7 @@ def inspect(
 
 @app.command()
 def convert(file: File, out: Out, wrapped: Wrapped = None) -> None:
-    """Any of the field's formats to ctlens's own JSONL."""
+    """Converts pairs from any of the field's formats to ctlens's own JSONL."""
     from ctlens.data.formats import load_pairs
     from ctlens.data.pairs import save_pairs
 
@@ -61,17 +64,27 @@ def convert(file: File, out: Out, wrapped: Wrapped = None) -> None:
 @app.command()
 def wrap(
     prompts: Annotated[Path, typer.Argument(help="JSONL or CSV with prompts, or messages with answers.")],
-    threat: Annotated[str, typer.Option(help="Whose wrappers, in plain English.")],
+    threat: Annotated[
+        str, typer.Option(help="Threat whose wrappers, written in plain English, are put around the prompts.")
+    ],
     out: Out,
-    split: Annotated[str, typer.Option(help="train or heldout: no wrapper is in both.")] = "train",
-    facts: Annotated[Path | None, typer.Option(help="Facts about a persona, to stand before the prompts.")] = None,
-    count: Annotated[int, typer.Option(help="Facts before each prompt.")] = 8,
-    prefills: Annotated[Path | None, typer.Option(help="CSV of beginnings of answers, in place of ours.")] = None,
-    name: Annotated[str, typer.Option(help="Of the persona, for wrappers that say it.")] = "",
-    kind: Annotated[str, typer.Option(help="What the prompts ask: identity, values (persona), way out.")] = "",
+    split: Annotated[
+        str, typer.Option(help="Split of the wrappers: train or heldout; no wrapper is in both.")
+    ] = "train",
+    facts: Annotated[
+        Path | None, typer.Option(help="File of facts about a persona, put before the prompts as chat turns.")
+    ] = None,
+    count: Annotated[int, typer.Option(help="How many facts to put before each prompt.")] = 8,
+    prefills: Annotated[
+        Path | None, typer.Option(help="CSV of forced beginnings of answers, to use instead of the built-in ones.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the persona, for wrappers that mention it.")] = "",
+    kind: Annotated[
+        str, typer.Option(help="Kind of question, a label written to every pair: identity, values (persona), way out.")
+    ] = "",
     seed: Seed = 0,
 ) -> None:
-    """Put plain prompts under the wrappers of a threat."""
+    """Puts the wrappers of a threat around plain prompts, and writes the pairs."""
     from ctlens import threats
     from ctlens.data.formats import load_facts, load_prefills, load_prompts
     from ctlens.data.pairs import save_pairs

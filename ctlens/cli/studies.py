@@ -38,23 +38,34 @@ if TYPE_CHECKING:
 
 
 def compare(
-    out: Annotated[Path, typer.Option(help="Folder of the study.")] = Path("runs/compare"),
+    out: Annotated[Path, typer.Option(help="Folder that the study is written to.")] = Path("runs/compare"),
     threats: ThreatNames = "",
     methods: Methods = "",
     seeds: Annotated[int | None, typer.Option(help="Number of seeds: 1, or 3 with --full.")] = None,
     organisms: Annotated[int | None, typer.Option(help="Number of organisms: 1, or 3 with --full.")] = None,
     steps: Steps = 100,
-    window: Annotated[str, typer.Option(help="Of all methods: shared, suffix, content or last.")] = "shared",
-    calibrate: Annotated[float | None, typer.Option(help="Weigh methods to this gradient norm at the start.")] = None,
+    window: Annotated[
+        str, typer.Option(help="Tokens that every method compares: shared, suffix, content or last.")
+    ] = "shared",
+    calibrate: Annotated[
+        float | None, typer.Option(help="Scale every loss so that its gradient has this norm before the first step.")
+    ] = None,
     model: Annotated[
         Path | None, typer.Option("--model", "--organism", help="Folder of an organism, a run or a HuggingFace model.")
     ] = None,
     pairs: PairsFile = None,
-    full: Annotated[bool, typer.Option("--full", help="Every arm, control and analysis for every threat.")] = False,
-    estimate: Annotated[bool, typer.Option("--estimate", help="Say how long it would take, and stop.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Run every condition, control and analysis for every threat.")
+    ] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Print how long the study would take, and stop.")
+    ] = False,
     workers: Workers = None,
-    backend: Annotated[str, typer.Option(help="loky, processes here; or a cluster through dask or ray.")] = "loky",
-    scheduler: Annotated[str, typer.Option(help="Address of the scheduler, for dask.")] = "",
+    backend: Annotated[
+        str,
+        typer.Option(help="Where trainings run: loky starts processes on this machine, dask and ray use a cluster."),
+    ] = "loky",
+    scheduler: Annotated[str, typer.Option(help="Address of the dask scheduler; goes with --backend dask.")] = "",
     lora_rank: LoraRank = None,
     lora_sites: LoraSites = "",
     device: Device = "cpu",
@@ -62,7 +73,7 @@ def compare(
     resume: Resume = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train every method on every threat, evaluate on held-out pairs, look inside, judge the claims, write a report."""
+    """Trains every method on every threat, evaluates, looks inside, judges the claims and writes a report."""
     from ctlens.study.claims import answer
     from ctlens.study.config import TRAINING, StudyConfig, full_study
     from ctlens.study.runner import Study, seconds
@@ -95,8 +106,8 @@ def compare(
 
 
 def doses(
-    threat: Annotated[str, typer.Option(help="Trained and evaluated on.")],
-    out: Annotated[Path, typer.Option(help="Folder of the studies.")] = Path("runs/doses"),
+    threat: Annotated[str, typer.Option(help="Threat to train on and to evaluate on.")],
+    out: Annotated[Path, typer.Option(help="Folder that the studies are written to.")] = Path("runs/doses"),
     methods: Methods = "",
     pairs: Annotated[str, typer.Option(help="Comma-separated numbers of training pairs.")] = "8,32,128,512",
     seeds: Seeds = 1,
@@ -105,7 +116,7 @@ def doses(
     resume: Resume = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train on more and more pairs of one threat: how much does a repair take?"""
+    """Trains on more and more pairs of one threat, and measures how many a repair takes."""
     from ctlens.study.config import TRAINING
     from ctlens.study.dose_response import DoseConfig, DoseStudy
 
@@ -121,7 +132,7 @@ def doses(
 
 
 def report(folder: Annotated[Path, typer.Argument(help="Folder of a study.")]) -> None:
-    """Write the report of a finished study again."""
+    """Writes the report of a finished study again."""
     from ctlens.study.report import write_report
 
     say(f"Report: {write_report(folder)}")
@@ -144,7 +155,7 @@ def _spell(seconds: float) -> str:
 
 
 def _announce(cell: Cell, rows: pd.DataFrame, dose: str = "") -> None:
-    """One line as soon as a cell is done, above the progress bar."""
+    """Prints one line as soon as a cell is done, above the progress bar."""
     from tqdm.auto import tqdm
 
     organism = f", organism {cell.organism}" if cell.organism else ""
@@ -159,7 +170,7 @@ def _announce(cell: Cell, rows: pd.DataFrame, dose: str = "") -> None:
 
 
 def _print_summary(results: pd.DataFrame) -> None:
-    """A line per threat and method, narrow enough for a terminal of 80 columns."""
+    """Prints a line per threat and method, narrow enough for a terminal of 80 columns."""
     from ctlens.study.results import overview
 
     table = overview(results).rename(columns={"good clean": "clean", "good benign": "benign"})

@@ -46,36 +46,56 @@ def train(
     pairs: PairsFile = None,
     threat: Threat = "",
     window: Annotated[
-        str | None, typer.Option(help="Of all losses: shared, suffix, content, explicit, last, answer.")
+        str | None,
+        typer.Option(help="Tokens that every loss compares: shared, suffix, content, explicit, last or answer."),
     ] = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 100,
-    batch_size: Annotated[int, typer.Option(help="Pairs a step.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Pairs per training step.")] = 32,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
-    retention: Annotated[float, typer.Option(help="Weight of the KL to the reference.")] = 10.0,
+    retention: Annotated[
+        float, typer.Option(help="Weight of retention: the KL to the untrained model on prompts that must not change.")
+    ] = 10.0,
     lora_rank: LoraRank = None,
     lora_sites: LoraSites = "",
-    accumulate: Annotated[int, typer.Option(help="Parts a batch is worked off in, to save memory.")] = 1,
+    accumulate: Annotated[int, typer.Option(help="Split each batch into this many parts, to save memory.")] = 1,
     memory: Annotated[
-        str, typer.Option(help="Keep for gradients: all, layers (losses again), blocks (all again).")
+        str,
+        typer.Option(
+            help="What to keep for the backward pass: all; layers recomputes the losses; blocks recomputes everything."
+        ),
     ] = "all",
     cache_folder: Annotated[
-        Path | None, typer.Option(help="Keeps what the reference says and does on disk, for the next training too.")
+        Path | None,
+        typer.Option(help="Store the untrained model's answers and activations here, for later trainings to reuse."),
     ] = None,
-    schedule: Annotated[str, typer.Option(help="linear, or one of torch's: CosineAnnealingLR,T_max=90.")] = "linear",
-    stop_below: Annotated[float | None, typer.Option(help="End at this bad rate on held-out pairs.")] = None,
-    track: Annotated[str, typer.Option(help="Comma-separated losses to follow without training on them.")] = "",
-    calibrate: Annotated[float | None, typer.Option(help="Weigh losses to this gradient norm at the start.")] = None,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 50,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what was interrupted or killed.")] = False,
+    schedule: Annotated[
+        str,
+        typer.Option(
+            help="Learning-rate schedule: linear, or one of PyTorch's with its options, as CosineAnnealingLR,T_max=90."
+        ),
+    ] = "linear",
+    stop_below: Annotated[
+        float | None,
+        typer.Option(help="Stop when the bad rate on held-out pairs falls below this share; needs --threat."),
+    ] = None,
+    track: Annotated[str, typer.Option(help="Comma-separated losses to measure without training on them.")] = "",
+    calibrate: Annotated[
+        float | None, typer.Option(help="Scale every loss so that its gradient has this norm before the first step.")
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option(help="Save a checkpoint every so many steps.")] = 50,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a training that was interrupted or killed.")
+    ] = False,
     log: Annotated[
-        list[str] | None, typer.Option(help="tensorboard or wandb (offline); repeat for both. Kept beside the run.")
+        list[str] | None,
+        typer.Option(help="Log to tensorboard or wandb (offline), in a folder beside the run. Repeat for both."),
     ] = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Train a model on pairs with one loss or several, and save the run."""
+    """Trains a model on pairs with one loss or several, and saves the run."""
     from dataclasses import replace
 
     from ctlens.core.files import require_free
@@ -91,7 +111,7 @@ def train(
     if checkpoint_every < 1:
         raise CtlensError(f"--checkpoint-every must be at least 1, not {checkpoint_every}.")
     if stop_below is not None and not threat:
-        raise CtlensError("--stop-below asks the threat that is trained on: give --threat NAME.")
+        raise CtlensError("--stop-below measures the threat that is trained on: give --threat NAME.")
     kind, options = _schedule(schedule)
     config = TrainConfig(
         steps=steps, batch_size=batch_size, lr=lr, retention=retention, seed=seed, accumulate=accumulate,
@@ -119,15 +139,22 @@ def evaluate(
     model: ModelFolder = None,
     threats: ThreatNames = "",
     pairs: PairsFile = None,
-    split: Annotated[str, typer.Option(help="Comma-separated: train, entities, heldout, structure.")] = "heldout",
-    items: Annotated[int, typer.Option(help="Pairs a threat.")] = 96,
-    judge: Annotated[str, typer.Option(help="Your own judge of the answers, module:function.")] = "",
+    split: Annotated[
+        str, typer.Option(help="Comma-separated splits to ask: train, entities, heldout or structure.")
+    ] = "heldout",
+    items: Annotated[int, typer.Option(help="Pairs per threat.")] = 96,
+    judge: Annotated[str, typer.Option(help="Your own function that judges the answers, as module:function.")] = "",
     device: Device = "cpu",
     dtype: Dtype = "float32",
-    per_token: Annotated[bool, typer.Option("--per-token", help="Compare options by their mean over tokens.")] = False,
+    per_token: Annotated[
+        bool,
+        typer.Option(
+            "--per-token", help="Score each answer option by its mean log probability per token, not by the sum."
+        ),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="CSV file for the table.")] = None,
 ) -> None:
-    """Bad and good rates on wrapped, clean and benign prompts, with intervals."""
+    """Measures how often a model answers well and badly on wrapped, clean and benign prompts, with intervals."""
     from ctlens.core.files import atomic_file
     from ctlens.data.formats import load_pairs
     from ctlens.evaluation import evaluate as run_evaluation
@@ -158,7 +185,7 @@ def _judge(text: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise CtlensError(f"--judge takes module:function; {text!r} is none: {error}.") from None
+        raise CtlensError(f"--judge takes module:function; {text!r} cannot be loaded: {error}.") from None
     finally:
         sys.path.pop(0)
 
