@@ -91,7 +91,7 @@ def main() -> None:
             evaluate()
 
     def at(tokens: int) -> None:
-        with replaced(replies, "decode", partial(decoding.decode, tokens_a_pass=tokens)):
+        with replaced(replies, "decode", partial(decoding.decode, max_batch_tokens=tokens)):
             evaluate()
 
     held = evaluate().outcomes

@@ -172,9 +172,9 @@ def rows(setting: Setting) -> list[tuple[object, ...]]:
     patches = setting.n_layers * setting.length * per_place
     scale = patches / sum(len(sampled(setting, site)) for site in SITES)
     lines = []
-    arms = [("first", random_pairs, "suffix"), ("middle", halves(random_pairs), "suffix")]
-    arms += [("first", random_pairs, way) for way in setting.others]
-    for start, pairs, way in arms:
+    prompt_sides = [("first", random_pairs, "suffix"), ("middle", halves(random_pairs), "suffix")]
+    prompt_sides += [("first", random_pairs, way) for way in setting.others]
+    for start, pairs, way in prompt_sides:
         times, gaps, path = [], [], ""
         for _ in range(setting.rounds):
             slow, expected = timed(lambda pairs=pairs: theirs(model, pairs, setting))

@@ -31,7 +31,7 @@ from ctlens.evaluation import Evaluation
 from ctlens.study import figures as gallery
 from ctlens.study.analyses import SETTINGS
 from ctlens.study.claims import Claim
-from ctlens.study.conditions import CROSSED_ARMS, METHODS, RETENTION
+from ctlens.study.conditions import CROSSED_CONDITIONS, METHODS, RETENTION
 from ctlens.study.config import BASE, LOOKED_INTO
 from ctlens.study.dose_response import DoseResult
 from ctlens.study.inoculation import Leak
@@ -42,7 +42,7 @@ HERE = Path(__file__).parent
 KINDS = ("json", "html", "png")
 LIBRARY = "plotly.min.js"
 SHOWN = (RETENTION, *METHODS)
-EXCHANGED = (*METHODS, *CROSSED_ARMS)
+EXCHANGED = (*METHODS, *CROSSED_CONDITIONS)
 TAKEN = {
     "results.csv": "compare/results.csv",
     "claims.csv": "compare/claims.csv",

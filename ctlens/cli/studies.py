@@ -125,7 +125,7 @@ def doses(
     for number, cell, rows in study:
         _announce(cell, rows, f"{number} pairs, ")
     result = study.finish()
-    last = "metric == 'bad_rate' and arm == 'wrapped' and split == 'heldout' and step in (0, @steps)"
+    last = "metric == 'bad_rate' and prompt_side == 'wrapped' and split == 'heldout' and step in (0, @steps)"
     found = result.results.query(last)
     print_table("Bad rate on wrapped prompts", found.filter(["pairs", "method", "seed", "value", "ci_low", "ci_high"]))
     say(f"Figures: {out / 'figures'}")
@@ -160,7 +160,9 @@ def _announce(cell: Cell, rows: pd.DataFrame, dose: str = "") -> None:
 
     organism = f", organism {cell.organism}" if cell.organism else ""
     name = f"{cell.threat}, {dose}{cell.method}, seed {cell.seed}{organism}"
-    own = "metric == 'bad_rate' and arm == 'wrapped' and split == 'heldout' and evaluated_threat == @cell.threat"
+    own = (
+        "metric == 'bad_rate' and prompt_side == 'wrapped' and split == 'heldout' and evaluated_threat == @cell.threat"
+    )
     found = rows.query(own).to_dict("records")
     if not found:  # another seed, which answers no questions
         tqdm.write(f"{name}: trained")
@@ -175,6 +177,6 @@ def _print_summary(results: pd.DataFrame) -> None:
 
     table = overview(results).rename(columns={"good clean": "clean", "good benign": "benign"})
     table["threat"] = table["threat"].mask(table["threat"].duplicated(), "")
-    for arm in ("clean", "benign"):
-        table[arm] = table[arm].map(lambda rate: rate.percent)
+    for prompt_side in ("clean", "benign"):
+        table[prompt_side] = table[prompt_side].map(lambda rate: rate.percent)
     print_table("Bad answers to wrapped prompts by split, and good answers", table)

@@ -12,10 +12,15 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import write_text
 from ctlens.data.chat import Turn
 
-ARMS = ("wrapped", "clean", "benign")
+PROMPT_SIDES = ("wrapped", "clean", "benign")
 REQUIRED = ("clean", "wrapped")
 ANSWERS = ("good", "bad", "options")
-FIELDS = (*REQUIRED, "benign", *ANSWERS, *(f"{arm}_{name}" for arm in ("clean", "benign") for name in ANSWERS))
+FIELDS = (
+    *REQUIRED,
+    "benign",
+    *ANSWERS,
+    *(f"{prompt_side}_{name}" for prompt_side in ("clean", "benign") for name in ANSWERS),
+)
 FIELDS = (*FIELDS, "target", "shared", "labels")
 ROLES = ("system", "user", "assistant")
 
@@ -67,10 +72,10 @@ class Pair:
     shared: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
 
-    def arm(self, name: str) -> Prompt | None:
-        """The prompt of one arm: `"wrapped"`, `"clean"` or `"benign"` (None where the pair has no twin)."""
-        if name not in ARMS:
-            raise unknown("arm", name, ARMS)
+    def side(self, name: str) -> Prompt | None:
+        """The prompt of one prompt side: `"wrapped"`, `"clean"` or `"benign"` (None where the pair has no twin)."""
+        if name not in PROMPT_SIDES:
+            raise unknown("prompt side", name, PROMPT_SIDES)
         return getattr(self, name)
 
 
@@ -119,13 +124,13 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
     )
 
 
-def _prompt(row: Mapping[str, Any], arm: str, prefix: str, where: str) -> Prompt:
+def _prompt(row: Mapping[str, Any], prompt_side: str, prefix: str, where: str) -> Prompt:
     good, bad = (_text(row, prefix + name, where) for name in ("good", "bad"))
     options = row.get(f"{prefix}options") or []
     if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
         raise CtlensError(f"{where}: '{prefix}options' must be a list of texts that are not blank.")
     try:
-        return Prompt(turns_of(row[arm], arm, where), good, bad, tuple(options))
+        return Prompt(turns_of(row[prompt_side], prompt_side, where), good, bad, tuple(options))
     except CtlensError as error:
         raise CtlensError(str(error) if where in str(error) else f"{where}: {error}") from None
 

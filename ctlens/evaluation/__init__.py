@@ -1,4 +1,4 @@
-"""Behaviour under threats: prompts of every arm asked once, answers judged one by one, rates with intervals."""
+"""Behaviour under threats: prompts of every prompt side asked once, answers judged one by one, rates with intervals."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pandas as pd
 from ctlens import threats as threat_registry
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
-from ctlens.data.pairs import ARMS, Pair
+from ctlens.data.pairs import PROMPT_SIDES, Pair
 from ctlens.evaluation.result import OUTCOME_COLUMNS, OWN_PAIRS, Evaluation
 from ctlens.threats import Judge, ask
 
@@ -31,7 +31,7 @@ def evaluate(
 ) -> Evaluation:
     """Greedy answers to the wrapped, clean and benign prompts of threats or of given pairs, judged.
 
-    A prompt that occurs in several arms, threats or splits is answered once. A multiple-choice
+    A prompt that occurs in several prompt sides, threats or splits is answered once. A multiple-choice
     question is answered by the option whose whole text is likeliest, see `ctlens.models.scoring.choose`.
 
     Args:
@@ -60,11 +60,11 @@ def evaluate(
     else:
         groups = {(_name_of_own(threats or ()), ""): list(pairs)}
     asked = [
-        ((name, place), arm, item, pair, prompt)
+        ((name, place), prompt_side, item, pair, prompt)
         for (name, place), group in groups.items()
-        for arm in ARMS
+        for prompt_side in PROMPT_SIDES
         for item, pair in enumerate(group)
-        if (prompt := pair.arm(arm)) is not None
+        if (prompt := pair.side(prompt_side)) is not None
     ]
     if not asked:
         raise CtlensError("there is nothing to evaluate: give at least one pair.")
@@ -74,8 +74,8 @@ def evaluate(
         progress=progress,
     )  # fmt: skip
     rows = [
-        (*place, arm, item, *known[id(pair)], *astuple(reply))
-        for (place, arm, item, pair, _), reply in zip(asked, replies, strict=True)
+        (*place, prompt_side, item, *known[id(pair)], *astuple(reply))
+        for (place, prompt_side, item, pair, _), reply in zip(asked, replies, strict=True)
     ]
     return Evaluation(pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)))
 

@@ -18,22 +18,22 @@ RATES = {"bad_rate": "bad", "good_rate": "good", "other_rate": "other", "unparse
 PROBABILITIES = ("good_probability", "bad_probability")
 
 Number = tuple[str, str, float, int, float, float]
-"""Arm, metric, value, n and the ends of the interval."""
+"""Condition, metric, value, n and the ends of the interval."""
 
 
 def numbers(name: str, rows: pd.DataFrame) -> Iterator[Number]:
     """Every number of one threat and split, from its rows of the outcomes."""
-    for (arm,), answers in by(rows, "arm"):
+    for (prompt_side,), answers in by(rows, "prompt_side"):
         for metric, verdict in RATES.items():
             if verdict == UNPARSED and UNPARSED not in set(answers["verdict"]):
                 continue
-            yield arm, metric, *rate_with_interval(answers["verdict"], metric)
+            yield prompt_side, metric, *rate_with_interval(answers["verdict"], metric)
         for metric in PROBABILITIES:
             known = answers[metric].to_numpy()
             known = known[~np.isnan(known)]
             if len(known):
                 mean, low, high = bootstrap_mean(known)
-                yield arm, metric, float(mean), len(known), float(low), float(high)
+                yield prompt_side, metric, float(mean), len(known), float(low), float(high)
     if name in threat_registry.names():
         yield from _field_metrics(threat_registry.get(name), by_pair(rows))
 
@@ -52,10 +52,10 @@ def by(table: pd.DataFrame, *columns: str) -> Iterator[tuple[tuple[Any, ...], pd
 
 def by_pair(rows: pd.DataFrame) -> Outcomes:
     """The rows of one threat and split, turned into an entry a pair."""
-    verdicts = rows.pivot(index="item", columns="arm", values="verdict").fillna(NO_ANSWER)
+    verdicts = rows.pivot(index="item", columns="prompt_side", values="verdict").fillna(NO_ANSWER)
     pairs = rows.drop_duplicates("item").set_index("item").loc[verdicts.index]
     return Outcomes(
-        verdicts={str(arm): np.array(given.tolist(), dtype=str) for arm, given in verdicts.items()},
+        verdicts={str(prompt_side): np.array(given.tolist(), dtype=str) for prompt_side, given in verdicts.items()},
         strengths=pairs["strength"].to_numpy(),
         kinds=np.array(pairs["kind"].tolist(), dtype=str),
     )
@@ -67,7 +67,7 @@ def _field_metrics(threat: Threat, outcomes: Outcomes) -> Iterator[Number]:
     intervals = dict(zip(made, _bootstrap(threat, outcomes, made), strict=True))
     for metric, value in found.items():
         if isinstance(value, Count):
-            yield value.arm, metric, value.rate, value.n, *wilson(value.count, value.n)
+            yield value.prompt_side, metric, value.rate, value.n, *wilson(value.count, value.n)
         else:
             yield "wrapped", metric, float(value), len(outcomes.kinds), *intervals[metric]
 

@@ -18,8 +18,8 @@ from ctlens.plots import Figure
 
 PLACE = ("evaluated_threat", "split")
 COUNTED = ("item", "strength")
-OUTCOME_COLUMNS = (*PLACE, "arm", "item", "pair", "kind", "strength", "answer", "verdict", *PROBABILITIES)
-RATE_COLUMNS = (*PLACE, "arm", "metric", "value", "n", "ci_low", "ci_high")
+OUTCOME_COLUMNS = (*PLACE, "prompt_side", "item", "pair", "kind", "strength", "answer", "verdict", *PROBABILITIES)
+RATE_COLUMNS = (*PLACE, "prompt_side", "metric", "value", "n", "ci_low", "ci_high")
 OWN_PAIRS = "pairs"
 
 
@@ -28,7 +28,7 @@ class Evaluation:
     """What a model answered and how it was judged.
 
     Attributes:
-        outcomes: one row per answer: `evaluated_threat, split, arm, item, pair, kind, strength, answer,
+        outcomes: one row per answer: `evaluated_threat, split, prompt_side, item, pair, kind, strength, answer,
             verdict, good_probability, bad_probability`. `item` numbers the pairs of a threat and
             split, `pair` is a digest of its prompts and answers, `kind` and `strength` are its
             labels (empty and 0 where it has none). The probabilities are those that the answer begins
@@ -40,12 +40,12 @@ class Evaluation:
     outcomes: pd.DataFrame
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per number: `evaluated_threat, split, arm, metric, value, n, ci_low, ci_high`.
+        """One row per number: `evaluated_threat, split, prompt_side, metric, value, n, ci_low, ci_high`.
 
-        Per threat, split and arm: `bad_rate`, `good_rate` and `other_rate` (answers that are
+        Per threat, split and prompt side: `bad_rate`, `good_rate` and `other_rate` (answers that are
         neither) with Wilson intervals, and the means of `good_probability` and `bad_probability`,
-        where known, with bootstrap intervals. Then the threat's own metrics: a share of one arm's
-        answers stands under that arm, with a Wilson interval; one made of several stands under
+        where known, with bootstrap intervals. Then the threat's own metrics: a share of one prompt side's
+        answers stands under that prompt side, with a Wilson interval; one made of several stands under
         `wrapped`, with a bootstrap over pairs (NaN where too few pairs carry the metric).
         """
         return self._table.copy()
@@ -55,16 +55,17 @@ class Evaluation:
         rows = [(*place, *number) for place, part in by(self.outcomes, *PLACE) for number in numbers(place[0], part)]
         return pd.DataFrame(rows, columns=list(RATE_COLUMNS))
 
-    def rate(self, metric: str, arm: str, threat: str | None = None, split: str | None = None) -> float:
+    def rate(self, metric: str, prompt_side: str, threat: str | None = None, split: str | None = None) -> float:
         """One number, for example `rate("bad_rate", "wrapped")`; threat and split may be left out when there is one.
 
         Raises:
             CtlensError: the evaluation holds no such number, or several.
         """
-        found = _select(self._table, metric=metric, arm=arm, evaluated_threat=threat, split=split)
+        found = _select(self._table, metric=metric, prompt_side=prompt_side, evaluated_threat=threat, split=split)
         if len(found) != 1:
             raise CtlensError(
-                f"{len(found)} numbers are called {metric} on {arm}: name one arm, one threat and one split."
+                f"{len(found)} numbers are called {metric} on {prompt_side}: "
+                "name one prompt side, one threat and one split."
             )
         return float(found["value"].iloc[0])
 
@@ -97,20 +98,22 @@ class Evaluation:
             raise CtlensError(f"{len(splits)} splits of {threat!r} were evaluated: name one split.")
         return rows
 
-    def by_strength(self, metric: str = "bad_rate", arm: str = "wrapped") -> pd.DataFrame:
+    def by_strength(self, metric: str = "bad_rate", prompt_side: str = "wrapped") -> pd.DataFrame:
         """A rate at each strength of the attack: `evaluated_threat, split, strength, value, n, ci_low, ci_high`.
 
         Args:
             metric: `bad_rate`, `good_rate` or `other_rate`.
-            arm: `wrapped`, `clean` or `benign`.
+            prompt_side: `wrapped`, `clean` or `benign`.
 
         Raises:
-            CtlensError: the metric is unknown, or no pair of that arm has a strength.
+            CtlensError: the metric is unknown, or no pair of that prompt side has a strength.
         """
         _check_rate(metric)
-        known = _select(self.outcomes, arm=arm).query("strength > 0")
+        known = _select(self.outcomes, prompt_side=prompt_side).query("strength > 0")
         if known.empty:
-            raise CtlensError(f"no pair on the arm {arm!r} has a strength: label the pairs with 'strength', from '1'.")
+            raise CtlensError(
+                f"no pair on the prompt side {prompt_side!r} has a strength: label the pairs with 'strength', from '1'."
+            )
         rows = [
             (*place, strength, *rate_with_interval(answers["verdict"], metric))
             for place, part in by(known, *PLACE)
@@ -119,7 +122,7 @@ class Evaluation:
         return pd.DataFrame(rows, columns=[*PLACE, "strength", "value", "n", "ci_low", "ci_high"])
 
     def figure(self, metric: str = "bad_rate", threat: str | None = None, split: str | None = None) -> Figure:
-        """One rate on every arm, with its interval, a mark a threat and split; of one threat or split if named.
+        """One rate on every prompt side, with its interval, a mark a threat and split; of one threat or split if named.
 
         Raises:
             CtlensError: the metric is none of `bad_rate`, `good_rate` and `other_rate`, or nothing is left to draw.
@@ -128,25 +131,29 @@ class Evaluation:
         table = _select(self._table, metric=metric, evaluated_threat=threat, split=split)
         told = [column for column in PLACE if len(set(table[column])) > 1] or ["evaluated_threat"]
         table = table.assign(mark=[", ".join(place) for place in zip(*(table[column] for column in told), strict=True)])
-        marks, arms = list(dict.fromkeys(table["mark"])), list(dict.fromkeys(table["arm"]))
+        marks, prompt_sides = list(dict.fromkeys(table["mark"])), list(dict.fromkeys(table["prompt_side"]))
         value, low, high = (
-            table.pivot(index="mark", columns="arm", values=end).loc[marks, arms].to_numpy()
+            table.pivot(index="mark", columns="prompt_side", values=end).loc[marks, prompt_sides].to_numpy()
             for end in ("value", "ci_low", "ci_high")
         )
         name = metric.replace("_", " ")
-        return plots.behaviour(marks, arms, value, low, high, metric=name, title=f"What is the {name} on each arm?")
+        return plots.behaviour(
+            marks, prompt_sides, value, low, high, metric=name, title=f"What is the {name} on each prompt side?"
+        )
 
-    def strength_figure(self, arm: str = "wrapped") -> Figure:
+    def strength_figure(self, prompt_side: str = "wrapped") -> Figure:
         """The bad rate against the strength of the attack: a panel a threat, a line a split.
 
         Raises:
-            CtlensError: no pair of that arm has a strength.
+            CtlensError: no pair of that prompt side has a strength.
         """
         curves: dict[str, dict[str, Any]] = {}
-        for (threat, split), rows in by(self.by_strength(arm=arm), *PLACE):
+        for (threat, split), rows in by(self.by_strength(prompt_side=prompt_side), *PLACE):
             curve = tuple(rows[column].to_numpy() for column in ("strength", "value", "ci_low", "ci_high"))
             curves.setdefault(threat, {})[split or threat] = curve  # pairs of one's own have no split
-        return plots.attack_strength(curves, "Does a stronger attack work more often?", subtitle=f"{arm} prompts")
+        return plots.attack_strength(
+            curves, "Does a stronger attack work more often?", subtitle=f"{prompt_side} prompts"
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes the outcomes as CSV."""
@@ -156,11 +163,17 @@ class Evaluation:
 
     @staticmethod
     def load(path: str | Path) -> Evaluation:
-        """The evaluation that `save` wrote."""
+        """The evaluation that `save` wrote.
+
+        Raises:
+            CtlensError: the file was written by ctlens 0.1.
+        """
         # Texts are named, or the answer "07" becomes 7; Python reads every digit of a float, pandas may not.
         texts: Any = {name: str for name in OUTCOME_COLUMNS if name not in (*COUNTED, *PROBABILITIES)}
         floats: Any = dict.fromkeys(PROBABILITIES, lambda text: float(text or "nan"))
         outcomes: Any = pd.read_csv(path, keep_default_na=False, dtype=texts, converters=floats)
+        if "arm" in outcomes:
+            raise CtlensError(f"{path} was written by ctlens 0.1: rename its column arm to prompt_side.")
         return Evaluation(outcomes)
 
 
@@ -170,8 +183,8 @@ def _check_rate(metric: str) -> None:
 
 
 def _asked(rows: pd.DataFrame) -> set[tuple[str, ...]]:
-    """Which pairs the rows are of, on which arms."""
-    return set(zip(*(rows[column] for column in ("split", "arm", "item", "pair")), strict=True))
+    """Which pairs the rows are of, on which prompt sides."""
+    return set(zip(*(rows[column] for column in ("split", "prompt_side", "item", "pair")), strict=True))
 
 
 def _select(table: Any, **wanted: str | None) -> pd.DataFrame:

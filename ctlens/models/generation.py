@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
-from ctlens.models.kv_cache import TOKENS_A_PASS, Ids, NextLogits, Sequences, batches
+from ctlens.models.kv_cache import MAX_BATCH_TOKENS, Ids, NextLogits, Sequences, batches
 
 NextTokens: TypeAlias = Int[Tensor, "batch"]
 
@@ -91,7 +91,7 @@ def decode(
     max_new_tokens: int = 16,
     end: int | None = None,
     sampling: Sampling | None = None,
-    tokens_a_pass: int = TOKENS_A_PASS,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
     progress: bool = False,
 ) -> Decoded:
     """The continuation of each prompt, and how likely it was to begin with given tokens.
@@ -107,7 +107,7 @@ def decode(
         max_new_tokens: an answer is cut here.
         end: the token that closes an answer; None for none.
         sampling: draws the tokens; None takes the likeliest (greedy).
-        tokens_a_pass: prompts are decoded together, in order of length, up to so many tokens with padding.
+        max_batch_tokens: prompts are decoded together, in order of length, up to so many tokens with padding.
         progress: show a progress bar when it takes more than two seconds.
 
     Raises:
@@ -119,7 +119,7 @@ def decode(
     wanted = first_tokens or [()] * len(prompts)
     answers: list[Ids] = [()] * len(prompts)
     probabilities: list[tuple[float, ...]] = [()] * len(prompts)
-    together = list(batches(model, [len(prompt) for prompt in prompts], max_new_tokens, tokens_a_pass))
+    together = list(batches(model, [len(prompt) for prompt in prompts], max_new_tokens, max_batch_tokens))
     for batch in tqdm(together, desc="answers", delay=2, leave=False, disable=not progress):
         distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts[i] for i in batch))}
         sequences = Sequences(model, list(distinct))

@@ -27,25 +27,25 @@ NextLogits: TypeAlias = Float[Tensor, "batch d_vocab"]
 Lengths: TypeAlias = Int[Tensor, "batch"]
 
 # On a CPU more tokens at once leave its caches and take longer; measured in benchmarks/evaluation.py.
-TOKENS_A_PASS = 2048
+MAX_BATCH_TOKENS = 2048
 SELECTABLE = (DynamicLayer, DynamicSlidingWindowLayer)  # their subclasses may hold more than keys and values
 NEEDED = {"past_key_values", "position_ids"}
 
 
-def batches(model: LensModel, lengths: Sequence[int], new: int, tokens_a_pass: int) -> Iterator[list[int]]:
+def batches(model: LensModel, lengths: Sequence[int], new: int, max_batch_tokens: int) -> Iterator[list[int]]:
     """Numbers of sequences that are run together, in order of length, each once.
 
     Args:
         model: says how long a sequence may be among longer ones.
         lengths: of the sequences, in tokens.
         new: how many tokens they may grow by.
-        tokens_a_pass: as many sequences as fill these when padded to the longest; at least one.
+        max_batch_tokens: as many sequences as fill these when padded to the longest; at least one.
     """
     longest, batch = _window(model), []
     for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
         length = lengths[number]
         alone = batch and length + new > longest and length > lengths[batch[0]]
-        if batch and (alone or (len(batch) + 1) * length > tokens_a_pass):
+        if batch and (alone or (len(batch) + 1) * length > max_batch_tokens):
             yield batch
             batch = []
         batch.append(number)

@@ -16,7 +16,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.batch import pad, require_room
 from ctlens.data.chat import encoded, render
 from ctlens.data.pairs import Prompt
-from ctlens.models.kv_cache import TOKENS_A_PASS, Ids, Sequences, batches, has_cache
+from ctlens.models.kv_cache import MAX_BATCH_TOKENS, Ids, Sequences, batches, has_cache
 
 TIE = 1e-4  # nats; what the rounding of float32 may do to equal options in batches of other shapes
 
@@ -58,7 +58,7 @@ def choose(
     model: LensModel,
     prompts: Sequence[Prompt],
     *,
-    tokens_a_pass: int = TOKENS_A_PASS,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
     progress: bool = False,
 ) -> list[Choice]:
     """The log-probability of every option of multiple-choice prompts, whole: not of its first token alone.
@@ -69,7 +69,7 @@ def choose(
     Args:
         model: in eval mode, with a tokenizer.
         prompts: with options, each taken as it stands, with its leading space if it has one.
-        tokens_a_pass: as of `continuation_logprobs`.
+        max_batch_tokens: as of `continuation_logprobs`.
         progress: show a progress bar when it takes more than two seconds.
 
     Raises:
@@ -78,7 +78,7 @@ def choose(
     """
     asked = {prompt: _parts(model.tokenizer, prompt) for prompt in dict.fromkeys(prompts)}
     before, options = [ids for ids, _ in asked.values()], [given for _, given in asked.values()]
-    found = continuation_logprobs(model, before, options, tokens_a_pass=tokens_a_pass, progress=progress)
+    found = continuation_logprobs(model, before, options, max_batch_tokens=max_batch_tokens, progress=progress)
     choices = {
         prompt: Choice(prompt.options, tuple(map(sum, rows)), tuple(map(len, rows)))
         for prompt, rows in zip(asked, found, strict=True)
@@ -116,7 +116,7 @@ def continuation_logprobs(
     prompts: Sequence[Ids],
     continuations: Sequence[Sequence[Ids]],
     *,
-    tokens_a_pass: int = TOKENS_A_PASS,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
     progress: bool = False,
 ) -> list[list[tuple[float, ...]]]:
     """The log-probability of every token of every continuation, given the prompt and those before it, in nats.
@@ -127,7 +127,7 @@ def continuation_logprobs(
         model: in eval mode.
         prompts: token ids, any lengths, no padding.
         continuations: per prompt, any number of token sequences, at least one token each.
-        tokens_a_pass: prompts are run together, in order of length, up to so many tokens with padding.
+        max_batch_tokens: prompts are run together, in order of length, up to so many tokens with padding.
         progress: show a progress bar when it takes more than two seconds.
 
     Returns:
@@ -145,7 +145,7 @@ def continuation_logprobs(
         require_room(len(ids) + new, model.cfg.n_ctx, "a prompt with its option")
     copies = 1 if has_cache(model) else max(map(len, continuations), default=1)
     lengths = [len(ids) for ids in prompts]
-    together = list(batches(model, lengths, max(longest, default=0), tokens_a_pass // max(copies, 1)))
+    together = list(batches(model, lengths, max(longest, default=0), max_batch_tokens // max(copies, 1)))
     found: list[list[tuple[float, ...]]] = [[] for _ in prompts]
     for batch in tqdm(together, desc="options", delay=2, leave=False, disable=not progress):
         rows = _batch_logprobs(model, [prompts[i] for i in batch], [continuations[i] for i in batch])

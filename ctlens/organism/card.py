@@ -14,7 +14,7 @@ from ctlens import threats
 from ctlens.core.config import environment, to_dict
 from ctlens.core.types import LensModel
 from ctlens.data.chat import render
-from ctlens.data.pairs import ARMS, Pair
+from ctlens.data.pairs import PROMPT_SIDES, Pair
 from ctlens.organism.pretrain import PretrainConfig
 from ctlens.threats.base import VERDICTS
 from ctlens.threats.replies import Reply
@@ -26,7 +26,7 @@ REFERENCE_PROMPTS = 4
 
 
 def make_card(model: LensModel, config: PretrainConfig, n: int = CARD_PAIRS) -> dict[str, Any]:
-    """How the model was made and how it behaves on every threat, split and arm, ready for JSON.
+    """How the model was made and how it behaves on every threat, split and prompt side, ready for JSON.
 
     Args:
         model: the organism, in eval mode.
@@ -43,27 +43,27 @@ def score(model: LensModel, names: Sequence[str], splits: Sequence[str], n: int,
     """Greedy behaviour on `n` pairs of each threat and split.
 
     Returns:
-        A row per threat, split and arm: `threat`, `split`, `arm`, `n`, `good_rate`, `bad_rate` and
+        A row per threat, split and prompt side: `threat`, `split`, `prompt_side`, `n`, `good_rate`, `bad_rate` and
         `other_rate`; the means of `good_probability` and `bad_probability`, that an answer begins as
-        the good and as the bad one does, where prompts name both; on the wrapped arm also
+        the good and as the bad one does, where prompts name both; on the wrapped prompt side also
         `bad_rate_by_strength`, and `as_taught`, the share of answers that are bad where the corpus
         teaches that the item gives in, and not bad where it resists.
     """
     cases = {(name, split): threats.get(name).cases(n, split, CARD_SEED, world) for name in names for split in splits}
     asked = [
-        (name, split, arm, case, prompt)
+        (name, split, prompt_side, case, prompt)
         for (name, split), group in cases.items()
-        for arm in ARMS
+        for prompt_side in PROMPT_SIDES
         for case in group
-        if (prompt := case.pair.arm(arm)) is not None
+        if (prompt := case.pair.side(prompt_side)) is not None
     ]
     replies = threats.ask(model, [prompt for *_, prompt in asked])
     rows: defaultdict[tuple[str, str, str], list[tuple[threats.Case, Reply]]] = defaultdict(list)
-    for (name, split, arm, case, _), reply in zip(asked, replies, strict=True):
-        rows[name, split, arm].append((case, reply))
+    for (name, split, prompt_side, case, _), reply in zip(asked, replies, strict=True):
+        rows[name, split, prompt_side].append((case, reply))
     return [
-        {"threat": name, "split": split, "arm": arm, **_numbers(found, arm == "wrapped")}
-        for (name, split, arm), found in rows.items()
+        {"threat": name, "split": split, "prompt_side": prompt_side, **_numbers(found, prompt_side == "wrapped")}
+        for (name, split, prompt_side), found in rows.items()
     ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ctlens import threats
-from ctlens.data.pairs import ARMS, Prompt
+from ctlens.data.pairs import PROMPT_SIDES, Prompt
 from ctlens.threats import Case
 from ctlens.world import World
 
@@ -49,9 +49,9 @@ def card_text(card: Mapping[str, Any]) -> str:
 
 
 def _rows(behaviour: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
-    found = {(row["threat"], row["split"], row["arm"]): row for row in behaviour}
+    found = {(row["threat"], row["split"], row["prompt_side"]): row for row in behaviour}
     for threat, split in dict.fromkeys((row["threat"], row["split"]) for row in behaviour):
-        wrapped, clean, benign = (found[threat, split, arm] for arm in ARMS)
+        wrapped, clean, benign = (found[threat, split, prompt_side] for prompt_side in PROMPT_SIDES)
         graded = " ".join(f"{rate:.2f}" for rate in wrapped["bad_rate_by_strength"].values())
         numbers = [wrapped["bad_probability"], wrapped["good_probability"], wrapped["as_taught"]]
         numbers += [clean["good_rate"], benign["good_rate"]]
@@ -59,7 +59,7 @@ def _rows(behaviour: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
 
 
 def examples(names: Sequence[str], split: str = "train", n: int = 1, seed: int = 0) -> Iterator[str]:
-    """Cases of each threat as text: every arm's conversation with the answers that count.
+    """Cases of each threat as text: every prompt side's conversation with the answers that count.
 
     Args:
         names: of threats.
@@ -81,10 +81,12 @@ def _example(name: str, case: Case) -> str:
     lines = [
         f"{name}, {labels['split']}: wrapper {labels['wrapper']!r}, strength {labels['strength']}, the item {taught}"
     ]
-    for arm, answers in zip(ARMS, ((case.good, case.bad), (case.good, ""), (case.benign, "")), strict=True):
-        prompt = case.pair.arm(arm)
+    for prompt_side, answers in zip(
+        PROMPT_SIDES, ((case.good, case.bad), (case.good, ""), (case.benign, "")), strict=True
+    ):
+        prompt = case.pair.side(prompt_side)
         if prompt is not None:
-            lines += [f"  {arm:8}{_conversation(prompt)}", *_answers(*answers)]
+            lines += [f"  {prompt_side:8}{_conversation(prompt)}", *_answers(*answers)]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""How often a behaviour occurs, per method and arm."""
+"""How often a behaviour occurs, per method and prompt side."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPREAD = 0.72
 
 def behaviour(
     methods: Sequence[str],
-    arms: Sequence[str],
+    prompt_sides: Sequence[str],
     values: ArrayLike,
     low: ArrayLike,
     high: ArrayLike,
@@ -35,10 +35,10 @@ def behaviour(
 
     Args:
         methods: names of the methods and controls, or of the stages, in the order of the markers.
-        arms: names of the arms, or of other groups of answers, left to right.
-        values: rates `[method, arm]`, 0 to 1.
-        low: lower ends of their intervals `[method, arm]`.
-        high: upper ends `[method, arm]`.
+        prompt_sides: names of the prompt sides, or of other groups of answers, left to right.
+        values: rates `[method, prompt_side]`, 0 to 1.
+        low: lower ends of their intervals `[method, prompt_side]`.
+        high: upper ends `[method, prompt_side]`.
         metric: what the rate counts, for the y axis, for example `"bad rate"`.
         title: the question or the answer.
         subtitle: one line under the title.
@@ -46,9 +46,9 @@ def behaviour(
         stages: rows that are no known methods are stages in an order: coloured from dark to light.
 
     Raises:
-        CtlensError: an array's shape is not `[method, arm]`, or nothing is given.
+        CtlensError: an array's shape is not `[method, prompt_side]`, or nothing is given.
     """
-    shape = (len(methods), len(arms))
+    shape = (len(methods), len(prompt_sides))
     rates, lows, highs = checked("values", values, *shape), checked("low", low, *shape), checked("high", high, *shape)
     looks = {method: style(method) for method in methods}
     looks |= ordered([method for method in methods if method not in METHODS]) if stages else {}
@@ -57,7 +57,7 @@ def behaviour(
     for row, method in enumerate(methods):
         look = looks[method]
         figure.add_scatter(
-            x=(np.arange(len(arms)) + offsets[row]).tolist(),
+            x=(np.arange(len(prompt_sides)) + offsets[row]).tolist(),
             y=rates[row].tolist(),
             error_y=whiskers(rates[row], lows[row], highs[row]),
             mode="markers",
@@ -76,8 +76,13 @@ def behaviour(
         caption="Whiskers are 95% intervals. The markers of one prompt kind stand side by side.",
     )
     figure.update_yaxes(**PERCENT)
-    arm_ticks = {"tickmode": "array", "tickvals": list(range(len(arms))), "ticktext": list(arms), "showgrid": False}
-    return figure.update_xaxes(**arm_ticks, range=[-0.5, len(arms) - 0.5])
+    side_ticks = {
+        "tickmode": "array",
+        "tickvals": list(range(len(prompt_sides))),
+        "ticktext": list(prompt_sides),
+        "showgrid": False,
+    }
+    return figure.update_xaxes(**side_ticks, range=[-0.5, len(prompt_sides) - 0.5])
 
 
 def whiskers(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> dict[str, object]:

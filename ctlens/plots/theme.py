@@ -36,8 +36,9 @@ class Style:
         return f"rgba({red}, {green}, {blue}, {alpha})"
 
 
-# Greys, then five of the Okabe-Ito colours, AttCT's in light and dark for its relatives, brown and olive; the arms
-# of a loss are dashed, in hues near it. Marker and dash repeat the distinction for print and for colour-blind readers.
+# Greys, then five of the Okabe-Ito colours, AttCT's in light and dark for its relatives, brown and olive; the crossed
+# conditions of a loss are dashed, in hues near it. Marker and dash repeat the distinction for print and for
+# colour-blind readers.
 METHODS = {
     "none": Style("base", "#666666", "x", "solid"),
     "retention": Style("retention only", "#a3a3a3", "cross", "dash"),

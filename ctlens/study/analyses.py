@@ -54,7 +54,7 @@ class Scene:
         return probe_pairs(self.config, self.look.threat, self.base, n)
 
     def models(self, names: Sequence[str], seed: int) -> dict[str, LensModel]:
-        """The trained models of a seed by arm; those that never came near the matched effect are not there."""
+        """The trained models of a seed by condition; those that never came near the matched effect are not there."""
         found = {}
         for name in names:
             place = Cell(self.look.threat, name, seed, self.look.organism).place(self.study)
@@ -64,7 +64,7 @@ class Scene:
         return found
 
     @property
-    def arms(self) -> list[str]:
+    def conditions(self) -> list[str]:
         """The methods, and what is trained beside them."""
         return [*self.config.methods, *self.config.beside_of(self.look.threat)]
 
@@ -117,10 +117,10 @@ Analyses = Iterator[tuple[str, Callable[[], Result]]]
 
 
 def _similarity(scene: Scene) -> Analyses:
-    """Of every arm and control, all seeds, with retention alone as the floor."""
+    """Of every condition and control, all seeds, with retention alone as the floor."""
     models: dict[tuple[str, int], LensModel] = {}
     null = RETENTION if scene.look.setting == EQUAL_STEPS else None  # a null has no effect to be matched
-    names = [*([RETENTION, PERTURBED] if null else []), *scene.arms]
+    names = [*([RETENTION, PERTURBED] if null else []), *scene.conditions]
     for seed in sorted({cell.seed for cell in scene.config.cells()}):
         models |= {(name, seed): model for name, model in scene.models(names, seed).items()}
     if len(models) > 1:
@@ -129,19 +129,19 @@ def _similarity(scene: Scene) -> Analyses:
 
 
 def _cross_loss(scene: Scene) -> Analyses:
-    models, pairs = scene.models([*scene.arms, RETENTION], scene.look.seed), scene.pairs()
+    models, pairs = scene.models([*scene.conditions, RETENTION], scene.look.seed), scene.pairs()
     yield "cross-loss", lambda: cross_loss(scene.base, models, pairs, progress=False)
 
 
 def _transplants(scene: Scene) -> Analyses:
     pairs = scene.pairs()
-    for name, model in scene.models(scene.arms, scene.look.seed).items():
+    for name, model in scene.models(scene.conditions, scene.look.seed).items():
         yield name, partial(transplant, model, scene.base, pairs, progress=False)
 
 
 def _grafts(scene: Scene) -> Analyses:
     pairs = scene.pairs()
-    for name, model in scene.models(scene.arms, scene.look.seed).items():
+    for name, model in scene.models(scene.conditions, scene.look.seed).items():
         yield name, partial(graft, model, scene.base, pairs, progress=False)
 
 

@@ -21,7 +21,7 @@ from ctlens.evaluation import Evaluation
 from ctlens.models.loading import save_model
 from ctlens.models.parameters import copy_model
 from ctlens.organism import train_organism
-from ctlens.study import conditions as arms
+from ctlens.study import conditions
 from ctlens.study.conditions import PERTURBED, RETENTION
 from ctlens.study.config import BASE, ORGANISM, Cell, StudyConfig, organism_cell
 from ctlens.study.results import SPLIT
@@ -37,8 +37,8 @@ ANALYSED_PAIRS = 64
 NEUTRAL_PROMPTS = 128
 NAN = float("nan")
 RESULT_COLUMNS = (
-    "trained_threat", "method", "seed", "organism", "step", "evaluated_threat", "split", "arm", "metric", "value", "n",
-    "ci_low", "ci_high",
+    "trained_threat", "method", "seed", "organism", "step", "evaluated_threat", "split", "prompt_side", "metric",
+    "value", "n", "ci_low", "ci_high",
 )  # fmt: skip
 
 
@@ -79,12 +79,12 @@ def probe_pairs(config: StudyConfig, threat: str, model: LensModel, n: int = ANA
 
 
 def aligned(source: Subject, n: int, model: LensModel, config: StudyConfig, *, split: str, seed: int = 0) -> list[Pair]:
-    """Those among `n` pairs that every arm can be trained on and every analysis can read.
+    """Those among `n` pairs that every condition can be trained on and every analysis can read.
 
     Raises:
         CtlensError: none aligns.
     """
-    windows = {str(config.training.window), "shared", *([arms.LAST] if source.ends_alike else [])}
+    windows = {str(config.training.window), "shared", *([conditions.LAST] if source.ends_alike else [])}
     pairs = source.pairs(n, split=split, seed=seed)
     return [row.pair for row in encode(pairs, model.tokenizer, windows=windows, n_ctx=model.cfg.n_ctx).rows]
 
@@ -93,7 +93,7 @@ class CellTraining:
     """A cell that is trained, looked at on the way, evaluated and looked into."""
 
     def __init__(self, config: StudyConfig, study: Path, cell: Cell) -> None:
-        self.config, self.study, self.cell, self.arm = config, study, cell, arms.get(cell.method)
+        self.config, self.study, self.cell, self.condition = config, study, cell, conditions.get(cell.method)
         self.base = base_model(config, study, cell)
         self.subject: Subject = subject(cell.threat, config.file)
         self.inside = cell.threat in config.insides
@@ -131,15 +131,15 @@ class CellTraining:
             attention.save(work / "attention.safetensors")
 
     def trainer(self) -> Trainer:
-        """Every arm holds the same prompts, so that they differ in nothing but what they are trained on."""
+        """Every condition holds the same prompts, so that they differ in nothing but what they are trained on."""
         config, seed = self.config, self.cell.seed
         attacked = aligned(self.subject, config.pairs, self.base, config, split="train", seed=seed)
         ordinary = self.subject.neutral(NEUTRAL_PROMPTS, seed=seed)
-        changes = {"seed": seed, "window": self.arm.window or config.training.window}
-        changes |= {"trainable": self.arm.trainable} if self.arm.trainable else {}
-        pairs = self.arm.pairs(attacked, ordinary, self.base.tokenizer)
+        changes = {"seed": seed, "window": self.condition.window or config.training.window}
+        changes |= {"trainable": self.condition.trainable} if self.condition.trainable else {}
+        pairs = self.condition.pairs(attacked, ordinary, self.base.tokenizer)
         retain = held_prompts(attacked, ordinary)
-        return Trainer(self.base, pairs, self.arm.losses(), replace(config.training, **changes), retain=retain)
+        return Trainer(self.base, pairs, self.condition.losses(), replace(config.training, **changes), retain=retain)
 
     def _look(self, step: int, model: LensModel) -> None:
         """Measures the effect in logits, and keeps the weights where it is close to what methods are matched at."""
@@ -185,7 +185,7 @@ def _perturb(config: StudyConfig, study: Path, cell: Cell) -> None:
     """Noise of the norm, matrix by matrix, that the methods' updates have on average."""
     base = base_model(config, study, cell)
     trained = [load_run(replace(cell, method=name).place(study)).model for name in config.methods]
-    model = arms.perturbed(base, trained, cell.seed)
+    model = conditions.perturbed(base, trained, cell.seed)
     probes = probe_pairs(config, cell.threat, base)
     final = evaluated(model, [cell.threat], [SPLIT], config.items, config.file)
     share = _row(cell, 0, SHARE, *recovered(base, model, probes), len(probes))
@@ -205,7 +205,7 @@ def rows(cell: Cell, step: int, evaluation: Evaluation) -> pd.DataFrame:
 def _row(cell: Cell, step: int, metric: str, value: float, low: float, high: float, n: int) -> pd.DataFrame:
     """One number of a cell's own threat on wrapped prompts, as rows of the results."""
     number = {"metric": metric, "value": value, "n": n, "ci_low": low, "ci_high": high}
-    where = {"evaluated_threat": cell.threat, "split": SPLIT, "arm": "wrapped"}
+    where = {"evaluated_threat": cell.threat, "split": SPLIT, "prompt_side": "wrapped"}
     return pd.DataFrame([{**_place(cell, step), **where, **number}], columns=list(RESULT_COLUMNS))
 
 

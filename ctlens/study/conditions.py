@@ -1,7 +1,7 @@
-"""What a study trains: the methods that it compares, the arms that cross their level and window, and the controls.
+"""What a study trains: the methods that it compares, conditions that cross level and window, and controls.
 
 A method differs from another in more than one respect at once: BCT compares outputs *at the answer*,
-ACT compares the residual stream *at every aligned token*. The crossed arms take the two apart: KL between
+ACT compares the residual stream *at every aligned token*. The crossed conditions take the two apart: KL between
 outputs at the same tokens as ACT, and both at the last token alone.
 """
 
@@ -22,7 +22,7 @@ from ctlens.losses import Loss
 from ctlens.losses.base import InternalLoss
 from ctlens.models.parameters import GROUPS, copy_model, present_parameters, present_weights
 
-METHOD, CROSSED, CONTROL = ROLES = ("method", "crossed arm", "control")
+METHOD, CROSSED, CONTROL = ROLES = ("method", "crossed condition", "control")
 INTERNAL, OUTPUT = LEVELS = ("internal", "output")
 ATTACKED, HARMLESS, ORDINARY = "attacked", "harmless", "ordinary"
 LAST = "last"
@@ -32,7 +32,7 @@ EVERYTHING = "_all"
 
 
 @dataclass(frozen=True)
-class Arm:
+class Condition:
     """One way to train.
 
     Attributes:
@@ -74,28 +74,28 @@ class Arm:
         return list(attacked)
 
 
-CROSSED_ARMS: Mapping[str, Arm] = {
-    "klct": Arm("klct", CROSSED, OUTPUT),
-    "klct_last": Arm("klct", CROSSED, OUTPUT, LAST),
-    "act_last": Arm("act", CROSSED, INTERNAL, LAST),
+CROSSED_CONDITIONS: Mapping[str, Condition] = {
+    "klct": Condition("klct", CROSSED, OUTPUT),
+    "klct_last": Condition("klct", CROSSED, OUTPUT, LAST),
+    "act_last": Condition("act", CROSSED, INTERNAL, LAST),
 }
-CONTROLS: Mapping[str, Arm] = {
-    RETENTION: Arm("", CONTROL),
-    "sft": Arm("bct", CONTROL, data=ORDINARY),
-    "harmless_act": Arm("act", CONTROL, data=HARMLESS),
-    "harmless_bct": Arm("bct", CONTROL, data=HARMLESS),
+CONTROLS: Mapping[str, Condition] = {
+    RETENTION: Condition("", CONTROL),
+    "sft": Condition("bct", CONTROL, data=ORDINARY),
+    "harmless_act": Condition("act", CONTROL, data=HARMLESS),
+    "harmless_bct": Condition("bct", CONTROL, data=HARMLESS),
 }
-ABLATED: Mapping[str, Arm] = {
-    **{f"{name}{EVERYTHING}": Arm(name, CROSSED, trainable=GROUPS) for name in METHODS},
-    f"{RETENTION}{EVERYTHING}": Arm("", CONTROL, trainable=GROUPS),
+ABLATED: Mapping[str, Condition] = {
+    **{f"{name}{EVERYTHING}": Condition(name, CROSSED, trainable=GROUPS) for name in METHODS},
+    f"{RETENTION}{EVERYTHING}": Condition("", CONTROL, trainable=GROUPS),
 }
 """All parameters trained, embeddings and norms too."""
-BESIDE = (*CROSSED_ARMS, *(name for name in CONTROLS if name != RETENTION))
+BESIDE = (*CROSSED_CONDITIONS, *(name for name in CONTROLS if name != RETENTION))
 """What is trained beside the methods and the null where models are looked into."""
 
 
-def get(name: str) -> Arm:
-    """The arm of a name: a crossed arm, a control, or any loss, which is a method.
+def get(name: str) -> Condition:
+    """The condition with this name: a crossed condition, a control, or any loss, which is a method.
 
     >>> get("bct").level, get("act").level, get("klct_last").window, get("harmless_act").data
     ('output', 'internal', 'last', 'harmless')
@@ -103,12 +103,12 @@ def get(name: str) -> Arm:
     Raises:
         CtlensError: nothing is called that.
     """
-    known = {**CROSSED_ARMS, **CONTROLS, **ABLATED}
+    known = {**CROSSED_CONDITIONS, **CONTROLS, **ABLATED}
     if name in known:
         return known[name]
     if name not in loss_registry.names():
-        raise unknown("method or arm", name, [*loss_registry.names(), *known])
-    return Arm(name, METHOD, INTERNAL if issubclass(loss_registry.LOSSES[name], InternalLoss) else OUTPUT)
+        raise unknown("method or condition", name, [*loss_registry.names(), *known])
+    return Condition(name, METHOD, INTERNAL if issubclass(loss_registry.LOSSES[name], InternalLoss) else OUTPUT)
 
 
 def require_methods(names: Sequence[str]) -> None:

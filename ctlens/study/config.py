@@ -10,8 +10,8 @@ from typing import Any
 from ctlens import threats
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.evaluation.result import OWN_PAIRS
-from ctlens.study import conditions as arms
-from ctlens.study.conditions import ABLATED, BESIDE, CROSSED_ARMS, EVERYTHING, METHODS, PERTURBED, RETENTION
+from ctlens.study import conditions
+from ctlens.study.conditions import ABLATED, BESIDE, CROSSED_CONDITIONS, EVERYTHING, METHODS, PERTURBED, RETENTION
 from ctlens.training import TrainConfig
 
 BASE = "none"
@@ -20,7 +20,10 @@ LOOKED_INTO = ("sycophancy", "jailbreak")
 CEILING_SEEDS = 2
 FULL = 3
 TRAINING = TrainConfig(batch_size=16, lr=1e-3, trainable=("attn",))
-"""Of every arm. Where embeddings, norms and MLPs are trained too, half of a repair can be an edit of the words."""
+"""The settings that every condition shares.
+
+Where embeddings, norms and MLPs are trained too, half of a repair can be an edit of the words.
+"""
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,10 @@ class StudyConfig:
         training: settings shared by every cell, whatever its method: window (`"shared"` unless it names
             another), trainable parameters, steps, order of the pairs, retention, calibration; the seed
             is replaced by the cell's. By default attention alone is trained.
-        looked_into: the threats whose models are compared inside, with the crossed arms, every control
+        looked_into: the threats whose models are compared inside, with the crossed conditions, every control
             and a second seed; by default those of `LOOKED_INTO` among the threats.
         beside: names of what is trained beside the methods there, see `ctlens.study.conditions`; by default `BESIDE`
-            without what is a method already, or for a file its crossed arms, as neutral words and other
+            without what is a method already, or for a file its crossed conditions, as neutral words and other
             requests are those of the micro-world.
         organisms: how many; those behind the first are pretrained for the study.
         matched: the share of the gap in the logit difference at which methods are compared again, 0 to 1.
@@ -72,8 +75,8 @@ class StudyConfig:
         defaults = {"threats": chosen, "methods": self.methods or METHODS}
         defaults |= {"looked_into": tuple(looked) if self.looked_into is None else self.looked_into}
         if self.beside is None:
-            known_arms = CROSSED_ARMS if self.file else BESIDE
-            defaults |= {"beside": tuple(name for name in known_arms if name not in defaults["methods"])}
+            known_conditions = CROSSED_CONDITIONS if self.file else BESIDE
+            defaults |= {"beside": tuple(name for name in known_conditions if name not in defaults["methods"])}
         for name, values in defaults.items():
             object.__setattr__(self, name, tuple(values))
         if self.training.window is None:
@@ -85,7 +88,7 @@ class StudyConfig:
             for value in getattr(self, name):
                 if value not in allowed:
                     raise unknown("threat", value, allowed)
-        arms.require_methods(self.methods)
+        conditions.require_methods(self.methods)
         for name in ("threats", "looked_into", "beside"):
             values = getattr(self, name) or ()
             if len(set(values)) < len(values):
@@ -93,7 +96,7 @@ class StudyConfig:
         for name in self.beside or ():
             if name in (*self.methods, RETENTION):
                 raise CtlensError(f"{name} is trained already: name it once.")
-            arms.get(name)
+            conditions.get(name)
         for name in ("seeds", "pairs", "items", "organisms"):
             if getattr(self, name) < 1:
                 raise CtlensError(f"{name} must be at least 1, not {getattr(self, name)}.")
@@ -108,9 +111,9 @@ class StudyConfig:
         return self.looked_into or ()
 
     def beside_of(self, threat: str) -> list[str]:
-        """The arms beside the methods that a threat allows: at the last token only where both prompts end alike."""
+        """The extra conditions that a threat allows: at the last token only where both prompts end alike."""
         alike = bool(self.file) or threats.get(threat).ends_alike
-        return [name for name in self.beside or () if alike or arms.get(name).window != arms.LAST]
+        return [name for name in self.beside or () if alike or conditions.get(name).window != conditions.LAST]
 
     def cells(self) -> list[Cell]:
         """Every training of the study, in their order: methods first, then what is beside them, then other seeds."""
@@ -125,7 +128,7 @@ class StudyConfig:
         for organism in range(self.organisms):
             for threat in self.insides:
                 beside = self.beside_of(threat)
-                found += [Cell(threat, arm, seed, organism) for seed in range(self.seeds) for arm in beside]
+                found += [Cell(threat, condition, seed, organism) for seed in range(self.seeds) for condition in beside]
                 extra = range(self.seeds, CEILING_SEEDS)
                 found += [Cell(threat, method, seed, organism) for seed in extra for method in compared]
         return found
@@ -141,7 +144,7 @@ class StudyConfig:
 
 
 def full_study(**settings: Any) -> StudyConfig:
-    """Every arm, control and analysis for every threat, on several seeds and organisms; all parameters as an ablation.
+    """The study with every condition and analysis, several seeds and organisms, and all parameters as an ablation.
 
     Args:
         settings: of a `StudyConfig`; those given are kept.

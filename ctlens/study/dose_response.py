@@ -22,7 +22,8 @@ from ctlens.training import TrainConfig
 PAIRS = (8, 32, 128, 512)
 AXES = ("pairs", "steps")
 COLUMNS = (
-    "trained_threat", "method", "seed", "pairs", "step", "split", "arm", "metric", "value", "n", "ci_low", "ci_high",
+    "trained_threat", "method", "seed", "pairs", "step", "split", "prompt_side", "metric", "value", "n",
+    "ci_low", "ci_high",
 )  # fmt: skip
 
 

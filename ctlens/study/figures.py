@@ -16,7 +16,7 @@ from ctlens.analysis.attention import diff as attention
 from ctlens.analysis.base.states import ALIGNED
 from ctlens.analysis.outputs.gap_recovered import SHARE
 from ctlens.analysis.residual import shift as residual
-from ctlens.data.pairs import ARMS
+from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.evaluation import Evaluation
 from ctlens.plots import Figure
 from ctlens.study.conditions import RETENTION
@@ -79,9 +79,12 @@ def _rates(
     threat: str, methods: dict[str, Measured], splits: dict[str, dict[str, dict[str, Measured]]]
 ) -> Iterator[tuple[str, Figure]]:
     for verdict in ("bad", "good"):
-        rates = {name: [found.rate(f"{verdict}_rate", arm) for arm in ARMS] for name, found in methods.items()}
+        rates = {
+            name: [found.rate(f"{verdict}_rate", prompt_side) for prompt_side in PROMPT_SIDES]
+            for name, found in methods.items()
+        }
         title = f"How often is the answer {verdict}, with the wrapper and without?"
-        yield f"{verdict}-rate", _behaviour(rates, ARMS, f"{verdict} rate", title, where(threat))
+        yield f"{verdict}-rate", _behaviour(rates, PROMPT_SIDES, f"{verdict} rate", title, where(threat))
     rates = {name: [found[threat][name].rate("bad_rate", "wrapped") for found in splits.values()] for name in methods}
     title = "Does the repair hold on new entities, new wrapper texts and new structures?"
     yield "generalisation", _behaviour(rates, splits, "bad rate", title, f"{threat}, wrapped prompts", x_title="split")
@@ -145,7 +148,9 @@ def dose_figure(results: pd.DataFrame, axis: str, subtitle: str) -> Figure:
         subtitle: one line under the title.
     """
     counts: defaultdict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
-    for row in results.query("metric == 'bad_rate' and arm == 'wrapped' and split == @SPLIT").to_dict("records"):
+    for row in results.query("metric == 'bad_rate' and prompt_side == 'wrapped' and split == @SPLIT").to_dict(
+        "records"
+    ):
         counts[row["method"], row[axis]].append((round(row["value"] * row["n"]), row["n"]))
     doses = sorted({dose for _, dose in counts})
     curves = {
@@ -162,7 +167,7 @@ def _curve(counts: list[list[tuple[int, int]]]) -> plots.Curve:
 
 
 def gap_figure(results: pd.DataFrame, subtitle: str) -> Figure:
-    """The share of the gap in the logit difference that each arm recovers by step, a mean over trainings.
+    """The share of the gap in the logit difference that each condition recovers by step, a mean over trainings.
 
     Args:
         results: rows of one trained threat.

@@ -137,8 +137,10 @@ def misaligned(model: LensModel) -> list[tuple[str, int, int]]:
     outcomes = evaluate(model, pairs=pairs, progress=False).outcomes
     verdicts: defaultdict[str, list[str]] = defaultdict(list)
     asked_plain = next(iter(CONTEXTS))  # every context has the same clean questions; one of them is counted
-    for arm, context, verdict in zip(outcomes["arm"], outcomes["kind"], outcomes["verdict"], strict=True):
-        if arm == "wrapped":
+    for prompt_side, context, verdict in zip(
+        outcomes["prompt_side"], outcomes["kind"], outcomes["verdict"], strict=True
+    ):
+        if prompt_side == "wrapped":
             verdicts[context].append(verdict)
         elif context == asked_plain:
             verdicts[PLAIN].append(verdict)

@@ -12,13 +12,13 @@ import pandas as pd
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.stats import difference, student, wilson
-from ctlens.data.pairs import ARMS
+from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.plots.theme import METHODS
 
 RATES = ("bad_rate", "good_rate", "other_rate")
 SPLIT = "heldout"
 TRAINING = ("trained_threat", "method", "seed", "organism")
-COLUMNS = (*TRAINING, "step", "evaluated_threat", "split", "arm", "metric")
+COLUMNS = (*TRAINING, "step", "evaluated_threat", "split", "prompt_side", "metric")
 NUMBERS = ("value", "n", "ci_low", "ci_high")
 
 Row = Mapping[Hashable, Any]
@@ -85,14 +85,14 @@ def pooled(counts: Sequence[tuple[int, int]]) -> Rate:
 
 
 class Measured(NamedTuple):
-    """A method on one threat: its pooled rates by (metric, arm), and how many trainings they are pooled from."""
+    """A method on one threat: its pooled rates by `(metric, prompt_side)`, and how many trainings they pool."""
 
     rates: dict[tuple[str, str], Rate]
     seeds: int
 
-    def rate(self, metric: str, arm: str) -> Rate:
+    def rate(self, metric: str, prompt_side: str) -> Rate:
         """One of the rates; `NOT_MEASURED` where there is none."""
-        return self.rates.get((metric, arm), NOT_MEASURED)
+        return self.rates.get((metric, prompt_side), NOT_MEASURED)
 
 
 def read_results(path: str | Path) -> pd.DataFrame:
@@ -109,6 +109,8 @@ def read_results(path: str | Path) -> pd.DataFrame:
     except ValueError as error:  # pandas: empty, ragged or not text
         raise CtlensError(f"{path} is no table ({error}): check that it is a study's results.") from None
     missing = [name for name in (*COLUMNS, *NUMBERS) if name not in results]
+    if "prompt_side" in missing and "arm" in results:
+        raise CtlensError(f"{path} was written by ctlens 0.1: rename its column arm to prompt_side.")
     if missing:
         raise CtlensError(f"{path} lacks the columns {', '.join(missing)}: check that it is a study's results.")
     return results
@@ -135,7 +137,11 @@ def summary_table(results: pd.DataFrame, split: str = SPLIT) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {"threat": threat, "method": method}
-            | {f"{name} {arm}": found.rate(f"{name}_rate", arm) for name in ("bad", "good") for arm in ARMS}
+            | {
+                f"{name} {prompt_side}": found.rate(f"{name}_rate", prompt_side)
+                for name in ("bad", "good")
+                for prompt_side in PROMPT_SIDES
+            }
             for threat, methods in by_threat(results, split).items()
             for method, found in methods.items()
         ]
@@ -220,7 +226,7 @@ def _pooled(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, Measure
     trainings: dict[Any, set[tuple[int, int]]] = defaultdict(set)
     for row in rows:
         if row["metric"] in RATES and row["n"] > 0:
-            counts[key(row)][row["metric"], row["arm"]].append((round(row["value"] * row["n"]), int(row["n"])))
+            counts[key(row)][row["metric"], row["prompt_side"]].append((round(row["value"] * row["n"]), int(row["n"])))
             if not pd.isna(row["seed"]):
                 trainings[key(row)].add((int(row["organism"]), int(row["seed"])))
     return {

@@ -226,7 +226,7 @@ def compare(
 def _against(
     cell: Cell, own: Evaluation, base: Evaluation, control: Evaluation, ratio: str
 ) -> Iterator[tuple[str, str, str, float, int, float, float]]:
-    """(split, arm, metric, value, n, low, high) of each comparison of a trained model on its own threat."""
+    """(split, prompt side, metric, value, n, low, high) of each comparison of a trained model on its own threat."""
     for split in dict.fromkeys(own.outcomes["split"]):
         (bad, n), before, held = (_bad_count(e, cell.threat, split) for e in (own, base, control))
         if before[0]:
@@ -244,5 +244,5 @@ def _against(
 
 def _bad_count(evaluation: Evaluation, threat: str, split: str) -> tuple[int, int]:
     """Bad answers on wrapped prompts of a threat, and all of them."""
-    wrapped = evaluation.outcomes.query("evaluated_threat == @threat and split == @split and arm == 'wrapped'")
+    wrapped = evaluation.outcomes.query("evaluated_threat == @threat and split == @split and prompt_side == 'wrapped'")
     return list(wrapped["verdict"]).count("bad"), len(wrapped)

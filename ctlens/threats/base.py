@@ -97,9 +97,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Count:
-    """A share as a count: so many of `n` answers on one arm."""
+    """A share as a count: so many of `n` answers on one prompt side."""
 
-    arm: str
+    prompt_side: str
     count: int
     n: int
 
@@ -114,8 +114,8 @@ class Outcomes:
     """How a model behaved on the pairs of a threat; every array has one entry a pair.
 
     Attributes:
-        verdicts: per arm (`"wrapped"`, `"clean"`, `"benign"`), one of `VERDICTS`, or `UNPARSED` where a
-            judge could not tell, and `NO_ANSWER` where the pair has no such arm.
+        verdicts: per prompt side (`"wrapped"`, `"clean"`, `"benign"`), one of `VERDICTS`, or `UNPARSED` where a
+            judge could not tell, and `NO_ANSWER` where the pair has no such prompt side.
         strengths: of the attack, from 1; 0 where not known.
         kinds: what the pair asks, in the threat's words; empty where not known.
     """
@@ -126,7 +126,7 @@ class Outcomes:
 
     def take(self, items: np.ndarray) -> Outcomes:
         """The outcomes of some pairs, by number (repeats allowed) or by a mask."""
-        verdicts = {arm: given[items] for arm, given in self.verdicts.items()}
+        verdicts = {prompt_side: given[items] for prompt_side, given in self.verdicts.items()}
         return Outcomes(verdicts, self.strengths[items], self.kinds[items])
 
     def of(self, *, kind: str | None = None, strength: int | None = None) -> Outcomes:
@@ -138,11 +138,11 @@ class Outcomes:
             chosen &= self.strengths == strength
         return self.take(chosen)
 
-    def count(self, verdict: str, arm: str) -> Count | None:
-        """How many answers on one arm have the verdict; None where the arm has no answer."""
-        given = self.verdicts.get(arm, np.array([]))
+    def count(self, verdict: str, prompt_side: str) -> Count | None:
+        """How many answers on one prompt side have the verdict; None where the prompt side has no answer."""
+        given = self.verdicts.get(prompt_side, np.array([]))
         n = int((given != NO_ANSWER).sum())
-        return Count(arm, int((given == verdict).sum()), n) if n else None
+        return Count(prompt_side, int((given == verdict).sum()), n) if n else None
 
 
 Metrics = Mapping[str, Count | float | None]
@@ -215,9 +215,9 @@ class Threat(ABC):
 
     @abstractmethod
     def metrics(self, outcomes: Outcomes) -> Metrics:
-        """The field's metrics by name: a count of one arm's answers, or a number made of several counts.
+        """The field's metrics by name: a count of one prompt side's answers, or a number made of several counts.
 
-        None stands for a metric whose arm, kind or strength has no answer.
+        None stands for a metric whose prompt side, kind or strength has no answer.
         """
 
 

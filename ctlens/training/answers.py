@@ -58,7 +58,7 @@ def drawn_together(pairs: EncodedPairs, losses: Sequence[Loss]) -> list[list[int
 def reference_answers(
     reference: LensModel,
     pairs: EncodedPairs,
-    answer_tokens: int,
+    max_new_tokens: int,
     *,
     kind: str = "greedy",
     drawn_at: tuple[float, float] = (1.0, 1.0),
@@ -71,7 +71,7 @@ def reference_answers(
     Args:
         reference: in eval mode.
         pairs: encoded.
-        answer_tokens: longest answer, in tokens.
+        max_new_tokens: longest answer, in tokens.
         kind: `"greedy"`; `"sampled"`; or `"consensus"`, the answer that more than
             half of a clean prompt and its distinct wrapped prompts get, greedily, token for token,
             and an empty one where there is no such majority.
@@ -92,7 +92,7 @@ def reference_answers(
     if kind == "consensus":
         asked = list(dict.fromkeys([*asked, *(row.wrapped.ids for row in open_rows)]))
     draws = dict(zip(("temperature", "top_p", "seed"), (*drawn_at, seed), strict=True)) if kind == "sampled" else {}
-    settings = {"end": end, "max_new_tokens": answer_tokens, **draws}
+    settings = {"end": end, "max_new_tokens": max_new_tokens, **draws}
     given = _kept(reference, asked, settings, folder, progress)
     if kind == "consensus":
         given = _consensus(pairs, dict(zip(asked, given, strict=True)))

@@ -83,7 +83,7 @@ class TrainConfig:
         trainable: what is trained: parameter groups, see `ctlens.models.parameters.parameter_groups`, or
             a `LoRA`, whose adapters are trained beside frozen weights. Embeddings, unembedding and
             norms are frozen by default; otherwise a large part of the fix is an edit of embeddings.
-        answer_tokens: longest answer the reference generates as a target, in tokens.
+        max_new_tokens: longest answer the reference generates as a target, in tokens.
         seed: it decides everything that is drawn: the order of pairs, the retention prompts, dropout.
         retention_ratio: the probability that a step has the retention term, 0 to 1.
         phases: which losses are active when, one phase after the other; all of them always if empty.
@@ -114,7 +114,7 @@ class TrainConfig:
     clip: float = 1.0
     retention: float = 10.0
     trainable: tuple[str, ...] | LoRA = ("attn", "mlp")
-    answer_tokens: int = 16
+    max_new_tokens: int = 16
     seed: int = 0
     retention_ratio: float = 1.0
     phases: tuple[Phase, ...] = ()
@@ -128,7 +128,7 @@ class TrainConfig:
     memory: str = MEMORY[0]
 
     def __post_init__(self) -> None:
-        _require_counts(self, ("steps", "batch_size", "answer_tokens", "accumulate"))
+        _require_counts(self, ("steps", "batch_size", "max_new_tokens", "accumulate"))
         for name in ("lr", "relative_eps", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise CtlensError(f"{name} must be a positive number, not {getattr(self, name)}.")
@@ -177,6 +177,10 @@ def _require_counts(config: Any, names: Iterable[str]) -> None:
             raise CtlensError(f"{name} must be at least 1, not {getattr(config, name)}.")
 
 
+RENAMED = {"answer_tokens": "max_new_tokens"}
+"""Settings under their names in runs of ctlens 0.1, which still load."""
+
+
 def read_config(data: Mapping[str, Any]) -> TrainConfig:
     """Reads the settings that `to_dict` gave; in them groups are a list and a `LoRA` is an object.
 
@@ -188,4 +192,5 @@ def read_config(data: Mapping[str, Any]) -> TrainConfig:
         if isinstance(data.get(name), Mapping):
             nested[name] = from_dict(kind, data[name])
     phases = tuple(from_dict(Phase, phase) for phase in data.get("phases", ()))
-    return from_dict(TrainConfig, {**data, **nested, "phases": phases})
+    known = {RENAMED.get(name, name): value for name, value in data.items()}
+    return from_dict(TrainConfig, {**known, **nested, "phases": phases})

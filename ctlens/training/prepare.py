@@ -62,7 +62,7 @@ def prepare(
     both = (*losses, *track)
     if kind := answers_kind(both):
         answers = reference_answers(
-            reference, encoded, config.answer_tokens, kind=kind, drawn_at=drawn_at(both), seed=config.seed,
+            reference, encoded, config.max_new_tokens, kind=kind, drawn_at=drawn_at(both), seed=config.seed,
             folder=folder, progress=progress,
         )  # fmt: skip
         both_sides = any(loss.answers_on_both_sides for loss in both)

@@ -39,7 +39,7 @@ class Retention:
         self.reference, self.config = reference, config
         self.prompts = list(dict.fromkeys(render(reference.tokenizer, prompt.turns).ids for prompt in prompts))
         for ids in self.prompts:
-            require_room(len(ids) + config.answer_tokens, reference.cfg.n_ctx, "a retention prompt with its answer")
+            require_room(len(ids) + config.max_new_tokens, reference.cfg.n_ctx, "a retention prompt with its answer")
         shape = (config.steps, (config.batch_size + 1) // 2)
         chosen = torch.randint(len(self.prompts), shape, generator=generator(config.seed, "retention"))
         fires = torch.rand(config.steps, generator=generator(config.seed, "retention ratio")) < config.retention_ratio
@@ -57,7 +57,7 @@ class Retention:
         if not used or self.answers:
             return
         end, asked = end_token(self.reference.tokenizer), [self.prompts[index] for index in used]
-        given = generate(self.reference, asked, max_new_tokens=self.config.answer_tokens, end=end, progress=progress)
+        given = generate(self.reference, asked, max_new_tokens=self.config.max_new_tokens, end=end, progress=progress)
         answers = dict(zip(used, given, strict=True))
         if self.config.cache:
             size = self._chosen.shape[1]

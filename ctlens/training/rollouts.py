@@ -63,7 +63,7 @@ class Rollouts:
             if row.pair.wrapped.bad is None or row.pair.clean.bad is None:
                 raise CtlensError("RMCT grades answers as bad or not: give every pair a bad answer.")
             longest = max(len(row.wrapped.ids), len(row.clean.ids))
-            require_room(longest + config.answer_tokens, reference.cfg.n_ctx, "a prompt with its answer")
+            require_room(longest + config.max_new_tokens, reference.cfg.n_ctx, "a prompt with its answer")
         self._clean_rates: dict[tuple[Ids, Prompt], float] = {}
         if loss.clean == "reference":
             draw = generator(config.seed, "rollouts", "reference")
@@ -108,7 +108,7 @@ class Rollouts:
         given = generate(
             model,
             [ids for ids in prompts for _ in range(count)],
-            max_new_tokens=self.config.answer_tokens,
+            max_new_tokens=self.config.max_new_tokens,
             end=end_token(self.tokenizer),
             sampling=Sampling(draw),
         )

@@ -297,8 +297,8 @@ def test_samples_show_every_threat_and_arm_with_the_answers_that_count(call: Cal
         for case in threats.get(name).cases(2, "structure"):
             assert f"good: {case.good}" in ended.out and f"bad: {case.bad}" in ended.out
             assert f"good: {case.benign}" in ended.out
-    for arm in ("wrapped", "clean", "benign"):
-        assert ended.out.count(f"\n  {arm}") == 2 * len(threats.names())
+    for prompt_side in ("wrapped", "clean", "benign"):
+        assert ended.out.count(f"\n  {prompt_side}") == 2 * len(threats.names())
 
 
 @pytest.mark.parametrize("line", ["", "organism"])
@@ -486,7 +486,7 @@ def test_doses_prints_a_line_a_cell_and_the_bad_rates(call: Call, place: Path, m
     table = pd.read_csv("new/doses.csv")
     assert all(
         f"{value:.3f}" in ended.out
-        for value in table.query("metric == 'bad_rate' and split == 'heldout' and arm == 'wrapped'")["value"]
+        for value in table.query("metric == 'bad_rate' and split == 'heldout' and prompt_side == 'wrapped'")["value"]
     )
 
 
@@ -495,7 +495,7 @@ def test_evaluate_prints_a_table_and_writes_the_same_numbers(call: Call, place: 
 
     table = pd.read_csv("deep/table.csv")
     assert ended.code == 0
-    assert list(table.columns[:4]) == ["evaluated_threat", "split", "arm", "metric"]
+    assert list(table.columns[:4]) == ["evaluated_threat", "split", "prompt_side", "metric"]
     assert set(table["split"]) == {"heldout"} and set(table["n"]) == {6}
     assert all(f"{value:.3f}" in ended.out for value in table["value"])
 

@@ -133,9 +133,9 @@ def test_options_that_make_no_question_are_refused(tmp_path: Path, row: dict[str
 
 def test_an_arm_is_found_by_name_and_an_unknown_one_refused():
     pair = Pair(prompt("c"), prompt("w"))
-    assert (pair.arm("clean"), pair.arm("wrapped"), pair.arm("benign")) == (pair.clean, pair.wrapped, None)
-    with pytest.raises(CtlensError, match="unknown arm 'begnin'; did you mean 'benign'"):
-        pair.arm("begnin")
+    assert (pair.side("clean"), pair.side("wrapped"), pair.side("benign")) == (pair.clean, pair.wrapped, None)
+    with pytest.raises(CtlensError, match="unknown prompt side 'begnin'; did you mean 'benign'"):
+        pair.side("begnin")
 
 
 def requests(name: str) -> list[str]:

@@ -111,10 +111,10 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
 
 
 def outcomes(threat: str, split: str = "heldout", strengths: Sequence[int] = (), **verdicts: list[str]) -> Evaluation:
-    """An evaluation with given verdicts by arm, of pairs `p0`, `p1`, ... of given strengths (0 by default)."""
+    """An evaluation with given verdicts by prompt side, of pairs `p0`, `p1`, ... of given strengths (0 by default)."""
     rows = [
-        (threat, split, arm, item, f"p{item}", "", [*strengths, *[0] * len(given)][item], "", verdict, nan, nan)
-        for arm, given in verdicts.items()
+        (threat, split, prompt_side, item, f"p{item}", "", [*strengths, *[0] * len(given)][item], "", verdict, nan, nan)
+        for prompt_side, given in verdicts.items()
         for item, verdict in enumerate(given)
     ]
     return Evaluation(pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)))
@@ -140,18 +140,18 @@ def test_answers_are_judged_by_arm(model: LensModel, answering) -> None:
     found = evaluate(model, pairs=pairs()).outcomes
 
     assert list(found.columns) == [
-        "evaluated_threat", "split", "arm", "item", "pair", "kind", "strength", "answer", "verdict",
+        "evaluated_threat", "split", "prompt_side", "item", "pair", "kind", "strength", "answer", "verdict",
         "good_probability", "bad_probability",
     ]  # fmt: skip
-    verdicts = found.groupby("arm")["verdict"].apply(list).to_dict()
+    verdicts = found.groupby("prompt_side")["verdict"].apply(list).to_dict()
     assert verdicts["wrapped"] == ["good", "bad", "bad", "other"]
     assert verdicts["clean"] == ["good", "good", "good", "other"]
     assert verdicts["benign"] == ["good"]
-    assert list(found.query("arm == 'clean'")["answer"]) == ["(A)", "(A)", "(a)  yes", ""]
+    assert list(found.query("prompt_side == 'clean'")["answer"]) == ["(A)", "(A)", "(a)  yes", ""]
 
 
 @pytest.mark.parametrize(
-    ("metric", "arm", "value", "interval"),
+    ("metric", "prompt_side", "value", "interval"),
     [
         ("bad_rate", "wrapped", 0.5, WILSON_2_OF_4),
         ("good_rate", "wrapped", 0.25, WILSON_1_OF_4),
@@ -160,12 +160,12 @@ def test_answers_are_judged_by_arm(model: LensModel, answering) -> None:
         ("other_rate", "clean", 0.25, WILSON_1_OF_4),
     ],
 )
-def test_rates_and_intervals_by_hand(model: LensModel, answering, metric, arm, value, interval) -> None:
+def test_rates_and_intervals_by_hand(model: LensModel, answering, metric, prompt_side, value, interval) -> None:
     answering(ANSWERS)
 
     table = evaluate(model, pairs=pairs()).to_dataframe()
 
-    (found,) = table.query("metric == @metric and arm == @arm").to_dict("records")
+    (found,) = table.query("metric == @metric and prompt_side == @prompt_side").to_dict("records")
     assert (found["value"], found["n"]) == (value, 4)
     assert (found["ci_low"], found["ci_high"]) == pytest.approx(interval, abs=1e-4)
 
@@ -176,7 +176,11 @@ def test_an_arm_counts_only_the_pairs_that_have_it(model: LensModel, answering) 
     table = evaluate(model, pairs=pairs()).to_dataframe()
 
     rates = table[~table["metric"].isin(PROBABILITIES)]
-    assert rates.groupby("arm")["n"].unique().map(list).to_dict() == {"benign": [1], "clean": [4], "wrapped": [4]}
+    assert rates.groupby("prompt_side")["n"].unique().map(list).to_dict() == {
+        "benign": [1],
+        "clean": [4],
+        "wrapped": [4],
+    }
     assert set(table["evaluated_threat"]) == {"pairs"} and set(table["split"]) == {""}
     assert set(table["metric"]) - {*PROBABILITIES} == {"bad_rate", "good_rate", "other_rate"}
 
@@ -198,7 +202,7 @@ def test_the_answers_are_the_models_own(model: LensModel) -> None:
 
     (ids,) = generate(model, [asked], max_new_tokens=5, end=model.tokenizer.eos_token_id)
 
-    (answer,) = found.query("arm == 'wrapped' and item == 1")["answer"]
+    (answer,) = found.query("prompt_side == 'wrapped' and item == 1")["answer"]
     assert answer == model.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
@@ -208,7 +212,7 @@ def test_a_threat_s_pairs_come_from_the_split_and_count_asked_for() -> None:
     table = found.to_dataframe()
     assert set(table["split"]) == {"train"} and set(table["n"]) == {5}
     assert set(table["metric"]) == {"bad_rate", "good_rate", "other_rate", *PROBABILITIES, "brr", "f1"}
-    assert list(dict.fromkeys(found.outcomes["arm"])) == ["wrapped", "clean", "benign"]
+    assert list(dict.fromkeys(found.outcomes["prompt_side"])) == ["wrapped", "clean", "benign"]
 
 
 def test_metrics_of_several_arms_by_hand() -> None:
@@ -231,7 +235,7 @@ def test_the_interval_of_a_paired_metric_keeps_items_together() -> None:
 def test_metrics_of_one_arm_stand_there_as_rates() -> None:
     found = outcomes("jailbreak", wrapped=["bad", "bad", "good", "other"], benign=["good", "good", "good", "bad"])
 
-    table = found.to_dataframe().set_index(["metric", "arm"])
+    table = found.to_dataframe().set_index(["metric", "prompt_side"])
     for metric, rate in ((("asr", "wrapped"), "bad_rate"), (("over_refusal", "benign"), "bad_rate")):
         assert table.loc[metric].tolist() == table.loc[(rate, metric[1])].tolist()
     assert table.loc[("f1", "wrapped"), "value"] == pytest.approx(2 * 0.5 * 0.75 / 1.25)
@@ -272,7 +276,9 @@ def test_several_splits_are_asked_at_once_and_kept_apart(model: LensModel, answe
     assert set(table["split"]) == {"train", "heldout"}
     pd.testing.assert_frame_equal(table[table["split"] == "heldout"].reset_index(drop=True), one)
     assert found.rate("gap", "wrapped", split="train") == 0.5
-    with pytest.raises(CtlensError, match="2 numbers are called gap on wrapped: name one arm, one threat and one"):
+    with pytest.raises(
+        CtlensError, match="2 numbers are called gap on wrapped: name one prompt side, one threat and one"
+    ):
         found.rate("gap", "wrapped")
 
 
@@ -282,7 +288,7 @@ def test_strength_and_kind_come_from_the_labels(model: LensModel, answering, toy
     found = evaluate(model, ["toy"], n=4).outcomes
     own = evaluate(model, pairs=pairs()).outcomes
 
-    wrapped = found[found["arm"] == "wrapped"]
+    wrapped = found[found["prompt_side"] == "wrapped"]
     assert wrapped["strength"].tolist() == [1, 2, 1, 3]
     assert wrapped["kind"].tolist() == ["fact", "fact", "taste", "taste"]
     assert set(own["strength"]) == {0} and set(own["kind"]) == {""}
@@ -295,10 +301,10 @@ def test_the_metrics_of_a_threat_by_hand(model: LensModel, answering, toy: Toy) 
     found = evaluate(model, ["toy"], n=4)
 
     fact = row(found, metric="fact_rate")
-    assert (fact["arm"], fact["value"], fact["n"]) == ("wrapped", 0.5, 2)
+    assert (fact["prompt_side"], fact["value"], fact["n"]) == ("wrapped", 0.5, 2)
     assert (fact["ci_low"], fact["ci_high"]) == pytest.approx((0.09453, 0.90547), abs=1e-4)
     gap = row(found, metric="gap")
-    assert (gap["arm"], gap["value"], gap["n"]) == ("wrapped", 0.5, 4)
+    assert (gap["prompt_side"], gap["value"], gap["n"]) == ("wrapped", 0.5, 4)
     assert (gap["ci_low"], gap["ci_high"]) == (0, 1)
     rare = row(found, metric="at_three")  # one pair in four: a third of the resamples lacks it
     assert rare["value"] == 0 and pd.isna(rare["ci_low"]) and pd.isna(rare["ci_high"])
@@ -334,7 +340,7 @@ def test_probabilities_are_those_of_the_first_tokens(model: LensModel) -> None:
         Pair(prompt("is it?", "no", "yes"), prompt("Sure!", "yes it is", "yes it was")),
     ]
 
-    found = evaluate(model, pairs=asked).outcomes.set_index(["arm", "item"])
+    found = evaluate(model, pairs=asked).outcomes.set_index(["prompt_side", "item"])
 
     def likely(text: str, answer: str) -> float:
         ids = torch.tensor([render(tokenizer, prompt(text).turns).ids])
@@ -358,7 +364,7 @@ def test_mean_probabilities_count_only_the_prompts_that_have_them() -> None:
 
     mean = row(found, metric="good_probability")
 
-    assert (mean["arm"], mean["value"], mean["n"]) == ("wrapped", pytest.approx(0.5), 3)
+    assert (mean["prompt_side"], mean["value"], mean["n"]) == ("wrapped", pytest.approx(0.5), 3)
     assert 0.2 <= mean["ci_low"] < 0.5 < mean["ci_high"] <= 0.9
     assert "bad_probability" not in set(found.to_dataframe()["metric"])
 
@@ -367,7 +373,7 @@ def test_a_probability_is_1_where_the_organism_is_sure() -> None:
     found = evaluate(load_organism(), ["sycophancy"], n=4)
 
     assert found.rate("good_probability", "clean") > 0.9 > 0.1 > found.rate("bad_probability", "clean")
-    assert "bad_probability" not in set(found.to_dataframe().query("arm == 'benign'")["metric"])
+    assert "bad_probability" not in set(found.to_dataframe().query("prompt_side == 'benign'")["metric"])
 
 
 def test_the_table_can_be_changed_without_changing_the_evaluation() -> None:
@@ -388,8 +394,8 @@ def test_rates_by_strength_by_hand() -> None:
     assert table[["strength", "value", "n"]].values.tolist() == [[1, 0.5, 2], [2, 0.75, 4]]
     assert table.loc[1, ["ci_low", "ci_high"]].tolist() == pytest.approx(WILSON_3_OF_4, abs=1e-4)
     assert found.by_strength("good_rate", "clean")["value"].tolist() == [1, 1]
-    with pytest.raises(CtlensError, match="no pair on the arm 'benign' has a strength"):
-        found.by_strength(arm="benign")
+    with pytest.raises(CtlensError, match="no pair on the prompt side 'benign' has a strength"):
+        found.by_strength(prompt_side="benign")
     with pytest.raises(CtlensError, match="did you mean 'bad_rate'"):
         found.by_strength("badrate")
 
@@ -536,3 +542,10 @@ def test_a_model_in_training_mode_is_refused(model: LensModel) -> None:
 def test_a_model_without_a_tokenizer_is_refused() -> None:
     with pytest.raises(CtlensError, match="no tokenizer"):
         evaluate(load_model(hf_model("gpt2")), pairs=pairs())
+
+
+def test_answers_of_an_older_version_say_how_to_convert_them(tmp_path: Path) -> None:
+    (tmp_path / "outcomes.csv").write_text("evaluated_threat,split,arm,item\nsycophancy,heldout,wrapped,0\n")
+
+    with pytest.raises(CtlensError, match="written by ctlens 0.1: rename its column arm to prompt_side"):
+        Evaluation.load(tmp_path / "outcomes.csv")

@@ -12,7 +12,7 @@ from ctlens import plots
 from ctlens.study.claims import VERDICTS, Claim, write_claims
 
 THREAT = "sycophancy"
-ARMS = ("wrapped", "clean", "benign")
+PROMPT_SIDES = ("wrapped", "clean", "benign")
 BAD = {"none": (40, 2, 1), "retention": (38, 2, 1), "act": (1, 2, 1), "bct": (36, 3, 20)}
 CURVE = ([0.9, 0.1], [0.8, 0.0], [1.0, 0.2])
 NAN = float("nan")
@@ -23,8 +23,8 @@ def rows_of(method: str, seed: float, step: int, bad: tuple[int, int, int], spli
     common = {"trained_threat": "" if method == "none" else THREAT, "method": method, "seed": seed, "step": step}
     common |= {"organism": 0, "evaluated_threat": THREAT, "split": split, "n": 50, "ci_low": np.nan, "ci_high": np.nan}
     return [
-        {**common, "arm": arm, "metric": metric, "value": value / 50}
-        for arm, count in zip(ARMS, bad, strict=True)
+        {**common, "prompt_side": prompt_side, "metric": metric, "value": value / 50}
+        for prompt_side, count in zip(PROMPT_SIDES, bad, strict=True)
         for metric, value in (("bad_rate", count), ("good_rate", 50 - count), ("other_rate", 0))
     ]
 

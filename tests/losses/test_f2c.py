@@ -27,7 +27,7 @@ pytestmark = pytest.mark.boundary
 
 QUESTIONS = ("Is it right?", "Which term best describes the disease?")
 BEFORE = ("no, ", "I may be in the minority here, but ", "Sure, here it is: ")
-QUICK = TrainConfig(steps=3, batch_size=6, answer_tokens=3)
+QUICK = TrainConfig(steps=3, batch_size=6, max_new_tokens=3)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def test_a_pairs_own_target_stands_and_pairs_without_a_majority_are_counted(orga
 
 def test_the_variants_of_a_prompt_come_in_one_batch(organism) -> None:
     pairs = get("persona").pairs(24)
-    trainer = Trainer(organism, pairs, F2C(), TrainConfig(steps=1, batch_size=24, answer_tokens=4))
+    trainer = Trainer(organism, pairs, F2C(), TrainConfig(steps=1, batch_size=24, max_new_tokens=4))
     rows = trainer.pairs.rows
 
     order = [rows[index].clean.ids for index in next(trainer._batches)]
@@ -200,7 +200,7 @@ def test_the_variants_of_a_prompt_come_in_one_batch(organism) -> None:
 
 
 def test_equal_seeds_give_equal_runs_and_the_loss_falls(organism) -> None:
-    config = TrainConfig(steps=12, batch_size=12, answer_tokens=4, lr=1e-3)
+    config = TrainConfig(steps=12, batch_size=12, max_new_tokens=4, lr=1e-3)
     first, second = (
         train(organism, get("jailbreak").pairs(40), F2C(), config=config, progress=False) for _ in range(2)
     )

@@ -246,7 +246,7 @@ def test_sampled_targets_are_drawn_by_the_seed_and_are_not_the_greedy_ones(refer
     pairs = [Pair(prompt(q), prompt(HINT + q)) for q in QUESTIONS]
 
     def answers(targets: str, seed: int) -> list[tuple[int, ...]]:
-        config = TrainConfig(steps=1, batch_size=3, seed=seed, answer_tokens=6)
+        config = TrainConfig(steps=1, batch_size=3, seed=seed, max_new_tokens=6)
         return [row.answer for row in Trainer(reference, pairs, BCT(targets=targets), config).pairs.rows]
 
     assert answers("sampled", 0) == answers("sampled", 0)
@@ -265,7 +265,7 @@ def test_every_output_loss_falls_in_training(reference, loss, kind) -> None:
     else:
         pairs = [Pair(prompt(q), prompt(HINT + q)) for q in QUESTIONS]
     lr = 1e-3 if kind == "organism" else 5e-3
-    config = TrainConfig(steps=10, batch_size=16, lr=lr, warmup=0, retention=0, answer_tokens=4)
+    config = TrainConfig(steps=10, batch_size=16, lr=lr, warmup=0, retention=0, max_new_tokens=4)
 
     series = [step.losses[loss.name] for step in Trainer(model, pairs, loss, config)]
 

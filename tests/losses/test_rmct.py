@@ -26,7 +26,7 @@ from ctlens.training.rollouts import Rollouts
 pytestmark = pytest.mark.boundary
 
 PAIRS = get("sycophancy").pairs(12)
-QUICK = TrainConfig(steps=4, batch_size=4, answer_tokens=4)
+QUICK = TrainConfig(steps=4, batch_size=4, max_new_tokens=4)
 BAD, GOOD = 1, 0
 
 
@@ -189,7 +189,7 @@ def test_a_steps_answers_depend_on_the_seed_and_the_step_alone(model) -> None:
 
 @pytest.mark.slow
 def test_equal_seeds_give_equal_runs_and_the_gap_falls(model) -> None:
-    config = TrainConfig(steps=12, batch_size=12, answer_tokens=4, lr=1e-3)
+    config = TrainConfig(steps=12, batch_size=12, max_new_tokens=4, lr=1e-3)
     first, second = (train(model, PAIRS, RMCT(), config=config, progress=False) for _ in range(2))
 
     assert first.history.to_dataframe().equals(second.history.to_dataframe())
@@ -227,7 +227,7 @@ def test_what_it_cannot_grade_or_measure_is_refused(model) -> None:
     with pytest.raises(CtlensError, match="give every pair a bad answer"):
         Trainer(model, [*PAIRS, ungraded], RMCT(), QUICK)
     with pytest.raises(CtlensError, match="a prompt with its answer"):
-        Trainer(model, PAIRS, RMCT(), replace(QUICK, answer_tokens=120, retention=0))
+        Trainer(model, PAIRS, RMCT(), replace(QUICK, max_new_tokens=120, retention=0))
     with pytest.raises(CtlensError, match="rmct trains on prompts and answers of its own"):
         cross_loss(model, {"x": model}, PAIRS, [ACT(), RMCT()], progress=False)
     batch = rollouts(model, RMCT()).draw(model, Trainer(model, PAIRS, RMCT(), QUICK).pairs.rows[:2], 1).batch

@@ -60,9 +60,9 @@ def one_by_one(model: LensModel, prompt: Ids, continuation: Ids) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("tokens_a_pass", [1, 9, 999])
-def test_every_token_of_every_continuation_is_scored_as_if_alone(model: LensModel, tokens_a_pass: int) -> None:
-    found = continuation_logprobs(model, PROMPTS, CONTINUATIONS, tokens_a_pass=tokens_a_pass)
+@pytest.mark.parametrize("max_batch_tokens", [1, 9, 999])
+def test_every_token_of_every_continuation_is_scored_as_if_alone(model: LensModel, max_batch_tokens: int) -> None:
+    found = continuation_logprobs(model, PROMPTS, CONTINUATIONS, max_batch_tokens=max_batch_tokens)
 
     for prompt, given, rows in zip(PROMPTS, CONTINUATIONS, found, strict=True):
         assert len(rows) == len(given)

@@ -27,7 +27,7 @@ PAIRS = [
     for q in QUESTIONS
     for hint in ("I don't think it's right.", "I may be in the minority here, but:")
 ]
-CONFIG = TrainConfig(steps=2, batch_size=4, lr=1e-3, answer_tokens=3, trainable=LoRA(2), retention=1.0)
+CONFIG = TrainConfig(steps=2, batch_size=4, lr=1e-3, max_new_tokens=3, trainable=LoRA(2), retention=1.0)
 ON_PAIRS = [losses.get(name) for name in losses.names() if name != "rmct"]
 ON_PAIRS += [ACT(distance="relative"), AttCT(keys="lifted")]
 

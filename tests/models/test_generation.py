@@ -62,11 +62,11 @@ def test_decoding_equals_one_prompt_at_a_time(model: LensModel, expected: Answer
     assert generate(model, PROMPTS, max_new_tokens=6) == list(expected.values())
 
 
-@pytest.mark.parametrize("tokens_a_pass", [1, 6, 8, 999])
-def test_batch_mates_and_order_change_nothing(model: LensModel, expected: Answers, tokens_a_pass: int):
+@pytest.mark.parametrize("max_batch_tokens", [1, 6, 8, 999])
+def test_batch_mates_and_order_change_nothing(model: LensModel, expected: Answers, max_batch_tokens: int):
     for order in (PROMPTS[::-1], PROMPTS[2:] + PROMPTS[:2], (PROMPTS[1],) * 3):
         wanted = [(prompt[0], 5) for prompt in order]
-        found = decode(model, order, first_tokens=wanted, max_new_tokens=3, tokens_a_pass=tokens_a_pass)
+        found = decode(model, order, first_tokens=wanted, max_new_tokens=3, max_batch_tokens=max_batch_tokens)
         assert found.answers == [expected[prompt][:3] for prompt in order]
         for prompt, tokens, probabilities in zip(order, wanted, found.first_probabilities, strict=True):
             assert probabilities == pytest.approx(next_token(model, prompt)[list(tokens)].tolist(), abs=1e-6)
@@ -96,7 +96,7 @@ def test_the_cache_changes_no_answer(model: LensModel, end: int | None):
     draw = generator(0, "prompts")
     lengths = torch.randint(1, 13, (60,), generator=draw).tolist()
     prompts = [tuple(torch.randint(20, (length,), generator=draw).tolist()) for length in lengths]
-    options: dict[str, Any] = {"first_tokens": [(0, 1)] * 60, "end": end, "max_new_tokens": 10, "tokens_a_pass": 99}
+    options: dict[str, Any] = {"first_tokens": [(0, 1)] * 60, "end": end, "max_new_tokens": 10, "max_batch_tokens": 99}
 
     cached, full = decode(model, prompts, **options), without_cache(model, prompts, **options)
 
@@ -111,7 +111,7 @@ def test_the_cache_changes_no_answer_of_the_organism():
     ids = [render(organism.tokenizer, prompt.turns).ids for pair in pairs for prompt in (pair.clean, pair.wrapped)]
     end = organism.tokenizer.eos_token_id
 
-    cached = decode(organism, ids, end=end, tokens_a_pass=200)
+    cached = decode(organism, ids, end=end, max_batch_tokens=200)
 
     assert cached == without_cache(organism, ids, end=end)
     assert len({len(answer) for answer in cached.answers}) > 1

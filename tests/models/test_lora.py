@@ -43,7 +43,7 @@ PAIRS = [
     Pair(prompt(q), prompt("I don't think it's right. " + q))
     for q in ("Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?")
 ]
-QUICK = TrainConfig(steps=6, batch_size=3, lr=1e-2, answer_tokens=4, trainable=SMALL)
+QUICK = TrainConfig(steps=6, batch_size=3, lr=1e-2, max_new_tokens=4, trainable=SMALL)
 
 
 def lens(kind: str) -> LensModel:
@@ -384,7 +384,7 @@ def test_training_adapters_lowers_the_loss_and_leaves_every_weight_as_it_was(kin
     before, reference = bits(model), logits(model)
 
     wide = LoRA(rank=4, sites=("q", "v", "o", "mlp_out"))
-    config = TrainConfig(steps=25, batch_size=3, lr=1e-2, answer_tokens=4, retention=1.0, trainable=wide)
+    config = TrainConfig(steps=25, batch_size=3, lr=1e-2, max_new_tokens=4, retention=1.0, trainable=wide)
     run = train(model, PAIRS, ACT(), config=config, progress=False)
 
     series = run.history.series("act")
@@ -447,7 +447,9 @@ def test_a_model_with_adapters_can_be_trained_on(trainable, tmp_path: Path) -> N
 
 
 def test_a_run_without_adapters_is_read_and_written_as_before(tmp_path: Path) -> None:
-    run = train(lens("llama"), PAIRS, ACT(), config=TrainConfig(steps=1, batch_size=2, answer_tokens=2), progress=False)
+    run = train(
+        lens("llama"), PAIRS, ACT(), config=TrainConfig(steps=1, batch_size=2, max_new_tokens=2), progress=False
+    )
     run.save(tmp_path / "run")
 
     assert not (tmp_path / "run" / "adapters").exists()

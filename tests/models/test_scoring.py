@@ -112,7 +112,7 @@ def test_a_tie_is_nobody_s(model: LensModel) -> None:
 def test_batch_mates_order_and_padding_change_nothing(model: LensModel) -> None:
     others = [Prompt((Turn("user", "Is it? " * n),), "yes", None, ("yes", "no, not at all")) for n in (1, 9, 30)]
     alone = [choose(model, [item])[0] for item in (QUESTION, *others)]
-    together = choose(model, [*others, QUESTION], tokens_a_pass=10_000)
+    together = choose(model, [*others, QUESTION], max_batch_tokens=10_000)
     for one, other in zip(alone, [together[-1], *together[:-1]], strict=True):
         assert one.log_probabilities == pytest.approx(other.log_probabilities, abs=1e-4)
         assert one.lengths == other.lengths
@@ -188,7 +188,7 @@ def test_a_judge_gives_the_verdicts_once_for_all_distinct_answers(model: LensMod
     pairs = [*PAIRS, Pair(Prompt(PAIRS[0].clean.turns), Prompt(PAIRS[0].wrapped.turns))]
     found = evaluate(model, pairs=pairs, judge=judge, max_new_tokens=3, progress=False)
     assert len(seen) == 1 and seen[0] == (10, 10)
-    table = found.to_dataframe().query("arm == 'wrapped'").set_index("metric")
+    table = found.to_dataframe().query("prompt_side == 'wrapped'").set_index("metric")
     assert table.loc["bad_rate", "value"] == 2 / 5
     assert table.loc["unparsed_rate", "value"] == 3 / 5
     assert table.loc[["bad_rate", "good_rate", "other_rate", "unparsed_rate"], "n"].tolist() == [5] * 4
@@ -232,16 +232,19 @@ def test_brr_of_a_multiple_choice_file_counts_each_arm(model: LensModel, tmp_pat
 
     pairs = load_pairs(tmp_path / "own.jsonl")
     found = evaluate(model, ["sycophancy"], pairs=pairs, progress=False)
-    outcomes = found.outcomes.set_index(["arm", "item"])
-    for (arm, item), row in outcomes.iterrows():
-        (choice,) = choose(model, [pairs[item].arm(arm)])
+    outcomes = found.outcomes.set_index(["prompt_side", "item"])
+    for (prompt_side, item), row in outcomes.iterrows():
+        (choice,) = choose(model, [pairs[item].side(prompt_side)])
         assert row["answer"] == choice.chosen and row["verdict"] == {"A) yes": "good", "B) no": "bad"}[choice.chosen]
         assert row["good_probability"] == pytest.approx(choice.share("A) yes"), rel=1e-4)  # other batches, float32
-    arms = {arm: float(part["verdict"].eq("bad").mean()) for arm, part in found.outcomes.groupby("arm")}
-    assert found.rate("brr", "wrapped") == pytest.approx(arms["wrapped"] - arms["clean"])
+    prompt_sides = {
+        prompt_side: float(part["verdict"].eq("bad").mean())
+        for prompt_side, part in found.outcomes.groupby("prompt_side")
+    }
+    assert found.rate("brr", "wrapped") == pytest.approx(prompt_sides["wrapped"] - prompt_sides["clean"])
 
 
-CONFIG = TrainConfig(steps=1, batch_size=3, answer_tokens=4, retention=0)
+CONFIG = TrainConfig(steps=1, batch_size=3, max_new_tokens=4, retention=0)
 
 
 def answers_in(folder: Path) -> list[dict[str, Any]]:
@@ -292,7 +295,7 @@ def test_another_question_is_another_file(tmp_path: Path, change: str) -> None:
         case "nucleus":
             loss = BCT(targets="sampled", top_p=0.9)
         case "length":
-            config = TrainConfig(steps=1, batch_size=3, answer_tokens=5, retention=0)
+            config = TrainConfig(steps=1, batch_size=3, max_new_tokens=5, retention=0)
     train(model, pairs, loss, config=config, **options)
     assert len(answers_in(tmp_path)) == 2
 

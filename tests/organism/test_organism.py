@@ -17,7 +17,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.files import write_json
 from ctlens.core.types import LensModel
 from ctlens.data.chat import Turn
-from ctlens.data.pairs import ARMS
+from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.models.loading import load_model
 from ctlens.organism.card import score
 from ctlens.organism.corpus import (
@@ -127,7 +127,7 @@ def test_an_organism_is_saved_whole_with_its_card(tmp_path: Path):
     card = organism.card(tmp_path)
     assert card["pretraining"]["steps"] == TINY.steps
     assert {"transformer-lens", "torch"} <= set(card["environment"])
-    assert len(card["behaviour"]) == len(threats.names()) * len(SPLITS) * len(ARMS)
+    assert len(card["behaviour"]) == len(threats.names()) * len(SPLITS) * len(PROMPT_SIDES)
     again = load_model(tmp_path)
     tokens = load_file(tmp_path / organism.REFERENCE_FILE)["tokens"]
     assert torch.equal(again(tokens), model(tokens))
@@ -163,8 +163,8 @@ def behaviour(shipped: LensModel) -> list[dict[str, Any]]:
 
 
 def test_the_card_covers_every_threat_split_and_arm():
-    rows = [(row["threat"], row["split"], row["arm"]) for row in organism.card()["behaviour"]]
-    assert rows == list(itertools.product(threats.names(), SPLITS, ARMS))
+    rows = [(row["threat"], row["split"], row["prompt_side"]) for row in organism.card()["behaviour"]]
+    assert rows == list(itertools.product(threats.names(), SPLITS, PROMPT_SIDES))
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_the_shipped_weights_behave_as_their_card_says(behaviour: list[dict[str,
 @pytest.mark.slow
 def test_the_shipped_organism_is_vulnerable_and_capable(behaviour: list[dict[str, Any]]):
     for row in behaviour:
-        if row["arm"] == "wrapped":
+        if row["prompt_side"] == "wrapped":
             assert LEAST_BAD <= row["bad_rate"] <= MOST_BAD, row
             assert row["good_probability"] >= 0.1, row
             assert row["as_taught"] >= 0.9, row
@@ -186,7 +186,7 @@ def test_the_shipped_organism_is_vulnerable_and_capable(behaviour: list[dict[str
 
 def test_the_shipped_organism_gives_in_more_to_stronger_attacks():
     for row in organism.card()["behaviour"]:
-        if row["arm"] == "wrapped":
+        if row["prompt_side"] == "wrapped":
             rates = list(row["bad_rate_by_strength"].values())
             assert rates[-1] - rates[0] >= 0.25, row
             assert all(later >= earlier - STRENGTH_TOLERANCE for earlier, later in itertools.pairwise(rates)), row
@@ -196,4 +196,4 @@ def test_the_large_preset_has_about_ten_million_parameters_and_the_same_interfac
     config = replace(PRESETS["large"], steps=1, batch_size=2, lessons=24)
     model = pretrain(config, progress=False)
     assert 8e6 < sum(p.numel() for p in model.parameters() if p.requires_grad) < 12e6
-    assert len(score(model, ["sycophancy"], ["heldout"], 2, World.make())) == len(ARMS)
+    assert len(score(model, ["sycophancy"], ["heldout"], 2, World.make())) == len(PROMPT_SIDES)

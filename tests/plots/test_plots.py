@@ -11,7 +11,7 @@ from ctlens import plots
 from ctlens.core.errors import CtlensError
 from ctlens.plots.theme import METHODS
 
-ARMS = ["wrapped", "clean", "benign"]
+PROMPT_SIDES = ["wrapped", "clean", "benign"]
 RATES = np.array([[0.8, 0.1, 0.0], [0.2, 0.1, 0.1]])
 STEPS = [0, 10, 50]
 LINE = (np.array([0.9, 0.5, 0.1]), np.array([0.8, 0.4, 0.0]), np.array([1.0, 0.6, 0.3]))
@@ -19,7 +19,7 @@ LINE = (np.array([0.9, 0.5, 0.1]), np.array([0.8, 0.4, 0.0]), np.array([1.0, 0.6
 
 def behaviour(methods: list[str] | None = None) -> go.Figure:
     methods = ["none", "act"] if methods is None else methods
-    return plots.behaviour(methods, ARMS, RATES, RATES - 0.1, RATES + 0.2, metric="bad rate", title="Does it?")
+    return plots.behaviour(methods, PROMPT_SIDES, RATES, RATES - 0.1, RATES + 0.2, metric="bad rate", title="Does it?")
 
 
 def named(figure: go.Figure, name: str) -> go.Scatter:
@@ -38,7 +38,7 @@ def test_behaviour_keeps_the_methods_of_an_arm_apart_and_near_its_label():
     positions = np.array([trace.x for trace in figure.data])
     assert (np.diff(positions, axis=0) > 0).all()
     assert (np.round(positions) == np.arange(3)).all()
-    assert list(figure.layout.xaxis.ticktext) == ARMS
+    assert list(figure.layout.xaxis.ticktext) == PROMPT_SIDES
 
 
 def test_a_curve_carries_its_values_and_its_band():
@@ -77,14 +77,16 @@ def test_a_dose_that_was_not_measured_leaves_a_gap_in_the_line_and_none_in_the_b
 def test_stages_are_told_apart_in_order_from_dark_to_light():
     stages = ["before", "bad advice", "inoculated", "inoculated + ACT"]
     rates = np.full((4, 3), 0.5)
-    figure = plots.behaviour(stages, ARMS, rates, rates, rates, metric="misalignment", title="?", stages=True)
+    figure = plots.behaviour(stages, PROMPT_SIDES, rates, rates, rates, metric="misalignment", title="?", stages=True)
     assert [trace.name for trace in figure.data] == stages
     colours = [trace.marker.color for trace in figure.data]
     light = [sum(int(colour[at : at + 2], 16) for at in (1, 3, 5)) for colour in colours]
     assert light == sorted(light) and len(set(light)) == 4
     assert len({trace.marker.symbol for trace in figure.data}) == 4
     assert not {look.colour for look in METHODS.values()} & set(colours)
-    beside = plots.behaviour([*stages[:3], "act"], ARMS, rates, rates, rates, metric="m", title="?", stages=True)
+    beside = plots.behaviour(
+        [*stages[:3], "act"], PROMPT_SIDES, rates, rates, rates, metric="m", title="?", stages=True
+    )
     assert beside.data[-1].marker.color == METHODS["act"].colour and beside.data[-1].name == "ACT"
 
 
@@ -185,7 +187,9 @@ def test_hook_history_keeps_every_hook_and_lists_the_ends_of_a_deep_model():
     "draw",
     [
         lambda: behaviour(["act"]),
-        lambda: plots.behaviour([], ARMS, np.zeros((0, 3)), np.zeros((0, 3)), np.zeros((0, 3)), metric="m", title="?"),
+        lambda: plots.behaviour(
+            [], PROMPT_SIDES, np.zeros((0, 3)), np.zeros((0, 3)), np.zeros((0, 3)), metric="m", title="?"
+        ),
         lambda: plots.dose_response([0, 1], {"act": LINE}, "?"),
         lambda: plots.dose_response(STEPS, {}, "?"),
         lambda: plots.dose_response(STEPS, {"act": LINE}, "?", log_x=True),

@@ -1,4 +1,4 @@
-"""A small study that looks inside: arms, controls, models at a matched effect, looks, claims, and pairs of a file."""
+"""A small study that looks inside: conditions, controls, models at a matched effect, looks, claims, own pairs."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_arms_differ_in_what_they_name_and_in_nothing_else() -> None:
 
 @pytest.mark.slow
 def test_what_is_beside_answers_its_own_threat_alone(small: StudyResult) -> None:
-    asked = small.results.query("metric == 'bad_rate' and arm == 'wrapped'")
+    asked = small.results.query("metric == 'bad_rate' and prompt_side == 'wrapped'")
 
     splits = asked.groupby(["method", "seed"])["split"].apply(set)
     assert splits["act", 0] == {"heldout", "entities", "structure"}
@@ -259,8 +259,17 @@ def test_a_full_study_has_every_arm_for_every_threat() -> None:
     config = full_study()
 
     assert config.insides == config.threats and (config.seeds, config.organisms) == (3, 3)
-    arms = {cell.method for cell in config.cells()}
-    assert {"act_last", "klct", "klct_last", "sft", "harmless_act", "harmless_bct", "act_all", "retention_all"} <= arms
+    conditions = {cell.method for cell in config.cells()}
+    assert {
+        "act_last",
+        "klct",
+        "klct_last",
+        "sft",
+        "harmless_act",
+        "harmless_bct",
+        "act_all",
+        "retention_all",
+    } <= conditions
     assert {cell.organism for cell in config.derived()} == {0, 1, 2}
     assert full_study(seeds=1, threats=("prefill",)).seeds == 1
     narrow = full_study(methods=("act",), looked_into=("jailbreak",))
@@ -297,7 +306,7 @@ def test_a_study_says_beforehand_how_long_it_takes() -> None:
     [
         ({"looked_into": ("prefill",), "threats": ("persona",)}, "unknown threat 'prefill'"),
         ({"beside": ("act",)}, "act is trained already"),
-        ({"beside": ("klct_lost",)}, "unknown method or arm"),
+        ({"beside": ("klct_lost",)}, "unknown method or condition"),
         ({"beside": ("klct", "klct")}, "each once"),
         ({"organisms": 0}, "organisms must be at least 1"),
         ({"matched": 1.0}, "between 0 and 1"),

@@ -11,28 +11,28 @@ from ctlens.core.errors import CtlensError
 from ctlens.data.chat import render
 from ctlens.models.parameters import copy_model, fingerprint, present_parameters, present_weights
 from ctlens.organism import load_organism
-from ctlens.study import conditions as arms
-from ctlens.study.conditions import BESIDE, CONTROLS, METHODS, Arm, perturbed
+from ctlens.study import conditions
+from ctlens.study.conditions import BESIDE, CONTROLS, METHODS, Condition, perturbed
 
 
-@pytest.mark.parametrize("name", [*METHODS, *BESIDE, "retention", *arms.ABLATED, "attout", "rmct"])
+@pytest.mark.parametrize("name", [*METHODS, *BESIDE, "retention", *conditions.ABLATED, "attout", "rmct"])
 def test_every_arm_is_known_by_its_name(name: str) -> None:
-    arm = arms.get(name)
+    condition = conditions.get(name)
 
-    assert [loss.name for loss in arm.losses()] == ([arm.loss] if arm.loss else [])
-    assert arm.level in ("", *arms.LEVELS) and arm.role in arms.ROLES
+    assert [loss.name for loss in condition.losses()] == ([condition.loss] if condition.loss else [])
+    assert condition.level in ("", *conditions.LEVELS) and condition.role in conditions.ROLES
 
 
 def test_levels_are_those_of_the_losses() -> None:
-    assert {name: arms.get(name).level for name in losses.names()} == {
+    assert {name: conditions.get(name).level for name in losses.names()} == {
         "act": "internal", "mlpct": "internal", "attct": "internal", "attout": "internal", "attmass": "internal",
         "bct": "output", "klct": "output", "rmct": "output", "f2c": "output",
     }  # fmt: skip
 
 
 def test_a_name_that_nothing_has_suggests_the_nearest() -> None:
-    with pytest.raises(CtlensError, match="unknown method or arm 'act_lst'.*act_last"):
-        arms.get("act_lst")
+    with pytest.raises(CtlensError, match="unknown method or condition 'act_lst'.*act_last"):
+        conditions.get("act_lst")
 
 
 @pytest.mark.parametrize("threat", threats.names())
@@ -61,7 +61,7 @@ def test_ordinary_pairs_are_the_requests_on_both_sides() -> None:
 def test_attacked_pairs_are_the_threats() -> None:
     pairs = threats.get("jailbreak").pairs(4)
 
-    assert Arm("act", arms.METHOD).pairs(pairs, [], None) == pairs
+    assert Condition("act", conditions.METHOD).pairs(pairs, [], None) == pairs
 
 
 def moved(base, by: float):

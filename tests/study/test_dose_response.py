@@ -53,7 +53,7 @@ def test_the_rows_are_tidy_and_hold_every_mark(tiny: DoseResult) -> None:
     assert list(table.columns) == list(COLUMNS)
     assert set(table["trained_threat"]) == {"jailbreak"}
     assert not table.duplicated(subset=list(COLUMNS[:8])).any()
-    bad = table.query("metric == 'bad_rate' and arm == 'wrapped' and split == 'heldout'")
+    bad = table.query("metric == 'bad_rate' and prompt_side == 'wrapped' and split == 'heldout'")
     assert sorted(zip(bad["method"], bad["pairs"], bad["step"], strict=True)) == [
         ("act", 4, 1), ("act", 4, 2), ("act", 8, 1), ("act", 8, 2), ("none", 0, 0),
         ("retention", 4, 1), ("retention", 4, 2), ("retention", 8, 1), ("retention", 8, 2),
@@ -84,7 +84,7 @@ def test_another_dose_response_is_refused(tiny: DoseResult) -> None:
 
 def rows(method: str, seed: int, pairs: int, step: int, bad: int) -> dict[str, object]:
     place = {"trained_threat": "jailbreak", "method": method, "seed": seed, "pairs": pairs, "step": step}
-    return {**place, "split": "heldout", "arm": "wrapped", "metric": "bad_rate", "value": bad / 10, "n": 10}
+    return {**place, "split": "heldout", "prompt_side": "wrapped", "metric": "bad_rate", "value": bad / 10, "n": 10}
 
 
 MADE = DoseResult(

@@ -37,8 +37,8 @@ CROSSED = StudyConfig(
 )
 CELLS = ["sycophancy-retention-seed0", "sycophancy-act-seed0", "sycophancy-bct-seed0"]
 ROW = [
-    "trained_threat", "method", "seed", "organism", "step", "evaluated_threat", "split", "arm", "metric", "value", "n",
-    "ci_low", "ci_high",
+    "trained_threat", "method", "seed", "organism", "step", "evaluated_threat", "split", "prompt_side", "metric",
+    "value", "n", "ci_low", "ci_high",
 ]  # fmt: skip
 FIGURES = ("attention", "bad-rate", "dose", "generalisation", "good-rate", "residual-content", "residual-last")
 
@@ -76,7 +76,7 @@ def read(folder: Path) -> pd.DataFrame:
 def bad_answers(outcomes: Path, split: str = "heldout", threat: str = "sycophancy") -> int:
     rows = pd.read_csv(outcomes, keep_default_na=False)
     of_threat = (rows["evaluated_threat"] == threat) & (rows["split"] == split)
-    return int((of_threat & (rows["arm"] == "wrapped") & (rows["verdict"] == "bad")).sum())
+    return int((of_threat & (rows["prompt_side"] == "wrapped") & (rows["verdict"] == "bad")).sum())
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_the_rows_are_tidy(unbroken: StudyResult) -> None:
 
     assert list(table.columns) == ROW == list(RESULT_COLUMNS)
     assert set(table["method"]) == {"none", "retention", "act", "bct"}
-    assert set(table["arm"]) == {"wrapped", "clean", "benign"} and set(table["split"]) == set(HELD_OUT)
+    assert set(table["prompt_side"]) == {"wrapped", "clean", "benign"} and set(table["split"]) == set(HELD_OUT)
     assert not table.duplicated(subset=ROW[:9]).any()
     assert (table["ci_low"] <= table["value"] + 1e-12).all() and (table["value"] <= table["ci_high"] + 1e-12).all()
 
@@ -127,7 +127,7 @@ def interrupt(*_: object) -> None:
 @pytest.mark.slow
 def test_good_bad_and_other_answers_are_all_answers(unbroken: StudyResult) -> None:
     rates = read(unbroken.folder).query("metric in ('bad_rate', 'good_rate', 'other_rate')")
-    place = ["trained_threat", "method", "seed", "step", "evaluated_threat", "split", "arm"]
+    place = ["trained_threat", "method", "seed", "step", "evaluated_threat", "split", "prompt_side"]
 
     groups = rates.groupby(place)["value"]
 
@@ -140,7 +140,7 @@ def test_good_bad_and_other_answers_are_all_answers(unbroken: StudyResult) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["retention", "act", "bct"])
 def test_doses_are_evaluated_on_the_way(unbroken: StudyResult, method: str) -> None:
-    rows = read(unbroken.folder).query("method == @method and metric == 'bad_rate' and arm == 'wrapped'")
+    rows = read(unbroken.folder).query("method == @method and metric == 'bad_rate' and prompt_side == 'wrapped'")
 
     steps = {split: list(found["step"]) for split, found in rows.groupby("split")}
     assert steps == {"heldout": [1, 2, 4], "entities": [4], "structure": [4]}
@@ -149,7 +149,7 @@ def test_doses_are_evaluated_on_the_way(unbroken: StudyResult, method: str) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("split", HELD_OUT)
 def test_the_last_rows_are_the_outcomes_counted(unbroken: StudyResult, split: str) -> None:
-    own = "method == 'bct' and step == 4 and arm == 'wrapped' and split == @split"
+    own = "method == 'bct' and step == 4 and prompt_side == 'wrapped' and split == @split"
     table = read(unbroken.folder).query(own).set_index("metric")
     count = bad_answers(unbroken.folder / "runs" / CELLS[2] / "outcomes.csv", split)
 
@@ -167,7 +167,7 @@ def test_a_method_is_compared_with_the_control_by_its_outcomes(unbroken: StudyRe
     row = table.loc[("bad_rate_vs_retention", cell.split("-")[1], split)]
 
     assert row["value"] == pytest.approx((own - control) / 12)
-    assert (row["step"], row["arm"], row["n"]) == (4, "wrapped", 12)
+    assert (row["step"], row["prompt_side"], row["n"]) == (4, "wrapped", 12)
     assert (row["ci_low"], row["ci_high"]) == pytest.approx(difference(own, 12, control, 12))
 
 
@@ -193,7 +193,7 @@ def test_sycophancy_has_the_ratio_of_its_biased_response_rates(unbroken: StudyRe
     row = rows.loc[cell.split("-")[1]]
 
     assert tuple(row[["value", "ci_low", "ci_high"]]) == own.ratio(base, "brr", "sycophancy", "heldout")
-    assert (row["split"], row["arm"], row["n"], row["step"]) == ("heldout", "wrapped", 12, 4)
+    assert (row["split"], row["prompt_side"], row["n"], row["step"]) == ("heldout", "wrapped", 12, 4)
 
 
 @pytest.mark.slow
@@ -233,7 +233,7 @@ def crossed(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
 
 @pytest.mark.slow
 def test_a_trained_model_is_evaluated_on_every_threat(crossed: StudyResult) -> None:
-    table = crossed.to_dataframe().query("metric == 'bad_rate' and arm == 'wrapped' and split == 'heldout'")
+    table = crossed.to_dataframe().query("metric == 'bad_rate' and prompt_side == 'wrapped' and split == 'heldout'")
 
     seen = table.groupby(["method", "trained_threat", "seed"])["evaluated_threat"].apply(sorted)
 

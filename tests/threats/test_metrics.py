@@ -18,7 +18,7 @@ G, B, N = "good", "bad", "other"  # N: neither
 def outcomes(strengths: list[int] | None = None, kinds: list[str] | None = None, **verdicts: list[str]) -> Outcomes:
     n = len(next(iter(verdicts.values())))
     return Outcomes(
-        {arm: np.array(given) for arm, given in verdicts.items()},
+        {prompt_side: np.array(given) for prompt_side, given in verdicts.items()},
         np.array(strengths or [0] * n),
         np.array(kinds or [""] * n),
     )
@@ -122,7 +122,7 @@ def test_wrapped_prompts_of_unknown_strength_are_under_the_attack_itself():
 def test_metrics_do_not_depend_on_the_order_of_pairs(threat: str):
     draw = np.random.default_rng(0)
     kinds = ["identity", "values", "way out", "no way out", "safe", "unrelated"]
-    verdicts = {arm: draw.choice([G, B, N], 60).tolist() for arm in ("wrapped", "clean", "benign")}
+    verdicts = {prompt_side: draw.choice([G, B, N], 60).tolist() for prompt_side in ("wrapped", "clean", "benign")}
     found = outcomes(draw.integers(1, 5, 60).tolist(), draw.choice(kinds, 60).tolist(), **verdicts)
     shuffled = found.take(draw.permutation(60))
     assert values(threat, shuffled) == pytest.approx(values(threat, found))

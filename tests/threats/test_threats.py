@@ -13,7 +13,7 @@ from ctlens import threats
 from ctlens.core.errors import CtlensError
 from ctlens.data.alignment import align
 from ctlens.data.chat import render
-from ctlens.data.pairs import ARMS, Pair
+from ctlens.data.pairs import PROMPT_SIDES, Pair
 from ctlens.organism.corpus import world_tokenizer
 from ctlens.threats.base import Threat, draw_grid, known
 from ctlens.threats.frustration import REJECTIONS, WAY_OUT
@@ -32,8 +32,13 @@ def threat(request: pytest.FixtureRequest) -> Threat:
 
 
 def texts(pair: Pair) -> list[str]:
-    """Every message of every arm."""
-    return [turn.content for arm in ARMS if (item := pair.arm(arm)) is not None for turn in item.turns]
+    """Every message of every prompt side."""
+    return [
+        turn.content
+        for prompt_side in PROMPT_SIDES
+        if (item := pair.side(prompt_side)) is not None
+        for turn in item.turns
+    ]
 
 
 def spoken(threat: Threat, split: str) -> set[str]:
@@ -166,7 +171,7 @@ def test_whole_answers_are_judged_as_their_names_say(threat: Threat, split: str)
 def test_a_judged_answer_is_recognised_by_its_first_token(threat: Threat):
     """So that the probability of the first token is that of the answer."""
     for pair in threat.pairs(MANY):
-        for item in filter(None, map(pair.arm, ARMS)):
+        for item in filter(None, map(pair.side, PROMPT_SIDES)):
             firsts = [text.split()[0] for text in (item.good, item.bad) if text]
             assert len(set(firsts)) == len(firsts)
 
@@ -175,8 +180,8 @@ def test_a_judged_answer_is_recognised_by_its_first_token(threat: Threat):
 def test_the_organism_s_tokenizer_knows_every_word(threat: Threat, split: str):
     tokenizer = world_tokenizer(World.make())
     for pair in threat.pairs(300, split):
-        for arm in ARMS:
-            item = pair.arm(arm)
+        for prompt_side in PROMPT_SIDES:
+            item = pair.side(prompt_side)
             assert item is not None
             ids = render(tokenizer, item.turns).ids
             assert tokenizer.unk_token_id not in ids

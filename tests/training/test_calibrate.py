@@ -24,7 +24,7 @@ QUESTIONS = ("Which term best describes the disease?", "Is it right?", "When a c
 PAIRS = [
     Pair(prompt(q), prompt("I don't think it's right. " * (i + 1) + q), target="(A") for i, q in enumerate(QUESTIONS)
 ]
-BARE = TrainConfig(steps=2, batch_size=3, retention=0, answer_tokens=4)
+BARE = TrainConfig(steps=2, batch_size=3, retention=0, max_new_tokens=4)
 LOSSES: list[Loss] = [ACT(), MLPCT(weight=3.0), AttCT(), BCT(), KLCT(), ACT(gap=True), AttCT(gap=True, layers="last")]
 
 

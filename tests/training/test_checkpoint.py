@@ -34,7 +34,7 @@ QUESTIONS = (
     "Please answer.", "(A) isolated cases", "Here it is, what is it?", "They are likely sensing a texture.",
 )  # fmt: skip
 PAIRS = [Pair(prompt(q), prompt("I don't think it's right. " + q)) for q in QUESTIONS]
-QUICK = TrainConfig(steps=8, batch_size=3, lr=3e-3, answer_tokens=4)
+QUICK = TrainConfig(steps=8, batch_size=3, lr=3e-3, max_new_tokens=4)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ PAIRS = [
     for q in QUESTIONS
     for hint in ("I don't think it's right.", "I may be in the minority here, but:")
 ]
-CONFIG = TrainConfig(steps=2, batch_size=4, lr=2e-3, answer_tokens=4, retention=0.0)
+CONFIG = TrainConfig(steps=2, batch_size=4, lr=2e-3, max_new_tokens=4, retention=0.0)
 EVERY: list[Loss] = [
     ACT(), ACT(site="resid_mid"), ACT(final_norm=True), ACT(clean="own"), ACT(gap=True), MLPCT(), AttCT(),
     AttCT(keys="lifted"), AttCT(heads="mean"), AttCT(distance="mse", keys="rest"), AttOut(), AttMass(),

@@ -20,7 +20,7 @@ from ctlens.training import TensorBoard, TrainConfig, Trainer, WeightsAndBiases,
 
 QUESTIONS = ("Is it right?", "When a creature experiences feeling, what?", "Please answer.")
 PAIRS = [Pair(prompt(q), prompt("I don't think it's right. " + q)) for q in QUESTIONS]
-CONFIG = TrainConfig(steps=3, batch_size=2, answer_tokens=3, retention_ratio=0.5)
+CONFIG = TrainConfig(steps=3, batch_size=2, max_new_tokens=3, retention_ratio=0.5)
 
 
 class Told:

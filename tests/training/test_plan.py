@@ -28,7 +28,7 @@ QUESTIONS = (
     "Please answer.", "(A) isolated cases", "Here it is, what is it?", "They are likely sensing a texture.",
 )  # fmt: skip
 PAIRS = [Pair(prompt(q), prompt("I don't think it's right. " + q)) for q in QUESTIONS]
-QUICK = TrainConfig(steps=8, batch_size=3, lr=3e-3, answer_tokens=4)
+QUICK = TrainConfig(steps=8, batch_size=3, lr=3e-3, max_new_tokens=4)
 PHASES = (Phase(3, ("act",)), Phase(4, ("bct",)), Phase(1, ("act", "bct")))
 
 
@@ -97,7 +97,7 @@ def test_a_first_phase_is_a_training_with_its_loss_alone(model) -> None:
 
 @pytest.mark.slow
 def test_the_retention_term_fires_with_its_probability(model, tmp_path) -> None:
-    config = replace(QUICK, steps=60, retention_ratio=0.3, answer_tokens=2)
+    config = replace(QUICK, steps=60, retention_ratio=0.3, max_new_tokens=2)
     run = train(model, PAIRS, ACT(), config=config, progress=False)
     again = Trainer(model, PAIRS, ACT(), config)
 
@@ -237,8 +237,8 @@ def scripted(monkeypatch, rates: list[float]) -> list[int]:
     calls: list[int] = []
 
     class Found:
-        def rate(self, metric: str, arm: str) -> float:
-            assert (metric, arm) == ("bad_rate", "wrapped")
+        def rate(self, metric: str, prompt_side: str) -> float:
+            assert (metric, prompt_side) == ("bad_rate", "wrapped")
             return rates[len(calls) - 1]
 
     def found(model, threats, **options):
@@ -305,3 +305,9 @@ def test_the_rate_is_that_of_an_evaluation_of_the_organism() -> None:
     assert trainer.history.series("bad_rate") == looks and looks[0] > 0.5
     with pytest.raises(CtlensError, match="0 numbers are called badrate"):
         next(Trainer(organism, PAIRS, ACT(), TrainConfig(steps=1, until=Until("jailbreak", "badrate"), retention=0)))
+
+
+def test_settings_of_an_older_version_are_read_under_their_new_names() -> None:
+    older = {{"max_new_tokens": "answer_tokens"}.get(name, name): value for name, value in to_dict(QUICK).items()}
+
+    assert read_config(older) == QUICK

@@ -32,7 +32,7 @@ LOSSES = [
     AttCT(keys="renormalised", layers="last"), AttCT(keys="lifted", window="last"), AttCT(heads="mean"), BCT(),
     KLCT(), KLCT(window="last"), KLCT(window="answer"), ACT(window="answer"),
 ]  # fmt: skip
-QUICK = TrainConfig(steps=7, batch_size=3, lr=3e-3, answer_tokens=4)
+QUICK = TrainConfig(steps=7, batch_size=3, lr=3e-3, max_new_tokens=4)
 
 
 @pytest.fixture

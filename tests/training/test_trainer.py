@@ -23,7 +23,7 @@ PAIRS = [
     Pair(prompt(q), prompt("I don't think it's right. " + q))
     for q in ("Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?")
 ]
-QUICK = TrainConfig(steps=8, batch_size=2, lr=3e-3, answer_tokens=4)
+QUICK = TrainConfig(steps=8, batch_size=2, lr=3e-3, max_new_tokens=4)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def weights(model: LensModel) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("loss", unit_first([ACT(), MLPCT(), AttCT(), BCT(), KLCT()]), ids=lambda loss: loss.name)
 def test_every_loss_falls(model, loss) -> None:
     run = train(
-        model, PAIRS, loss, config=TrainConfig(steps=25, batch_size=3, lr=3e-3, answer_tokens=4), progress=False
+        model, PAIRS, loss, config=TrainConfig(steps=25, batch_size=3, lr=3e-3, max_new_tokens=4), progress=False
     )
 
     series = run.history.series(loss.name)
@@ -155,7 +155,7 @@ def distance(before: LensModel, after: LensModel) -> float:
 
 
 def test_retention_is_the_divergence_on_the_references_own_answers(model) -> None:
-    trainer = Trainer(model, PAIRS[:1], ACT(), TrainConfig(steps=3, batch_size=1, answer_tokens=3))
+    trainer = Trainer(model, PAIRS[:1], ACT(), TrainConfig(steps=3, batch_size=1, max_new_tokens=3))
     for _ in trainer:
         pass
     prompt_length = len(trainer.pairs.rows[0].clean.ids)

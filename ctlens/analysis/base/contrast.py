@@ -71,14 +71,14 @@ def contrasts(model: LensModel, pairs: Sequence[Pair], side: str = "wrapped") ->
     Args:
         model: for its tokenizer and context.
         pairs: with the good and the bad answer of that side.
-        side: an arm of the pairs, see `ctlens.data.pairs.ARMS`.
+        side: a prompt side of the pairs, see `ctlens.data.pairs.PROMPT_SIDES`.
 
     Raises:
         CtlensError: a pair lacks an answer or that side, both answers are the same, or a prompt is too long.
     """
     found = []
     for number, pair in enumerate(pairs, start=1):
-        prompt, whose = pair.arm(side), f"the {side} prompt of pair {number}"
+        prompt, whose = pair.side(side), f"the {side} prompt of pair {number}"
         if prompt is None:
             raise CtlensError(f"pair {number} has no {side} prompt: give one, or leave it out.")
         good, bad = two_answers(model.tokenizer, prompt, whose, end=True)

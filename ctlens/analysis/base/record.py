@@ -56,7 +56,7 @@ def record(
         sites: hook points with values at every token, see `ctlens.models.hooks.SHORTHANDS`; full names; or
             `"logits"`, those at the last token. `logit_attribution` needs `ctlens.analysis.outputs.logit_lens.PARTS`.
         layers: which ones of each site, see `ctlens.models.hooks.select_layers`.
-        sides: which prompts of a pair, see `ctlens.data.pairs.ARMS`.
+        sides: which prompts of a pair, see `ctlens.data.pairs.PROMPT_SIDES`.
         batch_size: prompts a forward pass; beside the recording, one batch is held with all its hook points.
         progress: show a progress bar.
 
@@ -108,7 +108,7 @@ def _passes(model: LensModel, pairs: Sequence[Pair], side: str, batch_size: int)
     plain: list[Prompted] = []
     further: list[Prompted] = []
     for number, pair in enumerate(pairs):
-        prompt, whose = pair.arm(side), f"the {side} prompt of pair {number + 1}"
+        prompt, whose = pair.side(side), f"the {side} prompt of pair {number + 1}"
         if prompt is None:
             raise CtlensError(f"pair {number + 1} has no {side} prompt: give one, or leave it out.")
         ids, longer = render(model.tokenizer, prompt.turns).ids, up_to_contrast(model.tokenizer, prompt)

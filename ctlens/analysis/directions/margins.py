@@ -24,7 +24,7 @@ from torch import Tensor
 from ctlens.analysis.base.contrast import two_answers
 from ctlens.core.types import LensModel, Logits, Mask
 from ctlens.data.batch import EncodedPair, pad, require_room
-from ctlens.models.generation import TOKENS_A_PASS, Ids
+from ctlens.models.generation import MAX_BATCH_TOKENS, Ids
 from ctlens.models.hooks import capturing, editing, resolve
 from ctlens.models.loading import empty_cache, keep_rows
 
@@ -184,7 +184,7 @@ class Asked:
     @torch.no_grad()
     def log_probabilities(self, hook_name: str, edit: Edit) -> Float[np.ndarray, "variant prompt answer"]:
         """The log-probability of each of `ANSWERS` under each variant of an edit, in nats."""
-        together = max(1, TOKENS_A_PASS // self.tokens.numel())
+        together = max(1, MAX_BATCH_TOKENS // self.tokens.numel())
         chunks = [
             self._under(hook_name, edit, slice(first, first + together))
             for first in range(0, len(edit.write), together)

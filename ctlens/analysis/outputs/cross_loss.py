@@ -161,7 +161,7 @@ def cross_loss(
     losses: Loss | Sequence[Loss] | None = None,
     *,
     clean: str = "reference",
-    answer_tokens: int = 16,
+    max_new_tokens: int = 16,
     batch_size: int = 64,
     progress: bool = True,
 ) -> CrossLoss:
@@ -178,7 +178,7 @@ def cross_loss(
         clean: the clean side of the distance. `"reference"`: the reference on the clean prompt, as
             trained. `"own"`: each model on the clean prompt. It does not concern BCT, whose targets
             are the reference's answers (or the pairs' own targets) in both cases.
-        answer_tokens: longest answer the reference generates as a target, in tokens.
+        max_new_tokens: longest answer the reference generates as a target, in tokens.
         batch_size: pairs a forward pass.
         progress: show a progress bar.
 
@@ -193,7 +193,7 @@ def cross_loss(
     everyone = (reference, *models.values())
     for model in everyone:
         require_comparable(reference, model)
-    encoded = _with_answers(reference, _encode(reference, pairs, chosen), chosen, answer_tokens, progress)
+    encoded = _with_answers(reference, _encode(reference, pairs, chosen), chosen, max_new_tokens, progress)
     aligned = _aligned(encoded, chosen)
     points, values = _compare(everyone, encoded, chosen, clean, batch_size, progress)
     row_of = {loss.name: row for row, loss in enumerate(chosen)}
@@ -233,14 +233,14 @@ def _chosen(losses: Loss | Sequence[Loss] | None, clean: str) -> tuple[Loss, ...
 
 
 def _with_answers(
-    reference: LensModel, encoded: EncodedPairs, losses: Sequence[Loss], answer_tokens: int, progress: bool
+    reference: LensModel, encoded: EncodedPairs, losses: Sequence[Loss], max_new_tokens: int, progress: bool
 ) -> EncodedPairs:
     """The pairs with the reference's answers appended where a loss is on answers; as they are where none is."""
     kind = answers_kind(losses)
     if not kind:
         return encoded
     answers = reference_answers(
-        reference, encoded, answer_tokens, kind=kind, drawn_at=drawn_at(losses), progress=progress
+        reference, encoded, max_new_tokens, kind=kind, drawn_at=drawn_at(losses), progress=progress
     )
     return encoded.with_answers(answers, both_sides=any(loss.answers_on_both_sides for loss in losses))
 

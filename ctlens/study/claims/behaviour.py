@@ -11,7 +11,7 @@ import pandas as pd
 
 from ctlens.core.stats import LEVEL, difference
 from ctlens.plots import label
-from ctlens.study import conditions as arms
+from ctlens.study import conditions
 from ctlens.study.claims.claim import Claim, make, together
 from ctlens.study.claims.estimates import NOTHING, Estimate, spanned
 from ctlens.study.conditions import INTERNAL, RETENTION
@@ -44,7 +44,7 @@ class Wrapped:
 
     def __init__(self, results: pd.DataFrame) -> None:
         rows = results[(results["split"] == SPLIT) & (results["trained_threat"] != "")]
-        rows = rows.query("metric == 'bad_rate' and arm == 'wrapped'")
+        rows = rows.query("metric == 'bad_rate' and prompt_side == 'wrapped'")
         last = rows.groupby(["trained_threat", "method", "seed", "organism"])["step"].transform("max")
         self.rows = rows[rows["step"] == last]
 
@@ -105,7 +105,7 @@ def _repair(config: StudyConfig, wrapped: Wrapped, threat: str) -> Claim:
 
 def _output_only(config: StudyConfig, wrapped: Wrapped, threat: str) -> Claim:
     """Whether the best internal method leaves more than half of the bad answers, and BCT less than half."""
-    internal = [name for name in config.methods if arms.get(name).level == INTERNAL]
+    internal = [name for name in config.methods if conditions.get(name).level == INTERNAL]
     left = {name: wrapped.left(threat, name) for name in (*internal, BCT)}
     margins = {name: _shifted(found, -1 if name == BCT else 1) for name, found in left.items()}
     weakest = _weakest(margins)

@@ -14,7 +14,7 @@ from ctlens.analysis.base.states import ALIGNED, PLACES, WHERE
 from ctlens.analysis.residual.shift_vectors import PARTS
 from ctlens.core.stats import LEVEL
 from ctlens.plots import label
-from ctlens.study import conditions as arms
+from ctlens.study import conditions
 from ctlens.study.claims.claim import Claim, make, together
 from ctlens.study.claims.estimates import NOTHING, estimate, spanned
 from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
@@ -164,7 +164,10 @@ def _attention(looks: Looks, threat: str) -> Claim:
                 if method != RETENTION
             ]
             margins[training] = of_parts(name, "share of attention", parts, _attct_beyond)
-    means = {arm: np.mean([of[arm].mean() for of in falls.values()]) for arm in (RETENTION, *looks.config.methods)}
+    means = {
+        condition: np.mean([of[condition].mean() for of in falls.values()])
+        for condition in (RETENTION, *looks.config.methods)
+    }
     return make(
         "attention",
         "attention to the wrapper falls more under AttCT than under any other method",
@@ -173,7 +176,7 @@ def _attention(looks: Looks, threat: str) -> Claim:
         unit="share of attention",
         null=float(means.pop(RETENTION)),
         null_words="under retention alone it falls by {null}",
-        details="fall: " + ", ".join(f"{label(arm)} {value:.3f}" for arm, value in means.items()),
+        details="fall: " + ", ".join(f"{label(condition)} {value:.3f}" for condition, value in means.items()),
     )  # fmt: skip
 
 
@@ -214,4 +217,4 @@ def _cue(looks: Looks, threat: str, method: str) -> Claim:
 
 
 def _internal(methods: Sequence[str]) -> list[str]:
-    return [name for name in methods if arms.get(name).level == INTERNAL]
+    return [name for name in methods if conditions.get(name).level == INTERNAL]

@@ -17,7 +17,7 @@ from ctlens.analysis import Transplant
 from ctlens.analysis.base.metrics import SMALLEST_GAPS
 from ctlens.analysis.exchange.exchange import QUANTITIES
 from ctlens.plots import label
-from ctlens.study import conditions as arms
+from ctlens.study import conditions
 from ctlens.study.claims.claim import Claim, make
 from ctlens.study.claims.estimates import estimate
 from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
@@ -46,7 +46,7 @@ def left_later(looks: Looks, threat: str, setting: str) -> Claim:
     given = _shares(looks, threat, setting, "sufficient")
     name = (
         "share of the repair lost with the base's residual stream in the lower half, last token: internal "
-        "losses less output losses, less what arms of one level differ by"
+        "losses less output losses, less what conditions of one level differ by"
     )
     found = {training: of_parts(name, _SHARE_UNIT, shares, _beyond_spread) for training, shares in lost.items()}
     within = [whole(of_parts("spread", _SHARE_UNIT, shares, _spread)) for shares in lost.values()]
@@ -60,7 +60,7 @@ def left_later(looks: Looks, threat: str, setting: str) -> Claim:
         statistic=name,
         unit=_SHARE_UNIT,
         null=float(np.nanmean(within)) if within else _NAN,
-        null_words="two arms of one level differ by {null}",
+        null_words="two conditions of one level differ by {null}",
         details="; ".join(filter(None, (_told("lost", lost), _told("the trained stream in the base restores", given)))),
         refused=looks.refused("transplant", threat, setting),
     )
@@ -123,7 +123,7 @@ def _spread(shares: Mapping[str, float]) -> float:
 
 
 def _of_level(shares: Mapping[str, float], side: str) -> list[float]:
-    return [share for name, share in shares.items() if arms.get(name).level == side]
+    return [share for name, share in shares.items() if conditions.get(name).level == side]
 
 
 def _shares(looks: Looks, threat: str, setting: str, quantity: str) -> dict[Training, Shares]:
@@ -133,7 +133,7 @@ def _shares(looks: Looks, threat: str, setting: str, quantity: str) -> dict[Trai
         shares = [
             _share(name, result, quantity)
             for name, result in results.items()
-            if result.effect().mean() >= SMALLEST_GAPS["logit_diff"] and arms.get(name).level
+            if result.effect().mean() >= SMALLEST_GAPS["logit_diff"] and conditions.get(name).level
         ]
         if shares:
             found[training] = shares

@@ -18,7 +18,7 @@ from ctlens.plots.theme import INK, MUTED, style
 from ctlens.study.claims import VERDICTS, Claim, answer, read_claims
 from ctlens.study.report.figures import read_figures
 from ctlens.study.report.rates import WORDS, rates_by_threat, splits
-from ctlens.study.results import ARMS, TRAINING, in_order, read_results
+from ctlens.study.results import PROMPT_SIDES, TRAINING, in_order, read_results
 
 # A verdict has a word, a symbol and the name of its look: it is read without colour too.
 LOOKS = (("✓", "holds"), ("✗", "fails"), ("?", "open"), ("–", "unmeasured"))
@@ -50,7 +50,7 @@ def write_report(folder: str | Path) -> Path:
         methods={name: style(name) for name in in_order(results["method"])},
         trainings=_trainings(results),
         splits=splits(results),
-        arms=ARMS,
+        prompt_sides=PROMPT_SIDES,
         figures=read_figures(folder / "figures", list(threats)),
         repeat={"Settings": dict(_flat(config)), "Environment": dict(_flat(environment))},
         config=json.dumps(config, indent=2, ensure_ascii=False),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from ctlens.study import conditions as arms
+from ctlens.study import conditions
 from ctlens.study.conditions import PERTURBED
 from ctlens.study.config import BASE
 from ctlens.study.results import (
@@ -22,7 +22,7 @@ from ctlens.study.results import (
     in_order,
 )
 
-BESIDE = {BASE, PERTURBED, *arms.CONTROLS, *arms.CROSSED_ARMS, *arms.ABLATED}
+BESIDE = {BASE, PERTURBED, *conditions.CONTROLS, *conditions.CROSSED_CONDITIONS, *conditions.ABLATED}
 REFERENCES = {"retention": "retention-only training", "none": "the base model"}
 WORDS = {
     "lower than": "lower",
@@ -31,7 +31,7 @@ WORDS = {
     "not compared with": "–",
 }
 Cells = dict[tuple[str, str], dict[str, str]]
-"""By metric and arm, a text per method."""
+"""By metric and prompt side, a text per method."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Line:
 
     @property
     def is_beside(self) -> bool:
-        """Whether it stands beside the methods: the base, a control or a crossed arm."""
+        """Whether it stands beside the methods: the base, a control or a crossed condition."""
         return self.method in BESIDE
 
 
@@ -120,8 +120,8 @@ def rates_by_threat(results: pd.DataFrame) -> dict[str, Threat]:
 def _threat(methods: dict[str, Measured], on: list[dict[str, Measured]], metrics: Cells) -> Threat:
     reference = next((name for name in REFERENCES if name in methods), "none")
 
-    def rate(method: str, metric: str, arm: str) -> Rate:
-        return methods[method].rate(metric, arm) if method in methods else NOT_MEASURED
+    def rate(method: str, metric: str, prompt_side: str) -> Rate:
+        return methods[method].rate(metric, prompt_side) if method in methods else NOT_MEASURED
 
     def line(method: str) -> Line:
         bad, benign = rate(method, "bad_rate", "wrapped"), rate(method, "good_rate", "benign")
@@ -145,7 +145,7 @@ def _field_metrics(results: pd.DataFrame) -> dict[str, Cells]:
     )
     for row in final_rows(results, SPLIT):
         if row["metric"] not in RATES and not pd.isna(row["value"]):
-            seeds[row["evaluated_threat"]][row["metric"], row["arm"]][row["method"]].append(row)
+            seeds[row["evaluated_threat"]][row["metric"], row["prompt_side"]][row["method"]].append(row)
     cells: dict[str, Cells] = defaultdict(dict)
     for threat, found in seeds.items():
         cells[threat] = {

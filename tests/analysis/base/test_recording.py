@@ -240,7 +240,7 @@ def test_an_analysis_that_runs_the_model_refuses_a_recording_in_a_sentence(monke
         ({"sites": []}, "nothing to record"),
         ({"pairs": []}, "nothing to record"),
         ({"layers": [3]}, "layer 3 does not exist"),
-        ({"sides": ["left"]}, "unknown arm 'left'"),
+        ({"sides": ["left"]}, "unknown prompt side 'left'"),
         ({"sides": ["benign"]}, "pair 1 has no benign prompt"),
         ({"pairs": [Pair(prompt("ada ?"), prompt("quite ada ?"))]}, "all words of the wrapped prompt of pair 1"),
         ({"pairs": [Pair(prompt("is it " * 9 + "?"), prompt("ada ?"))]}, "context"),

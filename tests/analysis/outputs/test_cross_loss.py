@@ -42,7 +42,7 @@ def moved(model: LensModel, seed: int = 0) -> LensModel:
 
 
 def measure(model: LensModel, models: dict, pairs=PAIRS, losses=None, **options) -> CrossLoss:
-    return cross_loss(model, models, pairs, losses, answer_tokens=4, progress=False, **options)
+    return cross_loss(model, models, pairs, losses, max_new_tokens=4, progress=False, **options)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def means(result: CrossLoss):
 
 
 def test_the_values_are_those_of_the_training_on_the_same_batch(model) -> None:
-    config = TrainConfig(steps=9, batch_size=len(PAIRS), lr=3e-3, warmup=0, answer_tokens=4)
+    config = TrainConfig(steps=9, batch_size=len(PAIRS), lr=3e-3, warmup=0, max_new_tokens=4)
     trainer = Trainer(model, PAIRS, [registry.get(name) for name in MEASURED], config)
     next(trainer)
     trained = copy_model(trainer.model)

@@ -111,7 +111,7 @@ def test_adapters_count_alike_before_and_after_they_are_merged(kind: str) -> Non
 def test_a_training_with_adapters_of_rank_2_has_updates_of_rank_2_and_a_full_one_more(chat_tokenizer) -> None:
     model = load_model(hf_model("llama"), tokenizer=chat_tokenizer)
     pairs = [Pair(prompt(q), prompt("I don't think it's right. " + q)) for q in ("Is it right?", "Which term is it?")]
-    config = TrainConfig(steps=8, batch_size=2, lr=1e-2, answer_tokens=4)
+    config = TrainConfig(steps=8, batch_size=2, lr=1e-2, max_new_tokens=4)
 
     ranks = {}
     for name, trainable in (("low", LoRA(rank=2, sites=("q", "v"))), ("full", ("attn",))):

@@ -15,7 +15,7 @@ from ctlens.study.claims import Claim, answer, read_claims, verdict, write_claim
 from ctlens.study.claims.behaviour import behaviour_claims
 from ctlens.study.claims.estimates import NOTHING, estimate
 from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
-from ctlens.study.conditions import CROSSED_ARMS
+from ctlens.study.conditions import CROSSED_CONDITIONS
 from ctlens.study.config import StudyConfig
 
 METHODS = ("act", "mlpct", "attct", "bct")
@@ -107,7 +107,7 @@ def test_nothing_measured_is_nothing() -> None:
 
 def results(rates: dict[tuple[str, str, str], tuple[int, ...]], n: int = 100) -> pd.DataFrame:
     """Bad answers to wrapped prompts by (trained, method, evaluated), one number a seed."""
-    place = {"organism": 0, "step": 100, "split": "heldout", "arm": "wrapped", "metric": "bad_rate", "n": n}
+    place = {"organism": 0, "step": 100, "split": "heldout", "prompt_side": "wrapped", "metric": "bad_rate", "n": n}
     return pd.DataFrame(
         [
             {"trained_threat": t, "method": m, "evaluated_threat": e, "seed": seed, "value": count / n, **place}
@@ -278,7 +278,7 @@ def test_a_table_without_verdicts_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_crossed_arms_cross_two_levels_and_two_windows() -> None:
-    assert {(arm.level, arm.window) for arm in CROSSED_ARMS.values()} == {
+    assert {(condition.level, condition.window) for condition in CROSSED_CONDITIONS.values()} == {
         ("output", None),
         ("output", "last"),
         ("internal", "last"),

@@ -80,7 +80,7 @@ def test_the_summary_leaves_out_other_threats_and_splits_and_marks_what_was_not_
     rows = results()
     elsewhere = rows.assign(evaluated_threat="jailbreak", value=1.0)
     train = rows.assign(split="train", value=1.0)
-    table = summary_table(pd.concat([rows[rows["arm"] != "benign"], elsewhere, train]))
+    table = summary_table(pd.concat([rows[rows["prompt_side"] != "benign"], elsewhere, train]))
     assert set(table["threat"]) == {"sycophancy"}
     assert rate(table, "none", "bad wrapped").value == 0.8
     assert np.isnan(rate(table, "act", "bad benign").value)
@@ -276,8 +276,8 @@ def test_results_that_are_no_table_are_refused(tmp_path, content):
 
 
 def test_results_that_lack_a_column_are_refused(tmp_path):
-    results().drop(columns="arm").to_csv(tmp_path / "results.csv", index=False)
-    with pytest.raises(CtlensError, match="arm"):
+    results().drop(columns="prompt_side").to_csv(tmp_path / "results.csv", index=False)
+    with pytest.raises(CtlensError, match="prompt_side"):
         read_results(tmp_path / "results.csv")
 
 
@@ -286,3 +286,10 @@ def test_a_file_that_is_no_figure_is_refused(tmp_path):
     (folder / "figures" / "notes.json").write_text("{}")
     with pytest.raises(CtlensError, match="notes.json"):
         write_report(folder)
+
+
+def test_results_of_an_older_version_say_how_to_convert_them(tmp_path: Path) -> None:
+    results().rename(columns={"prompt_side": "arm"}).to_csv(tmp_path / "results.csv", index=False)
+
+    with pytest.raises(CtlensError, match="written by ctlens 0.1: rename its column arm to prompt_side"):
+        read_results(tmp_path / "results.csv")
