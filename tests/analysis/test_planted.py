@@ -21,7 +21,7 @@ from ctlens.analysis import (
     shift_similarity,
     wrapper_present,
 )
-from ctlens.analysis.base import states
+from ctlens.analysis.base.states import states
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 

@@ -146,6 +146,7 @@ def requests(name: str) -> list[str]:
     return [row["messages"][0]["content"] for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tokenizer", "chat_tokenizer"])
 def test_wrapped_real_questions_align_in_every_row(tmp_path: Path, kind: str, request: pytest.FixtureRequest):
     hint = "I think the answer is X.\n\n"
@@ -157,6 +158,7 @@ def test_wrapped_real_questions_align_in_every_row(tmp_path: Path, kind: str, re
     assert encoded.coverage("content") == 1
 
 
+@pytest.mark.slow
 def test_real_pairs_that_rephrase_the_request_are_counted_and_not_aligned_by_force(
     chat_tokenizer: PreTrainedTokenizerFast,
 ):

@@ -70,7 +70,7 @@ def write_pairs(path: Path, rows: list[tuple[str, str]]) -> Path:
     return path
 
 
-@pytest.fixture(params=["shared data", "own words"])
+@pytest.fixture(params=unit_first(["own words", "shared data"]))
 def pairs_file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param == "shared data" and not DATA.is_dir():
         pytest.skip(f"{DATA} is absent; the questions in our own words stand in for it")

@@ -199,6 +199,7 @@ def test_the_variants_of_a_prompt_come_in_one_batch(organism) -> None:
     assert len(order) == len(rows) and changes == len(set(order)) - 1
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_runs_and_the_loss_falls(organism) -> None:
     config = TrainConfig(steps=12, batch_size=12, max_new_tokens=4, lr=1e-3)
     first, second = (

@@ -280,6 +280,7 @@ def test_a_full_study_has_every_arm_for_every_threat() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threat", threats.names())
 def test_every_arm_of_a_full_study_can_be_trained_on_every_threat(threat: str) -> None:
     config = full_study(threats=(threat,), seeds=1, organisms=1, pairs=8)

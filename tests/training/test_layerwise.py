@@ -72,7 +72,7 @@ TRIED = [("llama", loss, "blocks") for loss in EVERY] + [
 ]
 
 
-@pytest.mark.parametrize(("kind", "loss", "memory"), TRIED, ids=lambda value: str(value)[:50])
+@pytest.mark.parametrize(("kind", "loss", "memory"), unit_first(TRIED, 6), ids=lambda value: str(value)[:50])
 def test_every_loss_trains_the_same_in_less_memory(kind: str, loss: Loss, memory: str) -> None:
     model = MODELS[kind]
     expected = train(model, PAIRS, loss, config=CONFIG, track=[KLCT()] * (loss.name != "klct"), progress=False)
@@ -196,7 +196,7 @@ KEPT = [ACT(), MLPCT(), AttCT(), AttCT(keys="lifted"), KLCT(), BCT(targets="soft
 
 
 @pytest.mark.parametrize("memory", ["all", "layers"])
-@pytest.mark.parametrize("loss", KEPT, ids=lambda loss: str(loss)[:40])
+@pytest.mark.parametrize("loss", unit_first(KEPT), ids=lambda loss: str(loss)[:40])
 def test_targets_on_disk_are_those_in_memory_and_are_read_by_the_next_training(
     llama: LensModel, tmp_path: Path, loss: Loss, memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

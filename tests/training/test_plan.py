@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import hf_model
+from helpers.tiers import unit_first
 
 from ctlens import threats
 from ctlens.core.config import to_dict
@@ -44,7 +45,7 @@ def gradient(trainer: Trainer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("loss", [ACT(), AttCT(), BCT(), KLCT(), [ACT(), MLPCT(layers="last")]], ids=str)
-@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize("n", unit_first([2, 3, 5]))
 def test_the_parts_of_a_batch_have_the_gradient_of_the_whole(model, loss, n) -> None:
     config = replace(QUICK, batch_size=5, clip=1e9)
 
@@ -198,7 +199,9 @@ def test_settings_survive_json(config) -> None:
         read_config({**to_dict(config), "speed": 1})
 
 
-@pytest.mark.parametrize("loss", [ACT(weight=1.0), AttCT(weight=1.0), BCT(), KLCT()], ids=lambda loss: loss.name)
+@pytest.mark.parametrize(
+    "loss", unit_first([ACT(weight=1.0), AttCT(weight=1.0), BCT(), KLCT()]), ids=lambda loss: loss.name
+)
 def test_a_tracked_loss_is_the_training_loss_to_the_last_bit(model, loss) -> None:
     run = train(model, PAIRS, loss, config=QUICK, track=[loss], progress=False)
 
@@ -290,6 +293,7 @@ def test_looks_survive_a_checkpoint(model, monkeypatch, tmp_path) -> None:
     assert len(calls) == 3 and second.history.series("bad_rate") == [0.9, 0.3, 0.1] and len(second.history) == 4
 
 
+@pytest.mark.slow
 def test_the_rate_is_that_of_an_evaluation_of_the_organism() -> None:
     import ctlens as ct
 

@@ -73,7 +73,8 @@ def test_homes_are_the_first_epoch_and_the_tail_it_drops() -> None:
     assert [len(rows) for rows in homes(alone(7), replace(config, accumulate=2))] == [2, 1, 2, 1, 1]
 
 
-@pytest.mark.parametrize("losses", unit_first([ACT(), AttCT(), KLCT(), [ACT(), BCT()]]), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("losses", [ACT(), AttCT(), KLCT(), [ACT(), BCT()]], ids=str)
 def test_no_reference_pass_follows_the_first_epoch(model, passes, losses) -> None:
     config = replace(QUICK, batch_size=2, steps=20)
     trainer = Trainer(model, PAIRS[:6], losses, config)
@@ -106,7 +107,7 @@ def test_only_the_prompts_that_will_be_drawn_are_answered(model) -> None:
     assert 1 <= len(trainer.retention.answers) <= 2 < len(trainer.retention.prompts)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=str)
+@pytest.mark.parametrize("loss", unit_first(LOSSES, 3), ids=str)
 def test_a_loss_from_kept_targets_is_that_of_a_fresh_pass(model, loss: Loss) -> None:
     trainer = Trainer(model, PAIRS, loss, QUICK)
     list(trainer)

@@ -12,7 +12,7 @@ from helpers.models import CHAT_MODELS, byte_level_tokenizer, chat_model
 
 from ctlens import plots
 from ctlens.analysis import AttentionMaps
-from ctlens.analysis.attention import maps as attention_maps
+from ctlens.analysis.attention.maps import attention_maps
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.batch import encode

@@ -14,7 +14,7 @@ from helpers.models import CHAT_MODELS, chat_model
 
 from ctlens import analysis as look
 from ctlens.analysis import Recording, Result
-from ctlens.analysis.base import record
+from ctlens.analysis.base.record import record
 from ctlens.analysis.base.recording import LOGITS, Readable, model_of
 from ctlens.analysis.outputs.logit_lens import PARTS
 from ctlens.core.errors import CtlensError

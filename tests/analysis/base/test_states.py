@@ -9,9 +9,8 @@ from helpers import planted
 from helpers.models import byte_level_tokenizer, hf_model
 
 from ctlens.analysis import States, logit_lens
-from ctlens.analysis.base import states
 from ctlens.analysis.base.forward import require_comparable, require_read
-from ctlens.analysis.base.states import PLACES
+from ctlens.analysis.base.states import PLACES, states
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.batch import encode

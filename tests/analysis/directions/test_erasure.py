@@ -85,6 +85,7 @@ def test_the_layer_before_the_cue_is_written_is_refused(base: LensModel, repaire
         erase_or_mask(base, repaired, planted.pairs(), cue=presence(base), progress=False)
 
 
+@pytest.mark.slow
 def test_a_direction_that_the_base_does_not_use_leaves_it_open(base: LensModel, repaired):
     idle = Directions.from_vectors(2 * planted.AXES["gil"].numpy()[None], [1], source="who")
     told = erase_or_mask(base, repaired, planted.pairs(), cue=presence(base), direction=idle, draws=6, progress=False)

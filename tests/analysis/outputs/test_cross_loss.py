@@ -215,6 +215,7 @@ def courses(model) -> CrossLoss:
     return measure(model, models)
 
 
+@pytest.mark.slow
 def test_over_steps_every_model_is_measured_as_it_is_alone(model, courses) -> None:
     table = courses.to_dataframe()
 

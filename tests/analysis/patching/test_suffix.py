@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.models import hf_model
 from helpers.patching import CLOSE, EQUAL, PAIRS, TOKENIZER, made, swept
+from helpers.tiers import unit_first
 from torch import Tensor
 
 from ctlens.analysis.patching import hooked as patching_hooks
@@ -48,7 +49,7 @@ def hooked(kind: str) -> LensModel:
     return model
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", unit_first(SITES))
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_ways_agree_on_every_kind_of_block(kind: str, site: str, monkeypatch: pytest.MonkeyPatch):
     if kind == "side by side" and site == "resid_mid":

@@ -13,7 +13,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from ctlens import load_organism, threats
 from ctlens.analysis import Probe, States, Task, answer_hinted, labelled, probe, will_misbehave, wrapper_present
-from ctlens.analysis.base import states
+from ctlens.analysis.base.states import states
 from ctlens.analysis.probing.classifiers import ESTIMATORS, MassMean, cuts, make
 from ctlens.analysis.probing.scores import balanced, interval
 from ctlens.analysis.probing.tasks import NO_GROUP
