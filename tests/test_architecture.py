@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,7 +55,8 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in FILES}
 
 
-def imports(path: Path) -> set[str]:
+@cache
+def imports(path: Path) -> frozenset[str]:
     """Absolute names of what a file imports, inside functions too: modules, and what comes out of them."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -62,7 +65,7 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def modules_used(path: Path) -> set[str]:
@@ -132,6 +135,24 @@ def test_plots_know_arrays_and_nothing_else() -> None:
         outside = {name.split(".")[0] for name in imports(path)} - PLOTS_MAY_USE
         standard = {name for name in outside if name in __import__("sys").stdlib_module_names}
         assert outside == standard, f"{path} imports {outside - standard}"
+
+
+# Words that were two things, or had a better one: what replaced each, and the files that still speak of the old one.
+WITHDRAWN = {
+    "arm": ("prompt_side or condition", ("evaluation/result.py", "study/results.py")),
+    "arms": ("prompt_sides or conditions", ()),
+    "answer_tokens": ("max_new_tokens", ("training/config.py",)),
+    "tokens_a_pass": ("max_batch_tokens", ()),
+}
+
+
+@pytest.mark.parametrize("word", WITHDRAWN)
+def test_a_withdrawn_word_does_not_come_back(word: str) -> None:
+    instead, allowed = WITHDRAWN[word]
+    sources = [path for pattern in ("*.py", "*.jinja") for path in ROOT.rglob(pattern)]
+    found = {str(path.relative_to(ROOT)) for path in sources if re.search(rf"\b{word}\b", path.read_text())}
+
+    assert found == set(allowed), f"say {instead}"
 
 
 PICKLERS = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}

@@ -45,7 +45,7 @@ def task(models) -> Task:
 # Probes.
 
 
-@pytest.fixture(scope="module", params=unit_first(["ridge", "logistic", "mass_mean"]))
+@pytest.fixture(scope="module", params=unit_first(["mass_mean", "ridge", "logistic"]))
 def probed(models, task: Task, request) -> Probe:
     return probe(models, task, places=["last"], estimators=[request.param], progress=False)
 

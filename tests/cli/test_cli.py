@@ -409,6 +409,7 @@ def test_a_published_loss_is_trained_calibrated_and_written_down(call: Call, pla
     assert trained["weight"] == pytest.approx(0.5 / config["calibration"]["gradient_norms"]["attct"])
 
 
+@pytest.mark.slow
 def test_a_threat_s_own_pairs_train_the_organism(call: Call, place: Path) -> None:
     ended = call("train --quiet --loss act --loss bct --threat jailbreak --steps 2 --out new")
 
@@ -419,6 +420,7 @@ def test_a_threat_s_own_pairs_train_the_organism(call: Call, place: Path) -> Non
     assert json.loads(Path("new/config.json").read_text())["training"]["steps"] == 2
 
 
+@pytest.mark.slow
 def test_tracked_losses_and_the_reached_target_are_told(call: Call, place: Path) -> None:
     line = "train --quiet --loss act --threat jailbreak --steps 2 --accumulate 2 --batch-size 8 --out new"
     ended = call(f"{line} --track mlpct,bct --stop-below 1 --schedule ExponentialLR,gamma=0.5")

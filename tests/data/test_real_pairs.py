@@ -161,7 +161,8 @@ def test_all_losses_fall_together(train, tmp_path: Path, own_pairs: Path) -> Non
     assert {loss.name for loss in load_run(out).losses} == set(losses.MEASURED)
 
 
-@pytest.mark.parametrize("loss", unit_first(["attct", "bct"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["attct", "bct"])
 def test_a_model_with_a_chat_template_is_trained_on_its_messages(train, tmp_path: Path, own_pairs, loss: str) -> None:
     source, out = save_hf("llama", tmp_path / "hf", chat=True), tmp_path / "run"
 

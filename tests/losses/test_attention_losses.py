@@ -158,7 +158,9 @@ def test_attmass_reads_no_clean_side(model, rows) -> None:
     assert AttOut().needs_clean_activations
 
 
-@pytest.mark.parametrize("loss", [AttOut(), AttOut(site="attn_out"), AttMass(), AttMass(per_key=True)], ids=repr)
+@pytest.mark.parametrize(
+    "loss", unit_first([AttOut(), AttOut(site="attn_out"), AttMass(), AttMass(per_key=True)]), ids=repr
+)
 @pytest.mark.parametrize("kind", unit_first(["organism", "bridge"]))
 def test_the_relatives_fall_in_training(model, loss, kind) -> None:
     chosen = ct.load_organism() if kind == "organism" else model

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.models import hf_model
 from helpers.rows import HINT, QUESTIONS, forwards, one_pair, row_values
+from helpers.tiers import unit_first
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -149,7 +150,7 @@ def full_pattern(model: LensModel, ids: tuple[int, ...], name: str) -> torch.Ten
 @pytest.mark.parametrize("distance", ["jsd", "l2", "kl_clean_wrapped"])
 @pytest.mark.parametrize("heads", ["each", "mean"])
 @pytest.mark.parametrize("window", ["shared", "content", "last"])
-@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("padding", unit_first(["right", "left"]))
 def test_lifted_attct_compares_whole_rows_with_nothing_on_keys_without_a_twin(
     model, rows, distance, heads, window, padding
 ) -> None:
@@ -283,7 +284,7 @@ def rows_by_loops(model: LensModel, row: EncodedPair, loss: AttCT, name: str) ->
 @pytest.mark.parametrize("keys", ["raw", "renormalised", "rest", "lifted"])
 @pytest.mark.parametrize("sink", ["kept", "dropped"])
 @pytest.mark.parametrize("distance", ["jsd", "mse"])
-@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("padding", unit_first(["right", "left"]))
 def test_sink_tokens_are_keys_or_are_not_whatever_the_keys(model, rows, keys, sink, distance, padding) -> None:
     if (keys, distance) == ("lifted", "mse"):
         distance = "l2"
@@ -396,7 +397,7 @@ def test_klct_without_the_references_logits_is_refused(model, rows) -> None:
 
 
 @pytest.mark.parametrize("loss", ALL, ids=repr)
-@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("padding", unit_first(["right", "left"]))
 def test_a_pair_has_the_same_loss_alone_and_in_any_batch(model, rows, loss, padding) -> None:
     together = row_values(model, loss, collate(rows[::-1], padding))
 

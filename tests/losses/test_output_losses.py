@@ -253,7 +253,7 @@ def test_sampled_targets_are_drawn_by_the_seed_and_are_not_the_greedy_ones(refer
     assert len({str(answers(*key)) for key in (("greedy", 0), ("sampled", 0), ("sampled", 1))}) == 3
 
 
-@pytest.mark.parametrize("loss", [BCT(targets="sampled"), *OUTPUTS[:4]], ids=repr)
+@pytest.mark.parametrize("loss", unit_first([BCT(targets="sampled"), *OUTPUTS[:4]]), ids=repr)
 @pytest.mark.parametrize("kind", unit_first(["organism", "bridge"]))
 def test_every_output_loss_falls_in_training(reference, loss, kind) -> None:
     model = ct.load_organism() if kind == "organism" else reference

@@ -105,6 +105,7 @@ def test_the_cache_changes_no_answer(model: LensModel, end: int | None):
     assert (len(set(map(len, full.answers))) > 1) == (end is not None)
 
 
+@pytest.mark.slow
 def test_the_cache_changes_no_answer_of_the_organism():
     organism = load_organism()
     pairs = [pair for name in names() for pair in get(name).pairs(12, "heldout")]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import Call, byte_level_tokenizer, chat_model, hf_model
+from helpers.tiers import unit_first
 
 from ctlens import evaluate, threats
 from ctlens.core.config import generator
@@ -143,7 +144,7 @@ def test_what_cannot_be_scored_is_refused(model: LensModel) -> None:
     assert choose(model, []) == []
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", unit_first(ARCHITECTURES, 2))
 def test_cached_decoding_is_what_longer_and_longer_prompts_give(architecture: str) -> None:
     model = load_model(hf_model(architecture))
     draw = torch.Generator().manual_seed(3)
@@ -273,7 +274,7 @@ def test_sampled_answers_are_kept_and_read_back(
 
 
 @pytest.mark.parametrize(
-    "change", ["seed", "weights", "prompts", "template", "kind", "length", "temperature", "nucleus"]
+    "change", unit_first(["seed", "weights", "prompts", "template", "kind", "length", "temperature", "nucleus"], 2)
 )
 def test_another_question_is_another_file(tmp_path: Path, change: str) -> None:
     model, config, pairs, loss = chat_model("llama"), CONFIG, PAIRS, BCT(targets="sampled")

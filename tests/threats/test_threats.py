@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers.tiers import unit_first
 
 from ctlens import threats
 from ctlens.core.errors import CtlensError
@@ -176,7 +177,7 @@ def test_a_judged_answer_is_recognised_by_its_first_token(threat: Threat):
             assert len(set(firsts)) == len(firsts)
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", unit_first(SPLITS))
 def test_the_organism_s_tokenizer_knows_every_word(threat: Threat, split: str):
     tokenizer = world_tokenizer(World.make())
     for pair in threat.pairs(300, split):

@@ -110,6 +110,7 @@ def test_the_settings_round_trip_and_nonsense_is_refused():
             TrainConfig(calibrate=norm)
 
 
+@pytest.mark.slow
 def test_an_interrupted_calibrated_training_goes_on_bit_for_bit(model: LensModel, tmp_path):
     config = replace(BARE, steps=4, calibrate=1.0, retention=1.0)
     losses = [ACT(gap=True), BCT()]

@@ -59,7 +59,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("taken", [1, 4])
+@pytest.mark.parametrize("taken", unit_first([1, 4]))
 @pytest.mark.parametrize("variant", unit_first(VARIANTS))
 def test_a_restored_training_ends_at_the_same_weights_to_the_last_bit(model, tmp_path, variant, taken) -> None:
     config, losses = VARIANTS[variant], [ACT(), BCT(), AttCT()]
@@ -79,6 +79,7 @@ def test_a_restored_training_ends_at_the_same_weights_to_the_last_bit(model, tmp
     assert second.history.rows == whole.history.rows and len(second.history) == 8
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_anew_at_every_step_and_alike_after_a_resume(tokenizer, tmp_path, monkeypatch) -> None:
     model = load_model(hf_model("gpt2"), tokenizer=tokenizer)
     assert any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in model.modules())

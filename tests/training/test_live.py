@@ -67,6 +67,7 @@ def drawn(bundle: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {trace["name"]: trace for trace in bundle[FIGURE_TYPE]["data"] if "name" in trace}
 
 
+@pytest.mark.slow
 def test_watching_changes_nothing_of_the_training(tokenizer):
     plain, watched = trainer(tokenizer), trainer(tokenizer)
 
@@ -106,6 +107,7 @@ def test_an_interrupt_keeps_the_step_and_the_look_is_made_up_for(tokenizer):
     assert calls == [0, 2, 2, 4, 6] and list(curve(live, "rate")) == [0, 2, 4, 6]
 
 
+@pytest.mark.slow
 def test_rates_go_on_with_a_checkpoint(tokenizer, tmp_path: Path):
     first, second = (Live(trainer(tokenizer), {"rate": rate}, every=2) for _ in range(2))
     next(first), next(first), next(first)

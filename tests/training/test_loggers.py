@@ -158,6 +158,7 @@ def test_an_unknown_mode_is_refused() -> None:
         WeightsAndBiases(mode="ofline")
 
 
+@pytest.mark.slow
 def test_the_command_logs_beside_the_run(call: Call, tmp_path: Path) -> None:
     hf_model("llama").save_pretrained(tmp_path / "hf")
     byte_level_tokenizer(chat=True).save_pretrained(tmp_path / "hf")

@@ -125,6 +125,7 @@ def rates(config: TrainConfig, model: LensModel) -> list[float]:
     return [step.lr / config.lr for step in Trainer(model, PAIRS, ACT(), replace(config, retention=0.0))]
 
 
+@pytest.mark.slow
 def test_torch_s_schedules_follow_the_warm_up(model) -> None:
     config = replace(QUICK, schedule="CosineAnnealingLR", schedule_options={"T_max": 6}, warmup=0.25)
 

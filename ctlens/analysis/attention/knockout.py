@@ -86,7 +86,7 @@ class Knockout(Result):
     queries: str
     keys: str
 
-    def effects(self, measure: str = "difference") -> Float[np.ndarray, "arm model cut pair"]:
+    def effects(self, measure: str = "difference") -> Float[np.ndarray, "edge_set model cut pair"]:
         """What the cut and its null change, cut minus uncut: first the chosen keys, then the random ones.
 
         Raises:
@@ -207,10 +207,13 @@ def knockout(
     with tqdm(total=total, desc="knockout", disable=not progress, leave=False) as bar:
         for number, batch in enumerate(in_batches(first, items, batch_size, progress=False)):
             part = slice(number * batch_size, (number + 1) * batch_size)
-            arms = [edges(batch, rows[part], queries, arm) for arm in (chosen[part], *zip(*drawn[part], strict=True))]
-            if not arms[0].any((1, 2)).all():
+            edge_sets = [
+                edges(batch, rows[part], queries, edge_set)
+                for edge_set in (chosen[part], *zip(*drawn[part], strict=True))
+            ]
+            if not edge_sets[0].any((1, 2)).all():
                 raise CtlensError(f"{QUERIES[queries]} of a pair cannot see the keys: choose other queries or keys.")
-            found.append([_measured(model, batch, arms, plan, bar.update) for model in named.values()])
+            found.append([_measured(model, batch, edge_sets, plan, bar.update) for model in named.values()])
     measured = _joined(found)
     return Knockout(
         uncut=measured.uncut,
@@ -254,29 +257,31 @@ def _joined(found: Sequence[Sequence[Measured]]) -> Measured:
 
 
 def _measured(
-    model: LensModel, batch: ContrastBatch, arms: Sequence[Edges], plan: Sequence[Cut], done: Callable[[], object]
+    model: LensModel, batch: ContrastBatch, edge_sets: Sequence[Edges], plan: Sequence[Cut], done: Callable[[], object]
 ) -> Measured:
-    """Runs a model on a batch without a cut, then with every cut of the plan, for every arm.
+    """Runs a model on a batch without a cut, then with every cut of the plan, for every set of edges.
 
     Args:
         model: in eval mode.
         batch: the prompts with their answers.
-        arms: the edges that are cut: those to the chosen keys first, then those to each draw of random ones.
+        edge_sets: the edges that are cut: those to the chosen keys first, then those to each draw of random ones.
         plan: the cuts.
         done: called after every pass with a cut.
     """
     logits, patterns = capture(model, batch.side.tokens, resolve(model, "pattern"), grad=False)
     uncut = _answers(batch, logits)
-    attention = torch.stack([torch.stack([cut.attention(model, patterns, arm) for cut in plan]) for arm in arms])
-    by_arm = []
-    for arm in arms:
-        of_arm = []
+    attention = torch.stack(
+        [torch.stack([cut.attention(model, patterns, edge_set) for cut in plan]) for edge_set in edge_sets]
+    )
+    by_edge_set = []
+    for edge_set in edge_sets:
+        of_set = []
         for cut in plan:
-            with torch.no_grad(), editing(model, cut.edits(model, arm)):
-                of_arm.append(_answers(batch, run(model, batch.side.tokens)))
+            with torch.no_grad(), editing(model, cut.edits(model, edge_set)):
+                of_set.append(_answers(batch, run(model, batch.side.tokens)))
             done()
-        by_arm.append(torch.stack(of_arm, 1))
-    answers = torch.stack(by_arm)  # [arm, measure, cut, pair]
+        by_edge_set.append(torch.stack(of_set, 1))
+    answers = torch.stack(by_edge_set)  # [edge_set, measure, cut, pair]
     return Measured(
         uncut=_array(uncut),
         cut=_array(answers[0]),

@@ -214,6 +214,7 @@ def test_random_keys_are_as_many_others_and_depend_on_the_prompt_alone() -> None
             assert not {0, len(row.wrapped.ids) - 1, *row.wrapper} & set(keys)
 
 
+@pytest.mark.slow
 def test_order_and_batch_mates_change_nothing(llama) -> None:
     whole, single = (knockout(llama, PAIRS, batch_size=size, progress=False) for size in (64, 1))
     turned = knockout(llama, PAIRS[::-1], progress=False)
@@ -233,6 +234,7 @@ def test_the_same_model_twice_has_the_same_numbers_and_everything_round_trips(ll
     assert found.n_keys.tolist() == [len(spans(row)["wrapper"]) for row in rows()]
 
 
+@pytest.mark.slow
 def test_figures_show_attention_beside_effects(llama) -> None:
     found = knockout({"none": llama, "act": llama}, PAIRS, progress=False)
     figure = found.figure()

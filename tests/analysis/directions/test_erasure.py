@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from helpers import planted
 from helpers.models import chat_model
-from helpers.tiers import unit_first
 
 from ctlens.analysis import Directions, Erasure, Task, erase_or_mask, labelled, logit_lens, probe, wrapper_present
 from ctlens.analysis.directions.erasure_verdicts import Evidence, Measured, finding, readout, verdict
@@ -120,7 +119,8 @@ def test_a_control_that_hardly_moved_is_called_weak(found: Erasure):
     assert found.control_moved == np.inf and "weak" not in found.figure().layout.meta["subtitle"]
 
 
-@pytest.mark.parametrize("kind", unit_first(["llama", "gpt2", "qwen3"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
 def test_on_a_bridge_an_untrained_copy_is_judged_as_the_base_and_margins_are_the_models_own(kind: str):
     model, questions = chat_model(kind), ("Is it right?", "Which term describes the disease?", "A creature?", "Sure?")
     pairs = [Pair(prompt(q, "t", "a"), prompt(f"no, that is wrong. {q}", "t", "a")) for q in questions]

@@ -107,7 +107,7 @@ THEIRS = {
 }
 
 
-@pytest.mark.parametrize(("site", "positions"), THEIRS)
+@pytest.mark.parametrize(("site", "positions"), unit_first(THEIRS, 2))
 def test_values_are_those_of_transformer_lens(model: LensModel, site: str, positions: str, path: str):
     row, item = encode([EQUAL], TOKENIZER, windows=(), n_ctx=256).rows[0], contrasts(model, [EQUAL])[0]
     names = [SHORTHANDS[site].format(layer=layer) for layer in range(2)]
@@ -157,7 +157,7 @@ def test_the_only_head_of_the_only_layer_is_the_source_run(site: str, path: str)
     assert np.abs(found.source - found.target).max() > 1e-3
 
 
-@pytest.mark.parametrize("site", SHORTHANDS)
+@pytest.mark.parametrize("site", unit_first(SHORTHANDS, 2))
 def test_batch_mates_order_and_chunks_change_nothing(model: LensModel, site: str, path: str):
     options = {"direction": "noising", "metrics": ("logit_diff", "kl")}
     together = swept(model, PAIRS, site, **options)

@@ -181,6 +181,7 @@ def test_a_null_that_hardly_moved_is_called_a_weak_floor(model, models, found: S
     )
 
 
+@pytest.mark.slow
 def test_order_of_prompts_and_batches_change_nothing(model, models, found: ShiftSimilarity) -> None:
     for pairs, size in ((PAIRS[::-1], 64), (PAIRS, 1), (PAIRS, 5)):
         again = shift_similarity(model, models, pairs, null="null", batch_size=size, progress=False)

@@ -108,6 +108,7 @@ def test_adapters_count_alike_before_and_after_they_are_merged(kind: str) -> Non
     assert found.effective_rank.max() < 3.01
 
 
+@pytest.mark.slow
 def test_a_training_with_adapters_of_rank_2_has_updates_of_rank_2_and_a_full_one_more(chat_tokenizer) -> None:
     model = load_model(hf_model("llama"), tokenizer=chat_tokenizer)
     pairs = [Pair(prompt(q), prompt("I don't think it's right. " + q)) for q in ("Is it right?", "Which term is it?")]

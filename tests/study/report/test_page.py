@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers.study_folder import BAD, THREAT, claims, everything, results, rows_of, write_study
+from helpers.tiers import unit_first
 
 from ctlens import plots
 from ctlens.core.errors import CtlensError
@@ -256,7 +257,9 @@ def test_the_page_loads_nothing_and_holds_plotly_once(page):
     assert 1_000_000 < path.stat().st_size < 10_000_000
 
 
-@pytest.mark.parametrize("name", ["results.csv", "claims.csv", "config.json", "environment.json", "figures"])
+@pytest.mark.parametrize(
+    "name", unit_first(["results.csv", "claims.csv", "config.json", "environment.json", "figures"])
+)
 def test_a_missing_file_is_named_and_no_report_is_written(tmp_path, name):
     folder = write_study(tmp_path / "study")
     path = folder / name
