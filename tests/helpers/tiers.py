@@ -13,3 +13,8 @@ def unit_first(values: Iterable[Any], count: int = 1) -> list[Any]:
     return [
         value if index < count else pytest.param(value, marks=pytest.mark.slow) for index, value in enumerate(values)
     ]
+
+
+def unit_first_rows(rows: Iterable[tuple[Any, ...]], count: int = 1) -> list[Any]:
+    """The same for rows of several parameters each."""
+    return [row if index < count else pytest.param(*row, marks=pytest.mark.slow) for index, row in enumerate(rows)]

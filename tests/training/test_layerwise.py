@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import Call, byte_level_tokenizer, chat_model, hf_model
-from helpers.tiers import unit_first
+from helpers.tiers import unit_first, unit_first_rows
 from torch import Tensor
 
 from ctlens import losses
@@ -72,7 +72,7 @@ TRIED = [("llama", loss, "blocks") for loss in EVERY] + [
 ]
 
 
-@pytest.mark.parametrize(("kind", "loss", "memory"), unit_first(TRIED, 6), ids=lambda value: str(value)[:50])
+@pytest.mark.parametrize(("kind", "loss", "memory"), unit_first_rows(TRIED, 6), ids=lambda value: str(value)[:50])
 def test_every_loss_trains_the_same_in_less_memory(kind: str, loss: Loss, memory: str) -> None:
     model = MODELS[kind]
     expected = train(model, PAIRS, loss, config=CONFIG, track=[KLCT()] * (loss.name != "klct"), progress=False)

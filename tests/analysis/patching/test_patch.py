@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.models import hf_model
 from helpers.patching import CLOSE, EQUAL, PAIRS, TOKENIZER, made, one_site, swept
-from helpers.tiers import unit_first
+from helpers.tiers import unit_first, unit_first_rows
 from torch import Tensor
 from transformer_lens import patching as tl_patching
 
@@ -107,7 +107,7 @@ THEIRS = {
 }
 
 
-@pytest.mark.parametrize(("site", "positions"), unit_first(THEIRS, 2))
+@pytest.mark.parametrize(("site", "positions"), unit_first_rows(THEIRS, 2))
 def test_values_are_those_of_transformer_lens(model: LensModel, site: str, positions: str, path: str):
     row, item = encode([EQUAL], TOKENIZER, windows=(), n_ctx=256).rows[0], contrasts(model, [EQUAL])[0]
     names = [SHORTHANDS[site].format(layer=layer) for layer in range(2)]
