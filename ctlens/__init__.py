@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ctlens.study.runner import StudyResult, compare
     from ctlens.training import Live, Phase, Run, TrainConfig, Trainer, Until, load_run, train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 HOMES = {
     "models.lora": ("LoRA",),

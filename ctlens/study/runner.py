@@ -160,7 +160,8 @@ def claim(folder: Path, settings: dict[str, Any], resume: bool, model: str = "")
         model: the folder of the model; the shipped organism if empty.
 
     Raises:
-        CtlensError: the folder holds something else, or this work and `resume` is not set.
+        CtlensError: the folder holds something else, work of another version of ctlens, or this work and `resume`
+            is not set.
     """
     held = folder / "config.json"
     if resume and folder.is_dir():
@@ -170,9 +171,16 @@ def claim(folder: Path, settings: dict[str, Any], resume: bool, model: str = "")
         require_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(held, described)
-    elif read_json(held) != described:
+        return
+    found = read_json(held)
+    if found.get("ctlens", described["ctlens"]) != described["ctlens"]:
+        raise CtlensError(
+            f"{folder} holds a study of ctlens {found['ctlens']}, and this is {described['ctlens']}: "
+            "finish it with that version, or name a new folder with --out."
+        )
+    if found != described:
         raise CtlensError(f"{folder} holds another study: name a new folder with --out.")
-    elif not resume:
+    if not resume:
         raise CtlensError(f"{folder} holds this study: pass --resume to finish it, or name a new folder.")
 
 

@@ -25,7 +25,7 @@ from ctlens.organism import load_organism
 from ctlens.plots.export import plotly_source
 from ctlens.study.cells import RESULT_COLUMNS
 from ctlens.study.config import StudyConfig
-from ctlens.study.runner import Study, StudyResult, compare
+from ctlens.study.runner import Study, StudyResult, claim, compare
 from ctlens.study.source import HELD_OUT
 from ctlens.study.workers import Pool
 from ctlens.training import TrainConfig
@@ -372,6 +372,18 @@ def test_another_study_is_refused_and_unchanged(folder: Path) -> None:
             Study(config, folder, resume=resume, progress=False)
 
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_study_of_another_version_is_refused_and_says_what_to_do(tmp_path: Path) -> None:
+    claim(tmp_path / "study", {"steps": 1}, resume=False)
+    config = tmp_path / "study" / "config.json"
+    older = {**json.loads(config.read_text()), "ctlens": "0.1.0"}
+    config.write_text(json.dumps(older))
+
+    with pytest.raises(CtlensError, match="a study of ctlens 0.1.0, and this is .*: finish it with that version"):
+        claim(tmp_path / "study", {"steps": 1}, resume=True)
+
+    assert json.loads(config.read_text()) == older
 
 
 def test_resume_begins_a_study_where_there_is_none(tmp_path: Path) -> None:
