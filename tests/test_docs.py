@@ -6,6 +6,7 @@ import importlib
 import re
 import shlex
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pandas as pd
@@ -62,6 +63,7 @@ def test_every_make_target_that_the_documents_name_exists() -> None:
         "lab",
         "notebooks",
         "strip",
+        "dist",
     }
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
 
@@ -212,6 +214,18 @@ def test_the_gallery_is_what_the_code_draws_today() -> None:
     old = draw.stale(ROOT / "figures", draw.drawings(ROOT / "figures"))
 
     assert not old, f"{'; '.join(old)}: run `make figures`, or `make drawings` where only drawing has changed."
+
+
+def test_the_programs_of_the_makefile_name_what_is_there() -> None:
+    """They write generated pages, which takes minutes; a name that is gone is seen at once."""
+    programs = re.findall(r'python -c "from ctlens import (\w+);(.*)" >', (ROOT / "Makefile").read_text())
+
+    assert len(programs) == 2
+    for module, program in programs:
+        names = re.findall(rf"\b{module}\.([\w.]+)", program)
+        assert names
+        for name in names:
+            assert callable(attrgetter(name)(importlib.import_module(f"ctlens.{module}")))
 
 
 def test_the_readme_is_short() -> None:

@@ -18,11 +18,11 @@ def models(
     quiet: Quiet = False,
 ) -> None:
     """Tests which features work on which HuggingFace architecture, on a tiny random model of each."""
-    from ctlens import compatibility as support
+    from ctlens import compatibility
 
-    found = support.support(names(architectures) or support.ARCHITECTURES, progress=not quiet)
-    print_table("What works", support.table(found))
-    for reason in support.reasons(found):
+    found = compatibility.support(names(architectures) or compatibility.ARCHITECTURES, progress=not quiet)
+    print_table("What works", compatibility.table(found))
+    for reason in compatibility.reasons(found):
         say(reason)
     if wrong := [row.architecture for row in found if row.wrong]:
         raise CtlensError(f"numbers are wrong on {', '.join(wrong)}: do not use it with these library versions.")

@@ -18,7 +18,7 @@ RATES = {"bad_rate": "bad", "good_rate": "good", "other_rate": "other", "unparse
 PROBABILITIES = ("good_probability", "bad_probability")
 
 Number = tuple[str, str, float, int, float, float]
-"""Condition, metric, value, n and the ends of the interval."""
+"""Prompt side, metric, value, n and the ends of the interval."""
 
 
 def numbers(name: str, rows: pd.DataFrame) -> Iterator[Number]:

@@ -172,9 +172,14 @@ class Evaluation:
         texts: Any = {name: str for name in OUTCOME_COLUMNS if name not in (*COUNTED, *PROBABILITIES)}
         floats: Any = dict.fromkeys(PROBABILITIES, lambda text: float(text or "nan"))
         outcomes: Any = pd.read_csv(path, keep_default_na=False, dtype=texts, converters=floats)
-        if "arm" in outcomes:
-            raise CtlensError(f"{path} was written by ctlens 0.1: rename its column arm to prompt_side.")
+        require_prompt_side(outcomes, path)
         return Evaluation(outcomes)
+
+
+def require_prompt_side(table: pd.DataFrame, path: str | Path) -> None:
+    """Raises a `CtlensError` if a table was written by ctlens 0.1, which called the prompt side otherwise."""
+    if "arm" in table and "prompt_side" not in table:
+        raise CtlensError(f"{path} was written by ctlens 0.1: rename its column arm to prompt_side.")
 
 
 def _check_rate(metric: str) -> None:

@@ -13,6 +13,7 @@ import pandas as pd
 from ctlens.core.errors import CtlensError
 from ctlens.core.stats import difference, student, wilson
 from ctlens.data.pairs import PROMPT_SIDES
+from ctlens.evaluation.result import require_prompt_side
 from ctlens.plots.theme import METHODS
 
 RATES = ("bad_rate", "good_rate", "other_rate")
@@ -99,7 +100,7 @@ def read_results(path: str | Path) -> pd.DataFrame:
     """The rows of a `results.csv`, one number each.
 
     Raises:
-        CtlensError: the file is missing, or lacks a column.
+        CtlensError: the file is missing, lacks a column, or was written by ctlens 0.1.
     """
     path = Path(path)
     if not path.is_file():
@@ -108,9 +109,8 @@ def read_results(path: str | Path) -> pd.DataFrame:
         results = pd.read_csv(path, dtype={"trained_threat": str})
     except ValueError as error:  # pandas: empty, ragged or not text
         raise CtlensError(f"{path} is no table ({error}): check that it is a study's results.") from None
+    require_prompt_side(results, path)
     missing = [name for name in (*COLUMNS, *NUMBERS) if name not in results]
-    if "prompt_side" in missing and "arm" in results:
-        raise CtlensError(f"{path} was written by ctlens 0.1: rename its column arm to prompt_side.")
     if missing:
         raise CtlensError(f"{path} lacks the columns {', '.join(missing)}: check that it is a study's results.")
     return results

@@ -177,8 +177,8 @@ def _require_counts(config: Any, names: Iterable[str]) -> None:
             raise CtlensError(f"{name} must be at least 1, not {getattr(config, name)}.")
 
 
-RENAMED = {"answer_tokens": "max_new_tokens"}
-"""Settings under their names in runs of ctlens 0.1, which still load."""
+_NAMES_OF_0_1 = {"answer_tokens": "max_new_tokens"}
+"""Each setting that ctlens 0.1 called otherwise: its runs still load."""
 
 
 def read_config(data: Mapping[str, Any]) -> TrainConfig:
@@ -192,5 +192,5 @@ def read_config(data: Mapping[str, Any]) -> TrainConfig:
         if isinstance(data.get(name), Mapping):
             nested[name] = from_dict(kind, data[name])
     phases = tuple(from_dict(Phase, phase) for phase in data.get("phases", ()))
-    known = {RENAMED.get(name, name): value for name, value in data.items()}
+    known = {_NAMES_OF_0_1.get(name, name): value for name, value in data.items()}
     return from_dict(TrainConfig, {**known, **nested, "phases": phases})

@@ -232,7 +232,7 @@ def knockout(
     )
 
 
-class Measured(NamedTuple):
+class _Measured(NamedTuple):
     """One model's answers to a batch, and its attention to the keys that are cut.
 
     Attributes:
@@ -250,15 +250,15 @@ class Measured(NamedTuple):
     null_attention: Float[np.ndarray, "*model cut pair"]
 
 
-def _joined(found: Sequence[Sequence[Measured]]) -> Measured:
+def _joined(found: Sequence[Sequence[_Measured]]) -> _Measured:
     """Every model on every pair, from each model on each batch: models become the first axis, pairs stay the last."""
     by_batch = [[np.stack(of_models) for of_models in zip(*of_batch, strict=True)] for of_batch in found]
-    return Measured(*(np.concatenate(of_batches, -1) for of_batches in zip(*by_batch, strict=True)))
+    return _Measured(*(np.concatenate(of_batches, -1) for of_batches in zip(*by_batch, strict=True)))
 
 
 def _measured(
     model: LensModel, batch: ContrastBatch, edge_sets: Sequence[Edges], plan: Sequence[Cut], done: Callable[[], object]
-) -> Measured:
+) -> _Measured:
     """Runs a model on a batch without a cut, then with every cut of the plan, for every set of edges.
 
     Args:
@@ -282,7 +282,7 @@ def _measured(
             done()
         by_edge_set.append(torch.stack(of_set, 1))
     answers = torch.stack(by_edge_set)  # [edge_set, measure, cut, pair]
-    return Measured(
+    return _Measured(
         uncut=_array(uncut),
         cut=_array(answers[0]),
         null=_array(answers[1:].mean(0)),

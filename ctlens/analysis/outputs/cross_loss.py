@@ -209,7 +209,7 @@ def cross_loss(
     )
 
 
-class Point(NamedTuple):
+class _Point(NamedTuple):
     """Where a loss is measured: its name, and one of its hook points or `"logits"`."""
 
     loss: str
@@ -252,11 +252,11 @@ def _compare(
     clean: str,
     batch_size: int,
     progress: bool,
-) -> tuple[list[Point], Float[np.ndarray, "model point pair"]]:
+) -> tuple[list[_Point], Float[np.ndarray, "model point pair"]]:
     """Every loss of every model, the reference first, on the same batches, and the points at which they are."""
     hook_names = {loss.name: loss.hook_names(models[0]) for loss in losses}
     needed = list(dict.fromkeys(name for names in hook_names.values() for name in names))
-    points: list[Point] = []
+    points: list[_Point] = []
     chunks = []
     for _, batch in in_batches(models[0], encoded.rows, batch_size, progress):
         by_model = [_measure(losses, forwards, hook_names) for forwards in _forwards(models, batch, needed, clean)]
@@ -266,10 +266,10 @@ def _compare(
     return points, np.concatenate(chunks, -1)
 
 
-def _measure(losses: Sequence[Loss], forwards: Forwards, hook_names: Mapping[str, list[str]]) -> dict[Point, PerRow]:
+def _measure(losses: Sequence[Loss], forwards: Forwards, hook_names: Mapping[str, list[str]]) -> dict[_Point, PerRow]:
     """Every loss of one model on one batch, at each of its hook points."""
     return {
-        Point(loss.name, hook_point): values
+        _Point(loss.name, hook_point): values
         for loss in losses
         for hook_point, values in loss.row_values(forwards, hook_names[loss.name]).items()
     }
