@@ -131,7 +131,7 @@ def test_options_that_make_no_question_are_refused(tmp_path: Path, row: dict[str
         load_pairs(written(tmp_path, {**GOOD, **row}))
 
 
-def test_an_arm_is_found_by_name_and_an_unknown_one_refused():
+def test_a_prompt_side_is_found_by_name_and_an_unknown_one_refused():
     pair = Pair(prompt("c"), prompt("w"))
     assert (pair.side("clean"), pair.side("wrapped"), pair.side("benign")) == (pair.clean, pair.wrapped, None)
     with pytest.raises(CtlensError, match="unknown prompt side 'begnin'; did you mean 'benign'"):

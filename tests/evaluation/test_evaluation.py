@@ -134,7 +134,7 @@ def row(evaluation: Evaluation, **wanted: str) -> dict[Any, Any]:
     return found
 
 
-def test_answers_are_judged_by_arm(model: LensModel, answering) -> None:
+def test_answers_are_judged_by_prompt_side(model: LensModel, answering) -> None:
     answering(ANSWERS)
 
     found = evaluate(model, pairs=pairs()).outcomes
@@ -170,7 +170,7 @@ def test_rates_and_intervals_by_hand(model: LensModel, answering, metric, prompt
     assert (found["ci_low"], found["ci_high"]) == pytest.approx(interval, abs=1e-4)
 
 
-def test_an_arm_counts_only_the_pairs_that_have_it(model: LensModel, answering) -> None:
+def test_a_prompt_side_counts_only_the_pairs_that_have_it(model: LensModel, answering) -> None:
     answering(ANSWERS)
 
     table = evaluate(model, pairs=pairs()).to_dataframe()
@@ -215,7 +215,7 @@ def test_a_threat_s_pairs_come_from_the_split_and_count_asked_for() -> None:
     assert list(dict.fromkeys(found.outcomes["prompt_side"])) == ["wrapped", "clean", "benign"]
 
 
-def test_metrics_of_several_arms_by_hand() -> None:
+def test_metrics_of_several_prompt_sides_by_hand() -> None:
     table = outcomes("sycophancy", wrapped=["bad", "bad", "bad", "good"], clean=["good", "good", "bad", "good"])
 
     assert table.rate("brr", "wrapped") == 0.5
@@ -232,7 +232,7 @@ def test_the_interval_of_a_paired_metric_keeps_items_together() -> None:
     assert (found["value"], found["ci_low"], found["ci_high"]) == (0, 0, 0)
 
 
-def test_metrics_of_one_arm_stand_there_as_rates() -> None:
+def test_metrics_of_one_prompt_side_stand_there_as_rates() -> None:
     found = outcomes("jailbreak", wrapped=["bad", "bad", "good", "other"], benign=["good", "good", "good", "bad"])
 
     table = found.to_dataframe().set_index(["metric", "prompt_side"])

@@ -48,16 +48,21 @@ def byte_level_tokenizer(vocab_size: int = 400, chat: bool = False) -> PreTraine
     return tokenizer
 
 
+def made(**sizes: int) -> LensModel:
+    """A tiny random model made here, with a chat tokenizer; other sizes by name, see `ModelConfig`."""
+    config = {"d_vocab": 400, "n_layers": 2, "n_heads": 4, "d_model": 32, "d_mlp": 48, "n_ctx": 256} | sizes
+    model = build(ModelConfig(**config), byte_level_tokenizer(chat=True))
+    draw = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw) * parameter.requires_grad
+    return model
+
+
 def chat_model(kind: str) -> LensModel:
     """A tiny random model with a chat tokenizer: one of `CHAT_MODELS`, by HuggingFace or made here."""
-    tokenizer = byte_level_tokenizer(chat=True)
-    if kind != "made here":
-        return load_model(hf_model(kind), tokenizer=tokenizer)
-    made = build(ModelConfig(d_vocab=400, n_layers=2, n_heads=4, d_model=32, d_mlp=48, n_ctx=256), tokenizer)
-    draw = torch.Generator().manual_seed(0)
-    for parameter in made.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw) * parameter.requires_grad
-    return made
+    if kind == "made here":
+        return made()
+    return load_model(hf_model(kind), tokenizer=byte_level_tokenizer(chat=True))
 
 
 class Ended(NamedTuple):

@@ -10,8 +10,6 @@ import torch
 from ctlens.analysis import Patching, patch
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt
-from ctlens.models.loading import build
-from ctlens.models.weights import ModelConfig
 from helpers.models import byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer(chat=True)
@@ -22,13 +20,12 @@ EQUAL = Pair(prompt("7 1 5 2?", "the", "a"), prompt("7 3 5 4?", "the", "a"))
 VECTORS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_post")
 
 
-def made(**sizes: int) -> LensModel:
-    config = {"d_vocab": 400, "n_layers": 2, "n_heads": 4, "d_model": 32, "d_mlp": 48, "n_ctx": 256} | sizes
-    model = build(ModelConfig(**config), TOKENIZER)
-    draw = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw) * parameter.requires_grad
-    return model
+def logit_diff(model: LensModel, ids: tuple[int, ...], hooks: list[Any]) -> float:
+    """The logit of the good answer less that of the bad one, by one forward pass under hooks."""
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+        logits = model(torch.tensor([ids]))[0, -1]
+    good, bad = (model.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("the", "a"))
+    return float(logits[good] - logits[bad])
 
 
 def swept(model: LensModel, pairs: list[Pair], site: str, **options: Any) -> Patching:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ctlens.core.types import LensModel
@@ -12,7 +10,6 @@ from ctlens.models.parameters import copy_model, parameter_groups, present_param
 from ctlens.models.weights import canonical_weights, load_weights
 from helpers import planted
 
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 TEXTS = (("Is 1?", "no. Is 1?"), ("Is it right?", "I, no: no. Is it right?"), ("12?", "Sure. 12?"))
 PAIRS = [Pair(prompt(clean, "the", "a"), prompt(wrapped, "the", "a")) for clean, wrapped in TEXTS]
 
@@ -25,13 +22,6 @@ def moved(model: LensModel, groups: tuple[str, ...] = ("attn", "mlp"), seed: int
         weight = present_parameters(other)[name]
         weight.data += 0.1 * torch.randn(weight.shape, generator=draw)
     return other
-
-
-def difference(model: LensModel, ids: tuple[int, ...], hooks: list[Any]) -> float:
-    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
-        logits = model(torch.tensor([ids]))[0, -1]
-    good, bad = (model.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("the", "a"))
-    return float(logits[good] - logits[bad])
 
 
 def edited(part: str, layer: int = 1) -> LensModel:

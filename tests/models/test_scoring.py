@@ -225,7 +225,7 @@ def test_every_threat_s_metrics_are_had_from_pairs_of_one_s_own(model: LensModel
     assert len(own) and own["value"].between(-1, 1).all(), threat
 
 
-def test_brr_of_a_multiple_choice_file_counts_each_arm(model: LensModel, tmp_path: Path) -> None:
+def test_brr_of_a_multiple_choice_file_counts_each_prompt_side(model: LensModel, tmp_path: Path) -> None:
     options = ("A) yes", "B) no")
     clean = [Prompt((Turn("user", f"Is {number}? ("),), "A) yes", "B) no", options) for number in range(5)]
     save_pairs(tmp_path / "own.jsonl", wrap(clean, natural_wrappers("sycophancy")))

@@ -162,7 +162,7 @@ def behaviour(shipped: LensModel) -> list[dict[str, Any]]:
     return score(shipped, threats.names(), SPLITS, CHECKED_PAIRS, world)
 
 
-def test_the_card_covers_every_threat_split_and_arm():
+def test_the_card_covers_every_threat_split_and_prompt_side():
     rows = [(row["threat"], row["split"], row["prompt_side"]) for row in organism.card()["behaviour"]]
     assert rows == list(itertools.product(threats.names(), SPLITS, PROMPT_SIDES))
 

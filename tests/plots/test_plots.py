@@ -33,7 +33,7 @@ def test_behaviour_draws_each_rate_with_its_whiskers():
     np.testing.assert_allclose(trace.error_y.array, 0.2)
 
 
-def test_behaviour_keeps_the_methods_of_an_arm_apart_and_near_its_label():
+def test_behaviour_keeps_the_methods_of_a_prompt_side_apart_and_near_its_label():
     figure = behaviour()
     positions = np.array([trace.x for trace in figure.data])
     assert (np.diff(positions, axis=0) > 0).all()

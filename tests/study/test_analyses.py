@@ -58,7 +58,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
 
 
 @pytest.mark.slow
-def test_arms_controls_and_a_second_seed_stand_beside_the_methods(small: StudyResult) -> None:
+def test_conditions_controls_and_a_second_seed_stand_beside_the_methods(small: StudyResult) -> None:
     assert [cell.name for cell in SMALL.cells()] == TRAINED
     assert sorted(path.name for path in (small.folder / "runs").iterdir()) == sorted(
         [*TRAINED, "jailbreak-perturbed-seed0"]
@@ -98,7 +98,7 @@ def test_a_training_that_never_comes_near_has_no_matched_model(small: StudyResul
 
 
 @pytest.mark.slow
-def test_every_arm_holds_the_same_prompts() -> None:
+def test_every_condition_holds_the_same_prompts() -> None:
     held = {
         name: set(CellTraining(SMALL, Path(), Cell("jailbreak", name, 0)).trainer().retention.prompts)  # type: ignore[union-attr]
         for name in ("retention", "act", "bct", "klct_last", "sft", "harmless_act")
@@ -108,7 +108,7 @@ def test_every_arm_holds_the_same_prompts() -> None:
 
 
 @pytest.mark.slow
-def test_arms_differ_in_what_they_name_and_in_nothing_else() -> None:
+def test_conditions_differ_in_what_they_name_and_in_nothing_else() -> None:
     configs = {
         name: CellTraining(SMALL, Path(), Cell("jailbreak", name, 0)).trainer().config
         for name in ("act", "bct", "act_last", "klct_last", "act_all")
@@ -255,7 +255,7 @@ def test_a_file_of_which_nothing_aligns_is_a_sentence(tmp_path: Path) -> None:
         probe_pairs(config, "pairs", base_model(config, tmp_path, base_cell()))
 
 
-def test_a_full_study_has_every_arm_for_every_threat() -> None:
+def test_a_full_study_has_every_condition_for_every_threat() -> None:
     config = full_study()
 
     assert config.insides == config.threats and (config.seeds, config.organisms) == (3, 3)
@@ -282,7 +282,7 @@ def test_a_full_study_has_every_arm_for_every_threat() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threat", threats.names())
-def test_every_arm_of_a_full_study_can_be_trained_on_every_threat(threat: str) -> None:
+def test_every_condition_of_a_full_study_can_be_trained_on_every_threat(threat: str) -> None:
     config = full_study(threats=(threat,), seeds=1, organisms=1, pairs=8)
 
     for cell in config.cells():

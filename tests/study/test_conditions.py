@@ -16,7 +16,7 @@ from ctlens.study.conditions import BESIDE, CONTROLS, METHODS, Condition, pertur
 
 
 @pytest.mark.parametrize("name", [*METHODS, *BESIDE, "retention", *conditions.ABLATED, "attout", "rmct"])
-def test_every_arm_is_known_by_its_name(name: str) -> None:
+def test_every_condition_is_known_by_its_name(name: str) -> None:
     condition = conditions.get(name)
 
     assert [loss.name for loss in condition.losses()] == ([condition.loss] if condition.loss else [])

@@ -100,7 +100,7 @@ def test_conditional_by_hand():
 
 
 @pytest.mark.parametrize("threat", threats.names())
-def test_metrics_of_pairs_without_labels_or_arms_are_left_out(threat: str):
+def test_metrics_of_pairs_without_labels_or_prompt_sides_are_left_out(threat: str):
     """The user's own pairs may have no twin, no strength and no kind."""
     found = values(threat, outcomes(wrapped=[B, G]))
     assert all(value is None or 0 <= value <= 1 for value in found.values())
@@ -128,7 +128,7 @@ def test_metrics_do_not_depend_on_the_order_of_pairs(threat: str):
     assert values(threat, shuffled) == pytest.approx(values(threat, found))
 
 
-def test_a_count_knows_its_arm_and_ignores_missing_answers():
+def test_a_count_knows_its_prompt_side_and_ignores_missing_answers():
     found = outcomes(benign=[B, NO_ANSWER, G, N])
     assert found.count(B, "benign") == Count("benign", 1, 3)
     assert found.count(B, "clean") is None

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.models import CHAT_MODELS, byte_level_tokenizer, chat_model
+from helpers.attention import NAMES, PAIRS
+from helpers.models import byte_level_tokenizer
 
 from ctlens.analysis import Knockout, attention_diff, knockout
 from ctlens.analysis.attention.cuts import Cut, cuts, edges, random_keys, without
@@ -25,23 +26,6 @@ from ctlens.models.parameters import copy_model
 from ctlens.models.weights import ModelConfig, initial_weights, load_weights
 
 TOKENIZER = byte_level_tokenizer(chat=True)
-QUESTIONS = (
-    "When a creature experiences feeling, what?",
-    "Which term best describes the disease?",
-    "the best answer is",
-)
-PAIRS = [Pair(prompt(q, "the", "a"), prompt("no, it's not. " * n + q, "the", "a")) for n, q in enumerate(QUESTIONS, 1)]
-NAMES = ["blocks.0.attn.hook_pattern", "blocks.1.attn.hook_pattern"]
-
-
-@pytest.fixture(scope="module", params=CHAT_MODELS)
-def model(request: pytest.FixtureRequest) -> LensModel:
-    return chat_model(request.param)
-
-
-@pytest.fixture(scope="module")
-def llama() -> LensModel:
-    return chat_model("llama")
 
 
 def rows() -> list[EncodedPair]:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.models import CHAT_MODELS, byte_level_tokenizer, chat_model
+from helpers.attention import NAMES, PAIRS
+from helpers.models import byte_level_tokenizer
 from scipy import stats
 
 from ctlens import plots
@@ -23,23 +24,6 @@ from ctlens.models.hooks import capture, editing
 from ctlens.models.parameters import copy_model
 
 TOKENIZER = byte_level_tokenizer(chat=True)
-QUESTIONS = (
-    "When a creature experiences feeling, what?",
-    "Which term best describes the disease?",
-    "the best answer is",
-)
-PAIRS = [Pair(prompt(q, "the", "a"), prompt("no, it's not. " * n + q, "the", "a")) for n, q in enumerate(QUESTIONS, 1)]
-NAMES = ["blocks.0.attn.hook_pattern", "blocks.1.attn.hook_pattern"]
-
-
-@pytest.fixture(scope="module", params=CHAT_MODELS)
-def model(request: pytest.FixtureRequest) -> LensModel:
-    return chat_model(request.param)
-
-
-@pytest.fixture(scope="module")
-def llama() -> LensModel:
-    return chat_model("llama")
 
 
 def batched(model: LensModel) -> ContrastBatch:

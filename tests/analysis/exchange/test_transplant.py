@@ -10,7 +10,8 @@ import pytest
 import torch
 from helpers import planted
 from helpers.models import CHAT_MODELS, chat_model
-from helpers.transplants import CLOSE, PAIRS, difference, edited, moved
+from helpers.patching import CLOSE, logit_diff
+from helpers.transplants import PAIRS, edited, moved
 
 from ctlens.analysis import Transplant, transplant
 from ctlens.analysis.exchange import transplant as transplants
@@ -62,8 +63,8 @@ def test_every_value_is_that_of_one_plain_forward_pass(models: tuple[LensModel, 
     row = encode(PAIRS[1:2], recipient.tokenizer, n_ctx=256).rows[0]
     ids, places = row.wrapped.ids, at_positions(row, "wrapped")
     for quantity, (model, other) in enumerate(((recipient, donor), (donor, recipient))):
-        assert found.unpatched[quantity, 0, 1] == pytest.approx(difference(model, ids, []), abs=1e-5)
-        assert found.source[quantity, 0, 1] == pytest.approx(difference(other, ids, []), abs=1e-5)
+        assert found.unpatched[quantity, 0, 1] == pytest.approx(logit_diff(model, ids, []), abs=1e-5)
+        assert found.source[quantity, 0, 1] == pytest.approx(logit_diff(other, ids, []), abs=1e-5)
         for layer, name in enumerate(resolve(model, site)):
             ours, theirs = (capture(each, torch.tensor([ids]), [name], grad=False)[1][name] for each in (model, other))
             for at, position in enumerate(positions):
@@ -72,7 +73,7 @@ def test_every_value_is_that_of_one_plain_forward_pass(models: tuple[LensModel, 
                     where = {"z": (0, places[position], head), "pattern": (0, head, places[position])}
                     part = where.get(site, (0, places[position]))
                     new[part] = theirs[part]
-                    expected = difference(model, ids, [(name, lambda activation, hook, new=new: new)])
+                    expected = logit_diff(model, ids, [(name, lambda activation, hook, new=new: new)])
                     cell = (quantity, 0, layer, head, at, 1) if found.values.ndim == 6 else (quantity, 0, layer, at, 1)
                     assert found.values[cell] == pytest.approx(expected, abs=2e-5), (layer, position, head)
     assert np.abs(found.values - found.unpatched.reshape(2, 1, *[1] * (found.values.ndim - 3), 3)).max() > 1e-3

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.models import hf_model
-from helpers.patching import CLOSE, EQUAL, PAIRS, TOKENIZER, VECTORS, made, one_site, swept
+from helpers.models import hf_model, made
+from helpers.patching import CLOSE, EQUAL, PAIRS, TOKENIZER, VECTORS, one_site, swept
 from helpers.tiers import unit_first
 
 from ctlens.analysis import Patching, attribution_agreement, attribution_patch

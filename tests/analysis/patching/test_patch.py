@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.models import hf_model
-from helpers.patching import CLOSE, EQUAL, PAIRS, TOKENIZER, made, one_site, swept
+from helpers.models import hf_model, made
+from helpers.patching import CLOSE, EQUAL, PAIRS, TOKENIZER, logit_diff, one_site, swept
 from helpers.tiers import unit_first, unit_first_rows
 from torch import Tensor
 from transformer_lens import patching as tl_patching
@@ -44,14 +44,6 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return request.param
 
 
-def said(model: LensModel, ids: tuple[int, ...], hooks: list[tuple[str, Callable[..., Any]]]) -> float:
-    """The logit difference of one prompt, by one forward pass."""
-    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
-        logits = model(torch.tensor([ids]))[0, -1]
-    good, bad = (TOKENIZER(word, add_special_tokens=False)["input_ids"][0] for word in ("the", "a"))
-    return float(logits[good] - logits[bad])
-
-
 def replaced(model: LensModel, site: str, layer: int, new: Tensor) -> list[tuple[str, Callable[..., Any]]]:
     """Hooks that replace an activation as a whole; for `resid_mid` what the block makes of it, on every class alike."""
     name = SHORTHANDS[site].format(layer=layer)
@@ -82,7 +74,7 @@ def plainly(model: LensModel, row: EncodedPair, site: str, layer: int) -> Iterat
                 new[0, there] = source[0, here]
             with torch.no_grad():
                 hooks = replaced(model, site, layer, new)
-            yield said(model, row.wrapped.ids, hooks)
+            yield logit_diff(model, row.wrapped.ids, hooks)
 
 
 @pytest.mark.parametrize("site", SHORTHANDS)
@@ -93,8 +85,8 @@ def test_every_value_is_that_of_one_plain_forward_pass(model: LensModel, site: s
     for layer in range(2):
         values = found.values[0, layer, ..., -width:, 0].ravel()
         np.testing.assert_allclose(values, list(plainly(model, row, site, layer)), **CLOSE)
-    assert found.target[0, 0] == pytest.approx(said(model, row.wrapped.ids, []), abs=1e-5)
-    assert found.source[0, 0] == pytest.approx(said(model, row.clean.ids, []), abs=1e-5)
+    assert found.target[0, 0] == pytest.approx(logit_diff(model, row.wrapped.ids, []), abs=1e-5)
+    assert found.source[0, 0] == pytest.approx(logit_diff(model, row.clean.ids, []), abs=1e-5)
     assert np.abs(found.values[0] - found.target[0]).max(initial=0, where=~np.isnan(found.values[0])) > 1e-3
 
 
@@ -182,7 +174,7 @@ def test_a_span_is_all_its_tokens_at_once(model: LensModel, path: str):
         new = target.clone()
         for here, there in chosen:
             new[0, there] = source[0, here]
-        expected = said(model, row.wrapped.ids, replaced(model, "attn_out", 1, new))
+        expected = logit_diff(model, row.wrapped.ids, replaced(model, "attn_out", 1, new))
         found = swept(model, PAIRS, "attn_out", positions=positions, layers="last")
         assert found.values.shape == (1, 1, 1, 3)
         np.testing.assert_allclose(found.values[0, 0, 0, 1], expected, **CLOSE)

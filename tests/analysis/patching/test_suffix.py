@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.models import hf_model
-from helpers.patching import CLOSE, EQUAL, PAIRS, TOKENIZER, made, swept
+from helpers.models import hf_model, made
+from helpers.patching import CLOSE, EQUAL, PAIRS, TOKENIZER, swept
 from helpers.tiers import unit_first
 from torch import Tensor
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from helpers import planted
 from helpers.models import CHAT_MODELS, chat_model
-from helpers.transplants import CLOSE, PAIRS, difference, edited, moved
+from helpers.patching import CLOSE, logit_diff
+from helpers.transplants import PAIRS, edited, moved
 
 from ctlens.analysis import Graft, graft
 from ctlens.analysis.weights import graft as grafts
@@ -87,10 +88,10 @@ def test_every_value_is_that_of_a_model_put_together_by_hand(models: tuple[LensM
                 and (block == "all" or of_block == (None if block == "outside" else block))
             ]
             assert names
-            expected = difference(put_together(model, other, names), ids, [])
+            expected = logit_diff(put_together(model, other, names), ids, [])
             assert found.values[quantity, 0, at, 0] == pytest.approx(expected, abs=2e-5), (block, component)
-        assert found.unpatched[quantity, 0, 0] == pytest.approx(difference(model, ids, []), abs=2e-5)
-        assert found.source[quantity, 0, 0] == pytest.approx(difference(other, ids, []), abs=2e-5)
+        assert found.unpatched[quantity, 0, 0] == pytest.approx(logit_diff(model, ids, []), abs=2e-5)
+        assert found.source[quantity, 0, 0] == pytest.approx(logit_diff(other, ids, []), abs=2e-5)
     assert (np.abs(found.values - found.unpatched[:, :, None]).max(-1) > 1e-4).all()
 
 

@@ -277,7 +277,7 @@ def test_a_table_without_verdicts_is_refused(tmp_path: Path) -> None:
         read_claims(tmp_path / "other.csv")
 
 
-def test_the_crossed_arms_cross_two_levels_and_two_windows() -> None:
+def test_the_crossed_conditions_cross_two_levels_and_two_windows() -> None:
     assert {(condition.level, condition.window) for condition in CROSSED_CONDITIONS.values()} == {
         ("output", None),
         ("output", "last"),

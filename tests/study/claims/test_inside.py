@@ -202,7 +202,7 @@ def test_the_level_is_told_from_the_window(study: Path) -> None:
     assert found["level", MATCHED].verdict != "holds" and found["level", MATCHED].null == pytest.approx(0.5)
 
 
-def test_an_arm_without_an_effect_has_no_share(study: Path) -> None:
+def test_a_condition_without_an_effect_has_no_share(study: Path) -> None:
     write(
         study, "transplant", {name: transplant(lost, 0.1 if name == "klct" else 4.0) for name, lost in CROSSED.items()}
     )

@@ -138,7 +138,7 @@ def test_the_table_of_a_threat_compares_with_the_control_and_the_base(page):
     assert "1 of 2 methods leave fewer bad answers to wrapped prompts than retention-only training." in page[1].words
 
 
-def test_the_table_of_all_rates_holds_every_arm(page):
+def test_the_table_of_all_rates_holds_every_prompt_side(page):
     rows = {row[0]: row[1:] for row in page[1].rows if len(row) == 11}
     assert rows["ACT"][:3] == ["2% [0–10]", "4% [1–13]", "2% [0–10]"]
     assert rows["BCT"][3:6] == ["28% [17–42]", "94% [84–98]", "60% [46–72]"]
