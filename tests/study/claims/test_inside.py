@@ -11,6 +11,7 @@ import pytest
 
 from ctlens.analysis import AttentionDiff, CrossLoss, Erasure, ShiftSimilarity, Transplant
 from ctlens.analysis.attention.diff import HEADLINE, MEASURES
+from ctlens.analysis.base.positions import STATE_POSITIONS
 from ctlens.analysis.base.result import Result
 from ctlens.analysis.residual.shift_vectors import PARTS
 from ctlens.study.claims import Claim
