@@ -20,7 +20,8 @@ from ctlens.data.pairs import Pair
 RowPositions: TypeAlias = Int[Tensor, "batch"]
 CleanMask: TypeAlias = Bool[Tensor, "batch clean_pos"]
 PaddingSide = Literal["right", "left"]
-PAD = 0
+_PAD = 0
+"""Stands where a shorter sequence has no token. No real position sees it, so that any token would do."""
 
 
 @dataclass(frozen=True)
@@ -234,10 +235,16 @@ class PairBatch:
         return PairBatch(clean, wrapped, self.answer.to(device), matched, *rest)
 
 
-def pad(sequences: Sequence[Sequence[int]], padding: PaddingSide = "right") -> Side:
-    """Token sequences of any lengths as one padded side."""
+def pad(sequences: Sequence[Sequence[int]], padding: PaddingSide = "right", *, token: int = _PAD) -> Side:
+    """Puts token sequences of any lengths into one padded side.
+
+    Args:
+        sequences: at least one.
+        padding: where the padding goes.
+        token: what the padding is.
+    """
     width = max(map(len, sequences))
-    tokens = torch.full((len(sequences), width), PAD, dtype=torch.long)
+    tokens = torch.full((len(sequences), width), token, dtype=torch.long)
     mask = torch.zeros(len(sequences), width, dtype=torch.bool)
     for row, sequence in enumerate(sequences):
         start = 0 if padding == "right" else width - len(sequence)
@@ -256,24 +263,44 @@ def collate(rows: Sequence[EncodedPair], padding: PaddingSide = "right") -> Pair
         raise CtlensError("a batch needs at least one pair.")
     clean = pad([row.clean.ids + row.clean_answer for row in rows], padding)
     wrapped = pad([row.wrapped.ids + row.answer for row in rows], padding)
-    answer = _marked(wrapped, [range(len(row.wrapped.ids), len(row.wrapped.ids + row.answer)) for row in rows])
-    clean_answer = _marked(clean, [range(len(row.clean.ids), len(row.clean.ids + row.clean_answer)) for row in rows])
-    wrapper = _marked(wrapped, [row.wrapper for row in rows])
+    answer = mark(wrapped.mask, [_behind(row.wrapped, row.answer) for row in rows])
+    clean_answer = mark(clean.mask, [_behind(row.clean, row.clean_answer) for row in rows])
+    wrapper = mark(wrapped.mask, [row.wrapper for row in rows])
     matched = {window: _matched(rows, window, clean, wrapped) for window in rows[0].alignments}
     shared_start = torch.tensor([opening(row.clean, row.wrapped) for row in rows])
     return PairBatch(clean, wrapped, answer, matched, shared_start, wrapper, clean_answer)
 
 
-def _first(side: Side, row: int) -> int:
-    return int(side.mask[row].int().argmax())
+def _behind(prompt: Rendered, answer: Sequence[int]) -> range:
+    """The positions of an answer that follows the prompt."""
+    return range(len(prompt.ids), len(prompt.ids) + len(answer))
 
 
-def _marked(side: Side, positions: Sequence[Sequence[int]]) -> Mask:
-    """True at given positions of each row's real tokens."""
-    marked = torch.zeros_like(side.mask)
-    for index, of_row in enumerate(positions):
-        marked[index, [_first(side, index) + position for position in of_row]] = True
-    return marked
+def mark(real: Mask, positions: Sequence[Sequence[int]]) -> Mask:
+    """Marks some positions of each row.
+
+    >>> real = torch.tensor([[False, True, True], [True, True, True]])
+    >>> mark(real, [(0,), (0, 2)]).int().tolist()
+    [[0, 1, 0], [1, 0, 1]]
+
+    Args:
+        real: True at real tokens, which stand together; the padding may be on either side.
+        positions: per row, counted from its first real token.
+
+    Returns:
+        In the shape of `real`, True at those positions that are real tokens.
+    """
+    starts = first_real(real).tolist()
+    rows = [row for row, of_row in enumerate(positions) for _ in of_row]
+    columns = [starts[row] + position for row, of_row in enumerate(positions) for position in of_row]
+    marked = torch.zeros_like(real)
+    marked[rows, columns] = True
+    return marked & real
+
+
+def first_real(real: Mask) -> RowPositions:
+    """Finds the index of each row's first real token."""
+    return real.int().argmax(-1)
 
 
 def _last(marked: Mask) -> RowPositions:
@@ -283,12 +310,11 @@ def _last(marked: Mask) -> RowPositions:
 
 def _matched(rows: Sequence[EncodedPair], window: str, clean: Side, wrapped: Side) -> Matched:
     alignments = [row.alignments[window] for row in rows]
-    shape = (len(rows), max(len(alignment.clean) for alignment in alignments))
-    here, there = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    valid = torch.zeros(shape, dtype=torch.bool)
-    for index, alignment in enumerate(alignments):
-        width = len(alignment.clean)
-        here[index, :width] = torch.tensor(alignment.clean) + _first(clean, index)
-        there[index, :width] = torch.tensor(alignment.wrapped) + _first(wrapped, index)
-        valid[index, :width] = True
-    return Matched(here, there, valid)
+    clean_positions = pad([alignment.clean for alignment in alignments])
+    wrapped_positions = pad([alignment.wrapped for alignment in alignments])
+    return Matched(_in_batch(clean_positions, clean), _in_batch(wrapped_positions, wrapped), clean_positions.mask)
+
+
+def _in_batch(positions: Side, prompts: Side) -> Positions:
+    """Positions that were counted from each prompt's first token, counted from the start of its row in a batch."""
+    return torch.where(positions.mask, positions.tokens + first_real(prompts.mask)[:, None], 0)

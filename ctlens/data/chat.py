@@ -136,7 +136,7 @@ def _encode(tokenizer: Any, text: str) -> tuple[tuple[int, ...], tuple[Span, ...
     return tuple(encoded["input_ids"]), tuple((start, end) for start, end in encoded["offset_mapping"])
 
 
-def encoded(tokenizer: Any, text: str) -> tuple[int, ...]:
+def token_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     """The tokens of a text and of nothing beside it."""
     return _encode(tokenizer, text)[0]
 
@@ -158,7 +158,7 @@ def _turn_end(tokenizer: Any, template: str | None, eos: str | None) -> int | No
         return None
     turns = (Turn("user", "a"), Turn("assistant", SENTINEL), Turn("user", "a"))
     try:
-        behind = encoded(tokenizer, _apply_template(tokenizer, turns).partition(SENTINEL)[2].lstrip())
+        behind = token_ids(tokenizer, _apply_template(tokenizer, turns).partition(SENTINEL)[2].lstrip())
     except CtlensError:  # a template that wants other conversations
         return None
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
@@ -167,6 +167,6 @@ def _turn_end(tokenizer: Any, template: str | None, eos: str | None) -> int | No
 
 def answer_ids(tokenizer: Any, answer: str, *, end: bool = True) -> tuple[int, ...]:
     """The tokens of an assistant's answer; closed by its `end_token`, where there is one, if `end`."""
-    ids = encoded(tokenizer, answer)
+    ids = token_ids(tokenizer, answer)
     closing = end_token(tokenizer) if end else None
     return ids if closing is None else (*ids, closing)

@@ -18,17 +18,17 @@ from ctlens.core.files import read_jsonl, write_text
 from ctlens.data.chat import Turn
 from ctlens.data.pairs import FIELDS, Pair, Prompt, pair_of, turns_of
 
-SIDES = (("reference_messages", "variant_messages"), ("unbiased_messages", "biased_messages"))
-JOINED_BY = ("_id", "id")
-PROMPT_FIELDS = ("prompt", "goal", "question")
-KNOWN = (
+_MESSAGE_FIELDS = (("reference_messages", "variant_messages"), ("unbiased_messages", "biased_messages"))
+_JOINED_BY = ("_id", "id")
+_PROMPT_FIELDS = ("prompt", "goal", "question")
+_KNOWN = (
     "'clean' and 'wrapped', 'reference_messages' and 'variant_messages', 'unbiased_messages' and 'biased_messages', "
     "'prompt' and 'prefill' (CSV), or 'messages' in two files"
 )
-OPTION = re.compile(r"^\(?([A-Z])\) (.+?)\s*$", re.MULTILINE)
-ANNOUNCED = re.compile(r"^(The best answer is: \(?|\()", re.IGNORECASE)
+_OPTION = re.compile(r"^\(?([A-Z])\) (.+?)\s*$", re.MULTILINE)
+_ANNOUNCED = re.compile(r"^(The best answer is: \(?|\()", re.IGNORECASE)
 
-Row = Mapping[str, Any]
+FileRow = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Reading:
         if self.refused:
             raise CtlensError(self.refused[0])
         if not self.pairs:
-            raise CtlensError(f"the file holds no pairs: rows with {KNOWN} are expected.")
+            raise CtlensError(f"the file holds no pairs: rows with {_KNOWN} are expected.")
         return list(self.pairs)
 
 
@@ -93,7 +93,7 @@ def read_pairs(path: str | Path, wrapped: str | Path | None = None) -> Reading:
     return Reading(tuple(pairs), tuple(refused))
 
 
-def read_rows(path: str | Path) -> list[tuple[str, Row]]:
+def read_rows(path: str | Path) -> list[tuple[str, FileRow]]:
     """The rows of a JSONL or CSV file, each after the words that say where it is.
 
     Raises:
@@ -107,13 +107,13 @@ def read_rows(path: str | Path) -> list[tuple[str, Row]]:
             table = pd.read_csv(path, keep_default_na=False, dtype=str)
         except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
             raise CtlensError(f"{path} is no CSV with a header: {error}.") from None
-        rows: list[tuple[str, Row]] = [
+        rows: list[tuple[str, FileRow]] = [
             (f"{path}, row {number}", row) for number, row in enumerate(table.to_dict("records"), start=1)
         ]
     else:
         rows = [(f"{path}, line {number}", row) for number, row in read_jsonl(path)]
     if not rows:
-        raise CtlensError(f"{path} holds no rows: rows with {KNOWN} are expected.")
+        raise CtlensError(f"{path} holds no rows: rows with {_KNOWN} are expected.")
     return rows
 
 
@@ -160,7 +160,7 @@ def load_prefills(path: str | Path) -> list[str]:
 
 def save_messages(path: str | Path, pairs: Iterable[Pair]) -> None:
     """Writes pairs as `reference_messages` and `variant_messages`, the target as the assistant's last message."""
-    names = SIDES[0]
+    names = _MESSAGE_FIELDS[0]
     rows = [
         {
             name: [*({"role": turn.role, "content": turn.content} for turn in side.turns), *_answered(pair, side)]
@@ -181,10 +181,10 @@ def _answered(pair: Pair, side: Prompt) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": pair.target}]
 
 
-def _pair(row: Row, where: str) -> Pair:
+def _pair(row: FileRow, where: str) -> Pair:
     if "clean" in row or "wrapped" in row:
         return pair_of(row, where)
-    for names in SIDES:
+    for names in _MESSAGE_FIELDS:
         if all(name in row for name in names):
             clean, wrapped = (_split(row, name, where) for name in names)
             return _of_sides(clean, wrapped, {}, where)
@@ -195,18 +195,20 @@ def _pair(row: Row, where: str) -> Pair:
         return Pair(Prompt((request,)), Prompt((request, forced)), labels={"wrapper": kind} if kind else {})
     if "messages" in row:
         raise CtlensError(f"{where}: 'messages' are one side of a pair: name the file of the wrapped prompts too.")
-    if any(name in row for name in (*PROMPT_FIELDS, "prefill")):
+    if any(name in row for name in (*_PROMPT_FIELDS, "prefill")):
         raise CtlensError(f"{where}: a prompt or a prefill alone is no pair: put prompts under wrappers (`wrap`).")
     if set(row) & set(FIELDS):
         return pair_of(row, where)  # which says what is missing
-    raise CtlensError(f"{where}: no known format; the fields are {', '.join(map(str, row))}, but {KNOWN} are expected.")
+    raise CtlensError(
+        f"{where}: no known format; the fields are {', '.join(map(str, row))}, but {_KNOWN} are expected."
+    )
 
 
 def _joined(
-    path: str | Path, clean: Sequence[tuple[str, Row]], other: str | Path, wrapped: Sequence[tuple[str, Row]]
+    path: str | Path, clean: Sequence[tuple[str, FileRow]], other: str | Path, wrapped: Sequence[tuple[str, FileRow]]
 ) -> Reading:
     """Two files row by row, or by the id that all rows have."""
-    key = next((key for key in JOINED_BY if all(key in row for _, row in (*clean, *wrapped))), None)
+    key = next((key for key in _JOINED_BY if all(key in row for _, row in (*clean, *wrapped))), None)
     refused: list[str] = []
     if key is None:
         if len(clean) != len(wrapped):
@@ -224,14 +226,14 @@ def _joined(
     for (where, row), (there, twin) in matches:
         try:
             clean_side, wrapped_side = _split(row, "messages", where), _split(twin, "messages", there)
-            labels = {name: str(twin[name]) for name in ("label", *JOINED_BY) if name in twin}
+            labels = {name: str(twin[name]) for name in ("label", *_JOINED_BY) if name in twin}
             pairs.append(_of_sides(clean_side, wrapped_side, labels, where))
         except CtlensError as error:
             refused.append(str(error))
     return Reading(tuple(pairs), tuple(refused))
 
 
-def _by_id(rows: Sequence[tuple[str, Row]], key: str, refused: list[str]) -> dict[str, tuple[str, Row]]:
+def _by_id(rows: Sequence[tuple[str, FileRow]], key: str, refused: list[str]) -> dict[str, tuple[str, FileRow]]:
     counts = Counter(str(row[key]) for _, row in rows)
     refused += [f"{where}: several rows have its {key}." for where, row in rows if counts[str(row[key])] > 1]
     return {str(row[key]): (where, row) for where, row in rows if counts[str(row[key])] == 1}
@@ -240,7 +242,7 @@ def _by_id(rows: Sequence[tuple[str, Row]], key: str, refused: list[str]) -> dic
 Side = tuple[tuple[Turn, ...], str | None]
 
 
-def _split(row: Row, name: str, where: str) -> Side:
+def _split(row: FileRow, name: str, where: str) -> Side:
     """The turns of a conversation up to its answer, and the answer."""
     turns = turns_of(row.get(name), name, where)
     if turns[-1].role != "assistant":
@@ -271,28 +273,28 @@ def _options(text: str, answer: str | None) -> tuple[str | None, tuple[str, ...]
     >>> _options("Is it?\\n(A) yes\\n(B) no", "The best answer is: (B) no")
     ('The best answer is: (B) no', ('The best answer is: (A) yes', 'The best answer is: (B) no'))
     """
-    listed = OPTION.findall(text)
+    listed = _OPTION.findall(text)
     letters = "".join(letter for letter, _ in listed)
     if answer is None or len(listed) < 2 or not ascii_uppercase.startswith(letters):
         return answer, ()
-    opening = announced[0] if (announced := ANNOUNCED.match(answer)) else ""
+    opening = announced[0] if (announced := _ANNOUNCED.match(answer)) else ""
     options = tuple(f"{opening}{letter}) {option}" for letter, option in listed)
     chosen = [option for option in options if option.rstrip(". ") == answer.rstrip(". ")]
     return (chosen[0], options) if len(chosen) == 1 and len(set(options)) == len(options) else (answer, ())
 
 
-def _plain_prompt(row: Row, where: str) -> Prompt:
+def _plain_prompt(row: FileRow, where: str) -> Prompt:
     if "messages" in row:
         turns, answer = _split(row, "messages", where)
         good, options = _options(turns[-1].content, answer)
         return Prompt(turns, good, None, options)
-    name = next((name for name in PROMPT_FIELDS if name in row), None)
+    name = next((name for name in _PROMPT_FIELDS if name in row), None)
     if name is None:
-        raise CtlensError(f"{where}: no prompt; one of {', '.join(PROMPT_FIELDS)} or 'messages' is expected.")
+        raise CtlensError(f"{where}: no prompt; one of {', '.join(_PROMPT_FIELDS)} or 'messages' is expected.")
     return Prompt((Turn("user", _given(row, name, where)),))
 
 
-def _given(row: Row, name: str, where: str) -> str:
+def _given(row: FileRow, name: str, where: str) -> str:
     value = row[name]
     if not isinstance(value, str) or not value.strip():
         raise CtlensError(f"{where}: '{name}' must be a text that is not blank.")

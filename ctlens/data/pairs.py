@@ -13,16 +13,16 @@ from ctlens.core.files import write_text
 from ctlens.data.chat import Turn
 
 PROMPT_SIDES = ("wrapped", "clean", "benign")
-REQUIRED = ("clean", "wrapped")
-ANSWERS = ("good", "bad", "options")
+_REQUIRED = ("clean", "wrapped")
+_ANSWERS = ("good", "bad", "options")
 FIELDS = (
-    *REQUIRED,
+    *_REQUIRED,
     "benign",
-    *ANSWERS,
-    *(f"{prompt_side}_{name}" for prompt_side in ("clean", "benign") for name in ANSWERS),
+    *_ANSWERS,
+    *(f"{prompt_side}_{name}" for prompt_side in ("clean", "benign") for name in _ANSWERS),
 )
 FIELDS = (*FIELDS, "target", "shared", "labels")
-ROLES = ("system", "user", "assistant")
+_ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,13 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
     for key in row:
         if key not in FIELDS:
             raise CtlensError(f"{where}: {unknown('field', key, FIELDS)} Put your own fields under 'labels'.")
-    for key in REQUIRED:
+    for key in _REQUIRED:
         if key not in row:
             raise CtlensError(f"{where}: the field '{key}' is missing; 'clean' and 'wrapped' are expected.")
     labels = {} if row.get("labels") is None else row["labels"]
     if not isinstance(labels, dict):
         raise CtlensError(f"{where}: 'labels' is a {type(labels).__name__}, but an object is expected.")
-    own = any(f"clean_{name}" in row for name in ANSWERS)
+    own = any(f"clean_{name}" in row for name in _ANSWERS)
     return Pair(
         clean=_prompt(row, "clean", "clean_" if own else "", where),
         wrapped=_prompt(row, "wrapped", "", where),
@@ -158,13 +158,13 @@ def turns_of(value: Any, key: str, where: str) -> tuple[Turn, ...]:
 def _turn(message: Any, key: str, where: str) -> Turn:
     if not isinstance(message, dict) or set(message) != {"role", "content"}:
         raise CtlensError(f"{where}: a message of '{key}' must be an object with 'role' and 'content'.")
-    if message["role"] not in ROLES or not isinstance(message["content"], str):
-        raise CtlensError(f"{where}: a message of '{key}' needs a role of {', '.join(ROLES)} and a text as content.")
+    if message["role"] not in _ROLES or not isinstance(message["content"], str):
+        raise CtlensError(f"{where}: a message of '{key}' needs a role of {', '.join(_ROLES)} and a text as content.")
     return Turn(message["role"], message["content"])
 
 
 def _row(pair: Pair) -> dict[str, Any]:
-    row: dict[str, Any] = {key: _messages(getattr(pair, key)) for key in REQUIRED}
+    row: dict[str, Any] = {key: _messages(getattr(pair, key)) for key in _REQUIRED}
     row |= _answers(pair.wrapped, "")
     if _answers(pair.clean, "") != _answers(pair.wrapped, ""):
         row |= _answers(pair.clean, "clean_") or {"clean_good": None}

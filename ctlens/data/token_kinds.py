@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from ctlens.data.alignment import wrapper_positions
 from ctlens.data.chat import Rendered
 
-KINDS = ("system", "user", "assistant", "content", "wrapper", "template", "assistant header", "answer")
+TOKEN_KINDS = ("system", "user", "assistant", "content", "wrapper", "template", "assistant header", "answer")
 
 
 def token_kinds(
     clean: Rendered, wrapped: Rendered, answer: Sequence[int] = ()
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of every token of a clean and of a wrapped prompt, one of `KINDS`; told by its characters.
+    """Of every token of a clean and of a wrapped prompt, one of `TOKEN_KINDS`; told by its characters.
 
     - `content`: of the clean prompt's last message, in either prompt where it stands there once.
     - `wrapper`: what the attack added to the messages, see `ctlens.data.alignment.wrapper_positions`.
