@@ -15,9 +15,9 @@ import pandas as pd
 from ctlens import plots
 from ctlens.analysis import AttentionDiff, CrossLoss, Erasure, Graft, ResidualShift, ShiftSimilarity, Transplant
 from ctlens.analysis.attention import diff as attention
+from ctlens.analysis.base.positions import ALIGNED_POSITIONS
 from ctlens.analysis.base.result import Result
 from ctlens.analysis.base.shares import floor_of
-from ctlens.analysis.base.states import ALIGNED
 from ctlens.analysis.exchange import transplant as transplants
 from ctlens.analysis.exchange.exchange import Exchange
 from ctlens.analysis.outputs.gap_recovered import SHARE
@@ -147,8 +147,8 @@ def _first_analyses(
 ) -> Iterator[tuple[str, Figure]]:
     """Draws the analyses that every cell of the comparison holds."""
     shifts = _over_seeds(ResidualShift, "residual", config, folder, threat, conditions)
-    for place in ALIGNED:
-        yield f"residual-{place}", residual.figure(shifts, place=place, subtitle=prompts_in_words(threat))
+    for positions in ALIGNED_POSITIONS:
+        yield f"residual-{positions}", residual.figure(shifts, positions=positions, subtitle=prompts_in_words(threat))
     masses = _over_seeds(AttentionDiff, "attention", config, folder, threat, conditions)
     yield "attention", attention.figure(masses, subtitle=prompts_in_words(threat))
 
@@ -234,9 +234,9 @@ def analysis_figures(config: StudyConfig, folder: Path, threat: str) -> Iterator
     crossed = [name for name in _CROSSED_FIGURE if name in trained]
     if len(crossed) > 2:
         shifts = _over_seeds(ResidualShift, "residual", config, folder, threat, crossed)
-        for place in ALIGNED:
+        for positions in ALIGNED_POSITIONS:
             subtitle = f"{words}; each loss on all aligned tokens and on the last one alone"
-            yield f"crossed-{place}", residual.figure(shifts, place=place, subtitle=subtitle)
+            yield f"crossed-{positions}", residual.figure(shifts, positions=positions, subtitle=subtitle)
     for setting, end in ((EQUAL_STEPS, ""), (MATCHED, "-matched")):
         yield from ((f"{name}{end}", figure) for name, figure in figures_at_setting(config, folder, threat, setting))
     for result in _load(CrossLoss, "cross-loss", folder, threat).values():
@@ -258,9 +258,9 @@ def figures_at_setting(config: StudyConfig, folder: Path, threat: str, setting: 
             if len(among) > 1:  # a matrix of one compares nothing
                 yield name, result.among(among).figure()
     found = _with_effect(_load(Transplant, "transplant", folder, threat, setting))
-    for place in ALIGNED if found else ():
+    for positions in ALIGNED_POSITIONS if found else ():
         subtitle = f"{prompts_in_words(threat)}; at {setting}"
-        yield f"transplant-{place}", transplants.figure(found, place, subtitle=subtitle)
+        yield f"transplant-{positions}", transplants.figure(found, positions, subtitle=subtitle)
 
 
 def _load(

@@ -139,8 +139,8 @@ def test_good_bad_and_other_answers_are_all_answers(unbroken: StudyResult) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("condition", ["retention", "act", "bct"])
-def test_doses_are_evaluated_on_the_way(unbroken: StudyResult, method: str) -> None:
-    rows = read(unbroken.folder).query("condition == @method and metric == 'bad_rate' and prompt_side == 'wrapped'")
+def test_doses_are_evaluated_on_the_way(unbroken: StudyResult, condition: str) -> None:
+    rows = read(unbroken.folder).query("condition == @condition and metric == 'bad_rate' and prompt_side == 'wrapped'")
 
     steps = {split: list(found["step"]) for split, found in rows.groupby("split")}
     assert steps == {"heldout": [1, 2, 4], "entities": [4], "structure": [4]}
