@@ -136,7 +136,8 @@ def test_the_findings_on_transfer_and_a_harmless_wrapper_hold(results: pd.DataFr
     rates = summary_table(results).set_index(["threat", "condition"])["bad wrapped"]
     base, act, bct = (rates["jailbreak", name] for name in ("retention", "harmless_act", "harmless_bct"))
 
-    assert "0 of 120 changes are clear" in transfer.reason and "of 120 changes, none stays clear" in findings()
+    corrected = "with Bonferroni's correction for 120 the interval of every change includes 0"
+    assert "0 of 120 changes are clear" in transfer.reason and corrected in re.sub(r"\s+", " ", findings())
     assert f"takes jailbreaks from {base.percent} to {act.percent}" in re.sub(r"\s+", " ", findings())
     assert abs(bct.value - base.value) <= 0.02
 
