@@ -58,7 +58,7 @@ class Pool:
         if find_spec(package) is None:
             raise CtlensError(f"the backend {self.backend} needs {package}: install ctlens with its extra 'cluster'.")
         if self.backend == DASK and not self.scheduler:
-            raise CtlensError("the backend dask needs the address of its scheduler: give --scheduler HOST:PORT.")
+            raise CtlensError("the backend dask needs the address of its scheduler: give --scheduler tcp://HOST:PORT.")
         if self.scheduler and self.backend != DASK:
             raise CtlensError(
                 f"the backend {self.backend} takes no scheduler, but {self.scheduler!r} was given: "

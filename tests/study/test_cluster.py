@@ -55,9 +55,15 @@ def test_an_error_of_a_task_is_raised_as_it_is(scheduler: str) -> None:
         list(run_in_order(Pool, [(1,), (0,)], Pool(backend="dask", scheduler=scheduler)))
 
 
-@pytest.mark.parametrize("options", [{"backend": "dask"}, {"scheduler": "tcp://127.0.0.1:8786"}])
-def test_a_backend_and_its_scheduler_go_together(options: dict) -> None:
-    with pytest.raises(CtlensError, match="give both"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "dask"}, "dask needs the address of its scheduler: give --scheduler tcp://HOST:PORT"),
+        ({"scheduler": "tcp://127.0.0.1:8786"}, "loky takes no scheduler, but 'tcp://127.0.0.1:8786' was given"),
+    ],
+)
+def test_a_backend_and_its_scheduler_go_together(options: dict, message: str) -> None:
+    with pytest.raises(CtlensError, match=message):
         Pool(**options)
 
 

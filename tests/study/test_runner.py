@@ -411,8 +411,8 @@ def test_cells_come_seed_by_seed_with_the_control_first() -> None:
         ({"methods": ("retention",)}, "unknown loss"),
         ({"methods": ("act", "act")}, "each once"),
         ({"seeds": 0}, "seeds must be at least 1"),
-        ({"pairs": 0}, "pairs must be at least 1"),
-        ({"items": -3}, "items must be at least 1"),
+        ({"n_pairs": 0}, "n_pairs must be at least 1"),
+        ({"n_prompts": -3}, "n_prompts must be at least 1"),
     ],
 )
 def test_studies_that_make_no_sense_are_refused(options: dict, message: str) -> None:
