@@ -44,7 +44,7 @@ def save_figures(config: StudyConfig, folder: Path, results: pd.DataFrame) -> li
     drawn = dict(chain(_of_study(config, folder, results), _of_threats(config, folder, results)))
     for threat in config.insides:
         drawn |= {f"{threat}-{name}": figure for name, figure in inside_figures(config, folder, threat)}
-    return plots.save_figures({folder / "figures" / name: figure for name, figure in drawn.items()})
+    return plots.write_figures({folder / "figures" / name: figure for name, figure in drawn.items()})
 
 
 def _of_study(config: StudyConfig, folder: Path, results: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
@@ -158,7 +158,7 @@ def dose_figure(results: pd.DataFrame, axis: str, subtitle: str) -> Figure:
         for method in in_order(method for method, _ in counts if method != BASE)
     }
     shown = {"x_title": "training pairs", "log_x": True} if axis == "pairs" else {}
-    return plots.dose_response(doses, curves, DOSE_TITLES[axis], subtitle=subtitle, **shown)
+    return plots.dose_curves(doses, curves, DOSE_TITLES[axis], subtitle=subtitle, **shown)
 
 
 def _curve(counts: list[list[tuple[int, int]]]) -> plots.Curve:
@@ -186,4 +186,4 @@ def gap_figure(results: pd.DataFrame, subtitle: str) -> Figure:
     }
     title = "How much of the wrapper's effect on the answer is undone, before rates saturate?"
     unit = "share of the gap in the logit difference"
-    return plots.dose_response(steps, curves, title, subtitle=subtitle, y_title=unit)
+    return plots.dose_curves(steps, curves, title, subtitle=subtitle, y_title=unit)

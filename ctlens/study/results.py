@@ -14,7 +14,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.stats import difference, student, wilson
 from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.evaluation.result import require_prompt_side
-from ctlens.plots.theme import METHODS
+from ctlens.plots.theme import METHOD_STYLES
 
 RATES = ("bad_rate", "good_rate", "other_rate")
 SPLIT = "heldout"
@@ -198,7 +198,7 @@ def in_order(methods: Iterable[str]) -> list[str]:
     >>> in_order(["mine", "bct", "none", "act"])
     ['none', 'act', 'bct', 'mine']
     """
-    known = list(METHODS)
+    known = list(METHOD_STYLES)
     return sorted(set(methods), key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
