@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
+from ctlens.core.labels import BASE
 from ctlens.plots.arrays import require_some
 from ctlens.plots.intervals import IntervalGrid, Intervals, checked_intervals
 from ctlens.plots.panels import PANELS_PER_ROW, PanelLayout, Subplot, fit_panels, panel_grid, subplots
@@ -63,7 +64,7 @@ def cross_threat(
     figure = panel_grid([label(method) for method in panels], layout)
     rows: list[list[str]] = []
     for subplot, (method, panel) in zip(subplots(len(panels)), panels.items(), strict=True):
-        untrained = np.shape(panel[0])[:1] == (1,) and (len(trained) > 1 or method == "none")
+        untrained = np.shape(panel[0])[:1] == (1,) and (len(trained) > 1 or method == BASE)
         rows.append([_NO_THREAT] if untrained else list(trained))
         numbers = checked_intervals(f"panel {method!r}", panel, len(rows[-1]), len(evaluated))
         names = [[f"trained on {row}, evaluated on {column}" for column in evaluated] for row in rows[-1]]
