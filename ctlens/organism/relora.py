@@ -18,6 +18,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.models.lora import LoRA, add_adapters, has_adapters, merge_adapters
 from ctlens.models.matrices import SITES, slots
+from ctlens.models.optimisation import warmup_rate
 from ctlens.models.parameters import present_parameters
 
 
@@ -61,8 +62,9 @@ class ReLoRA:
         >>> [round(jagged.lr_factor(step, 10), 2) for step in range(4, 10)]
         [1.0, 0.45, 0.91, 1.0, 0.45, 0.91]
         """
-        since, warm = self.since_start(step, steps), self.rewarm * self.every
-        return 1.0 if since is None or since >= warm else (since + 1) / (warm + 1)
+        since = self.since_start(step, steps)
+        warm = self.rewarm * self.every
+        return 1.0 if since is None or since >= warm else warmup_rate(since, warm)
 
 
 def begin_adapters(model: LensModel, lora: LoRA, seed: int) -> list[nn.Parameter]:

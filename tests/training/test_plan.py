@@ -19,10 +19,10 @@ from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT, BCT, KLCT, MLPCT, AttCT
 from ctlens.models.loading import load_model
 from ctlens.models.lora import LoRA
+from ctlens.models.optimisation import linear_rate
 from ctlens.organism import load_organism
 from ctlens.training import Phase, TrainConfig, Trainer, Until, load_run, train
 from ctlens.training.config import read_config
-from ctlens.training.schedules import linear
 
 QUESTIONS = (
     "Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?",
@@ -133,7 +133,7 @@ def test_torch_s_schedules_follow_the_warm_up(model) -> None:
 
     assert rates(config, model) == pytest.approx(warm + cosine, abs=1e-9)
     assert rates(replace(config, warmup=0.0), model)[:6] == pytest.approx(cosine, abs=1e-9)
-    assert rates(QUICK, model) == pytest.approx([linear(step, 8, 0.1) for step in range(8)])
+    assert rates(QUICK, model) == pytest.approx([linear_rate(step, 8, 0.8) for step in range(8)])
 
 
 @pytest.mark.parametrize(
