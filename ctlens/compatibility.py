@@ -165,7 +165,7 @@ def _export(subject: Subject) -> None:
 
 def _probe(subject: Subject) -> None:
     task = analysis.wrapper_present(subject.pairs, subject.model.tokenizer)
-    found = analysis.probe({"none": subject.model}, task, places=["last"], seeds=1, folds=2, progress=False)
+    found = analysis.probe({"none": subject.model}, task, positions=["last"], seeds=1, folds=2, progress=False)
     _require_finite(found.score)
 
 

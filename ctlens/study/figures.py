@@ -13,7 +13,7 @@ import pandas as pd
 from ctlens import plots
 from ctlens.analysis import AttentionDiff, ResidualShift
 from ctlens.analysis.attention import diff as attention
-from ctlens.analysis.base.states import ALIGNED
+from ctlens.analysis.base.positions import ALIGNED_POSITIONS
 from ctlens.analysis.outputs.gap_recovered import SHARE
 from ctlens.analysis.residual import shift as residual
 from ctlens.data.pairs import PROMPT_SIDES
@@ -112,8 +112,8 @@ def _arrays(rates: list[list[Rate]]) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 def _looks(config: StudyConfig, folder: Path, threat: str, methods: Sequence[str]) -> Iterator[tuple[str, Figure]]:
     shifts = {method: over_seeds(ResidualShift, folder, config, threat, method, "residual") for method in methods}
-    for place in ALIGNED:
-        yield f"residual-{place}", residual.figure(shifts, place=place, subtitle=where(threat))
+    for positions in ALIGNED_POSITIONS:
+        yield f"residual-{positions}", residual.figure(shifts, positions=positions, subtitle=where(threat))
     masses = {method: over_seeds(AttentionDiff, folder, config, threat, method, "attention") for method in methods}
     yield "attention", attention.figure(masses, subtitle=where(threat))
 

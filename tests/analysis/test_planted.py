@@ -47,7 +47,7 @@ def task(models) -> Task:
 
 @pytest.fixture(scope="module", params=unit_first(["mass_mean", "ridge", "logistic"]))
 def probed(models, task: Task, request) -> Probe:
-    return probe(models, task, places=["last"], estimators=[request.param], progress=False)
+    return probe(models, task, positions=["last"], estimators=[request.param], progress=False)
 
 
 def scores(found: Probe, fitted_on: str, read_on: str) -> list[float]:

@@ -14,7 +14,7 @@ from helpers.models import byte_level_tokenizer
 from ctlens.analysis import Knockout, attention_diff, knockout
 from ctlens.analysis.attention.cuts import Cut, cuts, edges, random_keys, without
 from ctlens.analysis.base.contrast import contrasts, in_batches
-from ctlens.analysis.base.spans import spans
+from ctlens.analysis.base.positions import segments
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair, encode
@@ -215,7 +215,7 @@ def test_the_same_model_twice_has_the_same_numbers_and_everything_round_trips(ll
     again = Knockout.load(tmp_path / "knockout.safetensors")
     assert again.to_dataframe().equals(found.to_dataframe())
     assert (found.n_null_keys <= found.n_keys).all()
-    assert found.n_keys.tolist() == [len(spans(row)["wrapper"]) for row in rows()]
+    assert found.n_keys.tolist() == [len(segments(row)["wrapper"]) for row in rows()]
 
 
 @pytest.mark.slow

@@ -46,8 +46,10 @@ READING: dict[str, Analysis] = {
     ),
     "logit_lens": lambda before, after: look.logit_lens({"none": before, "act": after}, PAIRS, **RUN),
     "logit_attribution": lambda before, after: look.logit_attribution(after, PAIRS, side="clean", **RUN),
-    "states": lambda before, after: look.states(after, PAIRS, place="wrapper", site="mlp_out", **RUN),
-    "mean_difference": lambda before, after: look.mean_difference(before, PAIRS, name="base", place="content", **RUN),
+    "states": lambda before, after: look.states(after, PAIRS, positions="wrapper", site="mlp_out", **RUN),
+    "mean_difference": lambda before, after: look.mean_difference(
+        before, PAIRS, name="base", positions="content", **RUN
+    ),
     "probe": lambda before, after: look.probe({"none": before, "act": after}, SOME, folds=2, seeds=1, **RUN),
     "probe_direction": lambda before, after: look.probe_direction(after, SOME, "x", name="after", **RUN),
 }  # fmt: skip
@@ -98,9 +100,9 @@ def test_a_recording_holds_what_transformer_lens_caches_of_one_prompt(models, re
 def test_some_of_the_pairs_in_any_order_and_batches_are_read_as_from_the_model(models, recordings, chosen) -> None:
     pairs = [PAIRS[number] for number in chosen]
 
-    for place in ("last", "content"):
+    for positions in ("last", "content"):
         found, expected = (
-            look.states(source, pairs, place=place, batch_size=64, progress=False).values
+            look.states(source, pairs, positions=positions, batch_size=64, progress=False).values
             for source in (recordings[1], models[1])
         )
         np.testing.assert_allclose(found, expected, atol=2e-5)
@@ -172,7 +174,7 @@ def test_a_prompt_that_was_recorded_twice_is_read_at_its_own_place(padding) -> N
     lone = [2.0, 0.0] if padding == "right" else [0.0, 2.0]
     assert read(0) == ([[0, 1], lone], [[1, 0, 0], [0, 1, 0]])
     assert read(2) == ([[3, 4], lone], [[0, 0, 1], [0, 1, 0]])
-    assert read(7) == read(0)  # at no place of its own: the first
+    assert read(7) == read(0)  # it was not recorded at this index: the first
 
 
 # What does not fit is refused.

@@ -149,19 +149,22 @@ def test_a_cue_with_values_is_read_among_the_wrapped_prompts(base: LensModel, re
 @pytest.mark.slow
 def test_a_probe_that_was_fitted_before_is_used_as_it_is(base: LensModel, repaired, found: Erasure):
     models = {"none": base, **repaired}
-    fitted = probe(models, presence(base), places=["content", "last"], progress=False)
+    fitted = probe(models, presence(base), positions=["content", "last"], progress=False)
     options = {"layers": [1, 2], "draws": 12, "progress": False}
     again = erase_or_mask(base, repaired, planted.pairs(), cue=fitted, **options)
     np.testing.assert_array_equal(again.readable, found.readable)
     low, high = fitted.null("last", "ridge")
     assert again.readable[2, :, 3:].tolist() == [[low[1], high[1]], [low[2], high[2]]]
     for chosen, message in (
-        (probe({"none": base}, presence(base), places=["last"], progress=False), "unknown reading 'erased on erased'"),
         (
-            probe(models, presence(base), places=["last"], layers=[1], progress=False),
+            probe({"none": base}, presence(base), positions=["last"], progress=False),
+            "unknown reading 'erased on erased'",
+        ),
+        (
+            probe(models, presence(base), positions=["last"], layers=[1], progress=False),
             "direction is at resid_post at layers 1, 2",
         ),
-        (probe(models, presence(base), places=["content"], progress=False), "unknown place 'last'"),
+        (probe(models, presence(base), positions=["content"], progress=False), "unknown positions 'last'"),
     ):
         with pytest.raises(CtlensError, match=message):
             erase_or_mask(base, repaired, planted.pairs(), cue=chosen, **options)

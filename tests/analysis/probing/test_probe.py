@@ -212,16 +212,16 @@ def test_the_range_over_seeds_is_that_of_single_deals_and_the_score_their_mean()
     found, first = (probe(values, TASK, seeds=seeds, **options) for seeds in (3, 1))
 
     x, y, groups = values["none"].values, np.array(LABELS), np.array(GROUPS)
-    for place in product(range(2), range(LAYERS)):
-        estimator = make(("ridge", "mass_mean")[place[0]])
+    for number, layer in product(range(2), range(LAYERS)):
+        estimator = make(("ridge", "mass_mean")[number])
         scores = []
         for seed in range(3):
             right = np.zeros(N)
             for train, test in cuts(TASK, 3, seed):
                 assert not set(groups[train]) & set(groups[test])
-                right[test] = estimator.fit(x[place[1]][train], y[train]).predict(x[place[1]][test]) == y[test]
+                right[test] = estimator.fit(x[layer][train], y[train]).predict(x[layer][test]) == y[test]
             scores.append((right[y == "yes"].mean() + right[y == "no"].mean()) / 2)
-        at = (0, 0, *place)
+        at = (0, 0, number, layer)
         assert (found.seed_low[at], found.seed_high[at]) == pytest.approx((min(scores), max(scores)))
         assert found.score[at] == pytest.approx(np.mean(scores)) and first.score[at] == pytest.approx(scores[0])
     assert (found.seed_low < found.seed_high).any() and (first.seed_low == first.seed_high).all()
@@ -363,13 +363,15 @@ def test_will_misbehave_labels_the_models_own_answers() -> None:
 
 def test_a_model_and_its_states_give_the_same_scores() -> None:
     task = labelled(PAIRS, "relation")
-    given = [task.states(ORGANISM, place=place, layers=[0, 2], progress=False) for place in ("last", "content")]
+    given = [
+        task.states(ORGANISM, positions=positions, layers=[0, 2], progress=False) for positions in ("last", "content")
+    ]
 
     from_states = probe({"none": given}, task, seeds=1, progress=False)
     from_model = probe({"none": ORGANISM}, task, layers=[0, 2], seeds=1, progress=False)
 
     assert from_model.to_dataframe().equals(from_states.to_dataframe())
-    assert from_model.layers == (0, 2) and from_model.places == ("last", "content")
+    assert from_model.layers == (0, 2) and from_model.positions == ("last", "content")
     plain = states(ORGANISM, PAIRS, layers=[0, 2], progress=False)
     np.testing.assert_array_equal(given[0].values, plain.values)
 
@@ -413,10 +415,10 @@ def one_class_in_one_group() -> Task:
         ({"none": held(noise())}, TASK, {"folds": 1}, "at least 2 folds"),
         ({"none": held(noise())}, one_class_in_one_group(), {}, "no prompt labelled 'yes'"),
         ({"none": held(noise(n=90))}, TASK, {}, "of 90 prompts, but the task has 120 labels"),
-        ({"none": held(noise()), "act": held(noise(), layers=(1, 2, 3))}, TASK, {}, "same places, layers"),
-        ({"none": [held(noise()), held(noise())]}, TASK, {}, "each place can be probed once"),
-        ({"none": []}, TASK, {}, "same places, layers"),
-        ({}, TASK, {}, "same places, layers"),
+        ({"none": held(noise()), "act": held(noise(), layers=(1, 2, 3))}, TASK, {}, "same positions, layers"),
+        ({"none": [held(noise()), held(noise())]}, TASK, {}, "each choice of positions can be probed once"),
+        ({"none": []}, TASK, {}, "same positions, layers"),
+        ({}, TASK, {}, "same positions, layers"),
         ({"none": held(noise() * np.nan)}, TASK, {}, "not finite"),
         ({"none": ORGANISM}, TASK, {}, "names no prompts"),
         ({"none": ORGANISM}, labelled(PAIRS, "relation"), {"layers": [4]}, "layer 4 does not exist"),
@@ -448,7 +450,7 @@ def test_labels_and_attacks_that_are_not_there_are_refused() -> None:
         (lambda: answer_hinted(threats.get("jailbreak").pairs(4)), "unknown label 'hint'"),
         (lambda: wrapper_present(alike, ORGANISM.tokenizer), "no neutral text has the tokens of the attack in pair 1"),
         (lambda: found.curve("act", "none", "last", "ridge"), "unknown reading"),
-        (lambda: found.figure("content"), "unknown place"),
+        (lambda: found.figure("content"), "unknown positions"),
         (lambda: found.figure(estimator="logistic"), "unknown estimator"),
     ):
         with pytest.raises(CtlensError, match=message):
