@@ -21,7 +21,7 @@ from ctlens.models.export import export_huggingface, parity
 from ctlens.models.hooks import capture, editing, resolve
 from ctlens.models.loading import load_model, quiet_huggingface
 from ctlens.models.lora import LoRA, merge_adapters
-from ctlens.models.matrices import SITES, slots
+from ctlens.models.matrices import MATRICES, slots
 from ctlens.models.parameters import copy_model, parameter_groups, present_parameters
 from ctlens.organism import load_organism
 from ctlens.training import Run, TrainConfig, train
@@ -38,7 +38,7 @@ PREFACE = """# The architectures, side by side
 - *logits* are HuggingFace's; *resid*, *mlp* and *attn*, what ACT, MLPCT and AttCT train on, are HuggingFace's at every
   layer and carry gradients; *mid*: `resid_mid` adds up, and an edit of it reaches the skip path.
 - *losses*: a step of each of the losses but RMCT changes the attention that is trained, and nothing else.
-- *lora*: adapters at every place train and merge. *export*: `transformers` loads the trained model with equal logits.
+- *lora*: adapters on every matrix train and merge. *export*: `transformers` loads the trained model with equal logits.
 - *probe*, *maps* (attention difference) and *patch* run; a patch of everything gives the other run's values.
 """
 ONE_STEP = TrainConfig(steps=1, batch_size=4, lr=1e-2, warmup=0.0, trainable=("attn",))
@@ -79,9 +79,9 @@ class Subject:
 
     @cached_property
     def trained(self) -> Run:
-        """A step of low-rank training at every place the architecture has."""
-        sites = tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in slots(self.model, SITES)))
-        config = TrainConfig(steps=1, batch_size=4, lr=1e-2, warmup=0.0, trainable=LoRA(2, sites=sites))
+        """A step of low-rank training on every matrix that the architecture has."""
+        matrices = tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in slots(self.model, MATRICES)))
+        config = TrainConfig(steps=1, batch_size=4, lr=1e-2, warmup=0.0, trainable=LoRA(2, target_modules=matrices))
         return train(self.model, self.pairs, losses.get("attct"), config=config, progress=False)
 
     @torch.no_grad()

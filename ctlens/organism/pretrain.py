@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ctlens.core.config import from_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel, Scalar
 from ctlens.models.loading import build
-from ctlens.models.lora import LoRA, has_adapters, merge_adapters
+from ctlens.models.lora import has_adapters, merge_adapters
 from ctlens.models.optimisation import adamw, clipped_update, linear_rate
 from ctlens.models.parameters import GROUPS, freeze
 from ctlens.models.weights import ModelConfig
@@ -114,19 +112,6 @@ def pretrain(config: PretrainConfig, *, progress: bool = True, device: str | tor
         merge_adapters(model)
         freeze(model, GROUPS)
     return model
-
-
-def read_config(data: Mapping[str, Any]) -> PretrainConfig:
-    """The settings that `to_dict` gave, for example those on a card.
-
-    Raises:
-        CtlensError: as `from_dict`, or a setting makes no sense.
-    """
-    relora = data.get("relora")
-    if isinstance(relora, Mapping):
-        lora = {"lora": from_dict(LoRA, relora["lora"])} if "lora" in relora else {}
-        data = {**data, "relora": from_dict(ReLoRA, {**relora, **lora})}
-    return from_dict(PretrainConfig, data)
 
 
 def fit(
