@@ -392,7 +392,7 @@ def test_adapters_are_trained_and_saved_beside_the_merged_model(call: Call, plac
     ended = call(f"{TRAIN} --loss act --pairs good.jsonl --steps 2 --lora-rank 2 --lora-target-modules q,mlp_out")
 
     assert ended.code == 0 and ended.err == ""
-    lora = {"rank": 2, "alpha": 16.0, "sites": ["q", "mlp_out"]}
+    lora = {"rank": 2, "alpha": 16.0, "target_modules": ["q", "mlp_out"]}
     assert json.loads(Path("new/config.json").read_text())["training"]["trainable"] == lora
     assert json.loads(Path("new/adapters/adapters.json").read_text())["lora"] == lora
     assert call("evaluate --model new --pairs good.jsonl --items 2").err.count("Traceback") == 0
