@@ -12,10 +12,8 @@ import pandas as pd
 
 from ctlens import plots
 from ctlens.analysis import AttentionDiff, ResidualShift
-from ctlens.analysis.attention import diff as attention
 from ctlens.analysis.base.positions import ALIGNED_POSITIONS
 from ctlens.analysis.outputs.gap_recovered import SHARE
-from ctlens.analysis.residual import shift as residual
 from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.evaluation import Evaluation
 from ctlens.plots import Figure
@@ -111,11 +109,13 @@ def _arrays(rates: list[list[Rate]]) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def _looks(config: StudyConfig, folder: Path, threat: str, methods: Sequence[str]) -> Iterator[tuple[str, Figure]]:
+    first = methods[0]
     shifts = {method: over_seeds(ResidualShift, folder, config, threat, method, "residual") for method in methods}
     for positions in ALIGNED_POSITIONS:
-        yield f"residual-{positions}", residual.figure(shifts, positions=positions, subtitle=where(threat))
+        figure = shifts[first].compare(shifts, label=first, positions=positions, subtitle=where(threat))
+        yield f"residual-{positions}", figure
     masses = {method: over_seeds(AttentionDiff, folder, config, threat, method, "attention") for method in methods}
-    yield "attention", attention.figure(masses, subtitle=where(threat))
+    yield "attention", masses[first].compare(masses, label=first, subtitle=where(threat))
 
 
 def cross_threat_figure(results: pd.DataFrame) -> Figure:

@@ -15,7 +15,6 @@ from ctlens.analysis.base.result import Result
 from ctlens.analysis.base.shares import floor_of
 from ctlens.analysis.exchange import transplant as transplants
 from ctlens.analysis.exchange.exchange import Exchange
-from ctlens.analysis.residual import shift as residual
 from ctlens.analysis.weights import graft as grafts
 from ctlens.plots import Figure
 from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Look
@@ -41,7 +40,8 @@ def inside_figures(config: StudyConfig, folder: Path, threat: str) -> Iterator[t
         shifts = {name: over_seeds(ResidualShift, folder, config, threat, name, "residual") for name in crossed}
         for positions in ALIGNED_POSITIONS:
             words = f"{where(threat)}; level and window crossed"
-            yield f"crossed-{positions}", residual.figure(shifts, positions=positions, subtitle=words)
+            figure = shifts[crossed[0]].compare(shifts, label=crossed[0], positions=positions, subtitle=words)
+            yield f"crossed-{positions}", figure
     for setting, end in ((EQUAL_STEPS, ""), (MATCHED, "-matched")):
         yield from ((f"{name}{end}", figure) for name, figure in at_setting(config, folder, threat, setting))
     for result in _load(CrossLoss, "cross-loss", folder, threat).values():

@@ -42,6 +42,20 @@ class Result:
         with atomic_file(path) as temporary:
             save_file(arrays, temporary, {ENTRY: json.dumps({"kind": type(self).__name__, "labels": labels})})
 
+    def beside(self: R, others: Mapping[str, R], label: str) -> dict[str, R]:
+        """This result under its label and then the others under theirs, for a figure that compares them.
+
+        Args:
+            others: by label; they may hold this result too, under the same label.
+            label: of this result.
+
+        Raises:
+            CtlensError: another result has the label.
+        """
+        if others.get(label, self) is not self:
+            raise CtlensError(f"two results are called {label!r}: give every result a label of its own.")
+        return {label: self, **others}
+
     @classmethod
     def load(cls: type[R], path: str | Path) -> R:
         """The result that `save` wrote.
