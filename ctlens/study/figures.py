@@ -14,11 +14,12 @@ from ctlens import plots
 from ctlens.analysis import AttentionDiff, ResidualShift
 from ctlens.analysis.base.positions import ALIGNED_POSITIONS
 from ctlens.analysis.outputs.gap_recovered import SHARE
+from ctlens.core.labels import BASE
 from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.evaluation import Evaluation
 from ctlens.plots import Figure
 from ctlens.study.conditions import RETENTION
-from ctlens.study.config import BASE, StudyConfig
+from ctlens.study.config import StudyConfig
 from ctlens.study.inside_figures import inside_figures, over_seeds, where
 from ctlens.study.results import NOT_MEASURED, SPLIT, Measured, Rate, by_threat, by_training, in_order, pooled
 
@@ -131,7 +132,7 @@ def cross_threat_figure(results: pd.DataFrame) -> Figure:
     panels = {
         method: _arrays([[bad((row, method, column)) for column in evaluated] for row in rows])
         for method in methods
-        for rows in ([""] if method == "none" else trained,)
+        for rows in ([""] if method == BASE else trained,)
     }
     title = "Does training against one threat protect against the others?"
     return plots.cross_threat(

@@ -23,10 +23,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctlens import plots
-from ctlens.analysis.base.forward import BASE, batches, require_comparable
+from ctlens.analysis.base.forward import batches, require_comparable
 from ctlens.analysis.base.positions import SEGMENTS, SegmentMasks, segment_masks
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.labels import BASE
 from ctlens.core.stats import bootstrap_mean, simultaneous_mean
 from ctlens.core.types import LensModel, Pattern
 from ctlens.data.batch import Matched, PairBatch

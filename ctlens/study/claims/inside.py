@@ -12,6 +12,7 @@ from jaxtyping import Float
 from ctlens.analysis import CrossLoss, Erasure, ShiftSimilarity
 from ctlens.analysis.base.positions import ALIGNED_POSITIONS, POSITIONS_IN_WORDS, STATE_POSITIONS
 from ctlens.analysis.residual.shift_vectors import PARTS
+from ctlens.core.labels import BASE
 from ctlens.core.stats import LEVEL
 from ctlens.plots import label
 from ctlens.study import conditions
@@ -20,7 +21,7 @@ from ctlens.study.claims.estimates import NOTHING, estimate, spanned
 from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
 from ctlens.study.claims.transplants import left_later, level
 from ctlens.study.conditions import INTERNAL, RETENTION
-from ctlens.study.config import BASE, StudyConfig
+from ctlens.study.config import StudyConfig
 from ctlens.study.looks import EQUAL_STEPS, SETTINGS, Looks, Training
 
 NAN = float("nan")

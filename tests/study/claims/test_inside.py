@@ -11,6 +11,7 @@ import pytest
 
 from ctlens.analysis import AttentionDiff, CrossLoss, Erasure, ShiftSimilarity, Transplant
 from ctlens.analysis.attention.diff import HEADLINE, MEASURES
+from ctlens.analysis.base.positions import STATE_POSITIONS
 from ctlens.analysis.base.result import Result
 from ctlens.analysis.residual.shift_vectors import PARTS
 from ctlens.study.claims import Claim
@@ -215,7 +216,7 @@ def test_a_condition_without_an_effect_has_no_share(study: Path) -> None:
 
 def cross_loss(after: Mapping[str, tuple[float, float]]) -> CrossLoss:
     """By model, the ACT distance and the cross-entropy as multiples of those before."""
-    models = ("none", *after)
+    models = ("base", *after)
     factors = np.array([(1.0, 1.0), *after.values()])
     by_hook = factors[:, :, None] * np.linspace(1, 3, PROMPTS)
     points = ("blocks.0.hook_resid_post", "logits")
@@ -252,7 +253,7 @@ def test_attention_falls_beyond_the_next(study: Path) -> None:
 
 def erasure(read: Mapping[str, float]) -> Erasure:
     """By model, the accuracy, with .1 to both sides, at layer 2, worse at others; shuffled labels reach .25."""
-    models = ("none", *read)
+    models = ("base", *read)
     readable = np.zeros((len(models), LAYERS, 5))
     for row, value in enumerate((0.95, *read.values())):
         readable[row] = (0.3, 0.2, 0.4, 0.1, 0.25)
