@@ -20,8 +20,8 @@ Measurement = tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike, ArrayLike]
 WIDTH, HEIGHT, GAP, BELOW = 960, 170, 56, 54
 QUESTIONS = {
     "readable": ("cue readable", "balanced accuracy"),
-    "used": ("direction used", "margin recovered (nats)"),
-    "reelicited": ("re-elicited", "margin lost (nats)"),
+    "used": ("direction used", "logit difference recovered (nats)"),
+    "reelicited": ("re-elicited", "logit difference lost (nats)"),
 }
 LOOKS = {
     "vulnerable": Style("vulnerable", "#cf4a86", "circle", "solid"),

@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 
 from ctlens import plots
 from ctlens.analysis.base.contrast import contrasts
-from ctlens.analysis.base.forward import encoded, require_comparable
+from ctlens.analysis.base.forward import encoded_pairs, require_comparable
 from ctlens.analysis.base.metrics import UserMetric, named_metrics
-from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, SIDES, STATE_POSITIONS
+from ctlens.analysis.base.positions import PAIR_SIDES, POSITIONS_IN_WORDS, STATE_POSITIONS
 from ctlens.analysis.exchange.exchange import QUANTITIES, WORDS, Exchange, curve, where, with_effect
 from ctlens.analysis.patching.jobs import Column, PatchBatch, PatchPair, collate
 from ctlens.analysis.patching.sweep import Recorded, Sweep, sweep_of
@@ -218,8 +218,8 @@ def _recorded(sweep: Sweep, batch: PatchBatch) -> Recorded:
 
 def _prepared(model: LensModel, pairs: Sequence[Pair], side: str, positions: Sequence[str]) -> list[PatchPair]:
     """Every prompt as source and target of itself, with a column a place."""
-    if side not in SIDES:
-        raise unknown("side", side, SIDES)
+    if side not in PAIR_SIDES:
+        raise unknown("side", side, PAIR_SIDES)
     for position in positions:
         if position not in POSITIONS:
             raise unknown("choice of positions", position, POSITIONS)
@@ -227,7 +227,7 @@ def _prepared(model: LensModel, pairs: Sequence[Pair], side: str, positions: Seq
         raise CtlensError(f"name at least one choice of positions, and each once, among {', '.join(POSITIONS)}.")
     if "wrapper" in positions and side == "clean":
         raise CtlensError("a clean prompt has no wrapper: choose side='wrapped' or other positions.")
-    rows = encoded(model, pairs, "shared" if "content" in positions else None)
+    rows = encoded_pairs(model, pairs, "shared" if "content" in positions else None)
     found = []
     for number, (row, contrast) in enumerate(zip(rows, contrasts(model, pairs, side), strict=True), start=1):
         columns = [_at(position, row, side, len(contrast.prompt)) for position in positions]

@@ -20,10 +20,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ctlens import plots
-from ctlens.analysis.base.contrast import ContrastBatch, contrasts, in_batches
+from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, contrasts
 from ctlens.analysis.base.forward import require_comparable
 from ctlens.analysis.base.metrics import Metric, UserMetric, measured, named_metrics
-from ctlens.analysis.base.positions import SIDES
+from ctlens.analysis.base.positions import PAIR_SIDES
 from ctlens.analysis.exchange.exchange import QUANTITIES, WORDS, Exchange, curve, where, with_effect
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import LensModel
@@ -164,14 +164,14 @@ def graft(
             values in one matrix, or are in training mode; an option is unknown, or a pair has no answers.
     """
     require_comparable(donor, recipient)
-    if side not in SIDES:
-        raise unknown("side", side, SIDES)
+    if side not in PAIR_SIDES:
+        raise unknown("side", side, PAIR_SIDES)
     measures = named_metrics(metrics)
     copies = [_plain_copy(model) for model in (recipient, donor)]
     weights = [{name: value.data for name, value in present_parameters(model).items()} for model in copies]
     parts = _parts(copies, (by,) if isinstance(by, str) else tuple(by))
     moved = np.array([_distance(weights[0], weights[1], names) for names in parts.values()])
-    rows = list(in_batches(recipient, contrasts(recipient, pairs, side), batch_size, progress=False))
+    rows = list(contrast_batches(recipient, contrasts(recipient, pairs, side), batch_size, progress=False))
     whole = [[_last(model, batch) for batch in rows] for model in copies]
     unpatched = [_measured(measures, whole[at], rows, whole[1 - at]) for at in (0, 1)]
     source = [_measured(measures, whole[1 - at], rows, whole[1 - at]) for at in (0, 1)]
