@@ -32,7 +32,7 @@ from ctlens.models.hooks import capture, resolve, select_layers
 from ctlens.plots import Figure, LabelledMap
 
 READABLE = 40  # tokens along an axis whose labels can still be read; chosen by eye
-LAST_TOKEN = "last token"
+_LAST_TOKEN = "last token"
 Map = Float[np.ndarray, "q k"]
 
 
@@ -109,7 +109,7 @@ class AttentionMaps(Result):
         for name, values, segments in self._maps():
             flows = _between_segments(values, segments)
             sizes = Counter(segments)
-            keys = [f"{segment} ({sizes[segment]})" for segment in flows[LAST_TOKEN]]
+            keys = [f"{segment} ({sizes[segment]})" for segment in flows[_LAST_TOKEN]]
             maps[name] = LabelledMap(np.array([[*of_query.values()] for of_query in flows.values()]), [*flows], keys)
         return self._drawn(maps, f"From which segments to which does head L{self.layer}H{self.head} look?")
 
@@ -127,7 +127,7 @@ class AttentionMaps(Result):
         between = (names[0], names[-1]) if len(names) > 1 else None
         unit = "attention x norm of the written value" if self.weighted else "attention"
         subtitle = "rows are queries, columns the keys they look at; numbers are positions, in brackets how many tokens"
-        return plots.attention_maps(maps, title, unit=unit, difference=between, subtitle=subtitle)
+        return plots.labelled_maps(maps, title, unit=unit, difference=between, subtitle=subtitle)
 
 
 def _between_segments(values: Map, segments: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -135,7 +135,7 @@ def _between_segments(values: Map, segments: Sequence[str]) -> dict[str, dict[st
     held = {
         name: [at for at, segment in enumerate(segments) if segment == name] for name in SEGMENTS if name in segments
     }
-    queries = held | {LAST_TOKEN: [len(segments) - 1]}
+    queries = held | {_LAST_TOKEN: [len(segments) - 1]}
     return {
         query: {key: float(values[np.ix_(rows, columns)].sum(-1).mean()) for key, columns in held.items()}
         for query, rows in queries.items()

@@ -47,7 +47,7 @@ class Result:
         """The result that `save` wrote.
 
         Raises:
-            CtlensError: the file is missing, or holds another kind of result or one with other fields.
+            CtlensError: the file is missing, holds another kind of result, or was saved by another version.
         """
         if not Path(path).is_file():
             raise CtlensError(f"{path} does not exist: check the path.")
@@ -62,10 +62,10 @@ class Result:
                 arrays[name] = {**arrays.get(name, {}), key: array} if key else array
         labels: dict[str, Any] = metadata["labels"]
         saved = {field.name for field in dataclasses.fields(cls) if field.metadata != UNSAVED}
-        if saved != {*arrays, *labels}:
-            strange = ", ".join(sorted(saved ^ {*arrays, *labels}))
+        if foreign := saved ^ {*arrays, *labels}:
             raise CtlensError(
-                f"{path} is a {cls.__name__} of another version of ctlens ({strange} differ): run the analysis again."
+                f"{path} was saved by another version of ctlens, whose {cls.__name__} differs in {min(foreign)!r}: "
+                "compute it again, or load it with that version."
             )
         return cls(**arrays, **{k: tuple(v) if isinstance(v, list) else v for k, v in labels.items()})
 
