@@ -101,11 +101,11 @@ def figure(
     for kind in wanted:
         if kind not in BY:
             raise unknown("kind of part", kind, BY)
-    chosen = [at for kind in wanted for at in np.flatnonzero((kinds == kind) & differ)]
+    numbers = [np.flatnonzero((kinds == kind) & differ) for kind in wanted]
+    chosen = [at for of_kind in numbers for at in of_kind]
     if not chosen:
         raise CtlensError(f"no part by {' or '.join(wanted)} was measured that differs between the models.")
-    names = [_name(first.blocks[at], first.components[at]) for at in chosen]
-    breaks = [at for at in range(1, len(chosen)) if kinds[chosen[at]] != kinds[chosen[at - 1]]]
+    groups = [[_name(first.blocks[at], first.components[at]) for at in of_kind] for of_kind in numbers]
     panels = {
         WORDS[quantity]: {name: curve(where(table, quantity=quantity).iloc[chosen]) for name, table in tables.items()}
         for quantity in QUANTITIES
@@ -114,7 +114,7 @@ def figure(
     note = "; ".join(filter(None, (note, f"equal in both: {', '.join(equal)}" if equal else "")))
     what = f"weights of one part, {first.n_pairs} {first.side} prompts, {metric or first.metrics[0]}"
     words = {"subtitle": "; ".join(filter(None, (subtitle or what, note))), "y_title": "share of the effect"}
-    return plots.graft_bars(names, panels, "Which weights does the training live in?", breaks=breaks, **words)
+    return plots.graft_bars(groups, panels, "Which weights does the training live in?", **words)
 
 
 def _kind(part: Part) -> str:
