@@ -137,7 +137,7 @@ class Graft(Exchange):
 
 
 class _ShownParts(NamedTuple):
-    """Which parts a figure shows, as indices among all: those that differ, a group per kind, and those that are equal."""
+    """The parts that a figure shows, as indices among all: those that differ, in a group per kind, and the equal ones."""
 
     differing: list[list[int]]
     equal: list[int]
@@ -184,7 +184,7 @@ def _shown_parts(results: Sequence[Graft], by: Sequence[str]) -> _ShownParts:
     if not any(differing):
         raise CtlensError(f"no part by {' or '.join(by)} was measured that differs between the models.")
     equal = [index for index, kind in enumerate(kinds) if kind in by and not differ[index]]
-    return _ShownParts(differing, equal, breaks)
+    return _ShownParts(differing, equal)
 
 
 def _kind(part: WeightPart) -> str:
