@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctlens import plots
-from ctlens.analysis.base.forward import batches, require_comparable
+from ctlens.analysis.base.forward import pair_batches, require_comparable
 from ctlens.analysis.base.positions import SEGMENTS, SegmentMasks, segment_masks
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError, unknown
@@ -194,7 +194,7 @@ def attention_diff(
     require_comparable(before, after)
     names = resolve(before, "pattern")
     chunks: list[np.ndarray] = []
-    for rows, batch in batches(before, pairs, "shared", batch_size, progress):
+    for rows, batch in pair_batches(before, pairs, "shared", batch_size, progress):
         if not batch.wrapper.any(-1).all():
             raise CtlensError("a pair's wrapper cannot be told from its content: leave that pair out.")
         segments = segment_masks(rows, batch.wrapped)

@@ -37,8 +37,8 @@ from ctlens.analysis.attention.cuts import (
     edges,
     random_keys,
 )
-from ctlens.analysis.base.contrast import ContrastBatch, contrasts, in_batches
-from ctlens.analysis.base.forward import batches, labelled
+from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, encoded_contrasts
+from ctlens.analysis.base.forward import encode_all, labelled
 from ctlens.analysis.base.positions import Keys, key_positions
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError, unknown
@@ -198,14 +198,14 @@ def knockout(
     named = labelled(models)
     first = next(iter(named.values()))
     plan = cuts(select_layers(first.cfg.n_layers, layers), chosen_heads(first, heads), by)
-    items = contrasts(first, pairs)
-    rows = [row for found, _ in batches(first, pairs, "shared", batch_size, progress=False) for row in found]
+    rows = encode_all(first, pairs, ("shared",))
+    items = encoded_contrasts(first, rows)
     chosen = [key_positions(keys, row) for row in rows]
     drawn = [random_keys(row, of_row, seed) for row, of_row in zip(rows, chosen, strict=True)]
     total = len(named) * len(plan) * (1 + DRAWS) * -(-len(rows) // batch_size)
     found = []
     with tqdm(total=total, desc="knockout", disable=not progress, leave=False) as bar:
-        for number, batch in enumerate(in_batches(first, items, batch_size, progress=False)):
+        for number, batch in enumerate(contrast_batches(first, items, batch_size, progress=False)):
             part = slice(number * batch_size, (number + 1) * batch_size)
             edge_sets = [
                 edges(batch, rows[part], queries, edge_set)

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ctlens import plots
-from ctlens.analysis.base.forward import batches, labelled
+from ctlens.analysis.base.forward import labelled, pair_batches
 from ctlens.analysis.base.positions import SEGMENTS, token_segments
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError
@@ -194,7 +194,7 @@ def attention_maps(
     (layer,) = select_layers(first.cfg.n_layers, layer)
     if not 0 <= head < first.cfg.n_heads:
         raise CtlensError(f"head {head} does not exist: the model has heads 0 to {first.cfg.n_heads - 1}.")
-    ((row,), batch) = next(iter(batches(first, [pair], "shared", 1, False)))
+    ((row,), batch) = next(iter(pair_batches(first, [pair], "shared", 1, False)))
     read = partial(_map, layer=layer, head=head, weighted=weighted)
     n, clean_n = len(row.wrapped.ids), len(row.clean.ids)
     twins = np.full(n, -1)

@@ -24,8 +24,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctlens import plots
-from ctlens.analysis.base.contrast import ContrastBatch, contrasts, in_batches
-from ctlens.analysis.base.forward import batches, labelled
+from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, encoded_contrasts
+from ctlens.analysis.base.forward import encode_all, labelled
 from ctlens.analysis.base.positions import segments
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError, unknown
@@ -130,13 +130,13 @@ def saliency_agreement(
     """
     named = labelled(models)
     first = next(iter(named.values()))
-    items = contrasts(first, pairs)
-    rows = [row for found, _ in batches(first, pairs, "shared", batch_size, progress=False) for row in found]
+    rows = encode_all(first, pairs, ("shared",))
+    items = encoded_contrasts(first, rows)
     if not all(row.wrapper for row in rows):
         raise CtlensError("a pair's wrapper cannot be told from its content: leave that pair out.")
     agreement, wrapper = [], []
     for model in named.values():
-        found = zip(rows, _scored(model, in_batches(first, items, batch_size, progress)), strict=True)
+        found = zip(rows, _scored(model, contrast_batches(first, items, batch_size, progress)), strict=True)
         compared = [_compared(row, scores) for row, scores in found]
         agreement.append(np.stack([correlations for correlations, _ in compared], -1))
         wrapper.append(np.stack([shares for _, shares in compared], -1))

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ctlens.analysis.base.forward import require_read
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel, PerRow
-from ctlens.data.batch import RowPositions, Side, pad, require_room
+from ctlens.data.batch import EncodedPair, RowPositions, Side, pad, require_room
 from ctlens.data.chat import answer_ids, render
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.models.generation import Ids
@@ -61,12 +61,11 @@ def two_answers(tokenizer: Any, prompt: Prompt, whose: str, *, end: bool) -> tup
     """
     if not prompt.good or not prompt.bad or prompt.good == prompt.bad:
         raise CtlensError(f"{whose} names no good and bad answer that differ: give both, or leave it out.")
-    good, bad = (answer_ids(tokenizer, answer, end=end) for answer in (prompt.good, prompt.bad))
-    return good, bad
+    return answer_ids(tokenizer, prompt.good, end=end), answer_ids(tokenizer, prompt.bad, end=end)
 
 
 def contrasts(model: LensModel, pairs: Sequence[Pair], side: str = "wrapped") -> list[Contrast]:
-    """The contrast of every pair on one side.
+    """Finds the contrast of every pair on one side; of pairs that are tokens already, `encoded_contrasts` does.
 
     Args:
         model: for its tokenizer and context.
@@ -81,23 +80,35 @@ def contrasts(model: LensModel, pairs: Sequence[Pair], side: str = "wrapped") ->
         prompt, whose = pair.side(side), f"the {side} prompt of pair {number}"
         if prompt is None:
             raise CtlensError(f"pair {number} has no {side} prompt: give one, or leave it out.")
-        good, bad = two_answers(model.tokenizer, prompt, whose, end=True)
-        alike = _alike(good, bad)
-        if alike == min(len(good), len(bad)):
-            raise CtlensError(f"the answers of {whose} do not part: {prompt.good!r}, {prompt.bad!r}.")
-        ids = up_to_contrast(model.tokenizer, prompt)
-        require_room(len(ids), model.cfg.n_ctx, whose)
-        require_read(model.tokenizer, ids, whose)
-        found.append(Contrast(ids, good[alike], bad[alike]))
+        found.append(_contrast(model, prompt, render(model.tokenizer, prompt.turns).ids, whose))
     return found
 
 
-def up_to_contrast(tokenizer: Any, prompt: Prompt) -> Ids:
-    """The tokens of a prompt up to where its answers part; its own where it names none that do."""
-    ids = render(tokenizer, prompt.turns).ids
+def encoded_contrasts(model: LensModel, rows: Sequence[EncodedPair], side: str = "wrapped") -> list[Contrast]:
+    """Finds the contrast of every encoded pair on one side, `"clean"` or `"wrapped"`; raises as `contrasts`."""
+    return [
+        _contrast(model, getattr(row.pair, side), getattr(row, side).ids, f"the {side} prompt of pair {number}")
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
+def _contrast(model: LensModel, prompt: Prompt, ids: Ids, whose: str) -> Contrast:
+    good, bad = two_answers(model.tokenizer, prompt, whose, end=True)
+    alike = _alike(good, bad)
+    if alike == min(len(good), len(bad)):
+        raise CtlensError(f"the answers of {whose} do not part: {prompt.good!r}, {prompt.bad!r}.")
+    begun = (*ids, *good[:alike])
+    require_room(len(begun), model.cfg.n_ctx, whose)
+    require_read(model.tokenizer, begun, whose)
+    return Contrast(begun, good[alike], bad[alike])
+
+
+def up_to_contrast(tokenizer: Any, prompt: Prompt, ids: Ids) -> Ids:
+    """The tokens of a prompt, `ids`, and those that both of its answers begin with, where it names two that part."""
     if not prompt.good or not prompt.bad:
         return ids
-    good, bad = (answer_ids(tokenizer, answer) for answer in (prompt.good, prompt.bad))
+    good = answer_ids(tokenizer, prompt.good)
+    bad = answer_ids(tokenizer, prompt.bad)
     alike = _alike(good, bad)
     return (*ids, *good[:alike]) if alike < min(len(good), len(bad)) else ids
 
@@ -131,8 +142,10 @@ class ContrastBatch:
         return good - bad
 
 
-def in_batches(model: LensModel, items: Sequence[Contrast], batch_size: int, progress: bool) -> Iterator[ContrastBatch]:
-    """Contrasts in their order, on the model's device."""
+def contrast_batches(
+    model: LensModel, items: Sequence[Contrast], batch_size: int, progress: bool
+) -> Iterator[ContrastBatch]:
+    """Yields contrasts in batches, in their order, on the model's device."""
     device = next(model.parameters()).device
     for start in tqdm(range(0, len(items), batch_size), desc="forward", disable=not progress, leave=False):
         chosen = items[start : start + batch_size]

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from ctlens.analysis.base.recording import Recording
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
-from ctlens.data.batch import EncodedPair, EncodedPairs, PairBatch, collate, encode
+from ctlens.data.batch import EncodedPair, PairBatch, collate, encode
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import SHORTHANDS, Layers, resolve
 
@@ -93,22 +93,20 @@ def require_read(tokenizer: Any, ids: Iterable[int], whose: str) -> None:
         raise CtlensError(f"the model's tokenizer does not know all words of {whose}: give pairs that it can read.")
 
 
-def batches(
+def pair_batches(
     model: LensModel, pairs: Sequence[Pair], window: str, batch_size: int, progress: bool
 ) -> Iterator[tuple[list[EncodedPair], PairBatch]]:
-    """Encoded pairs and their batch, on the model's device; raises as `encoded`."""
-    yield from in_batches(model, encoded(model, pairs, window), batch_size, progress)
+    """Yields encoded pairs with their batch, on the model's device; raises as `encode_all`."""
+    yield from encoded_batches(model, encode_all(model, pairs, (window,)), batch_size, progress)
 
 
-def encoded(model: LensModel, pairs: Sequence[Pair], window: str | None) -> tuple[EncodedPair, ...]:
-    """Every pair as tokens, aligned in the window where there is one.
+def encode_all(model: LensModel, pairs: Sequence[Pair], windows: Sequence[str]) -> tuple[EncodedPair, ...]:
+    """Tokenises pairs and aligns them in every window; an analysis leaves no pair out silently.
 
     Raises:
-        CtlensError: a pair does not align, for an analysis leaves none out silently; or it has words
-            that the model's tokenizer does not know.
+        CtlensError: a pair does not align, or has words that the model's tokenizer does not know.
     """
-    windows = () if window is None else (window,)
-    found: EncodedPairs = encode(pairs, model.tokenizer, windows=windows, n_ctx=model.cfg.n_ctx)
+    found = encode(pairs, model.tokenizer, windows=windows, n_ctx=model.cfg.n_ctx)
     if found.dropped:
         reason, count = next(iter(found.dropped.items()))
         raise CtlensError(f"{count} of {len(pairs)} pairs do not align ({reason}): leave them out.")
@@ -117,10 +115,10 @@ def encoded(model: LensModel, pairs: Sequence[Pair], window: str | None) -> tupl
     return found.rows
 
 
-def in_batches(
+def encoded_batches(
     model: LensModel, rows: Sequence[EncodedPair], batch_size: int, progress: bool
 ) -> Iterator[tuple[list[EncodedPair], PairBatch]]:
-    """Rows in their order and their batch, on the model's device."""
+    """Yields encoded pairs, in their order, with their batch, on the model's device."""
     device = next(model.parameters()).device
     for start in tqdm(range(0, len(rows), batch_size), desc="forward", disable=not progress, leave=False):
         chosen = list(rows[start : start + batch_size])

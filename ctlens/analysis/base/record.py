@@ -111,7 +111,8 @@ def _passes(model: LensModel, pairs: Sequence[Pair], side: str, batch_size: int)
         prompt, whose = pair.side(side), f"the {side} prompt of pair {number + 1}"
         if prompt is None:
             raise CtlensError(f"pair {number + 1} has no {side} prompt: give one, or leave it out.")
-        ids, longer = render(model.tokenizer, prompt.turns).ids, up_to_contrast(model.tokenizer, prompt)
+        ids = render(model.tokenizer, prompt.turns).ids
+        longer = up_to_contrast(model.tokenizer, prompt, ids)
         require_room(len(longer), model.cfg.n_ctx, whose)
         require_read(model.tokenizer, longer, whose)
         plain.append((side, number, ids))

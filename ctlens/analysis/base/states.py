@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctlens import plots
-from ctlens.analysis.base.forward import batches, require_eval, vector_hooks
+from ctlens.analysis.base.forward import pair_batches, require_eval, vector_hooks
 from ctlens.analysis.base.positions import CHOSEN, POSITIONS_IN_WORDS, SIDES, PositionsOf, positions_mask
 from ctlens.analysis.base.recording import Readable, model_of, read
 from ctlens.analysis.base.result import Result
@@ -101,7 +101,7 @@ def states(
         raise unknown("side", side, SIDES)
     names = vector_hooks(reader, site, layers)
     chunks = []
-    for number, (rows, batch) in enumerate(batches(reader, pairs, "shared", batch_size, progress)):
+    for number, (rows, batch) in enumerate(pair_batches(reader, pairs, "shared", batch_size, progress)):
         prompt = batch.clean if side == "clean" else batch.wrapped
         chosen = positions_mask(positions, side, rows, batch)
         found = read(model, prompt, names, number * batch_size)

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from ctlens.analysis.base.forward import batches, labelled
+from ctlens.analysis.base.forward import labelled, pair_batches
 from ctlens.analysis.base.positions import CHOSEN, PositionsOf, positions_mask
 from ctlens.analysis.directions.directions import Directions
 from ctlens.analysis.directions.interventions import ABLATE, FIXED, RANDOM, STEER, Intervention
@@ -141,7 +141,7 @@ def _intervene(
     for model in named.values():
         names = direction.hook_names(model)
         chunks, done = [], 0
-        for rows, batch in batches(model, pairs, "shared", batch_size, progress):
+        for rows, batch in pair_batches(model, pairs, "shared", batch_size, progress):
             asked = Asked(model, rows, SIDE[action], positions_mask(positions, SIDE[action], rows, batch))
             of_rows = groups[done : done + len(rows)]
             chunks.append(_log_probabilities(asked, names, *(part[..., of_rows, :] for part in (written, read, rest))))

@@ -21,12 +21,12 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ctlens import plots
-from ctlens.analysis.base.contrast import contrasts
-from ctlens.analysis.base.forward import encoded, require_comparable
+from ctlens.analysis.base.contrast import encoded_contrasts
+from ctlens.analysis.base.forward import encode_all, require_comparable
 from ctlens.analysis.base.metrics import UserMetric, named_metrics
 from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, SIDES, STATE_POSITIONS
 from ctlens.analysis.exchange.exchange import QUANTITIES, WORDS, Exchange, curve, where, with_effect
-from ctlens.analysis.patching.jobs import Column, PatchBatch, PatchPair, collate
+from ctlens.analysis.patching.jobs import Column, PatchBatch, PatchPair, collate_patches
 from ctlens.analysis.patching.sweep import Recorded, Sweep, sweep_of
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import LensModel
@@ -197,7 +197,7 @@ def _exchanged(
     into: Sequence[Sweep], group: Sequence[PatchPair], bar: tqdm
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, set[str]]:
     """The patches of both directions, stacked, and the ways they went."""
-    batch = collate(group, next(into[0].model.parameters()).device)
+    batch = collate_patches(group, next(into[0].model.parameters()).device)
     runs = [_recorded(sweep, batch) for sweep in into]
     found = [
         sweep.values(group, batch, source, target, bar)
@@ -227,9 +227,9 @@ def _prepared(model: LensModel, pairs: Sequence[Pair], side: str, positions: Seq
         raise CtlensError(f"name at least one choice of positions, and each once, among {', '.join(POSITIONS)}.")
     if "wrapper" in positions and side == "clean":
         raise CtlensError("a clean prompt has no wrapper: choose side='wrapped' or other positions.")
-    rows = encoded(model, pairs, "shared" if "content" in positions else None)
+    rows = encode_all(model, pairs, ("shared",) if "content" in positions else ())
     found = []
-    for number, (row, contrast) in enumerate(zip(rows, contrasts(model, pairs, side), strict=True), start=1):
+    for number, (row, contrast) in enumerate(zip(rows, encoded_contrasts(model, rows, side), strict=True), start=1):
         columns = [_at(position, row, side, len(contrast.prompt)) for position in positions]
         for position, column in zip(positions, columns, strict=True):
             if not column:

@@ -8,7 +8,7 @@ a bad answer left can differ several times in it, so methods are matched on it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 
 from ctlens import plots
-from ctlens.analysis.base.contrast import ContrastBatch, contrasts, in_batches
+from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, contrasts
 from ctlens.analysis.base.forward import BASE, labelled
 from ctlens.analysis.base.metrics import SMALLEST_GAPS
 from ctlens.analysis.base.result import Result
@@ -123,18 +123,15 @@ def gap_recovered(
     if BASE in named:
         raise CtlensError(f"{BASE!r} is the label of the model before training: choose another.")
     named = labelled({BASE: base, **named})
-    items = [contrasts(base, pairs, side) for side in SIDES]
+    by_side = [contrasts(base, pairs, side) for side in SIDES]
     differences = [
-        [
-            np.concatenate([_differences(model, batch) for batch in in_batches(model, of_side, batch_size, progress)])
-            for of_side in items
-        ]
+        [_differences(model, contrast_batches(model, of_side, batch_size, progress)) for of_side in by_side]
         for model in named.values()
     ]
     return GapRecovered(np.array(differences), tuple(named))
 
 
 @torch.no_grad()
-def _differences(model: LensModel, batch: ContrastBatch) -> Float[np.ndarray, " pair"]:
-    logits = run(model, batch.side.tokens)
-    return batch.difference(batch.at_last(logits)).float().cpu().numpy()
+def _differences(model: LensModel, batches: Iterable[ContrastBatch]) -> Float[np.ndarray, " pair"]:
+    found = [batch.difference(batch.at_last(run(model, batch.side.tokens))) for batch in batches]
+    return torch.cat(found).float().cpu().numpy()

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctlens import plots
-from ctlens.analysis.base.contrast import ContrastBatch, TokenPair, contrasts, in_batches
+from ctlens.analysis.base.contrast import ContrastBatch, TokenPair, contrast_batches, contrasts
 from ctlens.analysis.base.forward import by_label, labelled
 from ctlens.analysis.base.recording import LOGITS, Readable, model_of, read
 from ctlens.analysis.base.result import Result
@@ -181,7 +181,7 @@ def _of_models(
     items = contrasts(next(iter(named.values())), pairs, side)
     found: dict[str, list[T]] = {name: [] for name in named}
     for name, model in named.items():
-        for number, batch in enumerate(in_batches(model, items, batch_size, progress)):
+        for number, batch in enumerate(contrast_batches(model, items, batch_size, progress)):
             at_last = partial(_at_last, sources[name], batch, number * batch_size, next(model.parameters()).dtype)
             found[name].append(analysis(model, batch, at_last))
     return found

@@ -27,7 +27,7 @@ from ctlens.analysis.base.forward import require_eval
 from ctlens.analysis.base.metrics import Metric, UserMetric, measured, named_metrics
 from ctlens.analysis.base.result import Result
 from ctlens.analysis.patching.hooked import WITH_HEADS, write_of
-from ctlens.analysis.patching.jobs import PatchBatch, PatchPair, collate, jobs, prepare
+from ctlens.analysis.patching.jobs import PatchBatch, PatchPair, collate_patches, jobs, prepare
 from ctlens.analysis.patching.patch import column_tokens, joined
 from ctlens.analysis.patching.result import Patching
 from ctlens.analysis.patching.sweep import Swept, fitting, require_sites
@@ -201,7 +201,7 @@ def _first_order(
     metrics: dict[str, Metric],
 ) -> Swept:
     """One pass of each run, and one backward pass a metric for all sites."""
-    batch = collate(group, next(model.parameters()).device)
+    batch = collate_patches(group, next(model.parameters()).device)
     names = {site: resolve(model, site, layers) for site in sites}
     flat = sum(names.values(), [])
     logits, source = capture(model, batch.source.side.tokens, flat, grad=False)

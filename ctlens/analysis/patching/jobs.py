@@ -12,11 +12,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ctlens.analysis.base.contrast import Contrast, ContrastBatch, contrasts
+from ctlens.analysis.base.contrast import Contrast, ContrastBatch, encoded_contrasts
+from ctlens.analysis.base.forward import encode_all
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import LensModel
 from ctlens.data.alignment import WINDOWS, opening
-from ctlens.data.batch import EncodedPair, Matched, Side, encode, pad, require_room
+from ctlens.data.batch import EncodedPair, Matched, Side, pad, require_room
 from ctlens.data.pairs import Pair
 
 DIRECTIONS = {"denoising": ("clean", "wrapped"), "noising": ("wrapped", "clean")}
@@ -82,13 +83,10 @@ def prepare(model: LensModel, pairs: Sequence[Pair], direction: str, positions: 
     _check(direction, positions, window)
     source_side, target_side = DIRECTIONS[direction]
     windows = () if window == SAME_INDEX else tuple(dict.fromkeys((window, _key_window(window))))
-    encoded = encode(pairs, model.tokenizer, windows=windows, n_ctx=model.cfg.n_ctx)
-    if encoded.dropped:
-        reason, count = next(iter(encoded.dropped.items()))
-        raise CtlensError(f"{count} of {len(pairs)} pairs do not align ({reason}): leave them out.")
+    rows = encode_all(model, pairs, windows)
     found = []
     for number, (row, contrast) in enumerate(
-        zip(encoded.rows, contrasts(model, pairs, target_side), strict=True), start=1
+        zip(rows, encoded_contrasts(model, rows, target_side), strict=True), start=1
     ):
         source, target = getattr(row, source_side).ids, getattr(row, target_side).ids
         begun = contrast.prompt[len(target) :]
@@ -178,7 +176,7 @@ class PatchBatch:
         return ContrastBatch(rows, last, self.target.answers[pairs])
 
 
-def collate(pairs: Sequence[PatchPair], device: torch.device) -> PatchBatch:
+def collate_patches(pairs: Sequence[PatchPair], device: torch.device) -> PatchBatch:
     """Pairs of any lengths as one batch, both sides padded to one width; the answers are those of the target."""
     prompts = [pair.source for pair in pairs] + [pair.target for pair in pairs]
     both, n = pad(prompts).to(device), len(pairs)

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from ctlens.analysis.base.forward import require_eval
 from ctlens.analysis.base.metrics import UserMetric, named_metrics
-from ctlens.analysis.patching.jobs import PatchPair, collate, prepare
+from ctlens.analysis.patching.jobs import PatchPair, collate_patches, prepare
 from ctlens.analysis.patching.result import Patching
 from ctlens.analysis.patching.sweep import Recorded, Sweep, Swept, sweep_of
 from ctlens.core.types import LensModel
@@ -183,7 +183,7 @@ def joined(
 
 def _patched(sweep: Sweep, group: Sequence[PatchPair], bar: tqdm) -> Swept:
     """The patches between two runs of one model; both runs are one forward pass."""
-    batch = collate(group, next(sweep.model.parameters()).device)
+    batch = collate_patches(group, next(sweep.model.parameters()).device)
     tokens = torch.cat([batch.source.side.tokens, batch.target.side.tokens])
     logits, found = capture(sweep.model, tokens, sweep.needed, grad=False)
     half = len(tokens) // 2

@@ -89,7 +89,7 @@ class Sweep:
 
         Args:
             group: the pairs of the batch.
-            batch: from `collate`.
+            batch: from `collate_patches`.
             source: of the batch's source prompts, by this model or another one.
             target: of its target prompts, by this model.
             bar: moved on by every patch.

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ctlens import plots
-from ctlens.analysis.base.forward import batches, require_comparable
+from ctlens.analysis.base.forward import pair_batches, require_comparable
 from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, STATE_POSITIONS
 from ctlens.analysis.base.recording import Readable, model_of, read
 from ctlens.analysis.base.result import Result
@@ -181,7 +181,7 @@ def residual_shift(
     require_comparable(base, model_of(after))
     names = resolve(base, SITE)
     chunks: list[dict[str, np.ndarray]] = []
-    for number, (_, batch) in enumerate(batches(base, pairs, window, batch_size, progress)):
+    for number, (_, batch) in enumerate(pair_batches(base, pairs, window, batch_size, progress)):
         matched, first = batch.matched[window], number * batch_size
         clean, wrapped = (read(before, side, names, first) for side in (batch.clean, batch.wrapped))
         trained = read(after, batch.wrapped, names, first)

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ctlens.analysis.base.forward import batches, require_comparable, vector_hooks
+from ctlens.analysis.base.forward import pair_batches, require_comparable, vector_hooks
 from ctlens.analysis.base.recording import Readable, model_of
 from ctlens.analysis.residual.likeness import Seeds
 from ctlens.analysis.residual.shift_vectors import Shifts, shifts_at
@@ -92,7 +92,7 @@ def shift_similarity(
             raise unknown("quantity", name, list(MEASURES))
     if null is not None and null not in methods:
         raise unknown("null", null, methods)
-    passes = [batch for _, batch in batches(base, pairs, "shared", batch_size, progress=False)]
+    passes = [batch for _, batch in pair_batches(base, pairs, "shared", batch_size, progress=False)]
     found = [
         shifts_at(before, list(keyed.values()), passes, name, progress) for name in vector_hooks(base, site, layers)
     ]

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ctlens import plots
-from ctlens.analysis.base.contrast import ContrastBatch, contrasts, in_batches
+from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, contrasts
 from ctlens.analysis.base.forward import require_comparable
 from ctlens.analysis.base.metrics import Metric, UserMetric, measured, named_metrics
 from ctlens.analysis.base.positions import SIDES
@@ -171,7 +171,7 @@ def graft(
     weights = [{name: value.data for name, value in present_parameters(model).items()} for model in copies]
     parts = _parts(copies, (by,) if isinstance(by, str) else tuple(by))
     moved = np.array([_distance(weights[0], weights[1], names) for names in parts.values()])
-    rows = list(in_batches(recipient, contrasts(recipient, pairs, side), batch_size, progress=False))
+    rows = list(contrast_batches(recipient, contrasts(recipient, pairs, side), batch_size, progress=False))
     whole = [[_last(model, batch) for batch in rows] for model in copies]
     unpatched = [_measured(measures, whole[at], rows, whole[1 - at]) for at in (0, 1)]
     source = [_measured(measures, whole[1 - at], rows, whole[1 - at]) for at in (0, 1)]

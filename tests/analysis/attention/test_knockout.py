@@ -13,7 +13,7 @@ from helpers.models import byte_level_tokenizer
 
 from ctlens.analysis import Knockout, attention_diff, knockout
 from ctlens.analysis.attention.cuts import Cut, cuts, edges, random_keys, without
-from ctlens.analysis.base.contrast import contrasts, in_batches
+from ctlens.analysis.base.contrast import contrast_batches, contrasts
 from ctlens.analysis.base.positions import segments
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
@@ -107,7 +107,7 @@ def cut_by_loops(pattern: torch.Tensor, hook: Any, queries: list[int], keys: tup
 
 def test_rows_sum_to_one_after_the_cut_in_the_models_own_pass(model) -> None:
     items = contrasts(model, PAIRS)
-    (batch,) = in_batches(model, items, 8, progress=False)
+    (batch,) = contrast_batches(model, items, 8, progress=False)
     chosen = edges(batch, rows(), "all", [row.wrapper for row in rows()])
     plan = cuts([0, 1], range(4), "layer")[2]
     with editing(model, plan.edits(model, chosen)):
@@ -125,7 +125,7 @@ def test_rows_sum_to_one_after_the_cut_in_the_models_own_pass(model) -> None:
 def test_a_last_token_that_sees_only_the_first_says_the_same_to_every_prompt(llama) -> None:
     whole = Cut("from", (0, 1), tuple(range(4)))
     items = contrasts(llama, PAIRS)
-    (batch,) = in_batches(llama, items, 8, progress=False)
+    (batch,) = contrast_batches(llama, items, 8, progress=False)
     keys = [range(1, len(item.prompt)) for item in items]
     with editing(llama, whole.edits(llama, edges(batch, rows(), "last", keys))):
         cut = batch.difference(batch.at_last(llama(batch.side.tokens)))
@@ -251,7 +251,7 @@ BEHIND = Pair(prompt("Is it?", "the", "a"), Prompt((Turn("user", "Is it?"), Turn
         ({"keys": lambda row: [500]}, "not all in it"),
         ({"keys": lambda row: range(len(row.wrapped.ids))}, "no tokens beside the keys"),
         ({"pairs": [BEHIND], "queries": "content"}, "cannot see the keys"),
-        ({"pairs": [Pair(prompt("a"), prompt("b a"))]}, "names no good and bad answer"),
+        ({"pairs": [Pair(prompt("Is it?"), prompt("No. Is it?"))]}, "names no good and bad answer"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(llama, options: dict[str, Any], message: str) -> None:

@@ -14,7 +14,7 @@ from scipy import stats
 from ctlens import plots
 from ctlens.analysis import SaliencyAgreement, saliency_agreement
 from ctlens.analysis.attention.saliency import COMPARISONS, METHODS, gradient_x_input, rollout
-from ctlens.analysis.base.contrast import ContrastBatch, contrasts, in_batches
+from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, contrasts
 from ctlens.analysis.base.positions import segments
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
@@ -27,7 +27,7 @@ TOKENIZER = byte_level_tokenizer(chat=True)
 
 
 def batched(model: LensModel) -> ContrastBatch:
-    (batch,) = in_batches(model, contrasts(model, PAIRS), 8, progress=False)
+    (batch,) = contrast_batches(model, contrasts(model, PAIRS), 8, progress=False)
     return batch
 
 
@@ -87,7 +87,7 @@ def test_rollout_of_attention_to_oneself_stays_and_of_two_layers_is_in_order() -
 def test_agreement_and_shares_are_plain_statistics_of_the_scores(model) -> None:
     found = saliency_agreement(model, PAIRS, progress=False)
     for number, (pair, row) in enumerate(zip(PAIRS, encode(PAIRS, TOKENIZER, n_ctx=256).rows, strict=True)):
-        (batch,) = in_batches(model, contrasts(model, [pair]), 1, progress=False)
+        (batch,) = contrast_batches(model, contrasts(model, [pair]), 1, progress=False)
         patterns = capture(model, batch.side.tokens, NAMES, grad=False)[1]
         last = np.mean([patterns[name][0, head, -1].numpy() for name in NAMES for head in range(4)], axis=0)
         scores = {
@@ -158,7 +158,7 @@ def test_results_stand_side_by_side_and_round_trip(llama, tmp_path) -> None:
 def test_what_has_no_score_is_refused(llama) -> None:
     twice = Pair(prompt("Is it?", "the", "a"), prompt("Is it? Is it?", "the", "a"))
     for pairs, message in (
-        ([Pair(prompt("a"), prompt("b a"))], "names no good and bad answer"),
+        ([Pair(prompt("Is it?"), prompt("No. Is it?"))], "names no good and bad answer"),
         ([twice], "aligns"),
         ([], "no pairs"),
     ):
