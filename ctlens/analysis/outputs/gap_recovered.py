@@ -8,7 +8,7 @@ a bad answer left can differ several times in it, so methods are matched on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from ctlens import plots
 from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, contrasts
-from ctlens.analysis.base.forward import labelled
+from ctlens.analysis.base.forward import comparable_by_label
 from ctlens.analysis.base.metrics import SMALLEST_GAPS
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError
@@ -120,19 +120,24 @@ def gap_recovered(
     Raises:
         CtlensError: models do not compare or are in training mode, a label is the base's, or a pair has no answers.
     """
-    named = labelled(models)
+    named = comparable_by_label(models)
     if BASE in named:
         raise CtlensError(f"{BASE!r} is the label of the model before training: choose another.")
-    named = labelled({BASE: base, **named})
-    by_side = [contrasts(base, pairs, side) for side in SIDES]
+    named = comparable_by_label({BASE: base, **named})
+    items = [contrasts(base, pairs, side) for side in SIDES]
     differences = [
-        [_differences(model, contrast_batches(model, of_side, batch_size, progress)) for of_side in by_side]
+        [
+            np.concatenate(
+                [_differences(model, batch) for batch in contrast_batches(model, of_side, batch_size, progress)]
+            )
+            for of_side in items
+        ]
         for model in named.values()
     ]
     return GapRecovered(np.array(differences), tuple(named))
 
 
 @torch.no_grad()
-def _differences(model: LensModel, batches: Iterable[ContrastBatch]) -> Float[np.ndarray, " pair"]:
-    found = [batch.difference(batch.at_last(run(model, batch.side.tokens))) for batch in batches]
-    return torch.cat(found).float().cpu().numpy()
+def _differences(model: LensModel, batch: ContrastBatch) -> Float[np.ndarray, " pair"]:
+    logits = run(model, batch.side.tokens)
+    return batch.logit_diff(batch.at_last(logits)).float().cpu().numpy()

@@ -11,7 +11,7 @@ from helpers.models import made
 
 from ctlens import analysis
 from ctlens.analysis.base.contrast import contrasts, encoded_contrasts
-from ctlens.analysis.base.forward import encode_all
+from ctlens.analysis.base.forward import encoded_pairs
 from ctlens.core.types import LensModel
 from ctlens.data import chat
 from ctlens.data.pairs import Pair, prompt
@@ -23,7 +23,7 @@ PAIRS = [
 ANALYSES: dict[str, Callable[[LensModel], Any]] = {
     "patching": lambda model: analysis.patch(model, PAIRS, site="resid_pre", direction="denoising", progress=False),
     "attribution": lambda model: analysis.attribution_patch(
-        model, PAIRS, sites=["resid_pre"], direction="denoising", progress=False
+        model, PAIRS, site=["resid_pre"], direction="denoising", progress=False
     ),
     "knockout": lambda model: analysis.knockout(model, PAIRS, progress=False),
     "saliency": lambda model: analysis.saliency_agreement(model, PAIRS, progress=False),
@@ -59,7 +59,7 @@ def test_an_analysis_renders_and_tokenises_a_pair_once(name: str, model: LensMod
 
 
 def test_contrasts_of_texts_and_of_tokens_are_the_same(model: LensModel) -> None:
-    rows = encode_all(model, PAIRS, ())
+    rows = encoded_pairs(model, PAIRS, ())
 
     for side in ("clean", "wrapped"):
         assert encoded_contrasts(model, rows, side) == contrasts(model, PAIRS, side)
