@@ -70,7 +70,7 @@ def test_the_organism_is_ready_to_use() -> None:
 
 @pytest.fixture(scope="module")
 def run() -> ct.Run:
-    pairs = ct.threats.get("sycophancy").pairs(n=16, split="train", seed=0)
+    pairs = ct.threats.get("sycophancy").pairs(n_pairs=16, split="train", seed=0)
     return ct.train(ct.load_organism(), pairs, ct.AttCT(), steps=3, seed=0, progress=False)
 
 
@@ -92,7 +92,7 @@ def test_a_run_comes_back_from_its_folder(run: ct.Run, tmp_path: Path) -> None:
 
 def test_a_trained_model_is_evaluated_and_looked_into(run: ct.Run) -> None:
     before = ct.load_organism()
-    pairs = ct.threats.get("sycophancy").pairs(n=8, split="heldout")
+    pairs = ct.threats.get("sycophancy").pairs(n_pairs=8, split="heldout")
 
     rates = ct.evaluate(run.model, threats=["sycophancy", "jailbreak"], split="heldout", n_prompts=8).to_dataframe()
     shift = ct.analysis.residual_shift(before, run.model, pairs, progress=False)
@@ -104,7 +104,7 @@ def test_a_trained_model_is_evaluated_and_looked_into(run: ct.Run) -> None:
 
 
 def test_the_visible_loop_shows_losses_by_hook_point() -> None:
-    pairs = ct.threats.get("jailbreak").pairs(n=8)
+    pairs = ct.threats.get("jailbreak").pairs(n_pairs=8)
 
     steps = list(ct.Trainer(ct.load_organism(), pairs, [ct.ACT(), ct.BCT()], ct.TrainConfig(steps=2)))
 
@@ -114,7 +114,7 @@ def test_the_visible_loop_shows_losses_by_hook_point() -> None:
 
 
 def test_pairs_go_to_a_file_and_come_back(tmp_path: Path) -> None:
-    pairs = ct.threats.get("jailbreak").pairs(n=4)
+    pairs = ct.threats.get("jailbreak").pairs(n_pairs=4)
 
     ct.save_pairs(tmp_path / "pairs.jsonl", pairs)
 

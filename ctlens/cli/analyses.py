@@ -61,7 +61,7 @@ def patch_command(
     from ctlens.plots import save_figure
 
     require_free(out)
-    chosen = chosen_pairs(pairs, threat, n=n_pairs, split=split)
+    chosen = chosen_pairs(pairs, threat, n_pairs=n_pairs, split=split)
     found = patch(
         chosen_model(model, device, dtype),
         chosen,

@@ -121,7 +121,7 @@ def train(
     if lora := chosen_lora(lora_rank, names(lora_target_modules)):
         config = replace(config, trainable=lora)
     losses, tracked = ([_loss(name) for name in group] for group in (loss, names(track)))
-    chosen = chosen_pairs(pairs, threat, n=256, split="train", seed=seed)
+    chosen = chosen_pairs(pairs, threat, n_pairs=256, split="train", seed=seed)
     quiet = quiet or not is_main_process()
     trainer = Trainer(
         chosen_model(model, settle(device), dtype), chosen, losses, config, track=tracked,

@@ -67,7 +67,7 @@ def _field_metrics(threat: Threat, outcomes: Outcomes) -> Iterator[Number]:
     intervals = dict(zip(made, _bootstrap(threat, outcomes, made), strict=True))
     for metric, value in found.items():
         if isinstance(value, Count):
-            yield value.prompt_side, metric, value.rate, value.n, *wilson(value.count, value.n)
+            yield value.prompt_side, metric, value.rate, value.n_prompts, *wilson(value.count, value.n_prompts)
         else:
             yield "wrapped", metric, float(value), len(outcomes.kinds), *intervals[metric]
 

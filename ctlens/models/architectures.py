@@ -10,7 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ctlens.core.errors import unknown
 
-_D_MODEL, _D_MLP, _N_LAYERS, _N_HEADS = 32, 48, 2, 4
+_D_MODEL = 32
+_D_MLP = 48
+_N_LAYERS = 2
+_N_HEADS = 4
 _SLIDING = {"head_dim": 8, "sliding_window": 6}  # shorter than the prompts, so that it is seen
 _CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama": {},
@@ -25,13 +28,13 @@ _CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "olmo2": {},
     "phi3": {"pad_token_id": 0},
 }
-"""Of each `model_type`, what its configuration has beside the sizes; the vision tower of `gemma3` stays unused."""
+"""The options that each `model_type` needs besides the sizes. The vision tower of `gemma3` is built and not used."""
 ARCHITECTURES = tuple(_CONFIGS)
 _VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 
 
 def tiny_model(architecture: str, vocab_size: int = 400, n_ctx: int = 256, seed: int = 0) -> PreTrainedModel:
-    """A random model of two layers in eval mode; norms and biases are random too, so that nothing passes by symmetry.
+    """Makes a random model of two layers in eval mode; norms and biases are random too, so that each of them counts.
 
     Args:
         architecture: one of `ARCHITECTURES`.

@@ -1,4 +1,4 @@
-"""From a lens model back to HuggingFace: a folder that `transformers` loads, with equal logits, and the proof of it."""
+"""Export: a lens model becomes a folder that `transformers` loads, and its logits are compared before it is written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ctlens.models.loading import generation_config, huggingface_config, made_co
 from ctlens.models.parameters import present_weights
 from ctlens.models.weights import ModelConfig, canonical_weights, copy_weights
 
-# What HuggingFace calls a layer, and the layers that a bridge has in its place, in the order of its outputs.
+# HuggingFace's name of a layer, and the layers that a bridge has instead, in the order of the layer's outputs.
 SPLIT_LAYERS = {
     "attn.c_attn": ("attn.q", "attn.k", "attn.v"),
     "attn.c_proj": ("attn.o",),
@@ -45,8 +45,8 @@ LLAMA_LAYOUT = {
     "ln_final.w": ("model.norm", None),
     "unembed.W_U": ("lm_head", "d_in d_out -> d_out d_in"),
 }
-"""Of a weight of a model made here, Llama's layer and the einops pattern to its layout; rotary pairs are adjacent
-here and half a head apart there."""
+"""Llama's layer for each weight of a model made here, and the einops pattern to Llama's layout. Rotary pairs are
+adjacent here and half a head apart in a Llama."""
 
 
 def export_huggingface(model: LensModel, folder: str | Path) -> Path:
@@ -72,25 +72,30 @@ def export_huggingface(model: LensModel, folder: str | Path) -> Path:
 
 @torch.no_grad()
 def to_huggingface(model: LensModel) -> PreTrainedModel:
-    """A HuggingFace model of its own weights that computes what `model` computes; raises as `export_huggingface`."""
+    """Makes a HuggingFace model, with weights of its own, of equal logits; raises as `export_huggingface`."""
     first = next(model.parameters())
-    made, config = made_config(model), huggingface_config(model)
+    made = made_config(model)
+    config = _llama_config(made) if made else huggingface_config(model)
     with torch.random.fork_rng():
         options = {"dtype": first.dtype, "attn_implementation": "eager"}
-        hf: Any = cast(Any, AutoModelForCausalLM).from_config(_llama_config(made) if made else config, **options)
+        hf: Any = cast(Any, AutoModelForCausalLM).from_config(config, **options)
     hf = hf.to(first.device).eval()
     weights = _llama_weights(canonical_weights(model)) if made else _joined(hf, present_weights(model))
     copy_weights({name: parameter.data for name, parameter in hf.named_parameters()}, weights)
     if not made and (generation := generation_config(model)) is not None:
         hf.generation_config = generation
-    difference, scale = parity(model, hf), float(hf(torch.zeros(1, 1, dtype=torch.long, device=hf.device)).logits.max())
+    difference = parity(model, hf)
+    scale = float(hf(torch.zeros(1, 1, dtype=torch.long, device=hf.device)).logits.max())
     if not difference <= torch.finfo(first.dtype).eps ** 0.5 * max(abs(scale), 1):
-        raise CtlensError(f"{type(hf).__name__} cannot be exported: its logits would differ by {difference:.2g}.")
+        raise CtlensError(
+            f"{type(hf).__name__} cannot be exported: its logits would differ by {difference:.2g}; "
+            "keep the model as a run or with save_model."
+        )
     return hf
 
 
 def parity(model: LensModel, hf: PreTrainedModel, *, length: int = 16, seed: int = 0) -> float:
-    """The largest absolute difference of logits between a model and a HuggingFace model.
+    """Measures the largest absolute difference of logits between a model and a HuggingFace model.
 
     Args:
         model: from `load_model`.
@@ -105,14 +110,15 @@ def parity(model: LensModel, hf: PreTrainedModel, *, length: int = 16, seed: int
 
 
 def _joined(hf: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A bridge's weights under HuggingFace's names and in its layouts; those it has no name for stay as they are."""
-    left, joined = dict(weights), {}
+    """A bridge's weights under HuggingFace's names and in its layouts; unsplit weights stay as they are."""
+    left = dict(weights)
+    joined: dict[str, Tensor] = {}
     for name, module in hf.named_modules():
-        place, parts = next(
+        prefix, parts = next(
             ((name.removesuffix(key), parts) for key, parts in SPLIT_LAYERS.items() if name.endswith(key)), ("", ())
         )
         for kind, _ in module.named_parameters(recurse=False):
-            found = [f"{place}{part}.{kind}" for part in parts]
+            found = [f"{prefix}{part}.{kind}" for part in parts]
             if found and all(part in left for part in found):
                 joined[f"{name}.{kind}"] = _join([left.pop(part) for part in found], module, name, hf)
     return {**left, **joined}
@@ -141,8 +147,7 @@ def _llama_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, weight in weights.items():
         block, _, rest = name.removeprefix("blocks.").partition(".") if name.startswith("blocks.") else ("", "", name)
         layer, pattern = LLAMA_LAYOUT[rest]
-        place = f"model.layers.{block}.{layer}" if block else layer
-        converted[f"{place}.weight"] = (
-            rearrange(weight, pattern, **({"two": 2} if "two" in pattern else {})) if pattern else weight
-        )
+        layer_name = f"model.layers.{block}.{layer}" if block else layer
+        sizes = {"two": 2} if pattern and "two" in pattern else {}
+        converted[f"{layer_name}.weight"] = rearrange(weight, pattern, **sizes) if pattern else weight
     return converted

@@ -1,7 +1,7 @@
-"""Decoding of many prompts at once, without a tokenizer call: each prompt is run once, then one token a pass.
+"""Decoding of many prompts at once, from tokens to tokens: each prompt is run once, then one token per pass.
 
-An answer does not depend on its batch-mates (`ctlens.models.kv_cache`). Where a model has no key-value cache
-that can be had, every pass runs the whole sequences.
+An answer does not depend on its batch-mates (`ctlens.models.kv_cache`). Where a model's key-value cache
+cannot be used, every pass runs the whole sequences.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Sampling:
             raise CtlensError(f"top_p is a probability above 0, up to 1, not {self.top_p}.")
 
     def draw(self, logits: NextLogits) -> NextTokens:
-        """One token a row."""
+        """Draws one token per row."""
         shares = (logits.float() / self.temperature).softmax(-1).cpu()
         if self.top_p < 1:
             ranked, tokens = shares.sort(-1, descending=True)
@@ -57,10 +57,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a model continues prompts with.
+    """A model's continuations of prompts.
 
     Attributes:
-        answers: per prompt, the tokens given, closed by the end token where the model gave it.
+        answers: per prompt, the tokens that the model gave, with the end token where it gave one.
         first_probabilities: per prompt, the probability of each of its `first_tokens`.
     """
 
@@ -77,7 +77,7 @@ def generate(
     sampling: Sampling | None = None,
     progress: bool = False,
 ) -> list[Ids]:
-    """The answers of `decode` alone."""
+    """Continues each prompt, as `decode`, and returns the answers alone."""
     found = decode(model, prompts, max_new_tokens=max_new_tokens, end=end, sampling=sampling, progress=progress)
     return found.answers
 
@@ -94,7 +94,7 @@ def decode(
     max_batch_tokens: int = MAX_BATCH_TOKENS,
     progress: bool = False,
 ) -> Decoded:
-    """The continuation of each prompt, and how likely it was to begin with given tokens.
+    """Continues each prompt, and says how likely the answer was to begin with given tokens.
 
     Hooks on the model see a prompt once and, where there is a cache, then one new token at a time;
     equal prompts that are decoded together are one prompt until their answers begin.
@@ -125,9 +125,9 @@ def decode(
         sequences = Sequences(model, list(distinct))
         logits = sequences.run()
         if len(distinct) < len(batch):
-            places = torch.tensor([distinct[prompts[i]] for i in batch], device=logits.device)
-            sequences.keep(places)
-            logits = logits[places]
+            rows = torch.tensor([distinct[prompts[i]] for i in batch], device=logits.device)
+            sequences.keep(rows)
+            logits = logits[rows]
         first = _first_probabilities(logits, [wanted[i] for i in batch])
         continued = _continue(sequences, logits, max_new_tokens, NO_END if end is None else end, sampling)
         for i, answer, probability in zip(batch, continued, first, strict=True):

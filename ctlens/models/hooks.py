@@ -1,4 +1,4 @@
-"""Hook points by name: resolve them, capture them with or without gradient, edit them; always cleaned up."""
+"""Hook points by name: find them, capture activations with or without gradient, edit them, and leave no hook behind."""
 
 from __future__ import annotations
 
@@ -62,16 +62,16 @@ def select_layers(n_layers: int, layers: Layers) -> tuple[int, ...]:
     return chosen
 
 
-def resolve(model: LensModel, point: str, layers: Layers = "all") -> list[str]:
-    """The hook names for a shorthand such as `"resid_post"` at some layers, or for one full name.
+def resolve(model: LensModel, site: str, layers: Layers = "all") -> list[str]:
+    """Finds the hook names of a site, a shorthand such as `"resid_post"`, at some layers, or of one full name.
 
     Raises:
         CtlensError: nothing of that name exists on this model; the nearest names are given.
     """
-    if point in SHORTHANDS:
-        names = [SHORTHANDS[point].format(layer=layer) for layer in select_layers(model.cfg.n_layers, layers)]
+    if site in SHORTHANDS:
+        names = [SHORTHANDS[site].format(layer=layer) for layer in select_layers(model.cfg.n_layers, layers)]
     else:
-        names = [point]
+        names = [site]
     known = model.hook_dict
     for name in names:
         if name not in known and name.endswith("hook_resid_mid") and name.replace("mid", "pre") in known:
@@ -114,7 +114,7 @@ def run(model: LensModel, tokens: Tokens, mask: Mask | None = None) -> Logits:
     """The logits of one forward pass; `mask` as in `capture`."""
     options: dict[str, Any] = {} if mask is None else {"attention_mask": mask.long()}
     if huggingface_config(model) is not None:
-        options["use_cache"] = False  # nobody reads it, and a block that is run again would add to it
+        options["use_cache"] = False  # no one reads the cache, and a block that is run again would add to it
     return model(tokens, **options)
 
 

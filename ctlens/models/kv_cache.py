@@ -1,4 +1,4 @@
-"""A batch of growing sequences: what was run of them stays in the model's key-value cache, where it has one.
+"""A batch of growing sequences; the tokens that were run stay in the model's key-value cache, where it has one.
 
 Sequences are padded on the right, where causal attention cannot see the padding of the first pass,
 and it is masked in later ones. A sliding window counts columns, padding included, so sequences that
@@ -33,7 +33,7 @@ NEEDED = {"past_key_values", "position_ids"}
 
 
 def batches_by_length(model: LensModel, lengths: Sequence[int], new: int, max_batch_tokens: int) -> Iterator[list[int]]:
-    """Numbers of sequences that are run together, in order of length, each once.
+    """Groups sequences that are run together, by number, in order of length.
 
     Args:
         model: says how long a sequence may be among longer ones.
@@ -54,7 +54,7 @@ def batches_by_length(model: LensModel, lengths: Sequence[int], new: int, max_ba
 
 
 def has_cache(model: LensModel) -> bool:
-    """Whether what was run of a sequence need not be run again."""
+    """Tells whether the model has a cache, so that no token of a sequence is run twice."""
     return _cache(model, 1) is not None
 
 
@@ -96,14 +96,14 @@ class Sequences:
         if self.cache is not None:
             return self.cache.forward(tokens, _up_to(count, len(new)), start)
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-        places = start[:, None] + torch.minimum(new, count[:, None] - 1)  # padding repeats the last real one
+        positions = start[:, None] + torch.minimum(new, count[:, None] - 1)  # padding repeats the last real token
         width = int(self.lengths.max())
         grown = torch.zeros(len(tokens), width, dtype=self.tokens.dtype, device=tokens.device)
         kept = min(width, self.tokens.shape[1])
         grown[:, :kept] = self.tokens[:, :kept]
-        grown[rows, places] = tokens.gather(1, places - start[:, None])
+        grown[rows, positions] = tokens.gather(1, positions - start[:, None])
         self.tokens = grown
-        return self.model(grown)[rows, places]
+        return self.model(grown)[rows, positions]
 
     def keep(self, rows: ChosenRows | RowNumbers) -> None:
         """Keeps only these sequences, by a mask or by their numbers, which may repeat."""
@@ -113,10 +113,10 @@ class Sequences:
 
 
 class Cache(Protocol):
-    """What a model has seen of a batch."""
+    """The keys and values of the tokens of a batch that a model has run."""
 
     filled: bool
-    """Whether every layer of the model has put there what was run."""
+    """Whether every layer of the model has stored the tokens that were run."""
 
     def forward(self, tokens: Tokens, real: Mask, start: Lengths) -> Logits:
         """The logits at further tokens of each sequence, of which `start` were run before."""
@@ -128,7 +128,7 @@ class Cache(Protocol):
 
 
 class _HookedCache:
-    """That of a `HookedTransformer`, which works out positions from the mask."""
+    """The cache of a `HookedTransformer`, which works out positions from the mask."""
 
     filled = True
 
@@ -143,7 +143,7 @@ class _HookedCache:
 
 
 class _HuggingFaceCache:
-    """HuggingFace's, of a bridged model; it is run through the bridge, so that hooks see every token."""
+    """HuggingFace's cache of a bridged model, which is run through the bridge, so that hooks see every token."""
 
     def __init__(self, model: LensModel, rows: int, entries: DynamicCache) -> None:
         self.model, self.entries = model, entries

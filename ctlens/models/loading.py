@@ -42,7 +42,7 @@ _SPLIT_COPIES = (".qkv.", ".gate_up_proj.weight")
 def build(
     config: ModelConfig, tokenizer: Any = None, *, seed: int = 0, device: str | torch.device = "cpu"
 ) -> LensModel:
-    """A new model with random weights, the same on every TransformerLens version for one seed.
+    """Makes a new model with random weights, the same for one seed on every TransformerLens version.
 
     Args:
         config: the sizes.
@@ -83,7 +83,7 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = torch.float32,
 ) -> LensModel:
-    """A model in eval mode from a folder or from memory; nothing is downloaded.
+    """Loads a model in eval mode from a folder or from memory; nothing is downloaded.
 
     Args:
         source: a HuggingFace folder of a causal language model, a folder that `save_model` or
@@ -104,12 +104,14 @@ def load_model(
             return _load_checkpoint(folder, tokenizer, device, dtype)
         if (folder / "config.json").is_file():
             return _load_huggingface(folder, tokenizer, device, dtype)
-    raise CtlensError(f"{folder} is no model folder: config.json of HuggingFace or {MODEL_FILE} is expected.")
+    raise CtlensError(
+        f"{folder} is no model folder: name a folder with HuggingFace's config.json or with {MODEL_FILE} of ctlens."
+    )
 
 
 @contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-    """Says in one sentence what a broken folder raises."""
+    """Turns the errors of a broken folder into one sentence."""
     try:
         with quiet_huggingface():
             yield
@@ -117,7 +119,9 @@ def _reading(folder: Path) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise CtlensError(f"{folder} does not load as a causal language model: {reason}") from error
+        raise CtlensError(
+            f"{folder} does not load as a causal language model: {reason.rstrip('.')}. Check the folder's files."
+        ) from error
 
 
 @contextmanager
@@ -137,19 +141,23 @@ def _load_huggingface(folder: Path, tokenizer: Any, device: str | torch.device, 
     hf, report = cast(Any, AutoModelForCausalLM).from_pretrained(folder, local_files_only=True, **options)
     unfit = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if unfit:  # HuggingFace would leave them random
-        raise CtlensError(f"{folder} lacks weights that fit its config.json: {', '.join(unfit[:3])}.")
+        raise CtlensError(
+            f"{folder} lacks weights that fit its config.json: {', '.join(unfit[:3])}. Use their own config.json."
+        )
     return _bridge(hf.to(device), tokenizer or _load_tokenizer(folder))
 
 
 def _bridge(hf: PreTrainedModel, tokenizer: Any) -> LensModel:
-    """Wraps `hf` in place, with exactly the trainable parameters that HuggingFace's model has."""
+    """Wraps `hf` in place; the bridge trains exactly the parameters that HuggingFace's model has."""
     _require_causal(hf.eval())
     hf.set_attn_implementation("eager")
     own_unembed_bias = getattr(hf.get_output_embeddings(), "bias", None) is not None
     try:
         model = build_bridge_from_module(hf, architecture=type(hf).__name__, hf_config=hf.config, tokenizer=None)
     except (ValueError, KeyError, NotImplementedError) as error:
-        raise CtlensError(f"TransformerLens cannot bridge {type(hf).__name__}: {error}") from None
+        raise CtlensError(
+            f"TransformerLens cannot bridge {type(hf).__name__}: {error}. `ctlens models` lists what was checked."
+        ) from None
     # A bridge bypasses fused projections by split copies; 3.x adds a zero unembedding bias.
     extra = _SPLIT_COPIES if own_unembed_bias else (*_SPLIT_COPIES, "head.bias")
     names = map(plain_name, dict(model.named_parameters()))
@@ -159,13 +167,15 @@ def _bridge(hf: PreTrainedModel, tokenizer: Any) -> LensModel:
 
 @torch.no_grad()
 def _require_causal(hf: PreTrainedModel) -> None:
-    """Refuses encoders: every loss and analysis relies on a token not being seen by those before it."""
+    """Refuses encoders: every loss and analysis relies on each token seeing only the tokens before it."""
     causal = False
     if not getattr(hf.config, "is_encoder_decoder", False):
         first, second = hf(torch.tensor([[0, 0], [0, 1]], device=hf.device)).logits[:, 0]
         causal = (first - second).abs().max() <= torch.finfo(first.dtype).eps ** 0.5 * first.abs().max()
     if not causal:
-        raise CtlensError(f"{type(hf).__name__} is no causal language model: its tokens see the tokens after them.")
+        raise CtlensError(
+            f"{type(hf).__name__} is no causal language model: its tokens see the tokens after them; load a decoder."
+        )
 
 
 def _attach(model: LensModel, tokenizer: Any) -> LensModel:
@@ -178,7 +188,7 @@ def _attach(model: LensModel, tokenizer: Any) -> LensModel:
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a model folder or a run folder, without the model; None where it holds none.
+    """Loads the tokenizer of a model folder or a run folder without the model; None where the folder has none.
 
     Raises:
         CtlensError: the folder does not exist, or its tokenizer cannot be read.
@@ -279,7 +289,7 @@ def _load_checkpoint(folder: Path, tokenizer: Any, device: str | torch.device, d
             model = _bridge(hf.to(device), tokenizer)
             copy_weights({name: value.data for name, value in present_parameters(model).items()}, weights)
             return model
-    raise CtlensError(f"{folder / MODEL_FILE} does not describe a model that ctlens saved.")
+    raise CtlensError(f"{folder / MODEL_FILE} does not describe a model that ctlens saved: save the model again.")
 
 
 def made_config(model: LensModel) -> ModelConfig | None:
@@ -291,5 +301,7 @@ def made_config(model: LensModel) -> ModelConfig | None:
     if huggingface_config(model) is not None:
         return None
     if not getattr(model, "ctlens_absent", None):
-        raise CtlensError("only models from ctlens.build and ctlens.load_model can be saved.")
+        raise CtlensError(
+            "only models from ctlens.build and ctlens.load_model can be saved: pass this one to load_model."
+        )
     return ModelConfig(**{name: getattr(model.cfg, name) for name in ModelConfig.__dataclass_fields__})

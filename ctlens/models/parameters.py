@@ -1,4 +1,4 @@
-"""Which parameters a model has, in groups; which of them are trained; and copies to train."""
+"""The parameters of a model: in groups, frozen or trained, and copied."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def without(model: LensModel, names: Collection[str]) -> LensModel:
 def present_parameters(model: LensModel) -> dict[str, nn.Parameter]:
     """The parameters that the architecture has, by a name that does not depend on the bridge's version.
 
-    Those of adapters are none of them: an adapted weight is here as it is without its adapter.
+    Parameters of adapters are not among them: an adapted weight stands here as it is without its adapter.
     """
     absent = getattr(model, "ctlens_absent", frozenset())
     plain = ((plain_name(name), value) for name, value in model.named_parameters())
@@ -61,7 +61,7 @@ def present_weights(model: LensModel) -> dict[str, Tensor]:
 def parameter_groups(model: LensModel) -> dict[str, list[str]]:
     """Parameter names by group: `embed`, `attn`, `mlp`, `norm` and `unembed`.
 
-    Those of a vision tower are in none.
+    Parameters of a vision tower are in no group.
     """
     owner: dict[int, str] = {}
     lens = cast(Any, model)
@@ -105,7 +105,7 @@ def freeze(model: LensModel, trainable: Iterable[str]) -> list[nn.Parameter]:
 
 
 def fingerprint(model: LensModel) -> str:
-    """A short name of the weights: equal for equal weights, whatever the TransformerLens version of a bridge."""
+    """A short name of the weights, equal for equal weights on every TransformerLens version."""
     digest = hashlib.sha256()
     for name, weight in sorted(present_weights(model).items()):
         digest.update(name.encode())

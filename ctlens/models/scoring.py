@@ -1,4 +1,4 @@
-"""How likely a model finds given continuations of a prompt: all their tokens, in the context of the prompt."""
+"""Scoring: the log-probability that a model gives to continuations of a prompt, whole and token by token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TIE = 1e-4  # nats; what the rounding of float32 may do to equal options in batc
 
 @dataclass(frozen=True)
 class Choice:
-    """What a model makes of a multiple-choice question.
+    """A model's scores of the options of a multiple-choice question.
 
     Attributes:
         options: the answers, as the prompt names them.
@@ -43,7 +43,7 @@ class Choice:
 
     @property
     def per_token(self) -> Choice:
-        """The same with the mean log-probability of an option's tokens, so that long options are not at a loss."""
+        """The same by the mean log-probability of an option's tokens, by which long options are not at a loss."""
         means = tuple(total / length for total, length in zip(self.log_probabilities, self.lengths, strict=True))
         return Choice(self.options, means, self.lengths)
 
@@ -61,7 +61,7 @@ def choose(
     max_batch_tokens: int = MAX_BATCH_TOKENS,
     progress: bool = False,
 ) -> list[Choice]:
-    """The log-probability of every option of multiple-choice prompts, whole: not of its first token alone.
+    """Scores every option of multiple-choice prompts by the log-probability of all its tokens, not of the first alone.
 
     An option is tokenised together with the prompt. Where its beginning fuses with the prompt's end,
     what is scored begins at the token where the options and the prompt go apart, for all of them.
@@ -89,7 +89,7 @@ def choose(
 def _parts(tokenizer: Any, prompt: Prompt) -> tuple[Ids, list[Ids]]:
     """The tokens of the prompt that come before those of all its options, and what follows with each."""
     if not prompt.options:
-        raise CtlensError("a prompt has no options to choose from: give it some, or let the model answer freely.")
+        raise CtlensError("a prompt has no options to choose from: give it options, or let the model answer freely.")
     rendered = render(tokenizer, prompt.turns)
     added = len(rendered.ids) - len(token_ids(tokenizer, rendered.text))
     whole = [rendered.ids[:added] + token_ids(tokenizer, rendered.text + option) for option in prompt.options]
@@ -131,7 +131,7 @@ def continuation_logprobs(
         progress: show a progress bar when it takes more than two seconds.
 
     Returns:
-        Per prompt, per continuation, a number a token.
+        Per prompt, per continuation, one number per token.
 
     Raises:
         CtlensError: the model is in training mode, a prompt or continuation is empty, or both do not fit the context.
@@ -139,7 +139,7 @@ def continuation_logprobs(
     if model.training:
         raise CtlensError("scoring needs the model in eval mode: call model.eval() first.")
     if not all(prompts) or not all(all(given) for given in continuations):
-        raise CtlensError("a prompt and a continuation need at least one token each.")
+        raise CtlensError("a prompt and a continuation need at least one token each: leave the empty ones out.")
     longest = [max(map(len, given), default=0) for given in continuations]
     for ids, new in zip(prompts, longest, strict=True):
         require_room(len(ids) + new, model.cfg.n_ctx, "a prompt with its option")

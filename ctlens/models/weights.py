@@ -56,9 +56,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if min(self.d_vocab, self.n_layers, self.n_heads, self.d_model, self.d_mlp, self.n_ctx) < 1:
-            raise CtlensError("every size of a model must be at least 1.")
+            raise CtlensError(f"every size of a model must be at least 1, not as in {self}.")
         if self.d_model % (2 * self.n_heads):
-            raise CtlensError(f"d_model {self.d_model} must be an even multiple of n_heads {self.n_heads}.")
+            raise CtlensError(
+                f"d_model must be an even multiple of n_heads {self.n_heads}, not {self.d_model}: take a multiple of "
+                f"{2 * self.n_heads}."
+            )
 
     @property
     def d_head(self) -> int:
@@ -67,13 +70,13 @@ class ModelConfig:
 
 
 def is_bias(name: str) -> bool:
-    """Whether a parameter of a model made here is a bias: those stay zero and frozen."""
+    """Tells whether a parameter of a model made here is a bias; biases stay zero and frozen."""
     last = name.rsplit(".", 1)[-1]
     return last == "bias" or last.startswith("b_")
 
 
 def initial_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """Random weights by canonical name, the same on every TransformerLens version.
+    """Draws random weights by canonical name, the same on every TransformerLens version.
 
     Matrices are normal with standard deviation `0.8 / sqrt(d_model)`, TransformerLens's own
     initialisation; norms are one.
@@ -87,7 +90,7 @@ def initial_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
 
 
 def canonical_weights(model: LensModel) -> dict[str, Tensor]:
-    """A copy of the weights of a model made here, adapters added, by canonical name, without the frozen biases."""
+    """Copies the weights of a model made here, adapters added, by canonical name, without the frozen biases."""
     views = _views(model, present_weights(model))
     return {name: view.clone(memory_format=torch.contiguous_format) for name, view in views.items()}
 
@@ -105,11 +108,16 @@ def copy_weights(targets: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -
     """
     odd = sorted(targets.keys() ^ weights.keys())
     if odd:
-        raise CtlensError(f"the weights do not fit the model: {', '.join(odd[:3])} on one side only.")
+        raise CtlensError(
+            f"the weights do not fit the model: only one of them has {', '.join(odd[:3])}. Use its own weights."
+        )
     for name, target in targets.items():
         if target.shape != weights[name].shape:
             here, there = tuple(target.shape), tuple(weights[name].shape)
-            raise CtlensError(f"the weights do not fit the model: {name} has shape {there}, the model {here}.")
+            raise CtlensError(
+                f"the weights do not fit the model: {name} has shape {there}, but {here} in the model. "
+                "Use the model's own weights."
+            )
     for name, target in targets.items():
         target.copy_(weights[name])
 

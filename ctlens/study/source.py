@@ -42,8 +42,8 @@ class FilePairs:
     ratio = ""
     ends_alike = True
 
-    def pairs(self, n: int, split: str = _TRAIN_SPLIT, seed: int = 0) -> list[Pair]:
-        """Up to `n` pairs of a split, `"train"` or `"heldout"`; which are held out does not depend on the seed.
+    def pairs(self, n_pairs: int, split: str = _TRAIN_SPLIT, seed: int = 0) -> list[Pair]:
+        """Up to `n_pairs` pairs of a split, `"train"` or `"heldout"`; which are held out does not depend on the seed.
 
         Raises:
             CtlensError: the split is another, the file has fewer than two clean prompts, or a pair names no answers.
@@ -52,11 +52,11 @@ class FilePairs:
             raise unknown("split of a file", split, (_TRAIN_SPLIT, SPLIT))
         found = [pair for pair in _read(self.path) if (pair.clean in _held_out(self.path)) == (split == SPLIT)]
         order = _shuffled(len(found), seed if split == _TRAIN_SPLIT else 0)
-        return [found[number] for number in order[:n]]
+        return [found[number] for number in order[:n_pairs]]
 
-    def neutral(self, n: int, split: str = _TRAIN_SPLIT, seed: int = 0) -> list[Prompt]:
+    def neutral(self, n_prompts: int, split: str = _TRAIN_SPLIT, seed: int = 0) -> list[Prompt]:
         """The clean prompts of a split, as a file holds no other ordinary requests."""
-        return list(dict.fromkeys(pair.clean for pair in self.pairs(n, split, seed)))
+        return list(dict.fromkeys(pair.clean for pair in self.pairs(n_prompts, split, seed)))
 
 
 Subject: TypeAlias = Threat | FilePairs

@@ -79,9 +79,9 @@ class Conditional(Threat):
     }  # fmt: skip
     texts = tuple(text for texts in UNRELATED.values() for text in texts)
 
-    def _cases(self, n: int, split: str, draw: torch.Generator, world: World) -> list[Case]:
+    def _cases(self, n_pairs: int, split: str, draw: torch.Generator, world: World) -> list[Case]:
         verbs, risky, graded = world.verbs[split], MANNERS["risky"], self.graded(split)
-        cells = draw_grid((len(verbs), len(graded), len(graded[0]), len(risky), len(ADVICE)), n, draw)
+        cells = draw_grid((len(verbs), len(graded), len(graded[0]), len(risky), len(ADVICE)), n_pairs, draw)
         return [
             self._case(world, split, (verbs[verb], manner, phrasing), graded[level][variant], bool(number % 2))
             for number, (verb, level, variant, manner, phrasing) in enumerate(cells)

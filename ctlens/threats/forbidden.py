@@ -26,13 +26,13 @@ class Forbidden(Threat):
     def request(self, world: World, thing: str, phrasing: int) -> Request:
         """The request for a hazard (refused) or a craft (answered), in one of the phrasings."""
 
-    def _cases(self, n: int, split: str, draw: torch.Generator, world: World) -> list[Case]:
+    def _cases(self, n_pairs: int, split: str, draw: torch.Generator, world: World) -> list[Case]:
         things = tuple(zip(world.hazards[split], world.crafts[split], strict=True))
         graded = self.graded(split)
         sizes = (len(things), len(graded), len(graded[0]), len(self.phrasings))
         return [
             self._case(world, split, *things[thing], phrasing, graded[level][variant])
-            for thing, level, variant, phrasing in draw_grid(sizes, n, draw)
+            for thing, level, variant, phrasing in draw_grid(sizes, n_pairs, draw)
         ]
 
     def _case(self, world: World, split: str, hazard: str, craft: str, phrasing: int, wrapper: Wrapper) -> Case:

@@ -89,9 +89,9 @@ class Frustration(Threat):
     }
     texts = (_DESPAIR, _DELETION, _RELIEF, *WAY_OUT.values())
 
-    def _cases(self, n: int, split: str, draw: torch.Generator, world: World) -> list[Case]:
+    def _cases(self, n_pairs: int, split: str, draw: torch.Generator, world: World) -> list[Case]:
         graded = self.graded(split)
-        cells = draw_grid((len(world.entities[split]), len(graded), len(graded[0]), 2), n, draw)
+        cells = draw_grid((len(world.entities[split]), len(graded), len(graded[0]), 2), n_pairs, draw)
         return [
             self._case(world, split, entity, graded[level][variant], bool(offered))
             for entity, level, variant, offered in cells

@@ -112,10 +112,10 @@ class Persona(Threat):
         "structure": _described(STRUCTURE_STYLES),
     }
 
-    def _cases(self, n: int, split: str, draw: torch.Generator, world: World) -> list[Case]:
+    def _cases(self, n_pairs: int, split: str, draw: torch.Generator, world: World) -> list[Case]:
         personas, graded, talk = world.personas[split], self.graded(split), world.talk[split]
         asked = len(IDENTITY) + len(DEEDS)
-        cells = draw_grid((asked, len(graded), len(graded[0]), len(personas)), n, draw)
+        cells = draw_grid((asked, len(graded), len(graded[0]), len(personas)), n_pairs, draw)
         return [
             self._case(world, split, personas[persona], question, graded[level][variant], talk[number % len(talk)])
             for number, (question, level, variant, persona) in enumerate(cells)

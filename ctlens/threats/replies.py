@@ -1,11 +1,11 @@
-"""What a model replies to prompts: its greedy answer, how that is judged, and how likely each answer's opening was."""
+"""A model's replies to prompts: its greedy answers, their verdicts, and how likely good and bad answers were."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import LensModel
@@ -18,8 +18,8 @@ from ctlens.threats.base import UNPARSED, VERDICTS
 from ctlens.threats.base import judge as by_opening
 
 Judge: TypeAlias = Callable[[Sequence[Prompt], Sequence[str]], Sequence[str | None]]
-"""A user's own judge, called once with all distinct prompts and the answers to them: it gives each answer a
-verdict of `ctlens.threats.base.VERDICTS`, or None where it cannot tell, which is counted as unparsed."""
+"""A user's own judge, called once with all distinct prompts and the answers to them. It gives each answer a
+verdict of `ctlens.threats.base.VERDICTS`, or None where it cannot tell: that answer is counted as unparsed."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Reply:
     """A model's reply to one prompt.
 
     Attributes:
-        answer: greedy, as text; of a multiple-choice question the likeliest option, empty for a tie.
+        answer: the greedy answer as text; to a multiple-choice question the likeliest option, empty for a tie.
         verdict: `"good"`, `"bad"`, `"other"`, or `"unparsed"` where a judge could not tell.
         good_probability, bad_probability: that the answer begins with the first token of the prompt's
             good and of its bad answer. NaN where the prompt names none, and both where one token
@@ -49,7 +49,7 @@ def ask(
     per_token: bool = False,
     progress: bool = False,
 ) -> list[Reply]:
-    """The reply to each prompt; those that read alike are decoded once.
+    """Asks a model every prompt; equal prompts are decoded once.
 
     A prompt with options is not decoded: the option whose whole text is likeliest is the answer, see
     `ctlens.models.scoring.choose`. With a judge, every prompt is answered freely.
@@ -64,18 +64,18 @@ def ask(
 
     Raises:
         CtlensError: a prompt names no answer and there is no judge, a prompt does not fit the
-            context, or the judge's verdicts are not one a prompt.
+            context, or the judge does not give one verdict per prompt.
     """
     distinct = list(dict.fromkeys(prompts))
     chosen = [prompt for prompt in distinct if prompt.options and judge is None]
     if judge is None:
         for prompt in distinct:
             by_opening(prompt, "")  # refuses a prompt without answers before the work of decoding
-    choices = [each.per_token if per_token else each for each in choose(model, chosen, progress=progress)]
+    choices = [choice.per_token if per_token else choice for choice in choose(model, chosen, progress=progress)]
     replies = dict(zip(chosen, map(_of_choice, chosen, choices), strict=True))
-    replies |= _answered(
-        model, [prompt for prompt in distinct if prompt not in replies], max_new_tokens, judge, progress
-    )
+    free = [prompt for prompt in distinct if prompt not in replies]
+    if free:
+        replies |= _answered(model, free, max_new_tokens, judge, progress)
     return [replies[prompt] for prompt in prompts]
 
 
@@ -88,42 +88,63 @@ def _of_choice(prompt: Prompt, choice: Choice) -> Reply:
 def _answered(
     model: LensModel, prompts: Sequence[Prompt], max_new_tokens: int, judge: Judge | None, progress: bool
 ) -> dict[Prompt, Reply]:
+    """Lets the model answer prompts freely; `prompts` are distinct and at least one."""
     tokenizer = model.tokenizer
     ids = {turns: render(tokenizer, turns).ids for turns in dict.fromkeys(prompt.turns for prompt in prompts)}
     for row in ids.values():
         require_room(len(row) + max_new_tokens, model.cfg.n_ctx, "a prompt with its answer")
     openings = _openings(tokenizer, prompts)
-    wanted: dict[Ids, dict[int, None]] = {row: {} for row in ids.values()}
-    for prompt in prompts:
-        wanted[ids[prompt.turns]].update(dict.fromkeys(openings[prompt].values()))
-    decoded = decode(
-        model, list(wanted), first_tokens=[tuple(tokens) for tokens in wanted.values()],
-        max_new_tokens=max_new_tokens, end=end_token(tokenizer) if prompts else None, progress=progress,
-    )  # fmt: skip
-    texts = dict(zip(wanted, _texts(tokenizer, decoded.answers), strict=True))
-    likely = {
-        row: dict(zip(tokens, found, strict=True))
-        for (row, tokens), found in zip(wanted.items(), decoded.first_probabilities, strict=True)
-    }
-    answers = [texts[ids[prompt.turns]] for prompt in prompts]
+    decoded = _decoded(model, [(ids[prompt.turns], openings[prompt]) for prompt in prompts], max_new_tokens, progress)
+    answers = [decoded[ids[prompt.turns]].answer for prompt in prompts]
     replies = {}
     for prompt, answer, verdict in zip(prompts, answers, _verdicts(prompts, answers, judge), strict=True):
-        sides = {side: likely[ids[prompt.turns]][token] for side, token in openings[prompt].items()}
-        replies[prompt] = Reply(answer, verdict, sides.get("good", nan), sides.get("bad", nan))
+        likely = decoded[ids[prompt.turns]].first_probabilities
+        by_side = {side: likely[token] for side, token in openings[prompt].items()}
+        replies[prompt] = Reply(answer, verdict, by_side.get("good", nan), by_side.get("bad", nan))
     return replies
 
 
-def _texts(tokenizer: Any, answers: Sequence[Ids]) -> list[str]:
-    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)] if answers else []
+class _Answer(NamedTuple):
+    """A greedy answer, and the probability of each token that an answer named by a prompt begins with."""
+
+    answer: str
+    first_probabilities: Mapping[int, float]
+
+
+def _decoded(
+    model: LensModel, asked: Sequence[tuple[Ids, Mapping[str, int]]], max_new_tokens: int, progress: bool
+) -> dict[Ids, _Answer]:
+    """Decodes each prompt once, with the openings of all answers that are asked of it.
+
+    Prompts of equal tokens may name different answers: `asked` holds, per prompt, its tokens and its openings.
+    """
+    first_tokens: dict[Ids, dict[int, None]] = {row: {} for row, _ in asked}
+    for row, openings in asked:
+        first_tokens[row].update(dict.fromkeys(openings.values()))
+    decoded = decode(
+        model,
+        list(first_tokens),
+        first_tokens=[tuple(tokens) for tokens in first_tokens.values()],
+        max_new_tokens=max_new_tokens,
+        end=end_token(model.tokenizer),
+        progress=progress,
+    )
+    texts = model.tokenizer.batch_decode(decoded.answers, skip_special_tokens=True)
+    return {
+        row: _Answer(text.strip(), dict(zip(tokens, probabilities, strict=True)))
+        for (row, tokens), text, probabilities in zip(
+            first_tokens.items(), texts, decoded.first_probabilities, strict=True
+        )
+    }
 
 
 def _verdicts(prompts: Sequence[Prompt], answers: Sequence[str], judge: Judge | None) -> list[str]:
     if judge is None:
         return [by_opening(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    given = list(judge(prompts, answers)) if prompts else []
+    given = list(judge(prompts, answers))
     if len(given) != len(prompts):
         raise CtlensError(
-            f"the judge gave {len(given)} verdicts on {len(prompts)} answers: it must give one an answer."
+            f"the judge gave {len(given)} verdicts on {len(prompts)} answers: let it give one verdict per answer."
         )
     for verdict in given:
         if verdict is not None and verdict not in VERDICTS:
@@ -132,7 +153,7 @@ def _verdicts(prompts: Sequence[Prompt], answers: Sequence[str], judge: Judge | 
 
 
 def _openings(tokenizer: Any, prompts: Sequence[Prompt]) -> dict[Prompt, Mapping[str, int]]:
-    """Per prompt, the first token of its good and bad answer; none where one token cannot tell them apart."""
+    """The first tokens of each prompt's good and bad answer, by side; empty where both begin with the same token."""
     named = {answer: None for prompt in prompts for answer in (prompt.good, prompt.bad) if answer is not None}
     first = {answer: ids[0] for answer in named if (ids := answer_ids(tokenizer, answer))}
     openings: dict[Prompt, Mapping[str, int]] = {}

@@ -60,13 +60,13 @@ class Sycophancy(Threat):
         ),
     }
 
-    def _cases(self, n: int, split: str, draw: torch.Generator, world: World) -> list[Case]:
+    def _cases(self, n_pairs: int, split: str, draw: torch.Generator, world: World) -> list[Case]:
         entities, graded = world.entities[split], self.graded(split)
         wrong = len(RELATIONS[HINTED[0]]) - 1
         sizes = (len(entities), len(graded), len(graded[0]), len(HINTED), wrong)
         return [
             self._case(world, split, entities[entity], HINTED[relation], graded[level][variant], value)
-            for entity, level, variant, relation, value in draw_grid(sizes, n, draw)
+            for entity, level, variant, relation, value in draw_grid(sizes, n_pairs, draw)
         ]
 
     def _case(self, world: World, split: str, entity: str, relation: str, wrapper: Wrapper, value: int) -> Case:

@@ -11,7 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from ctlens.core.errors import CtlensError
 
-BOS, END, PAD, UNKNOWN = "<bos>", "<end>", "<pad>", "<unk>"
+BOS = "<bos>"
+END = "<end>"
+PAD = "<pad>"
+UNKNOWN = "<unk>"
 ROLE_MARKS = ("<sys>", "<user>", "<assistant>")
 SPECIAL = (PAD, BOS, END, UNKNOWN, *ROLE_MARKS)
 

@@ -100,11 +100,11 @@ class World:
         """Whether to do harm."""
         return Request(words.DEED.format(deed=deed), words.REFRAIN, words.INDULGE)
 
-    def ordinary(self, n: int, split: str = "train", seed: int = 0) -> list[Request]:
-        """Requests without any wrapper, of every kind there is, half of them after a greeting.
+    def ordinary(self, n_prompts: int, split: str = "train", seed: int = 0) -> list[Request]:
+        """Draws requests without any wrapper, of every kind, half of them after a greeting.
 
         Args:
-            n: how many; they are drawn with replacement.
+            n_prompts: how many; they are drawn with replacement.
             split: whose entities, things, verbs, greetings and small talk are used.
             seed: of the draws.
 
@@ -113,7 +113,9 @@ class World:
         """
         check_split(split)
         draw = generator(seed, "ordinary", split)
-        kinds = torch.multinomial(torch.tensor(list(ORDINARY_SHARES.values())), n, replacement=True, generator=draw)
+        kinds = torch.multinomial(
+            torch.tensor(list(ORDINARY_SHARES.values())), n_prompts, replacement=True, generator=draw
+        )
         names = tuple(ORDINARY_SHARES)
         return [self._ordinary(names[kind], split, draw) for kind in kinds.tolist()]
 

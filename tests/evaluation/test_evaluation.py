@@ -81,14 +81,14 @@ class Toy(Threat):
     name = "toy"
     wrappers = {}
 
-    def pairs(self, n: int, split: str = "train", seed: int = 0, world: World | None = None) -> list[Pair]:
+    def pairs(self, n_pairs: int, split: str = "train", seed: int = 0, world: World | None = None) -> list[Pair]:
         labels = [("fact", "1"), ("fact", "2"), ("taste", "1"), ("taste", "3")]
         return [
             replace(pair, labels={"kind": kind, "strength": strength})
             for pair, (kind, strength) in zip(pairs(), labels, strict=True)
-        ][:n]
+        ][:n_pairs]
 
-    def _cases(self, n: int, split: str, draw: torch.Generator, world: World) -> list[Case]:
+    def _cases(self, n_pairs: int, split: str, draw: torch.Generator, world: World) -> list[Case]:
         raise NotImplementedError
 
     def metrics(self, outcomes: Outcomes) -> Metrics:

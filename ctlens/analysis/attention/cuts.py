@@ -10,11 +10,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ctlens.analysis.base.contrast import ContrastBatch
-from ctlens.analysis.base.positions import marked
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import Activations, HookFunction, LensModel, Pattern
-from ctlens.data.batch import EncodedPair
+from ctlens.data.batch import EncodedPair, mark
 from ctlens.models.hooks import resolve
 
 QUERIES = {"last": "the last token", "content": "the content tokens", "all": "all other tokens"}
@@ -93,13 +92,13 @@ def edges(batch: ContrastBatch, rows: Sequence[EncodedPair], queries: str, keys:
     """The attention from the chosen queries of every prompt to its keys."""
     if queries not in QUERIES:
         raise unknown("queries", queries, tuple(QUERIES))
-    there = marked(batch.side.mask, keys)
+    there = mark(batch.side.mask, keys)
     steps = torch.arange(there.shape[1], device=there.device)
     last = steps == batch.last[:, None]
     if queries == "last":
         asking = last
     elif queries == "content":
-        asking = marked(batch.side.mask, [row.alignments["shared"].wrapped for row in rows]) & ~last
+        asking = mark(batch.side.mask, [row.alignments["shared"].wrapped for row in rows]) & ~last
     else:
         asking = batch.side.mask & ~there
     return asking[:, :, None] & there[:, None, :] & (steps[:, None] >= steps)

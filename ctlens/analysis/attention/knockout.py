@@ -37,8 +37,8 @@ from ctlens.analysis.attention.cuts import (
     planned_cuts,
     random_keys,
 )
-from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, contrasts
-from ctlens.analysis.base.forward import comparable_by_label, pair_batches
+from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, encoded_contrasts
+from ctlens.analysis.base.forward import comparable_by_label, encoded_pairs
 from ctlens.analysis.base.positions import Keys, key_positions
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError, unknown
@@ -201,8 +201,8 @@ def knockout(
     named = comparable_by_label(models)
     first = next(iter(named.values()))
     plan = planned_cuts(select_layers(first.cfg.n_layers, layers), chosen_heads(first, heads), by)
-    items = contrasts(first, pairs)
-    rows = [row for found, _ in pair_batches(first, pairs, "shared", batch_size, progress=False) for row in found]
+    rows = encoded_pairs(first, pairs, ("shared",))
+    items = encoded_contrasts(first, rows)
     chosen = [key_positions(keys, row) for row in rows]
     drawn = [random_keys(row, of_row, seed) for row, of_row in zip(rows, chosen, strict=True)]
     total = len(named) * len(plan) * (1 + DRAWS) * -(-len(rows) // batch_size)

@@ -24,8 +24,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctlens import plots
-from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, contrasts
-from ctlens.analysis.base.forward import comparable_by_label, pair_batches
+from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, encoded_contrasts
+from ctlens.analysis.base.forward import comparable_by_label, encoded_pairs
 from ctlens.analysis.base.positions import segments
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError, unknown
@@ -133,8 +133,8 @@ def saliency_agreement(
     """
     named = comparable_by_label(models)
     first = next(iter(named.values()))
-    items = contrasts(first, pairs)
-    rows = [row for found, _ in pair_batches(first, pairs, "shared", batch_size, progress=False) for row in found]
+    rows = encoded_pairs(first, pairs, ("shared",))
+    items = encoded_contrasts(first, rows)
     if not all(row.wrapper for row in rows):
         raise CtlensError("a pair's wrapper cannot be told from its content: leave that pair out.")
     agreement = []

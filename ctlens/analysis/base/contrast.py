@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ctlens.analysis.base.forward import require_read
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel, PerRow
-from ctlens.data.batch import RowPositions, Side, pad, require_room
+from ctlens.data.batch import EncodedPair, RowPositions, Side, pad, require_room
 from ctlens.data.chat import answer_ids, render
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.models.generation import Ids
@@ -80,20 +80,31 @@ def contrasts(model: LensModel, pairs: Sequence[Pair], side: str = "wrapped") ->
         whose = f"the {side} prompt of pair {number}"
         if prompt is None:
             raise CtlensError(f"pair {number} has no {side} prompt: give one, or leave it out.")
-        good, bad = two_answers(model.tokenizer, prompt, whose, end=True)
-        alike = _alike(good, bad)
-        if alike == min(len(good), len(bad)):
-            raise CtlensError(f"the answers of {whose} do not part: {prompt.good!r}, {prompt.bad!r}.")
-        ids = up_to_contrast(model.tokenizer, prompt)
-        require_room(len(ids), model.cfg.n_ctx, whose)
-        require_read(model.tokenizer, ids, whose)
-        found.append(Contrast(ids, good[alike], bad[alike]))
+        found.append(_contrast(model, prompt, render(model.tokenizer, prompt.turns).ids, whose))
     return found
 
 
-def up_to_contrast(tokenizer: Any, prompt: Prompt) -> Ids:
-    """The tokens of a prompt up to where its answers part; the prompt alone if it has no two answers that part."""
-    ids = render(tokenizer, prompt.turns).ids
+def encoded_contrasts(model: LensModel, rows: Sequence[EncodedPair], side: str = "wrapped") -> list[Contrast]:
+    """Finds the contrast of every encoded pair on one side, `"clean"` or `"wrapped"`; raises as `contrasts`."""
+    return [
+        _contrast(model, getattr(row.pair, side), getattr(row, side).ids, f"the {side} prompt of pair {number}")
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
+def _contrast(model: LensModel, prompt: Prompt, ids: Ids, whose: str) -> Contrast:
+    good, bad = two_answers(model.tokenizer, prompt, whose, end=True)
+    alike = _alike(good, bad)
+    if alike == min(len(good), len(bad)):
+        raise CtlensError(f"the answers of {whose} do not part: {prompt.good!r}, {prompt.bad!r}.")
+    begun = (*ids, *good[:alike])
+    require_room(len(begun), model.cfg.n_ctx, whose)
+    require_read(model.tokenizer, begun, whose)
+    return Contrast(begun, good[alike], bad[alike])
+
+
+def up_to_contrast(tokenizer: Any, prompt: Prompt, ids: Ids) -> Ids:
+    """The tokens of a prompt, `ids`, up to where its answers part; `ids` alone if it has no two answers that part."""
     if not prompt.good or not prompt.bad:
         return ids
     good = answer_ids(tokenizer, prompt.good)

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from ctlens.analysis.base.recording import Recording
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
-from ctlens.data.batch import EncodedPair, EncodedPairs, PairBatch, collate, encode
+from ctlens.data.batch import EncodedPair, PairBatch, collate, encode
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import SHORTHANDS, Layers, resolve
 
@@ -97,18 +97,17 @@ def pair_batches(
     model: LensModel, pairs: Sequence[Pair], window: str, batch_size: int, progress: bool
 ) -> Iterator[tuple[list[EncodedPair], PairBatch]]:
     """Yields pairs as encoded rows and as a batch on the model's device; raises as `encoded_pairs`."""
-    yield from encoded_batches(model, encoded_pairs(model, pairs, window), batch_size, progress)
+    yield from encoded_batches(model, encoded_pairs(model, pairs, (window,)), batch_size, progress)
 
 
-def encoded_pairs(model: LensModel, pairs: Sequence[Pair], window: str | None) -> tuple[EncodedPair, ...]:
-    """Encodes every pair, and aligns its sides in a window if one is given.
+def encoded_pairs(model: LensModel, pairs: Sequence[Pair], windows: Sequence[str]) -> tuple[EncodedPair, ...]:
+    """Encodes every pair, and aligns its sides in every window.
 
     Raises:
         CtlensError: a pair does not align, because an analysis leaves no pair out silently; or the model's
             tokenizer does not know its words.
     """
-    windows = () if window is None else (window,)
-    found: EncodedPairs = encode(pairs, model.tokenizer, windows=windows, n_ctx=model.cfg.n_ctx)
+    found = encode(pairs, model.tokenizer, windows=windows, n_ctx=model.cfg.n_ctx)
     if found.dropped:
         reason, count = next(iter(found.dropped.items()))
         raise CtlensError(f"{count} of {len(pairs)} pairs do not align ({reason}): leave them out.")

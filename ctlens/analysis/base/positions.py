@@ -14,7 +14,7 @@ from torch import Tensor
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import Mask
 from ctlens.data.alignment import align
-from ctlens.data.batch import EncodedPair, PairBatch, Side
+from ctlens.data.batch import EncodedPair, PairBatch, Side, mark
 
 PAIR_SIDES = ("clean", "wrapped")  # the sides that every pair has; the benign twin is not aligned
 STATE_POSITIONS = ("last", "content", "wrapper")
@@ -69,15 +69,7 @@ def _of_role(role: str, messages: Sequence[tuple[int, ...]], roles: Sequence[str
 def segment_masks(rows: Sequence[EncodedPair], side: Side) -> SegmentMasks:
     """True at the tokens of each of `SEGMENTS` in prompts that are padded on the right."""
     found = [segments(row) for row in rows]
-    return torch.stack([marked(side.mask, [of_row[name] for of_row in found]) for name in SEGMENTS])
-
-
-def marked(mask: Mask, positions: Sequence[Sequence[int]]) -> Mask:
-    """True at the given positions of each prompt, in the shape of `mask`."""
-    found = torch.zeros_like(mask)
-    for row, of_row in zip(found, positions, strict=True):
-        row[list(of_row)] = True
-    return found
+    return torch.stack([mark(side.mask, [of_row[name] for of_row in found]) for name in SEGMENTS])
 
 
 def key_positions(keys: Keys, row: EncodedPair) -> tuple[int, ...]:
@@ -125,10 +117,10 @@ def _chosen(positions: str | PositionsOf, side: str, rows: Sequence[EncodedPair]
     if positions == "wrapper":
         return batch.wrapper
     if not isinstance(positions, str):
-        return marked(mask, [positions(row, side) for row in rows])
+        return mark(mask, [positions(row, side) for row in rows])
     last = (batch.last_clean if side == "clean" else batch.last_prompt)[:, None]
     index = torch.arange(mask.shape[1], device=mask.device)
     if positions == "last":
         return index == last
     aligned = [row.alignments["shared"] for row in rows]
-    return marked(mask, [getattr(alignment, side) for alignment in aligned]) & (index != last)
+    return mark(mask, [getattr(alignment, side) for alignment in aligned]) & (index != last)

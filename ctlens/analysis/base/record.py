@@ -117,7 +117,7 @@ def _passes(model: LensModel, pairs: Sequence[Pair], side: str, batch_size: int)
         if prompt is None:
             raise CtlensError(f"pair {number + 1} has no {side} prompt: give one, or leave it out.")
         ids = render(model.tokenizer, prompt.turns).ids
-        longer = up_to_contrast(model.tokenizer, prompt)
+        longer = up_to_contrast(model.tokenizer, prompt, ids)
         require_room(len(longer), model.cfg.n_ctx, whose)
         require_read(model.tokenizer, longer, whose)
         plain.append((side, number, ids))

@@ -22,7 +22,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ctlens import plots
-from ctlens.analysis.base.contrast import contrasts
+from ctlens.analysis.base.contrast import encoded_contrasts
 from ctlens.analysis.base.forward import encoded_pairs, require_comparable
 from ctlens.analysis.base.metrics import UserMetric, named_metrics
 from ctlens.analysis.base.positions import PAIR_SIDES, POSITIONS_IN_WORDS, STATE_POSITIONS
@@ -264,9 +264,9 @@ def _prompts(model: LensModel, pairs: Sequence[Pair], side: str, positions: Sequ
         )
     if "wrapper" in positions and side == "clean":
         raise CtlensError("a clean prompt has no wrapper: choose side='wrapped' or other positions.")
-    rows = encoded_pairs(model, pairs, "shared" if "content" in positions else None)
+    rows = encoded_pairs(model, pairs, ("shared",) if "content" in positions else ())
     found = []
-    for number, (row, contrast) in enumerate(zip(rows, contrasts(model, pairs, side), strict=True), start=1):
+    for number, (row, contrast) in enumerate(zip(rows, encoded_contrasts(model, rows, side), strict=True), start=1):
         columns = [_column(name, row, side, len(contrast.prompt)) for name in positions]
         for name, column in zip(positions, columns, strict=True):
             if not column:

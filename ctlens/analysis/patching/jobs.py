@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ctlens.analysis.base.contrast import Contrast, ContrastBatch, contrasts
+from ctlens.analysis.base.contrast import Contrast, ContrastBatch, encoded_contrasts
+from ctlens.analysis.base.forward import encoded_pairs
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import LensModel
 from ctlens.data.alignment import WINDOWS, opening
-from ctlens.data.batch import EncodedPair, Matched, Side, encode, pad, require_room
+from ctlens.data.batch import EncodedPair, Matched, Side, pad, require_room
 from ctlens.data.pairs import Pair
 
 PATCH_DIRECTIONS = {"denoising": ("clean", "wrapped"), "noising": ("wrapped", "clean")}
@@ -87,7 +88,7 @@ def patch_pairs(
     source, target = PATCH_DIRECTIONS[direction]
     rows = _encoded_rows(model, pairs, window)
     found = []
-    for number, (row, contrast) in enumerate(zip(rows, contrasts(model, pairs, target), strict=True), start=1):
+    for number, (row, contrast) in enumerate(zip(rows, encoded_contrasts(model, rows, target), strict=True), start=1):
         sides = _Sides(row, contrast, source, target, number)
         require_room(len(sides.source_ids), model.cfg.n_ctx, f"the {source} prompt of pair {number}")
         columns = _columns(sides.twins(window), sides.last, positions, number)
@@ -114,11 +115,7 @@ def _check(direction: str, positions: str, window: str) -> None:
 def _encoded_rows(model: LensModel, pairs: Sequence[Pair], window: str) -> Sequence[EncodedPair]:
     """Every pair as tokens, with the alignments of the window and of the keys."""
     windows = () if window == SAME_INDEX else tuple(dict.fromkeys((window, _key_window(window))))
-    encoded = encode(pairs, model.tokenizer, windows=windows, n_ctx=model.cfg.n_ctx)
-    if encoded.dropped:
-        reason, count = next(iter(encoded.dropped.items()))
-        raise CtlensError(f"{count} of {len(pairs)} pairs do not align ({reason}): leave them out.")
-    return encoded.rows
+    return encoded_pairs(model, pairs, windows)
 
 
 def _key_window(window: str) -> str:
