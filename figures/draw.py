@@ -108,7 +108,7 @@ def write(folder: Path, drawn: Mapping[str, plots.Figure]) -> None:
     """Writes page, data and picture of each figure into a folder, and the manifest; whole, or nothing."""
     files = [f"{name}.{kind}" for name in drawn for kind in KINDS]
     with TemporaryDirectory() as work:
-        plots.save_figures({Path(work) / name: figure for name, figure in drawn.items()})
+        plots.write_figures({Path(work) / name: figure for name, figure in drawn.items()})
         if absent := [name for name in files if not (Path(work) / name).is_file()]:
             sys.exit(f"{', '.join(absent)} could not be drawn: install the export extra, or run it again.")
         for name in (*files, LIBRARY):

@@ -69,7 +69,7 @@ def save_study_figures(config: StudyConfig, folder: Path, results: pd.DataFrame)
     drawn = dict(chain(_of_study(config, folder, results), _of_threats(config, folder, results)))
     for threat in config.analysed_threats:
         drawn |= {f"{threat}-{name}": figure for name, figure in analysis_figures(config, folder, threat)}
-    return plots.save_figures({folder / "figures" / name: figure for name, figure in drawn.items()})
+    return plots.write_figures({folder / "figures" / name: figure for name, figure in drawn.items()})
 
 
 def _of_study(config: StudyConfig, folder: Path, results: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
@@ -188,7 +188,7 @@ def dose_figure(results: pd.DataFrame, axis: str, subtitle: str) -> Figure:
         for condition in in_order(condition for condition, _ in counts if condition != BASE)
     }
     layout = {"x_title": "training pairs", "log_x": True} if axis == "n_pairs" else {}
-    return plots.dose_response(doses, curves, _DOSE_TITLES[axis], subtitle=subtitle, **layout)
+    return plots.dose_curves(doses, curves, _DOSE_TITLES[axis], subtitle=subtitle, **layout)
 
 
 def _curve(counts: list[list[tuple[int, int]]]) -> plots.Curve:
@@ -216,7 +216,7 @@ def gap_figure(results: pd.DataFrame, subtitle: str) -> Figure:
     }
     title = "How much of the wrapper's effect on the answer is undone, before rates saturate?"
     unit = "share of the gap in the logit difference"
-    return plots.dose_response(steps, curves, title, subtitle=subtitle, y_title=unit)
+    return plots.dose_curves(steps, curves, title, subtitle=subtitle, y_title=unit)
 
 
 def analysis_figures(config: StudyConfig, folder: Path, threat: str) -> Iterator[tuple[str, Figure]]:

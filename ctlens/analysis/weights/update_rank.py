@@ -28,7 +28,7 @@ from ctlens.analysis.base.forward import require_comparable
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import LensModel
-from ctlens.models.matrices import SITES, Slot, slots
+from ctlens.models.matrices import MATRICES, Slot, slots
 from ctlens.plots import Figure
 
 _TITLES = {
@@ -54,7 +54,7 @@ class UpdateRank(Result):
             where a layer lacks the matrix.
         rounding: `[layer, matrix]`, the largest singular value that rounding may leave: the precision of
             the weights times their Frobenius norm.
-        matrices: their names, see `ctlens.models.matrices.SITES`.
+        matrices: their names, see `ctlens.models.matrices.MATRICES`.
     """
 
     singular_values: Float[np.ndarray, "layer matrix value"]
@@ -156,13 +156,13 @@ def update_rank(before: LensModel, after: LensModel) -> UpdateRank:
         CtlensError: the models do not compare or are in training mode, or keep no such matrices.
     """
     require_comparable(before, after)
-    slots_before = slots(before, SITES)
-    slots_after = slots(after, SITES)
+    slots_before = slots(before, MATRICES)
+    slots_after = slots(after, MATRICES)
     names = slots_before.keys() | slots_after.keys()
     odd = {name for name in names if _shape(slots_before, name) != _shape(slots_after, name)}
     if odd or not slots_before:
         raise CtlensError(f"the models do not compare: {min(odd, default='no block')} is not the same matrix in both.")
-    matrices = tuple(matrix for matrix in SITES if any(name.endswith(f".{matrix}") for name in slots_before))
+    matrices = tuple(matrix for matrix in MATRICES if any(name.endswith(f".{matrix}") for name in slots_before))
     n_values = max(min(slot.matrix_shape) for slot in slots_before.values())
     spectra = np.full((before.cfg.n_layers, len(matrices), n_values), np.nan)
     rounding = np.full(spectra.shape[:2], np.nan)
