@@ -24,7 +24,6 @@ import pandas as pd
 import ctlens
 from ctlens import plots
 from ctlens.analysis import ResidualShift, ShiftSimilarity, Transplant
-from ctlens.analysis.residual import shift as residual
 from ctlens.core.files import read_json, write_json
 from ctlens.core.labels import BASE
 from ctlens.evaluation import Evaluation
@@ -71,7 +70,9 @@ def drawings(data: Path) -> dict[str, plots.Figure]:
         **{name: figure for threat in ANALYSED_THREATS for name, figure in _inside(data, results, threat)},
         "cross-threat": study_figures.cross_threat_figure(results[results["condition"].isin((BASE, *SHOWN))]),
         "attack-strength": Evaluation.load(data / "base.csv").strength_figure(),
-        "sycophancy-residual-last": residual.figure(shifts, subtitle=study_figures.prompts_in_words("sycophancy")),
+        "sycophancy-residual-last": shifts[SHOWN[0]].compare(
+            shifts, label=SHOWN[0], subtitle=study_figures.prompts_in_words("sycophancy")
+        ),
         "doses-pairs": doses.figure("pairs"),
         "doses-steps": doses.figure("steps"),
         "leak": Leak(pd.read_csv(data / "leak.csv"), {}).figure(),

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 
 from ctlens import plots
-from ctlens.analysis.base.contrast import Contrast, contrasts, in_batches
-from ctlens.analysis.base.forward import labelled
+from ctlens.analysis.base.contrast import Contrast, contrast_batches, contrasts
+from ctlens.analysis.base.forward import comparable_by_label
 from ctlens.analysis.base.metrics import SMALLEST_GAPS
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError
@@ -122,10 +122,10 @@ def gap_recovered(
     Raises:
         CtlensError: models do not compare or are in training mode, a label is the base's, or a pair has no answers.
     """
-    named = labelled(models)
+    named = comparable_by_label(models)
     if BASE in named:
         raise CtlensError(f"{BASE!r} is the label of the model before training: choose another.")
-    named = labelled({BASE: base, **named})
+    named = comparable_by_label({BASE: base, **named})
     by_side = [contrasts(base, pairs, side) for side in _SIDES]
     logit_diffs = [
         [_logit_diffs(model, of_side, batch_size, progress) for of_side in by_side] for model in named.values()
@@ -138,7 +138,7 @@ def _logit_diffs(
     model: LensModel, prompts: Sequence[Contrast], batch_size: int, progress: bool
 ) -> Float[np.ndarray, " pair"]:
     found = []
-    for batch in in_batches(model, prompts, batch_size, progress):
+    for batch in contrast_batches(model, prompts, batch_size, progress):
         logits = batch.at_last(run(model, batch.side.tokens))
-        found.append(batch.difference(logits).float().cpu().numpy())
+        found.append(batch.logit_diff(logits).float().cpu().numpy())
     return np.concatenate(found)
