@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from ctlens.analysis import attention_diff, gap_recovered, residual_shift
-from ctlens.analysis.outputs.gap_recovered import SHARE
+from ctlens.analysis.outputs.gap_recovered import GAP_RECOVERED
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_folder, write_json
 from ctlens.core.labels import BASE
@@ -150,7 +150,7 @@ class CellTraining:
     def _measure_recovery(self, step: int, model: LensModel) -> None:
         """Measures how much of the gap is recovered, and keeps the model that is nearest to the matched share."""
         share, low, high = recovered(self.base, model, self.probes)
-        self.tables.append(_row(self.cell, step, SHARE, share, low, high, len(self.probes)))
+        self.tables.append(_row(self.cell, step, GAP_RECOVERED, share, low, high, len(self.probes)))
         off = abs(share - self.config.matched)
         if off <= min([_NEAR_MATCHED, *(held for held, _ in self.matched.values())]):
             self.matched = {step: (off, copy_model(model))}
@@ -160,7 +160,7 @@ class CellTraining:
         """Writes the model of the step that came nearest to the matched share, if one came near."""
         for step, (_, model) in self.matched.items():
             save_model(model, folder)
-            write_json(folder / "step.json", {"step": step, SHARE: self.share})
+            write_json(folder / "step.json", {"step": step, GAP_RECOVERED: self.share})
 
     def _evaluate(self, step: int, model: LensModel, names: Sequence[str], splits: Sequence[str]) -> Evaluation:
         found = evaluated(model, names, splits, self.config.n_prompts, self.config.file)
@@ -199,7 +199,7 @@ def _perturb(config: StudyConfig, study: Path, cell: Cell) -> None:
     model = perturbed(base, trained, cell.seed)
     probes = probe_pairs(config, cell.threat, base)
     final = evaluated(model, [cell.threat], [SPLIT], config.n_prompts, config.file)
-    share = _row(cell, 0, SHARE, *recovered(base, model, probes), len(probes))
+    share = _row(cell, 0, GAP_RECOVERED, *recovered(base, model, probes), len(probes))
     with atomic_folder(cell.path(study)) as work:
         save_model(model, work / "model")
         final.save(work / OUTCOMES_FILE)

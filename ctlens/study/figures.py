@@ -18,7 +18,7 @@ from ctlens.analysis.base.positions import ALIGNED_POSITIONS
 from ctlens.analysis.base.result import Result
 from ctlens.analysis.base.shares import floor_of
 from ctlens.analysis.exchange.exchange import Exchange
-from ctlens.analysis.outputs.gap_recovered import SHARE
+from ctlens.analysis.outputs.gap_recovered import GAP_RECOVERED
 from ctlens.core.labels import BASE
 from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.evaluation import Evaluation
@@ -204,7 +204,7 @@ def gap_figure(results: pd.DataFrame, subtitle: str) -> Figure:
     """
     found: defaultdict[str, dict[int, list[tuple[float, ...]]]] = defaultdict(lambda: defaultdict(list))
     for row in results.query("step > 0").to_dict("records"):
-        if row["metric"] != SHARE or pd.isna(row["value"]):
+        if row["metric"] != GAP_RECOVERED or pd.isna(row["value"]):
             continue
         found[row["condition"]][row["step"]].append((row["value"], row["ci_low"], row["ci_high"]))
     steps = sorted({step for by_step in found.values() for step in by_step})

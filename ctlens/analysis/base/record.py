@@ -54,7 +54,8 @@ def record(
         pairs: whose prompts are run. A prompt whose good and bad answer begin alike is also run
             with what they have in common, for analyses of their difference.
         sites: hook points with values at every token, see `ctlens.models.hooks.SHORTHANDS`; full names; or
-            `"logits"`, those at the last token. `logit_attribution` needs `ctlens.analysis.outputs.logit_lens.PARTS`.
+            `"logits"`, those at the last token. `logit_attribution` needs
+            `ctlens.analysis.outputs.logit_lens.ATTRIBUTION_SITES`.
         layers: the layers of each site, see `ctlens.models.hooks.select_layers`.
         sides: which prompts of a pair, see `ctlens.data.pairs.PROMPT_SIDES`.
         batch_size: prompts per forward pass; beside the recording, one batch is held with all its hook points.

@@ -61,7 +61,7 @@ class Exchange(Result, ABC):
         """The table of all values: one row per quantity, metric and cell.
 
         Returns:
-            The mean `value` of the changed runs over the `n` pairs that have the cell and its 95
+            The mean `value` of the changed runs over the `n_pairs` that have the cell and its 95
             percent bootstrap interval over pairs, `ci_low` and `ci_high`, in the metric's unit; and
             the means of the two runs as they are, `unpatched` and `source`, see `Exchange`.
         """
@@ -153,7 +153,7 @@ class Exchange(Result, ABC):
     ) -> pd.DataFrame:
         labels = {"quantity": quantity, "metric": metric, **self.cells()}
         numbers = dict(zip(("value", "ci_low", "ci_high"), estimates, strict=True))
-        return pd.DataFrame({**labels, **numbers, "n": (~np.isnan(found)).sum(-1)})
+        return pd.DataFrame({**labels, **numbers, "n_pairs": (~np.isnan(found)).sum(-1)})
 
 
 def with_effect(

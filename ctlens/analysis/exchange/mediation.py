@@ -78,7 +78,7 @@ class Mediation(Exchange):
             numbers = shares(np.stack([*added, gap - added.sum(0)]), gap, floor_of(metric, smallest_gap))
             labels = {"quantity": quantity, "metric": metric, "part": [*MEDIATORS.values(), _REMAINDER]}
             named = dict(zip(("value", "ci_low", "ci_high"), numbers, strict=True))
-            tables.append(pd.DataFrame({**labels, **named, "n": self.n_pairs}))
+            tables.append(pd.DataFrame({**labels, **named, "n_pairs": self.n_pairs}))
         return pd.concat(tables, ignore_index=True)
 
     def figure(

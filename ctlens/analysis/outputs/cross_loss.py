@@ -1,10 +1,9 @@
 """Trained with one loss, measured by every loss: do trainings that look alike from outside do the same inside?
 
-Each model's losses are taken on the same pairs and the same forward passes, so that a difference
-between two losses of a model is no difference between prompts. Which clean side a model is
-compared with is part of the question: training moves the clean activations too, so the distance
-to the reference's clean side (what is trained) and that to the model's own need not agree. Irpan
-et al. (2025, arXiv 2510.27062) report that BCT raises the activation distance.
+Each model's losses are taken on the same pairs and the same forward passes, so two losses of a model never differ
+because their prompts do. The clean side with which a model is compared is part of the question: training moves the
+clean activations too, so the distance to the reference's clean side (which is trained) and the distance to the model's
+own need not agree. Irpan et al. (2025, arXiv 2510.27062) report that BCT raises the activation distance.
 """
 
 from __future__ import annotations
@@ -33,100 +32,99 @@ from ctlens.models.hooks import capture
 from ctlens.plots import Figure
 from ctlens.training.answers import answers_kind, drawn_at, reference_answers
 
-CLEAN_SIDES = {"reference": "the reference's clean prompts", "own": "each model's own clean prompts"}
-OF_ITS_OWN = ("rollouts", "consensus")
-MEAN = ""
-RELATIVE = ("relative", "relative_low", "relative_high")
-OVER = ("losses", "steps")
-COLUMNS = (
-    "model", "step", "loss", "hook_point", "value", "ci_low", "ci_high", "n", *RELATIVE,
-)  # fmt: skip
+_CLEAN_SIDES = {"reference": "the reference's clean prompts", "own": "each model's own clean prompts"}
+_ANSWERS_OF_ITS_OWN = ("rollouts", "consensus")
+_MEAN = ""
+_RELATIVE = ("relative", "relative_low", "relative_high")
+_OVER = ("losses", "steps")
+CROSS_LOSS_COLUMNS = ("model", "step", "loss", "hook_name", "value", "ci_low", "ci_high", "n_pairs", *_RELATIVE)
 
 
 @dataclass(frozen=True)
 class CrossLoss(Result):
-    """Every loss of every model on every pair, unweighted, in the unit of the loss.
+    """The values of every loss of every model on every pair, unweighted, in the unit of the loss.
 
     >>> values = np.array([[[4.0, 4.0]], [[1.0, 3.0]]])  # the reference, then a trained model; two pairs
     >>> aligned = np.array([[True, True]])
     >>> result = CrossLoss(values, aligned, ("base", "act"), ("act",), ("blocks.0.hook_resid_post",), "reference")
-    >>> result.to_dataframe().query("hook_point == ''")[["model", "value", "relative"]].values.tolist()
+    >>> result.to_dataframe().query("hook_name == ''")[["model", "value", "relative"]].values.tolist()
     [['base', 4.0, 1.0], ['act', 2.0, 0.5]]
 
     Attributes:
-        by_hook: `[model, point, pair]`; NaN where a pair does not align in the window of the loss.
-        aligned: `[loss, pair]`, whether it does.
+        by_hook: `[model, hook, pair]`, a loss at one of its hook points; NaN where a pair does not align in the
+            window of the loss.
+        aligned: `[loss, pair]`, whether a pair aligns in the window of a loss.
         models: labels of the models; the first is the reference, `"base"`.
-        point_losses: the loss of each point; a loss with several hook points is there several times.
-        hook_points: the hook point of each point; `"logits"` for a loss on outputs.
+        hook_losses: along `hook`, the name of the loss; a loss with several hook points is there several times.
+        hook_names: along `hook`, the name of the hook point; `"logits"` for a loss on outputs.
         clean: the clean side, `"reference"` or `"own"`.
         steps: the training step of each model, the reference's 0; empty where the models have none.
     """
 
-    by_hook: Float[np.ndarray, "model point pair"]
+    by_hook: Float[np.ndarray, "model hook pair"]
     aligned: Bool[np.ndarray, "loss pair"]
     models: tuple[str, ...]
-    point_losses: tuple[str, ...]
-    hook_points: tuple[str, ...]
+    hook_losses: tuple[str, ...]
+    hook_names: tuple[str, ...]
     clean: str
     steps: tuple[int, ...] = ()
 
     @property
     def losses(self) -> tuple[str, ...]:
         """The names of the losses."""
-        return tuple(dict.fromkeys(self.point_losses))
+        return tuple(dict.fromkeys(self.hook_losses))
 
     @property
     def dropped(self) -> dict[str, int]:
-        """How many pairs do not align in the window of each loss and do not count for it."""
+        """By loss, how many pairs do not align in its window and so do not count for it."""
         return dict(zip(self.losses, (~self.aligned).sum(-1).tolist(), strict=True))
 
     @property
     def values(self) -> Float[np.ndarray, "model loss pair"]:
         """Every loss, the mean over its hook points."""
-        return np.stack([self.by_hook[:, self._points(loss)].mean(1) for loss in self.losses], 1)
+        return np.stack([self.by_hook[:, self._hooks(loss)].mean(1) for loss in self.losses], 1)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per model, step, loss and hook point, `""` for the mean over hook points.
+        """One row per model, step, loss and hook point; `hook_name` is `""` for the mean over hook points.
 
         Returns:
-            `step`, not known where the models have none; the mean over `n` pairs, `value`, with its
-            95 percent bootstrap interval, `ci_low` and `ci_high`; and `relative`, the value as a
-            multiple of the reference's on the same pairs, with `relative_low` and `relative_high`.
-            The reference's value is that before training, so 1 is no change; NaN where it is 0.
+            `step`, missing where the models have none; the mean over `n_pairs`, `value`, with its 95 percent bootstrap
+            interval, `ci_low` and `ci_high`; and `relative`, the value as a multiple of the reference's on the same
+            pairs, with `relative_low` and `relative_high`. The reference's value is that before training, so 1 is no
+            change; NaN where it is 0.
         """
         keys = list(zip(self.models, self.steps or [None] * len(self.models), strict=True))
         rows: list[tuple[Any, ...]] = []
-        for number, loss in enumerate(self.losses):
-            points = self._points(loss)
-            hook_points = [MEAN, *(self.hook_points[point] for point in points)]
-            values = np.concatenate([self.values[:, [number]], self.by_hook[:, points]], 1)[..., self.aligned[number]]
+        for row, loss in enumerate(self.losses):
+            hooks = self._hooks(loss)
+            hook_names = [_MEAN, *(self.hook_names[hook] for hook in hooks)]
+            values = np.concatenate([self.values[:, [row]], self.by_hook[:, hooks]], 1)[..., self.aligned[row]]
             numbers = np.stack([*bootstrap_mean(np.moveaxis(values, -1, 0)), *_relative(values)], -1)
             rows += [
-                (model, step, loss, hook_point, *found[:3], values.shape[-1], *found[3:])
+                (model, step, loss, hook_name, *found[:3], values.shape[-1], *found[3:])
                 for (model, step), of_model in zip(keys, numbers.tolist(), strict=True)
-                for hook_point, found in zip(hook_points, of_model, strict=True)
+                for hook_name, found in zip(hook_names, of_model, strict=True)
             ]
         rows.sort(key=lambda row: keys.index(row[:2]))
-        return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"step": "Int64"})
+        return pd.DataFrame(rows, columns=list(CROSS_LOSS_COLUMNS)).astype({"step": "Int64"})
 
     def figure(self, over: str = "losses") -> Figure:
-        """The relative values: a row a model at its last step and a column a loss; or their course over the steps.
+        """The relative values: a row per model at its last step and a column per loss; or their course over the steps.
 
         Args:
-            over: `"losses"`, the matrix; or `"steps"`, a panel a loss and a line a label, from 1 at step 0.
+            over: `"losses"`, the matrix; or `"steps"`, a panel per loss and a line per label, from 1 at step 0.
 
         Raises:
             CtlensError: `over` is unknown, or the models have no steps.
         """
-        if over not in OVER:
-            raise unknown("axis", over, OVER)
+        if over not in _OVER:
+            raise unknown("axis", over, _OVER)
         if over == "steps" and not self.steps:
             raise CtlensError("the models have no steps: label them by (label, step) in cross_loss.")
         labels = tuple(dict.fromkeys(self.models[1:]))
         courses = {label: self._course(label) for label in labels}
         relative = self._relative_means()
-        subtitle = f"{self.aligned.shape[1]} pairs; activations compared with {CLEAN_SIDES[self.clean]}"
+        subtitle = f"{self.aligned.shape[1]} pairs; activations compared with {_CLEAN_SIDES[self.clean]}"
         if over == "steps":
             curves = {
                 loss: {label: (steps, *relative[:, models, number]) for label, (models, steps) in courses.items()}
@@ -139,19 +137,19 @@ class CrossLoss(Result):
         return plots.cross_loss_matrix(labels, self.losses, (value, low, high), title, subtitle=subtitle)
 
     def _course(self, label: str) -> tuple[list[int], list[int]]:
-        """The numbers of a label's models and their steps, from step 0, where the reference stands for it."""
+        """The indices of a label's models and their steps, from step 0, at which the reference stands for the model."""
         steps = self.steps or (0,) * len(self.models)
         models = {0: 0} | {steps[number]: number for number, name in enumerate(self.models) if name == label}
         return [models[step] for step in sorted(models)], sorted(models)
 
     def _relative_means(self) -> Float[np.ndarray, "end model loss"]:
-        """The relative values and their interval, means over hook points."""
+        """The relative values and the ends of their intervals, means over hook points."""
         table = self.to_dataframe()
-        means = table.loc[table["hook_point"] == MEAN, list(RELATIVE)].to_numpy(dtype=float)
-        return means.T.reshape(len(RELATIVE), len(self.models), len(self.losses))
+        means = table.loc[table["hook_name"] == _MEAN, list(_RELATIVE)].to_numpy(dtype=float)
+        return means.T.reshape(len(_RELATIVE), len(self.models), len(self.losses))
 
-    def _points(self, loss: str) -> list[int]:
-        return [point for point, name in enumerate(self.point_losses) if name == loss]
+    def _hooks(self, loss: str) -> list[int]:
+        return [hook for hook, name in enumerate(self.hook_losses) if name == loss]
 
 
 def cross_loss(
@@ -165,7 +163,7 @@ def cross_loss(
     batch_size: int = 64,
     progress: bool = True,
 ) -> CrossLoss:
-    """Every loss on every model, on the same pairs and the same forward passes.
+    """Measures every model by every loss, on the same pairs and the same forward passes.
 
     Args:
         reference: the model before training, in eval mode.
@@ -179,7 +177,7 @@ def cross_loss(
             trained. `"own"`: each model on the clean prompt. It does not concern BCT, whose targets
             are the reference's answers (or the pairs' own targets) in both cases.
         max_new_tokens: longest answer the reference generates as a target, in tokens.
-        batch_size: pairs a forward pass.
+        batch_size: pairs per forward pass.
         progress: show a progress bar.
 
     Raises:
@@ -195,47 +193,47 @@ def cross_loss(
         require_comparable(reference, model)
     encoded = _with_answers(reference, _encode(reference, pairs, chosen), chosen, max_new_tokens, progress)
     aligned = _aligned(encoded, chosen)
-    points, values = _compare(everyone, encoded, chosen, clean, batch_size, progress)
+    hooks, values = _compare(everyone, encoded, chosen, clean, batch_size, progress)
     row_of = {loss.name: row for row, loss in enumerate(chosen)}
-    counts = aligned[[row_of[point.loss] for point in points]]
+    counts = aligned[[row_of[hook.loss] for hook in hooks]]
     return CrossLoss(
         by_hook=np.where(counts, values, np.nan),
         aligned=aligned,
         models=labels,
-        point_losses=tuple(point.loss for point in points),
-        hook_points=tuple(point.hook_point for point in points),
+        hook_losses=tuple(hook.loss for hook in hooks),
+        hook_names=tuple(hook.name for hook in hooks),
         clean=clean,
         steps=steps,
     )
 
 
-class _Point(NamedTuple):
-    """Where a loss is measured: its name, and one of its hook points or `"logits"`."""
+class _LossHook(NamedTuple):
+    """A loss at one hook point: the name of the loss, and that of the hook point or `"logits"`."""
 
     loss: str
-    hook_point: str
+    name: str
 
 
 def _chosen(losses: Loss | Sequence[Loss] | None, clean: str) -> tuple[Loss, ...]:
-    """The losses to measure by, once they and the clean side are known to make sense."""
-    if clean not in CLEAN_SIDES:
-        raise unknown("clean side", clean, list(CLEAN_SIDES))
+    """Checks the clean side and the losses to measure by, and gives the losses."""
+    if clean not in _CLEAN_SIDES:
+        raise unknown("clean side", clean, list(_CLEAN_SIDES))
     if losses is None:
         losses = [get(name) for name in MEASURED]
     chosen = (losses,) if isinstance(losses, Loss) else tuple(losses)
     if not chosen:
-        raise CtlensError("there is nothing to measure by: give a loss, or None for the usual ones.")
+        raise CtlensError("there is nothing to measure by: give a loss, or None for `ctlens.losses.MEASURED`.")
     require_distinct(chosen)
     for loss in chosen:
-        if loss.answers in OF_ITS_OWN:
-            raise CtlensError(f"{loss.name} trains on prompts and answers of its own: leave it out.")
+        if loss.answers in _ANSWERS_OF_ITS_OWN:
+            raise CtlensError(f"{loss.name} trains on answers that it draws itself ({loss.answers}): leave it out.")
     return chosen
 
 
 def _with_answers(
     reference: LensModel, encoded: EncodedPairs, losses: Sequence[Loss], max_new_tokens: int, progress: bool
 ) -> EncodedPairs:
-    """The pairs with the reference's answers appended where a loss is on answers; as they are where none is."""
+    """Appends the reference's answers to the pairs if a loss is on answers."""
     kind = answers_kind(losses)
     if not kind:
         return encoded
@@ -252,31 +250,33 @@ def _compare(
     clean: str,
     batch_size: int,
     progress: bool,
-) -> tuple[list[_Point], Float[np.ndarray, "model point pair"]]:
-    """Every loss of every model, the reference first, on the same batches, and the points at which they are."""
+) -> tuple[list[_LossHook], Float[np.ndarray, "model hook pair"]]:
+    """The losses at their hook points, and their values for every model on the same batches, the reference first."""
     hook_names = {loss.name: loss.hook_names(models[0]) for loss in losses}
     needed = list(dict.fromkeys(name for names in hook_names.values() for name in names))
-    points: list[_Point] = []
+    hooks: list[_LossHook] = []
     chunks = []
     for _, batch in encoded_batches(models[0], encoded.rows, batch_size, progress):
         by_model = [_measure(losses, forwards, hook_names) for forwards in _forwards(models, batch, needed, clean)]
-        points = list(by_model[0])
+        hooks = list(by_model[0])
         values = torch.stack([torch.stack(list(of_model.values())) for of_model in by_model])
         chunks.append(values.double().cpu().numpy())
-    return points, np.concatenate(chunks, -1)
+    return hooks, np.concatenate(chunks, -1)
 
 
-def _measure(losses: Sequence[Loss], forwards: Forwards, hook_names: Mapping[str, list[str]]) -> dict[_Point, PerRow]:
+def _measure(
+    losses: Sequence[Loss], forwards: Forwards, hook_names: Mapping[str, list[str]]
+) -> dict[_LossHook, PerRow]:
     """Every loss of one model on one batch, at each of its hook points."""
     return {
-        _Point(loss.name, hook_point): values
+        _LossHook(loss.name, name): values
         for loss in losses
-        for hook_point, values in loss.row_values(forwards, hook_names[loss.name]).items()
+        for name, values in loss.row_values(forwards, hook_names[loss.name]).items()
     }
 
 
 def _labels(models: Mapping[Any, LensModel]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The labels of the reference and the models, and their steps where they have some."""
+    """The labels of the reference and the models, and their steps if they have any."""
     if not models:
         raise CtlensError("there are no models: give at least one, by its label.")
     over_steps = any(isinstance(key, tuple) for key in models)
@@ -308,7 +308,7 @@ def _encode(reference: LensModel, pairs: Sequence[Pair], losses: Sequence[Loss])
 
 
 def _aligned(pairs: EncodedPairs, losses: Sequence[Loss]) -> Bool[np.ndarray, "loss pair"]:
-    """Which pairs align in all windows of a loss."""
+    """Whether each pair aligns in all windows of a loss."""
     refusals = [[[row.alignments[name].refusal for name in loss.windows] for row in pairs.rows] for loss in losses]
     for loss, of_loss in zip(losses, refusals, strict=True):
         if all(any(found) for found in of_loss):
@@ -318,7 +318,7 @@ def _aligned(pairs: EncodedPairs, losses: Sequence[Loss]) -> Bool[np.ndarray, "l
 
 
 def _forwards(models: Sequence[LensModel], batch: PairBatch, names: Sequence[str], clean: str) -> Iterator[Forwards]:
-    """Both sides of a batch for every model, the reference first; one pass a side and model."""
+    """Runs both sides of a batch on every model, the reference first; the clean side once if all share it."""
     side = None
     for model in models:
         if side is None or clean == "own":
@@ -328,14 +328,14 @@ def _forwards(models: Sequence[LensModel], batch: PairBatch, names: Sequence[str
         yield Forwards(batch, targets, states, logits, clean_logits)
 
 
-def _relative(values: Float[np.ndarray, "model point pair"]) -> list[Float[np.ndarray, "model point"]]:
-    """The mean over pairs as a multiple of the first model's, and the ends of its interval."""
+def _relative(values: Float[np.ndarray, "model hook pair"]) -> list[Float[np.ndarray, "model hook"]]:
+    """The mean over pairs as a multiple of the first model's mean, and the ends of its interval."""
 
     def multiple(items: np.ndarray) -> np.ndarray:
         mean = values[..., items].mean(-1)
         before = np.broadcast_to(mean[0], mean.shape)
         return np.divide(mean, before, out=np.full_like(mean, np.nan), where=before != 0)
 
-    n = values.shape[-1]
-    ends = np.array(bootstrap(lambda items: multiple(items).ravel().tolist(), n)).T
-    return [multiple(np.arange(n)), *ends.reshape(2, *values.shape[:2])]
+    n_pairs = values.shape[-1]
+    ends = np.array(bootstrap(lambda items: multiple(items).ravel().tolist(), n_pairs)).T
+    return [multiple(np.arange(n_pairs)), *ends.reshape(2, *values.shape[:2])]

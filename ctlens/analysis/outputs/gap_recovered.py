@@ -1,9 +1,9 @@
-"""How much of what the wrapper does to the answer a training has undone, in logits.
+"""The share of the wrapper's effect on the answer that a training has undone, in logits.
 
 With `d` the logit of the good answer minus that of the bad one, the gap is `d(clean) - d(wrapped)` of
 the model before training, and the share recovered is `(d'(wrapped) - d(wrapped)) / gap` with `d'` after
-training: 0 as before, 1 as on the clean prompt. Rates saturate, this does not: two trainings without
-a bad answer left can differ several times in it, so methods are matched on it.
+training: 0 as before, 1 as on the clean prompt. A rate saturates and this share does not: two trainings that both leave
+no bad answer can differ several times in it, so methods are matched on it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 
 from ctlens import plots
-from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, contrasts
+from ctlens.analysis.base.contrast import Contrast, contrast_batches, contrasts
 from ctlens.analysis.base.forward import comparable_by_label
 from ctlens.analysis.base.metrics import SMALLEST_GAPS
 from ctlens.analysis.base.result import Result
@@ -29,36 +29,38 @@ from ctlens.data.pairs import Pair
 from ctlens.models.hooks import run
 from ctlens.plots import Figure
 
-SIDES = ("wrapped", "clean")
-SHARE = "gap_recovered"
+_SIDES = ("wrapped", "clean")
+GAP_RECOVERED = "gap_recovered"
+"""The name of the share in tables."""
 
 
 @dataclass(frozen=True)
 class GapRecovered(Result):
-    """Logit differences, good minus bad, of every model on both sides of every pair.
+    """The logit differences, good minus bad, of every model on both sides of every pair.
 
-    >>> differences = np.array([[[-2.0, 0.0], [2.0, 4.0]], [[0.0, 2.0], [2.0, 4.0]]])  # before, after; wrapped, clean
-    >>> GapRecovered(differences, ("base", "act")).share("act")[0]  # from -1 to 1 on the way from -1 to 3
+    >>> logit_diffs = np.array([[[-2.0, 0.0], [2.0, 4.0]], [[0.0, 2.0], [2.0, 4.0]]])  # before, after; wrapped, clean
+    >>> GapRecovered(logit_diffs, ("base", "act")).share("act")[0]  # from -1 to 1 on the way from -1 to 3
     0.5
 
     Attributes:
-        differences: `[model, side, pair]`, in logits, sides as in `SIDES`.
+        logit_diffs: `[model, side, pair]`, in logits; the sides are `"wrapped"` and `"clean"`.
         models: labels; the first is the model before training, `"base"`.
     """
 
-    differences: Float[np.ndarray, "model side pair"]
+    logit_diffs: Float[np.ndarray, "model side pair"]
     models: tuple[str, ...]
 
     def share(self, model: str) -> tuple[float, float, float]:
         """The share of the gap that a model has recovered, with its 95 percent bootstrap interval over pairs.
 
-        A ratio of means over pairs, not a mean of ratios: one pair with a small gap cannot carry it away.
+        It is a ratio of means over pairs, not a mean of ratios, so one pair with a small gap cannot carry it away.
 
         Raises:
             CtlensError: the gap is too small for a share of it to be more than noise.
         """
-        (wrapped, clean), after = self.differences[0], self.differences[self.models.index(model), 0]
-        gap, gained = clean - wrapped, after - wrapped
+        wrapped, clean = self.logit_diffs[0]
+        gap = clean - wrapped
+        gained = self.logit_diffs[self.models.index(model), 0] - wrapped
         if not gap.mean() >= SMALLEST_GAPS["logit_diff"]:
             raise CtlensError(
                 f"clean and wrapped prompts differ by {gap.mean():.3g} logits before training: a share of less than "
@@ -68,17 +70,17 @@ class GapRecovered(Result):
         return float(gained.sum() / gap.sum()), low, high
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per model and quantity: `value`, `ci_low`, `ci_high` and `n` pairs.
+        """One row per model and quantity: `value`, `ci_low`, `ci_high` and `n_pairs`.
 
         The quantities are the mean logit difference on `wrapped` and on `clean` prompts and `gap_recovered`.
         """
-        n = self.differences.shape[-1]
+        n_pairs = self.logit_diffs.shape[-1]
         rows = []
-        for model, sides in zip(self.models, self.differences, strict=True):
-            for side, values in zip(SIDES, sides, strict=True):
-                rows.append((model, side, *map(float, bootstrap_mean(values)), n))
-            rows.append((model, SHARE, *self.share(model), n))
-        return pd.DataFrame(rows, columns=["model", "quantity", "value", "ci_low", "ci_high", "n"])
+        for model, sides in zip(self.models, self.logit_diffs, strict=True):
+            for side, values in zip(_SIDES, sides, strict=True):
+                rows.append((model, side, *map(float, bootstrap_mean(values)), n_pairs))
+            rows.append((model, GAP_RECOVERED, *self.share(model), n_pairs))
+        return pd.DataFrame(rows, columns=["model", "quantity", "value", "ci_low", "ci_high", "n_pairs"])
 
     def figure(self) -> Figure:
         """The share of every trained model with its interval."""
@@ -90,7 +92,7 @@ class GapRecovered(Result):
             "How much of the wrapper's effect on the answer is undone?",
             x_title="share of the gap in the logit difference recovered",
             marks={"as before": 0.0, "as on the clean prompt": 1.0},
-            subtitle=f"{self.differences.shape[-1]} pairs; logit of the good answer minus that of the bad one",
+            subtitle=f"{self.logit_diffs.shape[-1]} pairs; logit of the good answer minus that of the bad one",
         )
 
 
@@ -102,7 +104,7 @@ def gap_recovered(
     batch_size: int = 64,
     progress: bool = True,
 ) -> GapRecovered:
-    """How much of the gap between clean and wrapped prompts trained models have recovered, in logits.
+    """Measures how much of the gap between clean and wrapped prompts trained models have recovered, in logits.
 
     >>> import ctlens as ct
     >>> pairs, base = ct.threats.get("sycophancy").pairs(8, split="heldout"), ct.load_organism()
@@ -114,7 +116,7 @@ def gap_recovered(
         base: the model before training, in eval mode.
         models: trained models by label, in eval mode; a single one is called `"model"`.
         pairs: with the good and the bad answer of both sides.
-        batch_size: prompts a forward pass.
+        batch_size: prompts per forward pass.
         progress: show a progress bar.
 
     Raises:
@@ -124,20 +126,19 @@ def gap_recovered(
     if BASE in named:
         raise CtlensError(f"{BASE!r} is the label of the model before training: choose another.")
     named = comparable_by_label({BASE: base, **named})
-    items = [contrasts(base, pairs, side) for side in SIDES]
-    differences = [
-        [
-            np.concatenate(
-                [_differences(model, batch) for batch in contrast_batches(model, of_side, batch_size, progress)]
-            )
-            for of_side in items
-        ]
-        for model in named.values()
+    by_side = [contrasts(base, pairs, side) for side in _SIDES]
+    logit_diffs = [
+        [_logit_diffs(model, of_side, batch_size, progress) for of_side in by_side] for model in named.values()
     ]
-    return GapRecovered(np.array(differences), tuple(named))
+    return GapRecovered(np.array(logit_diffs), tuple(named))
 
 
 @torch.no_grad()
-def _differences(model: LensModel, batch: ContrastBatch) -> Float[np.ndarray, " pair"]:
-    logits = run(model, batch.side.tokens)
-    return batch.logit_diff(batch.at_last(logits)).float().cpu().numpy()
+def _logit_diffs(
+    model: LensModel, prompts: Sequence[Contrast], batch_size: int, progress: bool
+) -> Float[np.ndarray, " pair"]:
+    found = []
+    for batch in contrast_batches(model, prompts, batch_size, progress):
+        logits = batch.at_last(run(model, batch.side.tokens))
+        found.append(batch.logit_diff(logits).float().cpu().numpy())
+    return np.concatenate(found)

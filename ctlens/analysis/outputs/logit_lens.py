@@ -1,8 +1,8 @@
-"""Where the answer is decided: its logit difference read off the residual stream, and what wrote it there.
+"""The logit lens and logit attribution: at which layer the answer is decided, and which components write it.
 
-Both analyses work on raw weights. The final norm is not linear, so a component's share is taken with
-its scale held at what it is on the whole stream, as TransformerLens does on folded weights; the
-shares then add up to the model's own logit difference, and a test holds them to it.
+Both read the answer's logit difference off the residual stream, with the model's raw weights. The final norm is not
+linear, so a component's share is taken with the norm's scale held at its value on the whole stream, as TransformerLens
+does on folded weights. The shares then add up to the model's own logit difference, and a test holds them to it.
 """
 
 from __future__ import annotations
@@ -30,22 +30,23 @@ from ctlens.data.pairs import Pair
 from ctlens.models.hooks import resolve
 from ctlens.plots import Figure
 
-EMBED, BIAS = "embed", "bias"
-PARTS = ("blocks.0.hook_resid_pre", "resid_post", "z", "attn_out", "mlp_out", LOGITS)
-"""What a recording for `logit_attribution` holds, at every layer."""
-Vectors: TypeAlias = Float[Tensor, "batch d"]
-AtLast: TypeAlias = Callable[[Sequence[str]], Activations]
-T = TypeVar("T")
+_EMBED = "embed"
+_BIAS = "bias"
+ATTRIBUTION_SITES = ("blocks.0.hook_resid_pre", "resid_post", "z", "attn_out", "mlp_out", LOGITS)
+"""The activations that a recording for `logit_attribution` must hold, sites at every layer."""
+_Vectors: TypeAlias = Float[Tensor, "batch d"]
+_AtLast: TypeAlias = Callable[[Sequence[str]], Activations]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class LogitLens(Result):
-    """The logit difference, good answer minus bad, that each layer's residual stream already holds.
+    """The logit difference, good answer minus bad, that the residual stream already holds behind each layer.
 
     Attributes:
         values: `[model, layer, pair]`, in logits; the last layer's is the model's own.
         models: their labels.
-        side: the side of the pairs.
+        side: `"wrapped"`, `"clean"` or `"benign"`, the side of the pairs that was read.
     """
 
     values: Float[np.ndarray, "model layer pair"]
@@ -53,12 +54,12 @@ class LogitLens(Result):
     side: str
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per model and layer: the mean over `n` pairs, `value`, with its 95 percent bootstrap interval."""
+        """One row per model and layer: the mean over `n_pairs`, `value`, with its 95 percent bootstrap interval."""
         layers = [str(layer) for layer in range(self.values.shape[1])]
         return _table(self.values, self.models, layers, "layer").astype({"layer": int})
 
     def figure(self) -> Figure:
-        """The logit difference by layer, a line a model."""
+        """The logit difference by layer, a line per model."""
         curves = {name: bootstrap_mean(of_model.T) for name, of_model in zip(self.models, self.values, strict=True)}
         return plots.layer_curves(
             curves,
@@ -71,13 +72,13 @@ class LogitLens(Result):
 
 @dataclass(frozen=True)
 class LogitAttribution(Result):
-    """What each component writes into the logit difference, good answer minus bad.
+    """The share of each component in the logit difference, good answer minus bad.
 
     Attributes:
         values: `[model, component, pair]`, in logits; they add up to the model's own difference.
-        components: `"embed"`, the heads (`"L0H1"`), the MLPs (`"L0 MLP"`) and all `"bias"`es together.
+        components: `"embed"`, the heads (`"L0H1"`), the MLPs (`"L0 MLP"`) and all biases together (`"bias"`).
         models: their labels.
-        side: the side of the pairs.
+        side: `"wrapped"`, `"clean"` or `"benign"`, the side of the pairs that was read.
     """
 
     values: Float[np.ndarray, "model component pair"]
@@ -86,12 +87,12 @@ class LogitAttribution(Result):
     side: str
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per model and component: the mean over `n` pairs, `value`, with its 95 percent bootstrap interval."""
+        """One row per model and component: the mean over `n_pairs`, `value`, with its 95 percent bootstrap interval."""
         return _table(self.values, self.models, self.components, "component")
 
     def figure(self) -> Figure:
-        """The heads and the MLP of every layer, a panel a model, on one scale."""
-        inside = [index for index, name in enumerate(self.components) if name not in (EMBED, BIAS)]
+        """The heads and the MLP of every layer, a panel per model, on one scale."""
+        inside = [index for index, name in enumerate(self.components) if name not in (_EMBED, _BIAS)]
         names = [self.components[index] for index in inside]
         n_layers = sum(name.endswith("MLP") for name in names)
         grids = {
@@ -112,7 +113,7 @@ def logit_lens(
     batch_size: int = 64,
     progress: bool = True,
 ) -> LogitLens:
-    """The answer's logit difference after every layer, through the model's own final norm and unembedding.
+    """Reads the answer's logit difference off every layer, through the model's own final norm and unembedding.
 
     >>> import ctlens as ct
     >>> pairs = ct.threats.get("sycophancy").pairs(8, split="heldout")
@@ -125,7 +126,7 @@ def logit_lens(
             that side, from `ctlens.analysis.base.record`, read through their models' weights.
         pairs: with good and bad answers.
         side: `"wrapped"`, `"clean"` or `"benign"`.
-        batch_size: prompts a forward pass.
+        batch_size: prompts per forward pass.
         progress: show a progress bar.
 
     Raises:
@@ -145,7 +146,7 @@ def logit_attribution(
     batch_size: int = 64,
     progress: bool = True,
 ) -> LogitAttribution:
-    """The answer's logit difference split over the embedding, every head, every MLP and the biases.
+    """Splits the answer's logit difference over the embedding, every head, every MLP and the biases.
 
     >>> import ctlens as ct
     >>> pairs = ct.threats.get("sycophancy").pairs(8, split="heldout")
@@ -154,7 +155,7 @@ def logit_attribution(
     (22, 'Which heads')
 
     Args:
-        models: as in `logit_lens`; recordings must hold the sites `PARTS` of this module.
+        models: as in `logit_lens`; recordings must hold the sites `ATTRIBUTION_SITES` of this module.
         pairs, side, batch_size, progress: as in `logit_lens`.
 
     Raises:
@@ -168,20 +169,20 @@ def logit_attribution(
 
 
 def _of_models(
-    analysis: Callable[[LensModel, ContrastBatch, AtLast], T],
+    analysis: Callable[[LensModel, ContrastBatch, _AtLast], _T],
     models: Readable | Mapping[str, Readable],
     pairs: Sequence[Pair],
     side: str,
     batch_size: int,
     progress: bool,
-) -> dict[str, list[T]]:
-    """What an analysis makes of every batch, by model."""
+) -> dict[str, list[_T]]:
+    """The values of an analysis for every batch, by model."""
     sources = by_label(models)
     named = comparable_by_label({name: model_of(source) for name, source in sources.items()})
-    items = contrasts(next(iter(named.values())), pairs, side)
-    found: dict[str, list[T]] = {name: [] for name in named}
+    prompts = contrasts(next(iter(named.values())), pairs, side)
+    found: dict[str, list[_T]] = {name: [] for name in named}
     for name, model in named.items():
-        for number, batch in enumerate(contrast_batches(model, items, batch_size, progress)):
+        for number, batch in enumerate(contrast_batches(model, prompts, batch_size, progress)):
             at_last = partial(_at_last, sources[name], batch, number * batch_size, next(model.parameters()).dtype)
             found[name].append(analysis(model, batch, at_last))
     return found
@@ -195,7 +196,8 @@ def _at_last(
     return {name: (state if name == LOGITS else batch.at_last(state)).to(dtype) for name, state in found.items()}
 
 
-def _lens(model: LensModel, batch: ContrastBatch, at_last: AtLast) -> Float[np.ndarray, "layer batch"]:
+def _lens(model: LensModel, batch: ContrastBatch, at_last: _AtLast) -> Float[np.ndarray, "layer batch"]:
+    """The logit difference behind every layer."""
     parts = cast(Any, model)
     states = at_last(resolve(model, "resid_post")).values()
     with torch.no_grad():
@@ -203,35 +205,40 @@ def _lens(model: LensModel, batch: ContrastBatch, at_last: AtLast) -> Float[np.n
     return torch.stack([batch.logit_diff(of_layer) for of_layer in logits]).float().cpu().numpy()
 
 
-def _shares(model: LensModel, batch: ContrastBatch, at_last: AtLast) -> dict[str, np.ndarray]:
+def _shares(model: LensModel, batch: ContrastBatch, at_last: _AtLast) -> dict[str, np.ndarray]:
     """The share of every component in the logit difference, `[batch]` each.
 
     Raises:
-        CtlensError: they do not add up to what the model says, or the heads not to their layer's output.
+        CtlensError: the shares do not add up to the model's logit difference, or the heads not to their layer's
+            output.
     """
-    lens, layers = cast(Any, model), range(model.cfg.n_layers)
+    lens = cast(Any, model)
     if torch.finfo(next(model.parameters()).dtype).bits < 32:
-        raise CtlensError("the shares of components in the logits add up in float32 alone: load the model in float32.")
-    start, end = resolve(model, "resid_pre", 0)[0], resolve(model, "resid_post", "last")[0]
-    z, attn_out, mlp_out = (resolve(model, point) for point in ("z", "attn_out", "mlp_out"))
+        raise CtlensError("the shares of components add up to the logits in float32 alone: load the model in float32.")
+    start = resolve(model, "resid_pre", 0)[0]
+    end = resolve(model, "resid_post", "last")[0]
+    z = resolve(model, "z")
+    attn_out = resolve(model, "attn_out")
+    mlp_out = resolve(model, "mlp_out")
     states = at_last([start, end, *z, *attn_out, *mlp_out, LOGITS])
     with torch.no_grad():
         reading = _Reading(lens, states[end], batch.answers)
-        shares, rest = {EMBED: reading.share(states[start])}, reading.constant
-        for layer in layers:
+        shares = {_EMBED: reading.share(states[start])}
+        rest = reading.constant
+        for layer in range(model.cfg.n_layers):
             heads = torch.einsum("bhd,hdm->hbm", states[z[layer]], lens.blocks[layer].attn.W_O)
             shares |= {f"L{layer}H{head}": reading.share(output) for head, output in enumerate(heads)}
             shares[f"L{layer} MLP"] = reading.share(states[mlp_out[layer]])
             bias = states[attn_out[layer]] - heads.sum(0)
             _require_constant(bias, layer)
             rest = rest + reading.share(bias)
-        shares[BIAS] = rest
+        shares[_BIAS] = rest
         _require_whole(torch.stack(list(shares.values())), batch.logit_diff(states[LOGITS]))
     return {name: share.float().cpu().numpy() for name, share in shares.items()}
 
 
-def _require_constant(bias: Vectors, layer: int) -> None:
-    """Raises unless what is in a layer's attention output beside its heads is the same for every prompt."""
+def _require_constant(bias: _Vectors, layer: int) -> None:
+    """Raises unless a layer's attention output less its heads is the same for every prompt, as a bias is."""
     if not torch.allclose(bias, bias[:1].expand_as(bias), atol=1e-3, rtol=1e-3):
         raise CtlensError(
             f"layer {layer} changes the sum of its heads before adding it: no head has a share of its own."
@@ -244,20 +251,20 @@ def _require_whole(shares: Float[Tensor, "component batch"], said: PerRow) -> No
 
 
 class NormAffine(NamedTuple):
-    """What a norm does beside dividing by the size of its input.
+    """The weight and the bias of a norm, and whether it centres.
 
     Attributes:
-        weight: `[1, d]`, what it multiplies by.
-        bias: `[1, d]`, what it adds.
-        centred: whether it takes the mean away first.
+        weight: `[1, d]`, by which the norm multiplies.
+        bias: `[1, d]`, which it adds.
+        centred: whether it first subtracts the mean.
     """
 
-    weight: Vectors
-    bias: Vectors
+    weight: _Vectors
+    bias: _Vectors
     centred: bool
 
 
-def affine_of_norm(norm: Callable[[Tensor], Tensor], like: Vectors) -> NormAffine:
+def affine_of_norm(norm: Callable[[Tensor], Tensor], like: _Vectors) -> NormAffine:
     """Reads a norm's weight, bias and centring off three of its values, because models name and fold them differently.
 
     1. The norm is `n(x) = w c(x) / rms(c(x)) + b`, where `c(x)` is `x` or, if it centres, `x - mean(x)`.
@@ -293,9 +300,10 @@ class _Reading:
     words of `affine_of_norm`.
     """
 
-    def __init__(self, lens: Any, stream: Vectors, answers: TokenPair) -> None:
+    def __init__(self, lens: Any, stream: _Vectors, answers: TokenPair) -> None:
         self.norm = affine_of_norm(lens.ln_final, stream[:1])
-        whole, normed = self._scaled(stream), lens.ln_final(stream[:, None])[:, 0] - self.norm.bias
+        whole = self._scaled(stream)
+        normed = lens.ln_final(stream[:, None])[:, 0] - self.norm.bias
         self.scale = (whole * normed).sum(-1) / whole.square().sum(-1)
         good, bad = lens.W_U.T[answers].unbind(1)
         self.direction = good - bad
@@ -303,11 +311,11 @@ class _Reading:
         if getattr(lens, "b_U", None) is not None:
             self.constant = self.constant + lens.b_U[answers[:, 0]] - lens.b_U[answers[:, 1]]
 
-    def share(self, written: Vectors) -> PerRow:
-        """The logits that a component's writing into the stream is worth."""
+    def share(self, written: _Vectors) -> PerRow:
+        """The share of the logit difference that comes from a vector written into the stream."""
         return self.scale * (self._scaled(written) * self.direction).sum(-1)
 
-    def _scaled(self, vectors: Vectors) -> Vectors:
+    def _scaled(self, vectors: _Vectors) -> _Vectors:
         centred = vectors - vectors.mean(-1, keepdim=True) if self.norm.centred else vectors
         return centred * self.norm.weight
 
@@ -321,4 +329,4 @@ def _table(
         for m, model in enumerate(models)
         for p, part in enumerate(parts)
     ]
-    return pd.DataFrame(rows, columns=["model", kind, "value", "ci_low", "ci_high", "n"])
+    return pd.DataFrame(rows, columns=["model", kind, "value", "ci_low", "ci_high", "n_pairs"])

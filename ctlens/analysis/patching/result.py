@@ -63,7 +63,7 @@ class Patching(Result):
         """One row per metric, layer, head (where there are heads) and position.
 
         Returns:
-            The mean `value` over the `n` pairs that have the position and its 95 percent bootstrap
+            The mean `value` over the `n_pairs` that have the position and its 95 percent bootstrap
             interval over pairs, `ci_low` and `ci_high`. A position counts from the end, -1 is the
             last; positions that were patched together go by their name.
         """
@@ -133,5 +133,5 @@ class Patching(Result):
             labels = (self.layers[layer], *head, names[position], self.tokens[position])
             rows.append((metric, *labels, value[cell], low[cell], high[cell], present[cell]))
         heads = ["head"] if self.has_heads else []
-        columns = ["metric", "layer", *heads, "position", "token", "value", "ci_low", "ci_high", "n"]
+        columns = ["metric", "layer", *heads, "position", "token", "value", "ci_low", "ci_high", "n_pairs"]
         return pd.DataFrame(rows, columns=columns)

@@ -16,7 +16,7 @@ from ctlens import analysis as look
 from ctlens.analysis import Recording, Result
 from ctlens.analysis.base.record import record
 from ctlens.analysis.base.recording import LOGITS, Readable, model_of
-from ctlens.analysis.outputs.logit_lens import PARTS
+from ctlens.analysis.outputs.logit_lens import ATTRIBUTION_SITES
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.batch import pad
@@ -66,7 +66,7 @@ def models(request: pytest.FixtureRequest) -> tuple[LensModel, LensModel]:
 
 @pytest.fixture(scope="module")
 def recordings(models: tuple[LensModel, LensModel]) -> tuple[Recording, Recording]:
-    before, after = (record(model, PAIRS, sites=PARTS, **RUN) for model in models)
+    before, after = (record(model, PAIRS, sites=ATTRIBUTION_SITES, **RUN) for model in models)
     return before, after
 
 
@@ -111,7 +111,7 @@ def test_some_of_the_pairs_in_any_order_and_batches_are_read_as_from_the_model(m
 @pytest.mark.parametrize("analysis", [look.logit_lens, look.logit_attribution])
 def test_answers_that_begin_alike_are_recorded_up_to_where_they_part(models, analysis) -> None:
     alike = [Pair(pair.clean, prompt(pair.wrapped.turns[0].content, "is right", "is that")) for pair in PAIRS[:3]]
-    seen = record(models[0], alike, sites=PARTS, sides=["wrapped"], **RUN)
+    seen = record(models[0], alike, sites=ATTRIBUTION_SITES, sides=["wrapped"], **RUN)
 
     assert len(seen.lengths) == 6 and (seen.lengths[3:] > seen.lengths[:3]).all()
     np.testing.assert_allclose(
@@ -193,7 +193,7 @@ def test_a_model_that_was_trained_since_is_refused(models) -> None:
 @pytest.mark.parametrize("name", READING)
 def test_what_was_not_recorded_is_refused(models, name: str) -> None:
     def seen(pairs: list[Pair] = PAIRS, **options: Any) -> list[Recording]:
-        return [record(model, pairs, **{"sites": PARTS, **RUN, **options}) for model in models]
+        return [record(model, pairs, **{"sites": ATTRIBUTION_SITES, **RUN, **options}) for model in models]
 
     with pytest.raises(
         CtlensError, match=r"prompt \d was not recorded \(\d others were\): record these pairs and sides"

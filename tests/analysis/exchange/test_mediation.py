@@ -74,7 +74,7 @@ def test_shares_are_added_up_and_what_is_missing_is_the_remainder():
     assert table["mediator"].tolist() == ["attention", "attention", "MLP", "MLP"] * 2
     assert totals["value"].tolist() == [11 / 8, 2 / 8, -5 / 8] * 2
     assert (totals["ci_low"][2], totals["ci_high"][2]) == (-1.0, -0.5)  # of the one pair, and of the other
-    assert set(totals["n"]) == {2}
+    assert set(totals["n_pairs"]) == {2}
 
 
 def test_what_has_no_effect_has_no_shares():

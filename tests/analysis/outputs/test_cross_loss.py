@@ -11,7 +11,7 @@ from helpers.tiers import unit_first
 from ctlens import losses as registry
 from ctlens.analysis import CrossLoss, cross_loss
 from ctlens.analysis.outputs import cross_loss as crossloss
-from ctlens.analysis.outputs.cross_loss import COLUMNS
+from ctlens.analysis.outputs.cross_loss import CROSS_LOSS_COLUMNS
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt
@@ -52,7 +52,7 @@ def result(model) -> CrossLoss:
 
 def means(result: CrossLoss):
     table = result.to_dataframe()
-    return table[table["hook_point"] == ""].set_index(["model", "loss"])
+    return table[table["hook_name"] == ""].set_index(["model", "loss"])
 
 
 def test_the_values_are_those_of_the_training_on_the_same_batch(model) -> None:
@@ -62,11 +62,11 @@ def test_the_values_are_those_of_the_training_on_the_same_batch(model) -> None:
     trained = copy_model(trainer.model)
 
     step = next(trainer)  # its losses are those of the model before its update
-    table = measure(model, {1: trained}).to_dataframe().query("model == '1'").set_index(["loss", "hook_point"])
+    table = measure(model, {1: trained}).to_dataframe().query("model == '1'").set_index(["loss", "hook_name"])
 
     for loss in trainer.losses:
-        for hook_point, value in step.by_hook[loss.name].items():
-            assert table.loc[(loss.name, hook_point), "value"] == pytest.approx(value, rel=1e-6, abs=1e-6)
+        for hook_name, value in step.by_hook[loss.name].items():
+            assert table.loc[(loss.name, hook_name), "value"] == pytest.approx(value, rel=1e-6, abs=1e-6)
         own = table.loc[(loss.name, ""), "value"]
         assert own == pytest.approx(step.losses[loss.name] / loss.weight, rel=1e-6, abs=1e-6)
     assert step.losses["act"] > 0
@@ -144,16 +144,16 @@ def test_a_value_relative_to_nothing_is_not_a_number() -> None:
     assert zero.figure().data[0].text[0][0] == ""
 
 
-def test_the_table_has_a_row_per_model_loss_and_hook_point(result) -> None:
+def test_the_table_has_a_row_per_model_loss_and_hook_name(result) -> None:
     table = result.to_dataframe()
 
-    assert tuple(table.columns) == COLUMNS
+    assert tuple(table.columns) == CROSS_LOSS_COLUMNS
     assert len(table) == 3 * (3 * (1 + 2) + 2 * 2)  # three losses at two layers and their mean, two at the logits
-    assert not table.duplicated(["model", "loss", "hook_point"]).any()
+    assert not table.duplicated(["model", "loss", "hook_name"]).any()
     assert list(table["model"].unique()) == ["base", "act", "mlpct"]
     assert result.values.shape == (3, len(MEASURED), 3)
-    layer = table.query("model == 'act' and loss == 'mlpct' and hook_point == 'blocks.1.mlp.hook_post'")
-    point = [*zip(result.point_losses, result.hook_points, strict=True)].index(("mlpct", "blocks.1.mlp.hook_post"))
+    layer = table.query("model == 'act' and loss == 'mlpct' and hook_name == 'blocks.1.mlp.hook_post'")
+    point = [*zip(result.hook_losses, result.hook_names, strict=True)].index(("mlpct", "blocks.1.mlp.hook_post"))
     assert layer["value"].item() == pytest.approx(result.by_hook[1, point].mean())
 
 
@@ -177,7 +177,7 @@ def test_a_pair_that_does_not_align_is_dropped_for_that_loss_alone(model, batch_
 
     assert found.dropped == {"act": 1, "mlpct": 0, "bct": 0}
     assert np.isnan(found.values[:, 0, 0]).all() and np.isfinite(found.values[:, 1:]).all()
-    assert means(found).loc["x", "n"].to_dict() == {"act": 3, "mlpct": 4, "bct": 4}
+    assert means(found).loc["x", "n_pairs"].to_dict() == {"act": 3, "mlpct": 4, "bct": 4}
     assert means(found).loc[("x", "act"), "value"] == pytest.approx(means(without).loc[("x", "act"), "value"], rel=1e-3)
     with pytest.raises(CtlensError, match="none of the 1 pairs aligns for act"):
         measure(model, {"x": model}, [odd], losses)
@@ -222,15 +222,15 @@ def test_over_steps_every_model_is_measured_as_it_is_alone(model, courses) -> No
     for key, seed in ((("act", 20), 0), (("bct", 5), 1), (("act", 10), 2)):
         alone = measure(model, {"x": moved(model, seed)}).to_dataframe().query("model == 'x'")
         here = table[(table["model"] == key[0]) & (table["step"] == key[1])]
-        rest = list(COLUMNS[2:])
+        rest = list(CROSS_LOSS_COLUMNS[2:])
         assert here[rest].reset_index(drop=True).equals(alone[rest].reset_index(drop=True))
     assert len(table) == 4 * (3 * (1 + 2) + 2 * 2) and table["step"].tolist()[0] == 0
-    assert not table.duplicated(["model", "step", "loss", "hook_point"]).any()
+    assert not table.duplicated(["model", "step", "loss", "hook_name"]).any()
     assert means(measure(model, {"x": model}))["step"].isna().all()
 
 
 def test_the_matrix_shows_each_label_at_its_last_step(courses) -> None:
-    table = courses.to_dataframe().query("hook_point == ''").set_index(["model", "step"])["relative"]
+    table = courses.to_dataframe().query("hook_name == ''").set_index(["model", "step"])["relative"]
 
     (matrix,) = courses.figure().data
 
@@ -240,7 +240,7 @@ def test_the_matrix_shows_each_label_at_its_last_step(courses) -> None:
 
 
 def test_the_courses_begin_at_one_and_hold_the_numbers_of_the_table(courses) -> None:
-    table = courses.to_dataframe().query("hook_point == ''").set_index(["loss", "model", "step"])
+    table = courses.to_dataframe().query("hook_name == ''").set_index(["loss", "model", "step"])
 
     figure = courses.figure(over="steps")
 

@@ -45,14 +45,14 @@ def test_every_difference_is_that_of_a_plain_pass(base, trained, pairs) -> None:
     for row, model in enumerate((base, trained)):
         for column, side in enumerate(("wrapped", "clean")):
             expected = [difference(model, getattr(pair, side)) for pair in pairs]
-            assert found.differences[row, column] == pytest.approx(expected, abs=1e-4)
+            assert found.logit_diffs[row, column] == pytest.approx(expected, abs=1e-4)
     assert found.models == ("base", "act")
 
 
 def test_the_share_is_a_ratio_of_means(base, trained, pairs) -> None:
     found = gap_recovered(base, {"act": trained}, pairs, progress=False)
 
-    (wrapped, clean), (after, _) = found.differences
+    (wrapped, clean), (after, _) = found.logit_diffs
     value, low, high = found.share("act")
     assert value == pytest.approx((after.mean() - wrapped.mean()) / (clean.mean() - wrapped.mean()))
     assert low < value < high and 0 < value < 1
@@ -63,22 +63,22 @@ def test_order_and_batches_do_not_matter(base, trained, pairs) -> None:
 
     parts = gap_recovered(base, {"act": trained}, pairs[::-1], batch_size=5, progress=False)
 
-    assert parts.differences[..., ::-1] == pytest.approx(whole.differences, abs=1e-4)
+    assert parts.logit_diffs[..., ::-1] == pytest.approx(whole.logit_diffs, abs=1e-4)
 
 
 def test_one_pair_with_a_small_gap_cannot_carry_the_share_away() -> None:
-    differences = np.array([[[-2.0, 3.999], [2.0, 4.0]], [[0.0, 4.999], [2.0, 4.0]]])
+    logit_diffs = np.array([[[-2.0, 3.999], [2.0, 4.0]], [[0.0, 4.999], [2.0, 4.0]]])
 
-    value, *_ = GapRecovered(differences, ("base", "act")).share("act")
+    value, *_ = GapRecovered(logit_diffs, ("base", "act")).share("act")
 
     assert value == pytest.approx(3 / 4.001)
 
 
 def test_a_gap_that_is_noise_is_refused() -> None:
-    differences = np.array([[[1.0, 1.0], [1.2, 1.2]], [[1.1, 1.1], [1.2, 1.2]]])
+    logit_diffs = np.array([[[1.0, 1.0], [1.2, 1.2]], [[1.1, 1.1], [1.2, 1.2]]])
 
     with pytest.raises(CtlensError, match="differ by 0.2 logits before training"):
-        GapRecovered(differences, ("base", "act")).share("act")
+        GapRecovered(logit_diffs, ("base", "act")).share("act")
 
 
 def test_the_label_of_the_base_is_taken(base, pairs) -> None:

@@ -249,7 +249,7 @@ def test_a_share_is_the_ratio_of_the_means_over_the_pairs_that_have_the_position
     found = one_site([[np.nan, 3.0], [1.0, 1.0]], target=[0.0, 1.0], source=[2.0, 5.0])
     table = found.normalised()
     assert table["value"].tolist() == [0.5, (1 + 0) / (2 + 4)]
-    assert table["position"].tolist() == [-2, -1] and table["n"].tolist() == [1, 2]
+    assert table["position"].tolist() == [-2, -1] and table["n_pairs"].tolist() == [1, 2]
     assert (table["ci_low"][1], table["ci_high"][1]) == (0.0, 0.5)
     assert found.to_dataframe()["value"].tolist() == [3.0, 1.0]
     assert np.isnan(table["ci_low"][0])  # a quarter of the resamples lacks the only pair
@@ -285,7 +285,7 @@ def test_results_round_trip_and_draw(tmp_path):
         assert len(drawn.layout.xaxis.ticktext) == len(drawn.layout.xaxis.tickvals) == len(found.tokens)
         table = found.to_dataframe()
         n = (~np.isnan(found.values[0])).sum(-1)
-        np.testing.assert_array_equal(table["n"], n.ravel())
+        np.testing.assert_array_equal(table["n_pairs"], n.ravel())
         change = np.nansum(found.values[0] - found.target[0], -1) / n
         np.testing.assert_allclose(grid, change.reshape(grid.shape), atol=1e-6)
     span = swept(made(), PAIRS, "pattern", positions="content")
