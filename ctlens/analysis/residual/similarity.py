@@ -67,8 +67,8 @@ def shift_similarity(
             side; a name alone is seed 0.
         pairs: clean and wrapped prompts.
         null: the method that is the floor, such as training on retention alone.
-        quantities: of `ctlens.analysis.residual.similarity_statistics.SIMILARITY_MEASURES`. `cosine`: of the shifts at a prompt's
-            tokens taken as one vector, the mean over prompts. `mean_cosine`: of the mean shifts.
+        quantities: of `ctlens.analysis.residual.similarity_statistics.SIMILARITY_MEASURES`. `cosine`: of the shifts at
+            a prompt's tokens taken as one vector, the mean over prompts. `mean_cosine`: of the mean shifts.
             `cka`: debiased linear CKA, with more prompts than dimensions only. `principal`: the
             cosines of the principal angles between the spans of the `k` top shift directions.
         k: how many directions span a shift, for `principal`.
