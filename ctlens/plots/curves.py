@@ -97,7 +97,7 @@ def layer_ticks(n_layers: int, *, most: int = 12, first: int = 0) -> dict[str, A
 
 
 def _with_air(values: Iterable[float]) -> list[float]:
-    """Each value's neighbours below and above, 8% of their range away, so that no line lies on the frame."""
+    """Two numbers around each value, 8% of the range of all away from it, so that no line lies on the frame."""
     known = list(values)
     air = 0.08 * (max(known, default=0) - min(known, default=0))
     return [edge for value in known for edge in (value - air, value + air)]
@@ -125,7 +125,7 @@ def draw_curve(
     listed: bool = True,
     **at: Any,
 ) -> None:
-    """A line on its band, in the panel at a row and column; the other options are those of `draw_line`."""
+    """A line on its band, in the panel at a row and column; `draw_line` explains the other options."""
     look = look or style(group)
     draw_band(figure, x, numbers.low, numbers.high, colour=look.shade(BAND_OPACITY), group=group, **at)
     draw_line(figure, group, x, numbers.value, look=look, size=size, mode=mode, listed=listed, **at)
@@ -149,7 +149,7 @@ def draw_line(
     Args:
         figure: it gets one more trace.
         group: of the legend: the method, whose look the line has unless it gets another.
-        x: where the values are, `[x]`.
+        x: the steps or layers of the values, `[x]`.
         value: the values, `[x]`.
         look: colour, marker, dash and name.
         size: of the markers, in pixels.

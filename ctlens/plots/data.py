@@ -53,13 +53,14 @@ def table_rows(figure: go.Figure) -> Iterator[_Row]:
 
 
 def _panels(figure: go.Figure) -> dict[str, str]:
-    """By the name of its horizontal axis, the words over a panel."""
+    """The words over each panel, by the name of the panel's horizontal axis."""
     words = [
         note for note in figure.layout.annotations if note.xref == note.yref == "paper" and note.yanchor == "bottom"
     ]
     found = {}
     for axis in figure.select_xaxes():
-        across, up = axis.domain, figure.layout[f"yaxis{(axis.anchor or 'y').removeprefix('y')}"].domain
+        across = axis.domain
+        up = figure.layout[f"yaxis{(axis.anchor or 'y').removeprefix('y')}"].domain
         over = [
             note.text
             for note in words
@@ -70,7 +71,7 @@ def _panels(figure: go.Figure) -> dict[str, str]:
 
 
 def _labels(figure: go.Figure, axis: str | None, kind: str) -> dict[int, str]:
-    """The labels of an axis by their whole numbers; none of an axis that counts, where 1.5 means something."""
+    """The labels of an axis by their whole numbers; an axis that counts has none, for 1.5 means something there."""
     layout = figure.layout[f"{kind}axis{(axis or kind).removeprefix(kind)}"]
     numbers, texts = layout.tickvals, layout.ticktext
     if texts is None or not len(numbers) or list(numbers) != list(range(numbers[0], numbers[0] + len(numbers))):
@@ -79,15 +80,17 @@ def _labels(figure: go.Figure, axis: str | None, kind: str) -> dict[int, str]:
 
 
 def _plain(text: str) -> str:
+    """The words of a text without its markup."""
     return " ".join(re.sub(r"<[^>]*>", " ", text).split())
 
 
 def _labelled(value: Any, labels: dict[int, str]) -> Any:
-    """The label nearest to a value, for the markers of one label stand side by side; the value where it has none."""
+    """The label nearest to a value, because markers stand side by side around their label; a value without labels."""
     return labels.get(round(value), value) if labels else value
 
 
 def _cells(trace: Any, x_labels: dict[int, str], y_labels: dict[int, str]) -> Iterator[_Row]:
+    """The cells of a heatmap that have a number."""
     for (row, column), value in np.ndenumerate(np.asarray(trace.z, dtype=float)):
         text = "" if trace.text is None else _plain(str(trace.text[row][column]))
         if np.isfinite(value):
@@ -95,7 +98,7 @@ def _cells(trace: Any, x_labels: dict[int, str], y_labels: dict[int, str]) -> It
 
 
 def _band(trace: Any) -> dict[Any, tuple[float, float]]:
-    """By x, the lower and upper end of a band, whose outline runs along the upper ends and back along the lower."""
+    """The lower and upper end of a band by x; its outline runs along the upper ends and back along the lower ones."""
     half = len(trace.x) // 2
     ends = zip(trace.y[half:][::-1], trace.y[:half], strict=True)
     return dict(zip(trace.x[:half], ends, strict=True))
@@ -120,5 +123,5 @@ def _points(trace: Any, labels: dict[int, str], band: dict[Any, tuple[float, flo
 
 
 def _without_rounding(end: float) -> float:
-    """An end as it was before the length of its whisker was taken: 0.3, not 0.30000000000000004."""
+    """The end of an interval as it was before a subtraction gave its whisker: 0.3, not 0.30000000000000004."""
     return float(f"{end:.12g}")

@@ -54,34 +54,34 @@ def exchange_curves(
 
 
 def graft_bars(
-    parts: Sequence[str],
+    groups: Sequence[Sequence[str]],
     shown: Mapping[str, Mapping[str, Curve]],
     title: str,
     *,
     y_title: str,
-    breaks: Sequence[int] = (),
     subtitle: str | None = None,
 ) -> go.Figure:
     """Which part of the weights brings the behaviour along? One panel per direction, a bar per donor.
 
     Args:
-        parts: the names of the parts, left to right.
-        shown: per panel and donor, the share of the effect and its interval `[part]`.
+        groups: the names of the parts, left to right, in groups with a line between them.
+        shown: per panel and donor, the share of the effect and its interval `[part]`, over all groups.
         title: the question or the answer.
         y_title: the quantity with its unit.
-        breaks: numbers of the parts in front of which a line is drawn.
         subtitle: one line under the title.
 
     Raises:
         CtlensError: no panel, no part, or an array that is not one number per part.
     """
+    parts = [part for group in groups for part in group]
+    ends = np.cumsum([len(group) for group in groups if group])
     require_some("panels", shown)
     require_some("parts", parts)
     figure = panel_grid(list(shown), _BARS_LAYOUT)
     for subplot, bars in zip(subplots(len(shown)), shown.values(), strict=True):
         _draw_bars(figure, parts, bars, subplot)
-        for part in breaks:
-            figure.add_vline(part - 0.5, line={"color": MUTED, "width": 1}, **subplot.at)
+        for end in ends[:-1].tolist():
+            figure.add_vline(end - 0.5, line={"color": MUTED, "width": 1}, **subplot.at)
     caption = "Bars are ratios of means over pairs, whiskers their 95% intervals."
     finish(figure, title, subtitle, kind="graft_bars", caption=caption)
     ticks = {"tickvals": list(range(len(parts))), "ticktext": list(parts), "tickangle": -40}

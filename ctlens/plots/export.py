@@ -1,4 +1,4 @@
-"""Figures to files that open without a network, and images that can never hang the caller."""
+"""Figures become files that open without a network, and images whose renderer can never hang the caller."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def write_figures(figures: Mapping[Stem, go.Figure]) -> list[Path]:
     """Writes `<stem>.html`, `.json` and `.data.csv` of each figure, and `.png` and `.svg` with the `export` extra.
 
     The pages of one folder share a `plotly.min.js` beside them, so that they stay small and open
-    offline. The CSV holds the numbers that are drawn (see `ctlens.plots.data`). The images of all
-    figures are made by one process beside this one, with a time limit for each figure; those that
-    fail or take too long are left out with a warning, and no image of an earlier figure stays behind.
+    offline. The CSV holds the numbers that are drawn (see `ctlens.plots.data`). Another process draws the
+    images of all figures, with a time limit for each figure. A warning names the images that it could not
+    draw, and no image of an earlier figure stays behind.
 
     Args:
         figures: by their path without an ending.
@@ -80,10 +80,12 @@ def write_figures(figures: Mapping[Stem, go.Figure]) -> list[Path]:
 
 
 def _file(stem: Path, kind: str) -> Path:
+    """The path with an ending, also where the stem itself has a dot."""
     return stem.with_name(f"{stem.name}.{kind}")
 
 
 def _write_library(path: Path) -> None:
+    """Writes plotly.js unless it is there; another version of it has another size."""
     source = plotly_source()
     if not path.is_file() or path.stat().st_size != len(source.encode()):
         write_text(path, source)
@@ -103,7 +105,7 @@ def _draw(stems: list[Path]) -> None:
 
 
 def _render(stems: Sequence[Path]) -> int:
-    """Draws in a process of its own, until that ends or gets stuck, and returns how many figures it got through."""
+    """Starts a renderer, waits until it ends or gets stuck, and returns how many figures it got through."""
     with TemporaryDirectory() as name:
         work = Path(name)
         quiet = subprocess.DEVNULL
@@ -121,7 +123,10 @@ def _render(stems: Sequence[Path]) -> int:
 
 
 def _watch(process: subprocess.Popen[bytes], log: Path, expected: int) -> int:
-    """The length of the log once it is as expected, the process has ended, or it has not grown for too long."""
+    """How many figures a renderer got through until it was done, ended, or said nothing for `FIGURE_SECONDS`.
+
+    The renderer writes one byte to its log per figure.
+    """
     length = 0
     deadline = time.monotonic() + FIGURE_SECONDS
     while length < expected and time.monotonic() < deadline:

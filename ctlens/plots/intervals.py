@@ -20,7 +20,7 @@ CurveWithX = tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]
 IntervalGrid = tuple[ArrayLike, ArrayLike, ArrayLike]
 """Value, lower end and upper end of the interval, each `[row, column]`."""
 NullBand = tuple[ArrayLike, ArrayLike]
-"""Lower and upper end of what chance gives, each `[layer]` or `[strength]`."""
+"""Lower and upper end of the range in which chance lies, each `[layer]` or `[strength]`."""
 
 # All three chosen by eye: bands of methods lie over each other, the null behind them, the target behind everything.
 BAND_OPACITY = 0.14
@@ -50,7 +50,7 @@ def checked_intervals(name: str, numbers: Sequence[ArrayLike] | np.ndarray, *sha
 
 
 def checked_with_x(name: str, curve: CurveWithX) -> tuple[np.ndarray, Intervals]:
-    """The steps of a curve, and its estimates at each.
+    """The steps of a curve, and its value and interval at each.
 
     Raises:
         CtlensError: the arrays differ in length, or there is nothing to draw.
@@ -61,7 +61,7 @@ def checked_with_x(name: str, curve: CurveWithX) -> tuple[np.ndarray, Intervals]
 
 
 def whiskers(numbers: Intervals, *, slim: bool = False) -> dict[str, object]:
-    """Plotly's error bars from the lower to the upper ends; none where something is NaN.
+    """Plotly's error bars from the lower to the upper ends; a marker has none where one of its numbers is NaN.
 
     `slim` ones are for lines, of which several stand close to each other.
     """
@@ -106,13 +106,13 @@ def draw_band(
 
     Args:
         figure: it gets one more trace.
-        x: where the ends are, `[x]`.
-        low: lower ends `[x]`; where an end is NaN the band goes straight on to the next.
+        x: the steps or layers of the ends, `[x]`.
+        low: lower ends `[x]`; the band goes straight across an end that is NaN.
         high: upper ends `[x]`.
         colour: of the filling.
-        group: of the legend, which shows and hides the band with its curve.
-        name: of a band that is no curve's interval; the table of the figure has rows for it.
-        listed: whether the legend names it.
+        group: of the legend, which shows and hides the band together with its curve.
+        name: only of a band that is not the interval of a curve; the table of the figure has rows for it.
+        listed: whether the legend names the band.
         at: row and column of the panel.
     """
     known = np.isfinite(low + high)  # a NaN would break the outline of the band
@@ -132,7 +132,7 @@ def draw_band(
 
 
 def draw_null(figure: go.Figure, x: np.ndarray, band: NullBand, name: str, *, listed: bool, **at: Any) -> None:
-    """The grey band of what chance gives, under a name that says which chance.
+    """The grey band in which chance lies, under a name that says which chance, such as random directions.
 
     Raises:
         CtlensError: an end is not one number per `x`.

@@ -36,7 +36,7 @@ def points(
         caption: how to read the figure.
 
     Raises:
-        CtlensError: a series has no row, or an array that is not one number per row.
+        CtlensError: a series has no row, or an array is not one number per row.
     """
     figure = go.Figure()
     names: list[str] = []

@@ -26,7 +26,7 @@ LEGEND_ROW = 44
 
 @dataclass(frozen=True)
 class Style:
-    """How a method or split is drawn everywhere: its name in text, hex colour, marker symbol and line dash."""
+    """The look of a method or split in every figure: its name in text, hex colour, marker symbol and line dash."""
 
     label: str
     colour: str
@@ -70,7 +70,7 @@ _OTHER_DASHES = ("dash", "dot", "dashdot", "longdash")
 
 
 def ordered(names: Sequence[str]) -> dict[str, Style]:
-    """Styles for things that come in an order and are no methods, such as stages: from dark to light.
+    """Styles, from dark to light, for things that are no methods and have an order, such as stages.
 
     >>> [look.symbol for look in ordered(["before", "after"]).values()]
     ['circle', 'square']
@@ -88,7 +88,7 @@ def ordered(names: Sequence[str]) -> dict[str, Style]:
     }
 
 
-# The prompts of an evaluation, from those of the training to those that differ most from it.
+# The splits of an evaluation: first the prompts of the training, last the prompts that differ most from them.
 SPLIT_STYLES = ordered(("train", "entities", "heldout", "structure"))
 _STYLES = METHOD_STYLES | SPLIT_STYLES
 _NAME_OF_LABEL = {look.label: name for name, look in _STYLES.items()}
@@ -114,7 +114,7 @@ def label(name: str) -> str:
 
 
 def drawn_for(method: str | None) -> dict[str, str | None]:
-    """The `meta` of a trace that is drawn for a method, by which a page shows and hides it."""
+    """The `meta` of a trace that belongs to a method; a page shows and hides the trace by it."""
     return {"method": method}
 
 
@@ -173,11 +173,13 @@ def finish(
 
 
 def _name_method(trace: Any) -> None:
+    """Says in the `meta` of a trace which method it is drawn for, unless it says so already."""
     name = trace.legendgroup or trace.name
     trace.meta = trace.meta or drawn_for(_NAME_OF_LABEL.get(name, name))
 
 
 def _title(heading: list[str], under: list[str]) -> dict[str, object]:
+    """Plotly's title: the lines of the heading and, smaller, those of the subtitle, from the upper left corner down."""
     small = f'<span style="font-size: 13px; color: {MUTED}">'
     text = "<br>".join([*heading, *(f"{small}{line}</span>" for line in under)])
     corner = {"x": 0, "xref": "paper", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"}

@@ -127,7 +127,7 @@ def _lines(figure: go.Figure, steps: Sequence[int], values: Mapping[str, np.ndar
 def _losses(
     figure: go.Figure, values: dict[str, np.ndarray], title: str, subtitle: str | None, kind: str, caption: str
 ) -> go.Figure:
-    """The layout, with a log axis for the losses where all of them are positive."""
+    """Gives a figure of losses its layout, with a log axis where all losses are positive."""
     everything = np.concatenate([*values.values(), np.empty(0)])
     lowest = float(np.nanmin(everything)) if everything.size else 0.0
     if lowest > 0:

@@ -15,7 +15,7 @@ PANELS = {"there": {"act": CURVE, "bct": CURVE}, "back": {"act": CURVE, "bct": C
 def test_the_whole_effect_is_marked_in_every_panel_on_one_scale():
     for figure in (
         plots.exchange_curves([2, 5], PANELS, "?", y_title="share"),
-        plots.graft_bars(["L0", "QK"], PANELS, "?", y_title="share"),
+        plots.graft_bars([["L0", "QK"]], PANELS, "?", y_title="share"),
     ):
         lines = sorted({(shape.yref.split()[0], shape.y0) for shape in figure.layout.shapes if shape.y0 == shape.y1})
         assert lines == [("y", 0), ("y", 1), ("y2", 0), ("y2", 1)]
@@ -30,7 +30,7 @@ def test_curves_stand_at_their_layers():
 
 
 def test_bars_of_one_part_stand_side_by_side_with_their_intervals():
-    figure = plots.graft_bars(["L0", "QK"], PANELS, "?", y_title="share", breaks=[1])
+    figure = plots.graft_bars([["L0"], [], ["QK"]], PANELS, "?", y_title="share")
     first, second = figure.data[:2]
     np.testing.assert_allclose(np.add(first.x, first.width / 0.92), second.x)
     np.testing.assert_allclose((np.array(first.x) + np.array(second.x)) / 2, [0, 1])
@@ -46,9 +46,9 @@ def test_bars_of_one_part_stand_side_by_side_with_their_intervals():
         lambda: plots.exchange_curves([2], PANELS, "?", y_title="share"),
         lambda: plots.exchange_curves([], PANELS, "?", y_title="share"),
         lambda: plots.exchange_curves([2, 5], {}, "?", y_title="share"),
-        lambda: plots.graft_bars(["L0"], PANELS, "?", y_title="share"),
-        lambda: plots.graft_bars([], PANELS, "?", y_title="share"),
-        lambda: plots.graft_bars(["L0", "QK"], {}, "?", y_title="share"),
+        lambda: plots.graft_bars([["L0"]], PANELS, "?", y_title="share"),
+        lambda: plots.graft_bars([[]], PANELS, "?", y_title="share"),
+        lambda: plots.graft_bars([["L0", "QK"]], {}, "?", y_title="share"),
     ],
 )
 def test_what_does_not_fit_its_labels_is_refused(draw):

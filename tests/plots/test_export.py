@@ -203,7 +203,7 @@ def test_the_table_has_a_row_for_each_point_with_the_interval_of_its_band():
     ]
 
 
-def test_the_table_names_places_as_the_axis_does_and_reads_whiskers():
+def test_the_table_has_the_labels_of_the_axis_and_reads_whiskers():
     rates = np.array([[0.5, 0.25], [0.75, np.nan]])
     drawn = plots.behaviour(
         ["base", "act"], ["wrapped", "clean"], rates, rates - 0.125, rates + 0.25, metric="bad rate", title="?"

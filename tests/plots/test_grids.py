@@ -34,7 +34,7 @@ def notes(figure: go.Figure) -> list[str]:
 
 
 @pytest.mark.parametrize("threats", range(1, 9))
-def test_every_threat_has_a_panel_under_its_name_and_every_split_one_place_in_the_legend(threats):
+def test_every_threat_has_a_panel_under_its_name_and_the_legend_names_every_split_once(threats):
     figure = strength(threats)
     assert notes(figure) == [f"threat {number}" for number in range(threats)]
     assert len({trace.xaxis for trace in figure.data}) == threats
@@ -125,7 +125,7 @@ COURSES = {
 }
 
 
-def test_a_course_is_drawn_in_the_panel_of_the_loss_measured_and_the_colour_of_the_one_trained_with():
+def test_a_course_is_drawn_in_the_panel_of_the_measured_loss_in_the_colour_of_the_trained_loss():
     figure = plots.cross_loss_steps(COURSES, "?")
     lines = [trace for trace in figure.data if trace.mode == "lines+markers"]
     assert notes(figure) == ["measured by ACT", "measured by BCT"]
@@ -150,7 +150,7 @@ def test_courses_share_one_logarithmic_scale_with_a_line_at_no_change():
         (1, 1, "x2 domain"),
     ]
     band = next(trace for trace in figure.data if trace.xaxis == "x2" and trace.fill)
-    assert list(band.y) == [1, 1]  # an end at 0 has no place on the axis
+    assert list(band.y) == [1, 1]  # a logarithmic axis cannot show an end at 0
 
 
 def test_ranks_are_drawn_by_layer_and_a_missing_matrix_leaves_a_gap():

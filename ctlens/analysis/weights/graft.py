@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple, Self, TypeAlias
 
 import numpy as np
@@ -136,12 +137,10 @@ class Graft(Exchange):
 
 
 class _ShownParts(NamedTuple):
-    """Which parts a figure shows, as indices among all: kind after kind those that differ, and those that are equal."""
+    """The parts that a figure shows, as indices among all: those that differ, in a group per kind, and the equal ones."""
 
-    differing: list[int]
+    differing: list[list[int]]
     equal: list[int]
-    breaks: list[int]
-    """The indices among the differing parts at which another kind begins."""
 
 
 def _drawn(
@@ -157,7 +156,8 @@ def _drawn(
     shown = _shown_parts(list(results.values()), (by,) if isinstance(by, str) else tuple(by))
     panels = {
         QUANTITY_TITLES[quantity]: {
-            name: curve(rows_with(table, quantity=quantity).iloc[shown.differing]) for name, table in tables.items()
+            name: curve(rows_with(table, quantity=quantity).iloc[list(chain(*shown.differing))])
+            for name, table in tables.items()
         }
         for quantity in EXCHANGE_QUANTITIES
     }
@@ -165,11 +165,10 @@ def _drawn(
     equal = ", ".join(_part_name(first.parts[index]) for index in shown.equal)
     notes = (subtitle or prompts, note, f"equal in both: {equal}" if equal else "")
     return plots.graft_bars(
-        [_part_name(first.parts[index]) for index in shown.differing],
+        [[_part_name(first.parts[index]) for index in group] for group in shown.differing],
         panels,
         "Which weights does the training live in?",
         y_title="share of the effect",
-        breaks=shown.breaks,
         subtitle="; ".join(filter(None, notes)),
     )
 
@@ -181,17 +180,11 @@ def _shown_parts(results: Sequence[Graft], by: Sequence[str]) -> _ShownParts:
             raise unknown("kind of part", kind, PART_KINDS)
     differ = np.any([result.moved > 0 for result in results], axis=0)
     kinds = [_kind(part) for part in results[0].parts]
-    differing: list[int] = []
-    breaks: list[int] = []
-    for kind in by:
-        of_kind = [index for index, found in enumerate(kinds) if found == kind and differ[index]]
-        if differing and of_kind:
-            breaks.append(len(differing))
-        differing += of_kind
-    if not differing:
+    differing = [[index for index, found in enumerate(kinds) if found == kind and differ[index]] for kind in by]
+    if not any(differing):
         raise CtlensError(f"no part by {' or '.join(by)} was measured that differs between the models.")
     equal = [index for index, kind in enumerate(kinds) if kind in by and not differ[index]]
-    return _ShownParts(differing, equal, breaks)
+    return _ShownParts(differing, equal)
 
 
 def _kind(part: WeightPart) -> str:
