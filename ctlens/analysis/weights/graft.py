@@ -137,7 +137,7 @@ class Graft(Exchange):
 
 
 class _ShownParts(NamedTuple):
-    """The parts that a figure shows, as indices among all: those that differ, in a group per kind, and the equal ones."""
+    """The parts that a figure shows, as indices among all: those that differ, grouped by kind, and the equal ones."""
 
     differing: list[list[int]]
     equal: list[int]
