@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import byte_level_tokenizer, hf_model
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from ctlens.analysis import AttentionDiff, ResidualShift, attention_diff, residual_shift
 from ctlens.analysis.residual.shift import RAW_QUANTITIES, SHIFT_QUANTITIES, _of_layer
@@ -184,6 +186,18 @@ def test_a_result_of_another_kind_or_a_missing_file_is_refused(tmp_path) -> None
         ResidualShift.load(tmp_path / "a.safetensors")
     with pytest.raises(CtlensError, match="does not exist"):
         ResidualShift.load(tmp_path / "b.safetensors")
+
+
+def test_a_result_that_lacks_a_field_is_refused_with_what_to_do(model, tmp_path) -> None:
+    path = tmp_path / "shift.safetensors"
+    residual_shift(model, model, PAIRS, progress=False).save(path)
+    with safe_open(path, framework="numpy") as stored:
+        arrays = {name: stored.get_tensor(name) for name in stored.keys() if name != "cosine"}  # noqa: SIM118
+        metadata = stored.metadata()
+    save_file(arrays, path, metadata)
+
+    with pytest.raises(CtlensError, match="another version of ctlens, whose ResidualShift had no 'cosine': compute it"):
+        ResidualShift.load(path)
 
 
 def test_figures_hold_the_numbers_of_the_table(model) -> None:

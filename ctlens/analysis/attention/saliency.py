@@ -86,8 +86,8 @@ class SaliencyAgreement(Result):
             raise unknown("statistic", statistic, CORRELATIONS)
         table = self.to_dataframe()
         groups = [" and<br>".join(pair) for pair in COMPARISONS]
-        agreement = _by_model(table.query("quantity == @statistic"))
-        share = _by_model(table.query("quantity == @WRAPPER_SHARE"))
+        agreement = _by_model(table, statistic)
+        share = _by_model(table, WRAPPER_SHARE)
         return plots.agreement(
             {
                 f"{statistic.title()} correlation over tokens": (groups, agreement),
@@ -98,11 +98,11 @@ class SaliencyAgreement(Result):
         )
 
 
-def _by_model(table: pd.DataFrame) -> dict[str, Float[np.ndarray, "ends row"]]:
-    """Each model's values with their intervals."""
+def _by_model(table: pd.DataFrame, quantity: str) -> dict[str, Float[np.ndarray, "ends row"]]:
+    """Each model's values of a quantity with their intervals."""
     return {
         str(model): np.asarray(rows[["value", "ci_low", "ci_high"]], dtype=float).T
-        for model, rows in table.groupby("model", sort=False)
+        for model, rows in table[table["quantity"] == quantity].groupby("model", sort=False)
     }
 
 

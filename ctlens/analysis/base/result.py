@@ -62,10 +62,12 @@ class Result:
                 arrays[name] = {**arrays.get(name, {}), key: array} if key else array
         labels: dict[str, Any] = metadata["labels"]
         saved = {field.name for field in dataclasses.fields(cls) if field.metadata != UNSAVED}
-        if foreign := saved ^ {*arrays, *labels}:
+        found = {*arrays, *labels}
+        if found != saved:
+            difference = f"{min(found - saved)!r}" if found - saved else f"no {min(saved - found)!r}"
             raise CtlensError(
-                f"{path} was saved by another version of ctlens, whose {cls.__name__} differs in {min(foreign)!r}: "
-                "compute it again, or load it with that version."
+                f"{path} was saved by another version of ctlens, whose {cls.__name__} had {difference}: compute it "
+                "again, or load it with that version."
             )
         return cls(**arrays, **{k: tuple(v) if isinstance(v, list) else v for k, v in labels.items()})
 

@@ -69,8 +69,7 @@ def weights(name: str, values: StateVectors, positive: np.ndarray) -> Float[np.n
 
     `mass_mean` has no weights of its own; for it they are the difference of the means.
     """
-    fitted = make_probe(name).fit(values, positive)
-    (_, scaler), (_, estimator) = fitted.steps
+    (_, scaler), (_, estimator) = make_probe(name).fit(values, positive).steps
     if isinstance(estimator, MassMean):
         return (estimator.means_[1] - estimator.means_[0]) * scaler.scale_
     return np.ravel(estimator.coef_) / scaler.scale_
