@@ -28,6 +28,7 @@ from ctlens.cli.common import (
     say,
 )
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.limits import AT_LEAST_1, require
 
 if TYPE_CHECKING:
     from ctlens.losses import Loss
@@ -108,8 +109,7 @@ def train(
         say(f"Run: {out} (finished before)")
         return
     require_free(out)
-    if checkpoint_every < 1:
-        raise CtlensError(f"--checkpoint-every must be at least 1, not {checkpoint_every}.")
+    require(AT_LEAST_1, **{"--checkpoint-every": checkpoint_every})
     if stop_below is not None and not threat:
         raise CtlensError("--stop-below measures the threat that is trained on: give --threat NAME.")
     kind, options = _schedule(schedule)

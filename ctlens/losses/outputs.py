@@ -50,9 +50,3 @@ def output_distance(
     clean = at_positions(forwards.clean_logits, matched.clean).detach() / temperature
     wrapped = at_positions(forwards.wrapped_logits, matched.wrapped) / temperature
     return temperature**2 * matched.row_mean(DISTANCES[distance](clean, wrapped))
-
-
-def check_temperature(temperature: float) -> None:
-    """Raises a `CtlensError` unless the temperature is a positive number."""
-    if not 0 < temperature < float("inf"):
-        raise CtlensError(f"the temperature of a loss must be a positive number, not {temperature}.")

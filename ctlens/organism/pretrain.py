@@ -11,6 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ctlens.core.errors import CtlensError
+from ctlens.core.limits import AT_LEAST_1, SHARE_OF_ALL, require
 from ctlens.core.types import LensModel, Scalar
 from ctlens.models.loading import build
 from ctlens.models.lora import has_adapters, merge_adapters
@@ -44,8 +45,7 @@ class FitConfig:
     seed: int
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size) < 1:
-            raise CtlensError("steps and batch_size must be at least 1.")
+        require(AT_LEAST_1, steps=self.steps, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,13 @@ class PretrainConfig(FitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lessons < 1:
-            raise CtlensError("lessons must be at least 1.")
-        if not 0 <= self.bad_share <= 1:
-            raise CtlensError(f"bad_share is {self.bad_share}, but a probability is expected.")
+        require(AT_LEAST_1, lessons=self.lessons)
+        require(SHARE_OF_ALL, bad_share=self.bad_share)
         if self.relora and self.relora.lora.rank > min(self.d_model, self.d_mlp):
-            raise CtlensError(f"the rank {self.relora.lora.rank} of relora is above the smallest size of a matrix.")
+            raise CtlensError(
+                f"the rank {self.relora.lora.rank} of relora is above {min(self.d_model, self.d_mlp)}, the smallest "
+                "size of a matrix: lower it."
+            )
 
 
 PRESETS = {

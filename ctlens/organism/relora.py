@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ctlens.core.errors import CtlensError
+from ctlens.core.limits import AT_LEAST_1, SHARE_OF_ALL, require
 from ctlens.core.types import LensModel
 from ctlens.models.lora import LoRA, add_adapters, has_adapters, merge_adapters
 from ctlens.models.matrices import MATRICES, slots
@@ -41,10 +42,8 @@ class ReLoRA:
     def __post_init__(self) -> None:
         if not 0 <= self.warm_start < 1:
             raise CtlensError(f"warm_start is a share of the steps, from 0 to below 1, not {self.warm_start}.")
-        if self.every < 1:
-            raise CtlensError(f"adapters are begun anew every 1 step or more, not every {self.every}.")
-        if not 0 <= self.rewarm <= 1:
-            raise CtlensError(f"rewarm is a share of the steps between two starts, 0 to 1, not {self.rewarm}.")
+        require(AT_LEAST_1, every=self.every)
+        require(SHARE_OF_ALL, rewarm=self.rewarm)
 
     def since_start(self, step: int, steps: int) -> int | None:
         """Steps since adapters were last begun, 0 where they begin now; None while all weights are trained.

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from ctlens import plots
 from ctlens.core.errors import CtlensError
+from ctlens.core.limits import AT_LEAST_1, require
 from ctlens.core.types import LensModel
 from ctlens.plots import Figure
 from ctlens.training.step import Step
@@ -52,8 +53,7 @@ class Live:
         self, trainer: Trainer, watch: Mapping[str, Watch] | None = None, *, every: int = 10, seconds: float = 1.0
     ) -> None:
         self.trainer, self.watch, self.every, self.seconds = trainer, dict(watch or {}), every, seconds
-        if every < 1:
-            raise CtlensError(f"a rate is looked at every so many steps, at least 1, not {every}.")
+        require(AT_LEAST_1, every=every)
         taken = {loss.name for loss in trainer.losses} | {"retention", "total", "lr", "grad_norm"}
         if used := taken & set(self.watch):
             raise CtlensError(f"{min(used)!r} is a number of the training itself: call the rate something else.")

@@ -236,7 +236,7 @@ MISTAKES = {
     "organism train --out new --preset huge": "unknown preset 'huge'",
     "organism train --out new --relora-rank 0": "the rank of an adapter",
     "organism train --out new --relora-rank 97": "above the smallest size of a matrix",
-    "organism train --out new --relora-every 0": "every 1 step or more, not every 0",
+    "organism train --out new --relora-every 0": "every must be at least 1, not 0",
     "organism card --folder nothing": "card.json",
     "organism sample --split hidden": "unknown split 'hidden'",
     "organism sample --threats flattery": "unknown threat 'flattery'",

@@ -170,7 +170,7 @@ def test_cards_name_the_adapters_and_older_cards_have_none() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every": 0}, "every 1 step or more"),
+        ({"every": 0}, "every must be at least 1, not 0"),
         ({"warm_start": 1.0}, "warm_start"),
         ({"warm_start": -0.1}, "warm_start"),
         ({"warm_start": float("nan")}, "warm_start"),
