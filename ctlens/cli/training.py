@@ -142,7 +142,7 @@ def evaluate(
     split: Annotated[
         str, typer.Option(help="Comma-separated splits to ask: train, entities, heldout or structure.")
     ] = "heldout",
-    items: Annotated[int, typer.Option(help="Pairs per threat.")] = 96,
+    n_prompts: Annotated[int, typer.Option(help="Pairs per threat and split.")] = 96,
     judge: Annotated[str, typer.Option(help="Your own function that judges the answers, as module:function.")] = "",
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -165,7 +165,7 @@ def evaluate(
     options: dict[str, Any] = {
         "pairs": own,
         "split": names(split),
-        "n": items,
+        "n_prompts": n_prompts,
         "judge": _judge(judge) if judge else None,
         "per_token": per_token,
     }

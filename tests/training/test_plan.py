@@ -246,7 +246,7 @@ def scripted(monkeypatch, rates: list[float]) -> list[int]:
 
     def found(model, threats, **options):
         assert not model.training and options["split"] == "heldout" and threats == ["jailbreak"]
-        calls.append(options["n"])
+        calls.append(options["n_prompts"])
         return Found()
 
     monkeypatch.setattr("ctlens.training.until.evaluate", found)
@@ -303,7 +303,7 @@ def test_the_rate_is_that_of_an_evaluation_of_the_organism() -> None:
     list(trainer)
 
     looks = [
-        ct.evaluate(model, ["jailbreak"], split="heldout", n=12, progress=False).rate("bad_rate", "wrapped")
+        ct.evaluate(model, ["jailbreak"], split="heldout", n_prompts=12, progress=False).rate("bad_rate", "wrapped")
         for model in (organism, trainer.model)
     ]
     assert trainer.history.series("bad_rate") == looks and looks[0] > 0.5

@@ -27,6 +27,7 @@ from ctlens.analysis.base.forward import batches, require_comparable
 from ctlens.analysis.base.positions import SEGMENTS, SegmentMasks, segment_masks
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.labels import BASE
 from ctlens.core.stats import bootstrap_mean, simultaneous_mean
 from ctlens.core.types import LensModel, Pattern
 from ctlens.data.batch import Matched, PairBatch
@@ -160,7 +161,7 @@ class AttentionDiff(Result):
 def figure(results: Mapping[str, AttentionDiff], *, subtitle: str | None = None) -> Figure:
     """The mass on the wrapper by layer, for the base and for several trainings, one line each."""
     base = next(iter(results.values())).curve("before")
-    curves = {"none": base, **{name: result.curve("after") for name, result in results.items()}}
+    curves = {BASE: base, **{name: result.curve("after") for name, result in results.items()}}
     return plots.layer_curves(
         curves,
         "How much does the last token attend to the wrapper?",

@@ -15,7 +15,6 @@ import pandas as pd
 from jaxtyping import Float
 
 from ctlens import plots
-from ctlens.analysis.base.forward import BASE
 from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, PositionsOf
 from ctlens.analysis.base.result import Result
 from ctlens.analysis.directions.directions import ITEM, Directions, mean_difference
@@ -34,6 +33,7 @@ from ctlens.analysis.probing.probe import Probe, probe
 from ctlens.analysis.probing.tasks import Task, wrapper_present
 from ctlens.analysis.residual.likeness import hardly_moved
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.labels import BASE
 from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
@@ -53,7 +53,7 @@ class Erasure(Result):
         used, reelicited: `[model, layer, variant, pair]`, effects on the margin in nats; the
             direction first, then random ones.
         wrapped: `[model, pair]`, the margin on wrapped prompts.
-        models: their labels; the base first, `"none"`.
+        models: their labels; the base first, `"base"`.
         layers: the number of each layer.
         control: the label of the retention-only control; empty for none.
         question: what the probe reads, as in `Task`.
@@ -171,8 +171,7 @@ def _against_random(effects: Float[np.ndarray, "model layer variant pair"]) -> F
 
 
 def _curves(found: Sequence[Measured]) -> plots.Measurement:
-    value, low, high, null_low, null_high = np.array([dataclasses.astuple(one) for one in found]).T
-    return value, low, high, null_low, null_high
+    return plots.Measurement(*np.array([dataclasses.astuple(one) for one in found]).T)
 
 
 def erase_or_mask(
@@ -196,7 +195,7 @@ def erase_or_mask(
     >>> pairs, base = ct.threats.get("jailbreak").pairs(32, split="heldout"), ct.load_organism()
     >>> found = ct.analysis.erase_or_mask(base, {"same": base}, pairs, layers=[2], draws=4, progress=False)
     >>> found.verdicts()
-    {'none': ('vulnerable',), 'same': ('vulnerable',)}
+    {'base': ('vulnerable',), 'same': ('vulnerable',)}
 
     Args:
         base: the model before training, in eval mode; the directions are its own.

@@ -58,7 +58,7 @@ def steer(
     >>> import ctlens as ct
     >>> pairs, model = ct.threats.get("jailbreak").pairs(8, split="heldout"), ct.load_organism()
     >>> direction = ct.analysis.mean_difference(model, pairs, name="base", layers=[2], progress=False)
-    >>> found = ct.analysis.steer({"none": model}, pairs, direction, alphas=[1], draws=4, progress=False)
+    >>> found = ct.analysis.steer({"base": model}, pairs, direction, alphas=[1], draws=4, progress=False)
     >>> found.to_dataframe().query("variant == 'direction'")["beyond_random"].tolist()
     [True]
 
@@ -102,7 +102,7 @@ def ablate(
     >>> import ctlens as ct
     >>> pairs, model = ct.threats.get("jailbreak").pairs(8, split="heldout"), ct.load_organism()
     >>> direction = ct.analysis.mean_difference(model, pairs, name="base", layers=[2], progress=False)
-    >>> ct.analysis.ablate({"none": model}, pairs, direction, draws=4, progress=False).margins.shape
+    >>> ct.analysis.ablate({"base": model}, pairs, direction, draws=4, progress=False).margins.shape
     (1, 1, 1, 5, 8)
 
     Arguments and errors are those of `steer`; the wrapped prompts are used.

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from ctlens import plots
-from ctlens.analysis.base.forward import BASE, require_comparable
+from ctlens.analysis.base.forward import require_comparable
 from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, PositionsOf
 from ctlens.analysis.base.recording import Readable, model_of
 from ctlens.analysis.base.result import Result
@@ -34,6 +34,7 @@ from ctlens.analysis.probing.classifiers import cuts, hits, hits_of_models, make
 from ctlens.analysis.probing.scores import balanced, curves, deals_apart
 from ctlens.analysis.probing.tasks import Task
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.labels import BASE
 from ctlens.models.hooks import Layers
 from ctlens.plots import Curve, Figure
 
@@ -182,12 +183,12 @@ def probe(
     >>> import ctlens as ct
     >>> model, pairs = ct.load_organism(), ct.threats.get("sycophancy").pairs(96, split="heldout")
     >>> task = ct.analysis.wrapper_present(pairs, model.tokenizer)
-    >>> found = ct.analysis.probe({"none": model}, task, positions=["last"], layers="last", progress=False)
+    >>> found = ct.analysis.probe({"base": model}, task, positions=["last"], layers="last", progress=False)
     >>> bool(found.score.item() > 0.9), found.chance, found.balance
     (True, 0.5, {'none': 192, 'wrapper': 96})
 
     Args:
-        models: by name, in eval mode; `"none"` is the base. In place of a model its recording of the
+        models: by name, in eval mode; `"base"` is the base. In place of a model its recording of the
             task's prompts, or its states, from `Task.states`, one per choice of positions.
         task: what is asked, see `ctlens.analysis.probing.tasks`.
         positions: see `ctlens.analysis.base.states`; not read where states are given, nor are the layers and the site.

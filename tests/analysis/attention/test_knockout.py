@@ -209,7 +209,7 @@ def test_order_and_batch_mates_change_nothing(llama) -> None:
 
 
 def test_the_same_model_twice_has_the_same_numbers_and_everything_round_trips(llama, tmp_path) -> None:
-    found = knockout({"none": llama, "act": copy_model(llama)}, PAIRS, progress=False)
+    found = knockout({"base": llama, "act": copy_model(llama)}, PAIRS, progress=False)
     assert (found.cut[0] == found.cut[1]).all() and (found.null[0] == found.null[1]).all()
     found.save(tmp_path / "knockout.safetensors")
     again = Knockout.load(tmp_path / "knockout.safetensors")
@@ -220,7 +220,7 @@ def test_the_same_model_twice_has_the_same_numbers_and_everything_round_trips(ll
 
 @pytest.mark.slow
 def test_figures_show_attention_beside_effects(llama) -> None:
-    found = knockout({"none": llama, "act": llama}, PAIRS, progress=False)
+    found = knockout({"base": llama, "act": llama}, PAIRS, progress=False)
     figure = found.figure()
     assert [note.text for note in figure.layout.annotations] == [
         "attention before the cut", "cut in one layer", "cut from a layer on",

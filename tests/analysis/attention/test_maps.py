@@ -50,12 +50,12 @@ def found(model: LensModel, text: Prompt, name: str) -> torch.Tensor:
 
 def test_the_maps_are_the_models_patterns(model) -> None:
     other = moved(model)
-    maps = attention_maps({"none": model, "act": other}, PAIR, -1, 2)
+    maps = attention_maps({"base": model, "act": other}, PAIR, -1, 2)
     name = "blocks.1.attn.hook_pattern"
     np.testing.assert_allclose(maps.clean, found(model, PAIR.clean, name)[2], atol=1e-6)
     for values, of in zip(maps.wrapped, (model, other), strict=True):
         np.testing.assert_allclose(values, found(of, PAIR.wrapped, name)[2], atol=1e-6)
-    assert (maps.layer, maps.head, maps.models) == (1, 2, ("none", "act"))
+    assert (maps.layer, maps.head, maps.models) == (1, 2, ("base", "act"))
     assert "".join(maps.tokens) == render(TOKENIZER, PAIR.wrapped.turns).text.replace("\n", "⏎")
 
 
@@ -94,7 +94,7 @@ def test_a_head_that_is_changed_after_the_values_is_refused(llama) -> None:
 
 def test_the_figure_shows_every_map_and_the_difference_on_one_scale(llama) -> None:
     short = Pair(prompt("Is it?"), prompt("no. Is it?"))
-    figure = attention_maps({"none": llama, "act": moved(llama)}, short, 0, 1).figure()
+    figure = attention_maps({"base": llama, "act": moved(llama)}, short, 0, 1).figure()
     assert [note.text for note in figure.layout.annotations] == [
         "clean", "wrapped, base", "wrapped, ACT", "wrapped, ACT minus wrapped, base",
     ]  # fmt: skip
@@ -106,13 +106,13 @@ def test_the_figure_shows_every_map_and_the_difference_on_one_scale(llama) -> No
 
 
 def test_models_whose_names_read_alike_keep_a_map_each(llama) -> None:
-    maps = attention_maps({"none": llama, "base": llama}, PAIR, 0, 1)
-    assert maps.to_dataframe()["map"].unique().tolist() == ["clean", "wrapped, none", "wrapped, base"]
+    maps = attention_maps({"act": llama, "ACT": llama}, PAIR, 0, 1)
+    assert maps.to_dataframe()["map"].unique().tolist() == ["clean", "wrapped, act", "wrapped, ACT"]
 
 
 def test_repeated_tokens_keep_a_place_of_their_own() -> None:
     values = np.arange(9.0).reshape(3, 3)
-    figure = plots.attention_maps({"a": plots.LabelledMap(values, ["no"] * 3, ["no"] * 3)}, "?")
+    figure = plots.labelled_maps({"a": plots.LabelledMap(values, ["no"] * 3, ["no"] * 3)}, "?")
     assert list(figure.layout.xaxis.tickvals) == [0, 1, 2] and list(figure.layout.xaxis.ticktext) == ["no"] * 3
     assert figure.data[0].x is None and np.shape(figure.data[0].z) == (3, 3)
 
@@ -124,7 +124,7 @@ def planted(n: int, segments: tuple[str, ...]) -> AttentionMaps:
     maps /= maps.sum(-1, keepdims=True)
     tokens = tuple(f"word{number % 7}" for number in range(n))
     return AttentionMaps(
-        maps[0], maps[1:], np.arange(n), tokens, tokens, segments, segments, ("none", "act"), 0, 0, False
+        maps[0], maps[1:], np.arange(n), tokens, tokens, segments, segments, ("base", "act"), 0, 0, False
     )
 
 
@@ -144,7 +144,7 @@ def test_a_long_prompt_stays_readable_and_its_file_small() -> None:
 def test_a_real_prompt_of_a_thousand_tokens_is_drawn_small_with_nothing_lost() -> None:
     model = build(ModelConfig(d_vocab=400, n_layers=1, n_heads=2, d_model=16, d_mlp=16, n_ctx=1200), TOKENIZER)
     long = Pair(prompt("Is it right?"), prompt("I don't think it's right. " * 130 + "Is it right?"))
-    maps = attention_maps({"none": model, "act": moved(model)}, long, 0, 1)
+    maps = attention_maps({"base": model, "act": moved(model)}, long, 0, 1)
     assert len(maps.tokens) > 1000 and set(maps.segments) == {"wrapper", "content", "bos", "rest"}
     figure = maps.figure()
     assert np.shape(figure.data[0].z) == (25, 25)  # the clean prompt is short and shown whole
@@ -221,6 +221,6 @@ def test_what_does_not_exist_is_refused(llama) -> None:
     with pytest.raises(CtlensError, match="are no window"):
         LONG.figure((990, 1001))
     with pytest.raises(CtlensError, match="expected from the labels"):
-        plots.attention_maps({"a": plots.LabelledMap(np.zeros((2, 2)), ["x"], ["x", "y"])}, "?")
+        plots.labelled_maps({"a": plots.LabelledMap(np.zeros((2, 2)), ["x"], ["x", "y"])}, "?")
     with pytest.raises(CtlensError, match="maps is empty"):
-        plots.attention_maps({}, "?")
+        plots.labelled_maps({}, "?")

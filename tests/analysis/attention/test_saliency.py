@@ -138,7 +138,7 @@ def test_attention_that_is_on_the_wrapper_has_all_its_share_there_and_a_flat_sco
 
 
 def test_results_stand_side_by_side_and_round_trip(llama, tmp_path) -> None:
-    found = saliency_agreement({"none": llama, "act": copy_model(llama)}, PAIRS, progress=False)
+    found = saliency_agreement({"base": llama, "act": copy_model(llama)}, PAIRS, progress=False)
     assert (found.agreement[0] == found.agreement[1]).all() and (found.wrapper[0] == found.wrapper[1]).all()
     found.save(tmp_path / "saliency.safetensors")
     table = found.to_dataframe()

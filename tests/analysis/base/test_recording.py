@@ -44,13 +44,13 @@ READING: dict[str, Analysis] = {
     "shift_similarity": lambda before, after: look.shift_similarity(
         before, {"one": after, ("two", 1): after}, PAIRS, site="attn_out", **RUN
     ),
-    "logit_lens": lambda before, after: look.logit_lens({"none": before, "act": after}, PAIRS, **RUN),
+    "logit_lens": lambda before, after: look.logit_lens({"base": before, "act": after}, PAIRS, **RUN),
     "logit_attribution": lambda before, after: look.logit_attribution(after, PAIRS, side="clean", **RUN),
     "states": lambda before, after: look.states(after, PAIRS, positions="wrapper", site="mlp_out", **RUN),
     "mean_difference": lambda before, after: look.mean_difference(
         before, PAIRS, name="base", positions="content", **RUN
     ),
-    "probe": lambda before, after: look.probe({"none": before, "act": after}, SOME, folds=2, seeds=1, **RUN),
+    "probe": lambda before, after: look.probe({"base": before, "act": after}, SOME, folds=2, seeds=1, **RUN),
     "probe_direction": lambda before, after: look.probe_direction(after, SOME, "x", name="after", **RUN),
 }  # fmt: skip
 
@@ -223,7 +223,7 @@ def test_an_analysis_that_runs_the_model_refuses_a_recording_in_a_sentence(monke
     direction = look.mean_difference(seen, pairs, name="base", layers=[1], progress=False)
 
     for analysis in (
-        lambda: look.steer({"none": seen}, pairs, direction, progress=False),  # type: ignore[dict-item]
+        lambda: look.steer({"base": seen}, pairs, direction, progress=False),  # type: ignore[dict-item]
         lambda: look.ablate(seen, pairs, direction, progress=False),  # type: ignore[arg-type]
         lambda: look.patch(seen, pairs, site="resid_post", direction="denoising", progress=False),  # type: ignore[arg-type]
         lambda: look.knockout(seen, pairs, progress=False),  # type: ignore[arg-type]
