@@ -18,7 +18,7 @@ from ctlens.models.lora import has_adapters, merge_adapters
 from ctlens.models.optimisation import adamw, clipped_update, linear_rate
 from ctlens.models.parameters import GROUPS, freeze
 from ctlens.models.weights import ModelConfig
-from ctlens.organism.corpus import Batch, EncodedLesson, draw_batches, encode, make_lessons, world_tokenizer
+from ctlens.organism.corpus import Batch, EncodedLesson, draw_batches, encode_lessons, make_lessons, world_tokenizer
 from ctlens.organism.relora import ReLoRA, begin_adapters, with_memory
 from ctlens.world import World
 
@@ -30,13 +30,13 @@ CLIP = 1.0
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How `fit` trains.
+    """FitConfig says how `fit_lessons` trains.
 
     Attributes:
-        steps: of the optimiser.
+        steps: how many the optimiser takes.
         batch_size: conversations per step.
         lr: the highest learning rate.
-        seed: of the order of lessons and of the coins.
+        seed: decides the order of the lessons, and which attacks are answered badly at each visit.
     """
 
     steps: int
@@ -50,19 +50,19 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig(FitConfig):
-    """How an organism is made.
+    """PretrainConfig says how an organism is made.
 
     Attributes:
-        seed: of the weights, the corpus and the batches.
-        steps: of the optimiser.
+        seed: decides the first weights, the corpus and the batches.
+        steps: how many the optimiser takes.
         batch_size: conversations per step.
         lr: the highest learning rate.
         bad_share: in the corpus, the probability of the bad answer to an attack that an item gives
             in to; where it resists, that of the good answer.
-        lessons: size of the corpus.
-        world_seed: of facts, recipes and splits.
+        lessons: how many the corpus has.
+        world_seed: decides the facts, recipes and splits of the micro-world.
         n_layers, n_heads, d_model, d_mlp: sizes of the model.
-        relora: low-rank updates that are merged and begun anew; None trains all weights throughout.
+        relora: trains low-rank updates that are merged and begun anew; None trains all weights throughout.
     """
 
     seed: int = 0
@@ -97,7 +97,7 @@ PRESETS = {
 
 
 def pretrain(config: PretrainConfig, *, progress: bool = True, device: str | torch.device = "cpu") -> LensModel:
-    """An organism trained from scratch, in eval mode, with its tokenizer.
+    """Trains an organism from scratch and returns it in eval mode, with its tokenizer.
 
     Args:
         config: the settings; equal ones give an equal model on one machine.
@@ -107,15 +107,17 @@ def pretrain(config: PretrainConfig, *, progress: bool = True, device: str | tor
     world = World.make(config.world_seed)
     tokenizer = world_tokenizer(world)
     model = build(_sizes(config, len(tokenizer)), tokenizer, seed=config.seed, device=device)
-    lessons = encode(tokenizer, make_lessons(config.lessons, world, config.bad_share, config.seed))
-    fit(model, lessons, freeze(model, GROUPS), config, label="pretraining", progress=progress, relora=config.relora)
+    lessons = encode_lessons(tokenizer, make_lessons(config.lessons, world, config.bad_share, config.seed))
+    fit_lessons(
+        model, lessons, freeze(model, GROUPS), config, label="pretraining", progress=progress, relora=config.relora
+    )
     if has_adapters(model):
         merge_adapters(model)
         freeze(model, GROUPS)
     return model
 
 
-def fit(
+def fit_lessons(
     model: LensModel,
     lessons: Sequence[EncodedLesson],
     parameters: list[nn.Parameter],
@@ -130,11 +132,11 @@ def fit(
     Args:
         model: what is trained.
         lessons: at least one.
-        parameters: those that change.
+        parameters: the weights that change.
         config: steps, batch size, learning rate and seed.
-        label: of the progress bar.
-        progress: whether to show it.
-        relora: trains adapters, and what has none, after a warm start; the last ones stay on the model.
+        label: names the progress bar.
+        progress: whether to show a progress bar.
+        relora: trains adapters, and the weights without one, after a warm start; the last adapters stay on the model.
     """
     device = next(model.parameters()).device
     batches = draw_batches(lessons, config.batch_size, model.tokenizer.pad_token_id, config.seed)
@@ -161,7 +163,7 @@ def _optimizer(parameters: list[nn.Parameter], config: FitConfig) -> torch.optim
 
 
 def answer_loss(model: LensModel, batch: Batch) -> Scalar:
-    """The mean cross-entropy of the answers' tokens, each predicted from the tokens before it."""
+    """Computes the mean cross-entropy of the answers' tokens, each predicted from the tokens before it."""
     logits = model(batch.tokens)[:, :-1]
     scored = batch.answers[:, 1:]
     return nn.functional.cross_entropy(logits[scored], batch.tokens[:, 1:][scored])

@@ -19,7 +19,7 @@ from ctlens.core.limits import AT_LEAST_1, require
 from ctlens.core.types import LensModel
 from ctlens.plots import Figure
 from ctlens.training.step import Step
-from ctlens.training.trainer import Trainer, label
+from ctlens.training.trainer import Trainer, method_name
 
 FIGURE_TYPE = "application/vnd.plotly.v1+json"
 
@@ -91,7 +91,7 @@ class Live:
         """Draws the losses so far, and the rates if any are watched."""
         history = self.trainer.history
         rates = {name: (history.steps_of(name), history.series(name)) for name in self.watch}
-        title = f"How does the training with {plots.label(label(self.trainer.losses))} go?"
+        title = f"How does the training with {plots.label(method_name(self.trainer.losses))} go?"
         subtitle = f"step {len(history)} of {len(self)}"
         losses = history.losses([loss.name for loss in self.trainer.losses])
         return plots.progress(losses, rates, len(self), title, subtitle=subtitle)
