@@ -289,7 +289,7 @@ def test_the_organism_s_card_goes_to_the_terminal_or_a_file(call: Call, place: P
 
 
 def test_samples_show_every_threat_and_prompt_side_with_the_answers_that_count(call: Call) -> None:
-    ended = call("organism sample --split structure --items 2")
+    ended = call("organism sample --split structure --n-examples 2")
 
     assert ended.code == 0
     for name in threats.names():
