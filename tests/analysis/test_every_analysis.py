@@ -8,7 +8,7 @@ import torch
 from helpers.models import byte_level_tokenizer, hf_model
 
 from ctlens.analysis import AttentionDiff, ResidualShift, attention_diff, residual_shift
-from ctlens.analysis.residual.shift import QUANTITIES, RAW, _of_layer
+from ctlens.analysis.residual.shift import RAW_QUANTITIES, SHIFT_QUANTITIES, _of_layer
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.batch import Matched
@@ -40,7 +40,7 @@ def quantities(
     valid: list[bool],
     wrapper: list[bool] | None = None,
 ) -> dict[str, list[float]]:
-    """Of one prompt by positions, with position numbers equal on both sides."""
+    """The quantities of one prompt by positions, with position numbers equal on both sides."""
     positions = torch.arange(len(valid))[None]
     matched = Matched(positions, positions, torch.tensor([valid]))
     found = _of_layer(clean, wrapped, trained, matched, torch.tensor([wrapper or [False] * len(valid)]))
@@ -105,15 +105,15 @@ def test_a_model_compared_with_itself_has_not_moved(model) -> None:
     assert np.all(shift.gap_closed == 0) and np.all(shift.distance == 1)
     assert np.all(shift.relative == 0) and np.all(shift.norm_ratio == 1)
     assert np.isnan(shift.cosine).all()
-    assert shift.to_dataframe().query("quantity == 'cosine'")[["mean", "n"]].isna().sum().tolist() == [4, 0]
+    assert shift.to_dataframe().query("quantity == 'cosine'")[["mean", "n_pairs"]].isna().sum().tolist() == [4, 0]
 
 
 def test_raw_norms_come_on_request(model) -> None:
     shift = residual_shift(model, moved(model), PAIRS, progress=False)
 
-    assert set(shift.to_dataframe()["quantity"]) == set(QUANTITIES)
+    assert set(shift.to_dataframe()["quantity"]) == set(SHIFT_QUANTITIES)
     table = shift.to_dataframe(raw=True).query("positions == 'last' and layer == 1").set_index("quantity")["mean"]
-    assert set(table.index) == {*QUANTITIES, *RAW}
+    assert set(table.index) == {*SHIFT_QUANTITIES, *RAW_QUANTITIES}
     assert table["shift_norm"] == pytest.approx(shift.shift_norm[0, :, 1].mean())
     for pair, found in zip(PAIRS, shift.relative[0, :, 1] / shift.shift_norm[0, :, 1], strict=True):
         assert 1 / found == pytest.approx(plain_resid(model, pair.wrapped.turns[0].content)[1].norm().item(), rel=1e-3)
@@ -197,6 +197,18 @@ def test_figures_hold_the_numbers_of_the_table(model) -> None:
     mean = shift.curve("distance", "content")[0]
     assert any(line.shape == mean.shape and np.allclose(line, mean) for line in lines)
     assert any(np.allclose(panel, attention.before.mean(0)) for panel in panels)
+
+
+def test_a_comparison_draws_this_result_first_under_its_label(model) -> None:
+    still, shift = (residual_shift(model, after, PAIRS, progress=False) for after in (model, moved(model)))
+
+    drawn = shift.compare({"still": still}, label="moved", quantity="distance", positions="content")
+    again = shift.compare({"still": still, "moved": shift}, label="moved", quantity="distance", positions="content")
+
+    names = [trace.name for trace in drawn.data if trace.name]
+    assert names == ["moved", "still"] and drawn.to_json() == again.to_json()
+    with pytest.raises(CtlensError, match="two results are called 'moved': give every result a label of its own"):
+        shift.compare({"moved": still}, label="moved")
 
 
 def test_what_does_not_compare_is_refused(model) -> None:

@@ -12,8 +12,7 @@ from helpers.models import byte_level_tokenizer, hf_model
 
 import ctlens as ct
 from ctlens.analysis import AttentionDiff, attention_diff
-from ctlens.analysis.attention import diff as attention
-from ctlens.analysis.attention.diff import MEASURES
+from ctlens.analysis.attention.diff import ATTENTION_MEASURES
 from ctlens.analysis.base.positions import SEGMENTS, key_positions, segments
 from ctlens.core.errors import CtlensError
 from ctlens.core.stats import bootstrap_mean, simultaneous_mean
@@ -130,7 +129,7 @@ def test_every_measure_is_what_plain_loops_find(model, after, queries: str) -> N
     for number, row in enumerate(encoded(*pairs)):
         for side, other in enumerate((model, after)):
             for name, expected in by_loops(model, other, row, queries).items():
-                found = result.values[side, MEASURES.index(name), number]
+                found = result.values[side, ATTENTION_MEASURES.index(name), number]
                 np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-5, err_msg=name)
 
 
@@ -197,17 +196,17 @@ def test_a_prefill_has_no_twin_of_its_last_token(model) -> None:
     turns = (Turn("user", QUESTIONS[0]), Turn("assistant", "Sure, here"))
     pairs = [Pair(prompt(QUESTIONS[0]), Prompt(turns)), *PAIRS]
     result = attention_diff(model, model, pairs, progress=False)
-    assert np.isnan(result.values[:, MEASURES.index("jsd/last/"), 0]).all()
+    assert np.isnan(result.values[:, ATTENTION_MEASURES.index("jsd/last/"), 0]).all()
     table = result.to_dataframe()
-    assert set(table.query("quantity == 'jsd' and queries == 'last'")["n"]) == {3}
-    assert set(table.query("quantity == 'jsd' and queries == 'content'")["n"]) == {4}
+    assert set(table.query("quantity == 'jsd' and queries == 'last'")["n_pairs"]) == {3}
+    assert set(table.query("quantity == 'jsd' and queries == 'content'")["n_pairs"]) == {4}
     assert "system" not in set(table["keys"])
 
 
 def made(change: np.ndarray) -> AttentionDiff:
     """A result whose mass on the wrapper changes like that, `[pair, layer, head]`, and nothing else."""
-    values = np.full((2, len(MEASURES), *change.shape), 0.4)
-    values[1, MEASURES.index("mass/last/wrapper")] += change
+    values = np.full((2, len(ATTENTION_MEASURES), *change.shape), 0.4)
+    values[1, ATTENTION_MEASURES.index("mass/last/wrapper")] += change
     return AttentionDiff(values)
 
 
@@ -216,7 +215,7 @@ def test_a_head_that_is_cut_off_from_the_wrapper_shows_at_its_place() -> None:
     change[:, 1, 2] = -0.3
     table = made(change).to_dataframe()
     first = table.iloc[0]
-    assert (first["layer"], first["head"], round(first["change"], 6), first["n"]) == (1, 2, -0.3, 5)
+    assert (first["layer"], first["head"], round(first["change"], 6), first["n_pairs"]) == (1, 2, -0.3, 5)
     assert (first["quantity"], first["queries"], first["keys"]) == ("mass", "last", "wrapper")
     assert (table.change[1:].abs() < 1e-9).all() and len(table) == 16 * 6
 
@@ -253,7 +252,7 @@ def test_every_quantity_has_its_figure_and_the_curve_by_layer(model, after, tmp_
         for panel, expected in zip(panels, [*values, values[1] - values[0]], strict=True):
             np.testing.assert_allclose(panel, expected)
     assert "nats" in str(result.figure("jsd").layout.meta["caption"])
-    lines = attention.figure({"act": result}).data
+    lines = result.compare({}, label="act").data
     assert any(np.allclose(np.asarray(line.y, dtype=float), result.after.mean((0, 2))) for line in lines if line.name)
     np.testing.assert_allclose(result.curve("before")[0], result.before.mean((0, 2)))
 
@@ -261,7 +260,7 @@ def test_every_quantity_has_its_figure_and_the_curve_by_layer(model, after, tmp_
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda result: result.of("afterwards"), "unknown side 'afterwards'; did you mean 'after'"),
+        (lambda result: result.of("afterwards"), "unknown time 'afterwards'; did you mean 'after'"),
         (lambda result: result.figure("masss"), "unknown quantity"),
         (lambda result: result.of("after", queries="first"), "unknown queries"),
         (lambda result: result.top(3, keys="systm"), "did you mean 'system'"),
