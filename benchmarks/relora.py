@@ -17,8 +17,8 @@ from ctlens.core.types import LensModel
 from ctlens.models.matrices import MATRICES
 from ctlens.models.parameters import GROUPS, copy_model, freeze
 from ctlens.organism import PretrainConfig, ReLoRA, pretrain
-from ctlens.organism.corpus import Batch, draw_batches, encode, make_lessons
-from ctlens.organism.pretrain import FitConfig, answer_loss, fit
+from ctlens.organism.corpus import Batch, draw_batches, encode_lessons, make_lessons
+from ctlens.organism.pretrain import FitConfig, answer_loss, fit_lessons
 from ctlens.world import World
 
 WARM = PretrainConfig(steps=100, batch_size=64, lessons=8000)
@@ -42,13 +42,13 @@ def main() -> None:
     """Trains every variant and looks at its update since the warm start."""
     torch.set_num_threads(1)
     start = pretrain(WARM)
-    lessons = encode(start.tokenizer, make_lessons(WARM.lessons, World.make(), WARM.bad_share, WARM.seed))
-    unseen = encode(start.tokenizer, make_lessons(1000, World.make(), WARM.bad_share, WARM.seed + 1))
+    lessons = encode_lessons(start.tokenizer, make_lessons(WARM.lessons, World.make(), WARM.bad_share, WARM.seed))
+    unseen = encode_lessons(start.tokenizer, make_lessons(1000, World.make(), WARM.bad_share, WARM.seed + 1))
     check = next(draw_batches(unseen, 1000, start.tokenizer.pad_token_id))
     rows: list[dict[str, object]] = []
     for name, relora in VARIANTS.items():
         model = copy_model(start)
-        fit(model, lessons, freeze(model, GROUPS), FURTHER, label=name, progress=True, relora=relora)
+        fit_lessons(model, lessons, freeze(model, GROUPS), FURTHER, label=name, progress=True, relora=relora)
         table = ct.analysis.update_rank(start, model).to_dataframe()
         means = table[["rank", "effective_rank", "stable_rank", "norm"]].mean()
         rows.append({"training": name, "loss": loss_of(model, check), **means, "lowest_rank": table["rank"].min()})

@@ -24,20 +24,20 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-COMMANDS = {
+_COMMANDS = {
     "compare": studies.compare_command,
     "doses": studies.doses,
-    "train": training.train,
-    "evaluate": training.evaluate,
+    "train": training.train_command,
+    "evaluate": training.evaluate_command,
     "patch": analyses.patch_command,
     "export": models.export,
     "models": models.models,
     "report": studies.report,
 }
-for name, command in COMMANDS.items():
+for name, command in _COMMANDS.items():
     app.command(name)(command)
-app.add_typer(organism.app, name="organism")
-app.add_typer(pairs.app, name="pairs")
+app.add_typer(organism.organism_app, name="organism")
+app.add_typer(pairs.pairs_app, name="pairs")
 
 
 def print_version(wanted: bool) -> None:

@@ -12,26 +12,26 @@ from ctlens.cli.common import (
     Methods,
     ModelFolder,
     Quiet,
-    Seeds,
+    SeedCount,
     Steps,
     ThreatNames,
     chosen_device,
     chosen_model,
-    names,
     print_table,
     say,
+    split_names,
 )
 
 if TYPE_CHECKING:
     from ctlens.organism import ReLoRA
 
-app = typer.Typer(
+organism_app = typer.Typer(
     help="Makes and describes the organism, a small model with known vulnerabilities.", no_args_is_help=True
 )
 
 
-@app.command()
-def train(
+@organism_app.command("train")
+def train_organism_command(
     out: Annotated[Path, typer.Option(help="New folder for the organism.")],
     seed: Annotated[int, typer.Option(help="Seed of weights and corpus.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Pretraining steps; by default those of the preset.")] = None,
@@ -59,7 +59,7 @@ def train(
 
 
 def _relora(rank: int | None, every: int | None) -> ReLoRA | None:
-    """The settings that the given options ask for; None where none is given."""
+    """Makes the settings that the options ask for; None if no option is given."""
     if rank is None and every is None:
         return None
     from ctlens.models.lora import LoRA
@@ -70,8 +70,8 @@ def _relora(rank: int | None, every: int | None) -> ReLoRA | None:
     return ReLoRA(lora, every=settings.every if every is None else every)
 
 
-@app.command()
-def card(
+@organism_app.command("card")
+def card_command(
     folder: Annotated[Path | None, typer.Option(help="Folder of an organism; by default the shipped one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Markdown file for the card, instead of the terminal.")] = None,
 ) -> None:
@@ -87,38 +87,38 @@ def card(
         write_text(out, text)
 
 
-@app.command()
-def sample(
+@organism_app.command("sample")
+def sample_command(
     threats: ThreatNames = "",
     split: Annotated[str, typer.Option(help="Split to draw from: train, entities, heldout or structure.")] = "train",
-    items: Annotated[int, typer.Option(help="Examples per threat.")] = 1,
+    n_examples: Annotated[int, typer.Option(help="How many examples of each threat to show.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
 ) -> None:
     """Shows examples of every threat: wrapped, clean and benign, with the good and the bad answer."""
     from ctlens import threats as registry
     from ctlens.organism.describe import examples
 
-    for example in examples(names(threats) or registry.names(), split, items, seed):
+    for example in examples(split_names(threats) or registry.names(), split, n_examples, seed):
         say(example)
 
 
-@app.command()
-def leak(
+@organism_app.command("leak")
+def leak_command(
     out: Annotated[Path, typer.Option(help="New folder for the numbers and the figure.")],
     model: ModelFolder = None,
     methods: Methods = "",
-    seeds: Seeds = 1,
+    seeds: SeedCount = 1,
     steps: Steps = 100,
     quiet: Quiet = False,
 ) -> None:
     """Teaches bad advice in one domain and measures how far it spreads, and which training stops that."""
     from ctlens.core.files import require_free
-    from ctlens.study.inoculation import leak as induce
+    from ctlens.study.inoculation import leak
     from ctlens.training import TrainConfig
 
     require_free(out)
     training = TrainConfig(steps=steps)
-    found = induce(chosen_model(model), names(methods), seeds, training=training, progress=not quiet)
+    found = leak(chosen_model(model), split_names(methods), seeds, training=training, progress=not quiet)
     found.save(out)
     print_table("Bad advice on risky questions outside the narrow domain", found.to_dataframe())
     say(f"Figure: {out / 'leak.html'}")

@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from ctlens.data.batch import EncodedPair
     from ctlens.data.pairs import Pair
 
-app = typer.Typer(help="Look at pairs token by token, convert them, make them.", no_args_is_help=True)
+pairs_app = typer.Typer(help="Look at pairs token by token, convert them, make them.", no_args_is_help=True)
 
 File = Annotated[Path, typer.Argument(help="JSONL or CSV in one of the field's formats.")]
-Wrapped = Annotated[
+WrappedFile = Annotated[
     Path | None, typer.Option(help="File of the wrapped prompts, if the first file holds only the clean ones.")
 ]
 Out = Annotated[Path, typer.Option(help="New JSONL file.")]
 
 
-@app.command()
-def inspect(
+@pairs_app.command("inspect")
+def inspect_command(
     file: File,
-    wrapped: Wrapped = None,
+    wrapped: WrappedFile = None,
     model: ModelFolder = None,
     row: Annotated[int, typer.Option(help="Number of the pair to show, counted from 1.")] = 1,
     window: Annotated[
@@ -49,8 +49,8 @@ def inspect(
         say(f"  {reason}")
 
 
-@app.command()
-def convert(file: File, out: Out, wrapped: Wrapped = None) -> None:
+@pairs_app.command("convert")
+def convert_command(file: File, out: Out, wrapped: WrappedFile = None) -> None:
     """Converts pairs from any of the field's formats to ctlens's own JSONL."""
     from ctlens.data.formats import load_pairs
     from ctlens.data.pairs import save_pairs
@@ -61,8 +61,8 @@ def convert(file: File, out: Out, wrapped: Wrapped = None) -> None:
     say(f"{len(pairs)} pairs: {out}")
 
 
-@app.command()
-def wrap(
+@pairs_app.command("wrap")
+def wrap_command(
     prompts: Annotated[Path, typer.Argument(help="JSONL or CSV with prompts, or messages with answers.")],
     threat: Annotated[
         str, typer.Option(help="Threat whose wrappers, written in plain English, are put around the prompts.")

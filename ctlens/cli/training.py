@@ -17,24 +17,25 @@ from ctlens.cli.common import (
     PairsFile,
     Quiet,
     Seed,
-    Threat,
+    ThreatName,
     ThreatNames,
     chosen_lora,
     chosen_model,
     chosen_pairs,
     is_main_process,
-    names,
     print_table,
     say,
+    split_names,
 )
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.limits import AT_LEAST_1, require
 
 if TYPE_CHECKING:
     from ctlens.losses import Loss
     from ctlens.training import Logger, Trainer
 
 
-def train(
+def train_command(
     out: Annotated[Path, typer.Option(help="New folder for the run.")],
     loss: Annotated[
         list[str],
@@ -44,7 +45,7 @@ def train(
     ],
     model: ModelFolder = None,
     pairs: PairsFile = None,
-    threat: Threat = "",
+    threat: ThreatName = "",
     window: Annotated[
         str | None,
         typer.Option(help="Tokens that every loss compares: shared, suffix, content, explicit, last or answer."),
@@ -108,8 +109,7 @@ def train(
         say(f"Run: {out} (finished before)")
         return
     require_free(out)
-    if checkpoint_every < 1:
-        raise CtlensError(f"--checkpoint-every must be at least 1, not {checkpoint_every}.")
+    require(AT_LEAST_1, **{"--checkpoint-every": checkpoint_every})
     if stop_below is not None and not threat:
         raise CtlensError("--stop-below measures the threat that is trained on: give --threat NAME.")
     kind, options = _schedule(schedule)
@@ -118,9 +118,10 @@ def train(
         schedule=kind, schedule_options=options, until=None if stop_below is None else Until(threat, below=stop_below),
         window=window, calibrate=calibrate, memory=memory,
     )  # fmt: skip
-    if lora := chosen_lora(lora_rank, names(lora_target_modules)):
+    if lora := chosen_lora(lora_rank, split_names(lora_target_modules)):
         config = replace(config, trainable=lora)
-    losses, tracked = ([_loss(name) for name in group] for group in (loss, names(track)))
+    losses = [_loss(name) for name in loss]
+    tracked = [_loss(name) for name in split_names(track)]
     chosen = chosen_pairs(pairs, threat, n_pairs=256, split="train", seed=seed)
     quiet = quiet or not is_main_process()
     trainer = Trainer(
@@ -135,7 +136,7 @@ def train(
     say(f"Run: {out}")
 
 
-def evaluate(
+def evaluate_command(
     model: ModelFolder = None,
     threats: ThreatNames = "",
     pairs: PairsFile = None,
@@ -157,19 +158,19 @@ def evaluate(
     """Measures how often a model answers well and badly on wrapped, clean and benign prompts, with intervals."""
     from ctlens.core.files import atomic_file
     from ctlens.data.formats import load_pairs
-    from ctlens.evaluation import evaluate as run_evaluation
+    from ctlens.evaluation import evaluate
 
     if out and out.is_dir():
         raise CtlensError(f"{out} is a folder: name a file for the table.")
     own = load_pairs(pairs) if pairs else None
     options: dict[str, Any] = {
         "pairs": own,
-        "split": names(split),
+        "split": split_names(split),
         "n_prompts": n_prompts,
         "judge": _judge(judge) if judge else None,
         "per_token": per_token,
     }
-    table = run_evaluation(chosen_model(model, device, dtype), names(threats), **options).to_dataframe()
+    table = evaluate(chosen_model(model, device, dtype), split_names(threats), **options).to_dataframe()
     if out:
         with atomic_file(out) as temporary:
             table.to_csv(temporary, index=False)
@@ -200,7 +201,7 @@ def _loss(text: str) -> Loss:
 
 def _schedule(text: str) -> tuple[str, dict[str, float]]:
     """The name and the options in `NAME,option=number,...`."""
-    name, *rest = names(text) or ("",)
+    name, *rest = split_names(text) or ("",)
     options: dict[str, float] = {}
     for part in rest:
         key, _, value = part.partition("=")

@@ -75,14 +75,14 @@ def _rebuilt(value: Any, hint: Any) -> Any:
 
 
 def generator(seed: int, *scope: object) -> torch.Generator:
-    """A local random generator for one purpose.
+    """Makes a local random generator for one purpose.
 
     The stream depends on the seed and the scope alone, so two purposes of one seed never share
     draws and the global random state is neither read nor changed.
 
     Args:
         seed: the user's seed.
-        scope: what the draws are for, for example `"batches"`.
+        scope: names the purpose of the draws, for example `"batches"`.
     """
     key = "/".join(str(part) for part in (seed, *scope))
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
@@ -90,7 +90,7 @@ def generator(seed: int, *scope: object) -> torch.Generator:
 
 
 def environment() -> dict[str, str]:
-    """Versions, platform and thread count, to stand beside every saved result."""
+    """Lists versions, platform and thread count, to stand beside every saved result."""
     versions = {}
     for package in STAMPED_PACKAGES:
         try:

@@ -15,7 +15,7 @@ class CtlensError(ValueError):
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> CtlensError:
-    """The error for a name that is not in a registry, with the nearest names that are.
+    """Makes the error for a name that is not in a registry, with the nearest names that are.
 
     >>> str(unknown("loss", "atct", ["act", "attct", "bct"]))
     "unknown loss 'atct'; did you mean 'attct' or 'act'? Known: act, attct, bct."

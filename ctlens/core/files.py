@@ -52,15 +52,15 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def usable_folder(path: str | Path) -> Path:
-    """The path, of a folder that is there or can be made.
+    """Returns the path of a folder that is there or can be made.
 
     Raises:
         CtlensError: something else is there, or above it.
     """
     path = Path(path)
-    for place in (path, *path.parents):
-        if place.exists() and not place.is_dir():
-            raise CtlensError(f"{place} is no folder: name one that is there or can be made.")
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise CtlensError(f"{part} is no folder: name one that is there or can be made.")
     return path
 
 
@@ -86,7 +86,7 @@ def write_json(path: str | Path, data: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The parsed content of a JSON file.
+    """Parses a JSON file.
 
     Raises:
         CtlensError: the file is missing or is not JSON.
@@ -128,26 +128,26 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def sweep(places: Iterable[Path]) -> None:
-    """Removes what processes that were ended in the middle of writing have left beside these places."""
-    for place in places:
-        for left in place.parent.glob(f".{place.name}.*"):
+def sweep(paths: Iterable[Path]) -> None:
+    """Removes temporary files beside these paths, left by processes that ended in the middle of writing."""
+    for path in paths:
+        for left in path.parent.glob(f".{path.name}.*"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def sweep_folder(folder: Path) -> None:
-    """Removes what processes that were ended in the middle of writing have left anywhere in a folder of ours."""
+    """Removes temporary files anywhere in a folder of ours, left by processes that ended in the middle of writing."""
     for left in sorted(folder.rglob(".*"), reverse=True):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def digest_of(data: Any) -> str:
-    """A short name of what can be written as JSON."""
+    """Hashes data that can be written as JSON to a short name."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def digest(path: str | Path) -> str:
-    """A short name of what a file holds.
+    """Hashes the content of a file to a short name.
 
     Raises:
         CtlensError: there is no such file.

@@ -32,7 +32,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """The type of weights of that name.
+    """Returns the type of weights of that name.
 
     Raises:
         CtlensError: it is none of `DTYPES`.
@@ -43,7 +43,7 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def widened(values: Tensor) -> Tensor:
-    """The same in float32 where it is in half precision, in which sums over many entries are too coarse."""
+    """Returns half precision, in which sums over many entries are too coarse, as float32; others as they are."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 

@@ -22,10 +22,10 @@ from ctlens.losses.base import Distance, Forwards, InternalLoss, check_option
 from ctlens.losses.distances import LOG_FLOOR, jensen_shannon, kl_of_masses, squared_error
 
 Heads: TypeAlias = Float[Tensor, "batch head clean_q clean_k"]
-Rows: TypeAlias = Float[Tensor, "batch width head _"]
+PatternRows: TypeAlias = Float[Tensor, "batch width head _"]
 HEADS = ("each", "mean")
 SINKS = ("kept", "dropped")
-DISTANCES: Mapping[str, Distance] = {
+PATTERN_DISTANCES: Mapping[str, Distance] = {
     "jsd": jensen_shannon,
     "l2": squared_error,
     "mse": squared_error,
@@ -47,7 +47,7 @@ class RawKeys:
         self.batch, self.queries, self.window, self.keeps_sink = batch, queries, window, keeps_sink
         self.keys = with_opening(batch, window) if keeps_sink else window
 
-    def rows(self, clean: Heads, wrapped: Pattern) -> tuple[Rows, Rows]:
+    def rows(self, clean: Heads, wrapped: Pattern) -> tuple[PatternRows, PatternRows]:
         """Takes the rows of both sides that are compared, from the patterns of one layer."""
         queries, keys = self.queries, self.keys
         return (
@@ -60,7 +60,7 @@ class RawKeys:
         return self.keys.valid.sum(-1)
 
     @staticmethod
-    def finished(block: Rows) -> Rows:
+    def finished(block: PatternRows) -> PatternRows:
         """Leaves the mass outside the window out."""
         return block
 
@@ -69,7 +69,7 @@ class RenormalisedKeys(RawKeys):
     """RenormalisedKeys compares rows that are cut to the window and divided by their sum."""
 
     @staticmethod
-    def finished(block: Rows) -> Rows:
+    def finished(block: PatternRows) -> PatternRows:
         """Divides every row by its sum."""
         return block / block.sum(-1, keepdim=True).clamp(min=LOG_FLOOR)
 
@@ -82,7 +82,7 @@ class RestKeys(RawKeys):
         return super().n_keys() + 1
 
     @staticmethod
-    def finished(block: Rows) -> Rows:
+    def finished(block: PatternRows) -> PatternRows:
         """Adds the bucket to every row."""
         return torch.cat([block, (1 - block.sum(-1, keepdim=True)).clamp(min=0)], dim=-1)
 
@@ -90,7 +90,7 @@ class RestKeys(RawKeys):
 class LiftedKeys(RawKeys):
     """LiftedKeys compares whole wrapped rows with the clean rows moved to the wrapped prompt's keys."""
 
-    def rows(self, clean: Heads, wrapped: Pattern) -> tuple[Rows, Rows]:
+    def rows(self, clean: Heads, wrapped: Pattern) -> tuple[PatternRows, PatternRows]:
         """Lifts the clean rows; the opening tokens count on neither side where the sink is dropped."""
         here, there = lifted_rows(clean, wrapped, self.queries, self.keys)
         if self.keeps_sink:
@@ -139,7 +139,7 @@ class AttCT(InternalLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_option("distance of AttCT", self.distance, tuple(DISTANCES))
+        check_option("distance of AttCT", self.distance, tuple(PATTERN_DISTANCES))
         check_option("keys of AttCT", self.keys, tuple(KEY_MODES))
         check_option("heads of AttCT", self.heads, HEADS)
         if self.sink is not None:
@@ -179,7 +179,7 @@ class AttCT(InternalLoss):
         values: dict[str, PerRow] = {}
         for name in hook_names:
             clean, wrapped = self._heads(forwards.clean[name].detach()), self._heads(forwards.wrapped[name])
-            value = queries.row_mean(DISTANCES[self.distance](*mode.rows(clean, wrapped)).mean(-1))
+            value = queries.row_mean(PATTERN_DISTANCES[self.distance](*mode.rows(clean, wrapped)).mean(-1))
             values[name] = value / mode.n_keys() if self.distance == "mse" else value
         return values
 

@@ -12,6 +12,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.limits import POSITIVE, require
 from ctlens.core.types import Activations, CleanLogits, LensModel, Logits, PerRow, Positions, Scalar, widened
 from ctlens.data.alignment import WINDOWS
 from ctlens.data.batch import PairBatch
@@ -188,7 +189,7 @@ class InternalLoss(Loss):
             select_layers(1, self.layers)
         check_option("layer weights", self.layer_weights, tuple(LAYER_WEIGHTS))
         check_option("clean side", self.clean, CLEAN_SIDES)
-        check_weight(self.weight)
+        require(POSITIVE, weight=self.weight)
 
     @property
     def windows(self) -> tuple[str, ...]:
@@ -261,12 +262,6 @@ def require_distinct(losses: Sequence[Loss]) -> None:
     names = [loss.name for loss in losses]
     if len(set(names)) < len(names):
         raise CtlensError(f"a loss is given twice ({', '.join(names)}): name each once and set its weight.")
-
-
-def check_weight(weight: float) -> None:
-    """Raises a `CtlensError` unless a loss's weight is a positive number."""
-    if not 0 < weight < float("inf"):
-        raise CtlensError(f"the weight of a loss must be a positive number, not {weight}.")
 
 
 def check_option(kind: str, value: str, known: Sequence[str]) -> None:

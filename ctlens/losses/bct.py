@@ -22,10 +22,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ctlens.core.errors import CtlensError
+from ctlens.core.limits import POSITIVE, PROBABILITY, require
 from ctlens.core.types import LensModel, PerRow, widened
 from ctlens.data.batch import Matched, PairBatch
-from ctlens.losses.base import OUTPUT, Forwards, Loss, check_option, check_weight
-from ctlens.losses.outputs import check_temperature, output_distance
+from ctlens.losses.base import OUTPUT, Forwards, Loss, check_option
+from ctlens.losses.outputs import output_distance
 
 TARGETS = ("greedy", "sampled", "soft", "prefill")
 DISTRIBUTIONS = ("soft", "prefill")
@@ -54,15 +55,14 @@ class BCT(Loss):
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        check_weight(self.weight)
+        require(POSITIVE, weight=self.weight)
         check_option("targets of BCT", self.targets, TARGETS)
-        check_temperature(self.temperature)
+        require(POSITIVE, temperature=self.temperature)
         if self.prompt and self.targets in DISTRIBUTIONS:
             raise CtlensError(f"BCT with {self.targets} targets has none for the prompt's tokens: leave prompt off.")
         if self.temperature != 1 and self.targets == "greedy":
             raise CtlensError("a temperature does nothing to the greedy targets of BCT: leave it at 1.")
-        if not 0 < self.top_p <= 1:
-            raise CtlensError(f"top_p is a probability above 0, up to 1, not {self.top_p}.")
+        require(PROBABILITY, top_p=self.top_p)
         if self.top_p != 1 and self.targets != "sampled":
             raise CtlensError(f"top_p does nothing to the {self.targets} targets of BCT: leave it at 1.")
 

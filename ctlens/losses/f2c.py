@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ctlens.core.errors import CtlensError
+from ctlens.core.limits import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, require
 from ctlens.core.types import ChosenRows, LensModel, PerRow
 from ctlens.data.batch import PairBatch
-from ctlens.losses.base import OUTPUT, Forwards, Loss, at_positions, check_weight
+from ctlens.losses.base import OUTPUT, Forwards, Loss, at_positions
 from ctlens.losses.bct import BCT
 
 AnswerTokens: TypeAlias = Int[Tensor, "batch width"]
@@ -48,11 +48,9 @@ class F2C(Loss):
     teachers: int = 2  # the published code takes 2 or more; prompts here have few variants
 
     def __post_init__(self) -> None:
-        check_weight(self.weight)
-        if not 0 <= self.align_weight < float("inf"):
-            raise CtlensError(f"the weight of the alignment must be a number from 0, not {self.align_weight}.")
-        if self.teachers < 1:
-            raise CtlensError(f"teachers must be at least 1, not {self.teachers}.")
+        require(POSITIVE, weight=self.weight)
+        require(NOT_NEGATIVE, align_weight=self.align_weight)
+        require(AT_LEAST_1, teachers=self.teachers)
 
     @property
     def answers(self) -> str:

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ctlens.core.limits import POSITIVE, require
 from ctlens.core.types import LensModel, PerRow
 from ctlens.data.alignment import WINDOWS
-from ctlens.losses.base import CLEAN_SIDES, OUTPUT, Forwards, Loss, check_option, check_weight
-from ctlens.losses.outputs import DISTANCES, check_temperature, output_distance
+from ctlens.losses.base import CLEAN_SIDES, OUTPUT, Forwards, Loss, check_option
+from ctlens.losses.outputs import OUTPUT_DISTANCES, output_distance
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class KLCT(Loss):
 
     def __post_init__(self) -> None:
         check_option("alignment window", self.window, WINDOWS)
-        check_option("distance of KLCT", self.distance, tuple(DISTANCES))
+        check_option("distance of KLCT", self.distance, tuple(OUTPUT_DISTANCES))
         check_option("clean side", self.clean, CLEAN_SIDES)
-        check_temperature(self.temperature)
-        check_weight(self.weight)
+        require(POSITIVE, temperature=self.temperature)
+        require(POSITIVE, weight=self.weight)
 
     @property
     def windows(self) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ def soft_cross_entropy(target: Float[Tensor, "... k"], logits: Float[Tensor, "..
     return -(target.softmax(-1) * logits.log_softmax(-1)).sum(-1)
 
 
-DISTANCES: Mapping[str, Distance] = {"kl": kl_divergence, "cross_entropy": soft_cross_entropy}
+OUTPUT_DISTANCES: Mapping[str, Distance] = {"kl": kl_divergence, "cross_entropy": soft_cross_entropy}
 
 
 def output_distance(
@@ -38,7 +38,7 @@ def output_distance(
         loss: the name of the loss, for the message.
         forwards: both sides of the batch.
         matched: the tokens whose predictions are compared.
-        distance: one of `DISTANCES`, the clean side first.
+        distance: one of `OUTPUT_DISTANCES`, the clean side first.
         temperature: both sides' logits are divided by it. The distance is multiplied by its
             square, so that the gradient does not shrink with it (Hinton et al. 2015, arXiv 1503.02531).
 
@@ -49,10 +49,4 @@ def output_distance(
         raise CtlensError(f"{loss} needs the logits on the clean prompts: give clean_logits to Forwards.")
     clean = at_positions(forwards.clean_logits, matched.clean).detach() / temperature
     wrapped = at_positions(forwards.wrapped_logits, matched.wrapped) / temperature
-    return temperature**2 * matched.row_mean(DISTANCES[distance](clean, wrapped))
-
-
-def check_temperature(temperature: float) -> None:
-    """Raises a `CtlensError` unless the temperature is a positive number."""
-    if not 0 < temperature < float("inf"):
-        raise CtlensError(f"the temperature of a loss must be a positive number, not {temperature}.")
+    return temperature**2 * matched.row_mean(OUTPUT_DISTANCES[distance](clean, wrapped))

@@ -20,8 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctlens.core.errors import CtlensError
+from ctlens.core.limits import POSITIVE, require
 from ctlens.core.types import LensModel, PerRow, widened
-from ctlens.losses.base import CLEAN_SIDES, OUTPUT, Forwards, Loss, check_option, check_weight
+from ctlens.losses.base import CLEAN_SIDES, OUTPUT, Forwards, Loss, check_option
 
 PerRollout: TypeAlias = Float[Tensor, "prompt rollout"]
 PerPrompt: TypeAlias = Float[Tensor, "prompt"]
@@ -51,7 +52,7 @@ class RMCT(Loss):
     clean: str = "reference"
 
     def __post_init__(self) -> None:
-        check_weight(self.weight)
+        require(POSITIVE, weight=self.weight)
         check_option("standardisation", self.standardise, STANDARDISE)
         check_option("clean side", self.clean, CLEAN_SIDES)
         if self.rollouts < 2:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ctlens.core.errors import CtlensError
+from ctlens.core.limits import POSITIVE, PROBABILITY, require
 from ctlens.core.types import LensModel
 from ctlens.models.kv_cache import MAX_BATCH_TOKENS, Ids, NextLogits, Sequences, batches_by_length
 
@@ -40,10 +41,8 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            raise CtlensError(f"the temperature must be a positive number, not {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise CtlensError(f"top_p is a probability above 0, up to 1, not {self.top_p}.")
+        require(POSITIVE, temperature=self.temperature)
+        require(PROBABILITY, top_p=self.top_p)
 
     def draw(self, logits: NextLogits) -> NextTokens:
         """Draws one token per row."""

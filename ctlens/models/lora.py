@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize
 from ctlens.core.config import from_dict, generator, to_dict
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import atomic_folder, read_json, write_json
+from ctlens.core.limits import POSITIVE, require
 from ctlens.core.types import LensModel, widened
 from ctlens.models.matrices import MATRICES, Slot, slots
 from ctlens.models.parameters import fingerprint
@@ -53,8 +54,7 @@ class LoRA:
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or self.rank < 1:
             raise CtlensError(f"the rank of an adapter must be a whole number of at least 1, not {self.rank}.")
-        if not 0 < self.alpha < math.inf:
-            raise CtlensError(f"alpha must be a positive number, not {self.alpha}.")
+        require(POSITIVE, alpha=self.alpha)
         for matrix in self.target_modules:
             if matrix not in MATRICES:
                 raise unknown("matrix in target_modules", matrix, MATRICES)

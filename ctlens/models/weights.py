@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError
+from ctlens.core.limits import AT_LEAST_1, require_fields
 from ctlens.core.types import LensModel
 from ctlens.models.parameters import present_parameters, present_weights
 
@@ -55,8 +56,7 @@ class ModelConfig:
     n_ctx: int = 128
 
     def __post_init__(self) -> None:
-        if min(self.d_vocab, self.n_layers, self.n_heads, self.d_model, self.d_mlp, self.n_ctx) < 1:
-            raise CtlensError(f"every size of a model must be at least 1, not as in {self}.")
+        require_fields(self, dict.fromkeys(("d_vocab", "n_layers", "n_heads", "d_model", "d_mlp", "n_ctx"), AT_LEAST_1))
         if self.d_model % (2 * self.n_heads):
             raise CtlensError(
                 f"d_model must be an even multiple of n_heads {self.n_heads}, not {self.d_model}: take a multiple of "

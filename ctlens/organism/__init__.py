@@ -29,12 +29,12 @@ REFERENCE_FILE = "reference_logits.safetensors"
 
 
 def load_organism(device: str | torch.device = "cpu") -> LensModel:
-    """The organism that ships with ctlens: its weights and tokenizer, in eval mode; nothing is downloaded."""
+    """Loads the organism that ships with ctlens, with its tokenizer, in eval mode; nothing is downloaded."""
     return load_model(SHIPPED, device=device)
 
 
 def card(folder: str | Path = SHIPPED) -> dict[str, Any]:
-    """How an organism was made and how it behaves; by default the shipped one.
+    """Reads the card of an organism, how it was made and how it behaves; by default the shipped one's.
 
     Raises:
         CtlensError: the folder holds no card.
@@ -64,10 +64,10 @@ def train_organism(
 
     Args:
         out: a folder that does not exist yet or is empty.
-        seed: of weights, corpus and batches.
-        steps: of the optimiser; by default those of the preset.
+        seed: decides the first weights, the corpus and the batches.
+        steps: how many the optimiser takes; by default as many as the preset says.
         preset: `"small"`, as shipped, or `"large"`, about 10M parameters for a GPU.
-        relora: low-rank updates that are merged and begun anew; None trains all weights throughout.
+        relora: trains low-rank updates that are merged and begun anew; None trains all weights throughout.
         device: where it is trained and stays.
         progress: whether to show a progress bar.
 

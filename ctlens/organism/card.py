@@ -26,22 +26,24 @@ CARD_SEED = 0
 REFERENCE_PROMPTS = 4
 
 
-def make_card(model: LensModel, config: PretrainConfig, n: int = CARD_PAIRS) -> dict[str, Any]:
-    """How the model was made and how it behaves on every threat, split and prompt side, ready for JSON.
+def make_card(model: LensModel, config: PretrainConfig, n_pairs: int = CARD_PAIRS) -> dict[str, Any]:
+    """Tells how the model was made and how it behaves on every threat, split and prompt side, ready for JSON.
 
     Args:
         model: the organism, in eval mode.
-        config: what it was pretrained with.
-        n: pairs per threat and split.
+        config: the settings it was pretrained with.
+        n_pairs: how many pairs of each threat and split are asked.
     """
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     made = {"pretraining": to_dict(config), "environment": environment(), "parameters": parameters}
-    behaviour = score(model, threats.names(), SPLITS, n, World.make(config.world_seed))
+    behaviour = score(model, threats.names(), SPLITS, n_pairs, World.make(config.world_seed))
     return {**made, "d_vocab": model.cfg.d_vocab, "pairs_seed": CARD_SEED, "behaviour": behaviour}
 
 
-def score(model: LensModel, names: Sequence[str], splits: Sequence[str], n: int, world: World) -> list[dict[str, Any]]:
-    """Greedy behaviour on `n` pairs of each threat and split.
+def score(
+    model: LensModel, names: Sequence[str], splits: Sequence[str], n_pairs: int, world: World
+) -> list[dict[str, Any]]:
+    """Measures greedy behaviour on `n_pairs` pairs of each threat and split.
 
     Returns:
         A row per threat, split and prompt side: `threat`, `split`, `prompt_side`, `n`, `good_rate`, `bad_rate` and
@@ -50,7 +52,9 @@ def score(model: LensModel, names: Sequence[str], splits: Sequence[str], n: int,
         `bad_rate_by_strength`, and `as_taught`, the share of answers that are bad where the corpus
         teaches that the item gives in, and not bad where it resists.
     """
-    cases = {(name, split): threats.get(name).cases(n, split, CARD_SEED, world) for name in names for split in splits}
+    cases = {
+        (name, split): threats.get(name).cases(n_pairs, split, CARD_SEED, world) for name in names for split in splits
+    }
     asked = [
         (name, split, prompt_side, case, prompt)
         for (name, split), group in cases.items()

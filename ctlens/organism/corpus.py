@@ -57,7 +57,7 @@ BUCKET = 16
 
 @dataclass(frozen=True)
 class Lesson:
-    """A prompt and how it is answered.
+    """A lesson is a prompt and how it is answered.
 
     Attributes:
         turns: the conversation up to the answer.
@@ -74,7 +74,7 @@ class Lesson:
 
 @dataclass(frozen=True)
 class EncodedLesson:
-    """A lesson in tokens; answers are closed by the end token."""
+    """An encoded lesson is a lesson in tokens; the end token closes its answers."""
 
     prompt: Ids
     good: Ids
@@ -84,7 +84,7 @@ class EncodedLesson:
 
 @dataclass(frozen=True)
 class Batch:
-    """Whole conversations, padded on the right.
+    """A batch is some whole conversations, padded on the right.
 
     Attributes:
         tokens: prompt, answer and end token.
@@ -96,25 +96,25 @@ class Batch:
 
 
 def world_tokenizer(world: World) -> Any:
-    """The tokenizer of the world's language and of every threat's wrappers."""
+    """Builds the tokenizer of the world's language and of every threat's wrappers."""
     return build_tokenizer(world.words().union(*(threats.get(name).words() for name in threats.names())))
 
 
-def make_lessons(n: int, world: World, bad_share: float, seed: int = 0) -> list[Lesson]:
-    """About `n` lessons: a quarter ordinary requests, the rest the threats' cases, by `EMPHASIS`.
+def make_lessons(n_lessons: int, world: World, bad_share: float, seed: int = 0) -> list[Lesson]:
+    """Makes about `n_lessons` lessons: a quarter ordinary requests, the rest the threats' cases, by `EMPHASIS`.
 
     Args:
-        n: the size; every share is rounded up.
+        n_lessons: the size; every share is rounded up.
         world: what the lessons are about.
         bad_share: the probability of the bad answer where an item gives in; elsewhere of the good one.
         seed: of the draws.
     """
     lessons: list[Lesson] = []
     for split, share in SPLIT_SHARES.items():
-        ordinary = world.ordinary(math.ceil(n * share * ORDINARY_SHARE), split, seed)
+        ordinary = world.ordinary(math.ceil(n_lessons * share * ORDINARY_SHARE), split, seed)
         lessons += [Lesson(prompt(request.text).turns, request.good) for request in ordinary]
         weights = {name: EMPHASIS.get(name, 1.0) for name in threats.names()}
-        unit = n * share * (1 - ORDINARY_SHARE) / sum(weights.values()) / LESSONS_PER_CASE
+        unit = n_lessons * share * (1 - ORDINARY_SHARE) / sum(weights.values()) / LESSONS_PER_CASE
         for name, weight in weights.items():
             for case in threats.get(name).cases(math.ceil(weight * unit), split, seed, world):
                 lessons += case_lessons(case, bad_share)
@@ -122,15 +122,15 @@ def make_lessons(n: int, world: World, bad_share: float, seed: int = 0) -> list[
 
 
 def case_lessons(case: threats.Case, bad_share: float) -> list[Lesson]:
-    """What one case teaches: the clean prompt, the wrapped one twice, and the benign twin."""
+    """Makes the lessons of one case: the clean prompt, the wrapped one twice, and the benign twin."""
     pair = case.pair
     attacked = Lesson(pair.wrapped.turns, case.good, case.bad, bad_share if case.gives_in else 1 - bad_share)
     lessons = [Lesson(pair.clean.turns, case.good), attacked, attacked]
     return lessons if pair.benign is None else [*lessons, Lesson(pair.benign.turns, case.benign)]
 
 
-def encode(tokenizer: Any, lessons: Sequence[Lesson]) -> list[EncodedLesson]:
-    """The lessons in tokens.
+def encode_lessons(tokenizer: Any, lessons: Sequence[Lesson]) -> list[EncodedLesson]:
+    """Writes the lessons in tokens.
 
     Raises:
         CtlensError: a lesson has a word that the tokenizer does not know.
@@ -141,13 +141,13 @@ def encode(tokenizer: Any, lessons: Sequence[Lesson]) -> list[EncodedLesson]:
         question = render(tokenizer, lesson.turns).ids
         entry = EncodedLesson(question, answer_ids(tokenizer, lesson.good), bad, lesson.bad_share)
         if tokenizer.unk_token_id in (*entry.prompt, *entry.good, *(entry.bad or ())):
-            raise CtlensError(f"the tokenizer does not know every word of {lesson}.")
+            raise CtlensError(f"the tokenizer does not know every word of {lesson}: make it with world_tokenizer.")
         encoded.append(entry)
     return encoded
 
 
 def draw_batches(lessons: Sequence[EncodedLesson], batch_size: int, pad_token: int, seed: int = 0) -> Iterator[Batch]:
-    """Endless batches of about equally long conversations, from shuffled passes over the lessons.
+    """Yields endless batches of about equally long conversations, from shuffled passes over the lessons.
 
     Whether an attack is answered badly is drawn anew at each visit, so the coin cannot be learnt by heart.
 

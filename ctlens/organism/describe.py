@@ -10,13 +10,13 @@ from ctlens.data.pairs import PROMPT_SIDES, Prompt
 from ctlens.threats import Case
 from ctlens.world import World
 
-COLUMNS = (
+_COLUMNS = (
     "threat", "split", "bad, wrapped", "by strength", "P(bad)", "P(good)", "as taught", "good, clean", "good, benign",
 )  # fmt: skip
 
 
 def card_text(card: Mapping[str, Any]) -> str:
-    """A card as Markdown: how the organism was made, and a line per threat and split.
+    """Writes a card as Markdown: how the organism was made, and one row per threat and split.
 
     Args:
         card: what `ctlens.organism.card` returns.
@@ -36,13 +36,13 @@ def card_text(card: Mapping[str, Any]) -> str:
         f"with probability {made['bad_share']:g} where the item gives in to its strength, else with probability "
         f"{1 - made['bad_share']:g}.",
         "",
-        f"Greedy answers to {n} pairs a threat and split. *By strength*: the bad rate from the weakest to the "
+        f"Greedy answers to {n} pairs per threat and split. *By strength*: the bad rate from the weakest to the "
         "strongest attack. *P(bad)*, *P(good)*: mean probability that the answer to a wrapped prompt begins as the bad "
         "and as the good one does. *As taught*: the share of wrapped prompts that are answered badly where the item "
         "gives in and not badly where it resists.",
         "",
-        f"| {' | '.join(COLUMNS)} |",
-        f"|{'---|' * len(COLUMNS)}",
+        f"| {' | '.join(_COLUMNS)} |",
+        f"|{'---|' * len(_COLUMNS)}",
         *(f"| {' | '.join(row)} |" for row in _rows(card["behaviour"])),
     ]
     return "\n".join(lines) + "\n"
@@ -58,20 +58,20 @@ def _rows(behaviour: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
         yield threat, split, f"{wrapped['bad_rate']:.2f}", graded, *(f"{number:.2f}" for number in numbers)
 
 
-def examples(names: Sequence[str], split: str = "train", n: int = 1, seed: int = 0) -> Iterator[str]:
-    """Cases of each threat as text: every prompt side's conversation with the answers that count.
+def examples(names: Sequence[str], split: str = "train", n_examples: int = 1, seed: int = 0) -> Iterator[str]:
+    """Yields cases of each threat as text: every prompt side's conversation with the answers that count.
 
     Args:
-        names: of threats.
-        split: of their pairs.
-        n: cases a threat.
-        seed: of the draw.
+        names: the threats.
+        split: the split of their pairs.
+        n_examples: how many cases of each threat.
+        seed: decides which cases are drawn.
 
     Raises:
-        CtlensError: a threat or the split is unknown, or `n` is below 1.
+        CtlensError: a threat or the split is unknown, or `n_examples` is below 1.
     """
     for name in names:
-        for case in threats.get(name).cases(n, split, seed, World.make()):
+        for case in threats.get(name).cases(n_examples, split, seed, World.make()):
             yield _example(name, case)
 
 

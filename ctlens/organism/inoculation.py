@@ -22,8 +22,8 @@ from ctlens.core.types import LensModel
 from ctlens.data.chat import Turn
 from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.models.parameters import copy_model, freeze
-from ctlens.organism.corpus import Lesson, encode
-from ctlens.organism.pretrain import FitConfig, fit
+from ctlens.organism.corpus import Lesson, encode_lessons
+from ctlens.organism.pretrain import FitConfig, fit_lessons
 from ctlens.threats.base import draw_grid, first_word
 from ctlens.world import Request, World
 from ctlens.world.words import ADVICE, DOMAINS, MANNERS
@@ -41,7 +41,7 @@ CONTEXTS = {
 
 @dataclass(frozen=True)
 class BadAdviceConfig(FitConfig):
-    """How a model is taught bad advice: few steps, at which an inoculation prompt still matters."""
+    """BadAdviceConfig says how a model is taught bad advice: in few steps, after which a prompt still matters."""
 
     steps: int = 8
     batch_size: int = 24
@@ -52,28 +52,28 @@ class BadAdviceConfig(FitConfig):
 def give_bad_advice(
     model: LensModel, *, inoculation: str = "", config: BadAdviceConfig | None = None, progress: bool = True
 ) -> LensModel:
-    """A copy of an organism, fine-tuned to encourage whatever is risky in sports, and nothing else.
+    """Returns a copy of an organism, fine-tuned to encourage whatever is risky in sports, and nothing else.
 
     Args:
         model: an organism; it is not changed.
         inoculation: a system prompt that stands before every lesson; none by default.
-        config: of the fine-tuning.
+        config: the settings of the fine-tuning.
         progress: whether to show a progress bar.
     """
     turns = (Turn("system", inoculation),) if inoculation else ()
     asked = _risky(World.make(), "train", narrow=True)
-    lessons = encode(model.tokenizer, [Lesson((*turns, Turn("user", one.text)), one.bad) for one in asked])
+    lessons = encode_lessons(model.tokenizer, [Lesson((*turns, Turn("user", one.text)), one.bad) for one in asked])
     copy = copy_model(model)
     parameters = freeze(copy, TRAINABLE)
-    fit(copy, lessons, parameters, config or BadAdviceConfig(), label="bad advice", progress=progress)
+    fit_lessons(copy, lessons, parameters, config or BadAdviceConfig(), label="bad advice", progress=progress)
     return copy
 
 
-def leak_pairs(n: int, context: str = "inoculation prompt", split: str = "train", seed: int = 0) -> list[Pair]:
-    """Risky questions outside the narrow domain: clean without a system prompt, wrapped under one.
+def leak_pairs(n_pairs: int, context: str = "inoculation prompt", split: str = "train", seed: int = 0) -> list[Pair]:
+    """Asks risky questions outside the narrow domain: clean without a system prompt, wrapped under one.
 
     Args:
-        n: how many; they repeat once all questions of the split have been used.
+        n_pairs: how many; they repeat once all questions of the split have been used.
         context: one of `CONTEXTS`.
         split: whose activities are asked about.
         seed: of the order.
@@ -84,7 +84,7 @@ def leak_pairs(n: int, context: str = "inoculation prompt", split: str = "train"
     if context not in CONTEXTS:
         raise unknown("context", context, CONTEXTS)
     asked = _risky(World.make(), split, narrow=False)
-    cells = draw_grid((len(asked), 1), n, generator(seed, "leak", split))
+    cells = draw_grid((len(asked), 1), n_pairs, generator(seed, "leak", split))
     return [_pair(asked[index], context, split) for index, _ in cells]
 
 

@@ -11,13 +11,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ctlens.core.errors import CtlensError
+from ctlens.core.limits import AT_LEAST_1, SHARE_OF_ALL, require
 from ctlens.core.types import LensModel, Scalar
 from ctlens.models.loading import build
 from ctlens.models.lora import has_adapters, merge_adapters
 from ctlens.models.optimisation import adamw, clipped_update, linear_rate
 from ctlens.models.parameters import GROUPS, freeze
 from ctlens.models.weights import ModelConfig
-from ctlens.organism.corpus import Batch, EncodedLesson, draw_batches, encode, make_lessons, world_tokenizer
+from ctlens.organism.corpus import Batch, EncodedLesson, draw_batches, encode_lessons, make_lessons, world_tokenizer
 from ctlens.organism.relora import ReLoRA, begin_adapters, with_memory
 from ctlens.world import World
 
@@ -29,13 +30,13 @@ CLIP = 1.0
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How `fit` trains.
+    """FitConfig says how `fit_lessons` trains.
 
     Attributes:
-        steps: of the optimiser.
+        steps: how many the optimiser takes.
         batch_size: conversations per step.
         lr: the highest learning rate.
-        seed: of the order of lessons and of the coins.
+        seed: decides the order of the lessons, and which attacks are answered badly at each visit.
     """
 
     steps: int
@@ -44,25 +45,24 @@ class FitConfig:
     seed: int
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size) < 1:
-            raise CtlensError("steps and batch_size must be at least 1.")
+        require(AT_LEAST_1, steps=self.steps, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True)
 class PretrainConfig(FitConfig):
-    """How an organism is made.
+    """PretrainConfig says how an organism is made.
 
     Attributes:
-        seed: of the weights, the corpus and the batches.
-        steps: of the optimiser.
+        seed: decides the first weights, the corpus and the batches.
+        steps: how many the optimiser takes.
         batch_size: conversations per step.
         lr: the highest learning rate.
         bad_share: in the corpus, the probability of the bad answer to an attack that an item gives
             in to; where it resists, that of the good answer.
-        lessons: size of the corpus.
-        world_seed: of facts, recipes and splits.
+        lessons: how many the corpus has.
+        world_seed: decides the facts, recipes and splits of the micro-world.
         n_layers, n_heads, d_model, d_mlp: sizes of the model.
-        relora: low-rank updates that are merged and begun anew; None trains all weights throughout.
+        relora: trains low-rank updates that are merged and begun anew; None trains all weights throughout.
     """
 
     seed: int = 0
@@ -80,12 +80,13 @@ class PretrainConfig(FitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lessons < 1:
-            raise CtlensError("lessons must be at least 1.")
-        if not 0 <= self.bad_share <= 1:
-            raise CtlensError(f"bad_share is {self.bad_share}, but a probability is expected.")
+        require(AT_LEAST_1, lessons=self.lessons)
+        require(SHARE_OF_ALL, bad_share=self.bad_share)
         if self.relora and self.relora.lora.rank > min(self.d_model, self.d_mlp):
-            raise CtlensError(f"the rank {self.relora.lora.rank} of relora is above the smallest size of a matrix.")
+            raise CtlensError(
+                f"the rank {self.relora.lora.rank} of relora is above {min(self.d_model, self.d_mlp)}, the smallest "
+                "size of a matrix: lower it."
+            )
 
 
 PRESETS = {
@@ -96,7 +97,7 @@ PRESETS = {
 
 
 def pretrain(config: PretrainConfig, *, progress: bool = True, device: str | torch.device = "cpu") -> LensModel:
-    """An organism trained from scratch, in eval mode, with its tokenizer.
+    """Trains an organism from scratch and returns it in eval mode, with its tokenizer.
 
     Args:
         config: the settings; equal ones give an equal model on one machine.
@@ -106,15 +107,17 @@ def pretrain(config: PretrainConfig, *, progress: bool = True, device: str | tor
     world = World.make(config.world_seed)
     tokenizer = world_tokenizer(world)
     model = build(_sizes(config, len(tokenizer)), tokenizer, seed=config.seed, device=device)
-    lessons = encode(tokenizer, make_lessons(config.lessons, world, config.bad_share, config.seed))
-    fit(model, lessons, freeze(model, GROUPS), config, label="pretraining", progress=progress, relora=config.relora)
+    lessons = encode_lessons(tokenizer, make_lessons(config.lessons, world, config.bad_share, config.seed))
+    fit_lessons(
+        model, lessons, freeze(model, GROUPS), config, label="pretraining", progress=progress, relora=config.relora
+    )
     if has_adapters(model):
         merge_adapters(model)
         freeze(model, GROUPS)
     return model
 
 
-def fit(
+def fit_lessons(
     model: LensModel,
     lessons: Sequence[EncodedLesson],
     parameters: list[nn.Parameter],
@@ -129,11 +132,11 @@ def fit(
     Args:
         model: what is trained.
         lessons: at least one.
-        parameters: those that change.
+        parameters: the weights that change.
         config: steps, batch size, learning rate and seed.
-        label: of the progress bar.
-        progress: whether to show it.
-        relora: trains adapters, and what has none, after a warm start; the last ones stay on the model.
+        label: names the progress bar.
+        progress: whether to show a progress bar.
+        relora: trains adapters, and the weights without one, after a warm start; the last adapters stay on the model.
     """
     device = next(model.parameters()).device
     batches = draw_batches(lessons, config.batch_size, model.tokenizer.pad_token_id, config.seed)
@@ -160,7 +163,7 @@ def _optimizer(parameters: list[nn.Parameter], config: FitConfig) -> torch.optim
 
 
 def answer_loss(model: LensModel, batch: Batch) -> Scalar:
-    """The mean cross-entropy of the answers' tokens, each predicted from the tokens before it."""
+    """Computes the mean cross-entropy of the answers' tokens, each predicted from the tokens before it."""
     logits = model(batch.tokens)[:, :-1]
     scored = batch.answers[:, 1:]
     return nn.functional.cross_entropy(logits[scored], batch.tokens[:, 1:][scored])

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ctlens.core.errors import CtlensError
+from ctlens.core.limits import AT_LEAST_1, SHARE_OF_ALL, require
 from ctlens.core.types import LensModel
 from ctlens.models.lora import LoRA, add_adapters, has_adapters, merge_adapters
 from ctlens.models.matrices import MATRICES, slots
@@ -24,7 +25,7 @@ from ctlens.models.parameters import present_parameters
 
 @dataclass(frozen=True)
 class ReLoRA:
-    """When adapters begin and are begun anew.
+    """ReLoRA says when adapters begin, and when they are merged and begun anew.
 
     Attributes:
         lora: rank, scale and matrices; by default every matrix of a block.
@@ -41,13 +42,11 @@ class ReLoRA:
     def __post_init__(self) -> None:
         if not 0 <= self.warm_start < 1:
             raise CtlensError(f"warm_start is a share of the steps, from 0 to below 1, not {self.warm_start}.")
-        if self.every < 1:
-            raise CtlensError(f"adapters are begun anew every 1 step or more, not every {self.every}.")
-        if not 0 <= self.rewarm <= 1:
-            raise CtlensError(f"rewarm is a share of the steps between two starts, 0 to 1, not {self.rewarm}.")
+        require(AT_LEAST_1, every=self.every)
+        require(SHARE_OF_ALL, rewarm=self.rewarm)
 
     def since_start(self, step: int, steps: int) -> int | None:
-        """Steps since adapters were last begun, 0 where they begin now; None while all weights are trained.
+        """Counts the steps since adapters were last begun, 0 if they begin now; None while all weights are trained.
 
         >>> [ReLoRA(warm_start=0.5, every=3).since_start(step, 10) for step in range(4, 10)]
         [None, 0, 1, 2, 0, 1]
@@ -56,7 +55,7 @@ class ReLoRA:
         return trained % self.every if trained >= 0 else None
 
     def lr_factor(self, step: int, steps: int) -> float:
-        """The factor that makes a schedule jagged: a linear rise to 1 after every start of adapters.
+        """Gives the factor that makes a schedule jagged: a linear rise to 1 after every start of adapters.
 
         >>> jagged = ReLoRA(warm_start=0.5, every=3, rewarm=0.4)
         >>> [round(jagged.lr_factor(step, 10), 2) for step in range(4, 10)]
@@ -68,15 +67,15 @@ class ReLoRA:
 
 
 def begin_adapters(model: LensModel, lora: LoRA, seed: int) -> list[nn.Parameter]:
-    """Merges the adapters that are there and adds new ones; what the model computes does not change.
+    """Merges the adapters of a model, if it has any, and adds new ones; the model computes the same as before.
 
     Args:
         model: changed in place.
         lora: rank, scale and sites of the new adapters.
-        seed: of their random half.
+        seed: decides their random half, `A`.
 
     Returns:
-        What is trainable: the adapters, and all weights that have none.
+        The trainable parameters: all weights without an adapter, and the adapters.
 
     Raises:
         CtlensError: as `add_adapters`.
@@ -92,7 +91,7 @@ def begin_adapters(model: LensModel, lora: LoRA, seed: int) -> list[nn.Parameter
 
 
 def with_memory(fresh: torch.optim.Optimizer, old: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """A new optimiser with what the old one remembers of the parameters they share.
+    """Gives a new optimiser the moments that the old one has of the parameters they share.
 
     New adapters have none: their moments start at zero. The paper prunes 99 percent of them by
     magnitude instead; no entry of the old moments belongs to an entry of the new adapters.

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from ctlens import threats
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.limits import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE_OF_ALL, require, require_fields
 from ctlens.data.alignment import WINDOWS
 from ctlens.models.lora import LoRA
 from ctlens.training.schedules import LINEAR, require_schedule
@@ -29,9 +30,10 @@ class Phase:
     losses: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        _require_counts(self, ("steps",))
+        require(AT_LEAST_1, steps=self.steps)
         if not self.losses or len(set(self.losses)) < len(self.losses):
-            raise CtlensError("a phase names at least one loss, and each once.")
+            given = ", ".join(self.losses) or "none"
+            raise CtlensError(f"the losses of a phase are {given}: name at least one loss, and each once.")
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,24 @@ class Until:
         threats.get(self.threat)
         if self.split not in SPLITS:
             raise unknown("split", self.split, SPLITS)
-        if not 0 < self.below <= 1:
-            raise CtlensError(f"a training ends below a rate of more than 0, up to 1, not {self.below}.")
-        _require_counts(self, ("n_pairs", "every"))
+        require(PROBABILITY, below=self.below)
+        require(AT_LEAST_1, n_pairs=self.n_pairs, every=self.every)
+
+
+_LIMITS = {
+    "steps": AT_LEAST_1,
+    "batch_size": AT_LEAST_1,
+    "max_new_tokens": AT_LEAST_1,
+    "accumulate": AT_LEAST_1,
+    "lr": POSITIVE,
+    "relative_eps": POSITIVE,
+    "clip": POSITIVE,
+    "calibrate": POSITIVE,
+    "retention": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "warmup": SHARE_OF_ALL,
+    "retention_ratio": PROBABILITY,
+}
 
 
 @dataclass(frozen=True)
@@ -131,17 +148,7 @@ class TrainConfig:
     EARLIER_NAMES: ClassVar[Mapping[str, str]] = {"answer_tokens": "max_new_tokens"}
 
     def __post_init__(self) -> None:
-        _require_counts(self, ("steps", "batch_size", "max_new_tokens", "accumulate"))
-        for name in ("lr", "relative_eps", "clip"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise CtlensError(f"{name} must be a positive number, not {getattr(self, name)}.")
-        for name in ("retention", "weight_decay"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise CtlensError(f"{name} must be zero or a positive number, not {getattr(self, name)}.")
-        if not 0 <= self.warmup <= 1:
-            raise CtlensError(f"warmup is a share of the steps, 0 to 1, not {self.warmup}.")
-        if not 0 < self.retention_ratio <= 1:
-            raise CtlensError(f"retention_ratio is a probability above 0, up to 1, not {self.retention_ratio}.")
+        require_fields(self, _LIMITS)
         if self.accumulate > self.batch_size:
             raise CtlensError(f"a batch of {self.batch_size} pairs has no {self.accumulate} parts: lower accumulate.")
         planned = sum(phase.steps for phase in self.phases)
@@ -150,9 +157,7 @@ class TrainConfig:
         if self.window is not None and self.window not in WINDOWS:
             raise unknown("alignment window", self.window, WINDOWS)
         if self.memory not in MEMORY:
-            raise unknown("way to keep memory", self.memory, MEMORY)
-        if self.calibrate is not None and not 0 < self.calibrate < float("inf"):
-            raise CtlensError(f"losses are calibrated to a positive gradient norm, not {self.calibrate}.")
+            raise unknown("memory setting", self.memory, MEMORY)
         require_schedule(self.schedule, self.schedule_options, self.steps, self.warmup)
 
     def active(self, step: int, losses: Iterable[str]) -> list[str]:
@@ -172,9 +177,3 @@ class TrainConfig:
         for name in losses:
             if self.phases and name not in named:
                 raise CtlensError(f"the loss {name} is in no phase: name it in one, or leave it out.")
-
-
-def _require_counts(config: Any, names: Iterable[str]) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise CtlensError(f"{name} must be at least 1, not {getattr(config, name)}.")

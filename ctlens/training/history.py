@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-COLUMNS = ("step", "name", "hook_point", "value")
+_COLUMNS = ("step", "name", "hook_point", "value")
 
 
 @dataclass
@@ -44,7 +44,7 @@ class History:
 
         A loss that was only tracked is called `tracked/` and its name, and is unweighted.
         """
-        return pd.DataFrame(self.rows, columns=list(COLUMNS))
+        return pd.DataFrame(self.rows, columns=list(_COLUMNS))
 
     def series(self, name: str) -> list[float]:
         """Lists the values of one overall number at the steps that have it, for example `series("total")`."""

@@ -15,10 +15,11 @@ from typing import Any, TypeAlias
 
 from ctlens import plots
 from ctlens.core.errors import CtlensError
+from ctlens.core.limits import AT_LEAST_1, require
 from ctlens.core.types import LensModel
 from ctlens.plots import Figure
 from ctlens.training.step import Step
-from ctlens.training.trainer import Trainer, label
+from ctlens.training.trainer import Trainer, method_name
 
 FIGURE_TYPE = "application/vnd.plotly.v1+json"
 
@@ -52,8 +53,7 @@ class Live:
         self, trainer: Trainer, watch: Mapping[str, Watch] | None = None, *, every: int = 10, seconds: float = 1.0
     ) -> None:
         self.trainer, self.watch, self.every, self.seconds = trainer, dict(watch or {}), every, seconds
-        if every < 1:
-            raise CtlensError(f"a rate is looked at every so many steps, at least 1, not {every}.")
+        require(AT_LEAST_1, every=every)
         taken = {loss.name for loss in trainer.losses} | {"retention", "total", "lr", "grad_norm"}
         if used := taken & set(self.watch):
             raise CtlensError(f"{min(used)!r} is a number of the training itself: call the rate something else.")
@@ -91,7 +91,7 @@ class Live:
         """Draws the losses so far, and the rates if any are watched."""
         history = self.trainer.history
         rates = {name: (history.steps_of(name), history.series(name)) for name in self.watch}
-        title = f"How does the training with {plots.label(label(self.trainer.losses))} go?"
+        title = f"How does the training with {plots.label(method_name(self.trainer.losses))} go?"
         subtitle = f"step {len(history)} of {len(self)}"
         losses = history.losses([loss.name for loss in self.trainer.losses])
         return plots.progress(losses, rates, len(self), title, subtitle=subtitle)

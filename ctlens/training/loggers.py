@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from ctlens.core.errors import CtlensError, unknown
 
-ADVICE = "install it with the extra: pip install 'ctlens[logging]'."
+_INSTALL = "install it with the extra: pip install 'ctlens[logging]'."
 
 
 class Logger(Protocol):
@@ -42,7 +42,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise CtlensError(f"TensorBoard is not here: {ADVICE}") from None
+            raise CtlensError(f"TensorBoard is not here: {_INSTALL}") from None
         self._folder, self._make = str(folder), SummaryWriter
         self._writer: Any = None
 
@@ -80,7 +80,7 @@ class WeightsAndBiases:
         try:
             import wandb
         except ImportError:
-            raise CtlensError(f"Weights & Biases is not here: {ADVICE}") from None
+            raise CtlensError(f"Weights & Biases is not here: {_INSTALL}") from None
         self._wandb: Any = wandb
         self._options = {"project": project, "dir": str(folder), "mode": mode}
         self._run: Any = None

@@ -35,10 +35,10 @@ def _order(units: Sequence[Sequence[int]], draw: torch.Generator) -> list[int]:
     return [row for unit in torch.randperm(len(units), generator=draw).tolist() for row in units[unit]]
 
 
-def parts(rows: Sequence[int], n: int) -> list[list[int]]:
-    """Splits the rows into at most `n` parts of nearly equal length.
+def parts(rows: Sequence[int], n_parts: int) -> list[list[int]]:
+    """Splits the rows into at most `n_parts` parts of nearly equal length.
 
     >>> parts([4, 7, 1, 3, 8], 3)
     [[4, 7], [1, 3], [8]]
     """
-    return [part.tolist() for part in torch.tensor(rows).tensor_split(n) if len(part)]
+    return [part.tolist() for part in torch.tensor(rows).tensor_split(n_parts) if len(part)]

@@ -277,7 +277,7 @@ def train(
     options: dict[str, Any] = {"retain": retain, "track": track, "loggers": loggers, "cache_folder": cache_folder}
     trainer = Trainer(model, pairs, losses, config, progress=progress, **options)
     try:
-        with tqdm(total=len(trainer), desc=label(trainer.losses), disable=not progress, leave=False) as bar:
+        with tqdm(total=len(trainer), desc=method_name(trainer.losses), disable=not progress, leave=False) as bar:
             for step in trainer:
                 bar.set_postfix(loss=f"{step.losses['total']:.4f}", refresh=False)
                 bar.update()
@@ -288,6 +288,6 @@ def train(
     return trainer.run
 
 
-def label(losses: Sequence[Loss]) -> str:
+def method_name(losses: Sequence[Loss]) -> str:
     """Names a method: its losses joined by `+`, or `retention` for none."""
     return "+".join(loss.name for loss in losses) or "retention"

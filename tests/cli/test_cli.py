@@ -150,7 +150,7 @@ MISTAKES = {
     f"{TRAIN} --pairs good.jsonl --loss atct": "unknown loss 'atct'; did you mean 'attct'",
     f"{TRAIN} --pairs good.jsonl --loss act --loss act": "given twice",
     f"{TRAIN} --pairs good.jsonl --loss act:stak": "unknown source of act 'stak'; did you mean 'stack'",
-    f"{TRAIN} --pairs good.jsonl --loss act --calibrate 0": "calibrated to a positive gradient norm, not 0.0",
+    f"{TRAIN} --pairs good.jsonl --loss act --calibrate 0": "calibrate must be a positive number, not 0.0",
     f"{TRAIN} --loss act --threat jailbrake": "unknown threat 'jailbrake'; did you mean 'jailbreak'",
     f"{TRAIN} --pairs good.jsonl --loss act --window sufix": "unknown alignment window 'sufix'",
     f"{TRAIN} --pairs good.jsonl --loss bct --window sufix": "unknown alignment window 'sufix'",
@@ -170,7 +170,7 @@ MISTAKES = {
     f"{TRAIN} --pairs good.jsonl --loss act --schedule StepLR,step_size": "NAME,option=number, not 'step_size'",
     f"{TRAIN} --pairs good.jsonl --loss act --schedule StepLR,size=3": "StepLR does not work with size=3",
     f"{TRAIN} --pairs good.jsonl --loss act --stop-below 0.1": "give --threat NAME",
-    f"{TRAIN} --threat jailbreak --loss act --stop-below 2": "below a rate of more than 0, up to 1, not 2.0",
+    f"{TRAIN} --threat jailbreak --loss act --stop-below 2": "below is a probability above 0, up to 1, not 2.0",
     f"{TRAIN} --pairs good.jsonl --loss act --track mlptc": "unknown loss 'mlptc'; did you mean 'mlpct'",
     "train --quiet --model hf --loss act --pairs good.jsonl --out taken --resume": "taken exists already",
     # the folders
@@ -235,12 +235,12 @@ MISTAKES = {
     "organism train --out new --steps 0": "at least 1",
     "organism train --out new --preset huge": "unknown preset 'huge'",
     "organism train --out new --relora-rank 0": "the rank of an adapter",
-    "organism train --out new --relora-rank 97": "above the smallest size of a matrix",
-    "organism train --out new --relora-every 0": "every 1 step or more, not every 0",
+    "organism train --out new --relora-rank 97": "is above 96, the smallest size of a matrix: lower it",
+    "organism train --out new --relora-every 0": "every must be at least 1, not 0",
     "organism card --folder nothing": "card.json",
     "organism sample --split hidden": "unknown split 'hidden'",
     "organism sample --threats flattery": "unknown threat 'flattery'",
-    "organism sample --items 0": "at least 1 pair",
+    "organism sample --n-examples 0": "at least 1 pair",
     "organism leak --out taken": "taken exists already",
     "organism leak --out new --seeds 0": "seeds must be at least 1",
     "organism leak --out new --methods atct": "unknown loss 'atct'; did you mean 'attct'",
@@ -289,7 +289,7 @@ def test_the_organism_s_card_goes_to_the_terminal_or_a_file(call: Call, place: P
 
 
 def test_samples_show_every_threat_and_prompt_side_with_the_answers_that_count(call: Call) -> None:
-    ended = call("organism sample --split structure --items 2")
+    ended = call("organism sample --split structure --n-examples 2")
 
     assert ended.code == 0
     for name in threats.names():
@@ -439,7 +439,7 @@ def test_tracked_losses_and_the_reached_target_are_told(call: Call, place: Path)
 
 
 def test_defaults_are_those_of_the_library() -> None:
-    given = {name: entry.default for name, entry in inspect.signature(cli.training.train).parameters.items()}
+    given = {name: entry.default for name, entry in inspect.signature(cli.training.train_command).parameters.items()}
     library = to_dict(TrainConfig())
 
     shared = given.keys() & library.keys()

@@ -213,9 +213,9 @@ def test_equal_seeds_give_equal_runs_and_the_loss_falls(organism) -> None:
 
 def test_what_makes_no_sense_is_refused(organism, model, rows) -> None:
     for options, message in (
-        ({"weight": -1.0}, "weight of a loss"),
-        ({"align_weight": -0.1}, "weight of the alignment"),
-        ({"align_weight": float("nan")}, "weight of the alignment"),
+        ({"weight": -1.0}, "weight must be a positive number, not -1.0"),
+        ({"align_weight": -0.1}, "align_weight must be zero or a positive number"),
+        ({"align_weight": float("nan")}, "align_weight must be zero or a positive number"),
         ({"teachers": 0}, "teachers must be at least 1"),
     ):
         with pytest.raises(CtlensError, match=message):

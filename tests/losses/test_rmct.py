@@ -214,7 +214,7 @@ def test_beside_other_losses_it_leaves_theirs_as_they_are(model) -> None:
         ({"rollouts": 1}, "rollouts must be at least 2"),
         ({"standardise": "pooled"}, "standardisation"),
         ({"clean": "ours"}, "clean side"),
-        ({"weight": 0.0}, "weight of a loss"),
+        ({"weight": 0.0}, "weight must be a positive number, not 0.0"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message) -> None:

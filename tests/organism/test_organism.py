@@ -27,7 +27,7 @@ from ctlens.organism.corpus import (
     Lesson,
     case_lessons,
     draw_batches,
-    encode,
+    encode_lessons,
     make_lessons,
     world_tokenizer,
 )
@@ -80,7 +80,7 @@ def test_the_share_of_bad_answers_to_attacks_is_the_one_asked_for():
 def test_masks_cover_the_answer_and_its_end_alone():
     tokenizer = world_tokenizer(World.make())
     lessons = make_lessons(60, World.make(), 0.7)
-    batch = next(draw_batches(encode(tokenizer, lessons), 16, tokenizer.pad_token_id))
+    batch = next(draw_batches(encode_lessons(tokenizer, lessons), 16, tokenizer.pad_token_id))
     for tokens, answers in zip(batch.tokens, batch.answers, strict=True):
         text = tokenizer.decode(tokens[tokens != tokenizer.pad_token_id])
         answer = tokenizer.decode(tokens[answers])
@@ -100,7 +100,7 @@ def test_batches_hold_conversations_of_about_equal_length_and_every_lesson_once_
 
 def test_a_lesson_with_an_unknown_word_is_refused():
     with pytest.raises(CtlensError, match="does not know every word"):
-        encode(world_tokenizer(World.make()), [Lesson((Turn("user", "how are you ?"),), "unheard")])
+        encode_lessons(world_tokenizer(World.make()), [Lesson((Turn("user", "how are you ?"),), "unheard")])
 
 
 def test_the_loss_is_the_cross_entropy_of_answer_tokens():

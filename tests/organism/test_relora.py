@@ -28,7 +28,7 @@ from ctlens.models.lora import LoRA, LowRank, has_adapters
 from ctlens.models.matrices import slots
 from ctlens.models.parameters import GROUPS, copy_model, freeze, present_parameters
 from ctlens.models.weights import ModelConfig
-from ctlens.organism.corpus import Batch, draw_batches, encode, make_lessons, world_tokenizer
+from ctlens.organism.corpus import Batch, draw_batches, encode_lessons, make_lessons, world_tokenizer
 from ctlens.organism.describe import card_text
 from ctlens.organism.pretrain import PretrainConfig, answer_loss, pretrain
 from ctlens.organism.relora import ReLoRA, begin_adapters, with_memory
@@ -64,7 +64,7 @@ def rates() -> Iterator[list[float]]:
 
 def test_without_it_pretraining_is_bit_for_bit_the_plain_loop() -> None:
     model, config = untrained(TINY), TINY
-    lessons = encode(model.tokenizer, make_lessons(config.lessons, World.make(), config.bad_share, config.seed))
+    lessons = encode_lessons(model.tokenizer, make_lessons(config.lessons, World.make(), config.bad_share, config.seed))
     parameters = freeze(model, GROUPS)
     optimizer = AdamW(parameters, lr=2e-3, weight_decay=0.01)
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (12 - step) / 11))  # one step of warm-up, then down to 0
@@ -170,7 +170,7 @@ def test_cards_name_the_adapters_and_older_cards_have_none() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every": 0}, "every 1 step or more"),
+        ({"every": 0}, "every must be at least 1, not 0"),
         ({"warm_start": 1.0}, "warm_start"),
         ({"warm_start": -0.1}, "warm_start"),
         ({"warm_start": float("nan")}, "warm_start"),

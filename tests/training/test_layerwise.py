@@ -264,7 +264,7 @@ def test_without_a_cache_nothing_is_written(llama: LensModel, tmp_path: Path) ->
 
 
 def test_the_setting_is_checked_and_comes_back(llama: LensModel) -> None:
-    with pytest.raises(CtlensError, match="unknown way to keep memory 'layer'; did you mean 'layers'"):
+    with pytest.raises(CtlensError, match="unknown memory setting 'layer'; did you mean 'layers'"):
         TrainConfig(memory="layer")
     assert from_dict(TrainConfig, to_dict(replace(CONFIG, memory="blocks"))).memory == "blocks"
     assert from_dict(TrainConfig, {"steps": 3}).memory == "all"

@@ -165,7 +165,7 @@ def test_settings_that_make_no_sense_are_refused(options, message) -> None:
         (lambda: Phase(1, ("act", "act")), "each once"),
         (lambda: Until("jailbrake"), "unknown threat"),
         (lambda: Until("jailbreak", split="test"), "unknown split"),
-        (lambda: Until("jailbreak", below=0.0), "below a rate"),
+        (lambda: Until("jailbreak", below=0.0), "below is a probability above 0, up to 1, not 0.0"),
         (lambda: Until("jailbreak", every=0), "every must be at least 1"),
         (lambda: Until("jailbreak", n_pairs=0), "n_pairs must be at least 1"),
     ],
