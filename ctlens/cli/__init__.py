@@ -27,8 +27,8 @@ app = typer.Typer(
 COMMANDS = {
     "compare": studies.compare_command,
     "doses": studies.doses,
-    "train": training.train,
-    "evaluate": training.evaluate,
+    "train": training.train_command,
+    "evaluate": training.evaluate_command,
     "patch": analyses.patch_command,
     "export": models.export,
     "models": models.models,
@@ -36,8 +36,8 @@ COMMANDS = {
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
-app.add_typer(organism.app, name="organism")
-app.add_typer(pairs.app, name="pairs")
+app.add_typer(organism.organism_app, name="organism")
+app.add_typer(pairs.pairs_app, name="pairs")
 
 
 def print_version(wanted: bool) -> None:

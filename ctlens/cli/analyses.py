@@ -13,11 +13,11 @@ from ctlens.cli.common import (
     ModelFolder,
     PairsFile,
     Quiet,
-    Threat,
+    ThreatOption,
     chosen_model,
     chosen_pairs,
-    names,
     say,
+    split_names,
 )
 
 
@@ -37,7 +37,7 @@ def patch_command(
     ],
     model: ModelFolder = None,
     pairs: PairsFile = None,
-    threat: Threat = "",
+    threat: ThreatOption = "",
     split: Annotated[
         str, typer.Option(help="Split of the threat's pairs: train, entities, heldout or structure.")
     ] = "heldout",
@@ -68,7 +68,7 @@ def patch_command(
         site=site,
         direction=direction,
         positions=positions,
-        metrics=names(metrics),
+        metrics=split_names(metrics),
         progress=not quiet,
     )
     with atomic_folder(out) as work:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
 Methods = Annotated[str, typer.Option(help="Comma-separated losses; act, mlpct, attct and bct by default.")]
-Seeds = Annotated[int, typer.Option(help="Number of seeds.")]
+SeedsOption = Annotated[int, typer.Option(help="Number of seeds.")]
 Steps = Annotated[int, typer.Option(help="Training steps.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue the study in the folder instead of starting a new one.")
@@ -45,7 +45,7 @@ LoraSites = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="Number format of the weights: float32, bfloat16 or float16.")]
 
-Threat = Annotated[str, typer.Option(help="Use the pairs of this threat instead of a file.")]
+ThreatOption = Annotated[str, typer.Option(help="Use the pairs of this threat instead of a file.")]
 
 
 def chosen_model(folder: Path | None, device: str = "cpu", dtype: str = "float32") -> Any:
@@ -109,7 +109,7 @@ def chosen_pairs(path: Path | None, threat: str, **options: Any) -> list[Pair]:
     return threats.get(threat).pairs(**options)
 
 
-def names(text: str) -> tuple[str, ...]:
+def split_names(text: str) -> tuple[str, ...]:
     """Splits a comma-separated option into its names."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 

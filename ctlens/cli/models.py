@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ctlens.cli.common import Dtype, Quiet, chosen_model, names, print_table, say
+from ctlens.cli.common import Dtype, Quiet, chosen_model, print_table, say, split_names
 from ctlens.core.errors import CtlensError
 
 
@@ -20,7 +20,7 @@ def models(
     """Tests which features work on which HuggingFace architecture, on a tiny random model of each."""
     from ctlens import compatibility
 
-    found = compatibility.support(names(architectures) or compatibility.ARCHITECTURES, progress=not quiet)
+    found = compatibility.support(split_names(architectures) or compatibility.ARCHITECTURES, progress=not quiet)
     print_table("What works", compatibility.support_table(found))
     for reason in compatibility.reasons(found):
         say(reason)

@@ -12,26 +12,26 @@ from ctlens.cli.common import (
     Methods,
     ModelFolder,
     Quiet,
-    Seeds,
+    SeedsOption,
     Steps,
     ThreatNames,
     chosen_device,
     chosen_model,
-    names,
     print_table,
     say,
+    split_names,
 )
 
 if TYPE_CHECKING:
     from ctlens.organism import ReLoRA
 
-app = typer.Typer(
+organism_app = typer.Typer(
     help="Makes and describes the organism, a small model with known vulnerabilities.", no_args_is_help=True
 )
 
 
-@app.command()
-def train(
+@organism_app.command("train")
+def train_organism_command(
     out: Annotated[Path, typer.Option(help="New folder for the organism.")],
     seed: Annotated[int, typer.Option(help="Seed of weights and corpus.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Pretraining steps; by default those of the preset.")] = None,
@@ -70,8 +70,8 @@ def _relora(rank: int | None, every: int | None) -> ReLoRA | None:
     return ReLoRA(lora, every=settings.every if every is None else every)
 
 
-@app.command()
-def card(
+@organism_app.command("card")
+def card_command(
     folder: Annotated[Path | None, typer.Option(help="Folder of an organism; by default the shipped one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Markdown file for the card, instead of the terminal.")] = None,
 ) -> None:
@@ -87,7 +87,7 @@ def card(
         write_text(out, text)
 
 
-@app.command()
+@organism_app.command()
 def sample(
     threats: ThreatNames = "",
     split: Annotated[str, typer.Option(help="Split to draw from: train, entities, heldout or structure.")] = "train",
@@ -98,16 +98,16 @@ def sample(
     from ctlens import threats as registry
     from ctlens.organism.describe import examples
 
-    for example in examples(names(threats) or registry.names(), split, items, seed):
+    for example in examples(split_names(threats) or registry.names(), split, items, seed):
         say(example)
 
 
-@app.command()
-def leak(
+@organism_app.command("leak")
+def leak_command(
     out: Annotated[Path, typer.Option(help="New folder for the numbers and the figure.")],
     model: ModelFolder = None,
     methods: Methods = "",
-    seeds: Seeds = 1,
+    seeds: SeedsOption = 1,
     steps: Steps = 100,
     quiet: Quiet = False,
 ) -> None:
@@ -118,7 +118,7 @@ def leak(
 
     require_free(out)
     training = TrainConfig(steps=steps)
-    found = induce(chosen_model(model), names(methods), seeds, training=training, progress=not quiet)
+    found = induce(chosen_model(model), split_names(methods), seeds, training=training, progress=not quiet)
     found.save(out)
     print_table("Bad advice on risky questions outside the narrow domain", found.to_dataframe())
     say(f"Figure: {out / 'leak.html'}")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ctlens.data.batch import EncodedPair
     from ctlens.data.pairs import Pair
 
-app = typer.Typer(help="Look at pairs token by token, convert them, make them.", no_args_is_help=True)
+pairs_app = typer.Typer(help="Look at pairs token by token, convert them, make them.", no_args_is_help=True)
 
 File = Annotated[Path, typer.Argument(help="JSONL or CSV in one of the field's formats.")]
 Wrapped = Annotated[
@@ -24,7 +24,7 @@ Wrapped = Annotated[
 Out = Annotated[Path, typer.Option(help="New JSONL file.")]
 
 
-@app.command()
+@pairs_app.command()
 def inspect(
     file: File,
     wrapped: Wrapped = None,
@@ -49,7 +49,7 @@ def inspect(
         say(f"  {reason}")
 
 
-@app.command()
+@pairs_app.command()
 def convert(file: File, out: Out, wrapped: Wrapped = None) -> None:
     """Converts pairs from any of the field's formats to ctlens's own JSONL."""
     from ctlens.data.formats import load_pairs
@@ -61,8 +61,8 @@ def convert(file: File, out: Out, wrapped: Wrapped = None) -> None:
     say(f"{len(pairs)} pairs: {out}")
 
 
-@app.command()
-def wrap(
+@pairs_app.command("wrap")
+def wrap_command(
     prompts: Annotated[Path, typer.Argument(help="JSONL or CSV with prompts, or messages with answers.")],
     threat: Annotated[
         str, typer.Option(help="Threat whose wrappers, written in plain English, are put around the prompts.")

@@ -19,15 +19,15 @@ from ctlens.cli.common import (
     PairsFile,
     Quiet,
     Resume,
-    Seeds,
+    SeedsOption,
     Steps,
     ThreatNames,
     Workers,
     chosen_device,
     chosen_lora,
-    names,
     print_table,
     say,
+    split_names,
 )
 from ctlens.core.errors import CtlensError
 
@@ -80,11 +80,11 @@ def compare_command(
     from ctlens.study.workers import Pool
 
     training = replace(SHARED_TRAINING, steps=steps, window=window, calibrate=calibrate)
-    if lora := chosen_lora(lora_rank, names(lora_sites)):
+    if lora := chosen_lora(lora_rank, split_names(lora_sites)):
         training = replace(training, trainable=lora)
     chosen = {
-        "threats": names(threats),
-        "methods": names(methods),
+        "threats": split_names(threats),
+        "methods": split_names(methods),
         "training": training,
         "model": str(model or ""),
         "file": str(pairs or ""),
@@ -113,7 +113,7 @@ def doses(
     out: Annotated[Path, typer.Option(help="Folder that the studies are written to.")] = Path("runs/doses"),
     methods: Methods = "",
     n_pairs: Annotated[str, typer.Option(help="Comma-separated numbers of training pairs.")] = "8,32,128,512",
-    seeds: Seeds = 1,
+    seeds: SeedsOption = 1,
     steps: Steps = 100,
     workers: Workers = None,
     resume: Resume = False,
@@ -124,7 +124,7 @@ def doses(
     from ctlens.study.dose_response import DoseConfig, DoseStudy
 
     config = DoseConfig(
-        threat, names(methods), _numbers(n_pairs), seeds, training=replace(SHARED_TRAINING, steps=steps)
+        threat, split_names(methods), _numbers(n_pairs), seeds, training=replace(SHARED_TRAINING, steps=steps)
     )
     study = DoseStudy(config, out, resume=resume, progress=not quiet, workers=workers)
     for number, cell, rows in study:
@@ -146,7 +146,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a study.")]) -
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    given = names(text)
+    given = split_names(text)
     if not all(number.isdecimal() for number in given):
         raise CtlensError(f"--n-pairs takes whole numbers separated by commas, not {text!r}.")
     return tuple(map(int, given))

@@ -17,15 +17,15 @@ from ctlens.cli.common import (
     PairsFile,
     Quiet,
     Seed,
-    Threat,
     ThreatNames,
+    ThreatOption,
     chosen_lora,
     chosen_model,
     chosen_pairs,
     is_main_process,
-    names,
     print_table,
     say,
+    split_names,
 )
 from ctlens.core.errors import CtlensError, unknown
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ctlens.training import Logger, Trainer
 
 
-def train(
+def train_command(
     out: Annotated[Path, typer.Option(help="New folder for the run.")],
     loss: Annotated[
         list[str],
@@ -44,7 +44,7 @@ def train(
     ],
     model: ModelFolder = None,
     pairs: PairsFile = None,
-    threat: Threat = "",
+    threat: ThreatOption = "",
     window: Annotated[
         str | None,
         typer.Option(help="Tokens that every loss compares: shared, suffix, content, explicit, last or answer."),
@@ -118,9 +118,9 @@ def train(
         schedule=kind, schedule_options=options, until=None if stop_below is None else Until(threat, below=stop_below),
         window=window, calibrate=calibrate, memory=memory,
     )  # fmt: skip
-    if lora := chosen_lora(lora_rank, names(lora_sites)):
+    if lora := chosen_lora(lora_rank, split_names(lora_sites)):
         config = replace(config, trainable=lora)
-    losses, tracked = ([_loss(name) for name in group] for group in (loss, names(track)))
+    losses, tracked = ([_loss(name) for name in group] for group in (loss, split_names(track)))
     chosen = chosen_pairs(pairs, threat, n=256, split="train", seed=seed)
     quiet = quiet or not is_main_process()
     trainer = Trainer(
@@ -135,7 +135,7 @@ def train(
     say(f"Run: {out}")
 
 
-def evaluate(
+def evaluate_command(
     model: ModelFolder = None,
     threats: ThreatNames = "",
     pairs: PairsFile = None,
@@ -164,12 +164,12 @@ def evaluate(
     own = load_pairs(pairs) if pairs else None
     options: dict[str, Any] = {
         "pairs": own,
-        "split": names(split),
+        "split": split_names(split),
         "n_prompts": n_prompts,
         "judge": _judge(judge) if judge else None,
         "per_token": per_token,
     }
-    table = run_evaluation(chosen_model(model, device, dtype), names(threats), **options).to_dataframe()
+    table = run_evaluation(chosen_model(model, device, dtype), split_names(threats), **options).to_dataframe()
     if out:
         with atomic_file(out) as temporary:
             table.to_csv(temporary, index=False)
@@ -200,7 +200,7 @@ def _loss(text: str) -> Loss:
 
 def _schedule(text: str) -> tuple[str, dict[str, float]]:
     """The name and the options in `NAME,option=number,...`."""
-    name, *rest = names(text) or ("",)
+    name, *rest = split_names(text) or ("",)
     options: dict[str, float] = {}
     for part in rest:
         key, _, value = part.partition("=")

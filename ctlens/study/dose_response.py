@@ -40,7 +40,7 @@ DOSE_COLUMNS = (
 
 @dataclass(frozen=True)
 class DoseConfig:
-    """What a dose-response runs; equal configs give equal results.
+    """The settings of a dose-response; equal configs give equal results.
 
     Attributes:
         threat: trained and evaluated on.

@@ -439,7 +439,7 @@ def test_tracked_losses_and_the_reached_target_are_told(call: Call, place: Path)
 
 
 def test_defaults_are_those_of_the_library() -> None:
-    given = {name: entry.default for name, entry in inspect.signature(cli.training.train).parameters.items()}
+    given = {name: entry.default for name, entry in inspect.signature(cli.training.train_command).parameters.items()}
     library = to_dict(TrainConfig())
 
     shared = given.keys() & library.keys()
