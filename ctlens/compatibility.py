@@ -22,7 +22,7 @@ from ctlens.models.export import export_huggingface, parity
 from ctlens.models.hooks import capture, editing, resolve
 from ctlens.models.loading import load_model, quiet_huggingface
 from ctlens.models.lora import LoRA, merge_adapters
-from ctlens.models.matrices import SITES, slots
+from ctlens.models.matrices import MATRICES, slots
 from ctlens.models.parameters import copy_model, parameter_groups, present_parameters
 from ctlens.organism import load_organism
 from ctlens.training import Run, TrainConfig, train
@@ -81,9 +81,9 @@ class CheckedModel:
 
     @cached_property
     def trained(self) -> Run:
-        """A step of low-rank training at every matrix that the architecture has."""
-        sites = tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in slots(self.model, SITES)))
-        config = TrainConfig(steps=1, batch_size=4, lr=1e-2, warmup=0.0, trainable=LoRA(2, sites=sites))
+        """A step of low-rank training on every matrix that the architecture has."""
+        matrices = tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in slots(self.model, MATRICES)))
+        config = TrainConfig(steps=1, batch_size=4, lr=1e-2, warmup=0.0, trainable=LoRA(2, target_modules=matrices))
         return train(self.model, self.pairs, losses.get("attct"), config=config, progress=False)
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from ctlens.cli.common import (
     Device,
     Dtype,
     LoraRank,
-    LoraSites,
+    LoraTargetModules,
     Methods,
     PairsFile,
     Quiet,
@@ -67,7 +67,7 @@ def compare_command(
     ] = "loky",
     scheduler: Annotated[str, typer.Option(help="Address of the dask scheduler; goes with --backend dask.")] = "",
     lora_rank: LoraRank = None,
-    lora_sites: LoraSites = "",
+    lora_target_modules: LoraTargetModules = "",
     device: Device = "cpu",
     dtype: Dtype = "float32",
     resume: Resume = False,
@@ -80,7 +80,7 @@ def compare_command(
     from ctlens.study.workers import Pool
 
     training = replace(SHARED_TRAINING, steps=steps, window=window, calibrate=calibrate)
-    if lora := chosen_lora(lora_rank, split_names(lora_sites)):
+    if lora := chosen_lora(lora_rank, split_names(lora_target_modules)):
         training = replace(training, trainable=lora)
     chosen = {
         "threats": split_names(threats),

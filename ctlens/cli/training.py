@@ -12,7 +12,7 @@ from ctlens.cli.common import (
     Device,
     Dtype,
     LoraRank,
-    LoraSites,
+    LoraTargetModules,
     ModelFolder,
     PairsFile,
     Quiet,
@@ -56,7 +56,7 @@ def train_command(
         float, typer.Option(help="Weight of retention: the KL to the untrained model on prompts that must not change.")
     ] = 10.0,
     lora_rank: LoraRank = None,
-    lora_sites: LoraSites = "",
+    lora_target_modules: LoraTargetModules = "",
     accumulate: Annotated[int, typer.Option(help="Split each batch into this many parts, to save memory.")] = 1,
     memory: Annotated[
         str,
@@ -118,7 +118,7 @@ def train_command(
         schedule=kind, schedule_options=options, until=None if stop_below is None else Until(threat, below=stop_below),
         window=window, calibrate=calibrate, memory=memory,
     )  # fmt: skip
-    if lora := chosen_lora(lora_rank, split_names(lora_sites)):
+    if lora := chosen_lora(lora_rank, split_names(lora_target_modules)):
         config = replace(config, trainable=lora)
     losses, tracked = ([_loss(name) for name in group] for group in (loss, split_names(track)))
     chosen = chosen_pairs(pairs, threat, n=256, split="train", seed=seed)

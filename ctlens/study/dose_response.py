@@ -166,7 +166,7 @@ class DoseStudy:
         with atomic_file(self.folder / "doses.csv") as temporary:
             results.to_csv(temporary, index=False)
         result = DoseResult(self.folder, results)
-        plots.save_figures({self.folder / "figures" / axis: result.figure(axis) for axis in AXES})
+        plots.write_figures({self.folder / "figures" / axis: result.figure(axis) for axis in AXES})
         return result
 
 

@@ -14,7 +14,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.stats import difference, student, wilson
 from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.evaluation.result import RATE_COLUMNS, require_columns_of_today
-from ctlens.plots.theme import METHODS
+from ctlens.plots.theme import METHOD_STYLES
 
 VERDICT_RATES = ("bad_rate", "good_rate", "other_rate")
 SPLIT = "heldout"
@@ -209,7 +209,7 @@ def in_order(conditions: Iterable[str]) -> list[str]:
     >>> in_order(["mine", "bct", "base", "act"])
     ['base', 'act', 'bct', 'mine']
     """
-    known = list(METHODS)
+    known = list(METHOD_STYLES)
     return sorted(set(conditions), key=lambda name: (known.index(name) if name in known else len(known), name))
 
 

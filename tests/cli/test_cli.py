@@ -161,9 +161,9 @@ MISTAKES = {
     f"{TRAIN} --pairs good.jsonl --loss act --batch-size 0": "batch_size must be at least 1",
     f"{TRAIN} --pairs good.jsonl --loss act --speed 9": "No such option: --speed",
     f"{TRAIN} --pairs good.jsonl --loss act --lora-rank 0": "the rank of an adapter must be",
-    f"{TRAIN} --pairs good.jsonl --loss act --lora-rank 2 --lora-sites q,w": "unknown adapter site 'w'",
+    f"{TRAIN} --pairs good.jsonl --loss act --lora-rank 2 --lora-target-modules q,w": "unknown matrix in target_mod",
     f"{TRAIN} --pairs good.jsonl --loss act --lora-rank 99": "allows no rank above",
-    f"{TRAIN} --pairs good.jsonl --loss act --lora-sites q": "give --lora-rank too",
+    f"{TRAIN} --pairs good.jsonl --loss act --lora-target-modules q": "give --lora-rank too",
     f"{TRAIN} --pairs good.jsonl --loss act --accumulate 0": "accumulate must be at least 1, not 0",
     f"{TRAIN} --pairs good.jsonl --loss act --checkpoint-every 0": "--checkpoint-every must be at least 1, not 0",
     f"{TRAIN} --pairs good.jsonl --loss act --schedule cosine": "unknown learning-rate schedule 'cosine'",
@@ -389,10 +389,10 @@ def test_pairs_left_out_are_counted_with_their_reason(call: Call, place: Path) -
 
 
 def test_adapters_are_trained_and_saved_beside_the_merged_model(call: Call, place: Path) -> None:
-    ended = call(f"{TRAIN} --loss act --pairs good.jsonl --steps 2 --lora-rank 2 --lora-sites q,mlp_out")
+    ended = call(f"{TRAIN} --loss act --pairs good.jsonl --steps 2 --lora-rank 2 --lora-target-modules q,mlp_out")
 
     assert ended.code == 0 and ended.err == ""
-    lora = {"rank": 2, "alpha": 16.0, "sites": ["q", "mlp_out"]}
+    lora = {"rank": 2, "alpha": 16.0, "target_modules": ["q", "mlp_out"]}
     assert json.loads(Path("new/config.json").read_text())["training"]["trainable"] == lora
     assert json.loads(Path("new/adapters/adapters.json").read_text())["lora"] == lora
     assert call("evaluate --model new --pairs good.jsonl --n-prompts 2").err.count("Traceback") == 0

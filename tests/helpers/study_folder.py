@@ -97,10 +97,10 @@ def write_study(folder: Path) -> Path:
             dict.fromkeys(["act", "bct", "retention"], (grid, grid, grid)),
             "Does training protect against others?",
         ),
-        f"{THREAT}-dose": plots.dose_response([0, 20], curves, "How much sycophancy?"),
+        f"{THREAT}-dose": plots.dose_curves([0, 20], curves, "How much sycophancy?"),
         f"{THREAT}-residual": plots.layer_curves(curves, "Where is the gap closed?", y_title="share"),
         f"{THREAT}-new-kind": plots.finish(plots.Figure({"type": "bar", "y": [1]}), "What is <new>?", kind="new"),
-        "z_dose": plots.dose_response([0, 20], {"act": CURVE}, "How much training?", subtitle="50 prompts"),
+        "z_dose": plots.dose_curves([0, 20], {"act": CURVE}, "How much training?", subtitle="50 prompts"),
     }  # fmt: skip
     for name, figure in figures.items():
         (folder / "figures" / f"{name}.json").write_text(figure.to_json())

@@ -71,7 +71,7 @@ class AttentionMaps(Result):
             for query, of_query in _between_segments(values, segments).items()
             for key, mass in of_query.items()
         ]
-        return pd.DataFrame(rows, columns=["map", "query_span", "key_span", "mass"])
+        return pd.DataFrame(rows, columns=["map", "query_segment", "key_segment", "mass"])
 
     def figure(self, queries: tuple[int, int] | None = None, top: int = 12) -> Figure:
         """The maps, and the last model's minus the first's, on one scale.
@@ -126,7 +126,7 @@ class AttentionMaps(Result):
         between = (names[0], names[-1]) if len(names) > 1 else None
         unit = "attention x norm of the written value" if self.weighted else "attention"
         subtitle = "rows are queries, columns the keys they look at; numbers are positions, in brackets how many tokens"
-        return plots.attention_maps(maps, title, unit=unit, difference=between, subtitle=subtitle)
+        return plots.labelled_maps(maps, title, unit=unit, difference=between, subtitle=subtitle)
 
 
 def _between_segments(values: Map, segments: Sequence[str]) -> dict[str, dict[str, float]]:

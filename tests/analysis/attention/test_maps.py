@@ -112,7 +112,7 @@ def test_models_whose_names_read_alike_keep_a_map_each(llama) -> None:
 
 def test_repeated_tokens_keep_a_place_of_their_own() -> None:
     values = np.arange(9.0).reshape(3, 3)
-    figure = plots.attention_maps({"a": plots.LabelledMap(values, ["no"] * 3, ["no"] * 3)}, "?")
+    figure = plots.labelled_maps({"a": plots.LabelledMap(values, ["no"] * 3, ["no"] * 3)}, "?")
     assert list(figure.layout.xaxis.tickvals) == [0, 1, 2] and list(figure.layout.xaxis.ticktext) == ["no"] * 3
     assert figure.data[0].x is None and np.shape(figure.data[0].z) == (3, 3)
 
@@ -181,9 +181,9 @@ def test_the_largest_keys_stand_alone_and_the_others_are_added_up_by_span() -> N
 def test_flow_and_table_hold_the_mean_mass_between_spans() -> None:
     table = LONG.to_dataframe()
     first = LONG.wrapped[0]
-    row = table.query("map == 'wrapped, base' and query_span == 'content' and key_span == 'wrapper'")
+    row = table.query("map == 'wrapped, base' and query_segment == 'content' and key_segment == 'wrapper'")
     assert row["mass"].item() == pytest.approx(first[601:901, 1:601].sum(-1).mean())
-    last = table.query("map == 'wrapped, ACT' and query_span == 'last token'")
+    last = table.query("map == 'wrapped, ACT' and query_segment == 'last token'")
     assert last["mass"].sum() == pytest.approx(1) and len(last) == 4
     assert last["mass"].iloc[0] == pytest.approx(LONG.wrapped[1, -1, 1:601].sum())
     figure = LONG.flow()
@@ -221,6 +221,6 @@ def test_what_does_not_exist_is_refused(llama) -> None:
     with pytest.raises(CtlensError, match="are no window"):
         LONG.figure((990, 1001))
     with pytest.raises(CtlensError, match="expected from the labels"):
-        plots.attention_maps({"a": plots.LabelledMap(np.zeros((2, 2)), ["x"], ["x", "y"])}, "?")
+        plots.labelled_maps({"a": plots.LabelledMap(np.zeros((2, 2)), ["x"], ["x", "y"])}, "?")
     with pytest.raises(CtlensError, match="maps is empty"):
-        plots.attention_maps({}, "?")
+        plots.labelled_maps({}, "?")

@@ -1,4 +1,4 @@
-"""Probes on planted states: what was put in is read, at its place only, and groups and chance keep them honest."""
+"""Probes on planted states: what was put in is read, at its positions only, and groups and chance keep them honest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.data.chat import Turn, render
 from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.models.loading import load_model
-from ctlens.plots.theme import METHODS
+from ctlens.plots.theme import METHOD_STYLES
 
 pytestmark = pytest.mark.boundary
 
@@ -284,7 +284,7 @@ def test_the_figure_draws_own_probes_solid_and_the_bases_dashed_in_the_models_co
 
     assert set(lines) == {"base", "ACT", "ACT, fitted on the base"}
     assert [lines[name].line.dash for name in lines] == ["solid", "solid", "dash"]
-    assert lines["ACT"].line.color == lines["ACT, fitted on the base"].line.color == METHODS["act"].colour
+    assert lines["ACT"].line.color == lines["ACT, fitted on the base"].line.color == METHOD_STYLES["act"].colour
     np.testing.assert_array_equal(lines["ACT"].y, found.curve("act", "act", "last", "mass_mean")[0])
     value, low, high = found.curve("base", "act", "last", "mass_mean")
     whiskers = lines["ACT, fitted on the base"].error_y
