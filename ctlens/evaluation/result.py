@@ -39,7 +39,7 @@ _RENAMED_COLUMNS = {"arm": "prompt_side", "method": "condition", "n": "n_prompts
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model answered and how it was judged.
+    """The answers of a model and their verdicts.
 
     Attributes:
         outcomes: one row per answer: `evaluated_threat, split, prompt_side, item, pair, kind, strength, answer,

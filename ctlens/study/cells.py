@@ -137,7 +137,8 @@ class CellTraining:
 
     def trainer(self) -> Trainer:
         """Builds the trainer; the conditions of a threat retain the same prompts and differ in what they train on."""
-        config, seed = self.config, self.cell.seed
+        config = self.config
+        seed = self.cell.seed
         attacked = aligned(self.subject, config.n_pairs, self.base, config, split="train", seed=seed)
         ordinary = self.subject.neutral(NEUTRAL_PROMPTS, seed=seed)
         changes = {"seed": seed, "window": self.condition.window or config.training.window}
@@ -169,7 +170,8 @@ class CellTraining:
 
     def _final(self, model: LensModel) -> Evaluation:
         """Evaluates the trained model: a method on every threat and its own on every split, an extra one on its own."""
-        own, file = [self.cell.threat], self.config.file
+        own = [self.cell.threat]
+        file = self.config.file
         asked = [(list(self.config.threats) if self.main else own, [SPLIT])]
         if self.main and (others := [split for split in splits_of(file) if split != SPLIT]):
             asked.append((own, others))

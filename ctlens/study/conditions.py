@@ -1,4 +1,4 @@
-"""What a study trains: the methods that it compares, conditions that cross level and window, and controls.
+"""The conditions of a study: the methods that it compares, losses that cross level and window, and controls.
 
 A method differs from another in more than one respect at once: BCT compares outputs *at the answer*,
 ACT compares the residual stream *at every aligned token*. The crossed conditions take the two apart: KL between
@@ -35,7 +35,7 @@ ORDINARY = "ordinary"
 LAST_TOKEN = "last"
 """The alignment window that holds the last token of the prompt alone."""
 DEFAULT_METHODS = ("act", "mlpct", "attct", "bct")
-"""What a study compares where no methods are named."""
+"""The methods that a study compares where none are named."""
 RETENTION = "retention"
 PERTURBED = "perturbed"
 ALL_PARAMETERS = "_all"
@@ -102,7 +102,7 @@ ABLATED: Mapping[str, Condition] = {
 }
 """The methods and the null with every parameter trained, embeddings and norms too."""
 EXTRA_CONDITIONS = (*CROSSED_CONDITIONS, *(name for name in CONTROLS if name != RETENTION))
-"""What a study trains beside the methods and the null, on the threats whose models it analyses."""
+"""The conditions that a study trains beside the methods and the null, on the threats whose models it analyses."""
 
 
 def condition_named(name: str) -> Condition:

@@ -42,7 +42,7 @@ Where embeddings, norms and MLPs are trained too, half of a repair can be an edi
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """What a study runs; equal configs give equal studies.
+    """The settings of a study; equal configs give equal studies.
 
     Attributes:
         threats: trained on, one at a time; each trained model is evaluated on all of them. None
@@ -86,7 +86,8 @@ class StudyConfig:
         known = [OWN_PAIRS] if self.file else threats.names()
         chosen = self.threats or tuple(known)
         methods = self.methods or DEFAULT_METHODS
-        analysed, extra = self.analysed, self.extra_conditions
+        analysed = self.analysed
+        extra = self.extra_conditions
         if analysed is None:
             analysed = [OWN_PAIRS] if self.file else [name for name in ANALYSED_THREATS if name in chosen]
         if extra is None:
@@ -199,7 +200,7 @@ class Cell:
         return f"{start}{self.threat}-{self.condition}-seed{self.seed}"
 
     def path(self, study: Path) -> Path:
-        """What the folder of a study holds once the cell is done: a folder, or the file of the base's answers."""
+        """The path that exists once the cell is done: its folder, or the file of the base's answers."""
         if self.condition == ORGANISM:
             return study / "organisms" / f"organism{self.organism}"
         if self.condition == BASE:

@@ -15,7 +15,6 @@ import pandas as pd
 from ctlens import plots
 from ctlens.analysis import AttentionDiff, CrossLoss, Erasure, Graft, ResidualShift, ShiftSimilarity, Transplant
 from ctlens.analysis.base.positions import ALIGNED_POSITIONS
-from ctlens.analysis.base.result import Result
 from ctlens.analysis.base.shares import floor_of
 from ctlens.analysis.exchange.exchange import Exchange
 from ctlens.analysis.outputs.gap_recovered import GAP_RECOVERED
@@ -23,7 +22,7 @@ from ctlens.core.labels import BASE
 from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.evaluation import Evaluation
 from ctlens.plots import Figure
-from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Analysis
+from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Analysis, ResultT
 from ctlens.study.conditions import RETENTION
 from ctlens.study.config import Cell, StudyConfig
 from ctlens.study.results import (
@@ -38,7 +37,6 @@ from ctlens.study.results import (
     pooled,
 )
 
-ResultT = TypeVar("ResultT", bound=Result)
 ExchangeT = TypeVar("ExchangeT", bound=Exchange)
 _DOSE_TITLES = {
     "step": "How much training until the wrapper no longer works?",

@@ -130,7 +130,8 @@ def leak(
     names = (RETENTION, *(methods or DEFAULT_METHODS))
     for name in names[1:]:
         loss_registry.get(name)
-    advice, training = advice or BadAdviceConfig(), training or TrainConfig()
+    advice = advice or BadAdviceConfig()
+    training = training or TrainConfig()
     rows: list[tuple[object, ...]] = []
     with one_thread(), tqdm(total=seeds * (3 + len(names)), desc="stages", disable=not progress) as bar:
         for seed in range(seeds):

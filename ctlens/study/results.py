@@ -42,7 +42,7 @@ class Rate(NamedTuple):
 
     @property
     def n_counted(self) -> int:
-        """How many of the answers the share counts."""
+        """The number of answers that the share counts."""
         return round(self.value * self.n_prompts)
 
     @property
@@ -247,5 +247,5 @@ def _pooled(rows: Iterable[ResultRow], key: Callable[[ResultRow], Any]) -> dict[
 
 
 def counted(row: ResultRow) -> tuple[int, int]:
-    """How many answers the rate of a row counts, and of how many."""
+    """The number of answers that the rate of a row counts, and the number of all answers."""
     return round(row["value"] * row["n_prompts"]), int(row["n_prompts"])

@@ -1,4 +1,4 @@
-"""What a study is about: the threats of the micro-world, or the pairs of a file; and the models it starts from."""
+"""The sources of a study: threats of the micro-world or pairs of a file, and the models that trainings start from."""
 
 from __future__ import annotations
 

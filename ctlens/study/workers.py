@@ -67,7 +67,7 @@ class Pool:
 
     @property
     def workers(self) -> int:
-        """How many calls run at a time, as far as is known here."""
+        """The number of calls that run at a time; of a cluster whose size is not given, the cores of this machine."""
         return cpu_count() if self.count is None else self.count
 
     def parallel(self, tasks: int) -> Parallel:

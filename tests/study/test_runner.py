@@ -433,7 +433,7 @@ def test_compare_runs_the_study_its_arguments_name(tmp_path: Path) -> None:
     result = compare(["jailbreak"], ["bct"], out=tmp_path / "study", progress=False, **settings)
 
     assert read_json(result.folder / "config.json")["threats"] == ["jailbreak"]
-    assert set(result.results.method) == {"base", "retention", "bct"}
+    assert set(result.results["condition"]) == {"base", "retention", "bct"}
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ class Statistic(Protocol):
 
     @property
     def name(self) -> str:
-        """What the number is, in words."""
+        """The number in words."""
         ...
 
     @property
@@ -33,7 +33,7 @@ class Statistic(Protocol):
 
     @property
     def n(self) -> int:
-        """How many prompts there are."""
+        """The number of prompts."""
         ...
 
     def of(self, items: Items) -> float:

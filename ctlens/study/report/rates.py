@@ -1,4 +1,4 @@
-"""What the page says of behaviour: per threat, a line per condition, compared with the control and the base."""
+"""The page's part on behaviour: per threat, a line per condition, compared with the control and the base."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ConditionLine:
 
     @property
     def is_beside_methods(self) -> bool:
-        """Whether it stands beside the methods: the base, a control or a crossed condition."""
+        """True of the base, a control and a crossed condition, which are listed beside the methods."""
         return self.condition in _BESIDE_METHODS
 
 
@@ -163,5 +163,6 @@ def _seeds_in_words(rows: list[ResultRow]) -> str:
     values = [row["value"] for row in rows]
     if len(values) > 1:
         return f"{sum(values) / len(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-    low, high = rows[0]["ci_low"], rows[0]["ci_high"]
+    low = rows[0]["ci_low"]
+    high = rows[0]["ci_high"]
     return f"{values[0]:.2f}" if pd.isna(low) else f"{values[0]:.2f} [{low:.2f}, {high:.2f}]"
