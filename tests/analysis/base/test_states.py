@@ -18,8 +18,6 @@ from ctlens.data.pairs import Pair, prompt
 from ctlens.models.hooks import capture
 from ctlens.models.loading import load_model
 
-pytestmark = pytest.mark.boundary
-
 QUESTIONS = ("Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?")
 PAIRS = [Pair(prompt(q), prompt("I don't think it's right. " * (i + 1) + q)) for i, q in enumerate(QUESTIONS)]
 SIDES_AND_PLACES = [("wrapped", place) for place in PLACES] + [("clean", "last"), ("clean", "content")]
@@ -43,6 +41,7 @@ def plain(model: LensModel, pair: Pair, side: str, place: str, name: str) -> np.
     return torch.stack([activation[position] for position in positions]).mean(0).numpy()
 
 
+@pytest.mark.boundary
 @pytest.mark.parametrize(("side", "place"), SIDES_AND_PLACES)
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_states_are_those_of_each_prompt_alone(model: LensModel, side: str, place: str, batch_size: int):

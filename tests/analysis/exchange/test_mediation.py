@@ -14,8 +14,6 @@ from ctlens.analysis import Mediation, mediation, patch, transplant
 from ctlens.analysis.exchange import mediation as mediators
 from ctlens.core.errors import CtlensError
 
-pytestmark = pytest.mark.boundary
-
 
 @pytest.mark.parametrize("kind", CHAT_MODELS)
 @pytest.mark.parametrize("positions", ["last", "all"])
