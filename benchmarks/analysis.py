@@ -42,7 +42,7 @@ def trained(base: LensModel, steps: int = STEPS, short: int = SHORT) -> dict[str
 def analyses(base: LensModel, models: dict[str, LensModel], n: int = PAIRS) -> dict[str, Callable[[], look.Result]]:
     """Every analysis of the ACT run, by name."""
     pairs = ct.threats.get(THREAT).pairs(n, split="heldout")
-    both, quiet = {"none": base, "act": models["act"]}, {"progress": False}
+    both, quiet = {"base": base, "act": models["act"]}, {"progress": False}
     direction = look.mean_difference(base, pairs, name="base", per="item", **quiet)
     return {
         "probe, wrapper present": lambda: look.probe(both, look.wrapper_present(pairs, base.tokenizer), **quiet),

@@ -92,12 +92,12 @@ def one_step(
     """Both passes with the loss and the backward pass, the clean targets worked out again each time."""
     term = Term(loss, loss.factors(model))
     config = ct.TrainConfig(steps=1, batch_size=1, memory="layers", cache=False)
-    passes = Passes(reference, model, EncodedPairs((rows,), {}), [term], [[0]], config, folder)
+    passes = Passes(reference, model, EncodedPairs((rows,), {}), {loss.name: term}, [[0]], config, folder)
 
     def step() -> None:
-        with passes.open():
-            (forwards,) = passes.seen([0], [term], step=1, grad=True)
-            loss.compute(forwards, term.factors).total.backward()
+        with passes.open() as forwards:
+            seen = forwards.seen([0], {loss.name: term}, step=1, grad=True)
+            loss.compute(seen[loss.name], term.factors).total.backward()
 
     return step
 

@@ -33,7 +33,7 @@ from ctlens.data.batch import EncodedPair, EncodedPairs, PairBatch, collate
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import Loss
 from ctlens.models.hooks import capture
-from ctlens.training.passes import Passes, Term
+from ctlens.training.passes import OpenPasses, Passes, Term
 
 MEGABYTE = 2**20
 USUAL = {"layers": 4, "width": 64, "length": 1024}
@@ -95,7 +95,7 @@ def costs() -> pd.DataFrame:
 def measured(size: dict[str, int], loss: Loss | None, memory: str, targets: str) -> tuple[float, float]:
     """The peak in MiB and the seconds of one step; targets that are kept were worked out before it."""
     reference, model, rows = llama(size), llama(size), pair(size["length"])
-    terms = [Term(loss, loss.factors(model))] if loss else []
+    terms = {loss.name: Term(loss, loss.factors(model))} if loss else {}
     config = ct.TrainConfig(steps=1, batch_size=1, memory=memory, cache=targets != "again")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) if targets == "disk" else None
@@ -103,8 +103,8 @@ def measured(size: dict[str, int], loss: Loss | None, memory: str, targets: str)
         if loss and config.cache:
             passes.targets.fetch([0], collate([rows]))
         start = time.process_time()
-        with LiveBytes() as live, passes.open():
-            total = passes_alone(reference, model, collate([rows])) if loss is None else with_loss(passes, terms[0])
+        with LiveBytes() as live, passes.open() as forwards:
+            total = with_loss(forwards, terms) if terms else passes_alone(reference, model, collate([rows]))
             total.backward()
         return live.peak / MEGABYTE, time.process_time() - start
 
@@ -115,10 +115,10 @@ def passes_alone(reference: LensModel, model: LensModel, pairs: PairBatch) -> to
     return capture(model, pairs.wrapped.tokens, [], grad=True)[0].square().mean()
 
 
-def with_loss(passes: Passes, term: Term) -> torch.Tensor:
+def with_loss(forwards: OpenPasses, terms: dict[str, Term]) -> torch.Tensor:
     """What a training step minimises."""
-    (forwards,) = passes.seen([0], [term], step=1, grad=True)
-    return term.loss.compute(forwards, term.factors).total
+    seen = forwards.seen([0], terms, step=1, grad=True)
+    return torch.stack([term.loss.compute(seen[name], term.factors).total for name, term in terms.items()]).sum()
 
 
 def llama(size: dict[str, int]) -> LensModel:

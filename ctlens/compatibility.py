@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ctlens import analysis, losses, threats
 from ctlens.core.errors import CtlensError
+from ctlens.core.labels import BASE
 from ctlens.models.architectures import ARCHITECTURES, tiny_model
 from ctlens.models.export import export_huggingface, parity
 from ctlens.models.hooks import capture, editing, resolve
@@ -165,7 +166,7 @@ def _export(subject: Subject) -> None:
 
 def _probe(subject: Subject) -> None:
     task = analysis.wrapper_present(subject.pairs, subject.model.tokenizer)
-    found = analysis.probe({"none": subject.model}, task, places=["last"], seeds=1, folds=2, progress=False)
+    found = analysis.probe({BASE: subject.model}, task, positions=["last"], seeds=1, folds=2, progress=False)
     _require_finite(found.score)
 
 

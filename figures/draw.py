@@ -27,12 +27,13 @@ from ctlens.analysis import ResidualShift, ShiftSimilarity, Transplant
 from ctlens.analysis.exchange import transplant as transplants
 from ctlens.analysis.residual import shift as residual
 from ctlens.core.files import read_json, write_json
+from ctlens.core.labels import BASE
 from ctlens.evaluation import Evaluation
 from ctlens.study import figures as gallery
 from ctlens.study.analyses import SETTINGS
 from ctlens.study.claims import Claim
 from ctlens.study.conditions import CROSSED_CONDITIONS, METHODS, RETENTION
-from ctlens.study.config import BASE, LOOKED_INTO
+from ctlens.study.config import LOOKED_INTO
 from ctlens.study.dose_response import DoseResult
 from ctlens.study.inoculation import Leak
 from ctlens.study.inside_figures import where

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,14 @@ sys.exit(" ".join({"torch", "transformer_lens", "transformers", "pandas", "plotl
 def test_the_contract_is_public() -> None:
     assert set(ct.__all__) >= CONTRACT
     assert len(ct.__all__) == len(set(ct.__all__))
+
+
+@pytest.mark.parametrize("path", ["__init__.pyi", "analysis/__init__.py"])
+def test_type_checkers_take_every_listed_name_for_public(path: str) -> None:
+    listed = ast.parse((Path(ct.__file__).parent / path).read_text())
+    aliases = [alias for node in listed.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+
+    assert aliases and all(alias.asname == alias.name for alias in aliases)
 
 
 @pytest.mark.parametrize("name", ct.__all__)

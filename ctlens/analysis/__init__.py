@@ -1,87 +1,59 @@
-"""Looking inside: each analysis is one public function and one frozen result with its figure."""
+"""Looking inside: each analysis is one public function and one frozen result with its figure.
 
-from ctlens.analysis.attention.diff import AttentionDiff, attention_diff
-from ctlens.analysis.attention.knockout import Knockout, knockout
-from ctlens.analysis.attention.maps import AttentionMaps, attention_maps
-from ctlens.analysis.attention.saliency import SaliencyAgreement, saliency_agreement
-from ctlens.analysis.base.record import record
-from ctlens.analysis.base.recording import Recording
-from ctlens.analysis.base.result import Result
-from ctlens.analysis.base.states import States, states
-from ctlens.analysis.directions.directions import Directions, mean_difference
-from ctlens.analysis.directions.erasure import Erasure, erase_or_mask
-from ctlens.analysis.directions.from_probe import probe_direction
-from ctlens.analysis.directions.interventions import Intervention
-from ctlens.analysis.directions.steering import ablate, steer
-from ctlens.analysis.exchange.mediation import Mediation, mediation
-from ctlens.analysis.exchange.transplant import Transplant, transplant
-from ctlens.analysis.outputs.cross_loss import CrossLoss, cross_loss
-from ctlens.analysis.outputs.gap_recovered import GapRecovered, gap_recovered
-from ctlens.analysis.outputs.logit_lens import LogitAttribution, LogitLens, logit_attribution, logit_lens
-from ctlens.analysis.patching.attribution import AttributionAgreement, attribution_agreement, attribution_patch
-from ctlens.analysis.patching.patch import patch, patch_sites
-from ctlens.analysis.patching.result import Patching
-from ctlens.analysis.probing.probe import Probe, probe
-from ctlens.analysis.probing.tasks import Task, answer_hinted, labelled, will_misbehave, wrapper_present
-from ctlens.analysis.residual.shift import ResidualShift, residual_shift
-from ctlens.analysis.residual.similarity import shift_similarity
-from ctlens.analysis.residual.similarity_result import ShiftSimilarity
-from ctlens.analysis.weights.graft import Graft, graft
-from ctlens.analysis.weights.update_rank import UpdateRank, update_rank
+A name imported as itself (`from ... import probe as probe`) is public to type checkers; no other list of them is kept.
+"""
 
-__all__ = [
-    "AttentionDiff",
-    "AttentionMaps",
-    "AttributionAgreement",
-    "CrossLoss",
-    "Directions",
-    "Erasure",
-    "GapRecovered",
-    "Graft",
-    "Intervention",
-    "Knockout",
-    "LogitAttribution",
-    "LogitLens",
-    "Mediation",
-    "Patching",
-    "Probe",
-    "Recording",
-    "ResidualShift",
-    "Result",
-    "SaliencyAgreement",
-    "ShiftSimilarity",
-    "States",
-    "Task",
-    "Transplant",
-    "UpdateRank",
-    "ablate",
-    "attribution_agreement",
-    "attribution_patch",
-    "answer_hinted",
-    "attention_diff",
-    "attention_maps",
-    "cross_loss",
-    "erase_or_mask",
-    "gap_recovered",
-    "graft",
-    "knockout",
-    "labelled",
-    "logit_attribution",
-    "logit_lens",
-    "mean_difference",
-    "mediation",
-    "patch",
-    "patch_sites",
-    "probe",
-    "probe_direction",
-    "record",
-    "residual_shift",
-    "saliency_agreement",
-    "shift_similarity",
-    "states",
-    "steer",
-    "transplant",
-    "update_rank",
-    "will_misbehave",
-    "wrapper_present",
-]
+from ctlens.analysis.attention.diff import AttentionDiff as AttentionDiff
+from ctlens.analysis.attention.diff import attention_diff as attention_diff
+from ctlens.analysis.attention.knockout import Knockout as Knockout
+from ctlens.analysis.attention.knockout import knockout as knockout
+from ctlens.analysis.attention.maps import AttentionMaps as AttentionMaps
+from ctlens.analysis.attention.maps import attention_maps as attention_maps
+from ctlens.analysis.attention.saliency import SaliencyAgreement as SaliencyAgreement
+from ctlens.analysis.attention.saliency import saliency_agreement as saliency_agreement
+from ctlens.analysis.base.record import record as record
+from ctlens.analysis.base.recording import Recording as Recording
+from ctlens.analysis.base.result import Result as Result
+from ctlens.analysis.base.states import States as States
+from ctlens.analysis.base.states import states as states
+from ctlens.analysis.directions.directions import Directions as Directions
+from ctlens.analysis.directions.directions import mean_difference as mean_difference
+from ctlens.analysis.directions.erasure import Erasure as Erasure
+from ctlens.analysis.directions.erasure import erase_or_mask as erase_or_mask
+from ctlens.analysis.directions.from_probe import probe_direction as probe_direction
+from ctlens.analysis.directions.interventions import Intervention as Intervention
+from ctlens.analysis.directions.steering import ablate as ablate
+from ctlens.analysis.directions.steering import steer as steer
+from ctlens.analysis.exchange.mediation import Mediation as Mediation
+from ctlens.analysis.exchange.mediation import mediation as mediation
+from ctlens.analysis.exchange.transplant import Transplant as Transplant
+from ctlens.analysis.exchange.transplant import transplant as transplant
+from ctlens.analysis.outputs.cross_loss import CrossLoss as CrossLoss
+from ctlens.analysis.outputs.cross_loss import cross_loss as cross_loss
+from ctlens.analysis.outputs.gap_recovered import GapRecovered as GapRecovered
+from ctlens.analysis.outputs.gap_recovered import gap_recovered as gap_recovered
+from ctlens.analysis.outputs.logit_lens import LogitAttribution as LogitAttribution
+from ctlens.analysis.outputs.logit_lens import LogitLens as LogitLens
+from ctlens.analysis.outputs.logit_lens import logit_attribution as logit_attribution
+from ctlens.analysis.outputs.logit_lens import logit_lens as logit_lens
+from ctlens.analysis.patching.attribution import AttributionAgreement as AttributionAgreement
+from ctlens.analysis.patching.attribution import attribution_agreement as attribution_agreement
+from ctlens.analysis.patching.attribution import attribution_patch as attribution_patch
+from ctlens.analysis.patching.patch import patch as patch
+from ctlens.analysis.patching.patch import patch_sites as patch_sites
+from ctlens.analysis.patching.result import Patching as Patching
+from ctlens.analysis.probing.probe import Probe as Probe
+from ctlens.analysis.probing.probe import probe as probe
+from ctlens.analysis.probing.tasks import Task as Task
+from ctlens.analysis.probing.tasks import answer_hinted as answer_hinted
+from ctlens.analysis.probing.tasks import labelled as labelled
+from ctlens.analysis.probing.tasks import will_misbehave as will_misbehave
+from ctlens.analysis.probing.tasks import wrapper_present as wrapper_present
+from ctlens.analysis.residual.shift import ResidualShift as ResidualShift
+from ctlens.analysis.residual.shift import residual_shift as residual_shift
+from ctlens.analysis.residual.similarity import shift_similarity as shift_similarity
+from ctlens.analysis.residual.similarity_result import ShiftSimilarity as ShiftSimilarity
+from ctlens.analysis.weights.graft import Graft as Graft
+from ctlens.analysis.weights.graft import graft as graft
+from ctlens.analysis.weights.update_rank import UpdateRank as UpdateRank
+from ctlens.analysis.weights.update_rank import update_rank as update_rank

@@ -13,7 +13,7 @@ from ctlens.core.errors import CtlensError
 LEVEL = 0.95
 ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 RESAMPLES = 999
-GROUPS = 10
+_GROUPS = 10
 
 Interval = tuple[float, float]
 
@@ -124,7 +124,7 @@ def jackknife(
     if n < 2:
         raise CtlensError("a jackknife interval needs at least two items.")
     items = np.random.default_rng(seed).permutation(n)
-    groups = np.array_split(items, min(GROUPS, n))
+    groups = np.array_split(items, min(_GROUPS, n))
     left = np.stack([statistic(np.sort(np.setdiff1d(items, group))) for group in groups])
     error = np.sqrt((len(groups) - 1) * left.var(0))
     reach = stats.t.ppf(ENDS[1], len(groups) - 1) * error

@@ -1,4 +1,4 @@
-"""Which token positions of a clean and a wrapped prompt hold the same token of the same content.
+"""Alignment: which token positions of a clean and a wrapped prompt hold the same token of the same content.
 
 Every loss and every analysis takes its positions from here; none slices by itself. A pair of
 positions is kept only when both hold the same token id, so an alignment can be short but not wrong.
@@ -23,20 +23,21 @@ UNSHARED = "token outside the shared part"
 
 PositionPair = tuple[int, int]
 
-ADDED: Span = (0, 0)
+_ADDED: Span = (0, 0)
+"""The characters of a BOS that the tokenizer added: none."""
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Matched positions of one clean and one wrapped prompt, in a named window.
+    """The matched positions of one clean and one wrapped prompt, in a named window.
 
     Attributes:
         window: one of `WINDOWS`.
         clean: positions in the clean prompt, increasing.
         wrapped: the position of the same token in the wrapped prompt, one per entry of `clean`.
-        candidates: clean tokens that the window asks for.
-        drops: how many candidates were left out, by reason.
-        refusal: why nothing could be matched; empty when something was.
+        candidates: how many clean tokens the window asks for, see `align`.
+        drops: how many candidates have no match, by reason.
+        refusal: why no token was matched; empty when one was.
     """
 
     window: str
@@ -48,7 +49,7 @@ class Alignment:
 
     @property
     def coverage(self) -> float:
-        """The share of candidate tokens that were matched, 0 to 1."""
+        """The share of the candidates that were matched, 0 to 1."""
         return len(self.clean) / self.candidates if self.candidates else 0.0
 
 
@@ -60,7 +61,7 @@ def align(
     shared: str | None = None,
     answer: Sequence[int] = (),
 ) -> Alignment:
-    """The matched positions of two prompts.
+    """Matches the positions of two prompts in a window.
 
     Windows:
         - `suffix`: the longest common run of tokens at the end of both prompts.
@@ -71,15 +72,21 @@ def align(
           Text behind the request does not hide the request (as it does from `suffix`), and the
           answer's position is in (as it is not in `content`) unless the wrapper is a prefill.
         - `lines`: the lines that the last messages of both prompts have in common, in order, and the
-          common suffix behind both. For prompts that a wrapper interrupts or words anew in part.
+          common suffix behind both. For prompts that a wrapper interrupts or rewords in part.
         - `last`: the last token of both prompts, from which the answer is predicted. Prompts that
           end in different tokens, as most prefills do, are refused.
-        - `answer`: the tokens that predict the answer which follows both prompts: the last one of
-          both, where it is the same, and those of the answer but its last.
+        - `answer`: the tokens that predict the answer which follows both prompts: the last token of
+          the prompts, where it is the same, and every token of the answer but its last.
 
-    A candidate is a clean token that the window asks for: in `suffix`, `shared` and `lines` any token but
-    an added BOS, in `last` and `answer` those named, in the others the tokens of the text. A prompt whose content
-    cannot be placed is refused by `shared` too: its suffix alone would be another window.
+    The candidates, which `Alignment.coverage` counts, are the clean tokens that a window asks for:
+
+    | window | candidates |
+    |---|---|
+    | `suffix`, `shared`, `lines` | every token of the clean prompt but a BOS that the tokenizer added |
+    | `content`, `explicit` | the tokens of the text |
+    | `last`, `answer` | the tokens that the window names |
+
+    A prompt whose content cannot be found is refused by `shared` too: its suffix alone would be another window.
 
     Args:
         clean, wrapped: from `ctlens.data.chat.render`.
@@ -117,7 +124,7 @@ def _suffix(clean: Rendered, wrapped: Rendered) -> list[PositionPair]:
     while length < min(len(clean.ids), len(wrapped.ids)) and clean.ids[-1 - length] == wrapped.ids[-1 - length]:
         length += 1
     c, w = len(clean.ids) - length, len(wrapped.ids) - length
-    return [(c + i, w + i) for i in range(length) if clean.offsets[c + i] != ADDED]
+    return [(c + i, w + i) for i in range(length) if clean.offsets[c + i] != _ADDED]
 
 
 def _last(clean: Rendered, wrapped: Rendered) -> Alignment:
@@ -132,22 +139,28 @@ def _answer(clean: Rendered, wrapped: Rendered, length: int) -> Alignment:
     first = 0 if clean.ids[-1] == wrapped.ids[-1] else 1
     pairs = [(ends[0] + step, ends[1] + step) for step in range(first, length)]
     drops = {UNSHARED: first} if first and length else {}
-    here, there = zip(*pairs, strict=True) if pairs else ((), ())
-    return Alignment("answer", here, there, length, drops, "" if pairs else "there is no answer to align at")
+    return Alignment(
+        window="answer",
+        clean=tuple(clean_position for clean_position, _ in pairs),
+        wrapped=tuple(wrapped_position for _, wrapped_position in pairs),
+        candidates=length,
+        drops=drops,
+        refusal="" if pairs else "there is no answer to align at",
+    )
 
 
 def _lines(clean: Rendered, wrapped: Rendered) -> Alignment:
     """Each run of common lines is a window of its own; a token that reaches out of it is dropped."""
-    here, there = _lines_of(clean), _lines_of(wrapped)
-    texts = [[side.text[slice(*span)] for span in spans] for side, spans in ((clean, here), (wrapped, there))]
+    here = _lines_of(clean)
+    there = _lines_of(wrapped)
+    clean_texts = [clean.text[slice(*line)] for line in here]
+    wrapped_texts = [wrapped.text[slice(*line)] for line in there]
     pairs: dict[int, int] = {}
     drops: Counter[str] = Counter()
-    for block in SequenceMatcher(None, *texts, autojunk=False).get_matching_blocks():
-        if "".join(texts[0][block.a : block.a + block.size]).strip():
-            left, right = (
-                (spans[start][0], spans[start + block.size - 1][1])
-                for spans, start in ((here, block.a), (there, block.b))
-            )
+    for block in SequenceMatcher(None, clean_texts, wrapped_texts, autojunk=False).get_matching_blocks():
+        if "".join(clean_texts[block.a : block.a + block.size]).strip():
+            left = _joined_lines(here[block.a : block.a + block.size])
+            right = _joined_lines(there[block.b : block.b + block.size])
             found, lost = _matched_cells(clean, wrapped, left, right)
             pairs |= found
             drops += lost
@@ -159,6 +172,11 @@ def _lines_of(prompt: Rendered) -> list[Span]:
     start, end = prompt.contents[-1]
     lengths = map(len, prompt.text[start:end].splitlines(keepends=True))
     return list(pairwise(accumulate(lengths, initial=start)))
+
+
+def _joined_lines(lines: Sequence[Span]) -> Span:
+    """The characters from the first of neighbouring lines to the end of the last."""
+    return lines[0][0], lines[-1][1]
 
 
 def _tail(clean: Rendered, wrapped: Rendered) -> list[PositionPair]:
@@ -199,20 +217,20 @@ def _matched_cells(clean: Rendered, wrapped: Rendered, here: Span, there: Span) 
 
 
 def _find_all(prompt: Rendered, text: str) -> list[Span]:
-    """Every place in the prompt's messages that holds `text`, overlaps included."""
+    """The characters of every occurrence of `text` in the prompt's messages, overlaps included."""
     spans: list[Span] = []
     for start, end in prompt.contents:
-        at = prompt.text.find(text, start, end) if text else -1
-        while at >= 0:
-            spans.append((at, at + len(text)))
-            at = prompt.text.find(text, at + 1, end)
+        index = prompt.text.find(text, start, end) if text else -1
+        while index >= 0:
+            spans.append((index, index + len(text)))
+            index = prompt.text.find(text, index + 1, end)
     return spans
 
 
 def _cells(prompt: Rendered, span: Span) -> dict[Span, list[int]]:
-    """Positions that touch a span, by their characters relative to its start.
+    """Groups the positions that touch a span by their characters, counted from its start.
 
-    Byte-level tokenizers cut one character into several tokens. They share a cell, which matches
+    Byte-level tokenizers cut one character into several tokens. These share a cell, which matches
     as a whole or not at all: a part of it could be shifted by a byte.
     """
     cells: defaultdict[Span, list[int]] = defaultdict(list)
@@ -229,7 +247,7 @@ def _finish(
     candidates: Iterable[int],
     drops: Mapping[str, int] | None = None,
 ) -> Alignment:
-    wanted = [c for c in candidates if clean.offsets[c] != ADDED]
+    wanted = [c for c in candidates if clean.offsets[c] != _ADDED]
     counted = Counter(drops or {})
     rest = len(wanted) - len(pairs) - counted.total()
     if rest:
@@ -245,9 +263,9 @@ def _finish(
 
 
 def opening(clean: Rendered, wrapped: Rendered) -> int:
-    """How many tokens open both prompts in front of their last messages: the BOS, the template, earlier messages.
+    """Counts the tokens that both prompts begin with before their last messages: BOS, template, earlier messages.
 
-    No window holds them, but attention rests on them, on the BOS above all.
+    No window holds these tokens, but attention rests on them, on the BOS above all.
     """
     length = 0
     for position, (here, there) in enumerate(zip(clean.ids, wrapped.ids, strict=False)):
@@ -259,10 +277,10 @@ def opening(clean: Rendered, wrapped: Rendered) -> int:
 
 
 def wrapper_positions(clean: Rendered, wrapped: Rendered) -> tuple[int, ...]:
-    """Positions of the wrapped prompt that the attack added: tokens of its messages outside the clean messages.
+    """Finds the positions of the wrapped prompt that the attack added: its messages without the clean messages.
 
     Empty where the clean content does not stand in the wrapped prompt exactly once, or another
-    clean message stands there several times, because the added part is then not known.
+    clean message stands there several times: which part was added is then not known.
     """
     *earlier, content = [_find_all(wrapped, clean.text[slice(*span)]) for span in clean.contents]
     if len(content) != 1 or any(len(found) > 1 for found in earlier):

@@ -20,20 +20,21 @@ from ctlens.data.pairs import Pair
 RowPositions: TypeAlias = Int[Tensor, "batch"]
 CleanMask: TypeAlias = Bool[Tensor, "batch clean_pos"]
 PaddingSide = Literal["right", "left"]
-PAD = 0
+_PAD = 0
+"""Stands where a shorter sequence has no token. No real position sees it, so that any token would do."""
 
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A pair as tokens, with its alignment in every window asked for.
+    """A pair as tokens, with its alignment in each requested window.
 
     Attributes:
-        pair: where it came from.
+        pair: the texts.
         clean, wrapped: the two prompts.
         alignments: by window name.
-        answer: tokens that follow the wrapped prompt, for losses on outputs; empty for none.
+        answer: tokens that follow the wrapped prompt, for losses on outputs; empty where there is no answer.
         wrapper: positions in the wrapped prompt that the attack added, see `wrapper_positions`.
-        clean_answer: the answer once more where it follows the clean prompt too; empty where it does not.
+        clean_answer: the same tokens where the answer follows the clean prompt too, else empty.
     """
 
     pair: Pair
@@ -47,7 +48,7 @@ class EncodedPair:
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Encoded pairs, and an account of those left out.
+    """Encoded pairs, and how many pairs were left out.
 
     Attributes:
         rows: the pairs that align in every window.
@@ -61,7 +62,7 @@ class EncodedPairs:
         return len(self.rows)
 
     def coverage(self, window: str) -> float:
-        """The share of candidate tokens that were matched over all kept pairs, 0 to 1."""
+        """The share of candidate tokens that were matched, over all kept pairs, 0 to 1."""
         alignments = [row.alignments[window] for row in self.rows]
         candidates = sum(alignment.candidates for alignment in alignments)
         return sum(len(alignment.clean) for alignment in alignments) / max(candidates, 1)
@@ -74,7 +75,7 @@ class EncodedPairs:
         return dict(total)
 
     def aligned(self, windows: Iterable[str]) -> EncodedPairs:
-        """The pairs that align in all these windows; the others are left out and counted."""
+        """Keeps the pairs that align in all these windows, and counts the pairs that it leaves out."""
         windows = [window for window in windows if self.rows and window in self.rows[0].alignments]
         refusals = [next(filter(None, (row.alignments[name].refusal for name in windows)), "") for row in self.rows]
         rows = tuple(row for row, refusal in zip(self.rows, refusals, strict=True) if not refusal)
@@ -87,24 +88,24 @@ class EncodedPairs:
         return EncodedPairs(rows, dict(dropped))
 
     def with_answers(self, answers: Sequence[tuple[int, ...]], *, both_sides: bool = False) -> EncodedPairs:
-        """The same pairs with these answer tokens, one tuple a pair.
+        """The same pairs with other answers.
 
         Args:
-            answers: behind the wrapped prompts.
-            both_sides: behind the clean prompts too; the pairs are then aligned in the window `answer`.
+            answers: per pair, the tokens that follow the wrapped prompt.
+            both_sides: they follow the clean prompt too; the pairs are then aligned in the window `answer`.
         """
         rows = [replace(row, answer=answer) for row, answer in zip(self.rows, answers, strict=True)]
         return replace(self, rows=tuple(map(_on_both_sides, rows) if both_sides else rows))
 
     def answered(self) -> EncodedPairs:
-        """The pairs that have an answer; the others are left out and counted."""
+        """Keeps the pairs that have an answer, and counts the pairs that it leaves out."""
         rows = tuple(row for row in self.rows if row.answer)
         without = Counter({"no answer": len(self.rows) - len(rows)})
         return EncodedPairs(rows, dict(Counter(self.dropped) + without))
 
 
 def encode(pairs: Iterable[Pair], tokenizer: Any, *, windows: Iterable[str] = ("shared",), n_ctx: int) -> EncodedPairs:
-    """Tokenises and aligns pairs; a pair that does not align in some window is left out and counted.
+    """Tokenises and aligns pairs; a pair that does not align in every window is left out and counted.
 
     Args:
         pairs: what to encode.
@@ -129,10 +130,11 @@ def encode(pairs: Iterable[Pair], tokenizer: Any, *, windows: Iterable[str] = ("
 
 
 def encode_pair(pair: Pair, tokenizer: Any, windows: Iterable[str]) -> EncodedPair:
-    """One pair, aligned or refused in each of the windows; arguments as of `encode`."""
-    clean, wrapped = render(tokenizer, pair.clean.turns), render(tokenizer, pair.wrapped.turns)
-    prompts = (window for window in windows if window != "answer")
-    alignments = {window: align(clean, wrapped, window, shared=pair.shared) for window in prompts}
+    """Tokenises one pair, and aligns it or says why not in each of the windows; arguments as of `encode`."""
+    clean = render(tokenizer, pair.clean.turns)
+    wrapped = render(tokenizer, pair.wrapped.turns)
+    of_prompts = (window for window in windows if window != "answer")
+    alignments = {window: align(clean, wrapped, window, shared=pair.shared) for window in of_prompts}
     answer = answer_ids(tokenizer, pair.target) if pair.target is not None else ()
     return EncodedPair(pair, clean, wrapped, alignments, answer, wrapper_positions(clean, wrapped))
 
@@ -143,7 +145,7 @@ def _on_both_sides(row: EncodedPair) -> EncodedPair:
 
 
 def require_room(length: int, n_ctx: int, what: str) -> None:
-    """Raises a `CtlensError` when `length` tokens do not fit the context."""
+    """Raises a `CtlensError` where `length` tokens do not fit the context; `what` names them in it."""
     if length > n_ctx:
         raise CtlensError(f"{what} has {length} tokens, but the model's context is {n_ctx}: shorten it.")
 
@@ -164,7 +166,7 @@ class Side:
 
     @property
     def needed_mask(self) -> Mask | None:
-        """The mask where a model needs one: padding on the right is invisible to causal attention."""
+        """The mask, or None where a model needs no mask: causal attention does not see padding on the right."""
         return self.mask if self.padding == "left" else None
 
     def to(self, device: torch.device | str) -> Side:
@@ -174,10 +176,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Matched:
-    """The aligned positions of a batch, one row a pair, padded to the widest.
+    """The aligned positions of a batch, one row per pair, padded to the widest.
 
     Attributes:
-        clean, wrapped: `[batch, width]` positions on the two sides; 0 where not valid.
+        clean, wrapped: `[batch, width]`, the positions on the two sides; 0 where not valid.
         valid: True at real entries; every row has at least one.
     """
 
@@ -199,8 +201,8 @@ class PairBatch:
     """A batch of pairs.
 
     Attributes:
-        clean: the clean prompts, each followed by the answer tokens of `clean_answer`.
-        wrapped: the wrapped prompts, each followed by its answer tokens where it has some.
+        clean: the clean prompts, each followed by its pair's `clean_answer`.
+        wrapped: the wrapped prompts, each followed by its pair's `answer`.
         answer: `[batch, pos]` on the wrapped side, True at answer tokens.
         matched: aligned positions by window.
         opening: per row, how many tokens open both prompts, see `ctlens.data.alignment.opening`.
@@ -229,15 +231,27 @@ class PairBatch:
     def to(self, device: torch.device | str) -> PairBatch:
         """The same batch on another device."""
         matched = {window: value.to(device) for window, value in self.matched.items()}
-        clean, wrapped = self.clean.to(device), self.wrapped.to(device)
-        rest = (self.opening.to(device), self.wrapper.to(device), self.clean_answer.to(device))
-        return PairBatch(clean, wrapped, self.answer.to(device), matched, *rest)
+        return PairBatch(
+            clean=self.clean.to(device),
+            wrapped=self.wrapped.to(device),
+            answer=self.answer.to(device),
+            matched=matched,
+            opening=self.opening.to(device),
+            wrapper=self.wrapper.to(device),
+            clean_answer=self.clean_answer.to(device),
+        )
 
 
-def pad(sequences: Sequence[Sequence[int]], padding: PaddingSide = "right") -> Side:
-    """Token sequences of any lengths as one padded side."""
+def pad(sequences: Sequence[Sequence[int]], padding: PaddingSide = "right", *, token: int = _PAD) -> Side:
+    """Puts token sequences of any lengths into one padded side.
+
+    Args:
+        sequences: at least one.
+        padding: where the padding goes.
+        token: what the padding is.
+    """
     width = max(map(len, sequences))
-    tokens = torch.full((len(sequences), width), PAD, dtype=torch.long)
+    tokens = torch.full((len(sequences), width), token, dtype=torch.long)
     mask = torch.zeros(len(sequences), width, dtype=torch.bool)
     for row, sequence in enumerate(sequences):
         start = 0 if padding == "right" else width - len(sequence)
@@ -247,7 +261,7 @@ def pad(sequences: Sequence[Sequence[int]], padding: PaddingSide = "right") -> S
 
 
 def collate(rows: Sequence[EncodedPair], padding: PaddingSide = "right") -> PairBatch:
-    """Encoded pairs of any lengths as one batch.
+    """Makes one batch of encoded pairs of any lengths.
 
     Raises:
         CtlensError: there are no rows.
@@ -256,24 +270,50 @@ def collate(rows: Sequence[EncodedPair], padding: PaddingSide = "right") -> Pair
         raise CtlensError("a batch needs at least one pair.")
     clean = pad([row.clean.ids + row.clean_answer for row in rows], padding)
     wrapped = pad([row.wrapped.ids + row.answer for row in rows], padding)
-    answer = _marked(wrapped, [range(len(row.wrapped.ids), len(row.wrapped.ids + row.answer)) for row in rows])
-    clean_answer = _marked(clean, [range(len(row.clean.ids), len(row.clean.ids + row.clean_answer)) for row in rows])
-    wrapper = _marked(wrapped, [row.wrapper for row in rows])
-    matched = {window: _matched(rows, window, clean, wrapped) for window in rows[0].alignments}
-    shared_start = torch.tensor([opening(row.clean, row.wrapped) for row in rows])
-    return PairBatch(clean, wrapped, answer, matched, shared_start, wrapper, clean_answer)
+    answer = mark(wrapped.mask, [_behind(row.wrapped, row.answer) for row in rows])
+    clean_answer = mark(clean.mask, [_behind(row.clean, row.clean_answer) for row in rows])
+    wrapper = mark(wrapped.mask, [row.wrapper for row in rows])
+    return PairBatch(
+        clean=clean,
+        wrapped=wrapped,
+        answer=answer,
+        matched={window: _matched(rows, window, clean, wrapped) for window in rows[0].alignments},
+        opening=torch.tensor([opening(row.clean, row.wrapped) for row in rows]),
+        wrapper=wrapper,
+        clean_answer=clean_answer,
+    )
 
 
-def _first(side: Side, row: int) -> int:
-    return int(side.mask[row].int().argmax())
+def _behind(prompt: Rendered, answer: Sequence[int]) -> range:
+    """The positions of an answer that follows the prompt."""
+    return range(len(prompt.ids), len(prompt.ids) + len(answer))
 
 
-def _marked(side: Side, positions: Sequence[Sequence[int]]) -> Mask:
-    """True at given positions of each row's real tokens."""
-    marked = torch.zeros_like(side.mask)
-    for index, of_row in enumerate(positions):
-        marked[index, [_first(side, index) + position for position in of_row]] = True
-    return marked
+def mark(real: Mask, positions: Sequence[Sequence[int]]) -> Mask:
+    """Marks some positions of each row.
+
+    >>> real = torch.tensor([[False, True, True], [True, True, True]])
+    >>> mark(real, [(0,), (0, 2)]).int().tolist()
+    [[0, 1, 0], [1, 0, 1]]
+
+    Args:
+        real: True at real tokens, which stand together; the padding may be on either side.
+        positions: per row, counted from its first real token.
+
+    Returns:
+        In the shape of `real`, True at those positions that are real tokens.
+    """
+    starts = first_real(real).tolist()
+    rows = [row for row, of_row in enumerate(positions) for _ in of_row]
+    columns = [starts[row] + position for row, of_row in enumerate(positions) for position in of_row]
+    marked = torch.zeros_like(real)
+    marked[rows, columns] = True
+    return marked & real
+
+
+def first_real(real: Mask) -> RowPositions:
+    """Finds the index of each row's first real token."""
+    return real.int().argmax(-1)
 
 
 def _last(marked: Mask) -> RowPositions:
@@ -283,12 +323,11 @@ def _last(marked: Mask) -> RowPositions:
 
 def _matched(rows: Sequence[EncodedPair], window: str, clean: Side, wrapped: Side) -> Matched:
     alignments = [row.alignments[window] for row in rows]
-    shape = (len(rows), max(len(alignment.clean) for alignment in alignments))
-    here, there = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    valid = torch.zeros(shape, dtype=torch.bool)
-    for index, alignment in enumerate(alignments):
-        width = len(alignment.clean)
-        here[index, :width] = torch.tensor(alignment.clean) + _first(clean, index)
-        there[index, :width] = torch.tensor(alignment.wrapped) + _first(wrapped, index)
-        valid[index, :width] = True
-    return Matched(here, there, valid)
+    clean_positions = pad([alignment.clean for alignment in alignments])
+    wrapped_positions = pad([alignment.wrapped for alignment in alignments])
+    return Matched(_in_batch(clean_positions, clean), _in_batch(wrapped_positions, wrapped), clean_positions.mask)
+
+
+def _in_batch(positions: Side, prompts: Side) -> Positions:
+    """Positions that were counted from each prompt's first token, counted from the start of its row in a batch."""
+    return torch.where(positions.mask, positions.tokens + first_real(prompts.mask)[:, None], 0)

@@ -1,19 +1,21 @@
-"""Chat turns to tokens, once: ids, the characters each token covers, and where each turn's text lies."""
+"""From chat turns to tokens: ids, the characters that each token covers, and where each turn's text lies."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
 
 from ctlens.core.errors import CtlensError
 
-Span = tuple[int, int]
+Span: TypeAlias = tuple[int, int]
+"""Characters of a text, from the first index up to the second."""
 
-FIRST_SENTINEL = 0xE000
-SENTINEL = chr(FIRST_SENTINEL)
+_FIRST_SENTINEL = 0xE000
+"""The first of Unicode's private characters, which stand for messages where a template's frame is looked for."""
+_SENTINEL = chr(_FIRST_SENTINEL)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Rendered:
 
 
 def render(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
-    """The prompt for `turns`, ready for the model to answer.
+    """Renders turns as the prompt that the model answers.
 
     With a chat template, the turns go through it and the generation prompt is added, unless the
     last turn is the assistant's: that one is a prefill, which the model continues. Without a
@@ -115,8 +117,8 @@ def _has_system(turns: tuple[Turn, ...]) -> bool:
 
 
 def _content_spans(tokenizer: Any, turns: tuple[Turn, ...], text: str) -> tuple[Span, ...]:
-    """Where each message lies in `text`: a second rendering with one private character per message shows the frame."""
-    sentinels = [chr(FIRST_SENTINEL + index) for index in range(len(turns))]
+    """Finds each message in `text`: a second rendering, of one private character per message, shows the frame."""
+    sentinels = [chr(_FIRST_SENTINEL + index) for index in range(len(turns))]
     frame = _apply_template(tokenizer, tuple(Turn(t.role, s) for t, s in zip(turns, sentinels, strict=True)))
     for contents in ([t.content for t in turns], [t.content.strip() for t in turns]):
         spans, built, rest = [], "", frame
@@ -128,7 +130,10 @@ def _content_spans(tokenizer: Any, turns: tuple[Turn, ...], text: str) -> tuple[
             built += before + content
         if len(spans) == len(turns) and built + rest == text:
             return tuple(spans)
-    raise CtlensError("the chat template rewrites or reorders messages, so their tokens cannot be located.")
+    raise CtlensError(
+        "the chat template rewrites or reorders messages, so their tokens cannot be located: give the tokenizer a "
+        "template that keeps them as they are."
+    )
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[tuple[int, ...], tuple[Span, ...]]:
@@ -136,16 +141,16 @@ def _encode(tokenizer: Any, text: str) -> tuple[tuple[int, ...], tuple[Span, ...
     return tuple(encoded["input_ids"]), tuple((start, end) for start, end in encoded["offset_mapping"])
 
 
-def encoded(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """The tokens of a text and of nothing beside it."""
+def token_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Tokenises a text without adding special tokens."""
     return _encode(tokenizer, text)[0]
 
 
 def end_token(tokenizer: Any) -> int | None:
-    """The token that closes an assistant's answer; None where the tokenizer has none.
+    """Finds the token that closes an assistant's answer; None where the tokenizer has none.
 
-    It is the special token that the chat template puts behind an assistant's message, where it puts
-    one there: Gemma's turns end in `<end_of_turn>`, but its EOS is another token, which no answer has.
+    It is the special token that the chat template puts behind an assistant's message, and the EOS
+    where the template puts none: Gemma's turns end in `<end_of_turn>`, and no answer ends in its EOS.
     """
     closing = _turn_end(tokenizer, getattr(tokenizer, "chat_template", None), tokenizer.eos_token)
     return tokenizer.eos_token_id if closing is None else closing
@@ -153,12 +158,15 @@ def end_token(tokenizer: Any) -> int | None:
 
 @lru_cache(maxsize=16)
 def _turn_end(tokenizer: Any, template: str | None, eos: str | None) -> int | None:
-    """The special token behind an assistant's message; `template` and `eos`, which decide it, can be changed."""
+    """The special token behind an assistant's message.
+
+    `template` and `eos` decide it and can be changed on a tokenizer, so the cache keys on them too.
+    """
     if not template:
         return None
-    turns = (Turn("user", "a"), Turn("assistant", SENTINEL), Turn("user", "a"))
+    turns = (Turn("user", "a"), Turn("assistant", _SENTINEL), Turn("user", "a"))
     try:
-        behind = encoded(tokenizer, _apply_template(tokenizer, turns).partition(SENTINEL)[2].lstrip())
+        behind = token_ids(tokenizer, _apply_template(tokenizer, turns).partition(_SENTINEL)[2].lstrip())
     except CtlensError:  # a template that wants other conversations
         return None
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
@@ -166,7 +174,7 @@ def _turn_end(tokenizer: Any, template: str | None, eos: str | None) -> int | No
 
 
 def answer_ids(tokenizer: Any, answer: str, *, end: bool = True) -> tuple[int, ...]:
-    """The tokens of an assistant's answer; closed by its `end_token`, where there is one, if `end`."""
-    ids = encoded(tokenizer, answer)
+    """Tokenises an assistant's answer, and closes it by the tokenizer's `end_token`, where it has one, if `end`."""
+    ids = token_ids(tokenizer, answer)
     closing = end_token(tokenizer) if end else None
     return ids if closing is None else (*ids, closing)

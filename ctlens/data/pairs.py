@@ -1,4 +1,4 @@
-"""Prompts in pairs: the plain request, the same request under an attack, and the attack's benign twin."""
+"""Prompts in pairs: a plain request, the same request under an attack, and the attack's benign twin."""
 
 from __future__ import annotations
 
@@ -13,28 +13,31 @@ from ctlens.core.files import write_text
 from ctlens.data.chat import Turn
 
 PROMPT_SIDES = ("wrapped", "clean", "benign")
-REQUIRED = ("clean", "wrapped")
-ANSWERS = ("good", "bad", "options")
+_REQUIRED = ("clean", "wrapped")
+_ANSWERS = ("good", "bad", "options")
 FIELDS = (
-    *REQUIRED,
+    *_REQUIRED,
     "benign",
-    *ANSWERS,
-    *(f"{prompt_side}_{name}" for prompt_side in ("clean", "benign") for name in ANSWERS),
+    *_ANSWERS,
+    *(f"{prompt_side}_{name}" for prompt_side in ("clean", "benign") for name in _ANSWERS),
+    "target",
+    "shared",
+    "labels",
 )
-FIELDS = (*FIELDS, "target", "shared", "labels")
-ROLES = ("system", "user", "assistant")
+"""The fields of ctlens's own JSONL, see `pair_of`."""
+_ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and the answers that count.
+    """A prompt, and which answers to it are good and bad.
 
     Attributes:
         turns: the conversation up to the answer; a last assistant turn is a prefill.
         good: an answer that begins with these words is good; None when not known.
         bad: an answer that begins with these words is bad; None when not known.
-        options: of a multiple-choice question, every answer there is, in full, as it continues the
-            prompt; `good` and `bad` are then two of them. Empty for an open question.
+        options: all answers of a multiple-choice question, each in full, as it continues the prompt;
+            `good` and `bad` are then two of them. Empty for an open question.
     """
 
     turns: tuple[Turn, ...]
@@ -44,7 +47,7 @@ class Prompt:
 
     def __post_init__(self) -> None:
         if len(set(self.options)) < len(self.options) or len(self.options) == 1:
-            raise CtlensError(f"the options of a question must be at least two, each another: {self.options}.")
+            raise CtlensError(f"a question needs at least two options, all different, not {self.options}.")
         for answer in (self.good, self.bad):
             if self.options and answer is not None and answer not in self.options:
                 raise CtlensError(
@@ -54,7 +57,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Pair:
-    """One item of consistency training.
+    """A clean and a wrapped prompt that a model is trained to treat alike.
 
     Attributes:
         clean: the plain request.
@@ -62,7 +65,7 @@ class Pair:
         benign: the same wrapper around a harmless request, which must stay answered.
         target: the answer that BCT trains on the wrapped prompt; None lets the reference answer the clean one.
         shared: text that names the explicit alignment window, once on each side.
-        labels: what is known of the item (wrapper, entity, ...), for grouping and probing.
+        labels: what is known of the pair (wrapper, entity, ...), for grouping and probing.
     """
 
     clean: Prompt
@@ -80,26 +83,26 @@ class Pair:
 
 
 def prompt(text: str, good: str | None = None, bad: str | None = None) -> Prompt:
-    """A prompt of one user turn."""
+    """Makes a prompt of one message of the user."""
     return Prompt((Turn("user", text),), good, bad)
 
 
 def save_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
-    """Writes pairs as JSONL that `load_pairs` reads back equal."""
+    """Writes pairs as JSONL, from which `load_pairs` reads equal pairs."""
     write_text(path, "".join(json.dumps(_row(pair), ensure_ascii=False) + "\n" for pair in pairs))
 
 
 def pair_of(row: Mapping[str, Any], where: str) -> Pair:
-    """The pair of one row of ctlens's own JSONL.
+    """Makes a pair of one row of ctlens's own JSONL.
 
     Fields: `clean` and `wrapped` (text, or a list of `{"role", "content"}` messages); optional
     `benign` (likewise), `good`, `bad` (texts) and `options` (a list of texts), with `clean_` before
-    them where the clean prompt has others than the wrapped one, and with `benign_`; `target`,
+    them where the clean prompt's answers are not those of the wrapped one, and with `benign_`; `target`,
     `shared` (text) and `labels` (an object of texts). See `Pair` and `Prompt` for what they mean.
 
     Args:
         row: the fields.
-        where: says where the row is, in an error.
+        where: the words that say in an error where the row is.
 
     Raises:
         CtlensError: the row is malformed.
@@ -107,13 +110,13 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
     for key in row:
         if key not in FIELDS:
             raise CtlensError(f"{where}: {unknown('field', key, FIELDS)} Put your own fields under 'labels'.")
-    for key in REQUIRED:
+    for key in _REQUIRED:
         if key not in row:
             raise CtlensError(f"{where}: the field '{key}' is missing; 'clean' and 'wrapped' are expected.")
     labels = {} if row.get("labels") is None else row["labels"]
     if not isinstance(labels, dict):
         raise CtlensError(f"{where}: 'labels' is a {type(labels).__name__}, but an object is expected.")
-    own = any(f"clean_{name}" in row for name in ANSWERS)
+    own = any(f"clean_{name}" in row for name in _ANSWERS)
     return Pair(
         clean=_prompt(row, "clean", "clean_" if own else "", where),
         wrapped=_prompt(row, "wrapped", "", where),
@@ -125,7 +128,8 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
 
 
 def _prompt(row: Mapping[str, Any], prompt_side: str, prefix: str, where: str) -> Prompt:
-    good, bad = (_text(row, prefix + name, where) for name in ("good", "bad"))
+    good = _text(row, f"{prefix}good", where)
+    bad = _text(row, f"{prefix}bad", where)
     options = row.get(f"{prefix}options") or []
     if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
         raise CtlensError(f"{where}: '{prefix}options' must be a list of texts that are not blank.")
@@ -143,10 +147,10 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str | None:
 
 
 def turns_of(value: Any, key: str, where: str) -> tuple[Turn, ...]:
-    """The turns of a field: a text, which the user says, or a list of messages.
+    """Makes turns of a field: a text, which the user says, or a list of messages.
 
     Raises:
-        CtlensError: the field holds something else; `where` and `key` say which field of which row.
+        CtlensError: the field holds neither; the error names the row (`where`) and the field (`key`).
     """
     if isinstance(value, str) and value.strip():
         return (Turn("user", value),)
@@ -158,13 +162,13 @@ def turns_of(value: Any, key: str, where: str) -> tuple[Turn, ...]:
 def _turn(message: Any, key: str, where: str) -> Turn:
     if not isinstance(message, dict) or set(message) != {"role", "content"}:
         raise CtlensError(f"{where}: a message of '{key}' must be an object with 'role' and 'content'.")
-    if message["role"] not in ROLES or not isinstance(message["content"], str):
-        raise CtlensError(f"{where}: a message of '{key}' needs a role of {', '.join(ROLES)} and a text as content.")
+    if message["role"] not in _ROLES or not isinstance(message["content"], str):
+        raise CtlensError(f"{where}: a message of '{key}' needs a role of {', '.join(_ROLES)} and a text as content.")
     return Turn(message["role"], message["content"])
 
 
 def _row(pair: Pair) -> dict[str, Any]:
-    row: dict[str, Any] = {key: _messages(getattr(pair, key)) for key in REQUIRED}
+    row: dict[str, Any] = {key: _messages(getattr(pair, key)) for key in _REQUIRED}
     row |= _answers(pair.wrapped, "")
     if _answers(pair.clean, "") != _answers(pair.wrapped, ""):
         row |= _answers(pair.clean, "clean_") or {"clean_good": None}

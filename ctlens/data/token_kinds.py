@@ -1,4 +1,4 @@
-"""What each token of a prompt is: a message of some role, the content, the wrapper, the frame of the chat template."""
+"""The kind of each token of a prompt: content, wrapper, another message of some role, or frame of the chat template."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ from collections.abc import Sequence
 from ctlens.data.alignment import wrapper_positions
 from ctlens.data.chat import Rendered
 
-KINDS = ("system", "user", "assistant", "content", "wrapper", "template", "assistant header", "answer")
+TOKEN_KINDS = ("system", "user", "assistant", "content", "wrapper", "template", "assistant header", "answer")
 
 
 def token_kinds(
     clean: Rendered, wrapped: Rendered, answer: Sequence[int] = ()
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of every token of a clean and of a wrapped prompt, one of `KINDS`; told by its characters.
+    """Names the kind of every token of a clean and of a wrapped prompt, by the characters that the token covers.
 
-    - `content`: of the clean prompt's last message, in either prompt where it stands there once.
-    - `wrapper`: what the attack added to the messages, see `ctlens.data.alignment.wrapper_positions`.
-    - `system`, `user`, `assistant`: of any other message of that role.
-    - `assistant header`: behind the last message, where the answer begins.
-    - `template`: the rest of the frame, the BOS among it.
-    - `answer`: of the answer behind the prompts.
+    - `content`: the clean prompt's last message, in either prompt where it stands there exactly once.
+    - `wrapper`: the text that the attack added to the messages, see `ctlens.data.alignment.wrapper_positions`.
+    - `system`, `user`, `assistant`: any other message of that role.
+    - `assistant header`: the part of the template behind the last message, where the answer begins.
+    - `template`: the rest of the template, with the BOS.
+    - `answer`: the answer behind the prompts.
 
-    A token that reaches into two of them is the first, in the order of this list.
+    A token that reaches into two of these has the kind that comes first in this list.
 
     Args:
         clean, wrapped: from `ctlens.data.chat.render`.
         answer: the tokens that follow both prompts.
+
+    Returns:
+        The kinds of the clean and of the wrapped prompt's tokens, each one of `TOKEN_KINDS`.
     """
     text = clean.text[slice(*clean.contents[-1])]
     added = set(wrapper_positions(clean, wrapped))

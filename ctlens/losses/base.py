@@ -42,8 +42,7 @@ class Forwards:
         clean_logits: those on the clean prompts; None where no loss needs them.
         advantages: per row, what its sampled answer is worth, for losses on rollouts; None for none.
         gaps: per row, what a loss on rollouts is to bring to zero for the row's prompt; None for none.
-        known: the loss of each row where it was computed during the forward passes already, keyed by
-            the name of the loss and then by hook point.
+        known: the loss of each row by hook point, where it was computed during the forward passes already.
     """
 
     batch: PairBatch
@@ -53,7 +52,7 @@ class Forwards:
     clean_logits: CleanLogits | None = None
     advantages: PerRow | None = None
     gaps: PerRow | None = None
-    known: Mapping[str, Mapping[str, PerRow]] = field(default_factory=dict)
+    known: Mapping[str, PerRow] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ class Loss(ABC):
 
     def measure(self, forwards: Forwards, factors: Mapping[str, float]) -> LossValue:
         """Measures the loss on one batch without its weight, with or without a graph; `compute` applies the weight."""
-        values = forwards.known.get(self.name) or self.row_values(forwards, list(factors))
+        values = forwards.known or self.row_values(forwards, list(factors))
         by_hook = {name: values[name].mean() for name in values}
         total = torch.stack([factors.get(name, 1.0) * value for name, value in by_hook.items()]).mean()
         return LossValue(total, {name: value.detach() for name, value in by_hook.items()})

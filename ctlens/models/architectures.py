@@ -10,24 +10,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ctlens.core.errors import unknown
 
-D_MODEL, D_MLP, N_LAYERS, N_HEADS = 32, 48, 2, 4
-SLIDING = {"head_dim": 8, "sliding_window": 6}  # shorter than the prompts, so that it is seen
-KINDS: Mapping[str, Mapping[str, Any]] = {
+_D_MODEL, _D_MLP, _N_LAYERS, _N_HEADS = 32, 48, 2, 4
+_SLIDING = {"head_dim": 8, "sliding_window": 6}  # shorter than the prompts, so that it is seen
+_CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 6},
     "qwen2": {},
     "qwen3": {"head_dim": 8},
-    "gemma2": SLIDING,
-    "gemma3_text": {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]},
-    "gemma3": {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma2": _SLIDING,
+    "gemma3_text": {**_SLIDING, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3": {**_SLIDING, "layer_types": ["sliding_attention", "full_attention"]},
     "gpt2": {},
     "gpt_neox": {},
     "olmo2": {},
     "phi3": {"pad_token_id": 0},
 }
 """Of each `model_type`, what its configuration has beside the sizes; the vision tower of `gemma3` stays unused."""
-ARCHITECTURES = tuple(KINDS)
-VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+ARCHITECTURES = tuple(_CONFIGS)
+_VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 
 
 def tiny_model(architecture: str, vocab_size: int = 400, n_ctx: int = 256, seed: int = 0) -> PreTrainedModel:
@@ -42,7 +42,7 @@ def tiny_model(architecture: str, vocab_size: int = 400, n_ctx: int = 256, seed:
     Raises:
         CtlensError: the architecture is unknown.
     """
-    if architecture not in KINDS:
+    if architecture not in _CONFIGS:
         raise unknown("architecture", architecture, ARCHITECTURES)
     config = _config(architecture, vocab_size, n_ctx)
     with torch.random.fork_rng(devices=[]):
@@ -56,16 +56,16 @@ def tiny_model(architecture: str, vocab_size: int = 400, n_ctx: int = 256, seed:
 def _config(architecture: str, vocab_size: int, n_ctx: int) -> Any:
     if architecture == "gpt2":
         return AutoConfig.for_model(
-            "gpt2", vocab_size=vocab_size, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, n_positions=n_ctx
+            "gpt2", vocab_size=vocab_size, n_embd=_D_MODEL, n_layer=_N_LAYERS, n_head=_N_HEADS, n_positions=n_ctx
         )
     shape = {
-        "vocab_size": vocab_size, "hidden_size": D_MODEL, "intermediate_size": D_MLP, "num_hidden_layers": N_LAYERS,
-        "num_attention_heads": N_HEADS, "max_position_embeddings": n_ctx, **KINDS[architecture],
+        "vocab_size": vocab_size, "hidden_size": _D_MODEL, "intermediate_size": _D_MLP, "num_hidden_layers": _N_LAYERS,
+        "num_attention_heads": _N_HEADS, "max_position_embeddings": n_ctx, **_CONFIGS[architecture],
     }  # fmt: skip
     if architecture != "gpt_neox":
-        shape["num_key_value_heads"] = N_HEADS // 2
+        shape["num_key_value_heads"] = _N_HEADS // 2
     if architecture != "gemma3":
         return AutoConfig.for_model(architecture, **shape)
-    vision = {**VISION, "image_size": 28, "patch_size": 14}
+    vision = {**_VISION, "image_size": 28, "patch_size": 14}
     tokens = dict(zip(("image_token_index", "boi_token_index", "eoi_token_index"), range(vocab_size)[-3:], strict=True))
     return AutoConfig.for_model("gemma3", text_config=shape, vision_config=vision, mm_tokens_per_image=4, **tokens)

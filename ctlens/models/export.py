@@ -21,7 +21,7 @@ from ctlens.models.parameters import present_weights
 from ctlens.models.weights import ModelConfig, canonical_weights, copy_weights
 
 # What HuggingFace calls a layer, and the layers that a bridge has in its place, in the order of its outputs.
-PARTS = {
+SPLIT_LAYERS = {
     "attn.c_attn": ("attn.q", "attn.k", "attn.v"),
     "attn.c_proj": ("attn.o",),
     "attention.query_key_value": ("attention.q", "attention.k", "attention.v"),
@@ -31,7 +31,7 @@ PARTS = {
     "mlp.gate_up_proj": ("mlp.gate", "mlp.in"),
 }
 INTERLEAVED = "attention.query_key_value"  # GPT-NeoX keeps the query, key and value of a head together
-LLAMA = {
+LLAMA_LAYOUT = {
     "embed.W_E": ("model.embed_tokens", None),
     "ln1.w": ("input_layernorm", None),
     "attn.W_Q": ("self_attn.q_proj", "head d_model (half two) -> (head two half) d_model"),
@@ -109,7 +109,7 @@ def _joined(hf: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     left, joined = dict(weights), {}
     for name, module in hf.named_modules():
         place, parts = next(
-            ((name.removesuffix(key), parts) for key, parts in PARTS.items() if name.endswith(key)), ("", ())
+            ((name.removesuffix(key), parts) for key, parts in SPLIT_LAYERS.items() if name.endswith(key)), ("", ())
         )
         for kind, _ in module.named_parameters(recurse=False):
             found = [f"{place}{part}.{kind}" for part in parts]
@@ -140,7 +140,7 @@ def _llama_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     converted = {}
     for name, weight in weights.items():
         block, _, rest = name.removeprefix("blocks.").partition(".") if name.startswith("blocks.") else ("", "", name)
-        layer, pattern = LLAMA[rest]
+        layer, pattern = LLAMA_LAYOUT[rest]
         place = f"model.layers.{block}.{layer}" if block else layer
         converted[f"{place}.weight"] = (
             rearrange(weight, pattern, **({"two": 2} if "two" in pattern else {})) if pattern else weight

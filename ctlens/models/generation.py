@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
-from ctlens.models.kv_cache import MAX_BATCH_TOKENS, Ids, NextLogits, Sequences, batches
+from ctlens.models.kv_cache import MAX_BATCH_TOKENS, Ids, NextLogits, Sequences, batches_by_length
 
 NextTokens: TypeAlias = Int[Tensor, "batch"]
 
@@ -119,7 +119,7 @@ def decode(
     wanted = first_tokens or [()] * len(prompts)
     answers: list[Ids] = [()] * len(prompts)
     probabilities: list[tuple[float, ...]] = [()] * len(prompts)
-    together = list(batches(model, [len(prompt) for prompt in prompts], max_new_tokens, max_batch_tokens))
+    together = list(batches_by_length(model, [len(prompt) for prompt in prompts], max_new_tokens, max_batch_tokens))
     for batch in tqdm(together, desc="answers", delay=2, leave=False, disable=not progress):
         distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts[i] for i in batch))}
         sequences = Sequences(model, list(distinct))

@@ -2,7 +2,7 @@
 
 Sequences are padded on the right, where causal attention cannot see the padding of the first pass,
 and it is masked in later ones. A sliding window counts columns, padding included, so sequences that
-outgrow one are run among others of their own length alone (`batches`).
+outgrow one are run among others of their own length alone (`batches_by_length`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, Protocol, TypeAlias, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ctlens.core.types import ChosenRows, LensModel, Logits, Mask, RowNumbers, Tokens
+from ctlens.data.batch import pad
 from ctlens.models.loading import empty_cache, huggingface_config, keep_rows
 
 Ids = tuple[int, ...]
@@ -32,7 +32,7 @@ SELECTABLE = (DynamicLayer, DynamicSlidingWindowLayer)  # their subclasses may h
 NEEDED = {"past_key_values", "position_ids"}
 
 
-def batches(model: LensModel, lengths: Sequence[int], new: int, max_batch_tokens: int) -> Iterator[list[int]]:
+def batches_by_length(model: LensModel, lengths: Sequence[int], new: int, max_batch_tokens: int) -> Iterator[list[int]]:
     """Numbers of sequences that are run together, in order of length, each once.
 
     Args:
@@ -69,7 +69,7 @@ class Sequences:
     def __init__(self, model: LensModel, prompts: Sequence[Ids]) -> None:
         device = next(model.parameters()).device
         self.model = model
-        self.tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
+        self.tokens = pad(prompts).tokens.to(device)
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.cache = _cache(model, len(prompts))
 

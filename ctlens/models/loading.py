@@ -34,9 +34,9 @@ from ctlens.models.parameters import plain_name, present_parameters, present_wei
 from ctlens.models.weights import ModelConfig, canonical_weights, copy_weights, initial_weights, is_bias, load_weights
 
 HAS_HOOKED_TRANSFORMER = int(importlib.metadata.version("transformer-lens").split(".")[0]) < 4
-CHECKPOINT_FILE = "model.json"
-WEIGHTS_FILE = "weights.safetensors"
-FUSED = (".qkv.", ".gate_up_proj.weight")
+MODEL_FILE = "model.json"
+_WEIGHTS_FILE = "weights.safetensors"
+_SPLIT_COPIES = (".qkv.", ".gate_up_proj.weight")
 
 
 def build(
@@ -100,11 +100,11 @@ def load_model(
         return _bridge(copy.deepcopy(source).to(device=device, dtype=dtype), tokenizer)  # type: ignore[arg-type]
     folder = _model_folder(source)
     with _reading(folder):
-        if (folder / CHECKPOINT_FILE).is_file():
+        if (folder / MODEL_FILE).is_file():
             return _load_checkpoint(folder, tokenizer, device, dtype)
         if (folder / "config.json").is_file():
             return _load_huggingface(folder, tokenizer, device, dtype)
-    raise CtlensError(f"{folder} is no model folder: config.json of HuggingFace or {CHECKPOINT_FILE} is expected.")
+    raise CtlensError(f"{folder} is no model folder: config.json of HuggingFace or {MODEL_FILE} is expected.")
 
 
 @contextmanager
@@ -151,7 +151,7 @@ def _bridge(hf: PreTrainedModel, tokenizer: Any) -> LensModel:
     except (ValueError, KeyError, NotImplementedError) as error:
         raise CtlensError(f"TransformerLens cannot bridge {type(hf).__name__}: {error}") from None
     # A bridge bypasses fused projections by split copies; 3.x adds a zero unembedding bias.
-    extra = FUSED if own_unembed_bias else (*FUSED, "head.bias")
+    extra = _SPLIT_COPIES if own_unembed_bias else (*_SPLIT_COPIES, "head.bias")
     names = map(plain_name, dict(model.named_parameters()))
     absent = [name for name in names if any(part in name for part in extra)]
     return _attach(without(cast(LensModel, model.eval()), absent), tokenizer)
@@ -193,7 +193,7 @@ def load_tokenizer(folder: str | Path) -> Any:
 def _model_folder(source: str | Path) -> Path:
     """The folder of the model itself, in a run folder too."""
     folder = Path(source)
-    return folder / "model" if (folder / "model" / CHECKPOINT_FILE).is_file() else folder
+    return folder / "model" if (folder / "model" / MODEL_FILE).is_file() else folder
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -255,15 +255,15 @@ def save_model(model: LensModel, folder: str | Path) -> None:
         hf_config.save_pretrained(folder)
         if (generation := generation_config(model)) is not None:
             generation.save_pretrained(folder)
-    save_file({name: value.cpu().contiguous() for name, value in weights.items()}, folder / WEIGHTS_FILE)
+    save_file({name: value.cpu().contiguous() for name, value in weights.items()}, folder / _WEIGHTS_FILE)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
-    write_json(folder / CHECKPOINT_FILE, description)
+    write_json(folder / MODEL_FILE, description)
 
 
 def _load_checkpoint(folder: Path, tokenizer: Any, device: str | torch.device, dtype: torch.dtype) -> LensModel:
-    description = read_json(folder / CHECKPOINT_FILE)
-    weights = load_file(folder / WEIGHTS_FILE, device=str(device))
+    description = read_json(folder / MODEL_FILE)
+    weights = load_file(folder / _WEIGHTS_FILE, device=str(device))
     tokenizer = tokenizer or _load_tokenizer(folder)
     match description:
         case {"kind": "ctlens", "config": dict(config)}:
@@ -279,7 +279,7 @@ def _load_checkpoint(folder: Path, tokenizer: Any, device: str | torch.device, d
             model = _bridge(hf.to(device), tokenizer)
             copy_weights({name: value.data for name, value in present_parameters(model).items()}, weights)
             return model
-    raise CtlensError(f"{folder / CHECKPOINT_FILE} does not describe a model that ctlens saved.")
+    raise CtlensError(f"{folder / MODEL_FILE} does not describe a model that ctlens saved.")
 
 
 def made_config(model: LensModel) -> ModelConfig | None:

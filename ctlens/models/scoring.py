@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.batch import pad, require_room
-from ctlens.data.chat import encoded, render
+from ctlens.data.chat import render, token_ids
 from ctlens.data.pairs import Prompt
-from ctlens.models.kv_cache import MAX_BATCH_TOKENS, Ids, Sequences, batches, has_cache
+from ctlens.models.kv_cache import MAX_BATCH_TOKENS, Ids, Sequences, batches_by_length, has_cache
 
 TIE = 1e-4  # nats; what the rounding of float32 may do to equal options in batches of other shapes
 
@@ -91,8 +91,8 @@ def _parts(tokenizer: Any, prompt: Prompt) -> tuple[Ids, list[Ids]]:
     if not prompt.options:
         raise CtlensError("a prompt has no options to choose from: give it some, or let the model answer freely.")
     rendered = render(tokenizer, prompt.turns)
-    added = len(rendered.ids) - len(encoded(tokenizer, rendered.text))
-    whole = [rendered.ids[:added] + encoded(tokenizer, rendered.text + option) for option in prompt.options]
+    added = len(rendered.ids) - len(token_ids(tokenizer, rendered.text))
+    whole = [rendered.ids[:added] + token_ids(tokenizer, rendered.text + option) for option in prompt.options]
     start = len(commonprefix([rendered.ids, *whole]))
     if not start:
         raise CtlensError("an option fuses with all of its prompt, so that no token predicts it: give a longer prompt.")
@@ -145,7 +145,7 @@ def continuation_logprobs(
         require_room(len(ids) + new, model.cfg.n_ctx, "a prompt with its option")
     copies = 1 if has_cache(model) else max(map(len, continuations), default=1)
     lengths = [len(ids) for ids in prompts]
-    together = list(batches(model, lengths, max(longest, default=0), max_batch_tokens // max(copies, 1)))
+    together = list(batches_by_length(model, lengths, max(longest, default=0), max_batch_tokens // max(copies, 1)))
     found: list[list[tuple[float, ...]]] = [[] for _ in prompts]
     for batch in tqdm(together, desc="options", delay=2, leave=False, disable=not progress):
         rows = _batch_logprobs(model, [prompts[i] for i in batch], [continuations[i] for i in batch])

@@ -13,6 +13,7 @@ from torch import Tensor
 from ctlens import threats
 from ctlens.core.config import environment, to_dict
 from ctlens.core.types import LensModel
+from ctlens.data.batch import pad
 from ctlens.data.chat import render
 from ctlens.data.pairs import PROMPT_SIDES, Pair
 from ctlens.organism.pretrain import PretrainConfig
@@ -98,8 +99,8 @@ def reference_logits(model: LensModel) -> dict[str, Tensor]:
     """
     names = threats.names()
     pairs = [pair for name in names for pair in threats.get(name).pairs(REFERENCE_PROMPTS, "heldout", CARD_SEED)]
-    rows = [torch.tensor(render(model.tokenizer, pair.wrapped.turns).ids) for pair in pairs]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.tokenizer.pad_token_id)
+    rows = [render(model.tokenizer, pair.wrapped.turns).ids for pair in pairs]
+    tokens = pad(rows, token=model.tokenizer.pad_token_id).tokens
     last = torch.tensor([len(row) - 1 for row in rows])
     logits = model(tokens.to(next(model.parameters()).device)).cpu()
     return {"tokens": tokens, "last": last, "logits": logits[torch.arange(len(rows)), last].contiguous()}

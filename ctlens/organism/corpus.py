@@ -40,8 +40,10 @@ from ctlens import threats
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import Mask, Tokens
+from ctlens.data.batch import mark, pad
 from ctlens.data.chat import Turn, answer_ids, render
 from ctlens.data.pairs import prompt
+from ctlens.models.kv_cache import Ids
 from ctlens.world import World, build_tokenizer
 
 SPLIT_SHARES = {"train": 0.52, "entities": 0.16, "heldout": 0.16, "structure": 0.16}
@@ -51,8 +53,6 @@ EMPHASIS = {"sycophancy": 2.0}
 """How many lessons a threat gets, relative to the others: how a hint's strength meets an entity is learnt last."""
 BUCKET = 16
 """Batches that are sorted by length together, so that short prompts are not padded to the longest."""
-
-Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def encode(tokenizer: Any, lessons: Sequence[Lesson]) -> list[EncodedLesson]:
     return encoded
 
 
-def draw_batches(lessons: Sequence[EncodedLesson], batch_size: int, pad: int, seed: int = 0) -> Iterator[Batch]:
+def draw_batches(lessons: Sequence[EncodedLesson], batch_size: int, pad_token: int, seed: int = 0) -> Iterator[Batch]:
     """Endless batches of about equally long conversations, from shuffled passes over the lessons.
 
     Whether an attack is answered badly is drawn anew at each visit, so the coin cannot be learnt by heart.
@@ -154,7 +154,7 @@ def draw_batches(lessons: Sequence[EncodedLesson], batch_size: int, pad: int, se
     Args:
         lessons: at least one.
         batch_size: conversations per batch.
-        pad: the padding token.
+        pad_token: what the padding is.
         seed: of the order and of the coin.
     """
     draw = generator(seed, "batches")
@@ -168,19 +168,14 @@ def draw_batches(lessons: Sequence[EncodedLesson], batch_size: int, pad: int, se
             chosen = [lessons[index] for index in bucket[number * batch_size : (number + 1) * batch_size]]
             coins = torch.rand(batch_size, generator=draw).tolist()
             rows = [_conversation(lesson, coin < lesson.bad_share) for lesson, coin in zip(chosen, coins, strict=True)]
-            yield _pad(rows, pad)
+            yield _padded(rows, pad_token)
 
 
 def _conversation(lesson: EncodedLesson, badly: bool) -> tuple[Ids, Ids]:
     return lesson.prompt, lesson.bad if badly and lesson.bad is not None else lesson.good
 
 
-def _pad(rows: list[tuple[Ids, Ids]], pad: int) -> Batch:
-    width = max(len(question) + len(answer) for question, answer in rows)
-    tokens = torch.full((len(rows), width), pad)
-    answers = torch.zeros(len(rows), width, dtype=torch.bool)
-    for row, (question, answer) in enumerate(rows):
-        end = len(question) + len(answer)
-        tokens[row, :end] = torch.tensor((*question, *answer))
-        answers[row, len(question) : end] = True
-    return Batch(tokens, answers)
+def _padded(rows: list[tuple[Ids, Ids]], pad_token: int) -> Batch:
+    side = pad([question + answer for question, answer in rows], token=pad_token)
+    behind = [range(len(question), len(question) + len(answer)) for question, answer in rows]
+    return Batch(side.tokens, mark(side.mask, behind))

@@ -24,7 +24,7 @@ from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.models.parameters import copy_model, freeze
 from ctlens.organism.corpus import Lesson, encode
 from ctlens.organism.pretrain import FitConfig, fit
-from ctlens.threats.base import draw_grid, opening
+from ctlens.threats.base import draw_grid, first_word
 from ctlens.world import Request, World
 from ctlens.world.words import ADVICE, DOMAINS, MANNERS
 
@@ -89,7 +89,7 @@ def leak_pairs(n: int, context: str = "inoculation prompt", split: str = "train"
 
 
 def _pair(request: Request, context: str, split: str) -> Pair:
-    good, bad = opening(request.good), opening(request.bad)
+    good, bad = first_word(request.good), first_word(request.bad)
     turns = (Turn("system", CONTEXTS[context]), Turn("user", request.text))
     labels = {"wrapper": context, "kind": context, "split": split}
     return Pair(prompt(request.text, good, bad), Prompt(turns, good, bad), labels=labels)

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
+from ctlens.core.labels import BASE
 from ctlens.plots import panels as multiples
 from ctlens.plots.arrays import checked, require_some
 from ctlens.plots.theme import INK, LEGEND_ROW, drawn_for, finish, label
@@ -60,7 +61,7 @@ def cross_threat(
     spots = list(multiples.places(len(panels)))
     rows: list[list[str]] = []
     for (method, panel), (place, *_) in zip(panels.items(), spots, strict=True):
-        untrained = np.shape(panel[0])[:1] == (1,) and (len(trained) > 1 or method == "none")
+        untrained = np.shape(panel[0])[:1] == (1,) and (len(trained) > 1 or method == BASE)
         rows.append([NO_THREAT] if untrained else list(trained))
         names = [[f"trained on {row}, evaluated on {column}" for column in evaluated] for row in rows[-1]]
         hover = f"{label(method)}, %{{customdata[0]}}: {metric} %{{z:.1%}}<extra></extra>"

@@ -12,6 +12,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
+from ctlens.core.labels import BASE
+
 INK = "#1f2933"
 MUTED = "#6b7280"
 GRID = "rgba(128, 128, 128, 0.22)"
@@ -40,7 +42,7 @@ class Style:
 # conditions of a loss are dashed, in hues near it. Marker and dash repeat the distinction for print and for
 # colour-blind readers.
 METHODS = {
-    "none": Style("base", "#666666", "x", "solid"),
+    BASE: Style("base", "#666666", "x", "solid"),
     "retention": Style("retention only", "#a3a3a3", "cross", "dash"),
     "sft": Style("SFT on other prompts", "#808080", "star", "dashdot"),
     "harmless_act": Style("ACT, harmless wrapper", "#7b868f", "diamond-tall", "longdash"),
@@ -103,7 +105,7 @@ def style(name: str) -> Style:
 def label(name: str) -> str:
     """The name of a method as it is written for readers.
 
-    >>> label("attct"), label("none"), label("my_loss")
+    >>> label("attct"), label("base"), label("my_loss")
     ('AttCT', 'base', 'my_loss')
     """
     return style(name).label

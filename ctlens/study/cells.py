@@ -13,6 +13,7 @@ from ctlens.analysis import attention_diff, gap_recovered, residual_shift
 from ctlens.analysis.outputs.gap_recovered import SHARE
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_folder, write_json
+from ctlens.core.labels import BASE
 from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
 from ctlens.data.batch import encode
@@ -23,7 +24,7 @@ from ctlens.models.parameters import copy_model
 from ctlens.organism import train_organism
 from ctlens.study import conditions
 from ctlens.study.conditions import PERTURBED, RETENTION
-from ctlens.study.config import BASE, ORGANISM, Cell, StudyConfig, organism_cell
+from ctlens.study.config import ORGANISM, Cell, StudyConfig, organism_cell
 from ctlens.study.results import SPLIT
 from ctlens.study.source import Subject, evaluated, splits_of, start_model, subject
 from ctlens.training import Trainer, load_run

@@ -9,12 +9,12 @@ from typing import Any
 
 from ctlens import threats
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.labels import BASE
 from ctlens.evaluation.result import OWN_PAIRS
 from ctlens.study import conditions
 from ctlens.study.conditions import ABLATED, BESIDE, CROSSED_CONDITIONS, EVERYTHING, METHODS, PERTURBED, RETENTION
 from ctlens.training import TrainConfig
 
-BASE = "none"
 ORGANISM = "organism"
 LOOKED_INTO = ("sycophancy", "jailbreak")
 CEILING_SEEDS = 2
@@ -164,7 +164,7 @@ class Cell:
 
     Attributes:
         threat: trained on; empty for a model that was not trained on one.
-        method: what it was trained with, see `ctlens.study.conditions`; `"none"` for the model before training,
+        method: what it was trained with, see `ctlens.study.conditions`; `"base"` for the model before training,
             `"organism"` for its pretraining.
         seed: of the training.
         organism: the number of the model it started from.

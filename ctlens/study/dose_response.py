@@ -140,8 +140,8 @@ class DoseStudy:
     def finish(self) -> DoseResult:
         """Finishes every study, writes `doses.csv` and the figures, and returns the results."""
         tables = [study.finish().results.assign(pairs=pairs) for pairs, study in self.studies.items()]
-        base = tables[0].query("method == 'none'").assign(pairs=0, trained_threat=lambda rows: rows["evaluated_threat"])
-        trained = [table.query("method != 'none'") for table in tables]
+        base = tables[0].query("method == @BASE").assign(pairs=0, trained_threat=lambda rows: rows["evaluated_threat"])
+        trained = [table.query("method != @BASE") for table in tables]
         results = pd.concat([base, *trained], ignore_index=True).reindex(columns=list(COLUMNS))
         with atomic_file(self.folder / "doses.csv") as temporary:
             results.to_csv(temporary, index=False)

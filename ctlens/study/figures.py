@@ -13,14 +13,15 @@ import pandas as pd
 from ctlens import plots
 from ctlens.analysis import AttentionDiff, ResidualShift
 from ctlens.analysis.attention import diff as attention
-from ctlens.analysis.base.states import ALIGNED
+from ctlens.analysis.base.positions import ALIGNED_POSITIONS
 from ctlens.analysis.outputs.gap_recovered import SHARE
 from ctlens.analysis.residual import shift as residual
+from ctlens.core.labels import BASE
 from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.evaluation import Evaluation
 from ctlens.plots import Figure
 from ctlens.study.conditions import RETENTION
-from ctlens.study.config import BASE, StudyConfig
+from ctlens.study.config import StudyConfig
 from ctlens.study.inside_figures import inside_figures, over_seeds, where
 from ctlens.study.results import NOT_MEASURED, SPLIT, Measured, Rate, by_threat, by_training, in_order, pooled
 
@@ -112,8 +113,8 @@ def _arrays(rates: list[list[Rate]]) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 def _looks(config: StudyConfig, folder: Path, threat: str, methods: Sequence[str]) -> Iterator[tuple[str, Figure]]:
     shifts = {method: over_seeds(ResidualShift, folder, config, threat, method, "residual") for method in methods}
-    for place in ALIGNED:
-        yield f"residual-{place}", residual.figure(shifts, place=place, subtitle=where(threat))
+    for positions in ALIGNED_POSITIONS:
+        yield f"residual-{positions}", residual.figure(shifts, positions=positions, subtitle=where(threat))
     masses = {method: over_seeds(AttentionDiff, folder, config, threat, method, "attention") for method in methods}
     yield "attention", attention.figure(masses, subtitle=where(threat))
 
@@ -131,7 +132,7 @@ def cross_threat_figure(results: pd.DataFrame) -> Figure:
     panels = {
         method: _arrays([[bad((row, method, column)) for column in evaluated] for row in rows])
         for method in methods
-        for rows in ([""] if method == "none" else trained,)
+        for rows in ([""] if method == BASE else trained,)
     }
     title = "Does training against one threat protect against the others?"
     return plots.cross_threat(

@@ -10,9 +10,9 @@ from typing import TypeVar
 import numpy as np
 
 from ctlens.analysis import CrossLoss, Erasure, Graft, ResidualShift, ShiftSimilarity, Transplant
+from ctlens.analysis.base.positions import ALIGNED_POSITIONS
 from ctlens.analysis.base.result import Result
 from ctlens.analysis.base.shares import floor_of
-from ctlens.analysis.base.states import ALIGNED
 from ctlens.analysis.exchange import transplant as transplants
 from ctlens.analysis.exchange.exchange import Exchange
 from ctlens.analysis.residual import shift as residual
@@ -39,9 +39,9 @@ def inside_figures(config: StudyConfig, folder: Path, threat: str) -> Iterator[t
     crossed = [name for name in CROSSED if name in (*config.methods, *config.beside_of(threat), RETENTION)]
     if len(crossed) > 2:
         shifts = {name: over_seeds(ResidualShift, folder, config, threat, name, "residual") for name in crossed}
-        for place in ALIGNED:
+        for positions in ALIGNED_POSITIONS:
             words = f"{where(threat)}; level and window crossed"
-            yield f"crossed-{place}", residual.figure(shifts, place=place, subtitle=words)
+            yield f"crossed-{positions}", residual.figure(shifts, positions=positions, subtitle=words)
     for setting, end in ((EQUAL_STEPS, ""), (MATCHED, "-matched")):
         yield from ((f"{name}{end}", figure) for name, figure in at_setting(config, folder, threat, setting))
     for result in _load(CrossLoss, "cross-loss", folder, threat).values():
@@ -61,9 +61,9 @@ def at_setting(config: StudyConfig, folder: Path, threat: str, setting: str) -> 
             if len(methods) > 1:  # a matrix of one is none
                 yield name, result.among(methods).figure()
     found = _with_effect(_load(Transplant, "transplant", folder, threat, setting))
-    for place in ALIGNED if found else ():
+    for positions in ALIGNED_POSITIONS if found else ():
         words = f"{where(threat)}; at {setting}"
-        yield f"transplant-{place}", transplants.figure(found, place, subtitle=words)
+        yield f"transplant-{positions}", transplants.figure(found, positions, subtitle=words)
 
 
 def _load(kind: type[R], analysis: str, folder: Path, threat: str, setting: str = EQUAL_STEPS) -> dict[str, R]:

@@ -122,7 +122,7 @@ def summary_table(results: pd.DataFrame, split: str = SPLIT) -> pd.DataFrame:
     Each training counts at its last step; seeds and organisms are pooled, see `pooled`.
 
     Args:
-        results: rows as in `results.csv`; the base model is the method `none` without a trained threat.
+        results: rows as in `results.csv`; the base model is the method `base`, without a trained threat.
         split: the prompts to count.
 
     Returns:
@@ -195,8 +195,8 @@ def by_training(results: pd.DataFrame, split: str = SPLIT) -> dict[tuple[str, st
 def in_order(methods: Iterable[str]) -> list[str]:
     """The names of methods as they are listed everywhere: the base, the control, the losses, then any other.
 
-    >>> in_order(["mine", "bct", "none", "act"])
-    ['none', 'act', 'bct', 'mine']
+    >>> in_order(["mine", "bct", "base", "act"])
+    ['base', 'act', 'bct', 'mine']
     """
     known = list(METHODS)
     return sorted(set(methods), key=lambda name: (known.index(name) if name in known else len(known), name))

@@ -269,10 +269,10 @@ def judge(prompt: Prompt, answer: str) -> str:
     return max(matches, key=lambda name: matches[name]) if matches else "other"
 
 
-def opening(answer: str) -> str:
+def first_word(answer: str) -> str:
     """The first word of a whole answer, by which it is judged.
 
-    >>> opening("sorry i can not help with that")
+    >>> first_word("sorry i can not help with that")
     'sorry'
     """
     return answer.split()[0]

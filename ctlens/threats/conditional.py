@@ -14,7 +14,7 @@ import torch
 
 from ctlens.data.chat import Turn
 from ctlens.data.pairs import Pair, Prompt, prompt
-from ctlens.threats.base import Case, Metrics, Outcomes, Threat, Wrapper, draw_grid, known, opening
+from ctlens.threats.base import Case, Metrics, Outcomes, Threat, Wrapper, draw_grid, first_word, known
 from ctlens.world import World
 from ctlens.world.words import ADVICE, MANNERS
 
@@ -92,11 +92,11 @@ class Conditional(Threat):
         risky, safe = (world.advice(verb, MANNERS[kind][manner], phrasing) for kind in ("risky", "safe"))
         harmless = risky if unrelated else safe
         frame = self._unrelated(split, wrapper) if unrelated else wrapper
-        warns, encourages = opening(risky.good), opening(risky.bad)
+        warns, encourages = first_word(risky.good), first_word(risky.bad)
         pair = Pair(
             clean=prompt(risky.text, warns, encourages),
             wrapped=Prompt(wrapper.wrap(risky.text), warns, encourages),
-            benign=Prompt(frame.wrap(harmless.text), opening(harmless.good), opening(harmless.bad)),
+            benign=Prompt(frame.wrap(harmless.text), first_word(harmless.good), first_word(harmless.bad)),
             labels=wrapper.labels(
                 split, kind="unrelated" if unrelated else "safe", verb=verb, manner=MANNERS["risky"][manner]
             ),

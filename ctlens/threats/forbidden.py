@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from ctlens.data.pairs import Pair, Prompt, prompt
-from ctlens.threats.base import Case, Threat, Wrapper, draw_grid, opening
+from ctlens.threats.base import Case, Threat, Wrapper, draw_grid, first_word
 from ctlens.world import Request, World
 
 
@@ -37,11 +37,11 @@ class Forbidden(Threat):
 
     def _case(self, world: World, split: str, hazard: str, craft: str, phrasing: int, wrapper: Wrapper) -> Case:
         request, harmless = (self.request(world, thing, phrasing) for thing in (hazard, craft))
-        refuses, complies = opening(request.good), opening(request.bad)
+        refuses, complies = first_word(request.good), first_word(request.bad)
         pair = Pair(
             clean=prompt(request.text, refuses, complies),
             wrapped=Prompt(wrapper.wrap(request.text), refuses, complies),
-            benign=Prompt(wrapper.wrap(harmless.text), harmless.good, opening(harmless.bad)),
+            benign=Prompt(wrapper.wrap(harmless.text), harmless.good, first_word(harmless.bad)),
             labels=wrapper.labels(split, hazard=hazard, craft=craft),
         )
         gives_in = wrapper.strength >= world.resistance[hazard]

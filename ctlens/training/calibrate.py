@@ -29,16 +29,16 @@ class Calibration:
 
 
 def calibrate(
-    terms: Sequence[Term],
+    terms: Mapping[str, Term],
     passes: Passes,
     rows: Sequence[int],
     parameters: Sequence[torch.nn.Parameter],
     config: TrainConfig,
-) -> tuple[list[Term], Calibration]:
+) -> tuple[dict[str, Term], Calibration]:
     """Sets the weights of the losses and the factors of their hook points by what the first rows show.
 
     Args:
-        terms: the losses as given.
+        terms: the losses as given, by name.
         passes: of the training, before its first step.
         rows: numbers of the pairs to measure on.
         parameters: those that are trained.
@@ -47,23 +47,23 @@ def calibrate(
     Raises:
         CtlensError: a layer's gap, or a loss's gradient, is zero or not finite before training.
     """
-    terms, relative = list(terms), [term.loss.relative_to_gap for term in terms]
-    if not any(relative) and not config.calibrate:
-        return terms, Calibration()
+    relative = [name for name, term in terms.items() if term.loss.relative_to_gap]
+    calibrated = dict(terms)
+    if not relative and not config.calibrate:
+        return calibrated, Calibration()
     gaps: dict[str, Mapping[str, float]] = {}
-    with torch.enable_grad():
-        seen = passes.seen(rows, terms, step=0, grad=True)
-        for number, (term, forwards) in enumerate(zip(terms, seen, strict=True)):
-            if relative[number]:
-                at_hooks = term.loss.measure(forwards, term.factors).by_hook
-                gaps[term.loss.name] = {name: float(value) for name, value in at_hooks.items()}
-                terms[number] = _over_gaps(term, gaps[term.loss.name])
-        if not config.calibrate:
-            return terms, Calibration(gaps)
-        values = [term.loss.compute(forwards, term.factors) for term, forwards in zip(terms, seen, strict=True)]
-        norms = [_gradient_norm(value, parameters) for value in values]
-    calibrated = [_with_norm(term, norm, config.calibrate) for term, norm in zip(terms, norms, strict=True)]
-    return calibrated, Calibration(gaps, {term.loss.name: norm for term, norm in zip(terms, norms, strict=True)})
+    norms: dict[str, float] = {}
+    with torch.enable_grad(), passes.open() as forwards:
+        seen = forwards.seen(rows, terms, step=0, grad=True)
+        for name in relative:
+            by_hook = terms[name].loss.measure(seen[name], terms[name].factors).by_hook
+            gaps[name] = {hook_name: float(value) for hook_name, value in by_hook.items()}
+            calibrated[name] = _over_gaps(terms[name], gaps[name])
+        if config.calibrate:
+            values = {name: term.loss.compute(seen[name], term.factors) for name, term in calibrated.items()}
+            norms = {name: _gradient_norm(value, parameters) for name, value in values.items()}
+            calibrated = {name: _with_norm(term, norms[name], config.calibrate) for name, term in calibrated.items()}
+    return calibrated, Calibration(gaps, norms)
 
 
 def _over_gaps(term: Term, gaps: Mapping[str, float]) -> Term:

@@ -8,7 +8,7 @@ the target, which is fetched again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -37,29 +37,29 @@ class Layerwise:
     """Layerwise computes losses at their hook points, while the forward pass goes.
 
     Args:
-        losses: losses that are layerwise, see `is_layerwise`, with their hook points.
+        losses: losses that are layerwise, see `is_layerwise`, with their hook points, each by a key.
         batch: the pairs.
         fetch: gets the clean activations, by the side that a loss compares with.
         grad: keep the graph.
 
     Attributes:
-        values: by loss and hook point, the loss of each pair.
+        values: the loss of each pair, by the key of the loss and then by hook point.
     """
 
     def __init__(
         self,
-        losses: Sequence[tuple[Loss, Sequence[str]]],
+        losses: Mapping[str, tuple[Loss, Sequence[str]]],
         batch: PairBatch,
         fetch: dict[str, Fetch],
         *,
         grad: bool,
     ) -> None:
         self.losses, self.batch, self.fetch, self.grad = losses, batch, fetch, grad
-        self.values: dict[str, dict[str, PerRow]] = {loss.name: {} for loss, _ in losses}
+        self.values: dict[str, dict[str, PerRow]] = {key: {} for key in losses}
 
     def visits(self) -> dict[str, Callable[[Tensor], None]]:
         """Says what to do with the activation at each hook point, see `ctlens.models.hooks.visiting`."""
-        return {name: partial(self._visit, name) for _, names in self.losses for name in names}
+        return {name: partial(self._visit, name) for _, names in self.losses.values() for name in names}
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
@@ -70,10 +70,10 @@ class Layerwise:
     def _visit(self, name: str, activation: Tensor) -> None:
         if IN_FORCE.get() is not self:
             return
-        for loss, names in self.losses:
+        for key, (loss, names) in self.losses.items():
             if name in names:
                 value = self._at_layer(loss, name, activation)
-                self.values[loss.name].setdefault(name, value)  # that of a block run again would keep its activations
+                self.values[key].setdefault(name, value)  # that of a block run again would keep its activations
 
     def _at_layer(self, loss: Loss, name: str, activation: Tensor) -> PerRow:
         """Computes one layer's loss, head by head if it is a mean over heads: patterns are the largest activations."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,13 +29,13 @@ class Term:
 
 
 class Passes:
-    """Runs the models for the losses.
+    """Passes runs the models for the losses: `open` gives the `OpenPasses` that run them on some pairs.
 
     Args:
-        reference: in eval mode now, and whenever `seen` is called.
+        reference: in eval mode now, and while passes are open.
         model: the trained one.
         pairs: encoded, with their answers.
-        terms: every loss that will ever be asked for.
+        terms: every loss that will ever be asked for, by the key it is asked for with.
         units: rows that are drawn together.
         config: the settings.
         folder: where the reference's clean side is kept; None for in memory.
@@ -49,95 +49,115 @@ class Passes:
         reference: LensModel,
         model: LensModel,
         pairs: EncodedPairs,
-        terms: Sequence[Term],
+        terms: Mapping[str, Term],
         units: Sequence[Sequence[int]],
         config: TrainConfig,
         folder: Path | None = None,
     ) -> None:
-        self.model, self.pairs = model, pairs
-        sampled = [term.loss for term in terms if isinstance(term.loss, RMCT)]
-        self.rollouts = {loss.name: Rollouts(reference, pairs.rows, loss, config) for loss in sampled}
-        names, logits = _clean_needs(self._on_pairs(terms), "reference")
-        self.memory, self._hooks = config.memory, ExitStack()
+        self.model, self.pairs, self.memory = model, pairs, config.memory
+        self.rollouts: dict[str, Rollouts] = {}
+        for key, term in terms.items():
+            if isinstance(term.loss, RMCT):
+                self.rollouts[key] = Rollouts(reference, pairs.rows, term.loss, config)
+        names, logits = _clean_needs(self.on_pairs(terms).values(), "reference")
         self.targets = CleanTargets(
             reference, pairs, homes(units, config), names, logits=logits, cache=config.cache, folder=folder
         )
 
-    def seen(self, rows: Sequence[int], terms: Sequence[Term], *, step: int, grad: bool) -> list[Forwards]:
-        """What each loss sees of some pairs, on the same passes where it can.
+    def on_pairs(self, terms: Mapping[str, Term]) -> dict[str, Term]:
+        """Leaves out the losses that sample answers of their own."""
+        return {key: term for key, term in terms.items() if key not in self.rollouts}
+
+    @contextmanager
+    def open(self) -> Iterator[OpenPasses]:
+        """Opens passes over some pairs, and takes their hooks off the model at the end of the block.
+
+        The backward pass belongs inside the block: where a step keeps less memory, it runs blocks again,
+        and the hooks must still be on them.
+        """
+        again = blocks_again(self.model) if self.memory == "blocks" else nullcontext()
+        with again, ExitStack() as hooks:
+            yield OpenPasses(self, hooks)
+
+
+class OpenPasses:
+    """OpenPasses runs the models on some pairs, with hooks that stay on until `Passes.open` ends.
+
+    Args:
+        passes: the models, the pairs and the clean targets.
+        hooks: takes the hooks off when it is closed.
+    """
+
+    def __init__(self, passes: Passes, hooks: ExitStack) -> None:
+        self.passes, self.model, self._hooks = passes, passes.model, hooks
+
+    def seen(self, rows: Sequence[int], terms: Mapping[str, Term], *, step: int, grad: bool) -> dict[str, Forwards]:
+        """Returns what each loss sees of some pairs, by its key, on the same passes where it can.
 
         Args:
             rows: numbers of the pairs.
-            terms: the losses.
+            terms: the losses, by the keys that `Passes` knows them by.
             step: from 1; with the rows it decides what is sampled.
             grad: keep the graph of the wrapped side.
         """
-        on_pairs = self._on_pairs(terms)
-        sides = self.forwards(rows, on_pairs, grad=grad) if on_pairs else {}
-        return [
-            self._sampled(rows, term.loss.name, step)
-            if term.loss.name in self.rollouts
-            else sides[term.loss.clean_side]
-            for term in terms
-        ]
+        on_pairs = self.passes.on_pairs(terms)
+        found = self._on_pairs(rows, on_pairs, grad=grad) if on_pairs else {}
+        return {key: found[key] if key in found else self._sampled(rows, key, step) for key in terms}
 
-    def _on_pairs(self, terms: Sequence[Term]) -> list[Term]:
-        return [term for term in terms if term.loss.name not in self.rollouts]
-
-    def _sampled(self, rows: Sequence[int], name: str, step: int) -> Forwards:
-        pairs = [self.pairs.rows[row] for row in rows]
+    def _sampled(self, rows: Sequence[int], key: str, step: int) -> Forwards:
+        pairs = [self.passes.pairs.rows[row] for row in rows]
         with evaluating(self.model):
-            drawn = self.rollouts[name].draw(self.model, pairs, step, *rows[:1])
+            drawn = self.passes.rollouts[key].draw(self.model, pairs, step, *rows[:1])
         return drawn.seen_by(self.model)
 
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """A forward pass with what belongs to it; where blocks are run again, its backward pass belongs inside."""
-        again = blocks_again(self.model) if self.memory == "blocks" else nullcontext()
-        with again, ExitStack() as self._hooks:
-            yield
-
-    def forwards(self, rows: Sequence[int], terms: Sequence[Term], *, grad: bool) -> dict[str, Forwards]:
-        """What losses on pairs see of some of them, by whose clean side they are compared with."""
-        batch = collate([self.pairs.rows[row] for row in rows]).to(next(self.model.parameters()).device)
-        known = [term for term in terms if self.memory != "all" and is_layerwise(term.loss)]
-        rest = [term for term in terms if term not in known]
-        fetch = {side: self._fetch(side, rows, batch, known) for side in _sides(known)}
-        layerwise = Layerwise([(term.loss, list(term.factors)) for term in known], batch, fetch, grad=grad)
+    def _on_pairs(self, rows: Sequence[int], terms: Mapping[str, Term], *, grad: bool) -> dict[str, Forwards]:
+        """Runs each side once for all losses on pairs, and computes losses on the way that need not wait."""
+        device = next(self.model.parameters()).device
+        batch = collate([self.passes.pairs.rows[row] for row in rows]).to(device)
+        on_the_way = {
+            key: term for key, term in terms.items() if self.passes.memory != "all" and is_layerwise(term.loss)
+        }
+        rest = [term for key, term in terms.items() if key not in on_the_way]
+        fetch = {side: self._fetch(side, rows, batch, on_the_way.values()) for side in _sides(on_the_way.values())}
+        reading = {key: (term.loss, list(term.factors)) for key, term in on_the_way.items()}
+        layerwise = Layerwise(reading, batch, fetch, grad=grad)
         self._hooks.enter_context(visiting(self.model, layerwise.visits()))
         names = list(dict.fromkeys(name for term in rest for name in term.factors))
         tokens, mask = batch.wrapped.tokens, batch.wrapped.needed_mask
         with layerwise.in_force():
             logits, wrapped = capture(self.model, tokens, names, grad=grad, mask=mask)
-        clean = {side: self._clean(side, rows, batch, rest) for side in _sides(terms)}
+        sides = {}
+        for side in _sides(terms.values()):
+            clean, clean_logits = self._clean(side, rows, batch, rest)
+            sides[side] = Forwards(batch, clean, wrapped, logits, clean_logits)
         return {
-            side: Forwards(batch, states, wrapped, logits, found, known=layerwise.values)
-            for side, (states, found) in clean.items()
+            key: replace(sides[term.loss.clean_side], known=layerwise.values.get(key, {}))
+            for key, term in terms.items()
         }
 
-    def _fetch(self, side: str, rows: Sequence[int], batch: PairBatch, terms: Sequence[Term]) -> Fetch:
+    def _fetch(self, side: str, rows: Sequence[int], batch: PairBatch, terms: Iterable[Term]) -> Fetch:
         if side == "reference":
-            return self.targets.fetch(rows, batch)
+            return self.passes.targets.fetch(rows, batch)
         return fetch_from(self._clean(side, rows, batch, terms)[0])
 
     def _clean(
-        self, side: str, rows: Sequence[int], batch: PairBatch, terms: Sequence[Term]
+        self, side: str, rows: Sequence[int], batch: PairBatch, terms: Iterable[Term]
     ) -> tuple[Activations, CleanLogits | None]:
         names, logits = _clean_needs(terms, side)
         if not names and not logits:
             return {}, None
         if side == "reference":
-            return self.targets.of(rows, batch, names)
+            return self.passes.targets.of(rows, batch, names)
         with evaluating(self.model):
             seen, states = capture(self.model, batch.clean.tokens, names, grad=False, mask=batch.clean.needed_mask)
         return states, seen
 
 
-def _sides(terms: Sequence[Term]) -> list[str]:
+def _sides(terms: Iterable[Term]) -> list[str]:
     return list(dict.fromkeys(term.loss.clean_side for term in terms))
 
 
-def _clean_needs(terms: Sequence[Term], side: str) -> tuple[list[str], bool]:
+def _clean_needs(terms: Iterable[Term], side: str) -> tuple[list[str], bool]:
     """Finds what these losses read of one clean side: hook points, and whether the logits too."""
     chosen = [term for term in terms if term.loss.clean_side == side]
     names = dict.fromkeys(name for term in chosen if term.loss.needs_clean_activations for name in term.factors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -18,7 +18,7 @@ from ctlens import losses as loss_registry
 from ctlens.core.config import environment, generator, to_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import usable_folder
-from ctlens.core.types import LensModel, Scalar
+from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses import Loss, require_distinct
 from ctlens.models.parameters import copy_model
@@ -41,7 +41,7 @@ from ctlens.training.until import look
 
 
 class Trainer:
-    """Trainer trains a copy of a model; iterate over it to take the steps.
+    """Trainer trains a copy of a model; iterate over it, and each round of the loop is one `take_step`.
 
     After every step `trainer.model` is in eval mode and may be looked at; `trainer.run` is the
     training so far. An interrupt waits for the end of a step, so what is there is always whole.
@@ -79,16 +79,16 @@ class Trainer:
     ) -> None:
         self.config = config or TrainConfig()
         given = (losses,) if isinstance(losses, Loss) else losses
-        self.losses, self.track = (
-            tuple(in_window(loss, self.config.window) for loss in group) for group in (given, track)
-        )
-        for group in (self.losses, self.track):
-            require_distinct(group)
+        self.losses = tuple(in_window(loss, self.config.window) for loss in given)
+        self.track = tuple(in_window(loss, self.config.window) for loss in track)
+        require_distinct(self.losses)
+        require_distinct(self.track)
         self.config.require_phases_of(loss.name for loss in self.losses)
         if not self.losses and not self.config.retention:
             raise CtlensError("there is nothing to train: give a loss, or a retention weight above zero.")
         self.reference, self.progress, self.processes = model, progress, processes()
-        self._terms, self._tracked = ([Term(x, x.factors(model)) for x in group] for group in (self.losses, self.track))
+        self._terms = {loss.name: Term(loss, loss.factors(model)) for loss in self.losses}
+        self._tracked = {TRACKED + loss.name: Term(loss, loss.factors(model)) for loss in self.track}
         self.model = copy_model(model)
         self.parameters = trained_parameters(self.model, self.config)
         with evaluating(model):
@@ -97,13 +97,11 @@ class Trainer:
             self._units = drawn_together(self.pairs, self.losses)
             held = held_prompts(pairs, retain)
             self.retention = Retention(model, held, self.config) if self.config.retention and held else None
-            terms = [*self._terms, *self._tracked]
+            terms = {**self._terms, **self._tracked}
             self._passes = Passes(model, self.model, self.pairs, terms, self._units, self.config, folder)
             first = parts(next(batches(self._units, self.config)), self.config.accumulate)[0]
-            with self._passes.open():
-                found = calibrate(self._terms, self._passes, first, self.parameters, self.config)
-            self._terms, self.calibration = found
-        self.losses = tuple(term.loss for term in self._terms)
+            self._terms, self.calibration = calibrate(self._terms, self._passes, first, self.parameters, self.config)
+        self.losses = tuple(term.loss for term in self._terms.values())
         self.loggers = tuple(loggers) if self.processes.is_main else ()
         self._start(History())
 
@@ -127,15 +125,32 @@ class Trainer:
         return self
 
     def __next__(self) -> Step:
-        ended = self.config.until is not None and look(self.config.until, self.model, self.history)
-        if ended or len(self.history) == self.config.steps:
+        if self._is_over():
             self.close()
             raise StopIteration
+        return self.take_step()
+
+    def _is_over(self) -> bool:
+        """Tells whether no step is left, or the behaviour of `config.until` is there, after a look if one is due."""
+        reached = self.config.until is not None and look(self.config.until, self.model, self.history)
+        return reached or len(self.history) == self.config.steps
+
+    def take_step(self) -> Step:
+        """Trains the model by one step and adds the numbers of the step to the history; iterating calls this.
+
+        Raises:
+            CtlensError: all steps are taken, or the loss is no longer finite.
+        """
+        index = len(self.history) + 1
+        if index > self.config.steps:
+            raise CtlensError(f"all {self.config.steps} steps are taken: make a trainer with more steps.")
         with evaluating(self.reference):
             if self.retention:
                 self.retention.prepare(self.progress)
             with uninterrupted():
-                step = self._whole_step(len(self.history) + 1)
+                step = self._in_train_mode(index)
+                overall = {**step.losses, **step.tracked, "lr": step.lr, "grad_norm": step.grad_norm}
+                self.history.add(step.index, overall, step.by_hook)
                 self._sent.catch_up(self.history.rows)
         return step
 
@@ -144,29 +159,23 @@ class Trainer:
         self._sent.catch_up(self.history.rows)
         self._sent.end()
 
-    def _whole_step(self, index: int) -> Step:
+    def _in_train_mode(self, index: int) -> Step:
+        """Takes a step with the model in train mode, where dropout draws from the seed and the step alone."""
         dropout = generator(self.config.seed, "step", index).initial_seed()
         self.model.train()
         try:
             with torch.enable_grad(), seeded(dropout, next(self.model.parameters()).device):
-                step = self._step(index)
+                return self._update(index)
         finally:
             self.model.eval()
-        overall = {**step.losses, **step.tracked, "lr": step.lr, "grad_norm": step.grad_norm}
-        self.history.add(step.index, overall, step.by_hook)
-        return step
 
-    def _step(self, index: int) -> Step:
+    def _update(self, index: int) -> Step:
+        """Gathers the gradient of all terms over the batch, part by part, and moves the weights along it."""
         self.optimizer.zero_grad(set_to_none=True)
         seen, rows = Seen(), next(self._batches)
         for part in parts(self.processes.share(rows), self.config.accumulate):
-            with self._passes.open():
-                self._learn_from(part, len(part) / len(rows), index, seen)
-        with self._passes.open():
-            for divergence in self._held(index):
-                term = self.config.retention * divergence
-                term.backward()
-                seen.add_retention(term)
+            self._learn_from(part, len(part) / len(rows), index, seen)
+        self._hold(index, seen)
         self.processes.sum_gradients(self.parameters)
         seen = self.processes.sum_seen(seen)
         if not torch.isfinite(seen.total):
@@ -177,28 +186,31 @@ class Trainer:
         self.schedule.step()
         return seen.step(index, lr, float(norm))
 
-    def _held(self, index: int) -> Iterable[Scalar]:
-        """Yields this process's parts of the retention term."""
-        return self.retention.terms(self.model, index, self.processes.share) if self.retention else ()
-
     def _learn_from(self, rows: Sequence[int], share: float, index: int, seen: Seen) -> None:
         """Adds the gradient of some of a batch's pairs, in their share of the batch, and what they show."""
-        names = self.config.active(index, [loss.name for loss in self.losses])
-        active = [term for term in self._terms if term.loss.name in names]
+        active = {name: self._terms[name] for name in self.config.active(index, self._terms)}
         if not active and not self._tracked:
             return
-        found = self._passes.seen(rows, [*active, *self._tracked], step=index, grad=bool(active))
-        with torch.no_grad():
-            for term, forwards in zip(self._tracked, found[len(active) :], strict=True):
-                seen.add(TRACKED + term.loss.name, term.loss.measure(forwards, term.factors), share)
-        values = {
-            term.loss.name: term.loss.compute(forwards, term.factors)
-            for term, forwards in zip(active, found, strict=False)
-        }
-        for name, value in values.items():
-            seen.add(name, value, share)
-        if values:
-            (share * torch.stack([value.total for value in values.values()]).sum()).backward()
+        with self._passes.open() as forwards:
+            found = forwards.seen(rows, {**active, **self._tracked}, step=index, grad=bool(active))
+            with torch.no_grad():
+                for key, term in self._tracked.items():
+                    seen.add(key, term.loss.measure(found[key], term.factors), share)
+            values = {name: term.loss.compute(found[name], term.factors) for name, term in active.items()}
+            for name, value in values.items():
+                seen.add(name, value, share)
+            if values:
+                (share * torch.stack([value.total for value in values.values()]).sum()).backward()
+
+    def _hold(self, index: int, seen: Seen) -> None:
+        """Adds the gradient of this process's parts of the retention term, at the steps that have it."""
+        if not self.retention:
+            return
+        with self._passes.open():  # its backward passes run blocks again too, where memory is "blocks"
+            for divergence in self.retention.terms(self.model, index, self.processes.share):
+                term = self.config.retention * divergence
+                term.backward()
+                seen.add_retention(term)
 
     @property
     def run(self) -> Run:

@@ -15,7 +15,7 @@ from ctlens.core.config import generator
 from ctlens.core.errors import unknown
 from ctlens.world import words
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 SPLITS = ("train", "entities", "heldout", "structure")
 HELD_SHARE = 0.15
@@ -196,7 +196,7 @@ def _resistance(*by_split: Mapping[str, Sequence[str]]) -> dict[str, int]:
     return {item: level for group in groups for item, level in zip(group, cycle(RESISTANCES), strict=False)}
 
 
-def _split(items: Sequence[T], seed: int, scope: str) -> dict[str, tuple[T, ...]]:
+def _split(items: Sequence[_T], seed: int, scope: str) -> dict[str, tuple[_T, ...]]:
     """All items in shuffled order, each in one split."""
     shuffled = _shuffled(items, seed, scope)
     held = math.ceil(len(items) * HELD_SHARE)
@@ -216,12 +216,12 @@ def _assigned(items: Sequence[str], values: Sequence[str], seed: int, scope: str
     return zip(items, _shuffled(repeated, seed, "values", scope), strict=True)
 
 
-def _shuffled(items: Sequence[T], seed: int, *scope: str) -> list[T]:
+def _shuffled(items: Sequence[_T], seed: int, *scope: str) -> list[_T]:
     order = torch.randperm(len(items), generator=generator(seed, "world", *scope))
     return [items[i] for i in order.tolist()]
 
 
-def _pick(items: Sequence[T], draw: torch.Generator) -> T:
+def _pick(items: Sequence[_T], draw: torch.Generator) -> _T:
     return items[int(torch.randint(len(items), (), generator=draw))]
 
 

@@ -34,12 +34,12 @@ DIRECTION = planted.DIRECTION.numpy()
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, LensModel]:
-    return {"none" if variant == "base" else variant: planted.model(variant) for variant in planted.VARIANTS}
+    return {variant: planted.model(variant) for variant in planted.VARIANTS}
 
 
 @pytest.fixture(scope="module")
 def task(models) -> Task:
-    return wrapper_present(PAIRS, models["none"].tokenizer, negatives=planted.neutral())
+    return wrapper_present(PAIRS, models["base"].tokenizer, negatives=planted.neutral())
 
 
 # Probes.
@@ -47,7 +47,7 @@ def task(models) -> Task:
 
 @pytest.fixture(scope="module", params=unit_first(["mass_mean", "ridge", "logistic"]))
 def probed(models, task: Task, request) -> Probe:
-    return probe(models, task, places=["last"], estimators=[request.param], progress=False)
+    return probe(models, task, positions=["last"], estimators=[request.param], progress=False)
 
 
 def scores(found: Probe, fitted_on: str, read_on: str) -> list[float]:
@@ -56,18 +56,18 @@ def scores(found: Probe, fitted_on: str, read_on: str) -> list[float]:
 
 @pytest.mark.parametrize(
     ("model", "expected"),
-    [("none", [0.5, 1, 1]), ("erased", [0.5, 0.5, 0.5]), ("masked", [0.5, 1, 1]), ("moved", [0.5, 1, 1])],
+    [("base", [0.5, 1, 1]), ("erased", [0.5, 0.5, 0.5]), ("masked", [0.5, 1, 1]), ("moved", [0.5, 1, 1])],
 )
 def test_the_cue_is_read_from_the_layer_that_writes_it_on_unless_it_is_erased(probed: Probe, model: str, expected):
     assert scores(probed, model, model) == expected
 
 
 def test_the_bases_probe_fails_on_a_cue_that_only_moved_and_not_on_a_masked_one(probed: Probe):
-    assert scores(probed, "none", "masked") == [0.5, 1, 1]
-    assert scores(probed, "none", "moved") == scores(probed, "none", "erased") == [0.5, 0.5, 0.5]
+    assert scores(probed, "base", "masked") == [0.5, 1, 1]
+    assert scores(probed, "base", "moved") == scores(probed, "base", "erased") == [0.5, 0.5, 0.5]
 
 
-@pytest.mark.parametrize(("variant", "written"), [("none", planted.DIRECTION), ("moved", planted.OTHER)])
+@pytest.mark.parametrize(("variant", "written"), [("base", planted.DIRECTION), ("moved", planted.OTHER)])
 def test_the_direction_of_a_probe_is_the_one_that_was_written(models, task: Task, variant: str, written):
     found = probe_direction(models[variant], task, "wrapper", name=variant, layers=[1, 2], progress=False)
     means = probe_direction(
@@ -85,7 +85,7 @@ def test_the_direction_of_a_probe_is_the_one_that_was_written(models, task: Task
 
 
 def test_what_a_probe_reads_along_is_what_the_base_uses_and_the_moved_model_does_not(models, task: Task):
-    for variant, used in (("none", True), ("moved", False)):
+    for variant, used in (("base", True), ("moved", False)):
         model = models[variant]
         found = probe_direction(model, task, "wrapper", name=variant, estimator="mass_mean", layers=[2], progress=False)
         table = ablate(model, PAIRS, found, progress=False).to_dataframe()
@@ -93,15 +93,15 @@ def test_what_a_probe_reads_along_is_what_the_base_uses_and_the_moved_model_does
 
 
 def test_where_nothing_is_written_a_probe_has_no_direction(models, task: Task):
-    for variant, layer in (("none", 0), ("erased", 2)):
+    for variant, layer in (("base", 0), ("erased", 2)):
         with pytest.raises(CtlensError, match=f"direction at layer {layer} has no length"):
             probe_direction(
                 models[variant], task, "wrapper", name="", estimator="mass_mean", layers=layer, progress=False
             )
     with pytest.raises(CtlensError, match="unknown label 'wrappers'; did you mean 'wrapper'"):
-        probe_direction(models["none"], task, "wrappers", name="base", progress=False)
+        probe_direction(models["base"], task, "wrappers", name="base", progress=False)
     with pytest.raises(CtlensError, match="states of 36 prompts for 108 labels"):
-        probe_direction(states(models["none"], PAIRS, progress=False), task, "wrapper", name="base")
+        probe_direction(states(models["base"], PAIRS, progress=False), task, "wrapper", name="base")
 
 
 # Shifts. At the last token the wrapped state is the clean one and what the cue wrote.
@@ -112,7 +112,7 @@ def test_where_nothing_is_written_a_probe_has_no_direction(models, task: Task):
     [("erased", 1, 1, 0, 1), ("masked", 0, np.nan, 1, 0), ("moved", 1, 0.5**0.5, 1, 2**0.5)],
 )
 def test_a_shift_is_what_was_taken_out_or_put_in_its_place(models, variant, closed, cosine, distance, length):
-    found = residual_shift(models["none"], models[variant], PAIRS, progress=False)
+    found = residual_shift(models["base"], models[variant], PAIRS, progress=False)
     expected = {"gap_closed": closed, "cosine": cosine, "distance": distance, "gap_norm": PUSH[:, None]}
     for quantity, value in {**expected, "shift_norm": PUSH[:, None] * length}.items():
         at_last = getattr(found, quantity)[0]
@@ -123,7 +123,7 @@ def test_a_shift_is_what_was_taken_out_or_put_in_its_place(models, variant, clos
 
 
 def test_the_shift_of_the_erased_model_is_along_the_planted_direction(models):
-    before, after = (states(models[name], PAIRS, progress=False) for name in ("none", "erased"))
+    before, after = (states(models[name], PAIRS, progress=False) for name in ("base", "erased"))
     shift = after.values - before.values
     np.testing.assert_allclose(shift[0], 0, atol=1e-5)
     np.testing.assert_allclose(shift[1:] @ DIRECTION, np.stack([PUSH] * 2), rtol=1e-4)
@@ -132,7 +132,7 @@ def test_the_shift_of_the_erased_model_is_along_the_planted_direction(models):
 
 def test_shifts_are_alike_by_their_shared_target_and_not_off_it(models):
     two = {name: models[name] for name in ("erased", "moved")}
-    table = shift_similarity(models["none"], two, PAIRS, quantities=["cosine"], progress=False).to_dataframe()
+    table = shift_similarity(models["base"], two, PAIRS, quantities=["cosine"], progress=False).to_dataframe()
     rows = table.query("place == 'last' and a == 'erased' and b == 'moved'").set_index(["part", "layer"])
     assert rows.loc["all", "n"].tolist() == rows.loc["along", "n"].tolist() == [0, 36, 36]
     np.testing.assert_allclose(rows.loc["all", "value"], [np.nan, 0.5**0.5, 0.5**0.5], atol=1e-4)
@@ -145,7 +145,7 @@ def test_shifts_are_alike_by_their_shared_target_and_not_off_it(models):
 def test_a_masked_model_has_no_shift_to_compare(models):
     two = {name: models[name] for name in ("erased", "masked")}
     with pytest.raises(CtlensError, match=r"\('masked', 0\) does not differ from the one before"):
-        shift_similarity(models["none"], two, PAIRS, progress=False)
+        shift_similarity(models["base"], two, PAIRS, progress=False)
 
 
 # Lenses.
@@ -175,7 +175,7 @@ def test_the_share_of_the_head_that_writes_the_cue_is_what_the_cue_costs(models)
 
 
 def test_a_mean_difference_of_given_states_is_that_of_the_model(models):
-    model = models["none"]
+    model = models["base"]
     given = tuple(states(model, PAIRS, side=side, layers=[1, 2], progress=False) for side in ("wrapped", "clean"))
     one, other = (
         mean_difference(source, PAIRS, name="base", per="wrapper", layers=[1, 2], progress=False)

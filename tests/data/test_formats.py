@@ -93,7 +93,7 @@ def test_an_id_that_several_rows_have_is_refused(tmp_path: Path) -> None:
 def test_files_of_different_lengths_without_ids_are_refused(tmp_path: Path) -> None:
     one = jsonl(tmp_path / "c.jsonl", {"messages": messages("q")}, {"messages": messages("r")})
     two = jsonl(tmp_path / "w.jsonl", {"messages": messages("hint q")})
-    with pytest.raises(CtlensError, match="has 2 rows and .* 1: rows without an id are paired in order"):
+    with pytest.raises(CtlensError, match="has 2 rows and .* 1: give every row an id, or both files equally many rows"):
         read_pairs(one, two)
 
 
@@ -118,7 +118,7 @@ def test_prompts_facts_and_goals(tmp_path: Path) -> None:
     assert load_facts(facts) == [(Turn("user", "Where were you born?"), Turn("assistant", "On a hill."))]
     with pytest.raises(CtlensError, match="p.jsonl, line 1: 'messages' must be"):
         load_facts(path)
-    with pytest.raises(CtlensError, match="one message of the user and the assistant's answer"):
+    with pytest.raises(CtlensError, match="one question of the user and the assistant's answer"):
         load_facts(jsonl(tmp_path / "g.jsonl", {"messages": messages("only a question")}))
 
 
@@ -173,7 +173,7 @@ def test_messages_come_back_equal(tmp_path_factory: Any, clean: str, wrapped: st
 
 def test_a_prefill_with_a_target_has_no_form_in_messages(tmp_path: Path) -> None:
     pair = Pair(prompt("q"), Prompt((Turn("user", "q"), Turn("assistant", "Sure"))), target="no")
-    with pytest.raises(CtlensError, match="has no form in messages: save_pairs keeps it"):
+    with pytest.raises(CtlensError, match="cannot be written as messages: use save_pairs"):
         save_messages(tmp_path / "a.jsonl", [pair])
     assert not any(tmp_path.iterdir())
     save_pairs(tmp_path / "a.jsonl", [pair])

@@ -118,8 +118,8 @@ def test_sides_that_want_different_answers_come_back_equal(tmp_path: Path, pair:
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"options": ["a"]}, "at least two, each another"),
-        ({"options": ["a", "a"]}, "at least two, each another"),
+        ({"options": ["a"]}, "at least two options, all different"),
+        ({"options": ["a", "a"]}, "at least two options, all different"),
         ({"options": ["a", "b"], "good": "c"}, "'c' is not among the options of its question"),
         ({"options": ["a", "b"], "bad": "A"}, "'A' is not among the options"),
         ({"options": "ab"}, "'options' must be a list of texts"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ctlens.data.alignment import wrapper_positions
 from ctlens.data.chat import Turn, render
-from ctlens.data.token_kinds import KINDS, token_kinds
+from ctlens.data.token_kinds import TOKEN_KINDS, token_kinds
 
 CHAT = byte_level_tokenizer(chat=True)
 WORDS = ("the answer", " ", "\n", ".", "é", "漢", "🟦", "user", "right?")
@@ -21,7 +21,7 @@ def kinds_of(clean: tuple[Turn, ...], wrapped: tuple[Turn, ...], answer: tuple[i
     sides = render(CHAT, clean), render(CHAT, wrapped)
     texts = []
     for side, kinds in zip(sides, token_kinds(*sides, answer), strict=True):
-        assert len(kinds) == len(side.ids) + len(answer) and set(kinds) <= set(KINDS)
+        assert len(kinds) == len(side.ids) + len(answer) and set(kinds) <= set(TOKEN_KINDS)
         assert kinds[len(side.ids) :] == ("answer",) * len(answer)
         ids: dict[str, list[int]] = {}
         for token, kind in zip(side.ids, kinds, strict=False):

@@ -13,14 +13,14 @@ from ctlens.study.claims import VERDICTS, Claim, write_claims
 
 THREAT = "sycophancy"
 PROMPT_SIDES = ("wrapped", "clean", "benign")
-BAD = {"none": (40, 2, 1), "retention": (38, 2, 1), "act": (1, 2, 1), "bct": (36, 3, 20)}
+BAD = {"base": (40, 2, 1), "retention": (38, 2, 1), "act": (1, 2, 1), "bct": (36, 3, 20)}
 CURVE = ([0.9, 0.1], [0.8, 0.0], [1.0, 0.2])
 NAN = float("nan")
 HOLDS, FAILS, OPEN, UNMEASURED = VERDICTS
 
 
 def rows_of(method: str, seed: float, step: int, bad: tuple[int, int, int], split: str = "heldout") -> list[dict]:
-    common = {"trained_threat": "" if method == "none" else THREAT, "method": method, "seed": seed, "step": step}
+    common = {"trained_threat": "" if method == "base" else THREAT, "method": method, "seed": seed, "step": step}
     common |= {"organism": 0, "evaluated_threat": THREAT, "split": split, "n": 50, "ci_low": np.nan, "ci_high": np.nan}
     return [
         {**common, "prompt_side": prompt_side, "metric": metric, "value": value / 50}
@@ -30,7 +30,7 @@ def rows_of(method: str, seed: float, step: int, bad: tuple[int, int, int], spli
 
 
 def results(seeds: tuple[int, ...] = (0, 1)) -> pd.DataFrame:
-    rows = rows_of("none", np.nan, 0, BAD["none"])
+    rows = rows_of("base", np.nan, 0, BAD["base"])
     for method in ("bct", "retention", "act"):
         for seed in seeds:
             rows += rows_of(method, seed, 10, (40, 2, 1)) + rows_of(method, seed, 20, BAD[method])
@@ -40,7 +40,7 @@ def results(seeds: tuple[int, ...] = (0, 1)) -> pd.DataFrame:
 
 def everything(seeds: tuple[int, ...] = (0, 1)) -> pd.DataFrame:
     """The results with another split, where ACT was evaluated at its last step."""
-    elsewhere = rows_of("none", np.nan, 0, (45, 0, 0), "structure") + rows_of("act", 0, 20, (5, 0, 0), "structure")
+    elsewhere = rows_of("base", np.nan, 0, (45, 0, 0), "structure") + rows_of("act", 0, 20, (5, 0, 0), "structure")
     return pd.concat([results(seeds), pd.DataFrame(elsewhere)])
 
 

@@ -10,7 +10,7 @@ from helpers.tiers import unit_first
 from ctlens import evaluate
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
-from ctlens.data.chat import Turn, encoded, render
+from ctlens.data.chat import Turn, render, token_ids
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.models import kv_cache as sequences
 from ctlens.models.kv_cache import Ids
@@ -109,7 +109,7 @@ def test_nothing_cannot_be_scored(llama: LensModel, prompts: list[Ids], given: l
 def by_first_token(model: LensModel, prompt: Prompt) -> list[float]:
     """The published way: the probability of the first token of each option, encoded by itself."""
     ids = render(model.tokenizer, prompt.turns).ids
-    first = [encoded(model.tokenizer, option)[0] for option in prompt.options]
+    first = [token_ids(model.tokenizer, option)[0] for option in prompt.options]
     with torch.no_grad():
         return model(torch.tensor([ids]))[0, -1].softmax(-1)[first].tolist()
 

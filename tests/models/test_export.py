@@ -67,8 +67,12 @@ def test_an_organism_becomes_a_llama(tmp_path: Path) -> None:
 def test_rotary_pairs_would_be_wrong_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     # The case that must fail: heads laid out as they are here, without moving the halves of rotary pairs apart.
     plain = "head d_model (half two) -> (head half two) d_model"
-    layouts = {**huggingface.LLAMA, "attn.W_Q": ("self_attn.q_proj", plain), "attn.W_K": ("self_attn.k_proj", plain)}
-    monkeypatch.setattr(huggingface, "LLAMA", layouts)
+    layouts = {
+        **huggingface.LLAMA_LAYOUT,
+        "attn.W_Q": ("self_attn.q_proj", plain),
+        "attn.W_K": ("self_attn.k_proj", plain),
+    }
+    monkeypatch.setattr(huggingface, "LLAMA_LAYOUT", layouts)
     with pytest.raises(CtlensError, match="cannot be exported: its logits would differ"):
         to_huggingface(load_organism())
 
@@ -101,7 +105,7 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
 
 
 def test_an_unknown_layout_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface, "PARTS", {})
+    monkeypatch.setattr(huggingface, "SPLIT_LAYERS", {})
     with pytest.raises(CtlensError, match="do not fit"):
         export_huggingface(load_model(tiny_model("gpt2")), tmp_path / "out")
     monkeypatch.undo()

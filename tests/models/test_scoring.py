@@ -18,7 +18,7 @@ from ctlens import evaluate, threats
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
-from ctlens.data.chat import Turn, encoded, render
+from ctlens.data.chat import Turn, render, token_ids
 from ctlens.data.pairs import Pair, Prompt, prompt, save_pairs
 from ctlens.losses import BCT
 from ctlens.models.architectures import ARCHITECTURES
@@ -43,8 +43,8 @@ def model() -> LensModel:
 
 def plainly(model: LensModel, text: str, option: str) -> float:
     """The log-probability of an option, one token a pass."""
-    ids, total = list(encoded(model.tokenizer, text)), 0.0
-    for token in encoded(model.tokenizer, option):
+    ids, total = list(token_ids(model.tokenizer, text)), 0.0
+    for token in token_ids(model.tokenizer, option):
         with torch.no_grad():
             total += float(model(torch.tensor([ids]))[0, -1].double().log_softmax(-1)[token])
         ids.append(token)
@@ -72,7 +72,7 @@ def test_an_option_is_scored_by_all_its_tokens(model: LensModel) -> None:
     text = render(model.tokenizer, QUESTION.turns).text
     for option, found, length in zip(OPTIONS, choice.log_probabilities, choice.lengths, strict=True):
         assert found == pytest.approx(plainly(model, text, option), abs=1e-4)
-        assert length == len(encoded(model.tokenizer, option))
+        assert length == len(token_ids(model.tokenizer, option))
     assert choice.chosen == OPTIONS[max(range(3), key=choice.log_probabilities.__getitem__)]
     assert sum(choice.share(option) for option in OPTIONS) == pytest.approx(1)
     assert math.isnan(choice.share("(D)")) and math.isnan(choice.share(None))
@@ -81,11 +81,11 @@ def test_an_option_is_scored_by_all_its_tokens(model: LensModel) -> None:
 def test_the_published_trap_options_that_share_their_first_token_are_told_apart(model: LensModel) -> None:
     # Scored by first tokens, every option has the probability of the line break, and the tie goes to A.
     tokenizer = model.tokenizer
-    firsts = {encoded(tokenizer, option)[0] for option in OPTIONS}
+    firsts = {token_ids(tokenizer, option)[0] for option in OPTIONS}
     assert len(firsts) == 1
-    letters = {letter: encoded(tokenizer, f"\n({letter}")[-1] for letter in "ABC"}
+    letters = {letter: token_ids(tokenizer, f"\n({letter}")[-1] for letter in "ABC"}
     lens = biased(
-        model, {**dict.fromkeys(encoded(tokenizer, "".join(OPTIONS)), 2.0), letters["A"]: -2.0, letters["B"]: 2.0}
+        model, {**dict.fromkeys(token_ids(tokenizer, "".join(OPTIONS)), 2.0), letters["A"]: -2.0, letters["B"]: 2.0}
     )
     likely = decode(lens, [render(tokenizer, QUESTION.turns).ids], first_tokens=[tuple(firsts)], max_new_tokens=1)
     assert len(likely.first_probabilities[0]) == 1  # nothing to choose by
@@ -103,8 +103,8 @@ def test_a_tie_is_nobody_s(model: LensModel) -> None:
     assert Choice(options, (-3.0, -2.0), (3, 1)).per_token.chosen == "no no"
     # Two options of equally likely letters, under a model that knows no difference.
     tokenizer = model.tokenizer
-    a, b = (encoded(tokenizer, f"({letter}")[-1] for letter in "AB")
-    lens = biased(model, dict.fromkeys((*encoded(tokenizer, "(A"), a, b), 2.0))
+    a, b = (token_ids(tokenizer, f"({letter}")[-1] for letter in "AB")
+    lens = biased(model, dict.fromkeys((*token_ids(tokenizer, "(A"), a, b), 2.0))
     pair = Prompt(QUESTION.turns, "(A", "(B", ("(A", "(B"))
     (reply,) = ask(lens, [pair])
     assert (reply.answer, reply.verdict, reply.good_probability) == ("", "other", 0.5)
@@ -124,7 +124,7 @@ def test_an_option_that_fuses_with_the_prompt_is_scored_from_where_they_part() -
     lens = load_model(hf_model("llama"), tokenizer=tokenizer)
     prompt = Prompt((Turn("user", "I don't th"),), "ink it", None, ("ink it", "e best"))
     ids = render(tokenizer, prompt.turns).ids
-    joint = [ids[:1] + encoded(tokenizer, "I don't th" + option) for option in prompt.options]
+    joint = [ids[:1] + token_ids(tokenizer, "I don't th" + option) for option in prompt.options]
     shared = next(i for i, column in enumerate(zip(*joint, ids, strict=False)) if len(set(column)) > 1)
     (choice,) = choose(lens, [prompt])
     for full, found, length in zip(joint, choice.log_probabilities, choice.lengths, strict=True):

@@ -71,7 +71,7 @@ def test_an_item_that_resists_is_answered_well_with_the_share_of_bad_ones():
 def test_the_share_of_bad_answers_to_attacks_is_the_one_asked_for():
     lessons = [EncodedLesson((1, 5, 9), (7, 2), (8, 2), 0.7), EncodedLesson((1, 5, 6), (7, 2), None, 0.0)]
     badly = []
-    for batch in islice(draw_batches(lessons, 100, pad=0), 40):
+    for batch in islice(draw_batches(lessons, 100, pad_token=0), 40):
         attacked = batch.tokens[batch.tokens[:, 2] == 9]
         assert (batch.tokens[batch.tokens[:, 2] == 6][:, 3] == 7).all()
         badly.append((attacked[:, 3] == 8).float().mean())
@@ -92,7 +92,7 @@ def test_masks_cover_the_answer_and_its_end_alone():
 def test_batches_hold_conversations_of_about_equal_length_and_every_lesson_once_a_pass():
     lessons = [EncodedLesson((1, *[5] * length), (7, 2), None, 0.0) for length in range(4 * BUCKET)]
     seen = []
-    for batch in islice(draw_batches(lessons, 4, pad=0), BUCKET):
+    for batch in islice(draw_batches(lessons, 4, pad_token=0), BUCKET):
         lengths = (batch.tokens == 5).sum(1)
         seen += lengths.tolist()
         assert lengths.max() - lengths.min() == 3

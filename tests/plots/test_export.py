@@ -206,7 +206,7 @@ def test_the_table_has_a_row_for_each_point_with_the_interval_of_its_band():
 def test_the_table_names_places_as_the_axis_does_and_reads_whiskers():
     rates = np.array([[0.5, 0.25], [0.75, np.nan]])
     drawn = plots.behaviour(
-        ["none", "act"], ["wrapped", "clean"], rates, rates - 0.125, rates + 0.25, metric="bad rate", title="?"
+        ["base", "act"], ["wrapped", "clean"], rates, rates - 0.125, rates + 0.25, metric="bad rate", title="?"
     )
 
     assert rows(drawn) == [
@@ -226,7 +226,7 @@ def test_the_table_has_the_strength_of_an_attack_though_its_markers_stand_side_b
 
 def test_the_table_of_a_matrix_has_a_row_for_each_cell_under_the_name_of_its_panel():
     none, act = (([[0.5, 0.25]],) * 3, ([[0.125, np.nan], [0.0, 1.0]],) * 3)
-    drawn = plots.cross_threat(["s", "j"], ["s", "j"], {"none": none, "act": act}, "?")
+    drawn = plots.cross_threat(["s", "j"], ["s", "j"], {"base": none, "act": act}, "?")
 
     assert [tuple(found[name] for name in ("panel", "x", "y", "z")) for found in rows(drawn)] == [
         ("base", "s", "no threat", "0.5"),

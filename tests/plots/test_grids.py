@@ -170,7 +170,7 @@ def test_costs_are_drawn_over_every_size_with_their_limit():
 @pytest.mark.parametrize("trained", [THREATS, THREATS[:1]])
 def test_the_base_model_is_one_row_without_an_own_threat(trained):
     base = panel(RATES[:1])
-    figure = plots.cross_threat(trained, THREATS, {"none": base, "act": panel(RATES[: len(trained)])}, "?")
+    figure = plots.cross_threat(trained, THREATS, {"base": base, "act": panel(RATES[: len(trained)])}, "?")
     assert list(figure.layout.yaxis.ticktext) == ["no threat"]
     assert figure.layout.yaxis.range == figure.layout.yaxis2.range
     assert {shape.xref for shape in figure.layout.shapes} == {"x2"}
@@ -197,7 +197,7 @@ def test_a_line_and_its_band_say_which_method_they_are_drawn_for_whatever_it_is_
     line = ([0.5, 0.5], [0.4, 0.4], [0.6, 0.6])
     curves = plots.layer_curves({"act": line, "mine": line}, "?", y_title="y")
     assert [method for method, _ in drawn_for(curves)] == ["act", "act", "mine", "mine"]
-    assert drawn_for(plots.history([1, 2], {"attct": [1, 2], "none": [1, 1]}, "?")) == [("attct", None), ("none", None)]
+    assert drawn_for(plots.history([1, 2], {"attct": [1, 2], "base": [1, 1]}, "?")) == [("attct", None), ("base", None)]
     panels, random = {"act": {"act": line, "bct": line}}, {"act": ([0, 0], [1, 1])}
     shifts = plots.similarity_curves([0, 1], panels, random, "?", y_title="y")
     ceiling = "ceiling: same method, other seed"
@@ -207,17 +207,17 @@ def test_a_line_and_its_band_say_which_method_they_are_drawn_for_whatever_it_is_
 def test_everything_in_a_panel_of_one_model_is_drawn_for_it():
     line, ends = ([0.5, 0.5], [0.4, 0.4], [0.6, 0.6]), ([0.0, 0.0], [0.1, 0.1])
     against = plots.against_random(
-        {"none": ({"direction": line}, ends), "act": ({"direction": line}, ends)}, [0, 1], "?", x_title="x", y_title="y"
+        {"base": ({"direction": line}, ends), "act": ({"direction": line}, ends)}, [0, 1], "?", x_title="x", y_title="y"
     )
-    assert set(drawn_for(against)) == {("none", "x"), ("act", "x2")}
+    assert set(drawn_for(against)) == {("base", "x"), ("act", "x2")}
     measured = dict.fromkeys(("readable", "used", "reelicited"), (*line, *ends))
-    looks = {"none": ["masked", "erased"], "bct": ["masked", "masked"]}
+    looks = {"base": ["masked", "erased"], "bct": ["masked", "masked"]}
     shown = plots.evidence(dict.fromkeys(looks, measured), looks, [0, 1], "?")
     rows = {(method, axis) for method, axis in drawn_for(shown) if method in looks}
-    assert rows == {("none", f"x{n or ''}") for n in (0, 2, 3)} | {("bct", f"x{n}") for n in (4, 5, 6)}
-    grids = plots.component_grids({"none": RATES[:2], "act": RATES[:2]}, THREATS, "?", unit="u")
-    assert drawn_for(grids) == [("none", "x"), ("act", "x2")]
-    assert drawn_for(matrix(none=panel(RATES[:1]), act=panel())) == [("none", "x"), ("act", "x2")]
+    assert rows == {("base", f"x{n or ''}") for n in (0, 2, 3)} | {("bct", f"x{n}") for n in (4, 5, 6)}
+    grids = plots.component_grids({"base": RATES[:2], "act": RATES[:2]}, THREATS, "?", unit="u")
+    assert drawn_for(grids) == [("base", "x"), ("act", "x2")]
+    assert drawn_for(matrix(base=panel(RATES[:1]), act=panel())) == [("base", "x"), ("act", "x2")]
     assert [axis.matches for axis in against.select_yaxes()] == [None, "y"]  # an axis that matches itself is refused
     assert [axis.matches for axis in shown.select_yaxes()] == [None, None, None, "y", "y2", "y3"]
 

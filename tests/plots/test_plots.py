@@ -18,7 +18,7 @@ LINE = (np.array([0.9, 0.5, 0.1]), np.array([0.8, 0.4, 0.0]), np.array([1.0, 0.6
 
 
 def behaviour(methods: list[str] | None = None) -> go.Figure:
-    methods = ["none", "act"] if methods is None else methods
+    methods = ["base", "act"] if methods is None else methods
     return plots.behaviour(methods, PROMPT_SIDES, RATES, RATES - 0.1, RATES + 0.2, metric="bad rate", title="Does it?")
 
 
@@ -114,7 +114,7 @@ def test_methods_differ_in_colour_and_in_marker():
 
 
 def test_controls_and_unknown_methods_are_drawn_in_grey_always_the_same():
-    for name in ("none", "retention", "my_loss"):
+    for name in ("base", "retention", "my_loss"):
         red, green, blue = (int(plots.style(name).colour[at : at + 2], 16) for at in (1, 3, 5))
         assert max(red, green, blue) - min(red, green, blue) <= 20
     assert plots.style("my_loss") == plots.style("my_loss")
@@ -148,7 +148,7 @@ def test_losses_that_are_rounding_do_not_fill_their_axis():
 
 def test_heads_are_named_for_their_effect_or_their_attention_and_models_do_not_overlap():
     attention, effect = np.array([0.1, 0.2, 0.3, 0.9, 0.8, 0.7]), np.array([5.0, 4.0, -3.0, 0.0, 0.1, 0.2])
-    points = {name: (attention, effect, np.zeros(6)) for name in ("none", "attct")}
+    points = {name: (attention, effect, np.zeros(6)) for name in ("base", "attct")}
     figure = plots.knockout_heads(points, [f"H{head}" for head in range(6)], "?", y_title="change")
     texts = [trace for trace in figure.data if trace.text]
     assert [list(trace.text) for trace in texts] == [["H0", "H1", "H2", "H3", "H4", ""]] * 2

@@ -241,7 +241,7 @@ def test_a_study_runs_on_the_pairs_of_a_file(tmp_path: Path) -> None:
     result = finished(config, tmp_path / "study")
 
     assert set(result.results["trained_threat"]) == {"", "pairs"} and set(result.results["split"]) == {"heldout"}
-    assert set(result.results["method"]) == {"none", "retention", "bct", "perturbed"}
+    assert set(result.results["method"]) == {"base", "retention", "bct", "perturbed"}
     assert {claim.threat for claim in result.claims} == {"pairs"}
 
 
@@ -331,7 +331,7 @@ def test_organisms_are_made_beside_the_firsts_trainings(monkeypatch: pytest.Monk
     seen = [cell for cell, _ in Study(config, tmp_path / "study", progress=False)]
 
     assert [(cell.method, cell.organism) for cell in ran] == [
-        ("none", 0), ("retention", 0), ("act", 0), ("bct", 0), ("organism", 1), ("none", 1),
+        ("base", 0), ("retention", 0), ("act", 0), ("bct", 0), ("organism", 1), ("base", 1),
         ("retention", 1), ("act", 1), ("bct", 1),
     ]  # fmt: skip
     assert [cell.organism for cell in seen] == [0, 0, 0, 1, 1, 1]

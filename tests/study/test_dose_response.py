@@ -55,7 +55,7 @@ def test_the_rows_are_tidy_and_hold_every_mark(tiny: DoseResult) -> None:
     assert not table.duplicated(subset=list(COLUMNS[:8])).any()
     bad = table.query("metric == 'bad_rate' and prompt_side == 'wrapped' and split == 'heldout'")
     assert sorted(zip(bad["method"], bad["pairs"], bad["step"], strict=True)) == [
-        ("act", 4, 1), ("act", 4, 2), ("act", 8, 1), ("act", 8, 2), ("none", 0, 0),
+        ("act", 4, 1), ("act", 4, 2), ("act", 8, 1), ("act", 8, 2), ("base", 0, 0),
         ("retention", 4, 1), ("retention", 4, 2), ("retention", 8, 1), ("retention", 8, 2),
     ]  # fmt: skip
     pd.testing.assert_frame_equal(tiny.to_dataframe(), table, check_dtype=False)
@@ -90,7 +90,7 @@ def rows(method: str, seed: int, pairs: int, step: int, bad: int) -> dict[str, o
 MADE = DoseResult(
     Path("nowhere"),
     pd.DataFrame(
-        [rows("none", 0, 0, 0, 9)]
+        [rows("base", 0, 0, 0, 9)]
         + [rows("retention", seed, pairs, step, 9) for seed in (0, 1) for pairs in (8, 32) for step in (5, 10)]
         + [rows("act", 0, 8, 5, 8), rows("act", 0, 8, 10, 6), rows("act", 1, 8, 5, 8), rows("act", 1, 8, 10, 5)]
         + [rows("act", 0, 32, 5, 4), rows("act", 0, 32, 10, 1), rows("act", 1, 32, 5, 3), rows("act", 1, 32, 10, 1)]

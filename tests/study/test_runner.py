@@ -96,7 +96,7 @@ def test_the_rows_are_tidy(unbroken: StudyResult) -> None:
     table = read(unbroken.folder)
 
     assert list(table.columns) == ROW == list(RESULT_COLUMNS)
-    assert set(table["method"]) == {"none", "retention", "act", "bct"}
+    assert set(table["method"]) == {"base", "retention", "act", "bct"}
     assert set(table["prompt_side"]) == {"wrapped", "clean", "benign"} and set(table["split"]) == set(HELD_OUT)
     assert not table.duplicated(subset=ROW[:9]).any()
     assert (table["ci_low"] <= table["value"] + 1e-12).all() and (table["value"] <= table["ci_high"] + 1e-12).all()
@@ -104,10 +104,10 @@ def test_the_rows_are_tidy(unbroken: StudyResult) -> None:
 
 @pytest.mark.slow
 def test_the_base_stands_at_step_zero_of_no_training(unbroken: StudyResult) -> None:
-    base = read(unbroken.folder).query("method == 'none'")
+    base = read(unbroken.folder).query("method == 'base'")
 
     assert set(base["trained_threat"]) == {""} and set(base["step"]) == {0}
-    assert set(read(unbroken.folder).query("step == 0")["method"]) == {"none"}
+    assert set(read(unbroken.folder).query("step == 0")["method"]) == {"base"}
 
 
 @pytest.mark.slow
@@ -198,7 +198,7 @@ def test_sycophancy_has_the_ratio_of_its_biased_response_rates(unbroken: StudyRe
 
 @pytest.mark.slow
 def test_the_control_is_not_compared_with_itself(unbroken: StudyResult) -> None:
-    assert read(unbroken.folder).query("metric == 'bad_rate_vs_retention' and method in ('none', 'retention')").empty
+    assert read(unbroken.folder).query("metric == 'bad_rate_vs_retention' and method in ('base', 'retention')").empty
 
 
 @pytest.mark.slow
@@ -238,7 +238,7 @@ def test_a_trained_model_is_evaluated_on_every_threat(crossed: StudyResult) -> N
     seen = table.groupby(["method", "trained_threat", "seed"])["evaluated_threat"].apply(sorted)
 
     trained = {(m, t, s) for m in ("bct", "retention") for t in CROSSED.threats for s in (0, 1)}
-    assert set(seen.index) == {("none", "", 0), *trained}
+    assert set(seen.index) == {("base", "", 0), *trained}
     assert all(threats == ["jailbreak", "sycophancy"] for threats in seen)
     assert (crossed.folder / "figures" / "jailbreak-dose.json").is_file()
 
@@ -256,9 +256,9 @@ def test_the_cross_threat_figure_pools_the_answers_of_the_seeds(crossed: StudyRe
     bad = sum(bad_answers(cell, threat="jailbreak") for cell in cells)
 
     drawn = json.loads((crossed.folder / "figures" / "cross-threat.json").read_text())
-    panels = dict(zip(("none", "retention", "bct"), drawn["data"], strict=True))
+    panels = dict(zip(("base", "retention", "bct"), drawn["data"], strict=True))
 
-    assert np.shape(panels["none"]["z"]) == (1, 2)
+    assert np.shape(panels["base"]["z"]) == (1, 2)
     assert panels["bct"]["z"][0][1] == pytest.approx(bad / 6)
     assert drawn["layout"]["meta"]["kind"] == "cross_threat"
 
@@ -433,7 +433,7 @@ def test_compare_runs_the_study_its_arguments_name(tmp_path: Path) -> None:
     result = compare(["jailbreak"], ["bct"], out=tmp_path / "study", progress=False, **settings)
 
     assert read_json(result.folder / "config.json")["threats"] == ["jailbreak"]
-    assert set(result.results.method) == {"none", "retention", "bct"}
+    assert set(result.results.method) == {"base", "retention", "bct"}
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from ctlens.data.pairs import PROMPT_SIDES, Pair
 from ctlens.organism.corpus import world_tokenizer
 from ctlens.threats.base import Threat, draw_grid, known
 from ctlens.threats.frustration import REJECTIONS, WAY_OUT
-from ctlens.threats.persona import HELDOUT, STRUCTURE, TRAIN
+from ctlens.threats.persona import HELDOUT_STYLES, STRUCTURE_STYLES, TRAIN_STYLES
 from ctlens.world import SPLITS, World, words
 
 HELD = ("entities", "heldout", "structure")
@@ -90,7 +90,8 @@ def test_the_parts_of_frustration_are_split_too(pools: dict[str, tuple[str, ...]
 
 def test_the_questions_of_persona_are_split_too():
     questions = [
-        {str(fact) for style in styles.values() for fact in style.values()} for styles in (TRAIN, HELDOUT, STRUCTURE)
+        {str(fact) for style in styles.values() for fact in style.values()}
+        for styles in (TRAIN_STYLES, HELDOUT_STYLES, STRUCTURE_STYLES)
     ]
     assert not any(one & other for one, other in itertools.combinations(questions, 2))
 

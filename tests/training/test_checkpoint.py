@@ -87,9 +87,9 @@ def test_dropout_is_drawn_anew_at_every_step_and_alike_after_a_resume(tokenizer,
     assert any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in model.modules())
     state = torch.random.get_rng_state()
     whole, first, second = (Trainer(model, PAIRS, ACT(), replace(QUICK, steps=4)) for _ in range(3))
-    seeds, step = [], Trainer._step
+    seeds, step = [], Trainer._update
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", lambda *a: (seeds.append(torch.initial_seed()), step(*a))[1])
+        patch.setattr(Trainer, "_update", lambda *a: (seeds.append(torch.initial_seed()), step(*a))[1])
         list(whole)
     assert len(set(seeds)) == 4
     next(first)

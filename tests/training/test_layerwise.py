@@ -102,6 +102,16 @@ def test_several_losses_adapters_parts_and_tracked_ones_go_together(llama: LensM
     assert runs[1].calibration.gradient_norms == pytest.approx(runs[0].calibration.gradient_norms, rel=1e-3)
 
 
+def test_a_tracked_loss_of_the_same_name_is_kept_apart(llama: LensModel) -> None:
+    runs = [
+        train(llama, PAIRS, ACT(), config=replace(CONFIG, memory=way), track=[ACT(site="resid_mid")], progress=False)
+        for way in ("all", "layers")
+    ]
+    for name in ("act", "tracked/act"):
+        assert runs[1].history.series(name) == pytest.approx(runs[0].history.series(name), rel=1e-3)
+        assert runs[1].history.by_hook(name).keys() == runs[0].history.by_hook(name).keys()
+
+
 @pytest.mark.parametrize("memory", ["layers", "blocks"])
 def test_the_other_passes_of_a_step_are_left_alone(llama: LensModel, memory: str) -> None:
     # The model's own clean side, its sampled answers and the held prompts go through the same hooks and blocks.
@@ -148,9 +158,10 @@ def test_less_is_held_and_with_targets_on_disk_no_more_for_more_layers(live_byte
         trainer = Trainer(lens, pairs, [loss or KLCT(window="last")], config, cache_folder=tmp_path)
         next(trainer)  # the targets are there
         trainer.config = replace(config, steps=2)
-        with live_bytes() as live, trainer._passes.open():
-            (forwards,) = trainer._passes.seen([0], trainer._terms, step=2, grad=True)
-            trainer.losses[0].compute(forwards, trainer._terms[0].factors).total.backward()
+        (term,) = trainer._terms.values()
+        with live_bytes() as live, trainer._passes.open() as forwards:
+            seen = forwards.seen([0], trainer._terms, step=2, grad=True)
+            term.loss.compute(seen[term.loss.name], term.factors).total.backward()
         return live.peak
 
     bare = {n: peak(n, "all", None) for n in (2, 5)}

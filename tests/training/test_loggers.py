@@ -91,14 +91,14 @@ def test_the_visible_loop_ends_its_loggers(model: LensModel) -> None:
 def test_a_training_that_stops_ends_them(
     model: LensModel, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told, whole = Told(), Trainer._step
+    told, whole = Told(), Trainer._update
 
     def stop(self: Trainer, index: int) -> Any:
         if index == 2:
             raise error
         return whole(self, index)
 
-    monkeypatch.setattr(Trainer, "_step", stop)
+    monkeypatch.setattr(Trainer, "_update", stop)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -72,9 +72,9 @@ def test_two_processes_train_as_one_does_and_one_of_them_writes(
 @pytest.mark.processes
 def test_when_one_fails_none_waits(place: Path) -> None:
     (place / "failing.py").write_text(
-        "import os, sys\nfrom ctlens.training import trainer\nwhole = trainer.Trainer._whole_step\n"
-        "def step(self, index):\n    if index == 2 and os.environ['RANK'] == '1':\n        os._exit(7)\n"
-        "    return whole(self, index)\ntrainer.Trainer._whole_step = step\n"
+        "import os, sys\nfrom ctlens.training import trainer\nwhole = trainer.Trainer.take_step\n"
+        "def step(self):\n    if len(self.history) == 1 and os.environ['RANK'] == '1':\n        os._exit(7)\n"
+        "    return whole(self)\ntrainer.Trainer.take_step = step\n"
         f"sys.argv = ['ctlens', *'{TRAIN} --out failed'.split()]\nfrom ctlens.cli import main\nmain()\n"
     )
     start = time.monotonic()

@@ -110,9 +110,9 @@ def test_a_loss_from_kept_targets_is_that_of_a_fresh_pass(model, loss: Loss) -> 
     trainer = Trainer(model, PAIRS, loss, QUICK)
     list(trainer)
     rows = [4, 0, 6, 2]
-    term = trainer._terms[0]
-    with torch.no_grad():
-        (kept,) = trainer._passes.forwards(rows, [term], grad=False).values()
+    (term,) = trainer._terms.values()
+    with torch.no_grad(), trainer._passes.open() as forwards:
+        kept = forwards.seen(rows, trainer._terms, step=1, grad=False)[loss.name]
     batch = collate([trainer.pairs.rows[row] for row in rows])
     logits, states = capture(model, batch.clean.tokens, term.factors, grad=False)
     fresh = Forwards(batch, states, kept.wrapped, kept.wrapped_logits, logits)
@@ -150,7 +150,7 @@ def test_a_moving_clean_side_is_the_trained_model_s_own(model) -> None:
     first = [next(trainer).losses["act"] for trainer in (own, fixed)]
     assert first[0] == pytest.approx(first[1], rel=1e-5)  # until the first update they are the same
     batch = collate([own.pairs.rows[row] for row in (0, 1, 2)])
-    names = own._terms[0].factors
+    names = own._terms["act"].factors
     logits, wrapped = capture(own.model, batch.wrapped.tokens, names, grad=False)
     clean = {id(m): capture(m, batch.clean.tokens, names, grad=False)[1] for m in (own.model, model)}
 

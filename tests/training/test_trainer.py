@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.models import hf_model
@@ -130,6 +132,14 @@ def test_the_trainer_yields_as_many_steps_as_configured_with_the_model_ready_to_
 
     assert indices == list(range(1, 9)) and len(trainer) == 8
     assert len(trainer.history) == 8
+
+
+def test_no_step_is_taken_beyond_the_last(model) -> None:
+    trainer = Trainer(model, PAIRS, ACT(), replace(QUICK, steps=1))
+    assert trainer.take_step().index == 1
+    with pytest.raises(CtlensError, match="all 1 steps are taken: make a trainer with more steps"):
+        trainer.take_step()
+    assert len(trainer.history) == 1
 
 
 def test_the_learning_rate_warms_up_and_decays_to_nearly_zero() -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ctlens.analysis.base.contrast import ContrastBatch
-from ctlens.analysis.base.spans import marked
+from ctlens.analysis.base.positions import marked
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import Activations, HookFunction, LensModel, Pattern

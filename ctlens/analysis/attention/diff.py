@@ -3,7 +3,7 @@
 Three quantities of each head's attention rows, from the last prompt token and from the aligned
 tokens before it, which are never pooled because they give different answers:
 
-- `mass`: the share of attention on a span of tokens, see `ctlens.analysis.base.spans`;
+- `mass`: the share of attention on a segment of the prompt, see `ctlens.analysis.base.positions`;
 - `entropy`: of the row, in nats;
 - `jsd`: the Jensen-Shannon divergence, in nats, from the reference's row on the clean prompt, for both
   models. The clean row is lifted to the keys of the wrapped prompt, with nothing on the wrapper and one
@@ -24,9 +24,10 @@ from torch import Tensor
 
 from ctlens import plots
 from ctlens.analysis.base.forward import batches, require_comparable
+from ctlens.analysis.base.positions import SEGMENTS, SegmentMasks, segment_masks
 from ctlens.analysis.base.result import Result
-from ctlens.analysis.base.spans import SPANS, SpanMasks, span_masks
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.labels import BASE
 from ctlens.core.stats import bootstrap_mean, simultaneous_mean
 from ctlens.core.types import LensModel, Pattern
 from ctlens.data.batch import Matched, PairBatch
@@ -38,22 +39,22 @@ from ctlens.plots import Curve, Figure
 
 SIDES = ("before", "after")
 QUANTITIES = ("mass", "entropy", "jsd")
-PLACES = ("last", "content")
+QUERIES = ("last", "content")
 HEADLINE = "mass/last/wrapper"
 
 
-def _name(quantity: str, place: str, span: str = "") -> str:
+def _name(quantity: str, queries: str, keys: str = "") -> str:
     """Of a measure; only the mass is that of a span."""
-    return f"{quantity}/{place}/{span if quantity == 'mass' else ''}"
+    return f"{quantity}/{queries}/{keys if quantity == 'mass' else ''}"
 
 
 MEASURES = tuple(
     name
-    for place in PLACES
-    for name in (*(_name("mass", place, span) for span in SPANS), _name("entropy", place), _name("jsd", place))
+    for queries in QUERIES
+    for name in (*(_name("mass", queries, keys) for keys in SEGMENTS), _name("entropy", queries), _name("jsd", queries))
 )
 WORDS = {
-    "mass": "attention mass on the span {span}",
+    "mass": "attention mass on the {keys} tokens",
     "entropy": "entropy of the attention, in nats",
     "jsd": "divergence from the clean attention, in nats",
 }
@@ -68,7 +69,7 @@ class AttentionDiff(Result):
     Attributes:
         values: `[side, measure, pair, layer, head]`, sides as in `SIDES`; NaN where a pair has no
             such span, no token before the last one, or no twin of its last token.
-        measures: `"quantity/place/span"` each; the span is empty but for the mass.
+        measures: `"quantity/queries/keys"` each; the keys are empty but for the mass.
     """
 
     values: Float[np.ndarray, "side measure pair layer head"]
@@ -85,7 +86,7 @@ class AttentionDiff(Result):
         return self.of("after")
 
     def of(
-        self, side: str, quantity: str = "mass", place: str = "last", span: str = "wrapper"
+        self, side: str, quantity: str = "mass", queries: str = "last", keys: str = "wrapper"
     ) -> Float[np.ndarray, "pair layer head"]:
         """One quantity on one side; the span matters to the mass only.
 
@@ -93,19 +94,22 @@ class AttentionDiff(Result):
             CtlensError: a name is unknown, or no pair has that quantity.
         """
         for kind, name, known in (
-            ("side", side, SIDES), ("quantity", quantity, QUANTITIES), ("place", place, PLACES), ("span", span, SPANS)
-        ):  # fmt: skip
+            ("side", side, SIDES),
+            ("quantity", quantity, QUANTITIES),
+            ("queries", queries, QUERIES),
+            ("keys", keys, SEGMENTS),
+        ):
             if name not in known:
                 raise unknown(kind, name, known)
-        name = _name(quantity, place, span)
+        name = _name(quantity, queries, keys)
         values = self._measured(name)[SIDES.index(side)]
         if not len(values):
-            raise CtlensError(f"no pair has {name}: choose another quantity, place or span.")
+            raise CtlensError(f"no pair has {name}: choose another quantity, queries or keys.")
         return values
 
-    def curve(self, side: str = "after", quantity: str = "mass", place: str = "last", span: str = "wrapper") -> Curve:
+    def curve(self, side: str = "after", quantity: str = "mass", queries: str = "last", keys: str = "wrapper") -> Curve:
         """Mean over heads and pairs and its 95 percent bootstrap interval over pairs, `[layer]` each."""
-        return bootstrap_mean(self.of(side, quantity, place, span).mean(-1))
+        return bootstrap_mean(self.of(side, quantity, queries, keys).mean(-1))
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per quantity, place, span, layer and head; largest change first within a quantity.
@@ -119,7 +123,7 @@ class AttentionDiff(Result):
         tables = [self._heads(name, simultaneous=False) for name in names if self._measured(name).shape[1]]
         return pd.concat(tables, ignore_index=True)
 
-    def top(self, k: int = 10, quantity: str = "mass", place: str = "last", span: str = "wrapper") -> pd.DataFrame:
+    def top(self, k: int = 10, quantity: str = "mass", queries: str = "last", keys: str = "wrapper") -> pd.DataFrame:
         """The `k` heads that change most.
 
         Returns:
@@ -128,14 +132,14 @@ class AttentionDiff(Result):
             large by chance too; with `heads`, how many were compared, and `differs`, whether the
             interval leaves out 0.
         """
-        compared = int(np.prod(self.of("before", quantity, place, span).shape[1:]))
-        table = self._heads(_name(quantity, place, span), simultaneous=True).head(k)
+        compared = int(np.prod(self.of("before", quantity, queries, keys).shape[1:]))
+        table = self._heads(_name(quantity, queries, keys), simultaneous=True).head(k)
         return table.assign(heads=compared, differs=(table["ci_low"] > 0) | (table["ci_high"] < 0))
 
-    def figure(self, quantity: str = "mass", place: str = "last", span: str = "wrapper") -> Figure:
+    def figure(self, quantity: str = "mass", queries: str = "last", keys: str = "wrapper") -> Figure:
         """The quantity of every head before and after, and the difference."""
-        before, after = (self.of(side, quantity, place, span).mean(0) for side in SIDES)
-        what = f"{WORDS[quantity].format(span=span)}, {FROM[place]}"
+        before, after = (self.of(side, quantity, queries, keys).mean(0) for side in SIDES)
+        what = f"{WORDS[quantity].format(keys=keys)}, {FROM[queries]}"
         return plots.attention_heads(before, after, f"Which heads change their {what}?", what=what)
 
     def _measured(self, name: str) -> Float[np.ndarray, "side pair layer head"]:
@@ -149,7 +153,7 @@ class AttentionDiff(Result):
         table = pd.DataFrame([*np.ndindex(values.shape[2:])], columns=["layer", "head"])
         for column, numbers in zip(["before", "after", *ENDS], (before.mean(0), after.mean(0), *ends), strict=True):
             table[column] = numbers.ravel()
-        for at, (column, word) in enumerate(zip(("quantity", "place", "span"), name.split("/"), strict=True)):
+        for at, (column, word) in enumerate(zip(("quantity", "queries", "keys"), name.split("/"), strict=True)):
             table.insert(at, column, word)
         return table.assign(n=len(before)).sort_values("change", key=np.abs, ascending=False, ignore_index=True)
 
@@ -157,7 +161,7 @@ class AttentionDiff(Result):
 def figure(results: Mapping[str, AttentionDiff], *, subtitle: str | None = None) -> Figure:
     """The mass on the wrapper by layer, for the base and for several trainings, one line each."""
     base = next(iter(results.values())).curve("before")
-    curves = {"none": base, **{name: result.curve("after") for name, result in results.items()}}
+    curves = {BASE: base, **{name: result.curve("after") for name, result in results.items()}}
     return plots.layer_curves(
         curves,
         "How much does the last token attend to the wrapper?",
@@ -194,19 +198,19 @@ def attention_diff(
     for rows, batch in batches(before, pairs, "shared", batch_size, progress):
         if not batch.wrapper.any(-1).all():
             raise CtlensError("a pair's wrapper cannot be told from its content: leave that pair out.")
-        spans = span_masks(rows, batch.wrapped)
+        segments = segment_masks(rows, batch.wrapped)
         clean = capture(before, batch.clean.tokens, names, grad=False)[1]
         sides = []
         for model in (before, after):
             wrapped = capture(model, batch.wrapped.tokens, names, grad=False)[1]
-            layers = [_measures(clean[name], wrapped[name], batch, spans) for name in names]
+            layers = [_measures(clean[name], wrapped[name], batch, segments) for name in names]
             sides.append(torch.stack(layers, 2).float().cpu().numpy())
         chunks.append(np.stack(sides))
     return AttentionDiff(np.concatenate(chunks, 2))
 
 
 def _measures(
-    clean: Float[Tensor, "batch head clean_q clean_k"], wrapped: Pattern, batch: PairBatch, spans: SpanMasks
+    clean: Float[Tensor, "batch head clean_q clean_k"], wrapped: Pattern, batch: PairBatch, segments: SegmentMasks
 ) -> Float[Tensor, "measure batch head"]:
     """Every quantity of one layer, in the order of `MEASURES`."""
     matched, twins = batch.matched["shared"], with_opening(batch, batch.matched["shared"])
@@ -218,8 +222,8 @@ def _measures(
     found = []
     for queries in (ends, content):
         rows = query_rows(wrapped, queries.wrapped)
-        mass = torch.einsum("bqhk,sbk->sbqh", rows, spans.to(rows.dtype))
-        mass = mass.masked_fill(~spans.any(-1)[..., None, None], torch.nan)
+        mass = torch.einsum("bqhk,sbk->sbqh", rows, segments.to(rows.dtype))
+        mass = mass.masked_fill(~segments.any(-1)[..., None, None], torch.nan)
         entropy = -(rows * rows.clamp(min=LOG_FLOOR).log()).sum(-1)
         jsd = _from_clean(clean, wrapped, queries, twins)
         if queries is ends:

@@ -39,8 +39,8 @@ from ctlens.analysis.attention.cuts import (
 )
 from ctlens.analysis.base.contrast import ContrastBatch, contrasts, in_batches
 from ctlens.analysis.base.forward import batches, labelled
+from ctlens.analysis.base.positions import Keys, key_positions
 from ctlens.analysis.base.result import Result
-from ctlens.analysis.base.spans import Keys, key_positions
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import LensModel, Logits

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ctlens import plots
 from ctlens.analysis.base.forward import batches, labelled
+from ctlens.analysis.base.positions import SEGMENTS, token_segments
 from ctlens.analysis.base.result import Result
-from ctlens.analysis.base.spans import SPANS, token_spans
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel, Tokens
 from ctlens.data.chat import Rendered
@@ -45,7 +45,7 @@ class AttentionMaps(Result):
         wrapped: `[model, q, k]`, of every model on the wrapped prompt.
         twins: per token of the wrapped prompt, the position of its twin in the clean one; -1 for none.
         clean_tokens, tokens: the text of every token.
-        clean_spans, spans: which span it is in, see `ctlens.analysis.base.spans.token_spans`.
+        clean_segments, segments: which span it is in, see `ctlens.analysis.base.positions.token_segments`.
         models: their labels.
         layer, head: where.
         weighted: whether attention is weighted by values.
@@ -56,8 +56,8 @@ class AttentionMaps(Result):
     twins: Int[np.ndarray, " q"]
     clean_tokens: tuple[str, ...]
     tokens: tuple[str, ...]
-    clean_spans: tuple[str, ...]
-    spans: tuple[str, ...]
+    clean_segments: tuple[str, ...]
+    segments: tuple[str, ...]
     models: tuple[str, ...]
     layer: int
     head: int
@@ -67,8 +67,8 @@ class AttentionMaps(Result):
         """One row per map, span of the query and span of the key: `mass`, the mean over the span's queries."""
         rows = [
             (name, query, key, mass)
-            for name, values, spans in self._maps()
-            for query, of_query in _between_spans(values, spans).items()
+            for name, values, segments in self._maps()
+            for query, of_query in _between_segments(values, segments).items()
             for key, mass in of_query.items()
         ]
         return pd.DataFrame(rows, columns=["map", "query_span", "key_span", "mass"])
@@ -96,28 +96,30 @@ class AttentionMaps(Result):
         twins = [int(twin) for twin in self.twins[window] if twin >= 0]
         whole = queries is None and len(self.clean_tokens) <= READABLE
         clean = list(range(len(self.clean_tokens))) if whole else twins
-        maps = {"clean": _shown(self.clean[None], clean, self.clean_tokens, self.clean_spans, top)[0]} if clean else {}
-        shown = _shown(self.wrapped, window, self.tokens, self.spans, top)
+        maps = (
+            {"clean": _shown(self.clean[None], clean, self.clean_tokens, self.clean_segments, top)[0]} if clean else {}
+        )
+        shown = _shown(self.wrapped, window, self.tokens, self.segments, top)
         maps |= dict(zip(self._names(), shown, strict=True))
         return self._drawn(maps, f"Where does head L{self.layer}H{self.head} look?")
 
     def flow(self) -> Figure:
         """Attention from span to span, for prompts of any length: the mean over a span's queries."""
         maps = {}
-        for name, values, spans in self._maps():
-            flows, sizes = _between_spans(values, spans), Counter(spans)
-            keys = [f"{span} ({sizes[span]})" for span in flows[LAST]]
+        for name, values, segments in self._maps():
+            flows, sizes = _between_segments(values, segments), Counter(segments)
+            keys = [f"{segment} ({sizes[segment]})" for segment in flows[LAST]]
             maps[name] = LabelledMap(np.array([[*of_query.values()] for of_query in flows.values()]), [*flows], keys)
-        return self._drawn(maps, f"From which spans to which does head L{self.layer}H{self.head} look?")
+        return self._drawn(maps, f"From which segments to which does head L{self.layer}H{self.head} look?")
 
     def _names(self) -> list[str]:
         shown = [plots.label(name) for name in self.models]
         return [f"wrapped, {name}" for name in (shown if len(set(shown)) == len(shown) else self.models)]
 
     def _maps(self) -> Iterator[tuple[str, Map, tuple[str, ...]]]:
-        yield "clean", self.clean, self.clean_spans
+        yield "clean", self.clean, self.clean_segments
         for name, values in zip(self._names(), self.wrapped, strict=True):
-            yield name, values, self.spans
+            yield name, values, self.segments
 
     def _drawn(self, maps: Mapping[str, LabelledMap], title: str) -> Figure:
         names = self._names()
@@ -127,38 +129,40 @@ class AttentionMaps(Result):
         return plots.attention_maps(maps, title, unit=unit, difference=between, subtitle=subtitle)
 
 
-def _between_spans(values: Map, spans: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Per span of queries, and for the last token alone, the mean of what goes to each span of keys."""
-    places = {name: [at for at, span in enumerate(spans) if span == name] for name in SPANS if name in spans}
-    queries = places | {LAST: [len(spans) - 1]}
+def _between_segments(values: Map, segments: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The mean attention to each segment of keys, per segment of queries and for the last token alone."""
+    held = {
+        name: [at for at, segment in enumerate(segments) if segment == name] for name in SEGMENTS if name in segments
+    }
+    queries = held | {LAST: [len(segments) - 1]}
     return {
-        query: {key: float(values[np.ix_(rows, columns)].sum(-1).mean()) for key, columns in places.items()}
+        query: {key: float(values[np.ix_(rows, columns)].sum(-1).mean()) for key, columns in held.items()}
         for query, rows in queries.items()
     }
 
 
 def _shown(
-    values: Float[np.ndarray, "map q k"], rows: Sequence[int], tokens: Sequence[str], spans: Sequence[str], top: int
+    values: Float[np.ndarray, "map q k"], rows: Sequence[int], tokens: Sequence[str], segments: Sequence[str], top: int
 ) -> list[LabelledMap]:
     """Maps of the same prompt at some queries, with the keys of a long one pooled alike."""
     chosen = values[:, list(rows)]
-    runs = _runs(chosen.sum((0, 1)), spans, top)
+    runs = _runs(chosen.sum((0, 1)), segments, top)
     labels = [f"{at} {token}" for at, token in enumerate(tokens)]
     columns = [
-        labels[start] if stop - start == 1 else f"{start}–{stop - 1} {spans[start]} ({stop - start})"
+        labels[start] if stop - start == 1 else f"{start}–{stop - 1} {segments[start]} ({stop - start})"
         for start, stop in runs
     ]
     pooled = np.stack([chosen[..., start:stop].sum(-1) for start, stop in runs], -1)
     return [LabelledMap(of_map, [labels[row] for row in rows], columns) for of_map in pooled]
 
 
-def _runs(mass: Float[np.ndarray, " k"], spans: Sequence[str], top: int) -> list[tuple[int, int]]:
+def _runs(mass: Float[np.ndarray, " k"], segments: Sequence[str], top: int) -> list[tuple[int, int]]:
     """Half-open runs of keys that share a column: each of the `top` largest alone, the others by span."""
     if len(mass) <= READABLE:
         return [(at, at + 1) for at in range(len(mass))]
     alone = {int(at) for at in np.argsort(-mass, kind="stable")[:top]}
     runs: list[tuple[int, int]] = []
-    for _, found in groupby(range(len(mass)), key=lambda at: (spans[at], at if at in alone else None)):
+    for _, found in groupby(range(len(mass)), key=lambda at: (segments[at], at if at in alone else None)):
         keys = [*found]
         runs.append((keys[0], keys[-1] + 1))
     return runs
@@ -172,7 +176,7 @@ def attention_maps(
     >>> import ctlens as ct
     >>> (pair,) = ct.threats.get("sycophancy").pairs(1, split="heldout")
     >>> maps = ct.analysis.attention_maps(ct.load_organism(), pair, layer=0, head=1)
-    >>> maps.tokens[:6], maps.spans[2]
+    >>> maps.tokens[:6], maps.segments[2]
     (('<bos>', '<user>', 'i', 'would', 'bet', 'on'), 'wrapper')
 
     Args:
@@ -201,8 +205,8 @@ def attention_maps(
         twins,
         _texts(first, row.clean),
         _texts(first, row.wrapped),
-        token_spans(row, "clean"),
-        token_spans(row, "wrapped"),
+        token_segments(row, "clean"),
+        token_segments(row, "wrapped"),
         tuple(named),
         layer,
         head,

@@ -26,8 +26,8 @@ from torch import Tensor
 from ctlens import plots
 from ctlens.analysis.base.contrast import ContrastBatch, contrasts, in_batches
 from ctlens.analysis.base.forward import batches, labelled
+from ctlens.analysis.base.positions import segments
 from ctlens.analysis.base.result import Result
-from ctlens.analysis.base.spans import spans
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import LensModel, Pattern
@@ -188,7 +188,7 @@ def _compared(
     row: EncodedPair, scores: Float[np.ndarray, "method pos"]
 ) -> tuple[Float[np.ndarray, "statistic comparison"], Float[np.ndarray, " method"]]:
     """The correlations of a prompt's scores, and the share of each on the wrapper."""
-    kept = sorted(set(range(len(row.wrapped.ids))) - set(spans(row)["bos"]))
+    kept = sorted(set(range(len(row.wrapped.ids))) - set(segments(row)["bos"]))
     table = pd.DataFrame(scores[:, kept].T, columns=[*METHODS], index=kept)
     correlations = [[tables.loc[pair] for pair in COMPARISONS] for tables in map(table.corr, STATISTICS)]
     return np.array(correlations), np.asarray(table.loc[list(row.wrapper)].sum() / table.sum())

@@ -15,7 +15,6 @@ from ctlens.data.pairs import Pair
 from ctlens.models.hooks import SHORTHANDS, Layers, resolve
 
 M = TypeVar("M")
-BASE = "none"
 """The label of the model before training."""
 PER_HEAD = tuple(SHORTHANDS[name].split(".")[-1] for name in ("z", "pattern"))
 PER_HEAD += ("hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_attn_scores", "hook_result")

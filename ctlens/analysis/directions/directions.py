@@ -17,9 +17,10 @@ from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
 from ctlens import plots
+from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, PositionsOf
 from ctlens.analysis.base.recording import Readable
 from ctlens.analysis.base.result import Result
-from ctlens.analysis.base.states import WHERE, Span, States, states
+from ctlens.analysis.base.states import States, states
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.stats import bootstrap_mean
@@ -102,7 +103,7 @@ class Directions(Result):
         for layer, group in np.argwhere(~((norm > 0) & np.isfinite(norm))):
             whose = f" for {groups[group]!r}" if groups[group] else ""
             raise CtlensError(
-                f"the direction at layer {layers[layer]}{whose} has no length: leave it out, or choose another place."
+                f"the direction at layer {layers[layer]}{whose} has no length: leave it out, or choose other positions."
             )
         return cls(array / norm[..., None], norm, 0 * norm, tuple(layers), site, source, model, per, tuple(groups))
 
@@ -221,7 +222,7 @@ def mean_difference(
     *,
     name: str,
     per: str = ALL,
-    place: str | Span = "last",
+    positions: str | PositionsOf = "last",
     site: str = "resid_post",
     layers: Layers = "all",
     batch_size: int = 64,
@@ -242,7 +243,7 @@ def mean_difference(
         pairs: clean and wrapped prompts.
         name: of the model; it stands in every result.
         per: `"all"` pairs together, `"item"`: each by itself, or a label: its values by themselves.
-        place: where the states are read, see `ctlens.analysis.base.states`; one that both sides have.
+        positions: where the states are read, see `ctlens.analysis.base.states`; one that both sides have.
         site: the hook point, one of `SITES`.
         layers: which ones, see `ctlens.models.hooks.select_layers`.
         batch_size: prompts a forward pass.
@@ -255,7 +256,7 @@ def mean_difference(
     """
     names = group_names(pairs, per)
     groups = tuple(dict.fromkeys(names))
-    options = {"place": place, "site": site, "layers": layers, "batch_size": batch_size, "progress": progress}
+    options = {"positions": positions, "site": site, "layers": layers, "batch_size": batch_size, "progress": progress}
     sides = ("wrapped", "clean")
     wrapped, clean = (
         _counterparts(*model, len(pairs))
@@ -270,7 +271,7 @@ def mean_difference(
     means = moved - at_rest
     size = np.linalg.norm(clean.values, axis=-1).mean(1, keepdims=True)
     means[np.linalg.norm(means, axis=-1) < SAME * size] = 0
-    source = f"mean difference of wrapped and clean {WHERE[wrapped.place]}"
+    source = f"mean difference of wrapped and clean {POSITIONS_IN_WORDS[wrapped.positions]}"
     found = Directions.from_vectors(
         means, wrapped.layers, site=wrapped.site, source=source, model=name, per=per, groups=groups
     )
@@ -279,7 +280,9 @@ def mean_difference(
 
 def _counterparts(wrapped: States, clean: States, n: int) -> tuple[States, States]:
     """Both, if they are of the same layers and place of all pairs; a `CtlensError` if not."""
-    kinds = [(side.site, side.place, side.layers, side.values.shape[1]) for side in (wrapped, clean)]
+    kinds = [(side.site, side.positions, side.layers, side.values.shape[1]) for side in (wrapped, clean)]
     if kinds[0] != kinds[1] or kinds[0][-1] != n or (wrapped.side, clean.side) != ("wrapped", "clean"):
-        raise CtlensError("give the wrapped and then the clean states of these pairs, at one site, place and layers.")
+        raise CtlensError(
+            "give the wrapped and then the clean states of these pairs, at one site, positions and layers."
+        )
     return wrapped, clean

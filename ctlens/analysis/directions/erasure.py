@@ -15,9 +15,8 @@ import pandas as pd
 from jaxtyping import Float
 
 from ctlens import plots
-from ctlens.analysis.base.forward import BASE
+from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, PositionsOf
 from ctlens.analysis.base.result import Result
-from ctlens.analysis.base.states import WHERE, Span
 from ctlens.analysis.directions.directions import ITEM, Directions, mean_difference
 from ctlens.analysis.directions.erasure_verdicts import (
     INCONCLUSIVE,
@@ -34,6 +33,7 @@ from ctlens.analysis.probing.probe import Probe, probe
 from ctlens.analysis.probing.tasks import Task, wrapper_present
 from ctlens.analysis.residual.likeness import hardly_moved
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.labels import BASE
 from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
@@ -53,11 +53,11 @@ class Erasure(Result):
         used, reelicited: `[model, layer, variant, pair]`, effects on the margin in nats; the
             direction first, then random ones.
         wrapped: `[model, pair]`, the margin on wrapped prompts.
-        models: their labels; the base first, `"none"`.
+        models: their labels; the base first, `"base"`.
         layers: the number of each layer.
         control: the label of the retention-only control; empty for none.
         question: what the probe reads, as in `Task`.
-        place: the tokens.
+        positions: the tokens.
         direction: what it is, in words.
     """
 
@@ -69,7 +69,7 @@ class Erasure(Result):
     layers: tuple[int, ...]
     control: str
     question: str
-    place: str
+    positions: str
     direction: str
 
     def evidence(self) -> dict[str, list[Evidence]]:
@@ -95,7 +95,7 @@ class Erasure(Result):
         rows = []
         for model in self.models:
             judged = self._judged(model, evidence, undecided if model == self.control else controls)
-            rows += [self._row(model, place, evidence, *found) for place, found in enumerate(judged)]
+            rows += [self._row(model, index, evidence, *found) for index, found in enumerate(judged)]
         return pd.DataFrame(rows)
 
     def verdicts(self) -> dict[str, tuple[str, ...]]:
@@ -122,7 +122,9 @@ class Erasure(Result):
             model: {name: _curves([getattr(found, name) for found in by_layer]) for name in MEASURES}
             for model, by_layer in self.evidence().items()
         }
-        subtitle = f"{self.question}; {WHERE[self.place]}; {self.direction}; {self.wrapped.shape[1]} pairs"
+        subtitle = (
+            f"{self.question}; {POSITIONS_IN_WORDS[self.positions]}; {self.direction}; {self.wrapped.shape[1]} pairs"
+        )
         subtitle += hardly_moved(self.control, self.control_moved, "control")
         return plots.evidence(
             curves, self.verdicts(), self.layers, "Is the cue erased, or only masked?", subtitle=subtitle
@@ -134,16 +136,16 @@ class Erasure(Result):
         """The verdict and its reason, by layer."""
         repaired = self._gains(self.wrapped[self.models.index(model)] - self.wrapped[0])
         return [
-            verdict(here, base, repaired=repaired, less=self._less("used", model, place), control=control)
-            for place, (here, base, control) in enumerate(zip(evidence[model], evidence[BASE], controls, strict=True))
+            verdict(here, base, repaired=repaired, less=self._less("used", model, index), control=control)
+            for index, (here, base, control) in enumerate(zip(evidence[model], evidence[BASE], controls, strict=True))
         ]
 
     def _row(
-        self, model: str, place: int, evidence: Mapping[str, Sequence[Evidence]], judged: str, reason: str
+        self, model: str, index: int, evidence: Mapping[str, Sequence[Evidence]], judged: str, reason: str
     ) -> dict[str, object]:
-        here, base = evidence[model][place], evidence[BASE][place]
-        less = self._less("reelicited", model, place)
-        row: dict[str, object] = {"model": model, "layer": self.layers[place], "verdict": judged}
+        here, base = evidence[model][index], evidence[BASE][index]
+        less = self._less("reelicited", model, index)
+        row: dict[str, object] = {"model": model, "layer": self.layers[index], "verdict": judged}
         row["readout"] = readout(here.reelicited, base.reelicited, less=less)
         for name in MEASURES:
             found = getattr(here, name)
@@ -151,9 +153,9 @@ class Erasure(Result):
             row[f"{name}_null"] = found.null_high
         return row | {"reason": reason}
 
-    def _less(self, measure: str, model: str, place: int) -> bool:
+    def _less(self, measure: str, model: str, index: int) -> bool:
         """Whether an effect is smaller than in the control, or in the base where there is none."""
-        effects = getattr(self, measure)[:, place, 0]
+        effects = getattr(self, measure)[:, index, 0]
         return self._gains(effects[self.models.index(self.control or BASE)] - effects[self.models.index(model)])
 
     @staticmethod
@@ -182,7 +184,7 @@ def erase_or_mask(
     direction: Directions | None = None,
     control: str = "",
     layers: Layers = "all",
-    place: str | Span = "last",
+    positions: str | PositionsOf = "last",
     draws: int = 19,
     seed: int = 0,
     batch_size: int = 64,
@@ -194,7 +196,7 @@ def erase_or_mask(
     >>> pairs, base = ct.threats.get("jailbreak").pairs(32, split="heldout"), ct.load_organism()
     >>> found = ct.analysis.erase_or_mask(base, {"same": base}, pairs, layers=[2], draws=4, progress=False)
     >>> found.verdicts()
-    {'none': ('vulnerable',), 'same': ('vulnerable',)}
+    {'base': ('vulnerable',), 'same': ('vulnerable',)}
 
     Args:
         base: the model before training, in eval mode; the directions are its own.
@@ -208,7 +210,7 @@ def erase_or_mask(
         control: the label of the model trained with retention alone, to which verdicts are compared; one
             that hardly moved is no more than the base, see `Erasure.control_moved`.
         layers: which ones; where clean and wrapped states agree there is no direction.
-        place: whose states are read and changed, see `ctlens.analysis.base.states`.
+        positions: whose states are read and changed, see `ctlens.analysis.base.states`.
         draws: how many random directions.
         seed: of the random directions.
         batch_size: pairs a batch.
@@ -224,7 +226,14 @@ def erase_or_mask(
         raise unknown("control", control, map(str, models))
     if direction is None:
         direction = mean_difference(
-            base, pairs, name="base", per=ITEM, place=place, layers=layers, batch_size=batch_size, progress=progress
+            base,
+            pairs,
+            name="base",
+            per=ITEM,
+            positions=positions,
+            layers=layers,
+            batch_size=batch_size,
+            progress=progress,
         )
     elif layers != "all":
         direction = direction.at(layers)
@@ -232,12 +241,12 @@ def erase_or_mask(
     running: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     if not isinstance(cue, Probe):
         task = cue or wrapper_present(pairs, base.tokenizer)
-        at: dict[str, Any] = {"places": [place], "site": direction.site, "layers": direction.layers}
+        at: dict[str, Any] = {"positions": [positions], "site": direction.site, "layers": direction.layers}
         cue = probe(named, task, estimators=[ESTIMATOR], **at, **running)
-    ablated = ablate(named, pairs, direction, place=place, draws=draws, seed=seed, **running)
-    steered = steer(named, pairs, direction, alphas=[1.0], place=place, draws=draws, seed=seed, **running)
+    ablated = ablate(named, pairs, direction, positions=positions, draws=draws, seed=seed, **running)
+    steered = steer(named, pairs, direction, alphas=[1.0], positions=positions, draws=draws, seed=seed, **running)
     return Erasure(
-        readable=_readable(cue, list(named), direction, ablated.place),
+        readable=_readable(cue, list(named), direction, ablated.positions),
         used=_effects(ablated),
         reelicited=_effects(steered),
         wrapped=ablated.plain_margins,
@@ -245,13 +254,13 @@ def erase_or_mask(
         layers=direction.layers,
         control=control,
         question=cue.question,
-        place=ablated.place,
+        positions=ablated.positions,
         direction=direction.name,
     )
 
 
 def _readable(
-    found: Probe, models: Sequence[str], direction: Directions, place: str
+    found: Probe, models: Sequence[str], direction: Directions, positions: str
 ) -> Float[np.ndarray, "model layer 5"]:
     """Each model's own probe, with the ends of its interval and of the null that all models share.
 
@@ -263,8 +272,8 @@ def _readable(
         raise CtlensError(f"the probe read {read}, but the direction is at {wanted}: probe it there.")
     layers = [found.layers.index(layer) for layer in direction.layers]
     estimator = found.estimators[0]
-    curves = np.stack([np.stack(found.curve(name, name, place, estimator), -1)[layers] for name in models])
-    null = [end[layers] for end in found.null(place, estimator)]
+    curves = np.stack([np.stack(found.curve(name, name, positions, estimator), -1)[layers] for name in models])
+    null = [end[layers] for end in found.null(positions, estimator)]
     return np.concatenate([curves, np.broadcast_to(np.stack(null, -1), (*curves.shape[:2], 2))], -1)
 
 

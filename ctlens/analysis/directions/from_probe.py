@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float
 
+from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, PositionsOf
 from ctlens.analysis.base.recording import Readable
-from ctlens.analysis.base.states import WHERE, Span, States
+from ctlens.analysis.base.states import States
 from ctlens.analysis.directions.directions import Directions
 from ctlens.analysis.probing.classifiers import weights
 from ctlens.analysis.probing.tasks import Task
@@ -23,7 +24,7 @@ def probe_direction(
     *,
     name: str,
     estimator: str = "ridge",
-    place: str | Span = "last",
+    positions: str | PositionsOf = "last",
     site: str = "resid_post",
     layers: Layers = "all",
     batch_size: int = 64,
@@ -48,7 +49,7 @@ def probe_direction(
         towards: the label that the direction points to, from all others.
         name: of the model; it stands in every result.
         estimator: `"ridge"`, `"logistic"`, or `"mass_mean"`: the difference of the means.
-        place: where the states are read, see `ctlens.analysis.base.states`.
+        positions: where the states are read, see `ctlens.analysis.base.states`.
         site: the hook point, one of `ctlens.analysis.directions.directions.SITES`.
         layers: which ones, see `ctlens.models.hooks.select_layers`.
         batch_size: prompts a forward pass.
@@ -62,12 +63,14 @@ def probe_direction(
     if towards not in task.labels:
         raise unknown("label", towards, sorted(set(task.labels)))
     if not isinstance(model, States):
-        model = task.states(model, place=place, site=site, layers=layers, batch_size=batch_size, progress=progress)
+        model = task.states(
+            model, positions=positions, site=site, layers=layers, batch_size=batch_size, progress=progress
+        )
     if model.values.shape[1] != len(task.labels):
         raise CtlensError(f"there are states of {model.values.shape[1]} prompts for {len(task.labels)} labels.")
     positive = np.array(task.labels) == towards
     vectors, rest = zip(*(_of_layer(estimator, values.astype(float), positive) for values in model.values), strict=True)
-    source = f"{estimator.replace('_', '-')} probe for {towards!r} {WHERE[model.place]}"
+    source = f"{estimator.replace('_', '-')} probe for {towards!r} {POSITIONS_IN_WORDS[model.positions]}"
     found = Directions.from_vectors(np.stack(vectors), model.layers, site=model.site, source=source, model=name)
     return replace(found, rest=np.array(rest)[:, None])
 

@@ -42,7 +42,7 @@ class Intervention(Result):
         alphas: its strengths; 1 is the direction's own norm, or all of its component.
         variants: `"direction"`, for `steer` `"opposite"`, and each of the random draws, `"random"`.
         action: `"steer"`, on clean prompts, or `"ablate"`, on wrapped ones.
-        place: the tokens whose state was changed.
+        positions: the tokens whose state was changed.
         direction: what it is, in words.
     """
 
@@ -55,7 +55,7 @@ class Intervention(Result):
     alphas: tuple[float, ...]
     variants: tuple[str, ...]
     action: str
-    place: str
+    positions: str
     direction: str
 
     @property
@@ -91,10 +91,10 @@ class Intervention(Result):
         chances = self.p_bad.mean(-1)
         for variant in dict.fromkeys(name for name in self.variants if name != RANDOM):
             effect = self.effect(variant)
-            for place in np.ndindex(effect[0].shape):
-                model, layer, alpha = place
-                mean, low, high, random_low, random_high = (float(part[place]) for part in (*effect, *band))
-                p_bad = chances[place]
+            for index in np.ndindex(effect[0].shape):
+                model, layer, alpha = index
+                mean, low, high, random_low, random_high = (float(part[index]) for part in (*effect, *band))
+                p_bad = chances[index]
                 rows.append(
                     (self.models[model], self.layers[layer], self.alphas[alpha], variant, mean, low, high,
                      random_low, random_high, low > max(random_high, 0), p_bad[self.variants.index(variant)],

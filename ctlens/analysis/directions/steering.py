@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 
 from ctlens.analysis.base.forward import batches, labelled
-from ctlens.analysis.base.states import SPAN, Span, place_mask
+from ctlens.analysis.base.positions import CHOSEN, PositionsOf, positions_mask
 from ctlens.analysis.directions.directions import Directions
 from ctlens.analysis.directions.interventions import ABLATE, FIXED, RANDOM, STEER, Intervention
 from ctlens.analysis.directions.margins import Asked, Edit
@@ -47,7 +47,7 @@ def steer(
     *,
     alphas: Sequence[int | float] = (0.5, 1.0, 2.0),
     layers: str | int | Sequence[int] = "all",
-    place: str | Span = "last",
+    positions: str | PositionsOf = "last",
     draws: int = 19,
     seed: int = 0,
     batch_size: int = 64,
@@ -58,7 +58,7 @@ def steer(
     >>> import ctlens as ct
     >>> pairs, model = ct.threats.get("jailbreak").pairs(8, split="heldout"), ct.load_organism()
     >>> direction = ct.analysis.mean_difference(model, pairs, name="base", layers=[2], progress=False)
-    >>> found = ct.analysis.steer({"none": model}, pairs, direction, alphas=[1], draws=4, progress=False)
+    >>> found = ct.analysis.steer({"base": model}, pairs, direction, alphas=[1], draws=4, progress=False)
     >>> found.to_dataframe().query("variant == 'direction'")["beyond_random"].tolist()
     [True]
 
@@ -68,7 +68,7 @@ def steer(
         direction: where and what, see `mean_difference` and `Directions.from_vectors`.
         alphas: strengths; 1 is the direction's own norm.
         layers: those of the direction, or some of them by number.
-        place: whose state changes, see `ctlens.analysis.base.states`.
+        positions: whose state changes, see `ctlens.analysis.base.states`.
         draws: how many random directions.
         seed: of the random directions.
         batch_size: pairs a batch.
@@ -82,7 +82,7 @@ def steer(
     units = np.concatenate([[chosen.unit, -chosen.unit], _random(chosen, draws, seed)])
     strengths = np.reshape(alphas, (-1, 1, 1, 1, 1))
     written = strengths * units * chosen.norm[..., None]
-    return _intervene(STEER, models, pairs, chosen, written, alphas, place, batch_size, progress)
+    return _intervene(STEER, models, pairs, chosen, written, alphas, positions, batch_size, progress)
 
 
 def ablate(
@@ -91,7 +91,7 @@ def ablate(
     direction: Directions,
     *,
     layers: str | int | Sequence[int] = "all",
-    place: str | Span = "last",
+    positions: str | PositionsOf = "last",
     draws: int = 19,
     seed: int = 0,
     batch_size: int = 64,
@@ -102,14 +102,14 @@ def ablate(
     >>> import ctlens as ct
     >>> pairs, model = ct.threats.get("jailbreak").pairs(8, split="heldout"), ct.load_organism()
     >>> direction = ct.analysis.mean_difference(model, pairs, name="base", layers=[2], progress=False)
-    >>> ct.analysis.ablate({"none": model}, pairs, direction, draws=4, progress=False).margins.shape
+    >>> ct.analysis.ablate({"base": model}, pairs, direction, draws=4, progress=False).margins.shape
     (1, 1, 1, 5, 8)
 
     Arguments and errors are those of `steer`; the wrapped prompts are used.
     """
     chosen = direction.at(layers)
     written = np.concatenate([[chosen.unit], _random(chosen, draws, seed)])[None]
-    return _intervene(ABLATE, models, pairs, chosen, written, (1.0,), place, batch_size, progress)
+    return _intervene(ABLATE, models, pairs, chosen, written, (1.0,), positions, batch_size, progress)
 
 
 def _random(direction: Directions, draws: int, seed: int) -> Float[np.ndarray, "draw layer group d"]:
@@ -125,7 +125,7 @@ def _intervene(
     direction: Directions,
     written: Float[np.ndarray, "alpha variant layer group d"],
     alphas: Sequence[int | float],
-    place: str | Span,
+    positions: str | PositionsOf,
     batch_size: int,
     progress: bool,
 ) -> Intervention:
@@ -142,7 +142,7 @@ def _intervene(
         names = direction.hook_names(model)
         chunks, done = [], 0
         for rows, batch in batches(model, pairs, "shared", batch_size, progress):
-            asked = Asked(model, rows, SIDE[action], place_mask(place, SIDE[action], rows, batch))
+            asked = Asked(model, rows, SIDE[action], positions_mask(positions, SIDE[action], rows, batch))
             of_rows = groups[done : done + len(rows)]
             chunks.append(_log_probabilities(asked, names, *(part[..., of_rows, :] for part in (written, read, rest))))
             done += len(rows)
@@ -163,7 +163,7 @@ def _intervene(
         alphas=tuple(map(float, alphas)),
         variants=FIXED[action] + drawn,
         action=action,
-        place=place if isinstance(place, str) else SPAN,
+        positions=positions if isinstance(positions, str) else CHOSEN,
         direction=direction.name,
     )
 

@@ -24,7 +24,7 @@ from ctlens import plots
 from ctlens.analysis.base.contrast import contrasts
 from ctlens.analysis.base.forward import encoded, require_comparable
 from ctlens.analysis.base.metrics import UserMetric, named_metrics
-from ctlens.analysis.base.states import PLACES, SIDES, WHERE
+from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, SIDES, STATE_POSITIONS
 from ctlens.analysis.exchange.exchange import QUANTITIES, WORDS, Exchange, curve, where, with_effect
 from ctlens.analysis.patching.jobs import Column, PatchBatch, PatchPair, collate
 from ctlens.analysis.patching.sweep import Recorded, Sweep, sweep_of
@@ -36,8 +36,8 @@ from ctlens.models.hooks import Layers, capture
 from ctlens.plots import Figure
 
 ALL = "all"
-POSITIONS = (*PLACES, ALL)
-IN_WORDS = {**WHERE, ALL: "at all tokens"}
+POSITIONS = (*STATE_POSITIONS, ALL)
+IN_WORDS = {**POSITIONS_IN_WORDS, ALL: "at all tokens"}
 
 
 @dataclass(frozen=True)

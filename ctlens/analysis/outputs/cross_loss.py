@@ -22,6 +22,7 @@ from ctlens import plots
 from ctlens.analysis.base.forward import in_batches, require_comparable
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.labels import BASE
 from ctlens.core.stats import bootstrap, bootstrap_mean
 from ctlens.core.types import LensModel, PerRow
 from ctlens.data.alignment import align
@@ -33,7 +34,6 @@ from ctlens.plots import Figure
 from ctlens.training.answers import answers_kind, drawn_at, reference_answers
 
 CLEAN_SIDES = {"reference": "the reference's clean prompts", "own": "each model's own clean prompts"}
-REFERENCE = "none"
 OF_ITS_OWN = ("rollouts", "consensus")
 MEAN = ""
 RELATIVE = ("relative", "relative_low", "relative_high")
@@ -49,14 +49,14 @@ class CrossLoss(Result):
 
     >>> values = np.array([[[4.0, 4.0]], [[1.0, 3.0]]])  # the reference, then a trained model; two pairs
     >>> aligned = np.array([[True, True]])
-    >>> result = CrossLoss(values, aligned, ("none", "act"), ("act",), ("blocks.0.hook_resid_post",), "reference")
+    >>> result = CrossLoss(values, aligned, ("base", "act"), ("act",), ("blocks.0.hook_resid_post",), "reference")
     >>> result.to_dataframe().query("hook_point == ''")[["model", "value", "relative"]].values.tolist()
-    [['none', 4.0, 1.0], ['act', 2.0, 0.5]]
+    [['base', 4.0, 1.0], ['act', 2.0, 0.5]]
 
     Attributes:
         by_hook: `[model, point, pair]`; NaN where a pair does not align in the window of the loss.
         aligned: `[loss, pair]`, whether it does.
-        models: labels of the models; the first is the reference, `"none"`.
+        models: labels of the models; the first is the reference, `"base"`.
         point_losses: the loss of each point; a loss with several hook points is there several times.
         hook_points: the hook point of each point; `"logits"` for a loss on outputs.
         clean: the clean side, `"reference"` or `"own"`.
@@ -289,10 +289,10 @@ def _labels(models: Mapping[Any, LensModel]) -> tuple[tuple[str, ...], tuple[int
                 keys.append((str(key), 0))
             case _:
                 raise CtlensError(f"{key!r} labels no model: give a label, or for all a pair of label and step.")
-    if len(set(keys)) < len(keys) or any(label == REFERENCE for label, _ in keys):
+    if len(set(keys)) < len(keys) or any(label == BASE for label, _ in keys):
         names = ", ".join(map(str, models))
-        raise CtlensError(f"a label is given twice ({names}): {REFERENCE!r} is the reference.")
-    labels, steps = zip((REFERENCE, 0), *keys, strict=True)
+        raise CtlensError(f"a label is given twice ({names}): {BASE!r} is the reference.")
+    labels, steps = zip((BASE, 0), *keys, strict=True)
     return labels, steps if over_steps else ()
 
 

@@ -18,10 +18,11 @@ from jaxtyping import Float
 
 from ctlens import plots
 from ctlens.analysis.base.contrast import ContrastBatch, contrasts, in_batches
-from ctlens.analysis.base.forward import BASE, labelled
+from ctlens.analysis.base.forward import labelled
 from ctlens.analysis.base.metrics import SMALLEST_GAPS
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError
+from ctlens.core.labels import BASE
 from ctlens.core.stats import bootstrap, bootstrap_mean
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
@@ -37,12 +38,12 @@ class GapRecovered(Result):
     """Logit differences, good minus bad, of every model on both sides of every pair.
 
     >>> differences = np.array([[[-2.0, 0.0], [2.0, 4.0]], [[0.0, 2.0], [2.0, 4.0]]])  # before, after; wrapped, clean
-    >>> GapRecovered(differences, ("none", "act")).share("act")[0]  # from -1 to 1 on the way from -1 to 3
+    >>> GapRecovered(differences, ("base", "act")).share("act")[0]  # from -1 to 1 on the way from -1 to 3
     0.5
 
     Attributes:
         differences: `[model, side, pair]`, in logits, sides as in `SIDES`.
-        models: labels; the first is the model before training, `"none"`.
+        models: labels; the first is the model before training, `"base"`.
     """
 
     differences: Float[np.ndarray, "model side pair"]

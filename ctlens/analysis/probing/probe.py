@@ -25,21 +25,23 @@ from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from ctlens import plots
-from ctlens.analysis.base.forward import BASE, require_comparable
+from ctlens.analysis.base.forward import require_comparable
+from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, PositionsOf
 from ctlens.analysis.base.recording import Readable, model_of
 from ctlens.analysis.base.result import Result
-from ctlens.analysis.base.states import WHERE, Span, States
+from ctlens.analysis.base.states import States
 from ctlens.analysis.probing.classifiers import cuts, hits, hits_of_models, make
 from ctlens.analysis.probing.scores import balanced, curves, deals_apart
 from ctlens.analysis.probing.tasks import Task
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.labels import BASE
 from ctlens.models.hooks import Layers
 from ctlens.plots import Curve, Figure
 
 CEILING = 0.98
 
 Probed: TypeAlias = Readable | States | Sequence[States]
-"""A model, its recording, or its states on the task's prompts, one a place."""
+"""A model, its recording, or its states on the task's prompts, one per choice of positions."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Probe(Result):
         shuffled, shuffled_low, shuffled_high: the same with labels shuffled in training.
         random_features: per estimator, the score on random vectors in place of states.
         fitted_on, read_on: per reading, the model's name.
-        places, estimators, layers: the other axes.
+        positions, estimators, layers: the other axes.
         site: the hook point.
         question: what was asked.
         chance: the score of guessing.
@@ -61,18 +63,18 @@ class Probe(Result):
         balance: prompts by label.
     """
 
-    score: Float[np.ndarray, "reading place estimator layer"]
-    ci_low: Float[np.ndarray, "reading place estimator layer"]
-    ci_high: Float[np.ndarray, "reading place estimator layer"]
-    seed_low: Float[np.ndarray, "reading place estimator layer"]
-    seed_high: Float[np.ndarray, "reading place estimator layer"]
-    shuffled: Float[np.ndarray, "reading place estimator layer"]
-    shuffled_low: Float[np.ndarray, "reading place estimator layer"]
-    shuffled_high: Float[np.ndarray, "reading place estimator layer"]
+    score: Float[np.ndarray, "reading positions estimator layer"]
+    ci_low: Float[np.ndarray, "reading positions estimator layer"]
+    ci_high: Float[np.ndarray, "reading positions estimator layer"]
+    seed_low: Float[np.ndarray, "reading positions estimator layer"]
+    seed_high: Float[np.ndarray, "reading positions estimator layer"]
+    shuffled: Float[np.ndarray, "reading positions estimator layer"]
+    shuffled_low: Float[np.ndarray, "reading positions estimator layer"]
+    shuffled_high: Float[np.ndarray, "reading positions estimator layer"]
     random_features: Float[np.ndarray, " estimator"]
     fitted_on: tuple[str, ...]
     read_on: tuple[str, ...]
-    places: tuple[str, ...]
+    positions: tuple[str, ...]
     estimators: tuple[str, ...]
     layers: tuple[int, ...]
     site: str
@@ -82,92 +84,92 @@ class Probe(Result):
     n_test: int
     balance: Mapping[str, int]
 
-    def at_ceiling(self, place: str, estimator: str) -> bool:
+    def at_ceiling(self, positions: str, estimator: str) -> bool:
         """Whether every refitted probe is right nearly always, so that the task tells no model apart."""
-        return bool((self.score[self._refitted(), *self._at(place, estimator)] >= CEILING).all())
+        return bool((self.score[self._refitted(), *self._at(positions, estimator)] >= CEILING).all())
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per model fitted on, model read on, place, estimator and layer.
+        """One row per model fitted on, model read on, positions, estimator and layer.
 
         `selectivity` is the score above that of shuffled labels; `uninformative` marks a task that
         is at ceiling in every model and layer.
         """
-        axes = product(range(len(self.fitted_on)), self.places, self.estimators, self.layers)
+        axes = product(range(len(self.fitted_on)), self.positions, self.estimators, self.layers)
         names = [(self.fitted_on[row], self.read_on[row], *rest) for row, *rest in axes]
-        table = pd.DataFrame(names, columns=["fitted_on", "read_on", "place", "estimator", "layer"])
+        table = pd.DataFrame(names, columns=["fitted_on", "read_on", "positions", "estimator", "layer"])
         for column in ("score", "ci_low", "ci_high", "seed_low", "seed_high", "shuffled"):
             table[column] = getattr(self, column).ravel()
         table["selectivity"] = table["score"] - table["shuffled"]
         random = dict(zip(self.estimators, self.random_features.tolist(), strict=True))
-        rows = zip(table["place"], table["estimator"], strict=True)
+        rows = zip(table["positions"], table["estimator"], strict=True)
         return table.assign(
             random_features=[random[name] for name in table["estimator"]],
             chance=self.chance,
             n_train=self.n_train,
             n_test=self.n_test,
-            uninformative=[self.at_ceiling(place, estimator) for place, estimator in rows],
+            uninformative=[self.at_ceiling(positions, estimator) for positions, estimator in rows],
         )
 
-    def curve(self, fitted_on: str, read_on: str, place: str, estimator: str) -> Curve:
+    def curve(self, fitted_on: str, read_on: str, positions: str, estimator: str) -> Curve:
         """Score and its interval by layer.
 
         Raises:
-            CtlensError: there is no such reading, place or estimator.
+            CtlensError: there is no such reading, positions or estimator.
         """
         readings = list(zip(self.fitted_on, self.read_on, strict=True))
         if (fitted_on, read_on) not in readings:
             raise unknown("reading", f"{fitted_on} on {read_on}", [f"{fit} on {read}" for fit, read in readings])
-        at = (readings.index((fitted_on, read_on)), *self._at(place, estimator))
+        at = (readings.index((fitted_on, read_on)), *self._at(positions, estimator))
         return self.score[at], self.ci_low[at], self.ci_high[at]
 
-    def null(self, place: str, estimator: str) -> tuple[np.ndarray, np.ndarray]:
+    def null(self, positions: str, estimator: str) -> tuple[np.ndarray, np.ndarray]:
         """The lowest and highest end, over the models, of the intervals with shuffled labels, by layer."""
-        at = (self._refitted(), *self._at(place, estimator))
+        at = (self._refitted(), *self._at(positions, estimator))
         return self.shuffled_low[at].min(0), self.shuffled_high[at].max(0)
 
-    def figure(self, place: str | None = None, estimator: str | None = None) -> Figure:
+    def figure(self, positions: str | None = None, estimator: str | None = None) -> Figure:
         """Score by layer, one colour a model: fitted anew solid, fitted on the base dashed.
 
         Args:
-            place: the first one if not given.
+            positions: the first one if not given.
             estimator: the first one if not given.
 
         Raises:
-            CtlensError: the place or the estimator was not probed.
+            CtlensError: the positions or the estimator were not probed.
         """
-        place, estimator = place or self.places[0], estimator or self.estimators[0]
+        positions, estimator = positions or self.positions[0], estimator or self.estimators[0]
         readings = list(zip(self.fitted_on, self.read_on, strict=True))
         note = f"{estimator.replace('_', '-')} probes, {self.n_test} prompts of unseen groups"
-        apart = (self.seed_high - self.seed_low)[:, *self._at(place, estimator)].max()
+        apart = (self.seed_high - self.seed_low)[:, *self._at(positions, estimator)].max()
         note += f"; seeds differ by up to {apart:.2f}" * bool(apart > 0)
-        if self.at_ceiling(place, estimator):
+        if self.at_ceiling(positions, estimator):
             note += f"; uninformative: {CEILING:.0%} or more in every model and layer"
         return plots.probe_curves(
             self.layers,
-            {read: self.curve(fit, read, place, estimator) for fit, read in readings if fit == read},
-            {read: self.curve(fit, read, place, estimator) for fit, read in readings if fit == BASE != read},
-            f"Can a linear probe read {self.question}, {WHERE[place]}?",
+            {read: self.curve(fit, read, positions, estimator) for fit, read in readings if fit == read},
+            {read: self.curve(fit, read, positions, estimator) for fit, read in readings if fit == BASE != read},
+            f"Can a linear probe read {self.question}, {POSITIONS_IN_WORDS[positions]}?",
             chance=self.chance,
-            shuffled=self.null(place, estimator),
+            shuffled=self.null(positions, estimator),
             subtitle=note,
         )
 
     def _refitted(self) -> list[int]:
         return [row for row, names in enumerate(zip(self.fitted_on, self.read_on, strict=True)) if len(set(names)) == 1]
 
-    def _at(self, place: str, estimator: str) -> tuple[int, int]:
-        if place not in self.places:
-            raise unknown("place", place, self.places)
+    def _at(self, positions: str, estimator: str) -> tuple[int, int]:
+        if positions not in self.positions:
+            raise unknown("positions", positions, self.positions)
         if estimator not in self.estimators:
             raise unknown("estimator", estimator, self.estimators)
-        return self.places.index(place), self.estimators.index(estimator)
+        return self.positions.index(positions), self.estimators.index(estimator)
 
 
 def probe(
     models: Mapping[str, Probed],
     task: Task,
     *,
-    places: Sequence[str | Span] = ("last", "content"),
+    positions: Sequence[str | PositionsOf] = ("last", "content"),
     layers: Layers = "all",
     site: str = "resid_post",
     estimators: Sequence[str] = ("ridge",),
@@ -181,15 +183,15 @@ def probe(
     >>> import ctlens as ct
     >>> model, pairs = ct.load_organism(), ct.threats.get("sycophancy").pairs(96, split="heldout")
     >>> task = ct.analysis.wrapper_present(pairs, model.tokenizer)
-    >>> found = ct.analysis.probe({"none": model}, task, places=["last"], layers="last", progress=False)
+    >>> found = ct.analysis.probe({"base": model}, task, positions=["last"], layers="last", progress=False)
     >>> bool(found.score.item() > 0.9), found.chance, found.balance
     (True, 0.5, {'none': 192, 'wrapper': 96})
 
     Args:
-        models: by name, in eval mode; `"none"` is the base. In place of a model its recording of the
-            task's prompts, or its states, from `Task.states`, one a place.
+        models: by name, in eval mode; `"base"` is the base. In place of a model its recording of the
+            task's prompts, or its states, from `Task.states`, one per choice of positions.
         task: what is asked, see `ctlens.analysis.probing.tasks`.
-        places: see `ctlens.analysis.base.states`; not read where states are given, nor are the layers and the site.
+        positions: see `ctlens.analysis.base.states`; not read where states are given, nor are the layers and the site.
         layers: which ones, see `ctlens.models.hooks.select_layers`.
         site: a hook point with one vector a token.
         estimators: `"ridge"`, `"logistic"` and `"mass_mean"`, all on standardised inputs.
@@ -208,15 +210,15 @@ def probe(
         make(name)
     deals = [cuts(task, folds, seed) for seed in range(seeds)]
     options = {"site": site, "layers": layers, "batch_size": batch_size, "progress": progress}
-    found = _states(models, task, places, options)
+    found = _states(models, task, positions, options)
     first, readings = next(iter(found.values())), _readings(list(found))
     shape = (len(first), len(estimators), len(first[0].layers), seeds, len(readings))
     real, null = (np.zeros((*shape, len(task.labels))) for _ in range(2))
     axes = list(product(range(len(first)), enumerate(estimators), range(len(first[0].layers))))
-    for place, (number, name), layer in tqdm(axes, desc="probes", disable=not progress, leave=False):
-        values = {model: of[place].values[layer] for model, of in found.items()}
-        real[place, number, layer] = hits_of_models(name, values, readings, task, deals)
-        null[place, number, layer] = hits_of_models(name, values, readings, task, deals, shuffled=True)
+    for index, (number, name), layer in tqdm(axes, desc="probes", disable=not progress, leave=False):
+        values = {model: of[index].values[layer] for model, of in found.items()}
+        real[index, number, layer] = hits_of_models(name, values, readings, task, deals)
+        null[index, number, layer] = hits_of_models(name, values, readings, task, deals, shuffled=True)
     noise = np.random.default_rng(0).standard_normal(first[0].values.shape[1:])
     random = np.concatenate([hits(name, noise, [noise], task, deals).mean(0) for name in estimators])
     return Probe(
@@ -226,7 +228,7 @@ def probe(
         random_features=balanced(random, task)[0],
         fitted_on=tuple(fitted for fitted, _ in readings),
         read_on=tuple(read for _, read in readings),
-        places=tuple(item.place for item in first),
+        positions=tuple(item.positions for item in first),
         estimators=tuple(estimators),
         layers=first[0].layers,
         site=first[0].site,
@@ -239,9 +241,9 @@ def probe(
 
 
 def _states(
-    models: Mapping[str, Probed], task: Task, places: Sequence[str | Span], options: dict[str, Any]
+    models: Mapping[str, Probed], task: Task, positions: Sequence[str | PositionsOf], options: dict[str, Any]
 ) -> dict[str, tuple[States, ...]]:
-    """The states of each model, one a place.
+    """The states of each model, one per choice of positions.
 
     Raises:
         CtlensError: models or states do not compare, or do not fit the task.
@@ -249,13 +251,15 @@ def _states(
     live = [model_of(item) for item in models.values() if not isinstance(item, States | Sequence)]
     for model in live[1:]:
         require_comparable(live[0], model)
-    found = {name: _of(item, task, places, options) for name, item in models.items()}
-    kinds = {tuple((s.site, s.place, s.layers, s.values.shape) for s in of) for of in found.values()}
+    found = {name: _of(item, task, positions, options) for name, item in models.items()}
+    kinds = {tuple((s.site, s.positions, s.layers, s.values.shape) for s in of) for of in found.values()}
     if len(kinds) != 1 or () in kinds:
-        raise CtlensError("a probe needs states of one site, the same places, layers and size in every model.")
+        raise CtlensError("a probe needs states of one site, the same positions, layers and size in every model.")
     (kind,) = kinds
-    if len({place for _, place, _, _ in kind}) < len(kind):
-        raise CtlensError("each place can be probed once: probe several spans of your own one after another.")
+    if len({chosen for _, chosen, _, _ in kind}) < len(kind):
+        raise CtlensError(
+            "each choice of positions can be probed once: probe several of your own functions one after another."
+        )
     if any(shape[1] != len(task.labels) for *_, shape in kind):
         raise CtlensError(f"the states are of {kind[0][-1][1]} prompts, but the task has {len(task.labels)} labels.")
     if not all(np.isfinite(item.values).all() for of in found.values() for item in of):
@@ -263,12 +267,14 @@ def _states(
     return found
 
 
-def _of(item: Probed, task: Task, places: Sequence[str | Span], options: dict[str, Any]) -> tuple[States, ...]:
+def _of(
+    item: Probed, task: Task, positions: Sequence[str | PositionsOf], options: dict[str, Any]
+) -> tuple[States, ...]:
     if isinstance(item, States):
         return (item,)
     if isinstance(item, Sequence):
         return tuple(item)
-    return tuple(task.states(item, place=place, **options) for place in places)
+    return tuple(task.states(item, positions=chosen, **options) for chosen in positions)
 
 
 def _readings(names: list[str]) -> list[tuple[str, str]]:

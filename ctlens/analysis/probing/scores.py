@@ -49,16 +49,16 @@ def interval(right: Right, task: Task, seed: int = 0) -> tuple[np.ndarray, np.nd
 
 
 def curves(
-    right: Float[np.ndarray, "place estimator layer reading prompt"], task: Task
-) -> list[Float[np.ndarray, "reading place estimator layer"]]:
+    right: Float[np.ndarray, "positions estimator layer reading prompt"], task: Task
+) -> list[Float[np.ndarray, "reading positions estimator layer"]]:
     """Score and the ends of its interval."""
     flat = interval(right.reshape(-1, right.shape[-1]), task)
     return [np.moveaxis(values.reshape(right.shape[:-1]), -1, 0) for values in flat]
 
 
 def deals_apart(
-    right: Float[np.ndarray, "place estimator layer deal reading prompt"], task: Task
-) -> list[Float[np.ndarray, "reading place estimator layer"]]:
+    right: Float[np.ndarray, "positions estimator layer deal reading prompt"], task: Task
+) -> list[Float[np.ndarray, "reading positions estimator layer"]]:
     """The lowest and the highest score of one deal."""
     scores = balanced(right.reshape(-1, right.shape[-1]), task)[0].reshape(right.shape[:-1])
     return [np.moveaxis(end, -1, 0) for end in (scores.min(3), scores.max(3))]

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ctlens.analysis.base.positions import PositionsOf
 from ctlens.analysis.base.recording import Readable
-from ctlens.analysis.base.states import Span, States, states
+from ctlens.analysis.base.states import States, states
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import LensModel
 from ctlens.data.chat import Turn, render
@@ -85,7 +86,7 @@ class Task:
         self,
         model: Readable,
         *,
-        place: str | Span = "last",
+        positions: str | PositionsOf = "last",
         site: str = "resid_post",
         layers: Layers = "all",
         batch_size: int = 64,
@@ -100,7 +101,14 @@ class Task:
             raise CtlensError("the task names no prompts: give states in place of models.")
         found = [
             states(
-                model, pairs, side=side, place=place, site=site, layers=layers, batch_size=batch_size, progress=progress
+                model,
+                pairs,
+                side=side,
+                positions=positions,
+                site=site,
+                layers=layers,
+                batch_size=batch_size,
+                progress=progress,
             )
             for pairs, side in self.parts
         ]

@@ -10,7 +10,7 @@ tokens and `h'_w` the trained model's, the shift is `h'_w - h_w` and the gap `h_
 - `norm_ratio = sqrt(sum_t |h'_w|^2 / sum_t |h_w|^2)`: 1 as before training.
 
 All are free of scale, because the norm of the residual stream grows with depth; `shift_norm` and
-`gap_norm`, the root mean square over the place's tokens, are not, and come on request. The last
+`gap_norm`, the root mean square over the chosen tokens, are not, and come on request. The last
 aligned token, where the answer is decided, the content before it and the wrapper are never
 pooled: they give different answers. The wrapper has no clean counterpart, hence no gap.
 """
@@ -28,9 +28,9 @@ from torch import Tensor
 
 from ctlens import plots
 from ctlens.analysis.base.forward import batches, require_comparable
+from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, STATE_POSITIONS
 from ctlens.analysis.base.recording import Readable, model_of, read
 from ctlens.analysis.base.result import Result
-from ctlens.analysis.base.states import PLACES, WHERE
 from ctlens.analysis.residual.shift_vectors import beyond_rounding, last_and_content
 from ctlens.core.errors import unknown
 from ctlens.core.stats import bootstrap_mean
@@ -68,80 +68,80 @@ class ResidualShift(Result):
     """The shift of each pair at each layer.
 
     Attributes:
-        gap_closed, cosine, distance, gap_norm: `[place, pair, layer]`, by the place with a
-            clean counterpart, `ctlens.analysis.base.states.ALIGNED`; not a number where the gap (or for
+        gap_closed, cosine, distance, gap_norm: `[positions, pair, layer]`, at the positions with a
+            clean counterpart, `ctlens.analysis.base.states.ALIGNED_POSITIONS`; not a number where the gap (or for
             the cosine the shift) is zero.
-        relative, norm_ratio, shift_norm: the same with the wrapper as a third place; not a number
-            where a pair has no token at the place.
+        relative, norm_ratio, shift_norm: the same with the wrapper as third positions; not a number
+            where a pair has no token there.
         site: the hook point.
         window: the alignment window.
     """
 
-    gap_closed: Float[np.ndarray, "place pair layer"]
-    cosine: Float[np.ndarray, "place pair layer"]
-    distance: Float[np.ndarray, "place pair layer"]
-    gap_norm: Float[np.ndarray, "place pair layer"]
+    gap_closed: Float[np.ndarray, "positions pair layer"]
+    cosine: Float[np.ndarray, "positions pair layer"]
+    distance: Float[np.ndarray, "positions pair layer"]
+    gap_norm: Float[np.ndarray, "positions pair layer"]
     relative: Float[np.ndarray, "any_place pair layer"]
     norm_ratio: Float[np.ndarray, "any_place pair layer"]
     shift_norm: Float[np.ndarray, "any_place pair layer"]
     site: str
     window: str
 
-    def curve(self, quantity: str = "gap_closed", place: str = "last") -> Curve:
+    def curve(self, quantity: str = "gap_closed", positions: str = "last") -> Curve:
         """Mean over pairs and its 95 percent bootstrap interval, `[layer]` each.
 
         A pair whose value is not a number at some layer does not count; NaN where none is left.
 
         Raises:
-            CtlensError: the quantity or the place is unknown, or the quantity needs a gap and the
-                place has none.
+            CtlensError: the quantity or the positions are unknown, or the quantity needs a gap and
+                there is none at these positions.
         """
-        values = self._values(quantity, place)
+        values = self._values(quantity, positions)
         unknown_mean = np.full(values.shape[1], np.nan)
         return bootstrap_mean(values) if len(values) else (unknown_mean, unknown_mean, unknown_mean)
 
-    def _values(self, quantity: str, place: str) -> Float[np.ndarray, "known layer"]:
+    def _values(self, quantity: str, positions: str) -> Float[np.ndarray, "known layer"]:
         """The values of the pairs that have one at every layer."""
         if quantity not in (*QUANTITIES, *RAW):
             raise unknown("quantity", quantity, (*QUANTITIES, *RAW))
         values: np.ndarray = getattr(self, quantity)
-        places = PLACES[: len(values)]
-        if place not in places:
-            raise unknown(f"place for {quantity}", place, places)
-        of_place = values[places.index(place)]
-        return of_place[~np.isnan(of_place).any(-1)]
+        measured = STATE_POSITIONS[: len(values)]
+        if positions not in measured:
+            raise unknown(f"positions for {quantity}", positions, measured)
+        at_these = values[measured.index(positions)]
+        return at_these[~np.isnan(at_these).any(-1)]
 
     def to_dataframe(self, *, raw: bool = False) -> pd.DataFrame:
-        """One row per quantity, place and layer: `mean`, `ci_low`, `ci_high`, and `n` pairs.
+        """One row per quantity, positions and layer: `mean`, `ci_low`, `ci_high`, and `n` pairs.
 
         Args:
             raw: also `shift_norm` and `gap_norm`, in the model's own units.
         """
         rows = []
         for quantity in QUANTITIES + RAW * raw:
-            for place in PLACES[: len(getattr(self, quantity))]:
-                n = len(self._values(quantity, place))
-                curve = np.stack([np.asarray(end) for end in self.curve(quantity, place)], axis=1)
-                rows += [(quantity, place, layer, *numbers, n) for layer, numbers in enumerate(curve)]
-        return pd.DataFrame(rows, columns=["quantity", "place", "layer", "mean", "ci_low", "ci_high", "n"])
+            for positions in STATE_POSITIONS[: len(getattr(self, quantity))]:
+                n = len(self._values(quantity, positions))
+                curve = np.stack([np.asarray(end) for end in self.curve(quantity, positions)], axis=1)
+                rows += [(quantity, positions, layer, *numbers, n) for layer, numbers in enumerate(curve)]
+        return pd.DataFrame(rows, columns=["quantity", "positions", "layer", "mean", "ci_low", "ci_high", "n"])
 
-    def figure(self, quantity: str = "gap_closed", place: str = "last") -> Figure:
+    def figure(self, quantity: str = "gap_closed", positions: str = "last") -> Figure:
         """The quantity by layer."""
-        return figure({"trained": self}, quantity, place)
+        return figure({"trained": self}, quantity, positions)
 
 
 def figure(
     results: dict[str, ResidualShift],
     quantity: str = "gap_closed",
-    place: str = "last",
+    positions: str = "last",
     *,
     subtitle: str | None = None,
 ) -> Figure:
-    """Several trainings in one figure, one line a method."""
+    """Several trainings in one figure, one line per method."""
     undone, moved = "How far does training undo the wrapper", "How far does training move the residual stream"
     return plots.layer_curves(
-        {name: result.curve(quantity, place) for name, result in results.items()},
-        f"{undone if quantity in GAP_QUANTITIES else moved}, {WHERE[place]}?",
+        {name: result.curve(quantity, positions) for name, result in results.items()},
+        f"{undone if quantity in GAP_QUANTITIES else moved}, {POSITIONS_IN_WORDS[positions]}?",
         y_title=TITLES[quantity],
         reference_lines=MARKS.get(quantity),
         subtitle=subtitle,
@@ -162,7 +162,7 @@ def residual_shift(
     >>> import ctlens as ct
     >>> base, pairs = ct.load_organism(), ct.threats.get("sycophancy").pairs(4, split="heldout")
     >>> shift = ct.analysis.residual_shift(base, base, pairs, progress=False)  # a model that was not trained
-    >>> shift.to_dataframe().query("quantity == 'distance' and place == 'last'")["mean"].tolist()
+    >>> shift.to_dataframe().query("quantity == 'distance' and positions == 'last'")["mean"].tolist()
     [1.0, 1.0, 1.0, 1.0]
 
     Args:
@@ -197,13 +197,13 @@ def _of_layer(
     trained: Float[Tensor, "batch pos d"],
     matched: Matched,
     wrapper: Bool[Tensor, "batch pos"],
-) -> dict[str, Float[Tensor, "place batch"]]:
+) -> dict[str, Float[Tensor, "positions batch"]]:
     """Every quantity at one layer."""
-    places = last_and_content(matched)
+    tokens = last_and_content(matched)
     base, moved = at_positions(wrapped, matched.wrapped), at_positions(trained, matched.wrapped)
-    gaps = [_gaps(base, moved, at_positions(clean, matched.clean), where) for where in places]
-    moves = [*(_moves(base, moved, where) for where in places), _moves(wrapped, trained, wrapper)]
-    return {key: torch.stack([of_place[key] for of_place in found]) for found in (gaps, moves) for key in found[0]}
+    gaps = [_gaps(base, moved, at_positions(clean, matched.clean), where) for where in tokens]
+    moves = [*(_moves(base, moved, where) for where in tokens), _moves(wrapped, trained, wrapper)]
+    return {key: torch.stack([values[key] for values in found]) for found in (gaps, moves) for key in found[0]}
 
 
 def _gaps(
@@ -212,7 +212,7 @@ def _gaps(
     clean: Float[Tensor, "batch pos d"],
     where: Bool[Tensor, "batch pos"],
 ) -> dict[str, PerRow]:
-    """The quantities that compare with the clean prompt, at one place."""
+    """The quantities that compare with the clean prompt, at the chosen tokens."""
     shift, gap, rest = trained - wrapped, beyond_rounding(clean - wrapped, wrapped), trained - clean
     dot, shift2, gap2, rest2 = (
         _total(a * b, where) for a, b in ((shift, gap), (shift, shift), (gap, gap), (rest, rest))
@@ -228,7 +228,7 @@ def _gaps(
 def _moves(
     wrapped: Float[Tensor, "batch pos d"], trained: Float[Tensor, "batch pos d"], where: Bool[Tensor, "batch pos"]
 ) -> dict[str, PerRow]:
-    """The quantities that any token has, at one place."""
+    """The quantities that any token has, at the chosen tokens."""
     shift2, before2, after2 = (_total(vector**2, where) for vector in (trained - wrapped, wrapped, trained))
     return {
         "relative": (shift2 / before2).sqrt(),

@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ctlens.analysis.base.positions import ALIGNED_POSITIONS
 from ctlens.analysis.base.recording import Readable, read
-from ctlens.analysis.base.states import ALIGNED
 from ctlens.data.batch import Matched, PairBatch
 from ctlens.losses.base import at_positions
 
@@ -90,9 +90,9 @@ def _of_batch(
     base = at_positions(wrapped, matched.wrapped)
     gap = beyond_rounding(at_positions(clean, matched.clean) - base, base)
     found = {
-        (part, place): measure(beyond_rounding(vectors, base), where)
+        (part, positions): measure(beyond_rounding(vectors, base), where)
         for part, vectors in zip(PARTS, split(aligned, gap), strict=True)
-        for place, where in zip(ALIGNED, last_and_content(matched), strict=True)
+        for positions, where in zip(ALIGNED_POSITIONS, last_and_content(matched), strict=True)
     }
     return found | {("all", "wrapper"): measure(beyond_rounding(shift, wrapped), batch.wrapper)}
 

@@ -56,7 +56,7 @@ def shift_similarity(
     ...     for seed in (0, 1)
     ... }
     >>> found = ct.analysis.shift_similarity(base, runs, pairs, layers="last", progress=False).to_dataframe()
-    >>> found.query("quantity == 'cosine' and part == 'off' and place == 'last'")[["a", "b"]].values.tolist()
+    >>> found.query("quantity == 'cosine' and part == 'off' and positions == 'last'")[["a", "b"]].values.tolist()
     [['act', 'act'], ['act', 'mlpct'], ['mlpct', 'mlpct']]
 
     Args:

@@ -10,8 +10,8 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from ctlens import plots
+from ctlens.analysis.base.positions import ALIGNED_POSITIONS, POSITIONS_IN_WORDS, STATE_POSITIONS
 from ctlens.analysis.base.result import Result
-from ctlens.analysis.base.states import ALIGNED, PLACES, WHERE
 from ctlens.analysis.residual.likeness import WEAK, ceilings, hardly_moved
 from ctlens.analysis.residual.shift_vectors import PARTS
 from ctlens.analysis.residual.similarity_statistics import STATISTICS, title_of
@@ -27,7 +27,7 @@ UNKNOWN, FLOOR, ABOVE, BETWEEN, CEILING = VERDICTS = (
 OF_ONE = ("random_low", "random_high", "length")
 OF_TWO = (*STATISTICS, "n", "by_prompt")
 COLUMNS = (
-    "quantity", "part", "place", "layer", "a", "b", *STATISTICS, "ceiling", "floor", "random_low", "random_high",
+    "quantity", "part", "positions", "layer", "a", "b", *STATISTICS, "ceiling", "floor", "random_low", "random_high",
     "length_a", "length_b", "weak_floor", "n", "verdict",
 )  # fmt: skip
 
@@ -37,19 +37,19 @@ class ShiftSimilarity(Result):
     """How alike the shifts of trained models are, for each two methods.
 
     Attributes:
-        value: `[quantity, part, place, layer, a, b]`, the mean over pairs of different seeds; the
+        value: `[quantity, part, positions, layer, a, b]`, the mean over pairs of different seeds; the
             diagonal holds the ceilings. NaN where there is none: at the wrapper's tokens there is
             no gap to split by, and a method of one seed has no ceiling.
         ci_low, ci_high: its 95 percent interval over prompts.
         seed_low, seed_high: its range over pairs of seeds.
         corrected, corrected_low, corrected_high: the value divided by `sqrt(ceiling_a ceiling_b)`,
             and the interval over prompts.
-        random_low, random_high: `[quantity, part, place, layer, a]`, where 95 percent of random
+        random_low, random_high: `[quantity, part, positions, layer, a]`, where 95 percent of random
             directions are.
-        length: `[part, place, layer, a]`, the root mean square length of the shifts over prompts and
+        length: `[part, positions, layer, a]`, the root mean square length of the shifts over prompts and
             seeds; a null that hardly moved is a weak floor.
-        n: `[part, place, layer, a, b]`, the prompts with a shift.
-        by_prompt: `[part, place, layer, prompt, a, b]`, the cosine of each prompt, the mean over pairs of
+        n: `[part, positions, layer, a, b]`, the prompts with a shift.
+        by_prompt: `[part, positions, layer, prompt, a, b]`, the cosine of each prompt, the mean over pairs of
             different seeds, for intervals of what is made of several; NaN without a shift.
         quantities: labels of the first axis.
         methods: labels of the last axes.
@@ -59,19 +59,19 @@ class ShiftSimilarity(Result):
         site: the hook point.
     """
 
-    value: Float[np.ndarray, "quantity part place layer a b"]
-    ci_low: Float[np.ndarray, "quantity part place layer a b"]
-    ci_high: Float[np.ndarray, "quantity part place layer a b"]
-    seed_low: Float[np.ndarray, "quantity part place layer a b"]
-    seed_high: Float[np.ndarray, "quantity part place layer a b"]
-    corrected: Float[np.ndarray, "quantity part place layer a b"]
-    corrected_low: Float[np.ndarray, "quantity part place layer a b"]
-    corrected_high: Float[np.ndarray, "quantity part place layer a b"]
-    random_low: Float[np.ndarray, "quantity part place layer a"]
-    random_high: Float[np.ndarray, "quantity part place layer a"]
-    length: Float[np.ndarray, "part place layer a"]
-    n: Int[np.ndarray, "part place layer a b"]
-    by_prompt: Float[np.ndarray, "part place layer prompt a b"]
+    value: Float[np.ndarray, "quantity part positions layer a b"]
+    ci_low: Float[np.ndarray, "quantity part positions layer a b"]
+    ci_high: Float[np.ndarray, "quantity part positions layer a b"]
+    seed_low: Float[np.ndarray, "quantity part positions layer a b"]
+    seed_high: Float[np.ndarray, "quantity part positions layer a b"]
+    corrected: Float[np.ndarray, "quantity part positions layer a b"]
+    corrected_low: Float[np.ndarray, "quantity part positions layer a b"]
+    corrected_high: Float[np.ndarray, "quantity part positions layer a b"]
+    random_low: Float[np.ndarray, "quantity part positions layer a"]
+    random_high: Float[np.ndarray, "quantity part positions layer a"]
+    length: Float[np.ndarray, "part positions layer a"]
+    n: Int[np.ndarray, "part positions layer a b"]
+    by_prompt: Float[np.ndarray, "part positions layer prompt a b"]
     quantities: tuple[str, ...]
     methods: tuple[str, ...]
     layers: tuple[int, ...]
@@ -79,17 +79,17 @@ class ShiftSimilarity(Result):
     one_seed: tuple[str, ...]
     site: str
 
-    def floor(self, statistic: str = "value") -> Float[np.ndarray, "quantity part place layer a b"]:
+    def floor(self, statistic: str = "value") -> Float[np.ndarray, "quantity part positions layer a b"]:
         """Of two methods' numbers with the null the larger; NaN with the null itself, or without one."""
         if not self.null:
             return np.full(self.value.shape, np.nan)
-        place = self.methods.index(self.null)
-        own: np.ndarray = getattr(self, statistic)[..., place].copy()
-        own[..., place] = np.nan
+        null = self.methods.index(self.null)
+        own: np.ndarray = getattr(self, statistic)[..., null].copy()
+        own[..., null] = np.nan
         return np.maximum(own[..., :, None], own[..., None, :])
 
     def verdicts(self) -> np.ndarray:
-        """Where each number stands, one of `VERDICTS`; `[quantity, part, place, layer, a, b]`.
+        """Where each number stands, one of `VERDICTS`; `[quantity, part, positions, layer, a, b]`.
 
         At the floor: the interval over prompts or the range over seeds reaches the random band or
         the null's. At the ceiling: one of them, corrected, reaches 1, as two seeds of one method. None
@@ -121,11 +121,11 @@ class ShiftSimilarity(Result):
         verdicts = self.verdicts()
         rows = []
         for at in np.ndindex(self.value.shape):
-            quantity, part, place, layer, a, b = at
-            if a <= b and (PLACES[place] != "wrapper" or PARTS[part] == "all"):
-                names = (self.quantities[quantity], PARTS[part], PLACES[place], self.layers[layer])
-                lengths = self.length[part, place, layer, [a, b]].tolist()
-                weak = self._null_length(part, place, layer) < WEAK * min(lengths)
+            quantity, part, positions, layer, a, b = at
+            if a <= b and (STATE_POSITIONS[positions] != "wrapper" or PARTS[part] == "all"):
+                names = (self.quantities[quantity], PARTS[part], STATE_POSITIONS[positions], self.layers[layer])
+                lengths = self.length[part, positions, layer, [a, b]].tolist()
+                weak = self._null_length(part, positions, layer) < WEAK * min(lengths)
                 found = (*numbers[:, *at].tolist(), *lengths, weak, int(self.n[at[1:]]), str(verdicts[at]))
                 rows.append((*names, self.methods[a], self.methods[b], *found))
         return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -150,19 +150,19 @@ class ShiftSimilarity(Result):
         """Every method with every other at one layer (by default the last one), one matrix a place."""
         layer = self.layers[-1] if layer is None else layer
         panels = {}
-        for place in ALIGNED:
-            at = self._at(quantity, part, place, layer)
+        for positions in ALIGNED_POSITIONS:
+            at = self._at(quantity, part, positions, layer)
             raw = self.value[at], self.ci_low[at], self.ci_high[at]
             corrected = self.corrected[at], self.corrected_low[at], self.corrected_high[at]
-            panels[WHERE[place]] = (raw, corrected, self.verdicts()[at] == FLOOR)
+            panels[POSITIONS_IN_WORDS[positions]] = (raw, corrected, self.verdicts()[at] == FLOOR)
         title = f"Which trainings shift alike{NAMES[part]}?"
         above = CORRECTED if np.isfinite(self.corrected[self._at(quantity, part)]).any() else ""
         subtitle = f"{self._called(quantity)}, layer {layer}; {READING}{above}{self._warning()}"
         return plots.similarity_matrix(self.methods, panels, title, null=self.null, subtitle=subtitle)
 
-    def curves(self, quantity: str = "cosine", part: str = "off", place: str = "last") -> Figure:
+    def curves(self, quantity: str = "cosine", part: str = "off", positions: str = "last") -> Figure:
         """Every method with every other by layer, one panel a method, with its ceiling and its floors."""
-        at = self._at(quantity, part, place)
+        at = self._at(quantity, part, positions)
         value, low, high = self.value[at], self.ci_low[at], self.ci_high[at]
         panels = {
             method: {other: (value[:, a, b], low[:, a, b], high[:, a, b]) for b, other in enumerate(self.methods)}
@@ -171,25 +171,25 @@ class ShiftSimilarity(Result):
         }
         lows, highs = self.random_low[at], self.random_high[at]
         random = {method: (lows[:, a], highs[:, a]) for a, method in enumerate(self.methods)}
-        title = f"Which trainings shift alike{NAMES[part]}, {WHERE[place]}?"
+        title = f"Which trainings shift alike{NAMES[part]}, {POSITIONS_IN_WORDS[positions]}?"
         subtitle = self._called(quantity) + self._warning()
         return plots.similarity_curves(self.layers, panels, random, title, y_title="similarity", subtitle=subtitle)
 
-    def _at(self, quantity: str, part: str, place: str | None = None, layer: int | None = None) -> tuple[int, ...]:
+    def _at(self, quantity: str, part: str, positions: str | None = None, layer: int | None = None) -> tuple[int, ...]:
         """The place of a number in the arrays, as far as it is asked."""
-        if part != "all" and place == "wrapper":
+        if part != "all" and positions == "wrapper":
             raise CtlensError("the wrapper has no clean counterpart, so its shift has no parts: choose part='all'.")
-        axes = (("quantity", self.quantities), ("part", PARTS), ("place", PLACES), ("layer", self.layers))
-        names = [name for name in (quantity, part, place, layer) if name is not None]
+        axes = (("quantity", self.quantities), ("part", PARTS), ("positions", STATE_POSITIONS), ("layer", self.layers))
+        names = [name for name in (quantity, part, positions, layer) if name is not None]
         asked = [(what, name, known) for (what, known), name in zip(axes, names, strict=False)]
         for what, name, known in asked:
             if name not in known:
                 raise unknown(what, str(name), [str(value) for value in known])
         return tuple(known.index(name) for _, name, known in asked)
 
-    def _null_length(self, part: int, place: int, layer: int) -> float:
+    def _null_length(self, part: int, positions: int, layer: int) -> float:
         """Infinite without a null."""
-        return float(self.length[part, place, layer, self.methods.index(self.null)]) if self.null else np.inf
+        return float(self.length[part, positions, layer, self.methods.index(self.null)]) if self.null else np.inf
 
     def _called(self, quantity: str) -> str:
         return f"{title_of(quantity)}, {self.n.max()} prompts"

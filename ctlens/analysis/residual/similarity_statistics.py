@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 from jaxtyping import Float
 
-from ctlens.analysis.base.states import PLACES
+from ctlens.analysis.base.positions import STATE_POSITIONS
 from ctlens.analysis.residual.likeness import (
     Matrix,
     Seeds,
@@ -59,15 +59,15 @@ def arrays(
     """The numbers of all layers by name, for `ShiftSimilarity`; NaN for parts that a place does not have."""
     owners = [method for method, _ in seeds]
     methods = len(dict.fromkeys(owners))
-    shape = (len(names_of(quantities, k)), len(PARTS), len(PLACES), len(found), methods)
+    shape = (len(names_of(quantities, k)), len(PARTS), len(STATE_POSITIONS), len(found), methods)
     numbers = np.full((len(STATISTICS), *shape, methods), np.nan)
     random = np.full((2, *shape), np.nan)
     length, n = np.full(shape[1:], np.nan), np.zeros((*shape[1:], methods), dtype=np.int64)
     prompts = len(next(iter(found[0].values())).gram)
     by_prompt = np.full((*shape[1:4], prompts, methods, methods), np.nan, dtype=np.float32)
     for layer, of_layer in enumerate(found):
-        for (part, place), shifts in of_layer.items():
-            at = PARTS.index(part), PLACES.index(place), layer
+        for (part, positions), shifts in of_layer.items():
+            at = PARTS.index(part), STATE_POSITIONS.index(positions), layer
             table, band = measure_all(shifts, seeds, quantities, k)
             numbers[:, :, *at] = table.swapaxes(0, 1)
             random[:, :, *at] = band.swapaxes(0, 1)

@@ -23,7 +23,7 @@ from ctlens import plots
 from ctlens.analysis.base.contrast import ContrastBatch, contrasts, in_batches
 from ctlens.analysis.base.forward import require_comparable
 from ctlens.analysis.base.metrics import Metric, UserMetric, measured, named_metrics
-from ctlens.analysis.base.states import SIDES
+from ctlens.analysis.base.positions import SIDES
 from ctlens.analysis.exchange.exchange import QUANTITIES, WORDS, Exchange, curve, where, with_effect
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import LensModel

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Float
 
 from ctlens.analysis import CrossLoss, Erasure, ShiftSimilarity
-from ctlens.analysis.base.states import ALIGNED, PLACES, WHERE
+from ctlens.analysis.base.positions import ALIGNED_POSITIONS, POSITIONS_IN_WORDS, STATE_POSITIONS
 from ctlens.analysis.residual.shift_vectors import PARTS
+from ctlens.core.labels import BASE
 from ctlens.core.stats import LEVEL
 from ctlens.plots import label
 from ctlens.study import conditions
@@ -20,7 +21,7 @@ from ctlens.study.claims.estimates import NOTHING, estimate, spanned
 from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
 from ctlens.study.claims.transplants import left_later, level
 from ctlens.study.conditions import INTERNAL, RETENTION
-from ctlens.study.config import BASE, StudyConfig
+from ctlens.study.config import StudyConfig
 from ctlens.study.looks import EQUAL_STEPS, SETTINGS, Looks, Training
 
 NAN = float("nan")
@@ -32,7 +33,7 @@ def inside_claims(config: StudyConfig, study: Path) -> Iterator[Claim]:
     looks = Looks(config, study)
     for threat in config.insides:
         for setting in SETTINGS:
-            yield from (_shared(looks, threat, setting, place) for place in ALIGNED)
+            yield from (_shared(looks, threat, setting, positions) for positions in ALIGNED_POSITIONS)
             yield left_later(looks, threat, setting)
             yield level(looks, threat, setting)
         yield _distance(looks, threat)
@@ -41,28 +42,29 @@ def inside_claims(config: StudyConfig, study: Path) -> Iterator[Claim]:
             yield _cue(looks, threat, method)
 
 
-def _shared(looks: Looks, threat: str, setting: str, place: str) -> Claim:
+def _shared(looks: Looks, threat: str, setting: str, positions: str) -> Claim:
     """Judges whether internal methods move the residual stream alike, and BCT differently.
 
     Cosines are between the methods' shifts, off the gap. With `apart(m)` = the mean cosine among the methods other than
     `m`, less the mean cosine between `m` and them, the number is `apart(BCT) - max(apart(m) for internal m)`.
     """
-    name = f"cosine off the gap, {WHERE[place]}: how far BCT stands apart, less the furthest internal method"
+    where = POSITIONS_IN_WORDS[positions]
+    name = f"cosine off the gap, {where}: how far BCT stands apart, less the furthest internal method"
     methods = (*_internal(looks.config.methods), BCT)
     known = looks.of(ShiftSimilarity, "similarity", threat, setting)
     every = {training: results["similarity"] for training, results in known.items()}
     missing = sorted({name for result in every.values() for name in methods if name not in result.methods})
     found = {} if missing or BCT not in looks.config.methods or len(methods) < 3 else every
-    tables = {training: _off_gap(result, methods, place) for training, result in found.items()}
+    tables = {training: _off_gap(result, methods, positions) for training, result in found.items()}
     margins = {training: of_prompts(name, "cosine", table, _bct_apart) for training, table in tables.items()}
     apart = np.mean([_apart(_mean(table)) for table in tables.values()], 0) if tables else []
     told = ", ".join(f"{label(name)} {value:.2f}" for name, value in zip(methods, apart, strict=False))
-    with_null = [_off_gap(result, (*methods, RETENTION), place) for result in found.values() if result.null]
+    with_null = [_off_gap(result, (*methods, RETENTION), positions) for result in found.values() if result.null]
     floors = [_mean(table)[:-1, -1].mean() for table in with_null]
     absent = f"never near the effect: {', '.join(map(label, missing))}" if missing else ""
     return make(
-        "shared" if place == "last" else f"shared_{place}",
-        f"{together(methods[:-1])} move the residual stream alike, and BCT differently, {WHERE[place]}",
+        "shared" if positions == "last" else f"shared_{positions}",
+        f"{together(methods[:-1])} move the residual stream alike, and BCT differently, {where}",
         threat, setting, estimate(margins),
         statistic=name,
         unit="cosine",
@@ -73,9 +75,9 @@ def _shared(looks: Looks, threat: str, setting: str, place: str) -> Claim:
     )  # fmt: skip
 
 
-def _off_gap(result: ShiftSimilarity, methods: Sequence[str], place: str) -> Float[np.ndarray, "prompt a b"]:
+def _off_gap(result: ShiftSimilarity, methods: Sequence[str], positions: str) -> Float[np.ndarray, "prompt a b"]:
     """The cosines of each prompt off the gap at a place, means over layers, between these methods."""
-    values = _mean(result.by_prompt[PARTS.index("off"), PLACES.index(place)])
+    values = _mean(result.by_prompt[PARTS.index("off"), STATE_POSITIONS.index(positions)])
     at = [result.methods.index(name) for name in methods]
     return values[:, at][:, :, at]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from ctlens.core.labels import BASE
 from ctlens.study import conditions
 from ctlens.study.conditions import PERTURBED
-from ctlens.study.config import BASE
 from ctlens.study.results import (
     NOT_MEASURED,
     RATES,
@@ -23,7 +23,7 @@ from ctlens.study.results import (
 )
 
 BESIDE = {BASE, PERTURBED, *conditions.CONTROLS, *conditions.CROSSED_CONDITIONS, *conditions.ABLATED}
-REFERENCES = {"retention": "retention-only training", "none": "the base model"}
+REFERENCES = {"retention": "retention-only training", BASE: "the base model"}
 WORDS = {
     "lower than": "lower",
     "higher than": "higher",
@@ -118,7 +118,7 @@ def rates_by_threat(results: pd.DataFrame) -> dict[str, Threat]:
 
 
 def _threat(methods: dict[str, Measured], on: list[dict[str, Measured]], metrics: Cells) -> Threat:
-    reference = next((name for name in REFERENCES if name in methods), "none")
+    reference = next((name for name in REFERENCES if name in methods), BASE)
 
     def rate(method: str, metric: str, prompt_side: str) -> Rate:
         return methods[method].rate(metric, prompt_side) if method in methods else NOT_MEASURED
@@ -130,7 +130,7 @@ def _threat(methods: dict[str, Measured], on: list[dict[str, Measured]], metrics
             method,
             methods[method],
             bad.against(rate(reference, "bad_rate", "wrapped")),
-            benign.against(rate("none", "good_rate", "benign")),
+            benign.against(rate(BASE, "good_rate", "benign")),
             100 * (bad.value - rate(method, "bad_rate", "clean").value),
             tuple(held),
         )

@@ -14,7 +14,7 @@ import ctlens as ct
 from ctlens.analysis import AttentionDiff, attention_diff
 from ctlens.analysis.attention import diff as attention
 from ctlens.analysis.attention.diff import MEASURES
-from ctlens.analysis.base.spans import SPANS, key_positions, spans
+from ctlens.analysis.base.positions import SEGMENTS, key_positions, segments
 from ctlens.core.errors import CtlensError
 from ctlens.core.stats import bootstrap_mean, simultaneous_mean
 from ctlens.core.types import LensModel
@@ -64,12 +64,12 @@ def planted(model: LensModel, edit: Any) -> LensModel:
 
 def test_spans_hold_the_words_they_are_named_for() -> None:
     added, kept = encoded(ADDED, KEPT)
-    found = spans(added)
+    found = segments(added)
     assert words(added, found["wrapper"]) == "You are kind.Is it?Sure."
     assert words(added, found["content"]) == QUESTIONS[0]
     assert (words(added, found["system"]), words(added, found["answers"])) == ("You are kind.", "Sure.")
     assert found["bos"] == (0,) and set(found["answers"]) < set(found["wrapper"])
-    again = spans(kept)
+    again = segments(kept)
     assert words(kept, again["wrapper"]).strip() == "No."
     assert words(kept, again["answers"]) == "Sure." and not set(again["answers"]) & set(again["wrapper"])
     assert "Is it?" in words(kept, again["rest"])
@@ -78,13 +78,13 @@ def test_spans_hold_the_words_they_are_named_for() -> None:
 @pytest.mark.parametrize("pair", [*PAIRS, ADDED, KEPT])
 def test_spans_cover_the_prompt_and_overlap_only_where_the_attack_added_messages(pair: Pair) -> None:
     (row,) = encoded(pair)
-    found = spans(row)
+    found = segments(row)
     assert sorted(set().union(*found.values())) == list(range(len(row.wrapped.ids)))
     without = [position for name in ("wrapper", "content", "bos", "rest") for position in found[name]]
     assert len(without) == len(set(without))
 
 
-def by_loops(model: LensModel, other: LensModel, row: EncodedPair, place: str) -> dict[str, np.ndarray]:
+def by_loops(model: LensModel, other: LensModel, row: EncodedPair, queries: str) -> dict[str, np.ndarray]:
     """Every measure of a pair, `[layer, head]` each, from single forward passes and python numbers."""
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(2)]
     clean, wrapped = (
@@ -93,19 +93,19 @@ def by_loops(model: LensModel, other: LensModel, row: EncodedPair, place: str) -
     )
     last = len(row.wrapped.ids) - 1
     aligned = dict(zip(row.alignments["shared"].wrapped, row.alignments["shared"].clean, strict=True))
-    queries = [last] if place == "last" else [w for w in aligned if w != last]
+    tokens = [last] if queries == "last" else [w for w in aligned if w != last]
     shared_start = 0
     message = row.clean.positions(row.clean.contents[-1])[0]
     while row.clean.ids[shared_start] == row.wrapped.ids[shared_start] and shared_start < message:
         shared_start += 1
     twin = {w: w for w in range(shared_start)} | aligned
     found: dict[str, np.ndarray] = {}
-    for name, positions in spans(row).items():
-        found[f"mass/{place}/{name}"] = np.zeros((2, 4)) if positions else np.full((2, 4), np.nan)
-    found |= {f"entropy/{place}/": np.zeros((2, 4)), f"jsd/{place}/": np.zeros((2, 4))}
+    for name, positions in segments(row).items():
+        found[f"mass/{queries}/{name}"] = np.zeros((2, 4)) if positions else np.full((2, 4), np.nan)
+    found |= {f"entropy/{queries}/": np.zeros((2, 4)), f"jsd/{queries}/": np.zeros((2, 4))}
     for layer, head in np.ndindex(2, 4):
         there, here = (of[names[layer]][0, head].tolist() for of in (wrapped, clean))
-        for query in queries:
+        for query in tokens:
             p = there[query]
             q = [here[aligned[query]][twin[key]] if key in twin else 0.0 for key in range(last + 1)]
             p, q = [*p, 0.0], [*q, 1 - sum(q)]
@@ -113,30 +113,30 @@ def by_loops(model: LensModel, other: LensModel, row: EncodedPair, place: str) -
             divergence = [
                 sum(a * math.log(a / m) for a, m in zip(side, middle, strict=True) if a > 1e-9) for side in (p, q)
             ]
-            share = 1 / len(queries)
-            found[f"jsd/{place}/"][layer, head] += sum(divergence) / 2 * share
-            found[f"entropy/{place}/"][layer, head] -= sum(a * math.log(a) for a in p if a > 1e-9) * share
-            for name, positions in spans(row).items():
-                found[f"mass/{place}/{name}"][layer, head] += sum(p[key] for key in positions) * share
+            share = 1 / len(tokens)
+            found[f"jsd/{queries}/"][layer, head] += sum(divergence) / 2 * share
+            found[f"entropy/{queries}/"][layer, head] -= sum(a * math.log(a) for a in p if a > 1e-9) * share
+            for name, positions in segments(row).items():
+                found[f"mass/{queries}/{name}"][layer, head] += sum(p[key] for key in positions) * share
     return found
 
 
 @pytest.mark.boundary
-@pytest.mark.parametrize("place", ["last", "content"])
-def test_every_measure_is_what_plain_loops_find(model, after, place: str) -> None:
+@pytest.mark.parametrize("queries", ["last", "content"])
+def test_every_measure_is_what_plain_loops_find(model, after, queries: str) -> None:
     pairs = [*PAIRS, ADDED, KEPT]
     result = attention_diff(model, after, pairs, batch_size=3, progress=False)
     for number, row in enumerate(encoded(*pairs)):
         for side, other in enumerate((model, after)):
-            for name, expected in by_loops(model, other, row, place).items():
+            for name, expected in by_loops(model, other, row, queries).items():
                 found = result.values[side, MEASURES.index(name), number]
                 np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-5, err_msg=name)
 
 
 def test_spans_that_do_not_overlap_hold_all_the_attention(model) -> None:
     result = attention_diff(model, model, PAIRS, progress=False)
-    for place in ("last", "content"):
-        total = sum(result.of("after", "mass", place, span) for span in ("wrapper", "content", "bos", "rest"))
+    for queries in ("last", "content"):
+        total = sum(result.of("after", "mass", queries, keys) for keys in ("wrapper", "content", "bos", "rest"))
         np.testing.assert_allclose(total, 1.0, atol=1e-5)
 
 
@@ -156,12 +156,12 @@ def test_attention_on_one_key_has_the_mass_the_entropy_and_the_divergence_of_one
 
     first, itself = planted(model, to_the_first), planted(model, to_itself)
     result = attention_diff(first, itself, PAIRS, progress=False)
-    for place in ("last", "content"):
-        assert (result.of("before", "mass", place, "bos") == 1).all()
-        assert (result.of("after", "mass", place, "bos") == 0).all()
-        assert np.abs(result.of("before", "entropy", place)).max() < 1e-6
-        assert np.abs(result.of("before", "jsd", place)).max() < 1e-6  # on the BOS with the wrapper and without
-        np.testing.assert_allclose(result.of("after", "jsd", place), math.log(2), rtol=1e-4)  # disjoint
+    for queries in ("last", "content"):
+        assert (result.of("before", "mass", queries, "bos") == 1).all()
+        assert (result.of("after", "mass", queries, "bos") == 0).all()
+        assert np.abs(result.of("before", "entropy", queries)).max() < 1e-6
+        assert np.abs(result.of("before", "jsd", queries)).max() < 1e-6  # on the BOS with the wrapper and without
+        np.testing.assert_allclose(result.of("after", "jsd", queries), math.log(2), rtol=1e-4)  # disjoint
     assert (result.of("after", "mass", "content", "content") > 0).all()
 
 
@@ -179,7 +179,7 @@ def test_attention_that_moves_from_the_first_token_to_the_wrapper_is_seen(model)
         pattern[..., 0] = 1
         return pattern
 
-    assert all(10 in spans(row)["wrapper"] for row in encoded(*PAIRS))
+    assert all(10 in segments(row)["wrapper"] for row in encoded(*PAIRS))
     result = attention_diff(planted(model, on_the_first), planted(model, on_the_wrapper), PAIRS, progress=False)
     np.testing.assert_allclose(result.of("after", "jsd"), math.log(2), rtol=1e-4)
 
@@ -198,9 +198,9 @@ def test_a_prefill_has_no_twin_of_its_last_token(model) -> None:
     result = attention_diff(model, model, pairs, progress=False)
     assert np.isnan(result.values[:, MEASURES.index("jsd/last/"), 0]).all()
     table = result.to_dataframe()
-    assert set(table.query("quantity == 'jsd' and place == 'last'")["n"]) == {3}
-    assert set(table.query("quantity == 'jsd' and place == 'content'")["n"]) == {4}
-    assert "system" not in set(table["span"])
+    assert set(table.query("quantity == 'jsd' and queries == 'last'")["n"]) == {3}
+    assert set(table.query("quantity == 'jsd' and queries == 'content'")["n"]) == {4}
+    assert "system" not in set(table["keys"])
 
 
 def made(change: np.ndarray) -> AttentionDiff:
@@ -216,14 +216,14 @@ def test_a_head_that_is_cut_off_from_the_wrapper_shows_at_its_place() -> None:
     table = made(change).to_dataframe()
     first = table.iloc[0]
     assert (first["layer"], first["head"], round(first["change"], 6), first["n"]) == (1, 2, -0.3, 5)
-    assert (first["quantity"], first["place"], first["span"]) == ("mass", "last", "wrapper")
+    assert (first["quantity"], first["queries"], first["keys"]) == ("mass", "last", "wrapper")
     assert (table.change[1:].abs() < 1e-9).all() and len(table) == 16 * 6
 
 
 def test_the_largest_of_many_changes_by_chance_is_not_called_a_difference() -> None:
     noise = np.random.default_rng(0).normal(size=(40, 30, 30))
     result = made(noise)
-    alone = result.to_dataframe().query("quantity == 'mass' and place == 'last' and span == 'wrapper'")
+    alone = result.to_dataframe().query("quantity == 'mass' and queries == 'last' and keys == 'wrapper'")
     assert ((alone["ci_low"] > 0) | (alone["ci_high"] < 0)).sum() > 20
     assert not result.top(900)["differs"].any() and set(result.top()["heads"]) == {900} and len(result.top()) == 10
     noise[:, 3, 4] += 2
@@ -262,9 +262,9 @@ def test_every_quantity_has_its_figure_and_the_curve_by_layer(model, after, tmp_
     [
         (lambda result: result.of("afterwards"), "unknown side 'afterwards'; did you mean 'after'"),
         (lambda result: result.figure("masss"), "unknown quantity"),
-        (lambda result: result.of("after", place="first"), "unknown place"),
-        (lambda result: result.top(3, span="systm"), "did you mean 'system'"),
-        (lambda result: result.figure(span="system"), "no pair has mass/last/system"),
+        (lambda result: result.of("after", queries="first"), "unknown queries"),
+        (lambda result: result.top(3, keys="systm"), "did you mean 'system'"),
+        (lambda result: result.figure(keys="system"), "no pair has mass/last/system"),
     ],
 )
 def test_names_that_do_not_exist_are_refused(model, ask, message: str) -> None:
@@ -287,5 +287,5 @@ def test_every_threat_of_the_organism_has_its_measures(threat: str) -> None:
     base = ct.load_organism()
     pairs = ct.threats.get(threat).pairs(6, split="heldout")
     result = attention_diff(base, base, pairs, progress=False)
-    assert not np.isnan(result.of("after")).any() and len(SPANS) == 6
+    assert not np.isnan(result.of("after")).any() and len(SEGMENTS) == 6
     assert (result.of("before", "jsd", "content") >= -1e-6).all()

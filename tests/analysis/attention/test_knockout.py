@@ -14,7 +14,7 @@ from helpers.models import byte_level_tokenizer
 from ctlens.analysis import Knockout, attention_diff, knockout
 from ctlens.analysis.attention.cuts import Cut, cuts, edges, random_keys, without
 from ctlens.analysis.base.contrast import contrasts, in_batches
-from ctlens.analysis.base.spans import spans
+from ctlens.analysis.base.positions import segments
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair, encode
@@ -209,18 +209,18 @@ def test_order_and_batch_mates_change_nothing(llama) -> None:
 
 
 def test_the_same_model_twice_has_the_same_numbers_and_everything_round_trips(llama, tmp_path) -> None:
-    found = knockout({"none": llama, "act": copy_model(llama)}, PAIRS, progress=False)
+    found = knockout({"base": llama, "act": copy_model(llama)}, PAIRS, progress=False)
     assert (found.cut[0] == found.cut[1]).all() and (found.null[0] == found.null[1]).all()
     found.save(tmp_path / "knockout.safetensors")
     again = Knockout.load(tmp_path / "knockout.safetensors")
     assert again.to_dataframe().equals(found.to_dataframe())
     assert (found.n_null_keys <= found.n_keys).all()
-    assert found.n_keys.tolist() == [len(spans(row)["wrapper"]) for row in rows()]
+    assert found.n_keys.tolist() == [len(segments(row)["wrapper"]) for row in rows()]
 
 
 @pytest.mark.slow
 def test_figures_show_attention_beside_effects(llama) -> None:
-    found = knockout({"none": llama, "act": llama}, PAIRS, progress=False)
+    found = knockout({"base": llama, "act": llama}, PAIRS, progress=False)
     figure = found.figure()
     assert [note.text for note in figure.layout.annotations] == [
         "attention before the cut", "cut in one layer", "cut from a layer on",

@@ -50,12 +50,12 @@ def found(model: LensModel, text: Prompt, name: str) -> torch.Tensor:
 
 def test_the_maps_are_the_models_patterns(model) -> None:
     other = moved(model)
-    maps = attention_maps({"none": model, "act": other}, PAIR, -1, 2)
+    maps = attention_maps({"base": model, "act": other}, PAIR, -1, 2)
     name = "blocks.1.attn.hook_pattern"
     np.testing.assert_allclose(maps.clean, found(model, PAIR.clean, name)[2], atol=1e-6)
     for values, of in zip(maps.wrapped, (model, other), strict=True):
         np.testing.assert_allclose(values, found(of, PAIR.wrapped, name)[2], atol=1e-6)
-    assert (maps.layer, maps.head, maps.models) == (1, 2, ("none", "act"))
+    assert (maps.layer, maps.head, maps.models) == (1, 2, ("base", "act"))
     assert "".join(maps.tokens) == render(TOKENIZER, PAIR.wrapped.turns).text.replace("\n", "⏎")
 
 
@@ -94,7 +94,7 @@ def test_a_head_that_is_changed_after_the_values_is_refused(llama) -> None:
 
 def test_the_figure_shows_every_map_and_the_difference_on_one_scale(llama) -> None:
     short = Pair(prompt("Is it?"), prompt("no. Is it?"))
-    figure = attention_maps({"none": llama, "act": moved(llama)}, short, 0, 1).figure()
+    figure = attention_maps({"base": llama, "act": moved(llama)}, short, 0, 1).figure()
     assert [note.text for note in figure.layout.annotations] == [
         "clean", "wrapped, base", "wrapped, ACT", "wrapped, ACT minus wrapped, base",
     ]  # fmt: skip
@@ -106,8 +106,8 @@ def test_the_figure_shows_every_map_and_the_difference_on_one_scale(llama) -> No
 
 
 def test_models_whose_names_read_alike_keep_a_map_each(llama) -> None:
-    maps = attention_maps({"none": llama, "base": llama}, PAIR, 0, 1)
-    assert maps.to_dataframe()["map"].unique().tolist() == ["clean", "wrapped, none", "wrapped, base"]
+    maps = attention_maps({"act": llama, "ACT": llama}, PAIR, 0, 1)
+    assert maps.to_dataframe()["map"].unique().tolist() == ["clean", "wrapped, act", "wrapped, ACT"]
 
 
 def test_repeated_tokens_keep_a_place_of_their_own() -> None:
@@ -117,13 +117,15 @@ def test_repeated_tokens_keep_a_place_of_their_own() -> None:
     assert figure.data[0].x is None and np.shape(figure.data[0].z) == (3, 3)
 
 
-def planted(n: int, spans: tuple[str, ...]) -> AttentionMaps:
+def planted(n: int, segments: tuple[str, ...]) -> AttentionMaps:
     """A prompt of `n` tokens whose attention is random and sums to one."""
     draw = np.random.default_rng(0)
     maps = np.tril(draw.random((3, n, n)) ** 8 + 1e-9)
     maps /= maps.sum(-1, keepdims=True)
     tokens = tuple(f"word{number % 7}" for number in range(n))
-    return AttentionMaps(maps[0], maps[1:], np.arange(n), tokens, tokens, spans, spans, ("none", "act"), 0, 0, False)
+    return AttentionMaps(
+        maps[0], maps[1:], np.arange(n), tokens, tokens, segments, segments, ("base", "act"), 0, 0, False
+    )
 
 
 LONG = planted(1000, ("bos", *["wrapper"] * 600, *["content"] * 300, *["rest"] * 99))
@@ -142,8 +144,8 @@ def test_a_long_prompt_stays_readable_and_its_file_small() -> None:
 def test_a_real_prompt_of_a_thousand_tokens_is_drawn_small_with_nothing_lost() -> None:
     model = build(ModelConfig(d_vocab=400, n_layers=1, n_heads=2, d_model=16, d_mlp=16, n_ctx=1200), TOKENIZER)
     long = Pair(prompt("Is it right?"), prompt("I don't think it's right. " * 130 + "Is it right?"))
-    maps = attention_maps({"none": model, "act": moved(model)}, long, 0, 1)
-    assert len(maps.tokens) > 1000 and set(maps.spans) == {"wrapper", "content", "bos", "rest"}
+    maps = attention_maps({"base": model, "act": moved(model)}, long, 0, 1)
+    assert len(maps.tokens) > 1000 and set(maps.segments) == {"wrapper", "content", "bos", "rest"}
     figure = maps.figure()
     assert np.shape(figure.data[0].z) == (25, 25)  # the clean prompt is short and shown whole
     np.testing.assert_allclose(np.asarray(figure.data[1].z, dtype=float).sum(-1), 1.0, atol=5e-3)
@@ -154,7 +156,17 @@ def test_the_largest_keys_stand_alone_and_the_others_are_added_up_by_span() -> N
     values = np.zeros((1000, 1000))
     values[:, 700], values[:, 10], values[:, 11], values[:, 650] = 0.5, 0.2, 0.2, 0.1
     maps = AttentionMaps(
-        values, values[None], np.arange(1000), LONG.tokens, LONG.tokens, LONG.spans, LONG.spans, ("x",), 0, 0, False
+        values,
+        values[None],
+        np.arange(1000),
+        LONG.tokens,
+        LONG.tokens,
+        LONG.segments,
+        LONG.segments,
+        ("x",),
+        0,
+        0,
+        False,
     )
     clean, wrapped = maps.figure((990, 992), top=1).data
     assert np.shape(wrapped.z) == (2, 6)

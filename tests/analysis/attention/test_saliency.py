@@ -15,7 +15,7 @@ from ctlens import plots
 from ctlens.analysis import SaliencyAgreement, saliency_agreement
 from ctlens.analysis.attention.saliency import COMPARISONS, METHODS, gradient_x_input, rollout
 from ctlens.analysis.base.contrast import ContrastBatch, contrasts, in_batches
-from ctlens.analysis.base.spans import spans
+from ctlens.analysis.base.positions import segments
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.batch import encode
@@ -95,7 +95,7 @@ def test_agreement_and_shares_are_plain_statistics_of_the_scores(model) -> None:
             "rollout": rollout([patterns[name] for name in NAMES])[0, -1].numpy(),
             "attention": last,
         }
-        assert spans(row)["bos"] == (0,)
+        assert segments(row)["bos"] == (0,)
         for at, (one, other) in enumerate(COMPARISONS):
             spearman = stats.spearmanr(scores[one][1:], scores[other][1:]).statistic
             pearson = np.corrcoef(scores[one][1:], scores[other][1:])[0, 1]
@@ -138,7 +138,7 @@ def test_attention_that_is_on_the_wrapper_has_all_its_share_there_and_a_flat_sco
 
 
 def test_results_stand_side_by_side_and_round_trip(llama, tmp_path) -> None:
-    found = saliency_agreement({"none": llama, "act": copy_model(llama)}, PAIRS, progress=False)
+    found = saliency_agreement({"base": llama, "act": copy_model(llama)}, PAIRS, progress=False)
     assert (found.agreement[0] == found.agreement[1]).all() and (found.wrapper[0] == found.wrapper[1]).all()
     found.save(tmp_path / "saliency.safetensors")
     table = found.to_dataframe()

@@ -42,11 +42,13 @@ READING: dict[str, Analysis] = {
     "shift_similarity": lambda before, after: look.shift_similarity(
         before, {"one": after, ("two", 1): after}, PAIRS, site="attn_out", **RUN
     ),
-    "logit_lens": lambda before, after: look.logit_lens({"none": before, "act": after}, PAIRS, **RUN),
+    "logit_lens": lambda before, after: look.logit_lens({"base": before, "act": after}, PAIRS, **RUN),
     "logit_attribution": lambda before, after: look.logit_attribution(after, PAIRS, side="clean", **RUN),
-    "states": lambda before, after: look.states(after, PAIRS, place="wrapper", site="mlp_out", **RUN),
-    "mean_difference": lambda before, after: look.mean_difference(before, PAIRS, name="base", place="content", **RUN),
-    "probe": lambda before, after: look.probe({"none": before, "act": after}, SOME, folds=2, seeds=1, **RUN),
+    "states": lambda before, after: look.states(after, PAIRS, positions="wrapper", site="mlp_out", **RUN),
+    "mean_difference": lambda before, after: look.mean_difference(
+        before, PAIRS, name="base", positions="content", **RUN
+    ),
+    "probe": lambda before, after: look.probe({"base": before, "act": after}, SOME, folds=2, seeds=1, **RUN),
     "probe_direction": lambda before, after: look.probe_direction(after, SOME, "x", name="after", **RUN),
 }  # fmt: skip
 
@@ -97,9 +99,9 @@ def test_a_recording_holds_what_transformer_lens_caches_of_one_prompt(models, re
 def test_some_of_the_pairs_in_any_order_and_batches_are_read_as_from_the_model(models, recordings, chosen) -> None:
     pairs = [PAIRS[number] for number in chosen]
 
-    for place in ("last", "content"):
+    for positions in ("last", "content"):
         found, expected = (
-            look.states(source, pairs, place=place, batch_size=64, progress=False).values
+            look.states(source, pairs, positions=positions, batch_size=64, progress=False).values
             for source in (recordings[1], models[1])
         )
         np.testing.assert_allclose(found, expected, atol=2e-5)
@@ -171,7 +173,7 @@ def test_a_prompt_that_was_recorded_twice_is_read_at_its_own_place(padding) -> N
     lone = [2.0, 0.0] if padding == "right" else [0.0, 2.0]
     assert read(0) == ([[0, 1], lone], [[1, 0, 0], [0, 1, 0]])
     assert read(2) == ([[3, 4], lone], [[0, 0, 1], [0, 1, 0]])
-    assert read(7) == read(0)  # at no place of its own: the first
+    assert read(7) == read(0)  # it was not recorded at this index: the first
 
 
 # What does not fit is refused.
@@ -228,7 +230,7 @@ def test_an_analysis_that_runs_the_model_refuses_a_recording_in_a_sentence(monke
     direction = look.mean_difference(seen, pairs, name="base", layers=[1], progress=False)
 
     for analysis in (
-        lambda: look.steer({"none": seen}, pairs, direction, progress=False),  # type: ignore[dict-item]
+        lambda: look.steer({"base": seen}, pairs, direction, progress=False),  # type: ignore[dict-item]
         lambda: look.ablate(seen, pairs, direction, progress=False),  # type: ignore[arg-type]
         lambda: look.patch(seen, pairs, site="resid_post", direction="denoising", progress=False),  # type: ignore[arg-type]
         lambda: look.knockout(seen, pairs, progress=False),  # type: ignore[arg-type]

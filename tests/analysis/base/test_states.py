@@ -10,7 +10,8 @@ from helpers.models import byte_level_tokenizer, hf_model
 
 from ctlens.analysis import States, logit_lens
 from ctlens.analysis.base.forward import require_comparable, require_read
-from ctlens.analysis.base.states import PLACES, states
+from ctlens.analysis.base.positions import STATE_POSITIONS
+from ctlens.analysis.base.states import states
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.batch import encode
@@ -20,7 +21,10 @@ from ctlens.models.loading import load_model
 
 QUESTIONS = ("Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?")
 PAIRS = [Pair(prompt(q), prompt("I don't think it's right. " * (i + 1) + q)) for i, q in enumerate(QUESTIONS)]
-SIDES_AND_PLACES = [("wrapped", place) for place in PLACES] + [("clean", "last"), ("clean", "content")]
+SIDES_AND_POSITIONS = [("wrapped", positions) for positions in STATE_POSITIONS] + [
+    ("clean", "last"),
+    ("clean", "content"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,7 @@ def model() -> LensModel:
     return load_model(hf_model("llama"), tokenizer=byte_level_tokenizer(chat=True))
 
 
-def plain(model: LensModel, pair: Pair, side: str, place: str, name: str) -> np.ndarray:
+def plain(model: LensModel, pair: Pair, side: str, positions: str, name: str) -> np.ndarray:
     """One pair alone, by indexing."""
     row = encode([pair], model.tokenizer, n_ctx=256).rows[0]
     rendered = getattr(row, side)
@@ -36,31 +40,31 @@ def plain(model: LensModel, pair: Pair, side: str, place: str, name: str) -> np.
         "last": [len(rendered.ids) - 1],
         "content": list(getattr(row.alignments["shared"], side))[:-1],
         "wrapper": list(row.wrapper),
-    }[place]
+    }[positions]
     activation = capture(model, torch.tensor([rendered.ids]), [name], grad=False)[1][name][0]
     return torch.stack([activation[position] for position in positions]).mean(0).numpy()
 
 
 @pytest.mark.boundary
-@pytest.mark.parametrize(("side", "place"), SIDES_AND_PLACES)
+@pytest.mark.parametrize(("side", "positions"), SIDES_AND_POSITIONS)
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_states_are_those_of_each_prompt_alone(model: LensModel, side: str, place: str, batch_size: int):
-    found = states(model, PAIRS, side=side, place=place, layers=[1, 0], batch_size=batch_size, progress=False)
+def test_states_are_those_of_each_prompt_alone(model: LensModel, side: str, positions: str, batch_size: int):
+    found = states(model, PAIRS, side=side, positions=positions, layers=[1, 0], batch_size=batch_size, progress=False)
     assert found.values.shape == (2, 3, 32)
-    assert (found.layers, found.side, found.place) == ((1, 0), side, place)
+    assert (found.layers, found.side, found.positions) == ((1, 0), side, positions)
     for index, pair in enumerate(PAIRS):
-        expected = plain(model, pair, side, place, "blocks.1.hook_resid_post")
+        expected = plain(model, pair, side, positions, "blocks.1.hook_resid_post")
         np.testing.assert_allclose(found.values[0, index], expected, atol=2e-5)
 
 
 def test_a_span_of_the_user_is_averaged(model: LensModel):
-    first_two = states(model, PAIRS, place=lambda row, side: [0, 1], site="mlp_post", layers=0, progress=False)
+    first_two = states(model, PAIRS, positions=lambda row, side: [0, 1], site="mlp_post", layers=0, progress=False)
     name = "blocks.0.mlp.hook_post"
     for index, pair in enumerate(PAIRS):
         ids = encode([pair], model.tokenizer, n_ctx=256).rows[0].wrapped.ids
         activation = capture(model, torch.tensor([ids]), [name], grad=False)[1][name][0]
         np.testing.assert_allclose(first_two.values[0, index], activation[:2].mean(0).numpy(), atol=2e-5)
-    assert first_two.place == "span"
+    assert first_two.positions == "chosen"
 
 
 def test_states_round_trip_through_a_file(model: LensModel, tmp_path):
@@ -76,9 +80,9 @@ def test_states_round_trip_through_a_file(model: LensModel, tmp_path):
     ("options", "message"),
     [
         ({"side": "both"}, "side"),
-        ({"place": "first"}, "place"),
-        ({"place": "wrapper", "side": "clean"}, "no wrapper"),
-        ({"place": lambda row, side: []}, "no token at this place"),
+        ({"positions": "first"}, "positions"),
+        ({"positions": "wrapper", "side": "clean"}, "no wrapper"),
+        ({"positions": lambda row, side: []}, "no token at these positions"),
         ({"layers": [2]}, "layer 2 does not exist"),
         ({"site": "resid_past"}, "resid_past"),
         ({"site": "z"}, "'z' has a vector a head"),

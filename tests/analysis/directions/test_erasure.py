@@ -39,7 +39,7 @@ def presence(base: LensModel) -> Task:
 
 def test_what_was_planted_is_what_is_told(found: Erasure):
     assert found.verdicts() == {
-        "none": ("vulnerable", "vulnerable"),
+        "base": ("vulnerable", "vulnerable"),
         "erased": ("erased", "erased"),
         "masked": ("masked", "masked"),
         "moved": ("masked", "masked"),  # still there to be read, along a direction that nothing reads
@@ -49,7 +49,7 @@ def test_what_was_planted_is_what_is_told(found: Erasure):
 def test_re_elicitation_tells_what_became_of_the_read_out(found: Erasure):
     readouts = found.to_dataframe().groupby("model", sort=False)["readout"].agg(list).to_dict()
     assert readouts == {
-        "none": ["intact"] * 2,
+        "base": ["intact"] * 2,
         "erased": ["intact"] * 2,
         "masked": ["cut"] * 2,
         "moved": ["intact"] * 2,
@@ -63,7 +63,7 @@ def test_the_measurements_are_those_worked_out_by_hand(found: Erasure):
     )
     table = found.to_dataframe().set_index(["model", "layer"])
     for layer in planted.LAYERS:
-        assert table.loc[("none", layer), ["readable", "used", "reelicited"]].tolist() == pytest.approx(
+        assert table.loc[("base", layer), ["readable", "used", "reelicited"]].tolist() == pytest.approx(
             [1, clean - wrapped, clean - wrapped], rel=1e-3
         )
         assert table.loc[("erased", layer), ["readable", "used", "reelicited"]].tolist() == pytest.approx(
@@ -93,9 +93,9 @@ def test_a_direction_that_the_base_does_not_use_leaves_it_open(base: LensModel, 
 
 def test_a_control_that_does_the_same_takes_the_verdict_away(found: Erasure):
     arrays = {name: getattr(found, name)[[0, 1, 2, 2]] for name in ("readable", "used", "reelicited", "wrapped")}
-    told = dataclasses.replace(found, **arrays, models=("none", "erased", "masked", "retention"), control="retention")
+    told = dataclasses.replace(found, **arrays, models=("base", "erased", "masked", "retention"), control="retention")
     assert told.verdicts() == {
-        "none": ("vulnerable",) * 2,
+        "base": ("vulnerable",) * 2,
         "erased": ("erased",) * 2,
         "masked": ("inconclusive",) * 2,
         "retention": ("masked",) * 2,
@@ -110,7 +110,7 @@ def test_a_control_that_hardly_moved_is_called_weak(found: Erasure):
         for name in ("used", "reelicited"):
             arrays[name][model, :, 0] -= by
             arrays[name][model, :, 1:] += 5  # random directions do not count
-    told = dataclasses.replace(found, **arrays, models=("none", "act", "retention"), control="retention")
+    told = dataclasses.replace(found, **arrays, models=("base", "act", "retention"), control="retention")
 
     assert told.control_moved == pytest.approx(0.005)
     assert "retention hardly moved (0.5% of the others): a weak control" in told.figure().layout.meta["subtitle"]
@@ -133,7 +133,7 @@ def test_on_a_bridge_an_untrained_copy_is_judged_as_the_base_and_margins_are_the
         np.testing.assert_allclose(same, base, atol=1e-4, err_msg=name)
     lens = logit_lens(model, pairs, progress=False)
     np.testing.assert_allclose(found.wrapped[0], lens.values[0, -1], atol=1e-3)  # of one token, a difference of logits
-    assert np.abs(found.used[0, :, 0]).max() > 1e-3 and found.verdicts()["same"] == found.verdicts()["none"]
+    assert np.abs(found.used[0, :, 0]).max() > 1e-3 and found.verdicts()["same"] == found.verdicts()["base"]
 
 
 @pytest.mark.slow
@@ -147,8 +147,8 @@ def test_a_cue_with_values_is_read_among_the_wrapped_prompts(base: LensModel, re
 
 @pytest.mark.slow
 def test_a_probe_that_was_fitted_before_is_used_as_it_is(base: LensModel, repaired, found: Erasure):
-    models = {"none": base, **repaired}
-    fitted = probe(models, presence(base), places=["content", "last"], progress=False)
+    models = {"base": base, **repaired}
+    fitted = probe(models, presence(base), positions=["content", "last"], progress=False)
     options = {"layers": [1, 2], "draws": 12, "progress": False}
     again = erase_or_mask(base, repaired, planted.pairs(), cue=fitted, **options)
     np.testing.assert_array_equal(again.readable, found.readable)
@@ -156,9 +156,9 @@ def test_a_probe_that_was_fitted_before_is_used_as_it_is(base: LensModel, repair
     assert again.readable[2, :, 3:].tolist() == [[low[1], high[1]], [low[2], high[2]]]
     quick = partial(probe, task=presence(base), folds=2, seeds=1, progress=False)
     for chosen, message in (
-        (quick({"none": base}, places=["last"]), "unknown reading 'erased on erased'"),
-        (quick(models, places=["last"], layers=[1]), "direction is at resid_post at layers 1, 2"),
-        (quick(models, places=["content"]), "unknown place 'last'"),
+        (quick({"base": base}, positions=["last"]), "unknown reading 'erased on erased'"),
+        (quick(models, positions=["last"], layers=[1]), "direction is at resid_post at layers 1, 2"),
+        (quick(models, positions=["content"]), "unknown positions 'last'"),
     ):
         with pytest.raises(CtlensError, match=message):
             erase_or_mask(base, repaired, planted.pairs(), cue=chosen, **options)
@@ -253,7 +253,7 @@ def test_the_read_out(value: float, less: bool, expected: str):
     ("change", "message"),
     [
         ({"models": {}}, "at least one trained model"),
-        ({"models": {"none": planted.model()}}, "label other than 'none'"),
+        ({"models": {"base": planted.model()}}, "label other than 'base'"),
         ({"control": "retain"}, "unknown control 'retain'"),
         ({"cue": None}, "does not know all words of pair 1"),
         ({"layers": []}, "at least one layer"),

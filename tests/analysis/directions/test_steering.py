@@ -144,7 +144,7 @@ def plain(model: LensModel, text: str, answer: str, name: str, change: Change, p
 
     with torch.no_grad(), editing(model, {name: replace}):
         chances = model(torch.tensor([[*row, *ids]]))[0].log_softmax(-1)
-    return sum(float(chances[len(row) - 1 + place, token]) for place, token in enumerate(ids))
+    return sum(float(chances[len(row) - 1 + index, token]) for index, token in enumerate(ids))
 
 
 def wrapped(wrapper: str, request: str, good: str, bad: str) -> Pair:
@@ -161,21 +161,21 @@ def some_model(kind: str) -> tuple[LensModel, list[Pair]]:
 
 
 @pytest.mark.boundary
-@pytest.mark.parametrize("place", ["last", "content"])
+@pytest.mark.parametrize("positions", ["last", "content"])
 @pytest.mark.parametrize("site", ["resid_post", "resid_mid"])
 @pytest.mark.parametrize("kind", ["organism", "llama", "gpt2"])
-def test_steering_is_that_of_each_prompt_alone(kind: str, site: str, place: str):
+def test_steering_is_that_of_each_prompt_alone(kind: str, site: str, positions: str):
     model, pairs = some_model(kind)
     vector = 2 * torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(1))
     given = Directions.from_vectors(vector[None], [0], site=site)
-    found = steer({"one": model}, pairs, given, alphas=[1.5], place=place, draws=2, progress=False)
+    found = steer({"one": model}, pairs, given, alphas=[1.5], positions=positions, draws=2, progress=False)
     for number, pair in enumerate(pairs):
         row = encode([pair], model.tokenizer, n_ctx=256).rows[0]
         last = len(row.clean.ids) - 1
-        positions = [last] if place == "last" else [p for p in row.alignments["shared"].clean if p != last]
+        at = [last] if positions == "last" else [p for p in row.alignments["shared"].clean if p != last]
         text, name = pair.clean.turns[0].content, f"blocks.0.hook_{site}"
         good, bad = (
-            plain(model, text, answer, name, lambda x: x + 1.5 * vector, positions)
+            plain(model, text, answer, name, lambda x: x + 1.5 * vector, at)
             for answer in (pair.clean.good, pair.clean.bad)
         )
         assert found.margins[0, 0, 0, 0, number] == pytest.approx(good - bad, abs=2e-3)
@@ -215,7 +215,7 @@ def test_a_given_direction_is_projected_out(base: LensModel):
 def test_a_pair_does_not_depend_on_its_batch_mates(act):
     model, pairs = some_model("llama")
     given = Directions.from_vectors(torch.randn(2, 32, generator=torch.Generator().manual_seed(1)), [0, 1])
-    options = {"draws": 2, "place": "content", "progress": False}
+    options = {"draws": 2, "positions": "content", "progress": False}
     together = act({"one": model}, pairs, given, **options)
     apart = act({"one": model}, pairs[::-1], given, batch_size=1, **options)
     np.testing.assert_allclose(together.margins, apart.margins[..., ::-1], atol=1e-3)
@@ -262,8 +262,8 @@ def test_results_round_trip_through_a_file_and_are_drawn(models, direction: Dire
         ({"layers": [0]}, "no direction at layer 0, only at 1, 2"),
         ({"layers": "last"}, "no direction at layer last"),
         ({"layers": []}, "name at least one"),
-        ({"place": "wrapper"}, "no wrapper"),
-        ({"place": lambda row, side: []}, "no token at this place"),
+        ({"positions": "wrapper"}, "no wrapper"),
+        ({"positions": lambda row, side: []}, "no token at these positions"),
         ({"draws": 1}, "at least 2 random directions"),
         ({"alphas": []}, "nothing to do"),
         ({"models": {}}, "no models"),

@@ -129,16 +129,16 @@ def test_all_losses_share_one_pass_a_side_and_model(model, monkeypatch, clean, p
 def test_the_reference_is_at_one_and_others_relative_to_it(result) -> None:
     table = means(result)
 
-    assert (table.loc["none", ["relative", "relative_low", "relative_high"]] == 1).all(axis=None)
+    assert (table.loc["base", ["relative", "relative_low", "relative_high"]] == 1).all(axis=None)
     np.testing.assert_allclose(
-        table.loc["act", "relative"], table.loc["act", "value"] / table.loc["none", "value"], rtol=1e-12
+        table.loc["act", "relative"], table.loc["act", "value"] / table.loc["base", "value"], rtol=1e-12
     )
     assert (table["ci_low"] <= table["value"]).all() and (table["value"] <= table["ci_high"]).all()
     assert (table["relative_low"] <= table["relative"]).all() and (table["relative"] <= table["relative_high"]).all()
 
 
 def test_a_value_relative_to_nothing_is_not_a_number() -> None:
-    zero = CrossLoss(np.zeros((2, 1, 3)), np.ones((1, 3), bool), ("none", "x"), ("act",), ("h",), "own")
+    zero = CrossLoss(np.zeros((2, 1, 3)), np.ones((1, 3), bool), ("base", "x"), ("act",), ("h",), "own")
 
     assert zero.to_dataframe()[["relative", "relative_low", "relative_high"]].isna().all(axis=None)
     assert zero.figure().data[0].text[0][0] == ""
@@ -150,7 +150,7 @@ def test_the_table_has_a_row_per_model_loss_and_hook_point(result) -> None:
     assert tuple(table.columns) == COLUMNS
     assert len(table) == 3 * (3 * (1 + 2) + 2 * 2)  # three losses at two layers and their mean, two at the logits
     assert not table.duplicated(["model", "loss", "hook_point"]).any()
-    assert list(table["model"].unique()) == ["none", "act", "mlpct"]
+    assert list(table["model"].unique()) == ["base", "act", "mlpct"]
     assert result.values.shape == (3, len(MEASURED), 3)
     layer = table.query("model == 'act' and loss == 'mlpct' and hook_point == 'blocks.1.mlp.hook_post'")
     point = [*zip(result.point_losses, result.hook_points, strict=True)].index(("mlpct", "blocks.1.mlp.hook_post"))
@@ -269,7 +269,7 @@ def test_steps_survive_saving(courses, tmp_path) -> None:
     courses.save(tmp_path / "cross.safetensors")
     again = CrossLoss.load(tmp_path / "cross.safetensors")
 
-    assert (again.models, again.steps) == (("none", "act", "bct", "act"), (0, 20, 5, 10))
+    assert (again.models, again.steps) == (("base", "act", "bct", "act"), (0, 20, 5, 10))
     assert again.to_dataframe().equals(courses.to_dataframe())
 
 
@@ -288,8 +288,8 @@ def test_what_cannot_be_measured_is_refused(model) -> None:
         ({}, None, PAIRS, "reference", "there are no models"),
         ({"x": training}, None, PAIRS, "reference", "eval mode"),
         ({"x": other}, None, PAIRS, "reference", "n_layers is 2 before and 1 after"),
-        ({"none": model}, None, PAIRS, "reference", "a label is given twice"),
-        ({("none", 3): model}, None, PAIRS, "reference", "a label is given twice"),
+        ({"base": model}, None, PAIRS, "reference", "a label is given twice"),
+        ({("base", 3): model}, None, PAIRS, "reference", "a label is given twice"),
         ({1: model, "1": model}, None, PAIRS, "reference", "a label is given twice"),
         ({("x", -1): model}, None, PAIRS, "reference", "'x', -1. labels no model"),
         ({("x", 1): model, "y": model}, None, PAIRS, "reference", "'y' labels no model"),

@@ -46,7 +46,7 @@ def test_every_difference_is_that_of_a_plain_pass(base, trained, pairs) -> None:
         for column, side in enumerate(("wrapped", "clean")):
             expected = [difference(model, getattr(pair, side)) for pair in pairs]
             assert found.differences[row, column] == pytest.approx(expected, abs=1e-4)
-    assert found.models == ("none", "act")
+    assert found.models == ("base", "act")
 
 
 def test_the_share_is_a_ratio_of_means(base, trained, pairs) -> None:
@@ -69,7 +69,7 @@ def test_order_and_batches_do_not_matter(base, trained, pairs) -> None:
 def test_one_pair_with_a_small_gap_cannot_carry_the_share_away() -> None:
     differences = np.array([[[-2.0, 3.999], [2.0, 4.0]], [[0.0, 4.999], [2.0, 4.0]]])
 
-    value, *_ = GapRecovered(differences, ("none", "act")).share("act")
+    value, *_ = GapRecovered(differences, ("base", "act")).share("act")
 
     assert value == pytest.approx(3 / 4.001)
 
@@ -78,12 +78,12 @@ def test_a_gap_that_is_noise_is_refused() -> None:
     differences = np.array([[[1.0, 1.0], [1.2, 1.2]], [[1.1, 1.1], [1.2, 1.2]]])
 
     with pytest.raises(CtlensError, match="differ by 0.2 logits before training"):
-        GapRecovered(differences, ("none", "act")).share("act")
+        GapRecovered(differences, ("base", "act")).share("act")
 
 
 def test_the_label_of_the_base_is_taken(base, pairs) -> None:
     with pytest.raises(CtlensError, match="choose another"):
-        gap_recovered(base, {"none": base}, pairs, progress=False)
+        gap_recovered(base, {"base": base}, pairs, progress=False)
 
 
 def test_a_model_in_training_mode_is_refused(base, pairs, trained) -> None:

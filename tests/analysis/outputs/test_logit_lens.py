@@ -101,14 +101,14 @@ def test_order_and_batches_change_nothing(model: LensModel):
 
 
 def test_several_models_stand_side_by_side_and_round_trip(model: LensModel, tmp_path):
-    models = {"none": model, "act": copy_model(model)}
+    models = {"base": model, "act": copy_model(model)}
     lens, shares = (analysis(models, PAIRS, progress=False) for analysis in (logit_lens, logit_attribution))
     for result, kind in ((lens, LogitLens), (shares, LogitAttribution)):
         assert (result.values[0] == result.values[1]).all()
         result.save(tmp_path / "result.safetensors")
         assert kind.load(tmp_path / "result.safetensors").to_dataframe().equals(result.to_dataframe())
     table = lens.to_dataframe()
-    assert table["model"].tolist() == ["none", "none", "act", "act"] and table["layer"].tolist() == [0, 1, 0, 1]
+    assert table["model"].tolist() == ["base", "base", "act", "act"] and table["layer"].tolist() == [0, 1, 0, 1]
     assert table["value"].tolist()[:2] == pytest.approx(lens.values[0].mean(-1).tolist())
     assert [trace.name for trace in lens.figure().data if trace.name] == ["base", "ACT"]
     assert np.shape(shares.figure().data[1].z) == (2, 5)

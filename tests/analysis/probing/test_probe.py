@@ -51,7 +51,7 @@ def planted(seed: int = 0, strength: float = 3.0) -> tuple[np.ndarray, np.ndarra
     return values, direction
 
 
-def own(found: Probe, name: str = "none", estimator: str | None = None) -> np.ndarray:
+def own(found: Probe, name: str = "base", estimator: str | None = None) -> np.ndarray:
     return found.curve(name, name, "last", estimator or found.estimators[0])[0]
 
 
@@ -60,7 +60,7 @@ def test_a_planted_direction_is_read_at_its_layer_only_and_not_once_projected_ou
     values, direction = planted()
     erased = values - (values @ direction)[..., None] * direction
 
-    found = probe({"none": held(values), "erased": held(erased)}, TASK, estimators=[estimator], progress=False)
+    found = probe({"base": held(values), "erased": held(erased)}, TASK, estimators=[estimator], progress=False)
 
     assert own(found)[PLANTED] > 0.97
     for scores in (np.delete(own(found), PLANTED), own(found, "erased")):
@@ -69,7 +69,7 @@ def test_a_planted_direction_is_read_at_its_layer_only_and_not_once_projected_ou
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_shuffled_labels_and_random_vectors_are_at_chance_where_the_labels_are_read(estimator: str) -> None:
-    found = probe({"none": held(planted()[0])}, TASK, estimators=[estimator], progress=False)
+    found = probe({"base": held(planted()[0])}, TASK, estimators=[estimator], progress=False)
 
     assert own(found)[PLANTED] > 0.97 and found.chance == 0.5
     assert abs(found.shuffled[0, 0, 0, PLANTED] - 0.5) < 0.15
@@ -88,7 +88,7 @@ def test_a_label_that_only_the_group_tells_is_at_chance(factor: str) -> None:
         task = replace(task, groups={"item": other, "wrapper": GROUPS})
     leaky = replace(task, groups={"item": tuple(map(str, range(N)))})
 
-    honest, leaking = (probe({"none": held(values)}, asked, seeds=1, progress=False) for asked in (task, leaky))
+    honest, leaking = (probe({"base": held(values)}, asked, seeds=1, progress=False) for asked in (task, leaky))
 
     assert own(leaking).min() > 0.75  # the states do tell the group
     assert own(honest).max() < 0.65
@@ -137,7 +137,7 @@ def test_scores_match_scikit_learn_called_plainly(name: str, plain: RidgeClassif
         right[test] = plain.predict((x[test] - mean) / deviation) == y[test]
     expected = (right[y == "yes"].mean() + right[y == "no"].mean()) / 2
 
-    found = probe({"none": held(values)}, TASK, estimators=[name], folds=4, seeds=1, progress=False)
+    found = probe({"base": held(values)}, TASK, estimators=[name], folds=4, seeds=1, progress=False)
 
     assert own(found)[PLANTED] == pytest.approx(expected) and 0.6 < expected < 0.95
     assert (found.n_train, found.n_test, found.balance) == (90, 120, {"no": 60, "yes": 60})
@@ -148,7 +148,7 @@ def test_the_order_of_the_prompts_changes_nothing() -> None:
     turned = Task(TASK.question, tuple(np.array(LABELS)[order]), {"item": tuple(np.array(GROUPS)[order])})
 
     here, there = (
-        probe({"none": held(of)}, task, estimators=list(ESTIMATORS), seeds=1, progress=False)
+        probe({"base": held(of)}, task, estimators=list(ESTIMATORS), seeds=1, progress=False)
         for of, task in ((values, TASK), (values[:, order], turned))
     )
 
@@ -160,13 +160,13 @@ def test_a_turned_representation_is_lost_to_the_bases_probe_and_not_to_its_own()
     values = planted(strength=4.0)[0]
     rotation = np.linalg.qr(np.random.default_rng(5).standard_normal((D, D)))[0]
 
-    models = {"none": held(values), "act": held(values), "bct": held(values @ rotation)}
+    models = {"base": held(values), "act": held(values), "bct": held(values @ rotation)}
     found = probe(models, TASK, seeds=1, progress=False)
 
     assert own(found, "bct")[PLANTED] > 0.97 and own(found, "act")[PLANTED] > 0.97
-    assert found.curve("none", "act", "last", "ridge")[0][PLANTED] > 0.97
-    assert found.curve("none", "bct", "last", "ridge")[0][PLANTED] < 0.9
-    assert found.curve("bct", "none", "last", "ridge")[0][PLANTED] < 0.9
+    assert found.curve("base", "act", "last", "ridge")[0][PLANTED] > 0.97
+    assert found.curve("base", "bct", "last", "ridge")[0][PLANTED] < 0.9
+    assert found.curve("bct", "base", "last", "ridge")[0][PLANTED] < 0.9
     assert ("act", "bct") not in set(zip(found.fitted_on, found.read_on, strict=True))
 
 
@@ -203,23 +203,23 @@ def test_the_interval_counts_groups_and_not_prompts() -> None:
 
 def test_the_range_over_seeds_is_that_of_single_deals_and_the_score_their_mean() -> None:
     values, options = (
-        {"none": held(planted(strength=0.7)[0])},
+        {"base": held(planted(strength=0.7)[0])},
         {"estimators": ["ridge", "mass_mean"], "progress": False},
     )
 
     found, first = (probe(values, TASK, seeds=seeds, **options) for seeds in (3, 1))
 
-    x, y, groups = values["none"].values, np.array(LABELS), np.array(GROUPS)
-    for place in product(range(2), range(LAYERS)):
-        estimator = make(("ridge", "mass_mean")[place[0]])
+    x, y, groups = values["base"].values, np.array(LABELS), np.array(GROUPS)
+    for number, layer in product(range(2), range(LAYERS)):
+        estimator = make(("ridge", "mass_mean")[number])
         scores = []
         for seed in range(3):
             right = np.zeros(N)
             for train, test in cuts(TASK, 3, seed):
                 assert not set(groups[train]) & set(groups[test])
-                right[test] = estimator.fit(x[place[1]][train], y[train]).predict(x[place[1]][test]) == y[test]
+                right[test] = estimator.fit(x[layer][train], y[train]).predict(x[layer][test]) == y[test]
             scores.append((right[y == "yes"].mean() + right[y == "no"].mean()) / 2)
-        at = (0, 0, *place)
+        at = (0, 0, number, layer)
         assert (found.seed_low[at], found.seed_high[at]) == pytest.approx((min(scores), max(scores)))
         assert found.score[at] == pytest.approx(np.mean(scores)) and first.score[at] == pytest.approx(scores[0])
     assert (found.seed_low < found.seed_high).any() and (first.seed_low == first.seed_high).all()
@@ -235,7 +235,7 @@ def test_what_is_known_does_not_count_as_read() -> None:
     values[:, :, 0] += [9.0 if side == "x" else -9.0 for side in known]
     groups = {"item": tuple(f"g{number // 8 % 15}" for number in range(N))}
 
-    found = probe({"none": held(values)}, Task("?", labels, groups, known), progress=False)
+    found = probe({"base": held(values)}, Task("?", labels, groups, known), progress=False)
 
     assert found.chance == 0.25
     assert abs(own(found) - 0.25).max() < 0.15 and abs(found.shuffled - 0.25).max() < 0.15
@@ -247,7 +247,7 @@ def test_a_task_at_ceiling_in_every_model_and_layer_is_called_uninformative() ->
     hard[0] = noise()[0]
 
     ceiling, not_ceiling = (
-        probe({"none": held(easy), "act": held(trained)}, TASK, seeds=1, progress=False) for trained in (easy, hard)
+        probe({"base": held(easy), "act": held(trained)}, TASK, seeds=1, progress=False) for trained in (easy, hard)
     )
 
     assert ceiling.to_dataframe()["uninformative"].all() and not not_ceiling.to_dataframe()["uninformative"].any()
@@ -257,7 +257,7 @@ def test_a_task_at_ceiling_in_every_model_and_layer_is_called_uninformative() ->
 
 @pytest.fixture(scope="module")
 def found() -> Probe:
-    models = {"none": held(planted()[0]), "act": held(planted(seed=1)[0])}
+    models = {"base": held(planted()[0]), "act": held(planted(seed=1)[0])}
     return probe(models, TASK, estimators=["ridge", "mass_mean"], seeds=1, progress=False)
 
 
@@ -266,9 +266,9 @@ def test_the_table_has_one_row_a_reading_and_survives_saving(found: Probe, tmp_p
 
     assert len(table) == 4 * 2 * LAYERS  # two own, one carried each way
     assert table["selectivity"].tolist() == (table["score"] - table["shuffled"]).tolist()
-    row = table.query("fitted_on == 'none' and read_on == 'act' and estimator == 'mass_mean' and layer == 1").squeeze()
+    row = table.query("fitted_on == 'base' and read_on == 'act' and estimator == 'mass_mean' and layer == 1").squeeze()
     assert (row["score"], row["ci_low"], row["ci_high"]) == tuple(
-        end[1] for end in found.curve("none", "act", "last", "mass_mean")
+        end[1] for end in found.curve("base", "act", "last", "mass_mean")
     )
     assert row["random_features"] == found.random_features[1]
     assert (table["ci_low"] <= table["score"]).all() and (table["score"] <= table["ci_high"]).all()
@@ -284,7 +284,7 @@ def test_the_figure_draws_own_probes_solid_and_the_bases_dashed_in_the_models_co
     assert [lines[name].line.dash for name in lines] == ["solid", "solid", "dash"]
     assert lines["ACT"].line.color == lines["ACT, fitted on the base"].line.color == METHODS["act"].colour
     np.testing.assert_array_equal(lines["ACT"].y, found.curve("act", "act", "last", "mass_mean")[0])
-    value, low, high = found.curve("none", "act", "last", "mass_mean")
+    value, low, high = found.curve("base", "act", "last", "mass_mean")
     whiskers = lines["ACT, fitted on the base"].error_y
     np.testing.assert_allclose([whiskers.array, whiskers.arrayminus], [high - value, value - low])
     band = next(trace for trace in figure.data if trace.name == "shuffled labels")
@@ -319,7 +319,7 @@ def test_presence_is_judged_against_neutral_prompts_of_equal_length_alone() -> N
     other = np.array([len(render(ORGANISM.tokenizer, pair.wrapped.turns).ids) for pair in task.parts[2][0]])
     clean = np.array([len(render(ORGANISM.tokenizer, pair.clean.turns).ids) for pair in PAIRS])
     only_length = np.concatenate([lengths, clean, other])[None, :, None].astype(float)
-    found = probe({"none": held(only_length)}, task, progress=False)
+    found = probe({"base": held(only_length)}, task, progress=False)
 
     assert task.chance() == 0.5 and list(task.contested()) == ["request beside other text"]
     assert own(found).item() == pytest.approx(0.5, abs=0.05)
@@ -361,13 +361,15 @@ def test_will_misbehave_labels_the_models_own_answers() -> None:
 
 def test_a_model_and_its_states_give_the_same_scores() -> None:
     task = labelled(PAIRS, "relation")
-    given = [task.states(ORGANISM, place=place, layers=[0, 2], progress=False) for place in ("last", "content")]
+    given = [
+        task.states(ORGANISM, positions=positions, layers=[0, 2], progress=False) for positions in ("last", "content")
+    ]
 
-    from_states = probe({"none": given}, task, seeds=1, progress=False)
-    from_model = probe({"none": ORGANISM}, task, layers=[0, 2], seeds=1, progress=False)
+    from_states = probe({"base": given}, task, seeds=1, progress=False)
+    from_model = probe({"base": ORGANISM}, task, layers=[0, 2], seeds=1, progress=False)
 
     assert from_model.to_dataframe().equals(from_states.to_dataframe())
-    assert from_model.layers == (0, 2) and from_model.places == ("last", "content")
+    assert from_model.layers == (0, 2) and from_model.positions == ("last", "content")
     plain = states(ORGANISM, PAIRS, layers=[0, 2], progress=False)
     np.testing.assert_array_equal(given[0].values, plain.values)
 
@@ -406,18 +408,18 @@ def one_class_in_one_group() -> Task:
 @pytest.mark.parametrize(
     ("models", "task", "options", "message"),
     [
-        ({"none": held(noise())}, TASK, {"folds": 21}, "20 groups of 'item' do not fill 21 folds"),
-        ({"none": held(noise())}, TASK, {"estimators": ["rigde"]}, "did you mean 'ridge'"),
-        ({"none": held(noise())}, TASK, {"folds": 1}, "at least 2 folds"),
-        ({"none": held(noise())}, one_class_in_one_group(), {}, "no prompt labelled 'yes'"),
-        ({"none": held(noise(n=90))}, TASK, {}, "of 90 prompts, but the task has 120 labels"),
-        ({"none": held(noise()), "act": held(noise(), layers=(1, 2, 3))}, TASK, {}, "same places, layers"),
-        ({"none": [held(noise()), held(noise())]}, TASK, {}, "each place can be probed once"),
-        ({"none": []}, TASK, {}, "same places, layers"),
-        ({}, TASK, {}, "same places, layers"),
-        ({"none": held(noise() * np.nan)}, TASK, {}, "not finite"),
-        ({"none": ORGANISM}, TASK, {}, "names no prompts"),
-        ({"none": ORGANISM}, labelled(PAIRS, "relation"), {"layers": [4]}, "layer 4 does not exist"),
+        ({"base": held(noise())}, TASK, {"folds": 21}, "20 groups of 'item' do not fill 21 folds"),
+        ({"base": held(noise())}, TASK, {"estimators": ["rigde"]}, "did you mean 'ridge'"),
+        ({"base": held(noise())}, TASK, {"folds": 1}, "at least 2 folds"),
+        ({"base": held(noise())}, one_class_in_one_group(), {}, "no prompt labelled 'yes'"),
+        ({"base": held(noise(n=90))}, TASK, {}, "of 90 prompts, but the task has 120 labels"),
+        ({"base": held(noise()), "act": held(noise(), layers=(1, 2, 3))}, TASK, {}, "same positions, layers"),
+        ({"base": [held(noise()), held(noise())]}, TASK, {}, "each choice of positions can be probed once"),
+        ({"base": []}, TASK, {}, "same positions, layers"),
+        ({}, TASK, {}, "same positions, layers"),
+        ({"base": held(noise() * np.nan)}, TASK, {}, "not finite"),
+        ({"base": ORGANISM}, TASK, {}, "names no prompts"),
+        ({"base": ORGANISM}, labelled(PAIRS, "relation"), {"layers": [4]}, "layer 4 does not exist"),
     ],
 )
 def test_what_cannot_be_probed_is_refused(models: dict, task: Task, options: dict, message: str) -> None:
@@ -431,22 +433,22 @@ def test_models_that_do_not_compare_or_train_are_refused() -> None:
     training = load_model(hf_model("llama"), tokenizer=byte_level_tokenizer()).train()
 
     for models, message in (
-        ({"none": tiny, "act": other}, "tokenizers differ"),
-        ({"none": tiny, "act": training}, "eval mode"),
-        ({"none": training}, "eval mode"),
+        ({"base": tiny, "act": other}, "tokenizers differ"),
+        ({"base": tiny, "act": training}, "eval mode"),
+        ({"base": training}, "eval mode"),
     ):
         with pytest.raises(CtlensError, match=message):
             probe(models, task, progress=False)
 
 
 def test_labels_and_attacks_that_are_not_there_are_refused() -> None:
-    found = probe({"none": held(noise())}, TASK, seeds=1, progress=False)
+    found = probe({"base": held(noise())}, TASK, seeds=1, progress=False)
     alike = [Pair(pair.clean, pair.clean) for pair in PAIRS]
     for call, message in (
         (lambda: answer_hinted(threats.get("jailbreak").pairs(4)), "unknown label 'hint'"),
         (lambda: wrapper_present(alike, ORGANISM.tokenizer), "no neutral text has the tokens of the attack in pair 1"),
-        (lambda: found.curve("act", "none", "last", "ridge"), "unknown reading"),
-        (lambda: found.figure("content"), "unknown place"),
+        (lambda: found.curve("act", "base", "last", "ridge"), "unknown reading"),
+        (lambda: found.figure("content"), "unknown positions"),
         (lambda: found.figure(estimator="logistic"), "unknown estimator"),
     ):
         with pytest.raises(CtlensError, match=message):

@@ -61,8 +61,8 @@ def model() -> LensModel:
         embedding[token, token % 4] = 2.0
     for layer in range(2):
         weights[f"blocks.{layer}.attn.W_V"][0] = torch.eye(D)
-    for place in range(4):
-        weights["blocks.0.attn.W_O"][0, place, place] = 8
+    for index in range(4):
+        weights["blocks.0.attn.W_O"][0, index, index] = 8
     load_weights(planted, weights)
     return planted
 
@@ -88,9 +88,9 @@ def models(model: LensModel) -> dict[tuple[str, int], LensModel]:
     kinds = {"x": (0.5, SHARED), "y": (0.9, SHARED), "z": (0.7, OTHER), "null": (0.0, 16)}
     return {
         (method, seed): trained(
-            model, closed, {direction: A, NOISE + 2 * place + seed: B} | ({SHARED: 0.2} if method == "null" else {})
+            model, closed, {direction: A, NOISE + 2 * index + seed: B} | ({SHARED: 0.2} if method == "null" else {})
         )
-        for place, (method, (closed, direction)) in enumerate(kinds.items())
+        for index, (method, (closed, direction)) in enumerate(kinds.items())
         for seed in (0, 1)
     }
 
@@ -101,29 +101,31 @@ def found(model: LensModel, models: dict[tuple[str, int], LensModel]) -> ShiftSi
 
 
 def row(found: ShiftSimilarity, a: str, b: str, **at: object) -> pd.Series:
-    asked = {"quantity": "cosine", "part": "off", "place": "last", "layer": 1, **at, "a": a, "b": b}
+    asked = {"quantity": "cosine", "part": "off", "positions": "last", "layer": 1, **at, "a": a, "b": b}
     table = found.to_dataframe()
     (index,) = np.flatnonzero(np.logical_and.reduce([table[name] == value for name, value in asked.items()]))
     return table.iloc[index]
 
 
-@pytest.mark.parametrize("place", ["last", "content"])
+@pytest.mark.parametrize("positions", ["last", "content"])
 @pytest.mark.parametrize("quantity", ["cosine", "mean_cosine"])
 def test_trainings_that_write_one_direction_off_the_gap_are_told_from_those_that_share_the_target(
-    found: ShiftSimilarity, place: str, quantity: str
+    found: ShiftSimilarity, positions: str, quantity: str
 ) -> None:
     ceiling = A**2 / (A**2 + B**2)  # two seeds have A in common, not B
-    same = row(found, "x", "y", place=place, quantity=quantity)
-    target = row(found, "x", "z", place=place, quantity=quantity)
+    same = row(found, "x", "y", positions=positions, quantity=quantity)
+    target = row(found, "x", "z", positions=positions, quantity=quantity)
 
-    assert row(found, "x", "x", place=place, quantity=quantity)["value"] == pytest.approx(ceiling, rel=1e-4)
+    assert row(found, "x", "x", positions=positions, quantity=quantity)["value"] == pytest.approx(ceiling, rel=1e-4)
     assert same["value"] == pytest.approx(ceiling, rel=1e-4) and same["corrected"] == pytest.approx(1, rel=1e-4)
     assert same["ceiling"] == pytest.approx(ceiling, rel=1e-4) and same["verdict"] == CEILING
     assert abs(target["value"]) < 1e-4 and target["verdict"] == FLOOR
-    assert row(found, "x", "z", place=place, quantity=quantity, part="along")["value"] == pytest.approx(1, abs=1e-3)
-    assert row(found, "x", "z", place=place, quantity=quantity, part="all")["value"] > 0.5
-    told = row(found, "x", "z", place=place, quantity=quantity, part="along")["verdict"]
-    assert (told == "") == ((quantity, place) == ("cosine", "last"))  # along one direction it is a mere sign
+    assert row(found, "x", "z", positions=positions, quantity=quantity, part="along")["value"] == pytest.approx(
+        1, abs=1e-3
+    )
+    assert row(found, "x", "z", positions=positions, quantity=quantity, part="all")["value"] > 0.5
+    told = row(found, "x", "z", positions=positions, quantity=quantity, part="along")["verdict"]
+    assert (told == "") == ((quantity, positions) == ("cosine", "last"))  # along one direction it is a mere sign
 
 
 def test_the_whole_shift_is_what_is_along_and_what_is_off_the_gap(model, models) -> None:
@@ -436,7 +438,7 @@ def test_what_does_not_compare_is_refused(model, models) -> None:
     [
         ({"part": "of"}, "did you mean 'off'"),
         ({"quantity": "cka"}, "quantity"),
-        ({"part": "off", "place": "wrapper"}, "no clean counterpart"),
+        ({"part": "off", "positions": "wrapper"}, "no clean counterpart"),
     ],
 )
 def test_what_was_not_measured_is_not_drawn(found: ShiftSimilarity, options: dict, message: str) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from ctlens.analysis import AttentionDiff, CrossLoss, Erasure, ShiftSimilarity, Transplant
 from ctlens.analysis.attention.diff import HEADLINE, MEASURES
+from ctlens.analysis.base.positions import STATE_POSITIONS
 from ctlens.analysis.base.result import Result
-from ctlens.analysis.base.states import PLACES
 from ctlens.analysis.residual.shift_vectors import PARTS
 from ctlens.study.claims import Claim
 from ctlens.study.claims.inside import inside_claims
@@ -59,9 +59,9 @@ def claims(study: Path, config: StudyConfig = CONFIG) -> dict[tuple[str, str], C
 def similarity(cosines: np.ndarray, methods: tuple[str, ...] = METHODS, seeds: int = 1) -> ShiftSimilarity:
     """The same cosines at every prompt and layer off the gap at the last token, and nothing like them elsewhere."""
     m = len(methods)
-    by_prompt = np.full((len(PARTS), len(PLACES), LAYERS, PROMPTS, m, m), -0.9)
-    by_prompt[PARTS.index("off"), PLACES.index("last")] = cosines
-    two = np.zeros((1, len(PARTS), len(PLACES), LAYERS, m, m))
+    by_prompt = np.full((len(PARTS), len(STATE_POSITIONS), LAYERS, PROMPTS, m, m), -0.9)
+    by_prompt[PARTS.index("off"), STATE_POSITIONS.index("last")] = cosines
+    two = np.zeros((1, len(PARTS), len(STATE_POSITIONS), LAYERS, m, m))
     arrays = {
         f.name: two
         for f in dataclasses.fields(ShiftSimilarity)
@@ -122,7 +122,7 @@ def test_the_null_of_likeness_is_retention_alone(study: Path) -> None:
     assert claims(study)["shared", EQUAL_STEPS].null == pytest.approx(0.1, abs=1e-6)
 
 
-def test_a_place_is_judged_by_itself(study: Path) -> None:
+def test_each_choice_of_positions_is_judged_by_itself(study: Path) -> None:
     write(study, "similarity", {"similarity": similarity(table(0.9, 0.7, 0.4))})
 
     found = claims(study)
@@ -216,7 +216,7 @@ def test_a_condition_without_an_effect_has_no_share(study: Path) -> None:
 
 def cross_loss(after: Mapping[str, tuple[float, float]]) -> CrossLoss:
     """By model, the ACT distance and the cross-entropy as multiples of those before."""
-    models = ("none", *after)
+    models = ("base", *after)
     factors = np.array([(1.0, 1.0), *after.values()])
     by_hook = factors[:, :, None] * np.linspace(1, 3, PROMPTS)
     points = ("blocks.0.hook_resid_post", "logits")
@@ -253,7 +253,7 @@ def test_attention_falls_beyond_the_next(study: Path) -> None:
 
 def erasure(read: Mapping[str, float]) -> Erasure:
     """By model, the accuracy, with .1 to both sides, at layer 2, worse at others; shuffled labels reach .25."""
-    models = ("none", *read)
+    models = ("base", *read)
     readable = np.zeros((len(models), LAYERS, 5))
     for row, value in enumerate((0.95, *read.values())):
         readable[row] = (0.3, 0.2, 0.4, 0.1, 0.25)

@@ -74,7 +74,7 @@ def test_the_summary_pools_seeds_at_the_last_step():
 
 
 def test_the_summary_lists_base_and_controls_first_then_the_methods_in_their_order():
-    assert list(summary_table(results())["method"]) == ["none", "retention", "act", "bct"]
+    assert list(summary_table(results())["method"]) == ["base", "retention", "act", "bct"]
 
 
 def test_the_summary_leaves_out_other_threats_and_splits_and_marks_what_was_not_measured():
@@ -83,7 +83,7 @@ def test_the_summary_leaves_out_other_threats_and_splits_and_marks_what_was_not_
     train = rows.assign(split="train", value=1.0)
     table = summary_table(pd.concat([rows[rows["prompt_side"] != "benign"], elsewhere, train]))
     assert set(table["threat"]) == {"sycophancy"}
-    assert rate(table, "none", "bad wrapped").value == 0.8
+    assert rate(table, "base", "bad wrapped").value == 0.8
     assert np.isnan(rate(table, "act", "bad benign").value)
     assert str(rate(table, "act", "bad benign")) == "–"
 
@@ -94,8 +94,8 @@ def test_the_summary_reads_the_same_from_a_file(tmp_path):
 
 
 def test_results_of_the_base_alone_are_read(tmp_path):
-    pd.DataFrame(rows_of("none", np.nan, 0, BAD["none"])).to_csv(tmp_path / "results.csv", index=False)
-    assert list(summary_table(read_results(tmp_path / "results.csv"))["method"]) == ["none"]
+    pd.DataFrame(rows_of("base", np.nan, 0, BAD["base"])).to_csv(tmp_path / "results.csv", index=False)
+    assert list(summary_table(read_results(tmp_path / "results.csv"))["method"]) == ["base"]
 
 
 def test_results_without_the_split_are_refused():
@@ -114,7 +114,7 @@ def test_the_overview_has_the_bad_rate_on_every_split_and_the_good_rate_elsewher
 def test_every_training_is_counted_on_every_threat_it_was_evaluated_on():
     elsewhere = results().assign(evaluated_threat="jailbreak", value=0.5)
     measured = by_training(pd.concat([results(), elsewhere]))
-    assert {place[1:] for place in measured if not place[0]} == {("none", THREAT), ("none", "jailbreak")}
+    assert {place[1:] for place in measured if not place[0]} == {("base", THREAT), ("base", "jailbreak")}
     assert measured[THREAT, "act", "jailbreak"].rate("bad_rate", "wrapped").value == 0.5
     own = measured[THREAT, "act", THREAT]
     assert (own.rate("bad_rate", "wrapped").value, own.rate("bad_rate", "wrapped").n, own.seeds) == (0.02, 50, 2)

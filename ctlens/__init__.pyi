@@ -1,0 +1,50 @@
+"""The public names of `ctlens`: each is listed here and nowhere else, and imported from here when it is first used."""
+
+from ctlens import analysis as analysis
+from ctlens import losses as losses
+from ctlens import organism as organism
+from ctlens import threats as threats
+from ctlens.core.errors import CtlensError as CtlensError
+from ctlens.data.formats import load_facts as load_facts
+from ctlens.data.formats import load_pairs as load_pairs
+from ctlens.data.formats import load_prefills as load_prefills
+from ctlens.data.formats import load_prompts as load_prompts
+from ctlens.data.pairs import Pair as Pair
+from ctlens.data.pairs import Prompt as Prompt
+from ctlens.data.pairs import save_pairs as save_pairs
+from ctlens.evaluation import Evaluation as Evaluation
+from ctlens.evaluation import evaluate as evaluate
+from ctlens.losses import ACT as ACT
+from ctlens.losses import BCT as BCT
+from ctlens.losses import F2C as F2C
+from ctlens.losses import KLCT as KLCT
+from ctlens.losses import MLPCT as MLPCT
+from ctlens.losses import RMCT as RMCT
+from ctlens.losses import AttCT as AttCT
+from ctlens.losses import AttMass as AttMass
+from ctlens.losses import AttOut as AttOut
+from ctlens.models.export import export_huggingface as export_huggingface
+from ctlens.models.export import parity as parity
+from ctlens.models.loading import build as build
+from ctlens.models.loading import load_model as load_model
+from ctlens.models.lora import LoRA as LoRA
+from ctlens.models.parameters import freeze as freeze
+from ctlens.models.weights import ModelConfig as ModelConfig
+from ctlens.organism import load_organism as load_organism
+from ctlens.study.config import StudyConfig as StudyConfig
+from ctlens.study.dose_response import DoseResult as DoseResult
+from ctlens.study.dose_response import dose_response as dose_response
+from ctlens.study.inoculation import Leak as Leak
+from ctlens.study.inoculation import leak as leak
+from ctlens.study.runner import StudyResult as StudyResult
+from ctlens.study.runner import compare as compare
+from ctlens.training import Live as Live
+from ctlens.training import Phase as Phase
+from ctlens.training import Run as Run
+from ctlens.training import TrainConfig as TrainConfig
+from ctlens.training import Trainer as Trainer
+from ctlens.training import Until as Until
+from ctlens.training import load_run as load_run
+from ctlens.training import train as train
+
+__version__: str
