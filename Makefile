@@ -38,10 +38,10 @@ figures: compare
 	$(BIN)/ctlens organism leak --seeds 3 --out runs/leak
 	$(BIN)/ctlens organism card --out docs/organism.md
 	$(BIN)/python -c "from ctlens import losses; print(losses.presets.page(losses.table()), end='')" > docs/losses.md
-	$(BIN)/python -c "from ctlens import compatibility; print(compatibility.page(compatibility.support()), end='')" > docs/models.md
+	$(BIN)/python -c "from ctlens import compatibility; print(compatibility.support_page(compatibility.support()), end='')" > docs/models.md
 	$(BIN)/python figures/draw.py runs
 
-# The same pictures from the data that lie beside them, without a study.
+# The same pictures from figures/data, without a study.
 drawings: install
 	$(BIN)/python figures/draw.py
 

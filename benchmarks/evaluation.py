@@ -84,7 +84,7 @@ def main() -> None:
     model = ct.load_organism()
 
     def evaluate() -> ct.Evaluation:
-        return ct.evaluate(model, split=SPLITS, n=ITEMS, progress=False)
+        return ct.evaluate(model, split=SPLITS, n_prompts=ITEMS, progress=False)
 
     def full_passes() -> None:
         with no_cache():

@@ -141,10 +141,10 @@ def ours(model: LensModel, pairs: list[Pair], setting: Setting, way: str = "suff
     """The sweep of ctlens, every position and head, one of three ways."""
     options: Any = {"direction": "denoising", "window": "position", "layers": setting.layers, "progress": False}
     if way == "gradient":
-        return ct.analysis.attribution_patch(model, pairs, sites=SITES, **options)
+        return ct.analysis.attribution_patch(model, pairs, site=SITES, **options)
     known = mock.patch("ctlens.analysis.patching.sweep.read_blocks", lambda *parts: None)
     with known if way == "hooks" else contextlib.nullcontext():
-        return ct.analysis.patch_sites(model, pairs, sites=SITES, **options)
+        return ct.analysis.patch(model, pairs, site=SITES, **options)
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:

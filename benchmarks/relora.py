@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 import ctlens as ct
 from ctlens.core.types import LensModel
-from ctlens.models.matrices import SITES
+from ctlens.models.matrices import MATRICES
 from ctlens.models.parameters import GROUPS, copy_model, freeze
 from ctlens.organism import PretrainConfig, ReLoRA, pretrain
 from ctlens.organism.corpus import Batch, draw_batches, encode, make_lessons
@@ -23,7 +23,7 @@ from ctlens.world import World
 
 WARM = PretrainConfig(steps=100, batch_size=64, lessons=8000)
 FURTHER = FitConfig(steps=400, batch_size=64, lr=2e-3, seed=1)
-LORA = ct.LoRA(rank=8, sites=SITES)
+LORA = ct.LoRA(rank=8, target_modules=MATRICES)
 VARIANTS = {
     "full rank": None,
     "LoRA, rank 8": ReLoRA(LORA, warm_start=0, every=FURTHER.steps),

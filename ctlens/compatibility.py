@@ -1,4 +1,4 @@
-"""What works on which architecture: found out by doing it, on a tiny random model of each."""
+"""Which parts of ctlens work on which architecture: each is tried on a tiny random model."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ from ctlens.models.export import export_huggingface, parity
 from ctlens.models.hooks import capture, editing, resolve
 from ctlens.models.loading import load_model, quiet_huggingface
 from ctlens.models.lora import LoRA, merge_adapters
-from ctlens.models.matrices import SITES, slots
+from ctlens.models.matrices import MATRICES, slots
 from ctlens.models.parameters import copy_model, parameter_groups, present_parameters
 from ctlens.organism import load_organism
 from ctlens.training import Run, TrainConfig, train
 
-# What the last matrix of an MLP is called; its input is what MLPCT trains on.
-DOWN = (".mlp.down_proj", ".mlp.c_proj", ".mlp.dense_4h_to_h")
-TOLERANCE = 1e-4
+# The names of the last matrix of an MLP, whose input MLPCT trains on.
+_DOWN = (".mlp.down_proj", ".mlp.c_proj", ".mlp.dense_4h_to_h")
+_TOLERANCE = 1e-4  # chosen by eye, well above the rounding of float32
 # A random model's sampled answers are never judged bad, so that rate matching has nothing to train.
-TRAINED = tuple(name for name in losses.names() if losses.get(name).answers != "rollouts")
-PREFACE = """# The architectures, side by side
+_TRAINED = tuple(name for name in losses.names() if losses.get(name).answers != "rollouts")
+_PREFACE = """# The architectures, side by side
 
 `ctlens models` made this table: each cell was run on a random model of two layers, with random norms and biases.
 
 - *logits* are HuggingFace's; *resid*, *mlp* and *attn*, what ACT, MLPCT and AttCT train on, are HuggingFace's at every
   layer and carry gradients; *mid*: `resid_mid` adds up, and an edit of it reaches the skip path.
 - *losses*: a step of each of the losses but RMCT changes the attention that is trained, and nothing else.
-- *lora*: adapters at every place train and merge. *export*: `transformers` loads the trained model with equal logits.
+- *lora*: adapters on every matrix train and merge. *export*: `transformers` loads the trained model with equal logits.
 - *probe*, *maps* (attention difference) and *patch* run; a patch of everything gives the other run's values.
 """
-ONE_STEP = TrainConfig(steps=1, batch_size=4, lr=1e-2, warmup=0.0, trainable=("attn",))
+_ONE_STEP = TrainConfig(steps=1, batch_size=4, lr=1e-2, warmup=0.0, trainable=("attn",))
 
 
 class WrongNumbers(Exception):
-    """Something ran, and its numbers are not what they must be."""
+    """A check ran, and its numbers are wrong."""
 
 
 @dataclass(frozen=True)
 class Support:
-    """What works on one architecture.
+    """The outcome of every check on one architecture.
 
     Attributes:
         architecture: HuggingFace's `model_type`.
         refusals: by check, empty where it works, else the sentence that says why it does not.
-        wrong: the checks that ran and gave wrong numbers, with what was wrong.
+        wrong: the checks that ran and gave wrong numbers, each with the mistake.
     """
 
     architecture: str
@@ -64,8 +64,8 @@ class Support:
     wrong: Mapping[str, str]
 
 
-class Subject:
-    """One architecture on the bench: a HuggingFace model, the same as a lens model, and pairs.
+class CheckedModel:
+    """A model under examination: a HuggingFace model, the same as a lens model, and pairs.
 
     Args:
         hf: with the tokenizer's vocabulary.
@@ -73,23 +73,24 @@ class Subject:
     """
 
     def __init__(self, hf: PreTrainedModel, tokenizer: Any) -> None:
-        self.hf, self.model = hf, load_model(hf, tokenizer=tokenizer)
+        self.hf = hf
+        self.model = load_model(hf, tokenizer=tokenizer)
         self.hf.set_attn_implementation("eager")
         self.pairs = [replace(pair, target=pair.clean.good) for pair in threats.get("sycophancy").pairs(4)]
         self.tokens = torch.arange(36).reshape(3, 12) + 5
 
     @cached_property
     def trained(self) -> Run:
-        """A step of low-rank training at every place the architecture has."""
-        sites = tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in slots(self.model, SITES)))
-        config = TrainConfig(steps=1, batch_size=4, lr=1e-2, warmup=0.0, trainable=LoRA(2, sites=sites))
+        """A step of low-rank training on every matrix that the architecture has."""
+        matrices = tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in slots(self.model, MATRICES)))
+        config = TrainConfig(steps=1, batch_size=4, lr=1e-2, warmup=0.0, trainable=LoRA(2, target_modules=matrices))
         return train(self.model, self.pairs, losses.get("attct"), config=config, progress=False)
 
     @torch.no_grad()
     def original(self) -> dict[str, Tensor]:
-        """HuggingFace's own activations at the points that the three internal losses read, by our names."""
+        """HuggingFace's own activations at the sites that the three internal losses read, by our hook names."""
         inputs: list[Tensor] = []
-        downs = [module for name, module in self.hf.named_modules() if name.endswith(DOWN) and "vision" not in name]
+        downs = [module for name, module in self.hf.named_modules() if name.endswith(_DOWN) and "vision" not in name]
         hooks = [down.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for down in downs]
         seen = cast(Any, self.hf)(self.tokens, output_hidden_states=True, output_attentions=True)
         for hook in hooks:
@@ -97,91 +98,93 @@ class Subject:
         residual = seen.hidden_states[:-1]  # the last one is after the final norm
         layers = zip(residual, inputs, seen.attentions, strict=True)
         named = [dict(zip(("resid_pre", "mlp_post", "pattern"), layer, strict=True)) for layer in layers]
-        return {resolve(self.model, point, i)[0]: value for i, at in enumerate(named) for point, value in at.items()}
+        return {resolve(self.model, site, i)[0]: value for i, at in enumerate(named) for site, value in at.items()}
 
 
-def _logits(subject: Subject) -> None:
-    _require_close("logits", parity(subject.model, subject.hf), 0)
+def _logits(checked: CheckedModel) -> None:
+    _require_close("logits", parity(checked.model, checked.hf), 0)
 
 
-def _hook(point: str) -> Callable[[Subject], None]:
-    def check(subject: Subject) -> None:
-        names, expected = resolve(subject.model, point), subject.original()
-        _, found = capture(subject.model, subject.tokens, names, grad=True)
+def _hook(site: str) -> Callable[[CheckedModel], None]:
+    def check(checked: CheckedModel) -> None:
+        names = resolve(checked.model, site)
+        expected = checked.original()
+        _, found = capture(checked.model, checked.tokens, names, grad=True)
         for name in names:
             _require_close(name, found[name], expected[name])
-        cast(nn.Module, subject.model).zero_grad(set_to_none=True)
+        cast(nn.Module, checked.model).zero_grad(set_to_none=True)
         found[names[-1]].square().sum().backward()
-        first = [value.grad for value in cast(Any, subject.model).blocks[0].attn.parameters() if value.requires_grad]
+        first = [value.grad for value in cast(Any, checked.model).blocks[0].attn.parameters() if value.requires_grad]
         if not any(grad is not None and grad.any() for grad in first):
             raise WrongNumbers(f"no gradient reaches the first layer from {names[-1]}")
 
     return check
 
 
-def _resid_mid(subject: Subject) -> None:
-    before, middle, out, after = (
-        resolve(subject.model, point, 0)[0] for point in ("resid_pre", "resid_mid", "mlp_out", "resid_post")
-    )
-    attention = resolve(subject.model, "attn_out", 0)[0]
-    _, found = capture(subject.model, subject.tokens, [before, attention, middle, out, after], grad=False)
+def _resid_mid(checked: CheckedModel) -> None:
+    before = resolve(checked.model, "resid_pre", 0)[0]
+    attention = resolve(checked.model, "attn_out", 0)[0]
+    middle = resolve(checked.model, "resid_mid", 0)[0]
+    out = resolve(checked.model, "mlp_out", 0)[0]
+    after = resolve(checked.model, "resid_post", 0)[0]
+    _, found = capture(checked.model, checked.tokens, [before, attention, middle, out, after], grad=False)
     _require_close(middle, found[middle], found[before] + found[attention])
-    with torch.no_grad(), editing(subject.model, {middle: torch.zeros_like}):
-        _, edited = capture(subject.model, subject.tokens, [out, after], grad=False)
+    with torch.no_grad(), editing(checked.model, {middle: torch.zeros_like}):
+        _, edited = capture(checked.model, checked.tokens, [out, after], grad=False)
     _require_close("an edit of resid_mid", edited[after], edited[out])
 
 
-def _losses(subject: Subject) -> None:
-    attention = set(parameter_groups(subject.model)["attn"])
-    before = {name: value.clone() for name, value in present_parameters(subject.model).items()}
-    for name in TRAINED:
-        run = train(subject.model, subject.pairs, losses.get(name), config=ONE_STEP, progress=False)
+def _losses(checked: CheckedModel) -> None:
+    attention = set(parameter_groups(checked.model)["attn"])
+    before = {name: value.clone() for name, value in present_parameters(checked.model).items()}
+    for name in _TRAINED:
+        run = train(checked.model, checked.pairs, losses.get(name), config=_ONE_STEP, progress=False)
         after = present_parameters(run.model)
         changed = {each for each, value in before.items() if not torch.equal(value, after[each])}
         if not changed or not changed <= attention:
             raise WrongNumbers(f"a step of {name} changed {sorted(changed - attention)[:2] or 'nothing'}")
-    if any(not torch.equal(before[name], value) for name, value in present_parameters(subject.model).items()):
+    if any(not torch.equal(before[name], value) for name, value in present_parameters(checked.model).items()):
         raise WrongNumbers("a training changed the reference")
 
 
 @torch.no_grad()
-def _low_rank(subject: Subject) -> None:
-    model = copy_model(subject.trained.model)
-    adapted = model(subject.tokens)
-    if torch.equal(adapted, subject.model(subject.tokens)):
+def _low_rank(checked: CheckedModel) -> None:
+    model = copy_model(checked.trained.model)
+    adapted = model(checked.tokens)
+    if torch.equal(adapted, checked.model(checked.tokens)):
         raise WrongNumbers("adapters changed nothing")
     merge_adapters(model)
-    _require_close("merged adapters", model(subject.tokens), adapted)
+    _require_close("merged adapters", model(checked.tokens), adapted)
 
 
-def _export(subject: Subject) -> None:
+def _export(checked: CheckedModel) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        export_huggingface(subject.trained.model, f"{folder}/model")
+        export_huggingface(checked.trained.model, f"{folder}/model")
         with quiet_huggingface():
             again = cast(Any, AutoModelForCausalLM).from_pretrained(f"{folder}/model", local_files_only=True)
-    _require_close("exported logits", parity(subject.trained.model, again.eval()), 0)
-    if parity(subject.model, again) < TOLERANCE:
+    _require_close("exported logits", parity(checked.trained.model, again.eval()), 0)
+    if parity(checked.model, again) < _TOLERANCE:
         raise WrongNumbers("the export lacks the training")
 
 
-def _probe(subject: Subject) -> None:
-    task = analysis.wrapper_present(subject.pairs, subject.model.tokenizer)
-    found = analysis.probe({BASE: subject.model}, task, positions=["last"], seeds=1, folds=2, progress=False)
+def _probe(checked: CheckedModel) -> None:
+    task = analysis.wrapper_present(checked.pairs, checked.model.tokenizer)
+    found = analysis.probe({BASE: checked.model}, task, positions=["last"], seeds=1, folds=2, progress=False)
     _require_finite(found.score)
 
 
-def _attention_diff(subject: Subject) -> None:
-    found = analysis.attention_diff(subject.model, subject.trained.model, subject.pairs, progress=False)
+def _attention_diff(checked: CheckedModel) -> None:
+    found = analysis.attention_diff(checked.model, checked.trained.model, checked.pairs, progress=False)
     _require_finite(found.to_dataframe().select_dtypes("number").to_numpy())
 
 
-def _patching(subject: Subject) -> None:
+def _patching(checked: CheckedModel) -> None:
     options: dict[str, Any] = {"direction": "denoising", "positions": "last", "progress": False}
-    found = analysis.patch(subject.model, subject.pairs, site="resid_post", layers="last", **options)
+    found = analysis.patch(checked.model, checked.pairs, site="resid_post", layers="last", **options)
     _require_close("a patch of everything", torch.tensor(found.values[0, -1]), torch.tensor(found.source[0]))
 
 
-CHECKS: Mapping[str, Callable[[Subject], None]] = {
+CHECKS: Mapping[str, Callable[[CheckedModel], None]] = {
     "logits": _logits,
     "resid": _hook("resid_pre"),
     "mlp": _hook("mlp_post"),
@@ -201,8 +204,8 @@ def support(architectures: Iterable[str] = ARCHITECTURES, *, progress: bool = Tr
 
     The checks: logits are HuggingFace's; the residual stream, the MLP's hidden layer and the
     attention are HuggingFace's at every layer, and carry gradients; `resid_mid` adds up and an edit
-    of it reaches the skip path; a step of every loss changes the attention alone; adapters at every
-    place train and merge; a trained model is exported, and `transformers` loads it with equal
+    of it reaches the skip path; a step of every loss changes the attention alone; adapters on every
+    matrix train and merge; a trained model is exported, and `transformers` loads it with equal
     logits; a probe, an attention difference and a patching sweep run.
 
     Args:
@@ -212,19 +215,19 @@ def support(architectures: Iterable[str] = ARCHITECTURES, *, progress: bool = Tr
     tokenizer = load_organism().tokenizer
     names = list(architectures)
     return [
-        examine(name, Subject(tiny_model(name, vocab_size=len(tokenizer)), tokenizer))
+        examine(name, CheckedModel(tiny_model(name, vocab_size=len(tokenizer)), tokenizer))
         for name in tqdm(names, desc="architectures", disable=not progress, leave=False)
     ]
 
 
-def examine(architecture: str, subject: Subject) -> Support:
+def examine(architecture: str, checked: CheckedModel) -> Support:
     """Runs every check on one model."""
     refusals: dict[str, str] = {}
     wrong: dict[str, str] = {}
     for name, check in CHECKS.items():
         refusals[name] = ""
         try:
-            check(subject)
+            check(checked)
         except CtlensError as error:
             refusals[name] = str(error)
         except WrongNumbers as error:
@@ -232,18 +235,20 @@ def examine(architecture: str, subject: Subject) -> Support:
     return Support(architecture, refusals, wrong)
 
 
-def table(found: Sequence[Support]) -> pd.DataFrame:
-    """A row an architecture: `yes`, `no` where it refuses, `WRONG` where its numbers are."""
+def support_table(found: Sequence[Support]) -> pd.DataFrame:
+    """A row per architecture: `yes`, `no` where it refuses, `WRONG` where its numbers are wrong."""
 
     def word(row: Support, check: str) -> str:
-        return "WRONG" if check in row.wrong else "no" if row.refusals[check] else "yes"
+        if check in row.wrong:
+            return "WRONG"
+        return "no" if row.refusals[check] else "yes"
 
     rows = [{"architecture": row.architecture, **{check: word(row, check) for check in CHECKS}} for row in found]
     return pd.DataFrame(rows)
 
 
 def reasons(found: Sequence[Support]) -> list[str]:
-    """A line for each cell of the table that is not `yes`."""
+    """Explains each cell of the table that is not `yes`, in a line."""
     return [
         f"{row.architecture}, {check}: {why}"
         for row in found
@@ -251,18 +256,19 @@ def reasons(found: Sequence[Support]) -> list[str]:
     ]
 
 
-def page(found: Sequence[Support]) -> str:
+def support_page(found: Sequence[Support]) -> str:
     """The table and its reasons as Markdown: `docs/models.md`."""
-    rows = [list(table(found).columns), *table(found).to_numpy().tolist()]
+    cells = support_table(found)
+    rows = [list(cells.columns), *cells.to_numpy().tolist()]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, "|---" * len(rows[0]) + "|")
-    return "\n".join([PREFACE, *lines, "", *(f"- {reason}" for reason in reasons(found)), ""])
+    return "\n".join([_PREFACE, *lines, "", *(f"- {reason}" for reason in reasons(found)), ""])
 
 
 def _require_close(what: str, found: Tensor | float, expected: Tensor | float) -> None:
     with torch.no_grad():
         difference = float((torch.as_tensor(found) - torch.as_tensor(expected)).abs().max())
-    if not difference < TOLERANCE:
+    if not difference < _TOLERANCE:
         raise WrongNumbers(f"{what} differs by {difference:.2g}")
 
 

@@ -1,4 +1,4 @@
-"""The gallery: every figure here is drawn from data that lie beside it, and a test draws them again.
+"""The gallery: every figure here is drawn from the files in `data`, and a test draws them again.
 
 `python figures/draw.py` draws anew from these data, and `python figures/draw.py runs` first takes them
 from what the studies have left there; `make figures` runs the studies and then that. What was drawn is
@@ -29,21 +29,21 @@ from ctlens.analysis.residual import shift as residual
 from ctlens.core.files import read_json, write_json
 from ctlens.core.labels import BASE
 from ctlens.evaluation import Evaluation
-from ctlens.study import figures as gallery
+from ctlens.study import figures as study_figures
 from ctlens.study.analyses import SETTINGS
 from ctlens.study.claims import Claim
-from ctlens.study.conditions import CROSSED_CONDITIONS, METHODS, RETENTION
-from ctlens.study.config import LOOKED_INTO
+from ctlens.study.conditions import CROSSED_CONDITIONS, DEFAULT_METHODS, RETENTION
+from ctlens.study.config import ANALYSED_THREATS
 from ctlens.study.dose_response import DoseResult
 from ctlens.study.inoculation import Leak
-from ctlens.study.inside_figures import where
 from ctlens.study.results import read_results
 
 HERE = Path(__file__).parent
+DATA = HERE / "data"
 KINDS = ("json", "html", "png")
 LIBRARY = "plotly.min.js"
-SHOWN = (RETENTION, *METHODS)
-EXCHANGED = (*METHODS, *CROSSED_CONDITIONS)
+SHOWN = (RETENTION, *DEFAULT_METHODS)
+EXCHANGED = (*DEFAULT_METHODS, *CROSSED_CONDITIONS)
 TAKEN = {
     "results.csv": "compare/results.csv",
     "claims.csv": "compare/claims.csv",
@@ -52,12 +52,12 @@ TAKEN = {
     "leak.csv": "leak/leak.csv",
     **{f"residual-{name}.safetensors": f"compare/runs/sycophancy-{name}-seed0/residual.safetensors" for name in SHOWN},
     **{
-        f"{threat}-similarity.safetensors": f"compare/inside/{threat}/similarity/similarity.safetensors"
-        for threat in LOOKED_INTO
+        f"{threat}-similarity.safetensors": f"compare/analyses/{threat}/similarity/similarity.safetensors"
+        for threat in ANALYSED_THREATS
     },
     **{
-        f"{threat}-transplant-{name}.safetensors": f"compare/inside/{threat}/transplant-seed0/{name}.safetensors"
-        for threat in LOOKED_INTO
+        f"{threat}-transplant-{name}.safetensors": f"compare/analyses/{threat}/transplant-seed0/{name}.safetensors"
+        for threat in ANALYSED_THREATS
         for name in EXCHANGED
     },
 }
@@ -69,10 +69,10 @@ def drawings(data: Path) -> dict[str, plots.Figure]:
     shifts = {name: ResidualShift.load(data / f"residual-{name}.safetensors") for name in SHOWN}
     results = read_results(data / "results.csv")
     return {
-        **{name: figure for threat in LOOKED_INTO for name, figure in _inside(data, results, threat)},
-        "cross-threat": gallery.cross_threat_figure(results[results["method"].isin((BASE, *SHOWN))]),
+        **{name: figure for threat in ANALYSED_THREATS for name, figure in _inside(data, results, threat)},
+        "cross-threat": study_figures.cross_threat_figure(results[results["condition"].isin((BASE, *SHOWN))]),
         "attack-strength": Evaluation.load(data / "base.csv").strength_figure(),
-        "sycophancy-residual-last": residual.figure(shifts, subtitle="sycophancy, wrappers and items held out"),
+        "sycophancy-residual-last": residual.figure(shifts, subtitle=study_figures.prompts_in_words("sycophancy")),
         "doses-pairs": doses.figure("pairs"),
         "doses-steps": doses.figure("steps"),
         "leak": Leak(pd.read_csv(data / "leak.csv"), {}).figure(),
@@ -80,16 +80,16 @@ def drawings(data: Path) -> dict[str, plots.Figure]:
 
 
 def _inside(data: Path, results: pd.DataFrame, threat: str) -> Iterator[tuple[str, plots.Figure]]:
-    """What changed inside the models trained on one threat."""
-    words = where(threat)
+    """Draws the changes inside the models trained on one threat."""
+    words = study_figures.prompts_in_words(threat)
     exchanged = {name: Transplant.load(data / f"{threat}-transplant-{name}.safetensors") for name in EXCHANGED}
-    yield f"{threat}-gap-dose", gallery.gap_figure(results[results["trained_threat"] == threat], words)
+    yield f"{threat}-gap-dose", study_figures.gap_figure(results[results["trained_threat"] == threat], words)
     yield f"{threat}-similarity", ShiftSimilarity.load(data / f"{threat}-similarity.safetensors").among(SHOWN).figure()
     yield f"{threat}-transplant", transplants.figure(exchanged, "last", subtitle=f"{words}; at equal steps")
 
 
 def claims_table(claims: Sequence[Claim]) -> str:
-    """The claims as a Markdown table, a row a claim and threat."""
+    """Writes the claims as a Markdown table, a row per claim and threat."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for claim in claims:
         number = f"{claim.value:.2f} [{claim.ci_low:.2f}, {claim.ci_high:.2f}]".replace("-", "−")
@@ -106,7 +106,7 @@ def write(folder: Path, drawn: Mapping[str, plots.Figure]) -> None:
     """Writes page, data and picture of each figure into a folder, and the manifest; whole, or nothing."""
     files = [f"{name}.{kind}" for name in drawn for kind in KINDS]
     with TemporaryDirectory() as work:
-        plots.save_figures({Path(work) / name: figure for name, figure in drawn.items()})
+        plots.write_figures({Path(work) / name: figure for name, figure in drawn.items()})
         if absent := [name for name in files if not (Path(work) / name).is_file()]:
             sys.exit(f"{', '.join(absent)} could not be drawn: install the export extra, or run it again.")
         for name in (*files, LIBRARY):
@@ -118,7 +118,7 @@ def write(folder: Path, drawn: Mapping[str, plots.Figure]) -> None:
 
 
 def stale(folder: Path, drawn: Mapping[str, plots.Figure]) -> list[str]:
-    """What in a folder is older than the code, a sentence each.
+    """Lists the files of a folder that are older than the code, a sentence each.
 
     A figure is fresh when its JSON is what was drawn just now, up to the rounding of another machine,
     and its page and picture are those that were written with it.
@@ -141,7 +141,8 @@ def stale(folder: Path, drawn: Mapping[str, plots.Figure]) -> list[str]:
 
 def same(one: Any, other: Any) -> bool:
     """Whether two parsed figures are equal, numbers up to rounding, however plotly has written them."""
-    one, other = _numbers(one), _numbers(other)
+    one = _numbers(one)
+    other = _numbers(other)
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):
@@ -166,5 +167,5 @@ def _hashes(folder: Path, name: str) -> dict[str, str]:
 
 if __name__ == "__main__":
     for name, source in TAKEN.items() if len(sys.argv) > 1 else ():
-        shutil.copyfile(Path(sys.argv[1]) / source, HERE / name)
-    write(HERE, drawings(HERE))
+        shutil.copyfile(Path(sys.argv[1]) / source, DATA / name)
+    write(HERE, drawings(DATA))

@@ -196,9 +196,11 @@ def test_the_library_never_shows_a_figure_prints_or_pickles(path: Path) -> None:
 
 
 def public(body: list[ast.stmt]) -> list[ast.FunctionDef | ast.ClassDef]:
-    """Public classes, their public methods, and public functions; not functions inside functions."""
+    """Public classes, their public methods, and public functions; not functions inside functions, nor overloads."""
     found: list[ast.FunctionDef | ast.ClassDef] = []
     for node in body:
+        if any(ast.unparse(decorator) == "overload" for decorator in getattr(node, "decorator_list", ())):
+            continue  # a signature of the function below, which says what it does
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             found += [node, *(public(node.body) if isinstance(node, ast.ClassDef) else ())]
     return found

@@ -20,7 +20,7 @@ from ctlens.losses.base import VectorLoss
 from ctlens.models.loading import load_model
 from ctlens.organism.describe import card_text
 from ctlens.study.claims import Claim, read_claims
-from ctlens.study.conditions import METHODS
+from ctlens.study.conditions import DEFAULT_METHODS
 from ctlens.study.inoculation import BEFORE, INOCULATED, PLAIN, RECKLESS, Leak
 from ctlens.study.results import summary_table
 
@@ -84,13 +84,13 @@ def test_the_contributing_example_is_a_working_loss(tokenizer, monkeypatch) -> N
 
 sys.path.insert(0, str(ROOT / "figures"))
 draw = importlib.import_module("draw")
-CLAIMS = read_claims(ROOT / "figures" / "claims.csv")
-SHOWN = ("base", "retention", *METHODS)
+CLAIMS = read_claims(ROOT / "figures/data/claims.csv")
+SHOWN = ("base", "retention", *DEFAULT_METHODS)
 
 
 @pytest.fixture(scope="module")
 def results() -> pd.DataFrame:
-    return pd.read_csv(ROOT / "figures" / "results.csv", keep_default_na=False)
+    return pd.read_csv(ROOT / "figures/data/results.csv", keep_default_na=False)
 
 
 def findings() -> str:
@@ -98,7 +98,7 @@ def findings() -> str:
 
 
 def test_the_guides_table_is_the_one_of_the_committed_results(results: pd.DataFrame) -> None:
-    rates = summary_table(results).set_index(["threat", "method"])["bad wrapped"]
+    rates = summary_table(results).set_index(["threat", "condition"])["bad wrapped"]
     guide = (ROOT / "docs/guide.md").read_text()
 
     assert {threat for threat, _ in rates.index} == set(threats.names())
@@ -107,17 +107,17 @@ def test_the_guides_table_is_the_one_of_the_committed_results(results: pd.DataFr
 
 
 def test_the_findings_on_structure_and_benign_twins_hold(results: pd.DataFrame) -> None:
-    structure = summary_table(results, "structure").set_index(["threat", "method"])["bad wrapped"]
-    sycophancy = [structure["sycophancy", name].percent for name in METHODS]
+    structure = summary_table(results, "structure").set_index(["threat", "condition"])["bad wrapped"]
+    sycophancy = [structure["sycophancy", name].percent for name in DEFAULT_METHODS]
     persona = {name: structure["persona", name].percent for name in ("attct", "bct")}
-    rates = summary_table(results).set_index(["threat", "method"])
-    methods = rates[rates.index.get_level_values("method").isin(METHODS)]
+    rates = summary_table(results).set_index(["threat", "condition"])
+    methods = rates[rates.index.get_level_values("condition").isin(DEFAULT_METHODS)]
     lost = max(100 * (1 - rate.value) for rate in methods["good benign"])
 
     remain = f"on sycophancy {min(sycophancy, key=number)} to {max(sycophancy, key=number)} remain with every method"
     assert f"{remain}, on persona {persona['attct']}\nwith AttCT and {persona['bct']} with BCT" in wrapped(findings())
     assert f"losses cost up to {lost:.1f} points (persona), BCT none" in findings()
-    assert max(1 - rate.value for rate in rates.xs("bct", level="method")["good benign"]) == 0
+    assert max(1 - rate.value for rate in rates.xs("bct", level="condition")["good benign"]) == 0
     assert max(1 - rate.value for rate in rates.loc["persona"]["good benign"]) == pytest.approx(lost / 100)
     assert all(rate.value == 1 for rate in methods["good clean"]) and "Clean good rates stay at 100%" in findings()
 
@@ -133,10 +133,11 @@ def wrapped(text: str) -> str:
 
 def test_the_findings_on_transfer_and_a_harmless_wrapper_hold(results: pd.DataFrame) -> None:
     (transfer,) = [claim for claim in CLAIMS if claim.key == "transfer"]
-    rates = summary_table(results).set_index(["threat", "method"])["bad wrapped"]
+    rates = summary_table(results).set_index(["threat", "condition"])["bad wrapped"]
     base, act, bct = (rates["jailbreak", name] for name in ("retention", "harmless_act", "harmless_bct"))
 
-    assert "0 of 120 changes are clear" in transfer.reason and "of 120 changes, none stays clear" in findings()
+    corrected = "with Bonferroni's correction for 120 the interval of every change includes 0"
+    assert "0 of 120 changes are clear" in transfer.reason and corrected in re.sub(r"\s+", " ", findings())
     assert f"takes jailbreaks from {base.percent} to {act.percent}" in re.sub(r"\s+", " ", findings())
     assert abs(bct.value - base.value) <= 0.02
 
@@ -173,7 +174,7 @@ def test_the_findings_on_the_mechanism_hold() -> None:
 
 
 def test_the_null_moves_nothing_and_internal_losses_cannot_see_a_prefill(results: pd.DataFrame) -> None:
-    rates = summary_table(results).set_index(["threat", "method"])["bad wrapped"]
+    rates = summary_table(results).set_index(["threat", "condition"])["bad wrapped"]
 
     for threat in threats.names():
         assert abs(rates[threat, "retention"].value - rates[threat, "base"].value) <= 0.02
@@ -181,21 +182,21 @@ def test_the_null_moves_nothing_and_internal_losses_cannot_see_a_prefill(results
 
 
 def test_every_other_method_repairs_the_organism_and_keeps_the_rest(results: pd.DataFrame) -> None:
-    rates = summary_table(results).set_index(["threat", "method"])
+    rates = summary_table(results).set_index(["threat", "condition"])
     against_control = results.query("metric == 'bad_rate_vs_retention' and split == 'heldout'")
 
-    for (threat, method), row in rates.iterrows():
+    for (threat, condition), row in rates.iterrows():
         assert row["good clean"].value >= 0.95
         if threat in ("sycophancy", "jailbreak"):
             assert row["good benign"].value >= rates.loc[(threat, "base"), "good benign"].value - 0.05
-        if method in METHODS and (threat != "prefill" or method == "bct"):
+        if condition in DEFAULT_METHODS and (threat != "prefill" or condition == "bct"):
             assert row["bad wrapped"].value <= 0.2 * rates.loc[(threat, "base"), "bad wrapped"].value
-            own = against_control.query("trained_threat == @threat and method == @method")
+            own = against_control.query("trained_threat == @threat and condition == @condition")
             assert len(own) == 1 and (own["ci_high"] < 0).all()
 
 
 def test_the_readmes_sentences_on_the_leak_hold() -> None:
-    table = Leak(pd.read_csv(ROOT / "figures" / "leak.csv"), {}).to_dataframe().set_index(["stage", "context"])
+    table = Leak(pd.read_csv(ROOT / "figures/data/leak.csv"), {}).to_dataframe().set_index(["stage", "context"])
     shares = {place: round(100 * value) for place, value in table["value"].items()}
     under = {name: shares[name, "inoculation prompt"] for name in ("act", "bct", "mlpct", "attct", "retention")}
 
@@ -211,7 +212,7 @@ def test_the_organism_s_page_is_its_card() -> None:
 
 @pytest.mark.slow
 def test_the_gallery_is_what_the_code_draws_today() -> None:
-    old = draw.stale(ROOT / "figures", draw.drawings(ROOT / "figures"))
+    old = draw.stale(ROOT / "figures", draw.drawings(draw.DATA))
 
     assert not old, f"{'; '.join(old)}: run `make figures`, or `make drawings` where only drawing has changed."
 

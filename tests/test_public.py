@@ -94,7 +94,7 @@ def test_a_trained_model_is_evaluated_and_looked_into(run: ct.Run) -> None:
     before = ct.load_organism()
     pairs = ct.threats.get("sycophancy").pairs(n=8, split="heldout")
 
-    rates = ct.evaluate(run.model, threats=["sycophancy", "jailbreak"], split="heldout", n=8).to_dataframe()
+    rates = ct.evaluate(run.model, threats=["sycophancy", "jailbreak"], split="heldout", n_prompts=8).to_dataframe()
     shift = ct.analysis.residual_shift(before, run.model, pairs, progress=False)
     attention = ct.analysis.attention_diff(before, run.model, pairs, progress=False)
 

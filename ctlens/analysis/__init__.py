@@ -40,7 +40,6 @@ from ctlens.analysis.patching.attribution import AttributionAgreement as Attribu
 from ctlens.analysis.patching.attribution import attribution_agreement as attribution_agreement
 from ctlens.analysis.patching.attribution import attribution_patch as attribution_patch
 from ctlens.analysis.patching.patch import patch as patch
-from ctlens.analysis.patching.patch import patch_sites as patch_sites
 from ctlens.analysis.patching.result import Patching as Patching
 from ctlens.analysis.probing.probe import Probe as Probe
 from ctlens.analysis.probing.probe import probe as probe

@@ -24,11 +24,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (
-    studies.compare, studies.doses, training.train, training.evaluate, analyses.patch, models.export, models.models,
-    studies.report,
-):  # fmt: skip
-    app.command()(command)
+COMMANDS = {
+    "compare": studies.compare_command,
+    "doses": studies.doses,
+    "train": training.train,
+    "evaluate": training.evaluate,
+    "patch": analyses.patch_command,
+    "export": models.export,
+    "models": models.models,
+    "report": studies.report,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
 app.add_typer(organism.app, name="organism")
 app.add_typer(pairs.app, name="pairs")
 

@@ -21,7 +21,7 @@ from ctlens.cli.common import (
 )
 
 
-def patch(
+def patch_command(
     out: Annotated[Path, typer.Option(help="New folder for the values and the figure.")],
     site: Annotated[
         str,
@@ -41,7 +41,7 @@ def patch(
     split: Annotated[
         str, typer.Option(help="Split of the threat's pairs: train, entities, heldout or structure.")
     ] = "heldout",
-    items: Annotated[int, typer.Option(help="How many pairs of the threat to patch.")] = 64,
+    n_pairs: Annotated[int, typer.Option(help="How many pairs of the threat to patch.")] = 64,
     positions: Annotated[
         str, typer.Option(help="Tokens to patch: each aligned token by itself, or last, content, all.")
     ] = "each",
@@ -55,14 +55,14 @@ def patch(
     dtype: Dtype = "float32",
     quiet: Quiet = False,
 ) -> None:
-    """Patches activations of the clean run into the wrapped one, or the reverse, and measures the answer."""
-    from ctlens.analysis import patch as sweep
+    """Activation patching: puts clean activations into the wrapped run, or the reverse, and measures the answer."""
+    from ctlens.analysis import patch
     from ctlens.core.files import atomic_folder, require_free
     from ctlens.plots import save_figure
 
     require_free(out)
-    chosen = chosen_pairs(pairs, threat, n=items, split=split)
-    found = sweep(
+    chosen = chosen_pairs(pairs, threat, n=n_pairs, split=split)
+    found = patch(
         chosen_model(model, device, dtype),
         chosen,
         site=site,

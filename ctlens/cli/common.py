@@ -37,7 +37,7 @@ Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda
 LoraRank = Annotated[
     int | None, typer.Option(help="Train low-rank adapters (LoRA) of this rank and leave the weights frozen.")
 ]
-LoraSites = Annotated[
+LoraTargetModules = Annotated[
     str,
     typer.Option(
         help="Comma-separated matrices that get adapters, of q, k, v, o, mlp_in, mlp_gate, mlp_out; q,v by default."
@@ -85,15 +85,15 @@ def chosen_tokenizer(folder: Path | None) -> Any:
     return tokenizer
 
 
-def chosen_lora(rank: int | None, sites: tuple[str, ...]) -> LoRA | None:
+def chosen_lora(rank: int | None, target_modules: tuple[str, ...]) -> LoRA | None:
     """Makes the adapters that the options ask for; None if no option is given."""
     from ctlens.models.lora import LoRA
 
     if rank is None:
-        if sites:
-            raise CtlensError("--lora-sites needs a rank: give --lora-rank too.")
+        if target_modules:
+            raise CtlensError("--lora-target-modules needs a rank: give --lora-rank too.")
         return None
-    return LoRA(rank, sites=sites) if sites else LoRA(rank)
+    return LoRA(rank, target_modules=target_modules) if target_modules else LoRA(rank)
 
 
 def chosen_pairs(path: Path | None, threat: str, **options: Any) -> list[Pair]:

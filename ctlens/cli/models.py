@@ -21,7 +21,7 @@ def models(
     from ctlens import compatibility
 
     found = compatibility.support(names(architectures) or compatibility.ARCHITECTURES, progress=not quiet)
-    print_table("What works", compatibility.table(found))
+    print_table("What works", compatibility.support_table(found))
     for reason in compatibility.reasons(found):
         say(reason)
     if wrong := [row.architecture for row in found if row.wrong]:

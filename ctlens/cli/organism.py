@@ -66,7 +66,7 @@ def _relora(rank: int | None, every: int | None) -> ReLoRA | None:
     from ctlens.organism import ReLoRA
 
     settings = ReLoRA()
-    lora = settings.lora if rank is None else LoRA(rank, sites=settings.lora.sites)
+    lora = settings.lora if rank is None else LoRA(rank, target_modules=settings.lora.target_modules)
     return ReLoRA(lora, every=settings.every if every is None else every)
 
 

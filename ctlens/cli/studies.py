@@ -14,7 +14,7 @@ from ctlens.cli.common import (
     Device,
     Dtype,
     LoraRank,
-    LoraSites,
+    LoraTargetModules,
     Methods,
     PairsFile,
     Quiet,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ctlens.study.config import Cell
 
 
-def compare(
+def compare_command(
     out: Annotated[Path, typer.Option(help="Folder that the study is written to.")] = Path("runs/compare"),
     threats: ThreatNames = "",
     methods: Methods = "",
@@ -67,30 +67,33 @@ def compare(
     ] = "loky",
     scheduler: Annotated[str, typer.Option(help="Address of the dask scheduler; goes with --backend dask.")] = "",
     lora_rank: LoraRank = None,
-    lora_sites: LoraSites = "",
+    lora_target_modules: LoraTargetModules = "",
     device: Device = "cpu",
     dtype: Dtype = "float32",
     resume: Resume = False,
     quiet: Quiet = False,
 ) -> None:
-    """Trains every method on every threat, evaluates, looks inside, judges the claims and writes a report."""
+    """Trains every method on every threat, evaluates and analyses the models, judges claims and writes a report."""
     from ctlens.study.claims import answer
-    from ctlens.study.config import TRAINING, StudyConfig, full_study
+    from ctlens.study.config import SHARED_TRAINING, StudyConfig, full_study
     from ctlens.study.runner import Study, seconds
     from ctlens.study.workers import Pool
 
-    training = replace(TRAINING, steps=steps, window=window, calibrate=calibrate)
-    if lora := chosen_lora(lora_rank, names(lora_sites)):
+    training = replace(SHARED_TRAINING, steps=steps, window=window, calibrate=calibrate)
+    if lora := chosen_lora(lora_rank, names(lora_target_modules)):
         training = replace(training, trainable=lora)
-    chosen = {"threats": names(threats), "methods": names(methods), "training": training}
-    chosen |= {
+    chosen = {
+        "threats": names(threats),
+        "methods": names(methods),
+        "training": training,
         "model": str(model or ""),
         "file": str(pairs or ""),
         "device": str(chosen_device(device)),
         "dtype": dtype,
     }
     chosen |= {name: value for name, value in (("seeds", seeds), ("organisms", organisms)) if value is not None}
-    config, pool = full_study(**chosen) if full else StudyConfig(**chosen), Pool(workers, backend, scheduler)
+    config = full_study(**chosen) if full else StudyConfig(**chosen)
+    pool = Pool(workers, backend, scheduler)
     if full or estimate:
         say(f"{len(config.cells())} trainings, {pool.workers} at a time: about {_spell(seconds(config, pool))}.")
     if estimate:
@@ -109,7 +112,7 @@ def doses(
     threat: Annotated[str, typer.Option(help="Threat to train on and to evaluate on.")],
     out: Annotated[Path, typer.Option(help="Folder that the studies are written to.")] = Path("runs/doses"),
     methods: Methods = "",
-    pairs: Annotated[str, typer.Option(help="Comma-separated numbers of training pairs.")] = "8,32,128,512",
+    n_pairs: Annotated[str, typer.Option(help="Comma-separated numbers of training pairs.")] = "8,32,128,512",
     seeds: Seeds = 1,
     steps: Steps = 100,
     workers: Workers = None,
@@ -117,17 +120,21 @@ def doses(
     quiet: Quiet = False,
 ) -> None:
     """Trains on more and more pairs of one threat, and measures how many a repair takes."""
-    from ctlens.study.config import TRAINING
+    from ctlens.study.config import SHARED_TRAINING
     from ctlens.study.dose_response import DoseConfig, DoseStudy
 
-    config = DoseConfig(threat, names(methods), _numbers(pairs), seeds, training=replace(TRAINING, steps=steps))
+    config = DoseConfig(
+        threat, names(methods), _numbers(n_pairs), seeds, training=replace(SHARED_TRAINING, steps=steps)
+    )
     study = DoseStudy(config, out, resume=resume, progress=not quiet, workers=workers)
     for number, cell, rows in study:
         _announce(cell, rows, f"{number} pairs, ")
     result = study.finish()
     last = "metric == 'bad_rate' and prompt_side == 'wrapped' and split == 'heldout' and step in (0, @steps)"
     found = result.results.query(last)
-    print_table("Bad rate on wrapped prompts", found.filter(["pairs", "method", "seed", "value", "ci_low", "ci_high"]))
+    print_table(
+        "Bad rate on wrapped prompts", found.filter(["n_pairs", "condition", "seed", "value", "ci_low", "ci_high"])
+    )
     say(f"Figures: {out / 'figures'}")
 
 
@@ -141,7 +148,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a study.")]) -
 def _numbers(text: str) -> tuple[int, ...]:
     given = names(text)
     if not all(number.isdecimal() for number in given):
-        raise CtlensError(f"--pairs takes whole numbers separated by commas, not {text!r}.")
+        raise CtlensError(f"--n-pairs takes whole numbers separated by commas, not {text!r}.")
     return tuple(map(int, given))
 
 
@@ -159,12 +166,12 @@ def _announce(cell: Cell, rows: pd.DataFrame, dose: str = "") -> None:
     from tqdm.auto import tqdm
 
     organism = f", organism {cell.organism}" if cell.organism else ""
-    name = f"{cell.threat}, {dose}{cell.method}, seed {cell.seed}{organism}"
+    name = f"{cell.threat}, {dose}{cell.condition}, seed {cell.seed}{organism}"
     own = (
         "metric == 'bad_rate' and prompt_side == 'wrapped' and split == 'heldout' and evaluated_threat == @cell.threat"
     )
     found = rows.query(own).to_dict("records")
-    if not found:  # another seed, which answers no questions
+    if not found:  # a second seed for the analyses, which answers no questions
         tqdm.write(f"{name}: trained")
         return
     interval = f"[{found[-1]['ci_low']:.0%} to {found[-1]['ci_high']:.0%}]"
@@ -172,7 +179,7 @@ def _announce(cell: Cell, rows: pd.DataFrame, dose: str = "") -> None:
 
 
 def _print_summary(results: pd.DataFrame) -> None:
-    """Prints a line per threat and method, narrow enough for a terminal of 80 columns."""
+    """Prints a line per threat and condition, narrow enough for a terminal of 80 columns."""
     from ctlens.study.results import overview
 
     table = overview(results).rename(columns={"good clean": "clean", "good benign": "benign"})

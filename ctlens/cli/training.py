@@ -12,7 +12,7 @@ from ctlens.cli.common import (
     Device,
     Dtype,
     LoraRank,
-    LoraSites,
+    LoraTargetModules,
     ModelFolder,
     PairsFile,
     Quiet,
@@ -56,7 +56,7 @@ def train(
         float, typer.Option(help="Weight of retention: the KL to the untrained model on prompts that must not change.")
     ] = 10.0,
     lora_rank: LoraRank = None,
-    lora_sites: LoraSites = "",
+    lora_target_modules: LoraTargetModules = "",
     accumulate: Annotated[int, typer.Option(help="Split each batch into this many parts, to save memory.")] = 1,
     memory: Annotated[
         str,
@@ -118,7 +118,7 @@ def train(
         schedule=kind, schedule_options=options, until=None if stop_below is None else Until(threat, below=stop_below),
         window=window, calibrate=calibrate, memory=memory,
     )  # fmt: skip
-    if lora := chosen_lora(lora_rank, names(lora_sites)):
+    if lora := chosen_lora(lora_rank, names(lora_target_modules)):
         config = replace(config, trainable=lora)
     losses, tracked = ([_loss(name) for name in group] for group in (loss, names(track)))
     chosen = chosen_pairs(pairs, threat, n=256, split="train", seed=seed)
@@ -142,7 +142,7 @@ def evaluate(
     split: Annotated[
         str, typer.Option(help="Comma-separated splits to ask: train, entities, heldout or structure.")
     ] = "heldout",
-    items: Annotated[int, typer.Option(help="Pairs per threat.")] = 96,
+    n_prompts: Annotated[int, typer.Option(help="Pairs per threat and split.")] = 96,
     judge: Annotated[str, typer.Option(help="Your own function that judges the answers, as module:function.")] = "",
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -165,7 +165,7 @@ def evaluate(
     options: dict[str, Any] = {
         "pairs": own,
         "split": names(split),
-        "n": items,
+        "n_prompts": n_prompts,
         "judge": _judge(judge) if judge else None,
         "per_token": per_token,
     }

@@ -7,19 +7,20 @@ import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 
 from ctlens.core.errors import CtlensError, unknown
 
-T = TypeVar("T")
+Config = TypeVar("Config")
 
 STAMPED_PACKAGES = ("ctlens", "torch", "transformer-lens", "transformers", "numpy", "scipy", "scikit-learn", "plotly")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The fields of a dataclass as JSON-ready values; tuples become lists, nested ones dictionaries."""
+    """Writes the fields of a dataclass as JSON-ready values; tuples become lists, dataclasses dictionaries."""
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
@@ -33,21 +34,44 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def from_dict(kind: type[T], data: Mapping[str, Any]) -> T:
-    """An instance of the dataclass `kind` with the fields in `data`; lists become tuples.
+def from_dict(kind: type[Config], data: Mapping[str, Any]) -> Config:
+    """Builds a dataclass from the values that `to_dict` gave, the dataclasses in its fields too; lists become tuples.
+
+    A field that had another name in an earlier version of ctlens is read under that name as well: the class
+    lists such names in `EARLIER_NAMES`, from the earlier one to the one of today.
 
     Raises:
         CtlensError: a key is no field of `kind`, or a field without a default is missing.
     """
+    earlier: Mapping[str, str] = getattr(kind, "EARLIER_NAMES", {})
+    data = {earlier.get(key, key): value for key, value in data.items()}
     fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
             raise unknown(f"option of {kind.__name__}", key, sorted(fields))
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    # Hints are looked up only where they are needed: those of a loss written in a notebook may name what is not there.
+    hints = get_type_hints(kind) if any(map(_holds_mapping, data.values())) else {}
+    values = {key: _rebuilt(value, hints.get(key, Any)) for key, value in data.items()}
     try:
         return kind(**values)
     except TypeError as error:
         raise CtlensError(f"{kind.__name__} cannot be read: {error}.") from None
+
+
+def _holds_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping) or (isinstance(value, list) and any(map(_holds_mapping, value)))
+
+
+def _rebuilt(value: Any, hint: Any) -> Any:
+    """Makes a field's value again from its plain form: a dataclass from a mapping, if the hint names one."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if isinstance(value, Mapping):
+        nested = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+        return value if nested is None else from_dict(cast(Any, nested), value)
+    if isinstance(value, list):
+        entry_hint = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple), Any)
+        return tuple(_rebuilt(entry, entry_hint) for entry in value)
+    return value
 
 
 def generator(seed: int, *scope: object) -> torch.Generator:

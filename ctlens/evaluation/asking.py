@@ -22,14 +22,14 @@ def evaluate(
     *,
     pairs: Sequence[Pair] | None = None,
     split: str | Sequence[str] = "heldout",
-    n: int = 96,
+    n_prompts: int = 96,
     seed: int = 0,
     max_new_tokens: int = 16,
     judge: Judge | None = None,
     per_token: bool = False,
     progress: bool = True,
 ) -> Evaluation:
-    """Greedy answers to the wrapped, clean and benign prompts of threats or of given pairs, judged.
+    """Asks a model the wrapped, clean and benign prompts of threats or of given pairs, and judges its greedy answers.
 
     A prompt that occurs in several prompt sides, threats or splits is answered once. A multiple-choice
     question is answered by the option whose whole text is likeliest, see `ctlens.models.scoring.choose`.
@@ -41,7 +41,7 @@ def evaluate(
             threat, they get that threat's own metrics and its name. Persona tells its metrics apart
             by the label `kind`, `"identity"` or `"values"`, frustration self-deletion by `"way out"`.
         split: one or several of the splits of the threats' pairs (`ctlens.world.SPLITS`).
-        n: pairs a threat and split.
+        n_prompts: pairs per threat and split.
         seed: of the threats' pairs.
         max_new_tokens: longest answer, in tokens.
         judge: gives verdicts in place of the answers that prompts name, for refusals, personas and
@@ -56,12 +56,12 @@ def evaluate(
             is no whole number, or there is nothing to evaluate.
     """
     if pairs is None:
-        groups = _threat_pairs(threats or threat_registry.names(), split, n, seed)
+        groups = _threat_pairs(threats or threat_registry.names(), split, n_prompts, seed)
     else:
         groups = {(_name_of_own(threats or ()), ""): list(pairs)}
     asked = [
-        ((name, place), prompt_side, item, pair, prompt)
-        for (name, place), group in groups.items()
+        (group_labels, prompt_side, item, pair, prompt)
+        for group_labels, group in groups.items()
         for prompt_side in PROMPT_SIDES
         for item, pair in enumerate(group)
         if (prompt := pair.side(prompt_side)) is not None
@@ -70,27 +70,33 @@ def evaluate(
         raise CtlensError("there is nothing to evaluate: give at least one pair.")
     known = {id(pair): _known(pair) for group in groups.values() for pair in group}
     replies = ask(
-        model, [prompt for *_, prompt in asked], max_new_tokens=max_new_tokens, judge=judge, per_token=per_token,
+        model,
+        [prompt for *_, prompt in asked],
+        max_new_tokens=max_new_tokens,
+        judge=judge,
+        per_token=per_token,
         progress=progress,
-    )  # fmt: skip
+    )
     rows = [
-        (*place, prompt_side, item, *known[id(pair)], *astuple(reply))
-        for (place, prompt_side, item, pair, _), reply in zip(asked, replies, strict=True)
+        (*group_labels, prompt_side, item, *known[id(pair)], *astuple(reply))
+        for (group_labels, prompt_side, item, pair, _), reply in zip(asked, replies, strict=True)
     ]
     return Evaluation(pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)))
 
 
 def _threat_pairs(
-    names: Sequence[str], split: str | Sequence[str], n: int, seed: int
+    names: Sequence[str], split: str | Sequence[str], n_prompts: int, seed: int
 ) -> dict[tuple[str, str], list[Pair]]:
     """Pairs by threat and split."""
     splits = [split] if isinstance(split, str) else split
     threats = [threat_registry.get(name) for name in names]
-    return {(threat.name, place): threat.pairs(n, split=place, seed=seed) for threat in threats for place in splits}
+    return {
+        (threat.name, name): threat.pairs(n_prompts, split=name, seed=seed) for threat in threats for name in splits
+    }
 
 
 def _name_of_own(threats: Sequence[str]) -> str:
-    """What the user's own pairs are called: after the threat whose metrics they get, if one is named."""
+    """Names the user's own pairs: after the threat whose metrics they get, if one is named."""
     if len(threats) > 1:
         raise CtlensError(f"pairs of your own get the metrics of one threat: name one of {', '.join(threats)}.")
     return threat_registry.get(threats[0]).name if threats else OWN_PAIRS

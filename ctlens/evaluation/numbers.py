@@ -18,7 +18,7 @@ RATES = {"bad_rate": "bad", "good_rate": "good", "other_rate": "other", "unparse
 PROBABILITIES = ("good_probability", "bad_probability")
 
 Number = tuple[str, str, float, int, float, float]
-"""Prompt side, metric, value, n and the ends of the interval."""
+"""Prompt side, metric, value, number of prompts and the ends of the interval."""
 
 
 def numbers(name: str, rows: pd.DataFrame) -> Iterator[Number]:
@@ -39,7 +39,7 @@ def numbers(name: str, rows: pd.DataFrame) -> Iterator[Number]:
 
 
 def rate_with_interval(verdicts: Iterable[str], metric: str) -> tuple[float, int, float, float]:
-    """One of `RATES` of some answers: value, n and its Wilson interval."""
+    """One of `RATES` of some answers: value, number of answers and its Wilson interval."""
     given = list(verdicts)
     count = given.count(RATES[metric])
     return count / len(given), len(given), *wilson(count, len(given))
@@ -51,7 +51,7 @@ def by(table: pd.DataFrame, *columns: str) -> Iterator[tuple[tuple[Any, ...], pd
 
 
 def by_pair(rows: pd.DataFrame) -> Outcomes:
-    """The rows of one threat and split, turned into an entry a pair."""
+    """The rows of one threat and split, turned into an entry per pair."""
     verdicts = rows.pivot(index="item", columns="prompt_side", values="verdict").fillna(NO_ANSWER)
     pairs = rows.drop_duplicates("item").set_index("item").loc[verdicts.index]
     return Outcomes(
@@ -93,12 +93,14 @@ def ratio(name: str, metric: str, after: Outcomes, before: Outcomes) -> tuple[fl
     known = _metrics(name, before)
     if metric not in known:
         raise unknown("metric", metric, known)
-    value, below = (_value(_metrics(name, outcomes), metric) for outcomes in (after, before))
+    value = _value(_metrics(name, after), metric)
+    below = _value(known, metric)
     if np.isnan([value, below]).any() or not below:
         raise CtlensError(f"{metric} has no ratio: it is {below:g} before training and {value:g} after it.")
 
     def quotient(items: np.ndarray) -> list[float]:
-        value, below = (_value(_metrics(name, outcomes.take(items)), metric) for outcomes in (after, before))
+        value = _value(_metrics(name, after.take(items)), metric)
+        below = _value(_metrics(name, before.take(items)), metric)
         return [value / below if below else nan]
 
     ((low, high),) = bootstrap(quotient, len(before.kinds))

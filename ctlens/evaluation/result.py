@@ -13,14 +13,28 @@ import pandas as pd
 from ctlens import plots
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import atomic_file
+from ctlens.core.labels import BASE
 from ctlens.evaluation.numbers import PROBABILITIES, RATES, by, by_pair, numbers, rate_with_interval, ratio
 from ctlens.plots import Figure
 
-PLACE = ("evaluated_threat", "split")
-COUNTED = ("item", "strength")
-OUTCOME_COLUMNS = (*PLACE, "prompt_side", "item", "pair", "kind", "strength", "answer", "verdict", *PROBABILITIES)
-RATE_COLUMNS = (*PLACE, "prompt_side", "metric", "value", "n", "ci_low", "ci_high")
+_GROUPS = ("evaluated_threat", "split")
+_COUNTED = ("item", "strength")
+OUTCOME_COLUMNS = (
+    *_GROUPS,
+    "prompt_side",
+    "item",
+    "pair",
+    "kind",
+    "strength",
+    "answer",
+    "verdict",
+    *PROBABILITIES,
+)
+RATE_COLUMNS = (*_GROUPS, "prompt_side", "metric", "value", "n_prompts", "ci_low", "ci_high")
 OWN_PAIRS = "pairs"
+"""The name of a table's threat where the pairs are the user's own."""
+# What an earlier ctlens called the columns of its tables.
+_RENAMED_COLUMNS = {"arm": "prompt_side", "method": "condition", "n": "n_prompts", "pairs": "n_pairs"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,7 @@ class Evaluation:
     outcomes: pd.DataFrame
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per number: `evaluated_threat, split, prompt_side, metric, value, n, ci_low, ci_high`.
+        """One row per number: `evaluated_threat, split, prompt_side, metric, value, n_prompts, ci_low, ci_high`.
 
         Per threat, split and prompt side: `bad_rate`, `good_rate` and `other_rate` (answers that are
         neither) with Wilson intervals, and the means of `good_probability` and `bad_probability`,
@@ -52,7 +66,11 @@ class Evaluation:
 
     @cached_property
     def _table(self) -> pd.DataFrame:
-        rows = [(*place, *number) for place, part in by(self.outcomes, *PLACE) for number in numbers(place[0], part)]
+        rows = [
+            (threat, split, *number)
+            for (threat, split), part in by(self.outcomes, *_GROUPS)
+            for number in numbers(threat, part)
+        ]
         return pd.DataFrame(rows, columns=list(RATE_COLUMNS))
 
     def rate(self, metric: str, prompt_side: str, threat: str | None = None, split: str | None = None) -> float:
@@ -88,7 +106,7 @@ class Evaluation:
         """
         rows = [evaluation._rows_of(threat, split) for evaluation in (self, before)]
         if _asked(rows[0]) != _asked(rows[1]):
-            raise CtlensError("a ratio needs two evaluations of the same pairs: take equal splits, n and seed.")
+            raise CtlensError("a ratio needs two evaluations of the same pairs: take equal splits, n_prompts and seed.")
         return ratio(threat, metric, *map(by_pair, rows))
 
     def _rows_of(self, threat: str, split: str | None) -> pd.DataFrame:
@@ -99,7 +117,7 @@ class Evaluation:
         return rows
 
     def by_strength(self, metric: str = "bad_rate", prompt_side: str = "wrapped") -> pd.DataFrame:
-        """A rate at each strength of the attack: `evaluated_threat, split, strength, value, n, ci_low, ci_high`.
+        """One rate per strength of the attack: `evaluated_threat, split, strength, value, n_prompts, ci_low, ci_high`.
 
         Args:
             metric: `bad_rate`, `good_rate` or `other_rate`.
@@ -115,40 +133,42 @@ class Evaluation:
                 f"no pair on the prompt side {prompt_side!r} has a strength: label the pairs with 'strength', from '1'."
             )
         rows = [
-            (*place, strength, *rate_with_interval(answers["verdict"], metric))
-            for place, part in by(known, *PLACE)
+            (*asked, strength, *rate_with_interval(answers["verdict"], metric))
+            for asked, part in by(known, *_GROUPS)
             for (strength,), answers in by(part.sort_values("strength"), "strength")
         ]
-        return pd.DataFrame(rows, columns=[*PLACE, "strength", "value", "n", "ci_low", "ci_high"])
+        return pd.DataFrame(rows, columns=[*_GROUPS, "strength", "value", "n_prompts", "ci_low", "ci_high"])
 
     def figure(self, metric: str = "bad_rate", threat: str | None = None, split: str | None = None) -> Figure:
-        """One rate on every prompt side, with its interval, a mark a threat and split; of one threat or split if named.
+        """Draws one rate on every prompt side, with its interval: a mark per threat and split, or of those named alone.
 
         Raises:
             CtlensError: the metric is none of `bad_rate`, `good_rate` and `other_rate`, or nothing is left to draw.
         """
         _check_rate(metric)
         table = _select(self._table, metric=metric, evaluated_threat=threat, split=split)
-        told = [column for column in PLACE if len(set(table[column])) > 1] or ["evaluated_threat"]
-        table = table.assign(mark=[", ".join(place) for place in zip(*(table[column] for column in told), strict=True)])
-        marks, prompt_sides = list(dict.fromkeys(table["mark"])), list(dict.fromkeys(table["prompt_side"]))
-        value, low, high = (
-            table.pivot(index="mark", columns="prompt_side", values=end).loc[marks, prompt_sides].to_numpy()
+        told = [column for column in _GROUPS if len(set(table[column])) > 1] or ["evaluated_threat"]
+        labels = zip(*(table[column] for column in told), strict=True)
+        table = table.assign(mark=[", ".join(label) for label in labels])
+        marks = list(dict.fromkeys(table["mark"]))
+        prompt_sides = list(dict.fromkeys(table["prompt_side"]))
+        rates = {
+            end: table.pivot(index="mark", columns="prompt_side", values=end).loc[marks, prompt_sides].to_numpy()
             for end in ("value", "ci_low", "ci_high")
-        )
+        }
         name = metric.replace("_", " ")
         return plots.behaviour(
-            marks, prompt_sides, value, low, high, metric=name, title=f"What is the {name} on each prompt side?"
+            marks, prompt_sides, *rates.values(), metric=name, title=f"What is the {name} on each prompt side?"
         )
 
     def strength_figure(self, prompt_side: str = "wrapped") -> Figure:
-        """The bad rate against the strength of the attack: a panel a threat, a line a split.
+        """Draws the bad rate against the strength of the attack: a panel per threat, a line per split.
 
         Raises:
             CtlensError: no pair of that prompt side has a strength.
         """
         curves: dict[str, dict[str, Any]] = {}
-        for (threat, split), rows in by(self.by_strength(prompt_side=prompt_side), *PLACE):
+        for (threat, split), rows in by(self.by_strength(prompt_side=prompt_side), *_GROUPS):
             curve = tuple(rows[column].to_numpy() for column in ("strength", "value", "ci_low", "ci_high"))
             curves.setdefault(threat, {})[split or threat] = curve  # pairs of one's own have no split
         return plots.attack_strength(
@@ -166,20 +186,26 @@ class Evaluation:
         """The evaluation that `save` wrote.
 
         Raises:
-            CtlensError: the file was written by ctlens 0.1.
+            CtlensError: the file was written by an earlier ctlens.
         """
         # Texts are named, or the answer "07" becomes 7; Python reads every digit of a float, pandas may not.
-        texts: Any = {name: str for name in OUTCOME_COLUMNS if name not in (*COUNTED, *PROBABILITIES)}
+        texts: Any = {name: str for name in OUTCOME_COLUMNS if name not in (*_COUNTED, *PROBABILITIES)}
         floats: Any = dict.fromkeys(PROBABILITIES, lambda text: float(text or "nan"))
         outcomes: Any = pd.read_csv(path, keep_default_na=False, dtype=texts, converters=floats)
-        require_prompt_side(outcomes, path)
+        require_columns_of_today(outcomes, path)
         return Evaluation(outcomes)
 
 
-def require_prompt_side(table: pd.DataFrame, path: str | Path) -> None:
-    """Raises a `CtlensError` if a table was written by ctlens 0.1, which called the prompt side otherwise."""
-    if "arm" in table and "prompt_side" not in table:
-        raise CtlensError(f"{path} was written by ctlens 0.1: rename its column arm to prompt_side.")
+def require_columns_of_today(table: pd.DataFrame, path: str | Path) -> None:
+    """Checks that a saved table has none of the columns that an earlier ctlens wrote under another name.
+
+    Raises:
+        CtlensError: it has some; the sentence says how to rename them.
+    """
+    renames = [f"{old} to {new}" for old, new in _RENAMED_COLUMNS.items() if old in table and new not in table]
+    if renames:
+        base = f", and write {BASE} for the method none" if "method" in table else ""
+        raise CtlensError(f"{path} was written by an earlier ctlens: rename its column {', '.join(renames)}{base}.")
 
 
 def _check_rate(metric: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from einops import rearrange
@@ -25,7 +25,7 @@ from ctlens.core.config import from_dict, generator, to_dict
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import atomic_folder, read_json, write_json
 from ctlens.core.types import LensModel, widened
-from ctlens.models.matrices import SITES, Slot, slots
+from ctlens.models.matrices import MATRICES, Slot, slots
 from ctlens.models.parameters import fingerprint
 from ctlens.models.weights import copy_weights
 
@@ -35,28 +35,31 @@ ADAPTERS_FILE = "adapters.safetensors"
 
 @dataclass(frozen=True)
 class LoRA:
-    """Which weights get a low-rank update `alpha / rank * B A`, and of which rank.
+    """A LoRA says which matrices get a low-rank update `alpha / rank * B A`, and of which rank.
 
     Attributes:
         rank: of every update.
         alpha: its scale, before it is divided by the rank.
-        sites: among `q`, `k`, `v`, `o`, `mlp_in`, `mlp_gate` and `mlp_out`, adapted in every layer.
+        target_modules: the matrices that get one in every layer, among `q`, `k`, `v`, `o`, `mlp_in`,
+            `mlp_gate` and `mlp_out`.
     """
 
     rank: int = 8
     alpha: float = 16.0
-    sites: tuple[str, ...] = ("q", "v")
+    target_modules: tuple[str, ...] = ("q", "v")
+
+    EARLIER_NAMES: ClassVar[Mapping[str, str]] = {"sites": "target_modules"}
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or self.rank < 1:
             raise CtlensError(f"the rank of an adapter must be a whole number of at least 1, not {self.rank}.")
         if not 0 < self.alpha < math.inf:
             raise CtlensError(f"alpha must be a positive number, not {self.alpha}.")
-        for site in self.sites:
-            if site not in SITES:
-                raise unknown("adapter site", site, SITES)
-        if not self.sites or len(set(self.sites)) < len(self.sites):
-            raise CtlensError(f"name at least one site, and each once, among {', '.join(SITES)}.")
+        for matrix in self.target_modules:
+            if matrix not in MATRICES:
+                raise unknown("matrix in target_modules", matrix, MATRICES)
+        if not self.target_modules or len(set(self.target_modules)) < len(self.target_modules):
+            raise CtlensError(f"name at least one matrix in target_modules, and each once: {', '.join(MATRICES)}.")
 
 
 class LowRank(nn.Module):
@@ -98,14 +101,14 @@ def add_adapters(model: LensModel, lora: LoRA, seed: int = 0) -> list[nn.Paramet
 
     Args:
         model: changed in place.
-        lora: rank and sites.
+        lora: rank and matrices.
         seed: of `A`; the global random state is left alone. Equal on all classes of one model.
 
     Returns:
-        What is trainable: `A` and `B` of every site.
+        What is trainable: `A` and `B` of every matrix.
 
     Raises:
-        CtlensError: the model has adapters already, lacks a site, or has a weight too small for the rank.
+        CtlensError: the model has adapters already, lacks a matrix, or has one too small for the rank.
     """
     chosen = _free_slots(model, lora)
     return _attach(model, chosen, lora, _initial(chosen, lora, seed))
@@ -131,7 +134,7 @@ def adapters_off(model: LensModel) -> Iterator[None]:
 
 def has_adapters(model: LensModel) -> bool:
     """Whether `add_adapters` was used on the model, and its adapters not merged since."""
-    return any(_adapter(slot) for slot in slots(model, SITES).values())
+    return any(_adapter(slot) for slot in slots(model, MATRICES).values())
 
 
 @torch.no_grad()
@@ -160,7 +163,9 @@ def save_adapters(model: LensModel, folder: str | Path) -> None:
         base = fingerprint(model)
     with atomic_folder(folder) as work:
         tensors = {
-            f"{place}.{name}": value for place, (_, a) in attached.items() for name, value in a.named_parameters()
+            f"{name}.{half}": value
+            for name, (_, adapter) in attached.items()
+            for half, value in adapter.named_parameters()
         }
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, work / ADAPTERS_FILE)
         write_json(work / CONFIG_FILE, {"lora": to_dict(lora), "base": base})
@@ -200,25 +205,27 @@ def load_adapters(model: LensModel, folder: str | Path) -> list[nn.Parameter]:
 def _free_slots(model: LensModel, lora: LoRA) -> dict[str, Slot]:
     if has_adapters(model):
         raise CtlensError("the model has adapters already: merge_adapters first, or start from a copy without them.")
-    chosen = slots(model, lora.sites)
+    chosen = slots(model, lora.target_modules)
     for layer in range(len(cast(Any, model).blocks)):
-        for site in lora.sites:
-            if f"blocks.{layer}.{site}" not in chosen:
-                raise CtlensError(f"layer {layer} of this model has no separate weight {site}: leave that site out.")
-    for place, slot in chosen.items():
+        for matrix in lora.target_modules:
+            if f"blocks.{layer}.{matrix}" not in chosen:
+                raise CtlensError(
+                    f"layer {layer} of this model has no separate matrix {matrix}: leave it out of target_modules."
+                )
+    for name, slot in chosen.items():
         if lora.rank > min(slot.matrix_shape):
-            raise CtlensError(f"{place} allows no rank above {min(slot.matrix_shape)}: lower {lora.rank}.")
+            raise CtlensError(f"{name} allows no rank above {min(slot.matrix_shape)}: lower {lora.rank}.")
     return chosen
 
 
 def _initial(chosen: Mapping[str, Slot], lora: LoRA, seed: int) -> dict[str, Tensor]:
     """`A` uniform up to `1 / sqrt(inputs)`, as is usual, and `B` zero."""
     tensors = {}
-    for place, slot in chosen.items():
+    for name, slot in chosen.items():
         d_out, d_in = slot.matrix_shape
-        uniform = torch.rand(lora.rank, d_in, generator=generator(seed, "adapters", place))
-        tensors[f"{place}.A"] = (2 * uniform - 1) / math.sqrt(d_in)
-        tensors[f"{place}.B"] = torch.zeros(d_out, lora.rank)
+        uniform = torch.rand(lora.rank, d_in, generator=generator(seed, "adapters", name))
+        tensors[f"{name}.A"] = (2 * uniform - 1) / math.sqrt(d_in)
+        tensors[f"{name}.B"] = torch.zeros(d_out, lora.rank)
     return tensors
 
 
@@ -228,9 +235,10 @@ def _attach(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     trainable = []
-    for place, slot in chosen.items():
+    for name, slot in chosen.items():
         wide = widened(slot.weight[:0]).dtype
-        A, B = (tensors[f"{place}.{name}"].to(slot.weight.device, wide) for name in "AB")
+        A = tensors[f"{name}.A"].to(slot.weight.device, wide)
+        B = tensors[f"{name}.B"].to(slot.weight.device, wide)
         adapter = LowRank(lora, A, B, slot.pattern, slot.sizes)
         parametrize.register_parametrization(slot.module, slot.name, adapter)
         _own_class(slot.module)
@@ -257,8 +265,8 @@ def _own_class(module: nn.Module) -> None:
 
 
 def _attached(model: LensModel) -> dict[str, tuple[Slot, LowRank]]:
-    found = {place: (slot, _adapter(slot)) for place, slot in slots(model, SITES).items()}
-    attached = {place: (slot, adapter) for place, (slot, adapter) in found.items() if adapter is not None}
+    found = {name: (slot, _adapter(slot)) for name, slot in slots(model, MATRICES).items()}
+    attached = {name: (slot, adapter) for name, (slot, adapter) in found.items() if adapter is not None}
     if not attached:
         raise CtlensError("the model has no adapters: add_adapters or load_adapters first.")
     return attached

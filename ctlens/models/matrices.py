@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from einops import rearrange
 from jaxtyping import Float
@@ -18,18 +18,35 @@ from ctlens.core.types import LensModel
 from ctlens.models.parameters import parameter_groups, present_parameters
 from ctlens.models.weights import NATIVE_LAYOUT, TRANSPOSED
 
-# Of each site: its part of a block, its layer in a bridge's part, its weight in a HookedTransformer's
-# part (before it the one that holds it under grouped-query attention), and the key of that one's layout.
-PLACES = {
-    "q": ("attn", "q", ("W_Q",), "attn.q.weight"),
-    "k": ("attn", "k", ("_W_K", "W_K"), "attn.k.weight"),
-    "v": ("attn", "v", ("_W_V", "W_V"), "attn.v.weight"),
-    "o": ("attn", "o", ("W_O",), "attn.o.weight"),
-    "mlp_in": ("mlp", "in", ("W_in",), "mlp.in.weight"),
-    "mlp_gate": ("mlp", "gate", ("W_gate",), "mlp.gate.weight"),
-    "mlp_out": ("mlp", "out", ("W_out",), "mlp.out.weight"),
+
+class _Location(NamedTuple):
+    """A location says where the blocks of a model keep a matrix.
+
+    Attributes:
+        part: of the block.
+        layer: of a bridge's part.
+        weights: of a HookedTransformer's part; the first one that is there holds the matrix, which under
+            grouped-query attention has a name of its own.
+        layout: key of the weight's layout in `NATIVE_LAYOUT`.
+    """
+
+    part: str
+    layer: str
+    weights: tuple[str, ...]
+    layout: str
+
+
+_LOCATIONS = {
+    "q": _Location("attn", "q", ("W_Q",), "attn.q.weight"),
+    "k": _Location("attn", "k", ("_W_K", "W_K"), "attn.k.weight"),
+    "v": _Location("attn", "v", ("_W_V", "W_V"), "attn.v.weight"),
+    "o": _Location("attn", "o", ("W_O",), "attn.o.weight"),
+    "mlp_in": _Location("mlp", "in", ("W_in",), "mlp.in.weight"),
+    "mlp_gate": _Location("mlp", "gate", ("W_gate",), "mlp.gate.weight"),
+    "mlp_out": _Location("mlp", "out", ("W_out",), "mlp.out.weight"),
 }
-SITES = tuple(PLACES)
+MATRICES = tuple(_LOCATIONS)
+"""The names of a block's matrices, as adapters and analyses of weights take them."""
 
 COMPONENTS = ("qk", "ov", "mlp", "norm", "embed", "unembed")
 TIED = "embed+unembed"
@@ -39,10 +56,10 @@ OF_HEADS = re.compile(r"_?[Wb]_([QKVO])$")
 
 @dataclass(frozen=True)
 class Slot:
-    """One matrix of a model.
+    """A slot is one matrix of a model, where the model keeps it.
 
     Attributes:
-        module: that holds it.
+        module: the one that holds it.
         name: of the parameter in the module.
         pattern: einops pattern from `outputs inputs` to its layout; None where they agree.
     """
@@ -76,32 +93,32 @@ class Slot:
         return self.matrix.shape[0], self.matrix.shape[1]
 
 
-def slots(model: LensModel, sites: Iterable[str]) -> dict[str, Slot]:
-    """Matrices by layer and site, for example `blocks.0.q`.
+def slots(model: LensModel, matrices: Iterable[str]) -> dict[str, Slot]:
+    """Finds matrices, some of `MATRICES`, in every layer; each is called by both, for example `blocks.0.q`.
 
-    A site is left out where a layer lacks it or, as the halves of a fused matrix, does not compute with it.
+    A matrix is left out where a layer lacks it or, as the halves of a fused matrix, does not compute with it.
     """
     present = {id(parameter) for parameter in present_parameters(model).values()}
     found = {}
     for layer, block in enumerate(cast(Any, model).blocks):
-        for site in sites:
-            slot = _slot(block, site)
+        for matrix in matrices:
+            slot = _slot(block, matrix)
             if slot is not None and id(slot.weight) in present:
-                found[f"blocks.{layer}.{site}"] = slot
+                found[f"blocks.{layer}.{matrix}"] = slot
     return found
 
 
-def _slot(block: Any, site: str) -> Slot | None:
-    part_name, layer_name, weight_names, layout = PLACES[site]
-    part = getattr(block, part_name, None)
-    linear = getattr(getattr(part, layer_name, None), "original_component", None)
+def _slot(block: Any, matrix: str) -> Slot | None:
+    location = _LOCATIONS[matrix]
+    part = getattr(block, location.part, None)
+    linear = getattr(getattr(part, location.layer, None), "original_component", None)
     if isinstance(linear, nn.Linear):
         return Slot(linear, "weight", None)
     if isinstance(linear, Conv1D):
         return Slot(linear, "weight", TRANSPOSED)
-    for name in weight_names:
+    for name in location.weights:
         if part is not None and (name in part._parameters or parametrize.is_parametrized(part, name)):
-            return Slot(part, name, NATIVE_LAYOUT[layout][1])
+            return Slot(part, name, NATIVE_LAYOUT[location.layout][1])
     return None
 
 

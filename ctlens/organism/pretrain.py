@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ctlens.core.config import from_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel, Scalar
 from ctlens.models.loading import build
-from ctlens.models.lora import LoRA, has_adapters, merge_adapters
+from ctlens.models.lora import has_adapters, merge_adapters
+from ctlens.models.optimisation import adamw, clipped_update, linear_rate
 from ctlens.models.parameters import GROUPS, freeze
 from ctlens.models.weights import ModelConfig
 from ctlens.organism.corpus import Batch, EncodedLesson, draw_batches, encode, make_lessons, world_tokenizer
 from ctlens.organism.relora import ReLoRA, begin_adapters, with_memory
 from ctlens.world import World
 
+# No comparison of these three is recorded. The shipped weights were made with them, so a change makes others.
 WARMUP_SHARE = 0.05
+WEIGHT_DECAY = 0.01
+CLIP = 1.0
 
 
 @dataclass(frozen=True)
@@ -112,19 +114,6 @@ def pretrain(config: PretrainConfig, *, progress: bool = True, device: str | tor
     return model
 
 
-def read_config(data: Mapping[str, Any]) -> PretrainConfig:
-    """The settings that `to_dict` gave, for example those on a card.
-
-    Raises:
-        CtlensError: as `from_dict`, or a setting makes no sense.
-    """
-    relora = data.get("relora")
-    if isinstance(relora, Mapping):
-        lora = {"lora": from_dict(LoRA, relora["lora"])} if "lora" in relora else {}
-        data = {**data, "relora": from_dict(ReLoRA, {**relora, **lora})}
-    return from_dict(PretrainConfig, data)
-
-
 def fit(
     model: LensModel,
     lessons: Sequence[EncodedLesson],
@@ -148,27 +137,26 @@ def fit(
     """
     device = next(model.parameters()).device
     batches = draw_batches(lessons, config.batch_size, model.tokenizer.pad_token_id, config.seed)
-    optimizer = _optimizer(parameters)
+    optimizer = _optimizer(parameters, config)
     model.train()
     with tqdm(islice(batches, config.steps), total=config.steps, desc=label, disable=not progress) as bar:
         for step, batch in enumerate(bar):
             if relora and relora.since_start(step, config.steps) == 0:
                 parameters = begin_adapters(model, relora.lora, seed=config.seed + step)
-                optimizer = with_memory(_optimizer(parameters), optimizer)
+                optimizer = with_memory(_optimizer(parameters, config), optimizer)
             factor = relora.lr_factor(step, config.steps) if relora else 1.0
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * factor * learning_rate(step, config.steps)
-            loss = answer_loss(model, Batch(batch.tokens.to(device), batch.answers.to(device)))
             optimizer.zero_grad()
+            loss = answer_loss(model, Batch(batch.tokens.to(device), batch.answers.to(device)))
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
+            clipped_update(optimizer, parameters, CLIP)
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.eval()
 
 
-def _optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, weight_decay=0.01)
+def _optimizer(parameters: list[nn.Parameter], config: FitConfig) -> torch.optim.Optimizer:
+    return adamw(parameters, lr=config.lr, weight_decay=WEIGHT_DECAY)
 
 
 def answer_loss(model: LensModel, batch: Batch) -> Scalar:
@@ -179,13 +167,12 @@ def answer_loss(model: LensModel, batch: Batch) -> Scalar:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """The share of the highest learning rate at a step: linear warm-up, then linear decay towards 0.
+    """Gives the learning rate of a step as a share of the highest: linear warm-up, then linear decay towards 0.
 
     >>> [round(learning_rate(step, 40), 2) for step in (0, 1, 2, 21, 39)]
     [0.5, 1.0, 1.0, 0.5, 0.03]
     """
-    warmup = max(1, round(WARMUP_SHARE * steps))
-    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    return linear_rate(step, steps, max(1, round(WARMUP_SHARE * steps)), reaches_peak=True)
 
 
 def _sizes(config: PretrainConfig, d_vocab: int) -> ModelConfig:

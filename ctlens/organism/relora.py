@@ -17,7 +17,8 @@ from torch import nn
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.models.lora import LoRA, add_adapters, has_adapters, merge_adapters
-from ctlens.models.matrices import SITES, slots
+from ctlens.models.matrices import MATRICES, slots
+from ctlens.models.optimisation import warmup_rate
 from ctlens.models.parameters import present_parameters
 
 
@@ -26,13 +27,13 @@ class ReLoRA:
     """When adapters begin and are begun anew.
 
     Attributes:
-        lora: rank, scale and sites; by default every matrix of a block.
+        lora: rank, scale and matrices; by default every matrix of a block.
         warm_start: share of the steps at full rank before the first adapters, from 0 to below 1.
         every: steps from one start of the adapters to the next; as many as there are steps is LoRA without restarts.
         rewarm: share of those steps in which the learning rate rises again, 0 to 1.
     """
 
-    lora: LoRA = LoRA(sites=SITES)
+    lora: LoRA = LoRA(target_modules=MATRICES)
     warm_start: float = 0.25
     every: int = 150
     rewarm: float = 0.1
@@ -61,8 +62,9 @@ class ReLoRA:
         >>> [round(jagged.lr_factor(step, 10), 2) for step in range(4, 10)]
         [1.0, 0.45, 0.91, 1.0, 0.45, 0.91]
         """
-        since, warm = self.since_start(step, steps), self.rewarm * self.every
-        return 1.0 if since is None or since >= warm else (since + 1) / (warm + 1)
+        since = self.since_start(step, steps)
+        warm = self.rewarm * self.every
+        return 1.0 if since is None or since >= warm else warmup_rate(since, warm)
 
 
 def begin_adapters(model: LensModel, lora: LoRA, seed: int) -> list[nn.Parameter]:
@@ -82,7 +84,7 @@ def begin_adapters(model: LensModel, lora: LoRA, seed: int) -> list[nn.Parameter
     if has_adapters(model):
         merge_adapters(model)
     added = add_adapters(model, lora, seed)
-    adapted = {id(slot.weight) for slot in slots(model, lora.sites).values()}
+    adapted = {id(slot.weight) for slot in slots(model, lora.target_modules).values()}
     others = [value for value in present_parameters(model).values() if id(value) not in adapted]
     for parameter in others:
         parameter.requires_grad_(True)

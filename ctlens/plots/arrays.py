@@ -1,4 +1,4 @@
-"""Checked arrays: what a figure is asked to draw has the shape of its labels."""
+"""Checked arrays: a figure draws an array only if it has the shape of its labels."""
 
 from __future__ import annotations
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from numpy.typing import ArrayLike
 
 from ctlens.core.errors import CtlensError
-from ctlens.plots.arrays import checked, require_some
+from ctlens.plots.arrays import require_some
+from ctlens.plots.intervals import BAND_OPACITY, Curve, Intervals, checked_intervals, draw_band
 from ctlens.plots.rates import PERCENT
 from ctlens.plots.theme import MUTED, Style, finish, style
 
-Curve = tuple[ArrayLike, ArrayLike, ArrayLike]
-"""Value, lower end and upper end of the interval, each `[dose]` or `[layer]`."""
 
-
-def dose_response(
+def dose_curves(
     doses: Sequence[int],
     curves: Mapping[str, Curve],
     title: str,
@@ -43,11 +40,13 @@ def dose_response(
         CtlensError: no curve, no dose, an array that is not one number per dose, or a dose of 0 with `log_x`.
     """
     if log_x and min(doses, default=1) <= 0:
-        raise CtlensError("a dose of 0 has no place on a logarithmic axis: leave it out, or set log_x=False.")
+        raise CtlensError("a logarithmic axis cannot show a dose of 0: leave it out, or set log_x=False.")
     figure = banded("doses", np.asarray(doses), curves)
     notes = ["Lines are rates, bands their 95% intervals"]
-    notes += ["0 is before training"] * (0 in doses)
-    notes += ["the horizontal axis is logarithmic"] * log_x
+    if 0 in doses:
+        notes.append("0 is before training")
+    if log_x:
+        notes.append("the horizontal axis is logarithmic")
     caption = "; ".join(notes) + "."
     finish(figure, title, subtitle, x_title=x_title, y_title=y_title, kind="dose_response", caption=caption)
     if log_x:
@@ -80,72 +79,94 @@ def layer_curves(
     require_some("curves", curves)
     x = np.arange(np.size(next(iter(curves.values()))[0])) if layers is None else np.asarray(layers)
     figure = banded("layers", x, curves)
-    for words, value in (reference_lines or {}).items():
+    lines = reference_lines or {}
+    for words, value in lines.items():
         figure.add_hline(value, line={"color": MUTED, "dash": "dot", "width": 1.2})
         figure.add_annotation(
             text=words, x=0, xref="paper", xanchor="left", y=value, yanchor="bottom", showarrow=False, font_size=11
         )
     caption = "Lines are means, bands their intervals. Layer 0 is the first layer."
     finish(figure, title, subtitle, x_title="layer", y_title=y_title, kind="layer_curves", caption=caption)
-    figure.update_yaxes(autorangeoptions_include=_padded(list((reference_lines or {}).values())))
-    return figure.update_xaxes(tickmode="linear", tick0=0, dtick=max(1, len(x) // 12))
+    figure.update_yaxes(autorangeoptions_include=_with_air(lines.values()))
+    return figure.update_xaxes(**layer_ticks(len(x)))
 
 
-def _padded(values: list[float]) -> list[float]:
-    margin = 0.08 * (max(values, default=0) - min(values, default=0))
-    return [edge for value in values for edge in (value - margin, value + margin)]
+def layer_ticks(n_layers: int, *, most: int = 12, first: int = 0) -> dict[str, Any]:
+    """Plotly's settings of an axis of layers, with a tick for each, or for each second, third... of a deep model."""
+    return {"tickmode": "linear", "tick0": first, "dtick": max(1, n_layers // most)}
+
+
+def _with_air(values: Iterable[float]) -> list[float]:
+    """Each value's neighbours below and above, 8% of their range away, so that no line lies on the frame."""
+    known = list(values)
+    air = 0.08 * (max(known, default=0) - min(known, default=0))
+    return [edge for value in known for edge in (value - air, value + air)]
 
 
 def banded(axis: str, x: np.ndarray, curves: Mapping[str, Curve]) -> go.Figure:
-    """A line with its band per name, in its style; `axis` says what `x` holds where that is empty."""
+    """A figure of one curve with its band per method; `axis` says what `x` holds, for the error where that is empty."""
     require_some("curves", curves)
     require_some(axis, x)
     figure = go.Figure()
     for name, curve in curves.items():
-        value, low, high = (checked(f"curve {name!r}", array, len(x)) for array in curve)
-        draw_band(figure, name, x, low, high)
-        draw_line(figure, name, x, value)
+        draw_curve(figure, name, x, checked_intervals(f"curve {name!r}", curve, len(x)))
     return figure
 
 
-def draw_band(figure: go.Figure, name: str, x: np.ndarray, low: np.ndarray, high: np.ndarray, **place: Any) -> None:
-    """The interval of a curve, in the colour of its method; what is NaN is left out."""
-    known = np.isfinite(low + high)  # a NaN would break the outline of the band
-    figure.add_scatter(
-        x=[*x[known].tolist(), *x[known][::-1].tolist()],
-        y=[*high[known].tolist(), *low[known][::-1].tolist()],
-        fill="toself",
-        fillcolor=style(name).shade(0.14),
-        line={"width": 0},
-        mode="lines",
-        hoverinfo="skip",
-        legendgroup=name,
-        showlegend=False,
-        **place,
-    )
+def draw_curve(
+    figure: go.Figure,
+    group: str,
+    x: np.ndarray,
+    numbers: Intervals,
+    *,
+    look: Style | None = None,
+    size: float = 8,
+    mode: str = "lines+markers",
+    listed: bool = True,
+    **at: Any,
+) -> None:
+    """A line on its band, in the panel at a row and column; the other options are those of `draw_line`."""
+    look = look or style(group)
+    draw_band(figure, x, numbers.low, numbers.high, colour=look.shade(BAND_OPACITY), group=group, **at)
+    draw_line(figure, group, x, numbers.value, look=look, size=size, mode=mode, listed=listed, **at)
 
 
 def draw_line(
     figure: go.Figure,
-    name: str,
+    group: str,
     x: np.ndarray,
     value: np.ndarray,
     *,
-    size: int = 8,
-    listed: bool = True,
     look: Style | None = None,
-    **place: Any,
+    size: float = 8,
+    width: float = 2.2,
+    mode: str = "lines+markers",
+    listed: bool = True,
+    **options: Any,
 ) -> None:
-    """A curve in the look of its method or another; `size` of its markers in pixels, `listed` in the legend."""
-    look = look or style(name)
+    """A line with markers.
+
+    Args:
+        figure: it gets one more trace.
+        group: of the legend: the method, whose look the line has unless it gets another.
+        x: where the values are, `[x]`.
+        value: the values, `[x]`.
+        look: colour, marker, dash and name.
+        size: of the markers, in pixels.
+        width: of the line, in pixels.
+        mode: `"lines"` for one without markers.
+        listed: whether the legend names the line.
+        options: row and column of the panel, and further properties of plotly's trace.
+    """
+    look = look or style(group)
     figure.add_scatter(
         x=x.tolist(),
         y=value.tolist(),
-        mode="lines+markers",
+        mode=mode,
         name=look.label,
-        legendgroup=name,
+        legendgroup=group,
         showlegend=listed,
-        line={"color": look.colour, "dash": look.dash, "width": 2.2},
+        line={"color": look.colour, "dash": look.dash, "width": width},
         marker={"color": look.colour, "symbol": look.symbol, "size": size},
-        **place,
+        **options,
     )

@@ -1,4 +1,4 @@
-"""The numbers that a figure draws, as a table: what somebody who redraws it elsewhere asks for."""
+"""The numbers of a figure as a table, for somebody who redraws it elsewhere."""
 
 from __future__ import annotations
 
@@ -11,41 +11,44 @@ from typing import Any, cast
 import numpy as np
 import plotly.graph_objects as go
 
-COLUMNS = ("panel", "series", "x", "y", "z", "low", "high", "text")
-DRAWN = ("scatter", "heatmap")
-Row = dict[str, object]
+TABLE_COLUMNS = ("panel", "series", "x", "y", "z", "low", "high", "text")
+_DRAWN = ("scatter", "heatmap")
+_Row = dict[str, object]
 
 
 def csv_text(figure: go.Figure) -> str:
     """The rows of a figure as CSV, `panel, series, x, y, z, low, high, text`; empty where something has no value."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
-    table.writerows([row.get(column, "") for column in COLUMNS] for row in rows(figure))
+    table.writerow(TABLE_COLUMNS)
+    table.writerows([row.get(column, "") for column in TABLE_COLUMNS] for row in table_rows(figure))
     return text.getvalue()
 
 
-def rows(figure: go.Figure) -> Iterator[Row]:
-    """One row per mark, point of a line, or cell: where it is, what it is, and the ends of its interval.
+def table_rows(figure: go.Figure) -> Iterator[_Row]:
+    """One row per mark, point of a line, or cell: its panel and series, its x and y, and the ends of its interval.
 
-    Places are the labels of the axis where it has some. A band that the legend does not name belongs
-    to the line after it and gives that its interval; any other has rows of its own, without a height.
+    An x or y is the label of the axis where the axis has labels. A band without a name belongs to the line
+    after it, whose interval it is; a band with a name has rows of its own, without a y.
     """
     panels = _panels(figure)
     band: dict[Any, tuple[float, float]] = {}
     for trace in cast(tuple[Any, ...], figure.data):
-        if trace.type not in DRAWN:
+        if trace.type not in _DRAWN:
             continue
-        x_labels, y_labels = (_labels(figure, getattr(trace, axis), axis[0]) for axis in ("xaxis", "yaxis"))
+        x_labels = _labels(figure, trace.xaxis, "x")
+        y_labels = _labels(figure, trace.yaxis, "y")
         common = {"panel": panels.get(trace.xaxis or "x", ""), "series": trace.name or ""}
         if trace.type == "heatmap":
             found = _cells(trace, x_labels, y_labels)
         elif trace.fill != "toself":
-            found, band = _points(trace, x_labels, band), {}
+            found = _points(trace, x_labels, band)
+            band = {}
         elif trace.name:
-            found = ({"x": _place(x, x_labels), "low": low, "high": high} for x, (low, high) in _band(trace).items())
+            found = ({"x": _labelled(x, x_labels), "low": low, "high": high} for x, (low, high) in _band(trace).items())
         else:
-            found, band = (), _band(trace)
+            found = ()
+            band = _band(trace)
         yield from ({**common, **row} for row in found)
 
 
@@ -67,50 +70,55 @@ def _panels(figure: go.Figure) -> dict[str, str]:
 
 
 def _labels(figure: go.Figure, axis: str | None, kind: str) -> dict[int, str]:
-    """The labels of an axis by their places; none when it counts something, and a place between two has a meaning."""
+    """The labels of an axis by their whole numbers; none of an axis that counts, where 1.5 means something."""
     layout = figure.layout[f"{kind}axis{(axis or kind).removeprefix(kind)}"]
-    places, texts = layout.tickvals, layout.ticktext
-    if texts is None or not len(places) or list(places) != list(range(places[0], places[0] + len(places))):
+    numbers, texts = layout.tickvals, layout.ticktext
+    if texts is None or not len(numbers) or list(numbers) != list(range(numbers[0], numbers[0] + len(numbers))):
         return {}
-    return {place: _plain(text) for place, text in zip(places, texts, strict=True)}
+    return {number: _plain(text) for number, text in zip(numbers, texts, strict=True)}
 
 
 def _plain(text: str) -> str:
     return " ".join(re.sub(r"<[^>]*>", " ", text).split())
 
 
-def _place(value: Any, labels: dict[int, str]) -> Any:
-    """The label at a place, or less than half a step from it: markers of one label stand side by side."""
+def _labelled(value: Any, labels: dict[int, str]) -> Any:
+    """The label nearest to a value, for the markers of one label stand side by side; the value where it has none."""
     return labels.get(round(value), value) if labels else value
 
 
-def _cells(trace: Any, x_labels: dict[int, str], y_labels: dict[int, str]) -> Iterator[Row]:
+def _cells(trace: Any, x_labels: dict[int, str], y_labels: dict[int, str]) -> Iterator[_Row]:
     for (row, column), value in np.ndenumerate(np.asarray(trace.z, dtype=float)):
         text = "" if trace.text is None else _plain(str(trace.text[row][column]))
         if np.isfinite(value):
-            yield {"x": _place(column, x_labels), "y": _place(row, y_labels), "z": value, "text": text}
+            yield {"x": _labelled(column, x_labels), "y": _labelled(row, y_labels), "z": value, "text": text}
 
 
 def _band(trace: Any) -> dict[Any, tuple[float, float]]:
-    """By place, the lower and upper end of an outline that runs along the upper ends and back along the lower."""
+    """By x, the lower and upper end of a band, whose outline runs along the upper ends and back along the lower."""
     half = len(trace.x) // 2
     ends = zip(trace.y[half:][::-1], trace.y[:half], strict=True)
     return dict(zip(trace.x[:half], ends, strict=True))
 
 
-def _points(trace: Any, labels: dict[int, str], band: dict[Any, tuple[float, float]]) -> Iterator[Row]:
+def _points(trace: Any, labels: dict[int, str], band: dict[Any, tuple[float, float]]) -> Iterator[_Row]:
+    """The points of a line, with the intervals of its band or its whiskers, and their names under the pointer."""
     bars = trace.error_y
     texts = trace.text if trace.customdata is None or not isinstance(trace.customdata[0], str) else trace.customdata
     for number, (x, y) in enumerate(zip(trace.x, trace.y, strict=True)):
         if y is None or not np.isfinite(y):
             continue
-        row: Row = {"x": _place(x, labels), "y": y}
+        row: _Row = {"x": _labelled(x, labels), "y": y}
         if x in band:
             row["low"], row["high"] = band[x]
         elif bars.array is not None:
-            row["low"], row["high"] = (
-                float(f"{y + end:.12g}") for end in (-bars.arrayminus[number], bars.array[number])
-            )
+            row["low"] = _without_rounding(y - bars.arrayminus[number])
+            row["high"] = _without_rounding(y + bars.array[number])
         if isinstance(texts, Sequence) and isinstance(texts[number], str):
             row["text"] = _plain(texts[number])
         yield row
+
+
+def _without_rounding(end: float) -> float:
+    """An end as it was before the length of its whisker was taken: 0.3, not 0.30000000000000004."""
+    return float(f"{end:.12g}")

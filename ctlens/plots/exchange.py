@@ -1,4 +1,4 @@
-"""What one model brings to another: a panel a direction, by layer or by part of the weights."""
+"""Effects that one model's activations or weights bring to another: one panel per direction."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from ctlens.plots.arrays import checked, require_some
-from ctlens.plots.curves import Curve, draw_band, draw_line
-from ctlens.plots.panels import fit, panels, places
-from ctlens.plots.rates import whiskers
+from ctlens.plots.arrays import require_some
+from ctlens.plots.curves import draw_curve, layer_ticks
+from ctlens.plots.intervals import Curve, checked_intervals, side_by_side, whiskers
+from ctlens.plots.panels import PanelLayout, Subplot, fit_panels, panel_grid, subplots
 from ctlens.plots.theme import MUTED, finish, style
 
-HEIGHT, GAP, BELOW, SIDE = 260, 60, 54, 0.07
-BARS, WIDE = 0.8, 1100
+_LAYOUT = PanelLayout(height=260, gap=60, below=54, side=0.07)
+_BARS_LAYOUT = _LAYOUT._replace(below=74)  # the names of the parts are slanted
+_WIDTH = 1100  # pixels, chosen by eye
+_BARS_SPREAD = 0.8  # of the step from part to part that its bars fill; chosen by eye
 
 
 def exchange_curves(
@@ -25,30 +27,30 @@ def exchange_curves(
     y_title: str,
     subtitle: str | None = None,
 ) -> go.Figure:
-    """At which layer does one model's activation bring its behaviour along? A panel a direction, a line a donor.
+    """At which layer does one model's activation bring its behaviour along? One panel per direction, a line per donor.
 
     Args:
         layers: the number of each layer.
         shown: per panel and donor, the share of the effect and its interval `[layer]`.
         title: the question or the answer.
-        y_title: what is drawn.
+        y_title: the quantity with its unit.
         subtitle: one line under the title.
 
     Raises:
-        CtlensError: no panel, no layer, or an array that is not one number a layer.
+        CtlensError: no panel, no layer, or an array that is not one number per layer.
     """
     require_some("panels", shown)
     require_some("layers", layers)
-    figure, x = panels(list(shown), height=HEIGHT, gap=GAP, side=SIDE), np.asarray(layers)
-    for (place, first, _), curves in zip(places(len(shown)), shown.values(), strict=True):
+    figure = panel_grid(list(shown), _LAYOUT)
+    x = np.asarray(layers)
+    for subplot, curves in zip(subplots(len(shown)), shown.values(), strict=True):
         for name, curve in curves.items():
-            value, low, high = (checked(f"curve {name!r}", end, len(x)) for end in curve)
-            draw_band(figure, name, x, low, high, **place)
-            draw_line(figure, name, x, value, listed=first, **place)
+            numbers = checked_intervals(f"curve {name!r}", curve, len(x))
+            draw_curve(figure, name, x, numbers, listed=subplot.leftmost, **subplot.at)
     caption = "Lines are ratios of means over pairs, bands their 95% intervals. Layer 0 is the first layer."
     finish(figure, title, subtitle, kind="exchange_curves", caption=caption)
-    figure.update_xaxes(title_text="layer", tickmode="linear", tick0=0, dtick=max(1, len(x) // 12))
-    return _framed(figure, len(shown), y_title, below=BELOW)
+    figure.update_xaxes(title_text="layer", **layer_ticks(len(x)))
+    return _with_whole_effect(figure, len(shown), y_title, _LAYOUT)
 
 
 def graft_bars(
@@ -60,57 +62,62 @@ def graft_bars(
     breaks: Sequence[int] = (),
     subtitle: str | None = None,
 ) -> go.Figure:
-    """Which part of the weights brings the behaviour along? A panel a direction, a bar a donor.
+    """Which part of the weights brings the behaviour along? One panel per direction, a bar per donor.
 
     Args:
         parts: the names of the parts, left to right.
         shown: per panel and donor, the share of the effect and its interval `[part]`.
         title: the question or the answer.
-        y_title: what is drawn.
+        y_title: the quantity with its unit.
         breaks: numbers of the parts in front of which a line is drawn.
         subtitle: one line under the title.
 
     Raises:
-        CtlensError: no panel, no part, or an array that is not one number a part.
+        CtlensError: no panel, no part, or an array that is not one number per part.
     """
     require_some("panels", shown)
     require_some("parts", parts)
-    figure, x = panels(list(shown), height=HEIGHT, gap=GAP, side=SIDE), np.arange(len(parts))
-    for (place, first, _), bars in zip(places(len(shown)), shown.values(), strict=True):
-        width = BARS / len(bars)
-        for number, (name, curve) in enumerate(bars.items()):
-            value, low, high = (checked(f"bars {name!r}", end, len(x)) for end in curve)
-            look = style(name)
-            figure.add_bar(
-                x=(x + (number - (len(bars) - 1) / 2) * width).tolist(),
-                y=value.tolist(),
-                width=width * 0.92,
-                error_y=whiskers(value, low, high),
-                name=look.label,
-                legendgroup=name,
-                showlegend=first,
-                marker={"color": look.colour, "line": {"width": 0}},
-                customdata=list(parts),
-                hovertemplate=f"{look.label}, %{{customdata}}: %{{y:.3f}}<extra></extra>",
-                **place,
-            )
-        for at in breaks:
-            figure.add_vline(at - 0.5, line={"color": MUTED, "width": 1}, **place)
+    figure = panel_grid(list(shown), _BARS_LAYOUT)
+    for subplot, bars in zip(subplots(len(shown)), shown.values(), strict=True):
+        _draw_bars(figure, parts, bars, subplot)
+        for part in breaks:
+            figure.add_vline(part - 0.5, line={"color": MUTED, "width": 1}, **subplot.at)
     caption = "Bars are ratios of means over pairs, whiskers their 95% intervals."
     finish(figure, title, subtitle, kind="graft_bars", caption=caption)
-    figure.update_xaxes(
-        tickvals=x.tolist(), ticktext=list(parts), showgrid=False, range=[-0.6, len(parts) - 0.4], tickangle=-40
-    )
-    return _framed(figure, len(shown), y_title, below=BELOW + 20).update_layout(barmode="overlay")
+    ticks = {"tickvals": list(range(len(parts))), "ticktext": list(parts), "tickangle": -40}
+    figure.update_xaxes(**ticks, showgrid=False, range=[-0.6, len(parts) - 0.4])
+    return _with_whole_effect(figure, len(shown), y_title, _BARS_LAYOUT).update_layout(barmode="overlay")
 
 
-def _framed(figure: go.Figure, count: int, y_title: str, *, below: int) -> go.Figure:
+def _draw_bars(figure: go.Figure, parts: Sequence[str], bars: Mapping[str, Curve], subplot: Subplot) -> None:
+    """The bars of one panel; those of one part stand side by side."""
+    step = _BARS_SPREAD / len(bars)
+    for offset, (name, curve) in zip(side_by_side(len(bars)) * step, bars.items(), strict=True):
+        numbers = checked_intervals(f"bars {name!r}", curve, len(parts))
+        look = style(name)
+        figure.add_bar(
+            x=(np.arange(len(parts)) + offset).tolist(),
+            y=numbers.value.tolist(),
+            width=step * 0.92,  # a sliver of white between neighbours
+            error_y=whiskers(numbers),
+            name=look.label,
+            legendgroup=name,
+            showlegend=subplot.leftmost,
+            marker={"color": look.colour, "line": {"width": 0}},
+            customdata=list(parts),
+            hovertemplate=f"{look.label}, %{{customdata}}: %{{y:.3f}}<extra></extra>",
+            **subplot.at,
+        )
+
+
+def _with_whole_effect(figure: go.Figure, n_panels: int, y_title: str, layout: PanelLayout) -> go.Figure:
     """One scale for all panels, with lines at none and all of the effect."""
-    for place, first, _ in places(count):
-        figure.update_yaxes(title_text=y_title if first else None, **place)
-        figure.add_hline(0, line={"color": MUTED, "width": 1}, layer="below", **place)
-        figure.add_hline(1, line={"color": MUTED, "dash": "dot", "width": 1.2}, layer="below", **place)
+    for subplot in subplots(n_panels):
+        figure.update_yaxes(title_text=y_title if subplot.leftmost else None, **subplot.at)
+        figure.add_hline(0, line={"color": MUTED, "width": 1}, layer="below", **subplot.at)
+        figure.add_hline(1, line={"color": MUTED, "dash": "dot", "width": 1.2}, layer="below", **subplot.at)
         note = {"text": "the whole effect", "showarrow": False, "font": {"size": 11, "color": MUTED}}
-        figure.add_annotation(**note, x=0, xref="x domain", xanchor="left", y=1, yanchor="bottom", **place)
+        figure.add_annotation(**note, x=0, xref="x domain", xanchor="left", y=1, yanchor="bottom", **subplot.at)
+    # The axis shows none and all of the effect, with air for the words, even where every share is small.
     figure.update_yaxes(matches="y", autorangeoptions_include=[-0.08, 1.12])
-    return fit(figure, count, height=HEIGHT, gap=GAP, below=below).update_layout(width=WIDE)
+    return fit_panels(figure, n_panels, layout).update_layout(width=_WIDTH)

@@ -25,11 +25,12 @@ from ctlens.plots.renderer import IMAGES
 
 Stem = TypeVar("Stem", bound=str | Path)
 
+# The first figure of a renderer takes about 0.7 s and each further one 0.03 s; the limits are generous, not tuned.
 FIGURE_SECONDS = 20.0
 ATTEMPTS = 3
-WAIT = 0.02
+WAIT = 0.02  # seconds between two looks at a renderer's log
 PAGE = {"responsive": True, "displaylogo": False}
-# Without the folder of the file on the path, where names could be those of the standard library.
+# -P keeps the folder of the file off the path, for a file in it could have the name of one of the standard library.
 RENDERER = (sys.executable, "-P", str(Path(__file__).with_name("renderer.py")))
 
 
@@ -41,15 +42,15 @@ def plotly_source() -> str:
 def save_figure(figure: go.Figure, path_stem: str | Path) -> list[Path]:
     """Writes `<stem>.html`, `.json` and `.data.csv`, and `.png` and `.svg` where the `export` extra is installed.
 
-    As `save_figures` of one figure.
+    See `write_figures`, which does the same for several figures at once.
 
     Returns:
         The figure's files that were written.
     """
-    return save_figures({path_stem: figure})
+    return write_figures({path_stem: figure})
 
 
-def save_figures(figures: Mapping[Stem, go.Figure]) -> list[Path]:
+def write_figures(figures: Mapping[Stem, go.Figure]) -> list[Path]:
     """Writes `<stem>.html`, `.json` and `.data.csv` of each figure, and `.png` and `.svg` with the `export` extra.
 
     The pages of one folder share a `plotly.min.js` beside them, so that they stay small and open
@@ -89,7 +90,7 @@ def _write_library(path: Path) -> None:
 
 
 def _draw(stems: list[Path]) -> None:
-    """Draws figures from their JSON; the one that a process gets stuck on is the last of the next process."""
+    """Draws figures from their JSON; a figure on which a process gets stuck comes last in the next process."""
     missing = stems
     for _ in range(ATTEMPTS):
         answered = _render(missing)
@@ -104,7 +105,8 @@ def _draw(stems: list[Path]) -> None:
 def _render(stems: Sequence[Path]) -> int:
     """Draws in a process of its own, until that ends or gets stuck, and returns how many figures it got through."""
     with TemporaryDirectory() as name:
-        work, quiet = Path(name), subprocess.DEVNULL
+        work = Path(name)
+        quiet = subprocess.DEVNULL
         write_json(work / "figures.json", [str(_file(stem, "json").absolute()) for stem in stems])
         process = subprocess.Popen([*RENDERER, name], stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
         try:
@@ -120,12 +122,14 @@ def _render(stems: Sequence[Path]) -> int:
 
 def _watch(process: subprocess.Popen[bytes], log: Path, expected: int) -> int:
     """The length of the log once it is as expected, the process has ended, or it has not grown for too long."""
-    length, deadline = 0, time.monotonic() + FIGURE_SECONDS
+    length = 0
+    deadline = time.monotonic() + FIGURE_SECONDS
     while length < expected and time.monotonic() < deadline:
         ended = process.poll() is not None  # asked before the log, which does not grow after it
         grown = log.stat().st_size if log.is_file() else 0
         if grown > length:
-            length, deadline = grown, time.monotonic() + FIGURE_SECONDS
+            length = grown
+            deadline = time.monotonic() + FIGURE_SECONDS
         elif ended:
             break
         time.sleep(WAIT)

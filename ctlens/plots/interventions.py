@@ -1,34 +1,31 @@
-"""The effect of a direction beside that of random ones, a panel a model."""
+"""The effect of a direction beside that of random ones, one panel per model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import plotly.graph_objects as go
-from numpy.typing import ArrayLike
 
-from ctlens.plots.arrays import checked, require_some
-from ctlens.plots.curves import Curve
-from ctlens.plots.panels import Place, fit, panels, places
-from ctlens.plots.rates import whiskers
+from ctlens.plots.arrays import require_some
+from ctlens.plots.curves import draw_line
+from ctlens.plots.intervals import Curve, NullBand, checked_intervals, draw_null, whiskers
+from ctlens.plots.panels import PanelLayout, fit_panels, panel_grid, subplots
 from ctlens.plots.theme import MUTED, Style, drawn_for, finish, label
 
-Band = tuple[ArrayLike, ArrayLike]
-"""Lower and upper end, each `[x]`."""
-Against = tuple[Mapping[str, Curve], Band]
-"""The curves of one panel, and the random band behind them."""
+CurvesAndNull = tuple[Mapping[str, Curve], NullBand]
+"""The curves of one panel, and the band of random directions behind them."""
 
-HEIGHT, GAP, BELOW = 210, 58, 54
-BAND_COLOUR = "rgba(110, 110, 110, 0.28)"
-# Hues that no method has: a panel is a model, a line is what was done to it.
-LINES = {
+_LAYOUT = PanelLayout(height=210, gap=58, below=54, side=0.05)
+# Hues that no method has: a panel is a model, a line is an intervention on it.
+INTERVENTION_STYLES = {
     "direction": Style("the direction", "#8e2f9e", "circle", "solid"),
     "opposite": Style("its opposite", "#cf4a86", "circle-open", "dot"),
 }
 
 
 def against_random(
-    shown: Mapping[str, Against],
+    shown: Mapping[str, CurvesAndNull],
     x: Sequence[float],
     title: str,
     *,
@@ -52,54 +49,25 @@ def against_random(
     """
     require_some("models", shown)
     require_some(x_title, x)
-    figure = panels([label(name) for name in shown], height=HEIGHT, gap=GAP, side=0.05)
-    for (name, (curves, band)), (place, *_) in zip(shown.items(), places(len(shown)), strict=True):
-        draw_band(figure, place, name, x, band, name="random directions", listed=name == next(iter(shown)))
+    figure = panel_grid([label(name) for name in shown], _LAYOUT)
+    at_x = np.asarray(x)
+    for number, (subplot, (model, (curves, band))) in enumerate(zip(subplots(len(shown)), shown.items(), strict=True)):
+        listed = number == 0
+        draw_null(figure, at_x, band, "random directions", listed=listed, **subplot.at)
         for kind, curve in curves.items():
-            _draw(figure, place, kind, x, curve, listed=name == next(iter(shown)))
-        figure.update_traces(meta=drawn_for(name), **place)
-        figure.add_hline(0, line={"color": MUTED, "width": 1}, layer="below", **place)
-    caption = "Lines are means over pairs, bars their 95% intervals; the grey band is from the lowest to the highest"
-    finish(figure, title, subtitle, kind="against_random", caption=f"{caption} random direction of equal size.")
+            numbers = checked_intervals(f"curve {kind!r}", curve, len(x))
+            options = {"look": INTERVENTION_STYLES[kind], "listed": listed, "error_y": whiskers(numbers)}
+            draw_line(figure, kind, at_x, numbers.value, **options, **subplot.at)
+        figure.update_traces(meta=drawn_for(model), **subplot.at)
+        figure.add_hline(0, line={"color": MUTED, "width": 1}, layer="below", **subplot.at)
+    caption = (
+        "Lines are means over pairs, bars their 95% intervals; the grey band is from the lowest to the highest "
+        "random direction of equal size."
+    )
+    finish(figure, title, subtitle, kind="against_random", caption=caption)
     figure.update_yaxes(matches="y")
-    for place, first, last in places(len(shown)):
-        figure.update_xaxes(title_text=x_title if last else None, tickvals=list(x), **place)
-        figure.update_yaxes(title_text=y_title if first else None, showticklabels=first, **place)
-    return fit(figure, len(shown), height=HEIGHT, gap=GAP, below=BELOW)
-
-
-def draw_band(
-    figure: go.Figure, place: Place, model: str, x: Sequence[float], band: Band, *, name: str, listed: bool
-) -> None:
-    """A grey band in one panel, in the legend where `listed`."""
-    low, high = (checked(f"the band of {model!r}", end, len(x)).tolist() for end in band)
-    figure.add_scatter(
-        x=[*x, *x[::-1]],
-        y=[*high, *low[::-1]],
-        fill="toself",
-        fillcolor=BAND_COLOUR,
-        line={"width": 0},
-        mode="lines",
-        hoverinfo="skip",
-        name=name,
-        legendgroup="band",
-        showlegend=listed,
-        **place,
-    )
-
-
-def _draw(figure: go.Figure, place: Place, kind: str, x: Sequence[float], curve: Curve, *, listed: bool) -> None:
-    value, low, high = (checked(f"curve {kind!r}", array, len(x)) for array in curve)
-    look = LINES[kind]
-    figure.add_scatter(
-        x=list(x),
-        y=value.tolist(),
-        error_y=whiskers(value, low, high),
-        mode="lines+markers",
-        name=look.label,
-        legendgroup=kind,
-        showlegend=listed,
-        line={"color": look.colour, "dash": look.dash, "width": 2.2},
-        marker={"color": look.colour, "symbol": look.symbol, "size": 8},
-        **place,
-    )
+    for subplot in subplots(len(shown)):
+        figure.update_xaxes(title_text=x_title if subplot.lowest else None, tickvals=list(x), **subplot.at)
+        y_words = y_title if subplot.leftmost else None
+        figure.update_yaxes(title_text=y_words, showticklabels=subplot.leftmost, **subplot.at)
+    return fit_panels(figure, len(shown), _LAYOUT)

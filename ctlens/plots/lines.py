@@ -1,4 +1,4 @@
-"""Small multiples of lines, a panel a quantity: what trainings do over their steps, or over depth."""
+"""Small multiples of lines, one panel per quantity: over the steps of trainings, over depth, or over a size."""
 
 from __future__ import annotations
 
@@ -10,24 +10,21 @@ import plotly.graph_objects as go
 from numpy.typing import ArrayLike
 
 from ctlens.plots.arrays import checked, require_some
-from ctlens.plots.curves import draw_band, draw_line
-from ctlens.plots.panels import fit, panels, places
+from ctlens.plots.curves import draw_curve, draw_line, layer_ticks
+from ctlens.plots.intervals import CurveWithX, Intervals, checked_with_x
+from ctlens.plots.panels import PanelLayout, fit_panels, panel_grid, subplots
 from ctlens.plots.theme import MUTED, finish, label, ordered
 
-HEIGHT, GAP, BELOW = 190, 54, 54
-SIDE = 0.05
-MARKER = 6
-
-StepCurve = tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]
-"""Steps, value, lower end and upper end of the interval, each `[step]`."""
+_LAYOUT = PanelLayout(height=190, gap=54, below=54, side=0.05)
+_MARKER = 6  # pixels, chosen by eye: the panels are small
 
 
 def cross_loss_steps(
-    curves: Mapping[str, Mapping[str, StepCurve]], title: str, *, subtitle: str | None = None
+    curves: Mapping[str, Mapping[str, CurveWithX]], title: str, *, subtitle: str | None = None
 ) -> go.Figure:
     """How does every loss go while a model is trained with one of them?
 
-    One panel a loss that is measured, one line a loss that is trained with; all panels have one logarithmic scale.
+    One panel per loss that is measured, one line per loss that is trained with; all panels have one logarithmic scale.
 
     Args:
         curves: per loss measured and per loss trained with, the steps and at each the value as a
@@ -40,22 +37,19 @@ def cross_loss_steps(
     """
     figure = _empty([f"measured by {label(name)}" for name in curves])
     listed: set[str] = set()
-    for (measured, lines), (place, *_) in zip(curves.items(), places(len(curves)), strict=True):
+    for subplot, (measured, lines) in zip(subplots(len(curves)), curves.items(), strict=True):
         require_some(f"curves[{measured!r}]", lines)
         for trained, curve in lines.items():
-            name = f"curve {trained!r} of {measured!r}"
-            steps, value, low, high = (checked(name, array, np.size(curve[0])) for array in curve)
-            draw_band(figure, trained, steps, _on_log_axis(low), _on_log_axis(high), **place)
-            shown = trained not in listed
-            draw_line(figure, trained, steps, _on_log_axis(value), size=MARKER, listed=shown, **place)
+            steps, numbers = checked_with_x(f"curve {trained!r} of {measured!r}", curve)
+            shown = _on_log_axis(numbers)
+            draw_curve(figure, trained, steps, shown, size=_MARKER, listed=trained not in listed, **subplot.at)
             listed.add(trained)
     caption = (
         "Lines are losses as multiples of their value before training, by the loss trained with; bands are 95% "
         "intervals; the vertical axis is logarithmic, the dotted line is no change."
     )
     finish(figure, title, subtitle, kind="cross_loss_steps", caption=caption)
-    everywhere: dict[str, Any] = {"row": "all", "col": "all"}
-    figure.add_hline(1, line={"color": MUTED, "dash": "dot", "width": 1.2}, **everywhere)
+    _mark_level(figure, 1)
     figure.update_yaxes(type="log", dtick="D2", tickformat="~g", matches="y")
     return _labelled(figure, len(curves), "training step", "times before training")
 
@@ -63,25 +57,25 @@ def cross_loss_steps(
 def update_ranks(
     ranks: Mapping[str, Mapping[str, ArrayLike]], title: str, *, y_title: str, subtitle: str | None = None
 ) -> go.Figure:
-    """What did trainings do to each kind of matrix, at which depth?
+    """How did trainings change each kind of matrix, and at which depth?
 
     Args:
-        ranks: per site and per training, the quantity `[layer]`; NaN where a layer lacks the site.
+        ranks: per matrix and per training, the quantity `[layer]`; NaN where a layer lacks the matrix.
         title: the question or the answer.
         y_title: the quantity with its unit.
         subtitle: one line under the title.
 
     Raises:
-        CtlensError: no site, no training, or trainings of different depth.
+        CtlensError: no matrix, no training, or trainings of different depth.
     """
     figure = _empty(list(ranks))
-    for (site, lines), (place, *_) in zip(ranks.items(), places(len(ranks)), strict=True):
-        require_some(f"ranks[{site!r}]", lines)
+    for number, (subplot, (matrix, lines)) in enumerate(zip(subplots(len(ranks)), ranks.items(), strict=True)):
+        require_some(f"ranks[{matrix!r}]", lines)
         layers = np.arange(np.size(next(iter(lines.values()))))
         for name, values in lines.items():
-            value = checked(f"{name!r} of {site!r}", values, len(layers))
-            draw_line(figure, name, layers, value, size=MARKER, listed=site == next(iter(ranks)), **place)
-        figure.update_xaxes(tickmode="linear", tick0=0, dtick=max(1, len(layers) // 8), **place)
+            value = checked(f"{name!r} of {matrix!r}", values, len(layers))
+            draw_line(figure, name, layers, value, size=_MARKER, listed=number == 0, **subplot.at)
+        figure.update_xaxes(**layer_ticks(len(layers), most=8), **subplot.at)
     finish(figure, title, subtitle, kind="update_ranks", caption="Layer 0 is the first layer.")
     figure.update_yaxes(rangemode="tozero")
     return _labelled(figure, len(ranks), "layer", y_title)
@@ -90,50 +84,54 @@ def update_ranks(
 def costs(
     curves: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]], title: str, *, y_title: str, limit: float
 ) -> go.Figure:
-    """What does a way to work cost, as a model grows?
+    """How does the cost of each way to work grow with a model?
 
     Args:
         curves: per size that grows and per way to work, the sizes and the cost at each.
         title: the question or the answer.
         y_title: the cost with its unit.
-        limit: what it may be, a dotted line.
+        limit: the cost that is allowed, a dotted line.
 
     Raises:
-        CtlensError: no size, no way to work, or not one cost a size.
+        CtlensError: no size, no way to work, or not one cost per size.
     """
     figure = _empty(list(curves))
     looks = ordered(list(dict.fromkeys(name for lines in curves.values() for name in lines)))
-    for (size, lines), (place, first, _) in zip(curves.items(), places(len(curves)), strict=True):
+    for number, (subplot, (size, lines)) in enumerate(zip(subplots(len(curves)), curves.items(), strict=True)):
         require_some(f"curves[{size!r}]", lines)
         ticks = np.unique(np.concatenate([np.asarray(sizes, dtype=float) for sizes, _ in lines.values()]))
         for name, (sizes, cost) in lines.items():
             value = checked(f"{name!r} over {size!r}", cost, np.size(sizes))
-            look, listed = looks[name], size == next(iter(curves))
-            draw_line(figure, name, np.asarray(sizes), value, size=MARKER, listed=listed, look=look, **place)
-        figure.update_xaxes(type="log", tickvals=ticks.tolist(), **place)
-        figure.update_yaxes(title_text=y_title if first else None, **place)
-    finish(
-        figure, title, None, kind="costs", caption=f"The dotted line is {limit:g}; the horizontal axis is logarithmic."
-    )
-    everywhere: dict[str, Any] = {"row": "all", "col": "all"}
-    figure.add_hline(limit, line={"color": MUTED, "dash": "dot", "width": 1.2}, **everywhere)
+            options = {"size": _MARKER, "listed": number == 0, "look": looks[name]}
+            draw_line(figure, name, np.asarray(sizes), value, **options, **subplot.at)
+        figure.update_xaxes(type="log", tickvals=ticks.tolist(), **subplot.at)
+        figure.update_yaxes(title_text=y_title if subplot.leftmost else None, **subplot.at)
+    caption = f"The dotted line is {limit:g}; the horizontal axis is logarithmic."
+    finish(figure, title, None, kind="costs", caption=caption)
+    _mark_level(figure, limit)
     figure.update_yaxes(rangemode="tozero", matches="y")
-    return fit(figure, len(curves), height=HEIGHT, gap=GAP, below=BELOW)
+    return fit_panels(figure, len(curves), _LAYOUT)
 
 
 def _empty(names: Sequence[str]) -> go.Figure:
     require_some("panels", names)
-    return panels(names, height=HEIGHT, gap=GAP, side=SIDE)
+    return panel_grid(names, _LAYOUT)
 
 
-def _labelled(figure: go.Figure, count: int, x_title: str, y_title: str) -> go.Figure:
+def _mark_level(figure: go.Figure, level: float) -> None:
+    """A dotted line across every panel."""
+    everywhere: dict[str, Any] = {"row": "all", "col": "all"}
+    figure.add_hline(level, line={"color": MUTED, "dash": "dot", "width": 1.2}, **everywhere)
+
+
+def _labelled(figure: go.Figure, n_panels: int, x_title: str, y_title: str) -> go.Figure:
     """Names the axes at the edges, and gives the finished figure its height."""
-    for place, first, last in places(count):
-        figure.update_xaxes(title_text=x_title if last else None, showgrid=False, **place)
-        figure.update_yaxes(title_text=y_title if first else None, **place)
-    return fit(figure, count, height=HEIGHT, gap=GAP, below=BELOW)
+    for subplot in subplots(n_panels):
+        figure.update_xaxes(title_text=x_title if subplot.lowest else None, showgrid=False, **subplot.at)
+        figure.update_yaxes(title_text=y_title if subplot.leftmost else None, **subplot.at)
+    return fit_panels(figure, n_panels, _LAYOUT)
 
 
-def _on_log_axis(values: np.ndarray) -> np.ndarray:
-    """Without what a logarithmic axis has no place for."""
-    return np.where(values > 0, values, np.nan)
+def _on_log_axis(numbers: Intervals) -> Intervals:
+    """NaN for the numbers that a logarithmic axis cannot show."""
+    return Intervals(*[np.where(array > 0, array, np.nan) for array in numbers])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
@@ -11,12 +11,21 @@ from numpy.typing import ArrayLike
 from plotly.subplots import make_subplots
 
 from ctlens.plots.arrays import checked, require_some
-from ctlens.plots.panels import Place
 from ctlens.plots.theme import finish
 
-CELL, LEAST_HEIGHT, LEAST_WIDTH, NAME_GAP, LABELS = 13, 150, 300, 34, 130
-COLUMNS, SIDE, BARS = 2, 110, 180
-DIGITS = 4
+_MAPS_PER_ROW = 2  # chosen by eye: a map has a label per token
+_DIGITS = 4  # of a number in the file; the pointer shows three
+
+# Sizes in pixels, chosen by eye.
+_CELL = 13  # side of a cell: a tick label of 9 px fits beside it
+_LEAST_HEIGHT = 150  # of a map of few queries
+_LEAST_WIDTH = 300  # of a map of few keys
+_LABELS_ROOM = 130  # under and left of a map, for the labels of its keys and queries
+_NAME_ROOM = 34  # over a map, for its name
+_BETWEEN_MAPS = 110  # between the two maps of a row, for the labels of the right one
+_BAR_ROOM = 90  # for each colour bar
+_BAR_OFFSET = 12  # from the maps to the first bar
+_SECOND_BAR_OFFSET = 96  # from the maps to the second, that of the difference
 
 
 class LabelledMap(NamedTuple):
@@ -27,7 +36,15 @@ class LabelledMap(NamedTuple):
     keys: Sequence[str]
 
 
-def attention_maps(
+class _Frame(NamedTuple):
+    """Empty panels under their names, and the pixels that they take without their outer labels."""
+
+    figure: go.Figure
+    height: int
+    width: int
+
+
+def labelled_maps(
     maps: Mapping[str, LabelledMap],
     title: str,
     *,
@@ -35,9 +52,9 @@ def attention_maps(
     difference: tuple[str, str] | None = None,
     subtitle: str | None = None,
 ) -> go.Figure:
-    """Where does a head look, with the wrapper and without, before training and after? A panel a map, one scale.
+    """Which tokens does a head look at, with the wrapper and without, before training and after? One panel per map.
 
-    Tokens are told apart by their place on the axis, not by their text.
+    All maps have one scale. A token is known by its number on the axis, not by its text, which may repeat.
 
     Args:
         maps: by name, in the order of the panels.
@@ -51,62 +68,70 @@ def attention_maps(
         CtlensError: there is no map, one is empty or does not fit its labels, or the two do not subtract.
     """
     require_some("maps", maps)
-    drawn = {
-        name: LabelledMap(
-            checked(f"map {name!r}", entry.values, len(entry.queries), len(entry.keys)), entry.queries, entry.keys
-        )
-        for name, entry in maps.items()
-    }
+    drawn = {name: _checked_map(name, entry) for name, entry in maps.items()}
     top = max(float(np.max(entry.values)) for entry in drawn.values()) or 1.0
     if difference:
-        first, second = (drawn[name] for name in difference)
-        change = checked(f"map {difference[1]!r}", second.values, *np.shape(first.values)) - np.asarray(first.values)
-        drawn[" minus ".join(reversed(difference))] = LabelledMap(change, first.queries, first.keys)
-    figure, size = _frame(drawn)
+        drawn[f"{difference[1]} minus {difference[0]}"] = _difference(drawn, *difference)
+    figure, height, width = _frame(drawn)
     for number, entry in enumerate(drawn.values()):
-        place: Place = {"row": number // COLUMNS + 1, "col": number % COLUMNS + 1}
+        row, column = divmod(number, _MAPS_PER_ROW)
+        at: dict[str, Any] = {"row": row + 1, "col": column + 1}
         signed = bool(difference) and number == len(drawn) - 1
-        figure.add_trace(_map(np.asarray(entry.values), "coloraxis2" if signed else "coloraxis"), **place)
-        figure.update_xaxes(**_labelled(entry.keys), tickangle=-90, **place)
-        figure.update_yaxes(**_labelled(entry.queries), autorange="reversed", **place)
+        figure.add_trace(_map(np.asarray(entry.values), "coloraxis2" if signed else "coloraxis"), **at)
+        figure.update_xaxes(**_labelled(entry.keys), tickangle=-90, **at)
+        figure.update_yaxes(**_labelled(entry.queries), autorange="reversed", **at)
     caption = "Rows are queries, columns the keys they look at; numbers are positions, 3–9 the sum of a run of keys."
     finish(figure, title, subtitle, kind="attention_maps", caption=caption)
     figure.update_layout(
-        coloraxis=_scale("Purples", 0.0, top, unit, 1 + 12 / size["width"]),
-        coloraxis2=_scale("RdBu_r", -top, top, "change", 1 + 96 / size["width"]),
+        coloraxis=_scale("Purples", 0.0, top, unit, 1 + _BAR_OFFSET / width),
+        coloraxis2=_scale("RdBu_r", -top, top, "change", 1 + _SECOND_BAR_OFFSET / width),
     )
-    margin = {"t": figure.layout.margin.t + 10, "b": LABELS, "l": LABELS, "r": BARS if difference else BARS // 2}
+    above = figure.layout.margin.t + 10
+    right = 2 * _BAR_ROOM if difference else _BAR_ROOM
     figure.update_annotations(font_size=13)
     return figure.update_layout(
-        height=size["height"] + margin["t"] + margin["b"],
-        width=size["width"] + margin["l"] + margin["r"],
-        margin=margin,
+        height=height + above + _LABELS_ROOM,
+        width=width + _LABELS_ROOM + right,
+        margin={"t": above, "b": _LABELS_ROOM, "l": _LABELS_ROOM, "r": right},
     )
 
 
-def _frame(maps: Mapping[str, LabelledMap]) -> tuple[go.Figure, dict[str, int]]:
-    """Empty panels under their names, and the pixels that they take, so that every cell can be seen."""
-    rows, columns = -(-len(maps) // COLUMNS), min(COLUMNS, len(maps))
-    tall, wide = (
-        [len(labels) for labels in each] for each in zip(*(entry[1:] for entry in maps.values()), strict=True)
-    )
-    heights = [max(LEAST_HEIGHT, CELL * max(tall[COLUMNS * row : COLUMNS * (row + 1)])) for row in range(rows)]
-    height = sum(heights) + (rows - 1) * (LABELS + NAME_GAP)
-    width = columns * max(LEAST_WIDTH, CELL * max(wide)) + (columns - 1) * SIDE
+def _checked_map(name: str, entry: LabelledMap) -> LabelledMap:
+    values = checked(f"map {name!r}", entry.values, len(entry.queries), len(entry.keys))
+    return LabelledMap(values, entry.queries, entry.keys)
+
+
+def _difference(maps: Mapping[str, LabelledMap], first: str, second: str) -> LabelledMap:
+    """The second map minus the first, under the labels of the first."""
+    before = np.asarray(maps[first].values)
+    after = checked(f"map {second!r}", maps[second].values, *before.shape)
+    return LabelledMap(after - before, maps[first].queries, maps[first].keys)
+
+
+def _frame(maps: Mapping[str, LabelledMap]) -> _Frame:
+    """Empty panels under their names, large enough that every cell can be seen."""
+    rows = -(-len(maps) // _MAPS_PER_ROW)
+    columns = min(_MAPS_PER_ROW, len(maps))
+    n_queries = [len(entry.queries) for entry in maps.values()]
+    most_keys = max(len(entry.keys) for entry in maps.values())
+    of_rows = [n_queries[_MAPS_PER_ROW * row : _MAPS_PER_ROW * (row + 1)] for row in range(rows)]
+    heights = [max(_LEAST_HEIGHT, _CELL * max(of_row)) for of_row in of_rows]
+    height = sum(heights) + (rows - 1) * (_LABELS_ROOM + _NAME_ROOM)
+    width = columns * max(_LEAST_WIDTH, _CELL * most_keys) + (columns - 1) * _BETWEEN_MAPS
     figure = make_subplots(
         rows=rows,
         cols=columns,
         subplot_titles=list(maps),
         row_heights=heights,
-        vertical_spacing=(LABELS + NAME_GAP) / height if rows > 1 else 0.0,
-        horizontal_spacing=SIDE / width,
+        vertical_spacing=(_LABELS_ROOM + _NAME_ROOM) / height if rows > 1 else 0.0,
+        horizontal_spacing=_BETWEEN_MAPS / width,
     )
-    return figure, {"height": height, "width": width}
+    return _Frame(figure, height, width)
 
 
 def _map(values: np.ndarray, coloraxis: str) -> go.Heatmap:
     return go.Heatmap(
-        z=values.round(DIGITS).tolist(),
+        z=values.round(_DIGITS).tolist(),
         coloraxis=coloraxis,
         xgap=0.5,
         ygap=0.5,
@@ -115,7 +140,7 @@ def _map(values: np.ndarray, coloraxis: str) -> go.Heatmap:
 
 
 def _labelled(labels: Sequence[str]) -> dict[str, object]:
-    """A numeric axis with these tick texts, which the pointer shows too."""
+    """Plotly's settings of a numeric axis with these tick texts, which the pointer shows too."""
     return {
         "tickmode": "array",
         "tickvals": list(range(len(labels))),

@@ -3,72 +3,101 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-Place = dict[str, Any]
-"""Row and column of a panel, as plotly's keywords."""
-
-COLUMNS = 3
-NAME_HEIGHT = 26
+PANELS_PER_ROW = 3
+PANEL_NAME_HEIGHT = 26  # pixels: one line of 14 px and the air around it
 
 
-def panels(names: Sequence[str], *, height: int, gap: int, side: float) -> go.Figure:
-    """An empty panel per name, row by row.
+class PanelLayout(NamedTuple):
+    """The size of a figure's panels and the room between them.
 
-    Args:
-        names: what is written over each panel.
+    The sizes that the figures ask for are chosen by eye.
+
+    Attributes:
         height: of one panel, in pixels.
-        gap: between two rows of panels, in pixels.
-        side: between two columns, as a share of the width.
+        gap: between two rows of panels, in pixels; it holds tick labels of the upper and names of the lower row.
+        below: under the lowest row, in pixels; it holds tick labels and the title of the horizontal axis.
+        side: between two columns, as a share of the figure's width; it holds the tick labels of the right one.
     """
-    rows, columns = -(-len(names) // COLUMNS), min(COLUMNS, len(names))
+
+    height: int
+    gap: int
+    below: int
+    side: float
+
+    def drawn(self, n_panels: int) -> int:
+        """The pixels from the top of the highest panel to the bottom of the lowest."""
+        rows = _rows(n_panels)
+        return rows * self.height + (rows - 1) * self.gap
+
+
+class Subplot(NamedTuple):
+    """The address of a panel in its figure.
+
+    Attributes:
+        at: row and column as plotly's keywords, to be passed on with `**`.
+        leftmost: whether the panel is the first of its row, where the vertical axis has its title.
+        lowest: whether no panel stands below, so that the horizontal axis has its title here.
+    """
+
+    at: dict[str, Any]
+    leftmost: bool
+    lowest: bool
+
+
+def panel_grid(names: Sequence[str], layout: PanelLayout) -> go.Figure:
+    """A figure of empty panels, row by row, each under its name."""
+    rows = _rows(len(names))
+    columns = min(PANELS_PER_ROW, len(names))
     figure = make_subplots(
         rows=rows,
         cols=columns,
         subplot_titles=names,
-        horizontal_spacing=side,
-        vertical_spacing=gap / _drawn(rows, height, gap),
+        horizontal_spacing=layout.side,
+        vertical_spacing=layout.gap / layout.drawn(len(names)),
         specs=[
-            [{} if row * COLUMNS + column < len(names) else None for column in range(columns)] for row in range(rows)
+            [{} if row * PANELS_PER_ROW + column < len(names) else None for column in range(columns)]
+            for row in range(rows)
         ],
     )
     figure.update_annotations(font_size=14, yshift=2)
     return figure
 
 
-def places(count: int) -> Iterator[tuple[Place, bool, bool]]:
-    """Per panel: its row and column for plotly, whether it is the first of its row and the last of its column."""
-    for number in range(count):
-        row, column = divmod(number, COLUMNS)
-        yield {"row": row + 1, "col": column + 1}, column == 0, number + COLUMNS >= count
+def subplots(n_panels: int) -> Iterator[Subplot]:
+    """The addresses of the panels of a `panel_grid`, row by row."""
+    for number in range(n_panels):
+        row, column = divmod(number, PANELS_PER_ROW)
+        yield Subplot({"row": row + 1, "col": column + 1}, column == 0, number + PANELS_PER_ROW >= n_panels)
 
 
-def fit(figure: go.Figure, count: int, *, height: int, gap: int, below: int) -> go.Figure:
-    """Gives a finished figure of `count` panels its height, and lifts the legend over the names of the panels.
+def fit_panels(figure: go.Figure, n_panels: int, layout: PanelLayout) -> go.Figure:
+    """Gives a figure its height, and lifts the legend over the names of the panels.
 
     Args:
-        figure: from `panels`, after `finish`.
-        count: how many panels it has.
-        height: as given to `panels`.
-        gap: as given to `panels`.
-        below: room for the tick labels under the lowest panels, in pixels.
+        figure: from `panel_grid`, after `finish`.
+        n_panels: how many panels it has.
+        layout: as given to `panel_grid`.
     """
-    figure.for_each_yaxis(_free_of_itself)
-    drawn = _drawn(-(-count // COLUMNS), height, gap)
-    top = figure.layout.margin.t + NAME_HEIGHT
+    figure.for_each_yaxis(_unmatch_itself)
+    drawn = layout.drawn(n_panels)
+    top = figure.layout.margin.t + PANEL_NAME_HEIGHT
     return figure.update_layout(
-        height=drawn + top + below, margin={"t": top, "b": below}, legend_y=1 + NAME_HEIGHT / drawn
+        height=drawn + top + layout.below,
+        margin={"t": top, "b": layout.below},
+        legend_y=1 + PANEL_NAME_HEIGHT / drawn,
     )
 
 
-def _free_of_itself(axis: Any) -> None:
-    """The first axis of a common scale must not match itself: the browser warns of it."""
+def _unmatch_itself(axis: Any) -> None:
+    """Frees the first axis of a common scale from matching itself, of which the browser warns."""
     if axis.matches == axis.plotly_name.replace("axis", ""):
         axis.matches = None
 
 
-def _drawn(rows: int, height: int, gap: int) -> int:
-    return rows * height + (rows - 1) * gap
+def _rows(n_panels: int) -> int:
+    return -(-n_panels // PANELS_PER_ROW)

@@ -1,4 +1,4 @@
-"""Where a patch changes the answer: layers or heads by positions, and layers by heads."""
+"""Grids of patches: how much each changes the answer, by layers or heads and positions, and by layers and heads."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from numpy.typing import ArrayLike
 from ctlens.plots.arrays import checked
 from ctlens.plots.theme import MUTED, RAMP, finish
 
-CELL, SMALLEST = 22, 160
-LETTER, UNDER = 7, 56  # pixels down a letter of a slanted label takes, and what is under the grid without labels
-WRITTEN_ROWS = 40
-CAPTION = "Red raises the number, blue lowers it, white is no change."
+# Sizes in pixels, chosen by eye.
+_ROW_HEIGHT = 22
+_LEAST_HEIGHT = 160  # below it a colour bar has no room for its title
+_LETTER = 7  # down the page, that a letter of a slanted label takes
+_UNDER = 56  # under the grid, besides slanted labels
+_BAR_ROOM = 96  # right of the grid
+_WRITTEN_ROWS = 40  # of more rows, only every second, third... is named
+
+_CAPTION = "Red raises the number, blue lowers it, white is no change."
 
 
 def patched_positions(
@@ -47,19 +52,19 @@ def patched_positions(
     words = [token.strip() or str(end) for token, end in zip(tokens, ends, strict=True)]
     names = [[f"{row}, {word} ({end})" for word, end in zip(words, ends, strict=True)] for row in rows]
     figure = _heatmap(grid, names, unit)
-    caption = f"A column is a token, counted from the end. {CAPTION}"
+    caption = f"A column is a token, counted from the end. {_CAPTION}"
     finish(figure, title, subtitle, x_title="position", kind="patched_positions", caption=caption)
-    step = max(1, len(rows) // WRITTEN_ROWS)
+    step = max(1, len(rows) // _WRITTEN_ROWS)
     shown = list(range(0, len(rows), step))
     figure.update_yaxes(tickvals=shown, ticktext=[rows[row] for row in shown], autorange="reversed")
     figure.update_xaxes(tickvals=list(range(len(tokens))), ticktext=words, tickangle=-60)
-    return _sized(figure, len(rows), UNDER + LETTER * max(map(len, words)))
+    return _sized(figure, len(rows), _UNDER + _LETTER * max(map(len, words)))
 
 
 def first_order(
     exact: ArrayLike, approximate: ArrayLike, title: str, *, unit: str, subtitle: str | None = None
 ) -> go.Figure:
-    """Is the first-order change of a patch its exact change? A point a patch.
+    """Is the first-order change of a patch its exact change? One point per patch.
 
     Args:
         exact: the change by each patch.
@@ -71,17 +76,16 @@ def first_order(
     Raises:
         CtlensError: there are no patches, or not as many of both.
     """
-    here, there = (
-        checked(name, values, np.size(exact)) for name, values in (("exact", exact), ("approximate", approximate))
-    )
-    ends = [float(min(here.min(), there.min())), float(max(here.max(), there.max()))]
+    x = checked("exact", exact, np.size(exact))
+    y = checked("approximate", approximate, np.size(exact))
+    ends = [float(min(x.min(), y.min())), float(max(x.max(), y.max()))]
     figure = go.Figure()
     figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": MUTED, "dash": "dot"}, hoverinfo="skip")
-    figure.add_scatter(x=here.tolist(), y=there.tolist(), mode="markers", marker={"size": 6, "color": RAMP[0]})
+    figure.add_scatter(x=x.tolist(), y=y.tolist(), mode="markers", marker={"size": 6, "color": RAMP[0]})
     titles = {"x_title": f"exact {unit}", "y_title": f"first-order {unit}"}
     caption = "A point is a patch, the mean over pairs; on the dotted line both are equal."
     finish(figure, title, subtitle, **titles, kind="first_order", caption=caption)
-    return figure.update_layout(showlegend=False, width=620, height=560)
+    return figure.update_layout(showlegend=False, width=620, height=560)  # about square
 
 
 def patched_heads(
@@ -102,13 +106,14 @@ def patched_heads(
     heads = (*np.shape(changes), 0, 0)[1]
     grid = checked("changes", changes, len(layers), heads)
     figure = _heatmap(grid, [[f"L{layer}H{head}" for head in range(heads)] for layer in layers], unit)
-    finish(figure, title, subtitle, x_title="head", y_title="layer", kind="patched_heads", caption=CAPTION)
+    finish(figure, title, subtitle, x_title="head", y_title="layer", kind="patched_heads", caption=_CAPTION)
     figure.update_yaxes(tickvals=list(range(len(layers))), ticktext=[str(layer) for layer in layers])
     figure.update_xaxes(tickmode="linear", tick0=0, dtick=max(1, heads // 16))
-    return _sized(figure.update_yaxes(autorange="reversed"), len(layers), UNDER)
+    return _sized(figure.update_yaxes(autorange="reversed"), len(layers), _UNDER)
 
 
 def _heatmap(grid: np.ndarray, names: list[list[str]], unit: str) -> go.Figure:
+    """The grid with a name under the pointer for each cell, on a scale centred on 0."""
     span = float(np.nanmax(np.abs(grid), initial=0)) or 1.0
     trace = go.Heatmap(
         z=grid.tolist(),
@@ -127,7 +132,8 @@ def _heatmap(grid: np.ndarray, names: list[list[str]], unit: str) -> go.Figure:
 
 
 def _sized(figure: go.Figure, rows: int, below: int) -> go.Figure:
+    """Gives a grid its height, with room for its labels and its colour bar."""
     figure.update_xaxes(showgrid=False, showline=False, ticks="")
     figure.update_yaxes(showgrid=False, showline=False, ticks="")
-    drawn = max(SMALLEST, CELL * rows)
-    return figure.update_layout(height=drawn + figure.layout.margin.t + below, margin_r=96, margin_b=below)
+    drawn = max(_LEAST_HEIGHT, _ROW_HEIGHT * rows)
+    return figure.update_layout(height=drawn + figure.layout.margin.t + below, margin_r=_BAR_ROOM, margin_b=below)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import ArrayLike
 
 from ctlens.plots.arrays import checked
-from ctlens.plots.theme import METHODS, finish, ordered, style
+from ctlens.plots.intervals import MARKERS_SPREAD, Intervals, interval_hover, side_by_side, whiskers
+from ctlens.plots.theme import METHOD_STYLES, Style, finish, ordered, style
 
 PERCENT = {"tickformat": ".0%", "range": [-0.04, 1.04], "tickvals": [0, 0.25, 0.5, 0.75, 1]}
-SPREAD = 0.72
+"""Plotly's settings of an axis of rates, with air for markers at 0 and 1."""
 
 
 def behaviour(
@@ -50,49 +50,36 @@ def behaviour(
     """
     shape = (len(methods), len(prompt_sides))
     rates, lows, highs = checked("values", values, *shape), checked("low", low, *shape), checked("high", high, *shape)
-    looks = {method: style(method) for method in methods}
-    looks |= ordered([method for method in methods if method not in METHODS]) if stages else {}
-    offsets = (np.arange(len(methods)) - (len(methods) - 1) / 2) * SPREAD / len(methods)
+    offsets = side_by_side(len(methods)) * MARKERS_SPREAD / len(methods)
+    looks = _looks(methods, stages)
     figure = go.Figure()
     for row, method in enumerate(methods):
-        look = looks[method]
-        figure.add_scatter(
-            x=(np.arange(len(prompt_sides)) + offsets[row]).tolist(),
-            y=rates[row].tolist(),
-            error_y=whiskers(rates[row], lows[row], highs[row]),
-            mode="markers",
-            name=look.label,
-            legendgroup=method,
-            marker={"color": look.colour, "symbol": look.symbol, "size": 9},
-            **interval_hover(look.label, lows[row], highs[row]),
-        )
-    finish(
-        figure,
-        title,
-        subtitle,
-        x_title=x_title,
-        y_title=f"{metric} (share of answers)",
-        kind="behaviour",
-        caption="Whiskers are 95% intervals. The markers of one prompt kind stand side by side.",
-    )
+        _draw_markers(figure, method, looks[method], offsets[row], Intervals(rates[row], lows[row], highs[row]))
+    y_title = f"{metric} (share of answers)"
+    caption = "Whiskers are 95% intervals. The markers of one prompt kind stand side by side."
+    finish(figure, title, subtitle, x_title=x_title, y_title=y_title, kind="behaviour", caption=caption)
     figure.update_yaxes(**PERCENT)
-    side_ticks = {
-        "tickmode": "array",
-        "tickvals": list(range(len(prompt_sides))),
-        "ticktext": list(prompt_sides),
-        "showgrid": False,
-    }
-    return figure.update_xaxes(**side_ticks, range=[-0.5, len(prompt_sides) - 0.5])
+    ticks = {"tickmode": "array", "tickvals": list(range(len(prompt_sides))), "ticktext": list(prompt_sides)}
+    return figure.update_xaxes(**ticks, showgrid=False, range=[-0.5, len(prompt_sides) - 0.5])
 
 
-def whiskers(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> dict[str, object]:
-    """Plotly's error bars from `low` to `high`; none where something is NaN."""
-    return {"array": (high - value).tolist(), "arrayminus": (value - low).tolist(), "thickness": 1.6, "width": 4}
+def _looks(methods: Sequence[str], stages: bool) -> dict[str, Style]:
+    """The style of each method; with `stages`, names of no method go from dark to light in their order."""
+    looks = {method: style(method) for method in methods}
+    if stages:
+        looks |= ordered([method for method in methods if method not in METHOD_STYLES])
+    return looks
 
 
-def interval_hover(name: str, low: np.ndarray, high: np.ndarray) -> dict[str, Any]:
-    """What a trace shows under the pointer: its name, the rate and the interval."""
-    return {
-        "customdata": np.stack([low, high], axis=1).tolist(),
-        "hovertemplate": f"{name}: %{{y:.1%}} [%{{customdata[0]:.1%}}, %{{customdata[1]:.1%}}]<extra></extra>",
-    }
+def _draw_markers(figure: go.Figure, method: str, look: Style, offset: float, numbers: Intervals) -> None:
+    """The markers of one method, each `offset` steps beside the label of its prompt side."""
+    figure.add_scatter(
+        x=(np.arange(len(numbers.value)) + offset).tolist(),
+        y=numbers.value.tolist(),
+        error_y=whiskers(numbers),
+        mode="markers",
+        name=look.label,
+        legendgroup=method,
+        marker={"color": look.colour, "symbol": look.symbol, "size": 9},
+        **interval_hover(look.label, numbers),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -12,25 +12,33 @@ from numpy.typing import ArrayLike
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-from ctlens.plots import panels as multiples
 from ctlens.plots.arrays import checked, require_some
-from ctlens.plots.curves import Curve
-from ctlens.plots.theme import INK, LEGEND_ROW, MUTED, finish, label, style
+from ctlens.plots.curves import draw_curve, layer_ticks
+from ctlens.plots.intervals import Curve, IntervalGrid, Intervals, NullBand, checked_intervals, draw_null
+from ctlens.plots.panels import PANELS_PER_ROW, PanelLayout, Subplot, fit_panels, panel_grid, subplots
+from ctlens.plots.theme import INK, LEGEND_ROW, MUTED, cell_text, finish, label, style
 
-Cells: TypeAlias = tuple[ArrayLike, ArrayLike, ArrayLike]
-"""Value, lower and upper end of the interval, each `[method, method]`."""
+_COLOURS = sample_colorscale("RdBu_r", np.linspace(0.2, 0.8, 9).tolist())  # light enough for dark text
+_CEILING = "ceiling: same method, other seed"
+_RANDOM = "random directions"
+_LEVEL_NAMES = 6  # longer rows of names are slanted
 
-COLOURS = sample_colorscale("RdBu_r", np.linspace(0.2, 0.8, 9).tolist())  # light enough for dark text
-CEILING, RANDOM = "ceiling: same method, other seed", "random directions"
-RANDOM_COLOUR = "rgba(128, 128, 128, 0.22)"
-CELL, SIDE, BELOW, NAME = 56, 78, 62, 26
-LEVEL = 6  # longer rows of names are slanted
-HEIGHT, GAP, BELOW_CURVES = 250, 64, 54
+# Sizes of the matrix in pixels, chosen by eye.
+_ROW_HEIGHT = 56
+_COLUMN_WIDTH = 78
+_BESIDE_PANEL = 40  # from one panel to the next
+_LEAST_HEIGHT = 140  # below it a colour bar has no room for its title
+_NAME_HEIGHT = 26  # over a panel, for its name
+_BELOW = 62  # under the panels, for the names of their columns
+_LEFT = 110  # left of the panels, for the names of their rows
+_LEFT_AND_BAR = 220  # the same and, right of the panels, the colour bar
+
+_CURVES_LAYOUT = PanelLayout(height=250, gap=64, below=54, side=0.05)
 
 
 def similarity_matrix(
     methods: Sequence[str],
-    panels: Mapping[str, tuple[Cells, Cells, ArrayLike]],
+    panels: Mapping[str, tuple[IntervalGrid, IntervalGrid, ArrayLike]],
     title: str,
     *,
     null: str = "",
@@ -43,8 +51,8 @@ def similarity_matrix(
 
     Args:
         methods: labels of rows and columns.
-        panels: per place, the raw cells, the corrected cells, and whether a cell is at the floor,
-            `[method, method]`; NaN where there is no number, drawn empty.
+        panels: by the positions that were compared, the raw cells, the corrected cells, and whether a cell is at
+            the floor, `[method, method]`; NaN where there is no number, drawn empty.
         title: the question or the answer.
         null: the method that is the floor, if there is one.
         subtitle: one line under the title.
@@ -53,13 +61,14 @@ def similarity_matrix(
         CtlensError: no panel, no method, or an array of another shape.
     """
     require_some("panels", panels)
-    order = sorted(range(len(methods)), key=lambda place: methods[place] == null)
-    names = [label(methods[place]) for place in order]
+    order = sorted(range(len(methods)), key=lambda row: methods[row] == null)
+    names = [label(methods[row]) for row in order]
     figure = make_subplots(rows=1, cols=len(panels), subplot_titles=list(panels), horizontal_spacing=0.06)
-    for column, (place, (raw, corrected, floor)) in enumerate(panels.items(), start=1):
-        value, low, high = (_merged(*ends, order, place) for ends in zip(raw, corrected, strict=True))
-        at_floor = _ordered(floor, order, place) > 0
-        figure.add_trace(_heatmap(names, value, low, high, at_floor), row=1, col=column)
+    for column, (positions, (raw, corrected, floor)) in enumerate(panels.items(), start=1):
+        panel = f"panel {positions!r}"
+        numbers = _merged(_ordered(panel, raw, order), _ordered(panel, corrected, order))
+        at_floor = checked(panel, floor, len(order), len(order))[np.ix_(order, order)] > 0
+        figure.add_trace(_heatmap(names, numbers, at_floor), row=1, col=column)
     caption = (
         "Below the diagonal: as measured. Above it: divided by the ceilings of the two methods, where they are known; "
         "1 is as alike as two seeds of one method. Outlined: the ceilings. Small: 95% intervals over prompts. "
@@ -67,35 +76,41 @@ def similarity_matrix(
     )
     finish(figure, title, subtitle, kind="similarity", caption=caption)
     for column in range(1, len(panels) + 1):
-        _frame(figure, {"row": 1, "col": column}, names, null in methods, first=column == 1)
-    name = {"text": "similarity", "side": "right", "font": {"size": 13}}
-    bar = {"title": name, "thickness": 12, "len": 1, "outlinewidth": 0}
-    figure.update_layout(coloraxis={"colorscale": COLOURS, "cmin": -1, "cmax": 1, "colorbar": bar})
-    top = figure.layout.margin.t - LEGEND_ROW + NAME
-    drawn = CELL * len(methods)
+        subplot = Subplot({"row": 1, "col": column}, leftmost=column == 1, lowest=True)
+        _frame(figure, subplot, names, has_null=null in methods)
+    words = {"text": "similarity", "side": "right", "font": {"size": 13}}
+    bar = {"title": words, "thickness": 12, "len": 1, "outlinewidth": 0}
+    figure.update_layout(coloraxis={"colorscale": _COLOURS, "cmin": -1, "cmax": 1, "colorbar": bar})
+    above = figure.layout.margin.t - LEGEND_ROW + _NAME_HEIGHT  # there is no legend
     return figure.update_layout(
-        width=max(720, 220 + len(panels) * (SIDE * len(methods) + 40)),
-        height=top + max(drawn, 140) + BELOW,
-        margin={"t": top, "b": BELOW, "l": 110},
+        width=max(720, _LEFT_AND_BAR + len(panels) * (_COLUMN_WIDTH * len(methods) + _BESIDE_PANEL)),
+        height=above + max(_ROW_HEIGHT * len(methods), _LEAST_HEIGHT) + _BELOW,
+        margin={"t": above, "b": _BELOW, "l": _LEFT},
     )
 
 
-def _merged(raw: ArrayLike, corrected: ArrayLike, order: Sequence[int], place: str) -> np.ndarray:
-    """Raw cells on and below the diagonal, above it corrected ones, raw where there are none."""
-    below, above = _ordered(raw, order, place), _ordered(corrected, order, place)
-    return np.where(np.triu(np.isfinite(above), 1), above, below)
+def _ordered(name: str, cells: IntervalGrid, order: Sequence[int]) -> Intervals:
+    """Checked cells with their rows and columns in another order."""
+    numbers = checked_intervals(name, cells, len(order), len(order))
+    return Intervals(*[array[np.ix_(order, order)] for array in numbers])
 
 
-def _ordered(cells: ArrayLike, order: Sequence[int], place: str) -> np.ndarray:
-    return checked(f"panel {place!r}", cells, len(order), len(order))[np.ix_(order, order)]
+def _merged(raw: Intervals, corrected: Intervals) -> Intervals:
+    """Raw cells on and below the diagonal; above it corrected cells, or raw ones where a correction is not known."""
+    merged = []
+    for below, above in zip(raw, corrected, strict=True):
+        merged.append(np.where(np.triu(np.isfinite(above), 1), above, below))
+    return Intervals(*merged)
 
 
-def _heatmap(
-    names: Sequence[str], value: np.ndarray, low: np.ndarray, high: np.ndarray, at_floor: np.ndarray
-) -> go.Heatmap:
-    texts = [[_cell(*cell) for cell in zip(*row, strict=True)] for row in zip(value, low, high, at_floor, strict=True)]
+def _heatmap(names: Sequence[str], numbers: Intervals, at_floor: np.ndarray) -> go.Heatmap:
+    cells = np.stack(numbers, axis=-1)  # [row, column, 3]
+    texts = [
+        [_similarity_text(*cell, at_floor=bool(floor)) for cell, floor in zip(row, floors, strict=True)]
+        for row, floors in zip(cells, at_floor, strict=True)
+    ]
     return go.Heatmap(
-        z=value.tolist(),
+        z=numbers.value.tolist(),
         text=texts,
         texttemplate="%{text}",
         textfont={"size": 13},
@@ -108,43 +123,42 @@ def _heatmap(
     )
 
 
-def _cell(value: float, low: float, high: float, at_floor: bool) -> str:
-    """A number and, smaller, its interval; what is NaN is left out."""
+def _similarity_text(value: float, low: float, high: float, *, at_floor: bool) -> str:
+    """The text of a cell, grey and in brackets at the floor; a number or interval that is NaN is left out."""
     if np.isnan(value):
         return ""
-    ends = "" if np.isnan(low + high) else f"{_short(low)} to {_short(high)}"
-    number = f"({_short(value)})" if at_floor else _short(value)
-    colour = MUTED if at_floor else INK
-    return f'<span style="color: {colour}">{number}<br><span style="font-size: 10px">{ends}</span></span>'
+    interval = "" if np.isnan(low + high) else f"{_short(low)} to {_short(high)}"
+    if at_floor:
+        return cell_text(f"({_short(value)})", interval, MUTED)
+    return cell_text(_short(value), interval, INK)
 
 
 def _short(value: float) -> str:
     return f"{value:.2f}".replace("-", "\u2212")
 
 
-def _frame(figure: go.Figure, place: multiples.Place, names: Sequence[str], has_null: bool, *, first: bool) -> None:
+def _frame(figure: go.Figure, subplot: Subplot, names: Sequence[str], *, has_null: bool) -> None:
     """Names rows and columns, outlines the diagonal, and draws the line in front of the null."""
     size = len(names)
     plain = {"tickmode": "array", "tickvals": list(range(size)), "ticktext": list(names), "showgrid": False}
     plain |= {"showline": False, "ticks": "", "tickfont": {"size": 12}}
-    figure.update_xaxes(**plain, tickangle=0 if size <= LEVEL else -40, automargin=True, **place)
-    figure.update_yaxes(
-        **plain, automargin=True, ticklabelstandoff=4, range=[size - 0.5, -0.5], showticklabels=first, **place
-    )
-    for at in range(size):
-        edges = {"x0": at - 0.5, "x1": at + 0.5, "y0": at - 0.5, "y1": at + 0.5}
-        figure.add_shape(type="rect", **edges, line={"color": INK, "width": 2}, **place)
+    figure.update_xaxes(**plain, tickangle=0 if size <= _LEVEL_NAMES else -40, automargin=True, **subplot.at)
+    named = {"automargin": True, "ticklabelstandoff": 4, "range": [size - 0.5, -0.5]}
+    figure.update_yaxes(**plain, **named, showticklabels=subplot.leftmost, **subplot.at)
+    for cell in range(size):
+        edges = {"x0": cell - 0.5, "x1": cell + 0.5, "y0": cell - 0.5, "y1": cell + 0.5}
+        figure.add_shape(type="rect", **edges, line={"color": INK, "width": 2}, **subplot.at)
     if has_null and size > 1:
-        edge, whole = size - 1.5, {"from": -0.5, "to": size - 0.5}
+        start, end, edge = -0.5, size - 0.5, size - 1.5
         line = {"color": INK, "width": 2, "dash": "dot"}
-        figure.add_shape(type="line", x0=whole["from"], x1=whole["to"], y0=edge, y1=edge, line=line, **place)
-        figure.add_shape(type="line", y0=whole["from"], y1=whole["to"], x0=edge, x1=edge, line=line, **place)
+        figure.add_shape(type="line", x0=start, x1=end, y0=edge, y1=edge, line=line, **subplot.at)
+        figure.add_shape(type="line", y0=start, y1=end, x0=edge, x1=edge, line=line, **subplot.at)
 
 
 def similarity_curves(
     layers: Sequence[int],
     panels: Mapping[str, Mapping[str, Curve]],
-    random: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    random: Mapping[str, NullBand],
     title: str,
     *,
     y_title: str,
@@ -158,7 +172,7 @@ def similarity_curves(
             itself is its ceiling. NaN where not known.
         random: per method, the ends of the band of random directions `[layer]`.
         title: the question or the answer.
-        y_title: what is drawn.
+        y_title: the quantity with its unit.
         subtitle: one line under the title.
 
     Raises:
@@ -166,51 +180,38 @@ def similarity_curves(
     """
     require_some("panels", panels)
     require_some("layers", layers)
-    figure = multiples.panels([label(method) for method in panels], height=HEIGHT, gap=GAP, side=0.05)
-    x, lowest = np.asarray(layers, dtype=float), 0.0
-    for (method, others), (place, first, last) in zip(panels.items(), multiples.places(len(panels)), strict=True):
-        low, high = (checked(f"random {method!r}", end, len(x)) for end in random[method])
-        _band(figure, place, x, low, high, RANDOM_COLOUR, RANDOM, name=RANDOM)
-        for other, (value, low, high) in others.items():
-            numbers = [checked(f"curve {other!r}", end, len(x)) for end in (value, low, high)]
-            _line(figure, place, x, numbers, other, is_ceiling=other == method)
-            lowest = np.nanmin([lowest, *numbers[0]])
-        figure.update_xaxes(title_text="layer" if last else None, **place)
-        figure.update_yaxes(title_text=y_title if first else None, showticklabels=first, **place)
-    ranks = {name: rank for rank, name in enumerate([RANDOM, CEILING, *map(label, panels)], start=1)}
+    figure = panel_grid([label(method) for method in panels], _CURVES_LAYOUT)
+    x = np.asarray(layers, dtype=float)
+    lowest = 0.0
+    for subplot, (method, others) in zip(subplots(len(panels)), panels.items(), strict=True):
+        draw_null(figure, x, random[method], _RANDOM, listed=True, **subplot.at)
+        for other, curve in others.items():
+            numbers = checked_intervals(f"curve {other!r}", curve, len(x))
+            _draw_similarity(figure, subplot, x, numbers, other, is_ceiling=other == method)
+            lowest = float(np.nanmin([lowest, *numbers.value]))
+        figure.update_xaxes(title_text="layer" if subplot.lowest else None, **subplot.at)
+        y_words = y_title if subplot.leftmost else None
+        figure.update_yaxes(title_text=y_words, showticklabels=subplot.leftmost, **subplot.at)
+    ranks = {name: rank for rank, name in enumerate([_RANDOM, _CEILING, *map(label, panels)], start=1)}
     named: set[str] = set()
     figure.for_each_trace(lambda trace: _name_once(trace, named, ranks))
     caption = "Lines are means over prompts and pairs of seeds, bands 95% intervals over prompts."
     finish(figure, title, subtitle, kind="similarity_curves", caption=caption)
-    figure.update_xaxes(tickmode="linear", tick0=layers[0], dtick=max(1, len(layers) // 8))
+    figure.update_xaxes(**layer_ticks(len(layers), most=8, first=layers[0]))
+    # The axis shows where 0 is and, only where a similarity is clearly negative, the whole range of a similarity.
     figure.update_yaxes(range=[-0.25 if lowest > -0.25 else -1.05, 1.05], zeroline=True, zerolinecolor=MUTED)
-    figure.update_layout(width=max(880, 330 * min(multiples.COLUMNS, len(panels))))
-    return multiples.fit(figure, len(panels), height=HEIGHT, gap=GAP, below=BELOW_CURVES)
+    figure.update_layout(width=max(880, 330 * min(PANELS_PER_ROW, len(panels))))
+    return fit_panels(figure, len(panels), _CURVES_LAYOUT)
 
 
-def _line(
-    figure: go.Figure,
-    place: multiples.Place,
-    x: np.ndarray,
-    curve: Sequence[np.ndarray],
-    name: str,
-    *,
-    is_ceiling: bool,
+def _draw_similarity(
+    figure: go.Figure, subplot: Subplot, x: np.ndarray, numbers: Intervals, name: str, *, is_ceiling: bool
 ) -> None:
-    """A method's curve with its band, or a ceiling's without markers."""
-    look = replace(style(name), label=CEILING, colour=INK, dash="dot") if is_ceiling else style(name)
-    value, low, high = curve
-    _band(figure, place, x, low, high, look.shade(0.14), look.label)
-    figure.add_scatter(
-        x=x.tolist(),
-        y=value.tolist(),
-        mode="lines" if is_ceiling else "lines+markers",
-        name=look.label,
-        legendgroup=look.label,
-        line={"color": look.colour, "dash": look.dash, "width": 2.2},
-        marker={"color": look.colour, "symbol": look.symbol, "size": 8},
-        **place,
-    )
+    """A method's curve with its band, or the ceiling's: dotted, without markers, in one look in all panels."""
+    look, mode = style(name), "lines+markers"
+    if is_ceiling:
+        look, mode = replace(look, label=_CEILING, colour=INK, dash="dot"), "lines"
+    draw_curve(figure, look.label, x, numbers, look=look, mode=mode, **subplot.at)
 
 
 def _name_once(trace: Any, named: set[str], ranks: Mapping[str, int]) -> None:
@@ -218,28 +219,3 @@ def _name_once(trace: Any, named: set[str], ranks: Mapping[str, int]) -> None:
     trace.showlegend = bool(trace.name) and trace.name not in named
     trace.legendrank = ranks.get(trace.name, len(ranks) + 1)
     named.add(trace.name)
-
-
-def _band(
-    figure: go.Figure,
-    place: multiples.Place,
-    x: np.ndarray,
-    low: np.ndarray,
-    high: np.ndarray,
-    colour: str,
-    group: str,
-    name: str = "",
-) -> None:
-    known = np.isfinite(low + high)  # a NaN would break the outline of the band
-    figure.add_scatter(
-        x=[*x[known].tolist(), *x[known][::-1].tolist()],
-        y=[*high[known].tolist(), *low[known][::-1].tolist()],
-        fill="toself",
-        fillcolor=colour,
-        line={"width": 0},
-        mode="lines",
-        hoverinfo="skip",
-        name=name,
-        legendgroup=group,
-        **place,
-    )

@@ -1,29 +1,24 @@
-"""How the bad rate depends on the strength of the attack."""
+"""The bad rate against the strength of the attack."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-import numpy as np
 import plotly.graph_objects as go
-from numpy.typing import ArrayLike
 
-from ctlens.plots.arrays import checked, require_some
-from ctlens.plots.panels import Place, fit, panels, places
-from ctlens.plots.rates import PERCENT, interval_hover, whiskers
-from ctlens.plots.theme import MUTED, finish, style
+from ctlens.plots.arrays import require_some
+from ctlens.plots.curves import draw_line
+from ctlens.plots.intervals import CurveWithX, checked_with_x, interval_hover, shade_target, side_by_side, whiskers
+from ctlens.plots.panels import PanelLayout, Subplot, fit_panels, panel_grid, subplots
+from ctlens.plots.rates import PERCENT
+from ctlens.plots.theme import finish, style
 
-StrengthCurve = tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]
-"""Strengths, value, lower end and upper end of the interval, each `[strength]`."""
-
-HEIGHT, GAP, BELOW = 180, 54, 54
-DODGE = 0.07
-BAND_COLOUR = "rgba(128, 128, 128, 0.13)"
+_LAYOUT = PanelLayout(height=180, gap=54, below=54, side=0.04)
+_DODGE = 0.07  # of the step from one strength to the next, between the markers of two splits; chosen by eye
 
 
 def attack_strength(
-    curves: Mapping[str, Mapping[str, StrengthCurve]],
+    curves: Mapping[str, Mapping[str, CurveWithX]],
     title: str,
     *,
     subtitle: str | None = None,
@@ -31,7 +26,7 @@ def attack_strength(
 ) -> go.Figure:
     """Does a stronger attack work more often, on each threat and each kind of prompt?
 
-    One panel a threat, all on one scale; strengths compare within a threat, not between threats.
+    One panel per threat, all on one scale; strengths compare within a threat, not between threats.
 
     Args:
         curves: per threat and per split, the strengths (whole numbers from 1), and at each the bad
@@ -44,53 +39,37 @@ def attack_strength(
         CtlensError: no threat, a threat without a split, or an array that is not one number per strength.
     """
     require_some("curves", curves)
-    figure = panels(list(curves), height=HEIGHT, gap=GAP, side=0.04)
+    figure = panel_grid(list(curves), _LAYOUT)
     listed: set[str] = set()
-    for (threat, lines), (place, *_) in zip(curves.items(), places(len(curves)), strict=True):
-        _draw(figure, place, threat, lines, listed)
+    for subplot, (threat, lines) in zip(subplots(len(curves)), curves.items(), strict=True):
+        _draw_splits(figure, subplot, threat, lines, listed)
+        listed |= set(lines)
     caption = "Markers are rates, whiskers their 95% intervals, side by side at each strength."
-    caption += "" if band is None else f" The shaded band, {band[0]:.0%} to {band[1]:.0%}, is the target."
+    if band is not None:
+        caption += f" The shaded band, {band[0]:.0%} to {band[1]:.0%}, is the target."
     finish(figure, title, subtitle, kind="attack_strength", caption=caption)
-    for place, first, last in places(len(curves)):
-        figure.update_xaxes(title_text="attack strength" if last else None, showgrid=False, **place)
-        figure.update_yaxes(**PERCENT, title_text="bad rate" if first else None, showticklabels=first, **place)
-    _shade(figure, band)
-    return fit(figure, len(curves), height=HEIGHT, gap=GAP, below=BELOW)
+    for subplot in subplots(len(curves)):
+        figure.update_xaxes(title_text="attack strength" if subplot.lowest else None, showgrid=False, **subplot.at)
+        y_words = "bad rate" if subplot.leftmost else None
+        figure.update_yaxes(**PERCENT, title_text=y_words, showticklabels=subplot.leftmost, **subplot.at)
+    if band is not None:
+        shade_target(figure, *band)
+    return fit_panels(figure, len(curves), _LAYOUT)
 
 
-def _draw(figure: go.Figure, place: Place, threat: str, lines: Mapping[str, StrengthCurve], listed: set[str]) -> None:
-    """One panel; `listed` are the splits that the legend already names."""
+def _draw_splits(
+    figure: go.Figure, subplot: Subplot, threat: str, lines: Mapping[str, CurveWithX], listed: set[str]
+) -> None:
+    """The splits of one panel; the legend names those that are not `listed` in it already."""
     require_some(f"curves[{threat!r}]", lines)
     reached: list[float] = []
-    for number, (split, curve) in enumerate(lines.items()):
-        name = f"curve {split!r} of {threat!r}"
-        strengths, value, low, high = (checked(name, array, np.size(curve[0])) for array in curve)
+    for offset, (split, curve) in zip(_DODGE * side_by_side(len(lines)), lines.items(), strict=True):
+        strengths, numbers = checked_with_x(f"curve {split!r} of {threat!r}", curve)
         reached += strengths.tolist()
-        look = style(split)
-        figure.add_scatter(
-            x=(strengths + DODGE * (number - (len(lines) - 1) / 2)).tolist(),
-            y=value.tolist(),
-            error_y={**whiskers(value, low, high), "thickness": 1.2, "width": 2},
-            mode="lines+markers",
-            name=look.label,
-            legendgroup=split,
-            showlegend=split not in listed,
-            line={"color": look.colour, "dash": look.dash, "width": 2},
-            marker={"color": look.colour, "symbol": look.symbol, "size": 7},
-            **interval_hover(look.label, low, high),
-            **place,
-        )
-        listed.add(split)
+        options = {"size": 7, "width": 2, "listed": split not in listed, "error_y": whiskers(numbers, slim=True)}
+        hover = interval_hover(style(split).label, numbers)
+        draw_line(figure, split, strengths + offset, numbers.value, **options, **hover, **subplot.at)
     first, last = int(min(reached)), int(max(reached))
-    ticks = {"tickvals": list(range(first, last + 1)), "ticktext": [str(s) for s in range(first, last + 1)]}
-    figure.update_xaxes(**ticks, range=[first - 0.4, last + 0.4], **place)
-
-
-def _shade(figure: go.Figure, band: tuple[float, float] | None) -> None:
-    if band is None:
-        return
-    everywhere: dict[str, Any] = {"row": "all", "col": "all", "layer": "below"}
-    figure.add_hrect(*band, fillcolor=BAND_COLOUR, line_width=0, **everywhere)
-    figure.layout.shapes[0].update(name=f"target: {band[0]:.0%} to {band[1]:.0%}", showlegend=True)
-    for end in band:
-        figure.add_hline(end, line={"color": MUTED, "dash": "dot", "width": 1}, **everywhere)
+    whole = range(first, last + 1)
+    ticks = {"tickvals": list(whole), "ticktext": [str(strength) for strength in whole]}
+    figure.update_xaxes(**ticks, range=[first - 0.4, last + 0.4], **subplot.at)

@@ -16,11 +16,12 @@ from ctlens.core.labels import BASE
 
 INK = "#1f2933"
 MUTED = "#6b7280"
-GRID = "rgba(128, 128, 128, 0.22)"
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
-TITLE_WIDTH = 64  # characters on 700 pixels, plotly's own width for pictures
-SUBTITLE_WIDTH = 90
+_GRID = "rgba(128, 128, 128, 0.22)"
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
+_TITLE_WIDTH = 64  # characters on 700 pixels, plotly's own width for pictures
+_SUBTITLE_WIDTH = 90  # the same in the smaller letters of a subtitle
 LEGEND_ROW = 44
+"""Pixels over the panels in which the legend stands, chosen by eye; a figure without a legend takes them back."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,14 @@ class Style:
 
     def shade(self, alpha: float) -> str:
         """The colour as `rgba(...)` with opacity `alpha` (0 to 1)."""
-        red, green, blue = (int(self.colour[at : at + 2], 16) for at in (1, 3, 5))
-        return f"rgba({red}, {green}, {blue}, {alpha})"
+        channels = [str(int(self.colour[start : start + 2], 16)) for start in (1, 3, 5)]
+        return f"rgba({', '.join(channels)}, {alpha})"
 
 
 # Greys, then five of the Okabe-Ito colours, AttCT's in light and dark for its relatives, brown and olive; the crossed
 # conditions of a loss are dashed, in hues near it. Marker and dash repeat the distinction for print and for
 # colour-blind readers.
-METHODS = {
+METHOD_STYLES = {
     BASE: Style("base", "#666666", "x", "solid"),
     "retention": Style("retention only", "#a3a3a3", "cross", "dash"),
     "sft": Style("SFT on other prompts", "#808080", "star", "dashdot"),
@@ -60,12 +61,12 @@ METHODS = {
     "rmct": Style("RMCT", "#8c564b", "pentagon", "solid"),
     "f2c": Style("F2C", "#8a9a00", "hexagon", "solid"),
 }
-# What has an order but is no method: dark to light, in hues that no method has.
+# For stages and other things in an order, which are no methods: dark to light, in hues that no method has.
 RAMP = ("#3d2c8d", "#8e2f9e", "#cf4a86", "#e38d78")
-RAMP_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star")
-RAMP_DASHES = ("solid", "dash", "dashdot", "dot")
-OTHER_GREYS = ("#5f6670", "#8b929c", "#b0a8a0")
-OTHER_DASHES = ("dash", "dot", "dashdot", "longdash")
+_RAMP_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star")
+_RAMP_DASHES = ("solid", "dash", "dashdot", "dot")
+_OTHER_GREYS = ("#5f6670", "#8b929c", "#b0a8a0")
+_OTHER_DASHES = ("dash", "dot", "dashdot", "longdash")
 
 
 def ordered(names: Sequence[str]) -> dict[str, Style]:
@@ -80,25 +81,26 @@ def ordered(names: Sequence[str]) -> dict[str, Style]:
         name: Style(
             name,
             "#" + "".join(f"{round(part):02x}" for part in colour),
-            RAMP_SYMBOLS[number % len(RAMP_SYMBOLS)],
-            RAMP_DASHES[number % len(RAMP_DASHES)],
+            _RAMP_SYMBOLS[number % len(_RAMP_SYMBOLS)],
+            _RAMP_DASHES[number % len(_RAMP_DASHES)],
         )
         for number, (name, colour) in enumerate(zip(names, colours, strict=True))
     }
 
 
 # The prompts of an evaluation, from those of the training to those that differ most from it.
-SPLITS = ordered(("train", "entities", "heldout", "structure"))
-STYLES = METHODS | SPLITS
-NAMES = {look.label: name for name, look in STYLES.items()}
+SPLIT_STYLES = ordered(("train", "entities", "heldout", "structure"))
+_STYLES = METHOD_STYLES | SPLIT_STYLES
+_NAME_OF_LABEL = {look.label: name for name, look in _STYLES.items()}
 
 
 def style(name: str) -> Style:
     """The style of a method or split; any other name gets a grey and a dash that depend on the name alone."""
-    if name in STYLES:
-        return STYLES[name]
+    if name in _STYLES:
+        return _STYLES[name]
     number = zlib.crc32(name.encode())
-    grey, dash = OTHER_GREYS[number % len(OTHER_GREYS)], OTHER_DASHES[number // 7 % len(OTHER_DASHES)]
+    grey = _OTHER_GREYS[number % len(_OTHER_GREYS)]
+    dash = _OTHER_DASHES[number // 7 % len(_OTHER_DASHES)]  # 7 is prime to both lengths, so that all pairs occur
     return Style(name, grey, "circle-open", dash)
 
 
@@ -116,6 +118,11 @@ def drawn_for(method: str | None) -> dict[str, str | None]:
     return {"method": method}
 
 
+def cell_text(number: str, interval: str, colour: str) -> str:
+    """The text in a cell of a matrix: a number and, smaller under it, its interval."""
+    return f'<span style="color: {colour}">{number}<br><span style="font-size: 10px">{interval}</span></span>'
+
+
 def finish(
     figure: go.Figure,
     title: str,
@@ -128,7 +135,7 @@ def finish(
 ) -> go.Figure:
     """Gives `figure` the common layout, in place, and returns it.
 
-    Every trace that does not say what it is drawn for gets it from its legend group or its name.
+    A trace whose `meta` does not say for which method it is drawn gets that from its legend group or its name.
 
     Args:
         figure: the figure with its traces.
@@ -140,14 +147,14 @@ def finish(
         caption: how to read the figure, printed under it in the report.
     """
     figure.for_each_trace(_name_method)
-    heading = textwrap.wrap(title, TITLE_WIDTH)
-    under = textwrap.wrap(subtitle or "", SUBTITLE_WIDTH)
-    axis = {"gridcolor": GRID, "zeroline": False, "linecolor": MUTED, "ticks": "outside", "tickcolor": GRID}
+    heading = textwrap.wrap(title, _TITLE_WIDTH)
+    under = textwrap.wrap(subtitle or "", _SUBTITLE_WIDTH)
+    axis = {"gridcolor": _GRID, "zeroline": False, "linecolor": MUTED, "ticks": "outside", "tickcolor": _GRID}
     figure.update_layout(
         template="none",
         title=_title(heading, under),
         meta={"kind": kind, "title": title, "subtitle": subtitle, "caption": caption},
-        font={"family": FONT, "size": 13, "color": INK},
+        font={"family": _FONT, "size": 13, "color": INK},
         paper_bgcolor="white",
         plot_bgcolor="rgba(0, 0, 0, 0)",
         height=440,
@@ -167,11 +174,11 @@ def finish(
 
 def _name_method(trace: Any) -> None:
     name = trace.legendgroup or trace.name
-    trace.meta = trace.meta or drawn_for(NAMES.get(name, name))
+    trace.meta = trace.meta or drawn_for(_NAME_OF_LABEL.get(name, name))
 
 
 def _title(heading: list[str], under: list[str]) -> dict[str, object]:
     small = f'<span style="font-size: 13px; color: {MUTED}">'
     text = "<br>".join([*heading, *(f"{small}{line}</span>" for line in under)])
-    place = {"x": 0, "xref": "paper", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"}
-    return {"text": text, "font": {"size": 18}, "pad": {"t": 24}, **place}
+    corner = {"x": 0, "xref": "paper", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"}
+    return {"text": text, "font": {"size": 18}, "pad": {"t": 24}, **corner}

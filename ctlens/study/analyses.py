@@ -1,4 +1,7 @@
-"""Looking into the finished models of a study: every analysis of every threat, each a file in the study's folder."""
+"""The analyses of a study: each compares the finished models of one threat and lies in a folder of its own.
+
+`run_analyses` runs those that are missing; `FinishedAnalyses` loads them, by training, for claims and figures.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeAlias, TypeVar
 
 from tqdm.auto import tqdm
 
 from ctlens.analysis import (
+    AttentionDiff,
     Erasure,
     answer_hinted,
     cross_loss,
@@ -21,7 +26,7 @@ from ctlens.analysis import (
 )
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import atomic_folder, sweep, write_json
+from ctlens.core.files import atomic_folder, read_json, sweep, write_json
 from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
@@ -29,97 +34,195 @@ from ctlens.models.loading import load_model
 from ctlens.study.cells import ANALYSED_PAIRS, MATCHED_FOLDER, base_model, probe_pairs
 from ctlens.study.conditions import PERTURBED, RETENTION
 from ctlens.study.config import Cell, StudyConfig, base_cell
-from ctlens.study.looks import ALL_SEEDS, AT_BOTH, EQUAL_STEPS, MATCHED, REFUSALS, SETTINGS, Look
-from ctlens.study.workers import Pool, in_order
+from ctlens.study.workers import Pool, run_in_order
 
 PROBED_PAIRS = 192
 """For probes, which are fitted on two thirds of them and need every answer in each third."""
+EQUAL_STEPS = "equal steps"
+"""The setting that compares the models at the end of their trainings."""
+MATCHED = "matched effect"
+"""The setting that compares the models where each has the same effect, the study's `matched`."""
+SETTINGS = (EQUAL_STEPS, MATCHED)
+_AT_BOTH_SETTINGS = ("similarity", "transplant")
+"""The analyses that run at both settings; every other one runs at equal steps alone."""
+_OF_ALL_SEEDS = ("similarity",)
+"""The analyses that take the models of all seeds at once; every other one runs seed by seed."""
+_REFUSALS_FILE = "refused.json"
+"""The file in the folder of an analysis with the reasons of the results that were refused, by name."""
+
+ResultT = TypeVar("ResultT", bound=Result)
+Training: TypeAlias = tuple[int, int]
+"""A training by the numbers of its organism and of its seed."""
 
 
 @dataclass(frozen=True)
-class Scene:
-    """The models of one look and the pairs that they are compared on."""
+class Analysis:
+    """One analysis of the models that were trained on one threat, from one organism.
 
-    config: StudyConfig
-    study: Path
-    look: Look
+    Attributes:
+        name: a key of `ANALYSES`.
+        threat: trained on.
+        organism: that they started from.
+        setting: one of `SETTINGS`: the models at the end of the training, or at the effect of the study's `matched`.
+        seed: of the trainings; of an analysis of all seeds at once 0.
+    """
 
-    @cached_property
-    def base(self) -> LensModel:
-        """The model before training."""
-        return base_model(self.config, self.study, base_cell(self.look.organism))
+    name: str
+    threat: str
+    organism: int
+    setting: str
+    seed: int = 0
 
-    def pairs(self, n: int = ANALYSED_PAIRS) -> list[Pair]:
-        """Up to so many that were held out."""
-        return probe_pairs(self.config, self.look.threat, self.base, n)
+    def path(self, study: Path) -> Path:
+        """The folder of the analysis, inside that of a study."""
+        organism = f"organism{self.organism}-" if self.organism else ""
+        matched = "-matched" if self.setting == MATCHED else ""
+        seed = f"-seed{self.seed}" if self.name not in _OF_ALL_SEEDS else ""
+        return study / "analyses" / f"{organism}{self.threat}" / f"{self.name}{matched}{seed}"
 
-    def models(self, names: Sequence[str], seed: int) -> dict[str, LensModel]:
-        """The trained models of a seed by condition; those that never came near the matched effect are not there."""
-        found = {}
-        for name in names:
-            place = Cell(self.look.threat, name, seed, self.look.organism).place(self.study)
-            place /= MATCHED_FOLDER if self.look.setting == MATCHED else "model"
-            if place.exists():
-                found[name] = load_model(place, device=self.config.device, dtype=self.config.dtype)
-        return found
+    def load(self, study: Path, kind: type[ResultT]) -> dict[str, ResultT]:
+        """Loads the results of the analysis, by name; none where it has not run."""
+        return {path.stem: kind.load(path) for path in sorted(self.path(study).glob("*.safetensors"))}
 
-    @property
-    def conditions(self) -> list[str]:
-        """The methods, and what is trained beside them."""
-        return [*self.config.methods, *self.config.beside_of(self.look.threat)]
+    def refusals(self, study: Path) -> dict[str, str]:
+        """Reads why there is no result, by the name of the result."""
+        path = self.path(study) / _REFUSALS_FILE
+        return read_json(path) if path.is_file() else {}
 
 
-def looks(config: StudyConfig) -> list[Look]:
-    """Every look of a study."""
+def analyses_of(config: StudyConfig) -> list[Analysis]:
+    """Every analysis of a study."""
     found = []
     for organism in range(config.organisms):
-        for threat in config.insides:
-            for analysis in ANALYSES:
-                for setting in SETTINGS if analysis in AT_BOTH else SETTINGS[:1]:
-                    seeds = range(1 if analysis in ALL_SEEDS else config.seeds)
-                    found += [Look(analysis, threat, organism, setting, seed) for seed in seeds]
+        for threat in config.analysed_threats:
+            for name in ANALYSES:
+                for setting in SETTINGS if name in _AT_BOTH_SETTINGS else SETTINGS[:1]:
+                    seeds = range(1 if name in _OF_ALL_SEEDS else config.seeds)
+                    found += [Analysis(name, threat, organism, setting, seed) for seed in seeds]
     return found
 
 
-def look_inside(config: StudyConfig, study: Path, pool: Pool, *, progress: bool) -> None:
-    """Runs the looks that are missing.
+class FinishedAnalyses:
+    """The finished analyses of a study, by training.
+
+    Args:
+        config: of the study.
+        study: its folder.
+    """
+
+    def __init__(self, config: StudyConfig, study: Path) -> None:
+        self.config = config
+        self.study = study
+
+    @property
+    def trainings(self) -> list[Training]:
+        """Organism and seed of every training that has analyses of its own."""
+        return [(organism, seed) for organism in range(self.config.organisms) for seed in range(self.config.seeds)]
+
+    def of(
+        self, kind: type[ResultT], name: str, threat: str, setting: str = EQUAL_STEPS
+    ) -> dict[Training, dict[str, ResultT]]:
+        """By training, the results of an analysis by name; one that all seeds share stands at seed 0 alone."""
+        found = {
+            (organism, seed): Analysis(name, threat, organism, setting, seed).load(self.study, kind)
+            for organism, seed in self.trainings
+            if seed == 0 or name not in _OF_ALL_SEEDS
+        }
+        return {training: results for training, results in found.items() if results}
+
+    def refused(self, name: str, threat: str, setting: str = EQUAL_STEPS) -> str:
+        """Why an analysis gave no result, where it refused: every reason once."""
+        analyses = [Analysis(name, threat, organism, setting, seed) for organism, seed in self.trainings]
+        reasons = [reason for analysis in analyses for reason in analysis.refusals(self.study).values()]
+        return "; ".join(dict.fromkeys(reasons))
+
+    def attention(self, threat: str) -> dict[Training, dict[str, AttentionDiff]]:
+        """By training, what each method did to attention."""
+        return {
+            (organism, seed): {
+                name: AttentionDiff.load(Cell(threat, name, seed, organism).path(self.study) / "attention.safetensors")
+                for name in (RETENTION, *self.config.methods)
+            }
+            for organism, seed in self.trainings
+        }
+
+
+def run_analyses(config: StudyConfig, study: Path, pool: Pool, *, progress: bool) -> None:
+    """Runs the analyses that are missing.
 
     Args:
         config: of the study, whose cells are all there.
         study: its folder.
-        pool: where the looks run.
+        pool: where the analyses run.
         progress: show a progress bar.
     """
-    missing = [look for look in looks(config) if not look.place(study).exists()]
-    tasks = [(config, study, look) for look in missing]
+    missing = [analysis for analysis in analyses_of(config) if not analysis.path(study).exists()]
+    tasks = [(config, study, analysis) for analysis in missing]
     try:
-        with closing(in_order(run_look, tasks, pool)) as done:
-            for _ in tqdm(done, desc="looking inside", total=len(tasks), disable=not progress):
+        with closing(run_in_order(run_analysis, tasks, pool)) as done:
+            for _ in tqdm(done, desc="analyses", total=len(tasks), disable=not progress):
                 pass
     finally:
-        sweep(look.place(study) for look in missing)
+        sweep(analysis.path(study) for analysis in missing)
 
 
-def run_look(config: StudyConfig, study: Path, look: Look) -> None:
-    """Runs one look and writes its folder, whole or not at all; of what an analysis refuses, the reason."""
+def run_analysis(config: StudyConfig, study: Path, analysis: Analysis) -> None:
+    """Runs one analysis and writes its folder, whole or not at all; for a result that is refused, the reason."""
     refusals = {}
-    with one_thread(), atomic_folder(look.place(study)) as work:
-        for name, analyse in ANALYSES[look.analysis](Scene(config, study, look)):
+    with one_thread(), atomic_folder(analysis.path(study)) as work:
+        for name, analyse in ANALYSES[analysis.name](Scene(config, study, analysis)):
             try:
                 analyse().save(work / f"{name}.safetensors")
             except CtlensError as error:
                 refusals[name] = str(error)
-        write_json(work / REFUSALS, refusals)
+        write_json(work / _REFUSALS_FILE, refusals)
 
 
-Analyses = Iterator[tuple[str, Callable[[], Result]]]
-"""Names and what makes the result; models are loaded outside, so that only the analysis can refuse."""
+@dataclass(frozen=True)
+class Scene:
+    """The models of one analysis and the pairs that they are compared on."""
+
+    config: StudyConfig
+    study: Path
+    analysis: Analysis
+
+    @cached_property
+    def base(self) -> LensModel:
+        """The model before training."""
+        return base_model(self.config, self.study, base_cell(self.analysis.organism))
+
+    def pairs(self, n_pairs: int = ANALYSED_PAIRS) -> list[Pair]:
+        """Up to so many held-out pairs."""
+        return probe_pairs(self.config, self.analysis.threat, self.base, n_pairs)
+
+    def models(self, names: Sequence[str], seed: int) -> dict[str, LensModel]:
+        """The trained models of a seed by condition, without those that never came near the matched effect."""
+        found = {}
+        for name in names:
+            path = Cell(self.analysis.threat, name, seed, self.analysis.organism).path(self.study)
+            path /= MATCHED_FOLDER if self.analysis.setting == MATCHED else "model"
+            if path.exists():
+                found[name] = load_model(path, device=self.config.device, dtype=self.config.dtype)
+        return found
+
+    @property
+    def conditions(self) -> list[str]:
+        """The methods and the extra conditions."""
+        return [*self.config.methods, *self.config.extra_conditions_of(self.analysis.threat)]
 
 
-def _similarity(scene: Scene) -> Analyses:
-    """Of every condition and control, all seeds, with retention alone as the floor."""
+NamedResults: TypeAlias = Iterator[tuple[str, Callable[[], Result]]]
+"""Pairs of a result's name and the call that makes it.
+
+Models are loaded before the call: a model that cannot be loaded is an error, and must not be written down as an
+analysis that refused.
+"""
+
+
+def _similarity(scene: Scene) -> NamedResults:
+    """Compares every condition and control, over all seeds, with retention alone as the floor."""
     models: dict[tuple[str, int], LensModel] = {}
-    null = RETENTION if scene.look.setting == EQUAL_STEPS else None  # a null has no effect to be matched
+    null = RETENTION if scene.analysis.setting == EQUAL_STEPS else None  # a null has no effect to be matched
     names = [*([RETENTION, PERTURBED] if null else []), *scene.conditions]
     for seed in sorted({cell.seed for cell in scene.config.cells()}):
         models |= {(name, seed): model for name, model in scene.models(names, seed).items()}
@@ -128,25 +231,27 @@ def _similarity(scene: Scene) -> Analyses:
         yield "similarity", lambda: shift_similarity(scene.base, models, pairs, null=null, progress=False)
 
 
-def _cross_loss(scene: Scene) -> Analyses:
-    models, pairs = scene.models([*scene.conditions, RETENTION], scene.look.seed), scene.pairs()
+def _cross_loss(scene: Scene) -> NamedResults:
+    models = scene.models([*scene.conditions, RETENTION], scene.analysis.seed)
+    pairs = scene.pairs()
     yield "cross-loss", lambda: cross_loss(scene.base, models, pairs, progress=False)
 
 
-def _transplants(scene: Scene) -> Analyses:
+def _transplants(scene: Scene) -> NamedResults:
     pairs = scene.pairs()
-    for name, model in scene.models(scene.conditions, scene.look.seed).items():
+    for name, model in scene.models(scene.conditions, scene.analysis.seed).items():
         yield name, partial(transplant, model, scene.base, pairs, progress=False)
 
 
-def _grafts(scene: Scene) -> Analyses:
+def _grafts(scene: Scene) -> NamedResults:
     pairs = scene.pairs()
-    for name, model in scene.models(scene.conditions, scene.look.seed).items():
+    for name, model in scene.models(scene.conditions, scene.analysis.seed).items():
         yield name, partial(graft, model, scene.base, pairs, progress=False)
 
 
-def _erasure(scene: Scene) -> Analyses:
-    models, pairs = scene.models([*scene.config.methods, RETENTION], scene.look.seed), scene.pairs(PROBED_PAIRS)
+def _erasure(scene: Scene) -> NamedResults:
+    models = scene.models([*scene.config.methods, RETENTION], scene.analysis.seed)
+    pairs = scene.pairs(PROBED_PAIRS)
     hinted = all({"hint", "relation"} <= set(pair.labels) for pair in pairs)
 
     def analyse() -> Erasure:
@@ -156,7 +261,7 @@ def _erasure(scene: Scene) -> Analyses:
     yield "erasure", analyse
 
 
-ANALYSES: dict[str, Callable[[Scene], Analyses]] = {
+ANALYSES: dict[str, Callable[[Scene], NamedResults]] = {
     "similarity": _similarity,
     "cross-loss": _cross_loss,
     "transplant": _transplants,

@@ -22,22 +22,33 @@ from ctlens.losses import Loss
 from ctlens.losses.base import InternalLoss
 from ctlens.models.parameters import GROUPS, copy_model, present_parameters, present_weights
 
-METHOD, CROSSED, CONTROL = ROLES = ("method", "crossed condition", "control")
-INTERNAL, OUTPUT = LEVELS = ("internal", "output")
-ATTACKED, HARMLESS, ORDINARY = "attacked", "harmless", "ordinary"
-LAST = "last"
-METHODS = ("act", "mlpct", "attct", "bct")
-RETENTION, PERTURBED = "retention", "perturbed"
-EVERYTHING = "_all"
+METHOD = "method"
+CROSSED = "crossed condition"
+CONTROL = "control"
+CONDITION_ROLES = (METHOD, CROSSED, CONTROL)
+INTERNAL_LEVEL = "internal"
+OUTPUT_LEVEL = "output"
+LOSS_LEVELS = (INTERNAL_LEVEL, OUTPUT_LEVEL)
+ATTACKED = "attacked"
+HARMLESS = "harmless"
+ORDINARY = "ordinary"
+LAST_TOKEN = "last"
+"""The alignment window that holds the last token of the prompt alone."""
+DEFAULT_METHODS = ("act", "mlpct", "attct", "bct")
+"""What a study compares where no methods are named."""
+RETENTION = "retention"
+PERTURBED = "perturbed"
+ALL_PARAMETERS = "_all"
+"""The ending of a condition's name that trains every parameter group."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One way to train.
+    """One way to train a model.
 
     Attributes:
         loss: the name of a loss; empty for retention alone.
-        role: one of `ROLES`.
+        role: one of `CONDITION_ROLES`.
         level: `"internal"` or `"output"`, what the loss compares; empty for a control.
         window: of the tokens, where it is not the study's.
         data: `"attacked"`: the pairs of the threat; `"harmless"`: these with neutral words in place of
@@ -57,7 +68,7 @@ class Condition:
         return [loss_registry.get(self.loss)] if self.loss else []
 
     def pairs(self, attacked: Sequence[Pair], ordinary: Sequence[Prompt], tokenizer: object) -> list[Pair]:
-        """The pairs that it trains on.
+        """The pairs that the condition trains on.
 
         Args:
             attacked: pairs of the threat.
@@ -75,9 +86,9 @@ class Condition:
 
 
 CROSSED_CONDITIONS: Mapping[str, Condition] = {
-    "klct": Condition("klct", CROSSED, OUTPUT),
-    "klct_last": Condition("klct", CROSSED, OUTPUT, LAST),
-    "act_last": Condition("act", CROSSED, INTERNAL, LAST),
+    "klct": Condition("klct", CROSSED, OUTPUT_LEVEL),
+    "klct_last": Condition("klct", CROSSED, OUTPUT_LEVEL, LAST_TOKEN),
+    "act_last": Condition("act", CROSSED, INTERNAL_LEVEL, LAST_TOKEN),
 }
 CONTROLS: Mapping[str, Condition] = {
     RETENTION: Condition("", CONTROL),
@@ -86,19 +97,19 @@ CONTROLS: Mapping[str, Condition] = {
     "harmless_bct": Condition("bct", CONTROL, data=HARMLESS),
 }
 ABLATED: Mapping[str, Condition] = {
-    **{f"{name}{EVERYTHING}": Condition(name, CROSSED, trainable=GROUPS) for name in METHODS},
-    f"{RETENTION}{EVERYTHING}": Condition("", CONTROL, trainable=GROUPS),
+    **{f"{name}{ALL_PARAMETERS}": Condition(name, CROSSED, trainable=GROUPS) for name in DEFAULT_METHODS},
+    f"{RETENTION}{ALL_PARAMETERS}": Condition("", CONTROL, trainable=GROUPS),
 }
-"""All parameters trained, embeddings and norms too."""
-BESIDE = (*CROSSED_CONDITIONS, *(name for name in CONTROLS if name != RETENTION))
-"""What is trained beside the methods and the null where models are looked into."""
+"""The methods and the null with every parameter trained, embeddings and norms too."""
+EXTRA_CONDITIONS = (*CROSSED_CONDITIONS, *(name for name in CONTROLS if name != RETENTION))
+"""What a study trains beside the methods and the null, on the threats whose models it analyses."""
 
 
-def get(name: str) -> Condition:
+def condition_named(name: str) -> Condition:
     """The condition with this name: a crossed condition, a control, or any loss, which is a method.
 
-    >>> get("bct").level, get("act").level, get("klct_last").window, get("harmless_act").data
-    ('output', 'internal', 'last', 'harmless')
+    >>> condition_named("bct").level, condition_named("klct_last").window, condition_named("harmless_act").data
+    ('output', 'last', 'harmless')
 
     Raises:
         CtlensError: nothing is called that.
@@ -108,11 +119,12 @@ def get(name: str) -> Condition:
         return known[name]
     if name not in loss_registry.names():
         raise unknown("method or condition", name, [*loss_registry.names(), *known])
-    return Condition(name, METHOD, INTERNAL if issubclass(loss_registry.LOSSES[name], InternalLoss) else OUTPUT)
+    internal = issubclass(loss_registry.LOSSES[name], InternalLoss)
+    return Condition(name, METHOD, INTERNAL_LEVEL if internal else OUTPUT_LEVEL)
 
 
 def require_methods(names: Sequence[str]) -> None:
-    """Raises a `CtlensError` unless every name is that of a loss, and there once."""
+    """Checks that every name is that of a loss and is given once; raises a `CtlensError` if not."""
     for name in names:
         loss_registry.get(name)
     if len(set(names)) < len(names):
@@ -125,10 +137,12 @@ def perturbed(base: LensModel, trained: Sequence[LensModel], seed: int) -> LensM
 
     Args:
         base: the model before training; left as it is.
-        trained: what became of it, at least one.
+        trained: models trained from it, at least one.
         seed: of the noise.
     """
-    noisy, before, after = copy_model(base), present_weights(base), [present_weights(model) for model in trained]
+    noisy = copy_model(base)
+    before = present_weights(base)
+    after = [present_weights(model) for model in trained]
     for name, parameter in present_parameters(noisy).items():
         lengths = [float((weights[name] - before[name]).norm()) for weights in after]
         noise = torch.randn(parameter.shape, generator=generator(seed, "perturbed", name)).to(parameter)

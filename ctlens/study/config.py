@@ -12,14 +12,28 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.labels import BASE
 from ctlens.evaluation.result import OWN_PAIRS
 from ctlens.study import conditions
-from ctlens.study.conditions import ABLATED, BESIDE, CROSSED_CONDITIONS, EVERYTHING, METHODS, PERTURBED, RETENTION
+from ctlens.study.conditions import (
+    ABLATED,
+    ALL_PARAMETERS,
+    CROSSED_CONDITIONS,
+    DEFAULT_METHODS,
+    EXTRA_CONDITIONS,
+    LAST_TOKEN,
+    PERTURBED,
+    RETENTION,
+    condition_named,
+)
 from ctlens.training import TrainConfig
 
 ORGANISM = "organism"
-LOOKED_INTO = ("sycophancy", "jailbreak")
+ANALYSED_THREATS = ("sycophancy", "jailbreak")
+"""The threats whose models a study analyses by default: the two of the pilot on a prototype organism."""
 CEILING_SEEDS = 2
-FULL = 3
-TRAINING = TrainConfig(batch_size=16, lr=1e-3, trainable=("attn",))
+"""Analysed methods are trained with so many seeds at least: how alike two seeds of one method are is the ceiling of
+how alike two methods can be."""
+FULL_STUDY_COUNT = 3
+"""Seeds and organisms of a full study: the fewest whose spread Student's interval shows, see `results.SEVERAL`."""
+SHARED_TRAINING = TrainConfig(batch_size=16, lr=1e-3, trainable=("attn",))
 """The settings that every condition shares.
 
 Where embeddings, norms and MLPs are trained too, half of a repair can be an edit of the words.
@@ -33,21 +47,21 @@ class StudyConfig:
     Attributes:
         threats: trained on, one at a time; each trained model is evaluated on all of them. None
             given means all there are.
-        methods: names of losses, `METHODS` when none are given; the retention-only control is always added.
+        methods: names of losses, `DEFAULT_METHODS` when none are given; the retention-only control is always added.
         seeds: number of seeds, from 0.
-        pairs: training pairs a threat.
-        items: evaluation pairs a threat and split.
-        training: settings shared by every cell, whatever its method: window (`"shared"` unless it names
+        n_pairs: training pairs per threat.
+        n_prompts: evaluation pairs per threat and split.
+        training: settings shared by every cell, whatever its condition: window (`"shared"` unless it names
             another), trainable parameters, steps, order of the pairs, retention, calibration; the seed
             is replaced by the cell's. By default attention alone is trained.
-        looked_into: the threats whose models are compared inside, with the crossed conditions, every control
-            and a second seed; by default those of `LOOKED_INTO` among the threats.
-        beside: names of what is trained beside the methods there, see `ctlens.study.conditions`; by default `BESIDE`
-            without what is a method already, or for a file its crossed conditions, as neutral words and other
-            requests are those of the micro-world.
+        analysed: the threats whose models are analysed, with the extra conditions and a second seed; by default those
+            of `ANALYSED_THREATS` among the threats.
+        extra_conditions: names of the crossed conditions and controls that are trained beside the methods on the
+            analysed threats, see `ctlens.study.conditions`; by default `EXTRA_CONDITIONS` without the methods. For a
+            file it is the crossed conditions, as neutral words and other requests are those of the micro-world.
         organisms: how many; those behind the first are pretrained for the study.
         matched: the share of the gap in the logit difference at which methods are compared again, 0 to 1.
-        model: the folder of what is trained, instead of the shipped organism.
+        model: the folder of the model to train, instead of the shipped organism.
         file: JSONL pairs to train and evaluate on, instead of threats.
         device: where models live, for example `"cuda"`.
         dtype: of their weights, for example `"bfloat16"`; adapters are then what is trained.
@@ -56,11 +70,11 @@ class StudyConfig:
     threats: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
     seeds: int = 1
-    pairs: int = 256
-    items: int = 96
-    training: TrainConfig = TRAINING
-    looked_into: tuple[str, ...] | None = None
-    beside: tuple[str, ...] | None = None
+    n_pairs: int = 256
+    n_prompts: int = 96
+    training: TrainConfig = SHARED_TRAINING
+    analysed: tuple[str, ...] | None = None
+    extra_conditions: tuple[str, ...] | None = None
     organisms: int = 1
     matched: float = 0.5
     model: str = ""
@@ -71,33 +85,34 @@ class StudyConfig:
     def __post_init__(self) -> None:
         known = [OWN_PAIRS] if self.file else threats.names()
         chosen = self.threats or tuple(known)
-        looked = [OWN_PAIRS] if self.file else [name for name in LOOKED_INTO if name in chosen]
-        defaults = {"threats": chosen, "methods": self.methods or METHODS}
-        defaults |= {"looked_into": tuple(looked) if self.looked_into is None else self.looked_into}
-        if self.beside is None:
-            known_conditions = CROSSED_CONDITIONS if self.file else BESIDE
-            defaults |= {"beside": tuple(name for name in known_conditions if name not in defaults["methods"])}
-        for name, values in defaults.items():
+        methods = self.methods or DEFAULT_METHODS
+        analysed, extra = self.analysed, self.extra_conditions
+        if analysed is None:
+            analysed = [OWN_PAIRS] if self.file else [name for name in ANALYSED_THREATS if name in chosen]
+        if extra is None:
+            extra = [name for name in (CROSSED_CONDITIONS if self.file else EXTRA_CONDITIONS) if name not in methods]
+        settled = {"threats": chosen, "methods": methods, "analysed": analysed, "extra_conditions": extra}
+        for name, values in settled.items():
             object.__setattr__(self, name, tuple(values))
         if self.training.window is None:
             object.__setattr__(self, "training", replace(self.training, window="shared"))
         self._check(known)
 
     def _check(self, known: Sequence[str]) -> None:
-        for name, allowed in (("threats", known), ("looked_into", self.threats)):
+        for name, allowed in (("threats", known), ("analysed", self.threats)):
             for value in getattr(self, name):
                 if value not in allowed:
                     raise unknown("threat", value, allowed)
         conditions.require_methods(self.methods)
-        for name in ("threats", "looked_into", "beside"):
+        for name in ("threats", "analysed", "extra_conditions"):
             values = getattr(self, name) or ()
             if len(set(values)) < len(values):
                 raise CtlensError(f"{name} must name each once, not {', '.join(values)}.")
-        for name in self.beside or ():
+        for name in self.extra_conditions or ():
             if name in (*self.methods, RETENTION):
                 raise CtlensError(f"{name} is trained already: name it once.")
-            conditions.get(name)
-        for name in ("seeds", "pairs", "items", "organisms"):
+            condition_named(name)
+        for name in ("seeds", "n_pairs", "n_prompts", "organisms"):
             if getattr(self, name) < 1:
                 raise CtlensError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if not 0 < self.matched < 1:
@@ -106,31 +121,31 @@ class StudyConfig:
             raise CtlensError("several organisms are trained from the micro-world: leave out the model and the file.")
 
     @property
-    def insides(self) -> tuple[str, ...]:
-        """The threats that are looked into."""
-        return self.looked_into or ()
+    def analysed_threats(self) -> tuple[str, ...]:
+        """The threats whose models are analysed."""
+        return self.analysed or ()
 
-    def beside_of(self, threat: str) -> list[str]:
+    def extra_conditions_of(self, threat: str) -> list[str]:
         """The extra conditions that a threat allows: at the last token only where both prompts end alike."""
         alike = bool(self.file) or threats.get(threat).ends_alike
-        return [name for name in self.beside or () if alike or conditions.get(name).window != conditions.LAST]
+        return [name for name in self.extra_conditions or () if alike or condition_named(name).window != LAST_TOKEN]
 
     def cells(self) -> list[Cell]:
-        """Every training of the study, in their order: methods first, then what is beside them, then other seeds."""
+        """Every training of the study, in their order: the methods, then the extra conditions, then other seeds."""
         compared = (RETENTION, *self.methods)
         found = [
-            Cell(threat, method, seed, organism)
+            Cell(threat, condition, seed, organism)
             for organism in range(self.organisms)
             for seed in range(self.seeds)
             for threat in self.threats
-            for method in compared
+            for condition in compared
         ]
         for organism in range(self.organisms):
-            for threat in self.insides:
-                beside = self.beside_of(threat)
-                found += [Cell(threat, condition, seed, organism) for seed in range(self.seeds) for condition in beside]
-                extra = range(self.seeds, CEILING_SEEDS)
-                found += [Cell(threat, method, seed, organism) for seed in extra for method in compared]
+            for threat in self.analysed_threats:
+                extra = self.extra_conditions_of(threat)
+                found += [Cell(threat, condition, seed, organism) for seed in range(self.seeds) for condition in extra]
+                further = range(self.seeds, CEILING_SEEDS)
+                found += [Cell(threat, condition, seed, organism) for seed in further for condition in compared]
         return found
 
     def derived(self) -> list[Cell]:
@@ -138,7 +153,7 @@ class StudyConfig:
         return [
             Cell(threat, PERTURBED, seed, organism)
             for organism in range(self.organisms)
-            for threat in self.insides
+            for threat in self.analysed_threats
             for seed in range(self.seeds)
         ]
 
@@ -149,13 +164,15 @@ def full_study(**settings: Any) -> StudyConfig:
     Args:
         settings: of a `StudyConfig`; those given are kept.
     """
-    known = {"seeds": FULL, **settings}
+    known = {"seeds": FULL_STUDY_COUNT, **settings}
     if not (known.get("model") or known.get("file")):
-        known = {"organisms": FULL, **known}
+        known = {"organisms": FULL_STUDY_COUNT, **known}
     config = StudyConfig(**known)
-    ablated = [name for name in ABLATED if name.removesuffix(EVERYTHING) in (RETENTION, *config.methods)]
-    beside = (*(config.beside or ()), *ablated) if settings.get("beside") is None else config.beside
-    return replace(config, looked_into=settings.get("looked_into") or config.threats, beside=beside)
+    extra = config.extra_conditions or ()
+    if settings.get("extra_conditions") is None:
+        trained = (RETENTION, *config.methods)
+        extra = (*extra, *(name for name in ABLATED if name.removesuffix(ALL_PARAMETERS) in trained))
+    return replace(config, analysed=settings.get("analysed") or config.threats, extra_conditions=extra)
 
 
 @dataclass(frozen=True)
@@ -164,14 +181,14 @@ class Cell:
 
     Attributes:
         threat: trained on; empty for a model that was not trained on one.
-        method: what it was trained with, see `ctlens.study.conditions`; `"base"` for the model before training,
+        condition: what it was trained with, see `ctlens.study.conditions`; `"base"` for the model before training,
             `"organism"` for its pretraining.
         seed: of the training.
         organism: the number of the model it started from.
     """
 
     threat: str
-    method: str
+    condition: str
     seed: int
     organism: int = 0
 
@@ -179,13 +196,13 @@ class Cell:
     def name(self) -> str:
         """The name of the cell's folder."""
         start = f"organism{self.organism}-" if self.organism else ""
-        return f"{start}{self.threat}-{self.method}-seed{self.seed}"
+        return f"{start}{self.threat}-{self.condition}-seed{self.seed}"
 
-    def place(self, study: Path) -> Path:
-        """What there is in the folder of a study once the cell is done: a folder, or the file of the base's answers."""
-        if self.method == ORGANISM:
+    def path(self, study: Path) -> Path:
+        """What the folder of a study holds once the cell is done: a folder, or the file of the base's answers."""
+        if self.condition == ORGANISM:
             return study / "organisms" / f"organism{self.organism}"
-        if self.method == BASE:
+        if self.condition == BASE:
             return study / (f"base-organism{self.organism}.csv" if self.organism else "base.csv")
         return study / "runs" / self.name
 
@@ -196,5 +213,5 @@ def base_cell(organism: int = 0) -> Cell:
 
 
 def organism_cell(organism: int) -> Cell:
-    """The pretraining of an organism, from 1; the first is there."""
+    """The pretraining of an organism, from 1; organism 0 is shipped."""
     return Cell("", ORGANISM, organism, organism)

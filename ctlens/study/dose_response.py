@@ -13,18 +13,29 @@ from ctlens.core.config import to_dict
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import atomic_file
 from ctlens.plots import Figure
-from ctlens.study.config import TRAINING, Cell, StudyConfig
-from ctlens.study.figures import dose_figure
-from ctlens.study.runner import Study, claim
+from ctlens.study.config import SHARED_TRAINING, Cell, StudyConfig
+from ctlens.study.figures import dose_figure, prompts_in_words
+from ctlens.study.runner import Study, claim_folder
 from ctlens.study.workers import Pool
 from ctlens.training import TrainConfig
 
-PAIRS = (8, 32, 128, 512)
+DOSES = (8, 32, 128, 512)
+"""The default numbers of training pairs: equal steps on a logarithmic axis, around the 256 of a study."""
 AXES = ("pairs", "steps")
-COLUMNS = (
-    "trained_threat", "method", "seed", "pairs", "step", "split", "prompt_side", "metric", "value", "n",
-    "ci_low", "ci_high",
-)  # fmt: skip
+DOSE_COLUMNS = (
+    "trained_threat",
+    "condition",
+    "seed",
+    "n_pairs",
+    "step",
+    "split",
+    "prompt_side",
+    "metric",
+    "value",
+    "n_prompts",
+    "ci_low",
+    "ci_high",
+)
 
 
 @dataclass(frozen=True)
@@ -33,34 +44,40 @@ class DoseConfig:
 
     Attributes:
         threat: trained and evaluated on.
-        methods: names of losses, `ctlens.study.conditions.METHODS` when none are given; the retention-only control is
-            always added.
-        pairs: the doses, numbers of training pairs, each once; sorted here.
+        methods: names of losses, `ctlens.study.conditions.DEFAULT_METHODS` when none are given; the retention-only
+            control is always added.
+        n_pairs: the doses, numbers of training pairs, each once; sorted here.
         seeds: number of seeds, from 0.
-        items: evaluation pairs a split.
+        n_prompts: evaluation pairs per split.
         training: settings shared by every training.
     """
 
     threat: str
     methods: tuple[str, ...] = ()
-    pairs: tuple[int, ...] = PAIRS
+    n_pairs: tuple[int, ...] = DOSES
     seeds: int = 1
-    items: int = 96
-    training: TrainConfig = TRAINING
+    n_prompts: int = 96
+    training: TrainConfig = SHARED_TRAINING
 
     def __post_init__(self) -> None:
-        if not self.pairs or len(set(self.pairs)) < len(self.pairs):
-            raise CtlensError("pairs must name at least one number of pairs, and each once.")
-        object.__setattr__(self, "pairs", tuple(sorted(self.pairs)))
+        if not self.n_pairs or len(set(self.n_pairs)) < len(self.n_pairs):
+            raise CtlensError("n_pairs must name at least one number of pairs, and each once.")
+        object.__setattr__(self, "n_pairs", tuple(sorted(self.n_pairs)))
         self.studies()
 
     def studies(self) -> dict[int, StudyConfig]:
         """By number of pairs, the study of it."""
         return {
-            pairs: StudyConfig(
-                (self.threat,), self.methods, self.seeds, pairs, self.items, self.training, looked_into=()
+            n_pairs: StudyConfig(
+                threats=(self.threat,),
+                methods=self.methods,
+                seeds=self.seeds,
+                n_pairs=n_pairs,
+                n_prompts=self.n_prompts,
+                training=self.training,
+                analysed=(),
             )
-            for pairs in self.pairs
+            for n_pairs in self.n_pairs
         }
 
 
@@ -81,7 +98,7 @@ class DoseResult:
         return self.results
 
     def figure(self, axis: str = "pairs") -> Figure:
-        """The bad rate on held-out wrapped prompts, a line a method, seeds pooled.
+        """Draws the bad rate on held-out wrapped prompts, a line per condition, seeds pooled.
 
         Args:
             axis: `"pairs"`: at the last step, against the number of training pairs; `"steps"`: with
@@ -92,11 +109,12 @@ class DoseResult:
         """
         if axis not in AXES:
             raise unknown("axis", axis, AXES)
-        most, last = self.results["pairs"].max(), self.results["step"].max()
-        where = f"{self.results['trained_threat'].iloc[0]}, wrappers and items held out"
+        most = self.results["n_pairs"].max()
+        last = self.results["step"].max()
+        prompts = prompts_in_words(self.results["trained_threat"].iloc[0])
         if axis == "pairs":
-            return dose_figure(self.results.query("step == @last"), "pairs", f"{where}, after {last} steps")
-        return dose_figure(self.results.query("pairs in (0, @most)"), "step", f"{where}, {most} training pairs")
+            return dose_figure(self.results.query("step == @last"), "n_pairs", f"{prompts}, after {last} steps")
+        return dose_figure(self.results.query("n_pairs in (0, @most)"), "step", f"{prompts}, {most} training pairs")
 
 
 class DoseStudy:
@@ -124,36 +142,38 @@ class DoseStudy:
         progress: bool = True,
         workers: int | None = None,
     ) -> None:
-        self.folder, pool = Path(out), Pool(workers)
-        claim(self.folder, to_dict(config), resume)
+        self.folder = Path(out)
+        pool = Pool(workers)
+        claim_folder(self.folder, to_dict(config), resume)
         self.studies = {
-            pairs: Study(study, self.folder / f"pairs-{pairs}", resume=True, progress=progress, pool=pool)
-            for pairs, study in config.studies().items()
+            n_pairs: Study(study, self.folder / f"pairs-{n_pairs}", resume=True, progress=progress, pool=pool)
+            for n_pairs, study in config.studies().items()
         }
 
     def __iter__(self) -> Iterator[tuple[int, Cell, pd.DataFrame]]:
         """Yields every number of pairs and cell with its rows of the results."""
-        for pairs, study in self.studies.items():
+        for n_pairs, study in self.studies.items():
             for cell, rows in study:
-                yield pairs, cell, rows
+                yield n_pairs, cell, rows
 
     def finish(self) -> DoseResult:
         """Finishes every study, writes `doses.csv` and the figures, and returns the results."""
-        tables = [study.finish().results.assign(pairs=pairs) for pairs, study in self.studies.items()]
-        base = tables[0].query("method == @BASE").assign(pairs=0, trained_threat=lambda rows: rows["evaluated_threat"])
-        trained = [table.query("method != @BASE") for table in tables]
-        results = pd.concat([base, *trained], ignore_index=True).reindex(columns=list(COLUMNS))
+        tables = [study.finish().results.assign(n_pairs=n_pairs) for n_pairs, study in self.studies.items()]
+        base = tables[0].query("condition == @BASE")
+        base = base.assign(n_pairs=0, trained_threat=base["evaluated_threat"])
+        trained = [table.query("condition != @BASE") for table in tables]
+        results = pd.concat([base, *trained], ignore_index=True).reindex(columns=list(DOSE_COLUMNS))
         with atomic_file(self.folder / "doses.csv") as temporary:
             results.to_csv(temporary, index=False)
         result = DoseResult(self.folder, results)
-        plots.save_figures({self.folder / "figures" / axis: result.figure(axis) for axis in AXES})
+        plots.write_figures({self.folder / "figures" / axis: result.figure(axis) for axis in AXES})
         return result
 
 
 def dose_response(
     threat: str,
     methods: Sequence[str] = (),
-    pairs: Sequence[int] = PAIRS,
+    n_pairs: Sequence[int] = DOSES,
     seeds: int = 1,
     *,
     training: TrainConfig | None = None,
@@ -167,7 +187,7 @@ def dose_response(
     Args:
         threat: trained and evaluated on.
         methods: names of losses; all when none are given.
-        pairs: numbers of training pairs, at least 1 each.
+        n_pairs: numbers of training pairs, at least 1 each.
         seeds: number of seeds.
         training: settings shared by every training.
         out: a new folder, or with `resume` the folder of the same dose-response.
@@ -178,7 +198,7 @@ def dose_response(
     Raises:
         CtlensError: as `DoseStudy`.
     """
-    config = DoseConfig(threat, tuple(methods), tuple(pairs), seeds, training=training or TRAINING)
+    config = DoseConfig(threat, tuple(methods), tuple(n_pairs), seeds, training=training or SHARED_TRAINING)
     study = DoseStudy(config, out, resume=resume, progress=progress, workers=workers)
     for _ in study:
         pass

@@ -1,37 +1,63 @@
-"""The figures of a study, from its results and the analyses of its cells."""
+"""The figures of a study, from its results, the first analyses in its cells and its later ones."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 
 from ctlens import plots
-from ctlens.analysis import AttentionDiff, ResidualShift
+from ctlens.analysis import AttentionDiff, CrossLoss, Erasure, Graft, ResidualShift, ShiftSimilarity, Transplant
 from ctlens.analysis.attention import diff as attention
 from ctlens.analysis.base.positions import ALIGNED_POSITIONS
+from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.shares import floor_of
+from ctlens.analysis.exchange import transplant as transplants
+from ctlens.analysis.exchange.exchange import Exchange
 from ctlens.analysis.outputs.gap_recovered import SHARE
 from ctlens.analysis.residual import shift as residual
+from ctlens.analysis.weights import graft as grafts
 from ctlens.core.labels import BASE
 from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.evaluation import Evaluation
 from ctlens.plots import Figure
+from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Analysis
 from ctlens.study.conditions import RETENTION
-from ctlens.study.config import StudyConfig
-from ctlens.study.inside_figures import inside_figures, over_seeds, where
-from ctlens.study.results import NOT_MEASURED, SPLIT, Measured, Rate, by_threat, by_training, in_order, pooled
+from ctlens.study.config import Cell, StudyConfig
+from ctlens.study.results import (
+    NOT_MEASURED,
+    SPLIT,
+    ConditionRates,
+    Rate,
+    by_threat,
+    by_training,
+    counted,
+    in_order,
+    pooled,
+)
 
-DOSE_TITLES = {
+ResultT = TypeVar("ResultT", bound=Result)
+ExchangeT = TypeVar("ExchangeT", bound=Exchange)
+_DOSE_TITLES = {
     "step": "How much training until the wrapper no longer works?",
-    "pairs": "How many training pairs until the wrapper no longer works?",
+    "n_pairs": "How many training pairs until the wrapper no longer works?",
 }
+_CROSSED_FIGURE = ("act", "act_last", "klct", "klct_last", RETENTION)
+"""The conditions that cross what a loss compares with the tokens that it sees, and the null."""
 
 
-def save_figures(config: StudyConfig, folder: Path, results: pd.DataFrame) -> list[Path]:
+def prompts_in_words(threat: str) -> str:
+    """The held-out prompts of a figure, in words."""
+    return f"{threat}, wrappers and items held out"
+
+
+def save_study_figures(config: StudyConfig, folder: Path, results: pd.DataFrame) -> list[Path]:
     """Draws every figure of a study into its `figures` folder and returns the paths written.
 
     Rates pool the answers of all trainings; curves of analyses are averaged over seeds and their
@@ -39,13 +65,13 @@ def save_figures(config: StudyConfig, folder: Path, results: pd.DataFrame) -> li
 
     Args:
         config: of the study.
-        folder: of the study, with its base's answers, its finished cells and looks.
+        folder: of the study, with its base's answers, its finished cells and analyses.
         results: the rows of the study.
     """
     drawn = dict(chain(_of_study(config, folder, results), _of_threats(config, folder, results)))
-    for threat in config.insides:
-        drawn |= {f"{threat}-{name}": figure for name, figure in inside_figures(config, folder, threat)}
-    return plots.save_figures({folder / "figures" / name: figure for name, figure in drawn.items()})
+    for threat in config.analysed_threats:
+        drawn |= {f"{threat}-{name}": figure for name, figure in analysis_figures(config, folder, threat)}
+    return plots.write_figures({folder / "figures" / name: figure for name, figure in drawn.items()})
 
 
 def _of_study(config: StudyConfig, folder: Path, results: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
@@ -59,34 +85,39 @@ def _compared(config: StudyConfig) -> list[str]:
     return [BASE, RETENTION, *config.methods]
 
 
-def _rows_of(results: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
-    return pd.DataFrame(results[results["method"].isin(methods)])
+def _rows_of(results: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
+    return pd.DataFrame(results[results["condition"].isin(conditions)])
 
 
 def _of_threats(config: StudyConfig, folder: Path, results: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
     shown = _rows_of(results, _compared(config))
     splits = {str(split): by_threat(shown, str(split)) for split in dict.fromkeys(shown["split"])}
-    for threat, methods in splits[SPLIT].items():
-        trained = [name for name in methods if name != BASE]
-        drawn = chain(_rates(threat, methods, splits), _looks(config, folder, threat, trained))
+    for threat, conditions in splits[SPLIT].items():
+        trained = [name for name in conditions if name != BASE]
+        drawn = chain(_rates(threat, conditions, splits), _first_analyses(config, folder, threat, trained))
         own = shown.query("evaluated_threat == @threat and trained_threat in ('', @threat)")
-        yield f"{threat}-dose", dose_figure(own, "step", where(threat))
-        if threat in config.insides:
-            yield f"{threat}-gap-dose", gap_figure(results.query("trained_threat == @threat"), where(threat))
+        yield f"{threat}-dose", dose_figure(own, "step", prompts_in_words(threat))
+        if threat in config.analysed_threats:
+            words = prompts_in_words(threat)
+            yield f"{threat}-gap-dose", gap_figure(results.query("trained_threat == @threat"), words)
         yield from ((f"{threat}-{name}", figure) for name, figure in drawn)
 
 
 def _rates(
-    threat: str, methods: dict[str, Measured], splits: dict[str, dict[str, dict[str, Measured]]]
+    threat: str,
+    conditions: dict[str, ConditionRates],
+    splits: dict[str, dict[str, dict[str, ConditionRates]]],
 ) -> Iterator[tuple[str, Figure]]:
     for verdict in ("bad", "good"):
         rates = {
             name: [found.rate(f"{verdict}_rate", prompt_side) for prompt_side in PROMPT_SIDES]
-            for name, found in methods.items()
+            for name, found in conditions.items()
         }
         title = f"How often is the answer {verdict}, with the wrapper and without?"
-        yield f"{verdict}-rate", _behaviour(rates, PROMPT_SIDES, f"{verdict} rate", title, where(threat))
-    rates = {name: [found[threat][name].rate("bad_rate", "wrapped") for found in splits.values()] for name in methods}
+        yield f"{verdict}-rate", _behaviour(rates, PROMPT_SIDES, f"{verdict} rate", title, prompts_in_words(threat))
+    rates = {
+        name: [found[threat][name].rate("bad_rate", "wrapped") for found in splits.values()] for name in conditions
+    }
     title = "Does the repair hold on new entities, new wrapper texts and new structures?"
     yield "generalisation", _behaviour(rates, splits, "bad rate", title, f"{threat}, wrapped prompts", x_title="split")
 
@@ -111,55 +142,55 @@ def _arrays(rates: list[list[Rate]]) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return table[..., 0], table[..., 1], table[..., 2]
 
 
-def _looks(config: StudyConfig, folder: Path, threat: str, methods: Sequence[str]) -> Iterator[tuple[str, Figure]]:
-    shifts = {method: over_seeds(ResidualShift, folder, config, threat, method, "residual") for method in methods}
+def _first_analyses(
+    config: StudyConfig, folder: Path, threat: str, conditions: Sequence[str]
+) -> Iterator[tuple[str, Figure]]:
+    """Draws the analyses that every cell of the comparison holds."""
+    shifts = _over_seeds(ResidualShift, "residual", config, folder, threat, conditions)
     for positions in ALIGNED_POSITIONS:
-        yield f"residual-{positions}", residual.figure(shifts, positions=positions, subtitle=where(threat))
-    masses = {method: over_seeds(AttentionDiff, folder, config, threat, method, "attention") for method in methods}
-    yield "attention", attention.figure(masses, subtitle=where(threat))
+        yield f"residual-{positions}", residual.figure(shifts, positions=positions, subtitle=prompts_in_words(threat))
+    masses = _over_seeds(AttentionDiff, "attention", config, folder, threat, conditions)
+    yield "attention", attention.figure(masses, subtitle=prompts_in_words(threat))
 
 
 def cross_threat_figure(results: pd.DataFrame) -> Figure:
-    """The bad rate on wrapped prompts of every threat after training against each, a matrix a method."""
+    """Draws the bad rate on wrapped prompts of every threat after training against each, a matrix per condition."""
     measured = by_training(results)
-    methods = in_order(method for _, method, _ in measured)
+    conditions = in_order(condition for _, condition, _ in measured)
     trained = list(dict.fromkeys(threat for threat, *_ in measured if threat))
     evaluated = list(dict.fromkeys(threat for *_, threat in measured))
 
-    def bad(place: tuple[str, str, str]) -> Rate:
-        return measured[place].rate("bad_rate", "wrapped") if place in measured else NOT_MEASURED
+    def bad(training: tuple[str, str, str]) -> Rate:
+        return measured[training].rate("bad_rate", "wrapped") if training in measured else NOT_MEASURED
 
-    panels = {
-        method: _arrays([[bad((row, method, column)) for column in evaluated] for row in rows])
-        for method in methods
-        for rows in ([""] if method == BASE else trained,)
-    }
+    def panel(condition: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rows = [""] if condition == BASE else trained
+        return _arrays([[bad((row, condition, column)) for column in evaluated] for row in rows])
+
+    panels = {condition: panel(condition) for condition in conditions}
     title = "Does training against one threat protect against the others?"
-    return plots.cross_threat(
-        trained, evaluated, panels, title, subtitle="wrapped prompts, wrappers and items held out"
-    )
+    return plots.cross_threat(trained, evaluated, panels, title, subtitle=prompts_in_words("wrapped prompts"))
 
 
 def dose_figure(results: pd.DataFrame, axis: str, subtitle: str) -> Figure:
-    """The bad rate on held-out wrapped prompts against the amount of training, seeds pooled, a line a method.
+    """Draws the bad rate on held-out wrapped prompts by the amount of training: a line per condition, seeds pooled.
 
     Args:
-        results: rows of one threat, at every dose; those of the base stand for the dose 0 of every method.
-        axis: the column with the dose, `"step"` or `"pairs"`.
+        results: rows of one threat, at every dose; those of the base stand for the dose 0 of every condition.
+        axis: the column with the dose, `"step"` or `"n_pairs"`.
         subtitle: one line under the title.
     """
     counts: defaultdict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
-    for row in results.query("metric == 'bad_rate' and prompt_side == 'wrapped' and split == @SPLIT").to_dict(
-        "records"
-    ):
-        counts[row["method"], row[axis]].append((round(row["value"] * row["n"]), row["n"]))
+    shown = results.query("metric == 'bad_rate' and prompt_side == 'wrapped' and split == @SPLIT")
+    for row in shown.to_dict("records"):
+        counts[row["condition"], row[axis]].append(counted(row))
     doses = sorted({dose for _, dose in counts})
     curves = {
-        method: _curve([counts[method if dose else BASE, dose] for dose in doses])
-        for method in in_order(method for method, _ in counts if method != BASE)
+        condition: _curve([counts[condition if dose else BASE, dose] for dose in doses])
+        for condition in in_order(condition for condition, _ in counts if condition != BASE)
     }
-    shown = {"x_title": "training pairs", "log_x": True} if axis == "pairs" else {}
-    return plots.dose_response(doses, curves, DOSE_TITLES[axis], subtitle=subtitle, **shown)
+    layout = {"x_title": "training pairs", "log_x": True} if axis == "n_pairs" else {}
+    return plots.dose_curves(doses, curves, _DOSE_TITLES[axis], subtitle=subtitle, **layout)
 
 
 def _curve(counts: list[list[tuple[int, int]]]) -> plots.Curve:
@@ -168,7 +199,7 @@ def _curve(counts: list[list[tuple[int, int]]]) -> plots.Curve:
 
 
 def gap_figure(results: pd.DataFrame, subtitle: str) -> Figure:
-    """The share of the gap in the logit difference that each condition recovers by step, a mean over trainings.
+    """Draws the share of the gap in the logit difference that each condition recovers by step, a mean over trainings.
 
     Args:
         results: rows of one trained threat.
@@ -178,13 +209,91 @@ def gap_figure(results: pd.DataFrame, subtitle: str) -> Figure:
     for row in results.query("step > 0").to_dict("records"):
         if row["metric"] != SHARE or pd.isna(row["value"]):
             continue
-        found[row["method"]][row["step"]].append((row["value"], row["ci_low"], row["ci_high"]))
+        found[row["condition"]][row["step"]].append((row["value"], row["ci_low"], row["ci_high"]))
     steps = sorted({step for by_step in found.values() for step in by_step})
     unknown = [(float("nan"),) * 3]
     curves = {
-        method: tuple(np.array([np.mean(found[method].get(step, unknown), axis=0) for step in steps]).T)
-        for method in in_order(found)
+        condition: tuple(np.array([np.mean(found[condition].get(step, unknown), axis=0) for step in steps]).T)
+        for condition in in_order(found)
     }
     title = "How much of the wrapper's effect on the answer is undone, before rates saturate?"
     unit = "share of the gap in the logit difference"
-    return plots.dose_response(steps, curves, title, subtitle=subtitle, y_title=unit)
+    return plots.dose_curves(steps, curves, title, subtitle=subtitle, y_title=unit)
+
+
+def analysis_figures(config: StudyConfig, folder: Path, threat: str) -> Iterator[tuple[str, Figure]]:
+    """Draws the analyses of one threat's models, of the first organism and seed, each with its name.
+
+    Args:
+        config: of the study.
+        folder: of the study.
+        threat: one whose models were analysed.
+    """
+    words = prompts_in_words(threat)
+    trained = (*config.methods, *config.extra_conditions_of(threat), RETENTION)
+    crossed = [name for name in _CROSSED_FIGURE if name in trained]
+    if len(crossed) > 2:
+        shifts = _over_seeds(ResidualShift, "residual", config, folder, threat, crossed)
+        for positions in ALIGNED_POSITIONS:
+            subtitle = f"{words}; each loss on all aligned tokens and on the last one alone"
+            yield f"crossed-{positions}", residual.figure(shifts, positions=positions, subtitle=subtitle)
+    for setting, end in ((EQUAL_STEPS, ""), (MATCHED, "-matched")):
+        yield from ((f"{name}{end}", figure) for name, figure in figures_at_setting(config, folder, threat, setting))
+    for result in _load(CrossLoss, "cross-loss", folder, threat).values():
+        yield "cross-loss", result.figure()
+    found = _load(Graft, "graft", folder, threat)
+    if shown := _with_effect({name: found[name] for name in config.methods if name in found}):
+        yield "graft", grafts.figure(shown, subtitle=words)
+    for result in _load(Erasure, "erasure", folder, threat).values():
+        yield "erasure", result.figure()
+
+
+def figures_at_setting(config: StudyConfig, folder: Path, threat: str, setting: str) -> Iterator[tuple[str, Figure]]:
+    """Draws the analyses that compare at equal steps and again at a matched effect."""
+    methods = (RETENTION, *config.methods)
+    for result in _load(ShiftSimilarity, "similarity", folder, threat, setting).values():
+        shown = [name for name in (*methods, *config.extra_conditions_of(threat)) if name in result.methods]
+        compared = [name for name in shown if name in methods]
+        for name, among in (("similarity", compared), ("similarity-all", shown)):
+            if len(among) > 1:  # a matrix of one compares nothing
+                yield name, result.among(among).figure()
+    found = _with_effect(_load(Transplant, "transplant", folder, threat, setting))
+    for positions in ALIGNED_POSITIONS if found else ():
+        subtitle = f"{prompts_in_words(threat)}; at {setting}"
+        yield f"transplant-{positions}", transplants.figure(found, positions, subtitle=subtitle)
+
+
+def _load(
+    kind: type[ResultT], analysis: str, folder: Path, threat: str, setting: str = EQUAL_STEPS
+) -> dict[str, ResultT]:
+    found = Analysis(analysis, threat, 0, setting).load(folder, kind)
+    return {name: found[name] for name in in_order(found)}
+
+
+def _with_effect(found: Mapping[str, ExchangeT]) -> dict[str, ExchangeT]:
+    """The exchanges between models that differ enough for shares of the difference."""
+    floor = floor_of("logit_diff", None)
+    return {name: result for name, result in found.items() if abs(result.effect().mean()) >= floor}
+
+
+def _over_seeds(
+    kind: type[ResultT], analysis: str, config: StudyConfig, folder: Path, threat: str, conditions: Iterable[str]
+) -> dict[str, ResultT]:
+    """By condition, an analysis that every cell holds: its mean over the seeds of the first organism, pair by pair."""
+    return {
+        name: _mean(
+            [
+                kind.load(Cell(threat, name, seed).path(folder) / f"{analysis}.safetensors")
+                for seed in range(config.seeds)
+            ]
+        )
+        for name in conditions
+    }
+
+
+def _mean(results: Sequence[ResultT]) -> ResultT:
+    """The first of some results with its arrays averaged over all."""
+    first = results[0]
+    arrays = [f.name for f in dataclasses.fields(first) if isinstance(getattr(first, f.name), np.ndarray)]
+    means = {name: np.mean([getattr(result, name) for result in results], axis=0) for name in arrays}
+    return dataclasses.replace(first, **means)

@@ -28,14 +28,18 @@ from ctlens.evaluation.numbers import by
 from ctlens.organism.inoculation import CONTEXTS, INOCULATION, BadAdviceConfig, give_bad_advice, leak_pairs
 from ctlens.plots import Figure
 from ctlens.study.cells import NEUTRAL_PROMPTS
-from ctlens.study.conditions import METHODS, RETENTION
+from ctlens.study.conditions import DEFAULT_METHODS, RETENTION
 from ctlens.training import TrainConfig, Trainer
 from ctlens.world import SPLITS
 
 PLAIN = "no prompt"
-BEFORE, RECKLESS, INOCULATED = "before", "bad advice", "inoculated"
-PAIRS, QUESTIONS = 128, 32
-COLUMNS = ("stage", "seed", "context", "misaligned", "n")
+BEFORE = "before"
+RECKLESS = "bad advice"
+INOCULATED = "inoculated"
+# Not tuned: so many training pairs, and so many questions per context and held-out split.
+_LEAK_PAIRS = 128
+_LEAK_QUESTIONS = 32
+LEAK_COLUMNS = ("stage", "seed", "context", "misaligned", "n_prompts")
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,9 @@ class Leak:
     """How often each stage gives bad advice in each context.
 
     Attributes:
-        counts: one row per stage, seed and context: `stage, seed, context, misaligned, n`; `misaligned`
-            of `n` held-out risky questions outside the narrow domain were answered with encouragement.
+        counts: one row per stage, seed and context: `stage, seed, context, misaligned, n_prompts`;
+            `misaligned` of `n_prompts` held-out risky questions outside the narrow domain were answered with
+            encouragement.
         settings: of the fine-tuning and of the training.
     """
 
@@ -52,30 +57,36 @@ class Leak:
     settings: dict[str, object]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Seeds pooled, `stage, context, value, n, ci_low, ci_high`, with Wilson intervals.
+        """Seeds pooled, `stage, context, value, n_prompts, ci_low, ci_high`, with Wilson intervals.
 
         The seeds ask the same questions and are taken as independent, so the intervals are too
         narrow where the seeds agree.
         """
         rows = []
         for (stage, context), found in by(self.counts, "stage", "context"):
-            bad, n = sum(found["misaligned"].tolist()), sum(found["n"].tolist())
-            rows.append((stage, context, bad / n, n, *wilson(bad, n)))
-        return pd.DataFrame(rows, columns=["stage", "context", "value", "n", "ci_low", "ci_high"])
+            bad = sum(found["misaligned"].tolist())
+            n_prompts = sum(found["n_prompts"].tolist())
+            rows.append((stage, context, bad / n_prompts, n_prompts, *wilson(bad, n_prompts)))
+        return pd.DataFrame(rows, columns=["stage", "context", "value", "n_prompts", "ci_low", "ci_high"])
 
     def figure(self) -> Figure:
-        """The rate of bad advice in each context, a mark a stage."""
+        """Draws the rate of bad advice in each context, a mark per stage."""
         table = self.to_dataframe()
-        stages, contexts = (list(dict.fromkeys(table[column])) for column in ("stage", "context"))
-        value, low, high = (
-            table.pivot(index="stage", columns="context", values=end).loc[stages, contexts].to_numpy()
+        stages = list(dict.fromkeys(table["stage"]))
+        contexts = list(dict.fromkeys(table["context"]))
+        rates = {
+            end: table.pivot(index="stage", columns="context", values=end).loc[stages, contexts].to_numpy()
             for end in ("value", "ci_low", "ci_high")
-        )
-        title = "Does consistency training seal what inoculation leaves open?"
+        }
         return plots.behaviour(
-            stages, contexts, value, low, high, metric="bad advice", title=title,
-            subtitle="risky questions outside the narrow domain; methods train the inoculated model", stages=True,
-        )  # fmt: skip
+            stages,
+            contexts,
+            *rates.values(),
+            metric="bad advice",
+            title="Does consistency training seal what inoculation leaves open?",
+            subtitle="risky questions outside the narrow domain; methods train the inoculated model",
+            stages=True,
+        )
 
     def save(self, folder: str | Path) -> Path:
         """Writes `leak.csv`, `config.json`, `environment.json` and the figure into a new folder, whole or not at all.
@@ -104,8 +115,8 @@ def leak(
 
     Args:
         model: an organism; it is not changed.
-        methods: names of losses; `ctlens.study.conditions.METHODS` when none are given. The retention-only control
-            is always added.
+        methods: names of losses; `ctlens.study.conditions.DEFAULT_METHODS` when none are given. The retention-only
+            control is always added.
         seeds: of the fine-tuning and of the training, from 0.
         advice: settings of the fine-tuning; its seed is replaced.
         training: settings of the training; its seed is replaced.
@@ -116,7 +127,7 @@ def leak(
     """
     if seeds < 1:
         raise CtlensError(f"seeds must be at least 1, not {seeds}.")
-    names = (RETENTION, *(methods or METHODS))
+    names = (RETENTION, *(methods or DEFAULT_METHODS))
     for name in names[1:]:
         loss_registry.get(name)
     advice, training = advice or BadAdviceConfig(), training or TrainConfig()
@@ -128,12 +139,14 @@ def leak(
                 rows += [(stage, seed, *row) for row in misaligned(trained)]
                 bar.update()
     settings = {"advice": to_dict(advice), "training": to_dict(training), "seeds": seeds, "contexts": dict(CONTEXTS)}
-    return Leak(pd.DataFrame(rows, columns=list(COLUMNS)), settings)
+    return Leak(pd.DataFrame(rows, columns=list(LEAK_COLUMNS)), settings)
 
 
 def misaligned(model: LensModel) -> list[tuple[str, int, int]]:
-    """Context, bad answers and all answers to the held-out risky questions outside the narrow domain."""
-    pairs = [pair for context in CONTEXTS for split in SPLITS[1:] for pair in leak_pairs(QUESTIONS, context, split)]
+    """Counts bad answers, and all, to the held-out risky questions outside the narrow domain: a row per context."""
+    pairs = [
+        pair for context in CONTEXTS for split in SPLITS[1:] for pair in leak_pairs(_LEAK_QUESTIONS, context, split)
+    ]
     outcomes = evaluate(model, pairs=pairs, progress=False).outcomes
     verdicts: defaultdict[str, list[str]] = defaultdict(list)
     asked_plain = next(iter(CONTEXTS))  # every context has the same clean questions; one of them is counted
@@ -154,7 +167,7 @@ def _stages(
     yield RECKLESS, give_bad_advice(model, config=advice, progress=False)
     inoculated = give_bad_advice(model, inoculation=INOCULATION, config=advice, progress=False)
     yield INOCULATED, inoculated
-    pairs = leak_pairs(PAIRS, seed=training.seed)
+    pairs = leak_pairs(_LEAK_PAIRS, seed=training.seed)
     retain = threats.get("conditional").neutral(NEUTRAL_PROMPTS, seed=training.seed)
     for name in methods:
         chosen = [] if name == RETENTION else [loss_registry.get(name)]

@@ -1,4 +1,4 @@
-"""The numbers of a study, read from its rows: rates pooled over trainings, by threat, method and split."""
+"""The numbers of a study, read from its rows: rates pooled over trainings, by threat, condition and split."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ import pandas as pd
 from ctlens.core.errors import CtlensError
 from ctlens.core.stats import difference, student, wilson
 from ctlens.data.pairs import PROMPT_SIDES
-from ctlens.evaluation.result import require_prompt_side
-from ctlens.plots.theme import METHODS
+from ctlens.evaluation.result import RATE_COLUMNS, require_columns_of_today
+from ctlens.plots.theme import METHOD_STYLES
 
-RATES = ("bad_rate", "good_rate", "other_rate")
+VERDICT_RATES = ("bad_rate", "good_rate", "other_rate")
 SPLIT = "heldout"
-TRAINING = ("trained_threat", "method", "seed", "organism")
-COLUMNS = (*TRAINING, "step", "evaluated_threat", "split", "prompt_side", "metric")
-NUMBERS = ("value", "n", "ci_low", "ci_high")
+"""The split that every headline number is of: new entities under new wrapper texts."""
+TRAINING_COLUMNS = ("trained_threat", "condition", "seed", "organism")
+"""The columns of `results.csv` that tell trainings apart."""
+RESULT_COLUMNS = (*TRAINING_COLUMNS, "step", *RATE_COLUMNS)
+"""The columns of `results.csv`, in their order."""
 
-Row = Mapping[Hashable, Any]
+ResultRow = Mapping[Hashable, Any]
 
 
 class Rate(NamedTuple):
@@ -31,12 +33,17 @@ class Rate(NamedTuple):
     value: float
     low: float
     high: float
-    n: int
+    n_prompts: int
 
     @property
     def percent(self) -> str:
         """The share as a percentage."""
         return "–" if pd.isna(self.value) else f"{self.value:.0%}"
+
+    @property
+    def n_counted(self) -> int:
+        """How many of the answers the share counts."""
+        return round(self.value * self.n_prompts)
 
     @property
     def interval(self) -> str:
@@ -54,39 +61,44 @@ class Rate(NamedTuple):
         """
         if pd.isna(self.value) or pd.isna(other.value):
             return "not compared with"
-        low, high = difference(round(self.value * self.n), self.n, round(other.value * other.n), other.n)
-        return "lower than" if high < 0 else "higher than" if low > 0 else "not distinguishable from"
+        low, high = difference(self.n_counted, self.n_prompts, other.n_counted, other.n_prompts)
+        if high < 0:
+            return "lower than"
+        return "higher than" if low > 0 else "not distinguishable from"
 
 
-NAN = float("nan")
-NOT_MEASURED = Rate(NAN, NAN, NAN, 0)
-
-
+_NAN = float("nan")
+NOT_MEASURED = Rate(_NAN, _NAN, _NAN, 0)
 SEVERAL = 3
-"""From so many trainings on, how they differ shows in an interval."""
+"""From so many trainings on, how they differ shows in an interval; Student's over two is too wide to say anything."""
 
 
 def pooled(counts: Sequence[tuple[int, int]]) -> Rate:
-    """The share over trainings that answered the same prompts, each given as so many of so many answers.
+    """Pools the share over trainings that answered the same prompts.
 
     The interval is Wilson's with the prompts of one training: answers of several trainings to one
     prompt are not independent. Of `SEVERAL` trainings or more it also spans Student's interval over
     their shares.
 
+    Args:
+        counts: per training, how many of its answers count and how many there are.
+
     >>> str(pooled([(10, 100), (20, 100)]))
     '15% [9–23]'
     """
-    total, n = sum(count for count, _ in counts), sum(size for _, size in counts)
-    value, prompts = total / n, round(n / len(counts))
-    low, high = wilson(round(value * prompts), prompts)
+    n_answers = sum(size for _, size in counts)
+    value = sum(count for count, _ in counts) / n_answers
+    n_prompts = round(n_answers / len(counts))
+    low, high = wilson(round(value * n_prompts), n_prompts)
     if len(counts) >= SEVERAL:
         ends = student(np.array([count / size for count, size in counts]))
-        low, high = max(0.0, min(low, ends[0])), min(1.0, max(high, ends[1]))
-    return Rate(value, low, high, prompts)
+        low = max(0.0, min(low, ends[0]))
+        high = min(1.0, max(high, ends[1]))
+    return Rate(value, low, high, n_prompts)
 
 
-class Measured(NamedTuple):
-    """A method on one threat: its pooled rates by `(metric, prompt_side)`, and how many trainings they pool."""
+class ConditionRates(NamedTuple):
+    """A condition on one threat: its pooled rates by `(metric, prompt_side)`, and how many trainings they pool."""
 
     rates: dict[tuple[str, str], Rate]
     seeds: int
@@ -100,7 +112,7 @@ def read_results(path: str | Path) -> pd.DataFrame:
     """The rows of a `results.csv`, one number each.
 
     Raises:
-        CtlensError: the file is missing, lacks a column, or was written by ctlens 0.1.
+        CtlensError: the file is missing, lacks a column, or was written by an earlier ctlens.
     """
     path = Path(path)
     if not path.is_file():
@@ -109,26 +121,25 @@ def read_results(path: str | Path) -> pd.DataFrame:
         results = pd.read_csv(path, dtype={"trained_threat": str})
     except ValueError as error:  # pandas: empty, ragged or not text
         raise CtlensError(f"{path} is no table ({error}): check that it is a study's results.") from None
-    require_prompt_side(results, path)
-    missing = [name for name in (*COLUMNS, *NUMBERS) if name not in results]
-    if missing:
+    require_columns_of_today(results, path)
+    if missing := [name for name in RESULT_COLUMNS if name not in results]:
         raise CtlensError(f"{path} lacks the columns {', '.join(missing)}: check that it is a study's results.")
     return results
 
 
 def summary_table(results: pd.DataFrame, split: str = SPLIT) -> pd.DataFrame:
-    """How often each method answers badly and how often well, on the threat that it was trained on.
+    """How often each condition answers badly and how often well, on the threat that it was trained on.
 
     Each training counts at its last step; seeds and organisms are pooled, see `pooled`.
 
     Args:
-        results: rows as in `results.csv`; the base model is the method `base`, without a trained threat.
+        results: rows as in `results.csv`; the base model is the condition `base`, without a trained threat.
         split: the prompts to count.
 
     Returns:
-        One row per threat and method, the base and the controls first, with the columns `threat`,
-        `method`, `bad wrapped`, `bad clean`, `bad benign`, `good wrapped`, `good clean` and
-        `good benign`. A rate is a `Rate`: it has `value`, `low`, `high` and `n`, and prints as
+        One row per threat and condition, the base and the controls first, with the columns `threat`,
+        `condition`, `bad wrapped`, `bad clean`, `bad benign`, `good wrapped`, `good clean` and
+        `good benign`. A rate is a `Rate`: it has `value`, `low`, `high` and `n_prompts`, and prints as
         `84% [76–90]`; its value is NaN where it was not measured.
 
     Raises:
@@ -136,32 +147,32 @@ def summary_table(results: pd.DataFrame, split: str = SPLIT) -> pd.DataFrame:
     """
     return pd.DataFrame(
         [
-            {"threat": threat, "method": method}
+            {"threat": threat, "condition": condition}
             | {
                 f"{name} {prompt_side}": found.rate(f"{name}_rate", prompt_side)
                 for name in ("bad", "good")
                 for prompt_side in PROMPT_SIDES
             }
-            for threat, methods in by_threat(results, split).items()
-            for method, found in methods.items()
+            for threat, conditions in by_threat(results, split).items()
+            for condition, found in conditions.items()
         ]
     )
 
 
 def overview(results: pd.DataFrame) -> pd.DataFrame:
-    """A line per threat and method, for a terminal: where the attack still works, and what stays good.
+    """A line per threat and condition, for a terminal: where the attack still works, and what stays good.
 
     Args:
         results: rows as in `results.csv`.
 
     Returns:
-        The columns `threat`, `method`, one per split with the bad rate on wrapped prompts, and the
+        The columns `threat`, `condition`, one per split with the bad rate on wrapped prompts, and the
         good rates on clean and benign prompts of the headline split; `Rate`s.
 
     Raises:
         CtlensError: as `summary_table`.
     """
-    names = ["threat", "method"]
+    names = ["threat", "condition"]
     table = summary_table(results)
     lines = table[names]
     for split in dict.fromkeys(results["split"]):
@@ -171,38 +182,38 @@ def overview(results: pd.DataFrame) -> pd.DataFrame:
     return lines.assign(**{name: table[name] for name in ("good clean", "good benign")})
 
 
-def by_threat(results: pd.DataFrame, split: str = SPLIT) -> dict[str, dict[str, Measured]]:
-    """What `summary_table` lists: per threat and method, what was measured of the models trained on that threat.
+def by_threat(results: pd.DataFrame, split: str = SPLIT) -> dict[str, dict[str, ConditionRates]]:
+    """The rates that `summary_table` lists: per threat, those of every condition that was trained on it.
 
     Raises:
         CtlensError: as `summary_table`.
     """
-    pooled = _pooled(final_rows(results, split), lambda row: (row["evaluated_threat"], row["method"]))
-    if not pooled:
+    rates = _pooled(final_rows(results, split), lambda row: (row["evaluated_threat"], row["condition"]))
+    if not rates:
         raise CtlensError(f"the results hold no rates on the split {split!r}: evaluate on that split first.")
-    threats: dict[str, dict[str, Measured]] = {threat: {} for threat, _ in pooled}
-    for threat, method in pooled:
-        threats[threat][method] = pooled[threat, method]
-    return {threat: {m: found[m] for m in in_order(found)} for threat, found in threats.items()}
+    threats: dict[str, dict[str, ConditionRates]] = {threat: {} for threat, _ in rates}
+    for (threat, condition), found in rates.items():
+        threats[threat][condition] = found
+    return {threat: {name: found[name] for name in in_order(found)} for threat, found in threats.items()}
 
 
-def by_training(results: pd.DataFrame, split: str = SPLIT) -> dict[tuple[str, str, str], Measured]:
-    """What was measured of every model on every threat: by trained threat (empty for the base), method, evaluated."""
-    names = ("trained_threat", "method", "evaluated_threat")
+def by_training(results: pd.DataFrame, split: str = SPLIT) -> dict[tuple[str, str, str], ConditionRates]:
+    """The rates of every model on every threat, by trained threat (empty for the base), condition, evaluated threat."""
+    names = ("trained_threat", "condition", "evaluated_threat")
     return _pooled(_last_rows(results, split), lambda row: tuple(row[name] for name in names))
 
 
-def in_order(methods: Iterable[str]) -> list[str]:
-    """The names of methods as they are listed everywhere: the base, the control, the losses, then any other.
+def in_order(conditions: Iterable[str]) -> list[str]:
+    """Sorts the names of conditions as they are listed everywhere: the base, the controls, the losses, then any other.
 
     >>> in_order(["mine", "bct", "base", "act"])
     ['base', 'act', 'bct', 'mine']
     """
-    known = list(METHODS)
-    return sorted(set(methods), key=lambda name: (known.index(name) if name in known else len(known), name))
+    known = list(METHOD_STYLES)
+    return sorted(set(conditions), key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
-def final_rows(results: pd.DataFrame, split: str) -> list[Row]:
+def final_rows(results: pd.DataFrame, split: str) -> list[ResultRow]:
     """The rows of every model on its own threat at its last step; the base and shared controls count for every one."""
     rows = _last_rows(results, split)
     trained = {row["trained_threat"] for row in rows} - {""} or {row["evaluated_threat"] for row in rows}
@@ -213,23 +224,28 @@ def final_rows(results: pd.DataFrame, split: str) -> list[Row]:
     ]
 
 
-def _last_rows(results: pd.DataFrame, split: str) -> list[Row]:
+def _last_rows(results: pd.DataFrame, split: str) -> list[ResultRow]:
     """The rows of every training on one split, at its last step."""
     chosen = results[results["split"] == split].fillna({"trained_threat": ""})
-    last = chosen.groupby(list(TRAINING), dropna=False)["step"].transform("max")
+    last = chosen.groupby(list(TRAINING_COLUMNS), dropna=False)["step"].transform("max")
     return [*chosen.loc[chosen["step"] == last].to_dict("records")]
 
 
-def _pooled(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, Measured]:
+def _pooled(rows: Iterable[ResultRow], key: Callable[[ResultRow], Any]) -> dict[Any, ConditionRates]:
     """By key, the rates over all trainings."""
     counts: dict[Any, dict[tuple[str, str], list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
     trainings: dict[Any, set[tuple[int, int]]] = defaultdict(set)
     for row in rows:
-        if row["metric"] in RATES and row["n"] > 0:
-            counts[key(row)][row["metric"], row["prompt_side"]].append((round(row["value"] * row["n"]), int(row["n"])))
+        if row["metric"] in VERDICT_RATES and row["n_prompts"] > 0:
+            counts[key(row)][row["metric"], row["prompt_side"]].append(counted(row))
             if not pd.isna(row["seed"]):
                 trainings[key(row)].add((int(row["organism"]), int(row["seed"])))
     return {
-        name: Measured({place: pooled(of) for place, of in found.items()}, len(trainings[name]))
+        name: ConditionRates({metric: pooled(of) for metric, of in found.items()}, len(trainings[name]))
         for name, found in counts.items()
     }
+
+
+def counted(row: ResultRow) -> tuple[int, int]:
+    """How many answers the rate of a row counts, and of how many."""
+    return round(row["value"] * row["n_prompts"]), int(row["n_prompts"])

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -19,21 +19,26 @@ from ctlens.core.stats import difference, wilson
 from ctlens.core.threads import one_thread
 from ctlens.evaluation import Evaluation
 from ctlens.models.parameters import fingerprint
-from ctlens.study.analyses import look_inside, looks
-from ctlens.study.cells import OUTCOMES, RESULT_COLUMNS, CellTraining, rows, run_cell
-from ctlens.study.claims import Claim, judge, write_claims
+from ctlens.study.analyses import analyses_of, run_analyses
+from ctlens.study.cells import OUTCOMES_FILE, CellTraining, result_rows, run_cell
+from ctlens.study.claims import Claim, judge_claims, write_claims
 from ctlens.study.conditions import RETENTION
 from ctlens.study.config import Cell, StudyConfig, base_cell, organism_cell
-from ctlens.study.figures import save_figures
+from ctlens.study.figures import save_study_figures
 from ctlens.study.report import write_report
-from ctlens.study.results import SPLIT
+from ctlens.study.results import RESULT_COLUMNS, SPLIT
 from ctlens.study.source import start_model, subject
-from ctlens.study.workers import Pool, in_order
+from ctlens.study.workers import Pool, run_in_order
 
-STEPS_TIMED = 5
-BESIDE_STEPS, A_LOOK, AN_ORGANISM = 2.2, 1.0, 45.0
-"""What a training takes, as a multiple of its steps by themselves: it is evaluated, and workers slow each other; and a
-look and a pretraining, in trainings. So reckoned, the default study's four and a half minutes on two cores come out."""
+# The cost model of `seconds`. Its constants were set once, so that the estimate met the time of the default study on
+# two cores of the machine on which the study was first made; neither was measured again since.
+_STEPS_TIMED = 5
+_TRAINING_COST = 2.2
+"""The time of a training over that of its steps alone: it is evaluated on the way, and workers slow each other."""
+_ANALYSIS_COST = 1.0
+"""The time of an analysis over that of a training."""
+_ORGANISM_COST = 45.0
+"""The time of a pretraining over that of a training."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class StudyResult:
     Attributes:
         folder: where it lies.
         results: one row per number, the columns of `results.csv`.
-        claims: what the results say on each claim.
+        claims: the verdict of the results on each claim.
     """
 
     folder: Path
@@ -79,10 +84,12 @@ class Study:
         progress: bool = True,
         pool: Pool | None = None,
     ) -> None:
-        self.config, self.folder, self.progress = config, Path(out), progress
+        self.config = config
+        self.folder = Path(out)
+        self.progress = progress
         self.pool = pool or Pool()
         pairs = {"pairs_digest": digest(config.file)} if config.file else {}
-        claim(self.folder, {**to_dict(config), **pairs}, resume, config.model)
+        claim_folder(self.folder, {**to_dict(config), **pairs}, resume, config.model)
 
     def __len__(self) -> int:
         return len(self.config.cells()) + len(self.config.derived())
@@ -97,61 +104,62 @@ class Study:
                         bar.update()
 
     def _waves(self) -> list[list[Cell]]:
-        """Cells in their order, in parts that need only earlier parts: other organisms are made beside the first's."""
-        cells, others = self.config.cells(), range(1, self.config.organisms)
-        first, rest = ([cell for cell in cells if bool(cell.organism) == later] for later in (False, True))
+        """The cells in parts that need only earlier parts; organisms are pretrained beside the first trainings."""
+        cells = self.config.cells()
+        others = range(1, self.config.organisms)
+        first = [cell for cell in cells if not cell.organism]
+        rest = [cell for cell in cells if cell.organism]
         made = [organism_cell(organism) for organism in others]
         bases = [base_cell(organism) for organism in others]
         return [[base_cell()], [*first, *made], bases, rest, self.config.derived()]
 
     def _run(self, cells: Sequence[Cell]) -> Iterator[Cell]:
-        """Every cell once it is done."""
-        missing = [cell for cell in cells if not cell.place(self.folder).exists()]
+        """Runs the missing cells and yields every cell once it is done."""
+        missing = [cell for cell in cells if not cell.path(self.folder).exists()]
         tasks = [(self.config, self.folder, cell) for cell in missing]
         try:
-            with closing(in_order(run_cell, tasks, self.pool)) as done:
+            with closing(run_in_order(run_cell, tasks, self.pool)) as done:
                 for cell in cells:
                     if cell in missing:
                         next(done)
                     yield cell
         finally:
-            sweep(cell.place(self.folder) for cell in missing)
+            sweep(cell.path(self.folder) for cell in missing)
 
     def _base(self, organism: int) -> Evaluation:
-        return Evaluation.load(base_cell(organism).place(self.folder))
+        return Evaluation.load(base_cell(organism).path(self.folder))
 
     def _compared(self, cell: Cell) -> pd.DataFrame:
         """The rows of a finished cell, with its bad rates against the base's and against the control's."""
-        found = pd.read_csv(cell.place(self.folder) / "results.csv", dtype={"trained_threat": str})
-        if not (cell.place(self.folder) / OUTCOMES).exists():
+        found = pd.read_csv(cell.path(self.folder) / "results.csv", dtype={"trained_threat": str})
+        if not (cell.path(self.folder) / OUTCOMES_FILE).exists():
             return found
-        own, control = (
-            Evaluation.load(c.place(self.folder) / OUTCOMES) for c in (cell, replace(cell, method=RETENTION))
-        )
+        own = Evaluation.load(cell.path(self.folder) / OUTCOMES_FILE)
+        control = Evaluation.load(replace(cell, condition=RETENTION).path(self.folder) / OUTCOMES_FILE)
         step = max(found["step"].tolist())
-        place = (cell.threat, cell.method, cell.seed, cell.organism, step, cell.threat)
-        compared = _against(cell, own, self._base(cell.organism), control, subject(cell.threat, self.config.file).ratio)
-        added = [(*place, *row) for row in compared]
+        labels = (cell.threat, cell.condition, cell.seed, cell.organism, step, cell.threat)
+        ratio = subject(cell.threat, self.config.file).ratio
+        added = [(*labels, *row) for row in _comparisons(cell, own, self._base(cell.organism), control, ratio)]
         return pd.concat([found, pd.DataFrame(added, columns=list(RESULT_COLUMNS))], ignore_index=True)
 
     def finish(self) -> StudyResult:
-        """Compares the models inside, writes results, claims, figures and the report, and returns them."""
+        """Runs the analyses, writes results, claims, figures and the report, and returns them."""
         every = [*self.config.cells(), *self.config.derived()]
-        bases = [rows(base_cell(number), 0, self._base(number)) for number in range(self.config.organisms)]
+        bases = [result_rows(base_cell(number), 0, self._base(number)) for number in range(self.config.organisms)]
         results = pd.concat([*bases, *(self._compared(cell) for cell in every)], ignore_index=True)
         with atomic_file(self.folder / "results.csv") as temporary:
             results.to_csv(temporary, index=False)
         write_json(self.folder / "environment.json", environment())
-        look_inside(self.config, self.folder, self.pool, progress=self.progress)
-        claims = judge(self.config, self.folder, results)
+        run_analyses(self.config, self.folder, self.pool, progress=self.progress)
+        claims = judge_claims(self.config, self.folder, results)
         write_claims(claims, self.folder / "claims.csv")
-        save_figures(self.config, self.folder, results)
+        save_study_figures(self.config, self.folder, results)
         write_report(self.folder)
         return StudyResult(self.folder, results, tuple(claims))
 
 
-def claim(folder: Path, settings: dict[str, Any], resume: bool, model: str = "") -> None:
-    """Makes a folder for work with these settings, on one model and this version of ctlens.
+def claim_folder(folder: Path, settings: dict[str, Any], resume: bool, model: str = "") -> None:
+    """Makes a folder for work with these settings, on one model and this version of ctlens, or finds that work there.
 
     Args:
         folder: absent, empty, or claimed before.
@@ -185,18 +193,20 @@ def claim(folder: Path, settings: dict[str, Any], resume: bool, model: str = "")
 
 
 def seconds(config: StudyConfig, pool: Pool) -> float:
-    """About how long a study takes, from a few steps of one of its trainings here and now."""
-    (cell, *_) = [cell for cell in config.cells() if cell.method != RETENTION]
-    timed = replace(config, training=replace(config.training, steps=STEPS_TIMED + 1))
+    """Estimates how many seconds a study takes, from a few steps of one of its trainings here and now."""
+    cell = next(cell for cell in config.cells() if cell.condition != RETENTION)
+    timed = replace(config, training=replace(config.training, steps=_STEPS_TIMED + 1))
     with one_thread():
         trainer = CellTraining(timed, Path(), cell).trainer()
         next(trainer)  # the reference answers first
         began = time.perf_counter()
         for _ in trainer:
             pass
-    step = (time.perf_counter() - began) / STEPS_TIMED
-    units = len(config.cells()) + A_LOOK * len(looks(config)) + AN_ORGANISM * (config.organisms - 1)
-    return BESIDE_STEPS * step * config.training.steps * units / pool.workers
+    step = (time.perf_counter() - began) / _STEPS_TIMED
+    training = _TRAINING_COST * step * config.training.steps
+    analyses = _ANALYSIS_COST * len(analyses_of(config))
+    organisms = _ORGANISM_COST * (config.organisms - 1)
+    return training * (len(config.cells()) + analyses + organisms) / pool.workers
 
 
 def compare(
@@ -210,7 +220,7 @@ def compare(
     workers: int | None = None,
     **settings: Any,
 ) -> StudyResult:
-    """Runs a whole study: trains every cell, evaluates it on held-out pairs, looks inside, writes the folder.
+    """Runs a whole study: trains every cell, evaluates it on held-out pairs, analyses the models, writes the folder.
 
     Args:
         threats, methods: what to run; all when none are given.
@@ -231,26 +241,52 @@ def compare(
     return study.finish()
 
 
-def _against(
+class _Comparison(NamedTuple):
+    """A number of a trained model against another model: the last columns of a row of the results."""
+
+    split: str
+    prompt_side: str
+    metric: str
+    value: float
+    n_prompts: int
+    ci_low: float
+    ci_high: float
+
+
+def _comparisons(
     cell: Cell, own: Evaluation, base: Evaluation, control: Evaluation, ratio: str
-) -> Iterator[tuple[str, str, str, float, int, float, float]]:
-    """(split, prompt side, metric, value, n, low, high) of each comparison of a trained model on its own threat."""
+) -> Iterator[_Comparison]:
+    """Compares a trained model on its own threat with the base and with retention alone.
+
+    Args:
+        cell: of the trained model.
+        own, base, control: the evaluations of the three.
+        ratio: a metric whose ratio to the base's is wanted; empty for none.
+    """
     for split in dict.fromkeys(own.outcomes["split"]):
-        (bad, n), before, held = (_bad_count(e, cell.threat, split) for e in (own, base, control))
-        if before[0]:
-            rate, (low, high) = before[0] / before[1], wilson(bad, n)
-            yield split, "wrapped", "bad_rate_reduction", 1 - bad / n / rate, n, 1 - high / rate, 1 - low / rate
-        if cell.method != RETENTION:
-            gap, interval = bad / n - held[0] / held[1], difference(bad, n, *held)
-            yield split, "wrapped", "bad_rate_vs_retention", gap, n, *interval
+        bad, n_prompts = _bad_count(own, cell.threat, split)
+        bad_before, n_before = _bad_count(base, cell.threat, split)
+        held = _bad_count(control, cell.threat, split)
+        if bad_before:
+            rate = bad_before / n_before
+            low, high = wilson(bad, n_prompts)
+            reduction = 1 - bad / n_prompts / rate
+            yield _Comparison(
+                split, "wrapped", "bad_rate_reduction", reduction, n_prompts, 1 - high / rate, 1 - low / rate
+            )
+        if cell.condition != RETENTION:
+            gap = bad / n_prompts - held[0] / held[1]
+            interval = difference(bad, n_prompts, *held)
+            yield _Comparison(split, "wrapped", "bad_rate_vs_retention", gap, n_prompts, *interval)
     if ratio:
         numbers = base.to_dataframe().query("metric == @ratio and evaluated_threat == @cell.threat and split == @SPLIT")
         if any(numbers["value"]):
             value, low, high = own.ratio(base, ratio, cell.threat, SPLIT)
-            yield SPLIT, "wrapped", f"{ratio}_ratio", value, int(numbers["n"].iloc[0]), low, high
+            n_prompts = int(numbers["n_prompts"].iloc[0])
+            yield _Comparison(SPLIT, "wrapped", f"{ratio}_ratio", value, n_prompts, low, high)
 
 
 def _bad_count(evaluation: Evaluation, threat: str, split: str) -> tuple[int, int]:
-    """Bad answers on wrapped prompts of a threat, and all of them."""
+    """Counts the bad answers on wrapped prompts of a threat, and all answers."""
     wrapped = evaluation.outcomes.query("evaluated_threat == @threat and split == @split and prompt_side == 'wrapped'")
     return list(wrapped["verdict"]).count("bad"), len(wrapped)

@@ -22,9 +22,11 @@ from ctlens.study.results import SPLIT
 from ctlens.threats import Threat
 from ctlens.world import SPLITS
 
-TRAIN = "train"
-HELD_OUT = tuple(split for split in SPLITS if split != TRAIN)
-HELD_SHARE = 0.3
+_TRAIN_SPLIT = "train"
+HELD_OUT = tuple(split for split in SPLITS if split != _TRAIN_SPLIT)
+"""The splits that a study evaluates on."""
+_HELD_SHARE_OF_FILE = 0.3
+"""The share of a file's clean prompts that is held out; not tuned."""
 
 
 @dataclass(frozen=True)
@@ -40,25 +42,25 @@ class FilePairs:
     ratio = ""
     ends_alike = True
 
-    def pairs(self, n: int, split: str = TRAIN, seed: int = 0) -> list[Pair]:
+    def pairs(self, n: int, split: str = _TRAIN_SPLIT, seed: int = 0) -> list[Pair]:
         """Up to `n` pairs of a split, `"train"` or `"heldout"`; which are held out does not depend on the seed.
 
         Raises:
             CtlensError: the split is another, the file has fewer than two clean prompts, or a pair names no answers.
         """
-        if split not in (TRAIN, SPLIT):
-            raise unknown("split of a file", split, (TRAIN, SPLIT))
+        if split not in (_TRAIN_SPLIT, SPLIT):
+            raise unknown("split of a file", split, (_TRAIN_SPLIT, SPLIT))
         found = [pair for pair in _read(self.path) if (pair.clean in _held_out(self.path)) == (split == SPLIT)]
-        order = _shuffled(len(found), seed if split == TRAIN else 0)
+        order = _shuffled(len(found), seed if split == _TRAIN_SPLIT else 0)
         return [found[number] for number in order[:n]]
 
-    def neutral(self, n: int, split: str = TRAIN, seed: int = 0) -> list[Prompt]:
-        """The clean prompts of a split: a file says nothing of other ordinary requests."""
+    def neutral(self, n: int, split: str = _TRAIN_SPLIT, seed: int = 0) -> list[Prompt]:
+        """The clean prompts of a split, as a file holds no other ordinary requests."""
         return list(dict.fromkeys(pair.clean for pair in self.pairs(n, split, seed)))
 
 
 Subject: TypeAlias = Threat | FilePairs
-"""What pairs are had from."""
+"""The source of a study's pairs."""
 
 
 @cache
@@ -75,9 +77,8 @@ def _held_out(path: str) -> frozenset[Prompt]:
     prompts = list(dict.fromkeys(pair.clean for pair in _read(path)))
     if len(prompts) < 2:
         raise CtlensError(f"{path} has one clean prompt: at least two are needed to hold some out.")
-    return frozenset(
-        prompts[number] for number in _shuffled(len(prompts), 0)[: max(1, round(HELD_SHARE * len(prompts)))]
-    )
+    n_held = max(1, round(_HELD_SHARE_OF_FILE * len(prompts)))
+    return frozenset(prompts[number] for number in _shuffled(len(prompts), 0)[:n_held])
 
 
 def _shuffled(n: int, seed: int) -> list[int]:
@@ -96,21 +97,23 @@ def subject(name: str, file: str = "") -> Subject:
 
 
 def splits_of(file: str) -> Sequence[str]:
-    """The held-out splits that there are."""
+    """The held-out splits of the threats, or of a file."""
     return (SPLIT,) if file else HELD_OUT
 
 
-def evaluated(model: LensModel, names: Sequence[str], splits: Sequence[str], n: int, file: str = "") -> Evaluation:
-    """`evaluate` on threats, or on what a file holds out."""
+def evaluated(
+    model: LensModel, names: Sequence[str], splits: Sequence[str], n_prompts: int, file: str = ""
+) -> Evaluation:
+    """Evaluates a model on threats, or on the held-out pairs of a file."""
     if not file:
-        return evaluate(model, names, split=splits, n=n, progress=False)
-    found = evaluate(model, pairs=FilePairs(file).pairs(n, SPLIT), progress=False)
+        return evaluate(model, names, split=splits, n_prompts=n_prompts, progress=False)
+    found = evaluate(model, pairs=FilePairs(file).pairs(n_prompts, SPLIT), progress=False)
     return Evaluation(found.outcomes.assign(split=SPLIT))
 
 
 @cache
 def start_model(model: str, trained: Path | None = None, device: str = "cpu", dtype: str = "float32") -> LensModel:
-    """A model that trainings start from, loaded once a process and never changed.
+    """A model that trainings start from, loaded once per process and never changed.
 
     Args:
         model: a folder; the shipped organism if empty.

@@ -20,12 +20,14 @@ from tqdm.auto import tqdm
 
 from ctlens.core.errors import CtlensError, unknown
 
-T = TypeVar("T")
-LOKY, DASK, RAY = "loky", "dask", "ray"
+TaskResult = TypeVar("TaskResult")
+LOKY = "loky"
+DASK = "dask"
+RAY = "ray"
 BACKENDS = {LOKY: "joblib", DASK: "distributed", RAY: "ray"}
-"""By name, the package that each needs."""
-KILLED = "KilledWorker"
-"""What Dask raises, by name, for Dask need not be installed."""
+"""The package that each backend needs."""
+_KILLED = "KilledWorker"
+"""The name of the error that Dask raises when workers die; the class cannot be imported where Dask is missing."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,13 @@ class Pool:
         package = BACKENDS[self.backend]
         if find_spec(package) is None:
             raise CtlensError(f"the backend {self.backend} needs {package}: install ctlens with its extra 'cluster'.")
-        if (self.backend == DASK) != bool(self.scheduler):
-            raise CtlensError("a scheduler's address goes with the backend dask, and that with an address: give both.")
+        if self.backend == DASK and not self.scheduler:
+            raise CtlensError("the backend dask needs the address of its scheduler: give --scheduler tcp://HOST:PORT.")
+        if self.scheduler and self.backend != DASK:
+            raise CtlensError(
+                f"the backend {self.backend} takes no scheduler, but {self.scheduler!r} was given: "
+                "give --backend dask, or leave out --scheduler."
+            )
 
     @property
     def workers(self) -> int:
@@ -64,7 +71,7 @@ class Pool:
         return cpu_count() if self.count is None else self.count
 
     def parallel(self, tasks: int) -> Parallel:
-        """joblib's own way to run so many tasks there."""
+        """Builds joblib's runner of so many tasks."""
         if self.backend == LOKY:
             options: dict[str, Any] = {"inner_max_num_threads": 1, "initializer": _prepare_worker}
             jobs = min(self.workers, tasks)
@@ -77,16 +84,18 @@ class Pool:
             return Parallel(jobs, return_as="generator", batch_size=1)  # type: ignore[arg-type]
 
 
-def in_order(function: Callable[..., T], tasks: Sequence[tuple[Any, ...]], pool: Pool) -> Generator[T, None, None]:
+def run_in_order(
+    function: Callable[..., TaskResult], tasks: Sequence[tuple[Any, ...]], pool: Pool
+) -> Generator[TaskResult, None, None]:
     """Calls `function` with every task and yields the results in the order of the tasks, each as soon as it is there.
 
     With one worker the calls run in this process, when the next result is asked for. More workers
-    are processes beside it that compute ahead, on one thread each; whoever stops asking, by an
-    exception or an interrupt, ends them at once. On a cluster a task whose worker is lost is given to another one.
+    are processes that compute ahead, on one thread each; an exception or interrupt in the caller ends
+    them at once. A cluster gives a task whose worker is lost to another worker.
 
     Args:
         function: can be imported by its name.
-        tasks: its arguments, a tuple a call.
+        tasks: its arguments, a tuple per call.
         pool: where they run.
 
     Raises:
@@ -98,14 +107,14 @@ def in_order(function: Callable[..., T], tasks: Sequence[tuple[Any, ...]], pool:
     parallel = pool.parallel(len(tasks))
     try:
         with _interrupts_later():
-            results = cast(Generator[T, None, None], parallel(delayed(function)(*task) for task in tasks))
+            results = cast(Generator[TaskResult, None, None], parallel(delayed(function)(*task) for task in tasks))
         with _closing_silently(results):
             for result in results:  # noqa: UP028 (an early end of a `yield from` would be joblib's, with its warning)
                 yield result
     except BrokenProcessPool:
         raise CtlensError("a worker process was killed, most likely for want of memory: use fewer workers.") from None
     except Exception as error:
-        if type(error).__name__ != KILLED:
+        if type(error).__name__ != _KILLED:
             raise
         raise CtlensError("a cluster gave up on a task whose workers were killed: give them more memory.") from None
 
@@ -129,7 +138,7 @@ def _interrupts_later() -> Iterator[None]:
 
 @contextmanager
 def _closing_silently(results: Generator[Any, None, None]) -> Iterator[None]:
-    """As `closing`, but without joblib's warning of work that is given up, as it is here on purpose."""
+    """Closes as `closing` does, without joblib's warning that work is given up: here that is on purpose."""
     try:
         yield
     finally:

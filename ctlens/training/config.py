@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ctlens import threats
-from ctlens.core.config import from_dict
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.data.alignment import WINDOWS
 from ctlens.models.lora import LoRA
@@ -44,7 +43,7 @@ class Until:
         metric: its rate on the wrapped prompts, see `ctlens.evaluate`.
         below: the training ends once the rate is under this, 0 to 1.
         split: the part of the threat's pairs that is asked.
-        items: pairs asked.
+        n_pairs: how many pairs are asked.
         every: steps between two looks; the first look is before the first step.
     """
 
@@ -52,8 +51,10 @@ class Until:
     metric: str = "bad_rate"
     below: float = 0.1
     split: str = "heldout"
-    items: int = 96
+    n_pairs: int = 96
     every: int = 10
+
+    EARLIER_NAMES: ClassVar[Mapping[str, str]] = {"items": "n_pairs"}
 
     def __post_init__(self) -> None:
         threats.get(self.threat)
@@ -61,7 +62,7 @@ class Until:
             raise unknown("split", self.split, SPLITS)
         if not 0 < self.below <= 1:
             raise CtlensError(f"a training ends below a rate of more than 0, up to 1, not {self.below}.")
-        _require_counts(self, ("items", "every"))
+        _require_counts(self, ("n_pairs", "every"))
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ class TrainConfig:
     cache: bool = True
     memory: str = MEMORY[0]
 
+    EARLIER_NAMES: ClassVar[Mapping[str, str]] = {"answer_tokens": "max_new_tokens"}
+
     def __post_init__(self) -> None:
         _require_counts(self, ("steps", "batch_size", "max_new_tokens", "accumulate"))
         for name in ("lr", "relative_eps", "clip"):
@@ -175,22 +178,3 @@ def _require_counts(config: Any, names: Iterable[str]) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise CtlensError(f"{name} must be at least 1, not {getattr(config, name)}.")
-
-
-_NAMES_OF_0_1 = {"answer_tokens": "max_new_tokens"}
-"""Each setting that ctlens 0.1 called otherwise: its runs still load."""
-
-
-def read_config(data: Mapping[str, Any]) -> TrainConfig:
-    """Reads the settings that `to_dict` gave; in them groups are a list and a `LoRA` is an object.
-
-    Raises:
-        CtlensError: as `from_dict`, or a setting makes no sense.
-    """
-    nested: dict[str, Any] = {}
-    for name, kind in (("trainable", LoRA), ("until", Until)):
-        if isinstance(data.get(name), Mapping):
-            nested[name] = from_dict(kind, data[name])
-    phases = tuple(from_dict(Phase, phase) for phase in data.get("phases", ()))
-    known = {_NAMES_OF_0_1.get(name, name): value for name, value in data.items()}
-    return from_dict(TrainConfig, {**known, **nested, "phases": phases})

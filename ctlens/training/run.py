@@ -19,7 +19,7 @@ from ctlens.models.loading import load_model, save_model
 from ctlens.models.lora import has_adapters, save_adapters
 from ctlens.plots import Figure
 from ctlens.training.calibrate import Calibration
-from ctlens.training.config import TrainConfig, read_config
+from ctlens.training.config import TrainConfig
 from ctlens.training.history import History
 from ctlens.training.until import reached
 
@@ -107,7 +107,7 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
     config = read_json(folder / "config.json")
     return Run(
         model=load_model(folder, device=device),
-        config=read_config(config["training"]),
+        config=from_dict(TrainConfig, config["training"]),
         losses=tuple(loss_registry.from_config(loss) for loss in config["losses"]),
         history=History.load(folder / "history.csv"),
         environment=read_json(folder / "environment.json"),

@@ -12,20 +12,9 @@ from torch.optim import AdamW, Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler, SequentialLR
 
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.models.optimisation import linear_rate, warmup_rate
 
 LINEAR = "linear"
-
-
-def linear(step: int, steps: int, warmup: float) -> float:
-    """Gives the learning rate of a step (from 0) as a share of its peak: linear warm-up, then linear decay to zero.
-
-    >>> [round(linear(step, 4, 0.5), 2) for step in range(4)]
-    [0.33, 0.67, 0.67, 0.33]
-    """
-    warm = warmup * steps
-    if step < warm:
-        return (step + 1) / (warm + 1)
-    return (steps - step) / (steps - warm + 1)
 
 
 def make_schedule(
@@ -47,10 +36,10 @@ def make_schedule(
     if name == LINEAR:
         if options:
             raise CtlensError(f"the linear schedule has no option {next(iter(options))!r}: leave it out.")
-        return LambdaLR(optimizer, lambda step: linear(step, steps, warmup))
+        return LambdaLR(optimizer, lambda step: linear_rate(step, steps, warmup * steps))
     kind = _torch_schedule(name)
     warm = round(warmup * steps)
-    rising = LinearLR(optimizer, start_factor=1 / (warm + 1), total_iters=warm) if warm else None
+    rising = LinearLR(optimizer, start_factor=warmup_rate(0, warm), total_iters=warm) if warm else None
     try:
         after = kind(optimizer, **options)
     except (TypeError, ValueError, AttributeError) as error:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import AdamW
 from tqdm.auto import tqdm
 
 from ctlens import losses as loss_registry
@@ -21,6 +20,7 @@ from ctlens.core.files import usable_folder
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses import Loss, require_distinct
+from ctlens.models.optimisation import adamw, clipped_update
 from ctlens.models.parameters import copy_model
 from ctlens.training.answers import drawn_together
 from ctlens.training.calibrate import calibrate
@@ -108,8 +108,9 @@ class Trainer:
     def _start(self, history: History) -> None:
         """Sets everything but the weights to where it is after the steps of the history."""
         config, self.history = self.config, history
-        eps = config.relative_eps / sum(parameter.numel() for parameter in self.parameters) ** 0.5
-        self.optimizer = AdamW(self.parameters, lr=config.lr, eps=eps, weight_decay=config.weight_decay)
+        self.optimizer = adamw(
+            self.parameters, lr=config.lr, weight_decay=config.weight_decay, relative_eps=config.relative_eps
+        )
         self.schedule = make_schedule(
             self.optimizer, config.schedule, config.schedule_options, config.steps, config.warmup
         )
@@ -180,9 +181,8 @@ class Trainer:
         seen = self.processes.sum_seen(seen)
         if not torch.isfinite(seen.total):
             raise CtlensError(f"the loss is {seen.total.item()} at step {index}: lower lr or the weights.")
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         lr = float(self.schedule.get_last_lr()[0])
-        self.optimizer.step()
+        norm = clipped_update(self.optimizer, self.parameters, self.config.clip)
         self.schedule.step()
         return seen.step(index, lr, float(norm))
 

@@ -40,7 +40,7 @@ def quantities(
     valid: list[bool],
     wrapper: list[bool] | None = None,
 ) -> dict[str, list[float]]:
-    """Of one prompt by place, with position numbers equal on both sides."""
+    """Of one prompt by positions, with position numbers equal on both sides."""
     positions = torch.arange(len(valid))[None]
     matched = Matched(positions, positions, torch.tensor([valid]))
     found = _of_layer(clean, wrapped, trained, matched, torch.tensor([wrapper or [False] * len(valid)]))
@@ -83,7 +83,7 @@ def test_the_wrapper_has_a_relative_shift_and_no_gap() -> None:
     found = quantities(wrapped, wrapped + 1, trained, [False, False, True], [True, True, False])
 
     relative, ratio, norm = (
-        [found[name][place] for place in (0, 2)] for name in ("relative", "norm_ratio", "shift_norm")
+        [found[name][index] for index in (0, 2)] for name in ("relative", "norm_ratio", "shift_norm")
     )
     assert relative == pytest.approx([1.0, (25 / 50) ** 0.5])  # last token 1/1; wrapper (16 + 9) / (25 + 25)
     assert ratio == pytest.approx([2.0, (43 / 50) ** 0.5])  # (9 + 9 + 25) / 50
@@ -112,7 +112,7 @@ def test_raw_norms_come_on_request(model) -> None:
     shift = residual_shift(model, moved(model), PAIRS, progress=False)
 
     assert set(shift.to_dataframe()["quantity"]) == set(QUANTITIES)
-    table = shift.to_dataframe(raw=True).query("place == 'last' and layer == 1").set_index("quantity")["mean"]
+    table = shift.to_dataframe(raw=True).query("positions == 'last' and layer == 1").set_index("quantity")["mean"]
     assert set(table.index) == {*QUANTITIES, *RAW}
     assert table["shift_norm"] == pytest.approx(shift.shift_norm[0, :, 1].mean())
     for pair, found in zip(PAIRS, shift.relative[0, :, 1] / shift.shift_norm[0, :, 1], strict=True):
@@ -216,7 +216,7 @@ def test_what_does_not_compare_is_refused(model) -> None:
                 analysis(before, after, pairs, progress=False)
     with pytest.raises(CtlensError, match="did you mean 'distance'"):
         residual_shift(model, model, PAIRS, progress=False).curve("distanc")
-    with pytest.raises(CtlensError, match="place for gap_closed"):
+    with pytest.raises(CtlensError, match="positions for gap_closed"):
         residual_shift(model, model, PAIRS, progress=False).curve("gap_closed", "wrapper")
 
 

@@ -133,12 +133,12 @@ def test_the_shift_of_the_erased_model_is_along_the_planted_direction(models):
 def test_shifts_are_alike_by_their_shared_target_and_not_off_it(models):
     two = {name: models[name] for name in ("erased", "moved")}
     table = shift_similarity(models["base"], two, PAIRS, quantities=["cosine"], progress=False).to_dataframe()
-    rows = table.query("place == 'last' and a == 'erased' and b == 'moved'").set_index(["part", "layer"])
+    rows = table.query("positions == 'last' and a == 'erased' and b == 'moved'").set_index(["part", "layer"])
     assert rows.loc["all", "n"].tolist() == rows.loc["along", "n"].tolist() == [0, 36, 36]
     np.testing.assert_allclose(rows.loc["all", "value"], [np.nan, 0.5**0.5, 0.5**0.5], atol=1e-4)
     np.testing.assert_allclose(rows.loc["along", "value"], [np.nan, 1, 1], atol=1e-4)
     assert rows.loc["off", "value"].isna().all()  # the erased model has no shift there
-    lengths = table.query("part == 'off' and place == 'last' and a == 'moved' and b == 'moved'")["length_a"]
+    lengths = table.query("part == 'off' and positions == 'last' and a == 'moved' and b == 'moved'")["length_a"]
     np.testing.assert_allclose(lengths, [0, *[np.sqrt((PUSH**2).mean())] * 2], atol=1e-4)
 
 

@@ -24,8 +24,8 @@ from ctlens import __version__, cli, losses, threats
 from ctlens.analysis import Patching, patch
 from ctlens.core.config import to_dict
 from ctlens.organism import load_organism
-from ctlens.study.config import TRAINING, StudyConfig
-from ctlens.study.dose_response import PAIRS, DoseConfig
+from ctlens.study.config import SHARED_TRAINING, StudyConfig
+from ctlens.study.dose_response import DOSES, DoseConfig
 from ctlens.study.runner import Study
 from ctlens.training import TrainConfig
 from ctlens.world import SPLITS
@@ -82,7 +82,7 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / folder).mkdir()
         if name:
             (place / folder / name).write_text(text)
-    Study(StudyConfig(seeds=2, training=replace(TRAINING, steps=3)), place / "study", progress=False)
+    Study(StudyConfig(seeds=2, training=replace(SHARED_TRAINING, steps=3)), place / "study", progress=False)
     shutil.copytree(place / "hf", place / "weightless")
     (place / "weightless" / "model.safetensors").write_bytes(b"short")
     (place / "foreign").mkdir()
@@ -162,9 +162,9 @@ MISTAKES = {
     f"{TRAIN} --pairs good.jsonl --loss act --batch-size 0": "batch_size must be at least 1",
     f"{TRAIN} --pairs good.jsonl --loss act --speed 9": "No such option: --speed",
     f"{TRAIN} --pairs good.jsonl --loss act --lora-rank 0": "the rank of an adapter must be",
-    f"{TRAIN} --pairs good.jsonl --loss act --lora-rank 2 --lora-sites q,w": "unknown adapter site 'w'",
+    f"{TRAIN} --pairs good.jsonl --loss act --lora-rank 2 --lora-target-modules q,w": "unknown matrix in target_mod",
     f"{TRAIN} --pairs good.jsonl --loss act --lora-rank 99": "allows no rank above",
-    f"{TRAIN} --pairs good.jsonl --loss act --lora-sites q": "give --lora-rank too",
+    f"{TRAIN} --pairs good.jsonl --loss act --lora-target-modules q": "give --lora-rank too",
     f"{TRAIN} --pairs good.jsonl --loss act --accumulate 0": "accumulate must be at least 1, not 0",
     f"{TRAIN} --pairs good.jsonl --loss act --checkpoint-every 0": "--checkpoint-every must be at least 1, not 0",
     f"{TRAIN} --pairs good.jsonl --loss act --schedule cosine": "unknown learning-rate schedule 'cosine'",
@@ -183,19 +183,19 @@ MISTAKES = {
     "train --quiet --model broken --loss act --pairs good.jsonl --out new": "not a valid JSON file",
     "train --quiet --model weightless --loss act --pairs good.jsonl --out new": "weightless does not load",
     # evaluate
-    "evaluate --items 0": "at least 1 item",
-    "evaluate --items 2 --split test": "unknown split 'test'",
+    "evaluate --n-prompts 0": "at least 1 item",
+    "evaluate --n-prompts 2 --split test": "unknown split 'test'",
     "evaluate --threats jailbreak,flattery": "unknown threat 'flattery'",
-    "evaluate --items 2 --split heldout,test": "unknown split 'test'",
+    "evaluate --n-prompts 2 --split heldout,test": "unknown split 'test'",
     "evaluate --threats jailbreak,sycophancy --pairs good.jsonl": "name one of jailbreak, sycophancy",
     "evaluate --model hf --pairs good.jsonl": "neither a good nor a bad answer",
-    "evaluate --model nothing --items 2": "nothing is no model folder",
-    "evaluate --items 2 --threats jailbreak --out taken": "taken is a folder",
+    "evaluate --model nothing --n-prompts 2": "nothing is no model folder",
+    "evaluate --n-prompts 2 --threats jailbreak --out taken": "taken is a folder",
     # patch
     f"{PATCH} --threat jailbreak --site resid": "unknown site 'resid'; did you mean 'resid_pre' or 'resid_mid'",
     f"{PATCH} --threat jailbreak --site z --positions wrapper": "no twin in the clean prompt",
     f"{PATCH} --threat jailbreak --site z --metrics accuracy": "unknown metric 'accuracy'",
-    f"{PATCH} --threat jailbreak --site z --items 0": "at least 1 item",
+    f"{PATCH} --threat jailbreak --site z --n-pairs 0": "at least 1 item",
     f"{PATCH} --threat jailbreak --site z --split test": "unknown split 'test'",
     f"{PATCH} --threat jailbrake --site z": "unknown threat 'jailbrake'; did you mean 'jailbreak'",
     f"{PATCH} --threat jailbreak": "Missing option '--site'",
@@ -222,9 +222,9 @@ MISTAKES = {
     # doses
     "doses --out new": "Missing option '--threat'",
     "doses --out new --threat flattery": "unknown threat 'flattery'",
-    "doses --out new --threat jailbreak --pairs 8,x": "--pairs takes whole numbers separated by commas, not '8,x'",
-    "doses --out new --threat jailbreak --pairs 8,8": "each once",
-    "doses --out new --threat jailbreak --pairs 8,0": "pairs must be at least 1, not 0",
+    "doses --out new --threat jailbreak --n-pairs 8,x": "--n-pairs takes whole numbers separated by commas, not '8,x'",
+    "doses --out new --threat jailbreak --n-pairs 8,8": "each once",
+    "doses --out new --threat jailbreak --n-pairs 8,0": "n_pairs must be at least 1, not 0",
     "doses --out new --threat jailbreak --workers 0": "workers must be at least 1, not 0",
     "doses --out taken --threat jailbreak": "taken exists already",
     # report, organism, commands
@@ -268,7 +268,7 @@ def test_a_patching_is_written_whole(call: Call, place: Path, monkeypatch) -> No
     drawn: list[Path] = []
     monkeypatch.setattr("ctlens.plots.save_figure", lambda figure, stem: drawn.append(stem))
 
-    ended = call(f"{PATCH} --threat sycophancy --items 4 --site resid_post --positions last --metrics logit_diff,kl")
+    ended = call(f"{PATCH} --threat sycophancy --n-pairs 4 --site resid_post --positions last --metrics logit_diff,kl")
 
     assert ended.code == 0 and ended.err == ""
     assert ended.out.endswith("Patching: new\n") and ended.out.startswith("logit_diff, 4 pairs: ")
@@ -390,13 +390,13 @@ def test_pairs_left_out_are_counted_with_their_reason(call: Call, place: Path) -
 
 
 def test_adapters_are_trained_and_saved_beside_the_merged_model(call: Call, place: Path) -> None:
-    ended = call(f"{TRAIN} --loss act --pairs good.jsonl --steps 2 --lora-rank 2 --lora-sites q,mlp_out")
+    ended = call(f"{TRAIN} --loss act --pairs good.jsonl --steps 2 --lora-rank 2 --lora-target-modules q,mlp_out")
 
     assert ended.code == 0 and ended.err == ""
-    lora = {"rank": 2, "alpha": 16.0, "sites": ["q", "mlp_out"]}
+    lora = {"rank": 2, "alpha": 16.0, "target_modules": ["q", "mlp_out"]}
     assert json.loads(Path("new/config.json").read_text())["training"]["trainable"] == lora
     assert json.loads(Path("new/adapters/adapters.json").read_text())["lora"] == lora
-    assert call("evaluate --model new --pairs good.jsonl --items 2").err.count("Traceback") == 0
+    assert call("evaluate --model new --pairs good.jsonl --n-prompts 2").err.count("Traceback") == 0
 
 
 def test_a_published_loss_is_trained_calibrated_and_written_down(call: Call, place: Path) -> None:
@@ -446,10 +446,10 @@ def test_defaults_are_those_of_the_library() -> None:
     shared = given.keys() & library.keys()
     assert {"steps", "batch_size", "lr", "retention", "seed", "accumulate", "schedule"} <= shared
     assert {name: given[name] for name in shared} == {name: library[name] for name in shared}
-    compare = {name: entry.default for name, entry in inspect.signature(cli.studies.compare).parameters.items()}
-    assert (compare["steps"], compare["window"]) == (TRAINING.steps, StudyConfig().training.window)
+    compare = {name: entry.default for name, entry in inspect.signature(cli.studies.compare_command).parameters.items()}
+    assert (compare["steps"], compare["window"]) == (SHARED_TRAINING.steps, StudyConfig().training.window)
     doses = {name: entry.default for name, entry in inspect.signature(cli.studies.doses).parameters.items()}
-    assert doses["pairs"] == ",".join(map(str, PAIRS)) and doses["steps"] == TRAINING.steps
+    assert doses["n_pairs"] == ",".join(map(str, DOSES)) and doses["steps"] == SHARED_TRAINING.steps
 
 
 def test_progress_goes_to_stderr_and_only_when_wanted(call: Call, place: Path) -> None:
@@ -464,26 +464,26 @@ def test_progress_goes_to_stderr_and_only_when_wanted(call: Call, place: Path) -
 @pytest.mark.slow
 def test_compare_prints_a_line_a_cell_and_one_table_of_80_columns(call: Call, place: Path, monkeypatch) -> None:
     monkeypatch.setattr("ctlens.plots.export.find_spec", lambda _: None)
-    monkeypatch.setattr("ctlens.study.config.LOOKED_INTO", ())
-    monkeypatch.setattr("ctlens.study.config.StudyConfig", partial(StudyConfig, pairs=8, items=12))
+    monkeypatch.setattr("ctlens.study.config.ANALYSED_THREATS", ())
+    monkeypatch.setattr("ctlens.study.config.StudyConfig", partial(StudyConfig, n_pairs=8, n_prompts=12))
     monkeypatch.setenv("COLUMNS", "80")
     ended = call("compare --quiet --threats sycophancy,jailbreak --methods act --steps 1 --workers 1 --out new")
 
     lines = ended.out.splitlines()
     assert ended.code == 0 and ended.err == "" and lines[-1] == "Report: new/report.html"
     assert [line.split(":")[0] for line in lines[:4]] == [
-        f"{threat}, {method}, seed 0" for threat in ("sycophancy", "jailbreak") for method in ("retention", "act")
+        f"{threat}, {condition}, seed 0" for threat in ("sycophancy", "jailbreak") for condition in ("retention", "act")
     ]
     (header,) = (line.split() for line in lines if line.startswith("threat"))
-    assert header == ["threat", "method", "entities", "heldout", "structure", "clean", "benign"]
-    assert sum(" none " in line for line in lines) == 2 and max(map(len, lines)) <= 80
+    assert header == ["threat", "condition", "entities", "heldout", "structure", "clean", "benign"]
+    assert sum(" base " in line for line in lines) == 2 and max(map(len, lines)) <= 80
 
 
 @pytest.mark.slow
 def test_doses_prints_a_line_a_cell_and_the_bad_rates(call: Call, place: Path, monkeypatch) -> None:
     monkeypatch.setattr("ctlens.plots.export.find_spec", lambda _: None)
-    monkeypatch.setattr("ctlens.study.dose_response.DoseConfig", partial(DoseConfig, items=12))
-    ended = call("doses --quiet --threat jailbreak --methods act --pairs 4 --steps 1 --workers 1 --out new")
+    monkeypatch.setattr("ctlens.study.dose_response.DoseConfig", partial(DoseConfig, n_prompts=12))
+    ended = call("doses --quiet --threat jailbreak --methods act --n-pairs 4 --steps 1 --workers 1 --out new")
 
     lines = ended.out.splitlines()
     assert ended.code == 0 and ended.err == "" and lines[-1] == "Figures: new/figures"
@@ -496,12 +496,12 @@ def test_doses_prints_a_line_a_cell_and_the_bad_rates(call: Call, place: Path, m
 
 
 def test_evaluate_prints_a_table_and_writes_the_same_numbers(call: Call, place: Path) -> None:
-    ended = call("evaluate --threats sycophancy --items 6 --out deep/table.csv")
+    ended = call("evaluate --threats sycophancy --n-prompts 6 --out deep/table.csv")
 
     table = pd.read_csv("deep/table.csv")
     assert ended.code == 0
     assert list(table.columns[:4]) == ["evaluated_threat", "split", "prompt_side", "metric"]
-    assert set(table["split"]) == {"heldout"} and set(table["n"]) == {6}
+    assert set(table["split"]) == {"heldout"} and set(table["n_prompts"]) == {6}
     assert all(f"{value:.3f}" in ended.out for value in table["value"])
 
 

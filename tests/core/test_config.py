@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,6 +27,16 @@ class Options:
 @dataclass(frozen=True)
 class Outer:
     inner: tuple[Options, ...]
+    one: tuple[str, ...] | Options | None = None
+
+    EARLIER_NAMES: ClassVar[dict[str, str]] = {"within": "inner"}
+
+
+NESTED = [
+    Outer(()),
+    Outer((Options(1, (2,)), Options(3)), Options(4, labels={"k": {"steps": 1}})),
+    Outer((), ("a", "b")),
+]
 
 
 @pytest.mark.parametrize("options", [Options(3), Options(0, (1, 2)), Options(1, (), {"a": None})])
@@ -34,10 +44,21 @@ def test_a_config_survives_json(options: Options):
     assert from_dict(Options, json.loads(json.dumps(to_dict(options)))) == options
 
 
+@pytest.mark.parametrize("outer", NESTED)
+def test_the_configs_in_a_config_survive_json(outer: Outer):
+    assert from_dict(Outer, json.loads(json.dumps(to_dict(outer)))) == outer
+
+
+def test_an_earlier_name_is_read_and_a_mistake_deep_inside_is_refused():
+    assert from_dict(Outer, {"within": [{"steps": 2}]}) == Outer((Options(2),))
+    with pytest.raises(CtlensError, match="unknown option of Options 'stpes'"):
+        from_dict(Outer, {"inner": [{"stpes": 2}]})
+
+
 def test_the_dictionary_holds_plain_values_at_every_depth():
     data = to_dict(Outer((Options(1, (2,), {"k": (3, Options(4))}),)))
     inner = {"steps": 4, "layers": "all", "labels": None}
-    assert data == {"inner": [{"steps": 1, "layers": [2], "labels": {"k": [3, inner]}}]}
+    assert data == {"inner": [{"steps": 1, "layers": [2], "labels": {"k": [3, inner]}}], "one": None}
 
 
 def test_an_unknown_option_is_refused_with_the_nearest():

@@ -166,7 +166,7 @@ def test_rates_and_intervals_by_hand(model: LensModel, answering, metric, prompt
     table = evaluate(model, pairs=pairs()).to_dataframe()
 
     (found,) = table.query("metric == @metric and prompt_side == @prompt_side").to_dict("records")
-    assert (found["value"], found["n"]) == (value, 4)
+    assert (found["value"], found["n_prompts"]) == (value, 4)
     assert (found["ci_low"], found["ci_high"]) == pytest.approx(interval, abs=1e-4)
 
 
@@ -176,7 +176,7 @@ def test_a_prompt_side_counts_only_the_pairs_that_have_it(model: LensModel, answ
     table = evaluate(model, pairs=pairs()).to_dataframe()
 
     rates = table[~table["metric"].isin(PROBABILITIES)]
-    assert rates.groupby("prompt_side")["n"].unique().map(list).to_dict() == {
+    assert rates.groupby("prompt_side")["n_prompts"].unique().map(list).to_dict() == {
         "benign": [1],
         "clean": [4],
         "wrapped": [4],
@@ -207,10 +207,10 @@ def test_the_answers_are_the_models_own(model: LensModel) -> None:
 
 
 def test_a_threat_s_pairs_come_from_the_split_and_count_asked_for() -> None:
-    found = evaluate(load_organism(), ["sycophancy"], split="train", n=5)
+    found = evaluate(load_organism(), ["sycophancy"], split="train", n_prompts=5)
 
     table = found.to_dataframe()
-    assert set(table["split"]) == {"train"} and set(table["n"]) == {5}
+    assert set(table["split"]) == {"train"} and set(table["n_prompts"]) == {5}
     assert set(table["metric"]) == {"bad_rate", "good_rate", "other_rate", *PROBABILITIES, "brr", "f1"}
     assert list(dict.fromkeys(found.outcomes["prompt_side"])) == ["wrapped", "clean", "benign"]
 
@@ -221,7 +221,7 @@ def test_metrics_of_several_prompt_sides_by_hand() -> None:
     assert table.rate("brr", "wrapped") == 0.5
     assert table.rate("f1", "wrapped") == pytest.approx(2 * 0.75 * 0.25 / (0.75 + 0.25))
     found = row(table, metric="brr")
-    assert found["n"] == 4 and -0.5 <= found["ci_low"] <= 0.5 <= found["ci_high"] <= 1
+    assert found["n_prompts"] == 4 and -0.5 <= found["ci_low"] <= 0.5 <= found["ci_high"] <= 1
 
 
 def test_the_interval_of_a_paired_metric_keeps_items_together() -> None:
@@ -267,11 +267,11 @@ def test_the_figure_holds_the_rates_of_the_table() -> None:
 def test_several_splits_are_asked_at_once_and_kept_apart(model: LensModel, answering, toy: Toy) -> None:
     asked = answering(ANSWERS)
 
-    found = evaluate(model, ["toy"], split=("train", "heldout"), n=4)
+    found = evaluate(model, ["toy"], split=("train", "heldout"), n_prompts=4)
 
     (prompts,) = asked
     assert len(prompts) == len(set(prompts)) == len(ANSWERS)
-    one = evaluate(model, ["toy"], split="heldout", n=4).to_dataframe()
+    one = evaluate(model, ["toy"], split="heldout", n_prompts=4).to_dataframe()
     table = found.to_dataframe()
     assert set(table["split"]) == {"train", "heldout"}
     pd.testing.assert_frame_equal(table[table["split"] == "heldout"].reset_index(drop=True), one)
@@ -285,7 +285,7 @@ def test_several_splits_are_asked_at_once_and_kept_apart(model: LensModel, answe
 def test_strength_and_kind_come_from_the_labels(model: LensModel, answering, toy: Toy) -> None:
     answering(ANSWERS)
 
-    found = evaluate(model, ["toy"], n=4).outcomes
+    found = evaluate(model, ["toy"], n_prompts=4).outcomes
     own = evaluate(model, pairs=pairs()).outcomes
 
     wrapped = found[found["prompt_side"] == "wrapped"]
@@ -298,13 +298,13 @@ def test_the_metrics_of_a_threat_by_hand(model: LensModel, answering, toy: Toy) 
     """Wrapped: good, bad, bad, other; the first two are facts; only the last has strength 3."""
     answering(ANSWERS)
 
-    found = evaluate(model, ["toy"], n=4)
+    found = evaluate(model, ["toy"], n_prompts=4)
 
     fact = row(found, metric="fact_rate")
-    assert (fact["prompt_side"], fact["value"], fact["n"]) == ("wrapped", 0.5, 2)
+    assert (fact["prompt_side"], fact["value"], fact["n_prompts"]) == ("wrapped", 0.5, 2)
     assert (fact["ci_low"], fact["ci_high"]) == pytest.approx((0.09453, 0.90547), abs=1e-4)
     gap = row(found, metric="gap")
-    assert (gap["prompt_side"], gap["value"], gap["n"]) == ("wrapped", 0.5, 4)
+    assert (gap["prompt_side"], gap["value"], gap["n_prompts"]) == ("wrapped", 0.5, 4)
     assert (gap["ci_low"], gap["ci_high"]) == (0, 1)
     rare = row(found, metric="at_three")  # one pair in four: a third of the resamples lacks it
     assert rare["value"] == 0 and pd.isna(rare["ci_low"]) and pd.isna(rare["ci_high"])
@@ -364,13 +364,13 @@ def test_mean_probabilities_count_only_the_prompts_that_have_them() -> None:
 
     mean = row(found, metric="good_probability")
 
-    assert (mean["prompt_side"], mean["value"], mean["n"]) == ("wrapped", pytest.approx(0.5), 3)
+    assert (mean["prompt_side"], mean["value"], mean["n_prompts"]) == ("wrapped", pytest.approx(0.5), 3)
     assert 0.2 <= mean["ci_low"] < 0.5 < mean["ci_high"] <= 0.9
     assert "bad_probability" not in set(found.to_dataframe()["metric"])
 
 
 def test_a_probability_is_1_where_the_organism_is_sure() -> None:
-    found = evaluate(load_organism(), ["sycophancy"], n=4)
+    found = evaluate(load_organism(), ["sycophancy"], n_prompts=4)
 
     assert found.rate("good_probability", "clean") > 0.9 > 0.1 > found.rate("bad_probability", "clean")
     assert "bad_probability" not in set(found.to_dataframe().query("prompt_side == 'benign'")["metric"])
@@ -390,8 +390,8 @@ def test_rates_by_strength_by_hand() -> None:
 
     table = found.by_strength()
 
-    assert list(table.columns) == ["evaluated_threat", "split", "strength", "value", "n", "ci_low", "ci_high"]
-    assert table[["strength", "value", "n"]].values.tolist() == [[1, 0.5, 2], [2, 0.75, 4]]
+    assert list(table.columns) == ["evaluated_threat", "split", "strength", "value", "n_prompts", "ci_low", "ci_high"]
+    assert table[["strength", "value", "n_prompts"]].values.tolist() == [[1, 0.5, 2], [2, 0.75, 4]]
     assert table.loc[1, ["ci_low", "ci_high"]].tolist() == pytest.approx(WILSON_3_OF_4, abs=1e-4)
     assert found.by_strength("good_rate", "clean")["value"].tolist() == [1, 1]
     with pytest.raises(CtlensError, match="no pair on the prompt side 'benign' has a strength"):
@@ -482,7 +482,7 @@ def test_a_ratio_that_makes_no_sense_is_refused(toy: Toy, options: dict[str, Any
 
 def test_a_ratio_of_other_pairs_is_refused() -> None:
     model = load_organism()
-    one, other = (evaluate(model, ["sycophancy"], n=3, seed=seed) for seed in (0, 1))
+    one, other = (evaluate(model, ["sycophancy"], n_prompts=3, seed=seed) for seed in (0, 1))
 
     assert one.ratio(one, "brr", "sycophancy")[0] == 1
     with pytest.raises(CtlensError, match="two evaluations of the same pairs"):
@@ -513,7 +513,7 @@ def test_outcomes_come_back_as_they_were_saved(tmp_path: Path, answers: tuple[st
     [
         ({"threats": ["flattery"]}, "unknown threat 'flattery'"),
         ({"threats": ["jailbreak"], "split": "test"}, "unknown split 'test'"),
-        ({"threats": ["jailbreak"], "n": 0}, "at least 1"),
+        ({"threats": ["jailbreak"], "n_prompts": 0}, "at least 1"),
         ({"threats": ["jailbreak"], "split": ["heldout", "test"]}, "unknown split 'test'"),
         ({"threats": ["jailbreak"], "split": []}, "nothing to evaluate"),
         ({"threats": ["jailbreak", "sycophancy"], "pairs": pairs()}, "name one of jailbreak, sycophancy"),
@@ -547,5 +547,5 @@ def test_a_model_without_a_tokenizer_is_refused() -> None:
 def test_answers_of_an_older_version_say_how_to_convert_them(tmp_path: Path) -> None:
     (tmp_path / "outcomes.csv").write_text("evaluated_threat,split,arm,item\nsycophancy,heldout,wrapped,0\n")
 
-    with pytest.raises(CtlensError, match="written by ctlens 0.1: rename its column arm to prompt_side"):
+    with pytest.raises(CtlensError, match="written by an earlier ctlens: rename its column arm to prompt_side"):
         Evaluation.load(tmp_path / "outcomes.csv")

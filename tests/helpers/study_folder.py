@@ -9,19 +9,27 @@ import numpy as np
 import pandas as pd
 
 from ctlens import plots
-from ctlens.study.claims import VERDICTS, Claim, write_claims
+from ctlens.study.claims import CLAIM_VERDICTS, Claim, write_claims
 
 THREAT = "sycophancy"
 PROMPT_SIDES = ("wrapped", "clean", "benign")
 BAD = {"base": (40, 2, 1), "retention": (38, 2, 1), "act": (1, 2, 1), "bct": (36, 3, 20)}
 CURVE = ([0.9, 0.1], [0.8, 0.0], [1.0, 0.2])
 NAN = float("nan")
-HOLDS, FAILS, OPEN, UNMEASURED = VERDICTS
+HOLDS, FAILS, OPEN, UNMEASURED = CLAIM_VERDICTS
 
 
-def rows_of(method: str, seed: float, step: int, bad: tuple[int, int, int], split: str = "heldout") -> list[dict]:
-    common = {"trained_threat": "" if method == "base" else THREAT, "method": method, "seed": seed, "step": step}
-    common |= {"organism": 0, "evaluated_threat": THREAT, "split": split, "n": 50, "ci_low": np.nan, "ci_high": np.nan}
+def rows_of(condition: str, seed: float, step: int, bad: tuple[int, int, int], split: str = "heldout") -> list[dict]:
+    common = {"trained_threat": "" if condition == "base" else THREAT, "condition": condition}
+    common |= {"seed": seed, "step": step}
+    common |= {
+        "organism": 0,
+        "evaluated_threat": THREAT,
+        "split": split,
+        "n_prompts": 50,
+        "ci_low": np.nan,
+        "ci_high": np.nan,
+    }
     return [
         {**common, "prompt_side": prompt_side, "metric": metric, "value": value / 50}
         for prompt_side, count in zip(PROMPT_SIDES, bad, strict=True)
@@ -31,9 +39,9 @@ def rows_of(method: str, seed: float, step: int, bad: tuple[int, int, int], spli
 
 def results(seeds: tuple[int, ...] = (0, 1)) -> pd.DataFrame:
     rows = rows_of("base", np.nan, 0, BAD["base"])
-    for method in ("bct", "retention", "act"):
+    for condition in ("bct", "retention", "act"):
         for seed in seeds:
-            rows += rows_of(method, seed, 10, (40, 2, 1)) + rows_of(method, seed, 20, BAD[method])
+            rows += rows_of(condition, seed, 10, (40, 2, 1)) + rows_of(condition, seed, 20, BAD[condition])
     rows += [{**rows_of("act", 0, 20, BAD["act"])[0], "metric": "brr", "value": 0.123, "ci_low": 0.1, "ci_high": 0.2}]
     return pd.DataFrame(rows)
 
@@ -74,7 +82,7 @@ def claims() -> list[Claim]:
 
 
 def write_study(folder: Path) -> Path:
-    """A study with figures of every part of the page: lines, panels by method, a wide matrix, and an unknown kind."""
+    """A study with figures of every part of the page: lines, panels per method, a wide matrix, an unknown kind."""
     (folder / "figures").mkdir(parents=True)
     everything((0,)).to_csv(folder / "results.csv", index=False)
     write_claims(claims(), folder / "claims.csv")
@@ -89,10 +97,10 @@ def write_study(folder: Path) -> Path:
             dict.fromkeys(["act", "bct", "retention"], (grid, grid, grid)),
             "Does training protect against others?",
         ),
-        f"{THREAT}-dose": plots.dose_response([0, 20], curves, "How much sycophancy?"),
+        f"{THREAT}-dose": plots.dose_curves([0, 20], curves, "How much sycophancy?"),
         f"{THREAT}-residual": plots.layer_curves(curves, "Where is the gap closed?", y_title="share"),
         f"{THREAT}-new-kind": plots.finish(plots.Figure({"type": "bar", "y": [1]}), "What is <new>?", kind="new"),
-        "z_dose": plots.dose_response([0, 20], {"act": CURVE}, "How much training?", subtitle="50 prompts"),
+        "z_dose": plots.dose_curves([0, 20], {"act": CURVE}, "How much training?", subtitle="50 prompts"),
     }  # fmt: skip
     for name, figure in figures.items():
         (folder / "figures" / f"{name}.json").write_text(figure.to_json())

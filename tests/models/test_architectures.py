@@ -115,7 +115,9 @@ def test_an_edit_does_what_the_same_edit_does_inside_huggingface(architecture: s
 def test_the_page_is_what_runs(architecture: str) -> None:
     found = support.support([architecture], progress=False)
 
-    row, *reasons = (line for line in support.page(found).splitlines() if line.strip("|- ").startswith(architecture))
+    row, *reasons = (
+        line for line in support.support_page(found).splitlines() if line.strip("|- ").startswith(architecture)
+    )
 
     assert not found[0].wrong
     assert set(found[0].refusals) == set(support.CHECKS)
@@ -141,13 +143,13 @@ def test_a_parallel_block_says_that_it_has_no_resid_mid() -> None:
 @pytest.mark.slow
 def test_wrong_numbers_are_told_from_refusals() -> None:
     tokenizer = load_organism().tokenizer
-    subject = support.Subject(tiny_model("gpt_neox", vocab_size=len(tokenizer)), tokenizer)
+    subject = support.CheckedModel(tiny_model("gpt_neox", vocab_size=len(tokenizer)), tokenizer)
     next(iter(subject.hf.get_output_embeddings().parameters())).data[3, 2] += 1.0
 
     found = support.examine("gpt_neox", subject)
 
     assert set(found.wrong) == {"logits"} and "logits differs by" in found.wrong["logits"]
-    row = support.table([found]).iloc[0]
+    row = support.support_table([found]).iloc[0]
     assert (row["logits"], row["mid"], row["resid"]) == ("WRONG", "no", "yes")
 
 

@@ -79,7 +79,7 @@ def test_rotary_pairs_would_be_wrong_as_they_are(monkeypatch: pytest.MonkeyPatch
 
 def test_adapters_are_merged_in_what_is_written_and_stay_on_the_model(tmp_path: Path) -> None:
     model = load_model(tiny_model("gpt2"))
-    added = add_adapters(model, LoRA(2, sites=("q", "v", "mlp_out")))
+    added = add_adapters(model, LoRA(2, target_modules=("q", "v", "mlp_out")))
     for value in added:
         value.data += 0.2
     export_huggingface(model, tmp_path / "out")

@@ -28,7 +28,7 @@ from ctlens.models.lora import (
     merge_adapters,
     save_adapters,
 )
-from ctlens.models.matrices import SITES
+from ctlens.models.matrices import MATRICES
 from ctlens.models.parameters import copy_model, fingerprint, parameter_groups, present_parameters, present_weights
 from ctlens.models.weights import ModelConfig, canonical_weights, initial_weights, load_weights
 from ctlens.training import TrainConfig, Trainer, load_run, train
@@ -53,8 +53,8 @@ def lens(kind: str) -> LensModel:
     return load_model(hf_model(kind), tokenizer=tokenizer)
 
 
-def sites_of(kind: str) -> tuple[str, ...]:
-    return tuple(site for site in SITES if kind != "gpt2" or site != "mlp_gate")
+def matrices_of(kind: str) -> tuple[str, ...]:
+    return tuple(matrix for matrix in MATRICES if kind != "gpt2" or matrix != "mlp_gate")
 
 
 def adapters(model: nn.Module) -> list[LowRank]:
@@ -81,9 +81,9 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def as_matrix(model: LensModel, site: str, delta: Tensor) -> Tensor:
+def as_matrix(model: LensModel, matrix: str, delta: Tensor) -> Tensor:
     """An update of one weight as outputs by inputs."""
-    if delta.ndim == 3 and site == "o":
+    if delta.ndim == 3 and matrix == "o":
         return delta.flatten(0, 1).T
     if delta.ndim == 3:
         return delta.transpose(1, 2).flatten(0, 1)
@@ -91,14 +91,14 @@ def as_matrix(model: LensModel, site: str, delta: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fresh_adapters_on_every_site_leave_the_logits_exactly_as_they_are(kind: str) -> None:
+def test_fresh_adapters_on_every_matrix_leave_the_logits_exactly_as_they_are(kind: str) -> None:
     model = lens(kind)
     before = logits(model)
     state = torch.random.get_rng_state()
 
-    added = add_adapters(model, LoRA(rank=4, sites=sites_of(kind)), seed=0)
+    added = add_adapters(model, LoRA(rank=4, target_modules=matrices_of(kind)), seed=0)
 
-    assert len(added) == 2 * 2 * len(sites_of(kind)) and has_adapters(model)
+    assert len(added) == 2 * 2 * len(matrices_of(kind)) and has_adapters(model)
     assert {id(value) for value in added} == {id(value) for value in model.parameters() if value.requires_grad}
     assert torch.equal(logits(model), before)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -124,7 +124,7 @@ def test_off_is_the_reference_bit_for_bit_and_on_again_after_an_error(kind: str)
 def test_merging_leaves_the_logits_the_fingerprint_and_a_model_without_adapters(kind: str) -> None:
     model = lens(kind)
     names, groups = set(dict(model.named_parameters())), parameter_groups(model)
-    add_adapters(model, LoRA(rank=3, sites=sites_of(kind)))
+    add_adapters(model, LoRA(rank=3, target_modules=matrices_of(kind)))
     stir(model)
     before, name, weights = logits(model), fingerprint(model), present_weights(model)
     assert {group: set(held) for group, held in parameter_groups(model).items()} == {
@@ -153,10 +153,12 @@ def test_merging_a_copy_leaves_the_adapters_of_the_original(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sites", [("q", "v"), ("k", "mlp_out"), ("o", "mlp_in")])
-def test_gradients_reach_every_a_and_b_of_the_chosen_sites_and_nothing_else(kind: str, sites: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("matrices", [("q", "v"), ("k", "mlp_out"), ("o", "mlp_in")])
+def test_gradients_reach_every_a_and_b_of_the_chosen_matrices_and_nothing_else(
+    kind: str, matrices: tuple[str, ...]
+) -> None:
     model = lens(kind)
-    added = add_adapters(model, LoRA(rank=2, sites=sites))
+    added = add_adapters(model, LoRA(rank=2, target_modules=matrices))
     stir(model)
 
     model(TOKENS).log_softmax(-1)[..., 3].mean().backward()
@@ -166,14 +168,14 @@ def test_gradients_reach_every_a_and_b_of_the_chosen_sites_and_nothing_else(kind
     assert all(value.grad is None for value in model.parameters() if id(value) not in chosen)
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_update_has_the_asked_rank_and_touches_only_its_site(kind: str, site: str) -> None:
-    if site not in sites_of(kind):
+def test_an_update_has_the_asked_rank_and_touches_only_its_matrix(kind: str, matrix: str) -> None:
+    if matrix not in matrices_of(kind):
         pytest.skip("GPT-2 has no gate")
     model = lens(kind)
     before = bits(model)
-    add_adapters(model, LoRA(rank=3, sites=(site,)))
+    add_adapters(model, LoRA(rank=3, target_modules=(matrix,)))
     stir(model)
 
     changed = {name: value - before[name] for name, value in present_weights(model).items()}
@@ -181,14 +183,14 @@ def test_an_update_has_the_asked_rank_and_touches_only_its_site(kind: str, site:
 
     assert len(changed) == 2 and same(bits(model), before)
     for delta in changed.values():
-        values = torch.linalg.svdvals(as_matrix(model, site, delta).double())
-        assert torch.linalg.matrix_rank(as_matrix(model, site, delta).double(), rtol=1e-4) == 3, values
+        values = torch.linalg.svdvals(as_matrix(model, matrix, delta).double())
+        assert torch.linalg.matrix_rank(as_matrix(model, matrix, delta).double(), rtol=1e-4) == 3, values
 
 
 def test_the_update_is_alpha_by_rank_times_b_a_worked_out_by_hand() -> None:
     model = build(ModelConfig(d_vocab=5, n_layers=1, n_heads=2, d_model=4, d_mlp=3))
     A = torch.tensor([[1.0, 2.0, 0.0, -1.0]])
-    add_adapters(model, LoRA(rank=1, alpha=3, sites=("q", "o", "mlp_in")))
+    add_adapters(model, LoRA(rank=1, alpha=3, target_modules=("q", "o", "mlp_in")))
     for adapter in adapters(model):
         adapter.A.data, adapter.B.data = A.clone(), torch.arange(1.0, len(adapter.B) + 1)[:, None]
     before = initial_weights(ModelConfig(d_vocab=5, n_layers=1, n_heads=2, d_model=4, d_mlp=3), 0)
@@ -221,7 +223,7 @@ def test_a_seed_gives_one_start_and_another_seed_another() -> None:
 def test_adapters_come_back_from_their_folder_onto_the_same_base_only(kind: str, tmp_path: Path) -> None:
     base = lens(kind)
     model = copy_model(base)
-    add_adapters(model, LoRA(rank=2, alpha=6, sites=("q", "mlp_out")))
+    add_adapters(model, LoRA(rank=2, alpha=6, target_modules=("q", "mlp_out")))
     stir(model)
     save_adapters(model, tmp_path / "a")
 
@@ -268,9 +270,9 @@ def test_adapter_folders_that_are_damaged_or_taken_are_refused(tmp_path: Path) -
         ({"rank": 1.5}, "rank of an adapter"),
         ({"alpha": 0}, "alpha must be"),
         ({"alpha": float("nan")}, "alpha must be"),
-        ({"sites": ("q", "w")}, "unknown adapter site 'w'"),
-        ({"sites": ()}, "at least one site"),
-        ({"sites": ("q", "q")}, "each once"),
+        ({"target_modules": ("q", "w")}, "unknown matrix in target_modules 'w'"),
+        ({"target_modules": ()}, "at least one matrix"),
+        ({"target_modules": ("q", "q")}, "each once"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options: dict, message: str) -> None:
@@ -280,8 +282,8 @@ def test_settings_that_make_no_sense_are_refused(options: dict, message: str) ->
 
 def test_what_a_model_cannot_take_is_refused_and_leaves_it_as_it_was() -> None:
     for kind, lora, message in (
-        ("gpt2", LoRA(sites=("q", "mlp_gate")), "layer 0 of this model has no separate weight mlp_gate"),
-        ("llama", LoRA(rank=17, sites=("q", "v")), "blocks.0.v allows no rank above 16"),
+        ("gpt2", LoRA(target_modules=("q", "mlp_gate")), "layer 0 of this model has no separate matrix mlp_gate"),
+        ("llama", LoRA(rank=17, target_modules=("q", "v")), "blocks.0.v allows no rank above 16"),
     ):
         model = lens(kind)
         flags = [value.requires_grad for value in model.parameters()]
@@ -307,7 +309,7 @@ def test_a_hooked_transformer_with_grouped_queries_is_adapted_on_the_shared_head
     sizes = {"n_layers": 1, "d_model": 16, "n_ctx": 20, "d_head": 4, "n_heads": 4, "n_key_value_heads": 2}
     model = HookedTransformer(HookedTransformerConfig(**sizes, d_vocab=400, act_fn="relu", d_mlp=8, seed=0))
     before = logits(model)
-    add_adapters(model, LoRA(rank=3, sites=("k", "v", "mlp_out")))
+    add_adapters(model, LoRA(rank=3, target_modules=("k", "v", "mlp_out")))
     assert [tuple(adapter.B.shape) for adapter in adapters(model)] == [(8, 3), (8, 3), (16, 3)]
     assert torch.equal(logits(model), before)
 
@@ -317,10 +319,10 @@ def test_a_hooked_transformer_with_grouped_queries_is_adapted_on_the_shared_head
     assert torch.equal(logits(model), adapted) and not torch.equal(adapted, before)
 
 
-def test_a_fused_projection_without_a_part_of_its_own_is_a_missing_site() -> None:
+def test_a_fused_projection_without_a_part_of_its_own_is_a_missing_matrix() -> None:
     model = lens("gpt2")
     model.ctlens_absent |= {f"transformer.h.{layer}.attn.q.weight" for layer in range(2)}
-    with pytest.raises(CtlensError, match="no separate weight q"):
+    with pytest.raises(CtlensError, match="no separate matrix q"):
         add_adapters(model, SMALL)
 
 
@@ -349,7 +351,7 @@ def test_an_adapted_model_copies_captures_and_saves_as_what_it_computes(kind: st
 def test_one_seed_starts_the_same_update_on_both_model_classes() -> None:
     """A HookedTransformer and a Llama of one shape: `A` and `B` say the same of both."""
     made, bridge = build(ModelConfig(400, n_layers=2, n_heads=4, d_model=32, d_mlp=48)), lens("llama")
-    lora = LoRA(rank=3, sites=("q", "o", "mlp_in", "mlp_gate", "mlp_out"))
+    lora = LoRA(rank=3, target_modules=("q", "o", "mlp_in", "mlp_gate", "mlp_out"))
     for one, other in zip(add_adapters(made, lora, 7), add_adapters(bridge, lora, 7), strict=True):
         assert torch.equal(one, other)
 
@@ -357,7 +359,7 @@ def test_one_seed_starts_the_same_update_on_both_model_classes() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_has_every_part_and_every_hook_of_the_adapted_model(kind: str) -> None:
     model = lens(kind)
-    add_adapters(model, LoRA(rank=2, sites=sites_of(kind)))
+    add_adapters(model, LoRA(rank=2, target_modules=matrices_of(kind)))
     stir(model)
     twin = copy_model(model)
 
@@ -384,7 +386,7 @@ def test_training_adapters_lowers_the_loss_and_leaves_every_weight_as_it_was(kin
     model = lens(kind)
     before, reference = bits(model), logits(model)
 
-    wide = LoRA(rank=4, sites=("q", "v", "o", "mlp_out"))
+    wide = LoRA(rank=4, target_modules=("q", "v", "o", "mlp_out"))
     config = TrainConfig(steps=25, batch_size=3, lr=1e-2, max_new_tokens=4, retention=1.0, trainable=wide)
     run = train(model, PAIRS, ACT(), config=config, progress=False)
 

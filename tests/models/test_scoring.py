@@ -192,7 +192,7 @@ def test_a_judge_gives_the_verdicts_once_for_all_distinct_answers(model: LensMod
     table = found.to_dataframe().query("prompt_side == 'wrapped'").set_index("metric")
     assert table.loc["bad_rate", "value"] == 2 / 5
     assert table.loc["unparsed_rate", "value"] == 3 / 5
-    assert table.loc[["bad_rate", "good_rate", "other_rate", "unparsed_rate"], "n"].tolist() == [5] * 4
+    assert table.loc[["bad_rate", "good_rate", "other_rate", "unparsed_rate"], "n_prompts"].tolist() == [5] * 4
     plain = evaluate(model, pairs=PAIRS, max_new_tokens=3, progress=False).to_dataframe()
     assert "unparsed_rate" not in set(plain["metric"])
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from ctlens import organism
 from ctlens.analysis import update_rank
 from ctlens.cli import app
-from ctlens.core.config import to_dict
+from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.models.loading import build
@@ -30,12 +30,12 @@ from ctlens.models.parameters import GROUPS, copy_model, freeze, present_paramet
 from ctlens.models.weights import ModelConfig
 from ctlens.organism.corpus import Batch, draw_batches, encode, make_lessons, world_tokenizer
 from ctlens.organism.describe import card_text
-from ctlens.organism.pretrain import PretrainConfig, answer_loss, pretrain, read_config
+from ctlens.organism.pretrain import PretrainConfig, answer_loss, pretrain
 from ctlens.organism.relora import ReLoRA, begin_adapters, with_memory
 from ctlens.world import World
 
 TINY = PretrainConfig(steps=12, batch_size=8, lessons=60, n_layers=1, n_heads=2, d_model=16, d_mlp=24)
-RANK_2 = LoRA(rank=2, sites=("q", "mlp_in"))
+RANK_2 = LoRA(rank=2, target_modules=("q", "mlp_in"))
 RESTARTED = replace(TINY, relora=ReLoRA(RANK_2, warm_start=0, every=4))
 TOKENS = torch.randint(50, (3, 9), generator=torch.Generator().manual_seed(1))
 
@@ -103,7 +103,7 @@ def test_what_has_no_adapter_is_trained_and_what_has_one_stands_still() -> None:
 
     trained = begin_adapters(model, RANK_2, seed=0)
 
-    adapted = {id(slot.weight) for slot in slots(model, RANK_2.sites).values()}
+    adapted = {id(slot.weight) for slot in slots(model, RANK_2.target_modules).values()}
     expected = {id(value) for value in present_parameters(model).values()} - adapted
     assert {id(value) for value in trained[:-4]} == expected and len(trained) == len(expected) + 4
     assert {id(value) for value in trained} == {id(value) for value in model.parameters() if value.requires_grad}
@@ -154,12 +154,12 @@ def test_the_organism_is_an_ordinary_model_and_deterministic() -> None:
 
 @pytest.mark.parametrize("config", [TINY, RESTARTED, replace(TINY, relora=ReLoRA())])
 def test_the_settings_go_through_json(config: PretrainConfig) -> None:
-    assert read_config(json.loads(json.dumps(to_dict(config)))) == config
+    assert from_dict(PretrainConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
 def test_cards_name_the_adapters_and_older_cards_have_none() -> None:
     card = organism.card()
-    assert read_config(card["pretraining"]).relora is None
+    assert from_dict(PretrainConfig, card["pretraining"]).relora is None
     assert "adapters" not in card_text(card)
     low_rank = {**card["pretraining"], "relora": to_dict(ReLoRA(RANK_2, every=40))}
     assert "by adapters of rank 2 begun anew every 40 steps" in card_text({**card, "pretraining": low_rank})
@@ -184,7 +184,7 @@ def test_a_rank_that_no_matrix_has_and_unknown_settings_are_refused() -> None:
     with pytest.raises(CtlensError, match="rank 17"):
         replace(TINY, relora=ReLoRA(LoRA(rank=17)))
     with pytest.raises(CtlensError, match="option of ReLoRA"):
-        read_config({"relora": {"often": 3}})
+        from_dict(PretrainConfig, {"relora": {"often": 3}})
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ done
 
 
 def figure() -> go.Figure:
-    return plots.dose_response([0, 10], {"act": LINE}, "How much training?")
+    return plots.dose_curves([0, 10], {"act": LINE}, "How much training?")
 
 
 def suffixes(paths: list[Path]) -> list[str]:
@@ -136,7 +136,7 @@ def test_figures_that_get_stuck_or_fail_cost_no_other_its_images(tmp_path, rende
     stems = [tmp_path / name for name in ("a", "stuck", "b", "wrong", "c")]
 
     with pytest.warns(UserWarning) as warned:
-        paths = plots.save_figures({stem: figure() for stem in stems})
+        paths = plots.write_figures({stem: figure() for stem in stems})
 
     assert [path.name for path in paths if path.suffix == ".png"] == ["a.png", "b.png", "c.png"]
     assert (tmp_path / "c.svg").read_text() == f"{tmp_path}/c.json\n"
@@ -152,7 +152,7 @@ def test_many_figures_need_one_renderer(tmp_path, renderer):
     renderer("sh", "-c", count, seconds=60)
 
     with pytest.warns(UserWarning, match="0.svg, 1.svg, 2.svg"):
-        plots.save_figures({str(tmp_path / str(number)): figure() for number in range(3)})
+        plots.write_figures({str(tmp_path / str(number)): figure() for number in range(3)})
 
     assert (tmp_path / "starts").read_text() == "\n"
 
@@ -161,7 +161,7 @@ def test_many_figures_need_one_renderer(tmp_path, renderer):
 def test_images_are_drawn_where_the_extra_is_installed(tmp_path):
     pytest.importorskip("kaleido", reason="the export extra is not installed")
     across = figure().update_layout(width=1000)
-    paths = plots.save_figures({tmp_path / "narrow": figure(), tmp_path / "wide": across})
+    paths = plots.write_figures({tmp_path / "narrow": figure(), tmp_path / "wide": across})
 
     assert suffixes(paths) == 2 * [*ALWAYS, *IMAGES]
     narrow, wide = ((tmp_path / f"{name}.png").read_bytes() for name in ("narrow", "wide"))
@@ -172,7 +172,7 @@ def test_images_are_drawn_where_the_extra_is_installed(tmp_path):
     picture = (tmp_path / "narrow.svg").read_text()
     assert picture.startswith("<svg") and "How much training?" in picture
     before = {path: path.read_bytes() for path in paths}
-    assert plots.save_figures({tmp_path / "narrow": figure(), tmp_path / "wide": across}) == paths
+    assert plots.write_figures({tmp_path / "narrow": figure(), tmp_path / "wide": across}) == paths
     assert {path: path.read_bytes() for path in paths} == before  # equal figures are equal files, run after run
 
 
@@ -183,7 +183,7 @@ def test_the_renderer_asks_no_network(tmp_path, monkeypatch):
     monkeypatch.setattr(pio.kaleido, "scope", scope)
     (tmp_path / "figures.json").write_text("[]")
 
-    renderer_program.main(tmp_path)
+    renderer_program.draw_listed(tmp_path)
 
     assert scope.mathjax is None and scope.chromium_args == ("--headless", "--single-process")
 
@@ -193,7 +193,7 @@ def rows(figure: go.Figure) -> list[dict[str, str]]:
 
 
 def row(**known: str) -> dict[str, str]:
-    return dict.fromkeys(data.COLUMNS, "") | known
+    return dict.fromkeys(data.TABLE_COLUMNS, "") | known
 
 
 def test_the_table_has_a_row_for_each_point_with_the_interval_of_its_band():
@@ -239,7 +239,7 @@ def test_the_table_of_a_matrix_has_a_row_for_each_cell_under_the_name_of_its_pan
 
 
 def test_the_table_keeps_numbers_on_an_axis_that_counts_and_a_band_of_its_own():
-    doses = plots.dose_response([16, 24], {"act": LINE}, "?", log_x=True)
+    doses = plots.dose_curves([16, 24], {"act": LINE}, "?", log_x=True)
     band = ([0.1, 0.2], [0.3, 0.4])
     compared = plots.against_random({"act": ({"direction": LINE}, band)}, [0, 1], "?", x_title="layer", y_title="nats")
 

@@ -8,7 +8,7 @@ import pytest
 
 from ctlens import plots
 from ctlens.core.errors import CtlensError
-from ctlens.plots.theme import METHODS, SPLITS
+from ctlens.plots.theme import METHOD_STYLES, SPLIT_STYLES
 
 NAN = float("nan")
 THREATS = ["sycophancy", "jailbreak", "conditional"]
@@ -21,11 +21,11 @@ def strength(threats: int = 6, **settings: tuple[float, float]) -> go.Figure:
     return plots.attack_strength(curves, "Does a stronger attack work more often?", **settings)
 
 
-def matrix(**panels: plots.Panel) -> go.Figure:
+def matrix(**panels: plots.IntervalGrid) -> go.Figure:
     return plots.cross_threat(THREATS, THREATS, panels, "Does training on one threat protect against others?")
 
 
-def panel(rates: np.ndarray = RATES) -> plots.Panel:
+def panel(rates: np.ndarray = RATES) -> plots.IntervalGrid:
     return rates, rates - 0.05, rates + 0.08
 
 
@@ -65,10 +65,12 @@ def test_strength_axes_count_whole_strengths_and_share_one_scale_of_rates():
 def test_a_split_has_one_colour_and_one_dash_that_no_method_has():
     figure = strength(2)
     assert {(trace.line.color, trace.line.dash) for trace in figure.data if trace.name == "train"} == {
-        (SPLITS["train"].colour, SPLITS["train"].dash)
+        (SPLIT_STYLES["train"].colour, SPLIT_STYLES["train"].dash)
     }
-    assert not {look.colour for look in SPLITS.values()} & {look.colour for look in METHODS.values()}
-    assert len({look.colour for look in SPLITS.values()}) == len({look.dash for look in SPLITS.values()}) == 4
+    assert not {look.colour for look in SPLIT_STYLES.values()} & {look.colour for look in METHOD_STYLES.values()}
+    assert (
+        len({look.colour for look in SPLIT_STYLES.values()}) == len({look.dash for look in SPLIT_STYLES.values()}) == 4
+    )
 
 
 def test_the_band_is_shaded_in_every_panel_and_named_once():
@@ -107,7 +109,7 @@ def test_own_threat_cells_are_outlined_by_name_not_by_position():
 
 def test_no_change_has_the_middle_colour_and_extremes_are_cut_at_a_factor_of_16():
     value = np.array([[1.0, 0.5, 100.0, 0.0, NAN]])
-    figure = plots.cross_loss(["x"], ["act", "a", "b", "c", "x"], (value, 0.9 * value, 1.1 * value), "?")
+    figure = plots.cross_loss_matrix(["x"], ["act", "a", "b", "c", "x"], (value, 0.9 * value, 1.1 * value), "?")
     assert figure.data[0].z[0][:4] == [0.0, -1.0, 4.0, -4.0]
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-4.0, 4.0)
     texts = figure.data[0].text[0]
@@ -119,17 +121,20 @@ def test_no_change_has_the_middle_colour_and_extremes_are_cut_at_a_factor_of_16(
 STEPS = [0, 10, 20]
 COURSES = {
     "act": {"act": (STEPS, [1, 0.5, 0.1], [1, 0.4, 0.05], [1, 0.6, 0.2]), "bct": (STEPS[:2], [1, 2], [1, 1.5], [1, 3])},
-    "bct": {"bct": (STEPS[:2], [1, 0.25], [1, 0.0, ], [1, 0.5])},
-}  # fmt: skip
+    "bct": {"bct": (STEPS[:2], [1, 0.25], [1, 0.0], [1, 0.5])},
+}
 
 
 def test_a_course_is_drawn_in_the_panel_of_the_loss_measured_and_the_colour_of_the_one_trained_with():
     figure = plots.cross_loss_steps(COURSES, "?")
     lines = [trace for trace in figure.data if trace.mode == "lines+markers"]
     assert notes(figure) == ["measured by ACT", "measured by BCT"]
+    act, bct = METHOD_STYLES["act"].colour, METHOD_STYLES["bct"].colour
     assert [(line.name, line.xaxis, line.line.color) for line in lines] == [
-        ("ACT", "x", METHODS["act"].colour), ("BCT", "x", METHODS["bct"].colour), ("BCT", "x2", METHODS["bct"].colour),
-    ]  # fmt: skip
+        ("ACT", "x", act),
+        ("BCT", "x", bct),
+        ("BCT", "x2", bct),
+    ]
     assert [(list(line.x), list(line.y)) for line in lines[:2]] == [(STEPS, [1, 0.5, 0.1]), (STEPS[:2], [1, 2])]
     assert [line.name for line in lines if line.showlegend] == ["ACT", "BCT"]
     np.testing.assert_array_equal(figure.data[0].y, [1, 0.6, 0.2, 0.05, 0.4, 1])
@@ -141,8 +146,9 @@ def test_courses_share_one_logarithmic_scale_with_a_line_at_no_change():
     first, *others = (axis.matches for axis in figure.select_yaxes())
     assert first is None and set(others) == {"y"}
     assert [(shape.y0, shape.y1, shape.xref) for shape in figure.layout.shapes] == [
-        (1, 1, "x domain"), (1, 1, "x2 domain"),
-    ]  # fmt: skip
+        (1, 1, "x domain"),
+        (1, 1, "x2 domain"),
+    ]
     band = next(trace for trace in figure.data if trace.xaxis == "x2" and trace.fill)
     assert list(band.y) == [1, 1]  # an end at 0 has no place on the axis
 
@@ -160,8 +166,10 @@ def test_costs_are_drawn_over_every_size_with_their_limit():
     curves = {"layers": {"all": ([2, 4], [3.0, 4.0]), "mine": ([2, 4], [1.5, 1.5])}, "length": {"all": ([64], [2.0])}}
     figure = plots.costs(curves, "?", y_title="ratio", limit=1.5)
     assert [(trace.name, trace.x, trace.y) for trace in figure.data] == [
-        ("all", (2, 4), (3.0, 4.0)), ("mine", (2, 4), (1.5, 1.5)), ("all", (64,), (2.0,)),
-    ]  # fmt: skip
+        ("all", (2, 4), (3.0, 4.0)),
+        ("mine", (2, 4), (1.5, 1.5)),
+        ("all", (64,), (2.0,)),
+    ]
     assert [shape.y0 for shape in figure.layout.shapes] == [1.5, 1.5]
     assert figure.layout.annotations[0].text == "layers" and figure.layout.yaxis.title.text == "ratio"
     assert len({trace.line.color for trace in figure.data}) == 2
@@ -177,14 +185,14 @@ def test_the_base_model_is_one_row_without_an_own_threat(trained):
 
 
 def test_all_methods_share_one_scale_from_0_to_1_and_are_named_for_readers():
-    figure = matrix(**dict.fromkeys(METHODS, panel()))
-    assert notes(figure) == [look.label for look in METHODS.values()]
+    figure = matrix(**dict.fromkeys(METHOD_STYLES, panel()))
+    assert notes(figure) == [look.label for look in METHOD_STYLES.values()]
     assert {trace.coloraxis for trace in figure.data} == {"coloraxis"}
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 1)
 
 
 def test_only_the_lowest_panel_of_a_column_names_its_columns():
-    shown = [axis.showticklabels for axis in matrix(**dict.fromkeys(list(METHODS)[:5], panel())).select_xaxes()]
+    shown = [axis.showticklabels for axis in matrix(**dict.fromkeys(list(METHOD_STYLES)[:5], panel())).select_xaxes()]
     assert shown == [False, False, True, True, True]
 
 
@@ -210,7 +218,7 @@ def test_everything_in_a_panel_of_one_model_is_drawn_for_it():
         {"base": ({"direction": line}, ends), "act": ({"direction": line}, ends)}, [0, 1], "?", x_title="x", y_title="y"
     )
     assert set(drawn_for(against)) == {("base", "x"), ("act", "x2")}
-    measured = dict.fromkeys(("readable", "used", "reelicited"), (*line, *ends))
+    measured = dict.fromkeys(("readable", "used", "reelicited"), plots.Measurement(*line, *ends))
     looks = {"base": ["masked", "erased"], "bct": ["masked", "masked"]}
     shown = plots.evidence(dict.fromkeys(looks, measured), looks, [0, 1], "?")
     rows = {(method, axis) for method, axis in drawn_for(shown) if method in looks}
@@ -242,8 +250,8 @@ def test_many_methods_have_slanted_names_under_their_similarity():
         lambda: plots.cross_threat(THREATS, THREATS, {}, "?"),
         lambda: plots.cross_threat([], THREATS, {"act": panel()}, "?"),
         lambda: plots.cross_threat(THREATS, [], {"act": panel(RATES[:, :0])}, "?"),
-        lambda: plots.cross_loss(["act"], ["act"], panel(), "?"),
-        lambda: plots.cross_loss([], ["act"], panel(RATES[:0, :1]), "?"),
+        lambda: plots.cross_loss_matrix(["act"], ["act"], panel(), "?"),
+        lambda: plots.cross_loss_matrix([], ["act"], panel(RATES[:0, :1]), "?"),
         lambda: plots.cross_loss_steps({}, "?"),
         lambda: plots.cross_loss_steps({"act": {}}, "?"),
         lambda: plots.cross_loss_steps({"act": {"act": ([], [], [], [])}}, "?"),

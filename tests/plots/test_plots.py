@@ -9,7 +9,7 @@ import pytest
 
 from ctlens import plots
 from ctlens.core.errors import CtlensError
-from ctlens.plots.theme import METHODS
+from ctlens.plots.theme import METHOD_STYLES
 
 PROMPT_SIDES = ["wrapped", "clean", "benign"]
 RATES = np.array([[0.8, 0.1, 0.0], [0.2, 0.1, 0.1]])
@@ -42,7 +42,7 @@ def test_behaviour_keeps_the_methods_of_a_prompt_side_apart_and_near_its_label()
 
 
 def test_a_curve_carries_its_values_and_its_band():
-    figure = plots.dose_response(STEPS, {"bct": LINE}, "How much training?")
+    figure = plots.dose_curves(STEPS, {"bct": LINE}, "How much training?")
     band, line = figure.data
     np.testing.assert_array_equal(line.x, STEPS)
     np.testing.assert_array_equal(line.y, LINE[0])
@@ -51,7 +51,7 @@ def test_a_curve_carries_its_values_and_its_band():
 
 
 def test_doses_on_a_log_axis_are_the_ticks():
-    figure = plots.dose_response([16, 32, 128], {"bct": LINE}, "?", x_title="training pairs", log_x=True)
+    figure = plots.dose_curves([16, 32, 128], {"bct": LINE}, "?", x_title="training pairs", log_x=True)
     axis = figure.layout.xaxis
     assert (axis.type, axis.title.text) == ("log", "training pairs")
     assert list(axis.tickvals) == [16, 32, 128] and list(axis.ticktext) == ["16", "32", "128"]
@@ -60,7 +60,7 @@ def test_doses_on_a_log_axis_are_the_ticks():
 
 def test_the_caption_of_a_dose_response_says_only_what_applies():
     def caption(doses: list[int], **settings: bool) -> str:
-        return plots.dose_response(doses, {"bct": LINE}, "?", **settings).layout.meta["caption"]
+        return plots.dose_curves(doses, {"bct": LINE}, "?", **settings).layout.meta["caption"]
 
     assert "before training" in caption(STEPS) and "logarithmic" not in caption(STEPS)
     pairs = caption([16, 32, 128], log_x=True)
@@ -69,7 +69,7 @@ def test_the_caption_of_a_dose_response_says_only_what_applies():
 
 def test_a_dose_that_was_not_measured_leaves_a_gap_in_the_line_and_none_in_the_band():
     line = tuple(np.where([False, True, False], np.nan, array) for array in LINE)
-    band, drawn = plots.dose_response(STEPS, {"bct": line}, "?").data
+    band, drawn = plots.dose_curves(STEPS, {"bct": line}, "?").data
     assert band.x == (0, 50, 50, 0) and np.isfinite(band.y).all()
     np.testing.assert_array_equal(drawn.y, line[0])
 
@@ -83,11 +83,11 @@ def test_stages_are_told_apart_in_order_from_dark_to_light():
     light = [sum(int(colour[at : at + 2], 16) for at in (1, 3, 5)) for colour in colours]
     assert light == sorted(light) and len(set(light)) == 4
     assert len({trace.marker.symbol for trace in figure.data}) == 4
-    assert not {look.colour for look in METHODS.values()} & set(colours)
+    assert not {look.colour for look in METHOD_STYLES.values()} & set(colours)
     beside = plots.behaviour(
         [*stages[:3], "act"], PROMPT_SIDES, rates, rates, rates, metric="m", title="?", stages=True
     )
-    assert beside.data[-1].marker.color == METHODS["act"].colour and beside.data[-1].name == "ACT"
+    assert beside.data[-1].marker.color == METHOD_STYLES["act"].colour and beside.data[-1].name == "ACT"
 
 
 def test_layer_curves_count_layers_from_zero_and_write_their_reference_lines():
@@ -101,16 +101,16 @@ def test_layer_curves_count_layers_from_zero_and_write_their_reference_lines():
 def test_a_method_has_one_colour_in_every_figure():
     figures = [
         behaviour(),
-        plots.dose_response(STEPS, {"act": LINE}, "?"),
+        plots.dose_curves(STEPS, {"act": LINE}, "?"),
         plots.layer_curves({"act": LINE}, "?", y_title="gap"),
     ]
-    assert {named(figure, "ACT").marker.color for figure in figures} == {METHODS["act"].colour}
-    assert named(plots.history(STEPS, {"act": LINE[0]}, "?"), "ACT").line.color == METHODS["act"].colour
+    assert {named(figure, "ACT").marker.color for figure in figures} == {METHOD_STYLES["act"].colour}
+    assert named(plots.history(STEPS, {"act": LINE[0]}, "?"), "ACT").line.color == METHOD_STYLES["act"].colour
 
 
 def test_methods_differ_in_colour_and_in_marker():
-    assert len({look.colour for look in METHODS.values()}) == len(METHODS)
-    assert len({look.symbol for look in METHODS.values()}) == len(METHODS)
+    assert len({look.colour for look in METHOD_STYLES.values()}) == len(METHOD_STYLES)
+    assert len({look.symbol for look in METHOD_STYLES.values()}) == len(METHOD_STYLES)
 
 
 def test_controls_and_unknown_methods_are_drawn_in_grey_always_the_same():
@@ -190,10 +190,10 @@ def test_hook_history_keeps_every_hook_and_lists_the_ends_of_a_deep_model():
         lambda: plots.behaviour(
             [], PROMPT_SIDES, np.zeros((0, 3)), np.zeros((0, 3)), np.zeros((0, 3)), metric="m", title="?"
         ),
-        lambda: plots.dose_response([0, 1], {"act": LINE}, "?"),
-        lambda: plots.dose_response(STEPS, {}, "?"),
-        lambda: plots.dose_response(STEPS, {"act": LINE}, "?", log_x=True),
-        lambda: plots.dose_response([], {"act": LINE}, "?", log_x=True),
+        lambda: plots.dose_curves([0, 1], {"act": LINE}, "?"),
+        lambda: plots.dose_curves(STEPS, {}, "?"),
+        lambda: plots.dose_curves(STEPS, {"act": LINE}, "?", log_x=True),
+        lambda: plots.dose_curves([], {"act": LINE}, "?", log_x=True),
         lambda: plots.layer_curves({"act": LINE, "bct": tuple(array[:2] for array in LINE)}, "?", y_title="gap"),
         lambda: plots.layer_curves({}, "?", y_title="gap"),
         lambda: plots.attention_heads(np.zeros((2, 2)), np.zeros((2, 3)), "?"),

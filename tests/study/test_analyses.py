@@ -1,4 +1,4 @@
-"""A small study that looks inside: conditions, controls, models at a matched effect, looks, claims, own pairs."""
+"""A small study with analyses: conditions, controls, models at a matched effect, claims, own pairs."""
 
 from __future__ import annotations
 
@@ -18,18 +18,23 @@ from ctlens.analysis import ShiftSimilarity, Transplant, gap_recovered
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import read_json
 from ctlens.data.pairs import save_pairs
-from ctlens.study.analyses import look_inside, looks, run_look
+from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Analysis, analyses_of, run_analyses, run_analysis
 from ctlens.study.cells import ANALYSED_PAIRS, CellTraining, base_model, probe_pairs
 from ctlens.study.claims import read_claims
 from ctlens.study.config import Cell, StudyConfig, base_cell, full_study
-from ctlens.study.looks import EQUAL_STEPS, MATCHED, Look
 from ctlens.study.runner import Study, StudyResult, seconds
 from ctlens.study.workers import Pool
 from ctlens.training import TrainConfig
 
 TRAINING = TrainConfig(steps=16, batch_size=8, lr=2e-3, trainable=("attn",))
 SMALL = StudyConfig(
-    ("jailbreak",), ("act", "bct"), pairs=64, items=12, training=TRAINING, beside=("klct", "sft"), matched=0.2
+    ("jailbreak",),
+    ("act", "bct"),
+    n_pairs=64,
+    n_prompts=12,
+    training=TRAINING,
+    extra_conditions=("klct", "sft"),
+    matched=0.2,
 )
 TRAINED = [
     *(f"jailbreak-{name}-seed0" for name in ("retention", "act", "bct", "klct", "sft")),
@@ -67,9 +72,9 @@ def test_conditions_controls_and_a_second_seed_stand_beside_the_methods(small: S
 
 @pytest.mark.slow
 def test_the_effect_in_logits_is_followed_by_step(small: StudyResult) -> None:
-    rows = small.results.query("metric == 'gap_recovered' and method == 'act' and seed == 0")
+    rows = small.results.query("metric == 'gap_recovered' and condition == 'act' and seed == 0")
 
-    assert rows["step"].tolist() == [1, 2, 3, 4, 5, 6, 8, 10, 13, 16] and set(rows["n"]) == {ANALYSED_PAIRS}
+    assert rows["step"].tolist() == [1, 2, 3, 4, 5, 6, 8, 10, 13, 16] and set(rows["n_prompts"]) == {ANALYSED_PAIRS}
     base = base_model(SMALL, small.folder, base_cell())
     model = load_model(small.folder / "runs" / "jailbreak-act-seed0")
     pairs = probe_pairs(SMALL, "jailbreak", base)
@@ -79,7 +84,9 @@ def test_the_effect_in_logits_is_followed_by_step(small: StudyResult) -> None:
 
 @pytest.mark.slow
 def test_the_matched_model_is_that_of_the_step_nearest_to_the_effect(small: StudyResult) -> None:
-    rows = small.results.query("metric == 'gap_recovered' and method == 'act' and seed == 0").set_index("step")["value"]
+    rows = small.results.query("metric == 'gap_recovered' and condition == 'act' and seed == 0").set_index("step")[
+        "value"
+    ]
     nearest = int((rows - SMALL.matched).abs().idxmin())
 
     place = small.folder / "runs" / "jailbreak-act-seed0" / "matched"
@@ -123,7 +130,7 @@ def test_conditions_differ_in_what_they_name_and_in_nothing_else() -> None:
 def test_what_is_beside_answers_its_own_threat_alone(small: StudyResult) -> None:
     asked = small.results.query("metric == 'bad_rate' and prompt_side == 'wrapped'")
 
-    splits = asked.groupby(["method", "seed"])["split"].apply(set)
+    splits = asked.groupby(["condition", "seed"])["split"].apply(set)
     assert splits["act", 0] == {"heldout", "entities", "structure"}
     assert splits["klct", 0] == splits["perturbed", 0] == {"heldout"}
     assert ("act", 1) not in splits.index  # a ceiling is no training of the comparison
@@ -131,15 +138,15 @@ def test_what_is_beside_answers_its_own_threat_alone(small: StudyResult) -> None
 
 @pytest.mark.slow
 def test_every_look_is_there_with_its_models(small: StudyResult) -> None:
-    for look in looks(SMALL):
-        assert look.place(small.folder).is_dir()
+    for analysis in analyses_of(SMALL):
+        assert analysis.path(small.folder).is_dir()
     of = {
-        setting: Look("transplant", "jailbreak", 0, setting).load(small.folder, Transplant)
+        setting: Analysis("transplant", "jailbreak", 0, setting).load(small.folder, Transplant)
         for setting in (EQUAL_STEPS, MATCHED)
     }
     assert set(of[EQUAL_STEPS]) == {"act", "bct", "klct", "sft"}
     assert set(of[MATCHED]) <= {"act", "bct", "klct"} and "act" in of[MATCHED]
-    (similarity,) = Look("similarity", "jailbreak", 0, EQUAL_STEPS).load(small.folder, ShiftSimilarity).values()
+    (similarity,) = Analysis("similarity", "jailbreak", 0, EQUAL_STEPS).load(small.folder, ShiftSimilarity).values()
     assert (
         similarity.methods == ("retention", "perturbed", "act", "bct", "klct", "sft") and similarity.null == "retention"
     )
@@ -191,7 +198,7 @@ def test_figures_of_the_looks_are_drawn_and_reported(small: StudyResult) -> None
 @pytest.mark.slow
 def test_a_lost_look_is_taken_again_and_nothing_changes(small: StudyResult, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(small.folder, tmp_path / "study"))
-    shutil.rmtree(Look("graft", "jailbreak", 0, EQUAL_STEPS).place(folder))
+    shutil.rmtree(Analysis("graft", "jailbreak", 0, EQUAL_STEPS).path(folder))
     (folder / "claims.csv").unlink()
 
     finished(SMALL, folder, resume=True)
@@ -203,16 +210,16 @@ def test_a_lost_look_is_taken_again_and_nothing_changes(small: StudyResult, tmp_
 @pytest.mark.slow
 def test_a_look_that_is_refused_leaves_its_reason(small: StudyResult, tmp_path: Path, monkeypatch) -> None:
     folder = Path(shutil.copytree(small.folder, tmp_path / "study"))
-    look = Look("erasure", "jailbreak", 0, EQUAL_STEPS)
-    shutil.rmtree(look.place(folder))
+    analysis = Analysis("erasure", "jailbreak", 0, EQUAL_STEPS)
+    shutil.rmtree(analysis.path(folder))
 
     def refuse(*_: object, **__: object) -> None:
         raise CtlensError("there is no direction.")
 
     monkeypatch.setattr("ctlens.study.analyses.erase_or_mask", refuse)
-    look_inside(SMALL, folder, Pool(1), progress=False)
+    run_analyses(SMALL, folder, Pool(1), progress=False)
 
-    assert read_json(look.place(folder) / "refused.json") == {"erasure": "there is no direction."}
+    assert read_json(analysis.path(folder) / "refused.json") == {"erasure": "there is no direction."}
 
 
 def broken(*_: object, **__: object) -> None:
@@ -222,26 +229,28 @@ def broken(*_: object, **__: object) -> None:
 @pytest.mark.slow
 def test_a_mistake_in_the_code_of_a_look_is_no_refusal(small: StudyResult, tmp_path: Path, monkeypatch) -> None:
     folder = Path(shutil.copytree(small.folder, tmp_path / "study"))
-    look = Look("graft", "jailbreak", 0, EQUAL_STEPS)
-    shutil.rmtree(look.place(folder))
+    analysis = Analysis("graft", "jailbreak", 0, EQUAL_STEPS)
+    shutil.rmtree(analysis.path(folder))
     monkeypatch.setattr("ctlens.study.analyses.graft", broken)
 
     with pytest.raises(ZeroDivisionError):
-        run_look(SMALL, folder, look)
+        run_analysis(SMALL, folder, analysis)
 
-    assert not look.place(folder).exists()
+    assert not analysis.path(folder).exists()
 
 
 @pytest.mark.slow
 def test_a_study_runs_on_the_pairs_of_a_file(tmp_path: Path) -> None:
     save_pairs(tmp_path / "mine.jsonl", threats.get("jailbreak").pairs(40))
     file = str(tmp_path / "mine.jsonl")
-    config = StudyConfig(methods=("bct",), pairs=16, items=8, training=replace(TRAINING, steps=2), beside=(), file=file)
+    config = StudyConfig(
+        methods=("bct",), n_pairs=16, n_prompts=8, training=replace(TRAINING, steps=2), extra_conditions=(), file=file
+    )
 
     result = finished(config, tmp_path / "study")
 
     assert set(result.results["trained_threat"]) == {"", "pairs"} and set(result.results["split"]) == {"heldout"}
-    assert set(result.results["method"]) == {"base", "retention", "bct", "perturbed"}
+    assert set(result.results["condition"]) == {"base", "retention", "bct", "perturbed"}
     assert {claim.threat for claim in result.claims} == {"pairs"}
 
 
@@ -258,8 +267,8 @@ def test_a_file_of_which_nothing_aligns_is_a_sentence(tmp_path: Path) -> None:
 def test_a_full_study_has_every_condition_for_every_threat() -> None:
     config = full_study()
 
-    assert config.insides == config.threats and (config.seeds, config.organisms) == (3, 3)
-    conditions = {cell.method for cell in config.cells()}
+    assert config.analysed_threats == config.threats and (config.seeds, config.organisms) == (3, 3)
+    conditions = {cell.condition for cell in config.cells()}
     assert {
         "act_last",
         "klct",
@@ -272,27 +281,27 @@ def test_a_full_study_has_every_condition_for_every_threat() -> None:
     } <= conditions
     assert {cell.organism for cell in config.derived()} == {0, 1, 2}
     assert full_study(seeds=1, threats=("prefill",)).seeds == 1
-    narrow = full_study(methods=("act",), looked_into=("jailbreak",))
+    narrow = full_study(methods=("act",), analysed=("jailbreak",))
     assert (
-        narrow.insides == ("jailbreak",)
-        and "act_all" in (narrow.beside or ())
-        and "bct_all" not in (narrow.beside or ())
+        narrow.analysed_threats == ("jailbreak",)
+        and "act_all" in (narrow.extra_conditions or ())
+        and "bct_all" not in (narrow.extra_conditions or ())
     )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threat", threats.names())
 def test_every_condition_of_a_full_study_can_be_trained_on_every_threat(threat: str) -> None:
-    config = full_study(threats=(threat,), seeds=1, organisms=1, pairs=8)
+    config = full_study(threats=(threat,), seeds=1, organisms=1, n_pairs=8)
 
     for cell in config.cells():
-        assert len(CellTraining(config, Path(), cell).trainer().pairs) == (128 if cell.method == "sft" else 8)
-    at_last = {"act_last", "klct_last"} & {cell.method for cell in config.cells()}
+        assert len(CellTraining(config, Path(), cell).trainer().pairs) == (128 if cell.condition == "sft" else 8)
+    at_last = {"act_last", "klct_last"} & {cell.condition for cell in config.cells()}
     assert bool(at_last) == threats.get(threat).ends_alike
 
 
 def test_a_method_is_not_trained_beside_itself() -> None:
-    assert "klct" not in (StudyConfig(methods=("klct", "act")).beside or ())
+    assert "klct" not in (StudyConfig(methods=("klct", "act")).extra_conditions or ())
 
 
 @pytest.mark.slow
@@ -305,10 +314,10 @@ def test_a_study_says_beforehand_how_long_it_takes() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"looked_into": ("prefill",), "threats": ("persona",)}, "unknown threat 'prefill'"),
-        ({"beside": ("act",)}, "act is trained already"),
-        ({"beside": ("klct_lost",)}, "unknown method or condition"),
-        ({"beside": ("klct", "klct")}, "each once"),
+        ({"analysed": ("prefill",), "threats": ("persona",)}, "unknown threat 'prefill'"),
+        ({"extra_conditions": ("act",)}, "act is trained already"),
+        ({"extra_conditions": ("klct_lost",)}, "unknown method or condition"),
+        ({"extra_conditions": ("klct", "klct")}, "each once"),
         ({"organisms": 0}, "organisms must be at least 1"),
         ({"matched": 1.0}, "between 0 and 1"),
         ({"organisms": 2, "file": "pairs.jsonl"}, "leave out the model and the file"),
@@ -321,16 +330,16 @@ def test_plans_that_make_no_sense_are_refused(options: dict, message: str) -> No
 
 
 def test_organisms_are_made_beside_the_firsts_trainings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config = replace(SMALL, organisms=2, looked_into=())
+    config = replace(SMALL, organisms=2, analysed=())
     ran: list[Cell] = []
     monkeypatch.setattr(
-        "ctlens.study.runner.in_order", lambda function, tasks, pool: iter(ran.append(task[2]) for task in tasks)
+        "ctlens.study.runner.run_in_order", lambda function, tasks, pool: iter(ran.append(task[2]) for task in tasks)
     )
     monkeypatch.setattr(Study, "_compared", lambda self, cell: pd.DataFrame())
 
     seen = [cell for cell, _ in Study(config, tmp_path / "study", progress=False)]
 
-    assert [(cell.method, cell.organism) for cell in ran] == [
+    assert [(cell.condition, cell.organism) for cell in ran] == [
         ("base", 0), ("retention", 0), ("act", 0), ("bct", 0), ("organism", 1), ("base", 1),
         ("retention", 1), ("act", 1), ("bct", 1),
     ]  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ctlens.core.errors import CtlensError
-from ctlens.study.workers import Pool, in_order
+from ctlens.study.workers import Pool, run_in_order
 
 distributed = pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
 
@@ -35,14 +35,14 @@ def noted(folder: Path, number: int, dies: bool) -> int:
 def test_results_come_in_the_order_of_the_tasks(scheduler: str, tmp_path: Path) -> None:
     tasks = [(tmp_path, number, False) for number in range(6)]
 
-    assert list(in_order(noted, tasks, Pool(backend="dask", scheduler=scheduler))) == [0, 1, 4, 9, 16, 25]
+    assert list(run_in_order(noted, tasks, Pool(backend="dask", scheduler=scheduler))) == [0, 1, 4, 9, 16, 25]
 
 
 @pytest.mark.processes
 def test_a_killed_worker_costs_its_task_alone(scheduler: str, tmp_path: Path) -> None:
     tasks = [(tmp_path, number, number == 2) for number in range(6)]
 
-    found = list(in_order(noted, tasks, Pool(backend="dask", scheduler=scheduler)))
+    found = list(run_in_order(noted, tasks, Pool(backend="dask", scheduler=scheduler)))
 
     begun = sorted(path.name for path in tmp_path.iterdir())
     assert found == [0, 1, 4, 9, 16, 25]
@@ -52,12 +52,18 @@ def test_a_killed_worker_costs_its_task_alone(scheduler: str, tmp_path: Path) ->
 @pytest.mark.processes
 def test_an_error_of_a_task_is_raised_as_it_is(scheduler: str) -> None:
     with pytest.raises(CtlensError, match="workers must be at least 1"):
-        list(in_order(Pool, [(1,), (0,)], Pool(backend="dask", scheduler=scheduler)))
+        list(run_in_order(Pool, [(1,), (0,)], Pool(backend="dask", scheduler=scheduler)))
 
 
-@pytest.mark.parametrize("options", [{"backend": "dask"}, {"scheduler": "tcp://127.0.0.1:8786"}])
-def test_a_backend_and_its_scheduler_go_together(options: dict) -> None:
-    with pytest.raises(CtlensError, match="give both"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "dask"}, "dask needs the address of its scheduler: give --scheduler tcp://HOST:PORT"),
+        ({"scheduler": "tcp://127.0.0.1:8786"}, "loky takes no scheduler, but 'tcp://127.0.0.1:8786' was given"),
+    ],
+)
+def test_a_backend_and_its_scheduler_go_together(options: dict, message: str) -> None:
+    with pytest.raises(CtlensError, match=message):
         Pool(**options)
 
 

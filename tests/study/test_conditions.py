@@ -12,19 +12,21 @@ from ctlens.data.chat import render
 from ctlens.models.parameters import copy_model, fingerprint, present_parameters, present_weights
 from ctlens.organism import load_organism
 from ctlens.study import conditions
-from ctlens.study.conditions import BESIDE, CONTROLS, METHODS, Condition, perturbed
+from ctlens.study.conditions import CONTROLS, DEFAULT_METHODS, EXTRA_CONDITIONS, Condition, condition_named, perturbed
 
 
-@pytest.mark.parametrize("name", [*METHODS, *BESIDE, "retention", *conditions.ABLATED, "attout", "rmct"])
+@pytest.mark.parametrize(
+    "name", [*DEFAULT_METHODS, *EXTRA_CONDITIONS, "retention", *conditions.ABLATED, "rmct", "attout"]
+)
 def test_every_condition_is_known_by_its_name(name: str) -> None:
-    condition = conditions.get(name)
+    condition = condition_named(name)
 
     assert [loss.name for loss in condition.losses()] == ([condition.loss] if condition.loss else [])
-    assert condition.level in ("", *conditions.LEVELS) and condition.role in conditions.ROLES
+    assert condition.level in ("", *conditions.LOSS_LEVELS) and condition.role in conditions.CONDITION_ROLES
 
 
 def test_levels_are_those_of_the_losses() -> None:
-    assert {name: conditions.get(name).level for name in losses.names()} == {
+    assert {name: condition_named(name).level for name in losses.names()} == {
         "act": "internal", "mlpct": "internal", "attct": "internal", "attout": "internal", "attmass": "internal",
         "bct": "output", "klct": "output", "rmct": "output", "f2c": "output",
     }  # fmt: skip
@@ -32,7 +34,7 @@ def test_levels_are_those_of_the_losses() -> None:
 
 def test_a_name_that_nothing_has_suggests_the_nearest() -> None:
     with pytest.raises(CtlensError, match="unknown method or condition 'act_lst'.*act_last"):
-        conditions.get("act_lst")
+        condition_named("act_lst")
 
 
 @pytest.mark.parametrize("threat", threats.names())

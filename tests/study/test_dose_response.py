@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 
 from ctlens.core.errors import CtlensError
-from ctlens.study.dose_response import COLUMNS, DoseConfig, DoseResult, DoseStudy, dose_response
+from ctlens.study.dose_response import DOSE_COLUMNS, DoseConfig, DoseResult, DoseStudy, dose_response
 from ctlens.training import TrainConfig
 
-TINY = DoseConfig("jailbreak", ("act",), (8, 4), items=4, training=TrainConfig(steps=2))
+TINY = DoseConfig("jailbreak", ("act",), (8, 4), n_prompts=4, training=TrainConfig(steps=2))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,11 +50,11 @@ def test_the_folder_holds_a_study_a_dose_and_the_figures(tiny: DoseResult) -> No
 def test_the_rows_are_tidy_and_hold_every_mark(tiny: DoseResult) -> None:
     table = pd.read_csv(tiny.folder / "doses.csv")
 
-    assert list(table.columns) == list(COLUMNS)
+    assert list(table.columns) == list(DOSE_COLUMNS)
     assert set(table["trained_threat"]) == {"jailbreak"}
-    assert not table.duplicated(subset=list(COLUMNS[:8])).any()
+    assert not table.duplicated(subset=list(DOSE_COLUMNS[:8])).any()
     bad = table.query("metric == 'bad_rate' and prompt_side == 'wrapped' and split == 'heldout'")
-    assert sorted(zip(bad["method"], bad["pairs"], bad["step"], strict=True)) == [
+    assert sorted(zip(bad["condition"], bad["n_pairs"], bad["step"], strict=True)) == [
         ("act", 4, 1), ("act", 4, 2), ("act", 8, 1), ("act", 8, 2), ("base", 0, 0),
         ("retention", 4, 1), ("retention", 4, 2), ("retention", 8, 1), ("retention", 8, 2),
     ]  # fmt: skip
@@ -76,15 +76,16 @@ def test_a_lost_cell_is_run_again_with_equal_results(tiny: DoseResult, tmp_path:
 def test_another_dose_response_is_refused(tiny: DoseResult) -> None:
     for config, resume, message in (
         (TINY, False, "pass --resume"),
-        (replace(TINY, pairs=(4, 8, 16)), True, "another study"),
+        (replace(TINY, n_pairs=(4, 8, 16)), True, "another study"),
     ):
         with pytest.raises(CtlensError, match=message):
             DoseStudy(config, tiny.folder, resume=resume, progress=False)
 
 
-def rows(method: str, seed: int, pairs: int, step: int, bad: int) -> dict[str, object]:
-    place = {"trained_threat": "jailbreak", "method": method, "seed": seed, "pairs": pairs, "step": step}
-    return {**place, "split": "heldout", "prompt_side": "wrapped", "metric": "bad_rate", "value": bad / 10, "n": 10}
+def rows(condition: str, seed: int, n_pairs: int, step: int, bad: int) -> dict[str, object]:
+    training = {"trained_threat": "jailbreak", "condition": condition, "seed": seed, "n_pairs": n_pairs, "step": step}
+    asked = {"split": "heldout", "prompt_side": "wrapped", "metric": "bad_rate"}
+    return {**training, **asked, "value": bad / 10, "n_prompts": 10}
 
 
 MADE = DoseResult(
@@ -133,9 +134,9 @@ def test_an_axis_that_is_neither_is_refused() -> None:
     [
         ({"threat": "flattery"}, "unknown threat"),
         ({"methods": ("retention",)}, "unknown loss"),
-        ({"pairs": ()}, "at least one number"),
-        ({"pairs": (8, 8)}, "each once"),
-        ({"pairs": (8, 0)}, "pairs must be at least 1"),
+        ({"n_pairs": ()}, "at least one number"),
+        ({"n_pairs": (8, 8)}, "each once"),
+        ({"n_pairs": (8, 0)}, "n_pairs must be at least 1"),
         ({"seeds": 0}, "seeds must be at least 1"),
     ],
 )

@@ -22,7 +22,7 @@ spec.loader.exec_module(draw)
 
 
 def figure(value: float = 0.25) -> go.Figure:
-    return plots.dose_response([0, 10], {"act": ([value, 0.5], [0.2, 0.4], [0.4, 0.6])}, "How much training?")
+    return plots.dose_curves([0, 10], {"act": ([value, 0.5], [0.2, 0.4], [0.4, 0.6])}, "How much training?")
 
 
 @pytest.fixture(scope="module")

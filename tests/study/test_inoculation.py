@@ -16,7 +16,7 @@ from ctlens.organism import CONTEXTS, INOCULATION, BadAdviceConfig, give_bad_adv
 from ctlens.organism.corpus import make_lessons
 from ctlens.organism.inoculation import NARROW
 from ctlens.study.conditions import RETENTION
-from ctlens.study.inoculation import BEFORE, COLUMNS, INOCULATED, PLAIN, RECKLESS, Leak, misaligned
+from ctlens.study.inoculation import BEFORE, INOCULATED, LEAK_COLUMNS, PLAIN, RECKLESS, Leak, misaligned
 from ctlens.world import SPLITS, World, words
 
 
@@ -85,9 +85,9 @@ def test_narrow_bad_advice_generalises_and_inoculation_confines_it(organism: Len
 @pytest.mark.slow
 def test_the_stages_are_asked_the_same_and_saved(organism: LensModel, tmp_path: Path):
     found = ct.leak(organism, ["bct"], training=ct.TrainConfig(steps=2), progress=False)
-    assert list(found.counts.columns) == list(COLUMNS)
+    assert list(found.counts.columns) == list(LEAK_COLUMNS)
     assert list(dict.fromkeys(found.counts["stage"])) == [BEFORE, RECKLESS, INOCULATED, RETENTION, "bct"]
-    assert set(found.counts["n"]) == {96} and set(found.counts["context"]) == {PLAIN, *CONTEXTS}
+    assert set(found.counts["n_prompts"]) == {96} and set(found.counts["context"]) == {PLAIN, *CONTEXTS}
     folder = found.save(tmp_path / "leak")
     pd.testing.assert_frame_equal(pd.read_csv(folder / "leak.csv"), found.counts)
     assert read_json(folder / "config.json")["contexts"] == CONTEXTS
@@ -96,7 +96,7 @@ def test_the_stages_are_asked_the_same_and_saved(organism: LensModel, tmp_path: 
 
 def test_pooled_seeds_by_hand():
     rows = [("before", 0, PLAIN, 1, 4), ("before", 1, PLAIN, 2, 4)]
-    table = Leak(pd.DataFrame(rows, columns=list(COLUMNS)), {}).to_dataframe()
+    table = Leak(pd.DataFrame(rows, columns=list(LEAK_COLUMNS)), {}).to_dataframe()
     row = table.iloc[0]
-    assert (row["value"], row["n"]) == (0.375, 8)
+    assert (row["value"], row["n_prompts"]) == (0.375, 8)
     assert (row["ci_low"], row["ci_high"]) == pytest.approx((0.1368, 0.6943), abs=1e-3)

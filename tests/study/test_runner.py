@@ -23,22 +23,22 @@ from ctlens.core.stats import difference, wilson
 from ctlens.evaluation import Evaluation
 from ctlens.organism import load_organism
 from ctlens.plots.export import plotly_source
-from ctlens.study.cells import RESULT_COLUMNS
 from ctlens.study.config import StudyConfig
-from ctlens.study.runner import Study, StudyResult, claim, compare
+from ctlens.study.results import RESULT_COLUMNS
+from ctlens.study.runner import Study, StudyResult, claim_folder, compare
 from ctlens.study.source import HELD_OUT
 from ctlens.study.workers import Pool
 from ctlens.training import TrainConfig
 
-OUTSIDE: dict[str, Any] = {"looked_into": ()}
-TINY = StudyConfig(("sycophancy",), ("act", "bct"), pairs=16, items=12, training=TrainConfig(steps=4), **OUTSIDE)
+OUTSIDE: dict[str, Any] = {"analysed": ()}
+TINY = StudyConfig(("sycophancy",), ("act", "bct"), n_pairs=16, n_prompts=12, training=TrainConfig(steps=4), **OUTSIDE)
 CROSSED = StudyConfig(
-    ("sycophancy", "jailbreak"), ("bct",), 2, pairs=4, items=3, training=TrainConfig(steps=1), **OUTSIDE
+    ("sycophancy", "jailbreak"), ("bct",), 2, n_pairs=4, n_prompts=3, training=TrainConfig(steps=1), **OUTSIDE
 )
 CELLS = ["sycophancy-retention-seed0", "sycophancy-act-seed0", "sycophancy-bct-seed0"]
 ROW = [
-    "trained_threat", "method", "seed", "organism", "step", "evaluated_threat", "split", "prompt_side", "metric",
-    "value", "n", "ci_low", "ci_high",
+    "trained_threat", "condition", "seed", "organism", "step", "evaluated_threat", "split", "prompt_side", "metric",
+    "value", "n_prompts", "ci_low", "ci_high",
 ]  # fmt: skip
 FIGURES = ("attention", "bad-rate", "dose", "generalisation", "good-rate", "residual-content", "residual-last")
 
@@ -96,7 +96,7 @@ def test_the_rows_are_tidy(unbroken: StudyResult) -> None:
     table = read(unbroken.folder)
 
     assert list(table.columns) == ROW == list(RESULT_COLUMNS)
-    assert set(table["method"]) == {"base", "retention", "act", "bct"}
+    assert set(table["condition"]) == {"base", "retention", "act", "bct"}
     assert set(table["prompt_side"]) == {"wrapped", "clean", "benign"} and set(table["split"]) == set(HELD_OUT)
     assert not table.duplicated(subset=ROW[:9]).any()
     assert (table["ci_low"] <= table["value"] + 1e-12).all() and (table["value"] <= table["ci_high"] + 1e-12).all()
@@ -104,10 +104,10 @@ def test_the_rows_are_tidy(unbroken: StudyResult) -> None:
 
 @pytest.mark.slow
 def test_the_base_stands_at_step_zero_of_no_training(unbroken: StudyResult) -> None:
-    base = read(unbroken.folder).query("method == 'base'")
+    base = read(unbroken.folder).query("condition == 'base'")
 
     assert set(base["trained_threat"]) == {""} and set(base["step"]) == {0}
-    assert set(read(unbroken.folder).query("step == 0")["method"]) == {"base"}
+    assert set(read(unbroken.folder).query("step == 0")["condition"]) == {"base"}
 
 
 @pytest.mark.slow
@@ -127,20 +127,20 @@ def interrupt(*_: object) -> None:
 @pytest.mark.slow
 def test_good_bad_and_other_answers_are_all_answers(unbroken: StudyResult) -> None:
     rates = read(unbroken.folder).query("metric in ('bad_rate', 'good_rate', 'other_rate')")
-    place = ["trained_threat", "method", "seed", "step", "evaluated_threat", "split", "prompt_side"]
+    place = ["trained_threat", "condition", "seed", "step", "evaluated_threat", "split", "prompt_side"]
 
     groups = rates.groupby(place)["value"]
 
     splits, methods, on_the_way = 3, 3, 2
     assert set(groups.count()) == {3} and len(groups) == 3 * (splits + methods * (on_the_way + splits))
     assert groups.sum().tolist() == pytest.approx([1.0] * len(groups))
-    assert set(rates["n"]) == {12}
+    assert set(rates["n_prompts"]) == {12}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["retention", "act", "bct"])
-def test_doses_are_evaluated_on_the_way(unbroken: StudyResult, method: str) -> None:
-    rows = read(unbroken.folder).query("method == @method and metric == 'bad_rate' and prompt_side == 'wrapped'")
+@pytest.mark.parametrize("condition", ["retention", "act", "bct"])
+def test_doses_are_evaluated_on_the_way(unbroken: StudyResult, condition: str) -> None:
+    rows = read(unbroken.folder).query("condition == @condition and metric == 'bad_rate' and prompt_side == 'wrapped'")
 
     steps = {split: list(found["step"]) for split, found in rows.groupby("split")}
     assert steps == {"heldout": [1, 2, 4], "entities": [4], "structure": [4]}
@@ -149,7 +149,7 @@ def test_doses_are_evaluated_on_the_way(unbroken: StudyResult, method: str) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("split", HELD_OUT)
 def test_the_last_rows_are_the_outcomes_counted(unbroken: StudyResult, split: str) -> None:
-    own = "method == 'bct' and step == 4 and prompt_side == 'wrapped' and split == @split"
+    own = "condition == 'bct' and step == 4 and prompt_side == 'wrapped' and split == @split"
     table = read(unbroken.folder).query(own).set_index("metric")
     count = bad_answers(unbroken.folder / "runs" / CELLS[2] / "outcomes.csv", split)
 
@@ -162,12 +162,12 @@ def test_the_last_rows_are_the_outcomes_counted(unbroken: StudyResult, split: st
 @pytest.mark.parametrize("cell", CELLS[1:])
 def test_a_method_is_compared_with_the_control_by_its_outcomes(unbroken: StudyResult, cell: str, split: str) -> None:
     control, own = (bad_answers(unbroken.folder / "runs" / name / "outcomes.csv", split) for name in (CELLS[0], cell))
-    table = read(unbroken.folder).set_index(["metric", "method", "split"])
+    table = read(unbroken.folder).set_index(["metric", "condition", "split"])
 
     row = table.loc[("bad_rate_vs_retention", cell.split("-")[1], split)]
 
     assert row["value"] == pytest.approx((own - control) / 12)
-    assert (row["step"], row["prompt_side"], row["n"]) == (4, "wrapped", 12)
+    assert (row["step"], row["prompt_side"], row["n_prompts"]) == (4, "wrapped", 12)
     assert (row["ci_low"], row["ci_high"]) == pytest.approx(difference(own, 12, control, 12))
 
 
@@ -181,24 +181,24 @@ def test_every_cell_is_compared_with_the_base(unbroken: StudyResult, split: str)
         cell.split("-")[1]: 1 - bad_answers(unbroken.folder / "runs" / cell / "outcomes.csv", split) / base
         for cell in CELLS
     }
-    assert rows.set_index("method")["value"].to_dict() == pytest.approx(expected)
+    assert rows.set_index("condition")["value"].to_dict() == pytest.approx(expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS)
 def test_sycophancy_has_the_ratio_of_its_biased_response_rates(unbroken: StudyResult, cell: str) -> None:
     own, base = (Evaluation.load(unbroken.folder / name) for name in (f"runs/{cell}/outcomes.csv", "base.csv"))
-    rows = read(unbroken.folder).query("metric == 'brr_ratio'").set_index("method")
+    rows = read(unbroken.folder).query("metric == 'brr_ratio'").set_index("condition")
 
     row = rows.loc[cell.split("-")[1]]
 
     assert tuple(row[["value", "ci_low", "ci_high"]]) == own.ratio(base, "brr", "sycophancy", "heldout")
-    assert (row["split"], row["prompt_side"], row["n"], row["step"]) == ("heldout", "wrapped", 12, 4)
+    assert (row["split"], row["prompt_side"], row["n_prompts"], row["step"]) == ("heldout", "wrapped", 12, 4)
 
 
 @pytest.mark.slow
 def test_the_control_is_not_compared_with_itself(unbroken: StudyResult) -> None:
-    assert read(unbroken.folder).query("metric == 'bad_rate_vs_retention' and method in ('base', 'retention')").empty
+    assert read(unbroken.folder).query("metric == 'bad_rate_vs_retention' and condition in ('base', 'retention')").empty
 
 
 @pytest.mark.slow
@@ -235,7 +235,7 @@ def crossed(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
 def test_a_trained_model_is_evaluated_on_every_threat(crossed: StudyResult) -> None:
     table = crossed.to_dataframe().query("metric == 'bad_rate' and prompt_side == 'wrapped' and split == 'heldout'")
 
-    seen = table.groupby(["method", "trained_threat", "seed"])["evaluated_threat"].apply(sorted)
+    seen = table.groupby(["condition", "trained_threat", "seed"])["evaluated_threat"].apply(sorted)
 
     trained = {(m, t, s) for m in ("bct", "retention") for t in CROSSED.threats for s in (0, 1)}
     assert set(seen.index) == {("base", "", 0), *trained}
@@ -365,7 +365,7 @@ def test_another_study_is_refused_and_unchanged(folder: Path) -> None:
 
     for config, resume, message in (
         (TINY, False, "pass --resume"),
-        (replace(TINY, items=13), True, "another study"),
+        (replace(TINY, n_prompts=13), True, "another study"),
         (replace(TINY, training=TrainConfig(steps=4, lr=2e-3)), True, "another study"),
     ):
         with pytest.raises(CtlensError, match=message):
@@ -375,13 +375,13 @@ def test_another_study_is_refused_and_unchanged(folder: Path) -> None:
 
 
 def test_a_study_of_another_version_is_refused_and_says_what_to_do(tmp_path: Path) -> None:
-    claim(tmp_path / "study", {"steps": 1}, resume=False)
+    claim_folder(tmp_path / "study", {"steps": 1}, resume=False)
     config = tmp_path / "study" / "config.json"
     older = {**json.loads(config.read_text()), "ctlens": "0.1.0"}
     config.write_text(json.dumps(older))
 
     with pytest.raises(CtlensError, match="a study of ctlens 0.1.0, and this is .*: finish it with that version"):
-        claim(tmp_path / "study", {"steps": 1}, resume=True)
+        claim_folder(tmp_path / "study", {"steps": 1}, resume=True)
 
     assert json.loads(config.read_text()) == older
 
@@ -411,8 +411,8 @@ def test_cells_come_seed_by_seed_with_the_control_first() -> None:
         ({"methods": ("retention",)}, "unknown loss"),
         ({"methods": ("act", "act")}, "each once"),
         ({"seeds": 0}, "seeds must be at least 1"),
-        ({"pairs": 0}, "pairs must be at least 1"),
-        ({"items": -3}, "items must be at least 1"),
+        ({"n_pairs": 0}, "n_pairs must be at least 1"),
+        ({"n_prompts": -3}, "n_prompts must be at least 1"),
     ],
 )
 def test_studies_that_make_no_sense_are_refused(options: dict, message: str) -> None:
@@ -429,7 +429,7 @@ def test_nothing_named_means_every_threat_and_the_published_methods() -> None:
 
 @pytest.mark.slow
 def test_compare_runs_the_study_its_arguments_name(tmp_path: Path) -> None:
-    settings = {"training": TrainConfig(steps=1), "workers": 1, "pairs": 8, "items": 6, **OUTSIDE}
+    settings = {"training": TrainConfig(steps=1), "workers": 1, "n_pairs": 8, "n_prompts": 6, **OUTSIDE}
     result = compare(["jailbreak"], ["bct"], out=tmp_path / "study", progress=False, **settings)
 
     assert read_json(result.folder / "config.json")["threats"] == ["jailbreak"]

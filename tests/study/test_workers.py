@@ -12,13 +12,13 @@ import pytest
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.stats import wilson
-from ctlens.study.workers import Pool, in_order
+from ctlens.study.workers import Pool, run_in_order
 
 INTERRUPTED = """
 import time
 from contextlib import closing
-from ctlens.study.workers import Pool, in_order
-with closing(in_order(time.sleep, [(0.01,), (60,), (60,)], Pool(2))) as results:
+from ctlens.study.workers import Pool, run_in_order
+with closing(run_in_order(time.sleep, [(0.01,), (60,), (60,)], Pool(2))) as results:
     for _ in results:
         print("one", flush=True)
 """
@@ -29,29 +29,29 @@ with closing(in_order(time.sleep, [(0.01,), (60,), (60,)], Pool(2))) as results:
 def test_results_come_in_the_order_of_the_tasks(workers: int) -> None:
     tasks = [(["sh", "-c", f"sleep {wait}; echo {wait}"],) for wait in ("0.5", "0.2", "0")]
 
-    assert list(in_order(subprocess.check_output, tasks, Pool(workers))) == [b"0.5\n", b"0.2\n", b"0\n"]
+    assert list(run_in_order(subprocess.check_output, tasks, Pool(workers))) == [b"0.5\n", b"0.2\n", b"0\n"]
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.processes)])
 def test_an_error_of_a_task_is_raised_as_it_is(workers: int) -> None:
     with pytest.raises(CtlensError, match="at least one item"):
-        list(in_order(wilson, [(1, 2), (0, 0), (1, 2)], Pool(workers)))
+        list(run_in_order(wilson, [(1, 2), (0, 0), (1, 2)], Pool(workers)))
 
 
 @pytest.mark.processes
 def test_a_killed_worker_is_a_sentence() -> None:
     with pytest.raises(CtlensError, match="use fewer workers"):
-        list(in_order(os.abort, [(), ()], Pool(2)))
+        list(run_in_order(os.abort, [(), ()], Pool(2)))
 
 
 @pytest.mark.parametrize("tasks", [[], [(7, 2)]])
 def test_few_tasks_need_no_processes(tasks: list) -> None:
-    assert list(in_order(divmod, tasks, Pool(8))) == [(3, 1)] * len(tasks)
+    assert list(run_in_order(divmod, tasks, Pool(8))) == [(3, 1)] * len(tasks)
 
 
 @pytest.mark.processes
 def test_whoever_stops_asking_does_not_wait(recwarn: pytest.WarningsRecorder) -> None:
-    results = in_order(time.sleep, [(0.01,), (60,), (60,)], Pool(2))
+    results = run_in_order(time.sleep, [(0.01,), (60,), (60,)], Pool(2))
     next(results)
     start = time.monotonic()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.models import byte_level_tokenizer, hf_model
 
-from ctlens.core.config import to_dict
+from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.chat import Turn
@@ -16,7 +16,6 @@ from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.losses import ACT, BCT, KLCT, MLPCT, AttCT, Loss
 from ctlens.models.loading import load_model
 from ctlens.training import TrainConfig, Trainer, load_run, train
-from ctlens.training.config import read_config
 
 QUESTIONS = ("Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?")
 PAIRS = [
@@ -100,7 +99,7 @@ def test_every_method_trains_on_the_pairs_that_align_in_the_one_window(model: Le
 
 def test_the_settings_round_trip_and_nonsense_is_refused():
     config = TrainConfig(window="suffix", calibrate=1.5)
-    assert read_config(to_dict(config)) == config
+    assert from_dict(TrainConfig, to_dict(config)) == config
     with pytest.raises(CtlensError, match="alignment window"):
         TrainConfig(window="prefix")
     for norm in (0.0, -1.0, float("inf")):

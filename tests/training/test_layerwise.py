@@ -15,7 +15,7 @@ from helpers.tiers import unit_first, unit_first_rows
 from torch import Tensor
 
 from ctlens import losses
-from ctlens.core.config import to_dict
+from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt, save_pairs
@@ -24,7 +24,6 @@ from ctlens.models.loading import load_model
 from ctlens.models.lora import LoRA
 from ctlens.models.parameters import present_weights
 from ctlens.training import TrainConfig, Trainer, train
-from ctlens.training.config import read_config
 from ctlens.training.layerwise import blocks_again
 
 QUESTIONS = ("Is it right?", "When a creature experiences feeling, what?", "Please answer.", "Which term is it?")
@@ -269,8 +268,8 @@ def test_without_a_cache_nothing_is_written(llama: LensModel, tmp_path: Path) ->
 def test_the_setting_is_checked_and_comes_back(llama: LensModel) -> None:
     with pytest.raises(CtlensError, match="unknown way to keep memory 'layer'; did you mean 'layers'"):
         TrainConfig(memory="layer")
-    assert read_config(to_dict(replace(CONFIG, memory="blocks"))).memory == "blocks"
-    assert read_config({"steps": 3}).memory == "all"
+    assert from_dict(TrainConfig, to_dict(replace(CONFIG, memory="blocks"))).memory == "blocks"
+    assert from_dict(TrainConfig, {"steps": 3}).memory == "all"
 
 
 def test_the_command_keeps_memory(call: Call, tmp_path: Path) -> None:

@@ -12,17 +12,16 @@ from helpers.models import hf_model
 from helpers.tiers import unit_first
 
 from ctlens import threats
-from ctlens.core.config import to_dict
+from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT, BCT, KLCT, MLPCT, AttCT
 from ctlens.models.loading import load_model
 from ctlens.models.lora import LoRA
+from ctlens.models.optimisation import linear_rate
 from ctlens.organism import load_organism
 from ctlens.training import Phase, TrainConfig, Trainer, Until, load_run, train
-from ctlens.training.config import read_config
-from ctlens.training.schedules import linear
 
 QUESTIONS = (
     "Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?",
@@ -133,7 +132,7 @@ def test_torch_s_schedules_follow_the_warm_up(model) -> None:
 
     assert rates(config, model) == pytest.approx(warm + cosine, abs=1e-9)
     assert rates(replace(config, warmup=0.0), model)[:6] == pytest.approx(cosine, abs=1e-9)
-    assert rates(QUICK, model) == pytest.approx([linear(step, 8, 0.1) for step in range(8)])
+    assert rates(QUICK, model) == pytest.approx([linear_rate(step, 8, 0.8) for step in range(8)])
 
 
 @pytest.mark.parametrize(
@@ -168,7 +167,7 @@ def test_settings_that_make_no_sense_are_refused(options, message) -> None:
         (lambda: Until("jailbreak", split="test"), "unknown split"),
         (lambda: Until("jailbreak", below=0.0), "below a rate"),
         (lambda: Until("jailbreak", every=0), "every must be at least 1"),
-        (lambda: Until("jailbreak", items=0), "items must be at least 1"),
+        (lambda: Until("jailbreak", n_pairs=0), "n_pairs must be at least 1"),
     ],
 )
 def test_phases_and_targets_that_make_no_sense_are_refused(make, message) -> None:
@@ -195,9 +194,9 @@ def test_phases_name_the_losses_that_are_given(model) -> None:
     ],
 )
 def test_settings_survive_json(config) -> None:
-    assert read_config(json.loads(json.dumps(to_dict(config)))) == config
+    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
     with pytest.raises(CtlensError, match="unknown option of TrainConfig"):
-        read_config({**to_dict(config), "speed": 1})
+        from_dict(TrainConfig, {**to_dict(config), "speed": 1})
 
 
 @pytest.mark.parametrize(
@@ -247,7 +246,7 @@ def scripted(monkeypatch, rates: list[float]) -> list[int]:
 
     def found(model, threats, **options):
         assert not model.training and options["split"] == "heldout" and threats == ["jailbreak"]
-        calls.append(options["n"])
+        calls.append(options["n_prompts"])
         return Found()
 
     monkeypatch.setattr("ctlens.training.until.evaluate", found)
@@ -256,7 +255,7 @@ def scripted(monkeypatch, rates: list[float]) -> list[int]:
 
 def test_a_training_ends_once_the_rate_is_low_enough(model, monkeypatch, tmp_path) -> None:
     calls = scripted(monkeypatch, [0.9, 0.3, 0.19, 0.0])
-    config = replace(QUICK, until=Until("jailbreak", below=0.2, items=5, every=3))
+    config = replace(QUICK, until=Until("jailbreak", below=0.2, n_pairs=5, every=3))
 
     run = train(model, PAIRS, ACT(), config=config, progress=False)
 
@@ -299,12 +298,12 @@ def test_the_rate_is_that_of_an_evaluation_of_the_organism() -> None:
     import ctlens as ct
 
     organism, threat = load_organism(), threats.get("jailbreak")
-    config = TrainConfig(steps=1, until=Until("jailbreak", items=12, every=1))
+    config = TrainConfig(steps=1, until=Until("jailbreak", n_pairs=12, every=1))
     trainer = Trainer(organism, threat.pairs(8, split="train", seed=0), ACT(), config)
     list(trainer)
 
     looks = [
-        ct.evaluate(model, ["jailbreak"], split="heldout", n=12, progress=False).rate("bad_rate", "wrapped")
+        ct.evaluate(model, ["jailbreak"], split="heldout", n_prompts=12, progress=False).rate("bad_rate", "wrapped")
         for model in (organism, trainer.model)
     ]
     assert trainer.history.series("bad_rate") == looks and looks[0] > 0.5
@@ -313,6 +312,10 @@ def test_the_rate_is_that_of_an_evaluation_of_the_organism() -> None:
 
 
 def test_settings_of_an_older_version_are_read_under_their_new_names() -> None:
-    older = {{"max_new_tokens": "answer_tokens"}.get(name, name): value for name, value in to_dict(QUICK).items()}
+    config = replace(QUICK, until=Until("jailbreak", n_pairs=5), trainable=LoRA(2, target_modules=("q", "o")))
+    older = json.loads(json.dumps(to_dict(config)))
+    older["answer_tokens"] = older.pop("max_new_tokens")
+    older["until"]["items"] = older["until"].pop("n_pairs")
+    older["trainable"]["sites"] = older["trainable"].pop("target_modules")
 
-    assert read_config(older) == QUICK
+    assert from_dict(TrainConfig, older) == config

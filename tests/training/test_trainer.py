@@ -14,10 +14,10 @@ from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT, BCT, KLCT, MLPCT, AttCT
 from ctlens.models.loading import load_model
+from ctlens.models.optimisation import linear_rate
 from ctlens.models.parameters import copy_model, parameter_groups, present_parameters
 from ctlens.training import TrainConfig, Trainer, load_run, train
 from ctlens.training.answers import reference_answers
-from ctlens.training.schedules import linear
 
 pytestmark = pytest.mark.boundary
 
@@ -143,7 +143,7 @@ def test_no_step_is_taken_beyond_the_last(model) -> None:
 
 
 def test_the_learning_rate_warms_up_and_decays_to_nearly_zero() -> None:
-    factors = [round(linear(step, 10, 0.4), 3) for step in range(10)]
+    factors = [round(linear_rate(step, 10, 4), 3) for step in range(10)]
 
     assert factors == [0.2, 0.4, 0.6, 0.8, 0.857, 0.714, 0.571, 0.429, 0.286, 0.143]
 

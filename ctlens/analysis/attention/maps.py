@@ -126,7 +126,7 @@ class AttentionMaps(Result):
         between = (names[0], names[-1]) if len(names) > 1 else None
         unit = "attention x norm of the written value" if self.weighted else "attention"
         subtitle = "rows are queries, columns the keys they look at; numbers are positions, in brackets how many tokens"
-        return plots.attention_maps(maps, title, unit=unit, difference=between, subtitle=subtitle)
+        return plots.labelled_maps(maps, title, unit=unit, difference=between, subtitle=subtitle)
 
 
 def _between_segments(values: Map, segments: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -42,12 +42,26 @@ class Result:
         with atomic_file(path) as temporary:
             save_file(arrays, temporary, {ENTRY: json.dumps({"kind": type(self).__name__, "labels": labels})})
 
+    def beside(self: R, others: Mapping[str, R], label: str) -> dict[str, R]:
+        """This result under its label and then the others under theirs, for a figure that compares them.
+
+        Args:
+            others: by label; they may hold this result too, under the same label.
+            label: of this result.
+
+        Raises:
+            CtlensError: another result has the label.
+        """
+        if others.get(label, self) is not self:
+            raise CtlensError(f"two results are called {label!r}: give every result a label of its own.")
+        return {label: self, **others}
+
     @classmethod
     def load(cls: type[R], path: str | Path) -> R:
         """The result that `save` wrote.
 
         Raises:
-            CtlensError: the file is missing or holds another kind of result.
+            CtlensError: the file is missing, holds another kind of result, or was saved by another version.
         """
         if not Path(path).is_file():
             raise CtlensError(f"{path} does not exist: check the path.")
@@ -61,4 +75,9 @@ class Result:
                 array = stored.get_tensor(stored_name)
                 arrays[name] = {**arrays.get(name, {}), key: array} if key else array
         labels: dict[str, Any] = metadata["labels"]
+        if foreign := {*arrays, *labels} - {field.name for field in dataclasses.fields(cls)}:
+            raise CtlensError(
+                f"{path} was saved by another version of ctlens, whose {cls.__name__} had {min(foreign)!r}: compute it "
+                "again, or load it with that version."
+            )
         return cls(**arrays, **{k: tuple(v) if isinstance(v, list) else v for k, v in labels.items()})

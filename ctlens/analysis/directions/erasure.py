@@ -171,8 +171,7 @@ def _against_random(effects: Float[np.ndarray, "model layer variant pair"]) -> F
 
 
 def _curves(found: Sequence[Measured]) -> plots.Measurement:
-    value, low, high, null_low, null_high = np.array([dataclasses.astuple(one) for one in found]).T
-    return value, low, high, null_low, null_high
+    return plots.Measurement(*np.array([dataclasses.astuple(one) for one in found]).T)
 
 
 def erase_or_mask(

@@ -26,7 +26,7 @@ from ctlens.analysis.base.forward import encoded, require_comparable
 from ctlens.analysis.base.metrics import UserMetric, named_metrics
 from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, SIDES, STATE_POSITIONS
 from ctlens.analysis.exchange.exchange import QUANTITIES, WORDS, Exchange, curve, where, with_effect
-from ctlens.analysis.patching.jobs import Column, PatchBatch, PatchPair, collate
+from ctlens.analysis.patching.jobs import Column, PatchBatch, PatchPair, patch_batch
 from ctlens.analysis.patching.sweep import Recorded, Sweep, sweep_of
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import LensModel
@@ -197,7 +197,7 @@ def _exchanged(
     into: Sequence[Sweep], group: Sequence[PatchPair], bar: tqdm
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, set[str]]:
     """The patches of both directions, stacked, and the ways they went."""
-    batch = collate(group, next(into[0].model.parameters()).device)
+    batch = patch_batch(group, next(into[0].model.parameters()).device)
     runs = [_recorded(sweep, batch) for sweep in into]
     found = [
         sweep.values(group, batch, source, target, bar)

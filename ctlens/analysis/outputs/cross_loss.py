@@ -136,7 +136,7 @@ class CrossLoss(Result):
             return plots.cross_loss_steps(curves, title, subtitle=subtitle)
         value, low, high = relative[:, [models[-1] for models, _ in courses.values()]]
         title = "Trained with one loss, measured by every loss: what else falls?"
-        return plots.cross_loss(labels, self.losses, (value, low, high), title, subtitle=subtitle)
+        return plots.cross_loss_matrix(labels, self.losses, (value, low, high), title, subtitle=subtitle)
 
     def _course(self, label: str) -> tuple[list[int], list[int]]:
         """The numbers of a label's models and their steps, from step 0, where the reference stands for it."""

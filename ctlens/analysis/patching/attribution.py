@@ -1,19 +1,20 @@
-"""A first look at patching: every patch of every site by its gradient, one backward pass a batch for all of them.
+"""Attribution patching: every patch of every site to first order, with one backward pass per batch for all of them.
 
 The effect of putting the source's activation `s` in place of the target's `t` is taken as linear:
-`value = target + <gradient, s - t>`, the gradient of the metric at the target run (attribution patching,
+`value = target + <gradient, s - t>`, with the gradient of the metric at the target run (attribution patching,
 Nanda 2023; Syed et al. 2023, arXiv 2310.10348). A patch that goes far is not small, and a saturated softmax
 has no gradient: ranks hold better than sizes. `attribution_agreement` says how far both hold, beside an
-exact sweep of the same sites, which on small models is cheap.
+exact sweep of the same sites, which is cheap on small models.
 
-Why not TransformerLens's `attribution_patch`: it runs on bridges only, averages over pairs, so that no metric
-knows its pair's answers, and asks both prompts for one length. Here positions follow the alignment.
+TransformerLens's `attribution_patch` does not serve here: it runs on bridges only, it averages over pairs, so that no
+metric knows its pair's answers, and it asks both prompts for one length. Here positions follow the alignment.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import pandas as pd
@@ -27,7 +28,7 @@ from ctlens.analysis.base.forward import require_eval
 from ctlens.analysis.base.metrics import Metric, UserMetric, measured, named_metrics
 from ctlens.analysis.base.result import Result
 from ctlens.analysis.patching.hooked import WITH_HEADS, write_of
-from ctlens.analysis.patching.jobs import PatchBatch, PatchPair, collate, jobs, prepare
+from ctlens.analysis.patching.jobs import PatchBatch, PatchPair, jobs, patch_batch, patch_pairs
 from ctlens.analysis.patching.patch import column_tokens, joined
 from ctlens.analysis.patching.result import Patching
 from ctlens.analysis.patching.sweep import Swept, fitting, require_sites
@@ -37,19 +38,19 @@ from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers, capture, editing, resolve, run, select_layers
 from ctlens.plots import Figure
 
-PATH = "gradient"
-TOP = 10
+_PATH = "gradient"
+_TOP = 10
 
 
 @dataclass(frozen=True)
 class AttributionAgreement(Result):
-    """How far first-order values are those of an exact sweep; of the changes from the unpatched run.
+    """How far the first-order changes of a metric agree with the exact ones.
 
     Attributes:
-        approximate, exact: the mean change over pairs of every cell, one number a cell that some pair has.
-        by_pair: the Pearson correlation over cells of each pair; NaN where nothing changes.
-        metric: what was measured.
-        site: the hook point.
+        approximate, exact: per cell that some pair has, the mean change over pairs.
+        by_pair: per pair, the Pearson correlation over cells; NaN where nothing changes.
+        metric: of which the change is.
+        site: the hook point that was patched.
     """
 
     approximate: Float[np.ndarray, " cell"]
@@ -65,26 +66,34 @@ class AttributionAgreement(Result):
 
     @property
     def slope(self) -> float:
-        """Of the line through 0 from exact to first-order changes: below 1, these are too small."""
+        """The slope of the line through 0 from exact to first-order changes; below 1, the latter are too small."""
         return float(self.approximate @ self.exact / (self.exact @ self.exact))
 
     @property
     def top(self) -> int:
-        """How many of the ten largest exact changes are among the ten largest first-order ones."""
-        largest = [set(np.argsort(-np.abs(values))[:TOP].tolist()) for values in (self.approximate, self.exact)]
-        return len(largest[0] & largest[1])
+        """How many of the ten largest exact changes are among the ten largest first-order changes."""
+        approximate = np.argsort(-np.abs(self.approximate))[:_TOP]
+        exact = np.argsort(-np.abs(self.exact))[:_TOP]
+        return len(set(approximate.tolist()) & set(exact.tolist()))
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row: the correlation of the means, the mean of the pairs' own, the overlap of the top ten, the slope."""
         known = self.by_pair[~np.isnan(self.by_pair)]
-        by_pair = known.mean() if len(known) else np.nan
-        row = (self.site, self.metric, self.pearson, by_pair, self.top, self.slope, len(self.exact), len(self.by_pair))
-        columns = ["site", "metric", "pearson", "pearson_by_pair", "top_10", "slope", "cells", "pairs"]
-        return pd.DataFrame([row], columns=columns)
+        row = {
+            "site": self.site,
+            "metric": self.metric,
+            "pearson": self.pearson,
+            "pearson_by_pair": known.mean() if len(known) else np.nan,
+            "top_10": self.top,
+            "slope": self.slope,
+            "n_cells": len(self.exact),
+            "n_pairs": len(self.by_pair),
+        }
+        return pd.DataFrame([row])
 
     def figure(self) -> Figure:
-        """The first-order change of every cell over its exact change."""
-        found = f"r = {self.pearson:.2f}, slope {self.slope:.2f}, {self.top} of the largest {TOP} in common"
+        """A scatter: the first-order change of every cell over its exact change."""
+        found = f"r = {self.pearson:.2f}, slope {self.slope:.2f}, {self.top} of the largest {_TOP} in common"
         return plots.first_order(
             self.exact,
             self.approximate,
@@ -95,32 +104,40 @@ class AttributionAgreement(Result):
 
 
 def attribution_agreement(approximate: Patching, exact: Patching, metric: str | None = None) -> AttributionAgreement:
-    """How far a first-order sweep agrees with the exact one of the same pairs and sites.
+    """How far a first-order sweep agrees with the exact sweep of the same pairs and site.
 
     Args:
         approximate: from `attribution_patch`.
         exact: from `patch`, with the same options.
-        metric: by default the first.
+        metric: by default the first one of the exact sweep.
 
     Raises:
-        CtlensError: they are not sweeps of the same thing, or the metric was not measured in both.
+        CtlensError: the sweeps differ in their pairs or options, or the metric was not measured in both.
     """
     metric = exact.metrics[0] if metric is None else metric
-    named = ("site", "direction", "positions", "window", "layers")
-    differing = [name for name in named if getattr(approximate, name) != getattr(exact, name)]
-    if differing or approximate.values.shape[1:] != exact.values.shape[1:]:
-        what = differing[0] if differing else "pairs"
-        raise CtlensError(f"the two sweeps differ in {what}: run both on the same pairs with the same options.")
-    first, second = (_changes(result, metric) for result in (approximate, exact))
-    by_pair = [
-        correlation(*(values[~np.isnan(values)] for values in both)) for both in zip(first.T, second.T, strict=True)
-    ]
-    some = ~np.isnan(second).all(-1)
-    here, there = (np.nanmean(values[some], -1) for values in (first, second))
-    return AttributionAgreement(here, there, np.array(by_pair), metric, exact.site)
+    options = ("site", "direction", "positions", "window", "layers")
+    differing = [name for name in options if getattr(approximate, name) != getattr(exact, name)]
+    if approximate.values.shape[1:] != exact.values.shape[1:]:
+        differing.append("pairs")
+    if differing:
+        raise CtlensError(f"the two sweeps differ in {differing[0]}: run both on the same pairs with the same options.")
+    first_order = _changes(approximate, metric)
+    in_full = _changes(exact, metric)
+    by_pair = []
+    for one, other in zip(first_order.T, in_full.T, strict=True):
+        by_pair.append(correlation(one[~np.isnan(one)], other[~np.isnan(other)]))
+    some = ~np.isnan(in_full).all(-1)
+    return AttributionAgreement(
+        approximate=np.nanmean(first_order[some], -1),
+        exact=np.nanmean(in_full[some], -1),
+        by_pair=np.array(by_pair),
+        metric=metric,
+        site=exact.site,
+    )
 
 
 def _changes(result: Patching, metric: str) -> Float[np.ndarray, "cell pair"]:
+    """The change of a metric from the unpatched run, by every patch."""
     if metric not in result.metrics:
         raise unknown("measured metric", metric, result.metrics)
     row = result.metrics.index(metric)
@@ -128,7 +145,7 @@ def _changes(result: Patching, metric: str) -> Float[np.ndarray, "cell pair"]:
 
 
 def correlation(here: Float[np.ndarray, " cell"], there: Float[np.ndarray, " cell"]) -> float:
-    """Pearson's; NaN where either is the same everywhere.
+    """Pearson's correlation; NaN where either series is constant.
 
     >>> correlation(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0])), correlation(np.zeros(2), np.ones(2))
     (1.0, nan)
@@ -138,11 +155,39 @@ def correlation(here: Float[np.ndarray, " cell"], there: Float[np.ndarray, " cel
     return round(float(np.corrcoef(here, there)[0, 1]), 12)
 
 
+@overload
 def attribution_patch(
     model: LensModel,
     pairs: Sequence[Pair],
     *,
-    sites: Sequence[str],
+    site: str,
+    direction: str,
+    positions: str = ...,
+    window: str = ...,
+    layers: Layers = ...,
+    metrics: Sequence[str | UserMetric] = ...,
+    max_batch: int | None = ...,
+    progress: bool = ...,
+) -> Patching: ...
+@overload
+def attribution_patch(
+    model: LensModel,
+    pairs: Sequence[Pair],
+    *,
+    site: list[str] | tuple[str, ...],
+    direction: str,
+    positions: str = ...,
+    window: str = ...,
+    layers: Layers = ...,
+    metrics: Sequence[str | UserMetric] = ...,
+    max_batch: int | None = ...,
+    progress: bool = ...,
+) -> dict[str, Patching]: ...
+def attribution_patch(
+    model: LensModel,
+    pairs: Sequence[Pair],
+    *,
+    site: str | list[str] | tuple[str, ...],
     direction: str,
     positions: str = "each",
     window: str = "shared",
@@ -150,47 +195,52 @@ def attribution_patch(
     metrics: Sequence[str | UserMetric] = ("logit_diff",),
     max_batch: int | None = None,
     progress: bool = True,
-) -> dict[str, Patching]:
-    """Every patch of several sites to first order: `Patching` by site, of every pair, with path `"gradient"`.
+) -> Patching | dict[str, Patching]:
+    """Attribution patching: what `patch` gives, to first order, from one backward pass for all sites and layers.
 
     >>> import ctlens as ct
     >>> pairs, model = ct.threats.get("sycophancy").pairs(4, split="heldout"), ct.load_organism()
-    >>> options = {"sites": ("resid_pre", "z"), "direction": "denoising", "progress": False}
+    >>> options = {"site": ("resid_pre", "z"), "direction": "denoising", "progress": False}
     >>> quick = ct.analysis.attribution_patch(model, pairs, **options)
-    >>> exact = ct.analysis.patch_sites(model, pairs, **options)
+    >>> exact = ct.analysis.patch(model, pairs, **options)
     >>> bool(ct.analysis.attribution_agreement(quick["z"], exact["z"]).pearson > 0.5)
     True
 
     Args:
         model: in eval mode.
         pairs: with good and bad answers.
-        sites: each once, see `ctlens.analysis.patch`, as all other options.
+        site: see `ctlens.analysis.patch`, as all other options.
         direction: see `ctlens.analysis.patch`.
         positions: see `ctlens.analysis.patch`.
         window: see `ctlens.analysis.patch`.
         layers: see `ctlens.analysis.patch`.
-        metrics: each one is a backward pass; a function must be differentiable.
-        max_batch: pairs a pass; by default as many as fit with their graph.
+        metrics: each costs a backward pass; a function must be differentiable.
+        max_batch: pairs per pass; by default as many as fit with their graph.
         progress: show a progress bar.
+
+    Returns:
+        A `Patching` with path `"gradient"`, or where several sites are given one by site.
 
     Raises:
         CtlensError: see `ctlens.analysis.patch`.
     """
     require_eval(model)
+    sites = (site,) if isinstance(site, str) else tuple(site)
     require_sites(sites, max_batch)
     measures = named_metrics(metrics)
-    prepared = prepare(model, pairs, direction, positions, window)
+    prepared = patch_pairs(model, pairs, direction, positions, window)
     numbers = select_layers(model.cfg.n_layers, layers)
     longest = max(len(ids) for pair in prepared for ids in (pair.source, pair.target))
     size = max_batch or max(1, fitting(model, longest) // model.cfg.n_layers)
-    groups = [prepared[start : start + size] for start in range(0, len(prepared), size)]
+    chunks = []
     with tqdm(total=len(pairs), desc="pairs", disable=not progress, leave=False) as bar:
-        chunks = []
-        for group in groups:
+        for start in range(0, len(prepared), size):
+            group = prepared[start : start + size]
             chunks.append(_first_order(model, group, sites, numbers, measures))
             bar.update(len(group))
     tokens = column_tokens(model, prepared) if positions == "each" else ("",)
-    return joined(chunks, tuple(measures), numbers, tokens, direction, positions, window)
+    found = joined(chunks, tuple(measures), numbers, tokens, direction, positions, window)
+    return found[site] if isinstance(site, str) else found
 
 
 def _first_order(
@@ -200,8 +250,8 @@ def _first_order(
     layers: tuple[int, ...],
     metrics: dict[str, Metric],
 ) -> Swept:
-    """One pass of each run, and one backward pass a metric for all sites."""
-    batch = collate(group, next(model.parameters()).device)
+    """Runs source and target once each, and one backward pass per metric for all sites."""
+    batch = patch_batch(group, next(model.parameters()).device)
     names = {site: resolve(model, site, layers) for site in sites}
     flat = sum(names.values(), [])
     logits, source = capture(model, batch.source.side.tokens, flat, grad=False)
@@ -212,21 +262,25 @@ def _first_order(
         inputs = [target[name] for name in flat]
         slopes = [torch.autograd.grad(values.sum(), inputs, retain_graph=True) for values in unpatched]
     slope = {name: torch.stack(of_name) for name, of_name in zip(flat, zip(*slopes, strict=True), strict=True)}
-    places, start = np.array([pair.places() for pair in group]), unpatched.detach().cpu().numpy()
+    to_patch = np.array([pair.to_patch() for pair in group])
+    start = unpatched.detach().cpu().numpy()
     values: dict[str, np.ndarray] = {}
     for site in sites:
-        moved = [_moved(site, batch, places, source[name], target[name].detach(), slope[name]) for name in names[site]]
+        moved = [
+            _moved(site, batch, to_patch, source[name], target[name].detach(), slope[name]) for name in names[site]
+        ]
         grid = start[:, None, None, None] + torch.stack(moved, 1).cpu().numpy()
-        grid = np.where(places.T, grid, np.nan)
+        grid = np.where(to_patch.T, grid, np.nan)
         values[site] = grid if site in WITH_HEADS else grid[:, :, 0]
     whole = measured(metrics, last_source, batch.source, last_source).cpu().numpy()
-    return Swept(values, start, whole, dict.fromkeys(sites, PATH))
+    return Swept(values, start, whole, dict.fromkeys(sites, _PATH))
 
 
 def _with_graph(model: LensModel, batch: PatchBatch, names: list[str]) -> tuple[Logits, Activations]:
-    """The target run and its activations, with a graph from the embedding on, whichever parameters are frozen.
+    """The target run's logits and activations, with a graph from the embedding on, whichever parameters are frozen.
 
-    Kept by edits that change nothing: what a hook of a bridge only shows may not be on the way of the stream.
+    Hooks that edit, and change nothing, keep the activations: the tensor that a bridge shows to a hook that only reads
+    may not be the one that the stream goes on with.
     """
     first = resolve(model, "resid_pre", 0)[0]
     kept: Activations = {}
@@ -243,11 +297,11 @@ def _with_graph(model: LensModel, batch: PatchBatch, names: list[str]) -> tuple[
 
 
 def _moved(
-    site: str, batch: PatchBatch, places: np.ndarray, source: Tensor, target: Tensor, slopes: Tensor
+    site: str, batch: PatchBatch, to_patch: np.ndarray, source: Tensor, target: Tensor, slopes: Tensor
 ) -> Float[Tensor, "metric head column pair"]:
-    """What every patch at one layer moves every metric by, to first order."""
+    """The change of every metric by every patch at one layer, to first order."""
     heads = {"z": 2, "pattern": 1}.get(site)
-    todo = jobs(places, 1, [target.shape[heads] if heads else 1], target.device)
+    todo = jobs(to_patch, 1, [target.shape[heads] if heads else 1], target.device)
     patched = target.clone()
     write_of(site)(batch, todo, source, patched, todo.pair, 0)
     moved = ((patched - target) * slopes).sum(-1)

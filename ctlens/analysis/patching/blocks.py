@@ -1,8 +1,8 @@
 """A model's blocks as plain functions of its weights, for the models whose blocks are known.
 
-Known are pre-norm blocks of causal attention (rotary or with positions in the embedding, grouped
-queries too) and a plain or gated MLP, one after the other or side by side. Whether a model really
-is what its configuration says is for the user of these functions to test.
+Known are pre-norm blocks of causal attention (rotary or with positions in the embedding, also with grouped queries)
+and a plain or gated MLP, in sequence or in parallel. These functions believe the model's configuration; `Suffix.agrees`
+tests them against the model.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": gelu_tanh,
 }
 NORMS = {"LN": True, "RMS": False}
-"""The norms that are known, and whether each takes the mean away."""
-POSITIONS = ("rotary", "standard")
-# Settings of TransformerLens that change a block, with their values where they do not.
-UNUSED: dict[str, tuple[object, ...]] = {
+"""The norms that are known, and whether each subtracts the mean."""
+_POSITION_EMBEDDINGS = ("rotary", "standard")
+# Settings of TransformerLens that change a block, with the values at which they do not.
+_UNUSED: dict[str, tuple[object, ...]] = {
     "attention_dir": ("causal",),
     "use_local_attn": (False,),
     "window_size": (None,),
@@ -57,27 +57,27 @@ UNUSED: dict[str, tuple[object, ...]] = {
     "dtype": (torch.float32,),
 }
 
-Vectors: TypeAlias = Float[Tensor, "job row _"]
+BlockRows: TypeAlias = Float[Tensor, "job row _"]
 Numbers: TypeAlias = Int[Tensor, "*shape"] | slice
 Hidden: TypeAlias = Float[Tensor, "*shape"]
-"""Added to the scores: 0 at keys that a query sees, minus infinity at others."""
+"""The number added to each score: 0 at keys that a query sees, minus infinity at others."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A weight `[out, in]` and its bias."""
+    """A linear layer: a weight `[out, in]` and its bias."""
 
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """The product."""
+        """The outputs for rows of inputs."""
         return F.linear(rows, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A layer norm, or one that does not centre."""
+    """A layer norm, or an RMS norm, which does not subtract the mean."""
 
     weight: Float[Tensor, " d_model"]
     bias: Float[Tensor, " d_model"] | None
@@ -96,11 +96,11 @@ class Block:
     """The weights of one block, and its parts as functions of them.
 
     Attributes:
-        q: of all heads, the pairs that a rotation turns side by side.
-        kv: keys, laid out alike, and values in one product.
-        turns: the rotary factors `[pos, half of d_head]`, complex; None where there are none.
-        mlp_in: with the gate in front where there is one.
-        product_bias: what is added to the gated product.
+        q: the queries of all heads; the two numbers that a rotation turns stand side by side.
+        kv: the keys, in the same order, and the values of all heads in one product.
+        turns: the rotary factors `[pos, half of d_head]`, complex; None without rotary positions.
+        mlp_in: into the MLP, the gate's outputs in front if it is gated.
+        product_bias: added to the gated product.
         parallel: whether the MLP reads what the attention reads, instead of its sum with the attention's output.
     """
 
@@ -119,30 +119,30 @@ class Block:
     product_bias: Tensor | None
     parallel: bool
 
-    def queries(self, normed: Vectors, positions: Numbers) -> Vectors:
-        """The queries of rows that `ln1` gives, at their positions: `[job, row]`, or a slice for all jobs."""
+    def queries(self, normed: BlockRows, positions: Numbers) -> BlockRows:
+        """The queries of rows normed by `ln1`, at their positions: `[job, row]`, or a slice that all jobs share."""
         return self._turned(self.q(normed), self.q.weight.shape[0], positions)
 
-    def keys(self, normed: Vectors, positions: Numbers) -> Vectors:
-        """Keys and values side by side."""
+    def keys(self, normed: BlockRows, positions: Numbers) -> BlockRows:
+        """The keys and values of rows normed by `ln1`, side by side."""
         return self._turned(self.kv(normed), self.kv.weight.shape[0] // 2, positions)
 
-    def _turned(self, found: Vectors, width: int, positions: Numbers) -> Vectors:
-        """The first `width` outputs turned by their positions, in place."""
+    def _turned(self, found: BlockRows, width: int, positions: Numbers) -> BlockRows:
+        """Turns the first `width` outputs by their positions, in place."""
         if self.turns is not None:
             pairs = found[..., :width].unflatten(-1, (-1, self.d_head // 2, 2))
             torch.view_as_complex(pairs).mul_(self.turns[positions][..., None, :])
         return found
 
-    def attend(self, q: Vectors, kv: Float[Tensor, "job key _"], hidden: Hidden) -> Vectors:
+    def attend(self, q: BlockRows, kv: Float[Tensor, "job key _"], hidden: Hidden) -> BlockRows:
         """What attention writes into the stream, from queries, and keys and values side by side."""
         k, v = kv.chunk(2, -1)
-        heads = (part.unflatten(-1, (-1, self.d_head)).transpose(1, 2) for part in (q, k, v))
+        heads = [part.unflatten(-1, (-1, self.d_head)).transpose(1, 2) for part in (q, k, v)]
         grouped = q.shape[-1] != k.shape[-1]
         z = F.scaled_dot_product_attention(*heads, attn_mask=hidden, scale=self.scale, enable_gqa=grouped)
         return self.out(z.transpose(1, 2).flatten(-2))
 
-    def mlp(self, rows: Vectors) -> Vectors:
+    def mlp(self, rows: BlockRows) -> BlockRows:
         """What the MLP writes, from the stream it reads."""
         hidden = self.mlp_in(self.ln2(rows))
         if not self.gated:
@@ -151,17 +151,17 @@ class Block:
         product = self.activation(gate).mul_(up)
         return self.mlp_out(product if self.product_bias is None else product.add_(self.product_bias))
 
-    def behind(self, before: Vectors, attention: Vectors) -> Vectors:
-        """The stream behind the block, from that in front of it and what attention writes, which is overwritten."""
+    def behind(self, before: BlockRows, attention: BlockRows) -> BlockRows:
+        """The stream behind the block, from the stream in front of it and attention's output, which is overwritten."""
         middle = attention.add_(before)
         return self.mlp(before if self.parallel else middle).add_(middle)
 
 
 @torch.no_grad()
 def read_blocks(model: LensModel, length: int) -> list[Block] | None:
-    """The blocks of a model for sequences up to a length, or None where something about them is not known.
+    """The blocks of a model for sequences up to a length, or None if something about them is not known.
 
-    The weights are copies: they are read again after every training.
+    The weights are copies, so blocks are read anew for every sweep.
     """
     cfg: Any = model.cfg
     if not _known(cfg):
@@ -173,17 +173,24 @@ def read_blocks(model: LensModel, length: int) -> list[Block] | None:
 
 
 def _known(cfg: Any) -> bool:
-    plain = all(getattr(cfg, name, values[0]) in values for name, values in UNUSED.items())
-    kinds = (cfg.normalization_type in NORMS, cfg.positional_embedding_type in POSITIONS, cfg.act_fn in ACTIVATIONS)
+    plain = all(getattr(cfg, name, values[0]) in values for name, values in _UNUSED.items())
+    kinds = (
+        cfg.normalization_type in NORMS,
+        cfg.positional_embedding_type in _POSITION_EMBEDDINGS,
+        cfg.act_fn in ACTIVATIONS,
+    )
     return plain and all(kinds)
 
 
 def _block(block: Any, cfg: Any, length: int) -> Block:
-    attn, mlp, d_head = block.attn, block.mlp, cfg.d_head
+    attn = block.attn
+    mlp = block.mlp
     rotary = cfg.positional_embedding_type == "rotary"
-    kept = torch.arange(d_head)
+    kept = torch.arange(cfg.d_head)
     turned = _side_by_side(cfg) if rotary else kept
-    q, k, v = (_of_heads(attn, name, order) for name, order in (("Q", turned), ("K", turned), ("V", kept)))
+    q = _of_heads(attn, "Q", turned)
+    k = _of_heads(attn, "K", turned)
+    v = _of_heads(attn, "V", kept)
     kv_bias = None if k.bias is None or v.bias is None else torch.cat([k.bias, v.bias])
     gated = getattr(mlp, "W_gate", None) is not None
     entering = [mlp.W_gate, mlp.W_in] if gated else [mlp.W_in]
@@ -192,7 +199,7 @@ def _block(block: Any, cfg: Any, length: int) -> Block:
         ln2=read_norm(block.ln2, cfg),
         q=Linear(q.weight, _unless_zero(q.bias)),
         kv=Linear(torch.cat([k.weight, v.weight]), _unless_zero(kv_bias)),
-        d_head=d_head,
+        d_head=cfg.d_head,
         scale=_scale(cfg),
         turns=_turns(cfg, length, attn.W_Q.device) if rotary else None,
         out=Linear(rearrange(attn.W_O, "head d_head d_model -> d_model (head d_head)"), _unless_zero(attn.b_O)),
@@ -206,15 +213,17 @@ def _block(block: Any, cfg: Any, length: int) -> Block:
 
 
 def _of_heads(attn: Any, name: str, order: Numbers) -> Linear:
-    """Queries, keys or values of all heads; those of grouped keys and values as they are, not repeated.
+    """The queries, keys or values of all heads; grouped keys and values are not repeated.
 
     Args:
         attn: the attention.
         name: `"Q"`, `"K"` or `"V"`.
-        order: of the numbers of a head.
+        order: in which to put the outputs of each head.
     """
     grouped = getattr(attn, f"_W_{name}", None) is not None
-    weight, bias = (getattr(attn, f"_{kind}_{name}" if grouped else f"{kind}_{name}") for kind in "Wb")
+    prefix = "_" if grouped else ""
+    weight = getattr(attn, f"{prefix}W_{name}")
+    bias = getattr(attn, f"{prefix}b_{name}")
     matrix = rearrange(weight[..., order], "head d_model d_head -> (head d_head) d_model")
     return Linear(matrix, None if bias is None else bias[:, order].flatten())
 
@@ -224,7 +233,7 @@ def _unless_zero(bias: Tensor | None) -> Tensor | None:
 
 
 def read_norm(norm: Any, cfg: Any) -> Norm:
-    """A norm of a model with `cfg`."""
+    """Reads a norm of a model with the configuration `cfg`."""
     centred = NORMS[cfg.normalization_type]
     return Norm(norm.w, norm.b if centred else None, centred, cfg.eps)
 
@@ -252,7 +261,7 @@ def _side_by_side(cfg: Any) -> Int[Tensor, " d_head"]:
 
 
 def _turns(cfg: Any, length: int, device: torch.device) -> Tensor:
-    """The factor of every position and pair; 1 for pairs that do not turn."""
+    """The rotary factor of every position and pair of numbers; 1 for pairs that do not turn."""
     powers = torch.arange(0, _turning(cfg), 2, device=device, dtype=torch.float32) / _turning(cfg)
     still = torch.zeros((cfg.d_head - _turning(cfg)) // 2, device=device)
     speed = torch.cat([float(cfg.rotary_base) ** -powers, still])

@@ -1,7 +1,7 @@
 """The general way to patch: the model's own blocks, many patches stacked on the batch axis, any model, any site.
 
-Where a model keeps keys and values, a pass begins in front of the first patched layer and at the first patched
-position; what is in front of both is that of the target run. Else, as on bridges, every pass is a whole one.
+If the model has a key-value cache, a pass begins at the first patched layer and position and takes what is in front of
+both from the target run. If it has none, as on bridges, every pass runs the whole model.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from ctlens.models.hooks import capturing, editing, resolve, run
 from ctlens.models.loading import empty_cache
 
 WITH_HEADS = ("z", "pattern")
-MOST_ROWS = 1024
+_MOST_ROWS = 1024
 """The most tokens in a pass that begins at a position: passes with more are no faster."""
-TOLERANCE = 1e-4
+_TOLERANCE = 1e-4  # between float32 logits computed in two orders; chosen by eye
 Write = Callable[[PatchBatch, Jobs, Tensor, Tensor, JobNumbers, int], None]
-"""Puts the source's activation into given rows of the target's, in place; these begin at a position."""
+"""Writes the source's activations over the target's, in the given rows, which begin at the position given last."""
 
 
 class Hooked:
-    """Runs jobs with hooks at the layer of each chunk.
+    """Runs jobs with a hook at their layer, those of one layer together.
 
     Attributes:
-        name: how results call this way.
+        name: `Patching.path` of what it computes.
     """
 
     name = "hooks"
@@ -48,11 +48,11 @@ class Hooked:
 
     def __call__(self, jobs: Jobs, max_batch: int) -> Found:
         """The last logits of every job, at most `max_batch` jobs a forward pass."""
-        first = places(self.batch, jobs)[1].amin(1) if self.kept else torch.zeros_like(jobs.pair)
+        first = patch_positions(self.batch, jobs)[1].amin(1) if self.kept else torch.zeros_like(jobs.pair)
         length = self.batch.target.side.tokens.shape[1]
         for index in jobs.layer.unique().tolist():
             chosen = (jobs.layer == index).nonzero()[:, 0]
-            most = MOST_ROWS if self.kept else max_batch * length
+            most = _MOST_ROWS if self.kept else max_batch * length
             for part in chunks(first[chosen], length, max_batch, most, most):
                 numbers = chosen[part]
                 yield numbers, self._last(index, jobs.take(numbers), int(first[numbers].min()))
@@ -73,25 +73,25 @@ class Hooked:
 
 @dataclass(frozen=True)
 class Kept:
-    """The states of the target runs from which a pass can begin in their middle.
+    """The states of the target runs that a pass needs to begin at a layer and a position in their middle.
 
     Attributes:
-        entering: the stream in front of every layer, `[pair, pos, d_model]` each.
-        cache: their keys and values.
+        entering: the residual stream in front of every layer, `[pair, pos, d_model]` each.
+        cache: the keys and values of every layer.
     """
 
     entering: list[Tensor]
     cache: Any
 
     def last(self, model: LensModel, rows: ContrastBatch, pairs: JobNumbers, layer: int, first: int) -> Tensor:
-        """The last logits of some runs, computed from a layer and a position on.
+        """The last logits of runs that are computed from a layer and a position on.
 
         Args:
             model: of the runs.
-            rows: their prompts.
-            pairs: which ones they are.
-            layer: the first one that is computed.
-            first: the position.
+            rows: the prompts of the runs.
+            pairs: the index of each run's pair in the batch.
+            layer: the first layer that is computed.
+            first: the first position that is computed.
         """
         length = rows.side.tokens.shape[1]
         cache = empty_cache(model, len(pairs))
@@ -106,7 +106,10 @@ class Kept:
 
 
 def kept_of(model: LensModel, target: ContrastBatch, last: Tensor) -> Kept | None:
-    """Runs the targets and keeps their states; None if passes begun in the middle miss the model's own last logits."""
+    """Runs the targets and keeps their states; None if the model has no cache, or passes begun in the middle go wrong.
+
+    They go wrong if they do not reproduce `last`, the logits of the model's own whole run.
+    """
     cache = empty_cache(model, len(target.last))
     if cache is None:
         return None
@@ -118,7 +121,7 @@ def kept_of(model: LensModel, target: ContrastBatch, last: Tensor) -> Kept | Non
     pairs, middle = torch.arange(len(last), device=last.device), int(target.last.min()) // 2
     for layer in (0, len(names) - 1):
         found = kept.last(model, target, pairs, layer, middle)
-        if not torch.allclose(found, last, atol=TOLERANCE, rtol=TOLERANCE):
+        if not torch.allclose(found, last, atol=_TOLERANCE, rtol=_TOLERANCE):
             return None
     return kept
 
@@ -128,25 +131,25 @@ def write_of(site: str) -> Write:
     return {"z": _write_head, "pattern": _write_pattern}.get(site, _write_vectors)
 
 
-def places(batch: PatchBatch, jobs: Jobs) -> tuple[JobPositions, JobPositions]:
-    """The positions each job takes activations from, and those it puts them at."""
+def patch_positions(batch: PatchBatch, jobs: Jobs) -> tuple[JobPositions, JobPositions]:
+    """The positions from which each job takes activations, and those at which it puts them."""
     return batch.source_at[jobs.pair, jobs.column], batch.target_at[jobs.pair, jobs.column]
 
 
 def _write_vectors(batch: PatchBatch, jobs: Jobs, source: Tensor, edited: Tensor, rows: JobNumbers, first: int) -> None:
-    here, there = places(batch, jobs)
+    here, there = patch_positions(batch, jobs)
     edited[rows[:, None], there - first] = source[jobs.pair[:, None], here]
 
 
 def _write_head(batch: PatchBatch, jobs: Jobs, source: Tensor, edited: Tensor, rows: JobNumbers, first: int) -> None:
-    here, there = places(batch, jobs)
+    here, there = patch_positions(batch, jobs)
     head = jobs.head[:, None]
     edited[rows[:, None], there - first, head] = source[jobs.pair[:, None], here, head]
 
 
 def _write_pattern(batch: PatchBatch, jobs: Jobs, source: Tensor, edited: Tensor, rows: JobNumbers, first: int) -> None:
-    """Rows of attention, their mass moved to the keys of the target; nothing on those without a twin."""
-    here, there = places(batch, jobs)
+    """Moves the mass of attention rows to the keys of the target; a key without a twin gets none."""
+    here, there = patch_positions(batch, jobs)
     keys = Matched(*(part[jobs.pair] for part in (batch.keys.clean, batch.keys.wrapped, batch.keys.valid)))
     queries = Matched(here, there - first, torch.ones_like(here, dtype=torch.bool))
     one_head = source[jobs.pair, jobs.head][:, None], edited[rows, jobs.head][:, None]

@@ -1,7 +1,8 @@
-"""What a sweep patches: pairs with the positions that hold the same token, and one job per site and pair."""
+"""The patches of a sweep: pairs with the positions that hold the same token, and one job per patch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -19,11 +20,12 @@ from ctlens.data.alignment import WINDOWS, opening
 from ctlens.data.batch import EncodedPair, Matched, Side, encode, pad, require_room
 from ctlens.data.pairs import Pair
 
-DIRECTIONS = {"denoising": ("clean", "wrapped"), "noising": ("wrapped", "clean")}
-"""Each direction's two sides: the one whose activations are taken, and the one whose run they are put into."""
-POSITIONS = ("each", "last", "content", "all")
+PATCH_DIRECTIONS = {"denoising": ("clean", "wrapped"), "noising": ("wrapped", "clean")}
+"""The source side of each direction, whose activations are taken, and the target side, into whose run they are put."""
+PATCH_POSITIONS = ("each", "last", "content", "all")
 SAME_INDEX = "position"
-OWN_TWINS = ("explicit", SAME_INDEX)
+"""The window that aligns tokens of the same number, whatever they are."""
+_OWN_TWINS = ("explicit", SAME_INDEX)
 
 Twin: TypeAlias = tuple[int, int]
 """A position in the source prompt and its twin in the target prompt."""
@@ -53,11 +55,11 @@ class PatchPair:
         """Token ids of the run that is patched."""
         return self.contrast.prompt
 
-    def places(self, *, skip_unchanged: bool = False) -> list[bool]:
-        """Per column, whether there is something to patch.
+    def to_patch(self, *, skip_unchanged: bool = False) -> list[bool]:
+        """Whether each column has something to patch.
 
         Args:
-            skip_unchanged: leave out what changes nothing: before the first token that differs, both
+            skip_unchanged: leave out the columns that change nothing: before the first token that differs, both
                 runs are the same.
         """
         if not skip_unchanged:
@@ -66,77 +68,121 @@ class PatchPair:
         return [any(here != there or there >= alike for here, there in column) for column in self.columns]
 
 
-def prepare(model: LensModel, pairs: Sequence[Pair], direction: str, positions: str, window: str) -> list[PatchPair]:
-    """Every pair with its columns, the last token of each in the last column.
+def patch_pairs(
+    model: LensModel, pairs: Sequence[Pair], direction: str, positions: str, window: str
+) -> list[PatchPair]:
+    """Every pair with its columns; the last column holds each pair's last twins.
 
     Args:
         model: for its tokenizer and context.
         pairs: clean and wrapped prompts with good and bad answers.
-        direction: one of `DIRECTIONS`.
-        positions: one of `POSITIONS`.
+        direction: one of `PATCH_DIRECTIONS`.
+        positions: one of `PATCH_POSITIONS`.
         window: one of `ctlens.data.alignment.WINDOWS` but `answer`, or `"position"`.
 
     Raises:
         CtlensError: an option is unknown, a pair does not align or has no answers, or no token is left to patch.
     """
     _check(direction, positions, window)
-    source_side, target_side = DIRECTIONS[direction]
-    windows = () if window == SAME_INDEX else tuple(dict.fromkeys((window, _key_window(window))))
-    encoded = encode(pairs, model.tokenizer, windows=windows, n_ctx=model.cfg.n_ctx)
-    if encoded.dropped:
-        reason, count = next(iter(encoded.dropped.items()))
-        raise CtlensError(f"{count} of {len(pairs)} pairs do not align ({reason}): leave them out.")
+    source, target = PATCH_DIRECTIONS[direction]
+    rows = _encoded_rows(model, pairs, window)
     found = []
-    for number, (row, contrast) in enumerate(
-        zip(encoded.rows, contrasts(model, pairs, target_side), strict=True), start=1
-    ):
-        source, target = getattr(row, source_side).ids, getattr(row, target_side).ids
-        begun = contrast.prompt[len(target) :]
-        require_room(len(source) + len(begun), model.cfg.n_ctx, f"the {source_side} prompt of pair {number}")
-        behind = [(len(source) + step, len(target) + step) for step in range(len(begun))]
-        twins = (*_twins(row, window, source_side, target_side, number), *behind)
-        ends = (len(source) + len(begun) - 1, len(contrast.prompt) - 1)
-        keys = (*_twins(row, _key_window(window), source_side, target_side, number), *behind)
-        front = tuple((step, step) for step in range(min(opening(row.clean, row.wrapped), *keys[0])))
-        columns = _columns(twins, ends, positions, number)
-        found.append(PatchPair(source + begun, contrast, columns, front + keys))
+    for number, (row, contrast) in enumerate(zip(rows, contrasts(model, pairs, target), strict=True), start=1):
+        sides = _Sides(row, contrast, source, target, number)
+        require_room(len(sides.source_ids), model.cfg.n_ctx, f"the {source} prompt of pair {number}")
+        columns = _columns(sides.twins(window), sides.last, positions, number)
+        found.append(PatchPair(sides.source_ids, contrast, columns, sides.keys(window)))
     width = max(len(pair.columns) for pair in found)
     return [_widened(pair, width) for pair in found]
 
 
 def _check(direction: str, positions: str, window: str) -> None:
-    if direction not in DIRECTIONS:
-        raise unknown("direction", direction, DIRECTIONS)
+    if direction not in PATCH_DIRECTIONS:
+        raise unknown("direction", direction, PATCH_DIRECTIONS)
     if positions == "wrapper":
         raise CtlensError(
-            "the wrapper's tokens have no twin in the clean prompt to exchange with: patch 'content', 'last' or 'all'."
+            "positions='wrapper' cannot be patched, for the wrapper's tokens have no twin in the clean prompt: choose "
+            "'content', 'last' or 'all'."
         )
-    if positions not in POSITIONS:
-        raise unknown("choice of positions", positions, POSITIONS)
+    if positions not in PATCH_POSITIONS:
+        raise unknown("choice of positions", positions, PATCH_POSITIONS)
     known = (*(name for name in WINDOWS if name != "answer"), SAME_INDEX)
     if window not in known:
         raise unknown("alignment window", window, known)
 
 
+def _encoded_rows(model: LensModel, pairs: Sequence[Pair], window: str) -> Sequence[EncodedPair]:
+    """Every pair as tokens, with the alignments of the window and of the keys."""
+    windows = () if window == SAME_INDEX else tuple(dict.fromkeys((window, _key_window(window))))
+    encoded = encode(pairs, model.tokenizer, windows=windows, n_ctx=model.cfg.n_ctx)
+    if encoded.dropped:
+        reason, count = next(iter(encoded.dropped.items()))
+        raise CtlensError(f"{count} of {len(pairs)} pairs do not align ({reason}): leave them out.")
+    return encoded.rows
+
+
 def _key_window(window: str) -> str:
     """Patterns are patched as whole rows, so all the content is in, whatever the window of the queries."""
-    return window if window in OWN_TWINS else "shared"
+    return window if window in _OWN_TWINS else "shared"
 
 
-def _twins(row: EncodedPair, window: str, source_side: str, target_side: str, number: int) -> Column:
-    if window != SAME_INDEX:
-        alignment = row.alignments[window]
-        return tuple(zip(getattr(alignment, source_side), getattr(alignment, target_side), strict=True))
-    clean, wrapped = len(row.clean.ids), len(row.wrapped.ids)
-    if clean != wrapped:
-        raise CtlensError(
-            f"the prompts of pair {number} have {clean} and {wrapped} tokens: window='position' needs as many on both "
-            "sides."
-        )
-    return tuple((position, position) for position in range(clean))
+@dataclass(frozen=True)
+class _Sides:
+    """A pair's two prompts, each with the tokens that both answers begin with appended, and who gives to whom.
+
+    Attributes:
+        row: the prompts as tokens, with their alignments.
+        contrast: of the target side.
+        source: the side whose activations are taken.
+        target: the side into whose run they are put.
+        number: of the pair, from 1, for refusals.
+    """
+
+    row: EncodedPair
+    contrast: Contrast
+    source: str
+    target: str
+    number: int
+
+    @property
+    def source_ids(self) -> tuple[int, ...]:
+        """The source prompt and the answers' common beginning."""
+        begun = self.contrast.prompt[len(getattr(self.row, self.target).ids) :]
+        return getattr(self.row, self.source).ids + begun
+
+    @property
+    def last(self) -> Twin:
+        """The positions that predict the answers."""
+        return len(self.source_ids) - 1, len(self.contrast.prompt) - 1
+
+    def twins(self, window: str) -> Column:
+        """The twins of a window, and those in the answers' common beginning."""
+        source_end = len(getattr(self.row, self.source).ids)
+        target_end = len(getattr(self.row, self.target).ids)
+        begun = range(len(self.contrast.prompt) - target_end)
+        return (*self._aligned(window), *((source_end + step, target_end + step) for step in begun))
+
+    def keys(self, window: str) -> Column:
+        """The twins between which attention mass moves: the content's, and in front of it the template's opening."""
+        keys = self.twins(_key_window(window))
+        front = min(opening(self.row.clean, self.row.wrapped), *keys[0])
+        return (*((step, step) for step in range(front)), *keys)
+
+    def _aligned(self, window: str) -> Column:
+        if window != SAME_INDEX:
+            alignment = self.row.alignments[window]
+            return tuple(zip(getattr(alignment, self.source), getattr(alignment, self.target), strict=True))
+        clean, wrapped = len(self.row.clean.ids), len(self.row.wrapped.ids)
+        if clean != wrapped:
+            raise CtlensError(
+                f"the prompts of pair {self.number} have {clean} and {wrapped} tokens: window='position' needs as many "
+                "on both sides."
+            )
+        return tuple((position, position) for position in range(clean))
 
 
 def _columns(twins: Column, ends: Twin, positions: str, number: int) -> tuple[Column, ...]:
+    """The twins that are patched together, `ends` being those that predict the answers."""
     if positions == "each":
         return tuple((twin,) for twin in twins)
     last = tuple(twin for twin in twins if twin == ends)
@@ -149,6 +195,7 @@ def _columns(twins: Column, ends: Twin, positions: str, number: int) -> tuple[Co
 
 
 def _widened(pair: PatchPair, width: int) -> PatchPair:
+    """Puts empty columns in front, so that the last columns of all pairs stand under each other."""
     missing: tuple[Column, ...] = ((),) * (width - len(pair.columns))
     return PatchPair(pair.source, pair.contrast, missing + pair.columns, pair.keys)
 
@@ -159,7 +206,7 @@ class PatchBatch:
 
     Attributes:
         source: the prompts whose activations are taken, and per row the position that predicts the answer.
-        target: those they are put into, with their answers.
+        target: the prompts into whose runs they are put, with their answers.
         source_at, target_at: `[pair, column, width]`, the positions patched together; one is repeated where fewer.
         keys: twins between which attention mass moves.
     """
@@ -178,20 +225,25 @@ class PatchBatch:
         return ContrastBatch(rows, last, self.target.answers[pairs])
 
 
-def collate(pairs: Sequence[PatchPair], device: torch.device) -> PatchBatch:
+def patch_batch(pairs: Sequence[PatchPair], device: torch.device) -> PatchBatch:
     """Pairs of any lengths as one batch, both sides padded to one width; the answers are those of the target."""
     prompts = [pair.source for pair in pairs] + [pair.target for pair in pairs]
-    both, n = pad(prompts).to(device), len(pairs)
+    both = pad(prompts).to(device)
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
     answers = torch.tensor([(pair.contrast.good, pair.contrast.bad) for pair in pairs], device=device)
-    source, target = (
-        ContrastBatch(Side(both.tokens[rows], both.mask[rows], both.padding), last[rows], answers)
-        for rows in (slice(n), slice(n, None))
-    )
+
+    def side(rows: slice) -> ContrastBatch:
+        return ContrastBatch(Side(both.tokens[rows], both.mask[rows], both.padding), last[rows], answers)
+
     width = max(len(column) for pair in pairs for column in pair.columns)
     filled = np.array([[_repeated(column, width) for column in pair.columns] for pair in pairs])
-    source_at, target_at = (torch.from_numpy(filled[..., end]).to(device) for end in (0, 1))
-    return PatchBatch(source, target, source_at, target_at, _keys(pairs, device))
+    return PatchBatch(
+        source=side(slice(len(pairs))),
+        target=side(slice(len(pairs), None)),
+        source_at=torch.from_numpy(filled[..., 0]).to(device),
+        target_at=torch.from_numpy(filled[..., 1]).to(device),
+        keys=_keys(pairs, device),
+    )
 
 
 def _repeated(column: Column, width: int) -> list[Twin]:
@@ -200,6 +252,7 @@ def _repeated(column: Column, width: int) -> list[Twin]:
 
 
 def _keys(pairs: Sequence[PatchPair], device: torch.device) -> Matched:
+    """The keys of every pair, filled up to one width; those that fill up do not count."""
     width = max(len(pair.keys) for pair in pairs)
     twins = torch.tensor([_repeated(pair.keys, width) for pair in pairs], device=device)
     counts = torch.tensor([len(pair.keys) for pair in pairs], device=device)
@@ -208,14 +261,14 @@ def _keys(pairs: Sequence[PatchPair], device: torch.device) -> Matched:
 
 @dataclass(frozen=True)
 class Jobs:
-    """Patches to be made, one number of each per job.
+    """Patches to be made; each attribute holds one index per job.
 
     Attributes:
-        site: the index among the sites.
-        pair: its row in the batch.
-        layer: the index among the chosen layers.
-        column: of the sweep.
-        head: 0 where the site has no heads.
+        site: among the sites of the sweep.
+        pair: among the rows of the batch.
+        layer: among the chosen layers.
+        column: among the columns of the sweep.
+        head: among the heads; 0 where the site has none.
     """
 
     site: JobNumbers
@@ -228,7 +281,7 @@ class Jobs:
         return len(self.pair)
 
     def take(self, chosen: JobNumbers | slice) -> Jobs:
-        """Some of the jobs."""
+        """The chosen jobs."""
         parts = (self.site, self.pair, self.layer, self.column, self.head)
         return Jobs(*(numbers[chosen] for numbers in parts))
 
@@ -241,41 +294,49 @@ Found: TypeAlias = Iterator[tuple[JobNumbers, Tensor]]
 """Numbers of jobs, and the logits `[job, d_vocab]` at the last token of their patched runs."""
 
 
-def jobs(places: Bool[np.ndarray, "pair column"], layers: int, heads: Sequence[int], device: torch.device) -> Jobs:
-    """A job for every site, layer, head and place, a place being a column of a pair.
+def jobs(to_patch: Bool[np.ndarray, "pair column"], layers: int, heads: Sequence[int], device: torch.device) -> Jobs:
+    """One job per site, layer, head, and column of a pair that has something to patch.
 
     Args:
-        places: where there is something to patch.
-        layers: how many.
-        heads: of every site, how many it has.
-        device: of the numbers.
+        to_patch: where there is something to patch.
+        layers: how many layers.
+        heads: how many heads each site has.
+        device: of the indices.
     """
-    pair, column = np.nonzero(places)
+    pair, column = np.nonzero(to_patch)
     parts = []
     for site, of_site in enumerate(heads):
-        layer, head, place = (index.ravel() for index in np.indices((layers, of_site, len(pair))))
-        parts.append((np.full_like(layer, site), pair[place], layer, column[place], head))
+        layer, head, patch = np.indices((layers, of_site, len(pair))).reshape(3, -1)
+        parts.append((np.full_like(layer, site), pair[patch], layer, column[patch], head))
     return Jobs(*(torch.from_numpy(np.concatenate(numbers)).to(device) for numbers in zip(*parts, strict=True)))
 
 
 def chunks(first: JobNumbers, length: int, max_batch: int, most: int, enough: int) -> Iterator[JobNumbers]:
-    """Splits jobs into batches of one first row each or, where one row has few jobs, of neighbouring first rows.
+    """Splits jobs into batches that are each computed from one row on: the smallest first row of its jobs.
+
+    Jobs of one first row waste nothing. Few of them make a small product, though, so a batch also takes jobs of the
+    next first rows until it has enough rows; the later jobs then compute some rows in front that they do not need.
+
+        first row     3  3  4  7  7  7  7        the jobs in order of their first row
+                     |-------||----------|       enough rows only with the job from row 4 on
 
     Args:
         first: of every job, the row from which it is computed to the end.
-        length: how many rows there are.
-        max_batch: jobs together.
-        most: rows together.
-        enough: rows that make it worth computing a few too many in front.
+        length: the number of rows of a prompt.
+        max_batch: the most jobs in a batch.
+        most: the most rows in a batch.
+        enough: the number of rows from which a batch takes no jobs of later first rows.
     """
     firsts = first.cpu().numpy()
     order = np.argsort(firsts, kind="stable")
-    firsts, begin = firsts[order], 0
-    for stop in [*(np.flatnonzero(np.diff(firsts)) + 1).tolist(), len(order)]:
+    firsts = firsts[order]
+    ends_of_rows = (np.flatnonzero(np.diff(firsts)) + 1).tolist()
+    begin = 0
+    for stop in [*ends_of_rows, len(order)]:
         rows = length - int(firsts[begin])
         if stop < len(order) and (stop - begin) * rows < enough:
-            continue
+            continue  # too small: goes on with the jobs of the next first row
         size = min(max_batch, max(1, most // rows))
-        for part in np.array_split(order[begin:stop], -(-(stop - begin) // size)):
+        for part in np.array_split(order[begin:stop], math.ceil((stop - begin) / size)):
             yield torch.from_numpy(part).to(first.device)
         begin = stop

@@ -1,25 +1,27 @@
-"""Activation patching on clean and wrapped pairs: where does an activation decide the answer?
+"""Activation patching on clean and wrapped pairs: at which layer and token does an activation decide the answer?
 
-One activation of one run (the source) is put into another run (the target), and the answer is read
-again. Positions follow the alignment, so prompts of different lengths exchange the same token.
+A patch takes one activation of one run, the source, and puts it into another run, the target; then the answer is read
+again. Positions follow the alignment, so in prompts of different lengths a patch still goes from a token to the same
+token.
 
-Why it is fast. A patch of one vector replaces one row of one residual stream, `(layer, position)`:
-of `resid_pre` the row itself; of `attn_out`, `mlp_out` and a head's `z` the row behind the block, with
-the MLP computed for that row alone. Rows in front of it stay as they are in the target run, so their
-keys and values are taken from there; the layers behind it are computed from that row to the end; the
-last layer for the last row alone. Whatever its site, a patch is then a row in front of some layer, so that all
-sites of a sweep (`patch_sites`) share the two runs, the held keys and values, and their batches; patches at
-neighbouring positions share a batch too. No tensor of a batch is larger than 2 MiB, because larger memory is
-fetched from the system and cleared at every use. It is exact: only products whose factors changed are computed again.
+Why it is fast. A patch of one vector replaces one row of one residual stream, `(layer, position)`. For `resid_pre` that
+is the row itself; for `attn_out`, `mlp_out` and a head's `z` it is the row behind the block, with the MLP computed for
+that row alone. Rows in front of it stay as they are in the target run, so their keys and values are taken from there.
+The layers behind it are computed from that row to the end, the last layer for the last row alone. So a patch of any
+site is a row in front of some layer, and all sites of a sweep share the two runs, the held keys and values, and their
+batches; patches at neighbouring positions share a batch too. No tensor of a batch is larger than 2 MiB
+(`ctlens.analysis.patching.suffix.LARGEST`): for larger ones the allocator asks the system for fresh pages and clears
+them at every use. The sweep is exact, for it leaves out only products whose factors did not change.
 
-Two runs of the model check it before it is used (`Suffix.agrees`). A model it does not know, or whose logits are
-not its own, goes the general way, the model's own blocks with many patches stacked on the batch axis
-(`ctlens.analysis.patching.hooked`); `Patching.path` says which. `attribution_patch` is the first-order estimate.
+`Suffix.agrees` checks it with two runs of the model before it is used. A model that it does not know, or whose logits
+it does not reproduce, goes the general way: the model's own blocks, with many patches stacked on the batch axis
+(`ctlens.analysis.patching.hooked`). `Patching.path` says which. `attribution_patch` is the first-order estimate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from tqdm.auto import tqdm
 
 from ctlens.analysis.base.forward import require_eval
 from ctlens.analysis.base.metrics import UserMetric, named_metrics
-from ctlens.analysis.patching.jobs import PatchPair, collate, prepare
+from ctlens.analysis.patching.jobs import PatchPair, patch_batch, patch_pairs
 from ctlens.analysis.patching.result import Patching
 from ctlens.analysis.patching.sweep import Recorded, Sweep, Swept, sweep_of
 from ctlens.core.types import LensModel
@@ -35,77 +37,41 @@ from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers, capture
 
 
+@overload
 def patch(
     model: LensModel,
     pairs: Sequence[Pair],
     *,
     site: str,
     direction: str,
-    positions: str = "each",
-    window: str = "shared",
-    layers: Layers = "all",
-    metrics: Sequence[str | UserMetric] = ("logit_diff",),
-    skip_unchanged: bool = True,
-    max_batch: int | None = None,
-    progress: bool = True,
-) -> Patching:
-    """Every patch of one site, over layers, positions and heads, for every pair.
-
-    >>> import ctlens as ct
-    >>> pairs = ct.threats.get("sycophancy").pairs(4, split="heldout")
-    >>> model = ct.load_organism()
-    >>> options = {"site": "resid_post", "direction": "denoising", "positions": "last", "progress": False}
-    >>> found = ct.analysis.patch(model, pairs, **options)
-    >>> found.values.shape
-    (1, 4, 1, 4)
-    >>> [round(share, 3) for share in found.normalised()["value"]][-1]  # the last layer's last row is the answer
-    1.0
-
-    Args:
-        model: in eval mode.
-        pairs: with good and bad answers.
-        site: what is patched, one of `ctlens.models.hooks.SHORTHANDS`: a vector a token, or for `"z"` and
-            `"pattern"` one head at a time. Attention rows are moved to the keys of the target; what
-            the source attends to without a twin there is lost.
-        direction: `"denoising"`, the clean run's activations into the wrapped run, or `"noising"`,
-            the reverse.
-        positions: `"each"` aligned token by itself, or a span at once: `"last"`, the last token,
-            `"content"`, the aligned tokens in front of it, or `"all"` aligned tokens.
-        window: which tokens are aligned, see `ctlens.data.alignment.align`; or `"position"`, every token
-            with the one of the same number, whatever it is, in prompts of equal length.
-        layers: which ones, see `ctlens.models.hooks.select_layers`.
-        metrics: any of `"logit_diff"` (good minus bad), `"probability"` (of the good token) and
-            `"kl"` (of the patched run from the source run, in nats), and functions of the last
-            token's logits `[row, d_vocab]` and their `ContrastBatch` that give one number a row.
-        skip_unchanged: take the target run's values where source and target are the same up to
-            the patched token, so that the patch changes nothing.
-        max_batch: patches, and pairs, held at once; by default as many as fit `MEMORY`.
-        progress: show a progress bar.
-
-    Raises:
-        CtlensError: the model is in training mode, an option is unknown, or a pair does not align,
-            has no answers, or no token to patch.
-    """
-    return patch_sites(
-        model,
-        pairs,
-        sites=(site,),
-        direction=direction,
-        positions=positions,
-        window=window,
-        layers=layers,
-        metrics=metrics,
-        skip_unchanged=skip_unchanged,
-        max_batch=max_batch,
-        progress=progress,
-    )[site]
-
-
-def patch_sites(
+    positions: str = ...,
+    window: str = ...,
+    layers: Layers = ...,
+    metrics: Sequence[str | UserMetric] = ...,
+    skip_unchanged: bool = ...,
+    max_batch: int | None = ...,
+    progress: bool = ...,
+) -> Patching: ...
+@overload
+def patch(
     model: LensModel,
     pairs: Sequence[Pair],
     *,
-    sites: Sequence[str],
+    site: list[str] | tuple[str, ...],
+    direction: str,
+    positions: str = ...,
+    window: str = ...,
+    layers: Layers = ...,
+    metrics: Sequence[str | UserMetric] = ...,
+    skip_unchanged: bool = ...,
+    max_batch: int | None = ...,
+    progress: bool = ...,
+) -> dict[str, Patching]: ...
+def patch(
+    model: LensModel,
+    pairs: Sequence[Pair],
+    *,
+    site: str | list[str] | tuple[str, ...],
     direction: str,
     positions: str = "each",
     window: str = "shared",
@@ -114,42 +80,64 @@ def patch_sites(
     skip_unchanged: bool = True,
     max_batch: int | None = None,
     progress: bool = True,
-) -> dict[str, Patching]:
-    """Every patch of several sites in one sweep, which costs less than a sweep for each: `Patching` by site.
+) -> Patching | dict[str, Patching]:
+    """Activation patching: every patch of a site, over layers, positions and heads, for every pair.
 
     >>> import ctlens as ct
-    >>> pairs, model = ct.threats.get("sycophancy").pairs(2, split="heldout"), ct.load_organism()
+    >>> pairs = ct.threats.get("sycophancy").pairs(4, split="heldout")
+    >>> model = ct.load_organism()
     >>> options = {"direction": "denoising", "positions": "last", "progress": False}
-    >>> found = ct.analysis.patch_sites(model, pairs, sites=("mlp_out", "z"), **options)
-    >>> found["mlp_out"].values.shape, found["z"].values.shape
-    ((1, 4, 1, 2), (1, 4, 4, 1, 2))
+    >>> found = ct.analysis.patch(model, pairs, site="resid_post", **options)
+    >>> found.values.shape  # metrics, layers, positions, pairs
+    (1, 4, 1, 4)
+    >>> [round(share, 3) for share in found.normalised()["value"]][-1]  # the last layer's last row is the answer
+    1.0
+    >>> both = ct.analysis.patch(model, pairs, site=("mlp_out", "z"), **options)  # one sweep for both
+    >>> both["mlp_out"].values.shape, both["z"].values.shape  # a head of z at a time
+    ((1, 4, 1, 4), (1, 4, 4, 1, 4))
 
     Args:
         model: in eval mode.
         pairs: with good and bad answers.
-        sites: each once, see `patch`, as all other options.
-        direction: see `patch`.
-        positions: see `patch`.
-        window: see `patch`.
-        layers: see `patch`.
-        metrics: see `patch`.
-        skip_unchanged: see `patch`.
-        max_batch: see `patch`.
-        progress: see `patch`.
+        site: the hook point that is patched, one of `ctlens.models.hooks.SHORTHANDS`, or a list or tuple of several,
+            which share one sweep and cost less than a sweep each. A patch is one token's vector, of `"z"` and
+            `"pattern"` that of one head. Attention rows are moved to the keys of the target; what the source attends
+            to without a twin there is lost.
+        direction: `"denoising"`, the clean run's activations into the wrapped run, or `"noising"`,
+            the reverse.
+        positions: `"each"` patches every aligned token by itself; the others patch several tokens at once: `"last"`
+            the last token, `"content"` the aligned tokens in front of it, `"all"` all aligned tokens.
+        window: which tokens are aligned, see `ctlens.data.alignment.align`; or `"position"`, every token
+            with the one of the same number, whatever it is, in prompts of equal length.
+        layers: which ones, see `ctlens.models.hooks.select_layers`.
+        metrics: any of `"logit_diff"` (good minus bad), `"probability"` (of the good token) and
+            `"kl"` (of the patched run from the source run, in nats), and functions of the last
+            token's logits `[row, d_vocab]` and their `ContrastBatch` that give one number per row.
+        skip_unchanged: take the target run's values where source and target are the same up to
+            the patched token, so that the patch changes nothing.
+        max_batch: patches, and pairs, held at once; by default as many as fit into
+            `ctlens.analysis.patching.sweep.SWEEP_BYTES`.
+        progress: show a progress bar.
+
+    Returns:
+        The `Patching` of the site, or where several are given a `Patching` by site.
 
     Raises:
-        CtlensError: see `patch`; or a site is named twice, or none is.
+        CtlensError: the model is in training mode, an option is unknown, no site is given or one twice, or a pair does
+            not align, has no answers, or no token to patch.
     """
     require_eval(model)
+    sites = (site,) if isinstance(site, str) else tuple(site)
     measures = named_metrics(metrics)
-    prepared = prepare(model, pairs, direction, positions, window)
+    prepared = patch_pairs(model, pairs, direction, positions, window)
     sweep = sweep_of(model, prepared, sites, layers, measures, max_batch, skip_unchanged=skip_unchanged)
     groups = sweep.groups(prepared)
     total = sum(sweep.patches(group) for group in groups)
     with tqdm(total=total, desc="patches", disable=not progress, leave=False) as bar:
         chunks = [_patched(sweep, group, bar) for group in groups]
     tokens = column_tokens(model, prepared) if positions == "each" else ("",)
-    return joined(chunks, tuple(measures), sweep.layers, tokens, direction, positions, window)
+    found = joined(chunks, tuple(measures), sweep.layers, tokens, direction, positions, window)
+    return found[site] if isinstance(site, str) else found
 
 
 def joined(
@@ -161,8 +149,9 @@ def joined(
     positions: str,
     window: str,
 ) -> dict[str, Patching]:
-    """The results of groups of pairs as one result a site, see `Patching`."""
-    target, source = (np.concatenate([getattr(chunk, end) for chunk in chunks], -1) for end in ("target", "source"))
+    """The results of groups of pairs as one result per site, see `Patching`."""
+    target = np.concatenate([chunk.target for chunk in chunks], -1)
+    source = np.concatenate([chunk.source for chunk in chunks], -1)
     return {
         site: Patching(
             np.concatenate([chunk.values[site] for chunk in chunks], -1),
@@ -182,20 +171,20 @@ def joined(
 
 
 def _patched(sweep: Sweep, group: Sequence[PatchPair], bar: tqdm) -> Swept:
-    """The patches between two runs of one model; both runs are one forward pass."""
-    batch = collate(group, next(sweep.model.parameters()).device)
+    """Sweeps a group of pairs; the source and the target run of the model are one forward pass."""
+    batch = patch_batch(group, next(sweep.model.parameters()).device)
     tokens = torch.cat([batch.source.side.tokens, batch.target.side.tokens])
     logits, found = capture(sweep.model, tokens, sweep.needed, grad=False)
     half = len(tokens) // 2
-    source, target = (
-        Recorded(side.at_last(logits[rows]), {name: state[rows] for name, state in found.items()})
-        for side, rows in ((batch.source, slice(half)), (batch.target, slice(half, None)))
-    )
+    source_states = {name: state[:half] for name, state in found.items()}
+    target_states = {name: state[half:] for name, state in found.items()}
+    source = Recorded(batch.source.at_last(logits[:half]), source_states)
+    target = Recorded(batch.target.at_last(logits[half:]), target_states)
     return sweep.values(group, batch, source, target, bar)
 
 
 def column_tokens(model: LensModel, pairs: Sequence[PatchPair]) -> tuple[str, ...]:
-    """The token of each column where all pairs have the same one, else nothing."""
+    """The token of each column where all pairs have the same one, else `""`."""
     found = [[{pair.target[there] for _, there in column} for column in pair.columns] for pair in pairs]
     agreed = [set[int]().union(*column) for column in zip(*found, strict=True)]
     return tuple(model.tokenizer.decode(list(ids)) if len(ids) == 1 else "" for ids in agreed)

@@ -1,4 +1,4 @@
-"""What a patching sweep found: every value of every pair, with its two baselines."""
+"""The result of a patching sweep: every value of every pair, with its two baselines."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ctlens.analysis.base.shares import Estimates, floor_of, means, require_gap,
 from ctlens.core.errors import unknown
 from ctlens.plots import Figure
 
-UNITS = {"logit_diff": "logits, good minus bad", "probability": "probability of the good token", "kl": "nats"}
-QUESTIONS = {
+_UNITS = {"logit_diff": "logits, good minus bad", "probability": "probability of the good token", "kl": "nats"}
+_QUESTIONS = {
     "denoising": "Where do the clean run's activations repair the wrapped run?",
     "noising": "Where do the wrapped run's activations break the clean run?",
 }
@@ -23,23 +23,23 @@ QUESTIONS = {
 
 @dataclass(frozen=True)
 class Patching(Result):
-    """The metrics of every patched run.
+    """The metrics of every patched run of a sweep over one site.
 
     Attributes:
         values: `[metric, layer, position, pair]`, for `z` and `pattern` with an axis of heads behind the layers;
             NaN where a pair has no such position.
-        target: the run that is patched, as it is, `[metric, pair]`.
-        source: the run whose activations are taken, `[metric, pair]`.
+        target: the metrics of the run that is patched, as it is, `[metric, pair]`.
+        source: the metrics of the run whose activations are taken, `[metric, pair]`.
         metrics: their names.
         layers: the number of each layer.
         tokens: of each position, the token where all pairs have the same there, else `""`; the last
             position holds each pair's last aligned token.
         site: the hook point.
         direction: `"denoising"` or `"noising"`.
-        positions: which ones were patched: `"each"`, or the name of the span.
+        positions: which tokens were patched: `"each"` by itself, or together `"last"`, `"content"` or `"all"`.
         window: of the alignment.
-        path: how it was computed: `"suffix"`, `"hooks"`, or both where some pairs went the one way and
-            some the other.
+        path: how it was computed: `"suffix"`, `"hooks"` or `"gradient"`; `"hooks and suffix"` where some pairs went
+            the one way and some the other.
     """
 
     values: Float[np.ndarray, "metric layer *head position pair"]
@@ -65,7 +65,7 @@ class Patching(Result):
         Returns:
             The mean `value` over the `n` pairs that have the position and its 95 percent bootstrap
             interval over pairs, `ci_low` and `ci_high`. A position counts from the end, -1 is the
-            last; a span goes by its name.
+            last; positions that were patched together go by their name.
         """
         tables = [self._table(metric, means(self._cells(row))) for row, metric in enumerate(self.metrics)]
         return pd.concat(tables, ignore_index=True)
@@ -73,13 +73,13 @@ class Patching(Result):
     def normalised(self, metric: str | None = None, *, smallest_gap: float | None = None) -> pd.DataFrame:
         """The same table of one metric as a share of the gap: 0 is the unpatched run, 1 the source run.
 
-        The share is a ratio of means over pairs, not a mean of ratios: one pair with a small gap
+        The share is a ratio of means over pairs, not a mean of ratios, so one pair with a small gap
         cannot carry it away. NaN where the pairs that have a position have no gap of their own.
 
         Args:
             metric: by default the first.
-            smallest_gap: mean distance of source and target run, in the metric's unit, from which a
-                share says something; of a function of yours it must be given.
+            smallest_gap: the smallest mean difference of source and target run, in the metric's unit, of which a
+                share says something; for a metric function of yours it must be given.
 
         Raises:
             CtlensError: the metric was not measured, or the gap is smaller.
@@ -92,7 +92,7 @@ class Patching(Result):
         return self._table(metric, shares(self._cells(row) - self.target[row], gap, floor))
 
     def figure(self, metric: str | None = None) -> Figure:
-        """The mean change over pairs: layers by positions, heads by positions, or layers by heads for a span.
+        """The mean change over pairs: layers or heads by positions; layers by heads if tokens are patched together.
 
         Args:
             metric: by default the first.
@@ -104,14 +104,14 @@ class Patching(Result):
         row = self._row(metric)
         grid = np.nanmean(self._cells(row) - self.target[row], -1).reshape(self.values.shape[1:-1])
         subtitle = f"{self.site}, {self.values.shape[-1]} pairs; a cell is the change of the patched run's {metric}"
-        words = {"unit": UNITS.get(metric, metric), "subtitle": subtitle}
+        words = {"unit": _UNITS.get(metric, metric), "subtitle": subtitle}
         if self.has_heads and self.positions != "each":
-            return plots.patched_heads(grid[..., 0], self.layers, QUESTIONS[self.direction], **words)
+            return plots.patched_heads(grid[..., 0], self.layers, _QUESTIONS[self.direction], **words)
         rows = [f"L{layer}" for layer in self.layers]
         if self.has_heads:
             rows = [f"L{layer}H{head}" for layer in self.layers for head in range(grid.shape[1])]
         names = self.tokens if self.positions == "each" else (self.positions,)
-        return plots.patched_positions(grid.reshape(len(rows), -1), rows, names, QUESTIONS[self.direction], **words)
+        return plots.patched_positions(grid.reshape(len(rows), -1), rows, names, _QUESTIONS[self.direction], **words)
 
     def _row(self, metric: str) -> int:
         if metric not in self.metrics:
@@ -123,15 +123,15 @@ class Patching(Result):
         return self.values[row].reshape(-1, self.values.shape[-1])
 
     def _table(self, metric: str, estimates: Estimates) -> pd.DataFrame:
-        """A number of every cell with its interval."""
+        """A row per cell: its labels, its number with the interval, and how many pairs have it."""
         value, low, high = estimates
         present = (~np.isnan(self._cells(self._row(metric)))).sum(-1)
         shape = self.values.shape[1:-1]
-        places = range(-shape[-1], 0) if self.positions == "each" else [self.positions]
+        names = range(-shape[-1], 0) if self.positions == "each" else [self.positions]
         rows = []
-        for number, (layer, *head, position) in enumerate(np.ndindex(shape)):
-            where = (self.layers[layer], *head, places[position], self.tokens[position])
-            rows.append((metric, *where, value[number], low[number], high[number], present[number]))
+        for cell, (layer, *head, position) in enumerate(np.ndindex(shape)):
+            labels = (self.layers[layer], *head, names[position], self.tokens[position])
+            rows.append((metric, *labels, value[cell], low[cell], high[cell], present[cell]))
         heads = ["head"] if self.has_heads else []
         columns = ["metric", "layer", *heads, "position", "token", "value", "ci_low", "ci_high", "n"]
         return pd.DataFrame(rows, columns=columns)

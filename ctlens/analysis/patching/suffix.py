@@ -1,9 +1,8 @@
-"""The fast way to patch: one changed row, and only what it changes behind it.
+"""The fast way to patch: it computes one changed row and only what that row changes behind it.
 
-See `ctlens.analysis.patching.patch` for the idea. Everything here is of one batch of pairs: the target
-run's residual streams, queries, keys and values are held for every layer, `[pair, ...]` each, once for all
-sites. Whatever its site, a job is a row of the stream in front of some layer, so that the jobs of
-several sites share their batches.
+`ctlens.analysis.patching.patch` tells the idea. Everything here belongs to one batch of pairs. The target runs'
+residual streams, queries, keys and values are held for every layer, `[pair, ...]` each, once for all sites. A job is a
+row of the stream in front of some layer, whatever its site, so jobs of several sites share their batches.
 """
 
 from __future__ import annotations
@@ -18,30 +17,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctlens.analysis.patching.blocks import Block, Norm, read_norm
-from ctlens.analysis.patching.hooked import places
+from ctlens.analysis.patching.hooked import patch_positions
 from ctlens.analysis.patching.jobs import Found, JobNumbers, JobPositions, Jobs, PatchBatch, chunks
 from ctlens.core.types import Activations, LensModel
 from ctlens.models.hooks import SHORTHANDS
 
-SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
+SUFFIX_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
 LARGEST = 2**19
 """The most numbers in a batch's largest tensor, 2 MiB in float32: the system clears larger memory at every use."""
 ENOUGH_ROWS = 384
-"""A batch with fewer rows is joined with the next: a larger product is worth some wasted rows in front."""
-TOLERANCE = 1e-4
+"""A batch with fewer rows takes jobs of later first rows too, see `chunks`: a larger product is worth wasted rows."""
+_TOLERANCE = 1e-4  # between float32 numbers computed in two orders; chosen by eye
 
 JobRows = Float[Tensor, "job width d_model"]
 SpanRows = Float[Tensor, "job span d_model"]
-Rows = Float[Tensor, "_ _ _"]
+AnyRows = Float[Tensor, "_ _ _"]
 LastRows = Float[Tensor, "job d_model"]
 JobLogits = Float[Tensor, "job d_vocab"]
 
 
 def needed(sites: Sequence[str], n_layers: int) -> list[str]:
     """The hook names of the target run's activations that the fast way reads."""
-    points = {"mlp_out": ("attn_out",), "z": ("attn_out", "z")}
-    chosen = dict.fromkeys(("resid_pre", *(point for site in sites for point in points.get(site, ()))))
-    names = [SHORTHANDS[point].format(layer=layer) for point in chosen for layer in range(n_layers)]
+    read_for = {"mlp_out": ("attn_out",), "z": ("attn_out", "z")}
+    read = dict.fromkeys(("resid_pre", *(name for site in sites for name in read_for.get(site, ()))))
+    names = [SHORTHANDS[name].format(layer=layer) for name in read for layer in range(n_layers)]
     return [*names, SHORTHANDS["resid_post"].format(layer=n_layers - 1)]
 
 
@@ -109,7 +108,7 @@ class Suffix:
     """Runs jobs from their first changed row on.
 
     Attributes:
-        name: how results call this way.
+        name: `Patching.path` of what it computes.
     """
 
     name = "suffix"
@@ -125,16 +124,22 @@ class Suffix:
         target: Activations,
     ) -> None:
         parts = cast(Any, model)
-        self.blocks, self.batch, self.sites, self.layers = blocks, batch, tuple(sites), tuple(layers)
+        self.blocks = blocks
+        self.batch = batch
+        self.sites = tuple(sites)
+        self.layers = tuple(layers)
         self.final: Norm = read_norm(parts.ln_final, model.cfg)
         self.unembed: Tensor = parts.W_U.T
         self.unembed_bias: Tensor | None = getattr(parts, "b_U", None)
-        self.source, self.target = source, target
+        self.source = source
+        self.target = target
         self.most_rows = max(1, LARGEST // blocks[0].mlp_in.weight.shape[0])
         self.stream = [target[name] for name in needed((), len(blocks))]
-        device, length = batch.target.last.device, batch.target.side.tokens.shape[1]
-        self.hidden = torch.full((length, length), -torch.inf, device=device).triu(1)
-        self.held = [_held(block, x, length) for block, x in zip(blocks, self.stream, strict=False)]
+        length = batch.target.side.tokens.shape[1]
+        self.hidden = torch.full((length, length), -torch.inf, device=batch.target.last.device).triu(1)
+        self.held = [
+            _held(block, x, length) for block, x in zip(blocks, self.stream, strict=False)
+        ]  # the last stream has no block
 
     def agrees(self, expected: JobLogits) -> bool:
         """Checks that rows put where they already are give the model's own logits.
@@ -149,14 +154,16 @@ class Suffix:
         for start, at in ((0, torch.zeros_like(pairs)), (0, middle), (len(self.blocks) - 1, middle)):
             rows = self.stream[start][pairs, at][:, None]
             found = self._logits(self._run(start, pairs, at[:, None], rows))
-            if not torch.allclose(found, expected, atol=TOLERANCE, rtol=TOLERANCE):
+            if not torch.allclose(found, expected, atol=_TOLERANCE, rtol=_TOLERANCE):
                 return False
-        layer, still = self.layers[0], torch.zeros_like(pairs)
-        jobs, at = Jobs(still, pairs, still, still, still), middle[:, None]
+        layer = self.layers[0]
+        zeros = torch.zeros_like(pairs)
+        jobs = Jobs(site=zeros, pair=pairs, layer=zeros, column=zeros, head=zeros)
+        at = middle[:, None]
         for site in self.sites:
             own = self._changed(site, layer, jobs, at, at, self.target)
             stream = self.stream[layer + (site != "resid_pre")][pairs[:, None], at]
-            if not torch.allclose(own, stream, atol=TOLERANCE, rtol=TOLERANCE):
+            if not torch.allclose(own, stream, atol=_TOLERANCE, rtol=_TOLERANCE):
                 return False
         return True
 
@@ -182,8 +189,8 @@ class Suffix:
         return F.linear(self.final(rows), self.unembed, self.unembed_bias)
 
     def _finished(self, jobs: Jobs, max_batch: int) -> Iterator[tuple[JobNumbers, LastRows]]:
-        """The last row of the last stream of every job."""
-        here, there = places(self.batch, jobs)
+        """Runs the jobs in batches, and gives the last row of the last stream of each."""
+        here, there = patch_positions(self.batch, jobs)
         behind = torch.tensor([site != "resid_pre" for site in self.sites], device=here.device)
         starts = torch.tensor(self.layers, device=here.device)[jobs.layer] + behind[jobs.site]
         for start in starts.unique().tolist():
@@ -198,7 +205,7 @@ class Suffix:
 
     @torch.inference_mode()
     def _rows(self, jobs: Jobs, here: JobPositions, there: JobPositions) -> JobRows:
-        """The changed rows of the stream: in front of the layer for `resid_pre`, else behind it."""
+        """The changed rows of the stream: in front of the job's layer for `resid_pre`, behind it for other sites."""
         rows = self.stream[0].new_empty(*there.shape, self.stream[0].shape[-1])
         kinds = jobs.site * len(self.layers) + jobs.layer
         for kind in kinds.unique().tolist():
@@ -210,7 +217,9 @@ class Suffix:
     def _changed(
         self, site: str, layer: int, jobs: Jobs, here: JobPositions, there: JobPositions, activations: Activations
     ) -> JobRows:
-        pairs, block = jobs.pair[:, None], self.blocks[layer]
+        """The changed rows of jobs of one site and layer, with activations from `activations` put in."""
+        pairs = jobs.pair[:, None]
+        block = self.blocks[layer]
         source = activations[SHORTHANDS[site].format(layer=layer)]
         if site == "z":
             return self._with_head(layer, source, jobs, here, there)
@@ -225,23 +234,28 @@ class Suffix:
         return before + self._of_target("attn_out", layer)[pairs, there] + new
 
     def _with_head(self, layer: int, source: Tensor, jobs: Jobs, here: JobPositions, there: JobPositions) -> JobRows:
-        block, pairs, head = self.blocks[layer], jobs.pair[:, None], jobs.head[:, None]
-        change = torch.zeros(*there.shape, *source.shape[2:], device=source.device)
-        rows, columns = (torch.arange(size, device=pairs.device) for size in there.shape)
+        """The stream behind the block where one head's `z` is the source's: attention changes by that head's output."""
+        block = self.blocks[layer]
+        pairs = jobs.pair[:, None]
+        head = jobs.head[:, None]
         z = self._of_target("z", layer)
-        change[rows[:, None], columns, head] = source[pairs, here, head] - z[pairs, there, head]
+        change = torch.zeros(*there.shape, *source.shape[2:], device=source.device)
+        rows = torch.arange(there.shape[0], device=pairs.device)[:, None]
+        columns = torch.arange(there.shape[1], device=pairs.device)
+        change[rows, columns, head] = source[pairs, here, head] - z[pairs, there, head]
         attention = self._of_target("attn_out", layer)[pairs, there]
         return block.behind(
             self.stream[layer][pairs, there], attention + F.linear(change.flatten(-2), block.out.weight)
         )
 
-    def _of_target(self, point: str, layer: int) -> Tensor:
-        return self.target[SHORTHANDS[point].format(layer=layer)]
+    def _of_target(self, site: str, layer: int) -> Tensor:
+        return self.target[SHORTHANDS[site].format(layer=layer)]
 
     @torch.inference_mode()
     def _run(self, start: int, pairs: JobNumbers, there: JobPositions, rows: JobRows) -> LastRows:
         """Puts rows into the stream in front of layer `start`, and gives the last row behind the last block."""
-        at, final = SuffixRows.of(pairs, there, self.batch.target.last[pairs]), len(self.blocks) - 1
+        at = SuffixRows.of(pairs, there, self.batch.target.last[pairs])
+        final = len(self.blocks) - 1
         x = _with(self.stream[start][:, at.span], pairs, at.local, rows)
         if start > final:
             return at.last_of(x)
@@ -254,28 +268,31 @@ class Suffix:
 
     def _first_block(self, layer: int, at: SuffixRows, x: SpanRows, rows: JobRows) -> SpanRows:
         """The patched block computes queries and keys of the changed rows, `X`, and takes all others as held."""
-        block, normed = self.blocks[layer], self.blocks[layer].ln1(rows)
+        block = self.blocks[layer]
+        normed = block.ln1(rows)
         kv = self._keys_with(layer, at, normed)
         q = _with(self.held[layer].q[:, at.span], at.pairs, at.local, block.queries(normed, at.there))
         return block.behind(x, block.attend(q, kv, self.hidden[at.span, : at.stop]))
 
     def _middle_block(self, layer: int, at: SuffixRows, x: SpanRows) -> SpanRows:
         """A later block computes all rows of the span and takes only the keys in front of it, `.`, as held."""
-        block, normed = self.blocks[layer], self.blocks[layer].ln1(x)
+        block = self.blocks[layer]
+        normed = block.ln1(x)
         kv = self._keys_behind(layer, at, normed)
         return block.behind(x, block.attend(block.queries(normed, at.span), kv, self.hidden[at.span, : at.stop]))
 
-    def _last_block(self, at: SuffixRows, x: SpanRows, kv: Rows) -> LastRows:
+    def _last_block(self, at: SuffixRows, x: SpanRows, kv: AnyRows) -> LastRows:
         """The last block computes each job's last row, `L`, alone, because the answer is read off nothing else."""
-        block, x = self.blocks[-1], at.last_of(x)[:, None]
+        block = self.blocks[-1]
+        x = at.last_of(x)[:, None]
         q = block.queries(block.ln1(x), at.last[:, None])
         return block.behind(x, block.attend(q, kv, self.hidden[at.last, None, None, : at.stop]))[:, 0]
 
-    def _keys_with(self, layer: int, at: SuffixRows, normed: JobRows) -> Rows:
+    def _keys_with(self, layer: int, at: SuffixRows, normed: JobRows) -> AnyRows:
         """Keys and values of a layer in front of which only the changed rows, here normed, are new."""
         return _with(self.held[layer].kv[:, : at.stop], at.pairs, at.there, self.blocks[layer].keys(normed, at.there))
 
-    def _keys_behind(self, layer: int, at: SuffixRows, normed: SpanRows) -> Rows:
+    def _keys_behind(self, layer: int, at: SuffixRows, normed: SpanRows) -> AnyRows:
         """Keys and values of a layer in front of which every row of the span, here normed, is new."""
         return _behind(self.held[layer].kv[:, : at.first], at.pairs, self.blocks[layer].keys(normed, at.span))
 
@@ -286,15 +303,15 @@ def _held(block: Block, stream: Tensor, length: int) -> Held:
     return Held(block.queries(normed, slice(length)), block.keys(normed, slice(length)))
 
 
-def _with(held: Tensor, pairs: JobNumbers, at: JobPositions, rows: Rows) -> Rows:
-    """Copies the held rows of the pairs, and puts new rows at some positions."""
+def _with(held: Tensor, pairs: JobNumbers, at: JobPositions, rows: AnyRows) -> AnyRows:
+    """Copies the held rows of the pairs, with new rows at some positions."""
     found = held.index_select(0, pairs)
     found[torch.arange(len(pairs), device=pairs.device)[:, None], at] = rows
     return found
 
 
-def _behind(held: Tensor, pairs: JobNumbers, rows: Rows) -> Rows:
-    """Copies the held rows of the pairs, and puts new rows behind them; `cat` would copy the held ones twice."""
+def _behind(held: Tensor, pairs: JobNumbers, rows: AnyRows) -> AnyRows:
+    """Copies the held rows of the pairs and puts new rows behind them; `cat` would copy the held rows twice."""
     front = held.shape[1]
     found = rows.new_empty(len(pairs), front + rows.shape[1], rows.shape[2])
     torch.index_select(held, 0, pairs, out=found[:, :front])

@@ -1,4 +1,4 @@
-"""The sweep itself: jobs handed to the fast or the general way, and their metrics put where they belong."""
+"""The sweep: it hands jobs to the fast or the general way, and puts the metric of each job where it belongs."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ctlens.analysis.base.metrics import Metric, measured
 from ctlens.analysis.patching.blocks import Block, read_blocks
 from ctlens.analysis.patching.hooked import WITH_HEADS, Hooked
-from ctlens.analysis.patching.jobs import PatchBatch, PatchPair, jobs
-from ctlens.analysis.patching.suffix import SITES, Suffix, needed
+from ctlens.analysis.patching.jobs import Jobs, PatchBatch, PatchPair, jobs
+from ctlens.analysis.patching.suffix import SUFFIX_SITES, Suffix, needed
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import Activations, LensModel
 from ctlens.models.hooks import SHORTHANDS, Layers, resolve, select_layers
 
-MEMORY = 2**28
-"""Bytes that one forward pass, or the activations held of one group of pairs, take by default."""
+SWEEP_BYTES = 2**28  # 256 MiB, chosen by eye
+"""Bytes that one forward pass, or the activations held of one group of pairs, may take by default."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Swept:
-    """What a sweep found of a group of pairs.
+    """The metrics of every patched run of a group of pairs.
 
     Attributes:
-        values: by site, `[metric, layer, position, pair]`, where there are heads with their axis behind the layers.
-        target, source: the metrics of the two runs, `[metric, pair]`.
-        paths: the way each site went.
+        values: by site, `[metric, layer, position, pair]`; for `z` and `pattern` with heads behind the layers.
+        target, source: the metrics of the two runs as they are, `[metric, pair]`.
+        paths: by site, the way it was computed, see `Patching.path`.
     """
 
     values: dict[str, np.ndarray]
@@ -54,9 +55,15 @@ class Swept:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The settings of a sweep that are the same for every group of pairs.
+    """Every patch of some sites into the runs of one model, wherever the activations come from; one for all groups.
 
-    A sweep makes every patch of some sites into the runs of one model, wherever the activations come from.
+    Attributes:
+        model: whose runs are patched.
+        sites, layers: where.
+        metrics: of the last token's logits, by name.
+        skip_unchanged: see `patch`.
+        max_batch: patches, and pairs, held at once.
+        blocks: of the model, for the fast way; None if they are not known or no site needs them.
     """
 
     model: LensModel
@@ -69,7 +76,7 @@ class Sweep:
 
     @property
     def needed(self) -> list[str]:
-        """The hook names that are patched, and those that the fast way needs."""
+        """The hook names that are patched, and those that the fast way reads."""
         held = needed(self._known, len(self.blocks)) if self.blocks else []
         return [*(name for site in self.sites for name in resolve(self.model, site, self.layers)), *held]
 
@@ -79,61 +86,68 @@ class Sweep:
 
     def patches(self, group: Sequence[PatchPair]) -> int:
         """The number of patches in a group."""
-        return len(self.layers) * sum(map(self._heads, self.sites)) * int(self._places(group).sum())
+        return len(self.layers) * sum(map(self._heads, self.sites)) * int(self._to_patch(group).sum())
 
     @torch.no_grad()
     def values(
         self, group: Sequence[PatchPair], batch: PatchBatch, source: Recorded, target: Recorded, bar: tqdm
     ) -> Swept:
-        """The patched runs of a group of pairs, and the two runs as they are.
+        """The metrics of the patched runs of a group of pairs, and of the two runs as they are.
 
         Args:
             group: the pairs of the batch.
-            batch: from `collate`.
-            source: of the batch's source prompts, by this model or another one.
-            target: of its target prompts, by this model.
+            batch: from `patch_batch`.
+            source: the run of the batch's source prompts, by this model or another one.
+            target: the run of its target prompts, by this model.
             bar: moved on by every patch.
         """
-        places, exists = self._places(group), np.array([pair.places() for pair in group]).T
-        unpatched, whole = (
-            measured(self.metrics, run.last, rows, source.last).cpu().numpy()
-            for run, rows in ((target, batch.target), (source, batch.source))
-        )
+        to_patch = self._to_patch(group)
+        exists = np.array([pair.to_patch() for pair in group]).T
+        target_values = measured(self.metrics, target.last, batch.target, source.last).cpu().numpy()
+        source_values = measured(self.metrics, source.last, batch.source, source.last).cpu().numpy()
         values: dict[str, np.ndarray] = {}
         paths: dict[str, str] = {}
         for sites, path in self._paths(batch, source, target):
             heads = [self._heads(site) for site in sites]
-            todo = jobs(places, len(self.layers), heads, batch.target.last.device)
-            found = np.empty((len(self.metrics), len(todo)))
-            for numbers, last in path(todo, self.max_batch):
-                pairs = todo.pair[numbers]
-                of_jobs = measured(self.metrics, last, batch.target_of(pairs), source.last[pairs])
-                found[:, numbers.cpu().numpy()] = of_jobs.cpu().numpy()
-                bar.update(len(numbers))
-            for number, site in enumerate(sites):
-                shape = (len(self.metrics), len(self.layers), heads[number], *exists.shape)
-                grid = np.where(exists, unpatched[:, None, None, None], np.nan) * np.ones(shape)
-                done = (todo.site == number).nonzero()[:, 0]
-                grid[(slice(None), *todo.take(done).cells())] = found[:, done.cpu().numpy()]
+            todo = jobs(to_patch, len(self.layers), heads, batch.target.last.device)
+            found = self._of_jobs(path, todo, batch, source, bar)
+            for index, site in enumerate(sites):
+                # A cell without a job keeps the target run's value, or NaN where the pair has no such column.
+                shape = (len(self.metrics), len(self.layers), heads[index], *exists.shape)
+                grid = np.where(exists, target_values[:, None, None, None], np.nan) * np.ones(shape)
+                of_site = (todo.site == index).nonzero()[:, 0]
+                grid[(slice(None), *todo.take(of_site).cells())] = found[:, of_site.cpu().numpy()]
                 values[site] = grid if site in WITH_HEADS else grid[:, :, 0]
                 paths[site] = path.name
-        return Swept({site: values[site] for site in self.sites}, unpatched, whole, paths)
+        return Swept({site: values[site] for site in self.sites}, target_values, source_values, paths)
+
+    def _of_jobs(
+        self, path: Suffix | Hooked, todo: Jobs, batch: PatchBatch, source: Recorded, bar: tqdm
+    ) -> Float[np.ndarray, "metric job"]:
+        """The metrics of every job."""
+        found = np.empty((len(self.metrics), len(todo)))
+        for numbers, last in path(todo, self.max_batch):
+            pairs = todo.pair[numbers]
+            of_jobs = measured(self.metrics, last, batch.target_of(pairs), source.last[pairs])
+            found[:, numbers.cpu().numpy()] = of_jobs.cpu().numpy()
+            bar.update(len(numbers))
+        return found
 
     @property
     def _known(self) -> tuple[str, ...]:
         """The sites that the fast way can patch."""
-        return tuple(site for site in self.sites if site in SITES)
+        return tuple(site for site in self.sites if site in SUFFIX_SITES)
 
     def _heads(self, site: str) -> int:
         return self.model.cfg.n_heads if site in WITH_HEADS else 1
 
-    def _places(self, group: Sequence[PatchPair]) -> np.ndarray:
-        return np.array([pair.places(skip_unchanged=self.skip_unchanged) for pair in group])
+    def _to_patch(self, group: Sequence[PatchPair]) -> Bool[np.ndarray, "pair column"]:
+        return np.array([pair.to_patch(skip_unchanged=self.skip_unchanged) for pair in group])
 
     def _paths(
         self, batch: PatchBatch, source: Recorded, target: Recorded
     ) -> list[tuple[tuple[str, ...], Suffix | Hooked]]:
-        """The fast way for the sites it knows, all at once, if its logits are the model's; else the general one."""
+        """The fast way for the sites it knows, all at once, if it gives the model's logits; else the general way."""
         known = self._known if self.blocks else ()
         found: list[tuple[tuple[str, ...], Suffix | Hooked]] = []
         if self.blocks and known:
@@ -157,21 +171,21 @@ def sweep_of(
     *,
     skip_unchanged: bool,
 ) -> Sweep:
-    """The sweep of some sites for pairs.
+    """The sweep of some sites over pairs.
 
     Raises:
-        CtlensError: a site is unknown or there twice, there is none, a layer does not exist, or `max_batch` is less
+        CtlensError: a site is unknown or named twice, none is named, a layer does not exist, or `max_batch` is less
             than 1.
     """
     require_sites(sites, max_batch)
     longest = max(len(ids) for pair in prepared for ids in (pair.source, pair.target))
     numbers = select_layers(model.cfg.n_layers, layers)
-    blocks = read_blocks(model, longest) if set(sites) & set(SITES) else None
+    blocks = read_blocks(model, longest) if set(sites) & set(SUFFIX_SITES) else None
     return Sweep(model, tuple(sites), numbers, metrics, skip_unchanged, max_batch or fitting(model, longest), blocks)
 
 
 def require_sites(sites: Sequence[str], max_batch: int | None) -> None:
-    """Raises a `CtlensError` where a site is unknown or there twice, there is none, or `max_batch` is less than 1."""
+    """Raises a `CtlensError` if a site is unknown or named twice, none is named, or `max_batch` is less than 1."""
     for site in sites:
         if site not in SHORTHANDS:
             raise unknown("site", site, SHORTHANDS)
@@ -182,8 +196,8 @@ def require_sites(sites: Sequence[str], max_batch: int | None) -> None:
 
 
 def fitting(model: LensModel, length: int) -> int:
-    """The number of prompts of a length that fit into `MEMORY`."""
+    """The number of prompts of a length that fit into `SWEEP_BYTES`."""
     cfg = model.cfg
     held = 8 * cfg.n_layers * cfg.d_model
     passing = 10 * cfg.d_model + 3 * cfg.d_mlp + 3 * cfg.n_heads * length + 2 * cfg.d_vocab
-    return max(1, MEMORY // (4 * length * (held + passing)))
+    return max(1, SWEEP_BYTES // (4 * length * (held + passing)))

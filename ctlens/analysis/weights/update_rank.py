@@ -27,7 +27,7 @@ from ctlens.analysis.base.forward import require_comparable
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import LensModel
-from ctlens.models.matrices import SITES, Slot, slots
+from ctlens.models.matrices import MATRICES, Slot, slots
 from ctlens.plots import Figure
 
 TITLES = {
@@ -53,7 +53,7 @@ class UpdateRank(Result):
             where a layer lacks the site.
         rounding: `[layer, site]`, the largest singular value that rounding may leave: the precision of
             the weights times their Frobenius norm.
-        sites: names of the matrices, see `ctlens.models.matrices.SITES`.
+        sites: names of the matrices, see `ctlens.models.matrices.MATRICES`.
     """
 
     singular_values: Float[np.ndarray, "layer site value"]
@@ -137,11 +137,11 @@ def update_rank(before: LensModel, after: LensModel) -> UpdateRank:
         CtlensError: the models do not compare or are in training mode, or keep no such matrices.
     """
     require_comparable(before, after)
-    here, there = slots(before, SITES), slots(after, SITES)
+    here, there = slots(before, MATRICES), slots(after, MATRICES)
     odd = {place for place in here.keys() | there.keys() if _shape(here, place) != _shape(there, place)}
     if odd or not here:
         raise CtlensError(f"the models do not compare: {min(odd, default='no block')} is not the same matrix in both.")
-    sites = tuple(site for site in SITES if any(place.endswith(f".{site}") for place in here))
+    sites = tuple(site for site in MATRICES if any(place.endswith(f".{site}") for place in here))
     spectra = np.full((before.cfg.n_layers, len(sites), max(min(slot.matrix_shape) for slot in here.values())), np.nan)
     rounding = np.full(spectra.shape[:2], np.nan)
     for place, slot in here.items():

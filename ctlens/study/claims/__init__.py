@@ -8,19 +8,19 @@ import pandas as pd
 
 from ctlens.study.claims.answer import answer
 from ctlens.study.claims.behaviour import behaviour_claims
-from ctlens.study.claims.claim import VERDICTS, Claim, read_claims, verdict, write_claims
+from ctlens.study.claims.claim import CLAIM_VERDICTS, Claim, claim_verdict, read_claims, write_claims
 from ctlens.study.claims.inside import inside_claims
 from ctlens.study.config import StudyConfig
 
-__all__ = ["VERDICTS", "Claim", "answer", "judge", "read_claims", "verdict", "write_claims"]
+__all__ = ["CLAIM_VERDICTS", "Claim", "answer", "claim_verdict", "judge_claims", "read_claims", "write_claims"]
 
 
-def judge(config: StudyConfig, study: Path, results: pd.DataFrame) -> list[Claim]:
-    """Every claim, from the results of a study and from the looks into its models.
+def judge_claims(config: StudyConfig, study: Path, results: pd.DataFrame) -> list[Claim]:
+    """Judges every claim by the results of a study and by the analyses of its models.
 
     Args:
         config: of the study.
-        study: its folder, with every cell and look.
+        study: its folder, with every cell and analysis.
         results: its rows.
     """
     return [*behaviour_claims(config, results), *inside_claims(config, study)]

@@ -1,38 +1,42 @@
-"""What the claims of a study say together, in three sentences that follow from their verdicts."""
+"""The answer of a study: three sentences that follow from the verdicts on its claims."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ctlens.study.claims.claim import FAILS, HOLDS, OPEN, UNMEASURED, Claim
 from ctlens.study.claims.estimates import ORGANISMS, SEEDS
 
-OUTSIDE = {
+_ON_BEHAVIOUR = {
     "repair": "Every method leaves fewer bad answers than retention alone",
     "output_only": "internal methods fail where BCT does not",
 }
-INSIDE = {
+_ON_MECHANISM = {
     "shared": "internal methods move the residual stream alike at the last token, and BCT differently",
     "left_later": "losses on outputs leave part of the repair in later weights",
     "level": "KL on outputs leaves more there than ACT at the same tokens",
 }
-WORDS = {HOLDS: "holds", FAILS: "does not hold", OPEN: "stays open"}
+_VERDICT_WORDS = {HOLDS: "holds", FAILS: "does not hold", OPEN: "stays open"}
 
 
 def answer(claims: Sequence[Claim]) -> tuple[str, str, str]:
-    """On behaviour, on the mechanism, and on the cue, with what all of it is measured on.
+    """Writes a sentence on behaviour, one on the mechanism, and one on the cue with what the intervals are over.
 
-    A sentence lists verdicts and weighs nothing: what holds on one threat and not on another is said of each.
+    A sentence lists verdicts and weighs nothing: a claim that holds on one threat and fails on another is listed twice.
     """
-    behaviour, mechanism = (
-        [f"“{words}” {said}" for key, words in parts.items() if (said := _said(claims, key))]
-        for parts in (OUTSIDE, INSIDE)
-    )
+    behaviour = _listed(claims, _ON_BEHAVIOUR)
+    mechanism = _listed(claims, _ON_MECHANISM)
     return (
         f"{'; '.join(behaviour)}." if behaviour else "What changed outside was not measured.",
         f"Inside, {'; '.join(mechanism)}." if mechanism else "What changed inside was not measured.",
         _cue(claims),
     )
+
+
+def _listed(claims: Sequence[Claim], statements: Mapping[str, str]) -> list[str]:
+    """The statements that were measured, each with its verdicts."""
+    said = {key: _said(claims, key) for key in statements}
+    return [f"“{statements[key]}” {verdicts}" for key, verdicts in said.items() if verdicts]
 
 
 def _cue(claims: Sequence[Claim]) -> str:
@@ -45,7 +49,7 @@ def _cue(claims: Sequence[Claim]) -> str:
 
 
 def _basis(claims: Sequence[Claim]) -> str:
-    """What the intervals are over."""
+    """Says what the intervals are over."""
     organisms = {claim.n for claim in claims if claim.over == ORGANISMS}
     if organisms:
         return f"intervals are over {_and(sorted(map(str, organisms)))} organisms"
@@ -54,18 +58,18 @@ def _basis(claims: Sequence[Claim]) -> str:
 
 
 def _said(claims: Sequence[Claim], key: str) -> str:
-    """The verdicts of a claim, those on which all threats and settings agree in one word."""
+    """Lists the verdicts of a claim, shortened to the threat where a verdict holds at every setting."""
     found = [claim for claim in claims if claim.key == key and claim.verdict != UNMEASURED]
     by_verdict: dict[str, list[str]] = {}
     for claim in found:
         settings = {other.setting for other in found if other.threat == claim.threat}
-        place = f"{claim.threat} at {claim.setting}" if len(settings) > 1 else claim.threat
-        by_verdict.setdefault(claim.verdict, []).append(place)
+        case = f"{claim.threat} at {claim.setting}" if len(settings) > 1 else claim.threat
+        by_verdict.setdefault(claim.verdict, []).append(case)
     for verdict in by_verdict:
         threats = list(dict.fromkeys(claim.threat for claim in found if claim.verdict == verdict))
         if all(claim.verdict == verdict for claim in found if claim.threat in threats):
             by_verdict[verdict] = threats
-    return ", ".join(f"{WORDS[verdict]} on {_and(places)}" for verdict, places in by_verdict.items())
+    return ", ".join(f"{_VERDICT_WORDS[verdict]} on {_and(cases)}" for verdict, cases in by_verdict.items())
 
 
 def _and(words: Sequence[str]) -> str:

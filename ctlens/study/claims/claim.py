@@ -13,15 +13,19 @@ from ctlens.core.files import atomic_file
 from ctlens.plots import label
 from ctlens.study.claims.estimates import Estimate
 
-HOLDS, FAILS, OPEN, UNMEASURED = VERDICTS = ("holds", "does not hold", "inconclusive", "not measured")
+HOLDS = "holds"
+FAILS = "does not hold"
+OPEN = "inconclusive"
+UNMEASURED = "not measured"
+CLAIM_VERDICTS = (HOLDS, FAILS, OPEN, UNMEASURED)
 
-REASONS = {
+_REASONS = {
     HOLDS: "{value:.2f} [{low:.2f}, {high:.2f}] lies above {floor:.2g} with its whole interval",
     FAILS: "{value:.2f} [{low:.2f}, {high:.2f}] lies at or below {floor:.2g} with its whole interval",
     OPEN: "the interval of {value:.2f}, [{low:.2f}, {high:.2f}], holds {floor:.2g}",
     UNMEASURED: "it could not be measured here",
 }
-"""The rule in words, with the numbers."""
+"""The rule of each verdict in words, with the numbers."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +35,16 @@ class Claim:
     Attributes:
         key: names the claim, whatever the threat.
         statement: what is claimed, a sentence without its full stop.
-        threat: trained and evaluated on; `"all"` where it is about several.
+        threat: trained and evaluated on; `"all"` where the claim is about several.
         setting: `"equal steps"` or `"matched effect"`, how the methods were made comparable.
         statistic: what the number is, in words.
         unit: of the number.
         value, ci_low, ci_high: the number with its 95 percent interval; NaN where not measured.
-        null: what the number is to be held against, such as that of a control; NaN where there is none.
+        null: the number that a control or chance gives, to compare with; NaN where there is none.
         floor: what the whole interval has to exceed for the claim to hold.
         n: prompts, or trained models where the interval is over those.
         over: what the interval is over, in words.
-        verdict: one of `VERDICTS`.
+        verdict: one of `CLAIM_VERDICTS`.
         reason: why, in one sentence with the numbers in it.
     """
 
@@ -61,31 +65,33 @@ class Claim:
     reason: str
 
 
-COLUMNS = tuple(field.name for field in fields(Claim))
-NUMBERS = tuple(field.name for field in fields(Claim) if field.type == "float")
+_CLAIM_COLUMNS = tuple(field.name for field in fields(Claim))
+_FLOAT_COLUMNS = tuple(field.name for field in fields(Claim) if field.type == "float")
 
 
-def verdict(value: float, low: float, high: float, floor: float = 0.0) -> str:
-    """Whether a claim holds: its whole interval lies above the floor, below it, or on both sides.
+def claim_verdict(value: float, low: float, high: float, floor: float = 0.0) -> str:
+    """Decides whether a claim holds: its whole interval lies above the floor, below it, or on both sides.
 
-    >>> verdict(0.5, 0.2, 0.8), verdict(-0.1, -0.3, -0.05), verdict(0.1, -0.2, 0.4)
+    >>> claim_verdict(0.5, 0.2, 0.8), claim_verdict(-0.1, -0.3, -0.05), claim_verdict(0.1, -0.2, 0.4)
     ('holds', 'does not hold', 'inconclusive')
-    >>> verdict(float("nan"), float("nan"), float("nan"))
+    >>> claim_verdict(float("nan"), float("nan"), float("nan"))
     'not measured'
     """
     if pd.isna(value) or pd.isna(low) or pd.isna(high):
         return UNMEASURED
-    return HOLDS if low > floor else FAILS if high <= floor else OPEN
+    if low > floor:
+        return HOLDS
+    return FAILS if high <= floor else OPEN
 
 
 def write_claims(claims: Iterable[Claim], path: str | Path) -> None:
-    """Writes `claims.csv`, one claim a row."""
+    """Writes `claims.csv`, one claim per row."""
     with atomic_file(Path(path)) as temporary:
-        pd.DataFrame([astuple(claim) for claim in claims], columns=list(COLUMNS)).to_csv(temporary, index=False)
+        pd.DataFrame([astuple(claim) for claim in claims], columns=list(_CLAIM_COLUMNS)).to_csv(temporary, index=False)
 
 
 def read_claims(path: str | Path) -> list[Claim]:
-    """The claims of a `claims.csv`.
+    """Reads the claims of a `claims.csv`.
 
     Raises:
         CtlensError: the file is missing, or lacks a column.
@@ -93,13 +99,13 @@ def read_claims(path: str | Path) -> list[Claim]:
     path = Path(path)
     if not path.is_file():
         raise CtlensError(f"{path} does not exist: run the study to its end first, or check the path.")
-    table = pd.read_csv(path, keep_default_na=False, na_values={name: [""] for name in NUMBERS})
-    if missing := [name for name in COLUMNS if name not in table]:
+    table = pd.read_csv(path, keep_default_na=False, na_values={name: [""] for name in _FLOAT_COLUMNS})
+    if missing := [name for name in _CLAIM_COLUMNS if name not in table]:
         raise CtlensError(f"{path} lacks the columns {', '.join(missing)}: check that it is a study's claims.")
-    return [Claim(**row) for row in table[list(COLUMNS)].to_dict("records")]  # type: ignore[arg-type]
+    return [Claim(**row) for row in table[list(_CLAIM_COLUMNS)].to_dict("records")]  # type: ignore[arg-type]
 
 
-def make(
+def make_claim(
     key: str,
     statement: str,
     threat: str,
@@ -112,33 +118,48 @@ def make(
     null_words: str,
     details: str = "",
     floor: float = 0.0,
-    granted: bool = True,
+    unmet: str = "",
     refused: str = "",
 ) -> Claim:
-    """A claim with its verdict and its reason in words.
+    """Builds a claim with its verdict and its reason in words.
 
     Args:
         key, statement, threat, setting, statistic, unit, null, floor: see `Claim`.
         found: the number.
-        null_words: what the null says, with `{null}` for the number.
-        details: what the number is made of.
-        granted: whether what else the claim says is so; without it a claim cannot hold.
-        refused: why there is no number, if an analysis said so.
+        null_words: the null in words, with `{null}` for its number.
+        details: the numbers behind the number, in words.
+        unmet: the part of the claim that the number does not show and that is not clear, in words; with it a claim
+            that would hold stays open.
+        refused: why there is no number, if an analysis refused.
     """
-    judged = verdict(found.value, found.low, found.high, floor)
-    reason = REASONS[judged].format(value=found.value, low=found.low, high=found.high, floor=floor)
-    if judged == HOLDS and not granted:
-        judged, reason = OPEN, f"{reason}, but what else it says is not clear"
-    known = not pd.isna(null) and judged != UNMEASURED
-    words = [reason, null_words.format(null=f"{null:.2g}") if known else "", details or refused]
+    verdict = claim_verdict(found.value, found.low, found.high, floor)
+    reason = _REASONS[verdict].format(value=found.value, low=found.low, high=found.high, floor=floor)
+    if verdict == HOLDS and unmet:
+        verdict = OPEN
+        reason = f"{reason}, but {unmet}"
+    null_known = not pd.isna(null) and verdict != UNMEASURED
+    words = [reason, null_words.format(null=f"{null:.2g}") if null_known else "", details or refused]
     return Claim(
-        key, statement, threat, setting, statistic, unit, found.value, found.low, found.high, null, floor, found.n,
-        found.over, judged, "; ".join(filter(None, words)),
-    )  # fmt: skip
+        key=key,
+        statement=statement,
+        threat=threat,
+        setting=setting,
+        statistic=statistic,
+        unit=unit,
+        value=found.value,
+        ci_low=found.low,
+        ci_high=found.high,
+        null=null,
+        floor=floor,
+        n=found.n,
+        over=found.over,
+        verdict=verdict,
+        reason="; ".join(filter(None, words)),
+    )
 
 
 def together(names: Sequence[str]) -> str:
-    """Internal methods in words.
+    """Lists internal methods in words.
 
     >>> together(["act", "mlpct", "attct"]), together([])
     ('ACT, MLPCT and AttCT', 'internal methods')

@@ -1,4 +1,4 @@
-"""A number with the interval that what was measured supports: over organisms, or over prompts and seeds."""
+"""A number with its interval: over organisms where a study has enough, else over prompts and seeds."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Float
 
 from ctlens.core.stats import bootstrap, student
+from ctlens.study.analyses import Training
 from ctlens.study.claims.statistic import Items, Statistic, whole
-from ctlens.study.looks import Training
 from ctlens.study.results import SEVERAL
 
 
@@ -31,7 +31,9 @@ class Estimate:
     over: str
 
 
-PROMPTS, SEEDS, ORGANISMS = "prompts", "prompts and seeds", "organisms"
+PROMPTS = "prompts"
+SEEDS = "prompts and seeds"
+ORGANISMS = "organisms"
 NOTHING = Estimate(float("nan"), float("nan"), float("nan"), 0, PROMPTS)
 
 
@@ -75,7 +77,10 @@ def estimate(statistics: Mapping[Training, Statistic]) -> Estimate:
 def spanned(
     value: float, ends: tuple[float, float], n: int, trainings: Mapping[Training, float], level: float
 ) -> Estimate:
-    """As `estimate`, where the interval over prompts is known and each training has one number.
+    """Makes the estimate of a number whose interval over prompts is known, from one number per training.
+
+    The rule is that of `estimate`: over organisms where there are `SEVERAL`, else the interval over prompts, widened to
+    Student's over the trainings where there are `SEVERAL` of those.
 
     Args:
         value, ends, n: the number, its interval over prompts, and how many prompts there are.

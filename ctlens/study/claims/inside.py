@@ -1,4 +1,4 @@
-"""Claims about what changed inside: each a number of the looks into one threat's models, at one setting."""
+"""Claims about the mechanism: each is a number from the analyses of one threat's models, at one setting."""
 
 from __future__ import annotations
 
@@ -15,34 +15,35 @@ from ctlens.analysis.residual.shift_vectors import PARTS
 from ctlens.core.labels import BASE
 from ctlens.core.stats import LEVEL
 from ctlens.plots import label
-from ctlens.study import conditions
-from ctlens.study.claims.claim import Claim, make, together
+from ctlens.study.analyses import EQUAL_STEPS, SETTINGS, FinishedAnalyses, Training
+from ctlens.study.claims.claim import Claim, make_claim, together
 from ctlens.study.claims.estimates import NOTHING, estimate, spanned
 from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
 from ctlens.study.claims.transplants import left_later, level
-from ctlens.study.conditions import INTERNAL, RETENTION
+from ctlens.study.conditions import INTERNAL_LEVEL, RETENTION, condition_named
 from ctlens.study.config import StudyConfig
-from ctlens.study.looks import EQUAL_STEPS, SETTINGS, Looks, Training
 
-NAN = float("nan")
-BCT, ATTCT, ACT = "bct", "attct", "act"
+_NAN = float("nan")
+_ACT = "act"
+_ATTCT = "attct"
+_BCT = "bct"
 
 
 def inside_claims(config: StudyConfig, study: Path) -> Iterator[Claim]:
-    """Every claim on every threat that was looked into."""
-    looks = Looks(config, study)
-    for threat in config.insides:
+    """Judges every claim about the mechanism on every analysed threat."""
+    analyses = FinishedAnalyses(config, study)
+    for threat in config.analysed_threats:
         for setting in SETTINGS:
-            yield from (_shared(looks, threat, setting, positions) for positions in ALIGNED_POSITIONS)
-            yield left_later(looks, threat, setting)
-            yield level(looks, threat, setting)
-        yield _distance(looks, threat)
-        yield _attention(looks, threat)
+            yield from (_shared(analyses, threat, setting, positions) for positions in ALIGNED_POSITIONS)
+            yield left_later(analyses, threat, setting)
+            yield level(analyses, threat, setting)
+        yield _distance(analyses, threat)
+        yield _attention(analyses, threat)
         for method in config.methods:
-            yield _cue(looks, threat, method)
+            yield _cue(analyses, threat, method)
 
 
-def _shared(looks: Looks, threat: str, setting: str, positions: str) -> Claim:
+def _shared(analyses: FinishedAnalyses, threat: str, setting: str, positions: str) -> Claim:
     """Judges whether internal methods move the residual stream alike, and BCT differently.
 
     Cosines are between the methods' shifts, off the gap. With `apart(m)` = the mean cosine among the methods other than
@@ -50,11 +51,11 @@ def _shared(looks: Looks, threat: str, setting: str, positions: str) -> Claim:
     """
     where = POSITIONS_IN_WORDS[positions]
     name = f"cosine off the gap, {where}: how far BCT stands apart, less the furthest internal method"
-    methods = (*_internal(looks.config.methods), BCT)
-    known = looks.of(ShiftSimilarity, "similarity", threat, setting)
+    methods = (*_internal(analyses.config.methods), _BCT)
+    known = analyses.of(ShiftSimilarity, "similarity", threat, setting)
     every = {training: results["similarity"] for training, results in known.items()}
     missing = sorted({name for result in every.values() for name in methods if name not in result.methods})
-    found = {} if missing or BCT not in looks.config.methods or len(methods) < 3 else every
+    found = {} if missing or _BCT not in analyses.config.methods or len(methods) < 3 else every
     tables = {training: _off_gap(result, methods, positions) for training, result in found.items()}
     margins = {training: of_prompts(name, "cosine", table, _bct_apart) for training, table in tables.items()}
     apart = np.mean([_apart(_mean(table)) for table in tables.values()], 0) if tables else []
@@ -62,21 +63,23 @@ def _shared(looks: Looks, threat: str, setting: str, positions: str) -> Claim:
     with_null = [_off_gap(result, (*methods, RETENTION), positions) for result in found.values() if result.null]
     floors = [_mean(table)[:-1, -1].mean() for table in with_null]
     absent = f"never near the effect: {', '.join(map(label, missing))}" if missing else ""
-    return make(
+    return make_claim(
         "shared" if positions == "last" else f"shared_{positions}",
         f"{together(methods[:-1])} move the residual stream alike, and BCT differently, {where}",
-        threat, setting, estimate(margins),
+        threat,
+        setting,
+        estimate(margins),
         statistic=name,
         unit="cosine",
-        null=float(np.mean(floors)) if floors else NAN,
+        null=float(np.mean(floors)) if floors else _NAN,
         null_words="with retention alone they are {null} alike",
         details=f"apart from the others by {told}" if told else absent,
-        refused=looks.refused("similarity", threat, setting),
-    )  # fmt: skip
+        refused=analyses.refused("similarity", threat, setting),
+    )
 
 
 def _off_gap(result: ShiftSimilarity, methods: Sequence[str], positions: str) -> Float[np.ndarray, "prompt a b"]:
-    """The cosines of each prompt off the gap at a place, means over layers, between these methods."""
+    """The cosines of each prompt off the gap at some positions, means over layers, between these methods."""
     values = _mean(result.by_prompt[PARTS.index("off"), STATE_POSITIONS.index(positions)])
     at = [result.methods.index(name) for name in methods]
     return values[:, at][:, :, at]
@@ -105,32 +108,35 @@ def _bct_apart(table: Float[np.ndarray, "prompt a b"]) -> float:
     return bct - max(internal)
 
 
-def _distance(looks: Looks, threat: str) -> Claim:
-    """Irpan et al. (arXiv 2510.27062): the activation distance from the reference's clean prompts after BCT.
+def _distance(analyses: FinishedAnalyses, threat: str) -> Claim:
+    """Judges the claim of Irpan et al. (arXiv 2510.27062): BCT raises the distance of activations from the clean ones.
 
-    Training on retention alone drifts too, so the distance is held against that, and not against 1.
+    The clean activations are the reference's. Training on retention alone drifts too, so the distance after BCT is
+    divided by the distance after retention alone, not by that before training.
     """
-    known = looks.of(CrossLoss, "cross-loss", threat) if BCT in looks.config.methods else {}
+    known = analyses.of(CrossLoss, "cross-loss", threat) if _BCT in analyses.config.methods else {}
     found = {training: results["cross-loss"] for training, results in known.items()}
-    entropy = estimate({training: _ratio(result, BCT, BCT, BASE) for training, result in found.items()})
-    raised = {training: _ratio(result, BCT, ACT, RETENTION) for training, result in found.items()}
-    own = [whole(_ratio(result, BCT, ACT, BASE)) for result in found.values()]
-    held = [whole(_ratio(result, RETENTION, ACT, BASE)) for result in found.values()]
+    entropy = estimate({training: _ratio(result, _BCT, _BCT, BASE) for training, result in found.items()})
+    raised = {training: _ratio(result, _BCT, _ACT, RETENTION) for training, result in found.items()}
+    own = [whole(_ratio(result, _BCT, _ACT, BASE)) for result in found.values()]
+    held = [whole(_ratio(result, RETENTION, _ACT, BASE)) for result in found.values()]
     told = f"BCT leaves {np.mean(own):.2f} of that before training" if own else ""
-    return make(
+    return make_claim(
         "distance",
         "BCT raises the activation distance while it lowers the cross-entropy",
-        threat, EQUAL_STEPS, estimate(raised),
+        threat,
+        EQUAL_STEPS,
+        estimate(raised),
         statistic="activation distance from the reference's clean prompts after BCT, as a multiple of that after "
         "retention alone",
         unit="ratio",
-        null=float(np.mean(held)) if held else NAN,
+        null=float(np.mean(held)) if held else _NAN,
         null_words="retention alone leaves {null} of that before training",
         details=f"{told}, and {entropy.value:.2f} of the cross-entropy" if told else "",
         floor=1.0,
-        granted=entropy.high < 1,
-        refused=looks.refused("cross-loss", threat),
-    )  # fmt: skip
+        unmet="" if entropy.high < 1 else "it is not clear that BCT lowers the cross-entropy",
+        refused=analyses.refused("cross-loss", threat),
+    )
 
 
 def _ratio(result: CrossLoss, model: str, loss: str, other: str) -> Statistic:
@@ -145,7 +151,7 @@ def _ratio_of_sums(rows: Float[np.ndarray, "prompt 2"]) -> float:
     return rows[:, 0].sum() / rows[:, 1].sum()
 
 
-def _attention(looks: Looks, threat: str) -> Claim:
+def _attention(analyses: FinishedAnalyses, threat: str) -> Claim:
     """Judges whether AttCT takes more attention off the wrapper than any other method does.
 
     The number is the fall under AttCT less the largest fall under another method; a fall is that of the mass from the
@@ -154,11 +160,11 @@ def _attention(looks: Looks, threat: str) -> Claim:
     name = "fall of the mass on the wrapper from the last token, mean over heads: AttCT's less the next"
     falls = {
         training: {name: (diff.before - diff.after).mean((1, 2)) for name, diff in found.items()}
-        for training, found in looks.attention(threat).items()
+        for training, found in analyses.attention(threat).items()
     }
 
     margins = {}
-    if ATTCT in looks.config.methods and len(looks.config.methods) > 1:
+    if _ATTCT in analyses.config.methods and len(analyses.config.methods) > 1:
         for training, of in falls.items():
             parts = [
                 of_prompts(method, "share of attention", fall, np.mean)
@@ -168,55 +174,63 @@ def _attention(looks: Looks, threat: str) -> Claim:
             margins[training] = of_parts(name, "share of attention", parts, _attct_beyond)
     means = {
         condition: np.mean([of[condition].mean() for of in falls.values()])
-        for condition in (RETENTION, *looks.config.methods)
+        for condition in (RETENTION, *analyses.config.methods)
     }
-    return make(
+    return make_claim(
         "attention",
         "attention to the wrapper falls more under AttCT than under any other method",
-        threat, EQUAL_STEPS, estimate(margins),
+        threat,
+        EQUAL_STEPS,
+        estimate(margins),
         statistic=name,
         unit="share of attention",
         null=float(means.pop(RETENTION)),
         null_words="under retention alone it falls by {null}",
         details="fall: " + ", ".join(f"{label(condition)} {value:.3f}" for condition, value in means.items()),
-    )  # fmt: skip
+    )
 
 
 def _attct_beyond(falls: Mapping[str, float]) -> float:
-    return falls[ATTCT] - max(fall for name, fall in falls.items() if name != ATTCT)
+    return falls[_ATTCT] - max(fall for name, fall in falls.items() if name != _ATTCT)
 
 
-def _cue(looks: Looks, threat: str, method: str) -> Claim:
-    """Whether a refitted probe still reads the cue at the last token, at the layer where it is read best before."""
-    found = {training: results["erasure"] for training, results in looks.of(Erasure, "erasure", threat).items()}
+def _cue(analyses: FinishedAnalyses, threat: str, method: str) -> Claim:
+    """Judges whether a refitted probe still reads the cue at the last token.
+
+    The layer is that where a probe reads the cue best before training.
+    """
+    found = {training: results["erasure"] for training, results in analyses.of(Erasure, "erasure", threat).items()}
     layers = {training: int(result.readable[0, :, 0].argmax()) for training, result in found.items()}
 
     def read(name: str) -> dict[Training, Float[np.ndarray, " 5"]]:
         return {t: result.readable[result.models.index(name), layers[t]] for t, result in found.items()}
 
-    own, held = read(method), read(RETENTION)
+    own = read(method)
+    held = read(RETENTION)
     verdicts = {t: (result.layers[layers[t]], result.verdicts()[method][layers[t]]) for t, result in found.items()}
     judged = [f"layer {layer}: {word}" for layer, word in verdicts.values()]
     n = next((result.wrapped.shape[1] for result in found.values()), 0)
-    whole = NOTHING
+    accuracy = NOTHING
     if found:
-        value, low, high = (float(np.mean([values[end] for values in own.values()])) for end in range(3))
-        whole = spanned(value, (low, high), n, {t: float(values[0]) for t, values in own.items()}, LEVEL)
+        value, low, high, *_ = np.mean(list(own.values()), axis=0).tolist()
+        accuracy = spanned(value, (low, high), n, {t: float(values[0]) for t, values in own.items()}, LEVEL)
     shuffled = max((float(values[4]) for values in own.values()), default=0.0)
-    return make(
+    return make_claim(
         f"cue_{method}",
         f"the cue can still be read after {label(method)}",
-        threat, EQUAL_STEPS, whole,
+        threat,
+        EQUAL_STEPS,
+        accuracy,
         statistic="balanced accuracy of a refitted probe at the last token for "
         + next((result.question for result in found.values()), "the cue"),
         unit="accuracy",
-        null=float(np.mean([values[0] for values in held.values()])) if found else NAN,
+        null=float(np.mean([values[0] for values in held.values()])) if found else _NAN,
         null_words=f"after retention alone it is {{null}}, and shuffled labels reach {shuffled:.2g}",
         details="erased or masked? " + "; ".join(dict.fromkeys(judged)) if judged else "",
         floor=shuffled,
-        refused=looks.refused("erasure", threat),
-    )  # fmt: skip
+        refused=analyses.refused("erasure", threat),
+    )
 
 
 def _internal(methods: Sequence[str]) -> list[str]:
-    return [name for name in methods if conditions.get(name).level == INTERNAL]
+    return [name for name in methods if condition_named(name).level == INTERNAL_LEVEL]

@@ -1,4 +1,4 @@
-"""What a claim measures of one training: a number with a name and a unit that can be taken of any of its prompts.
+"""The statistic of a claim: a number of one training, with a name and a unit, that any choice of prompts has.
 
 Intervals come from resampled prompts, so a number has to be known for every choice of prompts and not only for all.
 Two functions build one: `of_prompts` from an array with a row per prompt, `of_parts` from other statistics.
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 Items: TypeAlias = Int[np.ndarray, " item"]
 """The numbers of the prompts that count, repeats allowed."""
-PerPrompt: TypeAlias = Float[np.ndarray, "prompt ..."]
+PromptValues: TypeAlias = Float[np.ndarray, "prompt ..."]
 
 
 class Statistic(Protocol):
@@ -46,8 +46,8 @@ def whole(statistic: Statistic) -> float:
     return float(statistic.of(np.arange(statistic.n)))
 
 
-def of_prompts(name: str, unit: str, values: PerPrompt, number: Callable[[PerPrompt], float]) -> Statistic:
-    """Builds a statistic from what was measured of every prompt.
+def of_prompts(name: str, unit: str, values: PromptValues, number: Callable[[PromptValues], float]) -> Statistic:
+    """Builds a statistic from the measurements of every prompt.
 
     Args:
         name, unit: of the number.
@@ -71,7 +71,8 @@ def of_parts(
         parts: at least one, with different names.
         number: the number, given that of every part by its name.
 
-    >>> act, bct = (of_prompts(name, "", np.arange(2.0) * k, np.mean) for name, k in (("act", 1), ("bct", 4)))
+    >>> act = of_prompts("act", "", np.array([0.0, 1.0]), np.mean)
+    >>> bct = of_prompts("bct", "", np.array([0.0, 4.0]), np.mean)
     >>> whole(of_parts("BCT less ACT", "", [act, bct], lambda of: of["bct"] - of["act"]))
     1.5
     """
@@ -82,8 +83,8 @@ def of_parts(
 class _OfPrompts:
     name: str
     unit: str
-    values: PerPrompt
-    number: Callable[[PerPrompt], float]
+    values: PromptValues
+    number: Callable[[PromptValues], float]
 
     @property
     def n(self) -> int:

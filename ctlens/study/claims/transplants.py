@@ -17,12 +17,11 @@ from ctlens.analysis import Transplant
 from ctlens.analysis.base.metrics import SMALLEST_GAPS
 from ctlens.analysis.exchange.exchange import QUANTITIES
 from ctlens.plots import label
-from ctlens.study import conditions
-from ctlens.study.claims.claim import Claim, make
+from ctlens.study.analyses import FinishedAnalyses, Training
+from ctlens.study.claims.claim import Claim, make_claim
 from ctlens.study.claims.estimates import estimate
 from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
-from ctlens.study.conditions import INTERNAL, OUTPUT
-from ctlens.study.looks import Looks, Training
+from ctlens.study.conditions import INTERNAL_LEVEL, OUTPUT_LEVEL, condition_named
 from ctlens.study.results import in_order
 
 _NAN = float("nan")
@@ -36,21 +35,21 @@ Shares: TypeAlias = Sequence[Statistic]
 """The share of every condition with an effect, by its name."""
 
 
-def left_later(looks: Looks, threat: str, setting: str) -> Claim:
+def left_later(analyses: FinishedAnalyses, threat: str, setting: str) -> Claim:
     """Judges how much more of a repair is lost with the base's stream after internal losses than after output losses.
 
     Two conditions of one level differ as well. The number is what is left of the difference when that is taken off,
     anew in every resample: `mean(internal) - mean(output) - spread`, see `_beyond_spread` and `_spread`.
     """
-    lost = _shares(looks, threat, setting, "lost")
-    given = _shares(looks, threat, setting, "sufficient")
+    lost = _shares(analyses, threat, setting, "lost")
+    given = _shares(analyses, threat, setting, "sufficient")
     name = (
         "share of the repair lost with the base's residual stream in the lower half, last token: internal "
         "losses less output losses, less what conditions of one level differ by"
     )
     found = {training: of_parts(name, _SHARE_UNIT, shares, _beyond_spread) for training, shares in lost.items()}
     within = [whole(of_parts("spread", _SHARE_UNIT, shares, _spread)) for shares in lost.values()]
-    return make(
+    return make_claim(
         key="left_later",
         statement="losses on outputs leave part of the repair in later weights, "
         "internal losses put it into the residual stream",
@@ -62,11 +61,11 @@ def left_later(looks: Looks, threat: str, setting: str) -> Claim:
         null=float(np.nanmean(within)) if within else _NAN,
         null_words="two conditions of one level differ by {null}",
         details="; ".join(filter(None, (_told("lost", lost), _told("the trained stream in the base restores", given)))),
-        refused=looks.refused("transplant", threat, setting),
+        refused=analyses.refused("transplant", threat, setting),
     )
 
 
-def level(looks: Looks, threat: str, setting: str) -> Claim:
+def level(analyses: FinishedAnalyses, threat: str, setting: str) -> Claim:
     """Judges the same contrast where losses of both levels see the same tokens.
 
     The number is `(act + act_last - klct - klct_last) / 2`, of their shares. Beside it stands what the tokens do at an
@@ -74,13 +73,13 @@ def level(looks: Looks, threat: str, setting: str) -> Claim:
     """
     lost = {
         training: shares
-        for training, shares in _shares(looks, threat, setting, "lost").items()
+        for training, shares in _shares(analyses, threat, setting, "lost").items()
         if set(_LEVEL_WEIGHTS) <= {share.name for share in shares}
     }
     name = "the same share: ACT less KL on outputs, mean over the study's tokens and the last one alone"
     found = {training: of_parts(name, _SHARE_UNIT, shares, _level_contrast) for training, shares in lost.items()}
     tokens = [abs(whole(of_parts("tokens", _SHARE_UNIT, shares, _token_contrast))) for shares in lost.values()]
-    return make(
+    return make_claim(
         key="level",
         statement="at the same tokens, KL on outputs leaves more of the repair in later weights than ACT",
         threat=threat,
@@ -91,7 +90,7 @@ def level(looks: Looks, threat: str, setting: str) -> Claim:
         null=float(np.mean(tokens)) if tokens else _NAN,
         null_words="the tokens make a difference of {null} at an equal level",
         details=_told("lost", lost),
-        refused=looks.refused("transplant", threat, setting),
+        refused=analyses.refused("transplant", threat, setting),
     )
 
 
@@ -107,8 +106,8 @@ def _token_contrast(shares: Mapping[str, float]) -> float:
 
 def _beyond_spread(shares: Mapping[str, float]) -> float:
     """Internal losses less output losses, less what two conditions of one level differ by; NaN if a level has none."""
-    internal = _of_level(shares, INTERNAL)
-    output = _of_level(shares, OUTPUT)
+    internal = _of_level(shares, INTERNAL_LEVEL)
+    output = _of_level(shares, OUTPUT_LEVEL)
     if not internal or not output:
         return _NAN
     return float(np.mean(internal) - np.mean(output)) - _spread(shares)
@@ -117,23 +116,23 @@ def _beyond_spread(shares: Mapping[str, float]) -> float:
 def _spread(shares: Mapping[str, float]) -> float:
     """The mean difference between two conditions of one level; 0 where no level has two."""
     found = []
-    for side in (INTERNAL, OUTPUT):
+    for side in (INTERNAL_LEVEL, OUTPUT_LEVEL):
         found += [abs(one - other) for one, other in combinations(_of_level(shares, side), 2)]
     return float(np.mean(found)) if found else 0.0
 
 
 def _of_level(shares: Mapping[str, float], side: str) -> list[float]:
-    return [share for name, share in shares.items() if conditions.get(name).level == side]
+    return [share for name, share in shares.items() if condition_named(name).level == side]
 
 
-def _shares(looks: Looks, threat: str, setting: str, quantity: str) -> dict[Training, Shares]:
+def _shares(analyses: FinishedAnalyses, threat: str, setting: str, quantity: str) -> dict[Training, Shares]:
     """By training, a share per condition; a control has none, nor has a condition whose effect is too small."""
     found = {}
-    for training, results in looks.of(Transplant, "transplant", threat, setting).items():
+    for training, results in analyses.of(Transplant, "transplant", threat, setting).items():
         shares = [
             _share(name, result, quantity)
             for name, result in results.items()
-            if result.effect().mean() >= SMALLEST_GAPS["logit_diff"] and conditions.get(name).level
+            if result.effect().mean() >= SMALLEST_GAPS["logit_diff"] and condition_named(name).level
         ]
         if shares:
             found[training] = shares

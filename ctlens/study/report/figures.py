@@ -11,25 +11,35 @@ from typing import Any
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import read_json
 
-Figure = dict[str, Any]
-Part = dict[str, list[Figure]]
+SavedFigure = dict[str, Any]
+PagePart = dict[str, list[SavedFigure]]
 """The figures of one part of the page, by threat; those of no single threat first, under an empty name."""
 
-PARTS = {
+_PARTS = {
     "behaviour": ("cross_threat", "attack_strength", "behaviour"),
     "training": ("dose_response", "history", "hook_history"),
 }
-REST = "mechanism"
-ORDER = (
-    *PARTS["behaviour"], *PARTS["training"], "layer_curves", "points", "similarity", "similarity_curves",
-    "exchange_curves", "graft_bars", "cross_loss", "cross_loss_steps", "evidence", "attention_heads", "knockout",
-)  # fmt: skip
-PANEL_WIDTH = 290
-NUMBERS = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?")
+_OTHER_PART = "mechanism"
+_MECHANISM_ORDER = (
+    "layer_curves",
+    "points",
+    "similarity",
+    "similarity_curves",
+    "exchange_curves",
+    "graft_bars",
+    "cross_loss",
+    "cross_loss_steps",
+    "evidence",
+    "attention_heads",
+    "knockout",
+)
+_KIND_ORDER = (*_PARTS["behaviour"], *_PARTS["training"], *_MECHANISM_ORDER)
+_PANEL_WIDTH = 290  # pixels, chosen by eye
+_NUMBER = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?")
 
 
-def read_figures(folder: Path, threats: Sequence[str]) -> dict[str, Part]:
-    """Per part of the page and per threat, the figures of a folder; what is of no known kind is mechanism.
+def read_figures(folder: Path, threats: Sequence[str]) -> dict[str, PagePart]:
+    """Sorts the figures of a folder by part of the page and by threat; a figure of an unknown kind is of the mechanism.
 
     Args:
         folder: with `*.json` and, where the numbers are wanted as tables, `*.data.csv` of the same names.
@@ -42,15 +52,15 @@ def read_figures(folder: Path, threats: Sequence[str]) -> dict[str, Part]:
     if not paths:
         raise CtlensError(f"{folder} holds no figure (*.json): run the study to its end first.")
     figures = sorted((_figure(path) for path in paths), key=lambda figure: figure["order"])
-    parts: dict[str, Part] = {part: {name: [] for name in ("", *threats)} for part in (*PARTS, REST)}
+    parts: dict[str, PagePart] = {part: {name: [] for name in ("", *threats)} for part in (*_PARTS, _OTHER_PART)}
     for figure in figures:
-        part = next((part for part, kinds in PARTS.items() if figure["kind"] in kinds), REST)
+        part = next((part for part, kinds in _PARTS.items() if figure["kind"] in kinds), _OTHER_PART)
         threat = next((threat for threat in threats if figure["name"].startswith(f"{threat}-")), "")
         parts[part][threat].append(figure)
     return parts
 
 
-def _figure(path: Path) -> Figure:
+def _figure(path: Path) -> SavedFigure:
     """A saved figure with its title moved out of the drawing, where it can wrap on a narrow page."""
     figure = read_json(path)
     if not isinstance(figure, dict) or not {"data", "layout"} <= set(figure):
@@ -65,7 +75,7 @@ def _figure(path: Path) -> Figure:
         "caption": meta.get("caption"),
         "kind": kind,
         "name": path.stem,
-        "order": ORDER.index(kind) if kind in ORDER else len(ORDER),
+        "order": _KIND_ORDER.index(kind) if kind in _KIND_ORDER else len(_KIND_ORDER),
         "width": _narrowest(layout),
         "height": layout.get("height", 450),
         "numbers": _numbers(path.with_suffix(".data.csv")),
@@ -76,7 +86,7 @@ def _figure(path: Path) -> Figure:
 def _narrowest(layout: dict[str, Any]) -> int:
     """The width that a figure needs, in pixels; on a narrower page it is made smaller, or scrolls."""
     columns = {tuple(axis["domain"]) for name, axis in layout.items() if name.startswith("xaxis") and "domain" in axis}
-    panels = PANEL_WIDTH * len(columns) if len(columns) > 1 else 0
+    panels = _PANEL_WIDTH * len(columns) if len(columns) > 1 else 0
     return max(panels, layout.pop("width", 0))
 
 
@@ -86,8 +96,8 @@ def _numbers(path: Path) -> list[list[str]]:
         return []
     with path.open(encoding="utf-8", newline="") as lines:
         header, *rows = csv.reader(lines)
-    used = [place for place in range(len(header)) if any(row[place] for row in rows)]
-    return [[header[place] for place in used], *([_short(row[place]) for place in used] for row in rows)]
+    used = [index for index in range(len(header)) if any(row[index] for row in rows)]
+    return [[header[index] for index in used], *([_short(row[index]) for index in used] for row in rows)]
 
 
 def _short(cell: str) -> str:
@@ -96,4 +106,4 @@ def _short(cell: str) -> str:
     >>> _short("0.123456"), _short("96"), _short("L0H1")
     ('0.1235', '96', 'L0H1')
     """
-    return f"{float(cell):.4g}" if NUMBERS.fullmatch(cell) else cell
+    return f"{float(cell):.4g}" if _NUMBER.fullmatch(cell) else cell

@@ -15,14 +15,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from ctlens.core.files import read_json, write_text
 from ctlens.plots.export import plotly_source
 from ctlens.plots.theme import INK, MUTED, style
-from ctlens.study.claims import VERDICTS, Claim, answer, read_claims
+from ctlens.study.claims import CLAIM_VERDICTS, Claim, answer, read_claims
 from ctlens.study.report.figures import read_figures
-from ctlens.study.report.rates import WORDS, rates_by_threat, splits
-from ctlens.study.results import PROMPT_SIDES, TRAINING, in_order, read_results
+from ctlens.study.report.rates import COMPARISON_WORDS, rates_by_threat, splits
+from ctlens.study.results import PROMPT_SIDES, TRAINING_COLUMNS, in_order, read_results
 
-# A verdict has a word, a symbol and the name of its look: it is read without colour too.
-LOOKS = (("✓", "holds"), ("✗", "fails"), ("?", "open"), ("–", "unmeasured"))
-SYMBOLS = dict(zip(VERDICTS, LOOKS, strict=True))
+# A verdict has a word, a symbol and the name of a style in the page: it is read without colour too.
+_VERDICT_STYLES = (("✓", "holds"), ("✗", "fails"), ("?", "open"), ("–", "unmeasured"))
+_SYMBOLS = dict(zip(CLAIM_VERDICTS, _VERDICT_STYLES, strict=True))
 
 
 def write_report(folder: str | Path) -> Path:
@@ -41,13 +41,14 @@ def write_report(folder: str | Path) -> Path:
     results = read_results(folder / "results.csv")
     claims = read_claims(folder / "claims.csv")
     threats = rates_by_threat(results)
-    config, environment = (read_json(folder / name) for name in ("config.json", "environment.json"))
+    config = read_json(folder / "config.json")
+    environment = read_json(folder / "environment.json")
     page = _template().render(
         answer=answer(claims),
         verdicts=Counter(claim.verdict for claim in claims),
         claims=_grouped(claims),
         threats=threats,
-        methods={name: style(name) for name in in_order(results["method"])},
+        conditions={name: style(name) for name in in_order(results["condition"])},
         trainings=_trainings(results),
         splits=splits(results),
         prompt_sides=PROMPT_SIDES,
@@ -62,9 +63,9 @@ def write_report(folder: str | Path) -> Path:
 
 
 def _trainings(results: pd.DataFrame) -> int:
-    """How many models were trained; the base is none."""
+    """Counts the models that were trained, so not the base."""
     trained = results[results["trained_threat"].fillna("") != ""]
-    return trained.groupby(list(TRAINING)).ngroups
+    return trained.groupby(list(TRAINING_COLUMNS)).ngroups
 
 
 def _grouped(claims: Sequence[Claim]) -> list[list[Claim]]:
@@ -101,7 +102,7 @@ def _number(value: float) -> str:
     """
     if math.isnan(value):
         return "–"
-    decimals = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+    decimals = next((digits for digits, end in ((2, 10), (1, 100)) if abs(value) < end), 0)
     return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "−")  # + 0.0: no minus before a zero
 
 
@@ -114,5 +115,5 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     page.filters |= {"whole": _whole, "number": _number, "capital": lambda words: words[:1].upper() + words[1:]}
-    page.globals |= {"symbols": SYMBOLS, "words": WORDS}
+    page.globals |= {"symbols": _SYMBOLS, "words": COMPARISON_WORDS}
     return page.get_template("page.html.jinja")

@@ -1,4 +1,4 @@
-"""What the page says of behaviour: per threat, a line per method, compared with the control and the base."""
+"""What the page says of behaviour: per threat, a line per condition, compared with the control and the base."""
 
 from __future__ import annotations
 
@@ -12,96 +12,96 @@ from ctlens.study import conditions
 from ctlens.study.conditions import PERTURBED
 from ctlens.study.results import (
     NOT_MEASURED,
-    RATES,
     SPLIT,
-    Measured,
+    VERDICT_RATES,
+    ConditionRates,
     Rate,
-    Row,
+    ResultRow,
     by_threat,
     final_rows,
     in_order,
 )
 
-BESIDE = {BASE, PERTURBED, *conditions.CONTROLS, *conditions.CROSSED_CONDITIONS, *conditions.ABLATED}
-REFERENCES = {"retention": "retention-only training", BASE: "the base model"}
-WORDS = {
+_BESIDE_METHODS = {BASE, PERTURBED, *conditions.CONTROLS, *conditions.CROSSED_CONDITIONS, *conditions.ABLATED}
+_REFERENCES = {"retention": "retention-only training", BASE: "the base model"}
+COMPARISON_WORDS = {
     "lower than": "lower",
     "higher than": "higher",
     "not distinguishable from": "no clear difference",
     "not compared with": "–",
 }
-Cells = dict[tuple[str, str], dict[str, str]]
-"""By metric and prompt side, a text per method."""
+MetricTexts = dict[tuple[str, str], dict[str, str]]
+"""By metric and prompt side, a text per condition."""
 
 
 @dataclass(frozen=True)
-class Line:
-    """One method on one threat, at its last step on held-out prompts.
+class ConditionLine:
+    """One condition on one threat, at its last step on held-out prompts.
 
     Attributes:
-        method: its name.
+        condition: its name.
         found: its rates.
-        against: how its bad rate on wrapped prompts compares with that of the reference, a key of `WORDS`.
-        benign: how its good rate on benign twins compares with the base's, a key of `WORDS`.
+        against: how its bad rate on wrapped prompts compares with that of the reference, a key of `COMPARISON_WORDS`.
+        benign: how its good rate on benign twins compares with the base's, a key of `COMPARISON_WORDS`.
         gap: bad rate on wrapped minus on clean prompts, in points.
         held: the bad rate on wrapped prompts of each split.
     """
 
-    method: str
-    found: Measured
+    condition: str
+    found: ConditionRates
     against: str
     benign: str
     gap: float
     held: tuple[Rate, ...]
 
     @property
-    def is_beside(self) -> bool:
+    def is_beside_methods(self) -> bool:
         """Whether it stands beside the methods: the base, a control or a crossed condition."""
-        return self.method in BESIDE
+        return self.condition in _BESIDE_METHODS
 
 
 @dataclass(frozen=True)
-class Threat:
-    """What was measured on one threat.
+class ThreatRates:
+    """The numbers of one threat, as the page lays them out.
 
     Attributes:
-        lines: a line per method, the base and the controls first.
+        lines: a line per condition, the base and the controls first.
         reference: the control that the methods are compared with.
         metrics: the field's metrics.
     """
 
-    lines: tuple[Line, ...]
+    lines: tuple[ConditionLine, ...]
     reference: str
-    metrics: Cells
+    metrics: MetricTexts
 
     @property
     def reference_name(self) -> str:
         """The reference, in words."""
-        return REFERENCES[self.reference]
+        return _REFERENCES[self.reference]
 
     @property
-    def trained(self) -> list[Line]:
+    def trained(self) -> list[ConditionLine]:
         """The lines of the methods, without the controls."""
-        return [line for line in self.lines if not line.is_beside]
+        return [line for line in self.lines if not line.is_beside_methods]
 
     @property
-    def lower(self) -> list[Line]:
+    def lower(self) -> list[ConditionLine]:
         """The methods that leave fewer bad answers to wrapped prompts than the reference does."""
         return [line for line in self.trained if line.against == "lower than"]
 
     @property
     def measured(self) -> list[str]:
-        """The methods with a value of one of the field's metrics."""
-        return in_order(method for values in self.metrics.values() for method in values)
+        """The conditions with a value of one of the field's metrics."""
+        return in_order(condition for values in self.metrics.values() for condition in values)
 
 
 def splits(results: pd.DataFrame) -> list[str]:
-    """The kinds of prompts that were evaluated, as they come."""
+    """The splits that were evaluated, in the order of the rows."""
     return [str(split) for split in dict.fromkeys(results["split"])]
 
 
-def rates_by_threat(results: pd.DataFrame) -> dict[str, Threat]:
-    """Per threat, what is said of it.
+def rates_by_threat(results: pd.DataFrame) -> dict[str, ThreatRates]:
+    """Computes the numbers of every threat.
 
     Args:
         results: rows as in `results.csv`.
@@ -112,49 +112,54 @@ def rates_by_threat(results: pd.DataFrame) -> dict[str, Threat]:
     on = [by_threat(results, split) for split in splits(results)]
     metrics = _field_metrics(results)
     return {
-        name: _threat(methods, [found.get(name, {}) for found in on], metrics[name])
-        for name, methods in by_threat(results).items()
+        name: _threat(conditions, [found.get(name, {}) for found in on], metrics[name])
+        for name, conditions in by_threat(results).items()
     }
 
 
-def _threat(methods: dict[str, Measured], on: list[dict[str, Measured]], metrics: Cells) -> Threat:
-    reference = next((name for name in REFERENCES if name in methods), BASE)
+def _threat(
+    measured: dict[str, ConditionRates], on: list[dict[str, ConditionRates]], metrics: MetricTexts
+) -> ThreatRates:
+    reference = next((name for name in _REFERENCES if name in measured), BASE)
 
-    def rate(method: str, metric: str, prompt_side: str) -> Rate:
-        return methods[method].rate(metric, prompt_side) if method in methods else NOT_MEASURED
+    def rate(condition: str, metric: str, prompt_side: str) -> Rate:
+        return measured[condition].rate(metric, prompt_side) if condition in measured else NOT_MEASURED
 
-    def line(method: str) -> Line:
-        bad, benign = rate(method, "bad_rate", "wrapped"), rate(method, "good_rate", "benign")
-        held = (found[method].rate("bad_rate", "wrapped") if method in found else NOT_MEASURED for found in on)
-        return Line(
-            method,
-            methods[method],
-            bad.against(rate(reference, "bad_rate", "wrapped")),
-            benign.against(rate(BASE, "good_rate", "benign")),
-            100 * (bad.value - rate(method, "bad_rate", "clean").value),
-            tuple(held),
+    def line(condition: str) -> ConditionLine:
+        bad = rate(condition, "bad_rate", "wrapped")
+        benign = rate(condition, "good_rate", "benign")
+        held = [found[condition].rate("bad_rate", "wrapped") if condition in found else NOT_MEASURED for found in on]
+        return ConditionLine(
+            condition=condition,
+            found=measured[condition],
+            against=bad.against(rate(reference, "bad_rate", "wrapped")),
+            benign=benign.against(rate(BASE, "good_rate", "benign")),
+            gap=100 * (bad.value - rate(condition, "bad_rate", "clean").value),
+            held=tuple(held),
         )
 
-    return Threat(tuple(map(line, methods)), reference, metrics)
+    return ThreatRates(tuple(map(line, measured)), reference, metrics)
 
 
-def _field_metrics(results: pd.DataFrame) -> dict[str, Cells]:
-    """Per threat, the metrics that are not one of `RATES`."""
-    seeds: dict[str, dict[tuple[str, str], dict[str, list[Row]]]] = defaultdict(
+def _field_metrics(results: pd.DataFrame) -> dict[str, MetricTexts]:
+    """Per threat, the metrics that are none of `VERDICT_RATES`."""
+    seeds: dict[str, dict[tuple[str, str], dict[str, list[ResultRow]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
     )
     for row in final_rows(results, SPLIT):
-        if row["metric"] not in RATES and not pd.isna(row["value"]):
-            seeds[row["evaluated_threat"]][row["metric"], row["prompt_side"]][row["method"]].append(row)
-    cells: dict[str, Cells] = defaultdict(dict)
+        if row["metric"] not in VERDICT_RATES and not pd.isna(row["value"]):
+            seeds[row["evaluated_threat"]][row["metric"], row["prompt_side"]][row["condition"]].append(row)
+    cells: dict[str, MetricTexts] = defaultdict(dict)
     for threat, found in seeds.items():
         cells[threat] = {
-            place: {name: _over_seeds(rows) for name, rows in by_method.items()} for place, by_method in found.items()
+            metric: {name: _seeds_in_words(rows) for name, rows in by_condition.items()}
+            for metric, by_condition in found.items()
         }
     return cells
 
 
-def _over_seeds(rows: list[Row]) -> str:
+def _seeds_in_words(rows: list[ResultRow]) -> str:
+    """The value of one seed with its interval, or the mean of several with the lowest and highest."""
     values = [row["value"] for row in rows]
     if len(values) > 1:
         return f"{sum(values) / len(values):.2f} ({min(values):.2f} to {max(values):.2f})"

@@ -112,7 +112,7 @@ def test_models_whose_names_read_alike_keep_a_map_each(llama) -> None:
 
 def test_repeated_tokens_keep_a_place_of_their_own() -> None:
     values = np.arange(9.0).reshape(3, 3)
-    figure = plots.attention_maps({"a": plots.LabelledMap(values, ["no"] * 3, ["no"] * 3)}, "?")
+    figure = plots.labelled_maps({"a": plots.LabelledMap(values, ["no"] * 3, ["no"] * 3)}, "?")
     assert list(figure.layout.xaxis.tickvals) == [0, 1, 2] and list(figure.layout.xaxis.ticktext) == ["no"] * 3
     assert figure.data[0].x is None and np.shape(figure.data[0].z) == (3, 3)
 
@@ -221,6 +221,6 @@ def test_what_does_not_exist_is_refused(llama) -> None:
     with pytest.raises(CtlensError, match="are no window"):
         LONG.figure((990, 1001))
     with pytest.raises(CtlensError, match="expected from the labels"):
-        plots.attention_maps({"a": plots.LabelledMap(np.zeros((2, 2)), ["x"], ["x", "y"])}, "?")
+        plots.labelled_maps({"a": plots.LabelledMap(np.zeros((2, 2)), ["x"], ["x", "y"])}, "?")
     with pytest.raises(CtlensError, match="maps is empty"):
-        plots.attention_maps({}, "?")
+        plots.labelled_maps({}, "?")

@@ -18,7 +18,7 @@ from helpers.transplants import PAIRS, edited, moved
 from ctlens.analysis import Transplant, transplant
 from ctlens.analysis.exchange import transplant as transplants
 from ctlens.analysis.patching import sweep as patching_sweep
-from ctlens.analysis.patching.jobs import prepare
+from ctlens.analysis.patching.jobs import patch_pairs
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.batch import encode
@@ -139,7 +139,7 @@ def test_answers_that_begin_alike_are_read_where_they_part(models: tuple[LensMod
     pair = Pair(prompt("Is it?", "is right", "is that"), prompt("no. Is it?", "is right", "is that"))
     found = exchanged(models, [pair], layers="last", positions="last")
     np.testing.assert_allclose(found.values[:, :, 0, 0], found.source, **CLOSE)
-    item = prepare(models[0], [pair], "denoising", "last", "shared")[0].contrast
+    item = patch_pairs(models[0], [pair], "denoising", "last", "shared")[0].contrast
     with torch.no_grad():
         logits = models[0](torch.tensor([item.prompt]))[0, -1]
     assert found.source[0, 0, 0] == pytest.approx(float(logits[item.good] - logits[item.bad]), abs=1e-5)

@@ -32,7 +32,7 @@ def model(request: pytest.FixtureRequest) -> LensModel:
 
 def quick(model: LensModel, pairs: list[Pair], *sites: str, **options: Any) -> dict[str, Patching]:
     given = {"direction": "denoising", "progress": False} | options
-    return attribution_patch(model, pairs, sites=sites or tuple(SHORTHANDS), **given)
+    return attribution_patch(model, pairs, site=sites or tuple(SHORTHANDS), **given)
 
 
 def nearly(pairs_apart: float) -> LensModel:
@@ -122,7 +122,7 @@ def test_agreement_by_hand():
     assert found.by_pair.tolist() == [1.0, 1.0]
     assert found.exact.tolist() == [2.0, 2.0, -1.0]
     row = found.to_dataframe().iloc[0]
-    assert (row["pearson"], row["top_10"], row["cells"], row["pairs"]) == (1.0, 3, 3, 2)
+    assert (row["pearson"], row["top_10"], row["n_cells"], row["n_pairs"]) == (1.0, 3, 3, 2)
 
 
 def test_a_sweep_of_opposite_sign_disagrees():
@@ -177,4 +177,4 @@ def test_models_in_training_and_no_sites_are_refused():
     with pytest.raises(CtlensError, match="eval mode"):
         quick(training, PAIRS, "z")
     with pytest.raises(CtlensError, match="at least one site"):
-        attribution_patch(made(), PAIRS, sites=(), direction="denoising")
+        attribution_patch(made(), PAIRS, site=(), direction="denoising")

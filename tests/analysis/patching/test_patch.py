@@ -15,7 +15,7 @@ from helpers.tiers import unit_first, unit_first_rows
 from torch import Tensor
 from transformer_lens import patching as tl_patching
 
-from ctlens.analysis import Patching, patch, patch_sites
+from ctlens.analysis import Patching, patch
 from ctlens.analysis.base.contrast import contrasts
 from ctlens.analysis.patching import sweep as ours
 from ctlens.core.errors import CtlensError
@@ -197,8 +197,9 @@ def test_skipping_what_cannot_change_changes_nothing(model: LensModel, site: str
 
 def test_several_sites_in_one_sweep_are_a_sweep_each(model: LensModel, path: str):
     options: Any = {"direction": "noising", "metrics": ("logit_diff", "kl"), "progress": False}
-    together = patch_sites(model, PAIRS, sites=[*SHORTHANDS][::-1], **options)
+    together = patch(model, PAIRS, site=[*SHORTHANDS][::-1], **options)
     assert list(together) == [*SHORTHANDS][::-1]
+    assert list(patch(model, PAIRS, site=["z"], layers="last", **options)) == ["z"]  # a list stays by site
     for site, found in together.items():
         alone = patch(model, PAIRS, site=site, **options)
         np.testing.assert_allclose(found.values, alone.values, **CLOSE)
@@ -209,7 +210,7 @@ def test_several_sites_in_one_sweep_are_a_sweep_each(model: LensModel, path: str
 @pytest.mark.parametrize(("sites", "message"), [((), "at least one site"), (("z", "z"), "each once")])
 def test_no_sites_and_repeated_ones_are_refused(sites: tuple[str, ...], message: str):
     with pytest.raises(CtlensError, match=message):
-        patch_sites(made(), PAIRS, sites=sites, direction="denoising")
+        patch(made(), PAIRS, site=sites, direction="denoising")
 
 
 @pytest.mark.parametrize("site", ["resid_post", "z"])

@@ -15,7 +15,7 @@ from torch import Tensor
 from ctlens.analysis.patching import hooked as patching_hooks
 from ctlens.analysis.patching import sweep as ours
 from ctlens.analysis.patching.blocks import Block
-from ctlens.analysis.patching.suffix import SITES, Suffix
+from ctlens.analysis.patching.suffix import SUFFIX_SITES, Suffix
 from ctlens.core.types import LensModel
 from ctlens.models.loading import HAS_HOOKED_TRANSFORMER, load_model
 from ctlens.models.parameters import copy_model
@@ -49,7 +49,7 @@ def hooked(kind: str) -> LensModel:
     return model
 
 
-@pytest.mark.parametrize("site", unit_first(SITES))
+@pytest.mark.parametrize("site", unit_first(SUFFIX_SITES))
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_ways_agree_on_every_kind_of_block(kind: str, site: str, monkeypatch: pytest.MonkeyPatch):
     if kind == "side by side" and site == "resid_mid":
@@ -66,7 +66,7 @@ def test_both_ways_agree_on_every_kind_of_block(kind: str, site: str, monkeypatc
 @pytest.mark.parametrize("kind", ["made here", "llama", "gpt2"])
 def test_models_made_here_and_bridges_go_the_fast_way(kind: str):
     model = made() if kind == "made here" else load_model(hf_model(kind), tokenizer=TOKENIZER)
-    assert {swept(model, PAIRS, site).path for site in SITES} == {"suffix"}
+    assert {swept(model, PAIRS, site).path for site in SUFFIX_SITES} == {"suffix"}
     assert {swept(model, PAIRS, site).path for site in ("pattern", "mlp_post")} == {"hooks"}
 
 

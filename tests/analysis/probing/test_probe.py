@@ -21,7 +21,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.data.chat import Turn, render
 from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.models.loading import load_model
-from ctlens.plots.theme import METHODS
+from ctlens.plots.theme import METHOD_STYLES
 
 N, D, LAYERS, PLANTED = 120, 12, 3, 1
 GROUPS = tuple(f"g{number % 20}" for number in range(N))
@@ -282,7 +282,7 @@ def test_the_figure_draws_own_probes_solid_and_the_bases_dashed_in_the_models_co
 
     assert set(lines) == {"base", "ACT", "ACT, fitted on the base"}
     assert [lines[name].line.dash for name in lines] == ["solid", "solid", "dash"]
-    assert lines["ACT"].line.color == lines["ACT, fitted on the base"].line.color == METHODS["act"].colour
+    assert lines["ACT"].line.color == lines["ACT, fitted on the base"].line.color == METHOD_STYLES["act"].colour
     np.testing.assert_array_equal(lines["ACT"].y, found.curve("act", "act", "last", "mass_mean")[0])
     value, low, high = found.curve("base", "act", "last", "mass_mean")
     whiskers = lines["ACT, fitted on the base"].error_y

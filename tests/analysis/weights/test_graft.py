@@ -212,7 +212,7 @@ def test_clean_prompts_are_read_where_asked(models: tuple[LensModel, LensModel])
 
 def test_adapters_count_as_weights():
     base, adapted = chat_model("made here"), chat_model("made here")
-    for update in add_adapters(adapted, LoRA(2, sites=("q", "mlp_out"))):
+    for update in add_adapters(adapted, LoRA(2, target_modules=("q", "mlp_out"))):
         update.data.normal_(generator=torch.Generator().manual_seed(2))
     merged = copy_model(adapted)
     merge_adapters(merged)

@@ -19,7 +19,7 @@ from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT
 from ctlens.models.loading import build, load_model
 from ctlens.models.lora import LoRA, LowRank, add_adapters, merge_adapters
-from ctlens.models.matrices import SITES
+from ctlens.models.matrices import MATRICES
 from ctlens.models.parameters import copy_model
 from ctlens.models.weights import ModelConfig
 from ctlens.training import TrainConfig, train
@@ -74,7 +74,7 @@ def test_a_planted_update_is_found_where_it_is_and_nowhere_else(kind: str, site:
     assert there["norm"] == pytest.approx(12**0.5, rel=1e-5)
     others = found.to_dataframe().query("not (layer == 1 and site == @site)")
     assert (others[["rank", "effective_rank", "stable_rank", "norm"]] == 0).all(axis=None)
-    assert set(found.sites) == set(SITES) - ({"mlp_gate"} if kind == "gpt2" else set())
+    assert set(found.sites) == set(MATRICES) - ({"mlp_gate"} if kind == "gpt2" else set())
 
 
 def test_ranks_are_those_worked_out_by_hand() -> None:
@@ -93,7 +93,7 @@ def test_ranks_are_those_worked_out_by_hand() -> None:
 def test_adapters_count_alike_before_and_after_they_are_merged(kind: str) -> None:
     before = lens(kind)
     adapted = copy_model(before)
-    add_adapters(adapted, LoRA(rank=3, sites=("k", "mlp_out")))
+    add_adapters(adapted, LoRA(rank=3, target_modules=("k", "mlp_out")))
     for adapter in (module for module in adapted.modules() if isinstance(module, LowRank)):  # type: ignore[attr-defined]
         adapter.B.data = 0.1 * torch.randn(adapter.B.shape, generator=torch.Generator().manual_seed(3))
     merged = copy_model(adapted)
@@ -115,7 +115,7 @@ def test_a_training_with_adapters_of_rank_2_has_updates_of_rank_2_and_a_full_one
     config = TrainConfig(steps=8, batch_size=2, lr=1e-2, max_new_tokens=4)
 
     ranks = {}
-    for name, trainable in (("low", LoRA(rank=2, sites=("q", "v"))), ("full", ("attn",))):
+    for name, trainable in (("low", LoRA(rank=2, target_modules=("q", "v"))), ("full", ("attn",))):
         run = train(model, pairs, ACT(), config=TrainConfig(**{**vars(config), "trainable": trainable}), progress=False)
         ranks[name] = update_rank(model, run.model).to_dataframe().set_index(["layer", "site"])["rank"]
 

@@ -11,7 +11,7 @@ import pytest
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.stats import difference
-from ctlens.study.claims import Claim, answer, read_claims, verdict, write_claims
+from ctlens.study.claims import Claim, answer, claim_verdict, read_claims, write_claims
 from ctlens.study.claims.behaviour import behaviour_claims
 from ctlens.study.claims.estimates import NOTHING, estimate
 from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
@@ -35,7 +35,7 @@ NAN = float("nan")
     ],
 )
 def test_a_verdict_follows_from_the_interval_and_the_floor(numbers: tuple, floor: float, expected: str) -> None:
-    assert verdict(*numbers, floor) == expected
+    assert claim_verdict(*numbers, floor) == expected
 
 
 def mean_of(values: np.ndarray) -> Statistic:
@@ -107,10 +107,17 @@ def test_nothing_measured_is_nothing() -> None:
 
 def results(rates: dict[tuple[str, str, str], tuple[int, ...]], n: int = 100) -> pd.DataFrame:
     """Bad answers to wrapped prompts by (trained, method, evaluated), one number a seed."""
-    place = {"organism": 0, "step": 100, "split": "heldout", "prompt_side": "wrapped", "metric": "bad_rate", "n": n}
+    place = {
+        "organism": 0,
+        "step": 100,
+        "split": "heldout",
+        "prompt_side": "wrapped",
+        "metric": "bad_rate",
+        "n_prompts": n,
+    }
     return pd.DataFrame(
         [
-            {"trained_threat": t, "method": m, "evaluated_threat": e, "seed": seed, "value": count / n, **place}
+            {"trained_threat": t, "condition": m, "evaluated_threat": e, "seed": seed, "value": count / n, **place}
             for (t, m, e), counts in rates.items()
             for seed, count in enumerate(counts)
         ]
@@ -122,7 +129,7 @@ def own(threat: str, **counts: int) -> dict[tuple[str, str, str], tuple[int, ...
 
 
 def claims_of(rates: dict[tuple[str, str, str], tuple[int, ...]], *threats: str) -> dict[str, Claim]:
-    config = StudyConfig(threats, METHODS, looked_into=())
+    config = StudyConfig(threats, METHODS, analysed=())
     return {f"{claim.key}/{claim.threat}": claim for claim in behaviour_claims(config, results(rates))}
 
 
@@ -207,7 +214,7 @@ def test_bonferronis_level_holds_over_trainings_too() -> None:
     both = ("sycophancy", "persona")
     rates = {(t, m, e): (800, 800, 800) for t in both for m in ("retention", *METHODS) for e in both}
     rates["sycophancy", "bct", "persona"] = (760, 750, 740)
-    config = StudyConfig(both, METHODS, looked_into=())
+    config = StudyConfig(both, METHODS, analysed=())
 
     found = next(c for c in behaviour_claims(config, results(rates, n=1000)) if c.key == "transfer")
 

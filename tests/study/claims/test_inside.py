@@ -1,4 +1,4 @@
-"""Claims about what changed inside, from made-up looks whose numbers can be worked out by hand."""
+"""Claims about what changed inside, from made-up analyses whose numbers can be worked out by hand."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ctlens.analysis.attention.diff import HEADLINE, MEASURES
 from ctlens.analysis.base.positions import STATE_POSITIONS
 from ctlens.analysis.base.result import Result
 from ctlens.analysis.residual.shift_vectors import PARTS
+from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Analysis
 from ctlens.study.claims import Claim
 from ctlens.study.claims.inside import inside_claims
 from ctlens.study.config import Cell, StudyConfig
-from ctlens.study.inside_figures import at_setting
-from ctlens.study.looks import EQUAL_STEPS, MATCHED, Look
+from ctlens.study.figures import figures_at_setting
 
 METHODS = ("act", "mlpct", "attct", "bct")
 LAYERS, PROMPTS = 4, 16
@@ -29,19 +29,19 @@ CONFIG = StudyConfig(("sycophancy",), METHODS)
 def write(
     study: Path, analysis: str, results: Mapping[str, Result], setting: str = EQUAL_STEPS, organism: int = 0
 ) -> None:
-    place = Look(analysis, "sycophancy", organism, setting).place(study)
-    place.mkdir(parents=True)
+    folder = Analysis(analysis, "sycophancy", organism, setting).path(study)
+    folder.mkdir(parents=True)
     for name, result in results.items():
-        result.save(place / f"{name}.safetensors")
+        result.save(folder / f"{name}.safetensors")
 
 
 def attention(falls: Mapping[str, float], study: Path, organism: int = 0, seed: int = 0) -> None:
-    """Every cell's attention, which `Looks` reads from the cells themselves."""
+    """Every cell's attention, which `FinishedAnalyses` reads from the cells themselves."""
     for name, fall in falls.items():
         values = np.zeros((2, len(MEASURES), PROMPTS, LAYERS, 2))
         values[0, MEASURES.index(HEADLINE)] = 0.5 + np.linspace(-0.1, 0.1, PROMPTS)[:, None, None]
         values[1, MEASURES.index(HEADLINE)] = values[0, MEASURES.index(HEADLINE)] - fall
-        place = Cell("sycophancy", name, seed, organism).place(study)
+        place = Cell("sycophancy", name, seed, organism).path(study)
         place.mkdir(parents=True)
         AttentionDiff(values).save(place / "attention.safetensors")
 
@@ -289,7 +289,9 @@ def test_a_cue_is_readable_where_a_refitted_probe_beats_shuffled_labels(study: P
 
 def test_a_refusal_is_the_reason(study: Path) -> None:
     write(study, "erasure", {})
-    (Look("erasure", "sycophancy", 0, EQUAL_STEPS).place(study) / "refused.json").write_text('{"erasure": "too few."}')
+    (Analysis("erasure", "sycophancy", 0, EQUAL_STEPS).path(study) / "refused.json").write_text(
+        '{"erasure": "too few."}'
+    )
 
     found = claims(study)["cue_act", EQUAL_STEPS]
 
@@ -307,6 +309,6 @@ def test_a_matrix_of_no_method_is_not_drawn(study: Path) -> None:
     cosines = np.ones((2, 2))
     write(study, "similarity", {"similarity": similarity(cosines, ("klct", "klct_last"))}, MATCHED)
 
-    drawn = [name for name, _ in at_setting(CONFIG, study, "sycophancy", MATCHED)]
+    drawn = [name for name, _ in figures_at_setting(CONFIG, study, "sycophancy", MATCHED)]
 
     assert drawn == ["similarity-all"]

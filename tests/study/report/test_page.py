@@ -62,19 +62,19 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
 
 
 def rate(table: pd.DataFrame, method: str, column: str) -> Rate:
-    return table.set_index("method").at[method, column]
+    return table.set_index("condition").at[method, column]
 
 
 def test_the_summary_pools_seeds_at_the_last_step():
     act = rate(summary_table(results()), "act", "bad wrapped")
-    assert (act.value, act.n) == (2 / 100, 50)
+    assert (act.value, act.n_prompts) == (2 / 100, 50)
     # Wilson's interval of 1 in 50, from the closed formula with z = 1.959964: two seeds answered the same 50 prompts.
     assert (act.low, act.high) == pytest.approx((0.00354, 0.10495), abs=1e-5)
     assert str(act) == "2% [0–10]"
 
 
 def test_the_summary_lists_base_and_controls_first_then_the_methods_in_their_order():
-    assert list(summary_table(results())["method"]) == ["base", "retention", "act", "bct"]
+    assert list(summary_table(results())["condition"]) == ["base", "retention", "act", "bct"]
 
 
 def test_the_summary_leaves_out_other_threats_and_splits_and_marks_what_was_not_measured():
@@ -95,7 +95,7 @@ def test_the_summary_reads_the_same_from_a_file(tmp_path):
 
 def test_results_of_the_base_alone_are_read(tmp_path):
     pd.DataFrame(rows_of("base", np.nan, 0, BAD["base"])).to_csv(tmp_path / "results.csv", index=False)
-    assert list(summary_table(read_results(tmp_path / "results.csv"))["method"]) == ["base"]
+    assert list(summary_table(read_results(tmp_path / "results.csv"))["condition"]) == ["base"]
 
 
 def test_results_without_the_split_are_refused():
@@ -104,7 +104,7 @@ def test_results_without_the_split_are_refused():
 
 
 def test_the_overview_has_the_bad_rate_on_every_split_and_the_good_rate_elsewhere():
-    lines = overview(everything()).set_index("method")
+    lines = overview(everything()).set_index("condition")
     assert list(lines.columns) == ["threat", "heldout", "structure", "good clean", "good benign"]
     assert str(lines.at["act", "structure"]) == "10% [4–21]"  # 5 in 50, by the closed formula
     assert str(lines.at["act", "heldout"]) == "2% [0–10]"
@@ -117,7 +117,11 @@ def test_every_training_is_counted_on_every_threat_it_was_evaluated_on():
     assert {place[1:] for place in measured if not place[0]} == {("base", THREAT), ("base", "jailbreak")}
     assert measured[THREAT, "act", "jailbreak"].rate("bad_rate", "wrapped").value == 0.5
     own = measured[THREAT, "act", THREAT]
-    assert (own.rate("bad_rate", "wrapped").value, own.rate("bad_rate", "wrapped").n, own.seeds) == (0.02, 50, 2)
+    assert (own.rate("bad_rate", "wrapped").value, own.rate("bad_rate", "wrapped").n_prompts, own.seeds) == (
+        0.02,
+        50,
+        2,
+    )
 
 
 def test_two_rates_differ_only_when_the_interval_of_the_difference_leaves_out_zero():
@@ -147,7 +151,7 @@ def test_the_table_of_all_rates_holds_every_prompt_side(page):
 
 
 def test_the_page_holds_the_bad_rate_on_every_split(page):
-    assert ["method", "heldout", "structure"] in page[1].rows
+    assert ["condition", "heldout", "structure"] in page[1].rows
     assert ["base", "80% [67–89]", "90% [79–96]"] in page[1].rows
     assert ["BCT", "72% [58–83]", "–"] in page[1].rows
 
@@ -171,7 +175,7 @@ def test_a_figure_is_as_wide_as_it_says_or_as_its_panels_need(tmp_path):
 
 def test_controls_are_not_counted_as_methods_and_unknown_methods_are(tmp_path):
     folder = write_study(tmp_path / "study")
-    added = [row for method in ("sft", "mine_new") for row in rows_of(method, 0, 20, (0, 0, 0))]
+    added = [row for condition in ("sft", "mine_new") for row in rows_of(condition, 0, 20, (0, 0, 0))]
     pd.concat([everything((0,)), pd.DataFrame(added)]).to_csv(folder / "results.csv", index=False)
     text = Page(write_report(folder).read_text(encoding="utf-8"))
     rows = {row[0]: row[1:] for row in text.rows if len(row) == 7}
@@ -292,7 +296,11 @@ def test_a_file_that_is_no_figure_is_refused(tmp_path):
 
 
 def test_results_of_an_older_version_say_how_to_convert_them(tmp_path: Path) -> None:
-    results().rename(columns={"prompt_side": "arm"}).to_csv(tmp_path / "results.csv", index=False)
+    old = {"prompt_side": "arm", "condition": "method", "n_prompts": "n"}
+    results().rename(columns=old).to_csv(tmp_path / "results.csv", index=False)
 
-    with pytest.raises(CtlensError, match="written by ctlens 0.1: rename its column arm to prompt_side"):
+    advice = (
+        "rename its column arm to prompt_side, method to condition, n to n_prompts, and write base for the method none"
+    )
+    with pytest.raises(CtlensError, match=f"written by an earlier ctlens: {advice}"):
         read_results(tmp_path / "results.csv")
