@@ -24,8 +24,6 @@ import pandas as pd
 import ctlens
 from ctlens import plots
 from ctlens.analysis import ResidualShift, ShiftSimilarity, Transplant
-from ctlens.analysis.exchange import transplant as transplants
-from ctlens.analysis.residual import shift as residual
 from ctlens.core.files import read_json, write_json
 from ctlens.core.labels import BASE
 from ctlens.evaluation import Evaluation
@@ -72,7 +70,9 @@ def drawings(data: Path) -> dict[str, plots.Figure]:
         **{name: figure for threat in ANALYSED_THREATS for name, figure in _inside(data, results, threat)},
         "cross-threat": study_figures.cross_threat_figure(results[results["condition"].isin((BASE, *SHOWN))]),
         "attack-strength": Evaluation.load(data / "base.csv").strength_figure(),
-        "sycophancy-residual-last": residual.figure(shifts, subtitle=study_figures.prompts_in_words("sycophancy")),
+        "sycophancy-residual-last": shifts[SHOWN[0]].compare(
+            shifts, label=SHOWN[0], subtitle=study_figures.prompts_in_words("sycophancy")
+        ),
         "doses-pairs": doses.figure("pairs"),
         "doses-steps": doses.figure("steps"),
         "leak": Leak(pd.read_csv(data / "leak.csv"), {}).figure(),
@@ -82,10 +82,13 @@ def drawings(data: Path) -> dict[str, plots.Figure]:
 def _inside(data: Path, results: pd.DataFrame, threat: str) -> Iterator[tuple[str, plots.Figure]]:
     """Draws the changes inside the models trained on one threat."""
     words = study_figures.prompts_in_words(threat)
-    exchanged = {name: Transplant.load(data / f"{threat}-transplant-{name}.safetensors") for name in EXCHANGED}
+    transplants = {name: Transplant.load(data / f"{threat}-transplant-{name}.safetensors") for name in EXCHANGED}
     yield f"{threat}-gap-dose", study_figures.gap_figure(results[results["trained_threat"] == threat], words)
     yield f"{threat}-similarity", ShiftSimilarity.load(data / f"{threat}-similarity.safetensors").among(SHOWN).figure()
-    yield f"{threat}-transplant", transplants.figure(exchanged, "last", subtitle=f"{words}; at equal steps")
+    first = EXCHANGED[0]
+    subtitle = f"{words}; at equal steps"
+    figure = transplants[first].compare(transplants, label=first, positions="last", subtitle=subtitle)
+    yield f"{threat}-transplant", figure
 
 
 def claims_table(claims: Sequence[Claim]) -> str:

@@ -14,15 +14,11 @@ import pandas as pd
 
 from ctlens import plots
 from ctlens.analysis import AttentionDiff, CrossLoss, Erasure, Graft, ResidualShift, ShiftSimilarity, Transplant
-from ctlens.analysis.attention import diff as attention
 from ctlens.analysis.base.positions import ALIGNED_POSITIONS
 from ctlens.analysis.base.result import Result
 from ctlens.analysis.base.shares import floor_of
-from ctlens.analysis.exchange import transplant as transplants
 from ctlens.analysis.exchange.exchange import Exchange
 from ctlens.analysis.outputs.gap_recovered import SHARE
-from ctlens.analysis.residual import shift as residual
-from ctlens.analysis.weights import graft as grafts
 from ctlens.core.labels import BASE
 from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.evaluation import Evaluation
@@ -146,11 +142,12 @@ def _first_analyses(
     config: StudyConfig, folder: Path, threat: str, conditions: Sequence[str]
 ) -> Iterator[tuple[str, Figure]]:
     """Draws the analyses that every cell of the comparison holds."""
+    first, words = conditions[0], prompts_in_words(threat)
     shifts = _over_seeds(ResidualShift, "residual", config, folder, threat, conditions)
     for positions in ALIGNED_POSITIONS:
-        yield f"residual-{positions}", residual.figure(shifts, positions=positions, subtitle=prompts_in_words(threat))
+        yield f"residual-{positions}", shifts[first].compare(shifts, label=first, positions=positions, subtitle=words)
     masses = _over_seeds(AttentionDiff, "attention", config, folder, threat, conditions)
-    yield "attention", attention.figure(masses, subtitle=prompts_in_words(threat))
+    yield "attention", masses[first].compare(masses, label=first, subtitle=words)
 
 
 def cross_threat_figure(results: pd.DataFrame) -> Figure:
@@ -236,14 +233,17 @@ def analysis_figures(config: StudyConfig, folder: Path, threat: str) -> Iterator
         shifts = _over_seeds(ResidualShift, "residual", config, folder, threat, crossed)
         for positions in ALIGNED_POSITIONS:
             subtitle = f"{words}; each loss on all aligned tokens and on the last one alone"
-            yield f"crossed-{positions}", residual.figure(shifts, positions=positions, subtitle=subtitle)
+            first = crossed[0]
+            figure = shifts[first].compare(shifts, label=first, positions=positions, subtitle=subtitle)
+            yield f"crossed-{positions}", figure
     for setting, end in ((EQUAL_STEPS, ""), (MATCHED, "-matched")):
         yield from ((f"{name}{end}", figure) for name, figure in figures_at_setting(config, folder, threat, setting))
     for result in _load(CrossLoss, "cross-loss", folder, threat).values():
         yield "cross-loss", result.figure()
     found = _load(Graft, "graft", folder, threat)
     if shown := _with_effect({name: found[name] for name in config.methods if name in found}):
-        yield "graft", grafts.figure(shown, subtitle=words)
+        first = next(iter(shown))
+        yield "graft", shown[first].compare(shown, label=first, subtitle=words)
     for result in _load(Erasure, "erasure", folder, threat).values():
         yield "erasure", result.figure()
 
@@ -260,7 +260,9 @@ def figures_at_setting(config: StudyConfig, folder: Path, threat: str, setting: 
     found = _with_effect(_load(Transplant, "transplant", folder, threat, setting))
     for positions in ALIGNED_POSITIONS if found else ():
         subtitle = f"{prompts_in_words(threat)}; at {setting}"
-        yield f"transplant-{positions}", transplants.figure(found, positions, subtitle=subtitle)
+        first = next(iter(found))
+        figure = found[first].compare(found, label=first, positions=positions, subtitle=subtitle)
+        yield f"transplant-{positions}", figure
 
 
 def _load(

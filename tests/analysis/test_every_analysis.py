@@ -40,7 +40,7 @@ def quantities(
     valid: list[bool],
     wrapper: list[bool] | None = None,
 ) -> dict[str, list[float]]:
-    """Of one prompt by positions, with position numbers equal on both sides."""
+    """The quantities of one prompt by positions, with position numbers equal on both sides."""
     positions = torch.arange(len(valid))[None]
     matched = Matched(positions, positions, torch.tensor([valid]))
     found = _of_layer(clean, wrapped, trained, matched, torch.tensor([wrapper or [False] * len(valid)]))
@@ -197,6 +197,18 @@ def test_figures_hold_the_numbers_of_the_table(model) -> None:
     mean = shift.curve("distance", "content")[0]
     assert any(line.shape == mean.shape and np.allclose(line, mean) for line in lines)
     assert any(np.allclose(panel, attention.before.mean(0)) for panel in panels)
+
+
+def test_a_comparison_draws_this_result_first_under_its_label(model) -> None:
+    still, shift = (residual_shift(model, after, PAIRS, progress=False) for after in (model, moved(model)))
+
+    drawn = shift.compare({"still": still}, label="moved", quantity="distance", positions="content")
+    again = shift.compare({"still": still, "moved": shift}, label="moved", quantity="distance", positions="content")
+
+    names = [trace.name for trace in drawn.data if trace.name]
+    assert names == ["moved", "still"] and drawn.to_json() == again.to_json()
+    with pytest.raises(CtlensError, match="two results are called 'moved': give every result a label of its own"):
+        shift.compare({"moved": still}, label="moved")
 
 
 def test_what_does_not_compare_is_refused(model) -> None:

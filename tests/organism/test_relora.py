@@ -125,7 +125,7 @@ def test_the_optimiser_remembers_what_stays_and_nothing_of_the_adapters() -> Non
 def test_restarted_updates_add_up_in_rank_and_one_alone_cannot(every: int, highest: int) -> None:
     config = replace(TINY, relora=ReLoRA(RANK_2, warm_start=0, every=every))
 
-    found = update_rank(untrained(TINY), pretrain(config, progress=False)).to_dataframe().set_index("site")["rank"]
+    found = update_rank(untrained(TINY), pretrain(config, progress=False)).to_dataframe().set_index("matrix")["rank"]
 
     assert found["q"] == found["mlp_in"] == highest  # 2 for each of the 12 / every starts
     assert found["v"] > 6

@@ -142,6 +142,25 @@ class AttentionDiff(Result):
         what = f"{WORDS[quantity].format(keys=keys)}, {FROM[queries]}"
         return plots.attention_heads(before, after, f"Which heads change their {what}?", what=what)
 
+    def compare(self, others: Mapping[str, AttentionDiff], *, label: str, subtitle: str | None = None) -> Figure:
+        """The mass on the wrapper by layer, in the base and after several trainings, one line each.
+
+        Args:
+            others: the same of other trainings of the same base, by label; they may hold this one too, under its label.
+            label: of this training.
+            subtitle: one line under the title.
+
+        Raises:
+            CtlensError: another training has this one's label.
+        """
+        trained = {name: result.curve("after") for name, result in self.beside(others, label).items()}
+        return plots.layer_curves(
+            {BASE: self.curve("before"), **trained},
+            "How much does the last token attend to the wrapper?",
+            y_title="attention mass on the wrapper, mean over heads",
+            subtitle=subtitle,
+        )
+
     def _measured(self, name: str) -> Float[np.ndarray, "side pair layer head"]:
         """A measure of the pairs that have it."""
         values = self.values[:, self.measures.index(name)]
@@ -156,18 +175,6 @@ class AttentionDiff(Result):
         for at, (column, word) in enumerate(zip(("quantity", "queries", "keys"), name.split("/"), strict=True)):
             table.insert(at, column, word)
         return table.assign(n=len(before)).sort_values("change", key=np.abs, ascending=False, ignore_index=True)
-
-
-def figure(results: Mapping[str, AttentionDiff], *, subtitle: str | None = None) -> Figure:
-    """The mass on the wrapper by layer, for the base and for several trainings, one line each."""
-    base = next(iter(results.values())).curve("before")
-    curves = {BASE: base, **{name: result.curve("after") for name, result in results.items()}}
-    return plots.layer_curves(
-        curves,
-        "How much does the last token attend to the wrapper?",
-        y_title="attention mass on the wrapper, mean over heads",
-        subtitle=subtitle,
-    )
 
 
 def attention_diff(

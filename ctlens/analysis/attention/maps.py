@@ -71,7 +71,7 @@ class AttentionMaps(Result):
             for query, of_query in _between_segments(values, segments).items()
             for key, mass in of_query.items()
         ]
-        return pd.DataFrame(rows, columns=["map", "query_span", "key_span", "mass"])
+        return pd.DataFrame(rows, columns=["map", "query_segment", "key_segment", "mass"])
 
     def figure(self, queries: tuple[int, int] | None = None, top: int = 12) -> Figure:
         """The maps, and the last model's minus the first's, on one scale.

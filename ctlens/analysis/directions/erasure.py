@@ -15,6 +15,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from ctlens import plots
+from ctlens.analysis.base.nulls import hardly_moved, random_band
 from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, PositionsOf
 from ctlens.analysis.base.result import Result
 from ctlens.analysis.directions.directions import ITEM, Directions, mean_difference
@@ -31,7 +32,6 @@ from ctlens.analysis.directions.interventions import OPPOSITE, Intervention
 from ctlens.analysis.directions.steering import ablate, steer
 from ctlens.analysis.probing.probe import Probe, probe
 from ctlens.analysis.probing.tasks import Task, wrapper_present
-from ctlens.analysis.residual.likeness import hardly_moved
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.labels import BASE
 from ctlens.core.stats import bootstrap_mean
@@ -166,8 +166,7 @@ class Erasure(Result):
 
 def _against_random(effects: Float[np.ndarray, "model layer variant pair"]) -> Float[np.ndarray, "model layer 5"]:
     """The direction's mean effect with its interval, and the lowest and highest mean of the random ones."""
-    random = effects[:, :, 1:].mean(-1)
-    return np.stack([*bootstrap_mean(np.moveaxis(effects[:, :, 0], -1, 0)), random.min(-1), random.max(-1)], -1)
+    return np.stack([*bootstrap_mean(np.moveaxis(effects[:, :, 0], -1, 0)), *random_band(effects[:, :, 1:])], -1)
 
 
 def _curves(found: Sequence[Measured]) -> plots.Measurement:

@@ -13,6 +13,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from ctlens import plots
+from ctlens.analysis.base.nulls import random_band
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError
 from ctlens.core.stats import bootstrap_mean
@@ -70,8 +71,7 @@ class Intervention(Result):
     @property
     def random_band(self) -> tuple[np.ndarray, np.ndarray]:
         """The lowest and the highest mean over pairs of the random directions, `[model, layer, alpha]` each."""
-        means = self.effects[..., self._drawn, :].mean(-1)
-        return means.min(-1), means.max(-1)
+        return random_band(self.effects[..., self._drawn, :])
 
     @property
     def _drawn(self) -> list[int]:

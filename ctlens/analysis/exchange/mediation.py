@@ -1,8 +1,8 @@
-"""Through which layers' attention and MLPs an effect runs: of the wrapper, or of a training.
+"""Mediation: how much of an effect, of the wrapper or of a training, runs through each layer's attention and MLP.
 
 Causal mediation (Vig et al. 2020, arXiv 2004.12265) with the outputs of attention and MLP as mediators. The
-total effect is what a metric changes between two runs: the clean and the wrapped prompt of one model, or the
-base and a trained model on one prompt. Through a mediator, relative to the total effect, runs
+total effect is the change of a metric between two runs: from the clean to the wrapped prompt in one model, or from the
+base to a trained model on one prompt. Two shares of it run through a mediator:
 
 - `"sufficient"`, the natural indirect effect: everything is as without the cause, and only the mediator
   has the value that it has with it;
@@ -11,14 +11,14 @@ base and a trained model on one prompt. Through a mediator, relative to the tota
 
 Both are what `patch` and `transplant` measure at `attn_out` and `mlp_out`; here they stand side by side. They need
 not be equal nor add up to 1 over mediators: mediators act on each other, and what a layer passes on shows again in
-those behind it. What is missing to 1 is reported as the remainder, and is negative where they overlap.
+the layers behind it. The remainder is 1 less their sum; it is negative where they overlap.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -26,8 +26,8 @@ import pandas as pd
 from ctlens import plots
 from ctlens.analysis.base.metrics import UserMetric
 from ctlens.analysis.base.shares import floor_of, shares
-from ctlens.analysis.exchange.exchange import QUANTITIES, Exchange, curve, where, with_effect
-from ctlens.analysis.exchange.transplant import IN_WORDS, transplant
+from ctlens.analysis.exchange.exchange import EXCHANGE_QUANTITIES, Exchange, curve, rows_with, with_effect
+from ctlens.analysis.exchange.transplant import TRANSPLANT_POSITIONS_IN_WORDS, transplant
 from ctlens.analysis.patching.patch import patch
 from ctlens.core.errors import unknown
 from ctlens.core.types import LensModel
@@ -36,20 +36,20 @@ from ctlens.models.hooks import Layers
 from ctlens.plots import Figure
 
 MEDIATORS = {"attn_out": "attention", "mlp_out": "MLP"}
-REMAINDER = "remainder"
-ROLES = {"sufficient": "brought by {} alone", "lost": "lost without {}"}
+_REMAINDER = "remainder"
+_PANEL_TITLES = {"sufficient": "brought by {} alone", "lost": "lost without {}"}
 
 
 @dataclass(frozen=True)
 class Mediation(Exchange):
-    """The effects through every layer's attention and MLP.
+    """The effects that run through every layer's attention and MLP.
 
     Attributes:
-        values, unpatched, source, metrics: see `Exchange`, with the run without the cause as recipient and the one
-            with it as donor; a cell is `[mediator, layer]`, mediators as in `MEDIATORS`.
+        values, unpatched, source, metrics: see `Exchange`, with the run without the cause as target and the run
+            with it as source; a cell is `[mediator, layer]`, mediators as in `MEDIATORS`.
         layers: the number of each layer.
         cause: `"wrapper"` or `"training"`.
-        positions: which tokens' mediators were exchanged.
+        positions: the tokens at which mediators were patched.
     """
 
     layers: tuple[int, ...]
@@ -58,71 +58,105 @@ class Mediation(Exchange):
 
     def cells(self) -> pd.DataFrame:
         """Mediator and layer of every cell."""
-        mediators, layers = np.repeat(list(MEDIATORS.values()), len(self.layers)), np.tile(self.layers, len(MEDIATORS))
-        return pd.DataFrame({"mediator": mediators, "layer": layers})
+        mediators = np.repeat(list(MEDIATORS.values()), len(self.layers))
+        return pd.DataFrame({"mediator": mediators, "layer": np.tile(self.layers, len(MEDIATORS))})
 
     def totals(self, metric: str | None = None, *, smallest_gap: float | None = None) -> pd.DataFrame:
-        """Per quantity, the shares of all measured layers' attention and MLPs added up, and the remainder.
+        """The shares of all measured layers added up, of attention and MLPs, and the remainder, per quantity.
 
         Raises:
             CtlensError: as `normalised`.
         """
-        self.normalised(metric, smallest_gap=smallest_gap)  # refuses what has no effect
+        self.normalised(metric, smallest_gap=smallest_gap)  # refuses a result without an effect
         metric = self.metrics[0] if metric is None else metric
-        row, tables = self.metrics.index(metric), []
-        for number, quantity in enumerate(QUANTITIES):
-            gap = self.source[number, row] - self.unpatched[number, row]
-            added = (self.values[number, row] - self.unpatched[number, row]).sum(1)
+        row = self.metrics.index(metric)
+        tables = []
+        for index, quantity in enumerate(EXCHANGE_QUANTITIES):
+            gap = self.source[index, row] - self.unpatched[index, row]
+            added = (self.values[index, row] - self.unpatched[index, row]).sum(1)
             numbers = shares(np.stack([*added, gap - added.sum(0)]), gap, floor_of(metric, smallest_gap))
-            labels = {"quantity": quantity, "metric": metric, "part": [*MEDIATORS.values(), REMAINDER]}
+            labels = {"quantity": quantity, "metric": metric, "part": [*MEDIATORS.values(), _REMAINDER]}
             named = dict(zip(("value", "ci_low", "ci_high"), numbers, strict=True))
             tables.append(pd.DataFrame({**labels, **named, "n": self.n_pairs}))
         return pd.concat(tables, ignore_index=True)
 
-    def figure(self, quantity: str = "sufficient", metric: str | None = None) -> Figure:
-        """The shares through attention and MLPs by layer; raises as `figure` of this module."""
-        return figure({self.cause: self}, quantity, metric)
+    def figure(
+        self, quantity: str = "sufficient", metric: str | None = None, *, smallest_gap: float | None = None
+    ) -> Figure:
+        """The shares through attention and through MLPs by layer.
+
+        Args:
+            quantity: `"sufficient"` or `"lost"`.
+            metric: by default the first.
+            smallest_gap: see `Exchange.normalised`.
+
+        Raises:
+            CtlensError: the quantity is unknown, the metric was not measured, or there is no effect.
+        """
+        return _drawn({self.cause: self}, quantity, metric, smallest_gap)
+
+    def compare(
+        self,
+        others: Mapping[str, Self],
+        *,
+        label: str,
+        quantity: str = "sufficient",
+        metric: str | None = None,
+        smallest_gap: float | None = None,
+        subtitle: str | None = None,
+    ) -> Figure:
+        """Several effects in one figure, a line per effect and this one first; the remainders stand under the title.
+
+        Args:
+            others: other effects by label; they may hold this one too, under its label. An effect too small for a
+                share is left out, with a note.
+            label: of this effect.
+            quantity: `"sufficient"` or `"lost"`.
+            metric: by default the first.
+            smallest_gap: see `Exchange.normalised`.
+            subtitle: one line under the title, in front of the notes.
+
+        Raises:
+            CtlensError: another effect has this one's label, the quantity is unknown, the metric was not measured, or
+                no effect is large enough.
+        """
+        return _drawn(self.beside(others, label), quantity, metric, smallest_gap, subtitle)
 
 
-def figure(
+def _drawn(
     results: Mapping[str, Mediation],
-    quantity: str = "sufficient",
-    metric: str | None = None,
-    *,
-    smallest_gap: float | None = None,
+    quantity: str,
+    metric: str | None,
+    smallest_gap: float | None,
     subtitle: str | None = None,
 ) -> Figure:
-    """Several effects in one figure, a panel for attention and one for MLPs, with the remainders under the title.
-
-    Args:
-        results: by name; one whose effect is too small for a share is left out, with a note.
-        quantity: `"sufficient"` or `"lost"`.
-        metric: by default the first.
-        smallest_gap: see `Exchange.normalised`.
-        subtitle: before the notes.
-
-    Raises:
-        CtlensError: the quantity is unknown, the metric was not measured, or nothing has an effect.
-    """
-    if quantity not in QUANTITIES:
-        raise unknown("quantity", quantity, QUANTITIES)
+    """A panel for attention and one for MLPs, one line per result."""
+    if quantity not in EXCHANGE_QUANTITIES:
+        raise unknown("quantity", quantity, EXCHANGE_QUANTITIES)
     first = next(iter(results.values()))
     tables, note = with_effect(results, metric, smallest_gap)
     panels = {
-        ROLES[quantity].format(mediator): {
-            name: curve(where(table, mediator=mediator, quantity=quantity)) for name, table in tables.items()
+        _PANEL_TITLES[quantity].format(mediator): {
+            name: curve(rows_with(table, mediator=mediator, quantity=quantity)) for name, table in tables.items()
         }
         for mediator in MEDIATORS.values()
     }
-    left = []
+    remainders = []
     for name in tables:
-        added = results[name].totals(metric, smallest_gap=smallest_gap)
-        left.append(f"{plots.label(name)} {where(added, quantity=quantity, part=REMAINDER)['value'].item():.2f}")
-    what = f"{first.n_pairs} pairs, {metric or first.metrics[0]}, {IN_WORDS[first.positions]}"
-    words = "; ".join(filter(None, (subtitle or what, f"remainder of the sum: {', '.join(left)}", note)))
+        totals = results[name].totals(metric, smallest_gap=smallest_gap)
+        remainder = rows_with(totals, quantity=quantity, part=_REMAINDER)["value"].item()
+        remainders.append(f"{plots.label(name)} {remainder:.2f}")
+    positions = TRANSPLANT_POSITIONS_IN_WORDS[first.positions]
+    prompts = f"{first.n_pairs} pairs, {metric or first.metrics[0]}, {positions}"
+    notes = (subtitle or prompts, f"remainder of the sum: {', '.join(remainders)}", note)
     causes = " and ".join(dict.fromkeys(results[name].cause for name in tables))
-    title = f"Does the effect of the {causes} run through attention or MLPs?"
-    return plots.exchange_curves(first.layers, panels, title, y_title="share of the effect", subtitle=words)
+    return plots.exchange_curves(
+        first.layers,
+        panels,
+        f"Does the effect of the {causes} run through attention or MLPs?",
+        y_title="share of the effect",
+        subtitle="; ".join(filter(None, notes)),
+    )
 
 
 def mediation(
@@ -136,7 +170,7 @@ def mediation(
     max_batch: int | None = None,
     progress: bool = True,
 ) -> Mediation:
-    """The share of an effect that runs through the attention and the MLP of every layer.
+    """Mediation: the share of an effect that runs through the attention and the MLP of every layer.
 
     >>> import ctlens as ct
     >>> pairs = ct.threats.get("sycophancy").pairs(16, split="heldout")
@@ -149,10 +183,10 @@ def mediation(
     Args:
         model: in eval mode.
         pairs: with good and bad answers.
-        trained: without it, the effect is that of the wrapper, from the clean to the wrapped prompt; with it, that
-            of the training, from `model` to `trained` on the wrapped prompt.
-        positions: `"last"`, `"content"` or `"all"` tokens; of the wrapper's effect, all aligned ones. For
-            the training's effect also `"wrapper"`.
+        trained: if given, the effect is that of the training, from `model` to `trained` on the wrapped prompt;
+            else it is that of the wrapper, from the clean to the wrapped prompt in `model`.
+        positions: `"last"`, `"content"` or `"all"` tokens; for the wrapper's effect `"all"` means all aligned tokens.
+            For the training's effect also `"wrapper"`.
         layers: which ones, see `ctlens.models.hooks.select_layers`.
         metrics: see `patch`.
         max_batch: see `patch`.
@@ -161,17 +195,42 @@ def mediation(
     Raises:
         CtlensError: as `patch` and `transplant`.
     """
-    options: dict[str, Any] = {"positions": positions, "layers": layers, "metrics": metrics, "max_batch": max_batch}
-    options["progress"] = progress
+    options: dict[str, Any] = {
+        "positions": positions,
+        "layers": layers,
+        "metrics": metrics,
+        "max_batch": max_batch,
+        "progress": progress,
+    }
     if trained is None:
-        found = [
-            [patch(model, pairs, site=site, direction=direction, **options) for direction in ("noising", "denoising")]
-            for site in MEDIATORS
-        ]
-        values = np.stack([np.stack([one.values[:, :, 0] for one in both]) for both in found], 2)
-        unpatched, source = (np.stack([getattr(one, name) for one in found[0]]) for name in ("target", "source"))
-        return Mediation(values, unpatched, source, found[0][0].metrics, found[0][0].layers, "wrapper", positions)
-    exchanged = [transplant(trained, model, pairs, site=site, **options) for site in MEDIATORS]
-    values = np.stack([one.values[:, :, :, 0] for one in exchanged], 2)
-    first = exchanged[0]
-    return Mediation(values, first.unpatched, first.source, first.metrics, first.layers, "training", positions)
+        return _of_wrapper(model, pairs, positions, options)
+    found = [transplant(trained, model, pairs, site=site, **options) for site in MEDIATORS]
+    return Mediation(
+        values=np.stack([result.values[:, :, :, 0] for result in found], 2),
+        unpatched=found[0].unpatched,
+        source=found[0].source,
+        metrics=found[0].metrics,
+        layers=found[0].layers,
+        cause="training",
+        positions=positions,
+    )
+
+
+def _of_wrapper(model: LensModel, pairs: Sequence[Pair], positions: str, options: dict[str, Any]) -> Mediation:
+    """The mediation of the wrapper's effect: noising brings it into the clean run, denoising takes it from the wrapped.
+
+    The two directions stand for `"sufficient"` and `"lost"`.
+    """
+    sites = tuple(MEDIATORS)
+    both = [patch(model, pairs, site=sites, direction=direction, **options) for direction in ("noising", "denoising")]
+    values = [np.stack([found[site].values[:, :, 0] for site in sites], 1) for found in both]
+    first = both[0][sites[0]]
+    return Mediation(
+        values=np.stack(values),
+        unpatched=np.stack([found[sites[0]].target for found in both]),
+        source=np.stack([found[sites[0]].source for found in both]),
+        metrics=first.metrics,
+        layers=first.layers,
+        cause="wrapper",
+        positions=positions,
+    )

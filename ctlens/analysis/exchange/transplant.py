@@ -1,11 +1,11 @@
-"""Where a training lives: activations of one model put into another one on the same prompt, and back.
+"""Cross-model patching: activations of one model are put into another model on the same prompt, and the other way.
 
-The activation of the donor at a layer and a place replaces the recipient's, and the answer is read again. In
-the one direction it tells what is sufficient: the share of the effect, the difference between the two
-models, that appears in the recipient. In the other it tells what is left in later weights: the share of the effect that
-is lost when the recipient's activation is put back into the donor; 1 is nothing left. A donor may
-be a trained model and the recipient its base, or both may be trained, by one method each. Where two methods do alike,
-there is no effect between them, and `Transplant.kept` asks whether each still works with the other's activations.
+The activation of the source model at a layer and some tokens replaces the target's, and the answer is read again. That
+direction says what is sufficient: the share of the effect, the difference between the two models, that appears in the
+target. The other direction, the target's activation in the source, says what is left in later weights: the share of the
+effect that is lost; 1 is nothing left. The source may be a trained model and the target its base, or each may be
+trained by a method of its own. Two methods that behave alike have no effect between them; `Transplant.kept` then asks
+whether each still works with the other's activations.
 
 The last token, the content before it and the wrapper are never pooled, because they give different
 answers. Positions need no alignment, for both models read the same prompt.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -25,9 +26,16 @@ from ctlens.analysis.base.contrast import contrasts
 from ctlens.analysis.base.forward import encoded, require_comparable
 from ctlens.analysis.base.metrics import UserMetric, named_metrics
 from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, SIDES, STATE_POSITIONS
-from ctlens.analysis.exchange.exchange import QUANTITIES, WORDS, Exchange, curve, where, with_effect
+from ctlens.analysis.exchange.exchange import (
+    EXCHANGE_QUANTITIES,
+    QUANTITY_TITLES,
+    Exchange,
+    curve,
+    rows_with,
+    with_effect,
+)
 from ctlens.analysis.patching.jobs import Column, PatchBatch, PatchPair, patch_batch
-from ctlens.analysis.patching.sweep import Recorded, Sweep, sweep_of
+from ctlens.analysis.patching.sweep import Recorded, Sweep, Swept, sweep_of
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair
@@ -35,22 +43,22 @@ from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers, capture
 from ctlens.plots import Figure
 
-ALL = "all"
-POSITIONS = (*STATE_POSITIONS, ALL)
-IN_WORDS = {**POSITIONS_IN_WORDS, ALL: "at all tokens"}
+_ALL = "all"
+TRANSPLANT_POSITIONS = (*STATE_POSITIONS, _ALL)
+TRANSPLANT_POSITIONS_IN_WORDS = {**POSITIONS_IN_WORDS, _ALL: "at all tokens"}
 
 
 @dataclass(frozen=True)
 class Transplant(Exchange):
-    """The answers of both models with activations of the other one.
+    """The result of cross-model patching: what each of two models answers with activations of the other.
 
     Attributes:
-        values, unpatched, source, metrics: see `Exchange`; a cell is `[layer, position]`, for `z` and
-            `pattern` `[layer, head, position]`.
+        values, unpatched, source, metrics: see `Exchange`; a cell is `[layer, positions]`, for `z` and
+            `pattern` `[layer, head, positions]`.
         layers: the number of each layer.
-        positions: the name of each place.
+        positions: the tokens that were patched together, by name.
         site: the hook point.
-        side: of the pairs, whose prompts were read.
+        side: `"wrapped"` or `"clean"`, the side of the pairs whose prompts both models read.
         path: how it was computed, see `Patching`.
     """
 
@@ -61,69 +69,99 @@ class Transplant(Exchange):
     path: str
 
     def cells(self) -> pd.DataFrame:
-        """Layer, head (where there are heads) and position of every cell."""
+        """Layer, head (where there are heads) and positions of every cell."""
         layer, *head, position = np.indices(self.values.shape[2:-1]).reshape(self.values.ndim - 3, -1)
-        heads = {"head": head[0]} if head else {}
-        places = {"position": np.array(self.positions)[position]}
-        return pd.DataFrame({"layer": np.array(self.layers)[layer], **heads, **places})
+        table = pd.DataFrame({"layer": np.array(self.layers)[layer]})
+        if head:
+            table["head"] = head[0]
+        return table.assign(positions=np.array(self.positions)[position])
 
-    def figure(self, position: str | None = None, metric: str | None = None) -> Figure:
-        """The shares in both directions by layer, or by layer and head; raises as `figure` of this module."""
-        return figure({"donor": self}, position, metric)
+    def figure(
+        self, positions: str | None = None, metric: str | None = None, *, smallest_gap: float | None = None
+    ) -> Figure:
+        """The shares in both directions, by layer or by layer and head.
+
+        Args:
+            positions: any of the measured ones, by default the first.
+            metric: by default the first.
+            smallest_gap: see `Exchange.normalised`.
+
+        Raises:
+            CtlensError: the positions or the metric were not measured, or there is no effect.
+        """
+        return _drawn({"source": self}, positions, metric, smallest_gap)
+
+    def compare(
+        self,
+        others: Mapping[str, Self],
+        *,
+        label: str,
+        positions: str | None = None,
+        metric: str | None = None,
+        smallest_gap: float | None = None,
+        subtitle: str | None = None,
+    ) -> Figure:
+        """The shares of several source models in one figure, a line per model and this one first; a grid per head site.
+
+        Args:
+            others: transplants from other source models, by label; they may hold this one too, under its label. A
+                model whose effect is too small for a share is left out, with a note.
+            label: of this source model.
+            positions: any of the measured ones, by default the first.
+            metric: by default the first.
+            smallest_gap: see `Exchange.normalised`.
+            subtitle: one line under the title, in front of the note.
+
+        Raises:
+            CtlensError: another transplant has this one's label, the positions or the metric were not measured, or no
+                model has an effect.
+        """
+        return _drawn(self.beside(others, label), positions, metric, smallest_gap, subtitle)
 
 
-def figure(
+def _drawn(
     results: Mapping[str, Transplant],
-    position: str | None = None,
-    metric: str | None = None,
-    *,
-    smallest_gap: float | None = None,
+    positions: str | None,
+    metric: str | None,
+    smallest_gap: float | None,
     subtitle: str | None = None,
 ) -> Figure:
-    """Several donors in one figure, a line each, or where heads were exchanged a grid each.
-
-    Args:
-        results: by the donor's name; one whose effect is too small for a share is left out, with a note.
-        position: which of the measured ones, by default the first.
-        metric: by default the first.
-        smallest_gap: see `Exchange.normalised`.
-        subtitle: before the note.
-
-    Raises:
-        CtlensError: a position or the metric was not measured, or no donor has an effect.
-    """
+    """Lines by layer, or grids by layer and head if heads were patched."""
     first = next(iter(results.values()))
-    position = first.positions[0] if position is None else position
+    positions = first.positions[0] if positions is None else positions
     for result in results.values():
-        if position not in result.positions:
-            raise unknown("measured position", position, result.positions)
+        if positions not in result.positions:
+            raise unknown("measured positions", positions, result.positions)
     tables, note = with_effect(results, metric, smallest_gap)
-    chosen = {name: where(table, position=position) for name, table in tables.items()}
-    what = f"{first.site}, {first.n_pairs} {first.side} prompts, {metric or first.metrics[0]}"
-    words = {"subtitle": "; ".join(filter(None, (subtitle or what, note)))}
-    title = f"Where does the training live, {IN_WORDS[position]}?"
+    chosen = {name: rows_with(table, positions=positions) for name, table in tables.items()}
+    prompts = f"{first.site}, {first.n_pairs} {first.side} prompts, {metric or first.metrics[0]}"
+    subtitle = "; ".join(filter(None, (subtitle or prompts, note)))
+    title = f"Where does the training live, {TRANSPLANT_POSITIONS_IN_WORDS[positions]}?"
     if "head" in next(iter(chosen.values())):
-        return _grids(chosen, title, **words)
+        return _grids(chosen, title, subtitle)
     panels = {
-        WORDS[quantity]: {name: curve(where(table, quantity=quantity)) for name, table in chosen.items()}
-        for quantity in QUANTITIES
+        QUANTITY_TITLES[quantity]: {name: curve(rows_with(table, quantity=quantity)) for name, table in chosen.items()}
+        for quantity in EXCHANGE_QUANTITIES
     }
-    return plots.exchange_curves(first.layers, panels, title, y_title="share of the effect", **words)
+    return plots.exchange_curves(first.layers, panels, title, y_title="share of the effect", subtitle=subtitle)
 
 
-def _grids(tables: Mapping[str, pd.DataFrame], title: str, *, subtitle: str) -> Figure:
-    grids, heads = {}, 0
+def _grids(tables: Mapping[str, pd.DataFrame], title: str, subtitle: str) -> Figure:
+    """A grid of layers by heads per source model and direction."""
+    grids = {}
+    heads = 0
     for name, table in tables.items():
         for quantity, of_quantity in table.groupby("quantity", sort=False):
             grid = of_quantity.pivot(index="layer", columns="head", values="value").to_numpy()
-            grids[f"{plots.label(name)}: {quantity}"], heads = grid, grid.shape[1]
+            grids[f"{plots.label(name)}: {quantity}"] = grid
+            heads = grid.shape[1]
     columns = [f"H{head}" for head in range(heads)]
     return plots.component_grids(grids, columns, title, unit="share of the effect", subtitle=subtitle)
 
 
 def transplant(
-    donor: LensModel,
-    recipient: LensModel,
+    source: LensModel,
+    target: LensModel,
     pairs: Sequence[Pair],
     *,
     site: str = "resid_post",
@@ -134,7 +172,7 @@ def transplant(
     max_batch: int | None = None,
     progress: bool = True,
 ) -> Transplant:
-    """Every activation of one site, exchanged between two models in both directions.
+    """Cross-model patching: every activation of one site of one model put into another model, and the other way.
 
     >>> import ctlens as ct
     >>> base, threat = ct.load_organism(), ct.threats.get("sycophancy")
@@ -142,73 +180,69 @@ def transplant(
     >>> found = ct.analysis.transplant(trained, base, threat.pairs(16, split="heldout"), progress=False)
     >>> found.values.shape  # quantities, metrics, layers, positions, pairs
     (2, 1, 4, 2, 16)
-    >>> shares = found.normalised().query("layer == 3 and position == 'last'")
+    >>> shares = found.normalised().query("layer == 3 and positions == 'last'")
     >>> shares["value"].round(3).tolist()  # behind the last layer, the last token is all that is read
     [1.0, 1.0]
 
     Args:
-        donor: for example a trained model, in eval mode.
-        recipient: for example its base, in eval mode.
+        source: for example a trained model, in eval mode.
+        target: for example its base, in eval mode.
         pairs: with good and bad answers on the side.
-        site: what is exchanged, one of `ctlens.models.hooks.SHORTHANDS`, see `patch`.
+        site: the hook point that is patched, one of `ctlens.models.hooks.SHORTHANDS`, see `patch`.
         positions: one or several of `"last"`, the token that predicts the answer; `"content"`, the
             aligned tokens before it; `"wrapper"`, the tokens that the attack added; and `"all"`, every token.
         side: `"wrapped"` or `"clean"`: the prompt of each pair that both models read.
         layers: which ones, see `ctlens.models.hooks.select_layers`.
-        metrics: see `patch`; `"kl"` is measured from the model that is the source.
+        metrics: see `patch`; `"kl"` is measured from the model whose activations are put in.
         max_batch: patches, and pairs, held at once; by default as many as fit.
         progress: show a progress bar.
 
     Returns:
         What the models answer with each other's activations. The final norm and the unembedding are each model's
-        own, so that even the whole last layer is the donor only where these are equal.
+        own, so the target with all of the source's last layer answers as the source only if these are equal.
 
     Raises:
         CtlensError: the models do not compare or are in training mode, an option is unknown, or a pair
             has no answers or no token at a position.
     """
-    require_comparable(donor, recipient)
-    places = (positions,) if isinstance(positions, str) else tuple(positions)
-    prepared = _prepared(recipient, pairs, side, places)
+    require_comparable(target, source)
+    chosen = (positions,) if isinstance(positions, str) else tuple(positions)
+    prepared = _prompts(target, pairs, side, chosen)
     measures = named_metrics(metrics)
     into = [
         sweep_of(model, prepared, (site,), layers, measures, max_batch, skip_unchanged=False)
-        for model in (recipient, donor)
+        for model in (target, source)
     ]
     groups = into[0].groups(prepared)
     total = sum(sweep.patches(group) for sweep in into for group in groups)
     with tqdm(total=total, desc="transplants", disable=not progress, leave=False) as bar:
-        chunks = [_exchanged(into, group, bar) for group in groups]
-    values, unpatched, source, paths = zip(*chunks, strict=True)
+        found = [_both_ways(into, group, bar) for group in groups]
+    paths = {swept.paths[site] for both in found for swept in both}
     return Transplant(
-        np.concatenate(values, -1),
-        np.concatenate(unpatched, -1),
-        np.concatenate(source, -1),
-        tuple(measures),
-        into[0].layers,
-        places,
-        site,
-        side,
-        " and ".join(sorted(set().union(*paths))),
+        values=_joined([[swept.values[site] for swept in both] for both in found]),
+        unpatched=_joined([[swept.target for swept in both] for both in found]),
+        source=_joined([[swept.source for swept in both] for both in found]),
+        metrics=tuple(measures),
+        layers=into[0].layers,
+        positions=chosen,
+        site=site,
+        side=side,
+        path=" and ".join(sorted(paths)),
     )
 
 
-def _exchanged(
-    into: Sequence[Sweep], group: Sequence[PatchPair], bar: tqdm
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, set[str]]:
-    """The patches of both directions, stacked, and the ways they went."""
+def _joined(groups: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """The arrays of both directions, stacked, of all groups of pairs."""
+    return np.concatenate([np.stack(both) for both in groups], -1)
+
+
+def _both_ways(into: Sequence[Sweep], group: Sequence[PatchPair], bar: tqdm) -> list[Swept]:
+    """Sweeps a group of prompts in each model, with the other model's run as the source."""
     batch = patch_batch(group, next(into[0].model.parameters()).device)
     runs = [_recorded(sweep, batch) for sweep in into]
-    found = [
-        sweep.values(group, batch, source, target, bar)
-        for sweep, source, target in zip(into, runs[::-1], runs, strict=True)
+    return [
+        sweep.values(group, batch, other, own, bar) for sweep, other, own in zip(into, runs[::-1], runs, strict=True)
     ]
-    site = into[0].sites[0]
-    values, unpatched, source = (
-        np.stack(part)
-        for part in zip(*((swept.values[site], swept.target, swept.source) for swept in found), strict=True)
-    )
-    return values, unpatched, source, {swept.paths[site] for swept in found}
 
 
 def _recorded(sweep: Sweep, batch: PatchBatch) -> Recorded:
@@ -216,35 +250,37 @@ def _recorded(sweep: Sweep, batch: PatchBatch) -> Recorded:
     return Recorded(batch.target.at_last(logits), found)
 
 
-def _prepared(model: LensModel, pairs: Sequence[Pair], side: str, positions: Sequence[str]) -> list[PatchPair]:
-    """Every prompt as source and target of itself, with a column a place."""
+def _prompts(model: LensModel, pairs: Sequence[Pair], side: str, positions: Sequence[str]) -> list[PatchPair]:
+    """Every prompt as source and target of itself, with a column for each name in `positions`."""
     if side not in SIDES:
         raise unknown("side", side, SIDES)
-    for position in positions:
-        if position not in POSITIONS:
-            raise unknown("choice of positions", position, POSITIONS)
+    for name in positions:
+        if name not in TRANSPLANT_POSITIONS:
+            raise unknown("choice of positions", name, TRANSPLANT_POSITIONS)
     if not positions or len(set(positions)) < len(positions):
-        raise CtlensError(f"name at least one choice of positions, and each once, among {', '.join(POSITIONS)}.")
+        raise CtlensError(
+            f"name at least one choice of positions, and each once, among {', '.join(TRANSPLANT_POSITIONS)}."
+        )
     if "wrapper" in positions and side == "clean":
         raise CtlensError("a clean prompt has no wrapper: choose side='wrapped' or other positions.")
     rows = encoded(model, pairs, "shared" if "content" in positions else None)
     found = []
     for number, (row, contrast) in enumerate(zip(rows, contrasts(model, pairs, side), strict=True), start=1):
-        columns = [_at(position, row, side, len(contrast.prompt)) for position in positions]
-        for position, column in zip(positions, columns, strict=True):
+        columns = [_column(name, row, side, len(contrast.prompt)) for name in positions]
+        for name, column in zip(positions, columns, strict=True):
             if not column:
-                raise CtlensError(f"pair {number} has no token at {position!r}: leave it out or choose others.")
-        every = _at(ALL, row, side, len(contrast.prompt))
+                raise CtlensError(f"pair {number} has no token at {name!r}: leave it out or choose others.")
+        every = _column(_ALL, row, side, len(contrast.prompt))
         found.append(PatchPair(contrast.prompt, contrast, tuple(columns), every))
     return found
 
 
-def _at(position: str, row: EncodedPair, side: str, length: int) -> Column:
-    """The tokens of a place, each as its own twin; those that both answers begin with count as content."""
+def _column(positions: str, row: EncodedPair, side: str, length: int) -> Column:
+    """The chosen tokens, each as its own twin; tokens that both answers begin with count as content."""
     begun = range(len(getattr(row, side).ids), length)
     last = length - 1
-    if position == "content":
+    if positions == "content":
         chosen = sorted({*getattr(row.alignments["shared"], side), *begun} - {last})
     else:
-        chosen = {"last": (last,), "wrapper": row.wrapper, ALL: range(length)}[position]
-    return tuple((place, place) for place in chosen)
+        chosen = {"last": (last,), "wrapper": row.wrapper, _ALL: range(length)}[positions]
+    return tuple((position, position) for position in chosen)

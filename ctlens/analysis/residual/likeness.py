@@ -9,23 +9,12 @@ import numpy as np
 from jaxtyping import Float
 
 SMALLEST_CEILING = 0.3  # below it, dividing by the ceiling blows up noise
-WEAK = 0.05  # a null that moved less than this share of what it is held against says little
 RANK = 1e-5  # singular values below this share of the largest are rounding
 
 Matrix: TypeAlias = Float[np.ndarray, "... model model"]
 Seeds: TypeAlias = Sequence[tuple[str, int]]
 """The method and the seed of each model."""
 Table: TypeAlias = Float[np.ndarray, "... method method"]
-
-
-def hardly_moved(name: str, share: float, role: str) -> str:
-    """What a figure says of a null that moved too little to be one; nothing of any other.
-
-    >>> hardly_moved("retention", 0.02, "floor"), hardly_moved("retention", 0.4, "floor")
-    ('; retention hardly moved (2.0% of the others): a weak floor', '')
-    """
-    words = f"{share:.1%}" if share >= 0.0005 else "under 0.1%"
-    return f"; {name} hardly moved ({words} of the others): a weak {role}" if share < WEAK else ""
 
 
 def cosines(gram: Matrix) -> Matrix:

@@ -17,7 +17,7 @@ pooled: they give different answers. The wrapper has no clean counterpart, hence
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,18 +127,35 @@ class ResidualShift(Result):
 
     def figure(self, quantity: str = "gap_closed", positions: str = "last") -> Figure:
         """The quantity by layer."""
-        return figure({"trained": self}, quantity, positions)
+        return _drawn({"trained": self}, quantity, positions)
+
+    def compare(
+        self,
+        others: Mapping[str, ResidualShift],
+        *,
+        label: str,
+        quantity: str = "gap_closed",
+        positions: str = "last",
+        subtitle: str | None = None,
+    ) -> Figure:
+        """The quantity by layer in several trainings, one line per training and this one first.
+
+        Args:
+            others: the shifts of other trainings, by label; they may hold this one too, under its label.
+            label: of this training.
+            quantity, positions: as in `curve`.
+            subtitle: one line under the title.
+
+        Raises:
+            CtlensError: another training has this one's label, or as `curve`.
+        """
+        return _drawn(self.beside(others, label), quantity, positions, subtitle)
 
 
-def figure(
-    results: dict[str, ResidualShift],
-    quantity: str = "gap_closed",
-    positions: str = "last",
-    *,
-    subtitle: str | None = None,
-) -> Figure:
-    """Several trainings in one figure, one line per method."""
-    undone, moved = "How far does training undo the wrapper", "How far does training move the residual stream"
+def _drawn(results: Mapping[str, ResidualShift], quantity: str, positions: str, subtitle: str | None = None) -> Figure:
+    """One line per result."""
+    undone = "How far does training undo the wrapper"
+    moved = "How far does training move the residual stream"
     return plots.layer_curves(
         {name: result.curve(quantity, positions) for name, result in results.items()},
         f"{undone if quantity in GAP_QUANTITIES else moved}, {POSITIONS_IN_WORDS[positions]}?",

@@ -10,9 +10,10 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from ctlens import plots
+from ctlens.analysis.base.nulls import WEAK_NULL, hardly_moved
 from ctlens.analysis.base.positions import ALIGNED_POSITIONS, POSITIONS_IN_WORDS, STATE_POSITIONS
 from ctlens.analysis.base.result import Result
-from ctlens.analysis.residual.likeness import WEAK, ceilings, hardly_moved
+from ctlens.analysis.residual.likeness import ceilings
 from ctlens.analysis.residual.shift_vectors import PARTS
 from ctlens.analysis.residual.similarity_statistics import STATISTICS, title_of
 from ctlens.core.errors import CtlensError, unknown
@@ -125,7 +126,7 @@ class ShiftSimilarity(Result):
             if a <= b and (STATE_POSITIONS[positions] != "wrapper" or PARTS[part] == "all"):
                 names = (self.quantities[quantity], PARTS[part], STATE_POSITIONS[positions], self.layers[layer])
                 lengths = self.length[part, positions, layer, [a, b]].tolist()
-                weak = self._null_length(part, positions, layer) < WEAK * min(lengths)
+                weak = self._null_length(part, positions, layer) < WEAK_NULL * min(lengths)
                 found = (*numbers[:, *at].tolist(), *lengths, weak, int(self.n[at[1:]]), str(verdicts[at]))
                 rows.append((*names, self.methods[a], self.methods[b], *found))
         return pd.DataFrame(rows, columns=list(COLUMNS))

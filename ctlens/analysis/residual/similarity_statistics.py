@@ -8,6 +8,7 @@ from typing import TypeAlias
 import numpy as np
 from jaxtyping import Float
 
+from ctlens.analysis.base.nulls import random_directions
 from ctlens.analysis.base.positions import STATE_POSITIONS
 from ctlens.analysis.residual.likeness import (
     Matrix,
@@ -31,7 +32,7 @@ TITLES = {
     "mean_cosine": "cosine of the mean shifts",
     "cka": "debiased linear CKA",
 }
-DRAWS = 200
+_DRAWS = 200  # random directions; chosen by eye
 
 Statistics: TypeAlias = Float[np.ndarray, "quantity statistic method method"]
 Band: TypeAlias = Float[np.ndarray, "quantity ends method"]
@@ -106,7 +107,7 @@ def _cosine(shifts: Shifts, seeds: Seeds, k: int) -> Measured:
         point = filled.sum(0) / counts
         resamples = resampled_means(filled) / resampled_means(known.astype(float))
         pull = pull.sum(0) / np.diagonal(counts)[:, None]
-    return _corrected(point, resamples, seeds), _band(pull @ _directions(pull.shape[-1]).T, seeds)[None]
+    return _corrected(point, resamples, seeds), _band(pull @ random_directions(pull.shape[-1], _DRAWS).T, seeds)[None]
 
 
 def _mean_cosine(shifts: Shifts, seeds: Seeds, k: int) -> Measured:
@@ -114,7 +115,7 @@ def _mean_cosine(shifts: Shifts, seeds: Seeds, k: int) -> Measured:
     point, drawn = (cosines(vectors @ vectors.swapaxes(-1, -2)) for vectors in (centre, resamples))
     length = np.linalg.norm(centre, axis=-1, keepdims=True)
     unit = np.divide(centre, length, out=np.full_like(centre, np.nan), where=length > 0)
-    return _corrected(point, drawn, seeds), _band(unit @ _directions(unit.shape[-1]).T, seeds)[None]
+    return _corrected(point, drawn, seeds), _band(unit @ random_directions(unit.shape[-1], _DRAWS).T, seeds)[None]
 
 
 def _cka(shifts: Shifts, seeds: Seeds, k: int) -> Measured:
@@ -135,7 +136,7 @@ def _principal(shifts: Shifts, seeds: Seeds, k: int) -> Measured:
         return np.moveaxis(principal_cosines(top[:, None], top[None]), -1, 0)
 
     top = top_directions(shifts.mean.swapaxes(0, 1), k)
-    random = np.linalg.qr(_directions(d, k).swapaxes(1, 2))[0].swapaxes(1, 2)
+    random = np.linalg.qr(random_directions(d, _DRAWS, k).swapaxes(1, 2))[0].swapaxes(1, 2)
     chance = principal_cosines(top[:, None], random[None])
     return _uncorrected(angles, n, seeds), np.stack([_band(chance[..., angle], seeds) for angle in range(k)])
 
@@ -168,12 +169,6 @@ def _uncorrected(
     ends = np.clip(jackknife(lambda items: between(values(items), seeds)[0], n), -1, 1)
     nothing = np.full((3, *value.shape), np.nan)
     return np.stack([value, *ends, low, high, *nothing], 1)
-
-
-def _directions(d: int, *shape: int) -> Float[np.ndarray, "draw ... d"]:
-    """Random directions of length 1, always the same."""
-    drawn = np.random.default_rng(0).normal(size=(DRAWS, *shape, d))
-    return drawn / np.linalg.norm(drawn, axis=-1, keepdims=True)
 
 
 def _band(chance: Float[np.ndarray, "model draw"], seeds: Seeds) -> Float[np.ndarray, "ends method"]:

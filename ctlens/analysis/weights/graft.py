@@ -1,8 +1,8 @@
-"""Where a training lives in the weights: one part of one model's weights put into a copy of another one, and back.
+"""Weight swaps: one part of one model's weights is put into a copy of another model, and the other way.
 
-Parts are the blocks, and over all layers QK (queries and keys), OV (values and outputs), the MLPs, the norms, the
-embedding and the unembedding; and each of those in every block. What each brings need not add up to the
-whole effect, for parts act on each other.
+They ask where in the weights a training lives. Parts are the blocks; over all layers QK (queries and keys), OV (values
+and outputs), the MLPs, the norms, the embedding and the unembedding; and each of those in every block. The shares of
+the parts need not add up to the whole effect, for parts act on each other.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,14 @@ from ctlens.analysis.base.contrast import ContrastBatch, contrasts, in_batches
 from ctlens.analysis.base.forward import require_comparable
 from ctlens.analysis.base.metrics import Metric, UserMetric, measured, named_metrics
 from ctlens.analysis.base.positions import SIDES
-from ctlens.analysis.exchange.exchange import QUANTITIES, WORDS, Exchange, curve, where, with_effect
+from ctlens.analysis.exchange.exchange import (
+    EXCHANGE_QUANTITIES,
+    QUANTITY_TITLES,
+    Exchange,
+    curve,
+    rows_with,
+    with_effect,
+)
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
@@ -35,28 +42,35 @@ from ctlens.models.parameters import copy_model, present_parameters
 from ctlens.models.weights import copy_weights
 from ctlens.plots import Figure
 
-BY = ("block", "component", "both")
-EVERY, OUTSIDE = "all", "outside"
-NAMES = {
-    "qk": "QK", "ov": "OV", "mlp": "MLP", "norm": "norms", "embed": "embedding", "unembed": "unembedding",
+PART_KINDS = ("block", "component", "both")
+"""Each block; each component over all blocks; each component of each block, and the norms outside the blocks."""
+_EVERY = "all"
+_OUTSIDE = "outside"
+_COMPONENT_NAMES = {
+    "qk": "QK",
+    "ov": "OV",
+    "mlp": "MLP",
+    "norm": "norms",
+    "embed": "embedding",
+    "unembed": "unembedding",
     TIED: "embedding and unembedding",
-}  # fmt: skip
+}
 
-Part: TypeAlias = tuple[int | str, str]
+WeightPart: TypeAlias = tuple[int | str, str]
 """A block, `"all"` or `"outside"` the blocks; and a component or `"all"`."""
 
 
 @dataclass(frozen=True)
 class Graft(Exchange):
-    """The answers of both models with parts of the other one's weights.
+    """The result of weight swaps: what each of two models answers with parts of the other's weights.
 
     Attributes:
         values, unpatched, source, metrics: see `Exchange`; a cell is a part.
         moved: how far the two models are apart in a part: the norm of the difference of the weights over the
-            recipient's norm, `[part]`; 0 where they are equal, which needs no run.
+            norm of the target's, `[part]`; 0 where they are equal, which needs no run.
         blocks: of each part its block, `"all"`, or `"outside"` for the norms outside the blocks.
         components: of each part one of `ctlens.models.matrices.COMPONENTS`, or `"all"`.
-        side: of the pairs, whose prompts were read.
+        side: `"wrapped"` or `"clean"`, the side of the pairs whose prompts both models read.
     """
 
     moved: Float[np.ndarray, " part"]
@@ -64,81 +78,148 @@ class Graft(Exchange):
     components: tuple[str, ...]
     side: str
 
+    @property
+    def parts(self) -> tuple[WeightPart, ...]:
+        """Block and component of every part."""
+        return tuple(zip(self.blocks, self.components, strict=True))
+
     def cells(self) -> pd.DataFrame:
         """Block and component of every part, and how far the models are apart there."""
         return pd.DataFrame({"block": self.blocks, "component": self.components, "moved": self.moved})
 
-    def figure(self, by: str | Sequence[str] = ("block", "component"), metric: str | None = None) -> Figure:
-        """The shares in both directions; raises as `figure` of this module."""
-        return figure({"donor": self}, by, metric)
+    def figure(
+        self,
+        by: str | Sequence[str] = ("block", "component"),
+        metric: str | None = None,
+        *,
+        smallest_gap: float | None = None,
+    ) -> Figure:
+        """The shares in both directions, a bar per part; parts that are equal in both models are left out.
+
+        Args:
+            by: which parts, one or several of `PART_KINDS`.
+            metric: by default the first.
+            smallest_gap: see `Exchange.normalised`.
+
+        Raises:
+            CtlensError: the parts or the metric were not measured, or there is no effect.
+        """
+        return _drawn({"source": self}, by, metric, smallest_gap)
+
+    def compare(
+        self,
+        others: Mapping[str, Self],
+        *,
+        label: str,
+        by: str | Sequence[str] = ("block", "component"),
+        metric: str | None = None,
+        smallest_gap: float | None = None,
+        subtitle: str | None = None,
+    ) -> Figure:
+        """The shares of several source models in one figure, a bar per model and part, this model first.
+
+        Args:
+            others: weight swaps with other source models, by label; they may hold this one too, under its label. A
+                model whose effect is too small for a share is left out, with a note.
+            label: of this source model.
+            by: which parts, one or several of `PART_KINDS`; parts that are equal in all models are left out.
+            metric: by default the first.
+            smallest_gap: see `Exchange.normalised`.
+            subtitle: one line under the title, in front of the notes.
+
+        Raises:
+            CtlensError: another result has this one's label, the parts or the metric were not measured, or no model
+                has an effect.
+        """
+        return _drawn(self.beside(others, label), by, metric, smallest_gap, subtitle)
 
 
-def figure(
+class _ShownParts(NamedTuple):
+    """Which parts a figure shows, as indices among all: kind after kind those that differ, and those that are equal."""
+
+    differing: list[int]
+    equal: list[int]
+    breaks: list[int]
+    """The indices among the differing parts at which another kind begins."""
+
+
+def _drawn(
     results: Mapping[str, Graft],
-    by: str | Sequence[str] = ("block", "component"),
-    metric: str | None = None,
-    *,
-    smallest_gap: float | None = None,
+    by: str | Sequence[str],
+    metric: str | None,
+    smallest_gap: float | None,
     subtitle: str | None = None,
 ) -> Figure:
-    """Several donors in one figure, a bar each; parts that are equal in all of them are left out.
-
-    Args:
-        results: by the donor's name; one whose effect is too small for a share is left out, with a note.
-        by: which parts, any of `BY`.
-        metric: by default the first.
-        smallest_gap: see `Exchange.normalised`.
-        subtitle: before the note.
-
-    Raises:
-        CtlensError: the parts or the metric were not measured, or no donor has an effect.
-    """
+    """A panel per direction, with a bar per part and result."""
     tables, note = with_effect(results, metric, smallest_gap)
     first = next(iter(results.values()))
-    differ = np.any([result.moved > 0 for result in results.values()], axis=0)
-    kinds = np.array([_kind(part) for part in zip(first.blocks, first.components, strict=True)])
-    wanted = (by,) if isinstance(by, str) else tuple(by)
-    for kind in wanted:
-        if kind not in BY:
-            raise unknown("kind of part", kind, BY)
-    chosen = [at for kind in wanted for at in np.flatnonzero((kinds == kind) & differ)]
-    if not chosen:
-        raise CtlensError(f"no part by {' or '.join(wanted)} was measured that differs between the models.")
-    names = [_name(first.blocks[at], first.components[at]) for at in chosen]
-    breaks = [at for at in range(1, len(chosen)) if kinds[chosen[at]] != kinds[chosen[at - 1]]]
+    shown = _shown_parts(list(results.values()), (by,) if isinstance(by, str) else tuple(by))
     panels = {
-        WORDS[quantity]: {name: curve(where(table, quantity=quantity).iloc[chosen]) for name, table in tables.items()}
-        for quantity in QUANTITIES
+        QUANTITY_TITLES[quantity]: {
+            name: curve(rows_with(table, quantity=quantity).iloc[shown.differing]) for name, table in tables.items()
+        }
+        for quantity in EXCHANGE_QUANTITIES
     }
-    equal = [_name(first.blocks[at], first.components[at]) for at in np.flatnonzero(~differ & np.isin(kinds, wanted))]
-    note = "; ".join(filter(None, (note, f"equal in both: {', '.join(equal)}" if equal else "")))
-    what = f"weights of one part, {first.n_pairs} {first.side} prompts, {metric or first.metrics[0]}"
-    words = {"subtitle": "; ".join(filter(None, (subtitle or what, note))), "y_title": "share of the effect"}
-    return plots.graft_bars(names, panels, "Which weights does the training live in?", breaks=breaks, **words)
+    prompts = f"weights of one part, {first.n_pairs} {first.side} prompts, {metric or first.metrics[0]}"
+    equal = ", ".join(_part_name(first.parts[index]) for index in shown.equal)
+    notes = (subtitle or prompts, note, f"equal in both: {equal}" if equal else "")
+    return plots.graft_bars(
+        [_part_name(first.parts[index]) for index in shown.differing],
+        panels,
+        "Which weights does the training live in?",
+        y_title="share of the effect",
+        breaks=shown.breaks,
+        subtitle="; ".join(filter(None, notes)),
+    )
 
 
-def _kind(part: Part) -> str:
+def _shown_parts(results: Sequence[Graft], by: Sequence[str]) -> _ShownParts:
+    """The parts of the chosen kinds; a part differs if the models differ there in any of the results."""
+    for kind in by:
+        if kind not in PART_KINDS:
+            raise unknown("kind of part", kind, PART_KINDS)
+    differ = np.any([result.moved > 0 for result in results], axis=0)
+    kinds = [_kind(part) for part in results[0].parts]
+    differing: list[int] = []
+    breaks: list[int] = []
+    for kind in by:
+        of_kind = [index for index, found in enumerate(kinds) if found == kind and differ[index]]
+        if differing and of_kind:
+            breaks.append(len(differing))
+        differing += of_kind
+    if not differing:
+        raise CtlensError(f"no part by {' or '.join(by)} was measured that differs between the models.")
+    equal = [index for index, kind in enumerate(kinds) if kind in by and not differ[index]]
+    return _ShownParts(differing, equal, breaks)
+
+
+def _kind(part: WeightPart) -> str:
     block, component = part
-    return "block" if component == EVERY else "component" if block == EVERY else "both"
+    if component == _EVERY:
+        return "block"
+    if block == _EVERY:
+        return "component"
+    return "both"
 
 
-def _name(block: int | str, component: str) -> str:
-    where = {EVERY: "", OUTSIDE: "outer "}.get(str(block), f"L{block} ")
-    return (where + NAMES.get(component, "")).strip()
+def _part_name(part: WeightPart) -> str:
+    block, component = part
+    prefix = {_EVERY: "", _OUTSIDE: "outer "}.get(str(block), f"L{block} ")
+    return (prefix + _COMPONENT_NAMES.get(component, "")).strip()
 
 
 def graft(
-    donor: LensModel,
-    recipient: LensModel,
+    source: LensModel,
+    target: LensModel,
     pairs: Sequence[Pair],
     *,
-    by: str | Sequence[str] = BY,
+    by: str | Sequence[str] = PART_KINDS,
     side: str = "wrapped",
     metrics: Sequence[str | UserMetric] = ("logit_diff",),
     batch_size: int = 64,
     progress: bool = True,
 ) -> Graft:
-    """Every part of the weights, exchanged between two models in both directions; neither is changed.
+    """Weight swaps: every part of one model's weights put into a copy of another model, and the other way.
 
     >>> import ctlens as ct
     >>> base, threat = ct.load_organism(), ct.threats.get("sycophancy")
@@ -149,40 +230,41 @@ def graft(
     (0.0, True)
 
     Args:
-        donor: for example a trained model, in eval mode.
-        recipient: for example its base, in eval mode.
+        source: for example a trained model, in eval mode.
+        target: for example its base, in eval mode.
         pairs: with good and bad answers on the side.
         by: which parts, one or several of `"block"`, each block; `"component"`, each component over all layers;
             and `"both"`, each component of each block and the norms outside the blocks.
-        side: `"wrapped"` or `"clean"`: the prompt of each pair that is read.
-        metrics: see `patch`; `"kl"` is measured from the model that is the source.
-        batch_size: prompts a forward pass.
+        side: `"wrapped"` or `"clean"`: the prompt of each pair that both models read.
+        metrics: see `patch`; `"kl"` is measured from the model whose weights are put in.
+        batch_size: prompts per forward pass.
         progress: show a progress bar.
 
     Raises:
         CtlensError: the models do not compare, keep their weights under different names or their queries, keys and
             values in one matrix, or are in training mode; an option is unknown, or a pair has no answers.
     """
-    require_comparable(donor, recipient)
+    require_comparable(target, source)
     if side not in SIDES:
         raise unknown("side", side, SIDES)
     measures = named_metrics(metrics)
-    copies = [_plain_copy(model) for model in (recipient, donor)]
+    copies = [_plain_copy(model) for model in (target, source)]
     weights = [{name: value.data for name, value in present_parameters(model).items()} for model in copies]
     parts = _parts(copies, (by,) if isinstance(by, str) else tuple(by))
     moved = np.array([_distance(weights[0], weights[1], names) for names in parts.values()])
-    rows = list(in_batches(recipient, contrasts(recipient, pairs, side), batch_size, progress=False))
+    rows = list(in_batches(target, contrasts(target, pairs, side), batch_size, progress=False))
     whole = [[_last(model, batch) for batch in rows] for model in copies]
-    unpatched = [_measured(measures, whole[at], rows, whole[1 - at]) for at in (0, 1)]
-    source = [_measured(measures, whole[1 - at], rows, whole[1 - at]) for at in (0, 1)]
+    # Of the two directions, 0 changes the target and 1 the source; the other model is whole[1 - direction].
+    unpatched = [_measured(measures, whole[direction], rows, whole[1 - direction]) for direction in (0, 1)]
+    other = [_measured(measures, whole[1 - direction], rows, whole[1 - direction]) for direction in (0, 1)]
     values = np.stack([np.stack([baseline] * len(parts), 1) for baseline in unpatched])
-    changed = [(at, part) for at in (0, 1) for part in np.flatnonzero(moved)]
-    for at, part in tqdm(changed, desc="grafts", disable=not progress, leave=False):
-        with _grafted(weights[at], weights[1 - at], list(parts.values())[part]):
-            found = [_last(copies[at], batch) for batch in rows]
-        values[at, :, part] = _measured(measures, found, rows, whole[1 - at])
+    swaps = [(direction, part) for direction in (0, 1) for part in np.flatnonzero(moved)]
+    for direction, part in tqdm(swaps, desc="weight swaps", disable=not progress, leave=False):
+        with _swapped(weights[direction], weights[1 - direction], list(parts.values())[part]):
+            found = [_last(copies[direction], batch) for batch in rows]
+        values[direction, :, part] = _measured(measures, found, rows, whole[1 - direction])
     blocks, kinds = zip(*parts, strict=True)
-    return Graft(values, np.stack(unpatched), np.stack(source), tuple(measures), moved, blocks, kinds, side)
+    return Graft(values, np.stack(unpatched), np.stack(other), tuple(measures), moved, blocks, kinds, side)
 
 
 def _plain_copy(model: LensModel) -> LensModel:
@@ -193,41 +275,44 @@ def _plain_copy(model: LensModel) -> LensModel:
     return copied
 
 
-def _parts(models: Sequence[LensModel], by: Sequence[str]) -> dict[Part, list[str]]:
+def _parts(models: Sequence[LensModel], by: Sequence[str]) -> dict[WeightPart, list[str]]:
     """The names of the parameters of every part."""
-    found, other = (components(model) for model in models)
-    if found != other:
+    found = components(models[0])
+    if found != components(models[1]):
         raise CtlensError("the models keep their weights under different names: load both in the same way.")
     for kind in by:
-        if kind not in BY:
-            raise unknown("kind of part", kind, BY)
+        if kind not in PART_KINDS:
+            raise unknown("kind of part", kind, PART_KINDS)
     numbers = sorted({block for block, _ in found.values() if block is not None})
-    order = (*COMPONENTS[:-2], TIED, *COMPONENTS[-2:])
-    places: list[Part] = [*((number, EVERY) for number in numbers), *((EVERY, name) for name in order)]
-    places += [(place, name) for place in (*numbers, OUTSIDE) for name in COMPONENTS[:-2]]
-    parts = {place: [name for name, item in found.items() if _inside(item, place)] for place in places}
-    chosen = {place: names for place, names in parts.items() if names and _kind(place) in by}
+    inner = COMPONENTS[:-2]  # all but the embedding and the unembedding, which no block has
+    every: list[WeightPart] = [(number, _EVERY) for number in numbers]
+    every += [(_EVERY, name) for name in (*inner, TIED, *COMPONENTS[-2:])]
+    every += [(block, name) for block in (*numbers, _OUTSIDE) for name in inner]
+    parts = {part: [name for name, owner in found.items() if _inside(owner, part)] for part in every}
+    chosen = {part: names for part, names in parts.items() if names and _kind(part) in by}
     if not chosen:
-        raise CtlensError(f"no part is named: choose at least one of {', '.join(BY)}.")
+        raise CtlensError(f"no part is named: choose at least one of {', '.join(PART_KINDS)}.")
     return chosen
 
 
-def _inside(item: tuple[int | None, str], part: Part) -> bool:
+def _inside(owner: tuple[int | None, str], part: WeightPart) -> bool:
     """Whether a parameter of a block and a component belongs to a part."""
-    block = OUTSIDE if item[0] is None else item[0]
-    return part[0] in (EVERY, block) and part[1] in (EVERY, item[1])
+    block = _OUTSIDE if owner[0] is None else owner[0]
+    return part[0] in (_EVERY, block) and part[1] in (_EVERY, owner[1])
 
 
-def _distance(recipient: Mapping[str, Tensor], donor: Mapping[str, Tensor], names: Sequence[str]) -> float:
-    apart, size = (
-        sum(float(weight.double().square().sum()) for weight in chosen)
-        for chosen in ([donor[name] - recipient[name] for name in names], [recipient[name] for name in names])
-    )
-    return (apart / size) ** 0.5 if apart else 0.0
+def _distance(target: Mapping[str, Tensor], source: Mapping[str, Tensor], names: Sequence[str]) -> float:
+    """The norm of the difference over the norm of the target's weights; 0 where they are equal."""
+    apart = _square([source[name] - target[name] for name in names])
+    return (apart / _square([target[name] for name in names])) ** 0.5 if apart else 0.0
+
+
+def _square(weights: Sequence[Tensor]) -> float:
+    return sum(float(weight.double().square().sum()) for weight in weights)
 
 
 @contextmanager
-def _grafted(own: Mapping[str, Tensor], other: Mapping[str, Tensor], names: Sequence[str]) -> Iterator[None]:
+def _swapped(own: Mapping[str, Tensor], other: Mapping[str, Tensor], names: Sequence[str]) -> Iterator[None]:
     """Inside the block the named weights are the other model's."""
     kept = {name: own[name].clone() for name in names}
     targets = {name: own[name] for name in names}

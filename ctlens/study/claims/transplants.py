@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from ctlens.analysis import Transplant
 from ctlens.analysis.base.metrics import SMALLEST_GAPS
-from ctlens.analysis.exchange.exchange import QUANTITIES
+from ctlens.analysis.exchange.exchange import EXCHANGE_QUANTITIES
 from ctlens.plots import label
 from ctlens.study.analyses import FinishedAnalyses, Training
 from ctlens.study.claims.claim import Claim, make_claim
@@ -149,7 +149,7 @@ def _share(name: str, result: Transplant, quantity: str) -> Statistic:
     """
     layer = len(result.layers) // 4
     position = result.positions.index("last")
-    at = QUANTITIES.index(quantity)
+    at = EXCHANGE_QUANTITIES.index(quantity)
     moved = result.values[at, 0, layer, position] - result.unpatched[at, 0]
     effect = result.source[at, 0] - result.unpatched[at, 0]
     return of_prompts(name, _SHARE_UNIT, np.stack([moved, effect], axis=1), _moved_of_effect)

@@ -12,7 +12,6 @@ from helpers.models import byte_level_tokenizer, hf_model
 
 import ctlens as ct
 from ctlens.analysis import AttentionDiff, attention_diff
-from ctlens.analysis.attention import diff as attention
 from ctlens.analysis.attention.diff import MEASURES
 from ctlens.analysis.base.positions import SEGMENTS, key_positions, segments
 from ctlens.core.errors import CtlensError
@@ -252,7 +251,7 @@ def test_every_quantity_has_its_figure_and_the_curve_by_layer(model, after, tmp_
         for panel, expected in zip(panels, [*values, values[1] - values[0]], strict=True):
             np.testing.assert_allclose(panel, expected)
     assert "nats" in str(result.figure("jsd").layout.meta["caption"])
-    lines = attention.figure({"act": result}).data
+    lines = result.compare({}, label="act").data
     assert any(np.allclose(np.asarray(line.y, dtype=float), result.after.mean((0, 2))) for line in lines if line.name)
     np.testing.assert_allclose(result.curve("before")[0], result.before.mean((0, 2)))
 

@@ -181,9 +181,9 @@ def test_the_largest_keys_stand_alone_and_the_others_are_added_up_by_span() -> N
 def test_flow_and_table_hold_the_mean_mass_between_spans() -> None:
     table = LONG.to_dataframe()
     first = LONG.wrapped[0]
-    row = table.query("map == 'wrapped, base' and query_span == 'content' and key_span == 'wrapper'")
+    row = table.query("map == 'wrapped, base' and query_segment == 'content' and key_segment == 'wrapper'")
     assert row["mass"].item() == pytest.approx(first[601:901, 1:601].sum(-1).mean())
-    last = table.query("map == 'wrapped, ACT' and query_span == 'last token'")
+    last = table.query("map == 'wrapped, ACT' and query_segment == 'last token'")
     assert last["mass"].sum() == pytest.approx(1) and len(last) == 4
     assert last["mass"].iloc[0] == pytest.approx(LONG.wrapped[1, -1, 1:601].sum())
     figure = LONG.flow()

@@ -1,4 +1,4 @@
-"""One vector a prompt: equal to plain indexing, whatever the batch, and refused where a place is empty."""
+"""One vector a prompt: equal to plain indexing, whatever the batch, and refused where no token is chosen."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ from helpers.models import CHAT_MODELS, chat_model
 from helpers.transplants import PAIRS, edited, moved
 
 from ctlens.analysis import Mediation, mediation, patch, transplant
-from ctlens.analysis.exchange import mediation as mediators
 from ctlens.core.errors import CtlensError
 
 
@@ -79,9 +78,9 @@ def test_shares_are_added_up_and_what_is_missing_is_the_remainder():
 def test_what_has_no_effect_has_no_shares():
     none = by_hand(scale=0.1)
     for refused in (none.normalised, none.totals, none.figure):
-        with pytest.raises(CtlensError, match=r"logit_diff differs by 0.4 between donor and recipient"):
+        with pytest.raises(CtlensError, match=r"logit_diff differs by 0.4 between source and target"):
             refused()
-    drawn = mediators.figure({"act": by_hand(), "bct": none})
+    drawn = by_hand().compare({"bct": none}, label="act")
     assert drawn.layout.meta["subtitle"].endswith(
         "remainder of the sum: ACT -0.62; not drawn, effect too small: BCT (0.4)"
     )
@@ -92,7 +91,7 @@ def test_results_round_trip_and_draw(tmp_path):
     found.save(tmp_path / "mediation.safetensors")
     assert Mediation.load(tmp_path / "mediation.safetensors").to_dataframe().equals(found.to_dataframe())
     for quantity, words in (("sufficient", "brought by {} alone"), ("lost", "lost without {}")):
-        drawn = mediators.figure({"act": found, "bct": found}, quantity)
+        drawn = found.compare({"bct": found}, label="act", quantity=quantity)
         lines = [trace for trace in drawn.data if trace.mode == "lines+markers"]
         assert [(line.name, line.xaxis) for line in lines] == [("ACT", "x"), ("BCT", "x"), ("ACT", "x2"), ("BCT", "x2")]
         assert list(lines[0].y) == [3 / 8, 1.0] and list(lines[2].y) == [1 / 8, 1 / 8]

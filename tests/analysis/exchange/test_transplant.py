@@ -16,7 +16,6 @@ from helpers.tiers import unit_first_rows
 from helpers.transplants import PAIRS, edited, moved
 
 from ctlens.analysis import Transplant, transplant
-from ctlens.analysis.exchange import transplant as transplants
 from ctlens.analysis.patching import sweep as patching_sweep
 from ctlens.analysis.patching.jobs import patch_pairs
 from ctlens.core.errors import CtlensError
@@ -33,9 +32,9 @@ SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "mlp_post", "pat
 
 @pytest.fixture(scope="module", params=CHAT_MODELS)
 def models(request: pytest.FixtureRequest) -> tuple[LensModel, LensModel]:
-    """Donor and recipient, with the final norm and the unembedding in common."""
-    recipient = chat_model(request.param)
-    return moved(recipient), recipient
+    """Source and target, with the final norm and the unembedding in common."""
+    target = chat_model(request.param)
+    return moved(target), target
 
 
 @pytest.fixture(params=PATHS)
@@ -62,12 +61,12 @@ def at_positions(row: Any, side: str) -> dict[str, list[int]]:
     indirect=["models", "path"],
 )
 def test_every_value_is_that_of_one_plain_forward_pass(models: tuple[LensModel, LensModel], site: str, path: str):
-    donor, recipient = models
+    source, target = models
     positions = ("last", "content", "wrapper", "all")
     found = exchanged(models, site=site, positions=positions)
-    row = encode(PAIRS[1:2], recipient.tokenizer, n_ctx=256).rows[0]
+    row = encode(PAIRS[1:2], target.tokenizer, n_ctx=256).rows[0]
     ids, places = row.wrapped.ids, at_positions(row, "wrapped")
-    for quantity, (model, other) in enumerate(((recipient, donor), (donor, recipient))):
+    for quantity, (model, other) in enumerate(((target, source), (source, target))):
         assert found.unpatched[quantity, 0, 1] == pytest.approx(logit_diff(model, ids, []), abs=1e-5)
         assert found.source[quantity, 0, 1] == pytest.approx(logit_diff(other, ids, []), abs=1e-5)
         for layer, name in enumerate(resolve(model, site)):
@@ -99,11 +98,11 @@ def test_the_whole_stream_behind_the_last_layer_is_the_other_model(models: tuple
 
 
 def test_an_equal_model_changes_nothing_and_has_no_shares(models: tuple[LensModel, LensModel], path: str):
-    donor = models[0]
-    found = exchanged((donor, copy_model(donor)), site="z", positions=("last", "wrapper"))
+    source = models[0]
+    found = exchanged((source, copy_model(source)), site="z", positions=("last", "wrapper"))
     np.testing.assert_allclose(found.values - found.unpatched[:, :, None, None, None], 0, atol=1e-5)
     for refused in (found.normalised, found.figure):
-        with pytest.raises(CtlensError, match="logit_diff differs by 0 between donor and recipient: a share of less"):
+        with pytest.raises(CtlensError, match="logit_diff differs by 0 between source and target: a share of less"):
             refused()
 
 
@@ -169,7 +168,7 @@ def test_an_edit_of_one_attention_is_found_there_and_nowhere_else(part: str):
 def test_the_stream_carries_an_edit_from_its_layer_on_at_the_last_token_alone():
     found = exchanged((edited("W_O"), planted.model()), planted.pairs(), positions=("last", "content", "wrapper"))
     for _, part in found.normalised().groupby("quantity"):
-        by_place = part.pivot(index="position", columns="layer", values="value")
+        by_place = part.pivot(index="positions", columns="layer", values="value")
         np.testing.assert_allclose(by_place.loc["last"], [0, 1, 1], atol=1e-5)
         np.testing.assert_allclose(by_place.loc[["content", "wrapper"]], 0, atol=1e-5)
 
@@ -187,7 +186,7 @@ def test_what_is_left_in_later_weights_is_seen_in_one_direction():
 
 
 def by_hand() -> Transplant:
-    """Two pairs, one metric, two layers, one place: the recipient says 0 and 2, the donor 4 and 4."""
+    """Two pairs, one metric, two layers, one choice of positions: the target says 0 and 2, the source 4 and 4."""
     values = np.array([[[[[1.0, 2.0]], [[4.0, 4.0]]]], [[[[4.0, 4.0]], [[0.0, 2.0]]]]])
     low, high = np.array([[0.0, 2.0]]), np.array([[4.0, 4.0]])
     baselines = np.stack([low, high]), np.stack([high, low])
@@ -197,7 +196,7 @@ def by_hand() -> Transplant:
 def test_a_share_is_the_ratio_of_the_means_in_both_directions():
     table = by_hand().normalised()
     assert table["quantity"].tolist() == ["sufficient"] * 2 + ["lost"] * 2
-    assert table["layer"].tolist() == [3, 5, 3, 5] and set(table["position"]) == {"last"}
+    assert table["layer"].tolist() == [3, 5, 3, 5] and set(table["positions"]) == {"last"}
     assert table["value"].tolist() == [1 / 6, 1.0, 0.0, 1.0]  # not the mean of 1/4 and 0
     assert table["ci_low"][0] == 0 and table["ci_high"][0] == 0.25 and set(table["n"]) == {2}
     raw = by_hand().to_dataframe()
@@ -207,9 +206,9 @@ def test_a_share_is_the_ratio_of_the_means_in_both_directions():
 
 def test_what_two_trainings_keep_is_their_effect_over_the_base_with_the_other_s_part():
     table = by_hand().kept(np.array([-2.0, 0.0]))
-    assert table["quantity"].tolist() == ["recipient keeps"] * 2 + ["donor keeps"] * 2
+    assert table["quantity"].tolist() == ["target keeps"] * 2 + ["source keeps"] * 2
     assert table["value"].tolist() == [(3 + 2) / (2 + 2), 10 / 4, 10 / 10, (2 + 2) / 10]
-    with pytest.raises(CtlensError, match="differs by 0.4 between recipient and base"):
+    with pytest.raises(CtlensError, match="differs by 0.4 between target and base"):
         by_hand().kept(np.array([-0.4, 1.6]))
     with pytest.raises(CtlensError, match="kl is measured from the other model"):
         replace(by_hand(), metrics=("kl",)).kept(np.zeros(2))
@@ -221,7 +220,7 @@ def test_methods_that_do_alike_are_compared_over_their_base(models: tuple[LensMo
     found = exchanged((one, other))
     table = found.kept(exchanged((one, base)).unpatched[0, 0], smallest_gap=0.0)
     np.testing.assert_allclose(table["value"], 1, atol=1e-3)
-    with pytest.raises(CtlensError, match="differs by 0 between donor and recipient"):
+    with pytest.raises(CtlensError, match="differs by 0 between source and target"):
         found.normalised()
 
 
@@ -233,32 +232,32 @@ def test_results_round_trip(tmp_path, models: tuple[LensModel, LensModel]):
         assert len(found.to_dataframe()) == found.values[..., 0].size
 
 
-def test_a_figure_has_a_panel_a_direction_and_a_line_a_donor():
-    drawn = transplants.figure({"act": by_hand(), "bct": by_hand()})
+def test_a_figure_has_a_panel_per_direction_and_a_line_per_source():
+    drawn = by_hand().compare({"bct": by_hand()}, label="act")
     lines = [trace for trace in drawn.data if trace.mode == "lines+markers"]
     assert [(line.name, line.xaxis) for line in lines] == [("ACT", "x"), ("BCT", "x"), ("ACT", "x2"), ("BCT", "x2")]
     assert list(lines[0].x) == [3, 5] and list(lines[0].y) == [1 / 6, 1.0] and list(lines[2].y) == [0.0, 1.0]
     names = [note.text for note in drawn.layout.annotations]
-    assert names[:2] == ["donor into recipient: share that appears", "recipient into donor: share that is lost"]
-    with pytest.raises(CtlensError, match="unknown measured position 'content'"):
+    assert names[:2] == ["source into target: share that appears", "target into source: share that is lost"]
+    with pytest.raises(CtlensError, match="unknown measured positions 'content'"):
         by_hand().figure("content")
     with pytest.raises(CtlensError, match="unknown measured metric 'kl'"):
         by_hand().figure(metric="kl")
 
 
-def test_a_figure_says_which_donors_have_no_effect():
+def test_a_figure_says_which_sources_have_no_effect():
     none = by_hand()
     still = replace(none, source=none.unpatched + 0.1)
-    drawn = transplants.figure({"act": none, "retention": still})
+    drawn = none.compare({"retention": still}, label="act")
     assert {trace.name for trace in drawn.data if trace.name} == {"ACT"}
     assert "not drawn, effect too small: retention only (0.1)" in drawn.layout.meta["subtitle"]
-    with pytest.raises(CtlensError, match="differs by 0.1 between donor and recipient"):
-        transplants.figure({"retention": still, "act": still})
+    with pytest.raises(CtlensError, match="differs by 0.1 between source and target"):
+        still.compare({"act": still}, label="retention")
 
 
-def test_heads_are_drawn_as_a_grid_a_direction(models: tuple[LensModel, LensModel]):
+def test_heads_are_drawn_as_a_grid_per_direction(models: tuple[LensModel, LensModel]):
     found = exchanged(models, site="z", positions="last")
-    drawn = transplants.figure({"act": found}, smallest_gap=0.0)
+    drawn = found.figure(smallest_gap=0.0)
     assert [np.shape(trace.z) for trace in drawn.data] == [(2, 4), (2, 4)]
     table = found.normalised(smallest_gap=0.0)
     assert drawn.data[1].z[1][2] == table.query("quantity == 'lost' and layer == 1 and head == 2")["value"].item()

@@ -1,4 +1,4 @@
-"""Probes on planted states: what was put in is read, at its place only, and groups and chance keep them honest."""
+"""Probes on planted states: what was put in is read, at its positions only, and groups and chance keep them honest."""
 
 from __future__ import annotations
 

@@ -44,9 +44,9 @@ INSIDE = {  # of layer 1, by model: what belongs to each component, as patterns 
 
 @pytest.fixture(scope="module", params=CHAT_MODELS)
 def models(request: pytest.FixtureRequest) -> tuple[LensModel, LensModel]:
-    """Donor and recipient, apart in all their weights."""
-    recipient = chat_model(request.param)
-    return moved(recipient, GROUPS), recipient
+    """Source and target, apart in all their weights."""
+    target = chat_model(request.param)
+    return moved(target, GROUPS), target
 
 
 def grafted(models: tuple[LensModel, LensModel], pairs: list[Pair] = PAIRS, **options: Any) -> Graft:
@@ -69,18 +69,18 @@ def test_every_weight_has_one_place(kind: str):
     assert [place for place in found.values() if place[1] == "norm" and place[0] is None]
 
 
-def put_together(recipient: LensModel, donor: LensModel, names: list[str]) -> LensModel:
-    made, theirs = copy_model(recipient), present_parameters(donor)
+def put_together(target: LensModel, source: LensModel, names: list[str]) -> LensModel:
+    made, theirs = copy_model(target), present_parameters(source)
     for name in names:
         present_parameters(made)[name].data = theirs[name].data.clone()
     return made
 
 
 def test_every_value_is_that_of_a_model_put_together_by_hand(models: tuple[LensModel, LensModel]):
-    donor, recipient = models
-    found, where = grafted(models), components(recipient)
-    ids = encode(PAIRS[:1], recipient.tokenizer, n_ctx=256).rows[0].wrapped.ids
-    for quantity, (model, other) in enumerate(((recipient, donor), (donor, recipient))):
+    source, target = models
+    found, where = grafted(models), components(target)
+    ids = encode(PAIRS[:1], target.tokenizer, n_ctx=256).rows[0].wrapped.ids
+    for quantity, (model, other) in enumerate(((target, source), (source, target))):
         for at, (block, component) in enumerate(zip(found.blocks, found.components, strict=True)):
             names = [
                 name
@@ -98,12 +98,12 @@ def test_every_value_is_that_of_a_model_put_together_by_hand(models: tuple[LensM
 
 @pytest.mark.parametrize("by", ["block", "component"])
 def test_all_parts_together_are_the_other_model(models: tuple[LensModel, LensModel], by: str):
-    donor, recipient = models
-    made, theirs = copy_model(recipient), {name: value.data for name, value in present_parameters(donor).items()}
+    source, target = models
+    made, theirs = copy_model(target), {name: value.data for name, value in present_parameters(source).items()}
     own = {name: value.data for name, value in present_parameters(made).items()}
     chosen = [
         names
-        for (block, component), names in grafts._parts((recipient, donor), grafts.BY).items()
+        for (block, component), names in grafts._parts((target, source), grafts.PART_KINDS).items()
         if (block == "all" if by == "component" else component == "all" or block == "outside" or "embed" in component)
     ]
     assert sorted(name for names in chosen for name in names) == sorted(own)
@@ -112,16 +112,16 @@ def test_all_parts_together_are_the_other_model(models: tuple[LensModel, LensMod
         before = made(tokens)
         with ExitStack() as grafting:
             for names in chosen:
-                grafting.enter_context(grafts._grafted(own, theirs, names))
-            assert torch.equal(made(tokens), donor(tokens))
-        assert torch.equal(made(tokens), before) and not torch.equal(before, donor(tokens))
+                grafting.enter_context(grafts._swapped(own, theirs, names))
+            assert torch.equal(made(tokens), source(tokens))
+        assert torch.equal(made(tokens), before) and not torch.equal(before, source(tokens))
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_models_apart_in_one_part_are_told_apart_there_alone(group: str):
-    recipient = chat_model("made here")
-    donor = moved(recipient, (group,))
-    found = grafted((donor, recipient))
+    target = chat_model("made here")
+    source = moved(target, (group,))
+    found = grafted((source, target))
     whole = np.array([component in _inside(group) and block == "all" for block, component in _places(found)])
     elsewhere = found.moved == 0
     if group != "attn":  # QK and OV are two parts
@@ -145,8 +145,8 @@ def _places(found: Graft) -> list[tuple[int | str, str]]:
 
 
 def test_no_input_is_changed_even_when_it_fails(models: tuple[LensModel, LensModel]):
-    donor, recipient = models
-    before = fingerprint(donor), fingerprint(recipient)
+    source, target = models
+    before = fingerprint(source), fingerprint(target)
     gradients = [parameter.requires_grad for model in models for parameter in model.parameters()]
     grafted(models)
 
@@ -159,7 +159,7 @@ def test_no_input_is_changed_even_when_it_fails(models: tuple[LensModel, LensMod
     calls: list[int] = []
     with pytest.raises(RuntimeError, match="stop"):
         grafted(models, metrics=(failing,))
-    assert (fingerprint(donor), fingerprint(recipient)) == before
+    assert (fingerprint(source), fingerprint(target)) == before
     assert [parameter.requires_grad for model in models for parameter in model.parameters()] == gradients
 
 
@@ -191,7 +191,7 @@ def test_equal_models_have_no_shares(models: tuple[LensModel, LensModel]):
     found = grafted((models[1], copy_model(models[1])))
     assert (found.moved == 0).all() and (found.values == found.unpatched[:, :, None]).all()
     for refused in (found.normalised, found.figure):
-        with pytest.raises(CtlensError, match="logit_diff differs by 0 between donor and recipient"):
+        with pytest.raises(CtlensError, match="logit_diff differs by 0 between source and target"):
             refused()
 
 
@@ -225,12 +225,12 @@ def test_adapters_count_as_weights():
 
 
 def test_how_far_the_models_are_apart_is_the_norm_of_the_difference():
-    recipient = chat_model("made here")
-    donor = copy_model(recipient)
-    for name in parameter_groups(donor)["mlp"]:
+    target = chat_model("made here")
+    source = copy_model(target)
+    for name in parameter_groups(source)["mlp"]:
         if name.startswith("blocks.1.") or ".1." in name:
-            present_parameters(donor)[name].data *= 1.5
-    found = grafted((donor, recipient))
+            present_parameters(source)[name].data *= 1.5
+    found = grafted((source, target))
     apart = dict(zip(_places(found), found.moved.tolist(), strict=True))
     assert apart[1, "mlp"] == pytest.approx(0.5) and apart[0, "mlp"] == 0
     assert 0 < apart["all", "mlp"] < 0.5
@@ -241,7 +241,7 @@ def test_results_round_trip_and_draw(tmp_path, models: tuple[LensModel, LensMode
     found.save(tmp_path / "graft.safetensors")
     again = Graft.load(tmp_path / "graft.safetensors")
     assert again.to_dataframe().equals(found.to_dataframe()) and again.blocks == found.blocks
-    drawn = grafts.figure({"act": found, "bct": found}, smallest_gap=0.0)
+    drawn = found.compare({"bct": found}, label="act", smallest_gap=0.0)
     bars = [trace for trace in drawn.data if trace.type == "bar"]
     assert [(bar.name, bar.xaxis) for bar in bars] == [("ACT", "x"), ("BCT", "x"), ("ACT", "x2"), ("BCT", "x2")]
     table = found.normalised(smallest_gap=0.0)
@@ -249,7 +249,7 @@ def test_results_round_trip_and_draw(tmp_path, models: tuple[LensModel, LensMode
     np.testing.assert_array_equal(bars[2].y, lost["value"])
     words = drawn.layout.xaxis.ticktext
     assert words[:4] == ("L0", "L1", "QK", "OV") and len(words) == len(bars[0].y)
-    assert list(grafts.figure({"act": found}, "both", smallest_gap=0.0).layout.xaxis.ticktext)[:2] == ["L0 QK", "L0 OV"]
+    assert list(found.figure("both", smallest_gap=0.0).layout.xaxis.ticktext)[:2] == ["L0 QK", "L0 OV"]
 
 
 def test_parts_that_are_equal_are_not_drawn():
@@ -262,8 +262,8 @@ def test_parts_that_are_equal_are_not_drawn():
     blocks = graft(edited("W_O"), planted.model(), planted.pairs(), by="block", progress=False)
     with pytest.raises(CtlensError, match="no part by both was measured"):
         blocks.figure("both")
-    with pytest.raises(CtlensError, match="measured at different places"):
-        grafts.figure({"act": found, "bct": blocks})
+    with pytest.raises(CtlensError, match="have different layers, positions or parts"):
+        found.compare({"bct": blocks}, label="act")
 
 
 @pytest.mark.parametrize(

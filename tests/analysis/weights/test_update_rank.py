@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,10 @@ import pytest
 import torch
 from helpers.models import byte_level_tokenizer, hf_model
 from helpers.tiers import unit_first
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from ctlens.analysis import UpdateRank, update_rank
-from ctlens.analysis.weights import update_rank as updaterank
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt
@@ -36,9 +37,9 @@ def lens(kind: str) -> LensModel:
     return load_model(hf_model(kind), tokenizer=tokenizer)
 
 
-def numbers(found: UpdateRank, layer: int, site: str) -> dict[str, float]:
+def numbers(found: UpdateRank, layer: int, matrix: str) -> dict[str, float]:
     table = found.to_dataframe()
-    return table[(table["layer"] == layer) & (table["site"] == site)].iloc[0].to_dict()
+    return table[(table["layer"] == layer) & (table["matrix"] == matrix)].iloc[0].to_dict()
 
 
 def orthonormal(size: int, count: int) -> Tensor:
@@ -46,35 +47,35 @@ def orthonormal(size: int, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def plant(model: LensModel, site: str, update: Tensor) -> None:
+def plant(model: LensModel, matrix: str, update: Tensor) -> None:
     """Adds a matrix of outputs by inputs to a weight of layer 1, laid out as that weight is."""
-    module = getattr(model.blocks[1], "attn" if site in "qo" else "mlp")  # type: ignore[attr-defined]
-    own = {"q": "W_Q", "o": "W_O", "mlp_in": "W_in"}[site]
+    module = getattr(model.blocks[1], "attn" if matrix in "qo" else "mlp")  # type: ignore[attr-defined]
+    own = {"q": "W_Q", "o": "W_O", "mlp_in": "W_in"}[matrix]
     if own in module._parameters:
         by_head = {"q": update.reshape(4, 8, -1).transpose(1, 2), "o": update.T.reshape(4, 8, -1)}
-        module._parameters[own] += by_head.get(site, update.T)
+        module._parameters[own] += by_head.get(matrix, update.T)
         return
-    linear = getattr(module, site.removeprefix("mlp_")).original_component
+    linear = getattr(module, matrix.removeprefix("mlp_")).original_component
     linear.weight += update if isinstance(linear, torch.nn.Linear) else update.T
 
 
-@pytest.mark.parametrize("site", ["q", "o", "mlp_in"])
+@pytest.mark.parametrize("matrix", ["q", "o", "mlp_in"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_planted_update_is_found_where_it_is_and_nowhere_else(kind: str, site: str) -> None:
+def test_a_planted_update_is_found_where_it_is_and_nowhere_else(kind: str, matrix: str) -> None:
     before = lens(kind)
     after = copy_model(before)
-    d_out = 32 if site != "mlp_in" else {"gpt2": 128}.get(kind, 48)
-    plant(after, site, orthonormal(d_out, 3) @ torch.diag(torch.tensor([2.0, 2.0, 2.0])) @ orthonormal(32, 3).T)
+    d_out = 32 if matrix != "mlp_in" else {"gpt2": 128}.get(kind, 48)
+    plant(after, matrix, orthonormal(d_out, 3) @ torch.diag(torch.tensor([2.0, 2.0, 2.0])) @ orthonormal(32, 3).T)
 
     found = update_rank(before, after)
 
-    there = numbers(found, 1, site)
+    there = numbers(found, 1, matrix)
     assert (there["rank"], there["largest"]) == (3, 32)
     assert there["effective_rank"] == pytest.approx(3, abs=1e-3) and there["stable_rank"] == pytest.approx(3, abs=1e-4)
     assert there["norm"] == pytest.approx(12**0.5, rel=1e-5)
-    others = found.to_dataframe().query("not (layer == 1 and site == @site)")
+    others = found.to_dataframe().query("not (layer == 1 and matrix == @matrix)")
     assert (others[["rank", "effective_rank", "stable_rank", "norm"]] == 0).all(axis=None)
-    assert set(found.sites) == set(MATRICES) - ({"mlp_gate"} if kind == "gpt2" else set())
+    assert set(found.matrices) == set(MATRICES) - ({"mlp_gate"} if kind == "gpt2" else set())
 
 
 def test_ranks_are_those_worked_out_by_hand() -> None:
@@ -86,7 +87,7 @@ def test_ranks_are_those_worked_out_by_hand() -> None:
     np.testing.assert_allclose(found.stable_rank, [[10 / 9, 2, 0, np.nan]])
     np.testing.assert_allclose(found.rank, [[1, 2, 0, np.nan]])
     np.testing.assert_allclose(found.norm, [[10**0.5, 50**0.5, 0, np.nan]])
-    assert found.to_dataframe()[["site", "largest"]].values.tolist() == [["q", 3], ["k", 2], ["v", 3]]
+    assert found.to_dataframe()[["matrix", "largest"]].values.tolist() == [["q", 3], ["k", 2], ["v", 3]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -102,8 +103,8 @@ def test_adapters_count_alike_before_and_after_they_are_merged(kind: str) -> Non
     found = update_rank(before, adapted)
 
     np.testing.assert_array_equal(update_rank(before, merged).singular_values, found.singular_values)
-    np.testing.assert_array_equal(update_rank(adapted, merged).norm, np.zeros((2, len(found.sites))))
-    ranks = found.to_dataframe().set_index(["layer", "site"])["rank"]
+    np.testing.assert_array_equal(update_rank(adapted, merged).norm, np.zeros((2, len(found.matrices))))
+    ranks = found.to_dataframe().set_index(["layer", "matrix"])["rank"]
     assert ranks[:, "k"].tolist() == ranks[:, "mlp_out"].tolist() == [3, 3] and ranks.sum() == 12
     assert found.effective_rank.max() < 3.01
 
@@ -117,7 +118,7 @@ def test_a_training_with_adapters_of_rank_2_has_updates_of_rank_2_and_a_full_one
     ranks = {}
     for name, trainable in (("low", LoRA(rank=2, target_modules=("q", "v"))), ("full", ("attn",))):
         run = train(model, pairs, ACT(), config=TrainConfig(**{**vars(config), "trainable": trainable}), progress=False)
-        ranks[name] = update_rank(model, run.model).to_dataframe().set_index(["layer", "site"])["rank"]
+        ranks[name] = update_rank(model, run.model).to_dataframe().set_index(["layer", "matrix"])["rank"]
 
     assert ranks["low"][:, "q"].tolist() == ranks["low"][:, "v"].tolist() == [2, 2] and ranks["low"].sum() == 8
     assert (ranks["full"][:, "q"] > 2).all() and (ranks["full"][:, "mlp_in"] == 0).all()
@@ -126,7 +127,7 @@ def test_a_training_with_adapters_of_rank_2_has_updates_of_rank_2_and_a_full_one
 def test_a_matrix_smaller_than_others_has_a_lower_highest_rank() -> None:
     model = lens("llama")  # two key-value heads of four
 
-    table = update_rank(model, load_model(hf_model("llama", seed=1))).to_dataframe().set_index(["layer", "site"])
+    table = update_rank(model, load_model(hf_model("llama", seed=1))).to_dataframe().set_index(["layer", "matrix"])
 
     assert table["largest"][0, "k"] == table["rank"][0, "k"] == 16 and table["largest"][0, "q"] == 32
 
@@ -154,12 +155,23 @@ def test_results_survive_saving_and_the_figure_holds_their_numbers(tmp_path: Pat
     again = UpdateRank.load(tmp_path / "rank.safetensors")
 
     assert again.to_dataframe().equals(found.to_dataframe())
-    drawn = updaterank.figure({"act": found, "bct": again}, "norm")
+    drawn = found.compare({"bct": again}, label="act", quantity="norm")
     assert len(drawn.data) == 2 * 6 and [trace.name for trace in drawn.data[:2]] == ["ACT", "BCT"]
-    np.testing.assert_allclose(drawn.data[2 * found.sites.index("o")].y, [0, 2**0.5], rtol=1e-5)
+    np.testing.assert_allclose(drawn.data[2 * found.matrices.index("o")].y, [0, 2**0.5], rtol=1e-5)
     assert len(found.figure().data) == 6
+    with pytest.raises(CtlensError, match="two results are called 'act'"):
+        found.compare({"act": again}, label="act")
     with pytest.raises(CtlensError, match="unknown quantity 'size'"):
         found.figure("size")
+
+
+def test_a_result_of_another_version_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    arrays = {"singular_values": np.ones((1, 1, 2)), "rounding": np.zeros((1, 1))}
+    labels = {"kind": "UpdateRank", "labels": {"sites": ["q"]}}  # the matrices were called so in 0.1
+    save_file(arrays, tmp_path / "rank.safetensors", {"result": json.dumps(labels)})
+
+    with pytest.raises(CtlensError, match="saved by another version of ctlens, whose UpdateRank had 'sites'"):
+        UpdateRank.load(tmp_path / "rank.safetensors")
 
 
 def test_models_that_do_not_compare_are_refused() -> None:

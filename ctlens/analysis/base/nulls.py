@@ -1,0 +1,55 @@
+"""Nulls: a number that is found where there is nothing to find, for an effect to be held against.
+
+Any training changes a model and any edit changes an answer, so an effect says little until it stands beside its null:
+
+- *retention alone*, a training without consistency loss, is the floor of `shift_similarity` and the control of
+  `erase_or_mask`. It is a null only as far as it moved the model at all, which `hardly_moved` tells;
+- *random directions* as long as the real one are the null of `steer`, `ablate` and `shift_similarity`: an effect of the
+  first two must lie above the `random_band`;
+- *random keys*, as many as the real ones, are the null of `knockout`, see `ctlens.analysis.attention.cuts`;
+- *shuffled labels* and random features are those of `probe`, see `ctlens.analysis.probing.classifiers`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+
+# A null that moved less than this share of the models it is held against is called weak. Chosen by eye.
+WEAK_NULL = 0.05
+
+
+def hardly_moved(name: str, share: float, role: str) -> str:
+    """The warning in a figure that a null moved too little to be one; empty for a null that moved enough.
+
+    >>> hardly_moved("retention", 0.02, "floor"), hardly_moved("retention", 0.4, "floor")
+    ('; retention hardly moved (2.0% of the others): a weak floor', '')
+
+    Args:
+        name: of the null.
+        share: how far the null moved, as a share of how far the models moved that it is held against.
+        role: what it is called in that analysis, `"floor"` or `"control"`.
+    """
+    if not share < WEAK_NULL:  # also where there is no share
+        return ""
+    words = f"{share:.1%}" if share >= 0.0005 else "under 0.1%"
+    return f"; {name} hardly moved ({words} of the others): a weak {role}"
+
+
+def random_band(effects: Float[np.ndarray, "*axes draw pair"]) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest of the random draws' mean effects over pairs.
+
+    With 19 draws, the mean effect of one more random draw lies above the band once in 20 times.
+
+    >>> low, high = random_band(np.array([[0.0, 2.0], [2.0, 4.0]]))
+    >>> float(low), float(high)
+    (1.0, 3.0)
+    """
+    means = effects.mean(-1)
+    return means.min(-1), means.max(-1)
+
+
+def random_directions(d: int, draws: int, *shape: int) -> Float[np.ndarray, "draw ... d"]:
+    """Random directions of length 1, evenly over the sphere and the same in every call."""
+    drawn = np.random.default_rng(0).normal(size=(draws, *shape, d))
+    return drawn / np.linalg.norm(drawn, axis=-1, keepdims=True)
