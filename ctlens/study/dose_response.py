@@ -12,6 +12,7 @@ from ctlens import plots
 from ctlens.core.config import to_dict
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import atomic_file
+from ctlens.core.labels import BASE
 from ctlens.plots import Figure
 from ctlens.study.config import SHARED_TRAINING, Cell, StudyConfig
 from ctlens.study.figures import dose_figure, prompts_in_words
@@ -159,9 +160,9 @@ class DoseStudy:
     def finish(self) -> DoseResult:
         """Finishes every study, writes `doses.csv` and the figures, and returns the results."""
         tables = [study.finish().results.assign(n_pairs=n_pairs) for n_pairs, study in self.studies.items()]
-        base = tables[0].query("condition == @BASE")
+        base = tables[0][tables[0]["condition"] == BASE]
         base = base.assign(n_pairs=0, trained_threat=base["evaluated_threat"])
-        trained = [table.query("condition != @BASE") for table in tables]
+        trained = [table[table["condition"] != BASE] for table in tables]
         results = pd.concat([base, *trained], ignore_index=True).reindex(columns=list(DOSE_COLUMNS))
         with atomic_file(self.folder / "doses.csv") as temporary:
             results.to_csv(temporary, index=False)
