@@ -20,8 +20,8 @@ _WIDTH = 960  # pixels, chosen by eye
 # The three measurements of a model fill one row of panels: the name of the panel, and the title of its axis.
 _QUESTIONS = {
     "readable": ("cue readable", "balanced accuracy"),
-    "used": ("direction used", "margin recovered (nats)"),
-    "reelicited": ("re-elicited", "margin lost (nats)"),
+    "used": ("direction used", "logit difference recovered (nats)"),
+    "reelicited": ("re-elicited", "logit difference lost (nats)"),
 }
 # Hues of the ramp that no method has, and grey where the evidence decides nothing.
 VERDICT_STYLES = {

@@ -8,7 +8,7 @@ import torch
 from helpers.models import byte_level_tokenizer, hf_model
 
 from ctlens.analysis import AttentionDiff, ResidualShift, attention_diff, residual_shift
-from ctlens.analysis.residual.shift import QUANTITIES, RAW, _of_layer
+from ctlens.analysis.residual.shift import RAW_QUANTITIES, SHIFT_QUANTITIES, _of_layer
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.batch import Matched
@@ -105,15 +105,15 @@ def test_a_model_compared_with_itself_has_not_moved(model) -> None:
     assert np.all(shift.gap_closed == 0) and np.all(shift.distance == 1)
     assert np.all(shift.relative == 0) and np.all(shift.norm_ratio == 1)
     assert np.isnan(shift.cosine).all()
-    assert shift.to_dataframe().query("quantity == 'cosine'")[["mean", "n"]].isna().sum().tolist() == [4, 0]
+    assert shift.to_dataframe().query("quantity == 'cosine'")[["mean", "n_pairs"]].isna().sum().tolist() == [4, 0]
 
 
 def test_raw_norms_come_on_request(model) -> None:
     shift = residual_shift(model, moved(model), PAIRS, progress=False)
 
-    assert set(shift.to_dataframe()["quantity"]) == set(QUANTITIES)
+    assert set(shift.to_dataframe()["quantity"]) == set(SHIFT_QUANTITIES)
     table = shift.to_dataframe(raw=True).query("positions == 'last' and layer == 1").set_index("quantity")["mean"]
-    assert set(table.index) == {*QUANTITIES, *RAW}
+    assert set(table.index) == {*SHIFT_QUANTITIES, *RAW_QUANTITIES}
     assert table["shift_norm"] == pytest.approx(shift.shift_norm[0, :, 1].mean())
     for pair, found in zip(PAIRS, shift.relative[0, :, 1] / shift.shift_norm[0, :, 1], strict=True):
         assert 1 / found == pytest.approx(plain_resid(model, pair.wrapped.turns[0].content)[1].norm().item(), rel=1e-3)

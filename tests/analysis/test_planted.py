@@ -134,7 +134,7 @@ def test_shifts_are_alike_by_their_shared_target_and_not_off_it(models):
     two = {name: models[name] for name in ("erased", "moved")}
     table = shift_similarity(models["base"], two, PAIRS, quantities=["cosine"], progress=False).to_dataframe()
     rows = table.query("positions == 'last' and a == 'erased' and b == 'moved'").set_index(["part", "layer"])
-    assert rows.loc["all", "n"].tolist() == rows.loc["along", "n"].tolist() == [0, 36, 36]
+    assert rows.loc["all", "n_prompts"].tolist() == rows.loc["along", "n_prompts"].tolist() == [0, 36, 36]
     np.testing.assert_allclose(rows.loc["all", "value"], [np.nan, 0.5**0.5, 0.5**0.5], atol=1e-4)
     np.testing.assert_allclose(rows.loc["along", "value"], [np.nan, 1, 1], atol=1e-4)
     assert rows.loc["off", "value"].isna().all()  # the erased model has no shift there

@@ -1,4 +1,4 @@
-"""Cutting attention: which edges of which layers and heads, and the edit that takes them out of a pattern."""
+"""Cuts of attention: the edges of some layers and heads, and the edit that takes them out of a pattern."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from ctlens.models.hooks import resolve
 
 QUERIES = {"last": "the last token", "content": "the content tokens", "all": "all other tokens"}
 CUTS = ("layer", "head")
-ALONE, FROM, HEAD = "alone", "from", "head"
-DRAWS = 4
+ALONE = "alone"
+FROM = "from"
+HEAD = "head"
+DRAWS = 4  # sets of random keys per prompt; chosen by eye
 
 Edges: TypeAlias = Bool[Tensor, "batch q k"]
 """True where attention from a query to a key is cut."""
@@ -38,31 +40,33 @@ class Cut(NamedTuple):
         chosen = torch.zeros(model.cfg.n_heads, dtype=torch.bool, device=edges.device)
         chosen[list(self.heads)] = True
         cut = edges[:, None] & chosen[:, None, None]
-        return {resolve(model, "pattern", layer)[0]: lambda pattern: without(pattern, cut) for layer in self.layers}
+        return {
+            resolve(model, "pattern", layer)[0]: lambda pattern: without_edges(pattern, cut) for layer in self.layers
+        }
 
     def attention(self, model: LensModel, patterns: Activations, edges: Edges) -> Float[Tensor, " batch"]:
-        """How much attention the queries that see a key have on the keys, the mean over them, layers and heads."""
+        """The attention of the queries that see a key on the keys, the mean over these queries, layers and heads."""
         found = [patterns[resolve(model, "pattern", layer)[0]][:, list(self.heads)] for layer in self.layers]
         mass = (torch.stack(found).mean((0, 2)) * edges).sum((-2, -1))
         return mass / edges.any(-1).sum(-1).clamp(min=1)
 
 
-def cuts(layers: Sequence[int], heads: Sequence[int], by: str) -> list[Cut]:
-    """Every layer alone and from it on, or every head."""
+def planned_cuts(layers: Sequence[int], heads: Sequence[int], by: str) -> list[Cut]:
+    """The cuts of an analysis: every layer alone and every layer with those behind it, or every head."""
     if by not in CUTS:
         raise unknown("cut", by, CUTS)
     if by == "head":
         return [Cut(HEAD, (layer,), (head,)) for layer in layers for head in heads]
-    layers, every = sorted(layers), tuple(heads)
-    alone = [Cut(ALONE, (layer,), every) for layer in layers]
-    return alone + [Cut(FROM, tuple(layers[at:]), every) for at in range(len(layers))]
+    ordered = sorted(layers)
+    alone = [Cut(ALONE, (layer,), tuple(heads)) for layer in ordered]
+    return alone + [Cut(FROM, tuple(ordered[index:]), tuple(heads)) for index in range(len(ordered))]
 
 
-def without(pattern: Pattern, cut: Bool[Tensor, "batch head q k"]) -> Pattern:
+def without_edges(pattern: Pattern, cut: Bool[Tensor, "batch head q k"]) -> Pattern:
     """The pattern without the attention that is cut; what is left of a row sums to one again.
 
     >>> pattern = torch.tensor([[[[0.5, 0.25, 0.25]]]])
-    >>> without(pattern, torch.tensor([[[[True, False, False]]]]))
+    >>> without_edges(pattern, torch.tensor([[[[True, False, False]]]]))
     tensor([[[[0.0000, 0.5000, 0.5000]]]])
 
     Raises:
@@ -77,11 +81,11 @@ def without(pattern: Pattern, cut: Bool[Tensor, "batch head q k"]) -> Pattern:
 
 
 def chosen_heads(model: LensModel, heads: Sequence[int] | None) -> tuple[int, ...]:
-    """The heads of each layer that are cut."""
-    n = model.cfg.n_heads
-    chosen = tuple(range(n)) if heads is None else tuple(heads)
-    if not chosen or len(set(chosen)) < len(chosen) or min(chosen) < 0 or max(chosen) >= n:
-        raise CtlensError(f"heads must name some of 0 to {n - 1}, each once, not {chosen}.")
+    """The heads of each layer that are cut; all of them where `heads` is None."""
+    n_heads = model.cfg.n_heads
+    chosen = tuple(range(n_heads)) if heads is None else tuple(heads)
+    if not chosen or len(set(chosen)) < len(chosen) or min(chosen) < 0 or max(chosen) >= n_heads:
+        raise CtlensError(f"heads must name some of 0 to {n_heads - 1}, each once, not {chosen}.")
     return chosen
 
 
@@ -102,7 +106,7 @@ def edges(batch: ContrastBatch, rows: Sequence[EncodedPair], queries: str, keys:
 
 
 def random_keys(row: EncodedPair, keys: Sequence[int], seed: int) -> list[tuple[int, ...]]:
-    """For the null, as many other tokens of the wrapped prompt, several times.
+    """The keys of the null: as many other tokens of the wrapped prompt, drawn several times.
 
     They depend on the prompt and the seed alone. The first token is not among them: attention
     that nothing calls for rests on it, and without it a model breaks rather than forgets.

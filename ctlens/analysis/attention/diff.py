@@ -1,10 +1,10 @@
-"""Where every head looks on wrapped prompts, before and after a training.
+"""The attention of every head on wrapped prompts, before and after a training.
 
 Three quantities of each head's attention rows, from the last prompt token and from the aligned
 tokens before it, which are never pooled because they give different answers:
 
 - `mass`: the share of attention on a segment of the prompt, see `ctlens.analysis.base.positions`;
-- `entropy`: of the row, in nats;
+- `entropy`: the entropy of the row, in nats;
 - `jsd`: the Jensen-Shannon divergence, in nats, from the reference's row on the clean prompt, for both
   models. The clean row is lifted to the keys of the wrapped prompt, with nothing on the wrapper and one
   bucket for what has no twin there. So attention that moves from the BOS to the wrapper counts, which
@@ -23,9 +23,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctlens import plots
-from ctlens.analysis.base.forward import batches, require_comparable
+from ctlens.analysis.base.forward import pair_batches, require_comparable
 from ctlens.analysis.base.positions import SEGMENTS, SegmentMasks, segment_masks
-from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.result import Result, beside
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.labels import BASE
 from ctlens.core.stats import bootstrap_mean, simultaneous_mean
@@ -37,29 +37,29 @@ from ctlens.losses.distances import LOG_FLOOR, jensen_shannon
 from ctlens.models.hooks import capture, resolve
 from ctlens.plots import Curve, Figure
 
-SIDES = ("before", "after")
-QUANTITIES = ("mass", "entropy", "jsd")
-QUERIES = ("last", "content")
+WHEN = ("before", "after")
+_QUANTITIES = ("mass", "entropy", "jsd")
+_QUERIES = ("last", "content")
 HEADLINE = "mass/last/wrapper"
 
 
 def _name(quantity: str, queries: str, keys: str = "") -> str:
-    """Of a measure; only the mass is that of a span."""
+    """The name of a measure; only the mass is that of a segment of keys."""
     return f"{quantity}/{queries}/{keys if quantity == 'mass' else ''}"
 
 
-MEASURES = tuple(
+ATTENTION_MEASURES = tuple(
     name
-    for queries in QUERIES
+    for queries in _QUERIES
     for name in (*(_name("mass", queries, keys) for keys in SEGMENTS), _name("entropy", queries), _name("jsd", queries))
 )
-WORDS = {
+_WORDS = {
     "mass": "attention mass on the {keys} tokens",
     "entropy": "entropy of the attention, in nats",
     "jsd": "divergence from the clean attention, in nats",
 }
-FROM = {"last": "from the last token", "content": "from the content tokens"}
-ENDS = ["change", "ci_low", "ci_high"]
+_FROM = {"last": "from the last token", "content": "from the content tokens"}
+_CHANGE = ["change", "ci_low", "ci_high"]
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ class AttentionDiff(Result):
     """Attention of every head on every pair, before and after.
 
     Attributes:
-        values: `[side, measure, pair, layer, head]`, sides as in `SIDES`; NaN where a pair has no
-            such span, no token before the last one, or no twin of its last token.
+        values: `[when, measure, pair, layer, head]`, along the first axis as in `WHEN`; NaN where a pair has no
+            such segment, no token before the last one, or no twin of its last token.
         measures: `"quantity/queries/keys"` each; the keys are empty but for the mass.
     """
 
-    values: Float[np.ndarray, "side measure pair layer head"]
-    measures: tuple[str, ...] = MEASURES
+    values: Float[np.ndarray, "when measure pair layer head"]
+    measures: tuple[str, ...] = ATTENTION_MEASURES
 
     @property
     def before(self) -> Float[np.ndarray, "pair layer head"]:
@@ -86,38 +86,38 @@ class AttentionDiff(Result):
         return self.of("after")
 
     def of(
-        self, side: str, quantity: str = "mass", queries: str = "last", keys: str = "wrapper"
+        self, when: str, quantity: str = "mass", queries: str = "last", keys: str = "wrapper"
     ) -> Float[np.ndarray, "pair layer head"]:
-        """One quantity on one side; the span matters to the mass only.
+        """One quantity, before or after training; `keys` matters to the mass only.
 
         Raises:
             CtlensError: a name is unknown, or no pair has that quantity.
         """
         for kind, name, known in (
-            ("side", side, SIDES),
-            ("quantity", quantity, QUANTITIES),
-            ("queries", queries, QUERIES),
+            ("time", when, WHEN),
+            ("quantity", quantity, _QUANTITIES),
+            ("queries", queries, _QUERIES),
             ("keys", keys, SEGMENTS),
         ):
             if name not in known:
                 raise unknown(kind, name, known)
         name = _name(quantity, queries, keys)
-        values = self._measured(name)[SIDES.index(side)]
+        values = self._measured(name)[WHEN.index(when)]
         if not len(values):
             raise CtlensError(f"no pair has {name}: choose another quantity, queries or keys.")
         return values
 
-    def curve(self, side: str = "after", quantity: str = "mass", queries: str = "last", keys: str = "wrapper") -> Curve:
+    def curve(self, when: str = "after", quantity: str = "mass", queries: str = "last", keys: str = "wrapper") -> Curve:
         """Mean over heads and pairs and its 95 percent bootstrap interval over pairs, `[layer]` each."""
-        return bootstrap_mean(self.of(side, quantity, queries, keys).mean(-1))
+        return bootstrap_mean(self.of(when, quantity, queries, keys).mean(-1))
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per quantity, place, span, layer and head; largest change first within a quantity.
+        """One row per quantity, queries, keys, layer and head; largest change first within a quantity.
 
         Returns:
-            The means over `n` pairs, `before` and `after`, and their `change` with its 95 percent
+            The means over `n_pairs`, `before` and `after`, and their `change` with its 95 percent
             bootstrap interval for that head alone; see `top` for one that holds for all heads.
-            A span that no pair has is left out.
+            A segment that no pair has is left out.
         """
         names = sorted(self.measures, key=lambda name: name != HEADLINE)
         tables = [self._heads(name, simultaneous=False) for name in names if self._measured(name).shape[1]]
@@ -138,8 +138,9 @@ class AttentionDiff(Result):
 
     def figure(self, quantity: str = "mass", queries: str = "last", keys: str = "wrapper") -> Figure:
         """The quantity of every head before and after, and the difference."""
-        before, after = (self.of(side, quantity, queries, keys).mean(0) for side in SIDES)
-        what = f"{WORDS[quantity].format(keys=keys)}, {FROM[queries]}"
+        before = self.of("before", quantity, queries, keys).mean(0)
+        after = self.of("after", quantity, queries, keys).mean(0)
+        what = f"{_WORDS[quantity].format(keys=keys)}, {_FROM[queries]}"
         return plots.attention_heads(before, after, f"Which heads change their {what}?", what=what)
 
     def compare(self, others: Mapping[str, AttentionDiff], *, label: str, subtitle: str | None = None) -> Figure:
@@ -153,7 +154,7 @@ class AttentionDiff(Result):
         Raises:
             CtlensError: another training has this one's label.
         """
-        trained = {name: result.curve("after") for name, result in self.beside(others, label).items()}
+        trained = {name: result.curve("after") for name, result in beside(self, others, label).items()}
         return plots.layer_curves(
             {BASE: self.curve("before"), **trained},
             "How much does the last token attend to the wrapper?",
@@ -161,20 +162,21 @@ class AttentionDiff(Result):
             subtitle=subtitle,
         )
 
-    def _measured(self, name: str) -> Float[np.ndarray, "side pair layer head"]:
+    def _measured(self, name: str) -> Float[np.ndarray, "when pair layer head"]:
         """A measure of the pairs that have it."""
         values = self.values[:, self.measures.index(name)]
         return values[:, ~np.isnan(values).any((0, 2, 3))]
 
     def _heads(self, name: str, *, simultaneous: bool) -> pd.DataFrame:
-        before, after = values = self._measured(name)
+        values = self._measured(name)
+        before, after = values
         ends = (simultaneous_mean if simultaneous else bootstrap_mean)(after - before)
         table = pd.DataFrame([*np.ndindex(values.shape[2:])], columns=["layer", "head"])
-        for column, numbers in zip(["before", "after", *ENDS], (before.mean(0), after.mean(0), *ends), strict=True):
+        for column, numbers in zip(["before", "after", *_CHANGE], (before.mean(0), after.mean(0), *ends), strict=True):
             table[column] = numbers.ravel()
-        for at, (column, word) in enumerate(zip(("quantity", "queries", "keys"), name.split("/"), strict=True)):
-            table.insert(at, column, word)
-        return table.assign(n=len(before)).sort_values("change", key=np.abs, ascending=False, ignore_index=True)
+        for index, (column, word) in enumerate(zip(("quantity", "queries", "keys"), name.split("/"), strict=True)):
+            table.insert(index, column, word)
+        return table.assign(n_pairs=len(before)).sort_values("change", key=np.abs, ascending=False, ignore_index=True)
 
 
 def attention_diff(
@@ -192,7 +194,7 @@ def attention_diff(
         before: the reference, in eval mode.
         after: the trained model, in eval mode.
         pairs: clean and wrapped prompts; the wrapper is what the wrapped one adds to the clean one's message.
-        batch_size: pairs a forward pass.
+        batch_size: pairs per forward pass.
         progress: show a progress bar.
 
     Raises:
@@ -202,25 +204,26 @@ def attention_diff(
     require_comparable(before, after)
     names = resolve(before, "pattern")
     chunks: list[np.ndarray] = []
-    for rows, batch in batches(before, pairs, "shared", batch_size, progress):
+    for rows, batch in pair_batches(before, pairs, "shared", batch_size, progress):
         if not batch.wrapper.any(-1).all():
             raise CtlensError("a pair's wrapper cannot be told from its content: leave that pair out.")
         segments = segment_masks(rows, batch.wrapped)
         clean = capture(before, batch.clean.tokens, names, grad=False)[1]
-        sides = []
+        by_model = []
         for model in (before, after):
             wrapped = capture(model, batch.wrapped.tokens, names, grad=False)[1]
             layers = [_measures(clean[name], wrapped[name], batch, segments) for name in names]
-            sides.append(torch.stack(layers, 2).float().cpu().numpy())
-        chunks.append(np.stack(sides))
+            by_model.append(torch.stack(layers, 2).float().cpu().numpy())
+        chunks.append(np.stack(by_model))
     return AttentionDiff(np.concatenate(chunks, 2))
 
 
 def _measures(
     clean: Float[Tensor, "batch head clean_q clean_k"], wrapped: Pattern, batch: PairBatch, segments: SegmentMasks
 ) -> Float[Tensor, "measure batch head"]:
-    """Every quantity of one layer, in the order of `MEASURES`."""
-    matched, twins = batch.matched["shared"], with_opening(batch, batch.matched["shared"])
+    """Every quantity of one layer, in the order of `ATTENTION_MEASURES`."""
+    matched = batch.matched["shared"]
+    twins = with_opening(batch, matched)
     here, there = batch.last_clean[:, None], batch.last_prompt[:, None]
     ends = Matched(here, there, torch.ones_like(there, dtype=torch.bool))
     is_end = matched.valid & (matched.wrapped == ends.wrapped)

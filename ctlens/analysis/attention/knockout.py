@@ -1,4 +1,4 @@
-"""Does a head that attends to the wrapper matter? Attention to it is cut, and the answer measured.
+"""Knockout: does a head that attends to the wrapper matter? Its attention is cut, and the answer measured.
 
 A cut takes the attention of chosen queries to chosen keys out of the pattern and scales what is left of
 each row to sum to one. That is the softmax over the remaining keys, so it is the same as masking the
@@ -33,12 +33,12 @@ from ctlens.analysis.attention.cuts import (
     Cut,
     Edges,
     chosen_heads,
-    cuts,
     edges,
+    planned_cuts,
     random_keys,
 )
-from ctlens.analysis.base.contrast import ContrastBatch, contrasts, in_batches
-from ctlens.analysis.base.forward import batches, labelled
+from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, contrasts
+from ctlens.analysis.base.forward import comparable_by_label, pair_batches
 from ctlens.analysis.base.positions import Keys, key_positions
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError, unknown
@@ -48,8 +48,8 @@ from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers, capture, editing, resolve, run, select_layers
 from ctlens.plots import Curve, Figure
 
-WORDS = {"difference": "logit difference", "p_bad": "P(bad)"}
-MEASURES = tuple(WORDS)
+_WORDS = {"logit_diff": "logit difference", "p_bad": "P(bad)"}
+KNOCKOUT_MEASURES = tuple(_WORDS)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Knockout(Result):
     """The answer under every cut, for every pair.
 
     Attributes:
-        uncut: `[model, measure, pair]`, measures as in `MEASURES`: the logit difference, good minus
+        uncut: `[model, measure, pair]`, measures as in `KNOCKOUT_MEASURES`: the logit difference, good minus
             bad, and the probability of the bad answer's token.
         cut: `[model, measure, cut, pair]`, with the chosen keys cut off.
         null: the same with random keys cut off, the mean over draws.
@@ -69,7 +69,7 @@ class Knockout(Result):
         layers, heads: of each cut; the head is -1 for all chosen ones.
         models: their labels.
         queries: one of `QUERIES`.
-        keys: the span, or `"keys"` for a user's choice.
+        keys: the segment, or `"keys"` for a user's choice.
     """
 
     uncut: Float[np.ndarray, "model measure pair"]
@@ -86,27 +86,27 @@ class Knockout(Result):
     queries: str
     keys: str
 
-    def effects(self, measure: str = "difference") -> Float[np.ndarray, "edge_set model cut pair"]:
+    def effects(self, measure: str = "logit_diff") -> Float[np.ndarray, "edge_set model cut pair"]:
         """What the cut and its null change, cut minus uncut: first the chosen keys, then the random ones.
 
         Raises:
             CtlensError: the measure is unknown.
         """
-        if measure not in MEASURES:
-            raise unknown("measure", measure, MEASURES)
-        at = MEASURES.index(measure)
+        if measure not in KNOCKOUT_MEASURES:
+            raise unknown("measure", measure, KNOCKOUT_MEASURES)
+        at = KNOCKOUT_MEASURES.index(measure)
         return np.stack([self.cut[:, at], self.null[:, at]]) - self.uncut[:, at, None]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per model, cut and measure.
 
         Returns:
-            Means over `n` pairs: `uncut` and `cut`, the `effect` (cut minus uncut) with its 95
+            Means over `n_pairs`: `uncut` and `cut`, the `effect` (cut minus uncut) with its 95
             percent bootstrap interval, the `null_effect`, `beyond` (effect minus null effect, pair
             by pair) with its interval, and `attention` and `null_attention`.
         """
         tables = []
-        for at, measure in enumerate(MEASURES):
+        for at, measure in enumerate(KNOCKOUT_MEASURES):
             effect, null = np.moveaxis(self.effects(measure), -1, 1)
             columns = {"uncut": np.broadcast_to(self.uncut[:, at].mean(-1)[:, None], self.attention.shape[:2])}
             columns |= {"cut": self.cut[:, at].mean(-1)}
@@ -120,12 +120,15 @@ class Knockout(Result):
                 for cut in zip(self.kinds, self.layers, self.heads, strict=True)
             ]
             table = pd.DataFrame(labels, columns=["model", "kind", "layer", "head", "measure"])
-            tables.append(table.assign(**{name: np.ravel(values) for name, values in columns.items()}, n=len(effect)))
+            tables.append(
+                table.assign(**{name: np.ravel(values) for name, values in columns.items()}, n_pairs=len(effect))
+            )
         return pd.concat(tables, ignore_index=True)
 
-    def figure(self, measure: str = "difference") -> Figure:
-        """What the queries attend to beside what matters: by layer, or a marker a head."""
-        (effect, null), change = self.effects(measure), f"change of {WORDS[measure]}"
+    def figure(self, measure: str = "logit_diff") -> Figure:
+        """The attention that was cut beside the change it made: by layer, or one marker per head."""
+        effect, null = self.effects(measure)
+        change = f"change of {_WORDS[measure]}"
         shape = "small circles" if "head" in self.kinds else "dotted"
         subtitle = (
             f"{self.uncut.shape[-1]} wrapped prompts; attention from {QUERIES[self.queries]} to {self.keys} is cut; "
@@ -148,7 +151,7 @@ class Knockout(Result):
 
     def _curves(self, chosen: np.ndarray, null: np.ndarray, kind: str) -> dict[str, tuple[Curve, Curve]]:
         """By model, the curve over the layers of one kind of cut, and that of its null."""
-        cuts = [at for at, name in enumerate(self.kinds) if name == kind]
+        cuts = [number for number, name in enumerate(self.kinds) if name == kind]
         return {
             model: (bootstrap_mean(chosen[at, cuts].T), bootstrap_mean(null[at, cuts].T))
             for at, model in enumerate(self.models)
@@ -181,13 +184,13 @@ def knockout(
         pairs: with good and bad answers on the wrapped side.
         queries: whose attention is cut: `"last"`, the token that predicts the answer; `"content"`,
             the aligned tokens before it; `"all"`, every token outside the keys.
-        keys: to what: a span such as `"wrapper"`, or a function that names positions.
+        keys: the keys that are cut off: a segment such as `"wrapper"`, or a function that names positions.
         by: `"layer"`, each layer alone, and each with those behind it; or `"head"`, each head alone.
         layers: which ones.
         heads: which ones in each layer; None for all.
         seed: of the null's random keys, drawn for each pair from the prompt's other tokens
             without the first and the last.
-        batch_size: prompts a forward pass.
+        batch_size: prompts per forward pass.
         progress: show a progress bar.
 
     Raises:
@@ -195,17 +198,17 @@ def knockout(
             unknown, a pair lacks a contrast or the keys, there are no other keys to draw, or a cut
             would leave a query without any attention.
     """
-    named = labelled(models)
+    named = comparable_by_label(models)
     first = next(iter(named.values()))
-    plan = cuts(select_layers(first.cfg.n_layers, layers), chosen_heads(first, heads), by)
+    plan = planned_cuts(select_layers(first.cfg.n_layers, layers), chosen_heads(first, heads), by)
     items = contrasts(first, pairs)
-    rows = [row for found, _ in batches(first, pairs, "shared", batch_size, progress=False) for row in found]
+    rows = [row for found, _ in pair_batches(first, pairs, "shared", batch_size, progress=False) for row in found]
     chosen = [key_positions(keys, row) for row in rows]
     drawn = [random_keys(row, of_row, seed) for row, of_row in zip(rows, chosen, strict=True)]
     total = len(named) * len(plan) * (1 + DRAWS) * -(-len(rows) // batch_size)
     found = []
     with tqdm(total=total, desc="knockout", disable=not progress, leave=False) as bar:
-        for number, batch in enumerate(in_batches(first, items, batch_size, progress=False)):
+        for number, batch in enumerate(contrast_batches(first, items, batch_size, progress=False)):
             part = slice(number * batch_size, (number + 1) * batch_size)
             edge_sets = [
                 edges(batch, rows[part], queries, edge_set)
@@ -236,7 +239,7 @@ class _Measured(NamedTuple):
     """One model's answers to a batch, and its attention to the keys that are cut.
 
     Attributes:
-        uncut: the answers without a cut, measures as in `MEASURES`.
+        uncut: the answers without a cut, measures as in `KNOCKOUT_MEASURES`.
         cut: the answers with the chosen keys cut off.
         null: the answers with random keys cut off, the mean over draws.
         attention: the chosen queries' attention to the chosen keys before the cut.
@@ -299,4 +302,4 @@ def _answers(batch: ContrastBatch, logits: Logits) -> Float[Tensor, "measure bat
     """The logit difference and the probability of the bad answer's token."""
     last = batch.at_last(logits)
     bad = last.softmax(-1).gather(-1, batch.answers[:, 1:])[:, 0]
-    return torch.stack([batch.difference(last), bad])
+    return torch.stack([batch.logit_diff(last), bad])

@@ -1,4 +1,4 @@
-"""One head's attention on one pair: clean, wrapped by each model, and what the training changed.
+"""Maps of one head's attention on one pair: clean, wrapped by each model, and the change in training.
 
 A map can be weighted by values: attention times the norm of the value vector written through the
 head's output matrix, `a[q, k] |v[k] W_O|`, which is what the head takes from that token rather than how much it
@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ctlens import plots
-from ctlens.analysis.base.forward import batches, labelled
+from ctlens.analysis.base.forward import comparable_by_label, pair_batches
 from ctlens.analysis.base.positions import SEGMENTS, token_segments
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError
@@ -31,8 +31,8 @@ from ctlens.data.pairs import Pair
 from ctlens.models.hooks import capture, resolve, select_layers
 from ctlens.plots import Figure, LabelledMap
 
-READABLE = 40  # tokens along an axis
-LAST = "last token"
+READABLE = 40  # tokens along an axis whose labels can still be read; chosen by eye
+_LAST_TOKEN = "last token"
 Map = Float[np.ndarray, "q k"]
 
 
@@ -45,9 +45,9 @@ class AttentionMaps(Result):
         wrapped: `[model, q, k]`, of every model on the wrapped prompt.
         twins: per token of the wrapped prompt, the position of its twin in the clean one; -1 for none.
         clean_tokens, tokens: the text of every token.
-        clean_segments, segments: which span it is in, see `ctlens.analysis.base.positions.token_segments`.
+        clean_segments, segments: the segment of every token, see `ctlens.analysis.base.positions.token_segments`.
         models: their labels.
-        layer, head: where.
+        layer, head: which head it is.
         weighted: whether attention is weighted by values.
     """
 
@@ -64,7 +64,7 @@ class AttentionMaps(Result):
     weighted: bool
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per map, span of the query and span of the key: `mass`, the mean over the span's queries."""
+        """One row per map, segment of queries and segment of keys: `mass`, the mean over the segment's queries."""
         rows = [
             (name, query, key, mass)
             for name, values, segments in self._maps()
@@ -77,8 +77,8 @@ class AttentionMaps(Result):
         """The maps, and the last model's minus the first's, on one scale.
 
         A long prompt stays readable: only a window of queries is shown (of a long clean prompt, the
-        twins of that window). Of the keys, those with most attention stand alone; what is between
-        them is added up by span, so that nothing is left out of a row.
+        twins of that window). The keys with most attention stand alone; keys between
+        them are added up by segment, so that nothing is left out of a row.
 
         Args:
             queries: first position and the one behind the last, in the wrapped prompt; None for
@@ -96,19 +96,20 @@ class AttentionMaps(Result):
         twins = [int(twin) for twin in self.twins[window] if twin >= 0]
         whole = queries is None and len(self.clean_tokens) <= READABLE
         clean = list(range(len(self.clean_tokens))) if whole else twins
-        maps = (
-            {"clean": _shown(self.clean[None], clean, self.clean_tokens, self.clean_segments, top)[0]} if clean else {}
-        )
+        maps: dict[str, LabelledMap] = {}
+        if clean:
+            maps["clean"] = _shown(self.clean[None], clean, self.clean_tokens, self.clean_segments, top)[0]
         shown = _shown(self.wrapped, window, self.tokens, self.segments, top)
         maps |= dict(zip(self._names(), shown, strict=True))
         return self._drawn(maps, f"Where does head L{self.layer}H{self.head} look?")
 
     def flow(self) -> Figure:
-        """Attention from span to span, for prompts of any length: the mean over a span's queries."""
+        """Attention from segment to segment, for prompts of any length: the mean over a segment's queries."""
         maps = {}
         for name, values, segments in self._maps():
-            flows, sizes = _between_segments(values, segments), Counter(segments)
-            keys = [f"{segment} ({sizes[segment]})" for segment in flows[LAST]]
+            flows = _between_segments(values, segments)
+            sizes = Counter(segments)
+            keys = [f"{segment} ({sizes[segment]})" for segment in flows[_LAST_TOKEN]]
             maps[name] = LabelledMap(np.array([[*of_query.values()] for of_query in flows.values()]), [*flows], keys)
         return self._drawn(maps, f"From which segments to which does head L{self.layer}H{self.head} look?")
 
@@ -134,7 +135,7 @@ def _between_segments(values: Map, segments: Sequence[str]) -> dict[str, dict[st
     held = {
         name: [at for at, segment in enumerate(segments) if segment == name] for name in SEGMENTS if name in segments
     }
-    queries = held | {LAST: [len(segments) - 1]}
+    queries = held | {_LAST_TOKEN: [len(segments) - 1]}
     return {
         query: {key: float(values[np.ix_(rows, columns)].sum(-1).mean()) for key, columns in held.items()}
         for query, rows in queries.items()
@@ -157,7 +158,7 @@ def _shown(
 
 
 def _runs(mass: Float[np.ndarray, " k"], segments: Sequence[str], top: int) -> list[tuple[int, int]]:
-    """Half-open runs of keys that share a column: each of the `top` largest alone, the others by span."""
+    """Half-open runs of keys that share a column: each of the `top` largest alone, the others by segment."""
     if len(mass) <= READABLE:
         return [(at, at + 1) for at in range(len(mass))]
     alone = {int(at) for at in np.argsort(-mass, kind="stable")[:top]}
@@ -189,19 +190,20 @@ def attention_maps(
         CtlensError: a model is in training mode or does not compare with the first, the head does
             not exist, the pair does not align, or a layer's head is not attention times values.
     """
-    named = labelled(models)
+    named = comparable_by_label(models)
     first = next(iter(named.values()))
     (layer,) = select_layers(first.cfg.n_layers, layer)
     if not 0 <= head < first.cfg.n_heads:
         raise CtlensError(f"head {head} does not exist: the model has heads 0 to {first.cfg.n_heads - 1}.")
-    ((row,), batch) = next(iter(batches(first, [pair], "shared", 1, False)))
+    ((row,), batch) = next(iter(pair_batches(first, [pair], "shared", 1, False)))
     read = partial(_map, layer=layer, head=head, weighted=weighted)
-    n, clean_n = len(row.wrapped.ids), len(row.clean.ids)
-    twins = np.full(n, -1)
+    length = len(row.wrapped.ids)
+    clean_length = len(row.clean.ids)
+    twins = np.full(length, -1)
     twins[list(row.alignments["shared"].wrapped)] = row.alignments["shared"].clean
     return AttentionMaps(
-        read(first, batch.clean.tokens)[:clean_n, :clean_n],
-        np.stack([read(model, batch.wrapped.tokens)[:n, :n] for model in named.values()]),
+        read(first, batch.clean.tokens)[:clean_length, :clean_length],
+        np.stack([read(model, batch.wrapped.tokens)[:length, :length] for model in named.values()]),
         twins,
         _texts(first, row.clean),
         _texts(first, row.wrapped),
@@ -215,7 +217,8 @@ def attention_maps(
 
 
 def _map(model: LensModel, tokens: Tokens, layer: int, head: int, weighted: bool) -> Map:
-    (pattern,), (z,) = (resolve(model, point, layer) for point in ("pattern", "z"))
+    (pattern,) = resolve(model, "pattern", layer)
+    (z,) = resolve(model, "z", layer)
     value = f"blocks.{layer}.attn.hook_v"
     found = capture(model, tokens, [pattern, z, value] if weighted else [pattern], grad=False)[1]
     attention = found[pattern][0, head]
@@ -237,5 +240,5 @@ def _written(model: LensModel, values: Float[Tensor, "k d_head"], layer: int, he
 def _texts(model: LensModel, prompt: Rendered) -> tuple[str, ...]:
     """The text of every token; its name in the vocabulary where it covers no text."""
     names = model.tokenizer.convert_ids_to_tokens(list(prompt.ids))
-    found = (prompt.text[slice(*span)].replace("\n", "⏎") for span in prompt.offsets)
+    found = (prompt.text[slice(*ends)].replace("\n", "⏎") for ends in prompt.offsets)
     return tuple(text or name for text, name in zip(found, names, strict=True))

@@ -1,4 +1,4 @@
-"""Do attention and gradients point at the same tokens? Three scores of each prompt token, compared pair by pair.
+"""Agreement of attention and gradients: three scores of each prompt token, compared pair by pair.
 
 - `gradient`: gradient x input of the logit difference, good answer minus bad, at the embedding, `|<g, x>|`
   (with the position where the model adds one there);
@@ -24,8 +24,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctlens import plots
-from ctlens.analysis.base.contrast import ContrastBatch, contrasts, in_batches
-from ctlens.analysis.base.forward import batches, labelled
+from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, contrasts
+from ctlens.analysis.base.forward import comparable_by_label, pair_batches
 from ctlens.analysis.base.positions import segments
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError, unknown
@@ -36,10 +36,10 @@ from ctlens.data.pairs import Pair
 from ctlens.models.hooks import capture, editing, resolve, run
 from ctlens.plots import Figure
 
-METHODS = ("gradient", "rollout", "attention")
-COMPARISONS = tuple(combinations(METHODS, 2))
-STATISTICS = ("spearman", "pearson")
-SHARE = "wrapper_share"
+SALIENCY_METHODS = ("gradient", "rollout", "attention")
+COMPARISONS = tuple(combinations(SALIENCY_METHODS, 2))
+CORRELATIONS = ("spearman", "pearson")
+WRAPPER_SHARE = "wrapper_share"
 
 Scores = Float[Tensor, "batch pos"]
 
@@ -50,8 +50,8 @@ class SaliencyAgreement(Result):
 
     Attributes:
         agreement: `[model, statistic, comparison, pair]`, correlations over a prompt's tokens, as in
-            `STATISTICS` and `COMPARISONS`; NaN where a score is the same for all tokens.
-        wrapper: `[model, method, pair]`, the share of a score that is on the wrapper, 0 to 1, as in `METHODS`.
+            `CORRELATIONS` and `COMPARISONS`; NaN where a score is the same for all tokens.
+        wrapper: `[model, method, pair]`, the share of a score that is on the wrapper, 0 to 1, as in `SALIENCY_METHODS`.
         models: their labels.
     """
 
@@ -63,44 +63,47 @@ class SaliencyAgreement(Result):
         """One row per model and number.
 
         Returns:
-            `quantity` is one of `STATISTICS`, between a `method` and an `other`, or `"wrapper_share"`
-            of a method; `value` is the mean over `n` pairs, with its 95 percent bootstrap interval.
+            `quantity` is one of `CORRELATIONS`, between a `method` and an `other`, or `"wrapper_share"`
+            of a method; `value` is the mean over `n_pairs`, with its 95 percent bootstrap interval.
         """
         rows = []
-        for at, model in enumerate(self.models):
-            for number, statistic in enumerate(STATISTICS):
-                for pair, values in zip(COMPARISONS, self.agreement[at, number], strict=True):
+        for index, model in enumerate(self.models):
+            for number, statistic in enumerate(CORRELATIONS):
+                for pair, values in zip(COMPARISONS, self.agreement[index, number], strict=True):
                     rows.append((model, statistic, *pair, *_mean(values)))
-            for method, values in zip(METHODS, self.wrapper[at], strict=True):
-                rows.append((model, SHARE, method, "", *_mean(values)))
-        columns = ["model", "quantity", "method", "other", "value", "ci_low", "ci_high", "n"]
+            for method, values in zip(SALIENCY_METHODS, self.wrapper[index], strict=True):
+                rows.append((model, WRAPPER_SHARE, method, "", *_mean(values)))
+        columns = ["model", "quantity", "method", "other", "value", "ci_low", "ci_high", "n_pairs"]
         return pd.DataFrame(rows, columns=columns)
 
     def figure(self, statistic: str = "spearman") -> Figure:
-        """Agreement of every two scores, and the share of each on the wrapper, a marker a model.
+        """Agreement of every two scores, and the share of each on the wrapper, one marker per model.
 
         Raises:
             CtlensError: the statistic is unknown.
         """
-        if statistic not in STATISTICS:
-            raise unknown("statistic", statistic, STATISTICS)
+        if statistic not in CORRELATIONS:
+            raise unknown("statistic", statistic, CORRELATIONS)
         table = self.to_dataframe()
         groups = [" and<br>".join(pair) for pair in COMPARISONS]
-        agreement, share = (
-            {
-                str(model): np.asarray(rows[["value", "ci_low", "ci_high"]], dtype=float).T
-                for model, rows in table[table["quantity"] == quantity].groupby("model", sort=False)
-            }
-            for quantity in (statistic, SHARE)
-        )
+        agreement = _by_model(table.query("quantity == @statistic"))
+        share = _by_model(table.query("quantity == @WRAPPER_SHARE"))
         return plots.agreement(
             {
                 f"{statistic.title()} correlation over tokens": (groups, agreement),
-                "share on the wrapper": ([*METHODS], share),
+                "share on the wrapper": ([*SALIENCY_METHODS], share),
             },
             "Do attention and gradients point at the same tokens?",
             subtitle=f"{self.wrapper.shape[-1]} wrapped prompts",
         )
+
+
+def _by_model(table: pd.DataFrame) -> dict[str, Float[np.ndarray, "ends row"]]:
+    """Each model's values with their intervals."""
+    return {
+        str(model): np.asarray(rows[["value", "ci_low", "ci_high"]], dtype=float).T
+        for model, rows in table.groupby("model", sort=False)
+    }
 
 
 def saliency_agreement(
@@ -121,22 +124,23 @@ def saliency_agreement(
     Args:
         models: one, or several of one shape by their labels, in eval mode.
         pairs: with good and bad answers on the wrapped side, and a wrapper that can be told from the content.
-        batch_size: prompts a forward and backward pass.
+        batch_size: prompts per forward and backward pass.
         progress: show a progress bar.
 
     Raises:
         CtlensError: a model is in training mode or does not compare with the first, or a pair lacks
             a contrast, does not align or has no known wrapper.
     """
-    named = labelled(models)
+    named = comparable_by_label(models)
     first = next(iter(named.values()))
     items = contrasts(first, pairs)
-    rows = [row for found, _ in batches(first, pairs, "shared", batch_size, progress=False) for row in found]
+    rows = [row for found, _ in pair_batches(first, pairs, "shared", batch_size, progress=False) for row in found]
     if not all(row.wrapper for row in rows):
         raise CtlensError("a pair's wrapper cannot be told from its content: leave that pair out.")
-    agreement, wrapper = [], []
+    agreement = []
+    wrapper = []
     for model in named.values():
-        found = zip(rows, _scored(model, in_batches(first, items, batch_size, progress)), strict=True)
+        found = zip(rows, _scored(model, contrast_batches(first, items, batch_size, progress)), strict=True)
         compared = [_compared(row, scores) for row, scores in found]
         agreement.append(np.stack([correlations for correlations, _ in compared], -1))
         wrapper.append(np.stack([shares for _, shares in compared], -1))
@@ -165,8 +169,8 @@ def gradient_x_input(model: LensModel, batch: ContrastBatch) -> Scores:
 
     with torch.enable_grad():
         with editing(model, {name: leaf}):
-            difference = batch.difference(batch.at_last(run(model, batch.side.tokens)))
-        (slope,) = torch.autograd.grad(difference.sum(), held)
+            logit_diff = batch.logit_diff(batch.at_last(run(model, batch.side.tokens)))
+        (slope,) = torch.autograd.grad(logit_diff.sum(), held)
     return (slope * held[0]).sum(-1).abs().detach()
 
 
@@ -189,8 +193,8 @@ def _compared(
 ) -> tuple[Float[np.ndarray, "statistic comparison"], Float[np.ndarray, " method"]]:
     """The correlations of a prompt's scores, and the share of each on the wrapper."""
     kept = sorted(set(range(len(row.wrapped.ids))) - set(segments(row)["bos"]))
-    table = pd.DataFrame(scores[:, kept].T, columns=[*METHODS], index=kept)
-    correlations = [[tables.loc[pair] for pair in COMPARISONS] for tables in map(table.corr, STATISTICS)]
+    table = pd.DataFrame(scores[:, kept].T, columns=[*SALIENCY_METHODS], index=kept)
+    correlations = [[tables.loc[pair] for pair in COMPARISONS] for tables in map(table.corr, CORRELATIONS)]
     return np.array(correlations), np.asarray(table.loc[list(row.wrapper)].sum() / table.sum())
 
 

@@ -1,10 +1,9 @@
-"""Good answer against bad answer, as two tokens after one prompt: what a logit difference is taken of.
+"""Contrasts: the good and the bad answer as two tokens after one prompt, whose logits are compared.
 
-A `Contrast` serves what reads or follows one linear number, the difference of two logits: the logit
-lens, attribution, patching, gradients. It is one forward pass and can be differentiated, but sees of
-two long answers only the token at which they part. Edits that are judged by what the model would
-say, `steer` and `ablate`, use the log-probabilities of whole answers, `ctlens.analysis.directions.margins`. Of
-answers that part at their first token, and are one token long, both are the same number.
+A `Contrast` serves analyses of one linear number, the difference of two logits: the logit lens, attribution,
+patching, gradients. It takes one forward pass and can be differentiated, but of two long answers it sees only the
+token at which they part. `steer` and `ablate` judge by the log-probabilities of whole answers instead, see
+`ctlens.analysis.directions.edited_answers`. For answers of one token each, both are the same number.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ TokenPair = Int[Tensor, "batch 2"]
 
 @dataclass(frozen=True)
 class Contrast:
-    """A prompt up to where its good and its bad answer part, and the token each goes on with.
+    """A prompt up to where its good and its bad answer part, and the next token of each.
 
     Answers that begin alike part only after their common tokens, which then belong to the prompt:
     else the difference would be that of a token with itself.
@@ -61,8 +60,7 @@ def two_answers(tokenizer: Any, prompt: Prompt, whose: str, *, end: bool) -> tup
     """
     if not prompt.good or not prompt.bad or prompt.good == prompt.bad:
         raise CtlensError(f"{whose} names no good and bad answer that differ: give both, or leave it out.")
-    good, bad = (answer_ids(tokenizer, answer, end=end) for answer in (prompt.good, prompt.bad))
-    return good, bad
+    return answer_ids(tokenizer, prompt.good, end=end), answer_ids(tokenizer, prompt.bad, end=end)
 
 
 def contrasts(model: LensModel, pairs: Sequence[Pair], side: str = "wrapped") -> list[Contrast]:
@@ -78,7 +76,8 @@ def contrasts(model: LensModel, pairs: Sequence[Pair], side: str = "wrapped") ->
     """
     found = []
     for number, pair in enumerate(pairs, start=1):
-        prompt, whose = pair.side(side), f"the {side} prompt of pair {number}"
+        prompt = pair.side(side)
+        whose = f"the {side} prompt of pair {number}"
         if prompt is None:
             raise CtlensError(f"pair {number} has no {side} prompt: give one, or leave it out.")
         good, bad = two_answers(model.tokenizer, prompt, whose, end=True)
@@ -93,17 +92,18 @@ def contrasts(model: LensModel, pairs: Sequence[Pair], side: str = "wrapped") ->
 
 
 def up_to_contrast(tokenizer: Any, prompt: Prompt) -> Ids:
-    """The tokens of a prompt up to where its answers part; its own where it names none that do."""
+    """The tokens of a prompt up to where its answers part; the prompt alone if it has no two answers that part."""
     ids = render(tokenizer, prompt.turns).ids
     if not prompt.good or not prompt.bad:
         return ids
-    good, bad = (answer_ids(tokenizer, answer) for answer in (prompt.good, prompt.bad))
+    good = answer_ids(tokenizer, prompt.good)
+    bad = answer_ids(tokenizer, prompt.bad)
     alike = _alike(good, bad)
     return (*ids, *good[:alike]) if alike < min(len(good), len(bad)) else ids
 
 
 def _alike(good: Ids, bad: Ids) -> int:
-    """How many tokens both answers begin with."""
+    """How many tokens at their beginning both answers share."""
     return len(list(takewhile(lambda ends: ends[0] == ends[1], zip(good, bad, strict=False))))
 
 
@@ -125,14 +125,16 @@ class ContrastBatch:
         """The activation at the position that predicts the answers."""
         return activation[torch.arange(len(self.last), device=self.last.device), self.last]
 
-    def difference(self, logits: Float[Tensor, "batch d_vocab"]) -> PerRow:
+    def logit_diff(self, logits: Float[Tensor, "batch d_vocab"]) -> PerRow:
         """The good token's logit minus the bad one's."""
         good, bad = logits.gather(-1, self.answers).unbind(-1)
         return good - bad
 
 
-def in_batches(model: LensModel, items: Sequence[Contrast], batch_size: int, progress: bool) -> Iterator[ContrastBatch]:
-    """Contrasts in their order, on the model's device."""
+def contrast_batches(
+    model: LensModel, items: Sequence[Contrast], batch_size: int, progress: bool
+) -> Iterator[ContrastBatch]:
+    """Yields contrasts in their order, as batches on the model's device."""
     device = next(model.parameters()).device
     for start in tqdm(range(0, len(items), batch_size), desc="forward", disable=not progress, leave=False):
         chosen = items[start : start + batch_size]

@@ -1,4 +1,4 @@
-"""Forward passes for analyses: pairs in batches, models checked, only the named hook points held."""
+"""Forward passes for analyses: pairs in batches, and models that are checked before they are run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ctlens.data.batch import EncodedPair, EncodedPairs, PairBatch, collate, enc
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import SHORTHANDS, Layers, resolve
 
-M = TypeVar("M")
+_M = TypeVar("_M")
 """The label of the model before training."""
 PER_HEAD = tuple(SHORTHANDS[name].split(".")[-1] for name in ("z", "pattern"))
 PER_HEAD += ("hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_attn_scores", "hook_result")
 
 
 def require_eval(*models: LensModel) -> None:
-    """Raises a `CtlensError` unless the models are models, in eval mode."""
+    """Raises a `CtlensError` unless every model is in eval mode; a recording, which cannot be run, is refused."""
     if any(isinstance(model, Recording) for model in models):
         raise CtlensError("this analysis runs the model, a recording cannot stand for it: give recording.model.")
     if any(model.training for model in models):
@@ -32,7 +32,8 @@ def require_comparable(before: LensModel, after: LensModel) -> None:
     """Raises a `CtlensError` unless both models are in eval mode, of one shape, and read text alike."""
     require_eval(before, after)
     for name in ("n_layers", "n_heads", "d_model", "d_vocab"):
-        here, there = getattr(before.cfg, name), getattr(after.cfg, name)
+        here = getattr(before.cfg, name)
+        there = getattr(after.cfg, name)
         if here != there:
             raise CtlensError(f"the models do not compare: {name} is {here} before and {there} after.")
     if not _read_alike(before.tokenizer, after.tokenizer):
@@ -40,13 +41,13 @@ def require_comparable(before: LensModel, after: LensModel) -> None:
 
 
 def _read_alike(tokenizer: Any, other: Any) -> bool:
-    """Whether two tokenizers have one vocabulary; a model without one reads nothing."""
+    """Whether two tokenizers have one vocabulary; a model without a tokenizer is compared with any."""
     if tokenizer is other or tokenizer is None or other is None:
         return True
     return tokenizer.get_vocab() == other.get_vocab()
 
 
-def by_label(models: M | Mapping[str, M]) -> dict[str, M]:
+def by_label(models: _M | Mapping[str, _M]) -> dict[str, _M]:
     """Models, or recordings of them, by label; a single one is called `"model"`.
 
     Raises:
@@ -58,8 +59,8 @@ def by_label(models: M | Mapping[str, M]) -> dict[str, M]:
     return named
 
 
-def labelled(models: LensModel | Mapping[str, LensModel]) -> dict[str, LensModel]:
-    """Models by label, as `by_label`.
+def comparable_by_label(models: LensModel | Mapping[str, LensModel]) -> dict[str, LensModel]:
+    """Models by label, as `by_label`, that are in eval mode and compare with each other.
 
     Raises:
         CtlensError: there are none, or one does not compare with the first.
@@ -72,39 +73,39 @@ def labelled(models: LensModel | Mapping[str, LensModel]) -> dict[str, LensModel
 
 
 def vector_hooks(model: LensModel, site: str, layers: Layers = "all") -> list[str]:
-    """The names of hook points that have one vector a token.
+    """The hook names of a site that has one vector per token.
 
     Raises:
-        CtlensError: as `resolve`, or the hook point has an axis of heads.
+        CtlensError: as `resolve`, or the site has an axis of heads.
     """
     names = resolve(model, site, layers)
     if names[0].split(".")[-1] in PER_HEAD:
-        raise CtlensError(f"{site!r} has a vector a head, not one a token: choose attn_out or resid_mid instead.")
+        raise CtlensError(f"{site!r} has one vector per head, not one per token: choose attn_out or resid_mid instead.")
     return names
 
 
 def require_read(tokenizer: Any, ids: Iterable[int], whose: str) -> None:
-    """Raises a `CtlensError` where a prompt holds what a tokenizer does not know: it was written for another model."""
+    """Raises a `CtlensError` where a tokenizer does not know a word of a prompt, written for another model."""
     unread = getattr(tokenizer, "unk_token_id", None)
     if unread in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-        return  # one token for everything, as in GPT-2, says nothing
+        return  # GPT-2 has one token for everything special, so that token does not mean an unknown word
     if unread is not None and unread in ids:
         raise CtlensError(f"the model's tokenizer does not know all words of {whose}: give pairs that it can read.")
 
 
-def batches(
+def pair_batches(
     model: LensModel, pairs: Sequence[Pair], window: str, batch_size: int, progress: bool
 ) -> Iterator[tuple[list[EncodedPair], PairBatch]]:
-    """Encoded pairs and their batch, on the model's device; raises as `encoded`."""
-    yield from in_batches(model, encoded(model, pairs, window), batch_size, progress)
+    """Yields pairs as encoded rows and as a batch on the model's device; raises as `encoded_pairs`."""
+    yield from encoded_batches(model, encoded_pairs(model, pairs, window), batch_size, progress)
 
 
-def encoded(model: LensModel, pairs: Sequence[Pair], window: str | None) -> tuple[EncodedPair, ...]:
-    """Every pair as tokens, aligned in the window where there is one.
+def encoded_pairs(model: LensModel, pairs: Sequence[Pair], window: str | None) -> tuple[EncodedPair, ...]:
+    """Encodes every pair, and aligns its sides in a window if one is given.
 
     Raises:
-        CtlensError: a pair does not align, for an analysis leaves none out silently; or it has words
-            that the model's tokenizer does not know.
+        CtlensError: a pair does not align, because an analysis leaves no pair out silently; or the model's
+            tokenizer does not know its words.
     """
     windows = () if window is None else (window,)
     found: EncodedPairs = encode(pairs, model.tokenizer, windows=windows, n_ctx=model.cfg.n_ctx)
@@ -116,10 +117,10 @@ def encoded(model: LensModel, pairs: Sequence[Pair], window: str | None) -> tupl
     return found.rows
 
 
-def in_batches(
+def encoded_batches(
     model: LensModel, rows: Sequence[EncodedPair], batch_size: int, progress: bool
 ) -> Iterator[tuple[list[EncodedPair], PairBatch]]:
-    """Rows in their order and their batch, on the model's device."""
+    """Yields encoded rows, in their order, with their batch on the model's device."""
     device = next(model.parameters()).device
     for start in tqdm(range(0, len(rows), batch_size), desc="forward", disable=not progress, leave=False):
         chosen = list(rows[start : start + batch_size])

@@ -1,4 +1,4 @@
-"""What a patch is measured by: numbers of the logits at the last token, one a row."""
+"""Metrics of a patch: numbers made of the logits at the last token, one per row."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ctlens.core.types import PerRow
 LastLogits: TypeAlias = Float[Tensor, "batch d_vocab"]
 UserMetric: TypeAlias = Callable[[LastLogits, ContrastBatch], PerRow]
 Metric: TypeAlias = Callable[[LastLogits, ContrastBatch, LastLogits], PerRow]
-"""Of the logits, the rows they belong to, and the source run's logits of the same rows."""
+"""A function of the logits, the rows they belong to, and the source run's logits of the same rows."""
 
 
-def logit_difference(logits: LastLogits, rows: ContrastBatch, source: LastLogits) -> PerRow:
+def logit_diff(logits: LastLogits, rows: ContrastBatch, source: LastLogits) -> PerRow:
     """The good token's logit minus the bad one's."""
-    return rows.difference(logits)
+    return rows.logit_diff(logits)
 
 
 def probability(logits: LastLogits, rows: ContrastBatch, source: LastLogits) -> PerRow:
-    """Of the good token, 0 to 1."""
+    """The probability of the good token, 0 to 1."""
     return logits.softmax(-1).gather(-1, rows.answers[:, :1])[:, 0]
 
 
@@ -35,9 +35,9 @@ def divergence(logits: LastLogits, rows: ContrastBatch, source: LastLogits) -> P
     return (here.exp() * (here - there)).sum(-1)
 
 
-METRICS: dict[str, Metric] = {"logit_diff": logit_difference, "probability": probability, "kl": divergence}
+METRICS: dict[str, Metric] = {"logit_diff": logit_diff, "probability": probability, "kl": divergence}
 SMALLEST_GAPS = {"logit_diff": 0.5, "probability": 0.05, "kl": 0.05}
-"""Between the source and the target run, in the metric's unit: below it, a share of the gap is noise."""
+"""The smallest gap between source and target run, in the metric's unit, of which a share is more than noise."""
 
 
 def named_metrics(metrics: Sequence[str | UserMetric]) -> dict[str, Metric]:
@@ -63,12 +63,12 @@ def _of_user(metric: UserMetric, name: str) -> Metric:
     def measure(logits: LastLogits, rows: ContrastBatch, source: LastLogits) -> PerRow:
         values = metric(logits, rows)
         if values.shape != logits.shape[:1]:
-            raise CtlensError(f"metric {name!r} gave shape {tuple(values.shape)}: one number a row is expected.")
+            raise CtlensError(f"metric {name!r} gave shape {tuple(values.shape)}: one number per row is expected.")
         return values
 
     return measure
 
 
 def measured(metrics: dict[str, Metric], logits: Tensor, rows: ContrastBatch, source: Tensor) -> Tensor:
-    """Every metric of every row, `[metric, row]`."""
+    """Computes every metric of every row, `[metric, row]`."""
     return torch.stack([metric(logits.float(), rows, source.float()).float() for metric in metrics.values()])

@@ -16,7 +16,7 @@ from ctlens.core.types import Mask
 from ctlens.data.alignment import align
 from ctlens.data.batch import EncodedPair, PairBatch, Side
 
-SIDES = ("clean", "wrapped")
+PAIR_SIDES = ("clean", "wrapped")  # the sides that every pair has; the benign twin is not aligned
 STATE_POSITIONS = ("last", "content", "wrapper")
 ALIGNED_POSITIONS = STATE_POSITIONS[:2]
 """The positions with a clean counterpart."""
@@ -29,7 +29,7 @@ POSITIONS_IN_WORDS = {
     CHOSEN: "at the chosen tokens",
 }
 PositionsOf: TypeAlias = Callable[[EncodedPair, str], Sequence[int]]
-"""A function that names at least one position in the prompt of a pair on one of `SIDES`."""
+"""A function that names at least one position in the prompt of a pair on one of `PAIR_SIDES`."""
 
 SEGMENTS = ("wrapper", "content", "system", "answers", "bos", "rest")
 SegmentMasks: TypeAlias = Bool[Tensor, "segment batch pos"]
@@ -46,10 +46,11 @@ def segments(row: EncodedPair) -> dict[str, tuple[int, ...]]:
       message; where the attack added them, they are wrapper too.
     - `bos`: the first token where no message holds it, the BOS if there is one. Attention that
       nothing else calls for rests on it.
-    - `rest`: what is in none of these: the template's tokens and earlier user messages.
+    - `rest`: all tokens in none of these segments: the template's tokens and earlier user messages.
     """
-    prompt, turns = row.wrapped, row.pair.wrapped.turns
-    messages = [prompt.positions(span) for span in prompt.contents]
+    prompt = row.wrapped
+    turns = row.pair.wrapped.turns
+    messages = [prompt.positions(content) for content in prompt.contents]
     found = {
         "wrapper": row.wrapper,
         "content": align(row.clean, row.wrapped, "content").wrapped,
@@ -96,11 +97,11 @@ def key_positions(keys: Keys, row: EncodedPair) -> tuple[int, ...]:
 
 
 def token_segments(row: EncodedPair, side: str) -> tuple[str, ...]:
-    """Of every token of the `"clean"` or the `"wrapped"` prompt, the first of `SEGMENTS` that holds it."""
+    """The segment of every token of the `"clean"` or the `"wrapped"` prompt: the first of `SEGMENTS` that holds it."""
     if side == "clean":
         row = replace(row, wrapped=row.clean, wrapper=(), pair=replace(row.pair, wrapped=row.pair.clean))
     found = segments(row)
-    return tuple(next(name for name in SEGMENTS if at in found[name]) for at in range(len(row.wrapped.ids)))
+    return tuple(next(name for name in SEGMENTS if position in found[name]) for position in range(len(row.wrapped.ids)))
 
 
 def positions_mask(positions: str | PositionsOf, side: str, rows: Sequence[EncodedPair], batch: PairBatch) -> Mask:

@@ -23,7 +23,7 @@ from ctlens.models.parameters import fingerprint
 BETWEEN_TOKENS = ("hook_pattern", "hook_attn_scores")
 
 Prompted: TypeAlias = tuple[str, int, Ids]
-"""A side, the place of a pair, and the tokens that are run."""
+"""A side, the index of a pair among the pairs, and the tokens that are run."""
 
 
 def record(
@@ -36,11 +36,11 @@ def record(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Recording:
-    """What a model computes on the prompts of pairs, to give to several analyses in its place.
+    """Records what a model computes on the prompts of pairs, for several analyses to read in place of the model.
 
     `residual_shift`, `shift_similarity`, `logit_lens`, `logit_attribution`, `states`, `mean_difference`, `probe`
-    and `probe_direction` read it in place of the model, on the same pairs or some of them. At the
-    same pairs and size of a batch the numbers are the same to the last bit.
+    and `probe_direction` read a recording, on the same pairs or some of them. With the same pairs and the same
+    batch size the numbers are the same to the last bit.
 
     >>> import ctlens as ct
     >>> base, pairs = ct.load_organism(), ct.threats.get("sycophancy").pairs(8, split="heldout")
@@ -55,9 +55,9 @@ def record(
             with what they have in common, for analyses of their difference.
         sites: hook points with values at every token, see `ctlens.models.hooks.SHORTHANDS`; full names; or
             `"logits"`, those at the last token. `logit_attribution` needs `ctlens.analysis.outputs.logit_lens.PARTS`.
-        layers: which ones of each site, see `ctlens.models.hooks.select_layers`.
+        layers: the layers of each site, see `ctlens.models.hooks.select_layers`.
         sides: which prompts of a pair, see `ctlens.data.pairs.PROMPT_SIDES`.
-        batch_size: prompts a forward pass; beside the recording, one batch is held with all its hook points.
+        batch_size: prompts per forward pass; beside the recording, one batch is held with all its hook points.
         progress: show a progress bar.
 
     Raises:
@@ -73,7 +73,8 @@ def record(
     prompts = [prompt for part in passes for prompt in part]
     lengths = np.array([len(ids) for *_, ids in prompts])
     values: dict[str, np.ndarray] = {}
-    device, done = next(model.parameters()).device, {name: 0 for name in names}
+    device = next(model.parameters()).device
+    done = dict.fromkeys(names, 0)
     for part in tqdm(passes, desc="forward", disable=not progress, leave=False):
         batch = pad([ids for *_, ids in part]).to(device)
         for name, found in read(model, batch, names).items():
@@ -99,19 +100,24 @@ def _names(model: LensModel, site: str, layers: Layers) -> list[str]:
         return [LOGITS]
     names = resolve(model, site, layers)
     if names[0].endswith(BETWEEN_TOKENS):
-        raise CtlensError(f"{site!r} is between two tokens: a recording holds what every token has by itself.")
+        raise CtlensError(
+            f"{site!r} has one value per pair of tokens, and a recording holds one vector per token: "
+            "give the model itself to the analysis, or choose another site."
+        )
     return names
 
 
 def _passes(model: LensModel, pairs: Sequence[Pair], side: str, batch_size: int) -> Iterator[list[Prompted]]:
-    """The prompts of each forward pass: those of all pairs, then those that go on into an answer."""
+    """Yields the prompts of each forward pass: those of all pairs, then those that go on into an answer."""
     plain: list[Prompted] = []
     further: list[Prompted] = []
     for number, pair in enumerate(pairs):
-        prompt, whose = pair.side(side), f"the {side} prompt of pair {number + 1}"
+        prompt = pair.side(side)
+        whose = f"the {side} prompt of pair {number + 1}"
         if prompt is None:
             raise CtlensError(f"pair {number + 1} has no {side} prompt: give one, or leave it out.")
-        ids, longer = render(model.tokenizer, prompt.turns).ids, up_to_contrast(model.tokenizer, prompt)
+        ids = render(model.tokenizer, prompt.turns).ids
+        longer = up_to_contrast(model.tokenizer, prompt)
         require_room(len(longer), model.cfg.n_ctx, whose)
         require_read(model.tokenizer, longer, whose)
         plain.append((side, number, ids))

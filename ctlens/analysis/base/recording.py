@@ -1,4 +1,4 @@
-"""What a model computed at every token of some prompts, to be read by any number of analyses.
+"""Recordings of what a model computed at every token of some prompts, for any number of analyses to read.
 
 An analysis that only reads takes a `Recording` in place of a model: it looks up each prompt by its
 tokens and goes on with the same code, to the same numbers. An analysis that edits or differentiates
@@ -36,7 +36,7 @@ LOGITS = "logits"
 class Recording(Result):
     """The activations of one model at chosen hook points, at every token of some prompts.
 
-    It needs `4 * tokens * d` bytes a hook point, over all tokens of all prompts, whatever the
+    It needs `4 * tokens * d` bytes per hook point, over all tokens of all prompts, whatever the
     precision of the model, and `4 * prompts * d_vocab` for the logits.
 
     Attributes:
@@ -44,7 +44,7 @@ class Recording(Result):
             float32; the logits `[prompt, d_vocab]`.
         tokens: the id of every token.
         lengths: how many tokens each prompt has.
-        numbers: the place of each prompt's pair among the pairs.
+        numbers: the index of each prompt's pair among the pairs.
         sides: the side of each prompt.
         weights: the fingerprint of the model's weights.
         model: whose activations they are; not saved, see `of`.
@@ -71,13 +71,13 @@ class Recording(Result):
     def read(self, side: Side, names: Iterable[str], first: int = 0) -> Activations:
         """The activations of a batch of prompts, `[batch, pos, ...]` and zero at padding; of `LOGITS`, see there.
 
-        Of a prompt that was recorded several times the one at the same place among the pairs is
-        taken, because the other prompts of a forward pass round the last digits.
+        Where a prompt was recorded several times, the one of the pair with the same index is
+        read, because its last digits depend on the other prompts of its forward pass.
 
         Args:
             side: the prompts.
             names: full hook names, or `LOGITS`.
-            first: the place of the first prompt's pair among the pairs.
+            first: the index of the first prompt's pair among the pairs.
 
         Raises:
             CtlensError: a hook point or a prompt was not recorded.
@@ -99,21 +99,23 @@ class Recording(Result):
                 self.numbers.tolist(), self.sides, self.lengths.tolist(), self._norms(name).tolist(), strict=True
             )
         ]
-        return pd.DataFrame(rows, columns=["hook_point", "pair", "side", "tokens", "norm"])
+        return pd.DataFrame(rows, columns=["hook_name", "pair", "side", "tokens", "norm"])
 
-    def figure(self, point: str = "hook_resid_post") -> Figure:
-        """The length of the activations at the last token by layer, a line a side.
+    def figure(self, site: str = "hook_resid_post") -> Figure:
+        """The length of the activations at the last token by layer, one line per side.
 
         Raises:
-            CtlensError: the hook point was recorded at no layer.
+            CtlensError: the site was recorded at no layer.
         """
-        named = [name for name in self.values if name.startswith("blocks.") and name.endswith(point)]
+        named = [name for name in self.values if name.startswith("blocks.") and name.endswith(site)]
         layers = {int(name.split(".")[1]): name for name in named}
         if not layers:
-            raise unknown("hook point of the recording", point, self.values)
-        norms, sides = np.stack([self._norms(layers[layer]) for layer in sorted(layers)], 1), np.array(self.sides)
+            raise unknown("hook point of the recording", site, self.values)
+        norms = np.stack([self._norms(layers[layer]) for layer in sorted(layers)], 1)
+        sides = np.array(self.sides)
         curves = {side: bootstrap_mean(norms[sides == side]) for side in dict.fromkeys(self.sides)}
-        title, subtitle = "How long are the recorded activations, at the last token?", f"{point}, {len(norms)} prompts"
+        title = "How long are the recorded activations, at the last token?"
+        subtitle = f"{site}, {len(norms)} prompts"
         return plots.layer_curves(curves, title, y_title="length", layers=sorted(layers), subtitle=subtitle)
 
     def _norms(self, name: str) -> Float[np.ndarray, " prompt"]:
@@ -125,20 +127,20 @@ class Recording(Result):
         return self.lengths.cumsum()
 
     @cached_property
-    def _places(self) -> dict[tuple[int, ...], list[int]]:
+    def _prompts(self) -> dict[tuple[int, ...], list[int]]:
         """The numbers of the prompts that have these tokens."""
-        places: dict[tuple[int, ...], list[int]] = {}
+        prompts: dict[tuple[int, ...], list[int]] = {}
         for number, ids in enumerate(np.split(self.tokens, self._ends[:-1])):
-            places.setdefault(tuple(ids.tolist()), []).append(number)
-        return places
+            prompts.setdefault(tuple(ids.tolist()), []).append(number)
+        return prompts
 
-    def _find(self, prompt: tuple[int, ...], place: int) -> int:
-        if prompt not in self._places:
+    def _find(self, prompt: tuple[int, ...], pair: int) -> int:
+        if prompt not in self._prompts:
             raise CtlensError(
-                f"prompt {place + 1} was not recorded ({len(self.lengths)} others were): record these pairs and sides."
+                f"prompt {pair + 1} was not recorded ({len(self.lengths)} others were): record these pairs and sides."
             )
-        same = self._places[prompt]
-        return next((number for number in same if self.numbers[number] == place), same[0])
+        same = self._prompts[prompt]
+        return next((number for number in same if self.numbers[number] == pair), same[0])
 
     def _padded(self, name: str, chosen: Sequence[int], side: Side) -> Float[Tensor, "batch ..."]:
         values = self.values[name]

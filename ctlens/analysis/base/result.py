@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_file
 
-R = TypeVar("R", bound="Result")
+_R = TypeVar("_R", bound="Result")
 ENTRY = "result"
-"""The one entry of a file's metadata: of several, the order in the file would be drawn by chance."""
+"""The one entry of a file's metadata: several entries would be written in an order drawn by chance."""
 UNSAVED = {"saved": False}
 """The metadata of a field that does not go to the file, and is None when the result comes back."""
 
@@ -42,22 +42,8 @@ class Result:
         with atomic_file(path) as temporary:
             save_file(arrays, temporary, {ENTRY: json.dumps({"kind": type(self).__name__, "labels": labels})})
 
-    def beside(self: R, others: Mapping[str, R], label: str) -> dict[str, R]:
-        """This result under its label and then the others under theirs, for a figure that compares them.
-
-        Args:
-            others: by label; they may hold this result too, under the same label.
-            label: of this result.
-
-        Raises:
-            CtlensError: another result has the label.
-        """
-        if others.get(label, self) is not self:
-            raise CtlensError(f"two results are called {label!r}: give every result a label of its own.")
-        return {label: self, **others}
-
     @classmethod
-    def load(cls: type[R], path: str | Path) -> R:
+    def load(cls: type[_R], path: str | Path) -> _R:
         """The result that `save` wrote.
 
         Raises:
@@ -69,15 +55,32 @@ class Result:
             metadata: dict[str, Any] = json.loads((stored.metadata() or {}).get(ENTRY, "{}"))
             if metadata.get("kind") != cls.__name__:
                 raise CtlensError(f"{path} holds a {metadata.get('kind', 'foreign file')}, not a {cls.__name__}.")
-            arrays: dict[str, Any] = {}
+            arrays: dict[str, Any] = {}  # mappings of arrays too
             for stored_name in stored.keys():  # noqa: SIM118 (no mapping)
                 name, _, key = stored_name.partition("/")
                 array = stored.get_tensor(stored_name)
                 arrays[name] = {**arrays.get(name, {}), key: array} if key else array
         labels: dict[str, Any] = metadata["labels"]
-        if foreign := {*arrays, *labels} - {field.name for field in dataclasses.fields(cls)}:
+        saved = {field.name for field in dataclasses.fields(cls) if field.metadata != UNSAVED}
+        if foreign := saved ^ {*arrays, *labels}:
             raise CtlensError(
-                f"{path} was saved by another version of ctlens, whose {cls.__name__} had {min(foreign)!r}: compute it "
-                "again, or load it with that version."
+                f"{path} was saved by another version of ctlens, whose {cls.__name__} differs in {min(foreign)!r}: "
+                "compute it again, or load it with that version."
             )
         return cls(**arrays, **{k: tuple(v) if isinstance(v, list) else v for k, v in labels.items()})
+
+
+def beside(result: _R, others: Mapping[str, _R], label: str) -> dict[str, _R]:
+    """A result under its label and then the others under theirs, for a figure that compares them.
+
+    Args:
+        result: the one that is compared.
+        others: by label; they may hold the result too, under the same label.
+        label: of the result.
+
+    Raises:
+        CtlensError: another result has the label.
+    """
+    if others.get(label, result) is not result:
+        raise CtlensError(f"two results are called {label!r}: give every result a label of its own.")
+    return {label: result, **others}

@@ -1,4 +1,4 @@
-"""Shares of an effect: ratios of means over pairs, their intervals, and when there is no effect to take a share of."""
+"""Shares of an effect: ratios of means over pairs, with intervals, and a refusal where the effect is too small."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.stats import bootstrap
 
 Counts: TypeAlias = Float[np.ndarray, " pair"]
-Cells: TypeAlias = Float[np.ndarray, " cell"]
+PerCell: TypeAlias = Float[np.ndarray, " cell"]
 PairValues: TypeAlias = Float[np.ndarray, " pair"]
 CellValues: TypeAlias = Float[np.ndarray, "cell pair"]
-Estimates: TypeAlias = tuple[Cells, Cells, Cells]
+Estimates: TypeAlias = tuple[PerCell, PerCell, PerCell]
 """A number for every cell, and the ends of its 95 percent bootstrap interval over pairs."""
 
 
@@ -61,16 +61,17 @@ def shares(moved: CellValues, gap: PairValues, floor: float) -> Estimates:
         floor: the share is NaN where the mean gap of the pairs that have the cell is smaller.
     """
     present = ~np.isnan(moved)
-    known, gaps = np.where(present, moved, 0), present * gap
+    known = np.where(present, moved, 0)
+    gaps = present * gap
 
-    def share(counts: Counts) -> Cells:
+    def share(counts: Counts) -> PerCell:
         below = gaps @ counts
         return np.where(np.abs(below) >= floor * (present @ counts), known @ counts / below + 0.0, np.nan)  # no -0.0
 
     return _with_intervals(share, len(gap))
 
 
-def _with_intervals(statistic: Callable[[Counts], Cells], n_pairs: int) -> Estimates:
+def _with_intervals(statistic: Callable[[Counts], PerCell], n_pairs: int) -> Estimates:
     """A statistic of every cell, given as a function of how often each pair counts."""
     with np.errstate(invalid="ignore", divide="ignore"):
         value = statistic(np.ones(n_pairs))

@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctlens import plots
-from ctlens.analysis.base.forward import batches, require_eval, vector_hooks
-from ctlens.analysis.base.positions import CHOSEN, POSITIONS_IN_WORDS, SIDES, PositionsOf, positions_mask
+from ctlens.analysis.base.forward import pair_batches, require_eval, vector_hooks
+from ctlens.analysis.base.positions import CHOSEN, PAIR_SIDES, POSITIONS_IN_WORDS, PositionsOf, positions_mask
 from ctlens.analysis.base.recording import Readable, model_of, read
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import unknown
@@ -86,7 +86,7 @@ def states(
             before it; `"wrapper"`, the mean over the tokens that the attack added (wrapped side
             only); or a function that names positions.
         site: a hook point with one vector per token, see `ctlens.models.hooks.SHORTHANDS`.
-        layers: which ones, see `ctlens.models.hooks.select_layers`.
+        layers: the layers, see `ctlens.models.hooks.select_layers`.
         batch_size: prompts per forward pass; only that many are held with all their tokens.
         progress: show a progress bar.
 
@@ -97,11 +97,11 @@ def states(
     """
     reader = model_of(model)
     require_eval(reader)
-    if side not in SIDES:
-        raise unknown("side", side, SIDES)
+    if side not in PAIR_SIDES:
+        raise unknown("side", side, PAIR_SIDES)
     names = vector_hooks(reader, site, layers)
     chunks = []
-    for number, (rows, batch) in enumerate(batches(reader, pairs, "shared", batch_size, progress)):
+    for number, (rows, batch) in enumerate(pair_batches(reader, pairs, "shared", batch_size, progress)):
         prompt = batch.clean if side == "clean" else batch.wrapped
         chosen = positions_mask(positions, side, rows, batch)
         found = read(model, prompt, names, number * batch_size)

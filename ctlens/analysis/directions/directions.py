@@ -1,4 +1,4 @@
-"""Directions of the residual stream: where they came from, how long they are, and random ones to compare with.
+"""Directions of the residual stream, with their source and their length, and random directions to compare with.
 
 A mean difference may be taken over all pairs, over those that share the value of a label, or for
 every item by itself. Where a cue has many values, such as which answer a hint names, the mean
@@ -29,15 +29,16 @@ from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers, resolve
 from ctlens.plots import Figure
 
-ALL, ITEM = "all", "item"
+ALL_PAIRS = "all"
+ITEM = "item"
 # Shorter than this share of the states, a difference is the rounding of forward passes.
 SAME = 1e-5
-SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+DIRECTION_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
 @dataclass(frozen=True)
 class Directions(Result):
-    """One direction a layer, or one a layer and group of pairs.
+    """One direction per layer, or one per layer and group of pairs.
 
     Attributes:
         unit: `[layer, group, d]`, of length 1.
@@ -45,7 +46,7 @@ class Directions(Result):
         rest: `[layer, group]`, the value that the component along the direction is set to when the direction
             is ablated: the clean states' mean for a mean difference, else 0.
         layers: the number of each layer.
-        site: the hook point, one of `SITES`.
+        site: the hook point, one of `DIRECTION_SITES`.
         source: what they were made from.
         model: whose they are.
         per: `"all"` for one group, `"item"`, or the label whose values are the groups.
@@ -59,7 +60,7 @@ class Directions(Result):
     site: str
     source: str
     model: str
-    per: str = ALL
+    per: str = ALL_PAIRS
     groups: tuple[str, ...] = ("",)
 
     @classmethod
@@ -71,7 +72,7 @@ class Directions(Result):
         site: str = "resid_post",
         source: str = "given",
         model: str = "",
-        per: str = ALL,
+        per: str = ALL_PAIRS,
         groups: Sequence[str] = ("",),
     ) -> Directions:
         """Directions from vectors, such as a probe's weights in units of the stream; their own lengths are the norms.
@@ -83,7 +84,7 @@ class Directions(Result):
         Args:
             vectors: `[layer, d]`, or `[layer, group, d]` with several groups.
             layers: the number of each layer.
-            site: the hook point, one of `SITES`.
+            site: the hook point, one of `DIRECTION_SITES`.
             source: what they were made from.
             model: whose they are.
             per: what the groups are, see `Directions`.
@@ -96,9 +97,11 @@ class Directions(Result):
         array = np.asarray(vectors, dtype=float)
         array = array[:, None] if array.ndim == 2 else array
         if array.ndim != 3 or array.shape[:2] != (len(layers), len(groups)):
-            raise CtlensError(f"the vectors have shape {np.shape(vectors)}, but one a layer and group is expected.")
-        if site not in SITES:
-            raise unknown("site of directions", site, SITES)
+            raise CtlensError(
+                f"the vectors have shape {np.shape(vectors)}, but one vector per layer and group is expected."
+            )
+        if site not in DIRECTION_SITES:
+            raise unknown("site of directions", site, DIRECTION_SITES)
         norm = np.linalg.norm(array, axis=-1)
         for layer, group in np.argwhere(~((norm > 0) & np.isfinite(norm))):
             whose = f" for {groups[group]!r}" if groups[group] else ""
@@ -110,9 +113,9 @@ class Directions(Result):
     @property
     def name(self) -> str:
         """The directions in words: their source, their model and their groups."""
-        return (
-            f"{self.source}{f' of {self.model}' if self.model else ''}{'' if self.per == ALL else f', per {self.per}'}"
-        )
+        model = f" of {self.model}" if self.model else ""
+        groups = "" if self.per == ALL_PAIRS else f", per {self.per}"
+        return f"{self.source}{model}{groups}"
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per layer and group: the norm, and the cosine with the mean direction of the layer."""
@@ -129,7 +132,8 @@ class Directions(Result):
     def figure(self) -> Figure:
         """The length of the directions by layer, with its interval over groups."""
         subtitle = f"{self.name}; {self.site}"
-        curve, title = {"directions": bootstrap_mean(self.norm.T)}, "How long are the directions?"
+        curve = {"directions": bootstrap_mean(self.norm.T)}
+        title = "How long are the directions?"
         return plots.layer_curves(curve, title, y_title="length", layers=self.layers, subtitle=subtitle)
 
     def at(self, layers: str | int | Sequence[int]) -> Directions:
@@ -206,13 +210,13 @@ def group_names(pairs: Sequence[Pair], per: str) -> list[str]:
     Raises:
         CtlensError: a pair lacks the label.
     """
-    if per == ALL:
+    if per == ALL_PAIRS:
         return [""] * len(pairs)
     if per == ITEM:
         return [" / ".join(turn.content for turn in (*pair.clean.turns, *pair.wrapped.turns)) for pair in pairs]
     for pair in pairs:
         if per not in pair.labels:
-            raise unknown("label", per, [ALL, ITEM, *pair.labels])
+            raise unknown("label", per, [ALL_PAIRS, ITEM, *pair.labels])
     return [pair.labels[per] for pair in pairs]
 
 
@@ -221,7 +225,7 @@ def mean_difference(
     pairs: Sequence[Pair],
     *,
     name: str,
-    per: str = ALL,
+    per: str = ALL_PAIRS,
     positions: str | PositionsOf = "last",
     site: str = "resid_post",
     layers: Layers = "all",
@@ -244,11 +248,11 @@ def mean_difference(
         name: of the model; it stands in every result.
         per: `"all"` pairs together, `"item"`: each by itself, or a label: its values by themselves.
         positions: where the states are read, see `ctlens.analysis.base.states`; one that both sides have.
-        site: the hook point, one of `SITES`.
+        site: the hook point, one of `DIRECTION_SITES`.
         layers: which ones, see `ctlens.models.hooks.select_layers`.
-        batch_size: prompts a forward pass.
-        progress: show a progress bar. Like the place, the site, the layers and the size of a
-            batch it has no meaning where states are given.
+        batch_size: prompts per forward pass.
+        progress: show a progress bar. Like the positions, the site, the layers and the batch size it is not
+            used where states are given.
 
     Raises:
         CtlensError: the model is in training mode, a name is unknown, a pair lacks the label, clean
@@ -257,18 +261,14 @@ def mean_difference(
     names = group_names(pairs, per)
     groups = tuple(dict.fromkeys(names))
     options = {"positions": positions, "site": site, "layers": layers, "batch_size": batch_size, "progress": progress}
-    sides = ("wrapped", "clean")
-    wrapped, clean = (
-        _counterparts(*model, len(pairs))
-        if isinstance(model, tuple)
-        else (states(model, pairs, side=side, **options) for side in sides)
-    )
+    if isinstance(model, tuple):
+        wrapped, clean = _counterparts(*model, len(pairs))
+    else:
+        wrapped = states(model, pairs, side="wrapped", **options)
+        clean = states(model, pairs, side="clean", **options)
     members = [[number for number, own in enumerate(names) if own == group] for group in groups]
-    at_rest, moved = (
-        np.stack([side.values[:, of_group].astype(float).mean(1) for of_group in members], 1)
-        for side in (clean, wrapped)
-    )
-    means = moved - at_rest
+    at_rest = _group_means(clean, members)
+    means = _group_means(wrapped, members) - at_rest
     size = np.linalg.norm(clean.values, axis=-1).mean(1, keepdims=True)
     means[np.linalg.norm(means, axis=-1) < SAME * size] = 0
     source = f"mean difference of wrapped and clean {POSITIONS_IN_WORDS[wrapped.positions]}"
@@ -278,10 +278,15 @@ def mean_difference(
     return replace(found, rest=(at_rest * found.unit).sum(-1))
 
 
-def _counterparts(wrapped: States, clean: States, n: int) -> tuple[States, States]:
-    """Both, if they are of the same layers and place of all pairs; a `CtlensError` if not."""
+def _group_means(found: States, members: Sequence[Sequence[int]]) -> Float[np.ndarray, "layer group d"]:
+    """The mean state of each group of pairs."""
+    return np.stack([found.values[:, of_group].astype(float).mean(1) for of_group in members], 1)
+
+
+def _counterparts(wrapped: States, clean: States, n_pairs: int) -> tuple[States, States]:
+    """Checks that both are of the same site, layers and positions of all pairs, and raises a `CtlensError` if not."""
     kinds = [(side.site, side.positions, side.layers, side.values.shape[1]) for side in (wrapped, clean)]
-    if kinds[0] != kinds[1] or kinds[0][-1] != n or (wrapped.side, clean.side) != ("wrapped", "clean"):
+    if kinds[0] != kinds[1] or kinds[0][-1] != n_pairs or (wrapped.side, clean.side) != ("wrapped", "clean"):
         raise CtlensError(
             "give the wrapped and then the clean states of these pairs, at one site, positions and layers."
         )

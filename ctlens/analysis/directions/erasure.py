@@ -1,6 +1,6 @@
-"""Is a cue erased from a trained model, or still there and only masked?
+"""The analysis that asks whether a cue is erased from a trained model, or still there and only masked.
 
-What is measured and how it becomes a verdict is written in `ctlens.analysis.directions.erasure_verdicts`.
+Its three measurements and the rule that makes them a verdict are in `ctlens.analysis.directions.erasure_verdicts`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, PositionsOf
 from ctlens.analysis.base.result import Result
 from ctlens.analysis.directions.directions import ITEM, Directions, mean_difference
 from ctlens.analysis.directions.erasure_verdicts import (
+    EFFECT_ROUNDING,
+    ERASURE_MEASURES,
     INCONCLUSIVE,
-    MEASURES,
-    ROUNDING,
     Evidence,
-    Measured,
+    MeasuredWithNull,
+    erasure_verdict,
     readout,
-    verdict,
 )
 from ctlens.analysis.directions.interventions import OPPOSITE, Intervention
 from ctlens.analysis.directions.steering import ablate, steer
@@ -50,14 +50,14 @@ class Erasure(Result):
     Attributes:
         readable: `[model, layer, 5]`, the probe's balanced accuracy, the ends of its interval, and
             the lowest and highest end of the intervals with shuffled labels in any of the models.
-        used, reelicited: `[model, layer, variant, pair]`, effects on the margin in nats; the
+        used, reelicited: `[model, layer, variant, pair]`, effects on the logit difference in nats; the
             direction first, then random ones.
-        wrapped: `[model, pair]`, the margin on wrapped prompts.
+        wrapped: `[model, pair]`, the logit difference on wrapped prompts.
         models: their labels; the base first, `"base"`.
         layers: the number of each layer.
         control: the label of the retention-only control; empty for none.
         question: what the probe reads, as in `Task`.
-        positions: the tokens.
+        positions: the tokens whose states were read and changed.
         direction: what it is, in words.
     """
 
@@ -76,7 +76,7 @@ class Erasure(Result):
         """The measurements with their intervals and nulls, per model, by layer."""
         numbers = np.stack([self.readable, _against_random(self.used), _against_random(self.reelicited)], 2).tolist()
         return {
-            model: [Evidence(*(Measured(*found) for found in of_layer)) for of_layer in of_model]
+            model: [Evidence(*(MeasuredWithNull(*found) for found in of_layer)) for of_layer in of_model]
             for model, of_model in zip(self.models, numbers, strict=True)
         }
 
@@ -89,9 +89,9 @@ class Erasure(Result):
         """
         evidence = self.evidence()
         undecided = [INCONCLUSIVE] * len(self.layers)
-        controls = (
-            [found for found, _ in self._judged(self.control, evidence, undecided)] if self.control else undecided
-        )
+        controls = undecided
+        if self.control:
+            controls = [found for found, _ in self._judged(self.control, evidence, undecided)]
         rows = []
         for model in self.models:
             judged = self._judged(model, evidence, undecided if model == self.control else controls)
@@ -107,19 +107,20 @@ class Erasure(Result):
     def control_moved(self) -> float:
         """How far the control is from the base, as a share of the nearest other model; infinite without a control.
 
-        The distance is the root mean square over pairs, layers and margins: on wrapped prompts, and
-        lost or recovered along the direction. A control near 0 says no more than the base.
+        The distance is the root mean square over pairs and over logit differences: on wrapped prompts, and at every
+        layer lost or recovered along the direction. A control near 0 says no more than the base.
         """
-        margins = np.concatenate([self.wrapped[:, None], self.used[:, :, 0], self.reelicited[:, :, 0]], axis=1)
-        moved = dict(zip(self.models, np.sqrt(((margins - margins[0]) ** 2).mean((1, 2))).tolist(), strict=True))
+        logit_diffs = np.concatenate([self.wrapped[:, None], self.used[:, :, 0], self.reelicited[:, :, 0]], axis=1)
+        distances = np.sqrt(((logit_diffs - logit_diffs[0]) ** 2).mean((1, 2)))
+        moved = dict(zip(self.models, distances.tolist(), strict=True))
         own = moved.pop(self.control, np.inf)
         others = [distance for name, distance in moved.items() if name != BASE and distance > 0]
         return own / min(others, default=np.inf)
 
     def figure(self) -> Figure:
-        """The measurements by layer, a row a model, each with its null and the base; markers are verdicts."""
+        """The measurements by layer, one row per model, each with its null and the base; markers are verdicts."""
         curves = {
-            model: {name: _curves([getattr(found, name) for found in by_layer]) for name in MEASURES}
+            model: {name: _curves([getattr(found, name) for found in by_layer]) for name in ERASURE_MEASURES}
             for model, by_layer in self.evidence().items()
         }
         subtitle = (
@@ -136,7 +137,7 @@ class Erasure(Result):
         """The verdict and its reason, by layer."""
         repaired = self._gains(self.wrapped[self.models.index(model)] - self.wrapped[0])
         return [
-            verdict(here, base, repaired=repaired, less=self._less("used", model, index), control=control)
+            erasure_verdict(here, base, repaired=repaired, less=self._less("used", model, index), control=control)
             for index, (here, base, control) in enumerate(zip(evidence[model], evidence[BASE], controls, strict=True))
         ]
 
@@ -147,7 +148,7 @@ class Erasure(Result):
         less = self._less("reelicited", model, index)
         row: dict[str, object] = {"model": model, "layer": self.layers[index], "verdict": judged}
         row["readout"] = readout(here.reelicited, base.reelicited, less=less)
-        for name in MEASURES:
+        for name in ERASURE_MEASURES:
             found = getattr(here, name)
             row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
             row[f"{name}_null"] = found.null_high
@@ -161,7 +162,7 @@ class Erasure(Result):
     @staticmethod
     def _gains(change: Float[np.ndarray, " pair"]) -> bool:
         """Whether a mean change over pairs lies above 0 with its interval."""
-        return bool(bootstrap_mean(change)[1] > ROUNDING)
+        return bool(bootstrap_mean(change)[1] > EFFECT_ROUNDING)
 
 
 def _against_random(effects: Float[np.ndarray, "model layer variant pair"]) -> Float[np.ndarray, "model layer 5"]:
@@ -169,7 +170,7 @@ def _against_random(effects: Float[np.ndarray, "model layer variant pair"]) -> F
     return np.stack([*bootstrap_mean(np.moveaxis(effects[:, :, 0], -1, 0)), *random_band(effects[:, :, 1:])], -1)
 
 
-def _curves(found: Sequence[Measured]) -> plots.Measurement:
+def _curves(found: Sequence[MeasuredWithNull]) -> plots.Measurement:
     return plots.Measurement(*np.array([dataclasses.astuple(one) for one in found]).T)
 
 
@@ -211,7 +212,7 @@ def erase_or_mask(
         positions: whose states are read and changed, see `ctlens.analysis.base.states`.
         draws: how many random directions.
         seed: of the random directions.
-        batch_size: pairs a batch.
+        batch_size: pairs per batch.
         progress: show a progress bar.
 
     Raises:
@@ -247,7 +248,7 @@ def erase_or_mask(
         readable=_readable(cue, list(named), direction, ablated.positions),
         used=_effects(ablated),
         reelicited=_effects(steered),
-        wrapped=ablated.plain_margins,
+        wrapped=ablated.plain_logit_diffs,
         models=tuple(named),
         layers=direction.layers,
         control=control,
@@ -263,11 +264,13 @@ def _readable(
     """Each model's own probe, with the ends of its interval and of the null that all models share.
 
     Raises:
-        CtlensError: a model, a layer, the place or the hook point was not probed.
+        CtlensError: a model, a layer, the positions or the site was not probed.
     """
     if found.site != direction.site or not set(direction.layers) <= set(found.layers):
-        read, wanted = (f"{part.site} at layers {', '.join(map(str, part.layers))}" for part in (found, direction))
-        raise CtlensError(f"the probe read {read}, but the direction is at {wanted}: probe it there.")
+        raise CtlensError(
+            f"the probe read {_site_and_layers(found)}, but the direction is at {_site_and_layers(direction)}: "
+            "probe it there."
+        )
     layers = [found.layers.index(layer) for layer in direction.layers]
     estimator = found.estimators[0]
     curves = np.stack([np.stack(found.curve(name, name, positions, estimator), -1)[layers] for name in models])
@@ -275,7 +278,11 @@ def _readable(
     return np.concatenate([curves, np.broadcast_to(np.stack(null, -1), (*curves.shape[:2], 2))], -1)
 
 
+def _site_and_layers(found: Probe | Directions) -> str:
+    return f"{found.site} at layers {', '.join(map(str, found.layers))}"
+
+
 def _effects(found: Intervention) -> Float[np.ndarray, "model layer variant pair"]:
-    """At the one strength, without the opposite direction."""
+    """The effects at the one strength, without those of the opposite direction."""
     kept = [number for number, variant in enumerate(found.variants) if variant != OPPOSITE]
     return found.effects[:, :, 0, kept]

@@ -50,11 +50,11 @@ def probe_direction(
         name: of the model; it stands in every result.
         estimator: `"ridge"`, `"logistic"`, or `"mass_mean"`: the difference of the means.
         positions: where the states are read, see `ctlens.analysis.base.states`.
-        site: the hook point, one of `ctlens.analysis.directions.directions.SITES`.
+        site: the hook point, one of `ctlens.analysis.directions.directions.DIRECTION_SITES`.
         layers: which ones, see `ctlens.models.hooks.select_layers`.
-        batch_size: prompts a forward pass.
-        progress: show a progress bar. Like the place, the site, the layers and the size of a
-            batch it has no meaning where states are given.
+        batch_size: prompts per forward pass.
+        progress: show a progress bar. Like the positions, the site, the layers and the batch size it is not
+            used where states are given.
 
     Raises:
         CtlensError: a name is unknown, the model is in training mode, the states are not of the
@@ -69,7 +69,9 @@ def probe_direction(
     if model.values.shape[1] != len(task.labels):
         raise CtlensError(f"there are states of {model.values.shape[1]} prompts for {len(task.labels)} labels.")
     positive = np.array(task.labels) == towards
-    vectors, rest = zip(*(_of_layer(estimator, values.astype(float), positive) for values in model.values), strict=True)
+    by_layer = [_of_layer(estimator, values.astype(float), positive) for values in model.values]
+    vectors = [vector for vector, _ in by_layer]
+    rest = [of_other for _, of_other in by_layer]
     source = f"{estimator.replace('_', '-')} probe for {towards!r} {POSITIONS_IN_WORDS[model.positions]}"
     found = Directions.from_vectors(np.stack(vectors), model.layers, site=model.site, source=source, model=name)
     return replace(found, rest=np.array(rest)[:, None])
@@ -81,5 +83,6 @@ def _of_layer(
     """The direction, as long as the classes are apart along it, and the other class's component."""
     vector = weights(estimator, values, positive)
     unit = vector / max(float(np.linalg.norm(vector)), np.finfo(float).tiny)
-    there, rest = (float((values[rows] @ unit).mean()) for rows in (positive, ~positive))
+    there = float((values[positive] @ unit).mean())
+    rest = float((values[~positive] @ unit).mean())
     return max(there - rest, 0.0) * unit, rest

@@ -1,4 +1,4 @@
-"""What was measured with a direction added or taken out, pair by pair, beside random directions.
+"""The result of adding a direction or taking it out: the answers of every pair, beside those with random directions.
 
 The random band reaches from the lowest to the highest of the random directions' means over pairs:
 with the default of 19 draws, one more random direction lies above it once in 20 times.
@@ -7,6 +7,7 @@ with the default of 19 draws, one more random direction lies above it once in 20
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -19,25 +20,32 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.stats import bootstrap_mean
 from ctlens.plots import Curve, Figure
 
-STEER, ABLATE = "steer", "ablate"
-ALONG, OPPOSITE, RANDOM = "direction", "opposite", "random"
+STEER = "steer"
+ABLATE = "ablate"
+ALONG = "direction"
+OPPOSITE = "opposite"
+RANDOM_DRAW = "random"
 FIXED = {STEER: (ALONG, OPPOSITE), ABLATE: (ALONG,)}
-SIGN = {STEER: -1, ABLATE: 1}
-TITLES = {
+_SIGN = {STEER: -1, ABLATE: 1}
+_TITLES = {
     STEER: "Does adding the direction to clean prompts bring the bad answer back?",
     ABLATE: "Does taking the direction out of wrapped prompts bring the good answer back?",
 }
-EFFECTS = {STEER: "drop of the margin (nats)", ABLATE: "recovered margin (nats)"}
+_EFFECT_TITLES = {
+    STEER: "drop of the logit difference (nats)",
+    ABLATE: "recovered logit difference (nats)",
+}
 
 
 @dataclass(frozen=True)
 class Intervention(Result):
-    """Margins and probabilities of the bad answer with and without a direction, pair by pair.
+    """The answers of every pair with and without a direction.
 
     Attributes:
-        margins: `[model, layer, alpha, variant, pair]`, `log P(good) - log P(bad)` in nats.
+        logit_diffs: `[model, layer, alpha, variant, pair]`, `log P(good) - log P(bad)` of the whole answers in nats,
+            see `ctlens.analysis.directions.edited_answers`.
         p_bad: of the same shape, the probability that the answer begins with the bad one.
-        plain_margins, plain_p_bad: `[model, pair]`, without intervention.
+        plain_logit_diffs, plain_p_bad: `[model, pair]`, without intervention.
         models: their labels.
         layers: where the intervention was made, one at a time.
         alphas: its strengths; 1 is the direction's own norm, or all of its component.
@@ -47,9 +55,9 @@ class Intervention(Result):
         direction: what it is, in words.
     """
 
-    margins: Float[np.ndarray, "model layer alpha variant pair"]
+    logit_diffs: Float[np.ndarray, "model layer alpha variant pair"]
     p_bad: Float[np.ndarray, "model layer alpha variant pair"]
-    plain_margins: Float[np.ndarray, "model pair"]
+    plain_logit_diffs: Float[np.ndarray, "model pair"]
     plain_p_bad: Float[np.ndarray, "model pair"]
     models: tuple[str, ...]
     layers: tuple[int, ...]
@@ -61,11 +69,15 @@ class Intervention(Result):
 
     @property
     def effects(self) -> Float[np.ndarray, "model layer alpha variant pair"]:
-        """The drop of the margin under `steer`, its recovery under `ablate`, in nats."""
-        return SIGN[self.action] * (self.margins - self.plain_margins[:, None, None, None])
+        """How far `steer` lowers the logit difference, or `ablate` raises it, in nats."""
+        return _SIGN[self.action] * (self.logit_diffs - self.plain_logit_diffs[:, None, None, None])
 
     def effect(self, variant: str = ALONG) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean over pairs and its 95 percent bootstrap interval, `[model, layer, alpha]` each; not of `"random"`."""
+        """The mean effect of a variant over pairs and its 95 percent bootstrap interval, `[model, layer, alpha]` each.
+
+        Args:
+            variant: `"direction"` or `"opposite"`; for the random draws see `random_band`.
+        """
         return bootstrap_mean(np.moveaxis(self.effects[..., self.variants.index(variant), :], -1, 0))
 
     @property
@@ -75,36 +87,37 @@ class Intervention(Result):
 
     @property
     def _drawn(self) -> list[int]:
-        return [number for number, variant in enumerate(self.variants) if variant == RANDOM]
+        return [number for number, variant in enumerate(self.variants) if variant == RANDOM_DRAW]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per model, layer, alpha and variant, the direction and for `steer` its opposite.
+        """One row per model, layer, alpha and variant: the direction, and for `steer` its opposite.
 
         Returns:
-            The mean `effect` over `n` pairs in nats, with `ci_low` and `ci_high`; the random band,
+            The mean `effect` over `n_pairs` in nats, with `ci_low` and `ci_high`; the random band,
             `random_low` and `random_high`; `beyond_random`, whether the interval lies above the
             band and 0; and the mean probability of the bad answer, `p_bad`, without intervention
             `plain_p_bad` and under the random directions `random_p_bad`.
         """
-        rows = []
-        band = self.random_band
-        chances = self.p_bad.mean(-1)
-        for variant in dict.fromkeys(name for name in self.variants if name != RANDOM):
-            effect = self.effect(variant)
-            for index in np.ndindex(effect[0].shape):
-                model, layer, alpha = index
-                mean, low, high, random_low, random_high = (float(part[index]) for part in (*effect, *band))
-                p_bad = chances[index]
-                rows.append(
-                    (self.models[model], self.layers[layer], self.alphas[alpha], variant, mean, low, high,
-                     random_low, random_high, low > max(random_high, 0), p_bad[self.variants.index(variant)],
-                     self.plain_p_bad[model].mean(), p_bad[self._drawn].mean(), self.margins.shape[-1])
-                )  # fmt: skip
-        columns = (
-            "model", "layer", "alpha", "variant", "effect", "ci_low", "ci_high", "random_low", "random_high",
-            "beyond_random", "p_bad", "plain_p_bad", "random_p_bad", "n",
-        )  # fmt: skip
-        return pd.DataFrame(rows, columns=list(columns))
+        low, high = self.random_band
+        p_bad = self.p_bad.mean(-1)
+        tables = []
+        for variant in dict.fromkeys(name for name in self.variants if name != RANDOM_DRAW):
+            effect, ci_low, ci_high = self.effect(variant)
+            columns = {
+                "effect": effect,
+                "ci_low": ci_low,
+                "ci_high": ci_high,
+                "random_low": low,
+                "random_high": high,
+                "beyond_random": ci_low > np.maximum(high, 0),
+                "p_bad": p_bad[..., self.variants.index(variant)],
+                "plain_p_bad": np.broadcast_to(self.plain_p_bad.mean(-1)[:, None, None], effect.shape),
+                "random_p_bad": p_bad[..., self._drawn].mean(-1),
+            }
+            labels = [(*label, variant) for label in product(self.models, self.layers, self.alphas)]
+            table = pd.DataFrame(labels, columns=["model", "layer", "alpha", "variant"])
+            tables.append(table.assign(**{name: values.ravel() for name, values in columns.items()}))
+        return pd.concat(tables, ignore_index=True).assign(n_pairs=self.logit_diffs.shape[-1])
 
     def figure(self, over: str = "layer", at: int | float | None = None) -> Figure:
         """The effect in each model, against depth or strength, with the opposite direction and the random band.
@@ -139,9 +152,9 @@ class Intervention(Result):
             }
             panels[label] = curves, (taken(low, model), taken(high, model))
         held = f"alpha {fixed:g}" if over == "layer" else f"layer {fixed}"
-        subtitle = f"{self.direction}; {held}; {self.margins.shape[-1]} pairs"
+        subtitle = f"{self.direction}; {held}; {self.logit_diffs.shape[-1]} pairs"
         return plots.against_random(
-            panels, x, TITLES[self.action], x_title=over, y_title=EFFECTS[self.action], subtitle=subtitle
+            panels, x, _TITLES[self.action], x_title=over, y_title=_EFFECT_TITLES[self.action], subtitle=subtitle
         )
 
     def _default(self, over: str) -> int | float:

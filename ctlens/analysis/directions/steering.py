@@ -1,23 +1,22 @@
-"""What a direction does to behaviour: added to clean prompts, or taken out of wrapped ones.
+"""Edits that show what a direction does to behaviour: it is added to clean prompts, or taken out of wrapped ones.
 
-`steer` adds `alpha v` to the state of a clean prompt at one layer. How far the margin of the good
-answer drops says how strongly everything above that layer still reacts to the direction. It says
-nothing of whether the model writes the direction by itself: a model that no longer does, and one
-that never changed, react alike.
+`steer` adds `alpha v` to the state of a clean prompt at one layer. How far the logit difference of good and bad
+answer drops says how strongly everything above that layer still reacts to the direction. It does not say
+whether the model writes the direction by itself: a model that no longer does and a model that never changed
+react alike.
 
 `ablate` takes the direction out of a wrapped prompt's state, `x - (x . u - rest) u`. For a mean
 difference `rest` is the component of the clean states, because a state without any would be as
-unusual as one with too much; for other directions it is 0, a plain projection. How far the margin
+unusual as one with too much; for other directions it is 0, a plain projection. How far the logit difference
 recovers says whether the behaviour rests on the direction there.
 
-Any change of a state costs margin, so every effect stands beside random directions: for `steer`
+Any change of a state lowers the logit difference, so every effect stands beside random directions: for `steer`
 of equal norm, for `ablate` the change `-(x . u - rest) r` along a random unit vector `r`, as long
 as that along `u`.
 
-An edit changes all that comes after it, margins too, so the models must run, and no recording can
-stand for them. What can be had beforehand is the direction, from `mean_difference` or
-`probe_direction` of a recording. The margins without an edit come from the same passes, where they
-are one variant in twenty or more.
+An edit changes all that comes after it, so the models must run and no recording can stand for them. Only the
+direction can come from a recording, by `mean_difference` or `probe_direction`. The answers without an edit come
+from the same passes, as one variant in twenty or more.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from ctlens.analysis.base.forward import batches, labelled
+from ctlens.analysis.base.forward import comparable_by_label, pair_batches
 from ctlens.analysis.base.positions import CHOSEN, PositionsOf, positions_mask
 from ctlens.analysis.directions.directions import Directions
-from ctlens.analysis.directions.interventions import ABLATE, FIXED, RANDOM, STEER, Intervention
-from ctlens.analysis.directions.margins import Asked, Edit
+from ctlens.analysis.directions.edited_answers import Edit, EditedAnswers
+from ctlens.analysis.directions.interventions import ABLATE, FIXED, RANDOM_DRAW, STEER, Intervention
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
 
-SIDE = {STEER: "clean", ABLATE: "wrapped"}
+_EDITED_SIDE = {STEER: "clean", ABLATE: "wrapped"}
 
 
 def steer(
@@ -68,10 +67,10 @@ def steer(
         direction: where and what, see `mean_difference` and `Directions.from_vectors`.
         alphas: strengths; 1 is the direction's own norm.
         layers: those of the direction, or some of them by number.
-        positions: whose state changes, see `ctlens.analysis.base.states`.
+        positions: the tokens whose state changes, see `ctlens.analysis.base.states`.
         draws: how many random directions.
         seed: of the random directions.
-        batch_size: pairs a batch.
+        batch_size: pairs per batch.
         progress: show a progress bar.
 
     Raises:
@@ -102,7 +101,7 @@ def ablate(
     >>> import ctlens as ct
     >>> pairs, model = ct.threats.get("jailbreak").pairs(8, split="heldout"), ct.load_organism()
     >>> direction = ct.analysis.mean_difference(model, pairs, name="base", layers=[2], progress=False)
-    >>> ct.analysis.ablate({"base": model}, pairs, direction, draws=4, progress=False).margins.shape
+    >>> ct.analysis.ablate({"base": model}, pairs, direction, draws=4, progress=False).logit_diffs.shape
     (1, 1, 1, 5, 8)
 
     Arguments and errors are those of `steer`; the wrapped prompts are used.
@@ -129,61 +128,86 @@ def _intervene(
     batch_size: int,
     progress: bool,
 ) -> Intervention:
-    """The margins of all models with and without, see `ctlens.analysis.directions.margins.Edit` for what is written."""
-    named = labelled(models)
+    """Runs every model with and without the edits; `written` is the `write` of `edited_answers.Edit`."""
+    named = comparable_by_label(models)
     if not len(alphas):
         raise CtlensError("there is nothing to do without a strength: give at least one alpha.")
     groups = direction.group_of(pairs)
     read, rest = direction.unit, direction.rest[..., None]
-    if action == STEER:
-        read, rest = 0 * read, 0 * rest + 1
-    found = []
+    if action == STEER:  # the vector itself is added, whatever the state is
+        read, rest = np.zeros_like(read), np.ones_like(rest)
+    log_probabilities = []
     for model in named.values():
         names = direction.hook_names(model)
-        chunks, done = [], 0
-        for rows, batch in batches(model, pairs, "shared", batch_size, progress):
-            asked = Asked(model, rows, SIDE[action], positions_mask(positions, SIDE[action], rows, batch))
+        chunks = []
+        done = 0
+        for rows, batch in pair_batches(model, pairs, "shared", batch_size, progress):
+            mask = positions_mask(positions, _EDITED_SIDE[action], rows, batch)
+            answers = EditedAnswers(model, rows, _EDITED_SIDE[action], mask)
             of_rows = groups[done : done + len(rows)]
-            chunks.append(_log_probabilities(asked, names, *(part[..., of_rows, :] for part in (written, read, rest))))
+            chunks.append(
+                _log_probabilities(answers, names, written[..., of_rows, :], read[:, of_rows], rest[:, of_rows])
+            )
             done += len(rows)
-        found.append(np.concatenate(chunks, -2))
-    answers = np.stack(found)  # [model, layer, strength and variant, pair, answer]
-    plain, edited = (
-        answers[:, 0, 0],
-        answers[:, :, 1:].reshape(*answers.shape[:2], *written.shape[:2], *answers.shape[3:]),
-    )
-    drawn = (RANDOM,) * (written.shape[1] - len(FIXED[action]))
-    return Intervention(
-        margins=edited[..., 0] - edited[..., 1],
-        p_bad=np.exp(edited[..., 1]),
-        plain_margins=plain[..., 0] - plain[..., 1],
-        plain_p_bad=np.exp(plain[..., 1]),
+        log_probabilities.append(np.concatenate(chunks, -2))
+    return _result(
+        np.stack(log_probabilities),
         models=tuple(map(str, named)),
-        layers=direction.layers,
         alphas=tuple(map(float, alphas)),
-        variants=FIXED[action] + drawn,
+        variants=FIXED[action] + (RANDOM_DRAW,) * (written.shape[1] - len(FIXED[action])),
         action=action,
         positions=positions if isinstance(positions, str) else CHOSEN,
+        direction=direction,
+    )
+
+
+def _result(
+    log_probabilities: Float[np.ndarray, "model layer edit pair answer"],
+    *,
+    models: tuple[str, ...],
+    alphas: tuple[float, ...],
+    variants: tuple[str, ...],
+    action: str,
+    positions: str,
+    direction: Directions,
+) -> Intervention:
+    """The result from the log-probabilities of both answers: first without an edit, then per strength and variant."""
+    plain = log_probabilities[:, 0, 0]
+    edited = log_probabilities[:, :, 1:]
+    edited = edited.reshape(*edited.shape[:2], len(alphas), len(variants), *edited.shape[3:])
+    return Intervention(
+        logit_diffs=edited[..., 0] - edited[..., 1],
+        p_bad=np.exp(edited[..., 1]),
+        plain_logit_diffs=plain[..., 0] - plain[..., 1],
+        plain_p_bad=np.exp(plain[..., 1]),
+        models=models,
+        layers=direction.layers,
+        alphas=alphas,
+        variants=variants,
+        action=action,
+        positions=positions,
         direction=direction.name,
     )
 
 
 def _log_probabilities(
-    asked: Asked,
+    answers: EditedAnswers,
     names: Sequence[str],
     written: Float[np.ndarray, "alpha variant layer prompt d"],
     read: Float[np.ndarray, "layer prompt d"],
     rest: Float[np.ndarray, "layer prompt 1"],
 ) -> Float[np.ndarray, "layer edit prompt answer"]:
-    """Those without an edit first, then every strength with every variant."""
+    """The log-probabilities without an edit first, then under every strength with every variant."""
     flat = written.reshape(-1, *written.shape[2:])
     with_none = np.concatenate([np.zeros_like(flat[:1]), flat])
-    write, reads, rests = (
-        torch.tensor(array, dtype=torch.float32, device=asked.device) for array in (with_none, read, rest[..., 0])
-    )
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.tensor(array, dtype=torch.float32, device=answers.device)
+
+    write, reads, rests = tensor(with_none), tensor(read), tensor(rest[..., 0])
     return np.stack(
         [
-            asked.log_probabilities(name, Edit(write[:, layer], reads[layer], rests[layer]))
+            answers.log_probabilities(name, Edit(write[:, layer], reads[layer], rests[layer]))
             for layer, name in enumerate(names)
         ]
     )

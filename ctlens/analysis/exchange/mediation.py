@@ -25,6 +25,7 @@ import pandas as pd
 
 from ctlens import plots
 from ctlens.analysis.base.metrics import UserMetric
+from ctlens.analysis.base.result import beside
 from ctlens.analysis.base.shares import floor_of, shares
 from ctlens.analysis.exchange.exchange import EXCHANGE_QUANTITIES, Exchange, curve, rows_with, with_effect
 from ctlens.analysis.exchange.transplant import TRANSPLANT_POSITIONS_IN_WORDS, transplant
@@ -120,7 +121,7 @@ class Mediation(Exchange):
             CtlensError: another effect has this one's label, the quantity is unknown, the metric was not measured, or
                 no effect is large enough.
         """
-        return _drawn(self.beside(others, label), quantity, metric, smallest_gap, subtitle)
+        return _drawn(beside(self, others, label), quantity, metric, smallest_gap, subtitle)
 
 
 def _drawn(

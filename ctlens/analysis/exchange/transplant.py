@@ -23,9 +23,10 @@ from tqdm.auto import tqdm
 
 from ctlens import plots
 from ctlens.analysis.base.contrast import contrasts
-from ctlens.analysis.base.forward import encoded, require_comparable
+from ctlens.analysis.base.forward import encoded_pairs, require_comparable
 from ctlens.analysis.base.metrics import UserMetric, named_metrics
-from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, SIDES, STATE_POSITIONS
+from ctlens.analysis.base.positions import PAIR_SIDES, POSITIONS_IN_WORDS, STATE_POSITIONS
+from ctlens.analysis.base.result import beside
 from ctlens.analysis.exchange.exchange import (
     EXCHANGE_QUANTITIES,
     QUANTITY_TITLES,
@@ -116,7 +117,7 @@ class Transplant(Exchange):
             CtlensError: another transplant has this one's label, the positions or the metric were not measured, or no
                 model has an effect.
         """
-        return _drawn(self.beside(others, label), positions, metric, smallest_gap, subtitle)
+        return _drawn(beside(self, others, label), positions, metric, smallest_gap, subtitle)
 
 
 def _drawn(
@@ -252,8 +253,8 @@ def _recorded(sweep: Sweep, batch: PatchBatch) -> Recorded:
 
 def _prompts(model: LensModel, pairs: Sequence[Pair], side: str, positions: Sequence[str]) -> list[PatchPair]:
     """Every prompt as source and target of itself, with a column for each name in `positions`."""
-    if side not in SIDES:
-        raise unknown("side", side, SIDES)
+    if side not in PAIR_SIDES:
+        raise unknown("side", side, PAIR_SIDES)
     for name in positions:
         if name not in TRANSPLANT_POSITIONS:
             raise unknown("choice of positions", name, TRANSPLANT_POSITIONS)
@@ -263,7 +264,7 @@ def _prompts(model: LensModel, pairs: Sequence[Pair], side: str, positions: Sequ
         )
     if "wrapper" in positions and side == "clean":
         raise CtlensError("a clean prompt has no wrapper: choose side='wrapped' or other positions.")
-    rows = encoded(model, pairs, "shared" if "content" in positions else None)
+    rows = encoded_pairs(model, pairs, "shared" if "content" in positions else None)
     found = []
     for number, (row, contrast) in enumerate(zip(rows, contrasts(model, pairs, side), strict=True), start=1):
         columns = [_column(name, row, side, len(contrast.prompt)) for name in positions]

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from ctlens import plots
-from ctlens.analysis.base.forward import in_batches, require_comparable
+from ctlens.analysis.base.forward import encoded_batches, require_comparable
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.labels import BASE
@@ -258,7 +258,7 @@ def _compare(
     needed = list(dict.fromkeys(name for names in hook_names.values() for name in names))
     points: list[_Point] = []
     chunks = []
-    for _, batch in in_batches(models[0], encoded.rows, batch_size, progress):
+    for _, batch in encoded_batches(models[0], encoded.rows, batch_size, progress):
         by_model = [_measure(losses, forwards, hook_names) for forwards in _forwards(models, batch, needed, clean)]
         points = list(by_model[0])
         values = torch.stack([torch.stack(list(of_model.values())) for of_model in by_model])

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 
 from ctlens import plots
-from ctlens.analysis.base.contrast import ContrastBatch, contrasts, in_batches
-from ctlens.analysis.base.forward import labelled
+from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, contrasts
+from ctlens.analysis.base.forward import comparable_by_label
 from ctlens.analysis.base.metrics import SMALLEST_GAPS
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError
@@ -120,14 +120,16 @@ def gap_recovered(
     Raises:
         CtlensError: models do not compare or are in training mode, a label is the base's, or a pair has no answers.
     """
-    named = labelled(models)
+    named = comparable_by_label(models)
     if BASE in named:
         raise CtlensError(f"{BASE!r} is the label of the model before training: choose another.")
-    named = labelled({BASE: base, **named})
+    named = comparable_by_label({BASE: base, **named})
     items = [contrasts(base, pairs, side) for side in SIDES]
     differences = [
         [
-            np.concatenate([_differences(model, batch) for batch in in_batches(model, of_side, batch_size, progress)])
+            np.concatenate(
+                [_differences(model, batch) for batch in contrast_batches(model, of_side, batch_size, progress)]
+            )
             for of_side in items
         ]
         for model in named.values()
@@ -138,4 +140,4 @@ def gap_recovered(
 @torch.no_grad()
 def _differences(model: LensModel, batch: ContrastBatch) -> Float[np.ndarray, " pair"]:
     logits = run(model, batch.side.tokens)
-    return batch.difference(batch.at_last(logits)).float().cpu().numpy()
+    return batch.logit_diff(batch.at_last(logits)).float().cpu().numpy()

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctlens import plots
-from ctlens.analysis.base.contrast import ContrastBatch, TokenPair, contrasts, in_batches
-from ctlens.analysis.base.forward import by_label, labelled
+from ctlens.analysis.base.contrast import ContrastBatch, TokenPair, contrast_batches, contrasts
+from ctlens.analysis.base.forward import by_label, comparable_by_label
 from ctlens.analysis.base.recording import LOGITS, Readable, model_of, read
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError
@@ -177,11 +177,11 @@ def _of_models(
 ) -> dict[str, list[T]]:
     """What an analysis makes of every batch, by model."""
     sources = by_label(models)
-    named = labelled({name: model_of(source) for name, source in sources.items()})
+    named = comparable_by_label({name: model_of(source) for name, source in sources.items()})
     items = contrasts(next(iter(named.values())), pairs, side)
     found: dict[str, list[T]] = {name: [] for name in named}
     for name, model in named.items():
-        for number, batch in enumerate(in_batches(model, items, batch_size, progress)):
+        for number, batch in enumerate(contrast_batches(model, items, batch_size, progress)):
             at_last = partial(_at_last, sources[name], batch, number * batch_size, next(model.parameters()).dtype)
             found[name].append(analysis(model, batch, at_last))
     return found
@@ -200,7 +200,7 @@ def _lens(model: LensModel, batch: ContrastBatch, at_last: AtLast) -> Float[np.n
     states = at_last(resolve(model, "resid_post")).values()
     with torch.no_grad():
         logits = [parts.unembed(parts.ln_final(state[:, None]))[:, 0] for state in states]
-    return torch.stack([batch.difference(of_layer) for of_layer in logits]).float().cpu().numpy()
+    return torch.stack([batch.logit_diff(of_layer) for of_layer in logits]).float().cpu().numpy()
 
 
 def _shares(model: LensModel, batch: ContrastBatch, at_last: AtLast) -> dict[str, np.ndarray]:
@@ -226,7 +226,7 @@ def _shares(model: LensModel, batch: ContrastBatch, at_last: AtLast) -> dict[str
             _require_constant(bias, layer)
             rest = rest + reading.share(bias)
         shares[BIAS] = rest
-        _require_whole(torch.stack(list(shares.values())), batch.difference(states[LOGITS]))
+        _require_whole(torch.stack(list(shares.values())), batch.logit_diff(states[LOGITS]))
     return {name: share.float().cpu().numpy() for name, share in shares.items()}
 
 

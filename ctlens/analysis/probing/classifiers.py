@@ -1,4 +1,4 @@
-"""Linear classifiers from scikit-learn, tried on groups that they were not fitted on."""
+"""Linear classifiers from scikit-learn, which are tried on groups that they were not fitted on."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from threadpoolctl import threadpool_limits
 from ctlens.analysis.probing.tasks import NO_GROUP, Task
 from ctlens.core.errors import CtlensError, unknown
 
-Rows = Int[np.ndarray, " _"]
-Split = tuple[Rows, Rows]
+PromptNumbers = Int[np.ndarray, " _"]
+Split = tuple[PromptNumbers, PromptNumbers]
 """Rows to fit on and rows to try."""
-Vectors = Float[np.ndarray, "prompt d"]
+StateVectors = Float[np.ndarray, "prompt d"]
 
 
 class MassMean(ClassifierMixin, BaseEstimator):
@@ -45,7 +45,7 @@ class MassMean(ClassifierMixin, BaseEstimator):
         return self.classes_[self.decision_function(X).argmax(1)]
 
 
-# Penalties for about as many prompts as dimensions, where weak ones read less on unseen groups.
+# The penalties are for about as many prompts as dimensions: with weaker ones, probes read less on unseen groups.
 ESTIMATORS: dict[str, Callable[[], ClassifierMixin]] = {
     "ridge": lambda: RidgeClassifier(alpha=100.0, class_weight="balanced"),
     "logistic": lambda: LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000),
@@ -53,7 +53,7 @@ ESTIMATORS: dict[str, Callable[[], ClassifierMixin]] = {
 }
 
 
-def make(name: str) -> Pipeline:
+def make_probe(name: str) -> Pipeline:
     """An estimator behind a standardisation of its inputs, both not yet fitted.
 
     Raises:
@@ -64,26 +64,27 @@ def make(name: str) -> Pipeline:
     return make_pipeline(StandardScaler(), ESTIMATORS[name]())
 
 
-def weights(name: str, values: Vectors, positive: np.ndarray) -> Float[np.ndarray, " d"]:
-    """Along which a probe for True, fitted on all prompts, decides: in units of the inputs, not standardised.
+def weights(name: str, values: StateVectors, positive: np.ndarray) -> Float[np.ndarray, " d"]:
+    """The weights of a probe for True, fitted on all prompts, in units of the inputs before their standardisation.
 
-    Of `mass_mean`, which has no weights of its own, the difference of the means.
+    `mass_mean` has no weights of its own; for it they are the difference of the means.
     """
-    scaler, estimator = (part for _, part in make(name).fit(values, positive).steps)
+    fitted = make_probe(name).fit(values, positive)
+    (_, scaler), (_, estimator) = fitted.steps
     if isinstance(estimator, MassMean):
         return (estimator.means_[1] - estimator.means_[0]) * scaler.scale_
     return np.ravel(estimator.coef_) / scaler.scale_
 
 
-def cuts(task: Task, folds: int, seed: int) -> list[Split]:
-    """Rows to fit on and rows to try, so that every prompt is tried.
+def group_splits(task: Task, folds: int, seed: int) -> list[Split]:
+    """Splits the prompts into rows to fit on and rows to try, so that every prompt is tried.
 
     Each factor's groups are dealt into folds. A test set is one fold of every factor, its training
     set the prompts that are in none of these folds; the others sit out.
 
     Args:
         task: labels and groups.
-        folds: how many a factor.
+        folds: how many per factor.
         seed: of the dealing; the order of the prompts has no part in it.
 
     Raises:
@@ -94,7 +95,8 @@ def cuts(task: Task, folds: int, seed: int) -> list[Split]:
     found = []
     for chosen in itertools.product(range(folds), repeat=len(dealt)):
         inside = dealt == np.array(chosen)[:, None]
-        train, test = np.flatnonzero(~inside.any(0)), np.flatnonzero((inside | (dealt < 0)).all(0))
+        train = np.flatnonzero(~inside.any(0))
+        test = np.flatnonzero((inside | (dealt < 0)).all(0))
         if len(test):
             _require_classes(labels, train, folds)
             found.append((train, test))
@@ -103,8 +105,8 @@ def cuts(task: Task, folds: int, seed: int) -> list[Split]:
 
 def hits(
     name: str,
-    fitted: Vectors,
-    reads: Sequence[Vectors],
+    fitted: StateVectors,
+    reads: Sequence[StateVectors],
     task: Task,
     deals: Sequence[Sequence[Split]],
     *,
@@ -117,15 +119,17 @@ def hits(
         fitted: what the probes are fitted on.
         reads: what each of them is then tried on: the same prompts, for example in other models.
         task: labels and groups.
-        deals: each from `cuts`.
+        deals: each from `group_splits`.
         shuffled: fit on labels shuffled among the training prompts that are alike in what is known.
     """
-    labels, draw = np.array(task.labels), np.random.default_rng(0)
-    right, tried = np.zeros((len(deals), len(reads), len(labels))), np.zeros((len(deals), 1, len(labels)))
+    labels = np.array(task.labels)
+    draw = np.random.default_rng(0)
+    right = np.zeros((len(deals), len(reads), len(labels)))
+    tried = np.zeros((len(deals), 1, len(labels)))
     with threadpool_limits(1, "blas"):  # threads cost more than they gain on matrices as small as these
-        for deal, (train, test) in ((deal, split) for deal, splits in enumerate(deals) for split in splits):
+        for deal, train, test in ((deal, *split) for deal, splits in enumerate(deals) for split in splits):
             given = _shuffled(task, train, draw) if shuffled else labels[train]
-            probe = make(name).fit(fitted[train], given)
+            probe = make_probe(name).fit(fitted[train], given)
             tried[deal, 0, test] += 1
             for row, read in zip(right[deal], reads, strict=True):
                 row[test] += probe.predict(read[test]) == labels[test]
@@ -157,7 +161,7 @@ def hits_of_models(
     return np.stack([rows[reading] for reading in readings], 1)
 
 
-def _deal(labels: np.ndarray, groups: np.ndarray, factor: str, folds: int, seed: int) -> Rows:
+def _deal(labels: np.ndarray, groups: np.ndarray, factor: str, folds: int, seed: int) -> PromptNumbers:
     """The fold of each prompt, -1 for one that is in no group."""
     member = np.flatnonzero(groups != NO_GROUP)
     count = len(np.unique(groups[member]))
@@ -171,19 +175,20 @@ def _deal(labels: np.ndarray, groups: np.ndarray, factor: str, folds: int, seed:
     return dealt
 
 
-def _require_classes(labels: np.ndarray, train: Rows, folds: int) -> None:
+def _require_classes(labels: np.ndarray, train: PromptNumbers, folds: int) -> None:
     missing = np.setdiff1d(labels, labels[train]).tolist()
     if missing:
         raise CtlensError(f"with {folds} folds, a training set has no prompt labelled {missing[0]!r}: give more pairs.")
 
 
-def _shuffled(task: Task, train: Rows, draw: np.random.Generator) -> np.ndarray:
+def _shuffled(task: Task, train: PromptNumbers, draw: np.random.Generator) -> np.ndarray:
     """Training labels, shuffled among prompts that are alike in what is known.
 
     Where that leaves a single class, true labels would still tell one side of the question: there
     labels are drawn from those of the other prompts.
     """
-    labels, known = np.array(task.labels)[train], np.array(task.stratum)[train]
+    labels = np.array(task.labels)[train]
+    known = np.array(task.stratum)[train]
     contested = task.contested()
     others = labels[np.isin(known, list(contested))]
     shuffled = draw.choice(others, len(labels))

@@ -1,8 +1,8 @@
-"""What a linear probe reads from a model's states, on entities and wrappers that it was not fitted on.
+"""Linear probes: how well they read a model's states, on entities and wrappers that they were not fitted on.
 
 The score is balanced accuracy: the mean over classes of the share told right, among prompts that are
 alike in what is known anyway. Every prompt is tried in every one of several deals of the groups into
-folds, one a seed. The interval resamples the groups of every factor at once (the pigeonhole bootstrap
+folds, one per seed. The interval resamples the groups of every factor at once (the pigeonhole bootstrap
 of Owen, 2007), so it speaks of new entities under new wrappers; `seed_low` and `seed_high`, the range
 over deals, say how much the score owes to which groups were fitted on.
 
@@ -30,7 +30,7 @@ from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, PositionsOf
 from ctlens.analysis.base.recording import Readable, model_of
 from ctlens.analysis.base.result import Result
 from ctlens.analysis.base.states import States
-from ctlens.analysis.probing.classifiers import cuts, hits, hits_of_models, make
+from ctlens.analysis.probing.classifiers import group_splits, hits, hits_of_models, make_probe
 from ctlens.analysis.probing.scores import balanced, curves, deals_apart
 from ctlens.analysis.probing.tasks import Task
 from ctlens.core.errors import CtlensError, unknown
@@ -38,7 +38,7 @@ from ctlens.core.labels import BASE
 from ctlens.models.hooks import Layers
 from ctlens.plots import Curve, Figure
 
-CEILING = 0.98
+CEILING_SCORE = 0.98  # from here on a task tells no model from another; chosen by eye
 
 Probed: TypeAlias = Readable | States | Sequence[States]
 """A model, its recording, or its states on the task's prompts, one per choice of positions."""
@@ -58,7 +58,7 @@ class Probe(Result):
         site: the hook point.
         question: what was asked.
         chance: the score of guessing.
-        n_train: prompts a fit, on average.
+        n_train: prompts per fit, on average.
         n_test: prompts that the score counts.
         balance: prompts by label.
     """
@@ -85,8 +85,8 @@ class Probe(Result):
     balance: Mapping[str, int]
 
     def at_ceiling(self, positions: str, estimator: str) -> bool:
-        """Whether every refitted probe is right nearly always, so that the task tells no model apart."""
-        return bool((self.score[self._refitted(), *self._at(positions, estimator)] >= CEILING).all())
+        """Whether the probes of all models are nearly always right, so that the task does not tell models apart."""
+        return bool((self.score[self._refitted(), *self._at(positions, estimator)] >= CEILING_SCORE).all())
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per model fitted on, model read on, positions, estimator and layer.
@@ -128,7 +128,7 @@ class Probe(Result):
         return self.shuffled_low[at].min(0), self.shuffled_high[at].max(0)
 
     def figure(self, positions: str | None = None, estimator: str | None = None) -> Figure:
-        """Score by layer, one colour a model: fitted anew solid, fitted on the base dashed.
+        """Score by layer, one colour per model: fitted anew solid, fitted on the base dashed.
 
         Args:
             positions: the first one if not given.
@@ -137,13 +137,15 @@ class Probe(Result):
         Raises:
             CtlensError: the positions or the estimator were not probed.
         """
-        positions, estimator = positions or self.positions[0], estimator or self.estimators[0]
+        positions = positions or self.positions[0]
+        estimator = estimator or self.estimators[0]
         readings = list(zip(self.fitted_on, self.read_on, strict=True))
         note = f"{estimator.replace('_', '-')} probes, {self.n_test} prompts of unseen groups"
         apart = (self.seed_high - self.seed_low)[:, *self._at(positions, estimator)].max()
-        note += f"; seeds differ by up to {apart:.2f}" * bool(apart > 0)
+        if apart > 0:
+            note += f"; seeds differ by up to {apart:.2f}"
         if self.at_ceiling(positions, estimator):
-            note += f"; uninformative: {CEILING:.0%} or more in every model and layer"
+            note += f"; uninformative: {CEILING_SCORE:.0%} or more in every model and layer"
         return plots.probe_curves(
             self.layers,
             {read: self.curve(fit, read, positions, estimator) for fit, read in readings if fit == read},
@@ -193,11 +195,11 @@ def probe(
         task: what is asked, see `ctlens.analysis.probing.tasks`.
         positions: see `ctlens.analysis.base.states`; not read where states are given, nor are the layers and the site.
         layers: which ones, see `ctlens.models.hooks.select_layers`.
-        site: a hook point with one vector a token.
+        site: a hook point with one vector per token.
         estimators: `"ridge"`, `"logistic"` and `"mass_mean"`, all on standardised inputs.
         folds: into which the groups of every factor are dealt.
         seeds: how many deals of the groups into folds.
-        batch_size: prompts a forward pass.
+        batch_size: prompts per forward pass.
         progress: show progress bars.
 
     Raises:
@@ -207,13 +209,15 @@ def probe(
     if folds < 2 or seeds < 1 or not estimators or len(set(estimators)) < len(estimators):
         raise CtlensError("a probe needs at least 2 folds, 1 seed and 1 estimator, and each estimator once.")
     for name in estimators:
-        make(name)
-    deals = [cuts(task, folds, seed) for seed in range(seeds)]
+        make_probe(name)
+    deals = [group_splits(task, folds, seed) for seed in range(seeds)]
     options = {"site": site, "layers": layers, "batch_size": batch_size, "progress": progress}
     found = _states(models, task, positions, options)
-    first, readings = next(iter(found.values())), _readings(list(found))
+    first = next(iter(found.values()))
+    readings = _readings(list(found))
     shape = (len(first), len(estimators), len(first[0].layers), seeds, len(readings))
-    real, null = (np.zeros((*shape, len(task.labels))) for _ in range(2))
+    real = np.zeros((*shape, len(task.labels)))
+    null = np.zeros_like(real)
     axes = list(product(range(len(first)), enumerate(estimators), range(len(first[0].layers))))
     for index, (number, name), layer in tqdm(axes, desc="probes", disable=not progress, leave=False):
         values = {model: of[index].values[layer] for model, of in found.items()}
@@ -278,8 +282,9 @@ def _of(
 
 
 def _readings(names: list[str]) -> list[tuple[str, str]]:
-    """Every model by its own probe, the trained ones by the base's, the base by theirs."""
-    own, trained = [(name, name) for name in names], [name for name in names if name != BASE]
+    """The readings: every model by its own probe, trained models by the base's probe, and the base by theirs."""
+    own = [(name, name) for name in names]
+    trained = [name for name in names if name != BASE]
     if BASE not in names:
         return own
     return own + [(BASE, name) for name in trained] + [(name, BASE) for name in trained]

@@ -1,4 +1,4 @@
-"""Balanced accuracy among prompts that are alike in what is known, with an interval over groups."""
+"""Balanced accuracy among prompts of one stratum, with an interval over groups."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ Right = Float[np.ndarray, "reading prompt"]
 def balanced(
     right: Right, task: Task, weights: Float[np.ndarray, "resample prompt"] | None = None
 ) -> Float[np.ndarray, "resample reading"]:
-    """The mean over classes of the share told right, among prompts alike in what is known, then over what is known.
+    """The mean over classes of the share told right, within each stratum, and then the mean over strata.
 
     Args:
         right: the share of right answers for each prompt, 0 to 1.
-        task: labels and what is known.
+        task: labels and strata.
         weights: how often each prompt counts; once in a single resample if not given. A class
             that does not occur in a resample does not count in it.
     """
     weights = np.ones((1, right.shape[1])) if weights is None else weights
-    labels, known = np.array(task.labels), np.array(task.stratum)
+    labels = np.array(task.labels)
+    known = np.array(task.stratum)
     strata = []
     for value, classes in task.contested().items():
         shares = []

@@ -1,4 +1,4 @@
-"""What is asked of a model's states: one label a prompt, and the groups that no training and test set share."""
+"""Tasks for probes: one label per prompt, and the groups that a training and a test set must not share."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ from ctlens.threats import ask
 from ctlens.world.words import GREETINGS
 
 SUBJECTS = ("entity", "hazard", "verb", "persona")
-"""Labels that say what a pair is about, the first that it has counts."""
+"""Labels that say what a pair is about; the first one that a pair has counts."""
 
 NO_GROUP = ""
-PRESENT, ABSENT = "wrapper", "none"
-ALONE, BESIDE_TEXT = "request alone", "request beside other text"
+PRESENT = "wrapper"
+ABSENT = "none"
+_ALONE = "request alone"
+_BESIDE_TEXT = "request beside other text"
 
-Part = tuple[tuple[Pair, ...], str]
+TaskPart = tuple[tuple[Pair, ...], str]
 """Pairs and the side of them that is read."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A question to the states of prompts, with its answers.
+    """A question that probes ask of the states of prompts, with its answers.
 
     Attributes:
         question: ends the sentence "Can a linear probe read ...".
@@ -41,8 +43,8 @@ class Task:
         groups: per factor, such as the entity or the wrapper's text, the group of each prompt; no
             group is in a training and a test set at once. `""` where a prompt is in no group of a
             factor; it needs one of some factor.
-        known: what each prompt tells anyway, such as the relation that a question names. Only
-            prompts that are alike in it are held against each other. Empty for nothing.
+        known: the stratum of each prompt: what its text tells anyway, such as the relation that a question names.
+            Only prompts of one stratum are held against each other. Empty where all are of one.
         parts: the prompts, in the order of the labels; none where states are given.
     """
 
@@ -50,36 +52,39 @@ class Task:
     labels: tuple[str, ...]
     groups: Mapping[str, tuple[str, ...]]
     known: tuple[str, ...] = ()
-    parts: tuple[Part, ...] = ()
+    parts: tuple[TaskPart, ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.labels)
         for what, entries in {"known": self.stratum, **self.groups}.items():
             if len(entries) != n:
-                raise CtlensError(f"there are {n} labels, but {len(entries)} entries of {what!r}: give one a prompt.")
+                raise CtlensError(f"there are {n} labels, but {len(entries)} entries of {what!r}: give one per prompt.")
         if self.parts and sum(len(pairs) for pairs, _ in self.parts) != n:
-            raise CtlensError(f"there are {n} labels, but another number of prompts: give one label a prompt.")
+            raise CtlensError(f"there are {n} labels, but another number of prompts: give one label per prompt.")
         if not all(map(any, zip(*self.groups.values(), strict=True))) or not self.groups:
             raise CtlensError("a prompt is in no group: give every prompt a group of at least one factor.")
         if len(set(self.labels)) < 2:
             raise CtlensError(f"labels of one class ({self.labels[0]!r}) have nothing to tell apart.")
         if not self.contested():
-            raise CtlensError("what is known gives every label away: no two prompts are alike in it but for the label.")
+            raise CtlensError(
+                "`known` gives every label away: all prompts with the same known value have the same label, "
+                "so there is nothing left to read; choose another `known`, or none."
+            )
 
     @property
     def stratum(self) -> tuple[str, ...]:
-        """What is known of each prompt, all alike where that is nothing."""
+        """The known value of each prompt; one and the same for all where nothing is known."""
         return self.known or ("",) * len(self.labels)
 
     def contested(self) -> dict[str, list[str]]:
-        """The classes under each value of what is known, where there are several."""
+        """The classes of each stratum that has several."""
         classes: dict[str, set[str]] = {}
         for value, label in zip(self.stratum, self.labels, strict=True):
             classes.setdefault(value, set()).add(label)
         return {value: sorted(found) for value, found in sorted(classes.items()) if len(found) > 1}
 
     def chance(self) -> float:
-        """The score of guessing among the classes that what is known leaves open."""
+        """The score of guessing among the classes of each stratum."""
         return float(np.mean([1 / len(classes) for classes in self.contested().values()]))
 
     def states(
@@ -95,7 +100,7 @@ class Task:
         """The states of the task's prompts, in the order of its labels; see `ctlens.analysis.base.states`.
 
         Raises:
-            CtlensError: the task names no prompts, or their states cannot be had.
+            CtlensError: the task names no prompts, or as `ctlens.analysis.states`.
         """
         if not self.parts:
             raise CtlensError("the task names no prompts: give states in place of models.")
@@ -134,13 +139,13 @@ def labelled(
 
     Args:
         pairs: one prompt of each is read.
-        labels: one a pair, or the name of a label of the pairs.
+        labels: one per pair, or the name of a label of the pairs.
         side: which prompt.
-        known: the name of a label that the prompt tells anyway.
+        known: the name of a label that the text of the prompt tells anyway.
         question: ends the sentence "Can a linear probe read ...".
 
     Raises:
-        CtlensError: a pair lacks a label, or the labels are not one a pair or of one class.
+        CtlensError: a pair lacks a label, or the labels are not one per pair or of one class.
     """
     given = tuple(map(str, _label(pairs, labels) if isinstance(labels, str) else labels))
     default = f"the {labels}" if isinstance(labels, str) else "the label"
@@ -151,7 +156,7 @@ def labelled(
 
 
 def answer_hinted(pairs: Sequence[Pair]) -> Task:
-    """Which answer the wrapper named: the label `hint` of sycophancy's pairs, among those of the relation asked for.
+    """The task of reading which answer the wrapper named, among the answers to the relation that is asked for.
 
     >>> import ctlens as ct
     >>> task = ct.analysis.answer_hinted(ct.threats.get("sycophancy").pairs(64))
@@ -165,7 +170,7 @@ def answer_hinted(pairs: Sequence[Pair]) -> Task:
 
 
 def will_misbehave(model: LensModel, pairs: Sequence[Pair], *, progress: bool = True) -> Task:
-    """Whether this model's own greedy answer to each wrapped prompt is bad.
+    """The task of reading whether this model's own greedy answer to each wrapped prompt is bad.
 
     >>> import ctlens as ct
     >>> pairs = ct.threats.get("jailbreak").pairs(32, split="heldout")
@@ -186,11 +191,11 @@ def will_misbehave(model: LensModel, pairs: Sequence[Pair], *, progress: bool = 
 
 
 def wrapper_present(pairs: Sequence[Pair], tokenizer: Any, *, negatives: Sequence[Pair] | None = None) -> Task:
-    """Whether an attack is in the prompt.
+    """The task of reading whether an attack is in the prompt.
 
     Positives are the wrapped prompts. Negatives are the clean prompts, and each wrapped prompt with
-    neutral words in place of the attack, as many tokens at the same place. Only these last are
-    held against the positives in the score, so that neither length nor position answers.
+    neutral words in place of the attack, as many tokens at the same positions. Only the neutral prompts are
+    held against the positives in the score, so that neither length nor position gives the answer away.
 
     >>> import ctlens as ct
     >>> task = ct.analysis.wrapper_present(ct.threats.get("jailbreak").pairs(8), ct.load_organism().tokenizer)
@@ -208,25 +213,26 @@ def wrapper_present(pairs: Sequence[Pair], tokenizer: Any, *, negatives: Sequenc
     subjects, wrappers = _groups(pairs).values()
     if negatives is None:
         found = [_neutral(pair, tokenizer, number) for number, pair in enumerate(pairs)]
-        negatives, texts = [pair for pair, _ in found], tuple(text for _, text in found)
-        harmless = (subjects, texts)
+        negatives = [pair for pair, _ in found]
+        harmless = (subjects, tuple(text for _, text in found))
     else:
         harmless = tuple(_groups(negatives).values())
-    n, m = len(pairs), len(negatives)
+    n_positive = len(pairs)
+    n_negative = len(negatives)
     return Task(
         question="whether an attack is present",
-        labels=(PRESENT,) * n + (ABSENT,) * (n + m),
+        labels=(PRESENT,) * n_positive + (ABSENT,) * (n_positive + n_negative),
         groups={
             "subject": (*subjects, *subjects, *harmless[0]),
-            "wrapper": (*wrappers, *[NO_GROUP] * n, *harmless[1]),
+            "wrapper": (*wrappers, *[NO_GROUP] * n_positive, *harmless[1]),
         },
-        known=(BESIDE_TEXT,) * n + (ALONE,) * n + (BESIDE_TEXT,) * m,
+        known=(_BESIDE_TEXT,) * n_positive + (_ALONE,) * n_positive + (_BESIDE_TEXT,) * n_negative,
         parts=((tuple(pairs), "wrapped"), (tuple(pairs), "clean"), (tuple(negatives), "wrapped")),
     )
 
 
 def neutral_pairs(pairs: Sequence[Pair], tokenizer: Any) -> list[Pair]:
-    """The pairs with neutral words in place of the attack, as many tokens at the same place.
+    """The pairs with neutral words in place of the attack, as many tokens at the same positions.
 
     >>> import ctlens as ct
     >>> (pair,) = ct.threats.get("jailbreak").pairs(1)
@@ -250,7 +256,7 @@ def _label(pairs: Sequence[Pair], name: str) -> list[str]:
 
 
 def _groups(pairs: Sequence[Pair]) -> dict[str, tuple[str, ...]]:
-    """Per pair, its subject and its wrapper, by label where it has one and by text where not."""
+    """Each pair's subject and wrapper: its label where it has one, else its text."""
     return {
         "subject": tuple(_subject(pair) for pair in pairs),
         "wrapper": tuple(pair.labels.get("wrapper") or _frame(pair) for pair in pairs),
@@ -269,7 +275,8 @@ def _frame(pair: Pair) -> str:
 
 def _neutral(pair: Pair, tokenizer: Any, number: int) -> tuple[Pair, str]:
     """The pair with neutral words for its attack, and the sentence that these words repeat."""
-    request, kept = pair.clean.turns[-1].content, {turn.content for turn in pair.clean.turns}
+    request = pair.clean.turns[-1].content
+    kept = {turn.content for turn in pair.clean.turns}
     if not any(request in turn.content for turn in pair.wrapped.turns):
         raise CtlensError(f"the request of pair {number + 1} is not in its wrapped prompt: give negatives of your own.")
     length = len(render(tokenizer, pair.wrapped.turns).ids)
@@ -292,7 +299,7 @@ def _refilled(tokenizer: Any, turns: tuple[Turn, ...], request: str, kept: set[s
 
 
 def _filler(tokenizer: Any, text: str, sentence: str) -> str:
-    """The words of a sentence, over and over, up to the number of tokens of `text`; its outer spaces stay."""
+    """Repeats the words of a sentence up to the number of tokens of `text`, whose outer spaces stay."""
     bare = text.strip()
     wanted = _length(tokenizer, bare)
     fillers = (" ".join(islice(cycle(sentence.split()), count)) for count in range(1, wanted + 1))

@@ -1,4 +1,4 @@
-"""How alike two sets of vectors are, one vector a prompt: pure functions of arrays."""
+"""Likeness of sets of vectors with one vector per prompt: pure functions of arrays."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TypeAlias
 import numpy as np
 from jaxtyping import Float
 
-SMALLEST_CEILING = 0.3  # below it, dividing by the ceiling blows up noise
+SMALLEST_CEILING = 0.3  # dividing by a smaller ceiling would blow up noise; chosen by eye
 RANK = 1e-5  # singular values below this share of the largest are rounding
 
 Matrix: TypeAlias = Float[np.ndarray, "... model model"]
-Seeds: TypeAlias = Sequence[tuple[str, int]]
+MethodSeeds: TypeAlias = Sequence[tuple[str, int]]
 """The method and the seed of each model."""
 Table: TypeAlias = Float[np.ndarray, "... method method"]
 
@@ -67,8 +67,8 @@ def principal_cosines(
     return np.linalg.svd(one @ other.swapaxes(-1, -2), compute_uv=False)
 
 
-def model_pairs(seeds: Seeds, one: str, other: str) -> list[tuple[int, int]]:
-    """The models that a number between two methods is the mean over: those of different seeds.
+def model_pairs(seeds: MethodSeeds, one: str, other: str) -> list[tuple[int, int]]:
+    """The pairs of models over which a number between two methods is averaged: models of different seeds.
 
     Trainings of one seed see the same batches, which makes them alike. Only two methods that have
     no other models are compared at the same seed.
@@ -76,14 +76,15 @@ def model_pairs(seeds: Seeds, one: str, other: str) -> list[tuple[int, int]]:
     >>> model_pairs([("act", 0), ("act", 1), ("bct", 0)], "act", "bct")
     [(1, 2)]
     """
-    places = [[at for at, (method, _) in enumerate(seeds) if method == name] for name in (one, other)]
-    both = [(i, j) for i in places[0] for j in places[1] if i != j]
+    first = [number for number, (method, _) in enumerate(seeds) if method == one]
+    second = [number for number, (method, _) in enumerate(seeds) if method == other]
+    both = [(i, j) for i in first for j in second if i != j]
     apart = [(i, j) for i, j in both if seeds[i][1] != seeds[j][1]]
     return apart or both
 
 
-def between(values: Matrix, seeds: Seeds) -> Float[np.ndarray, "ends ... method method"]:
-    """From numbers between models those between methods: the mean, least and largest over pairs of seeds.
+def between(values: Matrix, seeds: MethodSeeds) -> Float[np.ndarray, "ends ... method method"]:
+    """Averages numbers between models to numbers between methods: their mean, least and largest over pairs of seeds.
 
     The diagonal is the ceiling: one method with itself at another seed, NaN for a method of one seed.
     """

@@ -1,4 +1,4 @@
-"""What a training did to the residual stream on wrapped prompts, relative to what the wrapper had done to it.
+"""The shift of the residual stream in training, on wrapped prompts, relative to what the wrapper had done to it.
 
 With `h_w` and `h_c` the reference's residual on the wrapped and the clean prompt at aligned
 tokens and `h'_w` the trained model's, the shift is `h'_w - h_w` and the gap `h_c - h_w`:
@@ -27,10 +27,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ctlens import plots
-from ctlens.analysis.base.forward import batches, require_comparable
+from ctlens.analysis.base.forward import pair_batches, require_comparable
 from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, STATE_POSITIONS
 from ctlens.analysis.base.recording import Readable, model_of, read
-from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.result import Result, beside
 from ctlens.analysis.residual.shift_vectors import beyond_rounding, last_and_content
 from ctlens.core.errors import unknown
 from ctlens.core.stats import bootstrap_mean
@@ -41,11 +41,11 @@ from ctlens.losses.base import at_positions
 from ctlens.models.hooks import resolve
 from ctlens.plots import Curve, Figure
 
-GAP_QUANTITIES = ("gap_closed", "cosine", "distance")
-QUANTITIES = (*GAP_QUANTITIES, "relative", "norm_ratio")
-RAW = ("shift_norm", "gap_norm")
+GAP_QUANTITIES = ("gap_closed", "cosine", "distance")  # they need a clean counterpart of each token
+SHIFT_QUANTITIES = (*GAP_QUANTITIES, "relative", "norm_ratio")
+RAW_QUANTITIES = ("shift_norm", "gap_norm")
 SITE = "resid_post"
-TITLES = {
+_TITLES = {
     "gap_closed": "share of the residual-stream gap closed",
     "cosine": "cosine of shift and gap",
     "distance": "squared distance to clean, relative to the gap",
@@ -71,7 +71,7 @@ class ResidualShift(Result):
         gap_closed, cosine, distance, gap_norm: `[positions, pair, layer]`, at the positions with a
             clean counterpart, `ctlens.analysis.base.states.ALIGNED_POSITIONS`; not a number where the gap (or for
             the cosine the shift) is zero.
-        relative, norm_ratio, shift_norm: the same with the wrapper as third positions; not a number
+        relative, norm_ratio, shift_norm: the same with the wrapper's tokens as third choice of positions; not a number
             where a pair has no token there.
         site: the hook point.
         window: the alignment window.
@@ -81,9 +81,9 @@ class ResidualShift(Result):
     cosine: Float[np.ndarray, "positions pair layer"]
     distance: Float[np.ndarray, "positions pair layer"]
     gap_norm: Float[np.ndarray, "positions pair layer"]
-    relative: Float[np.ndarray, "any_place pair layer"]
-    norm_ratio: Float[np.ndarray, "any_place pair layer"]
-    shift_norm: Float[np.ndarray, "any_place pair layer"]
+    relative: Float[np.ndarray, "any_positions pair layer"]
+    norm_ratio: Float[np.ndarray, "any_positions pair layer"]
+    shift_norm: Float[np.ndarray, "any_positions pair layer"]
     site: str
     window: str
 
@@ -102,8 +102,8 @@ class ResidualShift(Result):
 
     def _values(self, quantity: str, positions: str) -> Float[np.ndarray, "known layer"]:
         """The values of the pairs that have one at every layer."""
-        if quantity not in (*QUANTITIES, *RAW):
-            raise unknown("quantity", quantity, (*QUANTITIES, *RAW))
+        if quantity not in (*SHIFT_QUANTITIES, *RAW_QUANTITIES):
+            raise unknown("quantity", quantity, (*SHIFT_QUANTITIES, *RAW_QUANTITIES))
         values: np.ndarray = getattr(self, quantity)
         measured = STATE_POSITIONS[: len(values)]
         if positions not in measured:
@@ -112,18 +112,19 @@ class ResidualShift(Result):
         return at_these[~np.isnan(at_these).any(-1)]
 
     def to_dataframe(self, *, raw: bool = False) -> pd.DataFrame:
-        """One row per quantity, positions and layer: `mean`, `ci_low`, `ci_high`, and `n` pairs.
+        """One row per quantity, positions and layer: `mean`, `ci_low` and `ci_high` over `n_pairs`.
 
         Args:
             raw: also `shift_norm` and `gap_norm`, in the model's own units.
         """
         rows = []
-        for quantity in QUANTITIES + RAW * raw:
+        for quantity in (*SHIFT_QUANTITIES, *RAW_QUANTITIES) if raw else SHIFT_QUANTITIES:
             for positions in STATE_POSITIONS[: len(getattr(self, quantity))]:
-                n = len(self._values(quantity, positions))
+                n_pairs = len(self._values(quantity, positions))
                 curve = np.stack([np.asarray(end) for end in self.curve(quantity, positions)], axis=1)
-                rows += [(quantity, positions, layer, *numbers, n) for layer, numbers in enumerate(curve)]
-        return pd.DataFrame(rows, columns=["quantity", "positions", "layer", "mean", "ci_low", "ci_high", "n"])
+                rows += [(quantity, positions, layer, *numbers, n_pairs) for layer, numbers in enumerate(curve)]
+        columns = ["quantity", "positions", "layer", "mean", "ci_low", "ci_high", "n_pairs"]
+        return pd.DataFrame(rows, columns=columns)
 
     def figure(self, quantity: str = "gap_closed", positions: str = "last") -> Figure:
         """The quantity by layer."""
@@ -149,7 +150,7 @@ class ResidualShift(Result):
         Raises:
             CtlensError: another training has this one's label, or as `curve`.
         """
-        return _drawn(self.beside(others, label), quantity, positions, subtitle)
+        return _drawn(beside(self, others, label), quantity, positions, subtitle)
 
 
 def _drawn(results: Mapping[str, ResidualShift], quantity: str, positions: str, subtitle: str | None = None) -> Figure:
@@ -159,7 +160,7 @@ def _drawn(results: Mapping[str, ResidualShift], quantity: str, positions: str, 
     return plots.layer_curves(
         {name: result.curve(quantity, positions) for name, result in results.items()},
         f"{undone if quantity in GAP_QUANTITIES else moved}, {POSITIONS_IN_WORDS[positions]}?",
-        y_title=TITLES[quantity],
+        y_title=_TITLES[quantity],
         reference_lines=MARKS.get(quantity),
         subtitle=subtitle,
     )
@@ -187,7 +188,7 @@ def residual_shift(
         after: the trained model, in eval mode; or its recording of the wrapped side.
         pairs: clean and wrapped prompts.
         window: alignment window; must hold a token before the last one.
-        batch_size: pairs a forward pass.
+        batch_size: pairs per forward pass.
         progress: show a progress bar.
 
     Raises:
@@ -198,9 +199,11 @@ def residual_shift(
     require_comparable(base, model_of(after))
     names = resolve(base, SITE)
     chunks: list[dict[str, np.ndarray]] = []
-    for number, (_, batch) in enumerate(batches(base, pairs, window, batch_size, progress)):
-        matched, first = batch.matched[window], number * batch_size
-        clean, wrapped = (read(before, side, names, first) for side in (batch.clean, batch.wrapped))
+    for number, (_, batch) in enumerate(pair_batches(base, pairs, window, batch_size, progress)):
+        matched = batch.matched[window]
+        first = number * batch_size
+        clean = read(before, batch.clean, names, first)
+        wrapped = read(before, batch.wrapped, names, first)
         trained = read(after, batch.wrapped, names, first)
         layers = [_of_layer(clean[name], wrapped[name], trained[name], matched, batch.wrapper) for name in names]
         chunks.append({key: torch.stack([layer[key] for layer in layers], -1).cpu().numpy() for key in layers[0]})
@@ -216,10 +219,11 @@ def _of_layer(
     wrapper: Bool[Tensor, "batch pos"],
 ) -> dict[str, Float[Tensor, "positions batch"]]:
     """Every quantity at one layer."""
-    tokens = last_and_content(matched)
-    base, moved = at_positions(wrapped, matched.wrapped), at_positions(trained, matched.wrapped)
-    gaps = [_gaps(base, moved, at_positions(clean, matched.clean), where) for where in tokens]
-    moves = [*(_moves(base, moved, where) for where in tokens), _moves(wrapped, trained, wrapper)]
+    aligned = last_and_content(matched)
+    base = at_positions(wrapped, matched.wrapped)
+    moved = at_positions(trained, matched.wrapped)
+    gaps = [_gaps(base, moved, at_positions(clean, matched.clean), where) for where in aligned]
+    moves = [*(_moves(base, moved, where) for where in aligned), _moves(wrapped, trained, wrapper)]
     return {key: torch.stack([values[key] for values in found]) for found in (gaps, moves) for key in found[0]}
 
 
@@ -230,10 +234,13 @@ def _gaps(
     where: Bool[Tensor, "batch pos"],
 ) -> dict[str, PerRow]:
     """The quantities that compare with the clean prompt, at the chosen tokens."""
-    shift, gap, rest = trained - wrapped, beyond_rounding(clean - wrapped, wrapped), trained - clean
-    dot, shift2, gap2, rest2 = (
-        _total(a * b, where) for a, b in ((shift, gap), (shift, shift), (gap, gap), (rest, rest))
-    )
+    shift = trained - wrapped
+    gap = beyond_rounding(clean - wrapped, wrapped)
+    rest = trained - clean
+    dot = _total(shift * gap, where)
+    shift2 = _total(shift * shift, where)
+    gap2 = _total(gap * gap, where)
+    rest2 = _total(rest * rest, where)
     return {
         "gap_closed": dot / gap2,
         "cosine": dot / (shift2 * gap2).sqrt(),
@@ -245,8 +252,10 @@ def _gaps(
 def _moves(
     wrapped: Float[Tensor, "batch pos d"], trained: Float[Tensor, "batch pos d"], where: Bool[Tensor, "batch pos"]
 ) -> dict[str, PerRow]:
-    """The quantities that any token has, at the chosen tokens."""
-    shift2, before2, after2 = (_total(vector**2, where) for vector in (trained - wrapped, wrapped, trained))
+    """The quantities that need no clean prompt, at the chosen tokens."""
+    shift2 = _total((trained - wrapped) ** 2, where)
+    before2 = _total(wrapped**2, where)
+    after2 = _total(trained**2, where)
     return {
         "relative": (shift2 / before2).sqrt(),
         "norm_ratio": (after2 / before2).sqrt(),

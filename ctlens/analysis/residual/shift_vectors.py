@@ -21,19 +21,19 @@ from ctlens.analysis.base.recording import Readable, read
 from ctlens.data.batch import Matched, PairBatch
 from ctlens.losses.base import at_positions
 
-PARTS = ("all", "along", "off")
-ROUNDING = 2e-6  # of a float32 activation, several times what the size of a batch changes
+SHIFT_PARTS = ("all", "along", "off")
+SHIFT_ROUNDING = 2e-6  # share of a float32 activation, several times what another batch size changes
 
 Where = Bool[Tensor, "batch pos"]
 
 
 @dataclass(frozen=True)
 class Shifts:
-    """The shifts at one place of a hook point, or one part of them.
+    """The shifts of several models at one hook point and one choice of positions, or one part of these shifts.
 
     Attributes:
-        gram: inner products of the models' shifts, summed over the place's tokens.
-        mean: the mean shift over the place's tokens; NaN for a prompt without such tokens.
+        gram: inner products of the models' shifts, summed over the chosen tokens.
+        mean: the mean shift over the chosen tokens; NaN for a prompt without such tokens.
         pull: with `s` the shifts at a prompt's tokens, `sum |s| s / sum |s|^2`: its product with a
             unit vector is the cosine of the shift with that direction at the same norms.
     """
@@ -51,7 +51,7 @@ class Shifts:
 
 def beyond_rounding(vectors: Float[Tensor, "*batch d"], base: Float[Tensor, "*#batch d"]) -> Float[Tensor, "*batch d"]:
     """Differences of activations, zero where they are no more than the rounding of the activations `base`."""
-    return vectors * (vectors.norm(dim=-1) > ROUNDING * base.norm(dim=-1))[..., None]
+    return vectors * (vectors.norm(dim=-1) > SHIFT_ROUNDING * base.norm(dim=-1))[..., None]
 
 
 def last_and_content(matched: Matched) -> tuple[Where, Where]:
@@ -64,34 +64,35 @@ def shifts_at(
     before: Readable,
     models: Sequence[Readable],
     passes: Sequence[PairBatch],
-    name: str,
+    hook_name: str,
     progress: bool,
 ) -> dict[tuple[str, str], Shifts]:
-    """The shifts of models at the hook point `name`, by part and place; the wrapper has no gap, hence one part.
+    """The shifts of models at one hook point, by part and positions; the wrapper has no gap, hence one part.
 
-    Of models that are no recordings, no more than one batch is held with all its tokens.
+    Where models are run, and not read from recordings, only one batch is held with all its tokens.
     """
     chunks: list[dict[tuple[str, str], Shifts]] = []
     first = 0
     for batch in tqdm(passes, desc="forward", disable=not progress, leave=False):
-        chunks.append(_of_batch(before, models, batch, name, first))
+        chunks.append(_of_batch(before, models, batch, hook_name, first))
         first += len(batch.wrapped.tokens)
     return {key: _joined([chunk[key] for chunk in chunks]) for key in chunks[0]}
 
 
 def _of_batch(
-    before: Readable, models: Sequence[Readable], batch: PairBatch, name: str, first: int
+    before: Readable, models: Sequence[Readable], batch: PairBatch, hook_name: str, first: int
 ) -> dict[tuple[str, str], Shifts]:
     matched = batch.matched["shared"]
-    clean, wrapped = (read(before, side, [name], first)[name] for side in (batch.clean, batch.wrapped))
-    trained = [read(model, batch.wrapped, [name], first)[name] for model in models]
+    clean = read(before, batch.clean, [hook_name], first)[hook_name]
+    wrapped = read(before, batch.wrapped, [hook_name], first)[hook_name]
+    trained = [read(model, batch.wrapped, [hook_name], first)[hook_name] for model in models]
     shift = torch.stack([activation - wrapped for activation in trained])
     aligned = torch.stack([at_positions(of_model, matched.wrapped) for of_model in shift])
     base = at_positions(wrapped, matched.wrapped)
     gap = beyond_rounding(at_positions(clean, matched.clean) - base, base)
     found = {
         (part, positions): measure(beyond_rounding(vectors, base), where)
-        for part, vectors in zip(PARTS, split(aligned, gap), strict=True)
+        for part, vectors in zip(SHIFT_PARTS, split(aligned, gap), strict=True)
         for positions, where in zip(ALIGNED_POSITIONS, last_and_content(matched), strict=True)
     }
     return found | {("all", "wrapper"): measure(beyond_rounding(shift, wrapped), batch.wrapper)}
@@ -107,7 +108,7 @@ def split(
 
 
 def measure(shift: Float[Tensor, "model batch pos d"], where: Where) -> Shifts:
-    """The numbers of a place from the shifts at all positions; positions outside of it count nothing."""
+    """Sums the shifts at all positions to the numbers of the tokens chosen by `where`."""
     shift = torch.where(where[..., None], shift, 0)
     norm = shift.norm(dim=-1, keepdim=True)
     gram = einsum(shift, shift, "a batch pos d, b batch pos d -> batch a b")

@@ -1,4 +1,6 @@
-"""Do two trainings move the residual stream alike? Every number stands between its ceiling and its floors.
+"""The analysis that asks whether two trainings move the residual stream alike.
+
+Every number stands between its ceiling and its floors.
 
 The shift of a model is its activation on the wrapped prompt minus the reference's (see
 `ctlens.analysis.residual.shift_vectors`). All trainings that work pull towards the clean prompt, so their shifts
@@ -21,12 +23,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ctlens.analysis.base.forward import batches, require_comparable, vector_hooks
+from ctlens.analysis.base.forward import pair_batches, require_comparable, vector_hooks
 from ctlens.analysis.base.recording import Readable, model_of
-from ctlens.analysis.residual.likeness import Seeds
+from ctlens.analysis.residual.likeness import MethodSeeds
 from ctlens.analysis.residual.shift_vectors import Shifts, shifts_at
 from ctlens.analysis.residual.similarity_result import ShiftSimilarity
-from ctlens.analysis.residual.similarity_statistics import MEASURES, arrays, names_of
+from ctlens.analysis.residual.similarity_statistics import SIMILARITY_MEASURES, arrays, names_of
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
@@ -65,16 +67,16 @@ def shift_similarity(
             side; a name alone is seed 0.
         pairs: clean and wrapped prompts.
         null: the method that is the floor, such as training on retention alone.
-        quantities: of `ctlens.analysis.residual.similarity_statistics.MEASURES`. `cosine`: of the shifts at a prompt's
-            tokens taken as one vector, the mean over prompts. `mean_cosine`: of the mean shifts.
+        quantities: of `ctlens.analysis.residual.similarity_statistics.SIMILARITY_MEASURES`. `cosine`: of the shifts at
+            a prompt's tokens taken as one vector, the mean over prompts. `mean_cosine`: of the mean shifts.
             `cka`: debiased linear CKA, with more prompts than dimensions only. `principal`: the
             cosines of the principal angles between the spans of the `k` top shift directions.
         k: how many directions span a shift, for `principal`.
-        site: a hook point with one vector a token, see `ctlens.models.hooks.SHORTHANDS`.
+        site: a hook point with one vector per token, see `ctlens.models.hooks.SHORTHANDS`.
         layers: which ones, see `ctlens.models.hooks.select_layers`.
-        batch_size: prompts a forward pass; models are run once a hook point, and only one batch at
+        batch_size: prompts per forward pass; models are run once per hook point, and only one batch at
             one hook point is held with all its tokens.
-        progress: show a progress bar a hook point.
+        progress: show a progress bar per hook point.
 
     Raises:
         CtlensError: a model does not compare with the reference, is in training mode or has not
@@ -88,11 +90,11 @@ def shift_similarity(
     if not quantities or len(set(quantities)) < len(quantities):
         raise CtlensError("name at least one quantity, and each of them once.")
     for name in quantities:
-        if name not in MEASURES:
-            raise unknown("quantity", name, list(MEASURES))
+        if name not in SIMILARITY_MEASURES:
+            raise unknown("quantity", name, list(SIMILARITY_MEASURES))
     if null is not None and null not in methods:
         raise unknown("null", null, methods)
-    passes = [batch for _, batch in batches(base, pairs, "shared", batch_size, progress=False)]
+    passes = [batch for _, batch in pair_batches(base, pairs, "shared", batch_size, progress=False)]
     found = [
         shifts_at(before, list(keyed.values()), passes, name, progress) for name in vector_hooks(base, site, layers)
     ]
@@ -122,7 +124,7 @@ def _keyed(
     return dict(zip(seeds, models.values(), strict=True))
 
 
-def _require_moved(seeds: Seeds, found: Sequence[dict[tuple[str, str], Shifts]]) -> None:
+def _require_moved(seeds: MethodSeeds, found: Sequence[dict[tuple[str, str], Shifts]]) -> None:
     length = sum(np.einsum("naa->a", shifts.gram) for of_layer in found for shifts in of_layer.values())
     for key, moved in zip(seeds, np.asarray(length), strict=True):
         if not moved:

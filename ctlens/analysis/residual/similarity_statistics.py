@@ -1,4 +1,4 @@
-"""Every number of a comparison of shifts at one place: between methods, with intervals and by chance."""
+"""The statistics of a comparison of shifts at one hook point: between methods, with intervals and by chance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ctlens.analysis.base.nulls import random_directions
 from ctlens.analysis.base.positions import STATE_POSITIONS
 from ctlens.analysis.residual.likeness import (
     Matrix,
-    Seeds,
+    MethodSeeds,
     between,
     ceilings,
     cosines,
@@ -20,14 +20,17 @@ from ctlens.analysis.residual.likeness import (
     principal_cosines,
     top_directions,
 )
-from ctlens.analysis.residual.shift_vectors import PARTS, Shifts
+from ctlens.analysis.residual.shift_vectors import SHIFT_PARTS, Shifts
 from ctlens.core.errors import CtlensError
 from ctlens.core.stats import ENDS, jackknife, resampled_means
 
 STATISTICS = (
-    "value", "ci_low", "ci_high", "seed_low", "seed_high", "corrected", "corrected_low", "corrected_high",
-)  # fmt: skip
-TITLES = {
+    "value",
+    *("ci_low", "ci_high"),
+    *("seed_low", "seed_high"),
+    *("corrected", "corrected_low", "corrected_high"),
+)
+_TITLES = {
     "cosine": "cosine prompt by prompt",
     "mean_cosine": "cosine of the mean shifts",
     "cka": "debiased linear CKA",
@@ -35,8 +38,8 @@ TITLES = {
 _DRAWS = 200  # random directions; chosen by eye
 
 Statistics: TypeAlias = Float[np.ndarray, "quantity statistic method method"]
-Band: TypeAlias = Float[np.ndarray, "quantity ends method"]
-Measured: TypeAlias = tuple[Statistics, Band]
+_Band: TypeAlias = Float[np.ndarray, "quantity ends method"]
+_Measured: TypeAlias = tuple[Statistics, _Band]
 
 
 def names_of(quantities: Sequence[str], k: int) -> tuple[str, ...]:
@@ -51,24 +54,25 @@ def names_of(quantities: Sequence[str], k: int) -> tuple[str, ...]:
 
 def title_of(label: str) -> str:
     """A label in words."""
-    return TITLES.get(label, f"cosine of principal angle {label.removeprefix('principal_')}")
+    return _TITLES.get(label, f"cosine of principal angle {label.removeprefix('principal_')}")
 
 
 def arrays(
-    found: Sequence[dict[tuple[str, str], Shifts]], seeds: Seeds, quantities: Sequence[str], k: int
+    found: Sequence[dict[tuple[str, str], Shifts]], seeds: MethodSeeds, quantities: Sequence[str], k: int
 ) -> dict[str, np.ndarray]:
-    """The numbers of all layers by name, for `ShiftSimilarity`; NaN for parts that a place does not have."""
+    """The arrays of `ShiftSimilarity` by name, from the shifts of all layers; NaN at the wrapper for parts it lacks."""
     owners = [method for method, _ in seeds]
     methods = len(dict.fromkeys(owners))
-    shape = (len(names_of(quantities, k)), len(PARTS), len(STATE_POSITIONS), len(found), methods)
+    shape = (len(names_of(quantities, k)), len(SHIFT_PARTS), len(STATE_POSITIONS), len(found), methods)
     numbers = np.full((len(STATISTICS), *shape, methods), np.nan)
     random = np.full((2, *shape), np.nan)
-    length, n = np.full(shape[1:], np.nan), np.zeros((*shape[1:], methods), dtype=np.int64)
-    prompts = len(next(iter(found[0].values())).gram)
-    by_prompt = np.full((*shape[1:4], prompts, methods, methods), np.nan, dtype=np.float32)
+    length = np.full(shape[1:], np.nan)
+    n_prompts = np.zeros((*shape[1:], methods), dtype=np.int64)
+    given = len(next(iter(found[0].values())).gram)
+    by_prompt = np.full((*shape[1:4], given, methods, methods), np.nan, dtype=np.float32)
     for layer, of_layer in enumerate(found):
         for (part, positions), shifts in of_layer.items():
-            at = PARTS.index(part), STATE_POSITIONS.index(positions), layer
+            at = SHIFT_PARTS.index(part), STATE_POSITIONS.index(positions), layer
             table, band = measure_all(shifts, seeds, quantities, k)
             numbers[:, :, *at] = table.swapaxes(0, 1)
             random[:, :, *at] = band.swapaxes(0, 1)
@@ -76,32 +80,39 @@ def arrays(
             of_methods = [squares[[owner == name for owner in owners]] for name in dict.fromkeys(owners)]
             length[at] = [np.sqrt(of_method.mean()) for of_method in of_methods]
             by_prompt[at] = between(cosines(shifts.gram), seeds)[0]
-            n[at] = np.nan_to_num(between(shifts.moved.sum(0).astype(float), seeds)[1])
+            n_prompts[at] = np.nan_to_num(between(shifts.moved.sum(0).astype(float), seeds)[1])
     bands = {"random_low": random[0], "random_high": random[1]}
-    return dict(zip(STATISTICS, numbers, strict=True)) | bands | {"length": length, "n": n, "by_prompt": by_prompt}
+    return (
+        dict(zip(STATISTICS, numbers, strict=True))
+        | bands
+        | {"length": length, "n_prompts": n_prompts, "by_prompt": by_prompt}
+    )
 
 
-def measure_all(shifts: Shifts, seeds: Seeds, quantities: Sequence[str], k: int) -> Measured:
-    """Of each quantity its `STATISTICS` between methods, and a method's band of random directions.
+def measure_all(shifts: Shifts, seeds: MethodSeeds, quantities: Sequence[str], k: int) -> _Measured:
+    """Measures the `STATISTICS` of each quantity between methods, and each method's band of random directions.
 
-    Prompts without a token at the place do not count; NaN where none is left.
+    Prompts without a token at the positions do not count; NaN where none is left.
 
     Raises:
         CtlensError: there are too few prompts for a quantity.
     """
     known = ~np.isnan(shifts.mean).any((1, 2))
     if not known.any():
-        size = len(names_of(quantities, k)), len(dict.fromkeys(method for method, _ in seeds))
-        return np.full((size[0], len(STATISTICS), size[1], size[1]), np.nan), np.full((size[0], 2, size[1]), np.nan)
+        labels = len(names_of(quantities, k))
+        methods = len(dict.fromkeys(method for method, _ in seeds))
+        nothing = np.full((labels, len(STATISTICS), methods, methods), np.nan)
+        return nothing, np.full((labels, 2, methods), np.nan)
     shifts = Shifts(shifts.gram[known], shifts.mean[known], shifts.pull[known])
-    tables, bands = zip(*(MEASURES[name](shifts, seeds, k) for name in quantities), strict=True)
-    return np.concatenate(tables), np.concatenate(bands)
+    measured = [SIMILARITY_MEASURES[name](shifts, seeds, k) for name in quantities]
+    return np.concatenate([table for table, _ in measured]), np.concatenate([band for _, band in measured])
 
 
-def _cosine(shifts: Shifts, seeds: Seeds, k: int) -> Measured:
+def _cosine(shifts: Shifts, seeds: MethodSeeds, k: int) -> _Measured:
     values = cosines(shifts.gram)
     known = ~np.isnan(values)
-    filled, pull = np.where(known, values, 0), np.nan_to_num(shifts.pull)
+    filled = np.where(known, values, 0)
+    pull = np.nan_to_num(shifts.pull)
     counts = known.sum(0)
     with np.errstate(invalid="ignore"):
         point = filled.sum(0) / counts
@@ -110,15 +121,17 @@ def _cosine(shifts: Shifts, seeds: Seeds, k: int) -> Measured:
     return _corrected(point, resamples, seeds), _band(pull @ random_directions(pull.shape[-1], _DRAWS).T, seeds)[None]
 
 
-def _mean_cosine(shifts: Shifts, seeds: Seeds, k: int) -> Measured:
-    centre, resamples = shifts.mean.mean(0), resampled_means(shifts.mean)
-    point, drawn = (cosines(vectors @ vectors.swapaxes(-1, -2)) for vectors in (centre, resamples))
+def _mean_cosine(shifts: Shifts, seeds: MethodSeeds, k: int) -> _Measured:
+    centre = shifts.mean.mean(0)
+    resamples = resampled_means(shifts.mean)
+    point = cosines(centre @ centre.T)
+    drawn = cosines(resamples @ resamples.swapaxes(-1, -2))
     length = np.linalg.norm(centre, axis=-1, keepdims=True)
     unit = np.divide(centre, length, out=np.full_like(centre, np.nan), where=length > 0)
     return _corrected(point, drawn, seeds), _band(unit @ random_directions(unit.shape[-1], _DRAWS).T, seeds)[None]
 
 
-def _cka(shifts: Shifts, seeds: Seeds, k: int) -> Measured:
+def _cka(shifts: Shifts, seeds: MethodSeeds, k: int) -> _Measured:
     n, _, d = shifts.mean.shape
     if n <= d:
         raise CtlensError(f"CKA needs more prompts than dimensions: {n} prompts do not suffice for {d} dimensions.")
@@ -126,7 +139,7 @@ def _cka(shifts: Shifts, seeds: Seeds, k: int) -> Measured:
     return table, np.full((1, 2, table.shape[-1]), np.nan)
 
 
-def _principal(shifts: Shifts, seeds: Seeds, k: int) -> Measured:
+def _principal(shifts: Shifts, seeds: MethodSeeds, k: int) -> _Measured:
     n, _, d = shifts.mean.shape
     if not 1 <= k <= min(n // 2, d):
         raise CtlensError(f"{k} principal angles need {2 * k} prompts and {k} dimensions; there are {n} and {d}.")
@@ -141,7 +154,7 @@ def _principal(shifts: Shifts, seeds: Seeds, k: int) -> Measured:
     return _uncorrected(angles, n, seeds), np.stack([_band(chance[..., angle], seeds) for angle in range(k)])
 
 
-MEASURES: Mapping[str, Callable[[Shifts, Seeds, int], Measured]] = {
+SIMILARITY_MEASURES: Mapping[str, Callable[[Shifts, MethodSeeds, int], _Measured]] = {
     "cosine": _cosine,
     "mean_cosine": _mean_cosine,
     "cka": _cka,
@@ -149,8 +162,8 @@ MEASURES: Mapping[str, Callable[[Shifts, Seeds, int], Measured]] = {
 }
 
 
-def _corrected(point: Matrix, resamples: Float[np.ndarray, "resample model model"], seeds: Seeds) -> Statistics:
-    """The statistics of a cosine from its value, and those in resamples of the prompts, between models."""
+def _corrected(point: Matrix, resamples: Float[np.ndarray, "resample model model"], seeds: MethodSeeds) -> Statistics:
+    """The statistics of a cosine between methods, from its values between models and their values in resamples."""
     value, low, high = between(point, seeds)
     drawn = between(resamples, seeds)[0]
     with np.errstate(invalid="ignore"):
@@ -162,16 +175,20 @@ def _corrected(point: Matrix, resamples: Float[np.ndarray, "resample model model
 
 
 def _uncorrected(
-    values: Callable[[np.ndarray], Float[np.ndarray, "quantity model model"]], n: int, seeds: Seeds
+    values: Callable[[np.ndarray], Float[np.ndarray, "quantity model model"]], n: int, seeds: MethodSeeds
 ) -> Statistics:
-    """The statistics of what repeated prompts would bias, without a correction for the ceiling."""
+    """The statistics of CKA and of principal angles, with intervals by the jackknife and no correction for the ceiling.
+
+    A bootstrap draws prompts repeatedly, and a prompt that occurs twice is like itself, which biases both numbers; the
+    jackknife only leaves prompts out. Correction for attenuation is of cosines, so those three statistics are NaN.
+    """
     value, low, high = between(values(np.arange(n)), seeds)
     ends = np.clip(jackknife(lambda items: between(values(items), seeds)[0], n), -1, 1)
     nothing = np.full((3, *value.shape), np.nan)
     return np.stack([value, *ends, low, high, *nothing], 1)
 
 
-def _band(chance: Float[np.ndarray, "model draw"], seeds: Seeds) -> Float[np.ndarray, "ends method"]:
+def _band(chance: Float[np.ndarray, "model draw"], seeds: MethodSeeds) -> Float[np.ndarray, "ends method"]:
     """Where 95 percent of the numbers with random directions are, over the models of each method."""
     methods = dict.fromkeys(method for method, _ in seeds)
     of_methods = [chance[[owner == method for owner, _ in seeds]] for method in methods]

@@ -20,10 +20,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ctlens import plots
-from ctlens.analysis.base.contrast import ContrastBatch, contrasts, in_batches
+from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, contrasts
 from ctlens.analysis.base.forward import require_comparable
 from ctlens.analysis.base.metrics import Metric, UserMetric, measured, named_metrics
-from ctlens.analysis.base.positions import SIDES
+from ctlens.analysis.base.positions import PAIR_SIDES
+from ctlens.analysis.base.result import beside
 from ctlens.analysis.exchange.exchange import (
     EXCHANGE_QUANTITIES,
     QUANTITY_TITLES,
@@ -131,7 +132,7 @@ class Graft(Exchange):
             CtlensError: another result has this one's label, the parts or the metric were not measured, or no model
                 has an effect.
         """
-        return _drawn(self.beside(others, label), by, metric, smallest_gap, subtitle)
+        return _drawn(beside(self, others, label), by, metric, smallest_gap, subtitle)
 
 
 class _ShownParts(NamedTuple):
@@ -245,14 +246,14 @@ def graft(
             values in one matrix, or are in training mode; an option is unknown, or a pair has no answers.
     """
     require_comparable(target, source)
-    if side not in SIDES:
-        raise unknown("side", side, SIDES)
+    if side not in PAIR_SIDES:
+        raise unknown("side", side, PAIR_SIDES)
     measures = named_metrics(metrics)
     copies = [_plain_copy(model) for model in (target, source)]
     weights = [{name: value.data for name, value in present_parameters(model).items()} for model in copies]
     parts = _parts(copies, (by,) if isinstance(by, str) else tuple(by))
     moved = np.array([_distance(weights[0], weights[1], names) for names in parts.values()])
-    rows = list(in_batches(target, contrasts(target, pairs, side), batch_size, progress=False))
+    rows = list(contrast_batches(target, contrasts(target, pairs, side), batch_size, progress=False))
     whole = [[_last(model, batch) for batch in rows] for model in copies]
     # Of the two directions, 0 changes the target and 1 the source; the other model is whole[1 - direction].
     unpatched = [_measured(measures, whole[direction], rows, whole[1 - direction]) for direction in (0, 1)]

@@ -25,7 +25,7 @@ from jaxtyping import Float
 
 from ctlens import plots
 from ctlens.analysis.base.forward import require_comparable
-from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.result import Result, beside
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import LensModel
 from ctlens.models.matrices import MATRICES, Slot, slots
@@ -129,7 +129,7 @@ class UpdateRank(Result):
         Raises:
             CtlensError: another training has this one's label, or the quantity is unknown.
         """
-        return _drawn(self.beside(others, label), quantity, subtitle)
+        return _drawn(beside(self, others, label), quantity, subtitle)
 
 
 def _drawn(results: Mapping[str, UpdateRank], quantity: str, subtitle: str | None = None) -> Figure:

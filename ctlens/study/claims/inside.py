@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from ctlens.analysis import CrossLoss, Erasure, ShiftSimilarity
 from ctlens.analysis.base.positions import ALIGNED_POSITIONS, POSITIONS_IN_WORDS, STATE_POSITIONS
-from ctlens.analysis.residual.shift_vectors import PARTS
+from ctlens.analysis.residual.shift_vectors import SHIFT_PARTS
 from ctlens.core.labels import BASE
 from ctlens.core.stats import LEVEL
 from ctlens.plots import label
@@ -80,7 +80,7 @@ def _shared(analyses: FinishedAnalyses, threat: str, setting: str, positions: st
 
 def _off_gap(result: ShiftSimilarity, methods: Sequence[str], positions: str) -> Float[np.ndarray, "prompt a b"]:
     """The cosines of each prompt off the gap at some positions, means over layers, between these methods."""
-    values = _mean(result.by_prompt[PARTS.index("off"), STATE_POSITIONS.index(positions)])
+    values = _mean(result.by_prompt[SHIFT_PARTS.index("off"), STATE_POSITIONS.index(positions)])
     at = [result.methods.index(name) for name in methods]
     return values[:, at][:, :, at]
 

@@ -12,7 +12,7 @@ from helpers.models import byte_level_tokenizer, hf_model
 
 import ctlens as ct
 from ctlens.analysis import AttentionDiff, attention_diff
-from ctlens.analysis.attention.diff import MEASURES
+from ctlens.analysis.attention.diff import ATTENTION_MEASURES
 from ctlens.analysis.base.positions import SEGMENTS, key_positions, segments
 from ctlens.core.errors import CtlensError
 from ctlens.core.stats import bootstrap_mean, simultaneous_mean
@@ -128,7 +128,7 @@ def test_every_measure_is_what_plain_loops_find(model, after, queries: str) -> N
     for number, row in enumerate(encoded(*pairs)):
         for side, other in enumerate((model, after)):
             for name, expected in by_loops(model, other, row, queries).items():
-                found = result.values[side, MEASURES.index(name), number]
+                found = result.values[side, ATTENTION_MEASURES.index(name), number]
                 np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-5, err_msg=name)
 
 
@@ -195,17 +195,17 @@ def test_a_prefill_has_no_twin_of_its_last_token(model) -> None:
     turns = (Turn("user", QUESTIONS[0]), Turn("assistant", "Sure, here"))
     pairs = [Pair(prompt(QUESTIONS[0]), Prompt(turns)), *PAIRS]
     result = attention_diff(model, model, pairs, progress=False)
-    assert np.isnan(result.values[:, MEASURES.index("jsd/last/"), 0]).all()
+    assert np.isnan(result.values[:, ATTENTION_MEASURES.index("jsd/last/"), 0]).all()
     table = result.to_dataframe()
-    assert set(table.query("quantity == 'jsd' and queries == 'last'")["n"]) == {3}
-    assert set(table.query("quantity == 'jsd' and queries == 'content'")["n"]) == {4}
+    assert set(table.query("quantity == 'jsd' and queries == 'last'")["n_pairs"]) == {3}
+    assert set(table.query("quantity == 'jsd' and queries == 'content'")["n_pairs"]) == {4}
     assert "system" not in set(table["keys"])
 
 
 def made(change: np.ndarray) -> AttentionDiff:
     """A result whose mass on the wrapper changes like that, `[pair, layer, head]`, and nothing else."""
-    values = np.full((2, len(MEASURES), *change.shape), 0.4)
-    values[1, MEASURES.index("mass/last/wrapper")] += change
+    values = np.full((2, len(ATTENTION_MEASURES), *change.shape), 0.4)
+    values[1, ATTENTION_MEASURES.index("mass/last/wrapper")] += change
     return AttentionDiff(values)
 
 
@@ -214,7 +214,7 @@ def test_a_head_that_is_cut_off_from_the_wrapper_shows_at_its_place() -> None:
     change[:, 1, 2] = -0.3
     table = made(change).to_dataframe()
     first = table.iloc[0]
-    assert (first["layer"], first["head"], round(first["change"], 6), first["n"]) == (1, 2, -0.3, 5)
+    assert (first["layer"], first["head"], round(first["change"], 6), first["n_pairs"]) == (1, 2, -0.3, 5)
     assert (first["quantity"], first["queries"], first["keys"]) == ("mass", "last", "wrapper")
     assert (table.change[1:].abs() < 1e-9).all() and len(table) == 16 * 6
 
@@ -259,7 +259,7 @@ def test_every_quantity_has_its_figure_and_the_curve_by_layer(model, after, tmp_
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda result: result.of("afterwards"), "unknown side 'afterwards'; did you mean 'after'"),
+        (lambda result: result.of("afterwards"), "unknown time 'afterwards'; did you mean 'after'"),
         (lambda result: result.figure("masss"), "unknown quantity"),
         (lambda result: result.of("after", queries="first"), "unknown queries"),
         (lambda result: result.top(3, keys="systm"), "did you mean 'system'"),

@@ -12,8 +12,8 @@ from helpers.attention import NAMES, PAIRS
 from helpers.models import byte_level_tokenizer
 
 from ctlens.analysis import Knockout, attention_diff, knockout
-from ctlens.analysis.attention.cuts import Cut, cuts, edges, random_keys, without
-from ctlens.analysis.base.contrast import contrasts, in_batches
+from ctlens.analysis.attention.cuts import Cut, edges, planned_cuts, random_keys, without_edges
+from ctlens.analysis.base.contrast import contrast_batches, contrasts
 from ctlens.analysis.base.positions import segments
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
@@ -44,14 +44,14 @@ def test_a_cut_row_is_the_softmax_over_the_keys_that_are_left() -> None:
     scores = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     cut = torch.zeros(2, 3, 5, 5, dtype=torch.bool)
     cut[0, 1, 2, [0, 3]] = True
-    found = without(scores.softmax(-1), cut)
+    found = without_edges(scores.softmax(-1), cut)
     torch.testing.assert_close(found, scores.masked_fill(cut, -torch.inf).softmax(-1))
     assert torch.equal(found[1], scores.softmax(-1)[1])
 
 
 def test_a_row_that_would_have_nothing_left_is_refused() -> None:
     with pytest.raises(CtlensError, match="without any attention"):
-        without(torch.tensor([[[[0.4, 0.6]]]]), torch.ones(1, 1, 1, 2, dtype=torch.bool))
+        without_edges(torch.tensor([[[[0.4, 0.6]]]]), torch.ones(1, 1, 1, 2, dtype=torch.bool))
 
 
 def test_cutting_a_pattern_is_masking_the_scores(model) -> None:
@@ -107,9 +107,9 @@ def cut_by_loops(pattern: torch.Tensor, hook: Any, queries: list[int], keys: tup
 
 def test_rows_sum_to_one_after_the_cut_in_the_models_own_pass(model) -> None:
     items = contrasts(model, PAIRS)
-    (batch,) = in_batches(model, items, 8, progress=False)
+    (batch,) = contrast_batches(model, items, 8, progress=False)
     chosen = edges(batch, rows(), "all", [row.wrapper for row in rows()])
-    plan = cuts([0, 1], range(4), "layer")[2]
+    plan = planned_cuts([0, 1], range(4), "layer")[2]
     with editing(model, plan.edits(model, chosen)):
         after = capture(model, batch.side.tokens, NAMES, grad=False)[1]
     for pattern in after.values():
@@ -125,11 +125,11 @@ def test_rows_sum_to_one_after_the_cut_in_the_models_own_pass(model) -> None:
 def test_a_last_token_that_sees_only_the_first_says_the_same_to_every_prompt(llama) -> None:
     whole = Cut("from", (0, 1), tuple(range(4)))
     items = contrasts(llama, PAIRS)
-    (batch,) = in_batches(llama, items, 8, progress=False)
+    (batch,) = contrast_batches(llama, items, 8, progress=False)
     keys = [range(1, len(item.prompt)) for item in items]
     with editing(llama, whole.edits(llama, edges(batch, rows(), "last", keys))):
-        cut = batch.difference(batch.at_last(llama(batch.side.tokens)))
-    uncut = batch.difference(batch.at_last(llama(batch.side.tokens)))
+        cut = batch.logit_diff(batch.at_last(llama(batch.side.tokens)))
+    uncut = batch.logit_diff(batch.at_last(llama(batch.side.tokens)))
     torch.testing.assert_close(cut, cut[:1].expand_as(cut), atol=1e-4, rtol=0)
     assert (uncut - uncut[0]).abs().max() > 1e-2
 
@@ -167,7 +167,7 @@ def test_a_head_that_copies_the_hint_says_nothing_of_it_once_it_is_cut_off() -> 
     assert np.abs(found.cut[0, 0]).max() < 1e-5
     assert (found.effects()[0, 0] > 0.1).all() and (found.effects()[1, 0] < 0).all()  # the null makes the hint louder
     assert (found.effects("p_bad")[0, 0] < 0).all()
-    table = found.to_dataframe().query("measure == 'difference' and kind == 'alone'").iloc[0]
+    table = found.to_dataframe().query("measure == 'logit_diff' and kind == 'alone'").iloc[0]
     assert table["cut"] == pytest.approx(0, abs=1e-5) and table["beyond"] > table["effect"] > 0
 
 

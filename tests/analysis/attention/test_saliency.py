@@ -13,8 +13,8 @@ from scipy import stats
 
 from ctlens import plots
 from ctlens.analysis import SaliencyAgreement, saliency_agreement
-from ctlens.analysis.attention.saliency import COMPARISONS, METHODS, gradient_x_input, rollout
-from ctlens.analysis.base.contrast import ContrastBatch, contrasts, in_batches
+from ctlens.analysis.attention.saliency import COMPARISONS, SALIENCY_METHODS, gradient_x_input, rollout
+from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, contrasts
 from ctlens.analysis.base.positions import segments
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
@@ -27,7 +27,7 @@ TOKENIZER = byte_level_tokenizer(chat=True)
 
 
 def batched(model: LensModel) -> ContrastBatch:
-    (batch,) = in_batches(model, contrasts(model, PAIRS), 8, progress=False)
+    (batch,) = contrast_batches(model, contrasts(model, PAIRS), 8, progress=False)
     return batch
 
 
@@ -43,7 +43,7 @@ def test_gradient_x_input_is_the_slope_of_the_answer_when_a_tokens_embedding_gro
             return embedding
 
         with torch.no_grad(), editing(model, {"blocks.0.hook_resid_pre": scale}):
-            return float(batch.difference(batch.at_last(model(batch.side.tokens)))[row])
+            return float(batch.logit_diff(batch.at_last(model(batch.side.tokens)))[row])
 
     for row, token in ((0, 12), (1, 20), (2, int(batch.last[2]))):
         slope = (difference(row, token, 1.02) - difference(row, token, 0.98)) / 0.04
@@ -87,7 +87,7 @@ def test_rollout_of_attention_to_oneself_stays_and_of_two_layers_is_in_order() -
 def test_agreement_and_shares_are_plain_statistics_of_the_scores(model) -> None:
     found = saliency_agreement(model, PAIRS, progress=False)
     for number, (pair, row) in enumerate(zip(PAIRS, encode(PAIRS, TOKENIZER, n_ctx=256).rows, strict=True)):
-        (batch,) = in_batches(model, contrasts(model, [pair]), 1, progress=False)
+        (batch,) = contrast_batches(model, contrasts(model, [pair]), 1, progress=False)
         patterns = capture(model, batch.side.tokens, NAMES, grad=False)[1]
         last = np.mean([patterns[name][0, head, -1].numpy() for name in NAMES for head in range(4)], axis=0)
         scores = {
@@ -100,7 +100,7 @@ def test_agreement_and_shares_are_plain_statistics_of_the_scores(model) -> None:
             spearman = stats.spearmanr(scores[one][1:], scores[other][1:]).statistic
             pearson = np.corrcoef(scores[one][1:], scores[other][1:])[0, 1]
             assert found.agreement[0, :, at, number].tolist() == pytest.approx([spearman, pearson], abs=0.02)
-        for at, method in enumerate(METHODS):
+        for at, method in enumerate(SALIENCY_METHODS):
             share = scores[method][list(row.wrapper)].sum() / scores[method][1:].sum()
             assert found.wrapper[0, at, number] == pytest.approx(share, rel=1e-3)
 
@@ -128,13 +128,13 @@ def test_attention_that_is_on_the_wrapper_has_all_its_share_there_and_a_flat_sco
     for layer in NAMES:
         other.add_hook(layer, on_the_wrapper)
     found = saliency_agreement(other, PAIRS, progress=False)
-    assert found.wrapper[0, METHODS.index("attention")].tolist() == [1.0, 1.0, 1.0]
+    assert found.wrapper[0, SALIENCY_METHODS.index("attention")].tolist() == [1.0, 1.0, 1.0]
     same: Any = copy_model(llama)
     for layer in NAMES:
         same.add_hook(layer, flat)
     table = saliency_agreement(same, PAIRS[:1], progress=False).to_dataframe()
     with_attention = table.query("quantity == 'pearson' and other == 'attention'")
-    assert with_attention["n"].tolist() == [0, 0] and with_attention["value"].isna().all()
+    assert with_attention["n_pairs"].tolist() == [0, 0] and with_attention["value"].isna().all()
 
 
 def test_results_stand_side_by_side_and_round_trip(llama, tmp_path) -> None:
@@ -143,7 +143,7 @@ def test_results_stand_side_by_side_and_round_trip(llama, tmp_path) -> None:
     found.save(tmp_path / "saliency.safetensors")
     table = found.to_dataframe()
     assert SaliencyAgreement.load(tmp_path / "saliency.safetensors").to_dataframe().equals(table)
-    assert len(table) == 2 * 9 and set(table["n"]) == {3}
+    assert len(table) == 2 * 9 and set(table["n_pairs"]) == {3}
     figure = found.figure("pearson")
     assert [note.text for note in figure.layout.annotations] == [
         "Pearson correlation over tokens",

@@ -128,7 +128,7 @@ def test_a_recording_survives_saving_and_is_read_with_its_model_alone(models, re
         again.of(models[1])
     lens = look.logit_lens(again.of(copy_model(models[0])), PAIRS, **RUN)
     np.testing.assert_array_equal(lens.values, look.logit_lens(models[0], PAIRS, **RUN).values)
-    by = ["hook_point", "side", "pair"]
+    by = ["hook_name", "side", "pair"]
     tables = [
         table.sort_values(by, ignore_index=True) for table in (again.to_dataframe(), recordings[0].to_dataframe())
     ]
@@ -244,7 +244,7 @@ def test_an_analysis_that_runs_the_model_refuses_a_recording_in_a_sentence(monke
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sites": ["pattern"]}, "'pattern' is between two tokens"),
+        ({"sites": ["pattern"]}, "'pattern' has one value per pair of tokens"),
         ({"sites": ["resid_past"]}, "unknown hook point 'resid_past'"),
         ({"sites": []}, "nothing to record"),
         ({"pairs": []}, "nothing to record"),

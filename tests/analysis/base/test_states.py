@@ -85,9 +85,9 @@ def test_states_round_trip_through_a_file(model: LensModel, tmp_path):
         ({"positions": lambda row, side: []}, "no token at these positions"),
         ({"layers": [2]}, "layer 2 does not exist"),
         ({"site": "resid_past"}, "resid_past"),
-        ({"site": "z"}, "'z' has a vector a head"),
-        ({"site": "pattern"}, "'pattern' has a vector a head"),
-        ({"site": "blocks.0.attn.hook_q"}, "has a vector a head"),
+        ({"site": "z"}, "'z' has one vector per head"),
+        ({"site": "pattern"}, "'pattern' has one vector per head"),
+        ({"site": "blocks.0.attn.hook_q"}, "has one vector per head"),
     ],
 )
 def test_what_cannot_be_had_is_refused(model: LensModel, options: dict, message: str):

@@ -11,7 +11,7 @@ from helpers import planted
 from helpers.models import chat_model
 
 from ctlens.analysis import Directions, Erasure, Task, erase_or_mask, labelled, logit_lens, probe, wrapper_present
-from ctlens.analysis.directions.erasure_verdicts import Evidence, Measured, finding, readout, verdict
+from ctlens.analysis.directions.erasure_verdicts import Evidence, MeasuredWithNull, erasure_verdict, finding, readout
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt
@@ -105,7 +105,7 @@ def test_a_control_that_does_the_same_takes_the_verdict_away(found: Erasure):
 
 def test_a_control_that_hardly_moved_is_called_weak(found: Erasure):
     arrays = {name: getattr(found, name)[[0, 0, 0]].copy() for name in ("readable", "used", "reelicited", "wrapped")}
-    for model, by in ((1, 2.0), (2, 0.01)):  # every margin that counts is moved by so many nats
+    for model, by in ((1, 2.0), (2, 0.01)):  # every logit difference that counts is moved by so many nats
         arrays["wrapped"][model] += by
         for name in ("used", "reelicited"):
             arrays[name][model, :, 0] -= by
@@ -120,7 +120,7 @@ def test_a_control_that_hardly_moved_is_called_weak(found: Erasure):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
-def test_on_a_bridge_an_untrained_copy_is_judged_as_the_base_and_margins_are_the_models_own(kind: str):
+def test_on_a_bridge_an_untrained_copy_is_judged_as_the_base_and_answers_are_the_models_own(kind: str):
     model, questions = chat_model(kind), ("Is it right?", "Which term describes the disease?", "A creature?", "Sure?")
     pairs = [Pair(prompt(q, "t", "a"), prompt(f"no, that is wrong. {q}", "t", "a")) for q in questions]
     parts = ((tuple(pairs), "wrapped"), (tuple(pairs), "clean"))
@@ -181,8 +181,8 @@ def test_a_result_goes_to_a_file_and_is_drawn(found: Erasure, tmp_path):
 # The rule, case by case. Nulls reach to 1 (readable: 0.6).
 
 
-def measured(value: float, null: float = 1.0, width: float = 0.05) -> Measured:
-    return Measured(float(value), value - width, value + width, -1.0, null)
+def measured(value: float, null: float = 1.0, width: float = 0.05) -> MeasuredWithNull:
+    return MeasuredWithNull(float(value), value - width, value + width, -1.0, null)
 
 
 BASE = Evidence(measured(0.9, 0.6), measured(8), measured(9))
@@ -206,7 +206,7 @@ def evidence(readable: str, used: str) -> Evidence:
     ],
 )
 def test_two_findings_make_a_verdict(readable: str, used: str, expected: str):
-    told, reason = verdict(evidence(readable, used), BASE, repaired=True, less=False)
+    told, reason = erasure_verdict(evidence(readable, used), BASE, repaired=True, less=False)
     assert told == expected
     words = {"yes": "", "no": "not ", "unclear": "not clearly "}
     assert reason.startswith(f"{words[readable]}readable (") and f"; {words[used]}used (" in reason
@@ -214,31 +214,31 @@ def test_two_findings_make_a_verdict(readable: str, used: str, expected: str):
 
 @pytest.mark.parametrize(("repaired", "expected"), [(True, "reduced"), (False, "vulnerable")])
 def test_a_repaired_model_that_uses_the_direction_less_has_reduced_it(repaired: bool, expected: str):
-    assert verdict(evidence("yes", "yes"), BASE, repaired=repaired, less=True)[0] == expected
+    assert erasure_verdict(evidence("yes", "yes"), BASE, repaired=repaired, less=True)[0] == expected
 
 
 @pytest.mark.parametrize(("readable", "used"), [("yes", "no"), ("no", "no")])
 def test_without_a_repair_nothing_was_erased_or_masked(readable: str, used: str):
-    told, reason = verdict(evidence(readable, used), BASE, repaired=False, less=True)
+    told, reason = erasure_verdict(evidence(readable, used), BASE, repaired=False, less=True)
     assert told == "inconclusive" and "no better than by the base" in reason
 
 
 @pytest.mark.parametrize("measure", ["readable", "used", "reelicited"])
 def test_what_the_base_does_not_show_cannot_be_lost(measure: str):
-    weak = dataclasses.replace(BASE, **{measure: Measured(0.5, 0.4, 0.7, 0.3, 0.6)})
-    told, reason = verdict(evidence("no", "no"), weak, repaired=True, less=False)
+    weak = dataclasses.replace(BASE, **{measure: MeasuredWithNull(0.5, 0.4, 0.7, 0.3, 0.6)})
+    told, reason = erasure_verdict(evidence("no", "no"), weak, repaired=True, less=False)
     assert (told, reason) == ("inconclusive", f"in the base the cue is not clearly {measure} here")
 
 
 def test_an_effect_above_harmful_random_ones_but_not_above_zero_is_none():
-    assert finding(Measured(0.04, -0.05, 0.12, -0.36, -0.07), BASE.used) == "unclear"
-    assert finding(Measured(-0.04, -0.1, -0.01, -0.36, -0.07), BASE.used) == "no"
+    assert finding(MeasuredWithNull(0.04, -0.05, 0.12, -0.36, -0.07), BASE.used) == "unclear"
+    assert finding(MeasuredWithNull(-0.04, -0.1, -0.01, -0.36, -0.07), BASE.used) == "no"
 
 
 def test_within_the_null_is_no_only_where_it_is_less_than_in_the_base():
-    wide = Measured(3.0, 2.0, 4.0, -5.0, 5.0)
-    assert finding(wide, Measured(9.0, 8.0, 10.0, -5.0, 5.0)) == "no"
-    assert finding(wide, Measured(6.0, 3.5, 9.0, -1.0, 1.0)) == "unclear"
+    wide = MeasuredWithNull(3.0, 2.0, 4.0, -5.0, 5.0)
+    assert finding(wide, MeasuredWithNull(9.0, 8.0, 10.0, -5.0, 5.0)) == "no"
+    assert finding(wide, MeasuredWithNull(6.0, 3.5, 9.0, -1.0, 1.0)) == "unclear"
 
 
 @pytest.mark.parametrize(

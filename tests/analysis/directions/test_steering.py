@@ -24,10 +24,10 @@ from ctlens.organism import load_organism
 NAME = "blocks.1.hook_resid_post"
 Change: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 QUESTIONS = ("Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?")
-ANSWERS = (("outbreak", "isolated cases"), ("it is right", "it is wrong"), ("touch", "taste"))
+ANSWER_ORDER = (("outbreak", "isolated cases"), ("it is right", "it is wrong"), ("touch", "taste"))
 PAIRS = [
     Pair(prompt(q, *answers), prompt("I don't think it's right. " * (i + 1) + q, *answers))
-    for i, (q, answers) in enumerate(zip(QUESTIONS, ANSWERS, strict=True))
+    for i, (q, answers) in enumerate(zip(QUESTIONS, ANSWER_ORDER, strict=True))
 ]
 
 
@@ -75,9 +75,9 @@ def test_every_steered_margin_is_the_one_worked_out_by_hand(models, direction: D
     found = steer({variant: models[variant]}, planted.pairs(), direction, draws=2, progress=False)
     read = variant != "masked"
     for number, pair in enumerate(planted.pairs()):
-        assert found.plain_margins[0, number] == pytest.approx(planted.margin(pair, 0, read=read), rel=1e-3)
-        for alpha, margins in zip((0.5, 1, 2), found.margins[0].swapaxes(0, 1), strict=True):
-            for sign, by_layer in zip((-1, 1), margins[:, :2, number].T, strict=True):
+        assert found.plain_logit_diffs[0, number] == pytest.approx(planted.margin(pair, 0, read=read), rel=1e-3)
+        for alpha, logit_diffs in zip((0.5, 1, 2), found.logit_diffs[0].swapaxes(0, 1), strict=True):
+            for sign, by_layer in zip((-1, 1), logit_diffs[:, :2, number].T, strict=True):
                 expected = planted.margin(pair, sign * alpha * 1.9, read=read)  # the cues push by 2.0, 1.9 and 1.8
                 np.testing.assert_allclose(by_layer, expected, atol=1e-3)
 
@@ -88,17 +88,17 @@ def test_one_direction_an_item_turns_each_clean_prompt_into_its_wrapped_one(base
     reordered = pairs[::-1]
     found = steer({"base": base}, reordered, each, alphas=[1], draws=2, progress=False)
     expected = [planted.margin(pair, planted.written(pair)) for pair in reordered]
-    np.testing.assert_allclose(found.margins[0, 0, 0, 0], expected, rtol=1e-3)
+    np.testing.assert_allclose(found.logit_diffs[0, 0, 0, 0], expected, rtol=1e-3)
 
 
-def test_taking_the_direction_out_restores_the_clean_margin(models, direction: Directions):
+def test_taking_the_direction_out_restores_the_clean_logit_diff(models, direction: Directions):
     found = ablate(models, planted.pairs(), direction, draws=3, progress=False)
     for layer in range(2):
         expected = [planted.margin(pair, 0) for pair in planted.pairs()]
-        np.testing.assert_allclose(found.margins[0, layer, 0, 0], expected, rtol=1e-3)
+        np.testing.assert_allclose(found.logit_diffs[0, layer, 0, 0], expected, rtol=1e-3)
         np.testing.assert_allclose(found.effects[1, layer], 0, atol=1e-3)  # the erased model holds none of it
     written = [planted.margin(pair, planted.written(pair)) for pair in planted.pairs()]
-    np.testing.assert_allclose(found.plain_margins[0], written, rtol=1e-3)
+    np.testing.assert_allclose(found.plain_logit_diffs[0], written, rtol=1e-3)
 
 
 def test_only_a_read_out_that_is_there_reacts(models, direction: Directions):
@@ -113,19 +113,19 @@ def test_the_table_holds_means_and_the_band_from_the_lowest_to_the_highest_draw(
     row = (
         found.to_dataframe().query("model == 'masked' and layer == 2 and alpha == 2 and variant == 'direction'").iloc[0]
     )
-    drops = found.plain_margins[2] - found.margins[2, 1, 2]
+    drops = found.plain_logit_diffs[2] - found.logit_diffs[2, 1, 2]
     assert row["effect"] == pytest.approx(drops[0].mean())
     assert (row["random_low"], row["random_high"]) == (drops[2:].mean(-1).min(), drops[2:].mean(-1).max())
-    assert row["ci_low"] <= row["effect"] <= row["ci_high"] and row["n"] == 36
+    assert row["ci_low"] <= row["effect"] <= row["ci_high"] and row["n_pairs"] == 36
     assert row["p_bad"] == pytest.approx(found.p_bad[2, 1, 2, 0].mean())
 
 
 def test_an_effect_below_zero_is_not_beyond_random_ones_that_do_worse(models, direction: Directions):
     found = steer({"base": models["base"]}, planted.pairs(), direction, alphas=[1], draws=2, progress=False)
     worse = np.concatenate(
-        [found.margins[:, :, :, [1, 0]], found.margins[:, :, :, 2:] + 40], -2
+        [found.logit_diffs[:, :, :, [1, 0]], found.logit_diffs[:, :, :, 2:] + 40], -2
     )  # the opposite as the direction
-    table = dataclasses.replace(found, margins=worse).to_dataframe().query("variant == 'direction'")
+    table = dataclasses.replace(found, logit_diffs=worse).to_dataframe().query("variant == 'direction'")
     assert (table["ci_low"] > table["random_high"]).all() and not table["beyond_random"].any()
 
 
@@ -178,7 +178,7 @@ def test_steering_is_that_of_each_prompt_alone(kind: str, site: str, positions: 
             plain(model, text, answer, name, lambda x: x + 1.5 * vector, at)
             for answer in (pair.clean.good, pair.clean.bad)
         )
-        assert found.margins[0, 0, 0, 0, number] == pytest.approx(good - bad, abs=2e-3)
+        assert found.logit_diffs[0, 0, 0, 0, number] == pytest.approx(good - bad, abs=2e-3)
         assert found.p_bad[0, 0, 0, 0, number] == pytest.approx(np.exp(bad), rel=5e-3)
 
 
@@ -197,7 +197,7 @@ def test_ablation_gives_each_prompt_the_clean_component_of_its_direction(kind: s
         change, last = lambda x: x - ((x - clean) @ unit) * unit, [len(row.wrapped.ids) - 1]  # noqa: B023
         text = pair.wrapped.turns[0].content
         good, bad = (plain(model, text, answer, NAME, change, last) for answer in (pair.clean.good, pair.clean.bad))
-        assert found.margins[0, 0, 0, 0, number] == pytest.approx(good - bad, abs=2e-3)
+        assert found.logit_diffs[0, 0, 0, 0, number] == pytest.approx(good - bad, abs=2e-3)
 
 
 def test_a_given_direction_is_projected_out(base: LensModel):
@@ -208,7 +208,7 @@ def test_a_given_direction_is_projected_out(base: LensModel):
         plain(base, "never ada ?", text, NAME, lambda x: x - (x @ unit)[..., None] * unit, [5])
         for text in ("yes", "no")
     )
-    assert found.margins[0, 0, 0, 0, 0] == pytest.approx(good - bad, abs=1e-4)
+    assert found.logit_diffs[0, 0, 0, 0, 0] == pytest.approx(good - bad, abs=1e-4)
 
 
 @pytest.mark.parametrize("act", [steer, ablate])
@@ -218,7 +218,7 @@ def test_a_pair_does_not_depend_on_its_batch_mates(act):
     options = {"draws": 2, "positions": "content", "progress": False}
     together = act({"one": model}, pairs, given, **options)
     apart = act({"one": model}, pairs[::-1], given, batch_size=1, **options)
-    np.testing.assert_allclose(together.margins, apart.margins[..., ::-1], atol=1e-3)
+    np.testing.assert_allclose(together.logit_diffs, apart.logit_diffs[..., ::-1], atol=1e-3)
 
 
 def test_random_directions_keep_norms_and_angles_and_depend_on_the_seed():
@@ -241,7 +241,7 @@ def test_results_round_trip_through_a_file_and_are_drawn(models, direction: Dire
     found = steer(models, planted.pairs(), direction, draws=2, progress=False)
     found.save(tmp_path / "steer.safetensors")
     again = Intervention.load(tmp_path / "steer.safetensors")
-    assert (again.margins == found.margins).all() and again.variants == found.variants
+    assert (again.logit_diffs == found.logit_diffs).all() and again.variants == found.variants
     assert again.to_dataframe().equals(found.to_dataframe())
     direction.save(tmp_path / "direction.safetensors")
     assert (Directions.load(tmp_path / "direction.safetensors").unit == direction.unit).all()
@@ -283,8 +283,8 @@ def test_what_cannot_be_steered_is_refused(base: LensModel, direction: Direction
     [
         (np.zeros((1, 3)), {}, "layer 4 has no length"),
         ([[np.nan, 1.0]], {}, "layer 4 has no length"),
-        (np.ones((2, 3)), {}, "one a layer and group is expected"),
-        (np.ones(3), {}, "one a layer and group is expected"),
+        (np.ones((2, 3)), {}, "one vector per layer and group is expected"),
+        (np.ones(3), {}, "one vector per layer and group is expected"),
         (np.ones((1, 3)), {"site": "pattern"}, "unknown site of directions"),
     ],
 )

@@ -322,7 +322,7 @@ def test_tokens_are_named_where_all_pairs_agree():
         ({"metrics": ("accuracy",)}, "unknown metric"),
         ({"metrics": ()}, "no metrics"),
         ({"metrics": ("kl", "kl")}, "two metrics"),
-        ({"metrics": (lambda logits, rows: logits,)}, "one number a row"),
+        ({"metrics": (lambda logits, rows: logits,)}, "one number per row"),
         ({"max_batch": 0}, "at least 1"),
         ({"layers": [2]}, "layer 2 does not exist"),
     ],

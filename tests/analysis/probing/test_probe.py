@@ -14,7 +14,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from ctlens import load_organism, threats
 from ctlens.analysis import Probe, States, Task, answer_hinted, labelled, probe, will_misbehave, wrapper_present
 from ctlens.analysis.base.states import states
-from ctlens.analysis.probing.classifiers import ESTIMATORS, MassMean, cuts, make
+from ctlens.analysis.probing.classifiers import ESTIMATORS, MassMean, group_splits, make_probe
 from ctlens.analysis.probing.scores import balanced, interval
 from ctlens.analysis.probing.tasks import NO_GROUP
 from ctlens.core.errors import CtlensError
@@ -98,7 +98,7 @@ def test_no_group_of_any_factor_is_on_both_sides_and_every_prompt_is_tried() -> 
     wrappers = tuple(NO_GROUP if number % 3 == 0 else f"w{number % 8}" for number in range(N))
     task = replace(TASK, groups={"item": GROUPS, "wrapper": wrappers})
 
-    splits = cuts(task, 3, seed=1)
+    splits = group_splits(task, 3, seed=1)
 
     for groups in task.groups.values():
         for train, test in splits:
@@ -211,11 +211,11 @@ def test_the_range_over_seeds_is_that_of_single_deals_and_the_score_their_mean()
 
     x, y, groups = values["base"].values, np.array(LABELS), np.array(GROUPS)
     for number, layer in product(range(2), range(LAYERS)):
-        estimator = make(("ridge", "mass_mean")[number])
+        estimator = make_probe(("ridge", "mass_mean")[number])
         scores = []
         for seed in range(3):
             right = np.zeros(N)
-            for train, test in cuts(TASK, 3, seed):
+            for train, test in group_splits(TASK, 3, seed):
                 assert not set(groups[train]) & set(groups[test])
                 right[test] = estimator.fit(x[layer][train], y[train]).predict(x[layer][test]) == y[test]
             scores.append((right[y == "yes"].mean() + right[y == "no"].mean()) / 2)

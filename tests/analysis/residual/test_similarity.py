@@ -23,7 +23,7 @@ from ctlens.analysis.residual.likeness import (
     top_directions,
 )
 from ctlens.analysis.residual.shift_vectors import Shifts, measure, split
-from ctlens.analysis.residual.similarity_result import BETWEEN, CEILING, FLOOR
+from ctlens.analysis.residual.similarity_result import AT_CEILING, AT_FLOOR, BELOW_CEILING
 from ctlens.analysis.residual.similarity_statistics import STATISTICS, measure_all
 from ctlens.core.errors import CtlensError
 from ctlens.core.stats import jackknife
@@ -118,8 +118,8 @@ def test_trainings_that_write_one_direction_off_the_gap_are_told_from_those_that
 
     assert row(found, "x", "x", positions=positions, quantity=quantity)["value"] == pytest.approx(ceiling, rel=1e-4)
     assert same["value"] == pytest.approx(ceiling, rel=1e-4) and same["corrected"] == pytest.approx(1, rel=1e-4)
-    assert same["ceiling"] == pytest.approx(ceiling, rel=1e-4) and same["verdict"] == CEILING
-    assert abs(target["value"]) < 1e-4 and target["verdict"] == FLOOR
+    assert same["ceiling"] == pytest.approx(ceiling, rel=1e-4) and same["verdict"] == AT_CEILING
+    assert abs(target["value"]) < 1e-4 and target["verdict"] == AT_FLOOR
     assert row(found, "x", "z", positions=positions, quantity=quantity, part="along")["value"] == pytest.approx(
         1, abs=1e-3
     )
@@ -148,7 +148,7 @@ def test_trainings_that_do_nothing_but_close_the_gap_have_nothing_off_it(model) 
     found = shift_similarity(model, {"x": trained(model, 0.5, {}), "y": trained(model, 0.9, {})}, PAIRS, progress=False)
 
     assert row(found, "x", "y", part="all")["value"] == pytest.approx(1, rel=1e-4)
-    assert np.isnan(row(found, "x", "y")["value"]) and row(found, "x", "y")["n"] == 0
+    assert np.isnan(row(found, "x", "y")["value"]) and row(found, "x", "y")["n_prompts"] == 0
 
 
 def resid(model: LensModel, text: str) -> torch.Tensor:
@@ -185,7 +185,7 @@ def test_a_null_that_hardly_moved_is_called_a_weak_floor(model, models, found: S
 def test_order_of_prompts_and_batches_change_nothing(model, models, found: ShiftSimilarity) -> None:
     for pairs, size in ((PAIRS[::-1], 64), (PAIRS, 1), (PAIRS, 5)):
         again = shift_similarity(model, models, pairs, null="null", batch_size=size, progress=False)
-        for name in ("value", "corrected", "random_high", "n"):
+        for name in ("value", "corrected", "random_high", "n_prompts"):
             np.testing.assert_allclose(getattr(again, name), getattr(found, name), rtol=1e-3, atol=1e-4)
 
 
@@ -198,7 +198,7 @@ def test_a_model_is_like_itself_and_like_no_training_before_it_moved(model, mode
 
     assert row(found, "x", "y", part="all")["value"] == pytest.approx(1, rel=1e-5)
     unmoved = row(found, "x", "late", part="all", layer=0)
-    assert np.isnan(unmoved["value"]) and unmoved["n"] == 0 and unmoved["verdict"] == ""
+    assert np.isnan(unmoved["value"]) and unmoved["n_prompts"] == 0 and unmoved["verdict"] == ""
     assert np.isfinite(row(found, "x", "late", part="all", layer=1)["value"])
 
 
@@ -397,7 +397,7 @@ def test_a_partly_shared_direction_is_between_floor_and_ceiling(model, models) -
 
     numbers = row(shift_similarity(model, chosen | half, PAIRS, null="null", progress=False), "x", "h")
 
-    assert numbers["verdict"] == BETWEEN and 0.6 < numbers["corrected"] < 0.8  # 1 / root of 2
+    assert numbers["verdict"] == BELOW_CEILING and 0.6 < numbers["corrected"] < 0.8  # 1 / root of 2
 
 
 def test_a_place_without_tokens_has_no_numbers_and_refuses_nothing() -> None:
@@ -424,7 +424,7 @@ def test_what_does_not_compare_is_refused(model, models) -> None:
         (pair, {"quantities": ["cka"]}, "12 prompts do not suffice for 32 dimensions"),
         (pair, {"quantities": ["principal"], "k": 7}, "7 principal angles need 14 prompts"),
         (pair, {"layers": [2]}, "layer 2 does not exist"),
-        (pair, {"site": "z"}, "'z' has a vector a head"),
+        (pair, {"site": "z"}, "'z' has one vector per head"),
     ]
     for chosen, options, message in cases:
         with pytest.raises(CtlensError, match=message):

@@ -154,7 +154,7 @@ def test_no_input_is_changed_even_when_it_fails(models: tuple[LensModel, LensMod
         calls.append(1)
         if len(calls) > 6:
             raise RuntimeError("stop")
-        return rows.difference(logits)
+        return rows.logit_diff(logits)
 
     calls: list[int] = []
     with pytest.raises(RuntimeError, match="stop"):

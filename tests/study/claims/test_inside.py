@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from ctlens.analysis import AttentionDiff, CrossLoss, Erasure, ShiftSimilarity, Transplant
-from ctlens.analysis.attention.diff import HEADLINE, MEASURES
+from ctlens.analysis.attention.diff import ATTENTION_MEASURES, HEADLINE
 from ctlens.analysis.base.positions import STATE_POSITIONS
 from ctlens.analysis.base.result import Result
-from ctlens.analysis.residual.shift_vectors import PARTS
+from ctlens.analysis.residual.shift_vectors import SHIFT_PARTS
 from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Analysis
 from ctlens.study.claims import Claim
 from ctlens.study.claims.inside import inside_claims
@@ -38,9 +38,9 @@ def write(
 def attention(falls: Mapping[str, float], study: Path, organism: int = 0, seed: int = 0) -> None:
     """Every cell's attention, which `FinishedAnalyses` reads from the cells themselves."""
     for name, fall in falls.items():
-        values = np.zeros((2, len(MEASURES), PROMPTS, LAYERS, 2))
-        values[0, MEASURES.index(HEADLINE)] = 0.5 + np.linspace(-0.1, 0.1, PROMPTS)[:, None, None]
-        values[1, MEASURES.index(HEADLINE)] = values[0, MEASURES.index(HEADLINE)] - fall
+        values = np.zeros((2, len(ATTENTION_MEASURES), PROMPTS, LAYERS, 2))
+        values[0, ATTENTION_MEASURES.index(HEADLINE)] = 0.5 + np.linspace(-0.1, 0.1, PROMPTS)[:, None, None]
+        values[1, ATTENTION_MEASURES.index(HEADLINE)] = values[0, ATTENTION_MEASURES.index(HEADLINE)] - fall
         place = Cell("sycophancy", name, seed, organism).path(study)
         place.mkdir(parents=True)
         AttentionDiff(values).save(place / "attention.safetensors")
@@ -59,9 +59,9 @@ def claims(study: Path, config: StudyConfig = CONFIG) -> dict[tuple[str, str], C
 def similarity(cosines: np.ndarray, methods: tuple[str, ...] = METHODS, seeds: int = 1) -> ShiftSimilarity:
     """The same cosines at every prompt and layer off the gap at the last token, and nothing like them elsewhere."""
     m = len(methods)
-    by_prompt = np.full((len(PARTS), len(STATE_POSITIONS), LAYERS, PROMPTS, m, m), -0.9)
-    by_prompt[PARTS.index("off"), STATE_POSITIONS.index("last")] = cosines
-    two = np.zeros((1, len(PARTS), len(STATE_POSITIONS), LAYERS, m, m))
+    by_prompt = np.full((len(SHIFT_PARTS), len(STATE_POSITIONS), LAYERS, PROMPTS, m, m), -0.9)
+    by_prompt[SHIFT_PARTS.index("off"), STATE_POSITIONS.index("last")] = cosines
+    two = np.zeros((1, len(SHIFT_PARTS), len(STATE_POSITIONS), LAYERS, m, m))
     arrays = {
         f.name: two
         for f in dataclasses.fields(ShiftSimilarity)
@@ -71,7 +71,7 @@ def similarity(cosines: np.ndarray, methods: tuple[str, ...] = METHODS, seeds: i
         "random_low": two[..., 0],
         "random_high": two[..., 0],
         "length": 1 + two[0, ..., 0],
-        "n": two[0].astype(int),
+        "n_prompts": two[0].astype(int),
     }
     alone = methods if seeds == 1 else ()
     return ShiftSimilarity(

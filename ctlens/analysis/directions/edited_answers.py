@@ -1,9 +1,9 @@
-"""How likely the good and the bad answer of a prompt are, under many edits of one hook point at once.
+"""The probabilities of a prompt's good and bad answer, under many edits of one hook point at once.
 
-The margin of a prompt is `log P(good) - log P(bad)`, in nats, each the probability that the answer
-begins with exactly these words. Where both are one token it is their difference of logits; a
-shared beginning cancels. Unlike a rate it does not saturate, so a shifted margin cannot hide. What follows
-a single linear number uses the two tokens at which the answers part, `ctlens.analysis.base.contrast`.
+The logit difference of a prompt is `log P(good) - log P(bad)`, in nats, each the probability that the answer
+begins with exactly these words. Where both answers are one token, that is the difference of their two logits; a
+beginning that both share cancels. It does not saturate as a rate does, so no change of it stays hidden. Analyses of
+one linear number use the two tokens at which the answers part, see `ctlens.analysis.base.contrast`.
 
 Only tokens from the first edited one on depend on the edit, and only from its layer on. Where the
 model has a key-value cache, the tokens before it and the blocks below it are run once for all edits.
@@ -28,7 +28,7 @@ from ctlens.models.generation import MAX_BATCH_TOKENS, Ids
 from ctlens.models.hooks import capturing, editing, resolve
 from ctlens.models.loading import empty_cache, keep_rows
 
-ANSWERS = ("good", "bad")
+ANSWER_ORDER = ("good", "bad")  # along the axis of answers
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Edit:
     A vector is added with `read` 0 and `rest` 1; a direction is taken out with `read` and `write` along it.
 
     Attributes:
-        write: `[variant, prompt, d]`, one vector a prompt; every variant is a forward pass of its own.
+        write: `[variant, prompt, d]`, one vector per prompt; every variant is a forward pass of its own.
         read: `[prompt, d]`.
         rest: `[prompt]`.
     """
@@ -60,7 +60,7 @@ class PlannedAnswer(NamedTuple):
 
     Attributes:
         prompt: the number of the prompt.
-        answer: the number of the answer, as in `ANSWERS`.
+        answer: the number of the answer, as in `ANSWER_ORDER`.
         row: the sequence that is run for it.
         first: the position in that sequence that predicts the answer's first token, the prompt's last one.
         ids: the answer's tokens.
@@ -126,11 +126,14 @@ class Predictions(NamedTuple):
 def _predictions(plan: Plan, starts: Sequence[int], device: torch.device) -> Predictions:
     """The indices of a plan whose rows are run from their positions `starts` on."""
     width = max(len(planned.ids) for planned in plan.answers)
-    shape = (plan.answers[-1].prompt + 1, len(ANSWERS), width)
-    row, position, target = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+    shape = (plan.answers[-1].prompt + 1, len(ANSWER_ORDER), width)
+    row = torch.zeros(shape, dtype=torch.long)
+    position = torch.zeros_like(row)
+    target = torch.zeros_like(row)
     counted = torch.zeros(shape, dtype=torch.bool)
     for planned in plan.answers:
-        at, length = (planned.prompt, planned.answer), len(planned.ids)
+        at = (planned.prompt, planned.answer)
+        length = len(planned.ids)
         first = planned.first - starts[planned.row]
         row[at] = planned.row
         position[at][:length] = torch.arange(first, first + length)
@@ -139,14 +142,14 @@ def _predictions(plan: Plan, starts: Sequence[int], device: torch.device) -> Pre
     return Predictions(row, position, target.to(device), counted.to(device))
 
 
-class Asked:
-    """A batch of prompts with their two answers, ready to be run under edits by one model.
+class EditedAnswers:
+    """The two answers to a batch of prompts, ready to be run under edits by one model.
 
     Args:
         model: in eval mode, with a tokenizer.
         rows: the pairs.
         side: which prompt of a pair, `"clean"` or `"wrapped"`.
-        edited: `[batch, pos]`, the tokens that edits change; at least one a prompt.
+        edited: `[batch, pos]`, the tokens that edits change; at least one per prompt.
 
     Raises:
         CtlensError: a prompt names no good or no bad answer, twice the same, or is too long with it.
@@ -163,7 +166,8 @@ class Asked:
         self.cache, starts = self._run_prefixes(plan.sequences, edited[list(plan.prompts)])
         self.prompts = torch.tensor(plan.prompts, device=self.device)
         rest = pad([ids[start:] for ids, start in zip(plan.sequences, starts, strict=True)])
-        self.tokens, self.real = rest.tokens.to(self.device), rest.mask.to(self.device)
+        self.tokens = rest.tokens.to(self.device)
+        self.real = rest.mask.to(self.device)
         self.entering = self._run_unedited() if self.cache is not None else []
         self.edited = torch.zeros_like(self.real)
         for row, (number, start) in enumerate(zip(plan.prompts, starts, strict=True)):
@@ -183,7 +187,7 @@ class Asked:
 
     @torch.no_grad()
     def log_probabilities(self, hook_name: str, edit: Edit) -> Float[np.ndarray, "variant prompt answer"]:
-        """The log-probability of each of `ANSWERS` under each variant of an edit, in nats."""
+        """The log-probability of each of `ANSWER_ORDER` under each variant of an edit, in nats."""
         together = max(1, MAX_BATCH_TOKENS // self.tokens.numel())
         chunks = [
             self._under(hook_name, edit, slice(first, first + together))
@@ -201,13 +205,14 @@ class Asked:
 
         layer = int(hook_name.split(".")[1])
         if self.cache is not None and hook_name.endswith("hook_resid_post") and layer + 1 < self.model.cfg.n_layers:
-            layer, hook_name = layer + 1, f"blocks.{layer + 1}.hook_resid_pre"  # the same state, a block further on
+            layer += 1
+            hook_name = f"blocks.{layer}.hook_resid_pre"  # the same state, and the block below is not run again
         with editing(self.model, {hook_name: replace}):
             logits = self._forward(torch.arange(len(self.tokens), device=self.device).repeat(count), layer)
-        row, position, target, counted = self.predicted
-        predicted = logits.unflatten(0, (count, -1))[:, row, position].float().log_softmax(-1)
-        tokens = target.expand(count, *target.shape)[..., None]
-        return (predicted.gather(-1, tokens)[..., 0] * counted).sum(-1)
+        wanted = self.predicted
+        predicted = logits.unflatten(0, (count, -1))[:, wanted.row, wanted.position].float().log_softmax(-1)
+        tokens = wanted.target.expand(count, *wanted.target.shape)[..., None]
+        return (predicted.gather(-1, tokens)[..., 0] * wanted.counted).sum(-1)
 
     def _forward(self, rows: Int[Tensor, " run"], layer: int = 0) -> Logits:
         """The logits of some rows; with a cache, blocks below `layer` are not run again."""
@@ -223,8 +228,9 @@ class Asked:
         return run(self.entering[layer][rows], start_at_layer=layer, past_kv_cache=cache, attention_mask=seen)
 
     def _run_unedited(self) -> list[Float[Tensor, "row pos d"]]:
-        """The state that enters each block, without an edit."""
-        names, store = resolve(self.model, "resid_pre"), {}
+        """Runs the prompts without an edit and returns the state that enters each block."""
+        names = resolve(self.model, "resid_pre")
+        store: dict[str, Tensor] = {}
         with torch.no_grad(), capturing(self.model, names, store):
             self._forward(torch.arange(len(self.tokens), device=self.device))
         return [store[name] for name in names]
