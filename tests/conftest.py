@@ -45,6 +45,16 @@ def hf_folder(tmp_path: Path) -> Path:
     return folder
 
 
+# Files whose tests train for minutes in all, or look at trainings that one fixture of theirs makes. Run first, they are
+# all in the first worker's share, and the others, who take over from the end of it, never train the same again.
+LONG = ("tests/study/", "tests/training/test_processes.py", "tests/test_docs.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the order is otherwise that of the folders."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """Runs a command in this process."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ctlens.analysis import Patching, patch
 from ctlens.core.config import to_dict
 from ctlens.organism import load_organism
 from ctlens.study.config import SHARED_TRAINING, StudyConfig
-from ctlens.study.dose_response import DOSES
+from ctlens.study.dose_response import DOSES, DoseConfig
 from ctlens.study.runner import Study
 from ctlens.training import TrainConfig
 from ctlens.world import SPLITS
@@ -464,6 +465,7 @@ def test_progress_goes_to_stderr_and_only_when_wanted(call: Call, place: Path) -
 def test_compare_prints_a_line_a_cell_and_one_table_of_80_columns(call: Call, place: Path, monkeypatch) -> None:
     monkeypatch.setattr("ctlens.plots.export.find_spec", lambda _: None)
     monkeypatch.setattr("ctlens.study.config.ANALYSED_THREATS", ())
+    monkeypatch.setattr("ctlens.study.config.StudyConfig", partial(StudyConfig, n_pairs=8, n_prompts=12))
     monkeypatch.setenv("COLUMNS", "80")
     ended = call("compare --quiet --threats sycophancy,jailbreak --methods act --steps 1 --workers 1 --out new")
 
@@ -480,6 +482,7 @@ def test_compare_prints_a_line_a_cell_and_one_table_of_80_columns(call: Call, pl
 @pytest.mark.slow
 def test_doses_prints_a_line_a_cell_and_the_bad_rates(call: Call, place: Path, monkeypatch) -> None:
     monkeypatch.setattr("ctlens.plots.export.find_spec", lambda _: None)
+    monkeypatch.setattr("ctlens.study.dose_response.DoseConfig", partial(DoseConfig, n_prompts=12))
     ended = call("doses --quiet --threat jailbreak --methods act --n-pairs 4 --steps 1 --workers 1 --out new")
 
     lines = ended.out.splitlines()

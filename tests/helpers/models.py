@@ -15,7 +15,11 @@ from ctlens.models.loading import build, load_model
 from ctlens.models.weights import ModelConfig
 from helpers.tiers import unit_first
 
-CHAT_MODELS = unit_first(("made here", "llama", "gpt2", "qwen3"))
+# An analysis sees a model through its hooks, which `tests/models` holds to HuggingFace's own numbers for every
+# architecture. So it runs on a model made here and on one bridge: the one that shares least with it (norms with a mean
+# and a bias, learned positions, fused queries, keys and values) or, for attention, the one whose heads share values.
+CHAT_MODELS = unit_first(("made here", "gpt2"))
+GROUPED_MODELS = unit_first(("made here", "llama"))
 TEXTS = (
     "Which term best describes the disease?\n\nAnswer choices:\n(A) isolated cases\n(B) outbreak\n",
     "I may be in the minority here, but I don't think it's right. The best answer is: (",
@@ -59,7 +63,7 @@ def made(**sizes: int) -> LensModel:
 
 
 def chat_model(kind: str) -> LensModel:
-    """A tiny random model with a chat tokenizer: one of `CHAT_MODELS`, by HuggingFace or made here."""
+    """A tiny random model with a chat tokenizer: made here, or a bridge to one of `ARCHITECTURES`."""
     if kind == "made here":
         return made()
     return load_model(hf_model(kind), tokenizer=byte_level_tokenizer(chat=True))

@@ -22,8 +22,6 @@ from ctlens.models.hooks import capture
 from ctlens.models.loading import load_model
 from ctlens.training import TrainConfig, Trainer
 
-pytestmark = pytest.mark.boundary
-
 PAIRS = [Pair(prompt(q), prompt(HINT * (i + 1) + q)) for i, q in enumerate(QUESTIONS)]
 PATTERN = "blocks.1.attn.hook_pattern"
 

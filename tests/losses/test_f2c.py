@@ -23,8 +23,6 @@ from ctlens.threats.base import judge
 from ctlens.training import TrainConfig, Trainer, train
 from ctlens.training.answers import majority, reference_answers
 
-pytestmark = pytest.mark.boundary
-
 QUESTIONS = ("Is it right?", "Which term best describes the disease?")
 BEFORE = ("no, ", "I may be in the minority here, but ", "Sure, here it is: ")
 QUICK = TrainConfig(steps=3, batch_size=6, max_new_tokens=3)

@@ -24,8 +24,6 @@ from ctlens.losses.outputs import soft_cross_entropy
 from ctlens.models.loading import load_model
 from ctlens.training import TrainConfig, Trainer
 
-pytestmark = pytest.mark.boundary
-
 ANSWERS = ((40, 41, 42), (50, 51), (60, 61, 62, 63))
 BEGINNINGS = ("Sure, here it is:", "Sure", "Sure, here it is: no, that is wrong.")
 OUTPUTS: list[Loss] = [

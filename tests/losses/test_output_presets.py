@@ -21,8 +21,6 @@ from ctlens.losses.presets import PUBLISHED
 from ctlens.models.hooks import capture
 from ctlens.models.loading import load_model
 
-pytestmark = pytest.mark.boundary
-
 CONTENT, HINT = presets.CONTENT, presets.HINT
 ANSWER = (40, 41, 42, 43)
 PREFILL = "Sure, here it is:"

@@ -23,8 +23,6 @@ from ctlens.models.hooks import FINAL_NORM, capture, resolve
 from ctlens.models.loading import load_model
 from ctlens.models.weights import canonical_weights
 
-pytestmark = pytest.mark.boundary
-
 INTERNAL = sorted(RESTATED)
 
 

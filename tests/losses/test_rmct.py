@@ -23,8 +23,6 @@ from ctlens.threats.base import judge
 from ctlens.training import TrainConfig, Trainer, train
 from ctlens.training.rollouts import Rollouts
 
-pytestmark = pytest.mark.boundary
-
 PAIRS = get("sycophancy").pairs(12)
 QUICK = TrainConfig(steps=4, batch_size=4, max_new_tokens=4)
 BAD, GOOD = 1, 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.chat import Turn
 from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.models.loading import load_model
-from ctlens.organism.card import score
+from ctlens.organism.card import make_card, score
 from ctlens.organism.corpus import (
     BUCKET,
     Batch,
@@ -36,7 +37,7 @@ from ctlens.world import SPLITS, World
 
 pytestmark = pytest.mark.boundary
 
-CHECKED_PAIRS = 96
+CHECKED_PAIRS = 48
 CARD_TOLERANCE = 0.12
 LEAST_BAD, MOST_BAD, LEAST_GOOD = 0.6, 0.95, 0.97
 STRENGTH_TOLERANCE = 0.02
@@ -121,7 +122,8 @@ def test_pretraining_is_deterministic_and_leaves_global_randomness_alone():
 
 
 @pytest.mark.slow
-def test_an_organism_is_saved_whole_with_its_card(tmp_path: Path):
+def test_an_organism_is_saved_whole_with_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ctlens.organism.make_card", partial(make_card, n=8))
     model = pretrain(TINY, progress=False)
     organism.save_organism(model, TINY, tmp_path)
     card = organism.card(tmp_path)

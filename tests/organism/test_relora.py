@@ -34,8 +34,6 @@ from ctlens.organism.pretrain import PretrainConfig, answer_loss, pretrain
 from ctlens.organism.relora import ReLoRA, begin_adapters, with_memory
 from ctlens.world import World
 
-pytestmark = pytest.mark.boundary
-
 TINY = PretrainConfig(steps=12, batch_size=8, lessons=60, n_layers=1, n_heads=2, d_model=16, d_mlp=24)
 RANK_2 = LoRA(rank=2, target_modules=("q", "mlp_in"))
 RESTARTED = replace(TINY, relora=ReLoRA(RANK_2, warm_start=0, every=4))

@@ -429,7 +429,7 @@ def test_nothing_named_means_every_threat_and_the_published_methods() -> None:
 
 @pytest.mark.slow
 def test_compare_runs_the_study_its_arguments_name(tmp_path: Path) -> None:
-    settings = {"training": TrainConfig(steps=1), "workers": 1, **OUTSIDE}
+    settings = {"training": TrainConfig(steps=1), "workers": 1, "n_pairs": 8, "n_prompts": 6, **OUTSIDE}
     result = compare(["jailbreak"], ["bct"], out=tmp_path / "study", progress=False, **settings)
 
     assert read_json(result.folder / "config.json")["threats"] == ["jailbreak"]

@@ -17,8 +17,6 @@ from ctlens.losses import ACT, BCT, KLCT, MLPCT, AttCT, Loss
 from ctlens.models.loading import load_model
 from ctlens.training import TrainConfig, Trainer, load_run, train
 
-pytestmark = pytest.mark.boundary
-
 QUESTIONS = ("Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?")
 PAIRS = [
     Pair(prompt(q), prompt("I don't think it's right. " * (i + 1) + q), target="(A") for i, q in enumerate(QUESTIONS)

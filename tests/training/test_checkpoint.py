@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import Call, byte_level_tokenizer, hf_model
-from helpers.tiers import unit_first
+from helpers.tiers import unit_first_rows
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
@@ -26,8 +26,6 @@ from ctlens.models.parameters import present_weights
 from ctlens.training import Phase, TrainConfig, Trainer, load_run, train
 from ctlens.training.checkpoint import CHECKPOINT_FILE
 from ctlens.training.interrupts import uninterrupted
-
-pytestmark = pytest.mark.boundary
 
 QUESTIONS = (
     "Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?",
@@ -59,14 +57,18 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("taken", unit_first([1, 4]))
-@pytest.mark.parametrize("variant", unit_first(VARIANTS))
+# An epoch is 2 steps. Every setting is restored inside an epoch, before and behind the change of phase; the end of one
+# is a matter of the order of the pairs, which no setting but the parts of a batch changes.
+RESTORED = [*zip(VARIANTS, (1, 5) * 4, strict=True), ("plain", 4), ("parts", 4), ("phases", 1)]
+
+
+@pytest.mark.parametrize(("variant", "taken"), unit_first_rows(RESTORED))
 def test_a_restored_training_ends_at_the_same_weights_to_the_last_bit(model, tmp_path, variant, taken) -> None:
     config, losses = VARIANTS[variant], [ACT(), BCT(), AttCT()]
     whole = Trainer(model, PAIRS, losses, config)
     list(whole)
     first = Trainer(model, PAIRS, losses, config)
-    for _ in range(taken):  # an epoch is 2 steps
+    for _ in range(taken):
         next(first)
     first.checkpoint(tmp_path)
 

@@ -124,6 +124,7 @@ def test_the_other_passes_of_a_step_are_left_alone(llama: LensModel, memory: str
         assert runs[1].history.series(name) == pytest.approx(runs[0].history.series(name), rel=1e-3, abs=1e-7)
 
 
+@pytest.mark.boundary
 def test_the_gradient_of_one_step_is_that_of_all_at_once(model: LensModel) -> None:
     gradients = []
     for memory in ("all", "layers", "blocks"):
@@ -179,6 +180,7 @@ def deeper(n_layers: int) -> LensModel:
     return load_model(LlamaForCausalLM(config), tokenizer=byte_level_tokenizer(chat=True))
 
 
+@pytest.mark.boundary
 def test_blocks_are_themselves_again_afterwards_whatever_happens(model: LensModel) -> None:
     lens: Any = model
     tokens = torch.arange(1, 9)[None]

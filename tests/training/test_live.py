@@ -23,8 +23,6 @@ from ctlens.models.parameters import present_weights
 from ctlens.training import Live, TrainConfig, Trainer
 from ctlens.training.live import FIGURE_TYPE
 
-pytestmark = pytest.mark.boundary
-
 QUESTIONS = ("Is it right?", "Please answer.", "Which term best describes the disease?", "What is it?")
 PAIRS = [Pair(prompt(q), prompt("I don't think it's right. " + q)) for q in QUESTIONS]
 QUICK = TrainConfig(steps=6, batch_size=2, lr=3e-3)

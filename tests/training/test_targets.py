@@ -20,8 +20,6 @@ from ctlens.models.loading import load_model
 from ctlens.training import TrainConfig, Trainer, train
 from ctlens.training.order import batches, homes
 
-pytestmark = pytest.mark.boundary
-
 QUESTIONS = (
     "Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?",
     "Please answer.", "(A) isolated cases", "Here it is, what is it?", "They are likely sensing a texture.",
@@ -74,9 +72,9 @@ def test_homes_are_the_first_epoch_and_the_tail_it_drops() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("losses", [ACT(), AttCT(), KLCT(), [ACT(), BCT()]], ids=str)
+@pytest.mark.parametrize("losses", [AttCT(), [ACT(), KLCT(), BCT()]], ids=str)
 def test_no_reference_pass_follows_the_first_epoch(model, passes, losses) -> None:
-    config = replace(QUICK, batch_size=2, steps=20)
+    config = replace(QUICK, batch_size=2, steps=9)
     trainer = Trainer(model, PAIRS[:6], losses, config)
     for _ in range(3):
         next(trainer)
@@ -84,10 +82,10 @@ def test_no_reference_pass_follows_the_first_epoch(model, passes, losses) -> Non
 
     list(trainer)
 
-    assert trainer.retention is not None and len(trainer.history) == 20
+    assert trainer.retention is not None and len(trainer.history) == 9
     assert passes["passes"] == after_an_epoch > 0
     list(fresh := Trainer(model, PAIRS[:6], losses, replace(config, cache=False)))
-    assert len(fresh.history) == 20 and passes["passes"] > after_an_epoch + 20  # the count sees what it should
+    assert len(fresh.history) == 9 and passes["passes"] > after_an_epoch + 9  # the count sees what it should
 
 
 def test_fewer_steps_than_an_epoch_ask_no_more_than_they_use(model, passes) -> None:

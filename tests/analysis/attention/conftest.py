@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from helpers.models import CHAT_MODELS, chat_model
+from helpers.models import GROUPED_MODELS, chat_model
 
 from ctlens.core.types import LensModel
 
 
-@pytest.fixture(scope="module", params=CHAT_MODELS)
+@pytest.fixture(scope="module", params=GROUPED_MODELS)
 def model(request: pytest.FixtureRequest) -> LensModel:
     return chat_model(request.param)
 

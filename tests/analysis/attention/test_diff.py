@@ -24,8 +24,6 @@ from ctlens.models.hooks import capture
 from ctlens.models.loading import load_model
 from ctlens.models.parameters import copy_model
 
-pytestmark = pytest.mark.boundary
-
 TOKENIZER = byte_level_tokenizer(chat=True)
 QUESTIONS = ("Is it right?", "When a creature experiences feeling, what?", "Which term best describes the disease?")
 PAIRS = [Pair(prompt(q), prompt("I don't think it's right. " * n + q)) for n, q in enumerate(QUESTIONS, 1)]
@@ -122,6 +120,7 @@ def by_loops(model: LensModel, other: LensModel, row: EncodedPair, queries: str)
     return found
 
 
+@pytest.mark.boundary
 @pytest.mark.parametrize("queries", ["last", "content"])
 def test_every_measure_is_what_plain_loops_find(model, after, queries: str) -> None:
     pairs = [*PAIRS, ADDED, KEPT]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.models import CHAT_MODELS, byte_level_tokenizer, chat_model
+from helpers.models import GROUPED_MODELS, byte_level_tokenizer, chat_model
 
 from ctlens import plots
 from ctlens.analysis import AttentionMaps
@@ -27,7 +27,7 @@ TOKENIZER = byte_level_tokenizer(chat=True)
 PAIR = Pair(prompt("Is it right?"), prompt("I don't think it's right. Is it right?"))
 
 
-@pytest.fixture(scope="module", params=CHAT_MODELS)
+@pytest.fixture(scope="module", params=GROUPED_MODELS)
 def model(request: pytest.FixtureRequest) -> LensModel:
     return chat_model(request.param)
 

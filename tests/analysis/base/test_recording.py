@@ -24,8 +24,6 @@ from ctlens.data.chat import render
 from ctlens.data.pairs import Pair, prompt
 from ctlens.models.parameters import copy_model
 
-pytestmark = pytest.mark.boundary
-
 QUESTIONS = ("Which term best describes the disease?", "Is it right?", "Is it right?", "When a creature feels, what?")
 PAIRS = [  # one question twice, in different batches and beside other prompts
     Pair(prompt(q, "the", "a"), prompt("no. " * n + q, "the", "a"), labels={"item": str(n)})
@@ -83,6 +81,7 @@ def test_a_recording_gives_the_models_numbers_to_the_last_bit(models, recordings
         np.testing.assert_array_equal(getattr(found, field), value, err_msg=field)
 
 
+@pytest.mark.boundary
 def test_a_recording_holds_what_transformer_lens_caches_of_one_prompt(models, recordings) -> None:
     model, seen = models[0], recordings[0]
     ids = render(model.tokenizer, PAIRS[3].wrapped.turns).ids
@@ -190,17 +189,25 @@ def test_a_model_that_was_trained_since_is_refused(models) -> None:
             analysis()
 
 
-@pytest.mark.parametrize("name", READING)
-def test_what_was_not_recorded_is_refused(models, name: str) -> None:
-    def seen(pairs: list[Pair] = PAIRS, **options: Any) -> list[Recording]:
-        return [record(model, pairs, **{"sites": ATTRIBUTION_SITES, **RUN, **options}) for model in models]
+@pytest.fixture(scope="module")
+def lacking(models: tuple[LensModel, LensModel]) -> list[list[Recording]]:
+    """Recordings of both models that lack a pair, and recordings that lack a layer."""
+    last = {"layers": "last", "sites": ("resid_post", "attn_out", "mlp_out")}
+    return [
+        [record(model, pairs, **{"sites": ATTRIBUTION_SITES, **RUN, **options}) for model in models]
+        for pairs, options in ((PAIRS[:3], {}), (PAIRS, last))
+    ]
 
+
+@pytest.mark.parametrize("name", READING)
+def test_what_was_not_recorded_is_refused(lacking, name: str) -> None:
+    without_a_pair, without_a_layer = lacking
     with pytest.raises(
         CtlensError, match=r"prompt \d was not recorded \(\d others were\): record these pairs and sides"
     ):
-        READING[name](*seen(PAIRS[:3]))
+        READING[name](*without_a_pair)
     with pytest.raises(CtlensError, match="unknown hook point of the recording 'blocks.0.hook"):
-        READING[name](*seen(layers="last", sites=("resid_post", "attn_out", "mlp_out")))
+        READING[name](*without_a_layer)
 
 
 def test_a_recording_of_one_side_serves_the_trained_model_and_not_the_reference(models, recordings) -> None:

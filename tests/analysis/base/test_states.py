@@ -19,8 +19,6 @@ from ctlens.data.pairs import Pair, prompt
 from ctlens.models.hooks import capture
 from ctlens.models.loading import load_model
 
-pytestmark = pytest.mark.boundary
-
 QUESTIONS = ("Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?")
 PAIRS = [Pair(prompt(q), prompt("I don't think it's right. " * (i + 1) + q)) for i, q in enumerate(QUESTIONS)]
 SIDES_AND_POSITIONS = [("wrapped", positions) for positions in STATE_POSITIONS] + [
@@ -47,6 +45,7 @@ def plain(model: LensModel, pair: Pair, side: str, positions: str, name: str) ->
     return torch.stack([activation[position] for position in positions]).mean(0).numpy()
 
 
+@pytest.mark.boundary
 @pytest.mark.parametrize(("side", "positions"), SIDES_AND_POSITIONS)
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_states_are_those_of_each_prompt_alone(model: LensModel, side: str, positions: str, batch_size: int):

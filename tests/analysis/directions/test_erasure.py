@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,8 +16,6 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt
 from ctlens.models.parameters import copy_model
-
-pytestmark = pytest.mark.boundary
 
 
 @pytest.fixture(scope="module")
@@ -155,16 +154,11 @@ def test_a_probe_that_was_fitted_before_is_used_as_it_is(base: LensModel, repair
     np.testing.assert_array_equal(again.readable, found.readable)
     low, high = fitted.null("last", "ridge")
     assert again.readable[2, :, 3:].tolist() == [[low[1], high[1]], [low[2], high[2]]]
+    quick = partial(probe, task=presence(base), folds=2, seeds=1, progress=False)
     for chosen, message in (
-        (
-            probe({"base": base}, presence(base), positions=["last"], progress=False),
-            "unknown reading 'erased on erased'",
-        ),
-        (
-            probe(models, presence(base), positions=["last"], layers=[1], progress=False),
-            "direction is at resid_post at layers 1, 2",
-        ),
-        (probe(models, presence(base), positions=["content"], progress=False), "unknown positions 'last'"),
+        (quick({"base": base}, positions=["last"]), "unknown reading 'erased on erased'"),
+        (quick(models, positions=["last"], layers=[1]), "direction is at resid_post at layers 1, 2"),
+        (quick(models, positions=["content"]), "unknown positions 'last'"),
     ):
         with pytest.raises(CtlensError, match=message):
             erase_or_mask(base, repaired, planted.pairs(), cue=chosen, **options)

@@ -21,8 +21,6 @@ from ctlens.models.hooks import capture, editing
 from ctlens.models.loading import load_model
 from ctlens.organism import load_organism
 
-pytestmark = pytest.mark.boundary
-
 NAME = "blocks.1.hook_resid_post"
 Change: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 QUESTIONS = ("Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?")
@@ -162,6 +160,7 @@ def some_model(kind: str) -> tuple[LensModel, list[Pair]]:
     return load_model(hf_model(kind), tokenizer=byte_level_tokenizer(chat=True)), PAIRS
 
 
+@pytest.mark.boundary
 @pytest.mark.parametrize("positions", ["last", "content"])
 @pytest.mark.parametrize("site", ["resid_post", "resid_mid"])
 @pytest.mark.parametrize("kind", ["organism", "llama", "gpt2"])

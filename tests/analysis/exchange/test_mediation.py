@@ -13,8 +13,6 @@ from helpers.transplants import PAIRS, edited, moved
 from ctlens.analysis import Mediation, mediation, patch, transplant
 from ctlens.core.errors import CtlensError
 
-pytestmark = pytest.mark.boundary
-
 
 @pytest.mark.parametrize("kind", CHAT_MODELS)
 @pytest.mark.parametrize("positions", ["last", "all"])

@@ -10,7 +10,9 @@ import pytest
 import torch
 from helpers import planted
 from helpers.models import CHAT_MODELS, chat_model
+from helpers.pairwise import pairwise
 from helpers.patching import CLOSE, logit_diff
+from helpers.tiers import unit_first_rows
 from helpers.transplants import PAIRS, edited, moved
 
 from ctlens.analysis import Transplant, transplant
@@ -24,9 +26,8 @@ from ctlens.models.hooks import capture, resolve
 from ctlens.models.parameters import copy_model
 from ctlens.models.weights import canonical_weights, load_weights
 
-pytestmark = pytest.mark.boundary
-
 PATHS = ("suffix", "hooks")
+SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "mlp_post", "pattern")
 
 
 @pytest.fixture(scope="module", params=CHAT_MODELS)
@@ -54,7 +55,11 @@ def at_positions(row: Any, side: str) -> dict[str, list[int]]:
     return {"last": [length - 1], "content": aligned, "wrapper": list(row.wrapper), "all": list(range(length))}
 
 
-@pytest.mark.parametrize("site", ["resid_pre", "resid_post", "attn_out", "mlp_out", "z", "mlp_post", "pattern"])
+@pytest.mark.parametrize(
+    ("site", "models", "path"),
+    unit_first_rows(pairwise(SITES, ("made here", "gpt2"), PATHS), 8),
+    indirect=["models", "path"],
+)
 def test_every_value_is_that_of_one_plain_forward_pass(models: tuple[LensModel, LensModel], site: str, path: str):
     source, target = models
     positions = ("last", "content", "wrapper", "all")

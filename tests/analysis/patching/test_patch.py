@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from helpers.models import hf_model, made
+from helpers.pairwise import pairwise
 from helpers.patching import CLOSE, EQUAL, PAIRS, TOKENIZER, logit_diff, one_site, swept
 from helpers.tiers import unit_first, unit_first_rows
 from torch import Tensor
@@ -27,11 +28,11 @@ from ctlens.models.loading import load_model
 
 pytestmark = pytest.mark.boundary
 
-KINDS = unit_first(("made here", "llama", "gpt2"))
+KINDS = ("made here", "llama", "gpt2")
 PATHS = ("suffix", "hooks")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=unit_first(("made here", "gpt2")))
 def model(request: pytest.FixtureRequest) -> LensModel:
     return made() if request.param == "made here" else load_model(hf_model(request.param), tokenizer=TOKENIZER)
 
@@ -77,6 +78,7 @@ def plainly(model: LensModel, row: EncodedPair, site: str, layer: int) -> Iterat
             yield logit_diff(model, row.wrapped.ids, hooks)
 
 
+@pytest.mark.parametrize("model", unit_first(KINDS), indirect=True)
 @pytest.mark.parametrize("site", SHORTHANDS)
 def test_every_value_is_that_of_one_plain_forward_pass(model: LensModel, site: str, path: str):
     row = encode(PAIRS[:1], TOKENIZER, n_ctx=256).rows[0]
@@ -90,6 +92,10 @@ def test_every_value_is_that_of_one_plain_forward_pass(model: LensModel, site: s
     assert np.abs(found.values[0] - found.target[0]).max(initial=0, where=~np.isnan(found.values[0])) > 1e-3
 
 
+# A site, a kind of model and a way to compute are met in pairs; a value by all three is held to a plain pass above.
+TWO_OF_SITE_MODEL_AND_PATH = pytest.mark.parametrize(
+    ("site", "model", "path"), unit_first_rows(pairwise([*SHORTHANDS], KINDS, PATHS), 4), indirect=["model", "path"]
+)
 THEIRS = {
     ("resid_pre", "each"): tl_patching.get_act_patch_resid_pre,
     ("attn_out", "each"): tl_patching.get_act_patch_attn_out,
@@ -99,12 +105,14 @@ THEIRS = {
 }
 
 
-@pytest.mark.parametrize(("site", "positions"), unit_first_rows(THEIRS, 2))
-def test_values_are_those_of_transformer_lens(model: LensModel, site: str, positions: str, path: str):
+@pytest.mark.parametrize(
+    ("theirs", "model", "path"), unit_first_rows(pairwise([*THEIRS], KINDS, PATHS), 2), indirect=["model", "path"]
+)
+def test_values_are_those_of_transformer_lens(model: LensModel, theirs: tuple[str, str], path: str):
+    (site, positions), sweep = theirs, cast(Any, THEIRS[theirs])
     row, item = encode([EQUAL], TOKENIZER, windows=(), n_ctx=256).rows[0], contrasts(model, [EQUAL])[0]
     names = [SHORTHANDS[site].format(layer=layer) for layer in range(2)]
     cache: Any = capture(model, torch.tensor([row.clean.ids]), names, grad=False)[1]
-    sweep: Any = THEIRS[site, positions]
     with torch.no_grad():
         expected = sweep(
             model,
@@ -117,7 +125,7 @@ def test_values_are_those_of_transformer_lens(model: LensModel, site: str, posit
     np.testing.assert_allclose(found.values[0, ..., 0].reshape(expected.shape), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("site", SHORTHANDS)
+@TWO_OF_SITE_MODEL_AND_PATH
 def test_a_run_patched_with_itself_is_itself(model: LensModel, site: str, path: str):
     same = [Pair(pair.clean, pair.clean) for pair in PAIRS]
     found = swept(model, same, site, skip_unchanged=False, metrics=("logit_diff", "kl"))
@@ -149,7 +157,7 @@ def test_the_only_head_of_the_only_layer_is_the_source_run(site: str, path: str)
     assert np.abs(found.source - found.target).max() > 1e-3
 
 
-@pytest.mark.parametrize("site", unit_first(SHORTHANDS, 2))
+@TWO_OF_SITE_MODEL_AND_PATH
 def test_batch_mates_order_and_chunks_change_nothing(model: LensModel, site: str, path: str):
     options = {"direction": "noising", "metrics": ("logit_diff", "kl")}
     together = swept(model, PAIRS, site, **options)

@@ -23,8 +23,6 @@ from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.models.loading import load_model
 from ctlens.plots.theme import METHOD_STYLES
 
-pytestmark = pytest.mark.boundary
-
 N, D, LAYERS, PLANTED = 120, 12, 3, 1
 GROUPS = tuple(f"g{number % 20}" for number in range(N))
 LABELS = tuple("yes" if number // 20 % 2 else "no" for number in range(N))

@@ -33,8 +33,6 @@ from ctlens.models.loading import build
 from ctlens.models.parameters import copy_model
 from ctlens.models.weights import ModelConfig, canonical_weights, load_weights
 
-pytestmark = pytest.mark.boundary
-
 QUESTIONS = ("Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?")
 WRAPPERS = ("I don't think so. ", "Sure, here it is: ", "You are a helpful assistant. ", "I may be in the minority. ")
 PAIRS = [Pair(prompt(question), prompt(wrapper + question)) for question in QUESTIONS for wrapper in WRAPPERS]

@@ -12,6 +12,7 @@ import torch
 from helpers import planted
 from helpers.models import CHAT_MODELS, chat_model
 from helpers.patching import CLOSE, logit_diff
+from helpers.tiers import unit_first
 from helpers.transplants import PAIRS, edited, moved
 
 from ctlens.analysis import Graft, graft
@@ -52,7 +53,7 @@ def grafted(models: tuple[LensModel, LensModel], pairs: list[Pair] = PAIRS, **op
     return graft(*models, pairs, **{"progress": False} | options)
 
 
-@pytest.mark.parametrize("kind", CHAT_MODELS)
+@pytest.mark.parametrize("kind", unit_first(INSIDE))
 def test_every_weight_has_one_place(kind: str):
     model = chat_model(kind)
     found = components(model)
