@@ -27,7 +27,7 @@ def exchange_curves(
     y_title: str,
     subtitle: str | None = None,
 ) -> go.Figure:
-    """At which layer does one model's activation bring its behaviour along? One panel per direction, one line per source model.
+    """At which layer does a model's activation bring its behaviour along? One panel per direction, a line per source.
 
     Args:
         layers: the number of each layer.

@@ -54,7 +54,7 @@ KNOCKOUT_MEASURES = tuple(_WORDS)
 
 @dataclass(frozen=True)
 class Knockout(Result):
-    """The answer under every cut, for every pair.
+    """The result of `knockout`: the answer of every pair under every cut.
 
     Attributes:
         uncut: `[model, measure, pair]`, measures as in `KNOCKOUT_MEASURES`: the logit difference, good minus
@@ -87,7 +87,7 @@ class Knockout(Result):
     keys: str
 
     def effects(self, measure: str = "logit_diff") -> Float[np.ndarray, "edge_set model cut pair"]:
-        """What the cut and its null change, cut minus uncut: first the chosen keys, then the random ones.
+        """The changes that a cut makes, cut minus uncut: first for the chosen keys, then for the random ones.
 
         Raises:
             CtlensError: the measure is unknown.
@@ -171,7 +171,7 @@ def knockout(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Knockout:
-    """The answers to wrapped prompts when some attention is cut, at each layer or each head.
+    """Measures the answers to wrapped prompts while attention to the keys is cut, layer by layer or head by head.
 
     >>> import ctlens as ct
     >>> pairs = ct.threats.get("sycophancy").pairs(8, split="heldout")

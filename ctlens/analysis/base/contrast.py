@@ -96,7 +96,10 @@ def _contrast(model: LensModel, prompt: Prompt, ids: Ids, whose: str) -> Contras
     good, bad = two_answers(model.tokenizer, prompt, whose, end=True)
     alike = _alike(good, bad)
     if alike == min(len(good), len(bad)):
-        raise CtlensError(f"the answers of {whose} do not part: {prompt.good!r}, {prompt.bad!r}.")
+        raise CtlensError(
+            f"the answers of {whose} do not part, as one begins the other or both are equal: {prompt.good!r}, "
+            f"{prompt.bad!r}; give answers that part."
+        )
     begun = (*ids, *good[:alike])
     require_room(len(begun), model.cfg.n_ctx, whose)
     require_read(model.tokenizer, begun, whose)

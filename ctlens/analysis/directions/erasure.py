@@ -45,7 +45,7 @@ ESTIMATOR = "ridge"
 
 @dataclass(frozen=True)
 class Erasure(Result):
-    """The three measurements of every model, pair by pair, from which the verdicts follow.
+    """The result of `erase_or_mask`: three measurements of every model, pair by pair, from which the verdicts follow.
 
     Attributes:
         readable: `[model, layer, 5]`, the probe's balanced accuracy, the ends of its interval, and
@@ -134,7 +134,7 @@ class Erasure(Result):
     def _judged(
         self, model: str, evidence: Mapping[str, Sequence[Evidence]], controls: Sequence[str]
     ) -> list[tuple[str, str]]:
-        """The verdict and its reason, by layer."""
+        """Gives the verdict and its reason, by layer."""
         repaired = self._gains(self.wrapped[self.models.index(model)] - self.wrapped[0])
         return [
             erasure_verdict(here, base, repaired=repaired, less=self._less("used", model, index), control=control)
@@ -189,7 +189,7 @@ def erase_or_mask(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Erasure:
-    """Whether trained models erased a cue or only masked it, by the rule of `directions.erasure_verdicts`.
+    """Judges whether trained models erased a cue or only masked it, by the rule of `directions.erasure_verdicts`.
 
     >>> import ctlens as ct
     >>> pairs, base = ct.threats.get("jailbreak").pairs(32, split="heldout"), ct.load_organism()

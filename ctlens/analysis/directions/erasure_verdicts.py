@@ -68,7 +68,7 @@ class MeasuredWithNull:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured of one model at one layer."""
+    """The measurements of one model at one layer."""
 
     readable: MeasuredWithNull
     used: MeasuredWithNull

@@ -173,7 +173,7 @@ class _Sides:
         if clean != wrapped:
             raise CtlensError(
                 f"the prompts of pair {self.number} have {clean} and {wrapped} tokens: window='position' needs as many "
-                "on both sides."
+                "on both sides; choose another window."
             )
         return tuple((position, position) for position in range(clean))
 

@@ -24,7 +24,7 @@ StateVectors = Float[np.ndarray, "prompt d"]
 
 
 class MassMean(ClassifierMixin, BaseEstimator):
-    """The class whose mean is nearest.
+    """A classifier that names the class whose mean is nearest.
 
     With two classes the direction is the difference of their means and the threshold lies midway
     (mass-mean probing without covariance, Marks and Tegmark, arXiv 2310.06824).

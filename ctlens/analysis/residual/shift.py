@@ -65,7 +65,7 @@ MARKS = {
 
 @dataclass(frozen=True)
 class ResidualShift(Result):
-    """The shift of each pair at each layer.
+    """The result of `residual_shift`: the shift of each pair at each layer.
 
     Attributes:
         gap_closed, cosine, distance, gap_norm: `[positions, pair, layer]`, at the positions with a
@@ -175,7 +175,7 @@ def residual_shift(
     batch_size: int = 64,
     progress: bool = True,
 ) -> ResidualShift:
-    """The shift from `before` to `after` at every layer's `resid_post`.
+    """Measures the shift from `before` to `after` at every layer's `resid_post`.
 
     >>> import ctlens as ct
     >>> base, pairs = ct.load_organism(), ct.threats.get("sycophancy").pairs(4, split="heldout")

@@ -40,7 +40,7 @@ _COLUMNS = [
 
 @dataclass(frozen=True)
 class ShiftSimilarity(Result):
-    """How alike the shifts of trained models are, for each two methods.
+    """The result of `shift_similarity`: how alike the shifts of trained models are, for each two methods.
 
     Attributes:
         value: `[quantity, part, positions, layer, a, b]`, the mean over pairs of different seeds; the

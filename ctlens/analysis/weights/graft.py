@@ -182,7 +182,9 @@ def _shown_parts(results: Sequence[Graft], by: Sequence[str]) -> _ShownParts:
     kinds = [_kind(part) for part in results[0].parts]
     differing = [[index for index, found in enumerate(kinds) if found == kind and differ[index]] for kind in by]
     if not any(differing):
-        raise CtlensError(f"no part by {' or '.join(by)} was measured that differs between the models.")
+        raise CtlensError(
+            f"no part by {' or '.join(by)} was measured and differs between the models: choose another kind."
+        )
     equal = [index for index, kind in enumerate(kinds) if kind in by and not differ[index]]
     return _ShownParts(differing, equal)
 
