@@ -91,7 +91,7 @@ class Analysis:
 
 
 def analyses_of(config: StudyConfig) -> list[Analysis]:
-    """Every analysis of a study."""
+    """Lists every analysis of a study."""
     found = []
     for organism in range(config.organisms):
         for threat in config.analysed_threats:
@@ -122,7 +122,7 @@ class FinishedAnalyses:
     def of(
         self, kind: type[ResultT], name: str, threat: str, setting: str = EQUAL_STEPS
     ) -> dict[Training, dict[str, ResultT]]:
-        """By training, the results of an analysis by name; one that all seeds share stands at seed 0 alone."""
+        """Loads the results of an analysis by training and name; one that all seeds share stands at seed 0 alone."""
         found = {
             (organism, seed): Analysis(name, threat, organism, setting, seed).load(self.study, kind)
             for organism, seed in self.trainings
@@ -137,7 +137,7 @@ class FinishedAnalyses:
         return "; ".join(dict.fromkeys(reasons))
 
     def attention(self, threat: str) -> dict[Training, dict[str, AttentionDiff]]:
-        """By training, what each method did to attention."""
+        """Loads what each method did to attention, by training."""
         return {
             (organism, seed): {
                 name: AttentionDiff.load(Cell(threat, name, seed, organism).path(self.study) / "attention.safetensors")

@@ -88,7 +88,7 @@ class AttentionDiff(Result):
     def of(
         self, when: str, quantity: str = "mass", queries: str = "last", keys: str = "wrapper"
     ) -> Float[np.ndarray, "pair layer head"]:
-        """One quantity, before or after training; `keys` matters to the mass only.
+        """Picks one quantity, before or after training; `keys` matters to the mass only.
 
         Raises:
             CtlensError: a name is unknown, or no pair has that quantity.
@@ -221,7 +221,7 @@ def attention_diff(
 def _measures(
     clean: Float[Tensor, "batch head clean_q clean_k"], wrapped: Pattern, batch: PairBatch, segments: SegmentMasks
 ) -> Float[Tensor, "measure batch head"]:
-    """Every quantity of one layer, in the order of `ATTENTION_MEASURES`."""
+    """Measures every quantity of one layer, in the order of `ATTENTION_MEASURES`."""
     matched = batch.matched["shared"]
     twins = with_opening(batch, matched)
     here, there = batch.last_clean[:, None], batch.last_prompt[:, None]

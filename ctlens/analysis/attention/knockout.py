@@ -150,7 +150,7 @@ class Knockout(Result):
         return plots.knockout_layers(layers, panels, title, y_titles=y_titles, subtitle=subtitle)
 
     def _curves(self, chosen: np.ndarray, null: np.ndarray, kind: str) -> dict[str, tuple[Curve, Curve]]:
-        """By model, the curve over the layers of one kind of cut, and that of its null."""
+        """The curves of one kind of cut over the layers and of its null, by model."""
         cuts = [number for number, name in enumerate(self.kinds) if name == kind]
         return {
             model: (bootstrap_mean(chosen[at, cuts].T), bootstrap_mean(null[at, cuts].T))
@@ -254,7 +254,7 @@ class _Measured(NamedTuple):
 
 
 def _joined(found: Sequence[Sequence[_Measured]]) -> _Measured:
-    """Every model on every pair, from each model on each batch: models become the first axis, pairs stay the last."""
+    """Joins the measurements of each model on each batch: models become the first axis, pairs stay the last."""
     by_batch = [[np.stack(of_models) for of_models in zip(*of_batch, strict=True)] for of_batch in found]
     return _Measured(*(np.concatenate(of_batches, -1) for of_batches in zip(*by_batch, strict=True)))
 

@@ -175,7 +175,7 @@ def gradient_x_input(model: LensModel, batch: ContrastBatch) -> Scores:
 
 
 def rollout(patterns: Sequence[Pattern]) -> Float[Tensor, "batch q k"]:
-    """How much of every token's final state comes from each token, if heads only mixed states.
+    """Attention rollout: how much of every token's final state comes from each token, if heads only mixed states.
 
     >>> rollout([torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])])  # half stays, half goes where attention is
     tensor([[[1.0000, 0.0000],

@@ -117,7 +117,7 @@ def up_to_contrast(tokenizer: Any, prompt: Prompt, ids: Ids) -> Ids:
 
 
 def _alike(good: Ids, bad: Ids) -> int:
-    """How many tokens at their beginning both answers share."""
+    """Counts the tokens that both answers share at their beginning."""
     return len(list(takewhile(lambda ends: ends[0] == ends[1], zip(good, bad, strict=False))))
 
 

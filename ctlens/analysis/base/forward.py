@@ -43,7 +43,7 @@ def require_comparable(before: LensModel, after: LensModel) -> None:
 
 
 def _read_alike(tokenizer: Any, other: Any) -> bool:
-    """Whether two tokenizers have one vocabulary; a model without a tokenizer is compared with any."""
+    """Tells whether two tokenizers have one vocabulary; a model without a tokenizer is compared with any."""
     if tokenizer is other or tokenizer is None or other is None:
         return True
     return tokenizer.get_vocab() == other.get_vocab()

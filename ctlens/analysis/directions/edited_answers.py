@@ -108,7 +108,7 @@ def plan_sequences(prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]) -> 
 
 
 class Predictions(NamedTuple):
-    """Which logits predict the tokens of the answers, as indices that gather all of them at once.
+    """The logits that predict the tokens of the answers, as indices that gather all of them at once.
 
     Attributes:
         row: the row of the logits.

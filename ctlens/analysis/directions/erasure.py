@@ -155,13 +155,13 @@ class Erasure(Result):
         return row | {"reason": reason}
 
     def _less(self, measure: str, model: str, index: int) -> bool:
-        """Whether an effect is smaller than in the control, or in the base where there is none."""
+        """Tells whether an effect is smaller than in the control, or in the base where there is none."""
         effects = getattr(self, measure)[:, index, 0]
         return self._gains(effects[self.models.index(self.control or BASE)] - effects[self.models.index(model)])
 
     @staticmethod
     def _gains(change: Float[np.ndarray, " pair"]) -> bool:
-        """Whether a mean change over pairs lies above 0 with its interval."""
+        """Tells whether a mean change over pairs lies above 0 with its interval."""
         return bool(bootstrap_mean(change)[1] > EFFECT_ROUNDING)
 
 

@@ -267,7 +267,7 @@ def _compare(
 def _measure(
     losses: Sequence[Loss], forwards: Forwards, hook_names: Mapping[str, list[str]]
 ) -> dict[_LossHook, PerRow]:
-    """Every loss of one model on one batch, at each of its hook points."""
+    """Computes every loss of one model on one batch, at each of its hook points."""
     return {
         _LossHook(loss.name, name): values
         for loss in losses
@@ -308,7 +308,7 @@ def _encode(reference: LensModel, pairs: Sequence[Pair], losses: Sequence[Loss])
 
 
 def _aligned(pairs: EncodedPairs, losses: Sequence[Loss]) -> Bool[np.ndarray, "loss pair"]:
-    """Whether each pair aligns in all windows of a loss."""
+    """Tells whether each pair aligns in all windows of a loss."""
     refusals = [[[row.alignments[name].refusal for name in loss.windows] for row in pairs.rows] for loss in losses]
     for loss, of_loss in zip(losses, refusals, strict=True):
         if all(any(found) for found in of_loss):

@@ -85,7 +85,7 @@ class Probe(Result):
     balance: Mapping[str, int]
 
     def at_ceiling(self, positions: str, estimator: str) -> bool:
-        """Whether the probes of all models are nearly always right, so that the task does not tell models apart."""
+        """True if the probes of all models are nearly always right, so that the task does not tell models apart."""
         return bool((self.score[self._refitted(), *self._at(positions, estimator)] >= CEILING_SCORE).all())
 
     def to_dataframe(self) -> pd.DataFrame:

@@ -154,7 +154,7 @@ class ResidualShift(Result):
 
 
 def _drawn(results: Mapping[str, ResidualShift], quantity: str, positions: str, subtitle: str | None = None) -> Figure:
-    """One line per result."""
+    """Draws one line per result."""
     undone = "How far does training undo the wrapper"
     moved = "How far does training move the residual stream"
     return plots.layer_curves(
@@ -218,7 +218,7 @@ def _of_layer(
     matched: Matched,
     wrapper: Bool[Tensor, "batch pos"],
 ) -> dict[str, Float[Tensor, "positions batch"]]:
-    """Every quantity at one layer."""
+    """Measures every quantity at one layer."""
     aligned = last_and_content(matched)
     base = at_positions(wrapped, matched.wrapped)
     moved = at_positions(trained, matched.wrapped)

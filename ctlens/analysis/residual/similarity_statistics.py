@@ -194,7 +194,7 @@ def _uncorrected(
 
 
 def _band(chance: Float[np.ndarray, "model draw"], seeds: MethodSeeds) -> Float[np.ndarray, "ends method"]:
-    """Where 95 percent of the numbers with random directions are, over the models of each method."""
+    """The band of 95 percent of the numbers with random directions, over the models of each method."""
     methods = dict.fromkeys(method for method, _ in seeds)
     of_methods = [chance[[owner == method for owner, _ in seeds]] for method in methods]
     return np.stack([np.quantile(of_method, ENDS) for of_method in of_methods], -1)

@@ -292,7 +292,7 @@ def _parts(models: Sequence[LensModel], by: Sequence[str]) -> dict[WeightPart, l
 
 
 def _inside(owner: tuple[int | None, str], part: WeightPart) -> bool:
-    """Whether a parameter of a block and a component belongs to a part."""
+    """Tells whether a parameter of a block and a component belongs to a part."""
     block = _OUTSIDE if owner[0] is None else owner[0]
     return part[0] in (_EVERY, block) and part[1] in (_EVERY, owner[1])
 
@@ -309,7 +309,7 @@ def _square(weights: Sequence[Tensor]) -> float:
 
 @contextmanager
 def _swapped(own: Mapping[str, Tensor], other: Mapping[str, Tensor], names: Sequence[str]) -> Iterator[None]:
-    """Inside the block the named weights are the other model's."""
+    """Puts the other model's named weights in, for the time of a with block."""
     kept = {name: own[name].clone() for name in names}
     targets = {name: own[name] for name in names}
     copy_weights(targets, {name: other[name] for name in names})

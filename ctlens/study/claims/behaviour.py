@@ -59,7 +59,7 @@ class WrappedRates:
         return pooled(list(self.of(trained, condition, evaluated).values()))
 
     def gap(self, trained: str, condition: str, other: str, evaluated: str, level: float = LEVEL) -> Estimate:
-        """One condition's rate less another's, over their common trainings."""
+        """The difference of two conditions' rates, the first less the second, over their common trainings."""
         one = self.of(trained, condition, evaluated)
         two = self.of(trained, other, evaluated)
         common = [training for training in one if training in two]
