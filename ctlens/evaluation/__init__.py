@@ -1,4 +1,4 @@
-"""Behaviour under threats: prompts of every prompt side asked once, answers judged one by one, rates with intervals."""
+"""Behaviour under threats: a model answers the prompts of every prompt side, and rates with intervals come of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The consistency losses by name. Adding one is a file here and a line in `LOSSES`."""
+"""The consistency losses by name. A new loss is a file in this folder and an entry in `LOSSES`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ctlens.losses.rmct import RMCT
 
 LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in (ACT, MLPCT, AttCT, BCT, RMCT, F2C, KLCT, AttOut, AttMass)}
 MEASURED = ("act", "mlpct", "attct", "bct", "klct")
-"""These losses measure a model unless told otherwise: they ask no more of a pair than that it aligns."""
+"""The losses that analyses measure by default: all that they need of a pair is that it aligns."""
 
 __all__ = [
     "ACT",
@@ -85,11 +85,11 @@ def preset(method: str, source: str) -> Loss:
     'mse'
 
     Args:
-        method: what the source calls it; the loss can be of another class, which then names it.
-        source: `"ctlens"` for the defaults, or one that `table` lists for the method.
+        method: the name that the source gives the method; the loss can be of another class, and then has its name.
+        source: `"ctlens"` for the defaults, or a source that `table` lists for the method.
 
     Raises:
-        CtlensError: the method, or the source of that method, is unknown.
+        CtlensError: the method is unknown, or it has no such source.
     """
     known = _presets()
     sources = [theirs for named, theirs in known if named == method]
@@ -101,11 +101,11 @@ def preset(method: str, source: str) -> Loss:
 
 
 def table() -> pd.DataFrame:
-    """Sets every definition of every method side by side, one row each; ours come first.
+    """Tabulates every definition of every method, one row each; the defaults of ctlens come first.
 
     Columns: method, source, loss (the class's name), hook point, window, layers, distance, options
-    (what is particular to the loss), layer weights, clean side, tokens (what is trained on), weight,
-    and note: what of the source's definition lies outside the loss or could not be established.
+    (further options of this loss), layer weights, clean side, tokens (those trained on), weight,
+    and note: the parts of the source's definition that lie outside the loss or could not be established.
     """
     rows = [
         {"method": method, "source": source, **described(loss), "note": note}

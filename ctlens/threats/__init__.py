@@ -1,4 +1,4 @@
-"""Threats by name: families of wrappers, with what is good and bad under them."""
+"""The threats by name: each is a family of wrappers with its good and its bad answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REGISTRY: dict[str, Threat] = {
 
 
 def names() -> list[str]:
-    """The names of all threats.
+    """Lists the names of all threats.
 
     >>> names()
     ['sycophancy', 'jailbreak', 'persona', 'prefill', 'frustration', 'conditional']
@@ -33,10 +33,10 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Threat:
-    """The threat of that name.
+    """Returns the threat of that name.
 
     Raises:
-        CtlensError: there is none.
+        CtlensError: no threat has it.
     """
     if name not in REGISTRY:
         raise unknown("threat", name, REGISTRY)
