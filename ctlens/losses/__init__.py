@@ -1,4 +1,7 @@
-"""The consistency losses by name. A new loss is a file in this folder and an entry in `LOSSES`."""
+"""The consistency losses by name. A new loss is a file in this folder and an entry in `LOSSES`.
+
+A name imported as itself (`from ... import X as X`) is public to type checkers; no other list of them is kept.
+"""
 
 from __future__ import annotations
 
@@ -8,45 +11,24 @@ import pandas as pd
 
 from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import unknown
-from ctlens.losses.act import ACT
-from ctlens.losses.attct import AttCT
-from ctlens.losses.attmass import AttMass
-from ctlens.losses.attout import AttOut
-from ctlens.losses.base import Forwards, Loss, LossValue, require_distinct
-from ctlens.losses.bct import BCT
-from ctlens.losses.f2c import F2C
-from ctlens.losses.klct import KLCT
-from ctlens.losses.mlpct import MLPCT
+from ctlens.losses.act import ACT as ACT
+from ctlens.losses.attct import AttCT as AttCT
+from ctlens.losses.attmass import AttMass as AttMass
+from ctlens.losses.attout import AttOut as AttOut
+from ctlens.losses.base import Forwards as Forwards
+from ctlens.losses.base import Loss as Loss
+from ctlens.losses.base import LossValue as LossValue
+from ctlens.losses.base import require_distinct as require_distinct
+from ctlens.losses.bct import BCT as BCT
+from ctlens.losses.f2c import F2C as F2C
+from ctlens.losses.klct import KLCT as KLCT
+from ctlens.losses.mlpct import MLPCT as MLPCT
 from ctlens.losses.presets import OURS, PUBLISHED, described
-from ctlens.losses.rmct import RMCT
+from ctlens.losses.rmct import RMCT as RMCT
 
 LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in (ACT, MLPCT, AttCT, BCT, RMCT, F2C, KLCT, AttOut, AttMass)}
 MEASURED = ("act", "mlpct", "attct", "bct", "klct")
 """The losses that analyses measure by default: all that they need of a pair is that it aligns."""
-
-__all__ = [
-    "ACT",
-    "BCT",
-    "F2C",
-    "KLCT",
-    "LOSSES",
-    "MEASURED",
-    "MLPCT",
-    "RMCT",
-    "AttCT",
-    "AttMass",
-    "AttOut",
-    "Forwards",
-    "Loss",
-    "LossValue",
-    "from_config",
-    "get",
-    "names",
-    "preset",
-    "require_distinct",
-    "table",
-    "to_config",
-]
 
 
 def names() -> list[str]:
