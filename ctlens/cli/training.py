@@ -40,7 +40,7 @@ def train_command(
     loss: Annotated[
         list[str],
         typer.Option(
-            help="act, mlpct, attct, bct, rmct, f2c, klct, attout, attmass, or a published act:stack; repeat for several."
+            help="act, mlpct, attct, bct, rmct, f2c, klct, attout, attmass, or as published: act:stack; repeatable."
         ),
     ],
     model: ModelFolder = None,
