@@ -224,8 +224,8 @@ def _loggers(names: list[str], out: Path) -> list[Logger]:
     """Makes the loggers of these names, with a folder beside that of the run."""
     from ctlens.training import TensorBoard, WeightsAndBiases
 
-    place = out.with_name(out.name + ".log")
-    known = {"tensorboard": lambda: TensorBoard(place), "wandb": lambda: WeightsAndBiases(folder=place)}
+    log_folder = out.with_name(out.name + ".log")
+    known = {"tensorboard": lambda: TensorBoard(log_folder), "wandb": lambda: WeightsAndBiases(folder=log_folder)}
     for name in names:
         if name not in known:
             raise unknown("logger", name, known)
