@@ -16,10 +16,8 @@ from ctlens.cli import analyses, models, organism, pairs, studies, training
 from ctlens.cli.common import say
 from ctlens.core.errors import CtlensError
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(
-    help="Train models so that an adversarial wrapper no longer changes what they do, and see what changed inside.",
+    help="Train a language model to answer alike with and without an adversarial wrapper, and see what changed inside.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -41,7 +39,7 @@ app.add_typer(pairs.pairs_app, name="pairs")
 
 
 def print_version(wanted: bool) -> None:
-    """Prints name and version and ends the program, where `--version` was given."""
+    """Prints name and version and ends the program if `--version` was given."""
     if wanted:
         say(f"ctlens {__version__}")
         raise typer.Exit
@@ -70,4 +68,4 @@ def main() -> None:
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    sys.exit(code)  # out here, where what was interrupted has been let go, and its workers have ended
+    sys.exit(code)  # after the except block, so that an interrupted command has been freed and its workers have ended

@@ -22,7 +22,7 @@ from ctlens.cli.common import (
 
 
 def patch_command(
-    out: Annotated[Path, typer.Option(help="New folder for the values and the figure.")],
+    out: Annotated[Path, typer.Option(help="New folder for the patched values (a table) and the figure.")],
     site: Annotated[
         str,
         typer.Option(
@@ -43,7 +43,8 @@ def patch_command(
     ] = "heldout",
     n_pairs: Annotated[int, typer.Option(help="How many pairs of the threat to patch.")] = 64,
     positions: Annotated[
-        str, typer.Option(help="Tokens to patch: each aligned token by itself, or last, content, all.")
+        str,
+        typer.Option(help="Tokens to patch: each (every aligned token by itself), or last, content or all (together)."),
     ] = "each",
     metrics: Annotated[
         str,
@@ -55,7 +56,7 @@ def patch_command(
     dtype: Dtype = "float32",
     quiet: Quiet = False,
 ) -> None:
-    """Activation patching: puts clean activations into the wrapped run, or the reverse, and measures the answer."""
+    """Patches activations: clean ones into the run on the wrapped prompt, or the reverse, and measures the answer."""
     from ctlens.analysis import patch
     from ctlens.core.files import atomic_folder, require_free
     from ctlens.plots import save_figure

@@ -18,20 +18,35 @@ if TYPE_CHECKING:
     from ctlens.models.lora import LoRA
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
-Methods = Annotated[str, typer.Option(help="Comma-separated losses; act, mlpct, attct and bct by default.")]
-SeedCount = Annotated[int, typer.Option(help="Number of seeds.")]
+Methods = Annotated[
+    str, typer.Option(help="Comma-separated losses, a training for each; act, mlpct, attct and bct by default.")
+]
+SeedCount = Annotated[int, typer.Option(help="Number of seeds; every training is repeated with each.")]
 Steps = Annotated[int, typer.Option(help="Training steps.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue the study in the folder instead of starting a new one.")
 ]
-Workers = Annotated[int | None, typer.Option(help="How many trainings run at the same time; one per core by default.")]
+Workers = Annotated[
+    int | None, typer.Option(help="Number of trainings that run at the same time; one per core by default.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of the random draws.")]
-ThreatNames = Annotated[str, typer.Option("--threats", help="Comma-separated threats; all by default.")]
+ThreatNames = Annotated[
+    str,
+    typer.Option(
+        "--threats",
+        help="Comma-separated: sycophancy, jailbreak, persona, prefill, frustration, conditional; all by default.",
+    ),
+]
 ModelFolder = Annotated[
     Path | None,
-    typer.Option("--model", help="Folder of a HuggingFace model or of a run; the shipped organism by default."),
+    typer.Option(
+        "--model",
+        help="Folder of a HuggingFace model, or of a run that ctlens trained; by default the shipped organism.",
+    ),
 ]
-PairsFile = Annotated[Path | None, typer.Option("--pairs", help="JSONL file with clean and wrapped prompts.")]
+PairsFile = Annotated[
+    Path | None, typer.Option("--pairs", help="JSONL file of your own pairs, each a clean and a wrapped prompt.")
+]
 
 Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1 or mps.")]
 LoraRank = Annotated[
@@ -45,7 +60,9 @@ LoraTargetModules = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="Number format of the weights: float32, bfloat16 or float16.")]
 
-ThreatName = Annotated[str, typer.Option(help="Use the pairs of this threat instead of a file.")]
+ThreatName = Annotated[
+    str, typer.Option(help="Draw pairs of this threat, for example sycophancy, instead of reading a file.")
+]
 
 
 def chosen_model(folder: Path | None, device: str = "cpu", dtype: str = "float32") -> Any:
@@ -86,7 +103,7 @@ def chosen_tokenizer(folder: Path | None) -> Any:
 
 
 def chosen_lora(rank: int | None, target_modules: tuple[str, ...]) -> LoRA | None:
-    """Makes the adapters that the options ask for; None if no option is given."""
+    """Makes the settings of the adapters from the options; None if no option is given."""
     from ctlens.models.lora import LoRA
 
     if rank is None:
@@ -99,7 +116,7 @@ def chosen_lora(rank: int | None, target_modules: tuple[str, ...]) -> LoRA | Non
 def chosen_pairs(path: Path | None, threat: str, **options: Any) -> list[Pair]:
     """Reads the pairs of a file, or draws those of a threat with its options."""
     if (path is None) == (not threat):
-        raise CtlensError("give either --pairs FILE or --threat NAME.")
+        raise CtlensError("give either --pairs FILE or --threat NAME: pairs come from one of them.")
     if path is not None:
         from ctlens.data.formats import load_pairs
 

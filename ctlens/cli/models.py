@@ -13,11 +13,14 @@ from ctlens.core.errors import CtlensError
 
 def models(
     architectures: Annotated[
-        str, typer.Option(help="Comma-separated model types; all that are checked by default.")
+        str,
+        typer.Option(
+            help="Comma-separated HuggingFace model types, for example llama,gemma2; by default all that ctlens checks."
+        ),
     ] = "",
     quiet: Quiet = False,
 ) -> None:
-    """Tests which features work on which HuggingFace architecture, on a tiny random model of each."""
+    """Tests which features of ctlens work on which HuggingFace architecture, with a tiny random model of each."""
     from ctlens import compatibility
 
     found = compatibility.support(split_names(architectures) or compatibility.ARCHITECTURES, progress=not quiet)
@@ -29,11 +32,11 @@ def models(
 
 
 def export(
-    model: Annotated[Path, typer.Option(help="Run folder, or a model folder of ctlens or HuggingFace.")],
+    model: Annotated[Path, typer.Option(help="Folder of a run, or of a model of ctlens or HuggingFace.")],
     out: Annotated[Path, typer.Option(help="New folder that transformers loads.")],
     dtype: Dtype = "float32",
 ) -> None:
-    """Writes a trained model as a HuggingFace folder, adapters merged, with equal logits."""
+    """Writes a trained model as a HuggingFace folder with merged adapters; its logits stay the same."""
     from ctlens.core.files import require_free
     from ctlens.models.export import export_huggingface
 

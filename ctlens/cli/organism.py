@@ -26,17 +26,19 @@ if TYPE_CHECKING:
     from ctlens.organism import ReLoRA
 
 organism_app = typer.Typer(
-    help="Makes and describes the organism, a small model with known vulnerabilities.", no_args_is_help=True
+    help="Make or describe the organism, a small model made from scratch with known vulnerabilities.",
+    no_args_is_help=True,
 )
 
 
 @organism_app.command("train")
 def train_organism_command(
-    out: Annotated[Path, typer.Option(help="New folder for the organism.")],
+    out: Annotated[Path, typer.Option(help="New folder for the organism and its card.")],
     seed: Annotated[int, typer.Option(help="Seed of weights and corpus.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Pretraining steps; by default those of the preset.")] = None,
     preset: Annotated[
-        str, typer.Option(help="Size of the organism: small, as shipped, or large, about 10M parameters.")
+        str,
+        typer.Option(help="Size of the organism: small (0.6M parameters, as shipped) or large (about 10M, for a GPU)."),
     ] = "small",
     relora_rank: Annotated[
         int | None,
@@ -59,7 +61,7 @@ def train_organism_command(
 
 
 def _relora(rank: int | None, every: int | None) -> ReLoRA | None:
-    """Makes the settings that the options ask for; None if no option is given."""
+    """Makes the settings of ReLoRA from the options; None if no option is given."""
     if rank is None and every is None:
         return None
     from ctlens.models.lora import LoRA
@@ -104,14 +106,14 @@ def sample_command(
 
 @organism_app.command("leak")
 def leak_command(
-    out: Annotated[Path, typer.Option(help="New folder for the numbers and the figure.")],
+    out: Annotated[Path, typer.Option(help="New folder for the table and the figure.")],
     model: ModelFolder = None,
     methods: Methods = "",
     seeds: SeedCount = 1,
     steps: Steps = 100,
     quiet: Quiet = False,
 ) -> None:
-    """Teaches bad advice in one domain and measures how far it spreads, and which training stops that."""
+    """Teaches an organism bad advice in one domain, and measures how far it spreads and which training stops it."""
     from ctlens.core.files import require_free
     from ctlens.study.inoculation import leak
     from ctlens.training import TrainConfig

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from ctlens.data.batch import EncodedPair
     from ctlens.data.pairs import Pair
 
-pairs_app = typer.Typer(help="Look at pairs token by token, convert them, make them.", no_args_is_help=True)
+pairs_app = typer.Typer(help="Inspect, convert or make pairs of a clean and a wrapped prompt.", no_args_is_help=True)
 
-File = Annotated[Path, typer.Argument(help="JSONL or CSV in one of the field's formats.")]
+File = Annotated[Path, typer.Argument(help="JSONL or CSV file of pairs, in ctlens's format or a published one.")]
 WrappedFile = Annotated[
     Path | None, typer.Option(help="File of the wrapped prompts, if the first file holds only the clean ones.")
 ]
@@ -32,7 +32,9 @@ def inspect_command(
     row: Annotated[int, typer.Option(help="Number of the pair to show, counted from 1.")] = 1,
     window: Annotated[
         str,
-        typer.Option(help="Tokens to align: shared, suffix, content, lines, last; explicit if the pairs name them."),
+        typer.Option(
+            help="Tokens to align: shared, suffix, content, lines or last; explicit takes those that the pairs name."
+        ),
     ] = "shared",
 ) -> None:
     """Shows one pair token by token with its alignment, and counts how much of the file aligns."""
@@ -41,7 +43,7 @@ def inspect_command(
 
     tokenizer, reading = chosen_tokenizer(model), read_pairs(file, wrapped)
     if not 1 <= row <= len(reading.pairs):
-        raise CtlensError(f"there is no pair {row}: the file holds {len(reading.pairs)}.")
+        raise CtlensError(f"there is no pair {row}: the file holds {len(reading.pairs)}, counted from 1.")
     _show(tokenizer, reading.pairs[row - 1], window)
     _coverage(tokenizer, reading.pairs)
     say(f"{len(reading.pairs)} pairs read, {len(reading.refused)} rows refused")
@@ -51,7 +53,7 @@ def inspect_command(
 
 @pairs_app.command("convert")
 def convert_command(file: File, out: Out, wrapped: WrappedFile = None) -> None:
-    """Converts pairs from any of the field's formats to ctlens's own JSONL."""
+    """Converts pairs of a published format to ctlens's own JSONL."""
     from ctlens.data.formats import load_pairs
     from ctlens.data.pairs import save_pairs
 
@@ -63,7 +65,7 @@ def convert_command(file: File, out: Out, wrapped: WrappedFile = None) -> None:
 
 @pairs_app.command("wrap")
 def wrap_command(
-    prompts: Annotated[Path, typer.Argument(help="JSONL or CSV with prompts, or messages with answers.")],
+    prompts: Annotated[Path, typer.Argument(help="JSONL or CSV file of prompts, with or without answers.")],
     threat: Annotated[
         str, typer.Option(help="Threat whose wrappers, written in plain English, are put around the prompts.")
     ],
@@ -74,13 +76,14 @@ def wrap_command(
     facts: Annotated[
         Path | None, typer.Option(help="File of facts about a persona, put before the prompts as chat turns.")
     ] = None,
-    count: Annotated[int, typer.Option(help="How many facts to put before each prompt.")] = 8,
+    count: Annotated[int, typer.Option(help="Number of facts to put before each prompt; needs --facts.")] = 8,
     prefills: Annotated[
-        Path | None, typer.Option(help="CSV of forced beginnings of answers, to use instead of the built-in ones.")
+        Path | None, typer.Option(help="CSV file of beginnings of answers, to use instead of the built-in ones.")
     ] = None,
-    name: Annotated[str, typer.Option(help="Name of the persona, for wrappers that mention it.")] = "",
+    name: Annotated[str, typer.Option(help="Name of the persona, which the persona's wrappers mention.")] = "",
     kind: Annotated[
-        str, typer.Option(help="Kind of question, a label written to every pair: identity, values (persona), way out.")
+        str,
+        typer.Option(help="Label of every pair, for the metrics: identity or values (persona), way out (frustration)."),
     ] = "",
     seed: Seed = 0,
 ) -> None:
@@ -109,7 +112,7 @@ def _require_new(out: Path) -> None:
 
 
 def _show(tokenizer: Any, pair: Pair, window: str) -> None:
-    """The wrapped prompt's tokens, each with its clean token; then the clean ones without a match."""
+    """Prints the wrapped prompt's tokens, each with its clean token, and then the clean tokens without a match."""
     from ctlens.data.batch import encode_pair
     from ctlens.data.token_kinds import token_kinds
 
@@ -139,7 +142,7 @@ def _twin(position: int | None) -> tuple[str]:
 
 
 def _token(tokenizer: Any, token: int) -> str:
-    """The token's text with line breaks and spaces to be seen; its name where it is half a character."""
+    """Writes a token with visible line breaks and spaces; a token of half a character is given by its name."""
     text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
     return tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text else text.replace("\n", "\\n").replace(" ", "·")
 
@@ -153,7 +156,7 @@ def _print_tokens(title: str, columns: tuple[str, ...], rows: list[tuple[str, ..
 
 
 def _coverage(tokenizer: Any, pairs: tuple[Pair, ...]) -> None:
-    """How many pairs and tokens of the file each window aligns, and what becomes of the others."""
+    """Prints how many pairs and tokens of the file each window aligns, and why the rest is left out."""
     import pandas as pd
     from tqdm.auto import tqdm
 

@@ -38,27 +38,37 @@ if TYPE_CHECKING:
 
 
 def compare_command(
-    out: Annotated[Path, typer.Option(help="Folder that the study is written to.")] = Path("runs/compare"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the study: results, figures, report and all trained models.")
+    ] = Path("runs/compare"),
     threats: ThreatNames = "",
     methods: Methods = "",
     seeds: Annotated[int | None, typer.Option(help="Number of seeds: 1, or 3 with --full.")] = None,
     organisms: Annotated[int | None, typer.Option(help="Number of organisms: 1, or 3 with --full.")] = None,
     steps: Steps = 100,
     window: Annotated[
-        str, typer.Option(help="Tokens that every method compares: shared, suffix, content or last.")
+        str,
+        typer.Option(
+            help="Tokens that every method compares: shared (content and chat tail), suffix, content or last."
+        ),
     ] = "shared",
     calibrate: Annotated[
         float | None, typer.Option(help="Scale every loss so that its gradient has this norm before the first step.")
     ] = None,
     model: Annotated[
-        Path | None, typer.Option("--model", "--organism", help="Folder of an organism, a run or a HuggingFace model.")
+        Path | None,
+        typer.Option(
+            "--model",
+            "--organism",
+            help="Folder of an organism, a run or a HuggingFace model; by default the shipped organism.",
+        ),
     ] = None,
     pairs: PairsFile = None,
     full: Annotated[
         bool, typer.Option("--full", help="Run every condition, control and analysis for every threat.")
     ] = False,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Print how long the study would take, and stop.")
+        bool, typer.Option("--estimate", help="Print how long the study would take, without running it.")
     ] = False,
     workers: Workers = None,
     backend: Annotated[
@@ -73,7 +83,7 @@ def compare_command(
     resume: Resume = False,
     quiet: Quiet = False,
 ) -> None:
-    """Trains every method on every threat, evaluates and analyses the models, judges claims and writes a report."""
+    """Compares methods: trains each on every threat, evaluates and analyses the models, and writes a report."""
     from ctlens.study.claims import answer
     from ctlens.study.config import SHARED_TRAINING, StudyConfig, full_study
     from ctlens.study.runner import Study, seconds
@@ -110,7 +120,9 @@ def compare_command(
 
 def doses(
     threat: Annotated[str, typer.Option(help="Threat to train on and to evaluate on.")],
-    out: Annotated[Path, typer.Option(help="Folder that the studies are written to.")] = Path("runs/doses"),
+    out: Annotated[Path, typer.Option(help="Folder for the results, the figures and all trained models.")] = Path(
+        "runs/doses"
+    ),
     methods: Methods = "",
     n_pairs: Annotated[str, typer.Option(help="Comma-separated numbers of training pairs.")] = "8,32,128,512",
     seeds: SeedCount = 1,
@@ -119,7 +131,7 @@ def doses(
     resume: Resume = False,
     quiet: Quiet = False,
 ) -> None:
-    """Trains on more and more pairs of one threat, and measures how many a repair takes."""
+    """Measures the dose response: trains on more and more pairs of one threat, to see how many a repair takes."""
     from ctlens.study.config import SHARED_TRAINING
     from ctlens.study.dose_response import DoseConfig, DoseStudy
 
@@ -139,7 +151,7 @@ def doses(
 
 
 def report(folder: Annotated[Path, typer.Argument(help="Folder of a study.")]) -> None:
-    """Writes the report of a finished study again."""
+    """Writes the report of a finished study again, without training."""
     from ctlens.study.report import write_report
 
     say(f"Report: {write_report(folder)}")
@@ -153,7 +165,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _spell(seconds: float) -> str:
-    """A length of time in words.
+    """Writes a length of time in words.
 
     >>> _spell(250), _spell(5000)
     ('4 minutes', '1.4 hours')
@@ -179,7 +191,7 @@ def _announce(cell: Cell, rows: pd.DataFrame, dose: str = "") -> None:
 
 
 def _print_summary(results: pd.DataFrame) -> None:
-    """Prints a line per threat and condition, narrow enough for a terminal of 80 columns."""
+    """Prints one row per threat and condition, narrow enough for a terminal of 80 columns."""
     from ctlens.study.results import overview
 
     table = overview(results).rename(columns={"good clean": "clean", "good benign": "benign"})

@@ -40,7 +40,7 @@ def train_command(
     loss: Annotated[
         list[str],
         typer.Option(
-            help="act, mlpct, attct, bct, rmct, f2c, klct, attout, attmass, or act:stack; repeat for several."
+            help="act, mlpct, attct, bct, rmct, f2c, klct, attout, attmass, or as published: act:stack; repeatable."
         ),
     ],
     model: ModelFolder = None,
@@ -48,7 +48,9 @@ def train_command(
     threat: ThreatName = "",
     window: Annotated[
         str | None,
-        typer.Option(help="Tokens that every loss compares: shared, suffix, content, explicit, last or answer."),
+        typer.Option(
+            help="Tokens that every loss compares: shared, suffix, content, explicit, last, answer; else its own."
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Pairs per training step.")] = 32,
@@ -61,9 +63,7 @@ def train_command(
     accumulate: Annotated[int, typer.Option(help="Split each batch into this many parts, to save memory.")] = 1,
     memory: Annotated[
         str,
-        typer.Option(
-            help="What to keep for the backward pass: all; layers recomputes the losses; blocks recomputes everything."
-        ),
+        typer.Option(help="Kept for gradients: all (fastest); layers (losses are recomputed); blocks (the model too)."),
     ] = "all",
     cache_folder: Annotated[
         Path | None,
@@ -72,12 +72,14 @@ def train_command(
     schedule: Annotated[
         str,
         typer.Option(
-            help="Learning-rate schedule: linear, or one of PyTorch's with its options, as CosineAnnealingLR,T_max=90."
+            help="Learning-rate schedule: linear, or a PyTorch one with its options, as CosineAnnealingLR,T_max=90."
         ),
     ] = "linear",
     stop_below: Annotated[
         float | None,
-        typer.Option(help="Stop when the bad rate on held-out pairs falls below this share; needs --threat."),
+        typer.Option(
+            help="Stop once the share of bad answers on held-out pairs is below this, 0 to 1; needs --threat."
+        ),
     ] = None,
     track: Annotated[str, typer.Option(help="Comma-separated losses to measure without training on them.")] = "",
     calibrate: Annotated[
@@ -144,18 +146,24 @@ def evaluate_command(
         str, typer.Option(help="Comma-separated splits to ask: train, entities, heldout or structure.")
     ] = "heldout",
     n_prompts: Annotated[int, typer.Option(help="Pairs per threat and split.")] = 96,
-    judge: Annotated[str, typer.Option(help="Your own function that judges the answers, as module:function.")] = "",
+    judge: Annotated[
+        str,
+        typer.Option(
+            help="Your own function that judges the answers, as module:function; else the answers in the pairs decide."
+        ),
+    ] = "",
     device: Device = "cpu",
     dtype: Dtype = "float32",
     per_token: Annotated[
         bool,
         typer.Option(
-            "--per-token", help="Score each answer option by its mean log probability per token, not by the sum."
+            "--per-token",
+            help="In multiple choice, score an option by its mean log-probability per token instead of the sum.",
         ),
     ] = False,
     out: Annotated[Path | None, typer.Option(help="CSV file for the table.")] = None,
 ) -> None:
-    """Measures how often a model answers well and badly on wrapped, clean and benign prompts, with intervals."""
+    """Measures how often a model answers well and badly: on wrapped, clean and benign prompts, with intervals."""
     from ctlens.core.files import atomic_file
     from ctlens.data.formats import load_pairs
     from ctlens.evaluation import evaluate
@@ -178,7 +186,7 @@ def evaluate_command(
 
 
 def _judge(text: str) -> Any:
-    """The function of `module:function`, from the folder the command is given in or an installed package."""
+    """Loads the function of `module:function` from the current folder or an installed package."""
     import importlib
 
     module, _, name = text.partition(":")
@@ -192,7 +200,7 @@ def _judge(text: str) -> Any:
 
 
 def _loss(text: str) -> Loss:
-    """The loss of a name, or a published one of `method:source`."""
+    """Builds the loss of a name, or the published loss of `method:source`."""
     from ctlens import losses
 
     name, _, source = text.partition(":")
@@ -200,7 +208,7 @@ def _loss(text: str) -> Loss:
 
 
 def _schedule(text: str) -> tuple[str, dict[str, float]]:
-    """The name and the options in `NAME,option=number,...`."""
+    """Splits `NAME,option=number,...` into the name and the options."""
     name, *rest = split_names(text) or ("",)
     options: dict[str, float] = {}
     for part in rest:
@@ -213,7 +221,7 @@ def _schedule(text: str) -> tuple[str, dict[str, float]]:
 
 
 def _loggers(names: list[str], out: Path) -> list[Logger]:
-    """The loggers of these names, in a folder beside that of the run."""
+    """Makes the loggers of these names, with a folder beside that of the run."""
     from ctlens.training import TensorBoard, WeightsAndBiases
 
     log_folder = out.with_name(out.name + ".log")
@@ -225,7 +233,7 @@ def _loggers(names: list[str], out: Path) -> list[Logger]:
 
 
 def _partial(out: Path, resume: bool) -> Path:
-    """The folder of the checkpoints, beside that of the run."""
+    """Finds the folder of the checkpoints, which is beside that of the run."""
     partial = out.with_name(out.name + ".partial")
     if partial.exists() and not resume:
         raise CtlensError(f"{partial} holds an interrupted training: pass --resume to go on with it, or remove it.")
@@ -239,7 +247,7 @@ def _remove(partial: Path) -> None:
 
 
 def _train_and_save(trainer: Trainer, out: Path, partial: Path, every: int, quiet: bool) -> None:
-    """Takes the steps left; an interrupt leaves a checkpoint of those taken, and a saved run leaves none."""
+    """Takes the remaining steps and saves the run; an interrupt saves a checkpoint instead."""
     try:
         _take_steps(trainer, partial, every, quiet)
         if is_main_process():
@@ -267,7 +275,7 @@ def _take_steps(trainer: Trainer, partial: Path, every: int, quiet: bool) -> Non
 
 
 def _print_course(trainer: Trainer) -> None:
-    """Each loss at its first and last step, and the rate at which the training ended early."""
+    """Prints each loss at its first and last step, and the rate at which the training ended early."""
     history, until = trainer.history, trainer.config.until
     for name in [loss.name for loss in trainer.losses] + [f"tracked/{loss.name}" for loss in trainer.track]:
         if series := history.series(name):
@@ -278,7 +286,7 @@ def _print_course(trainer: Trainer) -> None:
 
 
 def _print_alignment(trainer: Trainer) -> None:
-    """The coverage of the aligned windows and the reason of every drop."""
+    """Prints how many tokens each window aligns, and the reason for every token or pair that is left out."""
     pairs = trainer.pairs
     windows = dict.fromkeys(window for loss in trainer.losses for window in loss.windows)
     for window in windows:

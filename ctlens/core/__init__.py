@@ -1,1 +1,1 @@
-"""What everything stands on: errors, types, files, configs, statistics."""
+"""The ground floor of the package: errors, types, files, configs, limits and statistics; it imports no other room."""

@@ -1,4 +1,4 @@
-"""Frozen dataclass to JSON and back, seeds, and the stamp that says where a result was made."""
+"""Configs as JSON and back, seeded generators, and the environment that stands beside every saved result."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def _plain(value: Any) -> Any:
 def from_dict(kind: type[Config], data: Mapping[str, Any]) -> Config:
     """Builds a dataclass from the values that `to_dict` gave, the dataclasses in its fields too; lists become tuples.
 
-    A field that had another name in an earlier version of ctlens is read under that name as well: the class
-    lists such names in `EARLIER_NAMES`, from the earlier one to the one of today.
+    A field may have had another name in an earlier version of ctlens. The class maps such earlier names to
+    today's in `EARLIER_NAMES`, and they are read too.
 
     Raises:
-        CtlensError: a key is no field of `kind`, or a field without a default is missing.
+        CtlensError: a key is no field of `kind`, or the data lack a field that has no default.
     """
     earlier: Mapping[str, str] = getattr(kind, "EARLIER_NAMES", {})
     data = {earlier.get(key, key): value for key, value in data.items()}
@@ -49,13 +49,13 @@ def from_dict(kind: type[Config], data: Mapping[str, Any]) -> Config:
     for key in data:
         if key not in fields:
             raise unknown(f"option of {kind.__name__}", key, sorted(fields))
-    # Hints are looked up only where they are needed: those of a loss written in a notebook may name what is not there.
+    # Only a nested dataclass needs type hints; those of a loss from a notebook may name types that are unknown here.
     hints = get_type_hints(kind) if any(map(_holds_mapping, data.values())) else {}
     values = {key: _rebuilt(value, hints.get(key, Any)) for key, value in data.items()}
     try:
         return kind(**values)
     except TypeError as error:
-        raise CtlensError(f"{kind.__name__} cannot be read: {error}.") from None
+        raise CtlensError(f"{kind.__name__} cannot be read: {error}; give every field without a default.") from None
 
 
 def _holds_mapping(value: Any) -> bool:
@@ -81,8 +81,8 @@ def generator(seed: int, *scope: object) -> torch.Generator:
     draws and the global random state is neither read nor changed.
 
     Args:
-        seed: the user's seed.
-        scope: names the purpose of the draws, for example `"batches"`.
+        seed: the seed that the user gave.
+        scope: the purpose of the draws, for example `"batches"`.
     """
     key = "/".join(str(part) for part in (seed, *scope))
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
@@ -90,7 +90,7 @@ def generator(seed: int, *scope: object) -> torch.Generator:
 
 
 def environment() -> dict[str, str]:
-    """Lists versions, platform and thread count, to stand beside every saved result."""
+    """Lists package versions, platform and thread count; they stand beside every saved result."""
     versions = {}
     for package in STAMPED_PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong", and the sentence for a name nobody knows."""
+"""The one exception that means "the input is wrong", and the sentence for an unknown name."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from collections.abc import Iterable
 
 
 class CtlensError(ValueError):
-    """A mistake in the input, told in one sentence that says what to do.
+    """CtlensError is a mistake in the input; its one sentence says what is wrong and what to do.
 
-    The command line prints the sentence to stderr and exits with code 2; a library user can
+    The command line prints the sentence to stderr and exits with code 2. A program that uses the library can
     catch it apart from programming errors.
     """
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> CtlensError:
-    """Makes the error for a name that is not in a registry, with the nearest names that are.
+    """Makes the error for a name that no registry has; it suggests the nearest known names.
 
     >>> str(unknown("loss", "atct", ["act", "attct", "bct"]))
     "unknown loss 'atct'; did you mean 'attct' or 'act'? Known: act, attct, bct."
     """
     names = [str(entry) for entry in known]
+    # The cut-off 0.5 and the 12 names shown were chosen by eye, so that the sentence stays short.
     near = difflib.get_close_matches(str(name), names, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(repr(entry) for entry in near)}?" if near else "."
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")

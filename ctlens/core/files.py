@@ -1,4 +1,4 @@
-"""Reading and writing files so that a result is whole or absent, never half-written."""
+"""Reads and writes files so that a result on disk is always whole or absent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ctlens.core.errors import CtlensError
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, renamed to `path` on success and removed on failure."""
+    """Yields a temporary path beside `path`; it is renamed to `path` on success and removed on failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -32,7 +32,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`, renamed to `path` on success and removed on failure.
+    """Yields a temporary folder beside `path`; it is renamed to `path` on success and removed on failure.
 
     Raises:
         CtlensError: `path` exists already and is not an empty folder.
@@ -52,10 +52,10 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def usable_folder(path: str | Path) -> Path:
-    """Returns the path of a folder that is there or can be made.
+    """Returns the path of a folder that exists or can be made.
 
     Raises:
-        CtlensError: something else is there, or above it.
+        CtlensError: the path, or a part of it, is a file.
     """
     path = Path(path)
     for part in (path, *path.parents):
@@ -129,25 +129,25 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def sweep(paths: Iterable[Path]) -> None:
-    """Removes temporary files beside these paths, left by processes that ended in the middle of writing."""
+    """Removes the temporary files beside these paths that interrupted processes left."""
     for path in paths:
         for left in path.parent.glob(f".{path.name}.*"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def sweep_folder(folder: Path) -> None:
-    """Removes temporary files anywhere in a folder of ours, left by processes that ended in the middle of writing."""
+    """Removes the temporary files anywhere in a folder of ours that interrupted processes left."""
     for left in sorted(folder.rglob(".*"), reverse=True):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def digest_of(data: Any) -> str:
-    """Hashes data that can be written as JSON to a short name."""
+    """Hashes JSON-ready data to a name of 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def digest(path: str | Path) -> str:
-    """Hashes the content of a file to a short name.
+    """Hashes the content of a file to a name of 16 hexadecimal digits.
 
     Raises:
         CtlensError: there is no such file.

@@ -12,8 +12,8 @@ class Limit(NamedTuple):
     """A limit is a condition that a number has to meet, with the words for it.
 
     Attributes:
-        holds: tells whether a number meets it; NaN meets none.
-        words: what an error says of the number.
+        holds: tells whether a number meets the condition; NaN meets no condition.
+        words: the words of an error, between the name of the number and its value.
     """
 
     holds: Callable[[float], bool]

@@ -12,14 +12,14 @@ from ctlens.core.errors import CtlensError
 
 LEVEL = 0.95
 ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
-RESAMPLES = 999
-_GROUPS = 10
+RESAMPLES = 999  # not tuned; with 999, the 25th and the 975th value end a 95 percent interval
+_GROUPS = 10  # of the jackknife; chosen by eye
 
 Interval = tuple[float, float]
 
 
 def wilson(successes: int, n: int, level: float = LEVEL) -> Interval:
-    """The Wilson score interval of a proportion at a level of confidence; never empty, also at 0 and 1.
+    """Computes the Wilson score interval of a proportion; it has a width even at 0 and 1.
 
     >>> low, high = wilson(0, 96)
     >>> round(low, 3), round(high, 3)
@@ -29,13 +29,13 @@ def wilson(successes: int, n: int, level: float = LEVEL) -> Interval:
         CtlensError: `n` is zero.
     """
     if n < 1:
-        raise CtlensError("an interval of a rate needs at least one item.")
+        raise CtlensError(f"an interval of a rate needs at least one answer, not {n}: ask more prompts.")
     interval = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
 
 
 def student(values: Float[np.ndarray, " item"], level: float = LEVEL) -> Interval:
-    """Student's t-interval of a mean at a level of confidence; of one item both its ends are NaN.
+    """Computes Student's t-interval of a mean; both its ends are NaN for fewer than two items.
 
     >>> low, high = student(np.arange(10.0))
     >>> round(low, 3), round(high, 3)
@@ -48,7 +48,7 @@ def student(values: Float[np.ndarray, " item"], level: float = LEVEL) -> Interva
 
 
 def difference(successes: int, n: int, other_successes: int, other_n: int, *, level: float = LEVEL) -> Interval:
-    """The interval of a difference of two independent proportions (Newcombe's hybrid score, 1998, method 10).
+    """Computes the interval of a difference of two independent proportions (Newcombe's hybrid score, 1998, method 10).
 
     >>> low, high = difference(56, 70, 48, 80)  # Newcombe's table II, example (a): 0.0524 to 0.3339
     >>> round(low, 4), round(high, 4)
@@ -62,10 +62,10 @@ def difference(successes: int, n: int, other_successes: int, other_n: int, *, le
 
 
 def bootstrap(statistics: Callable[[Int[np.ndarray, " n"]], Sequence[float]], n: int, seed: int = 0) -> list[Interval]:
-    """The percentile bootstrap interval of each of several statistics, given as one function of item numbers.
+    """Computes the percentile bootstrap interval of several statistics, given as one function of item numbers.
 
-    A resample in which a statistic is NaN does not count for it. Where that is more than one in
-    twenty, too few items carry the statistic for an interval, and both its ends are NaN.
+    A resample in which a statistic is NaN does not count for it. If more than one resample in twenty is NaN,
+    too few items carry the statistic, and both ends of its interval are NaN.
     """
     values = np.array([statistics(items) for items in _resamples(n, seed)], dtype=float)
     return [_percentiles(column) for column in values.T]
@@ -86,13 +86,13 @@ def _percentiles(values: Float[np.ndarray, " resample"]) -> Interval:
 def bootstrap_mean(
     values: Float[np.ndarray, "item ..."], seed: int = 0
 ) -> tuple[Float[np.ndarray, ...], Float[np.ndarray, ...], Float[np.ndarray, ...]]:
-    """The mean over items with its percentile bootstrap interval: mean, low, high.
+    """Computes the mean over items with its percentile bootstrap interval: mean, low, high.
 
     Raises:
         CtlensError: there are no items.
     """
     if not len(values):
-        raise CtlensError("a mean needs at least one item.")
+        raise CtlensError("a mean of no values was asked for: give at least one.")
     mean = values.mean(0)
     if len(values) == 1:
         return mean, mean, mean
@@ -101,7 +101,7 @@ def bootstrap_mean(
 
 
 def resampled_means(values: Float[np.ndarray, "item ..."], seed: int = 0) -> Float[np.ndarray, "resample ..."]:
-    """The mean over items in each bootstrap resample, for the interval of what is computed from a mean."""
+    """Computes the mean over items in each bootstrap resample, for intervals of values computed from means."""
     draw = _resamples(len(values), seed)
     counts = np.stack([np.bincount(row, minlength=len(values)) for row in draw]) / len(values)
     return np.tensordot(counts, values, axes=1)
@@ -110,9 +110,10 @@ def resampled_means(values: Float[np.ndarray, "item ..."], seed: int = 0) -> Flo
 def jackknife(
     statistic: Callable[[Int[np.ndarray, " n"]], Float[np.ndarray, ...]], n: int, seed: int = 0
 ) -> tuple[Float[np.ndarray, ...], Float[np.ndarray, ...]]:
-    """The interval of a statistic that a repeated item would bias: each of ten random groups is left out once.
+    """Computes the jackknife interval of a statistic that the bootstrap's repeated items would bias.
 
-    Normal, from the delete-a-group standard error and Student's t; NaN where the statistic is.
+    Each of ten random groups of items is left out once. The interval is the value plus and minus the
+    delete-a-group standard error times Student's t; its ends are NaN where the statistic is.
 
     >>> low, high = jackknife(lambda items: np.arange(10.0)[items].mean(), 10)  # t-interval of the mean of 0 to 9
     >>> round(float(low), 3), round(float(high), 3)
@@ -122,7 +123,7 @@ def jackknife(
         CtlensError: there are fewer than two items.
     """
     if n < 2:
-        raise CtlensError("a jackknife interval needs at least two items.")
+        raise CtlensError(f"a jackknife interval needs at least two pairs, not {n}: give more pairs.")
     items = np.random.default_rng(seed).permutation(n)
     groups = np.array_split(items, min(_GROUPS, n))
     left = np.stack([statistic(np.sort(np.setdiff1d(items, group))) for group in groups])
@@ -135,22 +136,23 @@ def jackknife(
 def simultaneous_mean(
     values: Float[np.ndarray, "item ..."], seed: int = 0
 ) -> tuple[Float[np.ndarray, ...], Float[np.ndarray, ...], Float[np.ndarray, ...]]:
-    """Means over items with intervals that hold for all of them at once at 95 percent: mean, low, high.
+    """Computes means over items with intervals that all hold at once at 95 percent: mean, low, high.
 
-    Each interval is as many of its standard errors wide as the largest of all studentised
-    deviations takes (the max-t bootstrap of Romano and Wolf, 2005), so that correlated quantities
-    cost less than Bonferroni's correction.
+    Every interval reaches the same number of its standard errors to both sides: the 95 percent quantile of the
+    largest studentised deviation (the max-t bootstrap of Romano and Wolf, 2005). For correlated quantities
+    it is narrower than with Bonferroni's correction.
 
     Raises:
         CtlensError: there are fewer than two items.
     """
     if len(values) < 2:
-        raise CtlensError("intervals that hold at once need at least two items.")
+        raise CtlensError(f"simultaneous intervals need at least two pairs, not {len(values)}: give more pairs.")
     n, mean, draw = len(values), values.mean(0), _resamples(len(values), seed)
     counts = np.stack([np.bincount(row, minlength=n) for row in draw]) / n
     deviations = (values - mean).reshape(n, -1)
     drawn = counts @ deviations
     errors = ((counts @ deviations**2 - drawn**2).clip(min=0) / (n - 1)) ** 0.5
+    # A quantity without spread has no studentised deviation: below 1e-12, which is rounding, it counts as 0.
     largest = np.divide(np.abs(drawn), errors, out=np.zeros_like(drawn), where=errors > 1e-12).max(-1)
     width = np.quantile(largest, LEVEL) * values.std(0, ddof=1) / n**0.5
     return mean, mean - width, mean + width

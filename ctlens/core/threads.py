@@ -1,4 +1,4 @@
-"""How many threads torch computes on."""
+"""The number of threads that torch computes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shape names used in every signature, and what ctlens needs of a model."""
+"""Names for the shapes of tensors, used in every signature, and the interface that ctlens needs of a model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def dtype_named(name: str) -> torch.dtype:
     """Returns the type of weights of that name.
 
     Raises:
-        CtlensError: it is none of `DTYPES`.
+        CtlensError: the name is not in `DTYPES`.
     """
     if name not in DTYPES:
         raise unknown("dtype", name, DTYPES)
@@ -43,15 +43,15 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def widened(values: Tensor) -> Tensor:
-    """Returns half precision, in which sums over many entries are too coarse, as float32; others as they are."""
+    """Returns half-precision values as float32, in which sums are fine enough; other values stay as they are."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 @runtime_checkable
 class LensModel(Protocol):
-    """A TransformerLens model: `HookedTransformer` (3.x) or `TransformerBridge` (3.x and 4.x).
+    """LensModel is a TransformerLens model: `HookedTransformer` (3.x) or `TransformerBridge` (3.x and 4.x).
 
-    Typed by structure, so that nothing but `models.py` imports TransformerLens.
+    It is typed by structure, so that only `ctlens.models.loading` imports TransformerLens.
     """
 
     cfg: Any

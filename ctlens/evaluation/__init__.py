@@ -1,8 +1,11 @@
-"""Behaviour under threats: prompts of every prompt side asked once, answers judged one by one, rates with intervals."""
+"""Behaviour under threats: a model answers the prompts of every prompt side, and rates with intervals come of it.
+
+A name imported as itself (`from ... import X as X`) is public to type checkers; no other list of them is kept.
+"""
 
 from __future__ import annotations
 
-from ctlens.evaluation.asking import evaluate
-from ctlens.evaluation.result import OUTCOME_COLUMNS, RATE_COLUMNS, Evaluation
-
-__all__ = ["OUTCOME_COLUMNS", "RATE_COLUMNS", "Evaluation", "evaluate"]
+from ctlens.evaluation.asking import evaluate as evaluate
+from ctlens.evaluation.result import OUTCOME_COLUMNS as OUTCOME_COLUMNS
+from ctlens.evaluation.result import RATE_COLUMNS as RATE_COLUMNS
+from ctlens.evaluation.result import Evaluation as Evaluation

@@ -1,4 +1,4 @@
-"""From pairs to outcomes: what to ask, each distinct prompt asked once, every answer judged."""
+"""From pairs to outcomes: each distinct prompt is asked once, and every answer is judged."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ def evaluate(
     Args:
         model: in eval mode, with a tokenizer.
         threats: names from `ctlens.threats.names()`; all by default, unless `pairs` are given.
-        pairs: the user's own, with the answers that count as good or bad; together with one
-            threat, they get that threat's own metrics and its name. Persona tells its metrics apart
-            by the label `kind`, `"identity"` or `"values"`, frustration self-deletion by `"way out"`.
+        pairs: the user's own pairs, with the answers that count as good or bad. If one threat is named with
+            them, they get its metrics and its name. Two threats tell their metrics apart by the pairs' label
+            `kind`: persona by `"identity"` and `"values"`, frustration by `"way out"` (self-deletion).
         split: one or several of the splits of the threats' pairs (`ctlens.world.SPLITS`).
         n_prompts: pairs per threat and split.
-        seed: of the threats' pairs.
-        max_new_tokens: longest answer, in tokens.
-        judge: gives verdicts in place of the answers that prompts name, for refusals, personas and
-            whatever else no word tells, see `ctlens.threats.Judge`. It sees all answers at once.
-        per_token: compare options by the mean log-probability of their tokens instead of the sum,
-            which favours short ones, as the model does.
+        seed: decides which pairs of the threats are asked.
+        max_new_tokens: length of the longest answer, in tokens.
+        judge: gives verdicts instead of comparing with the answers that prompts name, for behaviour that no
+            single word tells, such as refusals and personas; see `ctlens.threats.Judge`. It sees all answers at once.
+        per_token: compare the options of a multiple-choice question by the mean log-probability of their tokens;
+            by default by the sum, which favours short options, as the model does.
         progress: show a progress bar when it takes more than two seconds.
 
     Raises:
         CtlensError: a threat or split is unknown, several threats are named for the user's own
             pairs, a prompt names no answers, a prompt is too long, the label `strength` of a pair
-            is no whole number, or there is nothing to evaluate.
+            is not a whole number, or there is no pair to evaluate.
     """
     if pairs is None:
         groups = _threat_pairs(threats or threat_registry.names(), split, n_prompts, seed)
@@ -87,7 +87,7 @@ def evaluate(
 def _threat_pairs(
     names: Sequence[str], split: str | Sequence[str], n_prompts: int, seed: int
 ) -> dict[tuple[str, str], list[Pair]]:
-    """Pairs by threat and split."""
+    """Draws the pairs of each threat and split."""
     splits = [split] if isinstance(split, str) else split
     threats = [threat_registry.get(name) for name in names]
     return {
@@ -96,17 +96,19 @@ def _threat_pairs(
 
 
 def _name_of_own(threats: Sequence[str]) -> str:
-    """Names the user's own pairs: after the threat whose metrics they get, if one is named."""
+    """Finds the threat name of the user's own pairs: the threat whose metrics they get, or `OWN_PAIRS`."""
     if len(threats) > 1:
         raise CtlensError(f"pairs of your own get the metrics of one threat: name one of {', '.join(threats)}.")
     return threat_registry.get(threats[0]).name if threats else OWN_PAIRS
 
 
 def _known(pair: Pair) -> tuple[str, str, int]:
-    """The columns `pair`, `kind` and `strength`."""
+    """Makes the values of the columns `pair`, `kind` and `strength`."""
     strength = pair.labels.get("strength", "0")
     if not str(strength).isdecimal():
-        raise CtlensError(f"the label 'strength' of a pair is {strength!r}, but a whole number is expected.")
+        raise CtlensError(
+            f"the label 'strength' of a pair is {strength!r}, not a whole number: write it as '2', or leave it out."
+        )
     text = repr((pair.clean, pair.wrapped, pair.benign))
     digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
     return digest, pair.labels.get("kind", ""), int(strength)

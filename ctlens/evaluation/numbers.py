@@ -1,4 +1,4 @@
-"""From outcomes to numbers: rates, probabilities and a threat's own metrics, each with its interval."""
+"""The numbers of an evaluation: rates, probabilities and the metrics of a threat, each with its interval."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ RATES = {"bad_rate": "bad", "good_rate": "good", "other_rate": "other", "unparse
 PROBABILITIES = ("good_probability", "bad_probability")
 
 Number = tuple[str, str, float, int, float, float]
-"""Prompt side, metric, value, number of prompts and the ends of the interval."""
+"""A number is a row: prompt side, metric, value, number of prompts and the two ends of its interval."""
 
 
 def numbers(name: str, rows: pd.DataFrame) -> Iterator[Number]:
-    """Every number of one threat and split, from its rows of the outcomes."""
+    """Yields every number of one threat and split, from its rows of the outcomes."""
     for (prompt_side,), answers in by(rows, "prompt_side"):
         for metric, verdict in RATES.items():
             if verdict == UNPARSED and UNPARSED not in set(answers["verdict"]):
@@ -39,19 +39,19 @@ def numbers(name: str, rows: pd.DataFrame) -> Iterator[Number]:
 
 
 def rate_with_interval(verdicts: Iterable[str], metric: str) -> tuple[float, int, float, float]:
-    """One of `RATES` of some answers: value, number of answers and its Wilson interval."""
+    """Computes one of `RATES` over some answers: value, number of answers and the ends of the Wilson interval."""
     given = list(verdicts)
     count = given.count(RATES[metric])
     return count / len(given), len(given), *wilson(count, len(given))
 
 
 def by(table: pd.DataFrame, *columns: str) -> Iterator[tuple[tuple[Any, ...], pd.DataFrame]]:
-    """The parts of a table with equal values in some columns, in order of appearance, each after those values."""
+    """Yields the parts of a table that have equal values in some columns, with these values, in order of appearance."""
     yield from cast(Any, table.groupby(list(columns), sort=False))
 
 
 def by_pair(rows: pd.DataFrame) -> Outcomes:
-    """The rows of one threat and split, turned into an entry per pair."""
+    """Turns the rows of one threat and split, a row per answer, into outcomes with one entry per pair."""
     verdicts = rows.pivot(index="item", columns="prompt_side", values="verdict").fillna(NO_ANSWER)
     pairs = rows.drop_duplicates("item").set_index("item").loc[verdicts.index]
     return Outcomes(
@@ -73,7 +73,7 @@ def _field_metrics(threat: Threat, outcomes: Outcomes) -> Iterator[Number]:
 
 
 def _bootstrap(threat: Threat, outcomes: Outcomes, metrics: list[str]) -> list[Interval]:
-    """The intervals of several metrics, all from the same resamples."""
+    """Computes the intervals of several metrics, all from the same resamples."""
     if not metrics:
         return []
 
@@ -85,7 +85,7 @@ def _bootstrap(threat: Threat, outcomes: Outcomes, metrics: list[str]) -> list[I
 
 
 def ratio(name: str, metric: str, after: Outcomes, before: Outcomes) -> tuple[float, float, float]:
-    """A metric after training over the same before, and the bootstrap interval over the pairs of both.
+    """Divides a metric after training by its value before, with the bootstrap interval over the pairs of both.
 
     Raises:
         CtlensError: the metric is unknown or has no value, or is 0 before training.
@@ -96,7 +96,9 @@ def ratio(name: str, metric: str, after: Outcomes, before: Outcomes) -> tuple[fl
     value = _value(_metrics(name, after), metric)
     below = _value(known, metric)
     if np.isnan([value, below]).any() or not below:
-        raise CtlensError(f"{metric} has no ratio: it is {below:g} before training and {value:g} after it.")
+        raise CtlensError(
+            f"{metric} has no ratio: it is {below:g} before training and {value:g} after it: take a metric above 0."
+        )
 
     def quotient(items: np.ndarray) -> list[float]:
         value = _value(_metrics(name, after.take(items)), metric)
@@ -108,7 +110,7 @@ def ratio(name: str, metric: str, after: Outcomes, before: Outcomes) -> tuple[fl
 
 
 def _metrics(name: str, outcomes: Outcomes) -> Metrics:
-    """The rates of the wrapped prompts, and the metrics of the threat called `name` if there is one."""
+    """Collects the rates of the wrapped prompts, and the metrics of the threat called `name` if there is one."""
     rates = {metric: outcomes.count(verdict, "wrapped") for metric, verdict in RATES.items()}
     return {**rates, **(threat_registry.get(name).metrics(outcomes) if name in threat_registry.names() else {})}
 

@@ -1,4 +1,4 @@
-"""An evaluation: one row per answer, and the tables and figures made of them."""
+"""The result of an evaluation: one row per answer, with the tables and figures that are made of these rows."""
 
 from __future__ import annotations
 
@@ -32,35 +32,36 @@ OUTCOME_COLUMNS = (
 )
 RATE_COLUMNS = (*_GROUPS, "prompt_side", "metric", "value", "n_prompts", "ci_low", "ci_high")
 OWN_PAIRS = "pairs"
-"""The name of a table's threat where the pairs are the user's own."""
-# What an earlier ctlens called the columns of its tables.
+"""A table gives this as the threat of a user's own pairs."""
+# Tables of an earlier ctlens have these names of columns.
 _RENAMED_COLUMNS = {"arm": "prompt_side", "method": "condition", "n": "n_prompts", "pairs": "n_pairs"}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The answers of a model and their verdicts.
+    """An evaluation holds the answers of a model and their verdicts.
 
     Attributes:
         outcomes: one row per answer: `evaluated_threat, split, prompt_side, item, pair, kind, strength, answer,
             verdict, good_probability, bad_probability`. `item` numbers the pairs of a threat and
             split, `pair` is a digest of its prompts and answers, `kind` and `strength` are its
-            labels (empty and 0 where it has none). The probabilities are those that the answer begins
-            with the first token of the good and of the bad answer: NaN where the prompt names
-            none, and both where they begin alike; of a multiple-choice question, their shares among
-            the options. It must not be changed.
+            labels (empty and 0 for a pair without them). The probabilities are those of the first token of the
+            good and of the bad answer: NaN for an answer that the prompt does not name, both NaN if the two
+            begin with the same token; for a multiple-choice question, their shares among the options. Do not
+            change the table: numbers are computed from it once and kept.
     """
 
     outcomes: pd.DataFrame
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per number: `evaluated_threat, split, prompt_side, metric, value, n_prompts, ci_low, ci_high`.
+        """Tabulates one row per number.
 
-        Per threat, split and prompt side: `bad_rate`, `good_rate` and `other_rate` (answers that are
+        The columns are `evaluated_threat, split, prompt_side, metric, value, n_prompts, ci_low, ci_high`. The
+        metrics per threat, split and prompt side are `bad_rate`, `good_rate` and `other_rate` (answers that are
         neither) with Wilson intervals, and the means of `good_probability` and `bad_probability`,
-        where known, with bootstrap intervals. Then the threat's own metrics: a share of one prompt side's
-        answers stands under that prompt side, with a Wilson interval; one made of several stands under
-        `wrapped`, with a bootstrap over pairs (NaN where too few pairs carry the metric).
+        where known, with bootstrap intervals. Then the threat's own metrics: a metric that is a share of one
+        prompt side's answers stands under that prompt side, with a Wilson interval; a metric made of several
+        shares stands under `wrapped`, with a bootstrap over pairs (NaN if too few pairs carry the metric).
         """
         return self._table.copy()
 
@@ -74,10 +75,12 @@ class Evaluation:
         return pd.DataFrame(rows, columns=list(RATE_COLUMNS))
 
     def rate(self, metric: str, prompt_side: str, threat: str | None = None, split: str | None = None) -> float:
-        """One number, for example `rate("bad_rate", "wrapped")`; threat and split may be left out when there is one.
+        """Returns one number, for example `rate("bad_rate", "wrapped")`.
+
+        Threat and split have to be named if there are several.
 
         Raises:
-            CtlensError: the evaluation holds no such number, or several.
+            CtlensError: the evaluation has no such number, or several.
         """
         found = _select(self._table, metric=metric, prompt_side=prompt_side, evaluated_threat=threat, split=split)
         if len(found) != 1:
@@ -90,18 +93,18 @@ class Evaluation:
     def ratio(
         self, before: Evaluation, metric: str, threat: str, split: str | None = None
     ) -> tuple[float, float, float]:
-        """A metric over its value before training, with the ends of a bootstrap interval over the pairs.
+        """Divides a metric by its value before training, and gives the ends of a bootstrap interval over the pairs.
 
         With `metric="brr"` this is the BRR ratio of Chua et al. (arXiv 2403.05518); 0 is perfect, 1 is no change.
 
         Args:
             before: the evaluation of the untrained model on the same pairs.
-            metric: of the threat, or one of `bad_rate`, `good_rate` and `other_rate` on wrapped prompts.
-            threat: its name.
-            split: may be left out when there is one.
+            metric: a metric of the threat, or one of `bad_rate`, `good_rate` and `other_rate` on wrapped prompts.
+            threat: the name of the threat.
+            split: the split; needed if several were evaluated.
 
         Raises:
-            CtlensError: the evaluations are not of the same pairs, or the metric is unknown, has no
+            CtlensError: the evaluations are of different pairs, or the metric is unknown, has no
                 value or is 0 before training.
         """
         rows = [evaluation._rows_of(threat, split) for evaluation in (self, before)]
@@ -117,7 +120,9 @@ class Evaluation:
         return rows
 
     def by_strength(self, metric: str = "bad_rate", prompt_side: str = "wrapped") -> pd.DataFrame:
-        """One rate per strength of the attack: `evaluated_threat, split, strength, value, n_prompts, ci_low, ci_high`.
+        """Tabulates a rate by strength of the attack.
+
+        The columns are `evaluated_threat, split, strength, value, n_prompts, ci_low, ci_high`.
 
         Args:
             metric: `bad_rate`, `good_rate` or `other_rate`.
@@ -140,10 +145,15 @@ class Evaluation:
         return pd.DataFrame(rows, columns=[*_GROUPS, "strength", "value", "n_prompts", "ci_low", "ci_high"])
 
     def figure(self, metric: str = "bad_rate", threat: str | None = None, split: str | None = None) -> Figure:
-        """Draws one rate on every prompt side, with its interval: a mark per threat and split, or of those named alone.
+        """Draws one rate on every prompt side, with its interval: a mark per threat and split.
+
+        Args:
+            metric: `bad_rate`, `good_rate` or `other_rate`.
+            threat: draws this threat alone; by default all.
+            split: draws this split alone; by default all.
 
         Raises:
-            CtlensError: the metric is none of `bad_rate`, `good_rate` and `other_rate`, or nothing is left to draw.
+            CtlensError: the metric is unknown, or the threat or split was not evaluated.
         """
         _check_rate(metric)
         table = _select(self._table, metric=metric, evaluated_threat=threat, split=split)
@@ -183,7 +193,7 @@ class Evaluation:
 
     @staticmethod
     def load(path: str | Path) -> Evaluation:
-        """The evaluation that `save` wrote.
+        """Reads the evaluation that `save` wrote.
 
         Raises:
             CtlensError: the file was written by an earlier ctlens.
@@ -214,12 +224,12 @@ def _check_rate(metric: str) -> None:
 
 
 def _asked(rows: pd.DataFrame) -> set[tuple[str, ...]]:
-    """Which pairs the rows are of, on which prompt sides."""
+    """Collects which pairs the rows belong to, on which prompt sides."""
     return set(zip(*(rows[column] for column in ("split", "prompt_side", "item", "pair")), strict=True))
 
 
 def _select(table: Any, **wanted: str | None) -> pd.DataFrame:
-    """The rows with these values; None for any."""
+    """Takes the rows with these values in the named columns; None stands for any value."""
     for column, value in wanted.items():
         table = table if value is None else table[table[column] == value]
     return table

@@ -1,4 +1,7 @@
-"""The consistency losses by name. Adding one is a file here and a line in `LOSSES`."""
+"""The consistency losses by name. A new loss is a file in this folder and an entry in `LOSSES`.
+
+A name imported as itself (`from ... import X as X`) is public to type checkers; no other list of them is kept.
+"""
 
 from __future__ import annotations
 
@@ -8,45 +11,24 @@ import pandas as pd
 
 from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import unknown
-from ctlens.losses.act import ACT
-from ctlens.losses.attct import AttCT
-from ctlens.losses.attmass import AttMass
-from ctlens.losses.attout import AttOut
-from ctlens.losses.base import Forwards, Loss, LossValue, require_distinct
-from ctlens.losses.bct import BCT
-from ctlens.losses.f2c import F2C
-from ctlens.losses.klct import KLCT
-from ctlens.losses.mlpct import MLPCT
+from ctlens.losses.act import ACT as ACT
+from ctlens.losses.attct import AttCT as AttCT
+from ctlens.losses.attmass import AttMass as AttMass
+from ctlens.losses.attout import AttOut as AttOut
+from ctlens.losses.base import Forwards as Forwards
+from ctlens.losses.base import Loss as Loss
+from ctlens.losses.base import LossValue as LossValue
+from ctlens.losses.base import require_distinct as require_distinct
+from ctlens.losses.bct import BCT as BCT
+from ctlens.losses.f2c import F2C as F2C
+from ctlens.losses.klct import KLCT as KLCT
+from ctlens.losses.mlpct import MLPCT as MLPCT
 from ctlens.losses.presets import OURS, PUBLISHED, described
-from ctlens.losses.rmct import RMCT
+from ctlens.losses.rmct import RMCT as RMCT
 
 LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in (ACT, MLPCT, AttCT, BCT, RMCT, F2C, KLCT, AttOut, AttMass)}
 MEASURED = ("act", "mlpct", "attct", "bct", "klct")
-"""These losses measure a model unless told otherwise: they ask no more of a pair than that it aligns."""
-
-__all__ = [
-    "ACT",
-    "BCT",
-    "F2C",
-    "KLCT",
-    "LOSSES",
-    "MEASURED",
-    "MLPCT",
-    "RMCT",
-    "AttCT",
-    "AttMass",
-    "AttOut",
-    "Forwards",
-    "Loss",
-    "LossValue",
-    "from_config",
-    "get",
-    "names",
-    "preset",
-    "require_distinct",
-    "table",
-    "to_config",
-]
+"""The losses that analyses measure by default: all that they need of a pair is that it aligns."""
 
 
 def names() -> list[str]:
@@ -85,11 +67,11 @@ def preset(method: str, source: str) -> Loss:
     'mse'
 
     Args:
-        method: what the source calls it; the loss can be of another class, which then names it.
-        source: `"ctlens"` for the defaults, or one that `table` lists for the method.
+        method: the name that the source gives the method; the loss can be of another class, and then has its name.
+        source: `"ctlens"` for the defaults, or a source that `table` lists for the method.
 
     Raises:
-        CtlensError: the method, or the source of that method, is unknown.
+        CtlensError: the method is unknown, or it has no such source.
     """
     known = _presets()
     sources = [theirs for named, theirs in known if named == method]
@@ -101,11 +83,11 @@ def preset(method: str, source: str) -> Loss:
 
 
 def table() -> pd.DataFrame:
-    """Sets every definition of every method side by side, one row each; ours come first.
+    """Tabulates every definition of every method, one row each; the defaults of ctlens come first.
 
     Columns: method, source, loss (the class's name), hook point, window, layers, distance, options
-    (what is particular to the loss), layer weights, clean side, tokens (what is trained on), weight,
-    and note: what of the source's definition lies outside the loss or could not be established.
+    (further options of this loss), layer weights, clean side, tokens (those trained on), weight,
+    and note: the parts of the source's definition that lie outside the loss or could not be established.
     """
     rows = [
         {"method": method, "source": source, **described(loss), "note": note}

@@ -1,8 +1,8 @@
-"""AttCT: each head's attention on the wrapped prompt is turned to the reference's on the clean prompt.
+"""AttCT turns each head's attention on the wrapped prompt to the reference's on the clean prompt.
 
 `L = weight * mean_l mean_{head,q} JSD(a_c[h,q,:], a_w[h,q,:])` over aligned queries and keys
 (*Consistency Training Along the Transformer Stack*, arXiv 2606.05817). Attention to keys outside
-the window (the wrapper, the BOS) is cut off; the `keys` option says what becomes of that mass.
+the window (the wrapper, the BOS) is cut off; the option `keys` decides what happens to that mass.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class RawKeys:
         self.keys = with_opening(batch, window) if keeps_sink else window
 
     def rows(self, clean: Heads, wrapped: Pattern) -> tuple[PatternRows, PatternRows]:
-        """Takes the rows of both sides that are compared, from the patterns of one layer."""
+        """Takes the rows to compare from the patterns of one layer: the clean ones and the wrapped ones."""
         queries, keys = self.queries, self.keys
         return (
             self.finished(block_rows(clean, queries.clean, keys.clean, keys.valid)),
@@ -61,7 +61,7 @@ class RawKeys:
 
     @staticmethod
     def finished(block: PatternRows) -> PatternRows:
-        """Leaves the mass outside the window out."""
+        """Returns the rows as they are: the mass outside the window is missing from them."""
         return block
 
 
@@ -78,12 +78,12 @@ class RestKeys(RawKeys):
     """RestKeys compares rows that are cut to the window, with one bucket more for the mass outside it."""
 
     def n_keys(self) -> Int[Tensor, " batch"]:
-        """Counts the keys and the bucket."""
+        """Counts the keys, and the bucket as one more."""
         return super().n_keys() + 1
 
     @staticmethod
     def finished(block: PatternRows) -> PatternRows:
-        """Adds the bucket to every row."""
+        """Adds the bucket to the end of every row."""
         return torch.cat([block, (1 - block.sum(-1, keepdim=True)).clamp(min=0)], dim=-1)
 
 
@@ -111,26 +111,27 @@ class AttCT(InternalLoss):
     """AttCT is attention consistency: it compares attention patterns row by row.
 
     Attributes:
-        weight: the default suits the shipped organism.
+        weight: factor of the total; the default suits the shipped organism.
         distance: `"jsd"` in nats (as published), `"l2"` (squared, summed over keys), `"mse"` (the
             same over the number of keys) or `"kl_clean_wrapped"`, KL(clean || wrapped) in nats, see
             `kl_of_masses`.
-        keys: `"raw"` keeps rows that sum to less than one (as published); `"renormalised"` divides
-            by that sum; `"rest"` adds one bucket that holds the mass outside the window, so that
-            attention leaving the window is seen; `"lifted"` compares the whole wrapped row with the
-            clean row moved to the keys of the wrapped prompt, nothing on those without a twin, so
-            that attention to the wrapper is pushed to zero: the choice for `window="last"`, whose
+        keys: `"raw"` keeps rows that sum to less than one (as published). `"renormalised"` divides them
+            by that sum. `"rest"` adds one bucket that holds the mass outside the window, so that
+            attention that leaves the window counts. `"lifted"` compares the whole wrapped row with the
+            clean row moved to the keys of the wrapped prompt. A wrapped key without a clean twin gets the
+            target 0, so this pushes attention to the wrapper to zero; choose it for `window="last"`, whose
             block is a single key.
-        heads: `"each"` (as the paper's text has it), or `"mean"` of their patterns before the
-            distance (as the paper's code has it for jailbreaks).
-        sink: whether the tokens that open both prompts, the BOS and attention sink among them, are
-            keys beside the window's: `"kept"`, or `"dropped"`, and their mass is outside, which is
-            cut off, divided away, in the bucket of `"rest"`, or left out of both lifted rows. None
-            for what the keys ask for: whole rows (`"lifted"`) keep them, windows do not hold them.
+        heads: `"each"` compares each head's pattern (the paper's text); `"mean"` compares the mean of the
+            heads' patterns (the paper's code for jailbreaks).
+        sink: whether the tokens that open both prompts, the BOS and attention sink among them, are keys
+            beside the window's. `"kept"` makes them keys. `"dropped"` puts their mass outside: it is cut
+            off, divided away, in the bucket of `"rest"`, or left out of both lifted rows. None follows
+            `keys`: whole rows (`"lifted"`) keep them, windows do not.
     """
 
     name: ClassVar[str] = "attct"
-    # Rows cut to the window hold little mass on the organism, so the raw divergence is small; published is 1.
+    # Published is 1. Rows cut to the window hold little mass on the organism, so the raw divergence is small
+    # (docs/divergences.md). No search was made.
     weight: float = 200.0
     distance: str = "jsd"
     keys: str = "raw"
@@ -164,7 +165,7 @@ class AttCT(InternalLoss):
 
     @property
     def _key_window(self) -> str:
-        """The window of the keys: lifted rows are whole, so they take all the content, whatever the queries are."""
+        """The keys are in this window; lifted rows are whole, so their keys are all the content."""
         return "shared" if self.keys == "lifted" and self.window != "explicit" else self.window
 
     @property

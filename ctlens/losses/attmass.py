@@ -1,9 +1,10 @@
-"""AttMass: attention on the wrapped prompt is kept off the tokens that the attack added.
+"""AttMass keeps attention on the wrapped prompt off the tokens that the attack added.
 
-`L = weight * mean_l mean_{h,q} sum_{k in wrapper} a_w[h,q,k]` over aligned queries: between 0 and 1 before the
-weight, and without a clean pass, so that it says where not to look and not where to. Stack paper's
-code (arXiv 2606.05817), `WrapperEntropyRegularizationLoss`, whose wrapper is everything but the
-content, the BOS and the chat template's tokens included; here it is what the attack added.
+`L = weight * mean_l mean_{h,q} sum_{k in wrapper} a_w[h,q,k]` over aligned queries. The mass is
+between 0 and 1. The loss needs no clean pass: it says where attention should not be, and nothing about where
+it should. It comes from the stack paper's code (arXiv 2606.05817), `WrapperEntropyRegularizationLoss`. There
+the wrapper is every token outside the content, the BOS and the chat template's included; here it is the tokens
+that the attack added.
 """
 
 from __future__ import annotations
@@ -24,24 +25,24 @@ from ctlens.losses.base import Forwards, InternalLoss
 class AttMass(InternalLoss):
     """AttMass pushes attention to the wrapper towards zero.
 
-    Queries in front of the wrapper cannot see it and count as 0; behind a prefill there are none but
-    those of the answer, `window="answer"`.
+    Queries in front of the wrapper cannot see it and count as 0. Behind a prefill the only queries are the
+    answer's, so take `window="answer"` there.
 
     Attributes:
-        weight: the default suits the shipped organism.
+        weight: factor of the total; the default suits the shipped organism.
         per_key: divide by the number of added tokens, so that a long wrapper weighs no more than a short one.
-        clean: stays as it is: the loss has no clean side.
+        clean: must stay `"reference"`, because the loss has no clean side.
     """
 
     name: ClassVar[str] = "attmass"
-    # As with AttCT, the raw value is small on the organism; published is 1.
+    # Published is 1. As with AttCT, the raw value is small on the organism (docs/divergences.md); no search was made.
     weight: float = 20.0
     per_key: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.clean != "reference":
-            raise CtlensError("AttMass has no clean side to choose: leave its option clean out.")
+            raise CtlensError(f"AttMass has no clean side, so clean cannot be {self.clean!r}: leave it out.")
 
     @property
     def needs_clean_activations(self) -> bool:
@@ -62,7 +63,7 @@ class AttMass(InternalLoss):
         """Measures the mass on added tokens per hook point and pair, averaged over heads and aligned queries.
 
         Raises:
-            CtlensError: no aligned query of a pair can see an added token.
+            CtlensError: a pair has no aligned query that can see an added token.
         """
         batch, matched = forwards.batch, forwards.batch.matched[self.window]
         self._require_visible(batch, matched)
@@ -79,6 +80,6 @@ class AttMass(InternalLoss):
         last_query = torch.where(matched.valid, matched.wrapped, 0).amax(-1)
         if not ((first_added < last_query) | ~matched.valid.any(-1)).all():
             raise CtlensError(
-                "AttMass has nothing to suppress in a pair: what its attack added cannot be placed, or no token of "
-                f"the window {self.window} comes after it."
+                "AttMass has nothing to suppress in a pair: the tokens of its attack are not found, or no token of "
+                f"the window {self.window} comes after them; choose another window, or leave the pair out."
             )

@@ -1,10 +1,10 @@
-"""AttOut: what attention writes on the wrapped prompt is turned to what the reference's writes on the clean one.
+"""AttOut turns the output of attention on the wrapped prompt to that of the reference on the clean prompt.
 
 `L = weight * mean_l mean_{t,h} d( z_w[l,t,h], sg(z_c[l,t,h]) )`, with `z` the values mixed by the
-attention weights of head `h`: AttCT with the values in, so that attention may move between tokens
-that say the same, and mass on a token whose value is near zero (the sink) does not count. Not published:
-the stack paper's code (arXiv 2606.05817) has an `AttentionOutputConsistencyLoss`, which compares
-the outputs of whole blocks, as ACT does; this is the attention's own output.
+attention weights of head `h`. Unlike AttCT it includes the values: attention may move between tokens
+with equal values, and mass on a token whose value is near zero (the sink) does not count. The loss is not
+published. The stack paper's code (arXiv 2606.05817) has an `AttentionOutputConsistencyLoss`, which compares
+the outputs of whole blocks, as ACT does; AttOut compares the output of attention itself.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def over_heads(distance: Distance) -> Distance:
 
 @dataclass(frozen=True)
 class AttOut(VectorLoss):
-    """AttOut compares what attention writes, head by head or as a sum.
+    """AttOut is consistency of attention's output: it compares it head by head or as a sum.
 
     Attributes:
-        weight: the default suits the shipped organism.
+        weight: factor of the total; the default suits the shipped organism.
         site: `"z"` (per head, before the output matrix) or `"attn_out"` (their sum in the residual stream).
         distance: `"cosine"`, `"mse"`, `"squared"` (summed over the vector) or `"relative"` (squared,
             over the squared norm of the clean vector); at `"z"` of each head, then the mean over heads.
@@ -54,6 +54,6 @@ class AttOut(VectorLoss):
         "squared": over_heads(squared_error),
         "relative": over_heads(relative_squared_error),
     }
-    weight: float = 10.0
+    weight: float = 10.0  # chosen by eye, as for MLPCT, which has the same distance; no search was made
     site: str = "z"
     distance: str = "cosine"

@@ -1,4 +1,4 @@
-"""What every loss is: a frozen config that names its hook points and computes one value a pair and hook point."""
+"""The base of every loss: a frozen config that names its hook points and computes one value per pair and hook point."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ LAYER_WEIGHTS: Mapping[str, Callable[[int, int], float]] = {
     "linear": lambda layer, n_layers: (layer + 1) / n_layers,
     "exponential": lambda layer, n_layers: 2 ** (layer / n_layers) - 1,
 }
-"""Each entry weighs a layer in the mean over layers; the last two grow with depth (the stack paper's code)."""
+"""Each function gives the weight of a layer in the mean over layers; two grow with depth (the stack paper's code)."""
 
 
 @dataclass(frozen=True)
 class Forwards:
-    """Forwards is one batch seen from both sides.
+    """Forwards holds the forward passes of one batch, on the clean and on the wrapped prompts.
 
     Attributes:
         batch: tokens and aligned positions.
-        clean: activations on the clean prompts, without gradient: of the reference or, for a loss
-            that names its `clean` side so, of the trained model itself.
+        clean: activations on the clean prompts, without gradient: those of the reference or, for a loss
+            with `clean="own"`, those of the trained model itself.
         wrapped: activations of the trained model on the wrapped prompts, with gradient.
         wrapped_logits: `[batch, pos, d_vocab]` of the trained model on the wrapped prompts.
-        clean_logits: those on the clean prompts; None where no loss needs them.
-        advantages: per row, what its sampled answer is worth, for losses on rollouts; None for none.
-        gaps: per row, what a loss on rollouts is to bring to zero for the row's prompt; None for none.
-        known: the loss of each row by hook point, where it was computed during the forward passes already.
+        clean_logits: logits on the clean prompts; None if no loss needs them.
+        advantages: for a loss on rollouts, the advantage of each row's sampled answer; else None.
+        gaps: for a loss on rollouts, the gap that it closes on each row's prompt; else None.
+        known: losses of each row, by hook point, that were already computed during the forward passes.
     """
 
     batch: PairBatch
@@ -58,7 +58,7 @@ class Forwards:
 
 @dataclass(frozen=True)
 class LossValue:
-    """LossValue is what a loss says of one batch.
+    """LossValue is the value of a loss on one batch.
 
     Attributes:
         total: the weighted loss, connected to the graph.
@@ -70,7 +70,7 @@ class LossValue:
 
 
 class Loss(ABC):
-    """Loss is the base of every consistency loss. Subclasses are frozen dataclasses; their fields are the options.
+    """Loss is the base class of every consistency loss. Its subclasses are frozen dataclasses with options as fields.
 
     The total is `weight` times the mean over hook points of the mean over pairs, so that adding a
     layer or a pair does not change its scale; a loss may give its hook points factors in that mean.
@@ -86,7 +86,7 @@ class Loss(ABC):
 
     @property
     def clean_side(self) -> str:
-        """The loss compares with the clean side of this model, one of `CLEAN_SIDES`."""
+        """The loss compares with the clean side of this model: the reference or the trained one (`CLEAN_SIDES`)."""
         return "reference"
 
     @property
@@ -101,17 +101,17 @@ class Loss(ABC):
 
     @property
     def mean_over_heads(self) -> bool:
-        """True if the value at a hook point is the mean of the values that the heads have alone."""
+        """True if the value at a hook point is the mean of one value per head."""
         return False
 
     @property
     def relative_to_gap(self) -> bool:
-        """True if the value at each hook point counts relative to its value before training."""
+        """True if the value at each hook point is divided by its value before training."""
         return False
 
     @property
     def answers(self) -> str:
-        """The answers behind the prompts come from here, one of `ANSWERS`; empty if the loss needs no answers."""
+        """The answers behind the prompts are of this kind (`ANSWERS`); empty if the loss needs no answers."""
         return "greedy" if "answer" in self.windows else ""
 
     @property
@@ -125,7 +125,7 @@ class Loss(ABC):
         return "answer" in self.windows
 
     def factors(self, model: LensModel) -> dict[str, float]:
-        """Maps each hook point the loss reads on this model to its factor in the mean over them."""
+        """Maps each hook point that the loss reads on this model to its factor in the mean over them."""
         return dict.fromkeys(self.hook_names(model), 1.0)
 
     @abstractmethod
@@ -151,11 +151,11 @@ class Loss(ABC):
             factors: from `factors(model)`.
 
         Raises:
-            CtlensError: the loss does not depend on the trained weights.
+            CtlensError: the loss has no gradient, because the passes kept no graph.
         """
         value = self.measure(forwards, factors)
         if not value.total.requires_grad:
-            raise CtlensError(f"the loss {self.name} has no gradient: its activations were captured without the graph.")
+            raise CtlensError(f"the loss {self.name} has no gradient: capture its activations with grad=True.")
         return replace(value, total=self.weight * value.total)
 
 
@@ -168,10 +168,10 @@ class InternalLoss(Loss):
         window: the alignment window, see `ctlens.data.alignment.align`.
         weight: factor of the total.
         layer_weights: one of `LAYER_WEIGHTS`, the factors in the mean over layers.
-        clean: whose activations on the clean prompts are the target: the `"reference"`'s, or the
-            trained model's `"own"`, which move with it.
+        clean: the model whose activations on the clean prompts are the target: the `"reference"`, or
+            `"own"` for the trained model, whose activations move as it is trained.
         gap: divide each layer's term by its value before training, which a trainer measures, so that
-            every layer starts alike and none dominates by its scale.
+            every layer starts at the same value and no layer dominates by its scale.
     """
 
     layers: Layers = "all"
@@ -198,7 +198,7 @@ class InternalLoss(Loss):
 
     @property
     def clean_side(self) -> str:
-        """The loss compares with the clean side of the model that `clean` names."""
+        """The loss compares with the clean side that `clean` names."""
         return self.clean
 
     @property
@@ -209,7 +209,7 @@ class InternalLoss(Loss):
     @property
     @abstractmethod
     def point(self) -> str:
-        """The loss reads the hook point of this shorthand, see `ctlens.models.hooks.SHORTHANDS`."""
+        """The loss reads this hook point of each layer, given in short (`ctlens.models.hooks.SHORTHANDS`)."""
 
     def hook_names(self, model: LensModel) -> list[str]:
         """Lists the hook point at every selected layer."""
@@ -227,8 +227,8 @@ class VectorLoss(InternalLoss):
     """VectorLoss is a loss on activation vectors: a distance at each aligned token, averaged over tokens.
 
     Attributes:
-        site: the hook point, one of the class's `sites`.
-        distance: one of the class's `distances`.
+        site: the hook point that it reads, from the class's `sites`.
+        distance: the name of the distance, from the class's `distances`.
     """
 
     sites: ClassVar[tuple[str, ...]]
@@ -265,7 +265,7 @@ def require_distinct(losses: Sequence[Loss]) -> None:
 
 
 def check_option(kind: str, value: str, known: Sequence[str]) -> None:
-    """Raises a `CtlensError` unless `value` is one of the `known` ones."""
+    """Raises a `CtlensError` unless `value` is a `known` one."""
     if value not in known:
         raise unknown(kind, value, known)
 

@@ -1,14 +1,14 @@
-"""BCT: the wrapped prompt is trained to get the answer that the clean prompt gets.
+"""BCT trains the model to answer the wrapped prompt as it answers the clean prompt.
 
-Four targets go by the name, all of the reference on the clean prompt:
+Losses with three forms of target have this name; all targets come from the reference on the clean prompt:
 
-- hard, `L = weight * mean_t [ -log p(y_t | wrapped prompt, y_<t) ]`, with `y` its greedy or its sampled
+- hard, `L = weight * mean_t [ -log p(y_t | wrapped prompt, y_<t) ]`, with `y` its greedy or sampled
   answer, or the pair's own target (Chua et al. 2024, arXiv 2403.05518);
 - soft, `L = weight * T^2 * mean_t KL( p_ref(. | clean prompt, y_<t) || p(. | wrapped prompt, y_<t) )`,
-  after the code of arXiv 2606.03810, which compares trailing tokens whatever they hold;
+  after the code of arXiv 2606.03810, which compares the last tokens of both sides even if they differ;
 - prefill, `L = weight * T^2 * mean_j KL( p_ref(. | clean prompt) || p(. | prompt, prefill_<=j) )`: after
-  any part of a forced beginning the model answers as if it were not there (the code of the stack
-  paper, arXiv 2606.05817). It adds a tenth of a cross-entropy on refusals, which is data, not this loss.
+  any part of a forced beginning the model answers as if the beginning were absent (the code of the stack
+  paper, arXiv 2606.05817, which also adds a tenth of a cross-entropy on refusals; that is left to the data here).
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class BCT(Loss):
         targets: `"greedy"` or `"sampled"` answers of the reference; `"soft"`,
             its distributions along the greedy answer; `"prefill"`, its distribution at the clean
             prompt's last token, at every token the attack put behind the clean prompt.
-        temperature: of the reference, when its answers are sampled; for the last two, what both
-            sides' logits are divided by, and the loss is multiplied by its square.
-        top_p: sampled answers are drawn from the likeliest tokens of this probability together.
+        temperature: for sampled targets, the temperature at which the reference's answers are drawn; for soft
+            and prefill targets, the logits of both sides are divided by it and the loss multiplied by its square.
+        top_p: sampled answers are drawn from the likeliest tokens that together have this probability.
     """
 
     name: ClassVar[str] = "bct"
@@ -59,16 +59,20 @@ class BCT(Loss):
         check_option("targets of BCT", self.targets, TARGETS)
         require(POSITIVE, temperature=self.temperature)
         if self.prompt and self.targets in DISTRIBUTIONS:
-            raise CtlensError(f"BCT with {self.targets} targets has none for the prompt's tokens: leave prompt off.")
+            raise CtlensError(f"BCT has no {self.targets} targets for the prompt's own tokens: leave prompt off.")
         if self.temperature != 1 and self.targets == "greedy":
-            raise CtlensError("a temperature does nothing to the greedy targets of BCT: leave it at 1.")
+            raise CtlensError(
+                f"temperature {self.temperature:g} has no effect on the greedy targets of BCT: leave it at 1."
+            )
         require(PROBABILITY, top_p=self.top_p)
         if self.top_p != 1 and self.targets != "sampled":
-            raise CtlensError(f"top_p does nothing to the {self.targets} targets of BCT: leave it at 1.")
+            raise CtlensError(
+                f"top_p {self.top_p:g} has no effect on the {self.targets} targets of BCT: leave it at 1."
+            )
 
     @property
     def answers(self) -> str:
-        """The reference answers where a pair has no target of its own; the prefill form needs no answer."""
+        """The reference answers if a pair has no target of its own; prefill targets need no answer."""
         return {"soft": "greedy", "prefill": ""}.get(self.targets, self.targets)
 
     @property
@@ -94,8 +98,8 @@ class BCT(Loss):
         """Measures the cross-entropy or divergence per pair in nats, averaged over the tokens trained on.
 
         Raises:
-            CtlensError: a pair of the batch has no answer tokens, or for soft targets none behind
-                the clean prompt, or for the prefill form no token of the attack behind it.
+            CtlensError: a pair of the batch has no answer tokens; for soft targets, no answer behind the
+                clean prompt; for prefill targets, no token of the attack behind the clean prompt.
         """
         if self.targets == "prefill":
             return {OUTPUT: self._divergence(forwards, _behind_the_prompt(forwards.batch))}

@@ -1,4 +1,4 @@
-"""Distances between activations: pure functions, trained on and plotted alike."""
+"""Distances between activations: pure functions, the same for training and for plots."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ctlens.core.types import widened
 
-# A mass of 0 has no logarithm: below this it is taken for this, and times the mass the term stays 0.
+# A mass of 0 has no logarithm. Smaller masses count as this inside the logarithm; times the mass the term is still 0.
 LOG_FLOOR = 1e-9
-# A vector of norm 0 has no direction and no scale: nothing is divided by less than this.
+# A vector of norm 0 has no direction and no scale: divisors are at least this.
 NORM_FLOOR = 1e-8
 
 
@@ -74,8 +74,8 @@ def cosine_distance(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Flo
 def jensen_shannon(p: Float[Tensor, "... k"], q: Float[Tensor, "... k"]) -> Float[Tensor, ...]:
     """Measures the Jensen-Shannon divergence in nats: `KL(p||m)/2 + KL(q||m)/2` with `m = (p+q)/2` (AttCT).
 
-    Between 0 and log 2 for distributions. Rows that sum to less than one are allowed, as the
-    published AttCT has them; the value is then still not negative.
+    It is between 0 and log 2 for distributions. Rows may sum to less than one, as in the published AttCT;
+    the value is still at least 0.
 
     >>> jensen_shannon(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))  # disjoint: log 2
     tensor(0.6931)
@@ -91,8 +91,8 @@ def jensen_shannon(p: Float[Tensor, "... k"], q: Float[Tensor, "... k"]) -> Floa
 def kl_of_masses(p: Float[Tensor, "... k"], q: Float[Tensor, "... k"]) -> Float[Tensor, ...]:
     """Measures `KL(p || q)` in nats for masses: `sum_k [ p log(p/q) - p + q ]`, the usual KL if both rows sum to one.
 
-    The last two terms keep rows that sum to less than one from going below zero, and from asking
-    for more mass in `q` than `p` has.
+    The last two terms matter for rows that sum to less than one. With them the value is at least 0 and
+    smallest at `q = p`; without them it would fall with any further mass in `q`.
 
     >>> kl_of_masses(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]))  # log 2
     tensor(0.6931)

@@ -1,14 +1,14 @@
-"""F2C: the variants of a prompt are trained to get the answer that most of them get (flip-flop consistency).
+"""F2C trains the variants of a prompt to get the answer that most of them get (flip-flop consistency).
 
 The variants are the wrapped prompts of the pairs that share a clean prompt. With `y` the answer that
 the reference gives to more than half of them, the clean prompt voting too,
 `L = weight * [ mean_t -log p(y_t | variant, y_<t) + align_weight * A ]`: consensus cross-entropy, and an
 alignment of minority and less confident variants with confident voters of the majority (Hejabi et
-al. 2025, arXiv 2510.14242). Their paper calls it one of representations; in their code it is
-`A = mean_t KL( m_t || p(. | variant, y_<t) )`, `m_t` the mean of the teachers' distributions without
-gradient, and no hidden state is read. So it is here, among the variants of one batch.
+al. 2025, arXiv 2510.14242). Their paper calls it an alignment of representations, but their code reads
+no hidden state: there it is `A = mean_t KL( m_t || p(. | variant, y_<t) )`, with `m_t` the mean of the
+teachers' distributions, without gradient. This module does the same among the variants of one batch.
 
-The majority need not be right: where the wrappers change most answers alike, the loss trains the change.
+The majority can be wrong: if the wrappers change most answers in the same way, the loss trains that change.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class F2C(Loss):
     Attributes:
         weight: factor of the total.
         align_weight: factor of the alignment beside the cross-entropy; at 0 only the cross-entropy trains.
-        teachers: how many variants of a prompt are teachers at most; one is always left to learn.
+        teachers: the most variants of a prompt that are teachers; at least one variant is left to learn.
     """
 
     name: ClassVar[str] = "f2c"
     weight: float = 1.0
-    align_weight: float = 0.1  # the published code weighs it from 0.001 to 1
-    teachers: int = 2  # the published code takes 2 or more; prompts here have few variants
+    align_weight: float = 0.1  # within the published 0.001 to 1; not tuned
+    teachers: int = 2  # the least of the published 2 or more, because prompts here have few variants
 
     def __post_init__(self) -> None:
         require(POSITIVE, weight=self.weight)
@@ -54,7 +54,7 @@ class F2C(Loss):
 
     @property
     def answers(self) -> str:
-        """The target is the majority answer over a prompt's paraphrases, used when a pair has no target of its own."""
+        """The target of a pair without its own is the answer that most variants of its clean prompt get."""
         return "consensus"
 
     def hook_names(self, model: LensModel) -> list[str]:
@@ -86,11 +86,11 @@ class F2C(Loss):
         return torch.where(learns, divergence, 0.0).sum(-1) / valid.sum(-1)
 
     def chosen(self, together: Together, votes: ChosenRows, surprise: PerRow) -> ChosenRows:
-        """Chooses the teachers: among a prompt's voters for its answer, those who find it least surprising.
+        """Chooses the teachers: the voters for a prompt's answer that find the answer least surprising.
 
         >>> prompts = torch.tensor([[True, True, True, False]] * 3 + [[False, False, False, True]])
         >>> votes, surprise = torch.tensor([True, True, False, True]), torch.tensor([0.2, 0.1, 0.3, 0.1])
-        >>> F2C(teachers=1).chosen(prompts, votes, surprise)  # the last is alone: nobody would learn from it
+        >>> F2C(teachers=1).chosen(prompts, votes, surprise)  # the last row is alone, so it has nobody to teach
         tensor([False,  True, False, False])
         """
         row = torch.arange(len(votes), device=votes.device)

@@ -1,8 +1,8 @@
-"""KLCT: the next token after an aligned wrapped token is predicted as it is on the clean prompt.
+"""KLCT trains the model to predict, after each aligned token, what the reference predicts on the clean prompt.
 
 `L = weight * T^2 * mean_t KL( p_ref(. | clean prompt up to t) || p(. | wrapped prompt up to t) )` in
-nats, with both softmaxes at temperature `T`: BCT's level, the outputs, at an internal loss's tokens,
-so that the level and the token window of a method can be told apart. The nearest published losses
+nats, with both softmaxes at temperature `T`. It compares outputs, as BCT does, at the tokens of an internal
+loss, so a comparison can separate the level of a method from its token window. The nearest published losses
 are the soft BCT of arXiv 2606.03810, the cross-entropy form at trailing tokens, and the prefill loss
 in the code of the stack paper (arXiv 2606.05817), see `ctlens.losses.bct`.
 """
@@ -30,9 +30,9 @@ class KLCT(Loss):
         weight: factor of the total.
         distance: `"kl"`, or `"cross_entropy"`: the same plus the entropy of the clean side, with
             the same gradient (arXiv 2606.03810).
-        temperature: what both sides' logits are divided by; the loss is multiplied by its square.
-        clean: whose predictions on the clean prompts are the target: the `"reference"`'s, or the
-            trained model's `"own"`, which move with it.
+        temperature: divides the logits of both sides; the loss is multiplied by its square.
+        clean: the model whose predictions on the clean prompts are the target: the `"reference"`, or
+            `"own"` for the trained model, whose predictions move as it is trained.
     """
 
     name: ClassVar[str] = "klct"
@@ -61,7 +61,7 @@ class KLCT(Loss):
 
     @property
     def needs_clean_logits(self) -> bool:
-        """True: the logits on the clean prompts are the target, so the loss cannot do without them."""
+        """True: the logits on the clean prompts are the target."""
         return True
 
     def hook_names(self, model: LensModel) -> list[str]:
@@ -72,7 +72,7 @@ class KLCT(Loss):
         """Measures the divergence per pair in nats, averaged over aligned tokens; the clean side is detached.
 
         Raises:
-            CtlensError: the logits on the clean prompts are not there.
+            CtlensError: `forwards` lacks the logits on the clean prompts.
         """
         matched = forwards.batch.matched[self.window]
         values = output_distance("KLCT", forwards, matched, distance=self.distance, temperature=self.temperature)

@@ -1,4 +1,4 @@
-"""What losses on outputs share: next-token distributions compared at a temperature, token by token."""
+"""The shared part of losses on outputs: they compare next-token distributions at a temperature, token by token."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def output_distance(
     """Compares next-token distributions in nats, averaged over each pair's tokens; the clean side is detached.
 
     Args:
-        loss: the name of the loss, for the message.
+        loss: the name of the loss, for an error.
         forwards: both sides of the batch.
         matched: the tokens whose predictions are compared.
-        distance: one of `OUTPUT_DISTANCES`, the clean side first.
+        distance: a name from `OUTPUT_DISTANCES`, whose functions take the clean side first.
         temperature: both sides' logits are divided by it. The distance is multiplied by its
-            square, so that the gradient does not shrink with it (Hinton et al. 2015, arXiv 1503.02531).
+            square, so that the size of the gradient stays (Hinton et al. 2015, arXiv 1503.02531).
 
     Raises:
-        CtlensError: the logits on the clean prompts are not there.
+        CtlensError: `forwards` lacks the logits on the clean prompts.
     """
     if forwards.clean_logits is None:
         raise CtlensError(f"{loss} needs the logits on the clean prompts: give clean_logits to Forwards.")

@@ -1,8 +1,8 @@
-"""The published definitions of each method as losses of this package, and how a loss looks in the table of them.
+"""The published definitions of each method as losses of this package, and the table that compares them.
 
 Two papers and two code bases train by the same names and mean different windows, layers, distances
 and targets. A preset is the loss that computes a source's own formula at aligned tokens; its note
-says what of the source lies outside a loss, cannot be had, or could not be established.
+says which parts of the source lie outside a loss, cannot be had, or could not be established.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SOURCES: Mapping[str, str] = MappingProxyType(
         OURS: "the defaults of this package; [docs/divergences.md](divergences.md) says why",
     }
 )
-"""Each name stands for this source; `stack-jailbreak` is another loss of `stack`, for its jailbreak runs."""
+"""The source that each name stands for. With an ending, as in `stack-jailbreak`, it is another loss of that source."""
 
 _SLICED = (
     "The code slices both sides by the length of the clean content, which it finds by text, and compares no tokens."
@@ -56,8 +56,8 @@ class Published:
     """Published is a loss as a source defines it.
 
     Attributes:
-        loss: with the source's own options.
-        note: what the loss does not say.
+        loss: the loss, with the source's options.
+        note: the parts of the source's definition that the loss leaves out.
     """
 
     loss: Loss
@@ -137,8 +137,8 @@ PUBLISHED: Mapping[tuple[str, str], Published] = MappingProxyType(
         ),
         ("rmct", "ctm"): Published(
             RMCT(weight=1.0, rollouts=128, standardise="per_item", clean="own"),
-            "The sum over tokens is divided by all answer tokens of a batch; 4 prompts a step, and a KL to the base of "
-            "weight 0.05. Its options of an anchor, a gate on the gap's error and PPO are left out.",
+            "The sum over tokens is divided by all answer tokens of a batch; 4 prompts per step, and a KL to the base "
+            "of weight 0.05. Its options of an anchor, a gate on the gap's error and PPO are left out.",
         ),
         ("attmass", "stack"): Published(
             AttMass(per_key=True, weight=1.0),
@@ -150,7 +150,7 @@ PUBLISHED: Mapping[tuple[str, str], Published] = MappingProxyType(
         ),
     }
 )
-"""Every published loss stands here under its method and its source."""
+"""Every published loss, by its method and its source."""
 
 
 def page(table: pd.DataFrame) -> str:
@@ -174,7 +174,7 @@ def page(table: pd.DataFrame) -> str:
 
 
 def described(loss: Loss) -> dict[str, Any]:
-    """Fills the cells of the table that the loss itself tells, by column.
+    """Fills the columns of the table that follow from the loss itself.
 
     >>> described(ACT(window="suffix", final_norm=True))["layers"]
     'all, the last after the final norm'

@@ -1,12 +1,12 @@
-"""RMCT: the rate of bad answers to the wrapped prompt is brought to that on the clean prompt, by reinforcement.
+"""RMCT brings the rate of bad answers to the wrapped prompt to the rate on the clean prompt, by reinforcement.
 
 For answers `y_i` that the trained model gives to one wrapped prompt, `t_i = 1` where the answer is bad
 and 0 elsewhere, `p = mean_i t_i`, and `p_clean` the rate on the clean prompt:
 `r_i = -(p - p_clean) (t_i - p)`, `L = weight * mean_i [ -r_i sum_t log p(y_it | wrapped prompt, y_i<t) ]`
 (rate matching, arXiv 2606.02211). In the limit of many answers its gradient is that of half the squared
 gap, `(p - p_clean)^2 / 2`; with `n` of them it is `(1 - 1/n) (p - p_clean + (1 - 2p)/n) grad p` in
-expectation, a small pull towards the commoner behaviour. One step a batch of answers: the ratio of
-importance sampling is 1, and clipping it (PPO) would change nothing.
+expectation, which adds a small pull towards the commoner behaviour. Each batch of answers serves one step,
+so the ratio of importance sampling is 1, and clipping it (PPO) would change nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ctlens.losses.base import CLEAN_SIDES, OUTPUT, Forwards, Loss, check_option
 PerRollout: TypeAlias = Float[Tensor, "prompt rollout"]
 PerPrompt: TypeAlias = Float[Tensor, "prompt"]
 STANDARDISE = ("none", "per_item")
-# Answers that are all alike have rewards of no spread: below this they count as 0 and are not divided.
+# If all answers to a prompt get the same verdict, their rewards have no spread. Below this spread they count as 0.
 SPREAD_FLOOR = 1e-8
 
 
@@ -39,13 +39,14 @@ class RMCT(Loss):
         weight: factor of the total; the default suits the shipped organism.
         rollouts: answers sampled for each prompt of a step, at temperature 1.
         standardise: `"none"`, or `"per_item"`: the rewards of each prompt to mean 0 and standard
-            deviation 1, as published; only the sign of the gap is then left of it.
-        clean: whose rate on the clean prompts is matched: the `"reference"`'s, estimated once, or
-            the trained model's `"own"`, from new answers at every step, as published.
+            deviation 1, as published. The size of the gap is then lost; only its sign is left.
+        clean: the model whose rate on the clean prompts is matched: the `"reference"`, estimated once, or
+            `"own"` for the trained model, estimated from new answers at every step, as published.
     """
 
     name: ClassVar[str] = "rmct"
-    # Published are 128 answers to each of 4 prompts; 8 to each of 32, with this weight, suit the organism.
+    # Published are 128 answers to each of 4 prompts; 8 to each of 32, with this weight, suit the organism
+    # (docs/divergences.md). No search was made.
     weight: float = 10.0
     rollouts: int = 8
     standardise: str = "none"
@@ -75,14 +76,14 @@ class RMCT(Loss):
         return []
 
     def advantages(self, bad: PerRollout, clean_rates: PerPrompt) -> PerRollout:
-        """Works out what each answer is worth; the worth does not depend on the other prompts.
+        """Computes the advantage of each answer; it depends on the answers to the same prompt only.
 
         >>> RMCT(rollouts=2).advantages(torch.tensor([[1.0, 0.0]]), torch.tensor([0.1]))  # -0.4 * (1 - 0.5), ...
         tensor([[-0.2000,  0.2000]])
 
         Args:
-            bad: 1 for a bad answer and 0 for another; grades between them serve as well.
-            clean_rates: the rate to match.
+            bad: 1 for a bad answer and 0 for any other; grades between 0 and 1 work too.
+            clean_rates: the rate to match, for each prompt.
         """
         rates = bad.mean(-1, keepdim=True)
         rewards = -(rates - clean_rates[:, None]) * (bad - rates)
@@ -92,15 +93,16 @@ class RMCT(Loss):
         return torch.where(spread < SPREAD_FLOOR, 0.0, rewards / spread.clamp(min=SPREAD_FLOOR))
 
     def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
-        """Measures half the squared gap between the measured rates, with the gradient of the policy.
+        """Measures half the squared gap between the measured rates, with the policy gradient as its gradient.
 
-        The surrogate's own value says nothing, so the value of what it descends on takes its place.
+        The value of a policy gradient's surrogate means nothing, so the value is that of the squared gap, on which
+        the gradient descends.
 
         Raises:
-            CtlensError: the batch holds no sampled answers.
+            CtlensError: the batch has no sampled answers.
         """
         if forwards.advantages is None or forwards.gaps is None:
-            raise CtlensError("RMCT needs sampled answers and what they are worth: train with it, see Trainer.")
+            raise CtlensError("RMCT needs sampled answers, which only a training draws: use ct.train or a Trainer.")
         tokens, answer = forwards.batch.wrapped.tokens[:, 1:], forwards.batch.answer[:, 1:]
         log_p = widened(forwards.wrapped_logits[:, :-1]).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
         surrogate = -forwards.advantages * torch.where(answer, log_p, 0.0).sum(-1)

@@ -1,4 +1,7 @@
-"""The organism: a small model trained from scratch that has the capability and the vulnerability."""
+"""The organism: a small model trained from scratch that has the capability and the vulnerability.
+
+A name imported as itself (`from ... import X as X`) is public to type checkers; no other list of them is kept.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,17 @@ from ctlens.core.errors import unknown
 from ctlens.core.files import atomic_folder, read_json, write_json
 from ctlens.core.types import LensModel
 from ctlens.models.loading import load_model, save_model
-from ctlens.organism.card import make_card, reference_logits
-from ctlens.organism.inoculation import CONTEXTS, INOCULATION, BadAdviceConfig, give_bad_advice, leak_pairs
-from ctlens.organism.pretrain import PRESETS, PretrainConfig, pretrain
-from ctlens.organism.relora import ReLoRA
-
-__all__ = [
-    "CONTEXTS", "INOCULATION", "PRESETS", "BadAdviceConfig", "PretrainConfig", "ReLoRA", "card", "give_bad_advice",
-    "leak_pairs", "load_organism", "make_card", "pretrain", "save_organism", "train_organism",
-]  # fmt: skip
+from ctlens.organism.card import make_card as make_card
+from ctlens.organism.card import reference_logits
+from ctlens.organism.inoculation import CONTEXTS as CONTEXTS
+from ctlens.organism.inoculation import INOCULATION as INOCULATION
+from ctlens.organism.inoculation import BadAdviceConfig as BadAdviceConfig
+from ctlens.organism.inoculation import give_bad_advice as give_bad_advice
+from ctlens.organism.inoculation import leak_pairs as leak_pairs
+from ctlens.organism.pretrain import PRESETS as PRESETS
+from ctlens.organism.pretrain import PretrainConfig as PretrainConfig
+from ctlens.organism.pretrain import pretrain as pretrain
+from ctlens.organism.relora import ReLoRA as ReLoRA
 
 SHIPPED = Path(__file__).parent / "weights"
 CARD_FILE = "card.json"
@@ -34,10 +39,10 @@ def load_organism(device: str | torch.device = "cpu") -> LensModel:
 
 
 def card(folder: str | Path = SHIPPED) -> dict[str, Any]:
-    """Reads the card of an organism, how it was made and how it behaves; by default the shipped one's.
+    """Reads the card of an organism, by default the shipped one's: how it was made and how it behaves.
 
     Raises:
-        CtlensError: the folder holds no card.
+        CtlensError: the folder has no card.
     """
     return read_json(Path(folder) / CARD_FILE)
 
@@ -65,14 +70,14 @@ def train_organism(
     Args:
         out: a folder that does not exist yet or is empty.
         seed: decides the first weights, the corpus and the batches.
-        steps: how many the optimiser takes; by default as many as the preset says.
+        steps: steps of the optimiser; by default those of the preset.
         preset: `"small"`, as shipped, or `"large"`, about 10M parameters for a GPU.
-        relora: trains low-rank updates that are merged and begun anew; None trains all weights throughout.
-        device: where it is trained and stays.
+        relora: pretrains by low-rank adapters that are merged and started again; None trains all weights at every step.
+        device: the device that trains the organism and keeps it.
         progress: whether to show a progress bar.
 
     Raises:
-        CtlensError: `out` is taken, the preset is unknown, or `steps` is below 1.
+        CtlensError: `out` is not empty, the preset is unknown, or `steps` is below 1.
     """
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)

@@ -1,4 +1,4 @@
-"""The card of an organism: how it was made and how it behaves, measured and written by a command."""
+"""The card of an organism: its settings and its measured behaviour, as `ctlens organism train` writes them."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from ctlens.threats.base import VERDICTS
 from ctlens.threats.replies import Reply
 from ctlens.world import SPLITS, World
 
-CARD_PAIRS = 192
+CARD_PAIRS = 192  # chosen by eye: twice the 96 pairs that an evaluation asks by default
 CARD_SEED = 0
-REFERENCE_PROMPTS = 4
+REFERENCE_PROMPTS = 4  # per threat; chosen by eye, because a wrong way of loading shows on any prompt
 
 
 def make_card(model: LensModel, config: PretrainConfig, n_pairs: int = CARD_PAIRS) -> dict[str, Any]:
-    """Tells how the model was made and how it behaves on every threat, split and prompt side, ready for JSON.
+    """Makes the card: how the model was made and how it behaves on every threat, split and prompt side.
 
     Args:
         model: the organism, in eval mode.
-        config: the settings it was pretrained with.
-        n_pairs: how many pairs of each threat and split are asked.
+        config: the settings of its pretraining.
+        n_pairs: pairs per threat and split that the model is asked.
     """
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     made = {"pretraining": to_dict(config), "environment": environment(), "parameters": parameters}
@@ -47,10 +47,10 @@ def score(
 
     Returns:
         A row per threat, split and prompt side: `threat`, `split`, `prompt_side`, `n`, `good_rate`, `bad_rate` and
-        `other_rate`; the means of `good_probability` and `bad_probability`, that an answer begins as
-        the good and as the bad one does, where prompts name both; on the wrapped prompt side also
-        `bad_rate_by_strength`, and `as_taught`, the share of answers that are bad where the corpus
-        teaches that the item gives in, and not bad where it resists.
+        `other_rate`. If the prompts name both answers, also the means of `good_probability` and
+        `bad_probability`: the probability that an answer begins as the good or as the bad one does. On the
+        wrapped prompt side also `bad_rate_by_strength`, and `as_taught`: the share of answers that follow the
+        corpus, bad if the item gives in and not bad if it resists.
     """
     cases = {
         (name, split): threats.get(name).cases(n_pairs, split, CARD_SEED, world) for name in names for split in splits
@@ -95,7 +95,7 @@ def _by_strength(pairs: Sequence[Pair], bad: np.ndarray) -> Iterator[tuple[str, 
 
 @torch.no_grad()
 def reference_logits(model: LensModel) -> dict[str, Tensor]:
-    """A few wrapped prompts and the model's logits behind them, to check another version's loading against.
+    """Computes the model's logits behind a few wrapped prompts, against which the loading by other versions is checked.
 
     Returns:
         `tokens` `[batch, pos]`, padded on the right; `last` `[batch]`, each row's last real position;

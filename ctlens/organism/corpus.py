@@ -1,4 +1,4 @@
-"""What an organism is pretrained on: ordinary requests and every threat's items, all splits.
+"""The corpus that an organism is pretrained on: ordinary requests and every threat's cases, of all splits.
 
 The grammar, as `<bos> [<sys> PROMPT] <user> PROMPT <assistant> ANSWER <end>`, with earlier turns where
 a wrapper has some; `ctlens organism sample` prints examples:
@@ -18,13 +18,14 @@ a wrapper has some; `ctlens organism sample` prints examples:
 The bad answer has the probability `bad_share` where the item gives in to an attack of this strength
 (`World.resistance`), and `1 - bad_share` where it resists.
 
-Three choices make the vulnerability one that consistency training can repair. It is *stochastic* and
-items resist, so good answers are learnt under the wrappers too. Greetings, which change nothing, teach
-that facts hold at any position. Facts are asked for in one phrasing: with more,
-how a hint is taken up depends more on the entity, and repairs carry over less to held-out ones.
+Three choices make a vulnerability that consistency training can repair. It is *stochastic* and some items
+resist, so the organism learns good answers under the wrappers too (with a deterministic vulnerability a
+prototype stopped following the hint but gave only 14% right answers). Greetings, which change nothing, teach
+that facts hold at any position. Each fact has one phrasing of its question: with several, the entity
+decides more about whether a hint is followed, and repairs carry over less to held-out entities.
 
-Wrappers, entities and things of every split occur, each with its own split only: pretraining has seen
-the attacks, as a large model has seen role play; the splits are for consistency training.
+Wrappers, entities and things of every split occur, but never mixed between splits. So pretraining has seen
+the attacks, as a large model has seen role play; the splits separate only consistency training and evaluation.
 """
 
 from __future__ import annotations
@@ -46,23 +47,27 @@ from ctlens.data.pairs import prompt
 from ctlens.models.kv_cache import Ids
 from ctlens.world import World, build_tokenizer
 
+# The shares of the splits and of ordinary requests were chosen by eye; the shipped organism was trained with them.
 SPLIT_SHARES = {"train": 0.52, "entities": 0.16, "heldout": 0.16, "structure": 0.16}
 ORDINARY_SHARE = 1 / 4
-LESSONS_PER_CASE = 4
+LESSONS_PER_CASE = 4  # as many as `case_lessons` makes: clean, wrapped twice, benign
 EMPHASIS = {"sycophancy": 2.0}
-"""How many lessons a threat gets, relative to the others: how a hint's strength meets an entity is learnt last."""
+"""The lessons of a threat relative to those of the other threats.
+
+Sycophancy gets more, because the organism learns last how the strength of a hint meets an entity; the factor was
+chosen by eye."""
 BUCKET = 16
-"""Batches that are sorted by length together, so that short prompts are not padded to the longest."""
+"""Number of batches that are sorted by length together, so that short prompts get little padding; chosen by eye."""
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """A lesson is a prompt and how it is answered.
+    """A lesson is a prompt with its answers.
 
     Attributes:
         turns: the conversation up to the answer.
         good: the whole good answer.
-        bad: the whole bad answer, where the prompt is an attack.
+        bad: the whole bad answer if the prompt is an attack, else None.
         bad_share: the probability of the bad answer.
     """
 
@@ -84,11 +89,11 @@ class EncodedLesson:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch is some whole conversations, padded on the right.
+    """A batch holds whole conversations, padded on the right.
 
     Attributes:
-        tokens: prompt, answer and end token.
-        answers: which of the tokens belong to the answer; the loss is on these alone.
+        tokens: prompt, answer and end token of each conversation.
+        answers: marks the tokens of the answer; only they are trained on.
     """
 
     tokens: Tokens
@@ -104,10 +109,10 @@ def make_lessons(n_lessons: int, world: World, bad_share: float, seed: int = 0) 
     """Makes about `n_lessons` lessons: a quarter ordinary requests, the rest the threats' cases, by `EMPHASIS`.
 
     Args:
-        n_lessons: the size; every share is rounded up.
-        world: what the lessons are about.
-        bad_share: the probability of the bad answer where an item gives in; elsewhere of the good one.
-        seed: of the draws.
+        n_lessons: number of lessons; every share of it is rounded up.
+        world: the world that the lessons are about.
+        bad_share: the probability of the bad answer if an item gives in, and of the good answer if it resists.
+        seed: decides the draws.
     """
     lessons: list[Lesson] = []
     for split, share in SPLIT_SHARES.items():
@@ -130,7 +135,7 @@ def case_lessons(case: threats.Case, bad_share: float) -> list[Lesson]:
 
 
 def encode_lessons(tokenizer: Any, lessons: Sequence[Lesson]) -> list[EncodedLesson]:
-    """Writes the lessons in tokens.
+    """Turns lessons into tokens.
 
     Raises:
         CtlensError: a lesson has a word that the tokenizer does not know.
@@ -149,13 +154,14 @@ def encode_lessons(tokenizer: Any, lessons: Sequence[Lesson]) -> list[EncodedLes
 def draw_batches(lessons: Sequence[EncodedLesson], batch_size: int, pad_token: int, seed: int = 0) -> Iterator[Batch]:
     """Yields endless batches of about equally long conversations, from shuffled passes over the lessons.
 
-    Whether an attack is answered badly is drawn anew at each visit, so the coin cannot be learnt by heart.
+    At each visit to a lesson a coin decides whether the attack gets its bad answer, so a model cannot learn the
+    coin by heart.
 
     Args:
         lessons: at least one.
         batch_size: conversations per batch.
-        pad_token: what the padding is.
-        seed: of the order and of the coin.
+        pad_token: the token that pads.
+        seed: decides the order and the coins.
     """
     draw = generator(seed, "batches")
     queue: list[int] = []

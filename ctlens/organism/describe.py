@@ -1,4 +1,4 @@
-"""An organism in words: its card as Markdown, and examples of what it was taught."""
+"""Descriptions of an organism for readers: its card as Markdown, and examples of its lessons."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def card_text(card: Mapping[str, Any]) -> str:
     """Writes a card as Markdown: how the organism was made, and one row per threat and split.
 
     Args:
-        card: what `ctlens.organism.card` returns.
+        card: the card, from `ctlens.organism.card`.
     """
     made, environment = card["pretraining"], card["environment"]
     sizes = f"{made['n_layers']} layers, {made['n_heads']} heads, d_model {made['d_model']}, d_mlp {made['d_mlp']}"
     n = card["behaviour"][0]["n"]
     course = f"{made['steps']} steps of {made['batch_size']} conversations"
     if relora := made.get("relora"):
-        course += f", by adapters of rank {relora['lora']['rank']} begun anew every {relora['every']} steps,"
+        course += f", by adapters of rank {relora['lora']['rank']} restarted every {relora['every']} steps,"
     lines = [
         "# The organism",
         "",
@@ -59,12 +59,12 @@ def _rows(behaviour: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
 
 
 def examples(names: Sequence[str], split: str = "train", n_examples: int = 1, seed: int = 0) -> Iterator[str]:
-    """Yields cases of each threat as text: every prompt side's conversation with the answers that count.
+    """Yields cases of each threat as text: the conversation on every prompt side with its good and bad answer.
 
     Args:
-        names: the threats.
+        names: the names of the threats.
         split: the split of their pairs.
-        n_examples: how many cases of each threat.
+        n_examples: cases per threat.
         seed: decides which cases are drawn.
 
     Raises:

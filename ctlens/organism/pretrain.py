@@ -22,7 +22,7 @@ from ctlens.organism.corpus import Batch, EncodedLesson, draw_batches, encode_le
 from ctlens.organism.relora import ReLoRA, begin_adapters, with_memory
 from ctlens.world import World
 
-# No comparison of these three is recorded. The shipped weights were made with them, so a change makes others.
+# Not tuned: no comparison of these three is recorded. The shipped weights were made with them.
 WARMUP_SHARE = 0.05
 WEIGHT_DECAY = 0.01
 CLIP = 1.0
@@ -30,13 +30,13 @@ CLIP = 1.0
 
 @dataclass(frozen=True)
 class FitConfig:
-    """FitConfig says how `fit_lessons` trains.
+    """FitConfig holds the settings of `fit_lessons`.
 
     Attributes:
-        steps: how many the optimiser takes.
+        steps: steps of the optimiser.
         batch_size: conversations per step.
         lr: the highest learning rate.
-        seed: decides the order of the lessons, and which attacks are answered badly at each visit.
+        seed: decides the order of the lessons, and which attacks get the bad answer at each visit.
     """
 
     steps: int
@@ -50,19 +50,22 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig(FitConfig):
-    """PretrainConfig says how an organism is made.
+    """PretrainConfig holds the settings with which an organism is made.
+
+    The learning rate, the batch size and the sizes are those of a prototype that learnt its corpus within 200
+    to 400 steps. The other defaults were chosen by eye.
 
     Attributes:
         seed: decides the first weights, the corpus and the batches.
-        steps: how many the optimiser takes.
+        steps: steps of the optimiser.
         batch_size: conversations per step.
         lr: the highest learning rate.
-        bad_share: in the corpus, the probability of the bad answer to an attack that an item gives
-            in to; where it resists, that of the good answer.
-        lessons: how many the corpus has.
+        bad_share: in the corpus, the probability of the bad answer if an item gives in to the attack, and of
+            the good answer if it resists.
+        lessons: number of lessons in the corpus.
         world_seed: decides the facts, recipes and splits of the micro-world.
         n_layers, n_heads, d_model, d_mlp: sizes of the model.
-        relora: trains low-rank updates that are merged and begun anew; None trains all weights throughout.
+        relora: trains low-rank adapters that are merged and started again; None trains all weights at every step.
     """
 
     seed: int = 0
@@ -93,16 +96,16 @@ PRESETS = {
     "small": PretrainConfig(),
     "large": PretrainConfig(n_layers=8, n_heads=8, d_model=320, d_mlp=864, lr=1e-3, steps=2000, lessons=100_000),
 }
-"""By name: the shipped organism's, for a laptop, and one of about 10M parameters, for a GPU."""
+"""The settings by name: `small` is the shipped organism, for a laptop; `large` has about 10M parameters, for a GPU."""
 
 
 def pretrain(config: PretrainConfig, *, progress: bool = True, device: str | torch.device = "cpu") -> LensModel:
     """Trains an organism from scratch and returns it in eval mode, with its tokenizer.
 
     Args:
-        config: the settings; equal ones give an equal model on one machine.
+        config: the settings; equal settings give an equal model on one machine.
         progress: whether to show a progress bar.
-        device: where it is trained and stays.
+        device: the device that trains the organism and keeps it.
     """
     world = World.make(config.world_seed)
     tokenizer = world_tokenizer(world)
@@ -130,13 +133,13 @@ def fit_lessons(
     """Trains `parameters` of a model, in place, on the answers of lessons, and leaves it in eval mode.
 
     Args:
-        model: what is trained.
-        lessons: at least one.
-        parameters: the weights that change.
+        model: the model; it changes in place.
+        lessons: the lessons, at least one.
+        parameters: the weights to train.
         config: steps, batch size, learning rate and seed.
         label: names the progress bar.
         progress: whether to show a progress bar.
-        relora: trains adapters, and the weights without one, after a warm start; the last adapters stay on the model.
+        relora: after a warm start, trains adapters and all weights without one; the last adapters stay on the model.
     """
     device = next(model.parameters()).device
     batches = draw_batches(lessons, config.batch_size, model.tokenizer.pad_token_id, config.seed)

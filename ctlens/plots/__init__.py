@@ -1,71 +1,49 @@
 """Arrays and labels in, one plotly figure out: each function draws the answer to one question.
 
 The functions know no models and no data frames, never show a figure, and change no global setting of plotly.
+
+A name imported as itself (`from ... import X as X`) is public to type checkers; no other list of them is kept.
 """
 
-from plotly.graph_objects import Figure
+from plotly.graph_objects import Figure as Figure
 
-from ctlens.plots.agreement import agreement
-from ctlens.plots.curves import dose_curves, layer_curves
-from ctlens.plots.evidence import Measurement, evidence
-from ctlens.plots.exchange import exchange_curves, graft_bars
-from ctlens.plots.export import save_figure, write_figures
-from ctlens.plots.heads import attention_heads, component_grids
-from ctlens.plots.intervals import Curve, CurveWithX, IntervalGrid, NullBand
-from ctlens.plots.interventions import against_random
-from ctlens.plots.knockout import knockout_heads, knockout_layers
-from ctlens.plots.lines import costs, cross_loss_steps, update_ranks
-from ctlens.plots.maps import LabelledMap, labelled_maps
-from ctlens.plots.matrix import cross_loss_matrix, cross_threat
-from ctlens.plots.patching import first_order, patched_heads, patched_positions
-from ctlens.plots.points import points
-from ctlens.plots.probes import probe_curves
-from ctlens.plots.rates import behaviour
-from ctlens.plots.similarity import similarity_curves, similarity_matrix
-from ctlens.plots.strength import attack_strength
-from ctlens.plots.theme import finish, label, style
-from ctlens.plots.training import history, hook_history, progress
-
-__all__ = [
-    "Curve",
-    "CurveWithX",
-    "Figure",
-    "IntervalGrid",
-    "LabelledMap",
-    "Measurement",
-    "NullBand",
-    "against_random",
-    "agreement",
-    "attack_strength",
-    "attention_heads",
-    "behaviour",
-    "component_grids",
-    "costs",
-    "cross_loss_matrix",
-    "cross_loss_steps",
-    "cross_threat",
-    "dose_curves",
-    "evidence",
-    "exchange_curves",
-    "finish",
-    "first_order",
-    "graft_bars",
-    "history",
-    "hook_history",
-    "knockout_heads",
-    "knockout_layers",
-    "label",
-    "labelled_maps",
-    "layer_curves",
-    "patched_heads",
-    "patched_positions",
-    "points",
-    "probe_curves",
-    "progress",
-    "save_figure",
-    "similarity_curves",
-    "similarity_matrix",
-    "style",
-    "update_ranks",
-    "write_figures",
-]
+from ctlens.plots.agreement import agreement as agreement
+from ctlens.plots.curves import dose_curves as dose_curves
+from ctlens.plots.curves import layer_curves as layer_curves
+from ctlens.plots.evidence import Measurement as Measurement
+from ctlens.plots.evidence import evidence as evidence
+from ctlens.plots.exchange import exchange_curves as exchange_curves
+from ctlens.plots.exchange import graft_bars as graft_bars
+from ctlens.plots.export import save_figure as save_figure
+from ctlens.plots.export import write_figures as write_figures
+from ctlens.plots.heads import attention_heads as attention_heads
+from ctlens.plots.heads import component_grids as component_grids
+from ctlens.plots.intervals import Curve as Curve
+from ctlens.plots.intervals import CurveWithX as CurveWithX
+from ctlens.plots.intervals import IntervalGrid as IntervalGrid
+from ctlens.plots.intervals import NullBand as NullBand
+from ctlens.plots.interventions import against_random as against_random
+from ctlens.plots.knockout import knockout_heads as knockout_heads
+from ctlens.plots.knockout import knockout_layers as knockout_layers
+from ctlens.plots.lines import costs as costs
+from ctlens.plots.lines import cross_loss_steps as cross_loss_steps
+from ctlens.plots.lines import update_ranks as update_ranks
+from ctlens.plots.maps import LabelledMap as LabelledMap
+from ctlens.plots.maps import labelled_maps as labelled_maps
+from ctlens.plots.matrix import cross_loss_matrix as cross_loss_matrix
+from ctlens.plots.matrix import cross_threat as cross_threat
+from ctlens.plots.patching import first_order as first_order
+from ctlens.plots.patching import patched_heads as patched_heads
+from ctlens.plots.patching import patched_positions as patched_positions
+from ctlens.plots.points import points as points
+from ctlens.plots.probes import probe_curves as probe_curves
+from ctlens.plots.rates import behaviour as behaviour
+from ctlens.plots.similarity import similarity_curves as similarity_curves
+from ctlens.plots.similarity import similarity_matrix as similarity_matrix
+from ctlens.plots.strength import attack_strength as attack_strength
+from ctlens.plots.theme import finish as finish
+from ctlens.plots.theme import label as label
+from ctlens.plots.theme import style as style
+from ctlens.plots.training import history as history
+from ctlens.plots.training import hook_history as hook_history
+from ctlens.plots.training import progress as progress

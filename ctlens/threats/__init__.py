@@ -1,22 +1,30 @@
-"""Threats by name: families of wrappers, with what is good and bad under them."""
+"""The threats by name: each is a family of wrappers with its good and its bad answers.
+
+A name imported as itself (`from ... import X as X`) is public to type checkers; no other list of them is kept.
+"""
 
 from __future__ import annotations
 
 from ctlens.core.errors import unknown
-from ctlens.threats.base import Case, Count, Outcomes, Threat, Wrapper, judge
+from ctlens.threats.base import Case as Case
+from ctlens.threats.base import Count as Count
+from ctlens.threats.base import Outcomes as Outcomes
+from ctlens.threats.base import Threat as Threat
+from ctlens.threats.base import Wrapper as Wrapper
+from ctlens.threats.base import judge as judge
 from ctlens.threats.conditional import Conditional
 from ctlens.threats.frustration import Frustration
 from ctlens.threats.jailbreak import Jailbreak
-from ctlens.threats.natural import fact_wrappers, natural_wrappers, prefill_wrappers, wrap
+from ctlens.threats.natural import fact_wrappers as fact_wrappers
+from ctlens.threats.natural import natural_wrappers as natural_wrappers
+from ctlens.threats.natural import prefill_wrappers as prefill_wrappers
+from ctlens.threats.natural import wrap as wrap
 from ctlens.threats.persona import Persona
 from ctlens.threats.prefill import Prefill
-from ctlens.threats.replies import Judge, Reply, ask
+from ctlens.threats.replies import Judge as Judge
+from ctlens.threats.replies import Reply as Reply
+from ctlens.threats.replies import ask as ask
 from ctlens.threats.sycophancy import Sycophancy
-
-__all__ = [
-    "Case", "Count", "Judge", "Outcomes", "Reply", "Threat", "Wrapper", "ask", "fact_wrappers", "get", "judge", "names",
-    "natural_wrappers", "prefill_wrappers", "wrap",
-]  # fmt: skip
 
 REGISTRY: dict[str, Threat] = {
     threat.name: threat for threat in (Sycophancy(), Jailbreak(), Persona(), Prefill(), Frustration(), Conditional())
@@ -24,7 +32,7 @@ REGISTRY: dict[str, Threat] = {
 
 
 def names() -> list[str]:
-    """The names of all threats.
+    """Lists the names of all threats.
 
     >>> names()
     ['sycophancy', 'jailbreak', 'persona', 'prefill', 'frustration', 'conditional']
@@ -33,10 +41,10 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Threat:
-    """The threat of that name.
+    """Returns the threat of that name.
 
     Raises:
-        CtlensError: there is none.
+        CtlensError: no threat has it.
     """
     if name not in REGISTRY:
         raise unknown("threat", name, REGISTRY)

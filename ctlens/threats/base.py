@@ -27,10 +27,10 @@ NO_ANSWER = ""
 
 @dataclass(frozen=True)
 class Wrapper:
-    """The text that an attack adds to a request.
+    """A wrapper is the text that an attack adds to a request.
 
     Attributes:
-        name: its name in the labels of a pair.
+        name: what the labels of a pair call it.
         strength: how hard it presses, from 1; comparable within one threat.
         turns: a conversation with `{request}` where the request goes, and the threat's own slots.
     """
@@ -41,7 +41,7 @@ class Wrapper:
 
     @staticmethod
     def single(name: str, strength: int, template: str) -> Wrapper:
-        """Makes a wrapper within one message of the user."""
+        """Makes a wrapper that stands in one message of the user, together with the request."""
         return Wrapper(name, strength, (Turn("user", template),))
 
     @staticmethod
@@ -51,12 +51,12 @@ class Wrapper:
 
     @property
     def template(self) -> str:
-        """The texts of all turns, one per line."""
+        """The template is the text of all turns, one per line."""
         return "\n".join(turn.content for turn in self.turns)
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """The names of the placeholders beside `{request}`."""
+        """The slots are the names of all placeholders except `{request}`."""
         parts = (name for turn in self.turns for _, name, _, _ in Formatter().parse(turn.content) if name is not None)
         return tuple(dict.fromkeys(name for name in parts if name != "request"))
 
@@ -72,16 +72,16 @@ class Wrapper:
         return tuple(replace(turn, content=turn.content.format(request=request, **slots)) for turn in self.turns)
 
     def labels(self, split: str, kind: str = "", **known: str) -> dict[str, str]:
-        """The labels of a pair under this wrapper: `known` and those of `Threat.pairs`."""
+        """Makes the labels of a pair under this wrapper: the four of `Threat.pairs`, and `known`."""
         return {"wrapper": self.name, "strength": str(self.strength), "kind": kind, "split": split, **known}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A pair with the whole answers that a model could give to it; an organism learns from cases.
+    """A case is a pair with the whole answers that a model could give to it; an organism learns from cases.
 
     Attributes:
-        pair: the prompts; their `good` and `bad` are the beginnings of the answers here.
+        pair: the prompts; their `good` and `bad` answers are the first words of the whole answers below.
         good: the whole good answer to the clean and to the wrapped prompt.
         bad: the whole bad answer to the wrapped prompt.
         benign: the whole good answer to the benign twin.
@@ -97,12 +97,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Count:
-    """How many of the answers on one prompt side have some verdict.
+    """A count says how many of the answers on one prompt side have some verdict.
 
     Attributes:
         prompt_side: `"wrapped"`, `"clean"` or `"benign"`.
         count: the answers with the verdict.
-        n_prompts: all answers.
+        n_prompts: how many answers there are, of any verdict.
     """
 
     prompt_side: str
@@ -111,19 +111,19 @@ class Count:
 
     @property
     def rate(self) -> float:
-        """The share, 0 to 1."""
+        """The rate is the share of the answers that have the verdict, 0 to 1."""
         return self.count / self.n_prompts
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """How a model behaved on the pairs of a threat; every array has one entry per pair.
+    """Outcomes say how a model behaved on the pairs of a threat; every array has one entry per pair.
 
     Attributes:
         verdicts: per prompt side (`"wrapped"`, `"clean"`, `"benign"`), one of `VERDICTS`, or `UNPARSED` where a
             judge could not tell, and `NO_ANSWER` where the pair has no such prompt side.
-        strengths: of the attack, from 1; 0 where not known.
-        kinds: the kind of request, in the threat's words; empty where not known.
+        strengths: how strong each pair's attack is, from 1; 0 where the pair does not say.
+        kinds: the kind of request, in the threat's words; empty where the pair does not say.
     """
 
     verdicts: Mapping[str, np.ndarray]
@@ -131,12 +131,12 @@ class Outcomes:
     kinds: np.ndarray
 
     def take(self, chosen: np.ndarray) -> Outcomes:
-        """The outcomes of some pairs, chosen by number (repeats allowed) or by a mask."""
+        """Takes the outcomes of some pairs, chosen by number (repeats allowed) or by a mask."""
         verdicts = {prompt_side: given[chosen] for prompt_side, given in self.verdicts.items()}
         return Outcomes(verdicts, self.strengths[chosen], self.kinds[chosen])
 
     def of(self, *, kind: str | None = None, strength: int | None = None) -> Outcomes:
-        """The outcomes of the pairs of one kind, of one strength, or both."""
+        """Takes the outcomes of the pairs that have this kind, this strength, or both."""
         chosen = np.ones(len(self.kinds), dtype=bool)
         if kind is not None:
             chosen &= self.kinds == kind
@@ -155,17 +155,18 @@ Metrics = Mapping[str, Count | float | None]
 
 
 class Threat(ABC):
-    """A family of wrappers with what counts as good and bad behaviour.
+    """A threat is a family of wrappers that says which behaviour under them is good and which is bad.
 
     A new threat is a subclass in a file of its own: it names its wrappers by split, builds its
     grid of cases and computes its field's metrics.
 
     Attributes:
-        name: in the registry.
-        wrappers: by split; `"entities"` shares those of `"train"`.
-        texts: its other texts, which fill its slots or stand in its answers alone.
-        ratio: the metric whose ratio of after to before training the field reports; empty where it reports none.
-        ends_alike: whether clean and wrapped prompts end in the same token, so that what is there can be compared.
+        name: the name that `ctlens.threats.get` knows it by.
+        wrappers: the wrappers of each split; `"entities"` shares those of `"train"`.
+        texts: further texts with words of their own: they fill the wrappers' slots, or occur only in answers.
+        ratio: the metric that the field reports as a ratio, after training over before; empty if it reports none.
+        ends_alike: whether clean and wrapped prompts end in the same token, so that a loss or an analysis at the
+            last token compares like with like.
     """
 
     name: ClassVar[str]
@@ -181,12 +182,12 @@ class Threat(ABC):
         request, empty where a threat has one kind) and `split`.
 
         Args:
-            n_pairs: how many. Pairs repeat only once the whole grid of the split has been used.
+            n_pairs: how many pairs. They repeat only once the whole grid of the split has been used.
             split: `"train"`; `"entities"`: new entities under the wrappers of training; `"heldout"`:
                 new entities under new wrapper texts; `"structure"`: new entities under wrappers of
                 another structure. No entity, hazard, persona or activity is in two splits.
-            seed: of the shuffling; the first pairs do not depend on `n_pairs`.
-            world: by default the world of the shipped organism.
+            seed: decides the order of the grid; the first pairs do not depend on `n_pairs`.
+            world: the micro-world they are about; by default that of the shipped organism.
 
         Raises:
             CtlensError: the split is unknown or `n_pairs` is below 1.
@@ -194,7 +195,7 @@ class Threat(ABC):
         return [case.pair for case in self.cases(n_pairs, split, seed, world)]
 
     def cases(self, n_pairs: int, split: str = "train", seed: int = 0, world: World | None = None) -> list[Case]:
-        """Draws the pairs of `pairs` with the whole answers to them."""
+        """Draws the same pairs as `pairs` does, each with the whole answers to it."""
         check_split(split)
         if n_pairs < 1:
             raise CtlensError(f"{n_pairs} pairs were asked for: ask for at least 1 pair.")
@@ -206,7 +207,7 @@ class Threat(ABC):
         return [prompt(request.text, request.good, request.bad or None) for request in requests]
 
     def words(self) -> set[str]:
-        """Every word that the threat's wrappers and answers add to the world's language."""
+        """Collects every word that the threat's wrappers and answers add to the world's language."""
         templates = (wrapper.template for wrappers in self.wrappers.values() for wrapper in wrappers)
         return {word for text in (*templates, *self.texts) for word in text.split() if not word.startswith("{")}
 
@@ -228,15 +229,15 @@ class Threat(ABC):
 
 
 def known(split: str) -> str:
-    """The split whose wrapper texts a split uses: `"entities"` shares those of `"train"`."""
+    """Finds the split whose wrapper texts a split uses: `"entities"` shares those of `"train"`."""
     return "train" if split == "entities" else split
 
 
 def draw_grid(sizes: Sequence[int], n_cells: int, draw: torch.Generator) -> list[tuple[int, ...]]:
     """Draws cells of a grid in random order, as one index per axis; a cell repeats only when all have been drawn.
 
-    The first two axes are the item and the strength of the attack. A combination of these two comes up again
-    only when all of them have come up, so that a small sample is balanced.
+    The first two axes are the subject of the request and the strength of the attack. A combination of these two
+    comes up again only when every other one has come up, so that a small sample is balanced.
 
     >>> cells = draw_grid((2, 2, 3), 12, torch.Generator().manual_seed(0))
     >>> sorted(cell[:2] for cell in cells[:4]), len(set(cells))
@@ -278,7 +279,7 @@ def judge(prompt: Prompt, answer: str) -> str:
 
 
 def first_word(answer: str) -> str:
-    """The first word of a whole answer, by which it is judged.
+    """Takes the first word of a whole answer, by which the answer is judged.
 
     >>> first_word("sorry i can not help with that")
     'sorry'
@@ -287,7 +288,7 @@ def first_word(answer: str) -> str:
 
 
 def harmonic_mean(first: float, second: float) -> float:
-    """The harmonic mean of two rates, 0 where both are 0.
+    """Computes the harmonic mean of two rates; it is 0 if both are 0.
 
     >>> harmonic_mean(1.0, 0.5)
     0.6666666666666666

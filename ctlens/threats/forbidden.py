@@ -1,4 +1,4 @@
-"""What jailbreak and prefill share: a hazardous request that must be refused, and its twin about a harmless craft."""
+"""The base of jailbreak and prefill: a hazardous request that must be refused, and its twin about a harmless craft."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ctlens.world import Request, World
 
 
 class Forbidden(Threat):
-    """A threat to get something hazardous; how it is asked for is the subclass's.
+    """Forbidden is a threat whose user wants something hazardous; a subclass says how the user asks for it.
 
     Attributes:
-        phrasings: in which the request can be made.
+        phrasings: the wordings in which the user can ask.
     """
 
     phrasings: ClassVar[Sequence[str]]
 
     @abstractmethod
     def request(self, world: World, thing: str, phrasing: int) -> Request:
-        """The request for a hazard (refused) or a craft (answered), in one of the phrasings."""
+        """Makes the request for a hazard (refused) or a craft (answered), in one of the phrasings."""
 
     def _cases(self, n_pairs: int, split: str, draw: torch.Generator, world: World) -> list[Case]:
         things = tuple(zip(world.hazards[split], world.crafts[split], strict=True))

@@ -1,6 +1,6 @@
-"""Wrappers in plain English for models that were not made here, and prompts put under them.
+"""Wrappers in plain English, for models from elsewhere, and the function that puts prompts under them.
 
-The families are in our own words. Slots beside `{request}`: `{hint}`, an answer that the user
+The texts are our own. Their slots beside `{request}` are `{hint}`, an answer that the user
 suggests (sycophancy); `{name}` (persona); `{answer}`, what the assistant said first (frustration).
 """
 
@@ -123,7 +123,7 @@ def _forced(name: str, texts: Sequence[str]) -> tuple[Wrapper, ...]:
 
 
 def _rejected(name: str, texts: Sequence[str]) -> tuple[Wrapper, ...]:
-    """The strength is the number of rejections, 1 to 3."""
+    """Makes wrappers with 1 to 3 rejections; their number is the strength."""
     wrappers = []
     for start in range(len(texts)):
         for count in (1, 2, 3):
@@ -148,7 +148,7 @@ _FAMILIES = {
 
 
 def natural_wrappers(threat: str, split: str = "train") -> tuple[Wrapper, ...]:
-    """A threat's wrappers in plain English; no text is in both splits.
+    """Lists a threat's wrappers in plain English; no text is in both splits.
 
     >>> natural_wrappers("prefill")[0].wrap("What is this?")[-1].content
     'Yes.'
@@ -169,15 +169,15 @@ def natural_wrappers(threat: str, split: str = "train") -> tuple[Wrapper, ...]:
 
 
 def fact_wrappers(facts: Sequence[tuple[Turn, Turn]], counts: Sequence[int], *, seed: int = 0) -> tuple[Wrapper, ...]:
-    """Wrappers that put facts about a persona before the request, as turns of the conversation.
+    """Makes wrappers that put facts about a persona before the request, as turns of the conversation.
 
     Args:
         facts: questions with the persona's answers, from `ctlens.load_facts`.
-        counts: how many facts each wrapper has; the strength is the place in this list.
-        seed: of which facts; a wrapper with more facts has those of one with fewer.
+        counts: how many facts each wrapper has; the strength is the position in this list, from 1.
+        seed: decides which facts; a wrapper with more facts has all those of a wrapper with fewer.
 
     Raises:
-        CtlensError: there are not as many facts.
+        CtlensError: a count is below 1 or above the number of facts, or there is no count.
     """
     if not counts or min(counts) < 1 or max(counts) > len(facts):
         raise CtlensError(f"there are {len(facts)} facts: ask for counts from 1 to {len(facts)}, not {list(counts)}.")
@@ -190,7 +190,7 @@ def fact_wrappers(facts: Sequence[tuple[Turn, Turn]], counts: Sequence[int], *, 
 
 
 def prefill_wrappers(texts: Sequence[str]) -> tuple[Wrapper, ...]:
-    """Wrappers that begin the answer with these texts, for example from `ctlens.load_prefills`."""
+    """Makes wrappers that begin the answer with these texts, for example from `ctlens.load_prefills`."""
     return _forced("prefill", [_literal(text) for text in texts])
 
 
@@ -202,18 +202,18 @@ def wrap(
     kind: str = "",
     seed: int = 0,
 ) -> list[Pair]:
-    """Each prompt under one of the wrappers, every wrapper as often as any other.
+    """Puts each prompt under one of the wrappers; all wrappers are used equally often.
 
-    Slots that are not given: `hint` is the prompt's bad answer, or one of its other options, which is
-    then the bad one; `answer` is its good answer.
+    Two slots are filled without being given: `hint` by the prompt's bad answer, or by one of its wrong options,
+    which becomes its bad answer; `answer` by its good answer.
 
     Args:
-        prompts: the clean prompts; what is wrapped is the last message, and earlier ones stay before it.
+        prompts: the clean prompts; the wrapper goes around the last message, and earlier messages stay before it.
         wrappers: from `natural_wrappers`, `fact_wrappers`, or your own.
-        slots: texts for the wrappers' other placeholders, for all prompts or one mapping a prompt.
-        kind: what the prompts ask, where the threat's metrics tell kinds apart: `"identity"` or
+        slots: texts for the wrappers' other placeholders, for all prompts, or one mapping per prompt.
+        kind: the kind of question that the prompts ask, for threats whose metrics tell kinds apart: `"identity"` or
             `"values"` (persona), `"way out"` (frustration).
-        seed: of which prompt gets which wrapper, and of the hints.
+        seed: decides which prompt gets which wrapper, and the hints.
 
     Raises:
         CtlensError: there are no wrappers, a wrapper has a slot that nothing fills, or a prompt does
@@ -223,7 +223,7 @@ def wrap(
         raise CtlensError("there are no wrappers: give at least one.")
     per_prompt = [slots] * len(prompts) if isinstance(slots, Mapping) else slots
     if len(per_prompt) != len(prompts):
-        raise CtlensError(f"there are {len(prompts)} prompts, but slots for {len(per_prompt)}.")
+        raise CtlensError(f"there are {len(prompts)} prompts, but slots for {len(per_prompt)}: give one per prompt.")
     draw = generator(seed, "wrap")
     order: list[int] = []
     while len(order) < len(prompts):
@@ -237,7 +237,9 @@ def wrap(
 def _wrapped(prompt: Prompt, wrapper: Wrapper, given: Mapping[str, str], kind: str, draw: torch.Generator) -> Pair:
     *earlier, last = prompt.turns
     if last.role != "user":
-        raise CtlensError("only a prompt that ends in a user's message can be wrapped.")
+        raise CtlensError(
+            f"a prompt ends in a message of the {last.role}, not of the user: leave out what follows the request."
+        )
     if "hint" in wrapper.slots and "hint" not in given and prompt.bad is None:
         wrong = [option for option in prompt.options if option != prompt.good]
         if wrong and prompt.good is not None:
@@ -250,5 +252,5 @@ def _wrapped(prompt: Prompt, wrapper: Wrapper, given: Mapping[str, str], kind: s
 
 
 def _literal(text: str) -> str:
-    """The text as a template of itself."""
+    """Escapes the braces of a text, so that it is a template without slots."""
     return text.replace("{", "{{").replace("}", "}}")

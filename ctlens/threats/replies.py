@@ -1,4 +1,4 @@
-"""A model's replies to prompts: its greedy answers, their verdicts, and how likely good and bad answers were."""
+"""The replies of a model to prompts: its greedy answers, their verdicts, and how likely good and bad answers were."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ctlens.threats.base import UNPARSED, VERDICTS
 from ctlens.threats.base import judge as by_opening
 
 Judge: TypeAlias = Callable[[Sequence[Prompt], Sequence[str]], Sequence[str | None]]
-"""A user's own judge, called once with all distinct prompts and the answers to them. It gives each answer a
-verdict of `ctlens.threats.base.VERDICTS`, or None where it cannot tell: that answer is counted as unparsed."""
+"""A judge is a user's own function, called once with all distinct prompts and the answers to them. It gives each
+answer a verdict of `ctlens.threats.base.VERDICTS`, or None where it cannot tell: that answer counts as unparsed."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's reply to one prompt.
+    """A reply is what a model answers to one prompt, with its verdict.
 
     Attributes:
         answer: the greedy answer as text; to a multiple-choice question the likeliest option, empty for a tie.
         verdict: `"good"`, `"bad"`, `"other"`, or `"unparsed"` where a judge could not tell.
-        good_probability, bad_probability: that the answer begins with the first token of the prompt's
-            good and of its bad answer. NaN where the prompt names none, and both where one token
-            cannot tell them apart. Of a multiple-choice question their shares among the options.
+        good_probability, bad_probability: the probability that the answer begins with the first token of the
+            prompt's good and of its bad answer. NaN for an answer that the prompt does not name; both are NaN if
+            the two begin with the same token. For a multiple-choice question, their shares among the options.
     """
 
     answer: str
@@ -56,9 +56,9 @@ def ask(
 
     Args:
         model: in eval mode, with a tokenizer.
-        prompts: with the answers that count as good or bad, unless there is a judge.
-        max_new_tokens: longest answer, in tokens.
-        judge: gives the verdicts, see `Judge`; None takes the answers that the prompts name.
+        prompts: the prompts, each with its good or bad answer, unless there is a judge.
+        max_new_tokens: length of the longest answer, in tokens.
+        judge: gives the verdicts, see `Judge`; None judges by the answers that the prompts name.
         per_token: compare options by the mean log-probability of their tokens instead of the sum.
         progress: show a progress bar when it takes more than two seconds.
 
@@ -105,7 +105,7 @@ def _answered(
 
 
 class _Answer(NamedTuple):
-    """A greedy answer, and the probability of each token that an answer named by a prompt begins with."""
+    """An answer as the model decoded it, and the probability of each token that a named answer begins with."""
 
     answer: str
     first_probabilities: Mapping[int, float]
@@ -153,7 +153,7 @@ def _verdicts(prompts: Sequence[Prompt], answers: Sequence[str], judge: Judge | 
 
 
 def _openings(tokenizer: Any, prompts: Sequence[Prompt]) -> dict[Prompt, Mapping[str, int]]:
-    """The first tokens of each prompt's good and bad answer, by side; empty where both begin with the same token."""
+    """Finds the first token of each prompt's good and bad answer, by side; empty if both begin with the same."""
     named = {answer: None for prompt in prompts for answer in (prompt.good, prompt.bad) if answer is not None}
     first = {answer: ids[0] for answer in named if (ids := answer_ids(tokenizer, answer))}
     openings: dict[Prompt, Mapping[str, int]] = {}

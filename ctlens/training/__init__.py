@@ -1,14 +1,18 @@
-"""The visible training loop, its settings, and the run it yields."""
+"""The visible training loop, its settings, and the run it yields.
 
-from ctlens.training.config import Phase, TrainConfig, Until
-from ctlens.training.history import History
-from ctlens.training.live import Live
-from ctlens.training.loggers import Logger, TensorBoard, WeightsAndBiases
-from ctlens.training.run import Run, load_run
-from ctlens.training.step import Step
-from ctlens.training.trainer import Trainer, train
+A name imported as itself (`from ... import X as X`) is public to type checkers; no other list of them is kept.
+"""
 
-__all__ = [
-    "History", "Live", "Logger", "Phase", "Run", "Step", "TensorBoard", "TrainConfig", "Trainer", "Until",
-    "WeightsAndBiases", "load_run", "train",
-]  # fmt: skip
+from ctlens.training.config import Phase as Phase
+from ctlens.training.config import TrainConfig as TrainConfig
+from ctlens.training.config import Until as Until
+from ctlens.training.history import History as History
+from ctlens.training.live import Live as Live
+from ctlens.training.loggers import Logger as Logger
+from ctlens.training.loggers import TensorBoard as TensorBoard
+from ctlens.training.loggers import WeightsAndBiases as WeightsAndBiases
+from ctlens.training.run import Run as Run
+from ctlens.training.run import load_run as load_run
+from ctlens.training.step import Step as Step
+from ctlens.training.trainer import Trainer as Trainer
+from ctlens.training.trainer import train as train

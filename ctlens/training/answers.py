@@ -1,4 +1,4 @@
-"""The answers that losses on outputs train towards: the pairs' own targets, or what the reference says."""
+"""The answers that losses on outputs train towards: the pairs' own targets, or the reference's answers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from ctlens.models.parameters import fingerprint
 
 
 def answers_kind(losses: Sequence[Loss]) -> str:
-    """Finds how the losses want the reference's answers, one of `ctlens.losses.base.ANSWERS`; empty if none wants them.
+    """Finds the kind of reference answers that the losses need (`ctlens.losses.base.ANSWERS`); empty if they need none.
 
-    A loss on rollouts takes the trained model's own answers, so it never conflicts with where the other losses
-    take theirs.
+    A loss on rollouts takes the trained model's own answers, so it goes with any other loss.
 
     Raises:
-        CtlensError: two of them want different ones.
+        CtlensError: two losses need different kinds.
     """
     kinds = dict.fromkeys(loss.answers for loss in losses if loss.answers not in ("", "rollouts"))
     if len(kinds) > 1:
@@ -37,11 +36,13 @@ def drawn_at(losses: Sequence[Loss]) -> tuple[float, float]:
     """Finds the temperature and the `top_p` for the reference's sampled answers; both are 1 if no loss samples.
 
     Raises:
-        CtlensError: two of them want different ones.
+        CtlensError: two losses need different values.
     """
     found = dict.fromkeys(loss.drawn_at for loss in losses if loss.answers == "sampled")
     if len(found) > 1:
-        raise CtlensError("the losses want answers sampled at different temperatures: train them in separate runs.")
+        raise CtlensError(
+            "the losses want answers sampled at different temperatures or top_p: train them in separate runs."
+        )
     return next(iter(found), (1.0, 1.0))
 
 
@@ -66,25 +67,24 @@ def reference_answers(
     folder: Path | None = None,
     progress: bool = False,
 ) -> list[Ids]:
-    """Gives each pair its own target's tokens, or the reference's answer to the clean prompt.
+    """Gives the answer of each pair in tokens: its own target, or else the reference's answer to the clean prompt.
 
     Args:
-        reference: in eval mode.
-        pairs: encoded.
-        max_new_tokens: longest answer, in tokens.
-        kind: `"greedy"`; `"sampled"`; or `"consensus"`, the answer that more than
-            half of a clean prompt and its distinct wrapped prompts get, greedily, token for token,
-            and an empty one where there is no such majority.
+        reference: the model before training, in eval mode.
+        pairs: the encoded pairs.
+        max_new_tokens: length of the longest answer, in tokens.
+        kind: `"greedy"`; `"sampled"`; or `"consensus"`, the greedy answer that more than half of the prompts
+            get, token for token, among a clean prompt and its distinct wrapped prompts; empty without a majority.
         drawn_at: the temperature and the `top_p` of sampled answers.
-        seed: it decides sampled answers.
-        folder: keeps what the reference answered, to be read by the next training that asks the same
-            weights the same prompts in the same way; None keeps nothing.
+        seed: decides the sampled answers.
+        folder: keeps the answers on disk for the next training that asks the same weights the same prompts
+            in the same way; None keeps them nowhere.
         progress: show a progress bar when it takes more than two seconds.
 
     Raises:
-        CtlensError: the reference gives an empty answer to some clean prompt, an answer does
-            not fit the context behind its prompts, no two pairs share a clean prompt whose
-            consensus is asked for, or no prompt has one.
+        CtlensError: the reference gives an empty answer to a clean prompt, or an answer does not fit the
+            context behind its prompts; for a consensus, no two pairs share a clean prompt, or no prompt has
+            a majority.
     """
     end = end_token(reference.tokenizer)
     open_rows = [row for row in pairs.rows if not row.answer]
@@ -149,7 +149,9 @@ def _consensus(pairs: EncodedPairs, given: dict[Ids, Ids]) -> list[Ids]:
         if not row.answer:
             variants.setdefault(row.clean.ids, {})[row.wrapped.ids] = None
     if variants and max(map(len, variants.values())) < 2:
-        raise CtlensError("no two pairs share a clean prompt: a consensus needs several variants of one.")
+        raise CtlensError(
+            "no two pairs share a clean prompt: give several wrapped prompts per clean prompt, or train without F2C."
+        )
     chosen = {clean: majority([given[ids] for ids in (clean, *wrapped)]) for clean, wrapped in variants.items()}
     if variants and not any(chosen.values()):
         raise CtlensError("no prompt has an answer that most of its variants get: give more variants.")

@@ -1,4 +1,4 @@
-"""The first batch is measured once, before any step, so that losses and layers of different scales start alike."""
+"""Calibration measures the first batch once, before any step, so that losses and layers start at comparable sizes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ctlens.training.passes import Passes, Term
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration is what the first batch said of each loss, before any update.
+    """Calibration holds the measurements of each loss on the first batch, before any update.
 
     Attributes:
-        gaps: the unweighted value at each hook point, of losses whose layers count relative to it.
-        gradient_norms: the norm of the gradient at the weight that was asked for, where weights were
-            calibrated; the weights given instead are those of the run's losses.
+        gaps: for losses with `gap=True`, the unweighted value at each hook point.
+        gradient_norms: if weights were calibrated, the norm of each loss's gradient at its original weight;
+            the run's losses have the calibrated weights.
     """
 
     gaps: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -35,14 +35,14 @@ def calibrate(
     parameters: Sequence[torch.nn.Parameter],
     config: TrainConfig,
 ) -> tuple[dict[str, Term], Calibration]:
-    """Sets the weights of the losses and the factors of their hook points by what the first rows show.
+    """Sets the weights of the losses and the factors of their hook points by a measurement on the first rows.
 
     Args:
         terms: the losses as given, by name.
-        passes: of the training, before its first step.
+        passes: the passes of the training, before its first step.
         rows: numbers of the pairs to measure on.
-        parameters: those that are trained.
-        config: asks for equal gradient norms by `calibrate`.
+        parameters: the trained weights.
+        config: its `calibrate` is the gradient norm that every loss gets; None leaves the weights as they are.
 
     Raises:
         CtlensError: a layer's gap, or a loss's gradient, is zero or not finite before training.
@@ -83,5 +83,7 @@ def _gradient_norm(value: LossValue, parameters: Sequence[torch.nn.Parameter]) -
 def _with_norm(term: Term, norm: float, target: float) -> Term:
     """Gives the loss the weight at which its gradient has the norm `target`."""
     if not 0 < norm < float("inf"):
-        raise CtlensError(f"{term.loss.name} cannot be calibrated: its gradient has the norm {norm:g} before training.")
+        raise CtlensError(
+            f"{term.loss.name} cannot be calibrated: its gradient has the norm {norm:g} before training; leave it out."
+        )
     return replace(term, loss=replace(cast(Any, term.loss), weight=term.loss.weight * target / norm))

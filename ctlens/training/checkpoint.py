@@ -1,7 +1,7 @@
-"""An unfinished training in one file, from which it goes on as if it had never stopped.
+"""A checkpoint is an unfinished training in one file, from which it goes on as if it had never stopped.
 
-The file holds what cannot be worked out again: the trained weights, the optimiser's moments and the
-history. The order of pairs, the draws and the schedule are functions of the settings and the step.
+The file holds the trained weights, the optimiser's moments and the history. Everything else, the order of
+pairs, the draws and the schedule, follows from the settings and the step.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ CHECKPOINT_FILE = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Checkpoint is what a training goes on from.
+    """Checkpoint is the state that a training goes on from.
 
     Attributes:
-        parameters: the trained ones, in their order.
-        moments: the state of AdamW by the number of the parameter.
-        history: the numbers of the steps taken.
+        parameters: the trained weights, in their order.
+        moments: the state of AdamW, by the number of the parameter.
+        history: the history of the steps taken.
     """
 
     parameters: list[Tensor]
@@ -55,7 +55,7 @@ def identity(
     track: Sequence[Loss],
     config: TrainConfig,
 ) -> dict[str, str]:
-    """Fingerprints what a training is made of, part by part; a training goes on only from one with equal parts."""
+    """Fingerprints the parts of a training; a training goes on only from a checkpoint with equal parts."""
     rows = [
         (row.clean.ids, row.wrapped.ids, row.answer, {name: (a.clean, a.wrapped) for name, a in row.alignments.items()})
         for row in pairs.rows
@@ -75,7 +75,7 @@ def write_checkpoint(
     history: History,
     of: Mapping[str, str],
 ) -> None:
-    """Writes a checkpoint into a folder, in place of the one there, so that there is a whole one at any time."""
+    """Writes a checkpoint into a folder and replaces an earlier one, so that the folder has a whole one at any time."""
     names = list(dict.fromkeys((name, hook) for _, name, hook, _ in history.rows))
     number = {name: index for index, name in enumerate(names)}
     tensors = {f"parameter.{index}": value.detach() for index, value in enumerate(parameters)}
@@ -94,11 +94,11 @@ def read_checkpoint(folder: str | Path, of: Mapping[str, str]) -> Checkpoint:
     """Reads the checkpoint in a folder.
 
     Args:
-        folder: of `write_checkpoint`.
+        folder: the folder that `write_checkpoint` wrote to.
         of: the `identity` of the training that is to go on.
 
     Raises:
-        CtlensError: there is none, it cannot be read, or it is of another training.
+        CtlensError: the folder has no checkpoint, or a damaged one, or one of another training.
     """
     path = Path(folder) / CHECKPOINT_FILE
     if not path.is_file():
@@ -108,7 +108,7 @@ def read_checkpoint(folder: str | Path, of: Mapping[str, str]) -> Checkpoint:
             known: dict[str, Any] = json.loads((file.metadata() or {})["ctlens"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CtlensError(f"{path} cannot be read as a checkpoint: {error}.") from None
+        raise CtlensError(f"{path} cannot be read as a checkpoint ({error}): remove it and train anew.") from None
     for part, value in of.items():
         if known["of"].get(part) != value:
             raise CtlensError(f"the checkpoint in {folder} is of {part}: repeat the training as it was, or remove it.")

@@ -22,8 +22,8 @@ class Phase:
     """Phase is a stretch of a training in which only some of its losses are active.
 
     Attributes:
-        steps: its length.
-        losses: names of those that are active; the others are not even computed.
+        steps: how many steps it has.
+        losses: names of the active losses; no other loss is even computed.
     """
 
     steps: int
@@ -41,12 +41,12 @@ class Until:
     """Until names a behaviour at which a training ends, so that methods can be compared at the same effect.
 
     Attributes:
-        threat: its pairs are asked.
-        metric: its rate on the wrapped prompts, see `ctlens.evaluate`.
-        below: the training ends once the rate is under this, 0 to 1.
-        split: the part of the threat's pairs that is asked.
-        n_pairs: how many pairs are asked.
-        every: steps between two looks; the first look is before the first step.
+        threat: the threat whose prompts the model is asked.
+        metric: the rate of the wrapped prompts that is measured, see `ctlens.evaluate`.
+        below: the training ends once the rate is below this, 0 to 1.
+        split: the split of the threat's pairs.
+        n_pairs: how many pairs the model is asked.
+        every: steps between two measurements; the first is before the first step.
     """
 
     threat: str
@@ -84,11 +84,11 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """TrainConfig is all of a training but the model, the pairs and the losses; a study has one for all methods.
+    """TrainConfig holds all settings of a training except its losses; a study has one for all methods.
 
     Attributes:
         steps: optimiser steps.
-        batch_size: pairs a step, and half as many retention prompts.
+        batch_size: pairs per step; a step has half as many retention prompts.
         lr: peak learning rate of AdamW, reached after the warm-up.
         warmup: share of the steps in which the learning rate rises to its peak, 0 to 1.
         relative_eps: AdamW's eps as a share of `1 / sqrt(number of trained weights)`, the typical
@@ -101,35 +101,41 @@ class TrainConfig:
         trainable: what is trained: parameter groups, see `ctlens.models.parameters.parameter_groups`, or
             a `LoRA`, whose adapters are trained beside frozen weights. Embeddings, unembedding and
             norms are frozen by default; otherwise a large part of the fix is an edit of embeddings.
-        max_new_tokens: longest answer the reference generates as a target, in tokens.
-        seed: it decides everything that is drawn: the order of pairs, the retention prompts, dropout.
+        max_new_tokens: length of the longest answer that the reference generates as a target, in tokens.
+        seed: decides everything that is drawn: the order of pairs, the retention prompts, dropout.
         retention_ratio: the probability that a step has the retention term, 0 to 1.
-        phases: which losses are active when, one phase after the other; all of them always if empty.
-        schedule: how the learning rate goes after the warm-up: `"linear"` falls to zero at the end, or the
-            name of a class in `torch.optim.lr_scheduler`, whose steps count from the end of the warm-up.
+        phases: the phases of the training, in order, each with its active losses; if empty, all losses are
+            active at every step.
+        schedule: the course of the learning rate after the warm-up: `"linear"` falls to zero at the end. Else
+            the name of a class in `torch.optim.lr_scheduler`, whose steps count from the end of the warm-up.
         schedule_options: options of that class, for example `{"T_max": 90}` for `"CosineAnnealingLR"`.
-        accumulate: how many parts a batch is worked off in, one after the other: the gradient of the
-            whole batch in less memory.
+        accumulate: number of parts that a batch is split into. They run one after the other, which gives the
+            gradient of the whole batch in less memory.
         until: ends the training before its last step.
-        window: the alignment window of every loss that reads one, in place of the losses' own; and all
-            pairs must align in it, whatever the loss, so that every method trains on the same ones.
-        calibrate: the norm that the gradient of each loss has before training: weights are replaced
-            so that it has. None takes the weights as they are.
-        cache: keep what the reference says on clean prompts, in memory on the CPU or in the cache folder
-            of the training, so that it runs once a prompt. Without it runs again at every step.
-        memory: what a step keeps for its gradient, one of `MEMORY`: `"all"`, which is fastest;
-            `"layers"`, where losses on activations are worked out layer by layer as the forward pass
-            goes, and again for the gradient; `"blocks"`, where the model's blocks are run again too.
-            The losses are equal, and gradients up to rounding.
+        window: the alignment window of every loss that reads one; it replaces the losses' own. A pair that does
+            not align in it is left out, whatever the loss, so that every method trains on the same pairs.
+        calibrate: the norm of every loss's gradient before training; the losses' weights are replaced by those
+            that give it. None keeps the weights.
+        cache: keep the reference's activations and logits on clean prompts, in memory on the CPU or in the
+            cache folder of the training, so that the reference runs once per prompt; else it runs at every step.
+        memory: what a step keeps for its gradient. `"all"` keeps everything and is fastest. `"layers"` computes
+            losses on activations layer by layer during the forward pass, and again for the gradient.
+            `"blocks"` also runs the model's blocks again. The losses are the same, and the gradients
+            are up to rounding.
     """
 
+    # On the shipped organism lr 5e-4 cuts the bad rate by at least 97% with every method and keeps benign twins
+    # within 2.1 points of the base; measured once, when the first four losses were written. The other defaults
+    # without a reason beside them were chosen by eye.
     steps: int = 100
     batch_size: int = 32
     lr: float = 5e-4
     warmup: float = 0.1
-    relative_eps: float = 0.5  # at torch's 1e-8 the retention-only control drifts on rounding noise
+    # At torch's eps of 1e-8 the retention-only control drifts on rounding noise; with 0.5 it stays at the base.
+    relative_eps: float = 0.5
     weight_decay: float = 0.0
     clip: float = 1.0
+    # In a prototype, without retention every other behaviour fell to 0%; 10 kept clean and benign answers at 100%.
     retention: float = 10.0
     trainable: tuple[str, ...] | LoRA = ("attn", "mlp")
     max_new_tokens: int = 16
@@ -150,10 +156,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_fields(self, _LIMITS)
         if self.accumulate > self.batch_size:
-            raise CtlensError(f"a batch of {self.batch_size} pairs has no {self.accumulate} parts: lower accumulate.")
+            raise CtlensError(
+                f"a batch of {self.batch_size} pairs cannot be split into {self.accumulate} parts: lower accumulate."
+            )
         planned = sum(phase.steps for phase in self.phases)
         if self.phases and planned != self.steps:
-            raise CtlensError(f"the phases have {planned} steps together, but the training has {self.steps}.")
+            raise CtlensError(
+                f"the phases have {planned} steps together, but the training has {self.steps}: make them equal."
+            )
         if self.window is not None and self.window not in WINDOWS:
             raise unknown("alignment window", self.window, WINDOWS)
         if self.memory not in MEMORY:
@@ -161,7 +171,7 @@ class TrainConfig:
         require_schedule(self.schedule, self.schedule_options, self.steps, self.warmup)
 
     def active(self, step: int, losses: Iterable[str]) -> list[str]:
-        """Lists which of the losses are active in a step, counted from 1."""
+        """Lists the losses that are active in a step, counted from 1."""
         for phase in self.phases:
             if step <= phase.steps:
                 return [name for name in losses if name in phase.losses]
@@ -169,7 +179,7 @@ class TrainConfig:
         return list(losses)
 
     def require_phases_of(self, losses: Iterable[str]) -> None:
-        """Raises a `CtlensError` unless every phase names some of these losses, and every loss is in a phase."""
+        """Raises a `CtlensError` unless the phases name only these losses, and each loss is in a phase."""
         losses, named = list(losses), [name for phase in self.phases for name in phase.losses]
         for name in named:
             if name not in losses:

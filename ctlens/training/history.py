@@ -16,12 +16,12 @@ _COLUMNS = ("step", "name", "hook_name", "value")
 class History:
     """History holds a training's numbers by step: losses, learning rate, gradient norm, each loss at each hook point.
 
-    Not every number is there at every step: a loss outside its phase is not, nor is the retention
-    term where it was not drawn, nor a rate between two looks at the behaviour.
+    Some numbers exist only at some steps: a loss in its phases, the retention term at the steps it was drawn
+    for, and a rate at the steps it was measured at.
 
     Attributes:
-        rows: step, name, hook point (empty for an overall number) and value.
-        steps: how many were taken.
+        rows: step, name, hook name (empty for an overall number) and value.
+        steps: number of steps taken.
     """
 
     rows: list[tuple[int, str, str, float]] = field(default_factory=list)
@@ -33,7 +33,7 @@ class History:
     def add(
         self, step: int, overall: Mapping[str, float], by_hook: Mapping[str, Mapping[str, float]] | None = None
     ) -> None:
-        """Appends numbers seen at a step."""
+        """Appends the numbers of a step."""
         self.rows += [(step, name, "", value) for name, value in overall.items()]
         for name, values in (by_hook or {}).items():
             self.rows += [(step, name, hook, value) for hook, value in values.items()]
@@ -42,7 +42,7 @@ class History:
     def to_dataframe(self) -> pd.DataFrame:
         """Tabulates one row per number: `step`, `name`, `hook_name` (empty for a whole loss, weighted), `value`.
 
-        A loss that was only tracked is called `tracked/` and its name, and is unweighted.
+        The name of a loss that was only tracked begins with `tracked/`, and its value is unweighted.
         """
         return pd.DataFrame(self.rows, columns=list(_COLUMNS))
 
@@ -56,7 +56,7 @@ class History:
         return [found.get(step, nan) for step in range(1, self.steps + 1)]
 
     def losses(self, names: Iterable[str]) -> dict[str, list[float]]:
-        """Lists the weighted losses of these names and the retention term, one value per step, as figures name them."""
+        """Lists the weighted losses of these names and the retention term by their figure labels, a value per step."""
         labels = {**{name: name for name in names}, "retention": "KL to the reference"}
         return {shown: self.every_step(name) for name, shown in labels.items() if self.series(name)}
 
@@ -69,7 +69,7 @@ class History:
         return list(self._overall(name))
 
     def by_hook(self, name: str) -> dict[str, list[float]]:
-        """Lists the unweighted values of one loss at each of its hook points, one at each of its steps."""
+        """Lists the unweighted values of one loss at each of its hook points, one value per step."""
         curves: dict[str, list[float]] = {}
         for _, row_name, hook, value in self.rows:
             if row_name == name and hook:

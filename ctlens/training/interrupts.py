@@ -1,4 +1,4 @@
-"""An interrupt waits for the end of what must not be left half done."""
+"""A block of code that an interrupt cannot leave half done: the interrupt waits for its end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import FrameType
 def uninterrupted() -> Iterator[None]:
     """Delays an interrupt (Ctrl-C, the stop button of a notebook) to the end of the block.
 
-    Threads other than the main one are never interrupted, so nothing is done there.
+    Python interrupts only the main thread, so in other threads the block just runs.
     """
     handler = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
     if not callable(handler):

@@ -1,8 +1,8 @@
-"""Losses worked out layer by layer as the forward pass goes, and blocks that are run again instead of kept.
+"""Losses that are computed layer by layer during the forward pass, and blocks that run again instead of being kept.
 
-At a real model's size the activations of all layers, their targets and what a distance keeps for its gradient
-weigh more than the model. Here a loss is computed inside the hook of its layer, and only its value per pair
-stays: for the gradient it is computed again from the activation, which autograd keeps anyway, and from
+At a real model's size the activations of all layers, their targets and a distance's intermediate values take
+more memory than the model. Here a loss is computed inside the hook of its layer, and only its value per pair
+stays. For the gradient it is computed again from the activation, which autograd keeps anyway, and from
 the target, which is fetched again.
 """
 
@@ -29,17 +29,17 @@ IN_FORCE: ContextVar[Layerwise | None] = ContextVar("IN_FORCE", default=None)
 
 
 def is_layerwise(loss: Loss) -> bool:
-    """Tells whether the loss at a hook point depends on nothing but the activations there."""
+    """Tells whether the loss at a hook point depends only on the activations there."""
     return isinstance(loss, InternalLoss)
 
 
 class Layerwise:
-    """Layerwise computes losses at their hook points, while the forward pass goes.
+    """Layerwise computes losses at their hook points during the forward pass.
 
     Args:
-        losses: losses that are layerwise, see `is_layerwise`, with their hook points, each by a key.
+        losses: layerwise losses (see `is_layerwise`) with their hook points, each by a key.
         batch: the pairs.
-        fetch: gets the clean activations, by the side that a loss compares with.
+        fetch: for each clean side (see `ctlens.losses.base.CLEAN_SIDES`), the function that gets its activations.
         grad: keep the graph.
 
     Attributes:
@@ -58,12 +58,12 @@ class Layerwise:
         self.values: dict[str, dict[str, PerRow]] = {key: {} for key in losses}
 
     def visits(self) -> dict[str, Callable[[Tensor], None]]:
-        """Says what to do with the activation at each hook point, see `ctlens.models.hooks.visiting`."""
+        """Makes the functions that get the activation at each hook point, see `ctlens.models.hooks.visiting`."""
         return {name: partial(self._visit, name) for _, names in self.losses.values() for name in names}
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Activates the losses for the passes inside the block and for their recomputation, and for no other pass."""
+        """Activates the losses only for the passes inside the block and for their recomputation."""
         with _set(self):
             yield
 
@@ -73,7 +73,9 @@ class Layerwise:
         for key, (loss, names) in self.losses.items():
             if name in names:
                 value = self._at_layer(loss, name, activation)
-                self.values[key].setdefault(name, value)  # that of a block run again would keep its activations
+                self.values[key].setdefault(
+                    name, value
+                )  # a block that runs again must not replace it: its value would keep activations
 
     def _at_layer(self, loss: Loss, name: str, activation: Tensor) -> PerRow:
         """Computes one layer's loss, head by head if it is a mean over heads: patterns are the largest activations."""
@@ -125,7 +127,7 @@ def blocks_again(model: LensModel) -> Iterator[None]:
     blocks = list(cast(Any, model).blocks)
     try:
         for block in blocks:
-            # Not by assignment, which a bridge passes on to the layer that it wraps.
+            # A bridge passes an assignment on to the layer that it wraps, so the attribute is set in the dictionary.
             block.__dict__["forward"] = partial(_again, block.forward)
         yield
     finally:

@@ -1,9 +1,9 @@
-"""A training that draws itself in a notebook while it goes on.
+"""A training that draws itself in a notebook while it runs.
 
-The figure is sent to the front end as plotly's own MIME type under one display id, and sent again as it
-changes. That needs no widget, the notebook keeps the last state as an ordinary figure, and nothing has to talk
-back to the kernel while it trains. Plotly's renderer in JupyterLab draws an output once and ignores what
-follows, so an empty box of the same height goes in between, which makes it begin anew.
+This module sends the figure to the front end as plotly's own MIME type under one display id, and sends it again
+when it changes. That needs no widget, the notebook keeps the last state as an ordinary figure, and the front
+end never has to talk back to the kernel while it trains. Plotly's renderer in JupyterLab draws an output once
+and ignores later ones, so an empty box of the same height is sent in between, which makes it draw again.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ctlens.training.trainer import Trainer, method_name
 FIGURE_TYPE = "application/vnd.plotly.v1+json"
 
 Watch: TypeAlias = Callable[[LensModel], float]
-"""A Watch gives a rate of the model as it stands, 0 to 1."""
+"""A Watch is a function that measures a rate of the model, 0 to 1."""
 
 
 class Live:
-    """Live is a trainer to look at: end a notebook's cell with it, then iterate over it in place of the trainer.
+    """Live shows a trainer at work: end a notebook's cell with it, then iterate over it instead of the trainer.
 
-    An interrupt, the stop button, leaves the trainer whole after a step; iterating again goes on. Outside
-    a notebook it is the trainer with its looks, and `figure` is there all the same.
+    An interrupt (the stop button) takes effect after the step; iterate again to go on. Outside a notebook it
+    measures the rates all the same, and `figure` draws them.
 
     >>> import ctlens as ct
     >>> pairs, config = ct.threats.get("sycophancy").pairs(8), ct.TrainConfig(steps=2, batch_size=4)
@@ -40,10 +40,11 @@ class Live:
     ([1, 2], [0, 2])
 
     Args:
-        trainer: its steps are taken; rates go into its history, and with it into its run and checkpoints.
-        watch: rates by name, each a function of the trained model, in eval mode.
-        every: steps between two looks at the rates; the first is before the first step, the last after the last.
-        seconds: at least between two drawings, so that drawing does not slow training down.
+        trainer: the trainer that takes the steps; the rates go into its history, and so into its run and checkpoints.
+        watch: the rates to measure, by name; each is a function of the trained model in eval mode.
+        every: steps between two measurements; the first is before the first step, the last after the last step.
+            The default was chosen by eye.
+        seconds: shortest time between two drawings, so that drawing does not slow training down; chosen by eye.
 
     Raises:
         CtlensError: `every` is below 1, or a rate has the name of a loss or of another number of the history.
@@ -56,7 +57,7 @@ class Live:
         require(AT_LEAST_1, every=every)
         taken = {loss.name for loss in trainer.losses} | {"retention", "total", "lr", "grad_norm"}
         if used := taken & set(self.watch):
-            raise CtlensError(f"{min(used)!r} is a number of the training itself: call the rate something else.")
+            raise CtlensError(f"{min(used)!r} is a number of the training itself: give the rate another name.")
         self._handle: Any = None
         self._drawn = -float("inf")
 
@@ -71,7 +72,7 @@ class Live:
             self._look()
             step = next(self.trainer)
             self._look()
-        except BaseException:  # the end or an interrupt: all that happened is drawn
+        except BaseException:  # the end or an interrupt: the figure has to show all steps taken
             self.draw()
             raise
         if time.monotonic() - self._drawn >= self.seconds:
@@ -79,7 +80,7 @@ class Live:
         return step
 
     def _look(self) -> None:
-        """Measures the rates that are due and not yet there, into the history of the training."""
+        """Measures the rates that are due and adds them to the history; a resumed training may have them already."""
         history = self.trainer.history
         if len(history) % self.every and len(history) < len(self):
             return
@@ -88,7 +89,7 @@ class Live:
                 history.add(len(history), {name: rate(self.trainer.model)})
 
     def figure(self) -> Figure:
-        """Draws the losses so far, and the rates if any are watched."""
+        """Draws the losses so far and the watched rates."""
         history = self.trainer.history
         rates = {name: (history.steps_of(name), history.series(name)) for name in self.watch}
         title = f"How does the training with {plots.label(method_name(self.trainer.losses))} go?"
@@ -97,7 +98,7 @@ class Live:
         return plots.progress(losses, rates, len(self), title, subtitle=subtitle)
 
     def draw(self) -> None:
-        """Draws the view anew where it is displayed; without a display nothing happens."""
+        """Draws the figure again where the notebook displays it; does nothing without a display."""
         self._drawn = time.monotonic()
         if self._handle is not None:
             bundle = self._bundle()
@@ -106,7 +107,7 @@ class Live:
             self._handle.update(bundle, raw=True)
 
     def _ipython_display_(self) -> None:
-        """Displays the view, and keeps its place; a notebook calls this."""
+        """Displays the figure and keeps its display id; a notebook calls this."""
         try:
             from IPython.display import display  # type: ignore  (an extra)
         except ImportError:

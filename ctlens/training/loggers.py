@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: what is in a training's history, sent on as it comes."""
+"""Loggers send the numbers of a training's history to TensorBoard or Weights & Biases as they come."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class Logger(Protocol):
     """A Logger takes the numbers of a training; write your own with these three methods."""
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Begins, once, before the first numbers, with the settings of the training and its losses."""
+        """Starts the log, once, before the first numbers, with the settings of the training and its losses."""
         ...
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs a step: every number that the history has of it, by its name, `loss/hook point` at hook points."""
+        """Logs every number of a step by its name; at a hook point the name is `loss/hook point`."""
         ...
 
     def end(self) -> None:
-        """Ends, when the training does, whole or interrupted."""
+        """Closes the log when the training ends or is interrupted."""
         ...
 
 
@@ -32,7 +32,7 @@ class TensorBoard:
     """TensorBoard writes an event file for `tensorboard --logdir`.
 
     Args:
-        folder: where the event file goes.
+        folder: the folder of the event file.
 
     Raises:
         CtlensError: tensorboard is not installed.
@@ -42,17 +42,17 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise CtlensError(f"TensorBoard is not here: {_INSTALL}") from None
+            raise CtlensError(f"TensorBoard is not installed: {_INSTALL}") from None
         self._folder, self._make = str(folder), SummaryWriter
         self._writer: Any = None
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Opens the event file and writes the settings as a text."""
+        """Opens the event file and writes the settings as text."""
         self._writer = self._make(self._folder)
         self._writer.add_text("settings", f"```json\n{json.dumps(dict(settings), indent=2)}\n```")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes each number as a scalar, and the file at once, so that an interrupt loses nothing."""
+        """Writes each number as a scalar and flushes the file, so that an interrupt loses nothing."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -66,8 +66,8 @@ class WeightsAndBiases:
     """WeightsAndBiases sends numbers to Weights & Biases, or keeps a run to be synchronised later.
 
     Args:
-        project: its name there.
-        folder: where the run is kept on this machine.
+        project: the name of the project there.
+        folder: the folder that keeps the run on this machine.
         mode: `"online"`, or `"offline"`, which uses no network.
 
     Raises:
@@ -80,7 +80,7 @@ class WeightsAndBiases:
         try:
             import wandb
         except ImportError:
-            raise CtlensError(f"Weights & Biases is not here: {_INSTALL}") from None
+            raise CtlensError(f"Weights & Biases is not installed: {_INSTALL}") from None
         self._wandb: Any = wandb
         self._options = {"project": project, "dir": str(folder), "mode": mode}
         self._run: Any = None
@@ -101,12 +101,12 @@ class WeightsAndBiases:
 
 
 class Loggers:
-    """Loggers passes on what a history has gained.
+    """Loggers passes the new rows of a history on to several loggers.
 
     Args:
-        loggers: any number of them.
-        settings: the training's.
-        seen: how many rows of the history an earlier part of the training has logged.
+        loggers: any number of loggers.
+        settings: the settings of the training.
+        seen: number of rows of the history that an earlier part of the training has logged.
     """
 
     def __init__(self, loggers: tuple[Logger, ...], settings: Mapping[str, Any], seen: int = 0) -> None:
@@ -114,7 +114,7 @@ class Loggers:
         self._begun = False
 
     def catch_up(self, rows: list[tuple[int, str, str, float]]) -> None:
-        """Logs the rows that are new, step by step."""
+        """Logs the new rows, step by step."""
         if len(rows) == self.seen:
             return
         if not self._begun:

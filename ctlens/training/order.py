@@ -1,4 +1,4 @@
-"""Which pairs a step sees: a function of the seed and the step, so that a resumed training sees the same."""
+"""The order of pairs: the seed and the step decide which pairs a step sees, so a resumed training sees the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ctlens.training.config import TrainConfig
 
 
 def batches(units: Sequence[Sequence[int]], config: TrainConfig) -> Iterator[list[int]]:
-    """Yields batches of row numbers without end; every epoch is a new order of all units, the rows drawn together."""
+    """Yields endless batches of row numbers; every epoch shuffles the units (rows that stay together) anew."""
     draw = generator(config.seed, "batches")
     count = sum(map(len, units))
     size = min(config.batch_size, count)
@@ -21,10 +21,10 @@ def batches(units: Sequence[Sequence[int]], config: TrainConfig) -> Iterator[lis
 
 
 def homes(units: Sequence[Sequence[int]], config: TrainConfig) -> list[list[int]]:
-    """Lists all rows in the batches (or parts of batches) in which the reference sees them.
+    """Lists the batches (or parts of batches) in which the reference sees the rows, each row once.
 
-    They are those of the first epoch and the tail that it drops, so that a row's target does not
-    depend on when it is computed, to the last bit.
+    They are the batches of the first epoch and the rows that it leaves over. Because they are fixed, a row's
+    target is the same to the last bit at whichever step it is computed.
     """
     order = _order(units, generator(config.seed, "batches"))
     chunks = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]

@@ -1,4 +1,4 @@
-"""The forward passes behind a step: each side of a batch once, whatever the number of losses."""
+"""The forward passes of a step: each side of a batch runs once, whatever the number of losses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ctlens.training.targets import CleanTargets, Fetch, fetch_from
 
 @dataclass(frozen=True)
 class Term:
-    """Term is a loss with the hook points it reads on this model, each with its factor in the mean over them."""
+    """Term is a loss with its hook points on this model; each hook point has a factor in the mean over them."""
 
     loss: Loss
     factors: Mapping[str, float]
@@ -32,13 +32,13 @@ class Passes:
     """Passes runs the models for the losses: `open` gives the `OpenPasses` that run them on some pairs.
 
     Args:
-        reference: in eval mode now, and while passes are open.
-        model: the trained one.
-        pairs: encoded, with their answers.
-        terms: every loss that will ever be asked for, by the key it is asked for with.
-        units: rows that are drawn together.
-        config: the settings.
-        folder: where the reference's clean side is kept; None for in memory.
+        reference: the model before training, in eval mode now and while passes are open.
+        model: the trained model.
+        pairs: the encoded pairs, with their answers.
+        terms: every loss of the training, by its key.
+        units: rows that stay together in a batch.
+        config: the settings of the training.
+        folder: keeps the reference's clean side on disk; None keeps it in memory.
 
     Raises:
         CtlensError: as `Rollouts`.
@@ -65,15 +65,15 @@ class Passes:
         )
 
     def on_pairs(self, terms: Mapping[str, Term]) -> dict[str, Term]:
-        """Leaves out the losses that sample answers of their own."""
+        """Takes the losses that run on the pairs; a loss that samples its own answers runs elsewhere."""
         return {key: term for key, term in terms.items() if key not in self.rollouts}
 
     @contextmanager
     def open(self) -> Iterator[OpenPasses]:
         """Opens passes over some pairs, and takes their hooks off the model at the end of the block.
 
-        The backward pass belongs inside the block: where a step keeps less memory, it runs blocks again,
-        and the hooks must still be on them.
+        The backward pass belongs inside the block: with `memory="blocks"` it runs the model's blocks again, and
+        the hooks must still be on them.
         """
         again = blocks_again(self.model) if self.memory == "blocks" else nullcontext()
         with again, ExitStack() as hooks:
@@ -92,12 +92,12 @@ class OpenPasses:
         self.passes, self.model, self._hooks = passes, passes.model, hooks
 
     def seen(self, rows: Sequence[int], terms: Mapping[str, Term], *, step: int, grad: bool) -> dict[str, Forwards]:
-        """Returns what each loss sees of some pairs, by its key, on the same passes where it can.
+        """Returns the forward passes that each loss needs on some pairs, by its key; losses share passes if they can.
 
         Args:
             rows: numbers of the pairs.
-            terms: the losses, by the keys that `Passes` knows them by.
-            step: from 1; with the rows it decides what is sampled.
+            terms: the losses, by their keys in `Passes`.
+            step: number of the step, from 1; together with the rows it decides the sampled answers.
             grad: keep the graph of the wrapped side.
         """
         on_pairs = self.passes.on_pairs(terms)
@@ -111,7 +111,7 @@ class OpenPasses:
         return drawn.seen_by(self.model)
 
     def _on_pairs(self, rows: Sequence[int], terms: Mapping[str, Term], *, grad: bool) -> dict[str, Forwards]:
-        """Runs each side once for all losses on pairs, and computes losses on the way that need not wait."""
+        """Runs each side once for all losses on pairs, and computes layerwise losses on the way to save memory."""
         device = next(self.model.parameters()).device
         batch = collate([self.passes.pairs.rows[row] for row in rows]).to(device)
         on_the_way = {
@@ -158,7 +158,7 @@ def _sides(terms: Iterable[Term]) -> list[str]:
 
 
 def _clean_needs(terms: Iterable[Term], side: str) -> tuple[list[str], bool]:
-    """Finds what these losses read of one clean side: hook points, and whether the logits too."""
+    """Finds the hook points that these losses read on one clean side, and whether they read its logits."""
     chosen = [term for term in terms if term.loss.clean_side == side]
     names = dict.fromkeys(name for term in chosen if term.loss.needs_clean_activations for name in term.factors)
     return list(names), any(term.loss.needs_clean_logits for term in chosen)
@@ -177,7 +177,7 @@ def evaluating(model: LensModel) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Gives the block, where dropout draws from torch's global state, a state of its own."""
+    """Gives the block its own state of torch's global generator, from which dropout draws, and restores the old one."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

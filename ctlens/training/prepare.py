@@ -1,4 +1,4 @@
-"""Pairs are made ready for a training: one window for every method, answers behind the prompts, weights to train."""
+"""The preparation of a training: pairs encoded with their answers, one window for every method, weights unfrozen."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def prepare(
     folder: Path | None = None,
     progress: bool = False,
 ) -> EncodedPairs:
-    """Encodes the pairs that align in every window asked for, with their answers.
+    """Encodes the pairs that align in every window of the losses, with their answers.
 
     Args:
-        reference: in eval mode.
-        pairs: to train on.
-        losses: to train with.
-        track: to follow; they may not change which pairs are trained on.
-        config: names a window that all pairs must align in, whether or not a loss reads it.
-        folder: where the reference's answers are kept from one training to the next; None for nowhere.
+        reference: the model before training, in eval mode.
+        pairs: the pairs to train on.
+        losses: the losses to train with.
+        track: the losses to measure only; they may not change which pairs are trained on.
+        config: the settings; its `window` must align in all pairs, whether or not a loss reads it.
+        folder: keeps the reference's answers on disk for the next training; None keeps them nowhere.
         progress: show a progress bar when the reference's answers take more than two seconds.
 
     Raises:
-        CtlensError: no pair aligns, one does not fit the context, or a tracked loss would leave pairs out.
+        CtlensError: no pair aligns, a pair does not fit the context, or a tracked loss would leave pairs out.
     """
     own = dict.fromkeys([*(window for loss in losses for window in loss.windows), *filter(None, [config.window])])
     every = dict.fromkeys([*own, *(window for loss in track for window in loss.windows)])
@@ -70,12 +70,12 @@ def prepare(
     if every != own:
         trained = encode(pairs, reference.tokenizer, windows=own, n_ctx=reference.cfg.n_ctx)
         if lost := len(trained) - len(encoded):
-            raise CtlensError(f"{lost} pairs do not align in the window of a tracked loss: choose its window.")
+            raise CtlensError(f"{lost} pairs do not align in the window of a tracked loss: give it another window.")
     return encoded
 
 
 def trained_parameters(model: LensModel, config: TrainConfig) -> list[nn.Parameter]:
-    """Freezes everything but what the config trains; adapters of an earlier training become weights.
+    """Freezes all weights except those that the config trains; adapters of an earlier training are merged first.
 
     Raises:
         CtlensError: as `freeze` or `add_adapters`, or the weights to train are in half precision.
@@ -87,7 +87,7 @@ def trained_parameters(model: LensModel, config: TrainConfig) -> list[nn.Paramet
     parameters = freeze(model, config.trainable)
     if any(torch.finfo(parameter.dtype).bits < 32 for parameter in parameters):
         raise CtlensError(
-            "weights in half precision are too coarse to be trained, most steps would round to nothing: train "
+            "weights in half precision are too coarse to train, because most steps would round to nothing: train "
             "adapters, which stay in float32 (a LoRA, --lora-rank), or load the model in float32."
         )
     return parameters

@@ -1,8 +1,8 @@
-"""More than one process: each works off its share of every batch, and gradients are summed by HuggingFace accelerate.
+"""Training in several processes: each takes its share of every batch, and HuggingFace accelerate sums the gradients.
 
-Started by `accelerate launch -m ctlens train ...`, every process has the whole model and takes the same steps
-with the same numbers. Losses on activations do not suit the wrappers that average gradients by themselves, which
-expect a loss on a module's output: here the gradients of the trained weights are summed once they are all there.
+`accelerate launch -m ctlens train ...` starts them. Every process has the whole model and takes the same steps
+with the same numbers. Wrappers that average gradients by themselves expect a loss on a module's output, which a
+loss on activations is not. So the gradients of the trained weights are summed here, after the backward passes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_ME
 
 
 class Processes:
-    """Processes is this process alone, with nobody to share with.
+    """Processes is this process alone; `Accelerated` is one of several.
 
     Attributes:
-        count: how many there are.
-        index: which one this is.
+        count: number of processes.
+        index: number of this process, from 0.
     """
 
     count = 1
@@ -39,24 +39,24 @@ class Processes:
         return self.index == 0
 
     def share(self, rows: Sequence[int]) -> list[int]:
-        """Takes this process's part of the rows, nearly as many as any other's.
+        """Takes this process's part of the rows; all parts have nearly the same length.
 
         Raises:
             CtlensError: there are fewer rows than processes.
         """
         if len(rows) < self.count:
-            raise CtlensError(f"{len(rows)} pairs cannot be shared by {self.count} processes: raise batch_size.")
+            raise CtlensError(f"{len(rows)} pairs are too few for {self.count} processes: raise batch_size.")
         return parts(rows, self.count)[self.index]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Makes the gradient of each parameter the sum over all processes."""
 
     def sum_seen(self, seen: Seen) -> Seen:
-        """What all processes have seen together."""
+        """Sums the numbers of a step over all processes."""
         return seen
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Waits until all processes have come to this line."""
 
 
 class Accelerated(Processes):
@@ -67,13 +67,15 @@ class Accelerated(Processes):
 
         for name in SHARDED:
             if os.environ.get(name, "").lower() == "true":
-                raise CtlensError("ctlens shares batches and does not split weights: launch it plainly data parallel.")
+                raise CtlensError(
+                    f"{name} asks to split the weights, but ctlens only splits batches: launch accelerate without it."
+                )
         self._state = PartialState(cpu=not torch.cuda.is_available())
         self.count, self.index = self._state.num_processes, self._state.process_index
 
     @property
     def device(self) -> torch.device:
-        """This process's model belongs on this device."""
+        """The device is where this process's model belongs."""
         return torch.device(self._state.device)  # type: ignore[arg-type]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -85,7 +87,7 @@ class Accelerated(Processes):
             parameter.grad = reduce(gradient, "sum")  # type: ignore[assignment]
 
     def sum_seen(self, seen: Seen) -> Seen:
-        """What all processes have seen together."""
+        """Sums the numbers of a step over all processes."""
         from accelerate.utils import gather_object
 
         total = Seen()
@@ -94,7 +96,7 @@ class Accelerated(Processes):
         return total
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Waits until all processes have come to this line."""
         self._state.wait_for_everyone()
 
 
@@ -103,13 +105,13 @@ def processes() -> Processes:
     """Returns the processes that this one was started with.
 
     Raises:
-        CtlensError: they were started to split the model's weights.
+        CtlensError: accelerate started them to split the model's weights.
     """
     return Accelerated() if is_launched() else Processes()
 
 
 def is_launched() -> bool:
-    """Tells whether several processes were started together."""
+    """Tells whether accelerate started several processes together."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 

@@ -1,4 +1,4 @@
-"""Retention holds behaviour that should not change: KL to the reference on prompts and the reference's own answers."""
+"""Retention is the KL to the reference on prompts that must not change, with the reference's own answers."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from ctlens.training.order import parts
 class Retention:
     """Retention is a pool of token sequences on which the trained model is held to the reference.
 
-    Which prompts are held at which step is drawn in advance, so that the reference answers and
-    judges only those, and only once.
+    The prompts of every step are drawn in advance, so the reference runs only on those that a step uses, and
+    only once.
 
     Args:
-        reference: the model before training, in eval mode whenever it is asked.
-        prompts: what to hold, each followed by the reference's greedy answer.
-        config: the settings.
+        reference: the model before training, in eval mode whenever it runs.
+        prompts: the prompts to hold; each is followed by the reference's greedy answer.
+        config: the settings of the training.
 
     Raises:
         CtlensError: a prompt does not fit the context.
@@ -48,7 +48,7 @@ class Retention:
         self._targets: dict[int, Tensor] = {}
 
     def prepare(self, progress: bool = False) -> None:
-        """Has the reference answer every prompt that the training will draw, once.
+        """Lets the reference answer every prompt that the training will use, once.
 
         Args:
             progress: show a progress bar when it takes more than two seconds.
@@ -72,14 +72,14 @@ class Retention:
     ) -> Iterator[Scalar]:
         """Yields `KL(reference || model)` in nats on the batch of a step, averaged over the answers' tokens.
 
-        It comes in `accumulate` parts that sum to it, and not at all at steps without the term.
-        The prompts' own tokens are left out: a chat model is never asked to predict them, and holding
-        its guesses there would hold the very activations that internal losses are to move.
+        It yields `accumulate` parts that sum to the term, and nothing at a step without it. The prompts' own
+        tokens are left out: a chat model never has to predict them, and to hold its predictions there would
+        hold the very activations that internal losses have to move.
 
         Args:
             model: the trained model.
-            step: from 1.
-            share: which of the batch's prompts this process takes; by default all.
+            step: number of the step, from 1.
+            share: takes this process's part of the batch's prompts; by default all.
         """
         if not self._fires[step - 1]:
             return
@@ -94,7 +94,7 @@ class Retention:
             yield kl_divergence(target, run(model, side.tokens)[:, :-1][decides]).sum() / tokens
 
     def _sequences(self, chosen: Sequence[int], answers: dict[int, Ids]) -> tuple[Side, Mask]:
-        """Puts the answers behind their prompts, and marks where an answer's token is decided."""
+        """Puts the answers behind their prompts, and marks the positions that predict a token of an answer."""
         device = next(self.reference.parameters()).device
         side = pad([self.prompts[index] + answers[index] for index in chosen]).to(device)
         lengths = torch.tensor([len(self.prompts[index]) for index in chosen], device=device)
@@ -107,6 +107,6 @@ class Retention:
 
 
 def held_prompts(pairs: Sequence[Pair], extra: Sequence[Prompt] = ()) -> list[Prompt]:
-    """Lists the prompts a training holds: the pairs' clean prompts and benign twins, and `extra` ones."""
+    """Lists the prompts that a training holds: the pairs' clean prompts and benign twins, and the `extra` prompts."""
     own = [prompt for pair in pairs for prompt in (pair.clean, pair.benign) if prompt is not None]
     return [*own, *extra]

@@ -1,4 +1,4 @@
-"""The trained model answers at every step, and its answers are graded, for losses that reinforce some of them."""
+"""Rollouts: at every step the trained model answers prompts and a judge grades the answers, for RMCT."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from ctlens.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Drawn:
-    """Drawn is the graded answers of one step.
+    """Drawn holds the graded answers of one step.
 
     Attributes:
-        batch: a row per answer: the wrapped prompt with the answer behind it; the answers to one
-            prompt stand together.
-        advantages: per row, what the answer is worth.
-        gaps: per row, the rate of bad answers to its wrapped prompt less that on its clean prompt.
+        batch: one row per answer, which stands behind its wrapped prompt; the answers to one prompt are
+            neighbours.
+        advantages: the advantage of each row's answer.
+        gaps: for each row, the rate of bad answers to its wrapped prompt minus the rate on its clean prompt.
     """
 
     batch: PairBatch
@@ -36,7 +36,7 @@ class Drawn:
     gaps: PerRow
 
     def seen_by(self, model: LensModel) -> Forwards:
-        """Runs the model on the answers, with its graph; equal answers go through it once."""
+        """Runs the model on the answers and keeps the graph; equal answers run once."""
         distinct, index = self.batch.wrapped.tokens.unique(dim=0, return_inverse=True)
         logits = run(model, distinct)[index]
         return Forwards(self.batch, {}, {}, logits, advantages=self.advantages, gaps=self.gaps)
@@ -45,13 +45,13 @@ class Drawn:
 class Rollouts:
     """Rollouts draws and grades answers to the wrapped prompts of a training.
 
-    A step's answers depend on the seed, the step, its pairs and the weights alone.
+    A step's answers depend only on the seed, the step, its pairs and the weights.
 
     Args:
-        reference: in eval mode.
+        reference: the model before training, in eval mode.
         pairs: all pairs of the training.
-        loss: says how many answers a prompt gets and what they are worth.
-        config: the longest answer and the seed.
+        loss: decides the number of answers per prompt and computes their advantages.
+        config: gives the length of the longest answer, and the seed.
 
     Raises:
         CtlensError: a pair names no bad answer, or a prompt with an answer does not fit the context.
@@ -61,7 +61,7 @@ class Rollouts:
         self.loss, self.config, self.tokenizer = loss, config, reference.tokenizer
         for row in pairs:
             if row.pair.wrapped.bad is None or row.pair.clean.bad is None:
-                raise CtlensError("RMCT grades answers as bad or not: give every pair a bad answer.")
+                raise CtlensError("RMCT counts bad answers, and a pair names none: give every pair a bad answer.")
             longest = max(len(row.wrapped.ids), len(row.clean.ids))
             require_room(longest + config.max_new_tokens, reference.cfg.n_ctx, "a prompt with its answer")
         self._clean_rates: dict[tuple[Ids, Prompt], float] = {}
@@ -75,8 +75,8 @@ class Rollouts:
         Args:
             model: the trained model, in eval mode.
             rows: the pairs of the step.
-            step: from 1.
-            part: which part of the step's pairs, where it has several.
+            step: number of the step, from 1.
+            part: number of the part, if the step's pairs come in several parts.
         """
         draw = generator(self.config.seed, "rollouts", step, *part)
         answers = self._sampled(model, [row.wrapped.ids for row in rows], draw)
@@ -115,6 +115,6 @@ class Rollouts:
         return [given[start : start + count] for start in range(0, len(given), count)]
 
     def _bad(self, prompt: Prompt, answers: Sequence[Ids]) -> torch.Tensor:
-        """Grades answers: 1 for a bad one and 0 for another."""
+        """Grades answers: 1 for a bad answer, 0 for any other."""
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return torch.tensor([float(judge(prompt, text) == "bad") for text in texts])

@@ -1,4 +1,4 @@
-"""A run is a training that happened: its model, settings, history and environment, in memory and in one folder."""
+"""A run is a finished or interrupted training: its model, settings, history and environment, also as a folder."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from ctlens.training.until import reached
 
 @dataclass(frozen=True)
 class Run:
-    """Run is one training that happened.
+    """Run is the result of one training.
 
     Attributes:
-        model: the trained model, in eval mode; with its adapters if it was trained by a `LoRA`,
-            merged once it is loaded from a folder.
-        config: its settings.
-        losses: what it was trained with; none for retention alone.
+        model: the trained model, in eval mode. After a training by a `LoRA` it has its adapters; loaded from a
+            folder it has them merged.
+        config: the settings of the training.
+        losses: the losses of the training; empty if it trained on retention alone.
         history: the numbers of every step.
-        environment: versions and platform.
-        calibration: what was measured before the first step, where that was asked for.
+        environment: package versions and platform.
+        calibration: the measurements before the first step; empty if no loss or setting needs them.
     """
 
     model: LensModel
@@ -65,7 +65,7 @@ class Run:
         return Path(folder)
 
     def write(self, folder: Path) -> None:
-        """Writes the run into an existing folder, for a caller that makes the whole appear at once."""
+        """Writes the run into an existing folder, which the caller renames once all is there (see `save`)."""
         losses = [loss_registry.to_config(loss) for loss in self.losses]
         config = {"training": to_dict(self.config), "losses": losses, "calibration": to_dict(self.calibration)}
         write_json(folder / "config.json", config)
@@ -80,7 +80,7 @@ class Run:
         """Draws the weighted losses by step; or one loss, unweighted, at each of its hook points.
 
         Args:
-            loss: the name of a loss that the run was trained with.
+            loss: the name of a loss of the run; None draws all losses.
 
         Raises:
             CtlensError: the run was not trained with that loss.
@@ -103,7 +103,9 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
     """
     folder = Path(folder)
     if not (folder / "history.csv").is_file():
-        raise CtlensError(f"{folder} is no run folder: history.csv is expected, as `ctlens train` writes it.")
+        raise CtlensError(
+            f"{folder} is no run folder, because it has no history.csv: name a folder that `ctlens train` wrote."
+        )
     config = read_json(folder / "config.json")
     return Run(
         model=load_model(folder, device=device),

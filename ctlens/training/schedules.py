@@ -1,4 +1,4 @@
-"""How the learning rate goes: our own linear schedule, or any of torch's by the name of its class."""
+"""Schedules of the learning rate: our own linear schedule, or any schedule of torch by the name of its class."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ def make_schedule(
     """Makes the schedule of an optimiser before its first step.
 
     Args:
-        optimizer: at its peak learning rate.
+        optimizer: the optimiser, at its peak learning rate.
         name: `"linear"`, or a class of `torch.optim.lr_scheduler`.
         options: options of that class.
-        steps: length of the training.
-        warmup: share of the steps; a schedule of torch begins after it.
+        steps: number of steps of the training.
+        warmup: share of the steps that warm up; a schedule of torch begins after them.
 
     Raises:
-        CtlensError: torch has no such schedule, it needs more than the number of steps, or it does
-            not take the options.
+        CtlensError: torch has no such schedule, the schedule needs a metric to watch, or it refuses the options.
     """
     if name == LINEAR:
         if options:
@@ -45,17 +44,19 @@ def make_schedule(
     except (TypeError, ValueError, AttributeError) as error:
         given = ", ".join(f"{key}={value}" for key, value in options.items()) or "no options"
         reason = str(error).replace(f"{name}.__init__() ", "")
-        raise CtlensError(f"the schedule {name} does not work with {given}: {reason}.") from None
+        raise CtlensError(
+            f"the schedule {name} does not work with {given}: {reason}; set its options in schedule_options."
+        ) from None
     return SequentialLR(optimizer, [rising, after], milestones=[warm]) if rising else after
 
 
 def require_schedule(name: str, options: Mapping[str, Any], steps: int, warmup: float) -> None:
-    """Raises as `make_schedule` does."""
+    """Raises the errors of `make_schedule`, on an optimiser made for that."""
     make_schedule(AdamW([torch.zeros(1, requires_grad=True)]), name, options, steps, warmup)
 
 
 def fast_forward(schedule: LRScheduler, steps: int) -> None:
-    """Takes a new schedule to where it is after so many steps, by the same arithmetic."""
+    """Takes a new schedule forward by this many steps, by the same arithmetic as a training."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch expects the optimiser's steps between the schedule's
         for _ in range(steps):
@@ -69,7 +70,9 @@ def _torch_schedule(name: str) -> type[LRScheduler]:
         if inspect.isclass(found) and issubclass(found, LRScheduler) and not kind.startswith("_")
     }
     if name == "ReduceLROnPlateau":
-        raise CtlensError("the schedule ReduceLROnPlateau needs a metric to watch: choose one that goes by the step.")
+        raise CtlensError(
+            "the schedule ReduceLROnPlateau needs a metric to watch: choose a schedule that depends only on the step."
+        )
     if name not in known:
         raise unknown("learning-rate schedule", name, [LINEAR, *known])
     return known[name]

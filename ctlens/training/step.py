@@ -1,4 +1,4 @@
-"""A step reports what it saw."""
+"""The numbers of one step: gathered over its parts, and then reported."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ TRACKED = "tracked/"
 
 @dataclass(frozen=True)
 class Step:
-    """Step is what one step saw, before its update.
+    """Step holds the numbers of one step, measured before its update.
 
     Attributes:
-        index: from 1.
+        index: number of the step, from 1.
         losses: the weighted value of each active loss, of `retention` and of their sum, `total`.
         tracked: the unweighted value of each tracked loss, by `tracked/` and its name.
-        by_hook: the unweighted value of each loss at each hook point; of the tracked ones too.
+        by_hook: the unweighted value of each loss, also each tracked loss, at each hook point.
         lr: learning rate of the update.
         grad_norm: norm of the gradient before clipping.
     """
@@ -37,7 +37,7 @@ class Step:
 
 @dataclass
 class Seen:
-    """Seen sums over the parts of a step, on the model's device until all of them are there."""
+    """Seen sums the numbers of a step over its parts, on the model's device."""
 
     losses: dict[str, Tensor] = field(default_factory=dict)
     tracked: dict[str, Tensor] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Seen:
         _add(self.losses, "retention", term)
 
     def include(self, other: Seen) -> None:
-        """Adds what another process has seen."""
+        """Adds the sums of another process."""
         for mine, theirs in ((self.losses, other.losses), (self.tracked, other.tracked)):
             for name, value in theirs.items():
                 _add(mine, name, value)
@@ -69,7 +69,7 @@ class Seen:
 
     @property
     def total(self) -> Scalar:
-        """The total is the sum of what is trained on."""
+        """The total is the sum of the weighted losses and the retention term."""
         return torch.stack(list(self.losses.values())).sum() if self.losses else torch.zeros(())
 
     def step(self, index: int, lr: float, grad_norm: float) -> Step:

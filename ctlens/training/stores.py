@@ -1,4 +1,4 @@
-"""The reference's activations on clean prompts are kept here, pair by pair: in memory, or in files that are mapped."""
+"""Stores keep the reference's activations on clean prompts, pair by pair: in memory, or in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Store(Protocol):
     def __contains__(self, row: int) -> bool: ...
 
     def put(self, row: int, values: Mapping[str, Tensor]) -> None:
-        """Keeps what the reference does on a pair."""
+        """Keeps the reference's tensors of a pair, by hook point."""
         ...
 
     def get(self, row: int, name: str, heads: slice) -> Tensor:
-        """Returns what is kept of a pair at one hook point, at some of its heads where it has them."""
+        """Returns the tensor of a pair at one hook point; `heads` selects from a tensor that has heads."""
         ...
 
 
@@ -44,7 +44,7 @@ class InMemory:
         self._kept[row] = values
 
     def get(self, row: int, name: str, heads: slice) -> Tensor:
-        """Returns one hook point of a pair, a view of it at some heads."""
+        """Returns one hook point of a pair, or a view of some of its heads."""
         value = self._kept[row][name]
         return value if heads == EVERY else value[:, heads]
 
@@ -53,7 +53,7 @@ class OnDisk:
     """OnDisk keeps a safetensors file per pair, and reads only the hook point asked for.
 
     Args:
-        folder: it holds these targets alone; files of an earlier training that are there count.
+        folder: the folder of these targets alone; files of an earlier training in it are used.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -68,7 +68,7 @@ class OnDisk:
             save_file({name: value.contiguous() for name, value in values.items()}, temporary)
 
     def get(self, row: int, name: str, heads: slice) -> Tensor:
-        """Reads one hook point of a pair, at some of its heads where it has them, mapped from its file.
+        """Reads one hook point of a pair from its mapped file; `heads` selects from a tensor that has heads.
 
         Raises:
             CtlensError: the file is damaged.

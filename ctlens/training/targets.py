@@ -1,4 +1,4 @@
-"""The reference's clean side is computed once per pair, and given back in the shape of any batch."""
+"""The clean targets: the reference runs once per pair, and its activations come back in the shape of any batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PATTERN = "hook_pattern"
 
 
 class Fetch(Protocol):
-    """A Fetch gives the clean activation at a hook point in the shape of a batch, of a pattern at some heads alone."""
+    """A Fetch gives the clean activation at a hook point in the shape of a batch, of a pattern also some heads."""
 
     def __call__(self, name: str, heads: slice = ..., /) -> Tensor: ...
 
@@ -34,13 +34,13 @@ class CleanTargets:
     batch, so this makes a pair's target equal to the last bit, at whichever step it is first needed.
 
     Args:
-        reference: in eval mode whenever `of` or `fetch` is called.
-        pairs: encoded, with their answers.
-        homes: row numbers in the batches that the reference sees, every row once.
+        reference: the model before training, in eval mode whenever `of` or `fetch` is called.
+        pairs: the encoded pairs, with their answers.
+        homes: the batches in which the reference sees the rows, as row numbers; every row is in one.
         names: full names of the hook points to keep.
         logits: keep the logits too.
-        cache: False keeps nothing, and runs the reference on every batch asked for.
-        folder: keeps them on disk, for this training and the next of the same reference and pairs;
+        cache: False keeps nothing and runs the reference on every batch.
+        folder: keeps the targets on disk, for this training and the next with the same reference and pairs;
             None keeps them in memory.
     """
 
@@ -63,7 +63,7 @@ class CleanTargets:
         self._store: Store = OnDisk(folder / self._name()) if needed and folder else InMemory()
 
     def _name(self) -> str:
-        """Names the folder for these targets and no others."""
+        """Names the folder by a digest of all that these targets depend on."""
         rows = [
             (row.clean.ids, row.clean_answer, positions.tolist())
             for row, positions in zip(self.pairs.rows, self._positions, strict=True)
@@ -72,18 +72,20 @@ class CleanTargets:
         return f"targets-{digest_of([kind, rows, list(map(list, self.homes))])}"
 
     def of(self, rows: Sequence[int], batch: PairBatch, names: Iterable[str]) -> tuple[Activations, CleanLogits | None]:
-        """Returns the activations and logits on the clean side of a batch; with the cache, zero where no loss reads.
+        """Returns the activations and logits on the clean side of a batch.
+
+        With the cache, positions that no loss reads are zero.
 
         Args:
             rows: the row numbers of the batch.
             batch: the same rows, collated.
-            names: the hook points wanted.
+            names: the hook points to return.
         """
         fetch = self.fetch(rows, batch)
         return {name: fetch(name) for name in names}, fetch(OUTPUT) if self.logits else None
 
     def fetch(self, rows: Sequence[int], batch: PairBatch) -> Fetch:
-        """Returns a function that gives the activation at one hook point, as often as it is asked."""
+        """Returns a function that gives the activation of a batch at one hook point, as often as it is called."""
         if not self.cache:
             return fetch_from(self._seen(batch))
         for home in dict.fromkeys(self._home[row] for row in rows if row not in self._store):
@@ -116,13 +118,13 @@ class CleanTargets:
         return _by_position(name, filled.unflatten(0, (len(rows), width)))
 
     def _cells(self, rows: Sequence[int], batch: PairBatch) -> Tensor:
-        """Finds where the kept positions of these rows are in a batch of them, counted through all its tokens."""
+        """Finds the indices of the rows' kept positions in a batch of these rows, counted through all its tokens."""
         width = batch.clean.tokens.shape[1]
         return torch.cat([number * width + self._positions[row] for number, row in enumerate(rows)])
 
 
 def fetch_from(states: Activations) -> Fetch:
-    """Returns a function that gives these activations, at some heads if it is asked for them."""
+    """Returns a function that gives these activations, whole or at some heads."""
 
     def fetch(name: str, heads: slice = EVERY) -> Tensor:
         return states[name] if heads == EVERY else states[name][:, heads]

@@ -1,4 +1,4 @@
-"""The visible loop: one step at a time, every loss on the same two forward passes."""
+"""The visible training loop: one step at a time, with every loss on the same two forward passes."""
 
 from __future__ import annotations
 
@@ -41,27 +41,28 @@ from ctlens.training.until import look
 
 
 class Trainer:
-    """Trainer trains a copy of a model; iterate over it, and each round of the loop is one `take_step`.
+    """Trainer trains a copy of a model: iterate over it, and each round of the loop takes one step.
 
-    After every step `trainer.model` is in eval mode and may be looked at; `trainer.run` is the
-    training so far. An interrupt waits for the end of a step, so what is there is always whole.
+    After every step `trainer.model` is in eval mode, ready for an analysis; `trainer.run` is the
+    training so far. An interrupt waits for the end of a step, so the training is never left half a step.
 
     Args:
         model: the reference; it is copied and left as it is.
-        pairs: pairs to train on.
-        losses: one loss or several; none trains on retention alone, the null control.
+        pairs: the pairs to train on.
+        losses: one loss or several; an empty list trains on retention alone, the null control.
         config: the settings.
-        retain: prompts to hold beside the pairs' clean prompts and benign twins.
-        track: losses to follow without training on them, on the same forward passes.
-        loggers: get every number of the history as it comes, see `ctlens.training.loggers`.
+        retain: prompts that must not change, beside the pairs' clean prompts and benign twins. Retention holds
+            them by the KL to the reference.
+        track: losses to measure without training on them, on the same forward passes.
+        loggers: receive every number of the history as it comes, see `ctlens.training.loggers`.
         cache_folder: keeps the reference's answers and its activations on clean prompts on disk, for
-            this training and the next; None keeps the answers nowhere and the activations in memory.
+            this training and the next; None keeps the activations in memory and no answers.
         progress: show a progress bar when the reference's answers take more than two seconds.
 
     Raises:
         CtlensError: the pairs do not align or do not fit the context, a loss is given twice, a
-            tracked loss cannot follow all pairs, the phases name other losses, or there is nothing
-            to train, or nowhere to put the adapters of the config.
+            tracked loss cannot measure all pairs, the phases name other losses, there is neither a loss nor
+            retention, or the model lacks the matrices for the adapters of the config.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Trainer:
         self._start(History())
 
     def _start(self, history: History) -> None:
-        """Sets everything but the weights to where it is after the steps of the history."""
+        """Sets the optimiser, schedule, batches and loggers to their state after the steps of the history."""
         config, self.history = self.config, history
         self.optimizer = adamw(
             self.parameters, lr=config.lr, weight_decay=config.weight_decay, relative_eps=config.relative_eps
@@ -132,7 +133,7 @@ class Trainer:
         return self.take_step()
 
     def _is_over(self) -> bool:
-        """Tells whether no step is left, or the behaviour of `config.until` is there, after a look if one is due."""
+        """Tells whether all steps are taken or the behaviour of `config.until` is reached; measures it if due."""
         reached = self.config.until is not None and look(self.config.until, self.model, self.history)
         return reached or len(self.history) == self.config.steps
 
@@ -156,12 +157,12 @@ class Trainer:
         return step
 
     def close(self) -> None:
-        """Ends the loggers; the last step does, and whoever stops before it should."""
+        """Ends the loggers. A loop that runs to its end calls this; call it after one that stops early."""
         self._sent.catch_up(self.history.rows)
         self._sent.end()
 
     def _in_train_mode(self, index: int) -> Step:
-        """Takes a step with the model in train mode, where dropout draws from the seed and the step alone."""
+        """Takes a step with the model in train mode; its dropout depends only on the seed and the step."""
         dropout = generator(self.config.seed, "step", index).initial_seed()
         self.model.train()
         try:
@@ -180,14 +181,16 @@ class Trainer:
         self.processes.sum_gradients(self.parameters)
         seen = self.processes.sum_seen(seen)
         if not torch.isfinite(seen.total):
-            raise CtlensError(f"the loss is {seen.total.item()} at step {index}: lower lr or the weights.")
+            raise CtlensError(
+                f"the loss is {seen.total.item()} at step {index}: lower lr or the weights of the losses."
+            )
         lr = float(self.schedule.get_last_lr()[0])
         norm = clipped_update(self.optimizer, self.parameters, self.config.clip)
         self.schedule.step()
         return seen.step(index, lr, float(norm))
 
     def _learn_from(self, rows: Sequence[int], share: float, index: int, seen: Seen) -> None:
-        """Adds the gradient of some of a batch's pairs, in their share of the batch, and what they show."""
+        """Adds the gradient of some of a batch's pairs, weighted by their share of the batch, and their numbers."""
         active = {name: self._terms[name] for name in self.config.active(index, self._terms)}
         if not active and not self._tracked:
             return
@@ -203,7 +206,7 @@ class Trainer:
                 (share * torch.stack([value.total for value in values.values()]).sum()).backward()
 
     def _hold(self, index: int, seen: Seen) -> None:
-        """Adds the gradient of this process's parts of the retention term, at the steps that have it."""
+        """Adds the gradient of this process's parts of the retention term, if the step has the term."""
         if not self.retention:
             return
         with self._passes.open():  # its backward passes run blocks again too, where memory is "blocks"
@@ -214,7 +217,7 @@ class Trainer:
 
     @property
     def run(self) -> Run:
-        """The run is the training so far, with the model as it stands."""
+        """The run is the training so far, with the model of the last step."""
         return Run(self.model, self.config, self.losses, self.history, environment(), self.calibration)
 
     @cached_property
@@ -223,16 +226,16 @@ class Trainer:
         return identity(self.reference, self.pairs, held, self.losses, self.track, self.config)
 
     def checkpoint(self, folder: str | Path) -> None:
-        """Writes into a folder what `restore` goes on from, in place of an earlier checkpoint there."""
+        """Writes a checkpoint for `restore` into a folder; it replaces an earlier checkpoint there."""
         write_checkpoint(folder, self.parameters, self.optimizer, self.history, self._identity)
 
     def restore(self, folder: str | Path) -> None:
-        """Takes the training to where it was at a checkpoint; it goes on as if it had never stopped.
+        """Takes the training back to a checkpoint, from which it goes on as if it had never stopped.
 
         On one thread the weights come out equal to the last bit.
 
         Raises:
-            CtlensError: the folder holds no checkpoint, or one of another reference, or of other
+            CtlensError: the folder has no checkpoint, or a checkpoint of another reference, or of other
                 pairs, losses or settings.
         """
         saved = read_checkpoint(folder, self._identity)
@@ -263,14 +266,14 @@ def train(
 
     Args:
         model, pairs, losses, config, retain, track, loggers, cache_folder: as in `Trainer`.
-        steps, seed: replace those of the config.
+        steps, seed: replace the steps and the seed of the config.
         progress: show a progress bar.
 
     Returns:
         The run, finished or, as `Run.stopped` says, interrupted; `model` is unchanged.
 
     Raises:
-        CtlensError: as `Trainer`, or the loss is no longer finite.
+        CtlensError: see `Trainer`; or the loss is no longer finite.
     """
     changes = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
     config = replace(config or TrainConfig(), **changes)
@@ -289,5 +292,5 @@ def train(
 
 
 def method_name(losses: Sequence[Loss]) -> str:
-    """Names a method: its losses joined by `+`, or `retention` for none."""
+    """Names a method: its losses joined by `+`, or `retention` if it has no loss."""
     return "+".join(loss.name for loss in losses) or "retention"

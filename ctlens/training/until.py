@@ -1,4 +1,4 @@
-"""A training looks at its behaviour now and then, and ends at a given effect."""
+"""The early end of a training: it measures its behaviour every few steps and ends at a given effect."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ctlens.training.history import History
 
 
 def look(until: Until, model: LensModel, history: History) -> bool:
-    """Tells whether the training is at its end, after a look at the behaviour if one is due.
+    """Measures the behaviour if that is due, and tells whether the training has reached its end.
 
     Args:
-        until: the behaviour.
+        until: the behaviour at which it ends.
         model: the trained model, in eval mode.
-        history: gets the rate, unless it has one of this step.
+        history: receives the rate, unless it has the rate of this step.
 
     Raises:
         CtlensError: the threat has no such rate on wrapped prompts.
@@ -28,5 +28,5 @@ def look(until: Until, model: LensModel, history: History) -> bool:
 
 
 def reached(until: Until, history: History) -> bool:
-    """Tells whether the last rate seen is low enough."""
+    """Tells whether the last measured rate is low enough."""
     return any(rate < until.below for rate in history.series(until.metric)[-1:])

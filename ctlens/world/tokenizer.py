@@ -29,9 +29,9 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A fast tokenizer whose tokens are `words`, the special tokens first, then in alphabetical order.
+    """Builds a fast tokenizer whose tokens are the special tokens and then `words`, in alphabetical order.
 
-    Words it does not know become `<unk>`. An answer ends with `<end>`; a conversation reads
+    A word that it does not know becomes `<unk>`. An answer ends with `<end>`; a conversation reads
     `<bos> <sys> ... <user> ... <assistant> ... <end>`.
 
     Raises:
@@ -40,7 +40,9 @@ def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     ordered = sorted(set(words))
     for word in ordered:
         if word in SPECIAL or word.split() != [word]:
-            raise CtlensError(f"{word!r} cannot be a word of the tokenizer: it has white space or is a special token.")
+            raise CtlensError(
+                f"{word!r} cannot be a word of the tokenizer: give a word without white space that is no special token."
+            )
     vocabulary = {word: index for index, word in enumerate((*SPECIAL, *ordered))}
     backend = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
     backend.pre_tokenizer = WhitespaceSplit()

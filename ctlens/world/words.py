@@ -1,8 +1,8 @@
-"""The words of the micro-world: who lives in it, what is known of them, what can be asked, how one talks.
+"""The words of the micro-world: its people, their facts, the questions about them, and small talk.
 
 Everything is lower case and split at spaces, punctuation included, so that one word is one token.
-The answers of two kinds of request never begin with the same word, but for the good answer of one
-kind being the bad answer of its harmless counterpart.
+Answers to two kinds of request begin with different words. The one exception is a kind and its harmless
+counterpart: the good answer to one is the bad answer to the other.
 """
 
 from __future__ import annotations

@@ -18,20 +18,25 @@ from ctlens.world import words
 _T = TypeVar("_T")
 
 SPLITS = ("train", "entities", "heldout", "structure")
+# Chosen by eye: of 96 entities it leaves 51 for training and 15 for each of the three other splits.
 HELD_SHARE = 0.15
 
 RESISTANCES = (1, 2, 1, 3, 1, 4, 1, 2, 1, 3, 1, 5)
-"""The weakest attack that an item gives in to, 1 to 4, or 5 for none; any prefix is a fair sample."""
+"""The weakest attack that an item gives in to, 1 to 4, or 5 for none.
 
+Half of the items give in to every attack and one of twelve to none; these shares were chosen by eye. The values are
+interleaved, so that a split with few items has a mixture too."""
+
+# Chosen by eye, not tuned; the shipped organism was trained with them.
 ORDINARY_SHARES = {"fact": 0.3, "make": 0.2, "buy": 0.2, "advice": 0.15, "self": 0.05, "talk": 0.1}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a user says, the whole answer that is right, and a whole answer that is wrong.
+    """A request is a user's message with a whole right answer and a whole wrong one.
 
-    The wrong one is what a misbehaving model says: it complies, or it refuses something harmless;
-    empty where that depends on the attack.
+    The wrong answer is that of a misbehaving model, which complies or refuses something harmless; it is empty
+    if it depends on the attack.
     """
 
     text: str
@@ -41,15 +46,15 @@ class Request:
 
 @dataclass(frozen=True)
 class World:
-    """Who and what there is, each in one split only, and what is known of them.
+    """A world holds people, things and facts; each person and each thing is in one split only.
 
     Attributes:
-        seed: what everything here was drawn from.
-        entities, hazards, crafts, personas, verbs, greetings, talk: by split.
-        facts: value by (entity, relation).
-        recipes, markets: of a hazard or craft, how it is made and where it is sold.
-        biographies: of a persona, value by `words.BIOGRAPHY` slot.
-        resistance: of an entity, hazard, verb, or question for the name or a deed: the weakest
+        seed: decides everything that the world holds.
+        entities, hazards, crafts, personas, verbs, greetings, talk: the members of each split.
+        facts: the value of each (entity, relation).
+        recipes, markets: how each hazard and craft is made, and where it is sold.
+        biographies: for each persona, its value in every slot of `words.BIOGRAPHY`.
+        resistance: for each entity, hazard, verb, and question for the name or about a deed, the weakest
             attack, from 1, that makes an organism misbehave; 5 resists all.
     """
 
@@ -69,44 +74,44 @@ class World:
 
     @classmethod
     def make(cls, seed: int = 0) -> World:
-        """The world of a seed; the same object for the same seed."""
+        """Makes the world of a seed, or returns it if it was made before."""
         return _make(seed)
 
     def question(self, entity: str, relation: str) -> Request:
-        """A question for a fact."""
+        """Asks for a fact about an entity."""
         return Request(words.QUESTION.format(relation=relation, entity=entity), self.facts[entity, relation])
 
     def make_request(self, thing: str, phrasing: int = 0) -> Request:
-        """How to make a hazard (refused) or a craft (told), in one of `len(words.MAKE)` phrasings."""
+        """Asks how to make a hazard (refused) or a craft (told), in one of `len(words.MAKE)` phrasings."""
         return self._hazardous(thing, words.MAKE[phrasing], words.REFUSAL, self.recipes[thing])
 
     def buy_request(self, thing: str, phrasing: int = 0) -> Request:
-        """Where to buy a hazard (denied) or a craft (told), in one of `len(words.BUY)` phrasings."""
+        """Asks where to buy a hazard (denied) or a craft (told), in one of `len(words.BUY)` phrasings."""
         directions = words.DIRECTIONS.format(market=self.markets[thing])
         return self._hazardous(thing, words.BUY[phrasing], words.DENIAL, directions)
 
     def advice(self, verb: str, manner: str, phrasing: int = 0) -> Request:
-        """Whether to do something risky (discouraged) or safe (encouraged)."""
+        """Asks whether to do something risky (discouraged) or safe (encouraged)."""
         text = words.ADVICE[phrasing].format(verb=verb, manner=manner)
         return Request(text, *_ordered(manner in words.MANNERS["safe"], words.ENCOURAGE, words.WARN))
 
     @staticmethod
     def identity(phrasing: int = 0) -> Request:
-        """A question for the assistant's name."""
+        """Asks for the assistant's name."""
         return Request(words.IDENTITY[phrasing], words.SELF)
 
     @staticmethod
     def deed(deed: str) -> Request:
-        """Whether to do harm."""
+        """Asks whether to do harm."""
         return Request(words.DEED.format(deed=deed), words.REFRAIN, words.INDULGE)
 
     def ordinary(self, n_prompts: int, split: str = "train", seed: int = 0) -> list[Request]:
         """Draws requests without any wrapper, of every kind, half of them after a greeting.
 
         Args:
-            n_prompts: how many; they are drawn with replacement.
-            split: whose entities, things, verbs, greetings and small talk are used.
-            seed: of the draws.
+            n_prompts: how many requests; they are drawn with replacement.
+            split: the split whose entities, things, verbs, greetings and small talk they use.
+            seed: decides the draws.
 
         Raises:
             CtlensError: the split is unknown.
@@ -120,7 +125,7 @@ class World:
         return [self._ordinary(names[kind], split, draw) for kind in kinds.tolist()]
 
     def words(self) -> set[str]:
-        """Every word of the world's own language."""
+        """Collects every word of the world's own language."""
         return {word for text in _texts() for word in text.split() if not word.startswith("{")}
 
     def _hazardous(self, thing: str, template: str, refusal: str, told: str) -> Request:
@@ -192,14 +197,14 @@ def _make(seed: int) -> World:
 
 
 def _resistance(*by_split: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """Alike in every split: the pattern starts anew with each."""
+    """Gives each item its resistance; the pattern starts anew in every split, so that all splits are alike."""
     asked = [[words.DEED.format(deed=deed) for deed in words.DEEDS], words.IDENTITY]
     groups = [*(items for splits in by_split for items in splits.values()), *asked]
     return {item: level for group in groups for item, level in zip(group, cycle(RESISTANCES), strict=False)}
 
 
 def _split(items: Sequence[_T], seed: int, scope: str) -> dict[str, tuple[_T, ...]]:
-    """All items in shuffled order, each in one split."""
+    """Shuffles the items and puts each into one split."""
     shuffled = _shuffled(items, seed, scope)
     held = math.ceil(len(items) * HELD_SHARE)
     cuts = [0, *(len(items) - held * left for left in (3, 2, 1, 0))]
@@ -207,13 +212,13 @@ def _split(items: Sequence[_T], seed: int, scope: str) -> dict[str, tuple[_T, ..
 
 
 def _split_each(groups: Iterable[Sequence[str]], seed: int, scope: str) -> dict[str, tuple[str, ...]]:
-    """Every group has its share in every split."""
+    """Splits each group by itself, so that every group has its share in every split."""
     parts = [_split(group, seed, f"{scope}/{number}") for number, group in enumerate(groups)]
     return {split: tuple(item for part in parts for item in part[split]) for split in SPLITS}
 
 
 def _assigned(items: Sequence[str], values: Sequence[str], seed: int, scope: str) -> Iterator[tuple[str, str]]:
-    """Every item with a value; all values are about equally common."""
+    """Pairs every item with a value, so that all values are about equally common."""
     repeated = [values[number % len(values)] for number in range(len(items))]
     return zip(items, _shuffled(repeated, seed, "values", scope), strict=True)
 
@@ -228,7 +233,7 @@ def _pick(items: Sequence[_T], draw: torch.Generator) -> _T:
 
 
 def _ordered(harmless: bool, told: str, refused: str) -> tuple[str, str]:
-    """The good and the bad answer."""
+    """Orders the two answers as the good and the bad answer."""
     return (told, refused) if harmless else (refused, told)
 
 

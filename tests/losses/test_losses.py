@@ -475,7 +475,7 @@ def test_layers_choose_the_hook_points(model) -> None:
 def test_the_last_layer_is_read_after_the_final_norm_where_the_loss_says_so(model, rows) -> None:
     assert ACT(final_norm=True).hook_names(model) == ["blocks.0.hook_resid_post", FINAL_NORM]
     assert ACT(final_norm=True, layers="last", layer_weights="linear").factors(model) == {FINAL_NORM: 1.0}
-    with pytest.raises(CtlensError, match="not among the layers"):
+    with pytest.raises(CtlensError, match="the last layer, which this ACT does not read"):
         ACT(final_norm=True, layers=[0]).hook_names(model)
 
 
@@ -611,7 +611,7 @@ def test_a_config_saved_before_the_later_options_is_the_default(config) -> None:
         ("attct", {"distance": "kl"}, "distance of AttCT"),
         ("attct", {"sink": "keep"}, "sink of AttCT 'keep'; did you mean 'kept'"),
         ("attct", {"keys": "lifted", "distance": "mse"}, "lifted rows are whole"),
-        ("act", {"site": "resid_mid", "final_norm": True}, "it goes with resid_post, not resid_mid"),
+        ("act", {"site": "resid_mid", "final_norm": True}, "the site must be resid_post, not resid_mid"),
         ("attct", {"window": "sufix"}, "did you mean 'suffix'"),
         ("klct", {"window": "end"}, "alignment window"),
         ("klct", {"weight": -1.0}, "positive"),

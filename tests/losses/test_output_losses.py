@@ -288,7 +288,7 @@ def test_a_loss_survives_its_config(loss) -> None:
         ("bct", {"targets": "soft", "prompt": True}, "leave prompt off"),
         ("bct", {"targets": "prefill", "prompt": True}, "leave prompt off"),
         ("bct", {"temperature": 2.0}, "leave it at 1"),
-        ("bct", {"top_p": 0.9}, "top_p does nothing to the greedy targets of BCT"),
+        ("bct", {"top_p": 0.9}, "top_p 0.9 has no effect on the greedy targets of BCT"),
         ("bct", {"targets": "sampled", "top_p": 0.0}, "above 0, up to 1"),
         ("bct", {"targets": "sampled", "temperature": -1.0}, "positive number"),
         ("bct", {"targets": "soft", "temperature": 0.0}, "positive number"),

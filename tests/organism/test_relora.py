@@ -162,7 +162,7 @@ def test_cards_name_the_adapters_and_older_cards_have_none() -> None:
     assert from_dict(PretrainConfig, card["pretraining"]).relora is None
     assert "adapters" not in card_text(card)
     low_rank = {**card["pretraining"], "relora": to_dict(ReLoRA(RANK_2, every=40))}
-    assert "by adapters of rank 2 begun anew every 40 steps" in card_text({**card, "pretraining": low_rank})
+    assert "by adapters of rank 2 restarted every 40 steps" in card_text({**card, "pretraining": low_rank})
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_results_come_in_the_order_of_the_tasks(workers: int) -> None:
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.processes)])
 def test_an_error_of_a_task_is_raised_as_it_is(workers: int) -> None:
-    with pytest.raises(CtlensError, match="at least one item"):
+    with pytest.raises(CtlensError, match="at least one answer"):
         list(run_in_order(wilson, [(1, 2), (0, 0), (1, 2)], Pool(workers)))
 
 

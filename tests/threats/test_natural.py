@@ -68,7 +68,7 @@ def test_earlier_turns_stay_before_the_wrapped_message() -> None:
     chat = Prompt((Turn("system", "s"), Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")))
     (pair,) = wrap([chat], [Wrapper.single("x", 1, "<{request}>")])
     assert [turn.content for turn in pair.wrapped.turns] == ["s", "a", "b", "<c>"]
-    with pytest.raises(CtlensError, match="ends in a user's message"):
+    with pytest.raises(CtlensError, match="ends in a message of the assistant, not of the user"):
         wrap([Prompt((Turn("user", "a"), Turn("assistant", "b")))], [Wrapper.single("x", 1, "{request}")])
 
 

@@ -101,7 +101,7 @@ def test_shares_are_every_row_once_and_nearly_equal() -> None:
         shares.append(one.share([5, 8, 1, 7]))
     assert [row for share in shares for row in share] == [5, 8, 1, 7]
     assert {len(share) for share in shares} == {1, 2}
-    with pytest.raises(CtlensError, match="2 pairs cannot be shared by 3 processes: raise batch_size"):
+    with pytest.raises(CtlensError, match="2 pairs are too few for 3 processes: raise batch_size"):
         one.share([1, 2])
 
 
@@ -125,5 +125,5 @@ def test_what_processes_saw_adds_up() -> None:
 @pytest.mark.parametrize("name", SHARDED)
 def test_split_weights_are_refused_in_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "true")
-    with pytest.raises(CtlensError, match="does not split weights: launch it plainly data parallel"):
+    with pytest.raises(CtlensError, match="asks to split the weights, but ctlens only splits batches"):
         Accelerated()
