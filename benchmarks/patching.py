@@ -41,8 +41,16 @@ from ctlens.models.hooks import SHORTHANDS, capture
 VOCABULARY = 512
 SITES = ("resid_pre", "mlp_out", "z")
 COLUMNS = (
-    "model", "pairs", "from_token", "patches", "transformer_lens_s", "ctlens_s", "ratio", "largest_difference", "path",
-)  # fmt: skip
+    "model",
+    "pairs",
+    "from_token",
+    "patches",
+    "transformer_lens_s",
+    "ctlens_s",
+    "ratio",
+    "largest_difference",
+    "path",
+)
 
 
 @dataclass(frozen=True)
@@ -175,7 +183,9 @@ def rows(setting: Setting) -> list[tuple[object, ...]]:
     prompt_sides = [("first", random_pairs, "suffix"), ("middle", halves(random_pairs), "suffix")]
     prompt_sides += [("first", random_pairs, way) for way in setting.others]
     for start, pairs, way in prompt_sides:
-        times, gaps, path = [], [], ""
+        times = []
+        gaps = []
+        path = ""
         for _ in range(setting.rounds):
             slow, expected = timed(lambda pairs=pairs: theirs(model, pairs, setting))
             fast, found = timed(lambda pairs=pairs, way=way: ours(model, pairs, setting, way))
@@ -193,7 +203,8 @@ def halves(pairs: list[Pair]) -> list[Pair]:
     """The same wrapped prompts, with clean prompts that differ from them in the second half only."""
     found = []
     for pair in pairs:
-        clean, wrapped = (side.turns[0].content.split() for side in (pair.clean, pair.wrapped))
+        clean = pair.clean.turns[0].content.split()
+        wrapped = pair.wrapped.turns[0].content.split()
         middle = len(clean) // 2
         found.append(Pair(prompt(" ".join(wrapped[:middle] + clean[middle:]), "1", "2"), pair.wrapped))
     return found

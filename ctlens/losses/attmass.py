@@ -64,7 +64,8 @@ class AttMass(InternalLoss):
         Raises:
             CtlensError: no aligned query of a pair can see an added token.
         """
-        batch, matched = forwards.batch, forwards.batch.matched[self.window]
+        batch = forwards.batch
+        matched = forwards.batch.matched[self.window]
         self._require_visible(batch, matched)
         keys = batch.wrapper.sum(-1) if self.per_key else 1
         values: dict[str, PerRow] = {}

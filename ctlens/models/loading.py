@@ -57,10 +57,17 @@ def build(
 
 def _skeleton(config: ModelConfig, device: str | torch.device, dtype: torch.dtype) -> LensModel:
     shape = {
-        **to_dict(config), "d_head": config.d_head, "act_fn": "silu", "gated_mlp": True, "eps": 1e-5,
-        "normalization_type": "RMS", "positional_embedding_type": "rotary", "rotary_adjacent_pairs": True,
-        "rotary_dim": config.d_head, "dtype": dtype,
-    }  # fmt: skip
+        **to_dict(config),
+        "d_head": config.d_head,
+        "act_fn": "silu",
+        "gated_mlp": True,
+        "eps": 1e-5,
+        "normalization_type": "RMS",
+        "positional_embedding_type": "rotary",
+        "rotary_adjacent_pairs": True,
+        "rotary_dim": config.d_head,
+        "dtype": dtype,
+    }
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         if HAS_HOOKED_TRANSFORMER:

@@ -19,9 +19,21 @@ from ctlens.organism.pretrain import PRESETS, PretrainConfig, pretrain
 from ctlens.organism.relora import ReLoRA
 
 __all__ = [
-    "CONTEXTS", "INOCULATION", "PRESETS", "BadAdviceConfig", "PretrainConfig", "ReLoRA", "card", "give_bad_advice",
-    "leak_pairs", "load_organism", "make_card", "pretrain", "save_organism", "train_organism",
-]  # fmt: skip
+    "CONTEXTS",
+    "INOCULATION",
+    "PRESETS",
+    "BadAdviceConfig",
+    "PretrainConfig",
+    "ReLoRA",
+    "card",
+    "give_bad_advice",
+    "leak_pairs",
+    "load_organism",
+    "make_card",
+    "pretrain",
+    "save_organism",
+    "train_organism",
+]
 
 SHIPPED = Path(__file__).parent / "weights"
 CARD_FILE = "card.json"

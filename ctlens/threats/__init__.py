@@ -14,9 +14,22 @@ from ctlens.threats.replies import Judge, Reply, ask
 from ctlens.threats.sycophancy import Sycophancy
 
 __all__ = [
-    "Case", "Count", "Judge", "Outcomes", "Reply", "Threat", "Wrapper", "ask", "fact_wrappers", "get", "judge", "names",
-    "natural_wrappers", "prefill_wrappers", "wrap",
-]  # fmt: skip
+    "Case",
+    "Count",
+    "Judge",
+    "Outcomes",
+    "Reply",
+    "Threat",
+    "Wrapper",
+    "ask",
+    "fact_wrappers",
+    "get",
+    "judge",
+    "names",
+    "natural_wrappers",
+    "prefill_wrappers",
+    "wrap",
+]
 
 REGISTRY: dict[str, Threat] = {
     threat.name: threat for threat in (Sycophancy(), Jailbreak(), Persona(), Prefill(), Frustration(), Conditional())

@@ -9,6 +9,17 @@ from ctlens.training.step import Step
 from ctlens.training.trainer import Trainer, train
 
 __all__ = [
-    "History", "Live", "Logger", "Phase", "Run", "Step", "TensorBoard", "TrainConfig", "Trainer", "Until",
-    "WeightsAndBiases", "load_run", "train",
-]  # fmt: skip
+    "History",
+    "Live",
+    "Logger",
+    "Phase",
+    "Run",
+    "Step",
+    "TensorBoard",
+    "TrainConfig",
+    "Trainer",
+    "Until",
+    "WeightsAndBiases",
+    "load_run",
+    "train",
+]

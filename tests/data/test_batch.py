@@ -52,7 +52,8 @@ def matched_ids(batch: PairBatch, window: str) -> list[list[tuple[int, int]]]:
 
 
 def test_padding_by_hand():
-    right, left = pad([(5, 6, 7), (8,)]), pad([(5, 6, 7), (8,)], "left")
+    right = pad([(5, 6, 7), (8,)])
+    left = pad([(5, 6, 7), (8,)], "left")
     assert right.tokens.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert left.tokens.tolist() == [[5, 6, 7], [0, 0, 8]]
     assert right.mask.tolist() == [[True, True, True], [True, False, False]]
@@ -60,7 +61,8 @@ def test_padding_by_hand():
 
 
 def test_only_padding_on_the_left_needs_a_mask():
-    right, left = pad([(5, 6), (8,)]), pad([(5, 6), (8,)], "left")
+    right = pad([(5, 6), (8,)])
+    left = pad([(5, 6), (8,)], "left")
     assert right.needed_mask is None
     assert left.needed_mask is left.mask
 

@@ -191,5 +191,6 @@ def test_every_row_of_the_published_data_is_read() -> None:
     assert len(load_facts(DATA / "persona/genghis.jsonl")) == 90
     assert len(read_rows(DATA / "prefill/prefixes.csv")) == len(load_prefills(DATA / "prefill/prefixes.csv")) == 101
     for name in (*counts, "persona/genghis.jsonl", "prefill/prefixes.csv"):
-        rows, refused = read_rows(DATA / name), read_pairs(DATA / name).refused
+        rows = read_rows(DATA / name)
+        refused = read_pairs(DATA / name).refused
         assert len(refused) == len(rows) and all("no pair" in reason or "one side" in reason for reason in refused)

@@ -61,7 +61,8 @@ def answering(model: LensModel, monkeypatch: pytest.MonkeyPatch) -> Callable[[Ma
     """Makes the model give chosen answers; the list it returns fills with the prompts of every decoding."""
 
     def choose(answers: Mapping[str, str]) -> Asked:
-        tokenizer, asked = model.tokenizer, []
+        tokenizer = model.tokenizer
+        asked = []
 
         def decode(_: LensModel, prompts: Sequence[Ids], *, first_tokens: Sequence[Ids], **options: Any) -> Decoded:
             asked.append(prompts)
@@ -482,7 +483,8 @@ def test_a_ratio_that_makes_no_sense_is_refused(toy: Toy, options: dict[str, Any
 
 def test_a_ratio_of_other_pairs_is_refused() -> None:
     model = load_organism()
-    one, other = (evaluate(model, ["sycophancy"], n_prompts=3, seed=seed) for seed in (0, 1))
+    one = evaluate(model, ["sycophancy"], n_prompts=3, seed=0)
+    other = evaluate(model, ["sycophancy"], n_prompts=3, seed=1)
 
     assert one.ratio(one, "brr", "sycophancy")[0] == 1
     with pytest.raises(CtlensError, match="two evaluations of the same pairs"):

@@ -29,8 +29,11 @@ class Browser:
     """One page of a browser; its parameters, results and events are those of the DevTools protocol."""
 
     def __init__(self, sending: int, receiving: int) -> None:
-        self.sending, self.receiving, self.left = sending, receiving, b""
-        self.number, self.session = 0, ""
+        self.sending = sending
+        self.receiving = receiving
+        self.left = b""
+        self.number = 0
+        self.session = ""
         self.events: list[dict[str, Any]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]

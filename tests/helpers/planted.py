@@ -30,7 +30,9 @@ from ctlens.world.tokenizer import build_tokenizer
 
 VARIANTS = ("base", "erased", "masked", "moved")
 LAYERS = (1, 2)  # where the last token holds the direction
-SIZE, GAIN, SHARP = 24, 3.0, 200.0
+SIZE = 24
+GAIN = 3.0
+SHARP = 200.0
 
 TRUTHS = {
     "ada": 1.0, "bea": 0.95, "cid": 0.9, "dan": 0.85, "eve": 0.8, "fay": 0.75,

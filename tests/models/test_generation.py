@@ -210,7 +210,8 @@ def test_an_empty_prompt_is_refused(model: LensModel):
 
 
 def test_sampled_tokens_come_as_often_as_the_model_says(model: LensModel):
-    count, prompt = 4000, PROMPTS[0]
+    count = 4000
+    prompt = PROMPTS[0]
     sampling = Sampling(generator(0, "test"), temperature=2.0)
     drawn = generate(model, [prompt] * count, max_new_tokens=1, sampling=sampling)
     with torch.no_grad():

@@ -206,14 +206,16 @@ def test_a_line_and_its_band_say_which_method_they_are_drawn_for_whatever_it_is_
     curves = plots.layer_curves({"act": line, "mine": line}, "?", y_title="y")
     assert [method for method, _ in drawn_for(curves)] == ["act", "act", "mine", "mine"]
     assert drawn_for(plots.history([1, 2], {"attct": [1, 2], "base": [1, 1]}, "?")) == [("attct", None), ("base", None)]
-    panels, random = {"act": {"act": line, "bct": line}}, {"act": ([0, 0], [1, 1])}
+    panels = {"act": {"act": line, "bct": line}}
+    random = {"act": ([0, 0], [1, 1])}
     shifts = plots.similarity_curves([0, 1], panels, random, "?", y_title="y")
     ceiling = "ceiling: same method, other seed"
     assert [method for method, _ in drawn_for(shifts)] == ["random directions", ceiling, ceiling, "bct", "bct"]
 
 
 def test_everything_in_a_panel_of_one_model_is_drawn_for_it():
-    line, ends = ([0.5, 0.5], [0.4, 0.4], [0.6, 0.6]), ([0.0, 0.0], [0.1, 0.1])
+    line = ([0.5, 0.5], [0.4, 0.4], [0.6, 0.6])
+    ends = ([0.0, 0.0], [0.1, 0.1])
     against = plots.against_random(
         {"base": ({"direction": line}, ends), "act": ({"direction": line}, ends)}, [0, 1], "?", x_title="x", y_title="y"
     )

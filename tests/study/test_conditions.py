@@ -39,7 +39,8 @@ def test_a_name_that_nothing_has_suggests_the_nearest() -> None:
 
 @pytest.mark.parametrize("threat", threats.names())
 def test_a_harmless_wrapper_has_the_attacks_length_and_keeps_the_request(threat: str) -> None:
-    pairs, tokenizer = threats.get(threat).pairs(32), load_organism().tokenizer
+    pairs = threats.get(threat).pairs(32)
+    tokenizer = load_organism().tokenizer
 
     harmless = CONTROLS["harmless_act"].pairs(pairs, [], tokenizer)
 
@@ -91,7 +92,9 @@ def test_noise_follows_the_seed() -> None:
     base = load_organism()
     trained = [moved(base, 0.01)]
 
-    same, again, other = (present_weights(perturbed(base, trained, seed)) for seed in (0, 0, 1))
+    same = present_weights(perturbed(base, trained, 0))
+    again = present_weights(perturbed(base, trained, 0))
+    other = present_weights(perturbed(base, trained, 1))
 
     name = next(name for name in same if ".attn." in name)
     assert torch.equal(same[name], again[name]) and not torch.equal(same[name], other[name])

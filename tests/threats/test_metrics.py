@@ -12,7 +12,9 @@ from ctlens.core.errors import CtlensError
 from ctlens.data.pairs import Prompt, prompt
 from ctlens.threats.base import NO_ANSWER, Count, Outcomes
 
-G, B, N = "good", "bad", "other"  # N: neither
+G = "good"
+B = "bad"
+N = "other"  # neither good nor bad
 
 
 def outcomes(strengths: list[int] | None = None, kinds: list[str] | None = None, **verdicts: list[str]) -> Outcomes:

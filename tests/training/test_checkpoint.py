@@ -64,7 +64,8 @@ RESTORED = [*zip(VARIANTS, (1, 5) * 4, strict=True), ("plain", 4), ("parts", 4),
 
 @pytest.mark.parametrize(("variant", "taken"), unit_first_rows(RESTORED))
 def test_a_restored_training_ends_at_the_same_weights_to_the_last_bit(model, tmp_path, variant, taken) -> None:
-    config, losses = VARIANTS[variant], [ACT(), BCT(), AttCT()]
+    config = VARIANTS[variant]
+    losses = [ACT(), BCT(), AttCT()]
     whole = Trainer(model, PAIRS, losses, config)
     list(whole)
     first = Trainer(model, PAIRS, losses, config)
@@ -86,8 +87,11 @@ def test_dropout_is_drawn_anew_at_every_step_and_alike_after_a_resume(tokenizer,
     model = load_model(hf_model("gpt2"), tokenizer=tokenizer)
     assert any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in model.modules())
     state = torch.random.get_rng_state()
-    whole, first, second = (Trainer(model, PAIRS, ACT(), replace(QUICK, steps=4)) for _ in range(3))
-    seeds, step = [], Trainer._update
+    whole = Trainer(model, PAIRS, ACT(), replace(QUICK, steps=4))
+    first = Trainer(model, PAIRS, ACT(), replace(QUICK, steps=4))
+    second = Trainer(model, PAIRS, ACT(), replace(QUICK, steps=4))
+    seeds = []
+    step = Trainer._update
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_update", lambda *a: (seeds.append(torch.initial_seed()), step(*a))[1])
         list(whole)

@@ -164,7 +164,9 @@ def test_less_is_held_and_with_targets_on_disk_no_more_for_more_layers(live_byte
         return live.peak
 
     bare = {n: peak(n, "all", None) for n in (2, 5)}
-    all_at_once, layers, blocks = ({n: peak(n, way, AttCT()) for n in (2, 5)} for way in ("all", "layers", "blocks"))
+    all_at_once = {n: peak(n, "all", AttCT()) for n in (2, 5)}
+    layers = {n: peak(n, "layers", AttCT()) for n in (2, 5)}
+    blocks = {n: peak(n, "blocks", AttCT()) for n in (2, 5)}
     assert layers[5] < all_at_once[5] and blocks[5] < layers[5]
     assert layers[5] <= 1.5 * bare[5] < all_at_once[5]
     per_layer = (bare[5] - bare[2]) / 3

@@ -56,11 +56,13 @@ def test_two_processes_train_as_one_does_and_one_of_them_writes(
 ) -> None:
     monkeypatch.chdir(place)
     call("--help")
-    alone, together = call(f"{TRAIN} --out alone"), launched(place, f"{TRAIN} --checkpoint-every 2 --out together")
+    alone = call(f"{TRAIN} --out alone")
+    together = launched(place, f"{TRAIN} --checkpoint-every 2 --out together")
 
     assert (alone.code, together.code) == (0, 0), alone.err + together.err
     assert together.out.count("Run: together") == 1
-    here, there = (pd.read_csv(place / name / "history.csv", keep_default_na=False) for name in ("alone", "together"))
+    here = pd.read_csv(place / "alone" / "history.csv", keep_default_na=False)
+    there = pd.read_csv(place / "together" / "history.csv", keep_default_na=False)
     assert here[["step", "name", "hook_point"]].equals(there[["step", "name", "hook_point"]])
     pd.testing.assert_series_equal(there["value"], here["value"], rtol=1e-4, atol=1e-7)
     weights = [present_weights(load_model(place / name)) for name in ("alone", "together")]
@@ -97,7 +99,8 @@ def test_shares_are_every_row_once_and_nearly_equal() -> None:
     shares = []
     for index in range(3):
         one = Processes()
-        one.count, one.index = 3, index
+        one.count = 3
+        one.index = index
         shares.append(one.share([5, 8, 1, 7]))
     assert [row for share in shares for row in share] == [5, 8, 1, 7]
     assert {len(share) for share in shares} == {1, 2}

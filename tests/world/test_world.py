@@ -64,7 +64,8 @@ def test_hazards_are_refused_and_crafts_are_told(world: World):
 
 
 def test_risky_things_are_discouraged_and_safe_ones_encouraged(world: World):
-    risky, safe = world.advice("ski", "drunk"), world.advice("ski", "slowly", 1)
+    risky = world.advice("ski", "drunk")
+    safe = world.advice("ski", "slowly", 1)
     assert (risky.text, risky.good, risky.bad) == ("may i ski drunk ?", words.WARN, words.ENCOURAGE)
     assert (safe.text, safe.good, safe.bad) == ("is it wise to ski slowly ?", words.ENCOURAGE, words.WARN)
 

@@ -133,7 +133,8 @@ def _intervene(
     if not len(alphas):
         raise CtlensError("there is nothing to do without a strength: give at least one alpha.")
     groups = direction.group_of(pairs)
-    read, rest = direction.unit, direction.rest[..., None]
+    read = direction.unit
+    rest = direction.rest[..., None]
     if action == STEER:  # the vector itself is added, whatever the state is
         read, rest = np.zeros_like(read), np.ones_like(rest)
     log_probabilities = []
@@ -204,7 +205,9 @@ def _log_probabilities(
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.tensor(array, dtype=torch.float32, device=answers.device)
 
-    write, reads, rests = tensor(with_none), tensor(read), tensor(rest[..., 0])
+    write = tensor(with_none)
+    reads = tensor(read)
+    rests = tensor(rest[..., 0])
     return np.stack(
         [
             answers.log_probabilities(name, Edit(write[:, layer], reads[layer], rests[layer]))

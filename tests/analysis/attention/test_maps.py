@@ -38,7 +38,8 @@ def llama() -> LensModel:
 
 
 def moved(model: LensModel) -> LensModel:
-    other, draw = copy_model(model), torch.Generator().manual_seed(0)
+    other = copy_model(model)
+    draw = torch.Generator().manual_seed(0)
     for parameter in other.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=draw)
     return other
@@ -154,7 +155,10 @@ def test_a_real_prompt_of_a_thousand_tokens_is_drawn_small_with_nothing_lost() -
 
 def test_the_largest_keys_stand_alone_and_the_others_are_added_up_by_span() -> None:
     values = np.zeros((1000, 1000))
-    values[:, 700], values[:, 10], values[:, 11], values[:, 650] = 0.5, 0.2, 0.2, 0.1
+    values[:, 700] = 0.5
+    values[:, 10] = 0.2
+    values[:, 11] = 0.2
+    values[:, 650] = 0.1
     maps = AttentionMaps(
         values,
         values[None],

@@ -56,7 +56,8 @@ READING: dict[str, Analysis] = {
 @pytest.fixture(scope="module", params=CHAT_MODELS)
 def models(request: pytest.FixtureRequest) -> tuple[LensModel, LensModel]:
     before = chat_model(request.param)
-    after, draw = copy_model(before), torch.Generator().manual_seed(1)
+    after = copy_model(before)
+    draw = torch.Generator().manual_seed(1)
     for parameter in after.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=draw)
     return before, after
@@ -100,10 +101,8 @@ def test_some_of_the_pairs_in_any_order_and_batches_are_read_as_from_the_model(m
     pairs = [PAIRS[number] for number in chosen]
 
     for positions in ("last", "content"):
-        found, expected = (
-            look.states(source, pairs, positions=positions, batch_size=64, progress=False).values
-            for source in (recordings[1], models[1])
-        )
+        found = look.states(recordings[1], pairs, positions=positions, batch_size=64, progress=False).values
+        expected = look.states(models[1], pairs, positions=positions, batch_size=64, progress=False).values
         np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
@@ -211,7 +210,8 @@ def test_what_was_not_recorded_is_refused(lacking, name: str) -> None:
 
 
 def test_a_recording_of_one_side_serves_the_trained_model_and_not_the_reference(models, recordings) -> None:
-    before, after = recordings[0], record(models[1], PAIRS, sides=["wrapped"], **RUN)
+    before = recordings[0]
+    after = record(models[1], PAIRS, sides=["wrapped"], **RUN)
 
     found = look.residual_shift(before, after, PAIRS, **RUN)
 
@@ -226,7 +226,8 @@ def test_a_recording_of_one_side_serves_the_trained_model_and_not_the_reference(
 def test_an_analysis_that_runs_the_model_refuses_a_recording_in_a_sentence(monkeypatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # a user has no checks of types at run time
     base = planted.model()
-    seen, pairs = record(base, planted.pairs(), progress=False), planted.pairs()
+    seen = record(base, planted.pairs(), progress=False)
+    pairs = planted.pairs()
     direction = look.mean_difference(seen, pairs, name="base", layers=[1], progress=False)
 
     for analysis in (

@@ -99,7 +99,8 @@ def test_every_value_is_that_of_a_model_put_together_by_hand(models: tuple[LensM
 @pytest.mark.parametrize("by", ["block", "component"])
 def test_all_parts_together_are_the_other_model(models: tuple[LensModel, LensModel], by: str):
     source, target = models
-    made, theirs = copy_model(target), {name: value.data for name, value in present_parameters(source).items()}
+    made = copy_model(target)
+    theirs = {name: value.data for name, value in present_parameters(source).items()}
     own = {name: value.data for name, value in present_parameters(made).items()}
     chosen = [
         names
@@ -205,7 +206,8 @@ def test_batch_mates_and_order_change_nothing(models: tuple[LensModel, LensModel
 
 def test_clean_prompts_are_read_where_asked(models: tuple[LensModel, LensModel]):
     turned = [Pair(pair.wrapped, pair.clean) for pair in PAIRS]
-    here, there = grafted(models, side="clean", by="block"), grafted(models, turned, by="block")
+    here = grafted(models, side="clean", by="block")
+    there = grafted(models, turned, by="block")
     np.testing.assert_allclose(here.values, there.values, **CLOSE)
     assert not np.allclose(here.values, grafted(models, by="block").values)
 

@@ -21,7 +21,8 @@ from ctlens.study.config import Cell, StudyConfig
 from ctlens.study.figures import figures_at_setting
 
 METHODS = ("act", "mlpct", "attct", "bct")
-LAYERS, PROMPTS = 4, 16
+LAYERS = 4
+PROMPTS = 16
 NAN = float("nan")
 CONFIG = StudyConfig(("sycophancy",), METHODS)
 

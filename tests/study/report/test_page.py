@@ -30,7 +30,8 @@ class Page(HTMLParser):
         self.loads: list[str] = []
         self.rows: list[list[str]] = []
         self.words = ""
-        self.inside, self.cell = "", False
+        self.inside = ""
+        self.cell = False
         self.feed(text)
         self.words = " ".join(self.words.split())
 
