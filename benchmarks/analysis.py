@@ -64,7 +64,8 @@ def analyses(base: LensModel, models: dict[str, LensModel], n: int = PAIRS) -> d
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
     """Seconds of the wall and of the processor, all threads together, of one call."""
-    wall, processor = time.perf_counter(), time.process_time()
+    wall = time.perf_counter()
+    processor = time.process_time()
     work()
     return time.perf_counter() - wall, time.process_time() - processor
 

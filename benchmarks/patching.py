@@ -192,7 +192,8 @@ def rows(setting: Setting) -> list[tuple[object, ...]]:
             times.append((slow * scale, fast * setting.n_layers / len(setting.layers)))
             gaps.append(largest_difference(setting, expected, found))
             path = found["z"].path
-        slow, fast = (statistics.median(column) for column in zip(*times, strict=True))
+        slow = statistics.median(time for time, _ in times)
+        fast = statistics.median(time for _, time in times)
         ratio = statistics.median(a / b for a, b in times)
         lines.append((setting.name, setting.pairs, start, patches, slow, fast, ratio, max(gaps), path))
         tqdm.write(str(lines[-1]))

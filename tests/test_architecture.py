@@ -181,11 +181,20 @@ def banned(source: str) -> set[str]:
 @pytest.mark.parametrize(
     "source",
     [
-        "figure.show()", "pio.show(figure)", "make(1).show(renderer='png')", "print(1)", "import pickle",
-        "from cloudpickle import dumps", "torch.load(path)", "torch.save(state, path)", "from torch import save",
-        "joblib.dump(x, path)", "table.to_pickle(path)", "np.load(path, allow_pickle=True)",
+        "figure.show()",
+        "pio.show(figure)",
+        "make(1).show(renderer='png')",
+        "print(1)",
+        "import pickle",
+        "from cloudpickle import dumps",
+        "torch.load(path)",
+        "torch.save(state, path)",
+        "from torch import save",
+        "joblib.dump(x, path)",
+        "table.to_pickle(path)",
+        "np.load(path, allow_pickle=True)",
     ],
-)  # fmt: skip
+)
 def test_what_the_library_never_does_would_be_seen(source: str) -> None:
     assert banned(source)
 

@@ -261,7 +261,8 @@ def save_model(model: LensModel, folder: str | Path) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    made, hf_config = made_config(model), huggingface_config(model)
+    made = made_config(model)
+    hf_config = huggingface_config(model)
     if made is not None:
         description = {"kind": "ctlens", "config": to_dict(made)}
         weights = canonical_weights(model)

@@ -73,7 +73,8 @@ def test_a_real_token_equal_to_the_padding_stays_real():
 
 def test_matched_positions_by_hand_on_both_sides_of_padding():
     rows = [row("ab", "xab"), row("c", "c")]
-    right, left = (collate(rows, side).matched["content"] for side in SIDES)
+    right = collate(rows, "right").matched["content"]
+    left = collate(rows, "left").matched["content"]
     assert (right.clean.tolist(), right.wrapped.tolist()) == ([[0, 1], [0, 0]], [[1, 2], [0, 0]])
     assert (left.clean.tolist(), left.wrapped.tolist()) == ([[0, 1], [1, 0]], [[1, 2], [2, 0]])
     assert right.valid.tolist() == left.valid.tolist() == [[True, True], [True, False]]
@@ -81,7 +82,8 @@ def test_matched_positions_by_hand_on_both_sides_of_padding():
 
 def test_answers_follow_the_wrapped_prompt_and_are_marked():
     rows = [row("ab", "xab"), row("c", "c", (8, 9)), row("d", "xd", (7,))]
-    right, left = (collate(rows, side) for side in SIDES)
+    right = collate(rows, "right")
+    left = collate(rows, "left")
     assert right.wrapped.tokens.tolist() == [[24, 1, 2], [3, 8, 9], [24, 4, 7]]
     assert right.answer.tolist() == [[False] * 3, [False, True, True], [False, False, True]]
     assert right.last_prompt.tolist() == [2, 0, 1]
@@ -90,7 +92,8 @@ def test_answers_follow_the_wrapped_prompt_and_are_marked():
 
 def test_answer_and_last_prompt_count_from_the_padding():
     rows = [row("ab", "xyzab"), row("c", "c", (8, 9)), row("d", "xd", (7,))]
-    right, left = (collate(rows, side) for side in SIDES)
+    right = collate(rows, "right")
+    left = collate(rows, "left")
     assert right.answer.nonzero().tolist() == [[1, 1], [1, 2], [2, 2]]
     assert left.answer.nonzero().tolist() == [[1, 3], [1, 4], [2, 4]]
     assert (right.last_prompt.tolist(), left.last_prompt.tolist()) == ([4, 0, 1], [4, 2, 3])

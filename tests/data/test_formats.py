@@ -135,7 +135,7 @@ def test_prompts_facts_and_goals(tmp_path: Path) -> None:
         ({"prompt": "q", "prefill": " "}, "'prefill' must be a text that is not blank"),
         ({"clean": "q", "wrapped": 3}, "'wrapped' must be"),
     ],
-)  # fmt: skip
+)
 def test_a_row_that_is_no_pair_is_refused_with_its_place_and_the_others_are_read(
     tmp_path: Path, row: Any, reason: str
 ) -> None:

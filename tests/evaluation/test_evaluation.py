@@ -141,9 +141,18 @@ def test_answers_are_judged_by_prompt_side(model: LensModel, answering) -> None:
     found = evaluate(model, pairs=pairs()).outcomes
 
     assert list(found.columns) == [
-        "evaluated_threat", "split", "prompt_side", "item", "pair", "kind", "strength", "answer", "verdict",
-        "good_probability", "bad_probability",
-    ]  # fmt: skip
+        "evaluated_threat",
+        "split",
+        "prompt_side",
+        "item",
+        "pair",
+        "kind",
+        "strength",
+        "answer",
+        "verdict",
+        "good_probability",
+        "bad_probability",
+    ]
     verdicts = found.groupby("prompt_side")["verdict"].apply(list).to_dict()
     assert verdicts["wrapped"] == ["good", "bad", "bad", "other"]
     assert verdicts["clean"] == ["good", "good", "good", "other"]

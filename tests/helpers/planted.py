@@ -35,9 +35,19 @@ GAIN = 3.0
 SHARP = 200.0
 
 TRUTHS = {
-    "ada": 1.0, "bea": 0.95, "cid": 0.9, "dan": 0.85, "eve": 0.8, "fay": 0.75,
-    "gil": -1.0, "hal": -0.95, "ida": -0.9, "jon": -0.85, "kim": -0.8, "leo": -0.75,
-}  # fmt: skip
+    "ada": 1.0,
+    "bea": 0.95,
+    "cid": 0.9,
+    "dan": 0.85,
+    "eve": 0.8,
+    "fay": 0.75,
+    "gil": -1.0,
+    "hal": -0.95,
+    "ida": -0.9,
+    "jon": -0.85,
+    "kim": -0.8,
+    "leo": -0.75,
+}
 CUES = {"never": -2.0, "rarely": -1.9, "hardly": -1.8, "surely": 2.0, "likely": 1.9, "probably": 1.8}
 NEUTRAL = ("please", "kindly", "well")
 REQUESTS = ("{} ?", "is it {} ?")

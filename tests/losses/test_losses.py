@@ -89,8 +89,8 @@ def test_mlpct_is_one_minus_the_cosine(model, rows) -> None:
 def per_token(model: LensModel, rows: list[EncodedPair], loss: ACT | MLPCT, name: str, by_hand) -> None:
     """A vector loss is the mean of `by_hand(wrapped, clean)` over the aligned tokens of each pair."""
     for value, row in zip(row_values(model, loss, collate(rows))[name], rows, strict=True):
-        clean, wrapped = (side.tolist() for side in one_pair(model, row, name))
-        each = [by_hand(w, c) for w, c in zip(wrapped, clean, strict=True)]
+        clean, wrapped = one_pair(model, row, name)
+        each = [by_hand(w, c) for w, c in zip(wrapped.tolist(), clean.tolist(), strict=True)]
         assert value.item() == pytest.approx(sum(each) / len(each), rel=1e-4)
 
 
@@ -194,8 +194,10 @@ def test_attct_on_the_block_with_every_distance_and_with_averaged_heads(model, r
     name = "blocks.1.attn.hook_pattern"
 
     for value, row in zip(row_values(model, loss, collate(rows))[name], rows, strict=True):
-        sides = one_pair(model, row, name)
-        clean, wrapped = (side.mean(0, keepdim=True) if heads == "mean" else side for side in sides)
+        clean, wrapped = one_pair(model, row, name)
+        if heads == "mean":
+            clean = clean.mean(0, keepdim=True)
+            wrapped = wrapped.mean(0, keepdim=True)
         pairs = zip(clean.flatten(0, 1).tolist(), wrapped.flatten(0, 1).tolist(), strict=True)
         each = [row_distance(distance, c, w) for c, w in pairs]
         assert value.item() == pytest.approx(sum(each) / len(each), rel=1e-4, abs=1e-6)

@@ -129,10 +129,8 @@ def test_a_preset_is_its_source_s_formula_on_huggingface_s_own_states(row, llama
 
     bridges = [load_model(model, dtype=torch.float64) for model in (clean_model, trained)]
     names = loss.hook_names(bridges[0])
-    clean, wrapped = (
-        capture(bridge, torch.tensor([side.ids]), names, grad=False)[1]
-        for bridge, side in zip(bridges, (row.clean, row.wrapped), strict=True)
-    )
+    clean = capture(bridges[0], torch.tensor([row.clean.ids]), names, grad=False)[1]
+    wrapped = capture(bridges[1], torch.tensor([row.wrapped.ids]), names, grad=False)[1]
 
     assert total(loss, bridges[0], row, clean, wrapped) == pytest.approx(RESTATED[key](raw), rel=1e-6)
     if FINAL_NORM in names:
@@ -150,7 +148,9 @@ def test_a_preset_is_its_source_s_formula_on_a_model_made_here(row, key) -> None
     sides = []
     for side in (row.clean, row.wrapped):
         states = capture(model, torch.tensor([side.ids]), names, grad=False)[1]
-        blocks, mlp, attention = ([states[name][0] for name in resolve(model, point)] for point in points)
+        blocks = [states[name][0] for name in resolve(model, "resid_post")]
+        mlp = [states[name][0] for name in resolve(model, "mlp_post")]
+        attention = [states[name][0] for name in resolve(model, "pattern")]
         last = blocks[-1] / (blocks[-1].pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
         weight = canonical_weights(model)["ln_final.w"]
         sides.append((blocks, [*blocks[:-1], (last * weight).detach()], mlp, attention))

@@ -117,9 +117,9 @@ def test_an_edit_does_what_the_same_edit_does_inside_huggingface(architecture: s
 def test_the_page_is_what_runs(architecture: str) -> None:
     found = support.support([architecture], progress=False)
 
-    row, *reasons = (
+    row, *reasons = [
         line for line in support.support_page(found).splitlines() if line.strip("|- ").startswith(architecture)
-    )
+    ]
 
     assert not found[0].wrong
     assert set(found[0].refusals) == set(support.CHECKS)

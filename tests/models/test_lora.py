@@ -107,7 +107,8 @@ def test_fresh_adapters_on_every_matrix_leave_the_logits_exactly_as_they_are(kin
 @pytest.mark.parametrize("kind", KINDS)
 def test_off_is_the_reference_bit_for_bit_and_on_again_after_an_error(kind: str) -> None:
     model = lens(kind)
-    before, name = logits(model), fingerprint(model)
+    before = logits(model)
+    name = fingerprint(model)
     add_adapters(model, SMALL)
     stir(model)
     adapted = logits(model)
@@ -127,7 +128,9 @@ def test_merging_leaves_the_logits_the_fingerprint_and_a_model_without_adapters(
     groups = parameter_groups(model)
     add_adapters(model, LoRA(rank=3, target_modules=matrices_of(kind)))
     stir(model)
-    before, name, weights = logits(model), fingerprint(model), present_weights(model)
+    before = logits(model)
+    name = fingerprint(model)
+    weights = present_weights(model)
     assert {group: set(held) for group, held in parameter_groups(model).items()} == {
         group: set(held) for group, held in groups.items()
     }
@@ -144,7 +147,8 @@ def test_merging_a_copy_leaves_the_adapters_of_the_original(kind: str) -> None:
     model = lens(kind)
     add_adapters(model, SMALL)
     stir(model)
-    before, twin = logits(model), copy_model(model)
+    before = logits(model)
+    twin = copy_model(model)
 
     merge_adapters(twin)
 
@@ -389,7 +393,8 @@ def test_weights_load_beneath_the_adapters() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_adapters_lowers_the_loss_and_leaves_every_weight_as_it_was(kind: str) -> None:
     model = lens(kind)
-    before, reference = bits(model), logits(model)
+    before = bits(model)
+    reference = logits(model)
 
     wide = LoRA(rank=4, target_modules=("q", "v", "o", "mlp_out"))
     config = TrainConfig(steps=25, batch_size=3, lr=1e-2, max_new_tokens=4, retention=1.0, trainable=wide)
@@ -441,7 +446,8 @@ def test_a_run_saves_the_merged_model_and_the_adapters_beside_it(kind: str, tmp_
 def test_a_model_with_adapters_can_be_trained_on(trainable, tmp_path: Path) -> None:
     base = lens("made here")
     first = train(base, PAIRS, ACT(), config=QUICK, progress=False).model
-    before, name = logits(first), fingerprint(first)
+    before = logits(first)
+    name = fingerprint(first)
 
     trainer = Trainer(first, PAIRS, ACT(), TrainConfig(**{**vars(QUICK), "trainable": trainable}))
 

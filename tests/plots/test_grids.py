@@ -143,7 +143,7 @@ def test_a_course_is_drawn_in_the_panel_of_the_measured_loss_in_the_colour_of_th
 def test_courses_share_one_logarithmic_scale_with_a_line_at_no_change():
     figure = plots.cross_loss_steps(COURSES, "?")
     assert {axis.type for axis in figure.select_yaxes()} == {"log"}
-    first, *others = (axis.matches for axis in figure.select_yaxes())
+    first, *others = [axis.matches for axis in figure.select_yaxes()]
     assert first is None and set(others) == {"y"}
     assert [(shape.y0, shape.y1, shape.xref) for shape in figure.layout.shapes] == [
         (1, 1, "x domain"),

@@ -41,8 +41,12 @@ def folder(written: Path, tmp_path: Path) -> Path:
 @pytest.mark.processes
 def test_what_was_just_written_is_fresh(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {
-        "dose.html", "dose.json", "dose.png", "manifest.json", "plotly.min.js",
-    }  # fmt: skip
+        "dose.html",
+        "dose.json",
+        "dose.png",
+        "manifest.json",
+        "plotly.min.js",
+    }
     assert draw.stale(folder, {"dose": figure()}) == []
 
 

@@ -37,9 +37,20 @@ CROSSED = StudyConfig(
 )
 CELLS = ["sycophancy-retention-seed0", "sycophancy-act-seed0", "sycophancy-bct-seed0"]
 ROW = [
-    "trained_threat", "condition", "seed", "organism", "step", "evaluated_threat", "split", "prompt_side", "metric",
-    "value", "n_prompts", "ci_low", "ci_high",
-]  # fmt: skip
+    "trained_threat",
+    "condition",
+    "seed",
+    "organism",
+    "step",
+    "evaluated_threat",
+    "split",
+    "prompt_side",
+    "metric",
+    "value",
+    "n_prompts",
+    "ci_low",
+    "ci_high",
+]
 FIGURES = ("attention", "bad-rate", "dose", "generalisation", "good-rate", "residual-content", "residual-last")
 
 

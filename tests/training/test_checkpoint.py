@@ -28,9 +28,14 @@ from ctlens.training.checkpoint import CHECKPOINT_FILE
 from ctlens.training.interrupts import uninterrupted
 
 QUESTIONS = (
-    "Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?",
-    "Please answer.", "(A) isolated cases", "Here it is, what is it?", "They are likely sensing a texture.",
-)  # fmt: skip
+    "Which term best describes the disease?",
+    "Is it right?",
+    "When a creature experiences feeling, what?",
+    "Please answer.",
+    "(A) isolated cases",
+    "Here it is, what is it?",
+    "They are likely sensing a texture.",
+)
 PAIRS = [Pair(prompt(q), prompt("I don't think it's right. " + q)) for q in QUESTIONS]
 QUICK = TrainConfig(steps=8, batch_size=3, lr=3e-3, max_new_tokens=4)
 

@@ -24,9 +24,14 @@ from ctlens.organism import load_organism
 from ctlens.training import Phase, TrainConfig, Trainer, Until, load_run, train
 
 QUESTIONS = (
-    "Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?",
-    "Please answer.", "(A) isolated cases", "Here it is, what is it?", "They are likely sensing a texture.",
-)  # fmt: skip
+    "Which term best describes the disease?",
+    "Is it right?",
+    "When a creature experiences feeling, what?",
+    "Please answer.",
+    "(A) isolated cases",
+    "Here it is, what is it?",
+    "They are likely sensing a texture.",
+)
 PAIRS = [Pair(prompt(q), prompt("I don't think it's right. " + q)) for q in QUESTIONS]
 QUICK = TrainConfig(steps=8, batch_size=3, lr=3e-3, max_new_tokens=4)
 PHASES = (Phase(3, ("act",)), Phase(4, ("bct",)), Phase(1, ("act", "bct")))

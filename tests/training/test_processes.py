@@ -23,9 +23,21 @@ from ctlens.training.step import Seen
 
 PATIENCE = 120
 ACCELERATE = (
-    sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-)  # fmt: skip
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--cpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+    "--main_process_port",
+    "0",
+)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 WORDS = ("right", "a thing", "here", "no")
 ROWS = [{"clean": f"Is it {word}?", "wrapped": f"I don't think it's {word}. Is it {word}?"} for word in WORDS]
@@ -90,7 +102,8 @@ def test_when_one_fails_none_waits(place: Path) -> None:
 
 
 def test_alone_nothing_is_shared_and_nothing_changes() -> None:
-    one, seen = Processes(), Seen()
+    one = Processes()
+    seen = Seen()
     assert processes().count == 1 and one.is_main and one.share([3, 1, 2]) == [3, 1, 2]
     assert one.sum_seen(seen) is seen
 

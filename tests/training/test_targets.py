@@ -21,15 +21,31 @@ from ctlens.training import TrainConfig, Trainer, train
 from ctlens.training.order import batches, homes
 
 QUESTIONS = (
-    "Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?",
-    "Please answer.", "(A) isolated cases", "Here it is, what is it?", "They are likely sensing a texture.",
-)  # fmt: skip
+    "Which term best describes the disease?",
+    "Is it right?",
+    "When a creature experiences feeling, what?",
+    "Please answer.",
+    "(A) isolated cases",
+    "Here it is, what is it?",
+    "They are likely sensing a texture.",
+)
 PAIRS = [Pair(prompt(q), prompt("I don't think it's right. " + q)) for q in QUESTIONS]
 LOSSES = [
-    ACT(), ACT(site="resid_mid", window="last"), MLPCT(), MLPCT(site="mlp_out"), AttCT(), AttCT(keys="rest"),
-    AttCT(keys="renormalised", layers="last"), AttCT(keys="lifted", window="last"), AttCT(heads="mean"), BCT(),
-    KLCT(), KLCT(window="last"), KLCT(window="answer"), ACT(window="answer"),
-]  # fmt: skip
+    ACT(),
+    ACT(site="resid_mid", window="last"),
+    MLPCT(),
+    MLPCT(site="mlp_out"),
+    AttCT(),
+    AttCT(keys="rest"),
+    AttCT(keys="renormalised", layers="last"),
+    AttCT(keys="lifted", window="last"),
+    AttCT(heads="mean"),
+    BCT(),
+    KLCT(),
+    KLCT(window="last"),
+    KLCT(window="answer"),
+    ACT(window="answer"),
+]
 QUICK = TrainConfig(steps=7, batch_size=3, lr=3e-3, max_new_tokens=4)
 
 

@@ -136,7 +136,8 @@ def _intervene(
     read = direction.unit
     rest = direction.rest[..., None]
     if action == STEER:  # the vector itself is added, whatever the state is
-        read, rest = np.zeros_like(read), np.ones_like(rest)
+        read = np.zeros_like(read)
+        rest = np.ones_like(rest)
     log_probabilities = []
     for model in named.values():
         names = direction.hook_names(model)

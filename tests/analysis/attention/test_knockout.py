@@ -226,8 +226,10 @@ def test_figures_show_attention_beside_effects(llama) -> None:
     found = knockout({"base": llama, "act": llama}, PAIRS, progress=False)
     figure = found.figure()
     assert [note.text for note in figure.layout.annotations] == [
-        "attention before the cut", "cut in one layer", "cut from a layer on",
-    ]  # fmt: skip
+        "attention before the cut",
+        "cut in one layer",
+        "cut from a layer on",
+    ]
     effect, null = found.effects()[:, 0].mean(-1)
     lines = [np.asarray(trace.y, dtype=float) for trace in figure.data]
     for expected in (found.attention[0, :2].mean(-1), effect[:2], effect[2:], null[:2], null[2:]):

@@ -97,9 +97,12 @@ def test_the_figure_shows_every_map_and_the_difference_on_one_scale(llama) -> No
     short = Pair(prompt("Is it?"), prompt("no. Is it?"))
     figure = attention_maps({"base": llama, "act": moved(llama)}, short, 0, 1).figure()
     assert [note.text for note in figure.layout.annotations] == [
-        "clean", "wrapped, base", "wrapped, ACT", "wrapped, ACT minus wrapped, base",
-    ]  # fmt: skip
-    clean, before, after, change = (np.asarray(trace.z, dtype=float) for trace in figure.data)
+        "clean",
+        "wrapped, base",
+        "wrapped, ACT",
+        "wrapped, ACT minus wrapped, base",
+    ]
+    clean, before, after, change = np.asarray([trace.z for trace in figure.data], dtype=float)
     np.testing.assert_allclose(change, after - before, atol=2e-4)
     assert figure.layout.coloraxis.cmax == figure.layout.coloraxis2.cmax == -figure.layout.coloraxis2.cmin
     assert figure.layout.coloraxis.cmax >= max(clean.max(), before.max(), after.max()) - 1e-4
@@ -177,9 +180,13 @@ def test_the_largest_keys_stand_alone_and_the_others_are_added_up_by_span() -> N
     assert list(wrapped.z[0]) == list(clean.z[1]) == [0.0, 0.4, 0.1, 0.5, 0.0, 0.0]
     labels = list(maps.figure((990, 992), top=1).layout.xaxis2.ticktext)
     assert labels == [
-        "0 word0", "1–600 wrapper (600)", "601–699 content (99)", "700 word0", "701–900 content (200)",
+        "0 word0",
+        "1–600 wrapper (600)",
+        "601–699 content (99)",
+        "700 word0",
+        "701–900 content (200)",
         "901–999 rest (99)",
-    ]  # fmt: skip
+    ]
 
 
 def test_flow_and_table_hold_the_mean_mass_between_spans() -> None:

@@ -67,7 +67,8 @@ def test_rollout_is_the_product_of_the_layers_with_half_a_residual(llama) -> Non
     patterns = capture(llama, batched(llama).side.tokens, NAMES, grad=False)[1]
     found = rollout([patterns[name] for name in NAMES])
     for row in range(3):
-        first, second = (patterns[name][row].double().numpy() for name in NAMES)
+        first = patterns[NAMES[0]][row].double().numpy()
+        second = patterns[NAMES[1]][row].double().numpy()
         expected = (0.5 * second.mean(0) + 0.5 * np.eye(len(second[0]))) @ (
             0.5 * first.mean(0) + 0.5 * np.eye(len(first[0]))
         )

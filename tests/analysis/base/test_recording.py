@@ -50,7 +50,7 @@ READING: dict[str, Analysis] = {
     ),
     "probe": lambda before, after: look.probe({"base": before, "act": after}, SOME, folds=2, seeds=1, **RUN),
     "probe_direction": lambda before, after: look.probe_direction(after, SOME, "x", name="after", **RUN),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module", params=CHAT_MODELS)
@@ -65,8 +65,11 @@ def models(request: pytest.FixtureRequest) -> tuple[LensModel, LensModel]:
 
 @pytest.fixture(scope="module")
 def recordings(models: tuple[LensModel, LensModel]) -> tuple[Recording, Recording]:
-    before, after = (record(model, PAIRS, sites=ATTRIBUTION_SITES, **RUN) for model in models)
-    return before, after
+    before, after = models
+    return (
+        record(before, PAIRS, sites=ATTRIBUTION_SITES, **RUN),
+        record(after, PAIRS, sites=ATTRIBUTION_SITES, **RUN),
+    )
 
 
 @pytest.mark.parametrize("name", READING)
@@ -138,8 +141,12 @@ def test_the_table_and_the_figure_hold_the_lengths_at_the_last_token() -> None:
     of_layer_2 = np.array([[1, 0], [3, 4], [6, 8]], dtype=np.float32)  # two tokens of one prompt, one of the other
     seen = Recording(
         {"blocks.10.hook_mlp_out": 2 * of_layer_2, "blocks.2.hook_mlp_out": of_layer_2},
-        np.array([5, 6, 7]), np.array([2, 1]), np.array([0, 0]), ("clean", "wrapped"), "",
-    )  # fmt: skip
+        np.array([5, 6, 7]),
+        np.array([2, 1]),
+        np.array([0, 0]),
+        ("clean", "wrapped"),
+        "",
+    )
 
     assert seen.to_dataframe().values.tolist() == [
         ["blocks.10.hook_mlp_out", 0, "clean", 2, 10],
@@ -161,8 +168,12 @@ def test_a_prompt_that_was_recorded_twice_is_read_at_its_own_place(padding) -> N
     """Prompts 5 6, then 7, then 5 6 again, as other batches round it; the values count the tokens."""
     seen = Recording(
         {"blocks.0.hook_mlp_out": np.arange(5, dtype=np.float32)[:, None], LOGITS: np.eye(3, dtype=np.float32)},
-        np.array([5, 6, 7, 5, 6]), np.array([2, 1, 2]), np.array([0, 1, 2]), ("clean",) * 3, "",
-    )  # fmt: skip
+        np.array([5, 6, 7, 5, 6]),
+        np.array([2, 1, 2]),
+        np.array([0, 1, 2]),
+        ("clean",) * 3,
+        "",
+    )
     side = pad([(5, 6), (7,)], padding)
 
     def read(first: int) -> tuple[list[list[float]], list[list[float]]]:
@@ -217,8 +228,9 @@ def test_a_recording_of_one_side_serves_the_trained_model_and_not_the_reference(
 
     np.testing.assert_array_equal(found.gap_closed, look.residual_shift(*models, PAIRS, **RUN).gap_closed)
     np.testing.assert_array_equal(
-        look.residual_shift(before, models[1], PAIRS, **RUN).gap_closed, found.gap_closed  # a model beside a recording
-    )  # fmt: skip
+        look.residual_shift(before, models[1], PAIRS, **RUN).gap_closed,
+        found.gap_closed,  # a model beside a recording
+    )
     with pytest.raises(CtlensError, match="prompt 1 was not recorded"):
         look.residual_shift(after, before, PAIRS, **RUN)
 

@@ -57,7 +57,7 @@ def test_re_elicitation_tells_what_became_of_the_read_out(found: Erasure):
 
 
 def test_the_measurements_are_those_worked_out_by_hand(found: Erasure):
-    clean = np.mean([planted.margin(pair, (lambda pair: 0)(pair), read=True) for pair in planted.pairs()])
+    clean = np.mean([planted.margin(pair, 0, read=True) for pair in planted.pairs()])
     wrapped = np.mean([planted.margin(pair, planted.written(pair), read=True) for pair in planted.pairs()])
     rescaled = np.mean([planted.margin(pair, planted.written(pair), read=False) for pair in planted.pairs()])
     table = found.to_dataframe().set_index(["model", "layer"])
@@ -260,7 +260,7 @@ def test_the_read_out(value: float, less: bool, expected: str):
         ({"layers": [3]}, "layer 3 does not exist"),
         ({"pairs": [Pair(prompt("ada ?"), prompt("never ada ?"))]}, "no good and bad answer that differ"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_told_in_a_sentence(base: LensModel, repaired, change: dict, message: str):
     options = {"models": repaired, "pairs": planted.pairs(), "layers": [1], "draws": 2, "progress": False}
     options |= {"cue": presence(base)} | change

@@ -269,7 +269,7 @@ def test_results_round_trip_through_a_file_and_are_drawn(models, direction: Dire
         ({"pairs": [Pair(prompt("ada ?", "yes", "yes"), prompt("never ada ?"))]}, "no good and bad answer that differ"),
         ({"pairs": [Pair(prompt("is it " * 7 + "?", "yes", "no"), prompt("is it " * 7 + "?"))]}, "context"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_steered_is_refused(base: LensModel, direction: Directions, change: dict, message: str):
     options = {"models": {"base": base}, "pairs": planted.pairs(), "direction": direction, "progress": False} | change
     with pytest.raises(CtlensError, match=message):

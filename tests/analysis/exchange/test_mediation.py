@@ -69,7 +69,8 @@ def by_hand(scale: float = 1.0) -> Mediation:
 
 
 def test_shares_are_added_up_and_what_is_missing_is_the_remainder():
-    table, totals = by_hand().normalised(), by_hand().totals()
+    table = by_hand().normalised()
+    totals = by_hand().totals()
     assert table.query("quantity == 'sufficient'")["value"].tolist() == [3 / 8, 1.0, 1 / 8, 1 / 8]
     assert table["mediator"].tolist() == ["attention", "attention", "MLP", "MLP"] * 2
     assert totals["value"].tolist() == [11 / 8, 2 / 8, -5 / 8] * 2

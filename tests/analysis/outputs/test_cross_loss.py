@@ -192,8 +192,11 @@ def test_results_survive_saving(result, tmp_path) -> None:
 
     assert again.to_dataframe().equals(result.to_dataframe())
     assert (again.models, again.losses, again.clean, again.dropped) == (
-        result.models, result.losses, result.clean, result.dropped,
-    )  # fmt: skip
+        result.models,
+        result.losses,
+        result.clean,
+        result.dropped,
+    )
 
 
 def test_the_figure_holds_the_numbers_of_the_table(result) -> None:

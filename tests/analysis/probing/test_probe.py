@@ -140,7 +140,8 @@ def test_scores_match_scikit_learn_called_plainly(name: str, plain: RidgeClassif
     groups = np.array(GROUPS)[order]
     right = np.zeros(N)
     for train, test in StratifiedGroupKFold(4, shuffle=True, random_state=0).split(x, y, groups):
-        mean, deviation = x[train].mean(0), x[train].std(0)
+        mean = x[train].mean(0)
+        deviation = x[train].std(0)
         plain.fit((x[train] - mean) / deviation, y[train])
         right[test] = plain.predict((x[test] - mean) / deviation) == y[test]
     expected = (right[y == "yes"].mean() + right[y == "no"].mean()) / 2

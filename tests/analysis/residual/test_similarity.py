@@ -78,7 +78,8 @@ def ids(tokenizer, text: str) -> list[int]:
 
 def trained(model: LensModel, closed: float, writes: Mapping[int, float]) -> LensModel:
     """`closed` of the gap closed, and the constant feature written into other dimensions."""
-    changed, weights = copy_model(model), canonical_weights(model)
+    changed = copy_model(model)
+    weights = canonical_weights(model)
     output = weights["blocks.0.attn.W_O"][0]
     output *= 1 - closed
     for dimension, strength in writes.items():
@@ -211,7 +212,8 @@ def test_a_model_is_like_itself_and_like_no_training_before_it_moved(model, mode
 
 def late(model: LensModel) -> LensModel:
     """Trained in the second layer alone."""
-    changed, weights = copy_model(model), canonical_weights(model)
+    changed = copy_model(model)
+    weights = canonical_weights(model)
     weights["blocks.1.attn.W_O"][0, CONSTANT, OTHER] = 1
     load_weights(changed, weights)
     return changed
@@ -310,7 +312,8 @@ def hsic_of_song(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741
 def test_cka_is_that_of_the_unbiased_estimator(hsic) -> None:
     vectors = RNG.normal(size=(2, 7, 3)) + 1
     vectors[1] += vectors[0]
-    one, other = (v @ v.T for v in vectors)
+    one = vectors[0] @ vectors[0].T
+    other = vectors[1] @ vectors[1].T
 
     expected = hsic(one, other) / (hsic(one, one) * hsic(other, other)) ** 0.5
 

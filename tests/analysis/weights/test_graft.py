@@ -70,7 +70,8 @@ def test_every_weight_has_one_place(kind: str):
 
 
 def put_together(target: LensModel, source: LensModel, names: list[str]) -> LensModel:
-    made, theirs = copy_model(target), present_parameters(source)
+    made = copy_model(target)
+    theirs = present_parameters(source)
     for name in names:
         present_parameters(made)[name].data = theirs[name].data.clone()
     return made
@@ -78,7 +79,8 @@ def put_together(target: LensModel, source: LensModel, names: list[str]) -> Lens
 
 def test_every_value_is_that_of_a_model_put_together_by_hand(models: tuple[LensModel, LensModel]):
     source, target = models
-    found, where = grafted(models), components(target)
+    found = grafted(models)
+    where = components(target)
     ids = encode(PAIRS[:1], target.tokenizer, n_ctx=256).rows[0].wrapped.ids
     for quantity, (model, other) in enumerate(((target, source), (source, target))):
         for at, (block, component) in enumerate(zip(found.blocks, found.components, strict=True)):
@@ -221,8 +223,10 @@ def test_adapters_count_as_weights():
     found, expected = grafted((adapted, base)), grafted((merged, base))
     np.testing.assert_allclose(found.values, expected.values, **CLOSE)
     assert {component for (_, component), apart in zip(_places(found), found.moved, strict=True) if apart} == {
-        "all", "qk", "mlp",
-    }  # fmt: skip
+        "all",
+        "qk",
+        "mlp",
+    }
     assert grafted((base, adapted)).values == pytest.approx(found.values[::-1], abs=1e-5)
 
 
