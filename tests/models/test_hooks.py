@@ -134,7 +134,8 @@ def test_activations_are_those_of_huggingface(kind: str, stack: str, last: str):
 
     for layer, block in enumerate(hf.get_submodule(stack)):
         assert isinstance(block, nn.Module)
-        post, mlp = f"blocks.{layer}.hook_resid_post", f"blocks.{layer}.mlp.hook_post"
+        post = f"blocks.{layer}.hook_resid_post"
+        mlp = f"blocks.{layer}.mlp.hook_post"
         block.register_forward_hook(lambda _, __, out, name=post: keep(name, out))
         block.mlp.get_submodule(last).register_forward_pre_hook(lambda _, args, name=mlp: keep(name, args))
     hf(TOKENS)
