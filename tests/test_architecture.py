@@ -144,12 +144,62 @@ def test_plots_know_arrays_and_nothing_else() -> None:
         assert outside == standard, f"{path} imports {outside - standard}"
 
 
+def defined(module: ast.Module) -> set[str]:
+    """The public names that a module defines at its top: functions, classes, constants and aliases of types."""
+    names: set[str] = set()
+    for node in module.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {part.id for target in node.targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+    return {name for name in names if not name.startswith("_")}
+
+
+# What every registry has: `ct.losses.get` and `ct.threats.get`, by the same words because they do the same.
+OF_REGISTRIES = {"get", "names"}
+
+
+def test_what_a_module_defines_would_be_seen() -> None:
+    source = "A, B = 1, 2\nC: int = 3\n_D = 4\ndef f(): ...\nclass G:\n    def h(self): ...\nfrom x import y\n"
+
+    assert defined(ast.parse(source)) == {"A", "B", "C", "f", "G"}
+
+
+def test_no_public_name_is_defined_in_two_modules() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in INSIDE:
+        for name in defined(ast.parse(path.read_text())):
+            homes.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    twice = {name: files for name, files in homes.items() if len(files) > 1}
+
+    assert {
+        name for name, files in twice.items() if files == ["losses/__init__.py", "threats/__init__.py"]
+    } == OF_REGISTRIES
+    assert set(twice) == OF_REGISTRIES, twice
+
+
 # Words that were two things, or had a better one: what replaced each, and the files that still speak of the old one.
 WITHDRAWN = {
     "arm": ("prompt_side or condition", ("evaluation/result.py",)),
     "arms": ("prompt_sides or conditions", ()),
     "answer_tokens": ("max_new_tokens", ("training/config.py",)),
     "tokens_a_pass": ("max_batch_tokens", ()),
+    "looked_into": ("analysed", ()),
+    "patch_sites": ("patch with several sites", ()),
+    "hook_point": ("site or hook_name", ()),
+    "lora_sites": ("lora_target_modules", ()),
+    "donor": ("source", ()),
+    "recipient": ("target", ()),
+}
+# Words that prose needs and names do not: identifiers, parameters, columns and options are called otherwise. One
+# forced answer of the threat prefill is called "place", after its word.
+WITHDRAWN_NAMES = {
+    "place": "positions, or an index, a folder, a subplot",
+    "places": "positions",
+    "n_items": "n_prompts or n_pairs",
+    "span_masks": "segment_masks",
 }
 
 
@@ -160,6 +210,95 @@ def test_a_withdrawn_word_does_not_come_back(word: str) -> None:
     found = {str(path.relative_to(ROOT)) for path in sources if re.search(rf"\b{word}\b", path.read_text())}
 
     assert found == set(allowed), f"say {instead}"
+
+
+def names_in(source: str) -> set[str]:
+    """Every identifier of a source, and every string that is one word, as columns and options are."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+        found |= {getattr(node, field) for field in ("id", "attr", "arg", "name") if hasattr(node, field)}
+    return found
+
+
+def test_a_name_would_be_seen() -> None:
+    assert {"a", "b", "c", "d", "f"} <= names_in("def f(a): b.c = 'd'")
+    assert "place" not in names_in("f('in place of the model')")
+
+
+@pytest.mark.parametrize("word", WITHDRAWN_NAMES)
+def test_a_withdrawn_name_does_not_come_back(word: str) -> None:
+    found = {str(path.relative_to(ROOT)) for path in FILES if word in names_in(path.read_text())}
+
+    assert found - {"threats/prefill.py"} == set(), f"say {WITHDRAWN_NAMES[word]}"
+
+
+PICKLERS = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
+PICKLING_CALLS = {"torch.save", "torch.load", "joblib.dump", "joblib.load", "joblib.Memory"}
+LOUD = {"show", "to_pickle", "read_pickle"}
+
+
+def banned(source: str) -> set[str]:
+    """What a source does that the library never does: shows a figure, prints, or reads and writes pickles."""
+    tree = ast.parse(source)
+    nodes = list(ast.walk(tree))
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    named = {f"{n.module}.{a.name}" for n in nodes if isinstance(n, ast.ImportFrom) for a in n.names}
+    calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+    options = {keyword.arg for node in nodes if isinstance(node, ast.Call) for keyword in node.keywords}
+    found = {name for name in modules if name.split(".")[0] in PICKLERS} | ((calls | named) & PICKLING_CALLS)
+    found |= {call for call in calls if "." in call and call.rsplit(".", 1)[1] in LOUD}
+    return found | (calls & {"print"}) | (options & {"allow_pickle"})
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "figure.show()",
+        "pio.show(figure)",
+        "make(1).show(renderer='png')",
+        "print(1)",
+        "import pickle",
+        "from cloudpickle import dumps",
+        "torch.load(path)",
+        "torch.save(state, path)",
+        "from torch import save",
+        "joblib.dump(x, path)",
+        "table.to_pickle(path)",
+        "np.load(path, allow_pickle=True)",
+    ],
+)
+def test_what_the_library_never_does_would_be_seen(source: str) -> None:
+    assert banned(source)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_library_never_shows_a_figure_prints_or_pickles(path: Path) -> None:
+    assert banned(path.read_text()) == set()
+
+
+def public(body: list[ast.stmt]) -> list[ast.FunctionDef | ast.ClassDef]:
+    """Public classes, their public methods, and public functions; not functions inside functions, nor overloads."""
+    found: list[ast.FunctionDef | ast.ClassDef] = []
+    for node in body:
+        if any(ast.unparse(decorator) == "overload" for decorator in getattr(node, "decorator_list", ())):
+            continue  # a signature of the function below, which says what it does
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            found += [node, *(public(node.body) if isinstance(node, ast.ClassDef) else ())]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_everything_public_says_what_it_does_and_returns(path: Path) -> None:
+    module = ast.parse(path.read_text())
+    protocols = {node.name for node in module.body if isinstance(node, ast.ClassDef) and path.name == "types.py"}
+    told = [node for node in public(module.body) if node.name in protocols or path.name != "types.py"]
+
+    assert ast.get_docstring(module)
+    assert [node.name for node in told if not ast.get_docstring(node)] == []
+    assert [n.name for n in ast.walk(module) if isinstance(n, ast.FunctionDef) and n.returns is None] == []
 
 
 TEXTS = (ast.JoinedStr, ast.List, ast.Tuple)
@@ -296,70 +435,3 @@ def test_the_code_has_no_tricks() -> None:
     found = {path: idioms(path.read_text()) for place in places for path in sorted(place.rglob("*.py"))}
 
     assert {str(path.relative_to(ROOT.parent)): tricks for path, tricks in found.items() if tricks} == {}
-
-
-PICKLERS = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
-PICKLING_CALLS = {"torch.save", "torch.load", "joblib.dump", "joblib.load", "joblib.Memory"}
-LOUD = {"show", "to_pickle", "read_pickle"}
-
-
-def banned(source: str) -> set[str]:
-    """What a source does that the library never does: shows a figure, prints, or reads and writes pickles."""
-    tree = ast.parse(source)
-    nodes = list(ast.walk(tree))
-    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    modules |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
-    named = {f"{n.module}.{a.name}" for n in nodes if isinstance(n, ast.ImportFrom) for a in n.names}
-    calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
-    options = {keyword.arg for node in nodes if isinstance(node, ast.Call) for keyword in node.keywords}
-    found = {name for name in modules if name.split(".")[0] in PICKLERS} | ((calls | named) & PICKLING_CALLS)
-    found |= {call for call in calls if "." in call and call.rsplit(".", 1)[1] in LOUD}
-    return found | (calls & {"print"}) | (options & {"allow_pickle"})
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "figure.show()",
-        "pio.show(figure)",
-        "make(1).show(renderer='png')",
-        "print(1)",
-        "import pickle",
-        "from cloudpickle import dumps",
-        "torch.load(path)",
-        "torch.save(state, path)",
-        "from torch import save",
-        "joblib.dump(x, path)",
-        "table.to_pickle(path)",
-        "np.load(path, allow_pickle=True)",
-    ],
-)
-def test_what_the_library_never_does_would_be_seen(source: str) -> None:
-    assert banned(source)
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_library_never_shows_a_figure_prints_or_pickles(path: Path) -> None:
-    assert banned(path.read_text()) == set()
-
-
-def public(body: list[ast.stmt]) -> list[ast.FunctionDef | ast.ClassDef]:
-    """Public classes, their public methods, and public functions; not functions inside functions, nor overloads."""
-    found: list[ast.FunctionDef | ast.ClassDef] = []
-    for node in body:
-        if any(ast.unparse(decorator) == "overload" for decorator in getattr(node, "decorator_list", ())):
-            continue  # a signature of the function below, which says what it does
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            found += [node, *(public(node.body) if isinstance(node, ast.ClassDef) else ())]
-    return found
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_everything_public_says_what_it_does_and_returns(path: Path) -> None:
-    module = ast.parse(path.read_text())
-    protocols = {node.name for node in module.body if isinstance(node, ast.ClassDef) and path.name == "types.py"}
-    told = [node for node in public(module.body) if node.name in protocols or path.name != "types.py"]
-
-    assert ast.get_docstring(module)
-    assert [node.name for node in told if not ast.get_docstring(node)] == []
-    assert [n.name for n in ast.walk(module) if isinstance(n, ast.FunctionDef) and n.returns is None] == []

@@ -48,7 +48,7 @@ def _bare_sections(cells: list[dict[str, Any]], texts: dict[str, str]) -> bool:
             if open_question:
                 return True
             open_question = "## Where next" not in text
-        elif cell["cell_type"] == "code" and re.match(r"[\w.]+[\w.\[\]]*(\(|$)", text.splitlines()[-1]):
+        elif cell["cell_type"] == "code" and re.match(r"[\w.]+[\w.\[\]\"]*(\(|$)", text.splitlines()[-1]):
             open_question = False
     return open_question
 

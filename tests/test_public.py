@@ -92,7 +92,7 @@ def run() -> ct.Run:
 def test_a_training_yields_a_run_with_its_history_and_figure(run: ct.Run) -> None:
     table = run.history.to_dataframe()
 
-    assert list(table.columns) == ["step", "name", "hook_point", "value"]
+    assert list(table.columns) == ["step", "name", "hook_name", "value"]
     assert sorted(set(table["step"])) == [1, 2, 3] and {"attct", "retention", "total"} <= set(table["name"])
     assert len(run.figure().data) >= 2
 

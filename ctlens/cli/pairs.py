@@ -182,5 +182,5 @@ def _coverage(tokenizer: Any, pairs: tuple[Pair, ...]) -> None:
         for alignment in aligned:
             reasons.update({(f"{window}, tokens", reason): count for reason, count in alignment.drops.items()})
     print_table("Coverage over the file", pd.DataFrame(rows, columns=["window", "pairs aligned", "their tokens"]))
-    for (place, reason), count in reasons.items():
-        say(f"  {place}: {count} left out: {reason}")
+    for (where, reason), count in reasons.items():
+        say(f"  {where}: {count} left out: {reason}")

@@ -231,8 +231,8 @@ def _loggers(names: list[str], out: Path) -> list[Logger]:
     """The loggers of these names, in a folder beside that of the run."""
     from ctlens.training import TensorBoard, WeightsAndBiases
 
-    place = out.with_name(out.name + ".log")
-    known = {"tensorboard": lambda: TensorBoard(place), "wandb": lambda: WeightsAndBiases(folder=place)}
+    log_folder = out.with_name(out.name + ".log")
+    known = {"tensorboard": lambda: TensorBoard(log_folder), "wandb": lambda: WeightsAndBiases(folder=log_folder)}
     for name in names:
         if name not in known:
             raise unknown("logger", name, known)

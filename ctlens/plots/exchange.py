@@ -27,11 +27,11 @@ def exchange_curves(
     y_title: str,
     subtitle: str | None = None,
 ) -> go.Figure:
-    """At which layer does one model's activation bring its behaviour along? One panel per direction, a line per donor.
+    """At which layer does one model's activation bring its behaviour along? One panel per direction, a line per source.
 
     Args:
         layers: the number of each layer.
-        shown: per panel and donor, the share of the effect and its interval `[layer]`.
+        shown: per panel and source, the share of the effect and its interval `[layer]`.
         title: the question or the answer.
         y_title: the quantity with its unit.
         subtitle: one line under the title.
@@ -61,11 +61,11 @@ def graft_bars(
     y_title: str,
     subtitle: str | None = None,
 ) -> go.Figure:
-    """Which part of the weights brings the behaviour along? One panel per direction, a bar per donor.
+    """Which part of the weights brings the behaviour along? One panel per direction, a bar per source.
 
     Args:
         groups: the names of the parts, left to right, in groups with a line between them.
-        shown: per panel and donor, the share of the effect and its interval `[part]`, over all groups.
+        shown: per panel and source, the share of the effect and its interval `[part]`, over all groups.
         title: the question or the answer.
         y_title: the quantity with its unit.
         subtitle: one line under the title.

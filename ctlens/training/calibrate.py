@@ -68,10 +68,10 @@ def calibrate(
 
 def _over_gaps(term: Term, gaps: Mapping[str, float]) -> Term:
     """Divides every hook point's factor by its value before training, so that every layer starts at its factor."""
-    for hook_point, gap in gaps.items():
+    for hook_name, gap in gaps.items():
         if not 0 < gap < float("inf"):
-            raise CtlensError(f"{term.loss.name} is {gap:g} at {hook_point} before training: leave that layer out.")
-    return replace(term, factors={hook_point: factor / gaps[hook_point] for hook_point, factor in term.factors.items()})
+            raise CtlensError(f"{term.loss.name} is {gap:g} at {hook_name} before training: leave that layer out.")
+    return replace(term, factors={hook_name: factor / gaps[hook_name] for hook_name, factor in term.factors.items()})
 
 
 def _gradient_norm(value: LossValue, parameters: Sequence[torch.nn.Parameter]) -> float:

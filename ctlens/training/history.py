@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-_COLUMNS = ("step", "name", "hook_point", "value")
+_COLUMNS = ("step", "name", "hook_name", "value")
 
 
 @dataclass
@@ -40,7 +40,7 @@ class History:
         self.steps = max(step, self.steps)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Tabulates one row per number: `step`, `name`, `hook_point` (empty for a whole loss, weighted), `value`.
+        """Tabulates one row per number: `step`, `name`, `hook_name` (empty for a whole loss, weighted), `value`.
 
         A loss that was only tracked is called `tracked/` and its name, and is unweighted.
         """

@@ -37,8 +37,8 @@ class Drawn:
 
     def seen_by(self, model: LensModel) -> Forwards:
         """Runs the model on the answers, with its graph; equal answers go through it once."""
-        distinct, place = self.batch.wrapped.tokens.unique(dim=0, return_inverse=True)
-        logits = run(model, distinct)[place]
+        distinct, index = self.batch.wrapped.tokens.unique(dim=0, return_inverse=True)
+        logits = run(model, distinct)[index]
         return Forwards(self.batch, {}, {}, logits, advantages=self.advantages, gaps=self.gaps)
 
 

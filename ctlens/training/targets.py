@@ -69,8 +69,8 @@ class CleanTargets:
     def _name(self) -> str:
         """Names the folder for these targets and no others."""
         rows = [
-            (row.clean.ids, row.clean_answer, places.tolist())
-            for row, places in zip(self.pairs.rows, self._positions, strict=True)
+            (row.clean.ids, row.clean_answer, positions.tolist())
+            for row, positions in zip(self.pairs.rows, self._positions, strict=True)
         ]
         kind = [fingerprint(self.reference), str(next(self.reference.parameters()).dtype), self.names, self.logits]
         return f"targets-{digest_of([kind, rows, list(map(list, self.homes))])}"

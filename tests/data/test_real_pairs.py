@@ -106,7 +106,7 @@ def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 def series(run: Path, name: str) -> pd.Series:
     history = pd.read_csv(run / "history.csv", keep_default_na=False)
-    return history.query("name == @name and hook_point == ''")["value"]
+    return history.query("name == @name and hook_name == ''")["value"]
 
 
 def fell(values: pd.Series) -> bool:

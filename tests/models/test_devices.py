@@ -103,7 +103,7 @@ def test_every_analysis_runs_in_bfloat16(name: str) -> None:
 
 def test_shares_of_logits_ask_for_float32() -> None:
     analysis.logit_attribution(FULL, PAIRS, progress=False)
-    with pytest.raises(CtlensError, match="add up in float32 alone: load the model in float32"):
+    with pytest.raises(CtlensError, match="add up to the logits in float32 alone: load the model in float32"):
         analysis.logit_attribution(HALF, PAIRS, progress=False)
 
 

@@ -103,7 +103,7 @@ def test_the_settings_round_trip_and_nonsense_is_refused():
     with pytest.raises(CtlensError, match="alignment window"):
         TrainConfig(window="prefix")
     for norm in (0.0, -1.0, float("inf")):
-        with pytest.raises(CtlensError, match="gradient norm"):
+        with pytest.raises(CtlensError, match="calibrate must be a positive number"):
             TrainConfig(calibrate=norm)
 
 

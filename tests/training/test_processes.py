@@ -75,7 +75,7 @@ def test_two_processes_train_as_one_does_and_one_of_them_writes(
     assert together.out.count("Run: together") == 1
     here = pd.read_csv(place / "alone" / "history.csv", keep_default_na=False)
     there = pd.read_csv(place / "together" / "history.csv", keep_default_na=False)
-    assert here[["step", "name", "hook_point"]].equals(there[["step", "name", "hook_point"]])
+    assert here[["step", "name", "hook_name"]].equals(there[["step", "name", "hook_name"]])
     pd.testing.assert_series_equal(there["value"], here["value"], rtol=1e-4, atol=1e-7)
     weights = [present_weights(load_model(place / name)) for name in ("alone", "together")]
     for name, value in weights[0].items():

@@ -245,7 +245,7 @@ def test_a_run_draws_its_losses(model) -> None:
         ({"batch_size": 0}, "batch_size"),
         ({"lr": -1.0}, "lr must be a positive"),
         ({"retention": -1.0}, "retention"),
-        ({"warmup": 2.0}, "share of the steps"),
+        ({"warmup": 2.0}, "warmup is a share, 0 to 1, not 2.0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options, message) -> None:

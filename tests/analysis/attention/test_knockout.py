@@ -256,7 +256,7 @@ BEHIND = Pair(prompt("Is it?", "the", "a"), Prompt((Turn("user", "Is it?"), Turn
         ({"keys": lambda row: [500]}, "not all in it"),
         ({"keys": lambda row: range(len(row.wrapped.ids))}, "no tokens beside the keys"),
         ({"pairs": [BEHIND], "queries": "content"}, "cannot see the keys"),
-        ({"pairs": [Pair(prompt("a"), prompt("b a"))]}, "names no good and bad answer"),
+        ({"pairs": [Pair(prompt("Is it right?"), prompt("I think so. Is it right?"))]}, "names no good and bad answer"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(llama, options: dict[str, Any], message: str) -> None:

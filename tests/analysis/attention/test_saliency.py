@@ -161,7 +161,7 @@ def test_results_stand_side_by_side_and_round_trip(llama, tmp_path) -> None:
 def test_what_has_no_score_is_refused(llama) -> None:
     twice = Pair(prompt("Is it?", "the", "a"), prompt("Is it? Is it?", "the", "a"))
     for pairs, message in (
-        ([Pair(prompt("a"), prompt("b a"))], "names no good and bad answer"),
+        ([Pair(prompt("Is it right?"), prompt("I think so. Is it right?"))], "names no good and bad answer"),
         ([twice], "aligns"),
         ([], "no pairs"),
     ):
