@@ -21,12 +21,12 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 compare: install
 	$(BIN)/ctlens compare --out runs/compare --resume
 
-# The unit tier; the whole suite with the examples in the docstrings; those alone. The markers are in pyproject.toml.
+# The unit tier, the whole suite, and the examples in the docstrings; the markers are in pyproject.toml.
 test: install
 	$(BIN)/pytest $(PARALLEL) -m "$(UNIT)"
 
 test-all: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) --doctest-modules tests ctlens
+	$(BIN)/pytest $(PARALLEL)
 
 doctest: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) --doctest-modules ctlens

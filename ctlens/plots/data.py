@@ -1,4 +1,4 @@
-"""The numbers of a figure as a table, for somebody who redraws it elsewhere."""
+"""The table of a figure's numbers, for a reader who redraws it elsewhere."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def _draw_bars(figure: go.Figure, parts: Sequence[str], bars: Mapping[str, Curve
 
 
 def _with_whole_effect(figure: go.Figure, n_panels: int, y_title: str, layout: PanelLayout) -> go.Figure:
-    """One scale for all panels, with lines at none and all of the effect."""
+    """Puts all panels on one scale, with lines at none and all of the effect."""
     for subplot in subplots(n_panels):
         figure.update_yaxes(title_text=y_title if subplot.leftmost else None, **subplot.at)
         figure.add_hline(0, line={"color": MUTED, "width": 1}, layer="below", **subplot.at)

@@ -123,7 +123,7 @@ def _render(stems: Sequence[Path]) -> int:
 
 
 def _watch(process: subprocess.Popen[bytes], log: Path, expected: int) -> int:
-    """How many figures a renderer got through until it was done, ended, or said nothing for `FIGURE_SECONDS`.
+    """Counts the figures that a renderer got through until it was done, ended, or said nothing for `FIGURE_SECONDS`.
 
     The renderer writes one byte to its log per figure.
     """

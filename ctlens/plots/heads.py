@@ -82,7 +82,7 @@ def attention_heads(
 
 
 def _grid(values: np.ndarray, coloraxis: str, names: list[list[str]]) -> go.Heatmap:
-    """One grid `[layer, column]`; the numbers of a small one are written into its cells."""
+    """Draws one grid `[layer, column]`; the numbers of a small one are written into its cells."""
     return go.Heatmap(
         z=values.tolist(),
         text=names,

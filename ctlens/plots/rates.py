@@ -1,4 +1,4 @@
-"""How often a behaviour occurs, per method and prompt side."""
+"""The figure of how often a behaviour occurs, per method and prompt side."""
 
 from __future__ import annotations
 

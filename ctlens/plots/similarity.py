@@ -1,4 +1,4 @@
-"""How alike methods are, between the ceiling of their seeds and the floor of the null."""
+"""The figures of how alike methods are, between the ceiling of their seeds and the floor of the null."""
 
 from __future__ import annotations
 

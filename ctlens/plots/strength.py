@@ -1,4 +1,4 @@
-"""The bad rate against the strength of the attack."""
+"""The figure of the bad rate against the strength of the attack."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ from ctlens.study.config import Cell, StudyConfig, base_cell
 from ctlens.study.workers import Pool, run_in_order
 
 PROBED_PAIRS = 192
-"""For probes, which are fitted on two thirds of them and need every answer in each third."""
+"""The number of pairs for probes, which are fitted on two thirds of them and need every answer in each third."""
 EQUAL_STEPS = "equal steps"
 """The setting that compares the models at the end of their trainings."""
 MATCHED = "matched effect"
@@ -91,7 +91,7 @@ class Analysis:
 
 
 def analyses_of(config: StudyConfig) -> list[Analysis]:
-    """Every analysis of a study."""
+    """Lists every analysis of a study."""
     found = []
     for organism in range(config.organisms):
         for threat in config.analysed_threats:
@@ -122,7 +122,7 @@ class FinishedAnalyses:
     def of(
         self, kind: type[ResultT], name: str, threat: str, setting: str = EQUAL_STEPS
     ) -> dict[Training, dict[str, ResultT]]:
-        """By training, the results of an analysis by name; one that all seeds share stands at seed 0 alone."""
+        """Loads the results of an analysis by training and name; one that all seeds share stands at seed 0 alone."""
         found = {
             (organism, seed): Analysis(name, threat, organism, setting, seed).load(self.study, kind)
             for organism, seed in self.trainings
@@ -131,13 +131,13 @@ class FinishedAnalyses:
         return {training: results for training, results in found.items() if results}
 
     def refused(self, name: str, threat: str, setting: str = EQUAL_STEPS) -> str:
-        """Why an analysis gave no result, where it refused: every reason once."""
+        """The reasons of an analysis that refused to give a result, each once."""
         analyses = [Analysis(name, threat, organism, setting, seed) for organism, seed in self.trainings]
         reasons = [reason for analysis in analyses for reason in analysis.refusals(self.study).values()]
         return "; ".join(dict.fromkeys(reasons))
 
     def attention(self, threat: str) -> dict[Training, dict[str, AttentionDiff]]:
-        """By training, what each method did to attention."""
+        """Loads what each method did to attention, by training."""
         return {
             (organism, seed): {
                 name: AttentionDiff.load(Cell(threat, name, seed, organism).path(self.study) / "attention.safetensors")
@@ -192,7 +192,7 @@ class Scene:
         return base_model(self.config, self.study, base_cell(self.analysis.organism))
 
     def pairs(self, n_pairs: int = ANALYSED_PAIRS) -> list[Pair]:
-        """Up to so many held-out pairs."""
+        """Draws up to `n_pairs` held-out pairs."""
         return probe_pairs(self.config, self.analysis.threat, self.base, n_pairs)
 
     def models(self, names: Sequence[str], seed: int) -> dict[str, LensModel]:

@@ -39,7 +39,7 @@ DEFAULT_METHODS = ("act", "mlpct", "attct", "bct")
 RETENTION = "retention"
 PERTURBED = "perturbed"
 ALL_PARAMETERS = "_all"
-"""The ending of a condition's name that trains every parameter group."""
+"""The ending of the name of a condition that trains every parameter group."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def require_methods(names: Sequence[str]) -> None:
     for name in names:
         loss_registry.get(name)
     if len(set(names)) < len(names):
-        raise CtlensError(f"methods must name each once, not {', '.join(names)}.")
+        raise CtlensError(f"a method is named twice ({', '.join(names)}): name each once.")
 
 
 @torch.no_grad()

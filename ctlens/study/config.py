@@ -29,8 +29,8 @@ ORGANISM = "organism"
 ANALYSED_THREATS = ("sycophancy", "jailbreak")
 """The threats whose models a study analyses by default: the two of the pilot on a prototype organism."""
 CEILING_SEEDS = 2
-"""Analysed methods are trained with so many seeds at least: how alike two seeds of one method are is the ceiling of
-how alike two methods can be."""
+"""The fewest seeds of an analysed method: how alike two seeds of one method are is the ceiling of how alike two methods
+can be."""
 FULL_STUDY_COUNT = 3
 """Seeds and organisms of a full study: the fewest whose spread Student's interval shows, see `results.SEVERAL`."""
 SHARED_TRAINING = TrainConfig(batch_size=16, lr=1e-3, trainable=("attn",))
@@ -119,7 +119,7 @@ class StudyConfig:
         for name in ("threats", "analysed", "extra_conditions"):
             values = getattr(self, name) or ()
             if len(set(values)) < len(values):
-                raise CtlensError(f"{name} must name each once, not {', '.join(values)}.")
+                raise CtlensError(f"{name} names one of its entries twice ({', '.join(values)}): name each once.")
         for name in self.extra_conditions or ():
             if name in (*self.methods, RETENTION):
                 raise CtlensError(f"{name} is trained already: name it once.")

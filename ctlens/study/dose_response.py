@@ -67,7 +67,7 @@ class DoseConfig:
         self.studies()
 
     def studies(self) -> dict[int, StudyConfig]:
-        """By number of pairs, the study of it."""
+        """The study of each number of pairs."""
         return {
             n_pairs: StudyConfig(
                 threats=(self.threat,),
@@ -84,7 +84,7 @@ class DoseConfig:
 
 @dataclass(frozen=True)
 class DoseResult:
-    """A finished dose-response.
+    """The result of a dose-response: the rows of its studies.
 
     Attributes:
         folder: where it lies.

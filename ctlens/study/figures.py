@@ -280,7 +280,7 @@ def _with_effect(found: Mapping[str, ExchangeT]) -> dict[str, ExchangeT]:
 def _over_seeds(
     kind: type[ResultT], analysis: str, config: StudyConfig, folder: Path, threat: str, conditions: Iterable[str]
 ) -> dict[str, ResultT]:
-    """By condition, an analysis that every cell holds: its mean over the seeds of the first organism, pair by pair."""
+    """An analysis that every cell holds, by condition: its mean over the seeds of the first organism, pair by pair."""
     return {
         name: _mean(
             [

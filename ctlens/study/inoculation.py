@@ -44,7 +44,7 @@ LEAK_COLUMNS = ("stage", "seed", "context", "misaligned", "n_prompts")
 
 @dataclass(frozen=True)
 class Leak:
-    """How often each stage gives bad advice in each context.
+    """The result of `leak`: how often each stage gives bad advice in each context.
 
     Attributes:
         counts: one row per stage, seed and context: `stage, seed, context, misaligned, n_prompts`;

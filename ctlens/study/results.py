@@ -54,7 +54,7 @@ class Rate(NamedTuple):
         return f"{self.percent} {self.interval}".strip()
 
     def against(self, other: Rate) -> str:
-        """How this share compares with an independent one, in words.
+        """Says how this share compares with an independent one.
 
         They differ when the 95% interval of the difference (Newcombe's) leaves out 0; the answers
         are taken as independent, which is cautious for two models on the same prompts.
@@ -128,7 +128,7 @@ def read_results(path: str | Path) -> pd.DataFrame:
 
 
 def summary_table(results: pd.DataFrame, split: str = SPLIT) -> pd.DataFrame:
-    """How often each condition answers badly and how often well, on the threat that it was trained on.
+    """Tabulates how often each condition answers badly and how often well, on the threat that it was trained on.
 
     Each training counts at its last step; seeds and organisms are pooled, see `pooled`.
 
@@ -232,7 +232,7 @@ def _last_rows(results: pd.DataFrame, split: str) -> list[ResultRow]:
 
 
 def _pooled(rows: Iterable[ResultRow], key: Callable[[ResultRow], Any]) -> dict[Any, ConditionRates]:
-    """By key, the rates over all trainings."""
+    """Pools the rates over all trainings, by key."""
     counts: dict[Any, dict[tuple[str, str], list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
     trainings: dict[Any, set[tuple[int, int]]] = defaultdict(set)
     for row in rows:

@@ -32,7 +32,7 @@ _KILLED = "KilledWorker"
 
 @dataclass(frozen=True)
 class Pool:
-    """Where work runs.
+    """A pool of workers: where the work of a study runs.
 
     Attributes:
         count: how many calls run at a time; None for one per core that this process may use, or for all

@@ -1,1 +1,1 @@
-"""What the heads attend to, and whether it matters."""
+"""Analyses of attention: what the heads attend to, and whether it matters for the answer."""

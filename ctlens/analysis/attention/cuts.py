@@ -24,7 +24,7 @@ HEAD = "head"
 DRAWS = 4  # sets of random keys per prompt; chosen by eye
 
 Edges: TypeAlias = Bool[Tensor, "batch q k"]
-"""True where attention from a query to a key is cut."""
+"""Marks the cut: True where attention from a query to a key is cut."""
 
 
 class Cut(NamedTuple):
@@ -62,7 +62,7 @@ def planned_cuts(layers: Sequence[int], heads: Sequence[int], by: str) -> list[C
 
 
 def without_edges(pattern: Pattern, cut: Bool[Tensor, "batch head q k"]) -> Pattern:
-    """The pattern without the attention that is cut; what is left of a row sums to one again.
+    """Takes the cut attention out of a pattern and scales what is left of each row to sum to one again.
 
     >>> pattern = torch.tensor([[[[0.5, 0.25, 0.25]]]])
     >>> without_edges(pattern, torch.tensor([[[[True, False, False]]]]))
@@ -105,7 +105,7 @@ def edges(batch: ContrastBatch, rows: Sequence[EncodedPair], queries: str, keys:
 
 
 def random_keys(row: EncodedPair, keys: Sequence[int], seed: int) -> list[tuple[int, ...]]:
-    """The keys of the null: as many other tokens of the wrapped prompt, drawn several times.
+    """Draws the keys of the null, several times: as many other tokens of the wrapped prompt.
 
     They depend on the prompt and the seed alone. The first token is not among them: attention
     that nothing calls for rests on it, and without it a model breaks rather than forgets.

@@ -64,7 +64,7 @@ _CHANGE = ["change", "ci_low", "ci_high"]
 
 @dataclass(frozen=True)
 class AttentionDiff(Result):
-    """Attention of every head on every pair, before and after.
+    """The result of `attention_diff`: the attention of every head on every pair, before and after training.
 
     Attributes:
         values: `[when, measure, pair, layer, head]`, along the first axis as in `WHEN`; NaN where a pair has no
@@ -82,13 +82,13 @@ class AttentionDiff(Result):
 
     @property
     def after(self) -> Float[np.ndarray, "pair layer head"]:
-        """The same after training."""
+        """The mass from the last token on the wrapper after training, 0 to 1."""
         return self.of("after")
 
     def of(
         self, when: str, quantity: str = "mass", queries: str = "last", keys: str = "wrapper"
     ) -> Float[np.ndarray, "pair layer head"]:
-        """One quantity, before or after training; `keys` matters to the mass only.
+        """Picks one quantity, before or after training; `keys` matters to the mass only.
 
         Raises:
             CtlensError: a name is unknown, or no pair has that quantity.
@@ -124,7 +124,7 @@ class AttentionDiff(Result):
         return pd.concat(tables, ignore_index=True)
 
     def top(self, k: int = 10, quantity: str = "mass", queries: str = "last", keys: str = "wrapper") -> pd.DataFrame:
-        """The `k` heads that change most.
+        """Lists the `k` heads that change most, with intervals that hold for all heads at once.
 
         Returns:
             Rows as in `to_dataframe`, but with intervals that hold for all heads at once at 95
@@ -163,7 +163,7 @@ class AttentionDiff(Result):
         )
 
     def _measured(self, name: str) -> Float[np.ndarray, "when pair layer head"]:
-        """A measure of the pairs that have it."""
+        """Picks a measure's values for the pairs that have it."""
         values = self.values[:, self.measures.index(name)]
         return values[:, ~np.isnan(values).any((0, 2, 3))]
 
@@ -182,7 +182,7 @@ class AttentionDiff(Result):
 def attention_diff(
     before: LensModel, after: LensModel, pairs: Sequence[Pair], *, batch_size: int = 64, progress: bool = True
 ) -> AttentionDiff:
-    """Attention of two models on the wrapped prompts; the clean side is that of `before`.
+    """Compares the attention of two models on wrapped prompts; the clean side is that of `before`.
 
     >>> import ctlens as ct
     >>> model, pairs = ct.load_organism(), ct.threats.get("sycophancy").pairs(4, split="heldout")
@@ -221,7 +221,7 @@ def attention_diff(
 def _measures(
     clean: Float[Tensor, "batch head clean_q clean_k"], wrapped: Pattern, batch: PairBatch, segments: SegmentMasks
 ) -> Float[Tensor, "measure batch head"]:
-    """Every quantity of one layer, in the order of `ATTENTION_MEASURES`."""
+    """Measures every quantity of one layer, in the order of `ATTENTION_MEASURES`."""
     matched = batch.matched["shared"]
     twins = with_opening(batch, matched)
     here, there = batch.last_clean[:, None], batch.last_prompt[:, None]

@@ -54,7 +54,7 @@ KNOCKOUT_MEASURES = tuple(_WORDS)
 
 @dataclass(frozen=True)
 class Knockout(Result):
-    """The answer under every cut, for every pair.
+    """The result of `knockout`: the answer of every pair under every cut.
 
     Attributes:
         uncut: `[model, measure, pair]`, measures as in `KNOCKOUT_MEASURES`: the logit difference, good minus
@@ -87,7 +87,7 @@ class Knockout(Result):
     keys: str
 
     def effects(self, measure: str = "logit_diff") -> Float[np.ndarray, "edge_set model cut pair"]:
-        """What the cut and its null change, cut minus uncut: first the chosen keys, then the random ones.
+        """The changes that a cut makes, cut minus uncut: first for the chosen keys, then for the random ones.
 
         Raises:
             CtlensError: the measure is unknown.
@@ -150,7 +150,7 @@ class Knockout(Result):
         return plots.knockout_layers(layers, panels, title, y_titles=y_titles, subtitle=subtitle)
 
     def _curves(self, chosen: np.ndarray, null: np.ndarray, kind: str) -> dict[str, tuple[Curve, Curve]]:
-        """By model, the curve over the layers of one kind of cut, and that of its null."""
+        """The curves of one kind of cut over the layers and of its null, by model."""
         cuts = [number for number, name in enumerate(self.kinds) if name == kind]
         return {
             model: (bootstrap_mean(chosen[at, cuts].T), bootstrap_mean(null[at, cuts].T))
@@ -171,7 +171,7 @@ def knockout(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Knockout:
-    """The answers to wrapped prompts when some attention is cut, at each layer or each head.
+    """Measures the answers to wrapped prompts while attention to the keys is cut, layer by layer or head by head.
 
     >>> import ctlens as ct
     >>> pairs = ct.threats.get("sycophancy").pairs(8, split="heldout")
@@ -254,7 +254,7 @@ class _Measured(NamedTuple):
 
 
 def _joined(found: Sequence[Sequence[_Measured]]) -> _Measured:
-    """Every model on every pair, from each model on each batch: models become the first axis, pairs stay the last."""
+    """Joins the measurements of each model on each batch: models become the first axis, pairs stay the last."""
     by_batch = [[np.stack(of_models) for of_models in zip(*of_batch, strict=True)] for of_batch in found]
     return _Measured(*(np.concatenate(of_batches, -1) for of_batches in zip(*by_batch, strict=True)))
 

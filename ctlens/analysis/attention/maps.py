@@ -38,7 +38,7 @@ Map = Float[np.ndarray, "q k"]
 
 @dataclass(frozen=True)
 class AttentionMaps(Result):
-    """The maps of one head on one pair.
+    """The result of `attention_maps`: the maps of one head on one pair.
 
     Attributes:
         clean: of the first model on the clean prompt.
@@ -74,7 +74,7 @@ class AttentionMaps(Result):
         return pd.DataFrame(rows, columns=["map", "query_segment", "key_segment", "mass"])
 
     def figure(self, queries: tuple[int, int] | None = None, top: int = 12) -> Figure:
-        """The maps, and the last model's minus the first's, on one scale.
+        """Draws the maps, and the last model's minus the first's, on one scale.
 
         A long prompt stays readable: only a window of queries is shown (of a long clean prompt, the
         twins of that window). The keys with most attention stand alone; keys between
@@ -172,7 +172,7 @@ def _runs(mass: Float[np.ndarray, " k"], segments: Sequence[str], top: int) -> l
 def attention_maps(
     models: LensModel | Mapping[str, LensModel], pair: Pair, layer: int, head: int, *, weighted: bool = False
 ) -> AttentionMaps:
-    """One head's attention on the clean prompt and, by every model, on the wrapped prompt.
+    """Reads one head's attention: on the clean prompt, and on the wrapped prompt by every model.
 
     >>> import ctlens as ct
     >>> (pair,) = ct.threats.get("sycophancy").pairs(1, split="heldout")
@@ -226,7 +226,10 @@ def _map(model: LensModel, tokens: Tokens, layer: int, head: int, weighted: bool
         group = model.cfg.n_heads // found[value].shape[2]
         values = found[value][0, :, head // group]
         if not torch.allclose(attention @ values, found[z][0, :, head], atol=1e-3, rtol=1e-3):
-            raise CtlensError(f"layer {layer} changes its heads after the values: their norms say nothing of a token.")
+            raise CtlensError(
+                f"layer {layer} changes its heads after the values, so their norms say nothing of a token: leave out "
+                "weighted=True."
+            )
         attention = attention * _written(model, values, layer, head)
     return attention.float().cpu().numpy()
 

@@ -46,7 +46,7 @@ Scores = Float[Tensor, "batch pos"]
 
 @dataclass(frozen=True)
 class SaliencyAgreement(Result):
-    """How far three scores of the same tokens agree, and how much of each is on the wrapper.
+    """The result of `saliency_agreement`: how far three scores of tokens agree, and how much of each is on the wrapper.
 
     Attributes:
         agreement: `[model, statistic, comparison, pair]`, correlations over a prompt's tokens, as in
@@ -113,7 +113,7 @@ def saliency_agreement(
     batch_size: int = 64,
     progress: bool = True,
 ) -> SaliencyAgreement:
-    """Agreement of gradient x input, attention rollout and attention on wrapped prompts.
+    """Compares gradient x input, attention rollout and attention on wrapped prompts: do they point to the same tokens?
 
     >>> import ctlens as ct
     >>> pairs = ct.threats.get("sycophancy").pairs(8, split="heldout")
@@ -148,7 +148,7 @@ def saliency_agreement(
 
 
 def _scored(model: LensModel, found: Iterator[ContrastBatch]) -> Iterator[Float[np.ndarray, "method pos"]]:
-    """The scores of every prompt."""
+    """Scores the tokens of every prompt."""
     for batch in found:
         names = resolve(model, "pattern")
         patterns = capture(model, batch.side.tokens, names, grad=False)[1]
@@ -175,7 +175,7 @@ def gradient_x_input(model: LensModel, batch: ContrastBatch) -> Scores:
 
 
 def rollout(patterns: Sequence[Pattern]) -> Float[Tensor, "batch q k"]:
-    """How much of every token's final state comes from each token, if heads only mixed states.
+    """Attention rollout: how much of every token's final state comes from each token, if heads only mixed states.
 
     >>> rollout([torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])])  # half stays, half goes where attention is
     tensor([[[1.0000, 0.0000],

@@ -1,1 +1,1 @@
-"""What every analysis stands on: results, forward passes, recordings, token positions."""
+"""The parts that all analyses share: results, forward passes, recordings, token positions."""

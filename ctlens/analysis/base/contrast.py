@@ -96,7 +96,10 @@ def _contrast(model: LensModel, prompt: Prompt, ids: Ids, whose: str) -> Contras
     good, bad = two_answers(model.tokenizer, prompt, whose, end=True)
     alike = _alike(good, bad)
     if alike == min(len(good), len(bad)):
-        raise CtlensError(f"the answers of {whose} do not part: {prompt.good!r}, {prompt.bad!r}.")
+        raise CtlensError(
+            f"the answers of {whose} do not part, as one begins the other or both are equal: {prompt.good!r}, "
+            f"{prompt.bad!r}; give answers that part."
+        )
     begun = (*ids, *good[:alike])
     require_room(len(begun), model.cfg.n_ctx, whose)
     require_read(model.tokenizer, begun, whose)
@@ -114,7 +117,7 @@ def up_to_contrast(tokenizer: Any, prompt: Prompt, ids: Ids) -> Ids:
 
 
 def _alike(good: Ids, bad: Ids) -> int:
-    """How many tokens at their beginning both answers share."""
+    """Counts the tokens that both answers share at their beginning."""
     return len(list(takewhile(lambda ends: ends[0] == ends[1], zip(good, bad, strict=False))))
 
 

@@ -35,13 +35,15 @@ def require_comparable(before: LensModel, after: LensModel) -> None:
         here = getattr(before.cfg, name)
         there = getattr(after.cfg, name)
         if here != there:
-            raise CtlensError(f"the models do not compare: {name} is {here} before and {there} after.")
+            raise CtlensError(
+                f"the models do not compare: {name} is {here} before and {there} after; give models of one shape."
+            )
     if not _read_alike(before.tokenizer, after.tokenizer):
-        raise CtlensError("the models do not compare: their tokenizers differ.")
+        raise CtlensError("the models do not compare: their tokenizers differ; give models that share one.")
 
 
 def _read_alike(tokenizer: Any, other: Any) -> bool:
-    """Whether two tokenizers have one vocabulary; a model without a tokenizer is compared with any."""
+    """Tells whether two tokenizers have one vocabulary; a model without a tokenizer is compared with any."""
     if tokenizer is other or tokenizer is None or other is None:
         return True
     return tokenizer.get_vocab() == other.get_vocab()

@@ -84,7 +84,9 @@ def key_positions(keys: Keys, row: EncodedPair) -> tuple[int, ...]:
     if not found:
         raise CtlensError(f"a pair has no token in {keys if isinstance(keys, str) else 'the keys'}: leave it out.")
     if min(found) < 0 or max(found) >= len(row.wrapped.ids):
-        raise CtlensError(f"a wrapped prompt has {len(row.wrapped.ids)} tokens: keys {found} are not all in it.")
+        raise CtlensError(
+            f"a wrapped prompt has {len(row.wrapped.ids)} tokens: keys {found} are not all in it; name its positions."
+        )
     return found
 
 

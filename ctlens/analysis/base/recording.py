@@ -59,7 +59,7 @@ class Recording(Result):
     model: LensModel | None = field(default=None, repr=False, compare=False, metadata=UNSAVED)
 
     def of(self, model: LensModel) -> Recording:
-        """The same, of this model: for a recording that comes from a file.
+        """The recording with its model, which a recording from a file lacks.
 
         Raises:
             CtlensError: the model has other weights than the one that was recorded.

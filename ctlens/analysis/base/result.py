@@ -1,4 +1,4 @@
-"""What every analysis returns: arrays with labels, one safetensors file on disk."""
+"""The base of all results: arrays with labels, saved as one safetensors file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Result:
 
     @classmethod
     def load(cls: type[_R], path: str | Path) -> _R:
-        """The result that `save` wrote.
+        """Loads the result that `save` wrote.
 
         Raises:
             CtlensError: the file is missing, holds another kind of result, or was saved by another version.
@@ -54,7 +54,10 @@ class Result:
         with safe_open(path, framework="numpy") as stored:
             metadata: dict[str, Any] = json.loads((stored.metadata() or {}).get(ENTRY, "{}"))
             if metadata.get("kind") != cls.__name__:
-                raise CtlensError(f"{path} holds a {metadata.get('kind', 'foreign file')}, not a {cls.__name__}.")
+                raise CtlensError(
+                    f"{path} holds a {metadata.get('kind', 'foreign file')}, not a {cls.__name__}: load it with the "
+                    "class that saved it."
+                )
             arrays: dict[str, Any] = {}  # mappings of arrays too
             for stored_name in stored.keys():  # noqa: SIM118 (no mapping)
                 name, _, key = stored_name.partition("/")
@@ -73,7 +76,7 @@ class Result:
 
 
 def beside(result: _R, others: Mapping[str, _R], label: str) -> dict[str, _R]:
-    """A result under its label and then the others under theirs, for a figure that compares them.
+    """Puts a result under its label in front of the others under theirs, for a figure that compares them.
 
     Args:
         result: the one that is compared.

@@ -21,7 +21,7 @@ Estimates: TypeAlias = tuple[PerCell, PerCell, PerCell]
 
 
 def floor_of(metric: str, smallest_gap: float | None) -> float:
-    """The smallest gap whose shares say something, in the metric's unit.
+    """Gives the smallest gap whose shares are more than noise, in the metric's unit.
 
     Raises:
         CtlensError: there is none for the metric and none is given.
@@ -42,14 +42,14 @@ def require_gap(metric: str, gap: PairValues, floor: float, between: str) -> Non
 
 
 def means(values: CellValues) -> Estimates:
-    """The mean of every cell over the pairs that have it; NaN is none."""
+    """Averages every cell over the pairs that have it; NaN marks a pair that lacks it."""
     present = ~np.isnan(values)
     known = np.where(present, values, 0)
     return _with_intervals(lambda counts: known @ counts / (present @ counts), values.shape[1])
 
 
 def shares(moved: CellValues, gap: PairValues, floor: float) -> Estimates:
-    """What each cell moved as a share of the gap: a ratio of means over pairs, not a mean of ratios.
+    """Gives each cell's change as a share of the gap: a ratio of means over pairs, not a mean of ratios.
 
     >>> value, low, high = shares(np.array([[0.0, 3.0], [1.0, np.nan]]), np.array([2.0, 4.0]), floor=0.5)
     >>> value.tolist()  # 3 of 6; 1 of 2, for the second pair does not count

@@ -71,7 +71,7 @@ def states(
     batch_size: int = 64,
     progress: bool = True,
 ) -> States:
-    """The activations of a model on one side of pairs, at the chosen positions.
+    """Reads the activations of a model on one side of pairs, at the chosen positions.
 
     >>> import ctlens as ct
     >>> pairs = ct.threats.get("sycophancy").pairs(4, split="heldout")

@@ -137,7 +137,7 @@ class Directions(Result):
         return plots.layer_curves(curve, title, y_title="length", layers=self.layers, subtitle=subtitle)
 
     def at(self, layers: str | int | Sequence[int]) -> Directions:
-        """The directions of some layers, by number, or of `"all"` that there are.
+        """Picks the directions of some layers, by number, or of `"all"` layers.
 
         Raises:
             CtlensError: a layer has no direction.
@@ -184,7 +184,8 @@ class Directions(Result):
         """
         if self.unit.shape[-1] != model.cfg.d_model:
             raise CtlensError(
-                f"a direction has {self.unit.shape[-1]} numbers, but the model's states {model.cfg.d_model}."
+                f"a direction has {self.unit.shape[-1]} numbers, but the model's states {model.cfg.d_model}: "
+                "make it from a model of this size."
             )
         return resolve(model, self.site, self.layers)
 

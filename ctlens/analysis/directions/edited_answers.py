@@ -33,7 +33,7 @@ ANSWER_ORDER = ("good", "bad")  # along the axis of answers
 
 @dataclass(frozen=True)
 class Edit:
-    """What is added to the state `x` of a prompt at its edited tokens: `(rest - x . read) write`.
+    """An edit of the state `x` at a prompt's edited tokens, which adds `(rest - x . read) write`.
 
     A vector is added with `read` 0 and `rest` 1; a direction is taken out with `read` and `write` along it.
 
@@ -50,13 +50,13 @@ class Edit:
     def change(
         self, states: Float[Tensor, "chosen row pos d"], variants: slice, prompts: Int[Tensor, " row"]
     ) -> Float[Tensor, "chosen row pos d"]:
-        """What is added under some of the variants; `prompts` tells the prompt of each row."""
+        """Computes what some of the variants add; `prompts` names the prompt of each row."""
         component = (states * self.read[prompts][:, None]).sum(-1, keepdim=True)
         return (self.rest[prompts][:, None, None] - component) * self.write[variants][:, prompts, None]
 
 
 class PlannedAnswer(NamedTuple):
-    """Where one answer of one prompt is read.
+    """The tokens at which one answer of one prompt is read.
 
     Attributes:
         prompt: the number of the prompt.
@@ -108,7 +108,7 @@ def plan_sequences(prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]) -> 
 
 
 class Predictions(NamedTuple):
-    """Which logits predict the tokens of the answers, as indices that gather all of them at once.
+    """The logits that predict the tokens of the answers, as indices that gather all of them at once.
 
     Attributes:
         row: the row of the logits.

@@ -45,7 +45,7 @@ ESTIMATOR = "ridge"
 
 @dataclass(frozen=True)
 class Erasure(Result):
-    """The three measurements of every model, pair by pair, from which the verdicts follow.
+    """The result of `erase_or_mask`: three measurements of every model, pair by pair, from which the verdicts follow.
 
     Attributes:
         readable: `[model, layer, 5]`, the probe's balanced accuracy, the ends of its interval, and
@@ -134,7 +134,7 @@ class Erasure(Result):
     def _judged(
         self, model: str, evidence: Mapping[str, Sequence[Evidence]], controls: Sequence[str]
     ) -> list[tuple[str, str]]:
-        """The verdict and its reason, by layer."""
+        """Gives the verdict and its reason, by layer."""
         repaired = self._gains(self.wrapped[self.models.index(model)] - self.wrapped[0])
         return [
             erasure_verdict(here, base, repaired=repaired, less=self._less("used", model, index), control=control)
@@ -155,13 +155,13 @@ class Erasure(Result):
         return row | {"reason": reason}
 
     def _less(self, measure: str, model: str, index: int) -> bool:
-        """Whether an effect is smaller than in the control, or in the base where there is none."""
+        """Tells whether an effect is smaller than in the control, or in the base where there is none."""
         effects = getattr(self, measure)[:, index, 0]
         return self._gains(effects[self.models.index(self.control or BASE)] - effects[self.models.index(model)])
 
     @staticmethod
     def _gains(change: Float[np.ndarray, " pair"]) -> bool:
-        """Whether a mean change over pairs lies above 0 with its interval."""
+        """Tells whether a mean change over pairs lies above 0 with its interval."""
         return bool(bootstrap_mean(change)[1] > EFFECT_ROUNDING)
 
 
@@ -189,7 +189,7 @@ def erase_or_mask(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Erasure:
-    """Whether trained models erased a cue or only masked it, by the rule of `directions.erasure_verdicts`.
+    """Judges whether trained models erased a cue or only masked it, by the rule of `directions.erasure_verdicts`.
 
     >>> import ctlens as ct
     >>> pairs, base = ct.threats.get("jailbreak").pairs(32, split="heldout"), ct.load_organism()

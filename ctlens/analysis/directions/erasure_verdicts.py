@@ -68,7 +68,7 @@ class MeasuredWithNull:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured of one model at one layer."""
+    """The measurements of one model at one layer."""
 
     readable: MeasuredWithNull
     used: MeasuredWithNull
@@ -92,7 +92,7 @@ def finding(here: MeasuredWithNull, base: MeasuredWithNull) -> str:
 def erasure_verdict(
     here: Evidence, base: Evidence, *, repaired: bool, less: bool, control: str = INCONCLUSIVE
 ) -> tuple[str, str]:
-    """One of `ERASURE_VERDICTS` by the rule of this module, and the reason in words.
+    """Judges by the rule of this module: one of `ERASURE_VERDICTS`, and the reason in words.
 
     Args:
         here: of the model that is judged; the base judges itself.
@@ -119,7 +119,7 @@ def erasure_verdict(
 
 
 def readout(here: MeasuredWithNull, base: MeasuredWithNull, *, less: bool) -> str:
-    """One of `READOUTS`, from re-elicitation.
+    """Judges re-elicitation: one of `READOUTS`.
 
     Args:
         here: of the model that is judged.

@@ -30,7 +30,7 @@ def probe_direction(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Directions:
-    """The weights of a probe fitted on all prompts of a task, in units of the stream, by layer.
+    """Makes directions of a probe's weights, fitted on all prompts of a task, in units of the stream, by layer.
 
     A strength of 1 is as long as the means of the two classes are apart along it; without the
     direction a state has the component that the other class has on average. What a probe reads
@@ -67,7 +67,10 @@ def probe_direction(
             model, positions=positions, site=site, layers=layers, batch_size=batch_size, progress=progress
         )
     if model.values.shape[1] != len(task.labels):
-        raise CtlensError(f"there are states of {model.values.shape[1]} prompts for {len(task.labels)} labels.")
+        raise CtlensError(
+            f"there are states of {model.values.shape[1]} prompts for {len(task.labels)} labels: "
+            "give those of the task's prompts, from task.states(model)."
+        )
     positive = np.array(task.labels) == towards
     by_layer = [_of_layer(estimator, values.astype(float), positive) for values in model.values]
     vectors = [vector for vector, _ in by_layer]

@@ -69,7 +69,7 @@ class Intervention(Result):
 
     @property
     def effects(self) -> Float[np.ndarray, "model layer alpha variant pair"]:
-        """How far `steer` lowers the logit difference, or `ablate` raises it, in nats."""
+        """The effects: how far `steer` lowers the logit difference, or `ablate` raises it, in nats."""
         return _SIGN[self.action] * (self.logit_diffs - self.plain_logit_diffs[:, None, None, None])
 
     def effect(self, variant: str = ALONG) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,1 +1,1 @@
-"""Activations of one model put into another."""
+"""Cross-model patching: activations of one model are put into another."""

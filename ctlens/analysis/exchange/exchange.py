@@ -103,7 +103,7 @@ class Exchange(Result, ABC):
     def kept(
         self, base: Float[np.ndarray, " pair"], metric: str | None = None, *, smallest_gap: float | None = None
     ) -> pd.DataFrame:
-        """How much of its own effect each of two trained models keeps with the other's activations or weights in it.
+        """Measures how much of its effect each of two trained models keeps with activations or weights of the other.
 
         Two models that behave alike have no effect between them to take shares of, but each has one over their common
         base: 1 is all of it, 0 is as the base. The quantities are `"target keeps"` and `"source keeps"`.
@@ -132,7 +132,7 @@ class Exchange(Result, ABC):
 
     @property
     def n_pairs(self) -> int:
-        """How many pairs were measured."""
+        """The number of pairs that were measured."""
         return self.values.shape[-1]
 
     def effect(self, metric: str | None = None) -> Float[np.ndarray, " pair"]:
@@ -179,10 +179,10 @@ def with_effect(
 
 
 def curve(table: pd.DataFrame) -> Curve:
-    """The values of a table and the two ends of their intervals."""
+    """Reads the values of a table and the two ends of their intervals."""
     return table["value"].to_numpy(), table["ci_low"].to_numpy(), table["ci_high"].to_numpy()
 
 
 def rows_with(table: pd.DataFrame, **labels: str) -> pd.DataFrame:
-    """The rows of a table that have these labels."""
+    """Picks the rows of a table that have these labels."""
     return table.loc[np.all([table[name] == value for name, value in labels.items()], axis=0)]

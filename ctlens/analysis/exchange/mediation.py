@@ -43,7 +43,7 @@ _PANEL_TITLES = {"sufficient": "brought by {} alone", "lost": "lost without {}"}
 
 @dataclass(frozen=True)
 class Mediation(Exchange):
-    """The effects that run through every layer's attention and MLP.
+    """The result of `mediation`: the effects that run through every layer's attention and MLP.
 
     Attributes:
         values, unpatched, source, metrics: see `Exchange`, with the run without the cause as target and the run

@@ -251,7 +251,7 @@ def _recorded(sweep: Sweep, batch: PatchBatch) -> Recorded:
 
 
 def _prompts(model: LensModel, pairs: Sequence[Pair], side: str, positions: Sequence[str]) -> list[PatchPair]:
-    """Every prompt as source and target of itself, with a column for each name in `positions`."""
+    """Builds every prompt as source and target of itself, with a column for each name in `positions`."""
     if side not in PAIR_SIDES:
         raise unknown("side", side, PAIR_SIDES)
     for name in positions:

@@ -1,1 +1,1 @@
-"""What the next-token predictions say: logit lens, share of the gap recovered, cross-loss."""
+"""Analyses of next-token predictions: logit lens, share of the gap recovered, cross-loss."""

@@ -42,7 +42,7 @@ CROSS_LOSS_COLUMNS = ("model", "step", "loss", "hook_name", "value", "ci_low", "
 
 @dataclass(frozen=True)
 class CrossLoss(Result):
-    """The values of every loss of every model on every pair, unweighted, in the unit of the loss.
+    """The result of `cross_loss`: every loss of every model on every pair, unweighted, in the unit of the loss.
 
     >>> values = np.array([[[4.0, 4.0]], [[1.0, 3.0]]])  # the reference, then a trained model; two pairs
     >>> aligned = np.array([[True, True]])
@@ -76,12 +76,12 @@ class CrossLoss(Result):
 
     @property
     def dropped(self) -> dict[str, int]:
-        """By loss, how many pairs do not align in its window and so do not count for it."""
+        """The number of pairs, by loss, that do not align in its window and so do not count for it."""
         return dict(zip(self.losses, (~self.aligned).sum(-1).tolist(), strict=True))
 
     @property
     def values(self) -> Float[np.ndarray, "model loss pair"]:
-        """Every loss, the mean over its hook points."""
+        """The values of every loss, each a mean over its hook points."""
         return np.stack([self.by_hook[:, self._hooks(loss)].mean(1) for loss in self.losses], 1)
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -267,7 +267,7 @@ def _compare(
 def _measure(
     losses: Sequence[Loss], forwards: Forwards, hook_names: Mapping[str, list[str]]
 ) -> dict[_LossHook, PerRow]:
-    """Every loss of one model on one batch, at each of its hook points."""
+    """Computes every loss of one model on one batch, at each of its hook points."""
     return {
         _LossHook(loss.name, name): values
         for loss in losses
@@ -308,7 +308,7 @@ def _encode(reference: LensModel, pairs: Sequence[Pair], losses: Sequence[Loss])
 
 
 def _aligned(pairs: EncodedPairs, losses: Sequence[Loss]) -> Bool[np.ndarray, "loss pair"]:
-    """Whether each pair aligns in all windows of a loss."""
+    """Tells whether each pair aligns in all windows of a loss."""
     refusals = [[[row.alignments[name].refusal for name in loss.windows] for row in pairs.rows] for loss in losses]
     for loss, of_loss in zip(losses, refusals, strict=True):
         if all(any(found) for found in of_loss):

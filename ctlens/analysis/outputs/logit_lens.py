@@ -241,13 +241,17 @@ def _require_constant(bias: _Vectors, layer: int) -> None:
     """Raises unless a layer's attention output less its heads is the same for every prompt, as a bias is."""
     if not torch.allclose(bias, bias[:1].expand_as(bias), atol=1e-3, rtol=1e-3):
         raise CtlensError(
-            f"layer {layer} changes the sum of its heads before adding it: no head has a share of its own."
+            f"layer {layer} changes the sum of its heads before adding it, so no head has a share of its own: "
+            "read this model by logit_lens."
         )
 
 
 def _require_whole(shares: Float[Tensor, "component batch"], said: PerRow) -> None:
     if not torch.allclose(shares.sum(0), said, atol=1e-3, rtol=1e-3):
-        raise CtlensError("the components do not add up to the logits: this model caps or changes them at the end.")
+        raise CtlensError(
+            "the components do not add up to the logits, because this model caps or changes them at the end: read this "
+            "model by logit_lens."
+        )
 
 
 class NormAffine(NamedTuple):

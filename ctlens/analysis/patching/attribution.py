@@ -44,7 +44,7 @@ _TOP = 10
 
 @dataclass(frozen=True)
 class AttributionAgreement(Result):
-    """How far the first-order changes of a metric agree with the exact ones.
+    """The result of `attribution_agreement`: how far first-order changes of a metric agree with the exact changes.
 
     Attributes:
         approximate, exact: per cell that some pair has, the mean change over pairs.
@@ -71,7 +71,7 @@ class AttributionAgreement(Result):
 
     @property
     def top(self) -> int:
-        """How many of the ten largest exact changes are among the ten largest first-order changes."""
+        """The number of the ten largest exact changes that are among the ten largest first-order changes."""
         approximate = np.argsort(-np.abs(self.approximate))[:_TOP]
         exact = np.argsort(-np.abs(self.exact))[:_TOP]
         return len(set(approximate.tolist()) & set(exact.tolist()))
@@ -104,7 +104,7 @@ class AttributionAgreement(Result):
 
 
 def attribution_agreement(approximate: Patching, exact: Patching, metric: str | None = None) -> AttributionAgreement:
-    """How far a first-order sweep agrees with the exact sweep of the same pairs and site.
+    """Measures how far a first-order sweep agrees with the exact sweep of the same pairs and site.
 
     Args:
         approximate: from `attribution_patch`.

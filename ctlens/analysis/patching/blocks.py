@@ -135,7 +135,7 @@ class Block:
         return found
 
     def attend(self, q: BlockRows, kv: Float[Tensor, "job key _"], hidden: Hidden) -> BlockRows:
-        """What attention writes into the stream, from queries, and keys and values side by side."""
+        """Computes what attention writes into the stream, from queries, and keys and values side by side."""
         k, v = kv.chunk(2, -1)
         heads = [part.unflatten(-1, (-1, self.d_head)).transpose(1, 2) for part in (q, k, v)]
         grouped = q.shape[-1] != k.shape[-1]
@@ -143,7 +143,7 @@ class Block:
         return self.out(z.transpose(1, 2).flatten(-2))
 
     def mlp(self, rows: BlockRows) -> BlockRows:
-        """What the MLP writes, from the stream it reads."""
+        """Computes what the MLP writes, from the stream it reads."""
         hidden = self.mlp_in(self.ln2(rows))
         if not self.gated:
             return self.mlp_out(self.activation(hidden))

@@ -57,7 +57,7 @@ class PatchPair:
         return self.contrast.prompt
 
     def to_patch(self, *, skip_unchanged: bool = False) -> list[bool]:
-        """Whether each column has something to patch.
+        """Tells which columns have something to patch.
 
         Args:
             skip_unchanged: leave out the columns that change nothing: before the first token that differs, both
@@ -72,7 +72,7 @@ class PatchPair:
 def patch_pairs(
     model: LensModel, pairs: Sequence[Pair], direction: str, positions: str, window: str
 ) -> list[PatchPair]:
-    """Every pair with its columns; the last column holds each pair's last twins.
+    """Builds every pair with its columns; the last column holds each pair's last twins.
 
     Args:
         model: for its tokenizer and context.
@@ -113,7 +113,7 @@ def _check(direction: str, positions: str, window: str) -> None:
 
 
 def _encoded_rows(model: LensModel, pairs: Sequence[Pair], window: str) -> Sequence[EncodedPair]:
-    """Every pair as tokens, with the alignments of the window and of the keys."""
+    """Encodes every pair, with the alignments of the window and of the keys."""
     windows = () if window == SAME_INDEX else tuple(dict.fromkeys((window, _key_window(window))))
     return encoded_pairs(model, pairs, windows)
 
@@ -173,7 +173,7 @@ class _Sides:
         if clean != wrapped:
             raise CtlensError(
                 f"the prompts of pair {self.number} have {clean} and {wrapped} tokens: window='position' needs as many "
-                "on both sides."
+                "on both sides; choose another window."
             )
         return tuple((position, position) for position in range(clean))
 
@@ -293,7 +293,7 @@ Found: TypeAlias = Iterator[tuple[JobNumbers, Tensor]]
 
 
 def jobs(to_patch: Bool[np.ndarray, "pair column"], layers: int, heads: Sequence[int], device: torch.device) -> Jobs:
-    """One job per site, layer, head, and column of a pair that has something to patch.
+    """Makes one job per site, layer, head, and column of a pair that has something to patch.
 
     Args:
         to_patch: where there is something to patch.

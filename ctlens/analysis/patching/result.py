@@ -56,7 +56,7 @@ class Patching(Result):
 
     @property
     def has_heads(self) -> bool:
-        """Whether each head was patched by itself."""
+        """True where each head was patched by itself."""
         return self.values.ndim == 5
 
     def to_dataframe(self) -> pd.DataFrame:

@@ -53,7 +53,7 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True)
 class SuffixRows:
-    """The rows of the stream that a batch of jobs computes together: from the first changed row of any of them on.
+    """The rows of the stream that a batch of jobs computes together, from the first row that any of the jobs changes.
 
     Two jobs that change one row each, at positions 3 and 4, in prompts of 8 and 7 tokens:
 

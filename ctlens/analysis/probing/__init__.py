@@ -1,1 +1,1 @@
-"""What can be read from activations."""
+"""Probes: what linear classifiers can read from activations."""

@@ -24,7 +24,7 @@ StateVectors = Float[np.ndarray, "prompt d"]
 
 
 class MassMean(ClassifierMixin, BaseEstimator):
-    """The class whose mean is nearest.
+    """A classifier that names the class whose mean is nearest.
 
     With two classes the direction is the difference of their means and the threshold lies midway
     (mass-mean probing without covariance, Marks and Tegmark, arXiv 2310.06824).
@@ -111,7 +111,7 @@ def hits(
     *,
     shuffled: bool = False,
 ) -> Float[np.ndarray, "deal reading prompt"]:
-    """For each prompt, the share of probes fitted without its groups that told it right, 0 to 1.
+    """The share of probes fitted without a prompt's groups that told it right, 0 to 1, for each prompt.
 
     Args:
         name: of the estimator.
@@ -144,7 +144,7 @@ def hits_of_models(
     *,
     shuffled: bool = False,
 ) -> Float[np.ndarray, "deal reading prompt"]:
-    """As `hits`, for models that read each other; each model's probe is fitted once and tried on all that it reads.
+    """Computes `hits` for models that read each other: each probe is fitted once and tried on all that it reads.
 
     Args:
         name: of the estimator.

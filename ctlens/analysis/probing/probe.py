@@ -46,7 +46,7 @@ Probed: TypeAlias = Readable | States | Sequence[States]
 
 @dataclass(frozen=True)
 class Probe(Result):
-    """Scores of probes, by reading (which model they were fitted on, which they read).
+    """The result of `probe`: scores by reading, that is, by the model a probe was fitted on and the model it read.
 
     Attributes:
         score, ci_low, ci_high: balanced accuracy and its 95 percent interval over groups.
@@ -85,7 +85,7 @@ class Probe(Result):
     balance: Mapping[str, int]
 
     def at_ceiling(self, positions: str, estimator: str) -> bool:
-        """Whether the probes of all models are nearly always right, so that the task does not tell models apart."""
+        """True if the probes of all models are nearly always right, so that the task does not tell models apart."""
         return bool((self.score[self._refitted(), *self._at(positions, estimator)] >= CEILING_SCORE).all())
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -180,7 +180,7 @@ def probe(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Probe:
-    """Probes fitted on every model and, where the base is among them, carried from it and back to it.
+    """Fits probes on every model and, where the base is among them, carries probes from the base and back to it.
 
     >>> import ctlens as ct
     >>> model, pairs = ct.load_organism(), ct.threats.get("sycophancy").pairs(96, split="heldout")
@@ -207,7 +207,10 @@ def probe(
             mode, there are fewer groups than folds, or a training set lacks a class.
     """
     if folds < 2 or seeds < 1 or not estimators or len(set(estimators)) < len(estimators):
-        raise CtlensError("a probe needs at least 2 folds, 1 seed and 1 estimator, and each estimator once.")
+        raise CtlensError(
+            "a probe needs at least 2 folds, 1 seed and 1 estimator, and each estimator once: there are "
+            f"{folds} folds, {seeds} seeds and the estimators {tuple(estimators)}."
+        )
     for name in estimators:
         make_probe(name)
     deals = [group_splits(task, folds, seed) for seed in range(seeds)]

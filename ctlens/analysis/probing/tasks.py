@@ -30,7 +30,7 @@ _ALONE = "request alone"
 _BESIDE_TEXT = "request beside other text"
 
 TaskPart = tuple[tuple[Pair, ...], str]
-"""Pairs and the side of them that is read."""
+"""A part of a task: pairs, and the side of them that is read."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,13 @@ class Task:
         for what, entries in {"known": self.stratum, **self.groups}.items():
             if len(entries) != n:
                 raise CtlensError(f"there are {n} labels, but {len(entries)} entries of {what!r}: give one per prompt.")
-        if self.parts and sum(len(pairs) for pairs, _ in self.parts) != n:
-            raise CtlensError(f"there are {n} labels, but another number of prompts: give one label per prompt.")
+        n_prompts = sum(len(pairs) for pairs, _ in self.parts)
+        if self.parts and n_prompts != n:
+            raise CtlensError(f"there are {n} labels, but {n_prompts} prompts: give one label per prompt.")
         if not all(map(any, zip(*self.groups.values(), strict=True))) or not self.groups:
             raise CtlensError("a prompt is in no group: give every prompt a group of at least one factor.")
         if len(set(self.labels)) < 2:
-            raise CtlensError(f"labels of one class ({self.labels[0]!r}) have nothing to tell apart.")
+            raise CtlensError(f"labels of one class ({self.labels[0]!r}) have nothing to tell apart: give two classes.")
         if not self.contested():
             raise CtlensError(
                 "`known` gives every label away: all prompts with the same known value have the same label, "

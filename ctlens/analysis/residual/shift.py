@@ -65,7 +65,7 @@ MARKS = {
 
 @dataclass(frozen=True)
 class ResidualShift(Result):
-    """The shift of each pair at each layer.
+    """The result of `residual_shift`: the shift of each pair at each layer.
 
     Attributes:
         gap_closed, cosine, distance, gap_norm: `[positions, pair, layer]`, at the positions with a
@@ -154,7 +154,7 @@ class ResidualShift(Result):
 
 
 def _drawn(results: Mapping[str, ResidualShift], quantity: str, positions: str, subtitle: str | None = None) -> Figure:
-    """One line per result."""
+    """Draws one line per result."""
     undone = "How far does training undo the wrapper"
     moved = "How far does training move the residual stream"
     return plots.layer_curves(
@@ -175,7 +175,7 @@ def residual_shift(
     batch_size: int = 64,
     progress: bool = True,
 ) -> ResidualShift:
-    """The shift from `before` to `after` at every layer's `resid_post`.
+    """Measures the shift from `before` to `after` at every layer's `resid_post`.
 
     >>> import ctlens as ct
     >>> base, pairs = ct.load_organism(), ct.threats.get("sycophancy").pairs(4, split="heldout")
@@ -218,7 +218,7 @@ def _of_layer(
     matched: Matched,
     wrapper: Bool[Tensor, "batch pos"],
 ) -> dict[str, Float[Tensor, "positions batch"]]:
-    """Every quantity at one layer."""
+    """Measures every quantity at one layer."""
     aligned = last_and_content(matched)
     base = at_positions(wrapped, matched.wrapped)
     moved = at_positions(trained, matched.wrapped)

@@ -44,7 +44,7 @@ class Shifts:
 
     @property
     def moved(self) -> Bool[np.ndarray, "prompt model model"]:
-        """Where both models have a shift."""
+        """Marks where both models have a shift."""
         moved = np.einsum("naa->na", self.gram) > 0
         return moved[:, :, None] & moved[:, None, :]
 
@@ -55,7 +55,7 @@ def beyond_rounding(vectors: Float[Tensor, "*batch d"], base: Float[Tensor, "*#b
 
 
 def last_and_content(matched: Matched) -> tuple[Where, Where]:
-    """Among the aligned positions of each row the last one, where the answer is decided, and those before it."""
+    """Splits each row's aligned positions into the last one, where the answer is decided, and those before it."""
     last = matched.valid & (matched.valid.int().cumsum(-1) == matched.valid.sum(-1, keepdim=True))
     return last, matched.valid & ~last
 

@@ -48,7 +48,7 @@ def shift_similarity(
     batch_size: int = 64,
     progress: bool = True,
 ) -> ShiftSimilarity:
-    """How alike trained models moved a hook point away from the reference, on wrapped prompts.
+    """Measures how alike trained models moved a hook point away from the reference, on wrapped prompts.
 
     >>> import ctlens as ct
     >>> base, pairs = ct.load_organism(), ct.threats.get("sycophancy").pairs(8, seed=0)
@@ -128,4 +128,6 @@ def _require_moved(seeds: MethodSeeds, found: Sequence[dict[tuple[str, str], Shi
     length = sum(np.einsum("naa->a", shifts.gram) for of_layer in found for shifts in of_layer.values())
     for key, moved in zip(seeds, np.asarray(length), strict=True):
         if not moved:
-            raise CtlensError(f"the model {key} does not differ from the one before: its shift is zero everywhere.")
+            raise CtlensError(
+                f"the model {key} does not differ from the one before, so its shift is zero everywhere: leave it out."
+            )

@@ -40,7 +40,7 @@ _COLUMNS = [
 
 @dataclass(frozen=True)
 class ShiftSimilarity(Result):
-    """How alike the shifts of trained models are, for each two methods.
+    """The result of `shift_similarity`: how alike the shifts of trained models are, for each two methods.
 
     Attributes:
         value: `[quantity, part, positions, layer, a, b]`, the mean over pairs of different seeds; the
@@ -95,7 +95,7 @@ class ShiftSimilarity(Result):
         return np.maximum(own[..., :, None], own[..., None, :])
 
     def verdicts(self) -> np.ndarray:
-        """Where each number stands, one of `SIMILARITY_VERDICTS`; `[quantity, part, positions, layer, a, b]`.
+        """Judges where each number stands, as one of `SIMILARITY_VERDICTS`; `[quantity, part, positions, layer, a, b]`.
 
         At the floor: the interval over prompts or the range over seeds reaches the random band or
         the null's. At the ceiling: one of them, corrected, reaches 1, as two seeds of one method. None
@@ -111,7 +111,7 @@ class ShiftSimilarity(Result):
         return verdicts
 
     def _above_floors(self) -> np.ndarray:
-        """Whether the interval and the range over seeds both lie above the random band and the null's."""
+        """Tells whether the interval and the range over seeds both lie above the random band and the null's."""
         random = np.maximum(self.random_high[..., :, None], self.random_high[..., None, :])
         floors = (random, self.floor("ci_high"), self.floor("seed_high"))
         return np.fmin(self.ci_low, self.seed_low) > np.nan_to_num(np.fmax.reduce(floors))
@@ -160,7 +160,7 @@ class ShiftSimilarity(Result):
         return replace(self, **one, **two, methods=tuple(methods), one_seed=kept, null=null)
 
     def figure(self, quantity: str = "cosine", part: str = "off", layer: int | None = None) -> Figure:
-        """Every method with every other at one layer (by default the last one), one matrix per positions."""
+        """Draws every method with every other at one layer (by default the last one), one matrix per positions."""
         layer = self.layers[-1] if layer is None else layer
         panels = {}
         for positions in ALIGNED_POSITIONS:
@@ -174,7 +174,7 @@ class ShiftSimilarity(Result):
         return plots.similarity_matrix(self.methods, panels, title, null=self.null, subtitle=subtitle)
 
     def curves(self, quantity: str = "cosine", part: str = "off", positions: str = "last") -> Figure:
-        """Every method with every other by layer, one panel per method, with its ceiling and its floors."""
+        """Draws every method with every other by layer, one panel per method, with its ceiling and its floors."""
         at = self._at(quantity, part, positions)
         value, low, high = self.value[at], self.ci_low[at], self.ci_high[at]
         panels = {

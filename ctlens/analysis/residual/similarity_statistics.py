@@ -134,7 +134,9 @@ def _mean_cosine(shifts: Shifts, seeds: MethodSeeds, k: int) -> _Measured:
 def _cka(shifts: Shifts, seeds: MethodSeeds, k: int) -> _Measured:
     n, _, d = shifts.mean.shape
     if n <= d:
-        raise CtlensError(f"CKA needs more prompts than dimensions: {n} prompts do not suffice for {d} dimensions.")
+        raise CtlensError(
+            f"CKA needs more prompts than dimensions: {n} prompts do not suffice for {d} dimensions; give more pairs."
+        )
     table = _uncorrected(lambda items: debiased_cka(shifts.mean[items].swapaxes(0, 1))[None], n, seeds)
     return table, np.full((1, 2, table.shape[-1]), np.nan)
 
@@ -142,7 +144,10 @@ def _cka(shifts: Shifts, seeds: MethodSeeds, k: int) -> _Measured:
 def _principal(shifts: Shifts, seeds: MethodSeeds, k: int) -> _Measured:
     n, _, d = shifts.mean.shape
     if not 1 <= k <= min(n // 2, d):
-        raise CtlensError(f"{k} principal angles need {2 * k} prompts and {k} dimensions; there are {n} and {d}.")
+        raise CtlensError(
+            f"{k} principal angles need {2 * k} prompts and {k} dimensions; there are {n} and {d}: "
+            "choose a smaller k, of at least 1, or give more pairs."
+        )
 
     def angles(items: np.ndarray) -> Matrix:
         top = top_directions(shifts.mean[items].swapaxes(0, 1), k)
@@ -189,7 +194,7 @@ def _uncorrected(
 
 
 def _band(chance: Float[np.ndarray, "model draw"], seeds: MethodSeeds) -> Float[np.ndarray, "ends method"]:
-    """Where 95 percent of the numbers with random directions are, over the models of each method."""
+    """The band of 95 percent of the numbers with random directions, over the models of each method."""
     methods = dict.fromkeys(method for method, _ in seeds)
     of_methods = [chance[[owner == method for owner, _ in seeds]] for method in methods]
     return np.stack([np.quantile(of_method, ENDS) for of_method in of_methods], -1)

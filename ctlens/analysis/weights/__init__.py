@@ -1,1 +1,1 @@
-"""Where in the weights a training lives."""
+"""Analyses of weights: in which of them a training lives, and the rank of its update."""

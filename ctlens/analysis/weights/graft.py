@@ -182,7 +182,9 @@ def _shown_parts(results: Sequence[Graft], by: Sequence[str]) -> _ShownParts:
     kinds = [_kind(part) for part in results[0].parts]
     differing = [[index for index, found in enumerate(kinds) if found == kind and differ[index]] for kind in by]
     if not any(differing):
-        raise CtlensError(f"no part by {' or '.join(by)} was measured that differs between the models.")
+        raise CtlensError(
+            f"no part by {' or '.join(by)} was measured and differs between the models: choose another kind."
+        )
     equal = [index for index, kind in enumerate(kinds) if kind in by and not differ[index]]
     return _ShownParts(differing, equal)
 
@@ -290,7 +292,7 @@ def _parts(models: Sequence[LensModel], by: Sequence[str]) -> dict[WeightPart, l
 
 
 def _inside(owner: tuple[int | None, str], part: WeightPart) -> bool:
-    """Whether a parameter of a block and a component belongs to a part."""
+    """Tells whether a parameter of a block and a component belongs to a part."""
     block = _OUTSIDE if owner[0] is None else owner[0]
     return part[0] in (_EVERY, block) and part[1] in (_EVERY, owner[1])
 
@@ -307,7 +309,7 @@ def _square(weights: Sequence[Tensor]) -> float:
 
 @contextmanager
 def _swapped(own: Mapping[str, Tensor], other: Mapping[str, Tensor], names: Sequence[str]) -> Iterator[None]:
-    """Inside the block the named weights are the other model's."""
+    """Puts the other model's named weights in, for the time of a with block."""
     kept = {name: own[name].clone() for name in names}
     targets = {name: own[name] for name in names}
     copy_weights(targets, {name: other[name] for name in names})

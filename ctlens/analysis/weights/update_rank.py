@@ -41,7 +41,7 @@ _Y_TITLES = {"effective_rank": "effective rank", "stable_rank": "stable rank", "
 
 @dataclass(frozen=True)
 class UpdateRank(Result):
-    """The singular values of every matrix's update, and the ranks that follow from them.
+    """The result of `update_rank`: the singular values of every matrix's update, and the ranks that follow from them.
 
     >>> values = np.array([[[3.0, 3.0, 0.0], [2.0, 0.0, 0.0]]])  # one layer; two equal values, then one alone
     >>> spectrum = UpdateRank(values, np.zeros((1, 2)), ("q", "v"))
@@ -145,7 +145,7 @@ def _drawn(results: Mapping[str, UpdateRank], quantity: str, subtitle: str | Non
 
 @torch.no_grad()
 def update_rank(before: LensModel, after: LensModel) -> UpdateRank:
-    """The singular values of what a training did to the matrices of each block.
+    """Measures the singular values of what a training did to the matrices of each block.
 
     Args:
         before: the reference, in eval mode.
@@ -160,7 +160,10 @@ def update_rank(before: LensModel, after: LensModel) -> UpdateRank:
     names = slots_before.keys() | slots_after.keys()
     odd = {name for name in names if _shape(slots_before, name) != _shape(slots_after, name)}
     if odd or not slots_before:
-        raise CtlensError(f"the models do not compare: {min(odd, default='no block')} is not the same matrix in both.")
+        raise CtlensError(
+            f"the models do not compare: {min(odd, default='no block')} is not the same matrix in both; "
+            "load both in the same way."
+        )
     matrices = tuple(matrix for matrix in MATRICES if any(name.endswith(f".{matrix}") for name in slots_before))
     n_values = max(min(slot.matrix_shape) for slot in slots_before.values())
     spectra = np.full((before.cfg.n_layers, len(matrices), n_values), np.nan)

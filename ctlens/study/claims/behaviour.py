@@ -48,18 +48,18 @@ class WrappedRates:
         self.rows = rows[rows["step"] == last]
 
     def of(self, trained: str, condition: str, evaluated: str) -> dict[Training, tuple[int, int]]:
-        """By training, how many answers are bad, and of how many."""
+        """The bad answers and all answers, by training."""
         found = self.rows.query(
             "trained_threat == @trained and condition == @condition and evaluated_threat == @evaluated"
         )
         return {(row["organism"], row["seed"]): counted(row) for row in found.to_dict("records")}
 
     def rate(self, trained: str, condition: str, evaluated: str) -> Rate:
-        """The share over trainings."""
+        """The share of bad answers over all trainings."""
         return pooled(list(self.of(trained, condition, evaluated).values()))
 
     def gap(self, trained: str, condition: str, other: str, evaluated: str, level: float = LEVEL) -> Estimate:
-        """One condition's rate less another's, over their common trainings."""
+        """The difference of two conditions' rates, the first less the second, over their common trainings."""
         one = self.of(trained, condition, evaluated)
         two = self.of(trained, other, evaluated)
         common = [training for training in one if training in two]

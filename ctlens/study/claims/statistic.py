@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 Items: TypeAlias = Int[np.ndarray, " item"]
-"""The numbers of the prompts that count, repeats allowed."""
+"""The indices of the prompts that count, repeats allowed."""
 PromptValues: TypeAlias = Float[np.ndarray, "prompt ..."]
 
 

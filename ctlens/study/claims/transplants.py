@@ -126,7 +126,7 @@ def _of_level(shares: Mapping[str, float], side: str) -> list[float]:
 
 
 def _shares(analyses: FinishedAnalyses, threat: str, setting: str, quantity: str) -> dict[Training, Shares]:
-    """By training, a share per condition; a control has none, nor has a condition whose effect is too small."""
+    """A share per condition, by training; a control has none, nor has a condition whose effect is too small."""
     found = {}
     for training, results in analyses.of(Transplant, "transplant", threat, setting).items():
         shares = [

@@ -403,7 +403,7 @@ def test_the_states_of_a_task_stand_in_the_order_of_its_labels() -> None:
         ({"known": LABELS}, "gives every label away"),
         ({"groups": {"item": (NO_GROUP, *GROUPS[1:])}}, "in no group"),
         ({"groups": {}}, "in no group"),
-        ({"parts": ((tuple(PAIRS), "wrapped"),)}, "another number of prompts"),
+        ({"parts": ((tuple(PAIRS), "wrapped"),)}, f"labels, but {len(PAIRS)} prompts"),
     ],
 )
 def test_a_task_that_does_not_fit_together_is_refused(changes: dict, message: str) -> None:
