@@ -102,7 +102,8 @@ def test_the_figure_shows_every_map_and_the_difference_on_one_scale(llama) -> No
         "wrapped, ACT",
         "wrapped, ACT minus wrapped, base",
     ]
-    clean, before, after, change = np.asarray([trace.z for trace in figure.data], dtype=float)
+    maps = [np.asarray(trace.z, dtype=float) for trace in figure.data]
+    clean, before, after, change = maps
     np.testing.assert_allclose(change, after - before, atol=2e-4)
     assert figure.layout.coloraxis.cmax == figure.layout.coloraxis2.cmax == -figure.layout.coloraxis2.cmin
     assert figure.layout.coloraxis.cmax >= max(clean.max(), before.max(), after.max()) - 1e-4
