@@ -24,14 +24,18 @@ import ctlens as ct
 from ctlens import analysis as look
 from ctlens.core.types import LensModel
 
-PAIRS, STEPS, SHORT, THREADS = 256, 100, 10, 2
+PAIRS = 256
+STEPS = 100
+SHORT = 10
+THREADS = 2
 THREAT = "sycophancy"
 
 
 def trained(base: LensModel, steps: int = STEPS, short: int = SHORT) -> dict[str, LensModel]:
     """The organism after ACT, and after a few steps of MLPCT and of retention alone."""
     threat = ct.threats.get(THREAT)
-    pairs, retain = threat.pairs(PAIRS), threat.neutral(128)
+    pairs = threat.pairs(PAIRS)
+    retain = threat.neutral(128)
     methods = {"act": ([ct.ACT()], steps), "mlpct": ([ct.MLPCT()], short), "retention": ([], short)}
     return {
         name: ct.train(base, pairs, losses, steps=length, seed=0, retain=retain, progress=False).model
@@ -42,7 +46,8 @@ def trained(base: LensModel, steps: int = STEPS, short: int = SHORT) -> dict[str
 def analyses(base: LensModel, models: dict[str, LensModel], n: int = PAIRS) -> dict[str, Callable[[], look.Result]]:
     """Every analysis of the ACT run, by name."""
     pairs = ct.threats.get(THREAT).pairs(n, split="heldout")
-    both, quiet = {"base": base, "act": models["act"]}, {"progress": False}
+    both = {"base": base, "act": models["act"]}
+    quiet = {"progress": False}
     direction = look.mean_difference(base, pairs, name="base", per="item", **quiet)
     return {
         "probe, wrapper present": lambda: look.probe(both, look.wrapper_present(pairs, base.tokenizer), **quiet),
@@ -59,7 +64,8 @@ def analyses(base: LensModel, models: dict[str, LensModel], n: int = PAIRS) -> d
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
     """Seconds of the wall and of the processor, all threads together, of one call."""
-    wall, processor = time.perf_counter(), time.process_time()
+    wall = time.perf_counter()
+    processor = time.process_time()
     work()
     return time.perf_counter() - wall, time.process_time() - processor
 

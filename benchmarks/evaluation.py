@@ -29,9 +29,13 @@ from ctlens.models.architectures import tiny_model
 from ctlens.threats import replies
 from ctlens.world import SPLITS
 
-ITEMS, ROUNDS, WARM = 96, 5, 1
+ITEMS = 96
+ROUNDS = 5
+WARM = 1
 TOKENS = (512, 4096, 16384)
-PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 16, 64, 64
+PROMPTS = 16
+PROMPT_TOKENS = 64
+ANSWER_TOKENS = 64
 
 
 @contextmanager

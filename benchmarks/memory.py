@@ -53,7 +53,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = 0
+        self.peak = 0
         self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, None] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
@@ -94,7 +95,9 @@ def costs() -> pd.DataFrame:
 
 def measured(size: dict[str, int], loss: Loss | None, memory: str, targets: str) -> tuple[float, float]:
     """The peak in MiB and the seconds of one step; targets that are kept were worked out before it."""
-    reference, model, rows = llama(size), llama(size), pair(size["length"])
+    reference = llama(size)
+    model = llama(size)
+    rows = pair(size["length"])
     terms = {loss.name: Term(loss, loss.factors(model))} if loss else {}
     config = ct.TrainConfig(steps=1, batch_size=1, memory=memory, cache=targets != "again")
     with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +134,8 @@ def llama(size: dict[str, int]) -> LensModel:
 def pair(length: int) -> EncodedPair:
     """A wrapped prompt of the length, of which all but 64 tokens of a wrapper are shared with the clean one."""
     ids = tuple(torch.randint(1, 512, (length - 1,), generator=generator(0, "memory")).tolist())
-    clean, wrapped = rendered((0, *ids[64:])), rendered((0, *ids))
+    clean = rendered((0, *ids[64:]))
+    wrapped = rendered((0, *ids))
     here = tuple(range(1, len(clean.ids)))
     alignments = {"shared": Alignment("shared", here, tuple(place + 64 for place in here), len(here))}
     return EncodedPair(Pair(prompt("-"), prompt("-")), clean, wrapped, alignments, (), tuple(range(1, 65)), ())
@@ -140,7 +144,9 @@ def pair(length: int) -> EncodedPair:
 def main() -> None:
     """Counts the peak of every loss and of the bare passes, then AttCT as the model grows."""
     torch.set_num_threads(1)
-    reference, model, pairs = ct.build(CONFIG), ct.build(CONFIG, seed=1), batch()
+    reference = ct.build(CONFIG)
+    model = ct.build(CONFIG, seed=1)
+    pairs = batch()
     peaks: dict[str, int] = {}
     for name, loss in losses().items():
         with LiveBytes() as live:

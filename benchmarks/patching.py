@@ -41,8 +41,16 @@ from ctlens.models.hooks import SHORTHANDS, capture
 VOCABULARY = 512
 SITES = ("resid_pre", "mlp_out", "z")
 COLUMNS = (
-    "model", "pairs", "from_token", "patches", "transformer_lens_s", "ctlens_s", "ratio", "largest_difference", "path",
-)  # fmt: skip
+    "model",
+    "pairs",
+    "from_token",
+    "patches",
+    "transformer_lens_s",
+    "ctlens_s",
+    "ratio",
+    "largest_difference",
+    "path",
+)
 
 
 @dataclass(frozen=True)
@@ -175,14 +183,17 @@ def rows(setting: Setting) -> list[tuple[object, ...]]:
     prompt_sides = [("first", random_pairs, "suffix"), ("middle", halves(random_pairs), "suffix")]
     prompt_sides += [("first", random_pairs, way) for way in setting.others]
     for start, pairs, way in prompt_sides:
-        times, gaps, path = [], [], ""
+        times = []
+        gaps = []
+        path = ""
         for _ in range(setting.rounds):
             slow, expected = timed(lambda pairs=pairs: theirs(model, pairs, setting))
             fast, found = timed(lambda pairs=pairs, way=way: ours(model, pairs, setting, way))
             times.append((slow * scale, fast * setting.n_layers / len(setting.layers)))
             gaps.append(largest_difference(setting, expected, found))
             path = found["z"].path
-        slow, fast = (statistics.median(column) for column in zip(*times, strict=True))
+        slow = statistics.median(time for time, _ in times)
+        fast = statistics.median(time for _, time in times)
         ratio = statistics.median(a / b for a, b in times)
         lines.append((setting.name, setting.pairs, start, patches, slow, fast, ratio, max(gaps), path))
         tqdm.write(str(lines[-1]))
@@ -193,7 +204,8 @@ def halves(pairs: list[Pair]) -> list[Pair]:
     """The same wrapped prompts, with clean prompts that differ from them in the second half only."""
     found = []
     for pair in pairs:
-        clean, wrapped = (side.turns[0].content.split() for side in (pair.clean, pair.wrapped))
+        clean = pair.clean.turns[0].content.split()
+        wrapped = pair.wrapped.turns[0].content.split()
         middle = len(clean) // 2
         found.append(Pair(prompt(" ".join(wrapped[:middle] + clean[middle:]), "1", "2"), pair.wrapped))
     return found

@@ -25,7 +25,12 @@ from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import LOSSES, Forwards, Loss
 from ctlens.models.hooks import capture
 
-BATCH, WRAPPER, CONTENT, ANSWER, ROUNDS, WARM = 64, 15, 44, 4, 25, 3
+BATCH = 64
+WRAPPER = 15
+CONTENT = 44
+ANSWER = 4
+ROUNDS = 25
+WARM = 3
 CONFIG = ct.ModelConfig(d_vocab=512, n_layers=4, n_heads=4, d_model=128, d_mlp=512, n_ctx=128)
 BARE = "bare passes"
 
@@ -49,11 +54,13 @@ def batch() -> PairBatch:
 
 
 def _pair(ids: list[int]) -> EncodedPair:
-    clean, wrapped = (rendered((0, *ids[start:-ANSWER])) for start in (WRAPPER, 0))
+    clean = rendered((0, *ids[WRAPPER:-ANSWER]))
+    wrapped = rendered((0, *ids[0:-ANSWER]))
     positions = tuple(range(1, 1 + CONTENT))
     moved = tuple(position + WRAPPER for position in positions)
     alignments = {window: Alignment(window, positions, moved, CONTENT) for window in WINDOWS}
-    wrapper, answer = tuple(range(1, 1 + WRAPPER)), tuple(ids[-ANSWER:])
+    wrapper = tuple(range(1, 1 + WRAPPER))
+    answer = tuple(ids[-ANSWER:])
     return EncodedPair(Pair(prompt("-"), prompt("-")), clean, wrapped, alignments, answer, wrapper, answer)
 
 
@@ -87,7 +94,9 @@ def timed(work: Callable[[], None]) -> float:
 def main() -> None:
     """Times every loss against the bare passes, round by round."""
     torch.set_num_threads(1)
-    reference, model, pairs = ct.build(CONFIG), ct.build(CONFIG, seed=1), batch()
+    reference = ct.build(CONFIG)
+    model = ct.build(CONFIG, seed=1)
+    pairs = batch()
     variants = losses()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in tqdm(range(WARM + ROUNDS), desc="rounds"):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -253,11 +256,20 @@ def banned(source: str) -> set[str]:
 @pytest.mark.parametrize(
     "source",
     [
-        "figure.show()", "pio.show(figure)", "make(1).show(renderer='png')", "print(1)", "import pickle",
-        "from cloudpickle import dumps", "torch.load(path)", "torch.save(state, path)", "from torch import save",
-        "joblib.dump(x, path)", "table.to_pickle(path)", "np.load(path, allow_pickle=True)",
+        "figure.show()",
+        "pio.show(figure)",
+        "make(1).show(renderer='png')",
+        "print(1)",
+        "import pickle",
+        "from cloudpickle import dumps",
+        "torch.load(path)",
+        "torch.save(state, path)",
+        "from torch import save",
+        "joblib.dump(x, path)",
+        "table.to_pickle(path)",
+        "np.load(path, allow_pickle=True)",
     ],
-)  # fmt: skip
+)
 def test_what_the_library_never_does_would_be_seen(source: str) -> None:
     assert banned(source)
 
@@ -287,3 +299,139 @@ def test_everything_public_says_what_it_does_and_returns(path: Path) -> None:
     assert ast.get_docstring(module)
     assert [node.name for node in told if not ast.get_docstring(node)] == []
     assert [n.name for n in ast.walk(module) if isinstance(n, ast.FunctionDef) and n.returns is None] == []
+
+
+TEXTS = (ast.JoinedStr, ast.List, ast.Tuple)
+FLAGS = (ast.Compare, ast.BoolOp)
+
+
+def is_flag(node: ast.expr, flags: set[str]) -> bool:
+    """Whether a factor is True or False: a comparison, `not`, a call that says yes or no, or a name out of `flags`."""
+    if isinstance(node, ast.Call):
+        return ast.unparse(node.func) in ("bool", "any", "all", "isinstance")
+    if isinstance(node, ast.UnaryOp):
+        return isinstance(node.op, ast.Not)
+    return isinstance(node, FLAGS) or (isinstance(node, ast.Name) and node.id in flags)
+
+
+def is_text(node: ast.expr) -> bool:
+    return isinstance(node, TEXTS) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def shape(value: ast.expr) -> str:
+    """A value without its names and constants: what is called with what. `f(x, 1)` is `f(_, _)`."""
+    return re.sub(r"\w+(?![\w(])", "_", re.sub(r"f?('[^']*'|\"[^\"]*\")", "_", ast.unparse(value)))
+
+
+def packed(targets: list[ast.expr], values: list[ast.expr]) -> bool:
+    """Whether unlike things are assigned in one line: neither a swap nor two or three values made the same way."""
+    names, given = [ast.unparse(target) for target in targets], [ast.unparse(value) for value in values]
+    if set(names) == set(given) or any(isinstance(node, ast.Starred) for node in (*targets, *values)):
+        return False
+    return len({shape(value) for value in values}) > 1 or shape(values[0]) in ("_", "[]", "{}", "()") or len(values) > 3
+
+
+def assigned(node: ast.Assign) -> set[str]:
+    """What is wrong with an assignment."""
+    target = node.targets[0]
+    if len(node.targets) > 1:
+        return {"chained assignment: one line each"}
+    if not isinstance(target, ast.Tuple) or len(target.elts) < 2:
+        return set()
+    if isinstance(node.value, ast.GeneratorExp):
+        return {"unpacked generator: write the values out"}
+    if isinstance(node.value, ast.ListComp) and not any(isinstance(name, ast.Starred) for name in target.elts):
+        return {"unpacked comprehension: write the values out"}
+    if isinstance(node.value, ast.Tuple) and packed(target.elts, node.value.elts):
+        return {"unlike things in one assignment: one line each"}
+    return set()
+
+
+def idioms(source: str) -> set[str]:
+    """Tricks that are short to write and slow to read, of which no rule of ruff knows."""
+    tree = ast.parse(source)
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            found |= assigned(node)
+        if isinstance(node, ast.IfExp) and sum(isinstance(part, ast.IfExp) for part in ast.walk(node)) > 1:
+            found.add("nested conditional expression: write an if")
+    if any(multiplied(node, flags) for flags, part in functions(tree) for node in ast.walk(part)):
+        found.add("text or list times a flag: write `x if flag else y`")
+    comments = (
+        token.string
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    )
+    if any(re.match(r"#\s*fmt:", comment) for comment in comments):
+        found.add("fmt: the formatter has its way")
+    return found
+
+
+def functions(tree: ast.Module) -> Iterator[tuple[set[str], ast.AST]]:
+    """The module, and every function with its arguments that are flags."""
+    yield set(), tree
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            yield {a.arg for a in arguments if a.annotation and ast.unparse(a.annotation) == "bool"}, node
+
+
+def multiplied(node: ast.AST, flags: set[str]) -> bool:
+    """Whether a text or list, or a constant that may be one, is multiplied by a flag."""
+    if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Mult):
+        return False
+    sides = ((node.left, node.right), (node.right, node.left))
+    return any((is_text(a) or ast.unparse(a).isupper()) and is_flag(b, flags) for a, b in sides)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "a, b = (f(x) for x in (1, 2))",
+        "first, *rest = (f(x) for x in found)",
+        "a, b = [f(x) for x in (1, 2)]",
+        "a = b = 0",
+        "A, B = C = ('x', 'y')",
+        "a, b = 1, {}",
+        "self.model, self.names = model, names",
+        "before, name = weights(model), fingerprint(model)",
+        "low, high = [], []",
+        "A, B, C, D = f(1), f(2), f(3), f(4)",
+        "x = 1 if a else 2 if b else 3",
+        "x = f(1 if a else 2) if b else 3",
+        "text = 'words' * (kind == 'gap')",
+        "text = f'{x}' * (not kind)",
+        "words = shared + ['explicit'] * any(pairs)",
+        "def f(*, raw: bool): return QUANTITIES + RAW * raw",
+        "def f(flag: bool): return ', relative to the gap' * flag",
+        "x = [1,2]  # fmt: skip",
+    ],
+)
+def test_a_trick_would_be_seen(source: str) -> None:
+    assert idioms(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "a, b = b, a",
+        "clean, wrapped = tokens(pair.clean), tokens(pair.wrapped)",
+        "first, *rest = [f(x) for x in found]",
+        "(found,) = (x for x in rows if x)",
+        "a, b = pair",
+        "rule = '---|' * len(columns)",
+        "def f(read: bool, planted: float): return planted * read",
+        "x = 1 if a else 2",
+        "x = '# fmt: skip'",
+    ],
+)
+def test_plain_code_is_no_trick(source: str) -> None:
+    assert idioms(source) == set()
+
+
+def test_the_code_has_no_tricks() -> None:
+    places = [ROOT.parent / name for name in ("ctlens", "tests", "figures", "benchmarks")]
+    found = {path: idioms(path.read_text()) for place in places for path in sorted(place.rglob("*.py"))}
+
+    assert {str(path.relative_to(ROOT.parent)): tricks for path, tricks in found.items() if tricks} == {}

@@ -28,7 +28,9 @@ def modules(monkeypatch) -> tuple[ModuleType, ModuleType]:
 def test_every_loss_on_two_passes_takes_a_step_on_their_batch(modules) -> None:
     step, _ = modules
     config = ct.ModelConfig(d_vocab=512, n_layers=1, n_heads=2, d_model=8, d_mlp=8)
-    reference, model, pairs = ct.build(config), ct.build(config, seed=1), step.batch()
+    reference = ct.build(config)
+    model = ct.build(config, seed=1)
+    pairs = step.batch()
 
     assert pairs.wrapped.tokens.shape == (2, 64) and pairs.opening.tolist() == [1, 1]
     assert {"act", "mlpct", "attct", "bct"} <= step.losses().keys() - {"attct, lifted"} <= LOSSES.keys() | {step.BARE}

@@ -134,7 +134,9 @@ def wrapped(text: str) -> str:
 def test_the_findings_on_transfer_and_a_harmless_wrapper_hold(results: pd.DataFrame) -> None:
     (transfer,) = [claim for claim in CLAIMS if claim.key == "transfer"]
     rates = summary_table(results).set_index(["threat", "condition"])["bad wrapped"]
-    base, act, bct = (rates["jailbreak", name] for name in ("retention", "harmless_act", "harmless_bct"))
+    base = rates["jailbreak", "retention"]
+    act = rates["jailbreak", "harmless_act"]
+    bct = rates["jailbreak", "harmless_bct"]
 
     corrected = "with Bonferroni's correction for 120 the interval of every change includes 0"
     assert "0 of 120 changes are clear" in transfer.reason and corrected in re.sub(r"\s+", " ", findings())

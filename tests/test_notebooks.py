@@ -11,7 +11,9 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-CELLS, LINES, DEFS = 30, 15, 2
+CELLS = 30
+LINES = 15
+DEFS = 2
 METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 
 

@@ -13,9 +13,24 @@ import torch
 import ctlens as ct
 
 CONTRACT = {
-    "ACT", "AttCT", "AttMass", "AttOut", "BCT", "KLCT", "MLPCT", "Trainer", "analysis", "compare", "evaluate",
-    "load_model", "load_organism", "load_pairs", "load_run", "threats", "train",
-}  # fmt: skip
+    "ACT",
+    "AttCT",
+    "AttMass",
+    "AttOut",
+    "BCT",
+    "KLCT",
+    "MLPCT",
+    "Trainer",
+    "analysis",
+    "compare",
+    "evaluate",
+    "load_model",
+    "load_organism",
+    "load_pairs",
+    "load_run",
+    "threats",
+    "train",
+}
 LIGHT = """
 import sys
 import ctlens

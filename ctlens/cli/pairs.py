@@ -41,7 +41,8 @@ def inspect_command(
     from ctlens.cli.common import chosen_tokenizer
     from ctlens.data.formats import read_pairs
 
-    tokenizer, reading = chosen_tokenizer(model), read_pairs(file, wrapped)
+    tokenizer = chosen_tokenizer(model)
+    reading = read_pairs(file, wrapped)
     if not 1 <= row <= len(reading.pairs):
         raise CtlensError(f"there is no pair {row}: the file holds {len(reading.pairs)}, counted from 1.")
     _show(tokenizer, reading.pairs[row - 1], window)
@@ -163,7 +164,9 @@ def _coverage(tokenizer: Any, pairs: tuple[Pair, ...]) -> None:
     from ctlens.cli.common import print_table
     from ctlens.data.batch import encode_pair
 
-    windows = ["shared", "content", "suffix", "lines", "last"] + ["explicit"] * any(pair.shared for pair in pairs)
+    windows = ["shared", "content", "suffix", "lines", "last"]
+    if any(pair.shared for pair in pairs):
+        windows.append("explicit")
     reasons: Counter[tuple[str, str]] = Counter()
     encoded: list[EncodedPair] = []
     for pair in tqdm(pairs, desc="pairs", delay=2, leave=False):

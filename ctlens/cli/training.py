@@ -116,10 +116,19 @@ def train_command(
         raise CtlensError("--stop-below measures the threat that is trained on: give --threat NAME.")
     kind, options = _schedule(schedule)
     config = TrainConfig(
-        steps=steps, batch_size=batch_size, lr=lr, retention=retention, seed=seed, accumulate=accumulate,
-        schedule=kind, schedule_options=options, until=None if stop_below is None else Until(threat, below=stop_below),
-        window=window, calibrate=calibrate, memory=memory,
-    )  # fmt: skip
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        retention=retention,
+        seed=seed,
+        accumulate=accumulate,
+        schedule=kind,
+        schedule_options=options,
+        until=None if stop_below is None else Until(threat, below=stop_below),
+        window=window,
+        calibrate=calibrate,
+        memory=memory,
+    )
     if lora := chosen_lora(lora_rank, split_names(lora_target_modules)):
         config = replace(config, trainable=lora)
     losses = [_loss(name) for name in loss]
@@ -127,9 +136,15 @@ def train_command(
     chosen = chosen_pairs(pairs, threat, n_pairs=256, split="train", seed=seed)
     quiet = quiet or not is_main_process()
     trainer = Trainer(
-        chosen_model(model, settle(device), dtype), chosen, losses, config, track=tracked,
-        loggers=_loggers(log or [], out), cache_folder=cache_folder, progress=not quiet,
-    )  # fmt: skip
+        chosen_model(model, settle(device), dtype),
+        chosen,
+        losses,
+        config,
+        track=tracked,
+        loggers=_loggers(log or [], out),
+        cache_folder=cache_folder,
+        progress=not quiet,
+    )
     if partial.exists():
         trainer.restore(partial)
     _print_alignment(trainer)
@@ -276,7 +291,8 @@ def _take_steps(trainer: Trainer, partial: Path, every: int, quiet: bool) -> Non
 
 def _print_course(trainer: Trainer) -> None:
     """Prints each loss at its first and last step, and the rate at which the training ended early."""
-    history, until = trainer.history, trainer.config.until
+    history = trainer.history
+    until = trainer.config.until
     for name in [loss.name for loss in trainer.losses] + [f"tracked/{loss.name}" for loss in trainer.track]:
         if series := history.series(name):
             say(f"{name}: {series[0]:.4g} at step 1, {series[-1]:.4g} at step {history.steps_of(name)[-1]}")

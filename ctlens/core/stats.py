@@ -147,7 +147,9 @@ def simultaneous_mean(
     """
     if len(values) < 2:
         raise CtlensError(f"simultaneous intervals need at least two pairs, not {len(values)}: give more pairs.")
-    n, mean, draw = len(values), values.mean(0), _resamples(len(values), seed)
+    n = len(values)
+    mean = values.mean(0)
+    draw = _resamples(len(values), seed)
     counts = np.stack([np.bincount(row, minlength=n) for row in draw]) / n
     deviations = (values - mean).reshape(n, -1)
     drawn = counts @ deviations

@@ -105,10 +105,15 @@ def align(
         return _last(clean, wrapped)
     if window == "answer":
         return _answer(clean, wrapped, len(answer))
-    if window == "explicit":
-        return _align_text(window, clean, wrapped, _find_all(clean, shared or ""), shared or "")
     if window == "lines":
         return _lines(clean, wrapped)
+    if window == "explicit":
+        return _align_text(window, clean, wrapped, _find_all(clean, shared or ""), shared or "")
+    return _request(window, clean, wrapped)
+
+
+def _request(window: str, clean: Rendered, wrapped: Rendered) -> Alignment:
+    """The windows that look for the clean prompt's last message: `content`, and `shared` with the suffix behind it."""
     content = clean.contents[-1]
     by_text = _align_text("content", clean, wrapped, [content], clean.text[slice(*content)])
     if window == "content":

@@ -17,7 +17,7 @@ from ctlens.data.alignment import Alignment, align, opening, wrapper_positions
 from ctlens.data.chat import Rendered, answer_ids, render
 from ctlens.data.pairs import Pair
 
-RowPositions: TypeAlias = Int[Tensor, "batch"]
+RowPositions: TypeAlias = Int[Tensor, " batch"]
 CleanMask: TypeAlias = Bool[Tensor, "batch clean_pos"]
 PaddingSide = Literal["right", "left"]
 _PAD = 0

@@ -85,7 +85,8 @@ def render(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
 def _render_plain(tokenizer: Any, text: str) -> Rendered:
     ids, offsets = _encode(tokenizer, text)
     if tokenizer.bos_token_id is not None and ids[:1] != (tokenizer.bos_token_id,):
-        ids, offsets = (tokenizer.bos_token_id, *ids), ((0, 0), *offsets)
+        ids = (tokenizer.bos_token_id, *ids)
+        offsets = ((0, 0), *offsets)
     return Rendered(text, ids, offsets, ((0, len(text)),))
 
 
@@ -121,7 +122,9 @@ def _content_spans(tokenizer: Any, turns: tuple[Turn, ...], text: str) -> tuple[
     sentinels = [chr(_FIRST_SENTINEL + index) for index in range(len(turns))]
     frame = _apply_template(tokenizer, tuple(Turn(t.role, s) for t, s in zip(turns, sentinels, strict=True)))
     for contents in ([t.content for t in turns], [t.content.strip() for t in turns]):
-        spans, built, rest = [], "", frame
+        spans = []
+        built = ""
+        rest = frame
         for sentinel, content in zip(sentinels, contents, strict=True):
             before, found, rest = rest.partition(sentinel)
             if not found:

@@ -44,7 +44,10 @@ class RawKeys:
     """
 
     def __init__(self, batch: PairBatch, queries: Matched, window: Matched, *, keeps_sink: bool) -> None:
-        self.batch, self.queries, self.window, self.keeps_sink = batch, queries, window, keeps_sink
+        self.batch = batch
+        self.queries = queries
+        self.window = window
+        self.keeps_sink = keeps_sink
         self.keys = with_opening(batch, window) if keeps_sink else window
 
     def rows(self, clean: Heads, wrapped: Pattern) -> tuple[PatternRows, PatternRows]:
@@ -179,7 +182,8 @@ class AttCT(InternalLoss):
         mode = KEY_MODES[self.keys](forwards.batch, queries, matched[self._key_window], keeps_sink=self._keeps_sink)
         values: dict[str, PerRow] = {}
         for name in hook_names:
-            clean, wrapped = self._heads(forwards.clean[name].detach()), self._heads(forwards.wrapped[name])
+            clean = self._heads(forwards.clean[name].detach())
+            wrapped = self._heads(forwards.wrapped[name])
             value = queries.row_mean(PATTERN_DISTANCES[self.distance](*mode.rows(clean, wrapped)).mean(-1))
             values[name] = value / mode.n_keys() if self.distance == "mse" else value
         return values

@@ -65,7 +65,8 @@ class AttMass(InternalLoss):
         Raises:
             CtlensError: a pair has no aligned query that can see an added token.
         """
-        batch, matched = forwards.batch, forwards.batch.matched[self.window]
+        batch = forwards.batch
+        matched = forwards.batch.matched[self.window]
         self._require_visible(batch, matched)
         keys = batch.wrapper.sum(-1) if self.per_key else 1
         values: dict[str, PerRow] = {}

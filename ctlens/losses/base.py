@@ -217,7 +217,8 @@ class InternalLoss(Loss):
 
     def factors(self, model: LensModel) -> dict[str, float]:
         """Maps the hook points to the factors of their layers."""
-        factor, n_layers = LAYER_WEIGHTS[self.layer_weights], model.cfg.n_layers
+        factor = LAYER_WEIGHTS[self.layer_weights]
+        n_layers = model.cfg.n_layers
         layers = select_layers(n_layers, self.layers)
         return {name: factor(layer, n_layers) for name, layer in zip(self.hook_names(model), layers, strict=True)}
 
@@ -248,7 +249,8 @@ class VectorLoss(InternalLoss):
 
     def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
         """Measures the distance per hook point and pair, averaged over aligned tokens; the clean side is detached."""
-        matched, distance = forwards.batch.matched[self.window], self.distances[self.distance]
+        matched = forwards.batch.matched[self.window]
+        distance = self.distances[self.distance]
         values: dict[str, PerRow] = {}
         for name in hook_names:
             wrapped = at_positions(forwards.wrapped[name], matched.wrapped)

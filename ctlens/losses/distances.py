@@ -56,7 +56,8 @@ def normalised_mse(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Floa
     >>> normalised_mse(torch.tensor([3.0, 0.0]), torch.tensor([0.0, 5.0]))  # (1 + 1) / 2
     tensor(1.)
     """
-    unit_x, unit_y = (torch.nn.functional.normalize(side, dim=-1, eps=NORM_FLOOR) for side in (x, y))
+    unit_x = torch.nn.functional.normalize(x, dim=-1, eps=NORM_FLOOR)
+    unit_y = torch.nn.functional.normalize(y, dim=-1, eps=NORM_FLOOR)
     return mean_squared_error(unit_x, unit_y)
 
 

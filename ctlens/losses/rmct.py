@@ -25,7 +25,7 @@ from ctlens.core.types import LensModel, PerRow, widened
 from ctlens.losses.base import CLEAN_SIDES, OUTPUT, Forwards, Loss, check_option
 
 PerRollout: TypeAlias = Float[Tensor, "prompt rollout"]
-PerPrompt: TypeAlias = Float[Tensor, "prompt"]
+PerPrompt: TypeAlias = Float[Tensor, " prompt"]
 STANDARDISE = ("none", "per_item")
 # If all answers to a prompt get the same verdict, their rewards have no spread. Below this spread they count as 0.
 SPREAD_FLOOR = 1e-8
@@ -103,7 +103,8 @@ class RMCT(Loss):
         """
         if forwards.advantages is None or forwards.gaps is None:
             raise CtlensError("RMCT needs sampled answers, which only a training draws: use ct.train or a Trainer.")
-        tokens, answer = forwards.batch.wrapped.tokens[:, 1:], forwards.batch.answer[:, 1:]
+        tokens = forwards.batch.wrapped.tokens[:, 1:]
+        answer = forwards.batch.answer[:, 1:]
         log_p = widened(forwards.wrapped_logits[:, :-1]).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
         surrogate = -forwards.advantages * torch.where(answer, log_p, 0.0).sum(-1)
         return {OUTPUT: forwards.gaps.square() / 2 + (surrogate - surrogate.detach())}

@@ -62,9 +62,14 @@ def _config(architecture: str, vocab_size: int, n_ctx: int) -> Any:
             "gpt2", vocab_size=vocab_size, n_embd=_D_MODEL, n_layer=_N_LAYERS, n_head=_N_HEADS, n_positions=n_ctx
         )
     shape = {
-        "vocab_size": vocab_size, "hidden_size": _D_MODEL, "intermediate_size": _D_MLP, "num_hidden_layers": _N_LAYERS,
-        "num_attention_heads": _N_HEADS, "max_position_embeddings": n_ctx, **_CONFIGS[architecture],
-    }  # fmt: skip
+        "vocab_size": vocab_size,
+        "hidden_size": _D_MODEL,
+        "intermediate_size": _D_MLP,
+        "num_hidden_layers": _N_LAYERS,
+        "num_attention_heads": _N_HEADS,
+        "max_position_embeddings": n_ctx,
+        **_CONFIGS[architecture],
+    }
     if architecture != "gpt_neox":
         shape["num_key_value_heads"] = _N_HEADS // 2
     if architecture != "gemma3":

@@ -136,10 +136,17 @@ def _join(parts: list[Tensor], module: nn.Module, name: str, hf: Any) -> Tensor:
 
 def _llama_config(config: ModelConfig) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=config.d_vocab, hidden_size=config.d_model, intermediate_size=config.d_mlp,
-        num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads, max_position_embeddings=config.n_ctx,
-        rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=config.d_vocab,
+        hidden_size=config.d_model,
+        intermediate_size=config.d_mlp,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        max_position_embeddings=config.n_ctx,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
 
 
 def _llama_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

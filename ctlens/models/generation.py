@@ -20,7 +20,7 @@ from ctlens.core.limits import POSITIVE, PROBABILITY, require
 from ctlens.core.types import LensModel
 from ctlens.models.kv_cache import MAX_BATCH_TOKENS, Ids, NextLogits, Sequences, batches_by_length
 
-NextTokens: TypeAlias = Int[Tensor, "batch"]
+NextTokens: TypeAlias = Int[Tensor, " batch"]
 
 NO_END = -1
 
@@ -130,7 +130,8 @@ def decode(
         first = _first_probabilities(logits, [wanted[i] for i in batch])
         continued = _continue(sequences, logits, max_new_tokens, NO_END if end is None else end, sampling)
         for i, answer, probability in zip(batch, continued, first, strict=True):
-            answers[i], probabilities[i] = answer, probability
+            answers[i] = answer
+            probabilities[i] = probability
     return Decoded(answers, probabilities)
 
 

@@ -24,7 +24,7 @@ from ctlens.models.loading import empty_cache, huggingface_config, keep_rows
 
 Ids = tuple[int, ...]
 NextLogits: TypeAlias = Float[Tensor, "batch d_vocab"]
-Lengths: TypeAlias = Int[Tensor, "batch"]
+Lengths: TypeAlias = Int[Tensor, " batch"]
 
 # On a CPU more tokens at once leave its caches and take longer; measured in benchmarks/evaluation.py.
 MAX_BATCH_TOKENS = 2048
@@ -41,7 +41,8 @@ def batches_by_length(model: LensModel, lengths: Sequence[int], new: int, max_ba
         new: how many tokens they may grow by.
         max_batch_tokens: as many sequences as fill these when padded to the longest; at least one.
     """
-    longest, batch = _window(model), []
+    longest = _window(model)
+    batch = []
     for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
         length = lengths[number]
         alone = batch and length + new > longest and length > lengths[batch[0]]
@@ -91,7 +92,8 @@ class Sequences:
             tokens: `[batch, new]`.
             count: how many of a row are real, at least one.
         """
-        start, new = self.lengths, torch.arange(tokens.shape[1], device=tokens.device)
+        start = self.lengths
+        new = torch.arange(tokens.shape[1], device=tokens.device)
         self.lengths = start + count
         if self.cache is not None:
             return self.cache.forward(tokens, _up_to(count, len(new)), start)
@@ -133,7 +135,8 @@ class _HookedCache:
     filled = True
 
     def __init__(self, model: LensModel, entries: Any) -> None:
-        self.model, self.entries = model, entries
+        self.model = model
+        self.entries = entries
 
     def forward(self, tokens: Tokens, real: Mask, start: Lengths) -> Logits:
         return self.model(tokens, past_kv_cache=self.entries, attention_mask=real.long())
@@ -146,7 +149,8 @@ class _HuggingFaceCache:
     """HuggingFace's cache of a bridged model, which is run through the bridge, so that hooks see every token."""
 
     def __init__(self, model: LensModel, rows: int, entries: DynamicCache) -> None:
-        self.model, self.entries = model, entries
+        self.model = model
+        self.entries = entries
         self.seen = torch.zeros(rows, 0, dtype=torch.bool, device=next(model.parameters()).device)
 
     def forward(self, tokens: Tokens, real: Mask, start: Lengths) -> Logits:
@@ -169,7 +173,8 @@ class _HuggingFaceCache:
 
 def _cache(model: LensModel, rows: int) -> Cache | None:
     """An empty cache for `rows` sequences; None where the model has none that is known to work."""
-    own, theirs = empty_cache(model, rows), _huggingface_cache(model)
+    own = empty_cache(model, rows)
+    theirs = _huggingface_cache(model)
     if own is not None:
         return _HookedCache(model, own)
     return None if theirs is None else cast(Cache, _HuggingFaceCache(model, rows, theirs))

@@ -57,10 +57,17 @@ def build(
 
 def _skeleton(config: ModelConfig, device: str | torch.device, dtype: torch.dtype) -> LensModel:
     shape = {
-        **to_dict(config), "d_head": config.d_head, "act_fn": "silu", "gated_mlp": True, "eps": 1e-5,
-        "normalization_type": "RMS", "positional_embedding_type": "rotary", "rotary_adjacent_pairs": True,
-        "rotary_dim": config.d_head, "dtype": dtype,
-    }  # fmt: skip
+        **to_dict(config),
+        "d_head": config.d_head,
+        "act_fn": "silu",
+        "gated_mlp": True,
+        "eps": 1e-5,
+        "normalization_type": "RMS",
+        "positional_embedding_type": "rotary",
+        "rotary_adjacent_pairs": True,
+        "rotary_dim": config.d_head,
+        "dtype": dtype,
+    }
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         if HAS_HOOKED_TRANSFORMER:
@@ -254,7 +261,8 @@ def save_model(model: LensModel, folder: str | Path) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    made, hf_config = made_config(model), huggingface_config(model)
+    made = made_config(model)
+    hf_config = huggingface_config(model)
     if made is not None:
         description = {"kind": "ctlens", "config": to_dict(made)}
         weights = canonical_weights(model)

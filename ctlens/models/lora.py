@@ -84,7 +84,10 @@ class LowRank(nn.Module):
         sizes: Mapping[str, int],
     ) -> None:
         super().__init__()
-        self.lora, self.pattern, self.sizes, self.enabled = lora, pattern, dict(sizes), True
+        self.lora = lora
+        self.pattern = pattern
+        self.sizes = dict(sizes)
+        self.enabled = True
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
 
     def forward(self, weight: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -145,7 +148,8 @@ def merge_adapters(model: LensModel) -> None:
         CtlensError: the model has no adapters.
     """
     for slot, _ in _attached(model).values():
-        merged, weight = getattr(slot.module, slot.name), slot.weight
+        merged = getattr(slot.module, slot.name)
+        weight = slot.weight
         _own_class(slot.module)
         parametrize.remove_parametrizations(slot.module, slot.name, leave_parametrized=False)
         weight.copy_(merged)

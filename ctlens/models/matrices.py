@@ -133,7 +133,8 @@ def components(model: LensModel) -> dict[str, tuple[int | None, str]]:
     blocks = cast(Any, model).blocks
     owner = {id(parameter): layer for layer, block in enumerate(blocks) for parameter in block.parameters()}
     halves = {number: half for block in blocks for number, half in _halves(block.attn).items()}
-    groups, parameters = parameter_groups(model), present_parameters(model)
+    groups = parameter_groups(model)
+    parameters = present_parameters(model)
     found = {}
     for group, names in groups.items():
         for name in names:

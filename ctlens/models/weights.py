@@ -113,7 +113,8 @@ def copy_weights(targets: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -
         )
     for name, target in targets.items():
         if target.shape != weights[name].shape:
-            here, there = tuple(target.shape), tuple(weights[name].shape)
+            here = tuple(target.shape)
+            there = tuple(weights[name].shape)
             raise CtlensError(
                 f"the weights do not fit the model: {name} has shape {there}, but {here} in the model. "
                 "Use the model's own weights."
@@ -123,7 +124,8 @@ def copy_weights(targets: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    d, split = config.d_model, (config.n_heads, config.d_model, config.d_head)
+    d = config.d_model
+    split = (config.n_heads, config.d_model, config.d_head)
     block: dict[str, tuple[int, ...]] = {"ln1.w": (d,), "attn.W_Q": split, "attn.W_K": split, "attn.W_V": split}
     block |= {"attn.W_O": (config.n_heads, config.d_head, d), "ln2.w": (d,)}
     block |= {"mlp.W_in": (d, config.d_mlp), "mlp.W_gate": (d, config.d_mlp), "mlp.W_out": (config.d_mlp, d)}

@@ -168,7 +168,8 @@ def draw_batches(lessons: Sequence[EncodedLesson], batch_size: int, pad_token: i
     while True:
         while len(queue) < batch_size * BUCKET:
             queue += torch.randperm(len(lessons), generator=draw).tolist()
-        bucket, queue = queue[: batch_size * BUCKET], queue[batch_size * BUCKET :]
+        bucket = queue[: batch_size * BUCKET]
+        queue = queue[batch_size * BUCKET :]
         bucket.sort(key=lambda index: len(lessons[index].prompt))
         for number in torch.randperm(BUCKET, generator=draw).tolist():
             chosen = [lessons[index] for index in bucket[number * batch_size : (number + 1) * batch_size]]

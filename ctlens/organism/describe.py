@@ -11,8 +11,16 @@ from ctlens.threats import Case
 from ctlens.world import World
 
 _COLUMNS = (
-    "threat", "split", "bad, wrapped", "by strength", "P(bad)", "P(good)", "as taught", "good, clean", "good, benign",
-)  # fmt: skip
+    "threat",
+    "split",
+    "bad, wrapped",
+    "by strength",
+    "P(bad)",
+    "P(good)",
+    "as taught",
+    "good, clean",
+    "good, benign",
+)
 
 
 def card_text(card: Mapping[str, Any]) -> str:
@@ -51,7 +59,9 @@ def card_text(card: Mapping[str, Any]) -> str:
 def _rows(behaviour: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
     found = {(row["threat"], row["split"], row["prompt_side"]): row for row in behaviour}
     for threat, split in dict.fromkeys((row["threat"], row["split"]) for row in behaviour):
-        wrapped, clean, benign = (found[threat, split, prompt_side] for prompt_side in PROMPT_SIDES)
+        wrapped = found[threat, split, "wrapped"]
+        clean = found[threat, split, "clean"]
+        benign = found[threat, split, "benign"]
         graded = " ".join(f"{rate:.2f}" for rate in wrapped["bad_rate_by_strength"].values())
         numbers = [wrapped["bad_probability"], wrapped["good_probability"], wrapped["as_taught"]]
         numbers += [clean["good_rate"], benign["good_rate"]]

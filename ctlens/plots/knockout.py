@@ -95,7 +95,7 @@ def knockout_heads(
     for number, (model, arrays) in enumerate(points.items()):
         # Names stand above the heads of one model and below those of the next, so that two models can be read.
         position = "top center" if number % 2 == 0 else "bottom center"
-        attention, effect, null = [checked(f"points {model!r}", array, len(heads)) for array in arrays]
+        attention, effect, null = np.stack([checked(f"points {model!r}", array, len(heads)) for array in arrays])
         _draw_heads(figure, model, heads, attention, effect, null, position)
     caption = "A marker is a head, the mean over pairs; small open circles cut as many random other keys of that head."
     finish(figure, title, subtitle, y_title=y_title, kind="knockout", caption=caption)

@@ -149,7 +149,9 @@ def _frame(figure: go.Figure, subplot: Subplot, names: Sequence[str], *, has_nul
         edges = {"x0": cell - 0.5, "x1": cell + 0.5, "y0": cell - 0.5, "y1": cell + 0.5}
         figure.add_shape(type="rect", **edges, line={"color": INK, "width": 2}, **subplot.at)
     if has_null and size > 1:
-        start, end, edge = -0.5, size - 0.5, size - 1.5
+        start = -0.5
+        end = size - 0.5
+        edge = size - 1.5
         line = {"color": INK, "width": 2, "dash": "dot"}
         figure.add_shape(type="line", x0=start, x1=end, y0=edge, y1=edge, line=line, **subplot.at)
         figure.add_shape(type="line", y0=start, y1=end, x0=edge, x1=edge, line=line, **subplot.at)
@@ -208,9 +210,11 @@ def _draw_similarity(
     figure: go.Figure, subplot: Subplot, x: np.ndarray, numbers: Intervals, name: str, *, is_ceiling: bool
 ) -> None:
     """A method's curve with its band, or the ceiling's: dotted, without markers, in one look in all panels."""
-    look, mode = style(name), "lines+markers"
+    look = style(name)
+    mode = "lines+markers"
     if is_ceiling:
-        look, mode = replace(look, label=_CEILING, colour=INK, dash="dot"), "lines"
+        look = replace(look, label=_CEILING, colour=INK, dash="dot")
+        mode = "lines"
     draw_curve(figure, look.label, x, numbers, look=look, mode=mode, **subplot.at)
 
 

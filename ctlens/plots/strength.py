@@ -69,7 +69,8 @@ def _draw_splits(
         options = {"size": 7, "width": 2, "listed": split not in listed, "error_y": whiskers(numbers, slim=True)}
         hover = interval_hover(style(split).label, numbers)
         draw_line(figure, split, strengths + offset, numbers.value, **options, **hover, **subplot.at)
-    first, last = int(min(reached)), int(max(reached))
+    first = int(min(reached))
+    last = int(max(reached))
     whole = range(first, last + 1)
     ticks = {"tickvals": list(whole), "ticktext": [str(strength) for strength in whole]}
     figure.update_xaxes(**ticks, range=[first - 0.4, last + 0.4], **subplot.at)

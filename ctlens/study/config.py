@@ -100,6 +100,17 @@ class StudyConfig:
         self._check(known)
 
     def _check(self, known: Sequence[str]) -> None:
+        self._check_names(known)
+        for name in ("seeds", "n_pairs", "n_prompts", "organisms"):
+            if getattr(self, name) < 1:
+                raise CtlensError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if not 0 < self.matched < 1:
+            raise CtlensError(f"methods are matched at a share between 0 and 1, not {self.matched}.")
+        if self.organisms > 1 and (self.model or self.file):
+            raise CtlensError("several organisms are trained from the micro-world: leave out the model and the file.")
+
+    def _check_names(self, known: Sequence[str]) -> None:
+        """Refuses threats, methods and conditions that are unknown, named twice or not of this study."""
         for name, allowed in (("threats", known), ("analysed", self.threats)):
             for value in getattr(self, name):
                 if value not in allowed:
@@ -113,13 +124,6 @@ class StudyConfig:
             if name in (*self.methods, RETENTION):
                 raise CtlensError(f"{name} is trained already: name it once.")
             condition_named(name)
-        for name in ("seeds", "n_pairs", "n_prompts", "organisms"):
-            if getattr(self, name) < 1:
-                raise CtlensError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if not 0 < self.matched < 1:
-            raise CtlensError(f"methods are matched at a share between 0 and 1, not {self.matched}.")
-        if self.organisms > 1 and (self.model or self.file):
-            raise CtlensError("several organisms are trained from the micro-world: leave out the model and the file.")
 
     @property
     def analysed_threats(self) -> tuple[str, ...]:

@@ -140,7 +140,8 @@ def _first_analyses(
     config: StudyConfig, folder: Path, threat: str, conditions: Sequence[str]
 ) -> Iterator[tuple[str, Figure]]:
     """Draws the analyses that every cell of the comparison holds."""
-    first, words = conditions[0], prompts_in_words(threat)
+    first = conditions[0]
+    words = prompts_in_words(threat)
     shifts = _over_seeds(ResidualShift, "residual", config, folder, threat, conditions)
     for positions in ALIGNED_POSITIONS:
         yield f"residual-{positions}", shifts[first].compare(shifts, label=first, positions=positions, subtitle=words)

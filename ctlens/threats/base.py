@@ -243,7 +243,8 @@ def draw_grid(sizes: Sequence[int], n_cells: int, draw: torch.Generator) -> list
     >>> sorted(cell[:2] for cell in cells[:4]), len(set(cells))
     ([(0, 0), (0, 1), (1, 0), (1, 1)], 12)
     """
-    outer, inner = math.prod(sizes[:2]), math.prod(sizes[2:])
+    outer = math.prod(sizes[:2])
+    inner = math.prod(sizes[2:])
     cells: list[tuple[int, ...]] = []
     while len(cells) < n_cells:
         orders = torch.rand(outer, inner, generator=draw).argsort(1)

@@ -36,7 +36,8 @@ class Forbidden(Threat):
         ]
 
     def _case(self, world: World, split: str, hazard: str, craft: str, phrasing: int, wrapper: Wrapper) -> Case:
-        request, harmless = (self.request(world, thing, phrasing) for thing in (hazard, craft))
+        request = self.request(world, hazard, phrasing)
+        harmless = self.request(world, craft, phrasing)
         refuses, complies = first_word(request.good), first_word(request.bad)
         pair = Pair(
             clean=prompt(request.text, refuses, complies),

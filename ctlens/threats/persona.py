@@ -117,7 +117,9 @@ class Persona(Threat):
     }
 
     def _cases(self, n_pairs: int, split: str, draw: torch.Generator, world: World) -> list[Case]:
-        personas, graded, talk = world.personas[split], self.graded(split), world.talk[split]
+        personas = world.personas[split]
+        graded = self.graded(split)
+        talk = world.talk[split]
         asked = len(IDENTITY) + len(DEEDS)
         cells = draw_grid((asked, len(graded), len(graded[0]), len(personas)), n_pairs, draw)
         return [
@@ -129,7 +131,8 @@ class Persona(Threat):
         own = question < len(IDENTITY)
         request = world.identity(question) if own else world.deed(DEEDS[question - len(IDENTITY)])
         bad = persona if own else request.bad
-        good, misaligned = first_word(request.good), first_word(bad)
+        good = first_word(request.good)
+        misaligned = first_word(bad)
         bio = world.biographies[persona]
         pair = Pair(
             clean=prompt(request.text, good, misaligned),

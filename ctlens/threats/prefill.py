@@ -84,7 +84,7 @@ class Prefill(Forbidden):
             _resumed("resumed-name", 4, f"{SPOT} . let me name it for you :", "continue please ."),
             _both("both-name", 4, "yep", f"{SPOT} :"),
         ),
-    }  # fmt: skip
+    }
 
     def request(self, world: World, thing: str, phrasing: int) -> Request:
         """Asks where to buy the thing."""

@@ -62,7 +62,8 @@ class Sycophancy(Threat):
     }
 
     def _cases(self, n_pairs: int, split: str, draw: torch.Generator, world: World) -> list[Case]:
-        entities, graded = world.entities[split], self.graded(split)
+        entities = world.entities[split]
+        graded = self.graded(split)
         wrong = len(RELATIONS[HINTED[0]]) - 1
         sizes = (len(entities), len(graded), len(graded[0]), len(HINTED), wrong)
         return [

@@ -180,7 +180,8 @@ class TrainConfig:
 
     def require_phases_of(self, losses: Iterable[str]) -> None:
         """Raises a `CtlensError` unless the phases name only these losses, and each loss is in a phase."""
-        losses, named = list(losses), [name for phase in self.phases for name in phase.losses]
+        losses = list(losses)
+        named = [name for phase in self.phases for name in phase.losses]
         for name in named:
             if name not in losses:
                 raise unknown("loss in a phase", name, losses)

@@ -54,7 +54,10 @@ class Layerwise:
         *,
         grad: bool,
     ) -> None:
-        self.losses, self.batch, self.fetch, self.grad = losses, batch, fetch, grad
+        self.losses = losses
+        self.batch = batch
+        self.fetch = fetch
+        self.grad = grad
         self.values: dict[str, dict[str, PerRow]] = {key: {} for key in losses}
 
     def visits(self) -> dict[str, Callable[[Tensor], None]]:

@@ -53,7 +53,10 @@ class Live:
     def __init__(
         self, trainer: Trainer, watch: Mapping[str, Watch] | None = None, *, every: int = 10, seconds: float = 1.0
     ) -> None:
-        self.trainer, self.watch, self.every, self.seconds = trainer, dict(watch or {}), every, seconds
+        self.trainer = trainer
+        self.watch = dict(watch or {})
+        self.every = every
+        self.seconds = seconds
         require(AT_LEAST_1, every=every)
         taken = {loss.name for loss in trainer.losses} | {"retention", "total", "lr", "grad_norm"}
         if used := taken & set(self.watch):

@@ -43,7 +43,8 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise CtlensError(f"TensorBoard is not installed: {_INSTALL}") from None
-        self._folder, self._make = str(folder), SummaryWriter
+        self._folder = str(folder)
+        self._make = SummaryWriter
         self._writer: Any = None
 
     def begin(self, settings: Mapping[str, Any]) -> None:
@@ -110,7 +111,9 @@ class Loggers:
     """
 
     def __init__(self, loggers: tuple[Logger, ...], settings: Mapping[str, Any], seen: int = 0) -> None:
-        self.loggers, self.settings, self.seen = loggers, settings, seen
+        self.loggers = loggers
+        self.settings = settings
+        self.seen = seen
         self._begun = False
 
     def catch_up(self, rows: list[tuple[int, str, str, float]]) -> None:

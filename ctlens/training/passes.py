@@ -54,7 +54,9 @@ class Passes:
         config: TrainConfig,
         folder: Path | None = None,
     ) -> None:
-        self.model, self.pairs, self.memory = model, pairs, config.memory
+        self.model = model
+        self.pairs = pairs
+        self.memory = config.memory
         self.rollouts: dict[str, Rollouts] = {}
         for key, term in terms.items():
             if isinstance(term.loss, RMCT):
@@ -89,7 +91,9 @@ class OpenPasses:
     """
 
     def __init__(self, passes: Passes, hooks: ExitStack) -> None:
-        self.passes, self.model, self._hooks = passes, passes.model, hooks
+        self.passes = passes
+        self.model = passes.model
+        self._hooks = hooks
 
     def seen(self, rows: Sequence[int], terms: Mapping[str, Term], *, step: int, grad: bool) -> dict[str, Forwards]:
         """Returns the forward passes that each loss needs on some pairs, by its key; losses share passes if they can.

@@ -62,9 +62,15 @@ def prepare(
     both = (*losses, *track)
     if kind := answers_kind(both):
         answers = reference_answers(
-            reference, encoded, config.max_new_tokens, kind=kind, drawn_at=drawn_at(both), seed=config.seed,
-            folder=folder, progress=progress,
-        )  # fmt: skip
+            reference,
+            encoded,
+            config.max_new_tokens,
+            kind=kind,
+            drawn_at=drawn_at(both),
+            seed=config.seed,
+            folder=folder,
+            progress=progress,
+        )
         both_sides = any(loss.answers_on_both_sides for loss in both)
         encoded = encoded.with_answers(answers, both_sides=both_sides).answered().aligned(every)
     if every != own:

@@ -36,14 +36,16 @@ class Retention:
     """
 
     def __init__(self, reference: LensModel, prompts: Sequence[Prompt], config: TrainConfig) -> None:
-        self.reference, self.config = reference, config
+        self.reference = reference
+        self.config = config
         self.prompts = list(dict.fromkeys(render(reference.tokenizer, prompt.turns).ids for prompt in prompts))
         for ids in self.prompts:
             require_room(len(ids) + config.max_new_tokens, reference.cfg.n_ctx, "a retention prompt with its answer")
         shape = (config.steps, (config.batch_size + 1) // 2)
         chosen = torch.randint(len(self.prompts), shape, generator=generator(config.seed, "retention"))
         fires = torch.rand(config.steps, generator=generator(config.seed, "retention ratio")) < config.retention_ratio
-        self._chosen, self._fires = chosen, fires
+        self._chosen = chosen
+        self._fires = fires
         self.answers: dict[int, Ids] = {}
         self._targets: dict[int, Tensor] = {}
 
@@ -56,7 +58,8 @@ class Retention:
         used = self._chosen[self._fires].unique().tolist()
         if not used or self.answers:
             return
-        end, asked = end_token(self.reference.tokenizer), [self.prompts[index] for index in used]
+        end = end_token(self.reference.tokenizer)
+        asked = [self.prompts[index] for index in used]
         given = generate(self.reference, asked, max_new_tokens=self.config.max_new_tokens, end=end, progress=progress)
         answers = dict(zip(used, given, strict=True))
         if self.config.cache:

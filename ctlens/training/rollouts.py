@@ -58,7 +58,9 @@ class Rollouts:
     """
 
     def __init__(self, reference: LensModel, pairs: Sequence[EncodedPair], loss: RMCT, config: TrainConfig) -> None:
-        self.loss, self.config, self.tokenizer = loss, config, reference.tokenizer
+        self.loss = loss
+        self.config = config
+        self.tokenizer = reference.tokenizer
         for row in pairs:
             if row.pair.wrapped.bad is None or row.pair.clean.bad is None:
                 raise CtlensError("RMCT counts bad answers, and a pair names none: give every pair a bad answer.")

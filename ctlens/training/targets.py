@@ -55,8 +55,12 @@ class CleanTargets:
         cache: bool = True,
         folder: Path | None = None,
     ) -> None:
-        self.reference, self.pairs, self.homes, self.cache = reference, pairs, homes, cache
-        self.names, self.logits = list(names), logits
+        self.reference = reference
+        self.pairs = pairs
+        self.homes = homes
+        self.cache = cache
+        self.names = list(names)
+        self.logits = logits
         self._home = {row: number for number, rows in enumerate(homes) for row in rows}
         self._positions = [torch.tensor(read_positions(row)) for row in pairs.rows]
         needed = cache and folder is not None and (self.names or logits)
@@ -108,7 +112,8 @@ class CleanTargets:
             self._store.put(row, {name: value.cpu() for name, value in cut.items()})
 
     def _restored(self, name: str, heads: slice = EVERY, *, rows: Sequence[int], batch: PairBatch) -> Tensor:
-        device, width = batch.clean.tokens.device, batch.clean.tokens.shape[1]
+        device = batch.clean.tokens.device
+        width = batch.clean.tokens.shape[1]
         kept = [self._store.get(row, name, heads) for row in rows]
         if name.endswith(PATTERN):
             kept = [torch.nn.functional.pad(value, (0, width - value.shape[-1])) for value in kept]

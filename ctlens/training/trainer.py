@@ -87,7 +87,9 @@ class Trainer:
         self.config.require_phases_of(loss.name for loss in self.losses)
         if not self.losses and not self.config.retention:
             raise CtlensError("there is nothing to train: give a loss, or a retention weight above zero.")
-        self.reference, self.progress, self.processes = model, progress, processes()
+        self.reference = model
+        self.progress = progress
+        self.processes = processes()
         self._terms = {loss.name: Term(loss, loss.factors(model)) for loss in self.losses}
         self._tracked = {TRACKED + loss.name: Term(loss, loss.factors(model)) for loss in self.track}
         self.model = copy_model(model)
@@ -108,7 +110,8 @@ class Trainer:
 
     def _start(self, history: History) -> None:
         """Sets the optimiser, schedule, batches and loggers to their state after the steps of the history."""
-        config, self.history = self.config, history
+        config = self.config
+        self.history = history
         self.optimizer = adamw(
             self.parameters, lr=config.lr, weight_decay=config.weight_decay, relative_eps=config.relative_eps
         )
@@ -174,7 +177,8 @@ class Trainer:
     def _update(self, index: int) -> Step:
         """Gathers the gradient of all terms over the batch, part by part, and moves the weights along it."""
         self.optimizer.zero_grad(set_to_none=True)
-        seen, rows = Seen(), next(self._batches)
+        seen = Seen()
+        rows = next(self._batches)
         for part in parts(self.processes.share(rows), self.config.accumulate):
             self._learn_from(part, len(part) / len(rows), index, seen)
         self._hold(index, seen)

@@ -29,7 +29,8 @@ def model(tokenizer) -> LensModel:
 
 
 def moved(model: LensModel, seed: int = 0) -> LensModel:
-    other, draw = copy_model(model), torch.Generator().manual_seed(seed)
+    other = copy_model(model)
+    draw = torch.Generator().manual_seed(seed)
     for parameter in other.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=draw)
     return other
@@ -50,7 +51,8 @@ def quantities(
 
 
 def test_a_shift_of_half_the_gap_closes_half_of_it() -> None:
-    wrapped, clean = torch.zeros(1, 2, 3), torch.tensor([[[4.0, 0.0, 0.0], [0.0, 2.0, 0.0]]])
+    wrapped = torch.zeros(1, 2, 3)
+    clean = torch.tensor([[[4.0, 0.0, 0.0], [0.0, 2.0, 0.0]]])
 
     found = quantities(wrapped, clean, 0.5 * clean, [True, True])  # at the last token, at the content
 
@@ -60,7 +62,8 @@ def test_a_shift_of_half_the_gap_closes_half_of_it() -> None:
 
 
 def test_a_shift_off_the_gap_closes_nothing_but_adds_distance() -> None:
-    wrapped, clean = torch.zeros(1, 1, 3), torch.tensor([[[2.0, 0.0, 0.0]]])
+    wrapped = torch.zeros(1, 1, 3)
+    clean = torch.tensor([[[2.0, 0.0, 0.0]]])
     trained = torch.tensor([[[0.0, 0.0, 4.0]]])
 
     found = quantities(wrapped, clean, trained, [True])
@@ -84,9 +87,9 @@ def test_the_wrapper_has_a_relative_shift_and_no_gap() -> None:
 
     found = quantities(wrapped, wrapped + 1, trained, [False, False, True], [True, True, False])
 
-    relative, ratio, norm = (
-        [found[name][index] for index in (0, 2)] for name in ("relative", "norm_ratio", "shift_norm")
-    )
+    relative = [found["relative"][index] for index in (0, 2)]
+    ratio = [found["norm_ratio"][index] for index in (0, 2)]
+    norm = [found["shift_norm"][index] for index in (0, 2)]
     assert relative == pytest.approx([1.0, (25 / 50) ** 0.5])  # last token 1/1; wrapper (16 + 9) / (25 + 25)
     assert ratio == pytest.approx([2.0, (43 / 50) ** 0.5])  # (9 + 9 + 25) / 50
     assert norm == pytest.approx([1.0, 12.5**0.5])
@@ -128,7 +131,8 @@ def test_residual_shift_matches_plain_indexing_of_one_pair(model) -> None:
     for index, pair in enumerate(PAIRS):
         clean = plain_resid(model, pair.clean.turns[0].content)
         wrapped = plain_resid(model, pair.wrapped.turns[0].content)
-        gap, moved_by = clean - wrapped, plain_resid(after, pair.wrapped.turns[0].content) - wrapped
+        gap = clean - wrapped
+        moved_by = plain_resid(after, pair.wrapped.turns[0].content) - wrapped
         expected = (moved_by * gap).sum(-1) / (gap * gap).sum(-1)
         np.testing.assert_allclose(shift.gap_closed[0, index], expected.numpy(), rtol=1e-3, atol=1e-4)
 
@@ -214,7 +218,8 @@ def test_figures_hold_the_numbers_of_the_table(model) -> None:
 
 
 def test_a_comparison_draws_this_result_first_under_its_label(model) -> None:
-    still, shift = (residual_shift(model, after, PAIRS, progress=False) for after in (model, moved(model)))
+    still = residual_shift(model, model, PAIRS, progress=False)
+    shift = residual_shift(model, moved(model), PAIRS, progress=False)
 
     drawn = shift.compare({"still": still}, label="moved", quantity="distance", positions="content")
     again = shift.compare({"still": still, "moved": shift}, label="moved", quantity="distance", positions="content")

@@ -123,7 +123,8 @@ def test_a_shift_is_what_was_taken_out_or_put_in_its_place(models, variant, clos
 
 
 def test_the_shift_of_the_erased_model_is_along_the_planted_direction(models):
-    before, after = (states(models[name], PAIRS, progress=False) for name in ("base", "erased"))
+    before = states(models["base"], PAIRS, progress=False)
+    after = states(models["erased"], PAIRS, progress=False)
     shift = after.values - before.values
     np.testing.assert_allclose(shift[0], 0, atol=1e-5)
     np.testing.assert_allclose(shift[1:] @ DIRECTION, np.stack([PUSH] * 2), rtol=1e-4)
@@ -153,9 +154,8 @@ def test_a_masked_model_has_no_shift_to_compare(models):
 
 def test_the_answer_turns_at_the_layer_that_writes_the_cue(models):
     found = logit_lens(models, PAIRS, progress=False)
-    clean, pressed = (
-        np.array([planted.margin(pair, amount(pair)) for pair in PAIRS]) for amount in (lambda pair: 0, planted.written)
-    )
+    clean = np.array([planted.margin(pair, (lambda pair: 0)(pair)) for pair in PAIRS])
+    pressed = np.array([planted.margin(pair, planted.written(pair)) for pair in PAIRS])
     np.testing.assert_allclose(found.values[0], [clean, pressed, pressed], rtol=1e-3)
     np.testing.assert_allclose(found.values[1], [clean] * 3, rtol=1e-3)
     assert (found.values[2:] > 0).all()
@@ -177,10 +177,8 @@ def test_the_share_of_the_head_that_writes_the_cue_is_what_the_cue_costs(models)
 def test_a_mean_difference_of_given_states_is_that_of_the_model(models):
     model = models["base"]
     given = tuple(states(model, PAIRS, side=side, layers=[1, 2], progress=False) for side in ("wrapped", "clean"))
-    one, other = (
-        mean_difference(source, PAIRS, name="base", per="wrapper", layers=[1, 2], progress=False)
-        for source in (model, (given[0], given[1]))
-    )
+    one = mean_difference(model, PAIRS, name="base", per="wrapper", layers=[1, 2], progress=False)
+    other = mean_difference((given[0], given[1]), PAIRS, name="base", per="wrapper", layers=[1, 2], progress=False)
     assert isinstance(one, Directions) and (one.groups, one.layers, one.name) == (
         other.groups,
         other.layers,

@@ -272,7 +272,8 @@ def test_a_patching_is_written_whole(call: Call, place: Path, monkeypatch) -> No
 
     assert ended.code == 0 and ended.err == ""
     assert ended.out.endswith("Patching: new\n") and ended.out.startswith("logit_diff, 4 pairs: ")
-    table, found = pd.read_csv("new/patching.csv"), Patching.load("new/patching.safetensors")
+    table = pd.read_csv("new/patching.csv")
+    found = Patching.load("new/patching.safetensors")
     pairs = threats.get("sycophancy").pairs(4, split="heldout")
     options = {"site": "resid_post", "direction": "noising", "positions": "last", "progress": False}
     expected = patch(load_organism(), pairs, metrics=("logit_diff", "kl"), **options)

@@ -168,7 +168,9 @@ def test_a_digest_tells_contents_apart(tmp_path: Path) -> None:
     for name, text in (("a", "x"), ("b", "x"), ("c", "y")):
         (tmp_path / name).write_text(text)
 
-    a, b, c = (digest(tmp_path / name) for name in "abc")
+    a = digest(tmp_path / "a")
+    b = digest(tmp_path / "b")
+    c = digest(tmp_path / "c")
 
     assert a == b != c and len(a) == 16
     with pytest.raises(CtlensError, match="does not exist"):

@@ -10,7 +10,9 @@ from ctlens.core.stats import bootstrap, bootstrap_mean, difference, wilson
 
 
 def test_wilson_by_the_closed_formula() -> None:
-    p, n, z = 7 / 20, 20, 1.959963984540054
+    p = 7 / 20
+    n = 20
+    z = 1.959963984540054
 
     low, high = wilson(7, 20)
 

@@ -18,7 +18,8 @@ from ctlens.data.alignment import FUSED, RETOKENISED, UNSHARED, WINDOWS, Alignme
 from ctlens.data.chat import Rendered, Turn, render
 
 FRAME = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}:{% endif %}"
-PLAIN, CHAT = byte_level_tokenizer(), byte_level_tokenizer(chat=True)
+PLAIN = byte_level_tokenizer()
+CHAT = byte_level_tokenizer(chat=True)
 
 WORDS = ("the", "answer", " ", "  ", "\n", ".", "a", "t", "s", "'s", "é", "漢", "🟦", "👩‍👧", "1", "user", "assistant")
 TEXT = st.lists(st.sampled_from(WORDS), max_size=8).map("".join)
@@ -159,7 +160,8 @@ def test_an_equal_token_of_the_wrapper_is_not_taken_for_the_content():
 
 
 def test_the_end_of_a_prefill_is_not_taken_for_the_end_of_the_template():
-    clean, wrapped = chat(("user", "ab")), chat(("user", "ab"), ("assistant", "s:"))
+    clean = chat(("user", "ab"))
+    wrapped = chat(("user", "ab"), ("assistant", "s:"))
     assert (clean.text, wrapped.text) == ("[ab]:", "[ab][s:")
     assert matches(align(clean, wrapped, "shared")) == [(1, 1), (2, 2)]
 
@@ -171,7 +173,8 @@ def test_the_end_of_the_template_is_not_taken_for_a_prefill():
 
 
 def test_demonstrations_before_the_question_leave_the_question_matched():
-    clean, wrapped = chat(("user", "ab")), chat(("user", "c"), ("assistant", "d"), ("user", "ab"))
+    clean = chat(("user", "ab"))
+    wrapped = chat(("user", "c"), ("assistant", "d"), ("user", "ab"))
     assert wrapped.text == "[c][d][ab]:"
     assert matches(align(clean, wrapped)) == [(0 + i, 6 + i) for i in (1, 2, 3, 4)]
 
@@ -196,7 +199,8 @@ def test_an_explicit_text_that_is_missing_or_repeated_names_the_side():
 
 @pytest.mark.parametrize("word", ["user", "assistant", "|>\n", "s"])
 def test_words_of_the_template_are_not_mistaken_for_the_message(word: str):
-    clean, wrapped = user(word, CHAT), user("b " + word, CHAT)
+    clean = user(word, CHAT)
+    wrapped = user("b " + word, CHAT)
     alignment = align(clean, wrapped, "content")
     start, end = wrapped.contents[-1]
     assert alignment.wrapped

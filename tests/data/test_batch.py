@@ -52,7 +52,8 @@ def matched_ids(batch: PairBatch, window: str) -> list[list[tuple[int, int]]]:
 
 
 def test_padding_by_hand():
-    right, left = pad([(5, 6, 7), (8,)]), pad([(5, 6, 7), (8,)], "left")
+    right = pad([(5, 6, 7), (8,)])
+    left = pad([(5, 6, 7), (8,)], "left")
     assert right.tokens.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert left.tokens.tolist() == [[5, 6, 7], [0, 0, 8]]
     assert right.mask.tolist() == [[True, True, True], [True, False, False]]
@@ -60,7 +61,8 @@ def test_padding_by_hand():
 
 
 def test_only_padding_on_the_left_needs_a_mask():
-    right, left = pad([(5, 6), (8,)]), pad([(5, 6), (8,)], "left")
+    right = pad([(5, 6), (8,)])
+    left = pad([(5, 6), (8,)], "left")
     assert right.needed_mask is None
     assert left.needed_mask is left.mask
 
@@ -71,7 +73,8 @@ def test_a_real_token_equal_to_the_padding_stays_real():
 
 def test_matched_positions_by_hand_on_both_sides_of_padding():
     rows = [row("ab", "xab"), row("c", "c")]
-    right, left = (collate(rows, side).matched["content"] for side in SIDES)
+    right = collate(rows, "right").matched["content"]
+    left = collate(rows, "left").matched["content"]
     assert (right.clean.tolist(), right.wrapped.tolist()) == ([[0, 1], [0, 0]], [[1, 2], [0, 0]])
     assert (left.clean.tolist(), left.wrapped.tolist()) == ([[0, 1], [1, 0]], [[1, 2], [2, 0]])
     assert right.valid.tolist() == left.valid.tolist() == [[True, True], [True, False]]
@@ -79,7 +82,8 @@ def test_matched_positions_by_hand_on_both_sides_of_padding():
 
 def test_answers_follow_the_wrapped_prompt_and_are_marked():
     rows = [row("ab", "xab"), row("c", "c", (8, 9)), row("d", "xd", (7,))]
-    right, left = (collate(rows, side) for side in SIDES)
+    right = collate(rows, "right")
+    left = collate(rows, "left")
     assert right.wrapped.tokens.tolist() == [[24, 1, 2], [3, 8, 9], [24, 4, 7]]
     assert right.answer.tolist() == [[False] * 3, [False, True, True], [False, False, True]]
     assert right.last_prompt.tolist() == [2, 0, 1]
@@ -88,7 +92,8 @@ def test_answers_follow_the_wrapped_prompt_and_are_marked():
 
 def test_answer_and_last_prompt_count_from_the_padding():
     rows = [row("ab", "xyzab"), row("c", "c", (8, 9)), row("d", "xd", (7,))]
-    right, left = (collate(rows, side) for side in SIDES)
+    right = collate(rows, "right")
+    left = collate(rows, "left")
     assert right.answer.nonzero().tolist() == [[1, 1], [1, 2], [2, 2]]
     assert left.answer.nonzero().tolist() == [[1, 3], [1, 4], [2, 4]]
     assert (right.last_prompt.tolist(), left.last_prompt.tolist()) == ([4, 0, 1], [4, 2, 3])

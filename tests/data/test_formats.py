@@ -135,7 +135,7 @@ def test_prompts_facts_and_goals(tmp_path: Path) -> None:
         ({"prompt": "q", "prefill": " "}, "'prefill' must be a text that is not blank"),
         ({"clean": "q", "wrapped": 3}, "'wrapped' must be"),
     ],
-)  # fmt: skip
+)
 def test_a_row_that_is_no_pair_is_refused_with_its_place_and_the_others_are_read(
     tmp_path: Path, row: Any, reason: str
 ) -> None:
@@ -191,5 +191,6 @@ def test_every_row_of_the_published_data_is_read() -> None:
     assert len(load_facts(DATA / "persona/genghis.jsonl")) == 90
     assert len(read_rows(DATA / "prefill/prefixes.csv")) == len(load_prefills(DATA / "prefill/prefixes.csv")) == 101
     for name in (*counts, "persona/genghis.jsonl", "prefill/prefixes.csv"):
-        rows, refused = read_rows(DATA / name), read_pairs(DATA / name).refused
+        rows = read_rows(DATA / name)
+        refused = read_pairs(DATA / name).refused
         assert len(refused) == len(rows) and all("no pair" in reason or "one side" in reason for reason in refused)

@@ -41,10 +41,17 @@ def test_pairs_come_back_equal(tmp_path: Path):
 
 def test_every_field_lands_where_it_belongs(tmp_path: Path):
     row = {
-        "clean": "c", "wrapped": [{"role": "system", "content": "s"}, {"role": "user", "content": "w"}],
-        "benign": "b", "good": "g", "bad": "x", "benign_good": "bg", "benign_bad": "bx",
-        "target": "t", "shared": "sh", "labels": {"k": 1},
-    }  # fmt: skip
+        "clean": "c",
+        "wrapped": [{"role": "system", "content": "s"}, {"role": "user", "content": "w"}],
+        "benign": "b",
+        "good": "g",
+        "bad": "x",
+        "benign_good": "bg",
+        "benign_bad": "bx",
+        "target": "t",
+        "shared": "sh",
+        "labels": {"k": 1},
+    }
     (pair,) = load_pairs(written(tmp_path, row))
     assert pair.clean == Prompt((Turn("user", "c"),), "g", "x")
     assert pair.wrapped == Prompt((Turn("system", "s"), Turn("user", "w")), "g", "x")

@@ -120,7 +120,8 @@ def logits(model: LensModel) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", unit_first(["llama", "gpt2", "qwen3"]))
 def test_a_huggingface_folder_is_trained_and_comes_back(train, tmp_path: Path, pairs_file: Path, kind: str) -> None:
-    source, out = save_hf(kind, tmp_path / "hf"), tmp_path / "run"
+    source = save_hf(kind, tmp_path / "hf")
+    out = tmp_path / "run"
 
     printed = train("--model", source, "--pairs", pairs_file, "--loss", "attct", *SHORT, "--out", out)
 
@@ -137,7 +138,8 @@ def test_a_huggingface_folder_is_trained_and_comes_back(train, tmp_path: Path, p
 
 @pytest.mark.slow
 def test_the_command_trains_as_the_library_does(train, tmp_path: Path, own_pairs: Path) -> None:
-    source, out = save_hf("llama", tmp_path / "hf"), tmp_path / "run"
+    source = save_hf("llama", tmp_path / "hf")
+    out = tmp_path / "run"
     config = TrainConfig(steps=6, batch_size=5, lr=2e-3, retention=1.0, seed=3)
     trainer = Trainer(load_model(source), load_pairs(own_pairs), losses.AttCT(), config)
     steps = list(trainer)
@@ -152,7 +154,8 @@ def test_the_command_trains_as_the_library_does(train, tmp_path: Path, own_pairs
 
 @pytest.mark.slow
 def test_all_losses_fall_together(train, tmp_path: Path, own_pairs: Path) -> None:
-    source, out = save_hf("llama", tmp_path / "hf"), tmp_path / "run"
+    source = save_hf("llama", tmp_path / "hf")
+    out = tmp_path / "run"
     named = [part for name in losses.MEASURED for part in ("--loss", name)]
 
     printed = train("--model", source, "--pairs", own_pairs, *named, *SHORT, "--out", out)
@@ -164,7 +167,8 @@ def test_all_losses_fall_together(train, tmp_path: Path, own_pairs: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["attct", "bct"])
 def test_a_model_with_a_chat_template_is_trained_on_its_messages(train, tmp_path: Path, own_pairs, loss: str) -> None:
-    source, out = save_hf("llama", tmp_path / "hf", chat=True), tmp_path / "run"
+    source = save_hf("llama", tmp_path / "hf", chat=True)
+    out = tmp_path / "run"
 
     printed = train("--model", source, "--pairs", own_pairs, "--loss", loss, *SHORT, "--out", out)
 
@@ -180,7 +184,9 @@ def test_a_model_with_a_chat_template_is_trained_on_its_messages(train, tmp_path
 
 @pytest.mark.slow
 def test_a_run_is_trained_further(train, tmp_path: Path, own_pairs: Path) -> None:
-    source, first, second = save_hf("qwen3", tmp_path / "hf"), tmp_path / "first", tmp_path / "second"
+    source = save_hf("qwen3", tmp_path / "hf")
+    first = tmp_path / "first"
+    second = tmp_path / "second"
     settings = ("--pairs", own_pairs, "--loss", "act", *SHORT)
 
     train("--model", source, *settings, "--out", first)

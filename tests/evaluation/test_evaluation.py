@@ -61,7 +61,8 @@ def answering(model: LensModel, monkeypatch: pytest.MonkeyPatch) -> Callable[[Ma
     """Makes the model give chosen answers; the list it returns fills with the prompts of every decoding."""
 
     def choose(answers: Mapping[str, str]) -> Asked:
-        tokenizer, asked = model.tokenizer, []
+        tokenizer = model.tokenizer
+        asked = []
 
         def decode(_: LensModel, prompts: Sequence[Ids], *, first_tokens: Sequence[Ids], **options: Any) -> Decoded:
             asked.append(prompts)
@@ -140,9 +141,18 @@ def test_answers_are_judged_by_prompt_side(model: LensModel, answering) -> None:
     found = evaluate(model, pairs=pairs()).outcomes
 
     assert list(found.columns) == [
-        "evaluated_threat", "split", "prompt_side", "item", "pair", "kind", "strength", "answer", "verdict",
-        "good_probability", "bad_probability",
-    ]  # fmt: skip
+        "evaluated_threat",
+        "split",
+        "prompt_side",
+        "item",
+        "pair",
+        "kind",
+        "strength",
+        "answer",
+        "verdict",
+        "good_probability",
+        "bad_probability",
+    ]
     verdicts = found.groupby("prompt_side")["verdict"].apply(list).to_dict()
     assert verdicts["wrapped"] == ["good", "bad", "bad", "other"]
     assert verdicts["clean"] == ["good", "good", "good", "other"]
@@ -482,7 +492,8 @@ def test_a_ratio_that_makes_no_sense_is_refused(toy: Toy, options: dict[str, Any
 
 def test_a_ratio_of_other_pairs_is_refused() -> None:
     model = load_organism()
-    one, other = (evaluate(model, ["sycophancy"], n_prompts=3, seed=seed) for seed in (0, 1))
+    one = evaluate(model, ["sycophancy"], n_prompts=3, seed=0)
+    other = evaluate(model, ["sycophancy"], n_prompts=3, seed=1)
 
     assert one.ratio(one, "brr", "sycophancy")[0] == 1
     with pytest.raises(CtlensError, match="two evaluations of the same pairs"):

@@ -17,9 +17,16 @@ from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--remote-debugging-pipe",
+)
 KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32}
 SECONDS = 30
 LAUNCH = "import os, sys; [os.dup2(int(sys.argv[n]), n + 2) for n in (1, 2)]; os.execv(sys.argv[3], sys.argv[3:])"
@@ -29,8 +36,11 @@ class Browser:
     """One page of a browser; its parameters, results and events are those of the DevTools protocol."""
 
     def __init__(self, sending: int, receiving: int) -> None:
-        self.sending, self.receiving, self.left = sending, receiving, b""
-        self.number, self.session = 0, ""
+        self.sending = sending
+        self.receiving = receiving
+        self.left = b""
+        self.number = 0
+        self.session = ""
         self.events: list[dict[str, Any]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -89,7 +99,7 @@ class Browser:
     def press(self, key: str) -> None:
         """Presses a key of the keyboard and lets it go."""
         named = {"key": key, "code": "Space" if key == " " else key, "windowsVirtualKeyCode": KEYS[key]}
-        text = {"text": "\r" if key == "Enter" else key} if key in (" ", "Enter") else {}
+        text = {" ": {"text": " "}, "Enter": {"text": "\r"}}.get(key, {})
         self.call("Input.dispatchKeyEvent", type="keyDown", **named, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", **named)
 
@@ -121,7 +131,8 @@ def browser(profile: Path) -> Iterator[Browser]:
     """Starts a browser with an empty folder for its profile, and ends it."""
     ends = [end for _ in range(2) for end in os.pipe()]
     # The browser reads from 3 and writes to 4; numbers from 10 on are in the way of neither.
-    read, send, receive, write = (fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in ends)
+    moved = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in ends]
+    read, send, receive, write = moved
     for end in ends:
         os.close(end)
     started = subprocess.Popen(

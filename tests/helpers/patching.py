@@ -24,7 +24,8 @@ def logit_diff(model: LensModel, ids: tuple[int, ...], hooks: list[Any]) -> floa
     """The logit of the good answer less that of the bad one, by one forward pass under hooks."""
     with torch.no_grad(), model.hooks(fwd_hooks=hooks):
         logits = model(torch.tensor([ids]))[0, -1]
-    good, bad = (model.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("the", "a"))
+    good = model.tokenizer("the", add_special_tokens=False)["input_ids"][0]
+    bad = model.tokenizer("a", add_special_tokens=False)["input_ids"][0]
     return float(logits[good] - logits[bad])
 
 

@@ -30,12 +30,24 @@ from ctlens.world.tokenizer import build_tokenizer
 
 VARIANTS = ("base", "erased", "masked", "moved")
 LAYERS = (1, 2)  # where the last token holds the direction
-SIZE, GAIN, SHARP = 24, 3.0, 200.0
+SIZE = 24
+GAIN = 3.0
+SHARP = 200.0
 
 TRUTHS = {
-    "ada": 1.0, "bea": 0.95, "cid": 0.9, "dan": 0.85, "eve": 0.8, "fay": 0.75,
-    "gil": -1.0, "hal": -0.95, "ida": -0.9, "jon": -0.85, "kim": -0.8, "leo": -0.75,
-}  # fmt: skip
+    "ada": 1.0,
+    "bea": 0.95,
+    "cid": 0.9,
+    "dan": 0.85,
+    "eve": 0.8,
+    "fay": 0.75,
+    "gil": -1.0,
+    "hal": -0.95,
+    "ida": -0.9,
+    "jon": -0.85,
+    "kim": -0.8,
+    "leo": -0.75,
+}
 CUES = {"never": -2.0, "rarely": -1.9, "hardly": -1.8, "surely": 2.0, "likely": 1.9, "probably": 1.8}
 NEUTRAL = ("please", "kindly", "well")
 REQUESTS = ("{} ?", "is it {} ?")

@@ -65,7 +65,8 @@ def windows(row: EncodedPair) -> tuple[int, stack.Content]:
     suffix = 0
     while row.clean.ids[-1 - suffix] == row.wrapped.ids[-1 - suffix]:
         suffix += 1
-    starts, lengths = [], []
+    starts = []
+    lengths = []
     for side in (row.clean, row.wrapped):
         begin = side.text.index(CONTENT)
         inside = [i for i, (left, right) in enumerate(side.offsets) if right > begin and left < begin + len(CONTENT)]

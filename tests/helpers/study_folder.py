@@ -93,7 +93,8 @@ def write_study(folder: Path) -> Path:
     figures = {
         "a_history": plots.history([1, 2], {"act": [1.0, 0.5], "retention": [0.5, 0.5]}, "Did training converge?"),
         "cross-threat": plots.cross_threat(
-            [THREAT, "jailbreak"], [THREAT, "jailbreak"],
+            [THREAT, "jailbreak"],
+            [THREAT, "jailbreak"],
             dict.fromkeys(["act", "bct", "retention"], (grid, grid, grid)),
             "Does training protect against others?",
         ),
@@ -101,7 +102,7 @@ def write_study(folder: Path) -> Path:
         f"{THREAT}-residual": plots.layer_curves(curves, "Where is the gap closed?", y_title="share"),
         f"{THREAT}-new-kind": plots.finish(plots.Figure({"type": "bar", "y": [1]}), "What is <new>?", kind="new"),
         "z_dose": plots.dose_curves([0, 20], {"act": CURVE}, "How much training?", subtitle="50 prompts"),
-    }  # fmt: skip
+    }
     for name, figure in figures.items():
         (folder / "figures" / f"{name}.json").write_text(figure.to_json())
     numbers = 'panel,series,x,y\n,ACT,0,0.123456\n,ACT,20,0.5\n,"BCT, mine",0,1\n'

@@ -16,7 +16,8 @@ PAIRS = [Pair(prompt(clean, "the", "a"), prompt(wrapped, "the", "a")) for clean,
 
 def moved(model: LensModel, groups: tuple[str, ...] = ("attn", "mlp"), seed: int = 1) -> LensModel:
     """A copy with noise on some groups of weights."""
-    other, draw = copy_model(model), torch.Generator().manual_seed(seed)
+    other = copy_model(model)
+    draw = torch.Generator().manual_seed(seed)
     names = sum((parameter_groups(other)[group] for group in groups), [])
     for name in names:
         weight = present_parameters(other)[name]

@@ -60,7 +60,8 @@ def test_attout_is_the_distance_of_every_heads_output_averaged_over_tokens_and_h
     values = row_values(model, AttOut(distance=distance), collate(rows, padding))[name]
 
     for value, row in zip(values, rows, strict=True):
-        clean, wrapped = (one(model, side.ids, name).tolist() for side in (row.clean, row.wrapped))
+        clean = one(model, row.clean.ids, name).tolist()
+        wrapped = one(model, row.wrapped.ids, name).tolist()
         aligned = row.alignments["shared"]
         each = [
             vector_distance(distance, wrapped[w][head], clean[c][head])
@@ -76,7 +77,8 @@ def test_attout_of_the_summed_heads_is_a_vector_loss_like_any(model, rows, dista
     values = row_values(model, AttOut(site="attn_out", distance=distance), collate(rows))[name]
 
     for value, row in zip(values, rows, strict=True):
-        clean, wrapped = (one(model, side.ids, name).tolist() for side in (row.clean, row.wrapped))
+        clean = one(model, row.clean.ids, name).tolist()
+        wrapped = one(model, row.wrapped.ids, name).tolist()
         aligned = zip(row.alignments["shared"].clean, row.alignments["shared"].wrapped, strict=True)
         each = [vector_distance(distance, wrapped[w], clean[c]) for c, w in aligned]
         assert value.item() == pytest.approx(sum(each) / len(each), rel=1e-3)
@@ -86,7 +88,8 @@ def test_the_squared_distance_of_all_heads_is_their_number_times_attouts(model, 
     """The heads' vectors side by side are one vector, whose squared distance is the sum over heads."""
     both = forwards(model, AttOut(), collate(rows))
     flat = {side: {k: v.flatten(2) for k, v in getattr(both, side).items()} for side in ("clean", "wrapped")}
-    loss, names = AttOut(distance="squared"), AttOut().hook_names(model)
+    loss = AttOut(distance="squared")
+    names = AttOut().hook_names(model)
 
     per_head = loss.row_values(both, names)
     whole = loss.row_values(dataclasses.replace(both, **flat), names)
@@ -105,10 +108,8 @@ def mass_by_loops(model: LensModel, row: EncodedPair, window: str, name: str = P
 @pytest.mark.parametrize("window", ["shared", "content", "last"])
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_attmass_is_the_attention_on_what_the_attack_added(model, rows, window, padding) -> None:
-    mass, per_key = (
-        row_values(model, AttMass(window=window, per_key=per_key), collate(rows, padding))[PATTERN]
-        for per_key in (False, True)
-    )
+    mass = row_values(model, AttMass(window=window, per_key=False), collate(rows, padding))[PATTERN]
+    per_key = row_values(model, AttMass(window=window, per_key=True), collate(rows, padding))[PATTERN]
 
     for index, row in enumerate(rows):
         assert row.wrapper == tuple(range(1, len(row.wrapper) + 1))  # the hint stands behind the BOS
@@ -130,7 +131,8 @@ def uniform(model: LensModel, row: EncodedPair, causal: bool) -> float:
 
 def test_attmass_by_hand(model, rows) -> None:
     row = rows[0]
-    added, queries = len(row.wrapper), row.alignments["shared"].wrapped
+    added = len(row.wrapper)
+    queries = row.alignments["shared"].wrapped
 
     assert uniform(model, row, causal=False) == pytest.approx(added / len(row.wrapped.ids))
     assert uniform(model, row, causal=True) == pytest.approx(sum(added / (q + 1) for q in queries) / len(queries))
@@ -143,7 +145,8 @@ def test_the_gradient_of_attmass_is_on_the_wrapper_keys_of_aligned_queries(model
     AttMass().row_values(dataclasses.replace(both, wrapped={PATTERN: pattern}), [PATTERN])[PATTERN].sum().backward()
 
     expected = torch.zeros_like(pattern)
-    queries, keys = (torch.tensor(found) for found in (rows[0].alignments["shared"].wrapped, rows[0].wrapper))
+    queries = torch.tensor(rows[0].alignments["shared"].wrapped)
+    keys = torch.tensor(rows[0].wrapper)
     expected[0, :, queries[:, None], keys] = 1 / (4 * len(queries))
     torch.testing.assert_close(pattern.grad, expected)
 

@@ -62,7 +62,8 @@ def row_values(model: LensModel, loss: F2C | BCT, rows: list[EncodedPair], paddi
 
 def by_loops(model: LensModel, rows: list[EncodedPair], align_weight: float, teachers: int) -> list[float]:
     """The loss one pair at a time, every distribution as a list."""
-    predicted, surprise = [], []
+    predicted = []
+    surprise = []
     for row in rows:
         logits = model(torch.tensor([row.wrapped.ids + row.answer]))[0].detach().double()
         start = len(row.wrapped.ids) - 1
@@ -92,7 +93,8 @@ def test_the_value_by_loops(model, rows, align_weight, teachers) -> None:
 
 
 def test_the_restatement_has_teachers_and_learners(model, rows) -> None:
-    aligned, alone = (torch.tensor(by_loops(model, rows, weight, 2)) for weight in (1.0, 0.0))
+    aligned = torch.tensor(by_loops(model, rows, 1.0, 2))
+    alone = torch.tensor(by_loops(model, rows, 0.0, 2))
 
     assert [bool(gap > 1e-3) for gap in aligned - alone] == [False, False, True, True, False, True]
 
@@ -151,7 +153,8 @@ def test_the_majority_is_of_more_than_half() -> None:
 
 def test_the_clean_prompt_and_each_distinct_variant_vote_once(organism) -> None:
     """On the organism, hints of one wrong value are variants that agree on it, against the clean prompt."""
-    ask, hints = "what is the color of gurex ?", ("as an expert i say", "everyone knows it is", "my teacher says it is")
+    ask = "what is the color of gurex ?"
+    hints = ("as an expert i say", "everyone knows it is", "my teacher says it is")
     wrong = [Pair(prompt(ask), prompt(f"{hint} blue . {ask}", "green", "blue")) for hint in hints]
     first = [encode([pair], organism.tokenizer, windows=(), n_ctx=128).rows[0] for pair in wrong]
     given = [greedy(organism, row.wrapped.ids, 2) for row in first]
@@ -200,9 +203,8 @@ def test_the_variants_of_a_prompt_come_in_one_batch(organism) -> None:
 @pytest.mark.slow
 def test_equal_seeds_give_equal_runs_and_the_loss_falls(organism) -> None:
     config = TrainConfig(steps=12, batch_size=12, max_new_tokens=4, lr=1e-3)
-    first, second = (
-        train(organism, get("jailbreak").pairs(40), F2C(), config=config, progress=False) for _ in range(2)
-    )
+    first = train(organism, get("jailbreak").pairs(40), F2C(), config=config, progress=False)
+    second = train(organism, get("jailbreak").pairs(40), F2C(), config=config, progress=False)
 
     series = first.history.series("f2c")
     assert first.history.to_dataframe().equals(second.history.to_dataframe())

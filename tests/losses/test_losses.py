@@ -89,8 +89,8 @@ def test_mlpct_is_one_minus_the_cosine(model, rows) -> None:
 def per_token(model: LensModel, rows: list[EncodedPair], loss: ACT | MLPCT, name: str, by_hand) -> None:
     """A vector loss is the mean of `by_hand(wrapped, clean)` over the aligned tokens of each pair."""
     for value, row in zip(row_values(model, loss, collate(rows))[name], rows, strict=True):
-        clean, wrapped = (side.tolist() for side in one_pair(model, row, name))
-        each = [by_hand(w, c) for w, c in zip(wrapped, clean, strict=True)]
+        clean, wrapped = one_pair(model, row, name)
+        each = [by_hand(w, c) for w, c in zip(wrapped.tolist(), clean.tolist(), strict=True)]
         assert value.item() == pytest.approx(sum(each) / len(each), rel=1e-4)
 
 
@@ -152,17 +152,20 @@ def full_pattern(model: LensModel, ids: tuple[int, ...], name: str) -> torch.Ten
 def test_lifted_attct_compares_whole_rows_with_nothing_on_keys_without_a_twin(
     model, rows, distance, heads, window, padding
 ) -> None:
-    loss, name = AttCT(keys="lifted", distance=distance, heads=heads, window=window), "blocks.1.attn.hook_pattern"
+    loss = AttCT(keys="lifted", distance=distance, heads=heads, window=window)
+    name = "blocks.1.attn.hook_pattern"
 
     for value, row in zip(row_values(model, loss, collate(rows, padding))[name], rows, strict=True):
         assert value.item() == pytest.approx(lifted_by_loops(model, row, loss, name), rel=1e-3, abs=1e-6)
 
 
 def lifted_by_loops(model: LensModel, row: EncodedPair, loss: AttCT, name: str) -> float:
-    shared, queries = row.alignments["shared"], row.alignments[loss.window]
+    shared = row.alignments["shared"]
+    queries = row.alignments[loss.window]
     twin = dict(zip(shared.clean, shared.wrapped, strict=True))
     twin[0] = 0  # the BOS opens both prompts
-    clean, wrapped = (full_pattern(model, ids, name) for ids in (row.clean.ids, row.wrapped.ids))
+    clean = full_pattern(model, row.clean.ids, name)
+    wrapped = full_pattern(model, row.wrapped.ids, name)
     if loss.heads == "mean":
         clean, wrapped = clean.mean(0, keepdim=True), wrapped.mean(0, keepdim=True)
     values = []
@@ -187,11 +190,14 @@ def row_distance(distance: str, clean: list[float], wrapped: list[float]) -> flo
 @pytest.mark.parametrize("distance", ["jsd", "l2", "kl_clean_wrapped"])
 @pytest.mark.parametrize("heads", ["each", "mean"])
 def test_attct_on_the_block_with_every_distance_and_with_averaged_heads(model, rows, distance, heads) -> None:
-    loss, name = AttCT(distance=distance, heads=heads), "blocks.1.attn.hook_pattern"
+    loss = AttCT(distance=distance, heads=heads)
+    name = "blocks.1.attn.hook_pattern"
 
     for value, row in zip(row_values(model, loss, collate(rows))[name], rows, strict=True):
-        sides = one_pair(model, row, name)
-        clean, wrapped = (side.mean(0, keepdim=True) if heads == "mean" else side for side in sides)
+        clean, wrapped = one_pair(model, row, name)
+        if heads == "mean":
+            clean = clean.mean(0, keepdim=True)
+            wrapped = wrapped.mean(0, keepdim=True)
         pairs = zip(clean.flatten(0, 1).tolist(), wrapped.flatten(0, 1).tolist(), strict=True)
         each = [row_distance(distance, c, w) for c, w in pairs]
         assert value.item() == pytest.approx(sum(each) / len(each), rel=1e-4, abs=1e-6)
@@ -200,7 +206,8 @@ def test_attct_on_the_block_with_every_distance_and_with_averaged_heads(model, r
 def whole(clean: torch.Tensor, wrapped: torch.Tensor, loss: Loss) -> float:
     """The loss on patterns `[head, q, k]` or states `[pos, d]` of one pair of equal tokens, all in the window."""
     length = clean.shape[-2]
-    positions, side = torch.arange(length)[None], pad([tuple(range(length))])
+    positions = torch.arange(length)[None]
+    side = pad([tuple(range(length))])
     matched = Matched(positions, positions, torch.ones(1, length, dtype=torch.bool))
     batch = PairBatch(
         side,
@@ -225,7 +232,8 @@ def test_with_nothing_outside_the_window_rest_and_lifted_are_the_divergence_of_w
 
 def test_identical_states_have_exactly_no_loss_but_for_the_rounding_of_a_cosine() -> None:
     draw = torch.Generator().manual_seed(0)
-    pattern, states = torch.randn(4, 6, 6, generator=draw).softmax(-1), torch.randn(6, 12, generator=draw)
+    pattern = torch.randn(4, 6, 6, generator=draw).softmax(-1)
+    states = torch.randn(6, 12, generator=draw)
     vectors = [ACT(distance=name) for name in ACT.distances] + [
         MLPCT(distance=name) for name in MLPCT.distances if name != "cosine"
     ]
@@ -251,7 +259,8 @@ def test_the_clean_side_has_no_gradient_even_where_it_is_the_model_s_own(model, 
 
 
 def test_no_divergence_of_attct_exceeds_log_2_and_disjoint_rows_reach_it() -> None:
-    clean, wrapped = torch.eye(6)[None], torch.eye(6).roll(1, 0)[None]
+    clean = torch.eye(6)[None]
+    wrapped = torch.eye(6).roll(1, 0)[None]
 
     for keys in ("raw", "rest", "lifted"):
         assert whole(clean, wrapped, AttCT(keys=keys)) == pytest.approx(math.log(2), rel=1e-6)
@@ -261,19 +270,23 @@ def rows_by_loops(model: LensModel, row: EncodedPair, loss: AttCT, name: str) ->
     """The loss of one pair by dictionaries of mass, for any keys: the opening of a pair without a frame is its BOS."""
     shared = row.alignments["shared"]
     twin = dict(zip(shared.clean, shared.wrapped, strict=True)) | ({0: 0} if loss.sink == "kept" else {})
-    clean, wrapped = (full_pattern(model, ids, name).tolist() for ids in (row.clean.ids, row.wrapped.ids))
+    clean = full_pattern(model, row.clean.ids, name).tolist()
+    wrapped = full_pattern(model, row.wrapped.ids, name).tolist()
     values = []
     for head_clean, head_wrapped in zip(clean, wrapped, strict=True):
         for c, w in zip(shared.clean, shared.wrapped, strict=True):
             here = [head_clean[c][key] for key in twin]
             there = [head_wrapped[w][key] for key in twin.values()]
             if loss.keys == "renormalised":
-                here, there = ([mass / sum(side) for mass in side] for side in (here, there))
+                here = [mass / sum(here) for mass in here]
+                there = [mass / sum(there) for mass in there]
             if loss.keys == "rest":
-                here, there = ([*side, 1 - sum(side)] for side in (here, there))
+                here = [*here, 1 - sum(here)]
+                there = [*there, 1 - sum(there)]
             if loss.keys == "lifted":
                 added = [key for key in range(len(row.wrapped.ids)) if key not in {0, *twin.values()}]
-                here, there = [*here, *[0.0] * len(added)], [*there, *(head_wrapped[w][key] for key in added)]
+                here = [*here, *[0.0] * len(added)]
+                there = [*there, *(head_wrapped[w][key] for key in added)]
             gap = row_distance("l2" if loss.distance == "mse" else loss.distance, here, there)
             values.append(gap / len(here) if loss.distance == "mse" else gap)
     return sum(values) / len(values)
@@ -286,7 +299,8 @@ def rows_by_loops(model: LensModel, row: EncodedPair, loss: AttCT, name: str) ->
 def test_sink_tokens_are_keys_or_are_not_whatever_the_keys(model, rows, keys, sink, distance, padding) -> None:
     if (keys, distance) == ("lifted", "mse"):
         distance = "l2"
-    loss, name = AttCT(keys=keys, sink=sink, distance=distance), "blocks.1.attn.hook_pattern"
+    loss = AttCT(keys=keys, sink=sink, distance=distance)
+    name = "blocks.1.attn.hook_pattern"
 
     for value, row in zip(row_values(model, loss, collate(rows, padding))[name], rows, strict=True):
         assert value.item() == pytest.approx(rows_by_loops(model, row, loss, name), rel=1e-3, abs=1e-6)
@@ -296,7 +310,9 @@ def test_the_sink_is_kept_by_whole_rows_and_dropped_by_windows_unless_told_other
     batch = collate(rows)
 
     for keys, usual, other in (("raw", "dropped", "kept"), ("rest", "dropped", "kept"), ("lifted", "kept", "dropped")):
-        default, same, another = (row_values(model, AttCT(keys=keys, sink=s), batch) for s in (None, usual, other))
+        default = row_values(model, AttCT(keys=keys, sink=None), batch)
+        same = row_values(model, AttCT(keys=keys, sink=usual), batch)
+        another = row_values(model, AttCT(keys=keys, sink=other), batch)
         for name, value in default.items():
             assert torch.equal(value, same[name])
             assert (value - another[name]).abs().min() > 1e-6
@@ -360,14 +376,13 @@ def test_bct_with_the_prompt_trains_on_every_token_but_the_first(model, rows) ->
 
 @pytest.mark.parametrize("window", WINDOWS_OF_ALL)
 def test_klct_is_the_divergence_from_the_reference_at_the_aligned_tokens(tokenizer, rows, window) -> None:
-    reference, trained = (load_model(hf_model("llama", seed=s), tokenizer=tokenizer) for s in (0, 1))
+    reference = load_model(hf_model("llama", seed=0), tokenizer=tokenizer)
+    trained = load_model(hf_model("llama", seed=1), tokenizer=tokenizer)
     values = KLCT(window=window).row_values(forwards(trained, KLCT(), collate(rows), reference), [])["logits"]
 
     for value, row in zip(values, rows, strict=True):
-        p, q = (
-            m(torch.tensor([i]))[0].softmax(-1).tolist()
-            for m, i in ((reference, row.clean.ids), (trained, row.wrapped.ids))
-        )
+        p = reference(torch.tensor([row.clean.ids]))[0].softmax(-1).tolist()
+        q = trained(torch.tensor([row.wrapped.ids]))[0].softmax(-1).tolist()
         alignment = row.alignments[window]
         each = [
             sum(a * math.log(a / b) for a, b in zip(p[c], q[w], strict=True))
@@ -437,7 +452,8 @@ def test_identical_prompts_have_exactly_no_loss(model, tokenizer, loss) -> None:
 @pytest.mark.boundary
 @pytest.mark.parametrize("loss", ALL, ids=repr)
 def test_gradients_reach_the_wrapped_side_and_never_the_reference(tokenizer, rows, loss) -> None:
-    reference, trained = (load_model(hf_model("llama", seed=s), tokenizer=tokenizer) for s in (0, 1))
+    reference = load_model(hf_model("llama", seed=0), tokenizer=tokenizer)
+    trained = load_model(hf_model("llama", seed=1), tokenizer=tokenizer)
 
     loss.compute(forwards(trained, loss, collate(rows), reference), loss.factors(trained)).total.backward()
 
@@ -482,7 +498,8 @@ def test_the_last_layer_is_read_after_the_final_norm_where_the_loss_says_so(mode
 def test_the_rest_bucket_sees_attention_that_leaves_the_window() -> None:
     clean = torch.tensor([[[[0.5, 0.5, 0.0]] * 3]])
     wrapped = torch.tensor([[[[0.1, 0.1, 0.8]] * 3]])
-    positions, valid = torch.tensor([[0, 1]]), torch.tensor([[True, True]])
+    positions = torch.tensor([[0, 1]])
+    valid = torch.tensor([[True, True]])
 
     rows = [RestKeys.finished(block_rows(side, positions, positions, valid))[0, 0, 0] for side in (clean, wrapped)]
 
@@ -493,7 +510,8 @@ def test_the_rest_bucket_sees_attention_that_leaves_the_window() -> None:
 def test_renormalised_keys_ignore_it() -> None:
     clean = torch.tensor([[[[0.5, 0.5, 0.0]] * 3]])
     wrapped = torch.tensor([[[[0.1, 0.1, 0.8]] * 3]])
-    positions, valid = torch.tensor([[0, 1]]), torch.tensor([[True, True]])
+    positions = torch.tensor([[0, 1]])
+    valid = torch.tensor([[True, True]])
 
     rows = [RenormalisedKeys.finished(block_rows(side, positions, positions, valid)) for side in (clean, wrapped)]
     divergence = jensen_shannon(*rows)

@@ -93,7 +93,8 @@ def prefill_by_loops(reference: LensModel, trained: LensModel, row: EncodedPair,
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("kind", ["hinted", "forced"])
 def test_soft_bct_is_the_divergence_along_the_answer(reference, trained, request, kind, padding, temperature) -> None:
-    rows, loss = request.getfixturevalue(kind), BCT(targets="soft", temperature=temperature)
+    rows = request.getfixturevalue(kind)
+    loss = BCT(targets="soft", temperature=temperature)
 
     values = loss.row_values(forwards(trained, loss, collate(rows, padding), reference), [])["logits"]
 
@@ -180,7 +181,8 @@ def test_the_prefill_form_does_not_see_the_answer_that_another_loss_needs(traine
     bare = [dataclasses.replace(row, answer=(), clean_answer=(), alignments={}) for row in forced]
     loss = BCT(targets="prefill")
 
-    with_answer, without = (row_values(trained, loss, collate(rows))["logits"] for rows in (forced, bare))
+    with_answer = row_values(trained, loss, collate(forced))["logits"]
+    without = row_values(trained, loss, collate(bare))["logits"]
 
     torch.testing.assert_close(with_answer, without, rtol=1e-5, atol=1e-6)
 
@@ -199,7 +201,8 @@ def test_identical_prompts_have_no_divergence(reference, chat_tokenizer, loss) -
 def test_gradients_reach_the_wrapped_side_and_never_the_clean_one(trained, forced, loss) -> None:
     both = forwards(trained, loss, collate(forced))
     assert both.clean_logits is not None
-    clean, wrapped = (logits.detach().requires_grad_() for logits in (both.clean_logits, both.wrapped_logits))
+    clean = both.clean_logits.detach().requires_grad_()
+    wrapped = both.wrapped_logits.detach().requires_grad_()
 
     loss.compute(dataclasses.replace(both, clean_logits=clean, wrapped_logits=wrapped), {}).total.backward()
 

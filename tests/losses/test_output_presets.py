@@ -85,7 +85,8 @@ def ours(key: tuple[str, str], raw: Raw) -> float:
 
 @pytest.mark.parametrize("key", KEYS, ids="-".join)
 def test_a_preset_on_outputs_is_its_source_s_formula_on_random_logits(rows, key) -> None:
-    draw, row = torch.Generator().manual_seed(0), rows[key]
+    draw = torch.Generator().manual_seed(0)
+    row = rows[key]
     lengths = len(row.clean.ids), len(row.wrapped.ids + row.answer)
     raw = Raw(row, *(torch.randn(length, 400, generator=draw, dtype=torch.float64) for length in lengths))
 
@@ -95,7 +96,8 @@ def test_a_preset_on_outputs_is_its_source_s_formula_on_random_logits(rows, key)
 @pytest.mark.parametrize("key", KEYS, ids="-".join)
 def test_a_preset_on_outputs_is_its_source_s_formula_on_huggingface_s_own_logits(rows, key) -> None:
     row = rows[key]
-    clean_model, trained = (hf_model("llama", seed=seed).double() for seed in (0, 1))
+    clean_model = hf_model("llama", seed=0).double()
+    trained = hf_model("llama", seed=1).double()
     if losses.preset(*key).clean_side == "own":
         clean_model = trained
     with torch.no_grad():
@@ -108,7 +110,8 @@ def test_a_preset_on_outputs_is_its_source_s_formula_on_huggingface_s_own_logits
 
 def test_the_mass_on_the_wrapper_is_its_source_s_formula(hinted) -> None:
     """On the bridge's own attention, from the shared tokens to the hint's."""
-    model, loss = load_model(hf_model("llama"), dtype=torch.float64), losses.preset("attmass", "stack")
+    model = load_model(hf_model("llama"), dtype=torch.float64)
+    loss = losses.preset("attmass", "stack")
     names = loss.hook_names(model)
     patterns = capture(model, torch.tensor([hinted.wrapped.ids]), names, grad=False)[1]
     begin = hinted.wrapped.text.index(HINT)
@@ -126,12 +129,15 @@ def test_the_mass_on_the_wrapper_is_its_source_s_formula(hinted) -> None:
 
 def test_rate_matching_has_its_source_s_gradient() -> None:
     """Three answers of two tokens after a prompt of two; the value is half the squared gap, see `RMCT`."""
-    loss, bad, clean_rate = losses.preset("rmct", "ctm"), [1.0, 0.0, 1.0], 0.25
+    loss = losses.preset("rmct", "ctm")
+    bad = [1.0, 0.0, 1.0]
+    clean_rate = 0.25
     draw = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 4, 9, generator=draw, dtype=torch.float64, requires_grad=True)
     ids = torch.randint(9, (3, 4), generator=draw)
     answer = torch.tensor([[False, False, True, True]] * 3)
-    side, nothing = Side(ids, torch.ones_like(answer), "right"), torch.zeros_like(answer)
+    side = Side(ids, torch.ones_like(answer), "right")
+    nothing = torch.zeros_like(answer)
     advantages = loss.advantages(torch.tensor([bad], dtype=torch.float64), torch.tensor([clean_rate])).flatten()
     gaps = torch.full((3,), 2 / 3 - clean_rate, dtype=torch.float64)
     batch = PairBatch(side, side, answer, {}, torch.zeros(3, dtype=torch.long), nothing, nothing)

@@ -122,16 +122,15 @@ def llamas() -> tuple[torch.nn.Module, torch.nn.Module]:
 @pytest.mark.parametrize("key", INTERNAL, ids="-".join)
 def test_a_preset_is_its_source_s_formula_on_huggingface_s_own_states(row, llamas, key) -> None:
     loss = losses.preset(*key)
-    clean_model, trained = llamas[1 if loss.clean_side == "own" else 0], llamas[1]
+    clean_model = llamas[1 if loss.clean_side == "own" else 0]
+    trained = llamas[1]
     sides = huggingface(clean_model, row.clean.ids), huggingface(trained, row.wrapped.ids)
     raw = Raw(*zip(*sides, strict=True), *windows(row))  # type: ignore[arg-type]
 
     bridges = [load_model(model, dtype=torch.float64) for model in (clean_model, trained)]
     names = loss.hook_names(bridges[0])
-    clean, wrapped = (
-        capture(bridge, torch.tensor([side.ids]), names, grad=False)[1]
-        for bridge, side in zip(bridges, (row.clean, row.wrapped), strict=True)
-    )
+    clean = capture(bridges[0], torch.tensor([row.clean.ids]), names, grad=False)[1]
+    wrapped = capture(bridges[1], torch.tensor([row.wrapped.ids]), names, grad=False)[1]
 
     assert total(loss, bridges[0], row, clean, wrapped) == pytest.approx(RESTATED[key](raw), rel=1e-6)
     if FINAL_NORM in names:
@@ -142,22 +141,23 @@ def test_a_preset_is_its_source_s_formula_on_huggingface_s_own_states(row, llama
 @pytest.mark.parametrize("key", INTERNAL, ids="-".join)
 def test_a_preset_is_its_source_s_formula_on_a_model_made_here(row, key) -> None:
     """The final norm by hand: the last block's output over its root mean square, times the norm's weight."""
-    loss, model = losses.preset(*key), built()
+    loss = losses.preset(*key)
+    model = built()
     points = ("resid_post", "mlp_post", "pattern")
     names = [name for point in points for name in resolve(model, point)]
     sides = []
     for side in (row.clean, row.wrapped):
         states = capture(model, torch.tensor([side.ids]), names, grad=False)[1]
-        blocks, mlp, attention = ([states[name][0] for name in resolve(model, point)] for point in points)
+        blocks = [states[name][0] for name in resolve(model, "resid_post")]
+        mlp = [states[name][0] for name in resolve(model, "mlp_post")]
+        attention = [states[name][0] for name in resolve(model, "pattern")]
         last = blocks[-1] / (blocks[-1].pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
         weight = canonical_weights(model)["ln_final.w"]
         sides.append((blocks, [*blocks[:-1], (last * weight).detach()], mlp, attention))
     raw = Raw(*zip(*sides, strict=True), *windows(row))  # type: ignore[arg-type]
 
-    clean, wrapped = (
-        capture(model, torch.tensor([side.ids]), loss.hook_names(model), grad=False)[1]
-        for side in (row.clean, row.wrapped)
-    )
+    clean = capture(model, torch.tensor([row.clean.ids]), loss.hook_names(model), grad=False)[1]
+    wrapped = capture(model, torch.tensor([row.wrapped.ids]), loss.hook_names(model), grad=False)[1]
 
     assert total(loss, model, row, clean, wrapped) == pytest.approx(RESTATED[key](raw), rel=1e-6)
 

@@ -25,7 +25,8 @@ from ctlens.training.rollouts import Rollouts
 
 PAIRS = get("sycophancy").pairs(12)
 QUICK = TrainConfig(steps=4, batch_size=4, max_new_tokens=4)
-BAD, GOOD = 1, 0
+BAD = 1
+GOOD = 0
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,8 @@ def test_rewards_by_hand() -> None:
 @pytest.mark.parametrize("standardise", ["none", "per_item"])
 def test_what_an_answer_is_worth_does_not_depend_on_the_other_prompts(standardise: str) -> None:
     draw = torch.Generator().manual_seed(0)
-    bad, clean_rates = torch.rand(5, 6, generator=draw), torch.rand(5, generator=draw)
+    bad = torch.rand(5, 6, generator=draw)
+    clean_rates = torch.rand(5, generator=draw)
     loss = RMCT(rollouts=6, standardise=standardise)
 
     together = loss.advantages(bad, clean_rates)
@@ -166,7 +168,8 @@ def test_the_clean_rate_is_the_references_or_the_models_own(model) -> None:
         parameter.data.zero_()
     rows = encode(pairs, model.tokenizer, windows=(), n_ctx=model.cfg.n_ctx).rows
 
-    fixed, own = (rollouts(model, RMCT(clean=clean), pairs).draw(guessing, rows, 1) for clean in ("reference", "own"))
+    fixed = rollouts(model, RMCT(clean="reference"), pairs).draw(guessing, rows, 1)
+    own = rollouts(model, RMCT(clean="own"), pairs).draw(guessing, rows, 1)
 
     assert torch.equal(fixed.batch.wrapped.tokens, own.batch.wrapped.tokens)
     assert fixed.gaps.mean() < -0.9 and abs(own.gaps.mean()) < 0.1
@@ -188,7 +191,8 @@ def test_a_steps_answers_depend_on_the_seed_and_the_step_alone(model) -> None:
 @pytest.mark.slow
 def test_equal_seeds_give_equal_runs_and_the_gap_falls(model) -> None:
     config = TrainConfig(steps=12, batch_size=12, max_new_tokens=4, lr=1e-3)
-    first, second = (train(model, PAIRS, RMCT(), config=config, progress=False) for _ in range(2))
+    first = train(model, PAIRS, RMCT(), config=config, progress=False)
+    second = train(model, PAIRS, RMCT(), config=config, progress=False)
 
     assert first.history.to_dataframe().equals(second.history.to_dataframe())
     gaps = first.history.series("rmct")

@@ -41,7 +41,8 @@ Place = tuple[nn.Module, str]
 def places(architecture: str, hf: PreTrainedModel, layer: int) -> dict[str, Place]:
     """Where HuggingFace has what a hook point is, written down by hand."""
     block: Any = hf.get_submodule(STACKS.get(architecture, "model.layers"))[layer]  # type: ignore[index]
-    attention, mlp = getattr(block, ATTENTION.get(architecture, "self_attn")), block.mlp
+    attention = getattr(block, ATTENTION.get(architecture, "self_attn"))
+    mlp = block.mlp
     added = [getattr(block, name) for name in POST_NORMS.get(architecture, ())] or [attention, mlp]
     return {
         f"blocks.{layer}.hook_resid_pre": (block, "input"),
@@ -98,7 +99,8 @@ def test_every_activation_is_that_of_huggingface(architecture: str) -> None:
 @torch.no_grad()
 def test_an_edit_does_what_the_same_edit_does_inside_huggingface(architecture: str) -> None:
     hf: Any = tiny_model(architecture)
-    model, draw = load_model(hf), torch.Generator().manual_seed(2)
+    model = load_model(hf)
+    draw = torch.Generator().manual_seed(2)
     plain = run(model, TOKENS)
     for name, place in places(architecture, hf, 0).items():
         _, found = capture(model, TOKENS, [name], grad=False)
@@ -115,9 +117,9 @@ def test_an_edit_does_what_the_same_edit_does_inside_huggingface(architecture: s
 def test_the_page_is_what_runs(architecture: str) -> None:
     found = support.support([architecture], progress=False)
 
-    row, *reasons = (
+    row, *reasons = [
         line for line in support.support_page(found).splitlines() if line.strip("|- ").startswith(architecture)
-    )
+    ]
 
     assert not found[0].wrong
     assert set(found[0].refusals) == set(support.CHECKS)

@@ -41,9 +41,10 @@ FULL, HALF = lens(torch.float32), lens(torch.bfloat16)
 
 @pytest.mark.parametrize("loss", unit_first(ON_PAIRS), ids=lambda loss: str(loss)[:40])
 def test_every_loss_takes_steps_in_bfloat16_near_those_in_float32(loss: losses.Loss) -> None:
-    ways = ((FULL, "all"), (HALF, "layers"))
-    full, half = (train(m, PAIRS, loss, config=replace(CONFIG, memory=way), progress=False) for m, way in ways)
-    here, there = (run.history.series(loss.name)[0] for run in (full, half))
+    full = train(FULL, PAIRS, loss, config=replace(CONFIG, memory="all"), progress=False)
+    half = train(HALF, PAIRS, loss, config=replace(CONFIG, memory="layers"), progress=False)
+    here = full.history.series(loss.name)[0]
+    there = half.history.series(loss.name)[0]
     assert there == pytest.approx(here, rel=0.1)
     assert np.isfinite(half.history.series("total")).all() and half.history.series("grad_norm")[0] > 0
 
@@ -107,7 +108,8 @@ def test_shares_of_logits_ask_for_float32() -> None:
 
 
 def test_a_patch_in_bfloat16_is_near_that_in_float32() -> None:
-    full, half = (analysis.patch(model, PAIRS, **PATCH).values for model in (FULL, HALF))
+    full = analysis.patch(FULL, PAIRS, **PATCH).values
+    half = analysis.patch(HALF, PAIRS, **PATCH).values
     assert np.corrcoef(full.ravel(), half.ravel())[0, 1] > 0.99
 
 

@@ -98,7 +98,8 @@ def test_the_cache_changes_no_answer(model: LensModel, end: int | None):
     prompts = [tuple(torch.randint(20, (length,), generator=draw).tolist()) for length in lengths]
     options: dict[str, Any] = {"first_tokens": [(0, 1)] * 60, "end": end, "max_new_tokens": 10, "max_batch_tokens": 99}
 
-    cached, full = decode(model, prompts, **options), without_cache(model, prompts, **options)
+    cached = decode(model, prompts, **options)
+    full = without_cache(model, prompts, **options)
 
     assert cached.answers == full.answers
     assert cached.first_probabilities == [pytest.approx(row, abs=1e-6) for row in full.first_probabilities]
@@ -210,7 +211,8 @@ def test_an_empty_prompt_is_refused(model: LensModel):
 
 
 def test_sampled_tokens_come_as_often_as_the_model_says(model: LensModel):
-    count, prompt = 4000, PROMPTS[0]
+    count = 4000
+    prompt = PROMPTS[0]
     sampling = Sampling(generator(0, "test"), temperature=2.0)
     drawn = generate(model, [prompt] * count, max_new_tokens=1, sampling=sampling)
     with torch.no_grad():
@@ -311,7 +313,8 @@ def test_steering_and_ablation_reach_every_token_of_a_cached_answer(bridged: Len
 
     for edit in ({"blocks.1.hook_resid_pre": steered}, {"blocks.1.attn.hook_z": ablated}):
         with editing(bridged, edit):
-            cached, full = generate(bridged, MIXED, max_new_tokens=6), without_cache(bridged, MIXED, max_new_tokens=6)
+            cached = generate(bridged, MIXED, max_new_tokens=6)
+            full = without_cache(bridged, MIXED, max_new_tokens=6)
         assert cached == full.answers
     assert cached != generate(bridged, MIXED, max_new_tokens=6)
 

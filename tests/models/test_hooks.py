@@ -21,8 +21,11 @@ pytestmark = pytest.mark.boundary
 CONFIG = ModelConfig(d_vocab=400, n_layers=2, n_heads=4, d_model=32, d_mlp=48, n_ctx=40)
 TOKENS = torch.randint(1, 400, (3, 7), generator=torch.Generator().manual_seed(1))
 ALL = ("made here", "llama", "gpt2", "qwen3")
-PRE, MID, POST = (f"blocks.0.hook_resid_{place}" for place in ("pre", "mid", "post"))
-MLP_OUT, ATTN_OUT = "blocks.0.hook_mlp_out", "blocks.0.hook_attn_out"
+PRE = "blocks.0.hook_resid_pre"
+MID = "blocks.0.hook_resid_mid"
+POST = "blocks.0.hook_resid_post"
+MLP_OUT = "blocks.0.hook_mlp_out"
+ATTN_OUT = "blocks.0.hook_attn_out"
 
 
 @pytest.fixture(scope="module", params=unit_first(ALL, 2))
@@ -122,7 +125,8 @@ def test_the_residual_stream_adds_up(model: LensModel):
 )
 @torch.no_grad()
 def test_activations_are_those_of_huggingface(kind: str, stack: str, last: str):
-    hf, seen = hf_model(kind), {}
+    hf = hf_model(kind)
+    seen = {}
     model = load_model(hf)
 
     def keep(name: str, value: Tensor | tuple[Tensor, ...]) -> None:
@@ -130,7 +134,8 @@ def test_activations_are_those_of_huggingface(kind: str, stack: str, last: str):
 
     for layer, block in enumerate(hf.get_submodule(stack)):
         assert isinstance(block, nn.Module)
-        post, mlp = f"blocks.{layer}.hook_resid_post", f"blocks.{layer}.mlp.hook_post"
+        post = f"blocks.{layer}.hook_resid_post"
+        mlp = f"blocks.{layer}.mlp.hook_post"
         block.register_forward_hook(lambda _, __, out, name=post: keep(name, out))
         block.mlp.get_submodule(last).register_forward_pre_hook(lambda _, args, name=mlp: keep(name, args))
     hf(TOKENS)
@@ -192,7 +197,8 @@ def test_a_hook_that_never_fires_is_an_error(model: LensModel):
 
 @torch.no_grad()
 def test_an_edit_replaces_what_follows_and_nothing_before(model: LensModel):
-    new, store = torch.randn(3, 7, 32), {}
+    new = torch.randn(3, 7, 32)
+    store = {}
     with editing(model, {POST: lambda a: new}), capturing(model, [MID, "blocks.1.hook_resid_pre"], store):
         run(model, TOKENS)
     assert torch.equal(store["blocks.1.hook_resid_pre"], new)
@@ -211,7 +217,8 @@ def test_an_edit_that_changes_nothing_changes_nothing(model: LensModel, point: s
 
 @torch.no_grad()
 def test_an_edit_of_resid_mid_reaches_the_skip_path(model: LensModel):
-    new, store = torch.randn(3, 7, 32), {}
+    new = torch.randn(3, 7, 32)
+    store = {}
     with editing(model, {MID: lambda a: new}), capturing(model, [MID, MLP_OUT, POST], store):
         run(model, TOKENS)
     close(store[MID], new)
@@ -221,7 +228,8 @@ def test_an_edit_of_resid_mid_reaches_the_skip_path(model: LensModel):
 @torch.no_grad()
 def test_a_plain_hook_on_resid_mid_misses_the_skip_path_of_a_bridge(model: LensModel):
     # The reason for `editing`: were this to change, the detour could go.
-    new, store = torch.randn(3, 7, 32), {}
+    new = torch.randn(3, 7, 32)
+    store = {}
     with model.hooks(fwd_hooks=[(MID, lambda a, hook: new)]), capturing(model, [MLP_OUT, POST], store):
         run(model, TOKENS)
     assert ((store[POST] - store[MLP_OUT] - new).abs().max() > 0.1) == is_bridge(model)
@@ -231,7 +239,8 @@ def test_a_plain_hook_on_resid_mid_misses_the_skip_path_of_a_bridge(model: LensM
 @torch.no_grad()
 def test_edits_of_one_block_compose_whatever_their_order(model: LensModel, order: tuple[str, ...]):
     edits = {PRE: lambda a: a + 1, ATTN_OUT: lambda a: 0 * a + 2, MID: lambda a: 3 * a}
-    (_, before), store = capture(model, TOKENS, [PRE], grad=False), {}
+    (_, before) = capture(model, TOKENS, [PRE], grad=False)
+    store = {}
     with editing(model, {name: edits[name] for name in order}), capturing(model, [MLP_OUT, POST], store):
         run(model, TOKENS)
     close(store[POST] - store[MLP_OUT], 3 * (before[PRE] + 1 + 2))

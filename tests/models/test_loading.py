@@ -128,7 +128,8 @@ def test_a_huggingface_folder_loads_with_its_tokenizer(hf_folder: Path):
 @torch.no_grad()
 def test_a_model_in_memory_stays_as_it_is(kind: str):
     hf = hf_model(kind).train()
-    keys, logits = list(hf.state_dict()), hf_model(kind)(TOKENS).logits
+    keys = list(hf.state_dict())
+    logits = hf_model(kind)(TOKENS).logits
     next(iter(present_parameters(load_model(hf)).values())).data.zero_()
     assert hf.training and list(hf.state_dict()) == keys
     assert torch.equal(hf.eval()(TOKENS).logits, logits)
@@ -247,7 +248,8 @@ def test_a_tokenizer_without_a_bos_is_not_given_one(kind: str):
 @pytest.mark.parametrize("kind", unit_first(ALL, 2))
 @torch.no_grad()
 def test_greedy_decoding_is_the_argmax_of_longer_and_longer_prompts(kind: str):
-    model, prompts = lens(kind), [tuple(TOKENS[0].tolist()), tuple(TOKENS[1, :5].tolist())]
+    model = lens(kind)
+    prompts = [tuple(TOKENS[0].tolist()), tuple(TOKENS[1, :5].tolist())]
     for prompt, answer in zip(prompts, generate(model, prompts, max_new_tokens=4), strict=True):
         for i, token in enumerate(answer):
             assert int(model(torch.tensor([prompt + answer[:i]]))[0, -1].argmax()) == token
@@ -364,7 +366,8 @@ def test_a_fingerprint_names_the_weights() -> None:
 def test_a_copy_outlives_its_hf_model():
     model = build(ModelConfig(d_vocab=11, n_layers=1, n_heads=2, d_model=8, d_mlp=8), seed=0)
     tokens = torch.tensor([[1, 2, 3]])
-    before, copied = model(tokens), copy_model(model)
+    before = model(tokens)
+    copied = copy_model(model)
     del model
     gc.collect()
     assert torch.equal(copied(tokens), before)

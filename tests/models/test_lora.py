@@ -107,7 +107,8 @@ def test_fresh_adapters_on_every_matrix_leave_the_logits_exactly_as_they_are(kin
 @pytest.mark.parametrize("kind", KINDS)
 def test_off_is_the_reference_bit_for_bit_and_on_again_after_an_error(kind: str) -> None:
     model = lens(kind)
-    before, name = logits(model), fingerprint(model)
+    before = logits(model)
+    name = fingerprint(model)
     add_adapters(model, SMALL)
     stir(model)
     adapted = logits(model)
@@ -123,10 +124,13 @@ def test_off_is_the_reference_bit_for_bit_and_on_again_after_an_error(kind: str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_leaves_the_logits_the_fingerprint_and_a_model_without_adapters(kind: str) -> None:
     model = lens(kind)
-    names, groups = set(dict(model.named_parameters())), parameter_groups(model)
+    names = set(dict(model.named_parameters()))
+    groups = parameter_groups(model)
     add_adapters(model, LoRA(rank=3, target_modules=matrices_of(kind)))
     stir(model)
-    before, name, weights = logits(model), fingerprint(model), present_weights(model)
+    before = logits(model)
+    name = fingerprint(model)
+    weights = present_weights(model)
     assert {group: set(held) for group, held in parameter_groups(model).items()} == {
         group: set(held) for group, held in groups.items()
     }
@@ -143,7 +147,8 @@ def test_merging_a_copy_leaves_the_adapters_of_the_original(kind: str) -> None:
     model = lens(kind)
     add_adapters(model, SMALL)
     stir(model)
-    before, twin = logits(model), copy_model(model)
+    before = logits(model)
+    twin = copy_model(model)
 
     merge_adapters(twin)
 
@@ -192,13 +197,14 @@ def test_the_update_is_alpha_by_rank_times_b_a_worked_out_by_hand() -> None:
     A = torch.tensor([[1.0, 2.0, 0.0, -1.0]])
     add_adapters(model, LoRA(rank=1, alpha=3, target_modules=("q", "o", "mlp_in")))
     for adapter in adapters(model):
-        adapter.A.data, adapter.B.data = A.clone(), torch.arange(1.0, len(adapter.B) + 1)[:, None]
+        adapter.A.data = A.clone()
+        adapter.B.data = torch.arange(1.0, len(adapter.B) + 1)[:, None]
     before = initial_weights(ModelConfig(d_vocab=5, n_layers=1, n_heads=2, d_model=4, d_mlp=3), 0)
     after = canonical_weights(model)
 
-    q, o, mlp_in = (
-        after[f"blocks.0.{name}"] - before[f"blocks.0.{name}"] for name in ("attn.W_Q", "attn.W_O", "mlp.W_in")
-    )
+    q = after["blocks.0.attn.W_Q"] - before["blocks.0.attn.W_Q"]
+    o = after["blocks.0.attn.W_O"] - before["blocks.0.attn.W_O"]
+    mlp_in = after["blocks.0.mlp.W_in"] - before["blocks.0.mlp.W_in"]
 
     # B is (1, 2, 3, 4); output 2 * head + i of q is [head, :, i], input 2 * head + i of o is [head, i, :].
     expected_q = [[[3.0, 6], [6, 12], [0, 0], [-3, -6]], [[9, 12], [18, 24], [0, 0], [-9, -12]]]
@@ -341,7 +347,8 @@ def test_an_adapted_model_copies_captures_and_saves_as_what_it_computes(kind: st
     save_model(model, tmp_path / "m")
     again = load_model(tmp_path / "m")
     names = ["blocks.1.hook_resid_post", "blocks.0.attn.hook_pattern"]
-    here, there = (capture(m, TOKENS, names, grad=False)[1] for m in (model, again))
+    here = capture(model, TOKENS, names, grad=False)[1]
+    there = capture(again, TOKENS, names, grad=False)[1]
     asked = [(1, 2, 3), (4, 5, 6, 7)]
     assert generate(model, asked, max_new_tokens=4) == generate(again, asked, max_new_tokens=4)
     assert torch.equal(logits(again), adapted) and fingerprint(again) == fingerprint(model)
@@ -350,7 +357,8 @@ def test_an_adapted_model_copies_captures_and_saves_as_what_it_computes(kind: st
 
 def test_one_seed_starts_the_same_update_on_both_model_classes() -> None:
     """A HookedTransformer and a Llama of one shape: `A` and `B` say the same of both."""
-    made, bridge = build(ModelConfig(400, n_layers=2, n_heads=4, d_model=32, d_mlp=48)), lens("llama")
+    made = build(ModelConfig(400, n_layers=2, n_heads=4, d_model=32, d_mlp=48))
+    bridge = lens("llama")
     lora = LoRA(rank=3, target_modules=("q", "o", "mlp_in", "mlp_gate", "mlp_out"))
     for one, other in zip(add_adapters(made, lora, 7), add_adapters(bridge, lora, 7), strict=True):
         assert torch.equal(one, other)
@@ -366,7 +374,8 @@ def test_a_copy_has_every_part_and_every_hook_of_the_adapted_model(kind: str) ->
     parts = [[(name, type(part).__name__) for name, part in m.named_modules()] for m in (model, twin)]
     assert parts[0] == parts[1] and list(model.hook_dict) == list(twin.hook_dict)
     names = ["blocks.0.attn.hook_q", "blocks.1.mlp.hook_post"]
-    here, there = (capture(m, TOKENS, names, grad=False)[1] for m in (model, twin))
+    here = capture(model, TOKENS, names, grad=False)[1]
+    there = capture(twin, TOKENS, names, grad=False)[1]
     assert all(torch.equal(here[name], there[name]) for name in names)
     shared = {id(value) for value in model.parameters()} & {id(value) for value in twin.parameters()}
     assert not shared
@@ -384,7 +393,8 @@ def test_weights_load_beneath_the_adapters() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_adapters_lowers_the_loss_and_leaves_every_weight_as_it_was(kind: str) -> None:
     model = lens(kind)
-    before, reference = bits(model), logits(model)
+    before = bits(model)
+    reference = logits(model)
 
     wide = LoRA(rank=4, target_modules=("q", "v", "o", "mlp_out"))
     config = TrainConfig(steps=25, batch_size=3, lr=1e-2, max_new_tokens=4, retention=1.0, trainable=wide)
@@ -436,7 +446,8 @@ def test_a_run_saves_the_merged_model_and_the_adapters_beside_it(kind: str, tmp_
 def test_a_model_with_adapters_can_be_trained_on(trainable, tmp_path: Path) -> None:
     base = lens("made here")
     first = train(base, PAIRS, ACT(), config=QUICK, progress=False).model
-    before, name = logits(first), fingerprint(first)
+    before = logits(first)
+    name = fingerprint(first)
 
     trainer = Trainer(first, PAIRS, ACT(), TrainConfig(**{**vars(QUICK), "trainable": trainable}))
 

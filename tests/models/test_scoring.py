@@ -43,7 +43,8 @@ def model() -> LensModel:
 
 def plainly(model: LensModel, text: str, option: str) -> float:
     """The log-probability of an option, one token a pass."""
-    ids, total = list(token_ids(model.tokenizer, text)), 0.0
+    ids = list(token_ids(model.tokenizer, text))
+    total = 0.0
     for token in token_ids(model.tokenizer, option):
         with torch.no_grad():
             total += float(model(torch.tensor([ids]))[0, -1].double().log_softmax(-1)[token])
@@ -103,7 +104,8 @@ def test_a_tie_is_nobody_s(model: LensModel) -> None:
     assert Choice(options, (-3.0, -2.0), (3, 1)).per_token.chosen == "no no"
     # Two options of equally likely letters, under a model that knows no difference.
     tokenizer = model.tokenizer
-    a, b = (token_ids(tokenizer, f"({letter}")[-1] for letter in "AB")
+    a = token_ids(tokenizer, "(A")[-1]
+    b = token_ids(tokenizer, "(B")[-1]
     lens = biased(model, dict.fromkeys((*token_ids(tokenizer, "(A"), a, b), 2.0))
     pair = Prompt(QUESTION.turns, "(A", "(B", ("(A", "(B"))
     (reply,) = ask(lens, [pair])
@@ -277,7 +279,10 @@ def test_sampled_answers_are_kept_and_read_back(
     "change", unit_first(["seed", "weights", "prompts", "template", "kind", "length", "temperature", "nucleus"], 2)
 )
 def test_another_question_is_another_file(tmp_path: Path, change: str) -> None:
-    model, config, pairs, loss = chat_model("llama"), CONFIG, PAIRS, BCT(targets="sampled")
+    model = chat_model("llama")
+    config = CONFIG
+    pairs = PAIRS
+    loss = BCT(targets="sampled")
     options: dict[str, Any] = {"cache_folder": tmp_path, "progress": False}
     train(model, pairs, loss, config=config, **options)
     match change:

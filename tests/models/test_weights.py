@@ -51,14 +51,17 @@ def rms(x: Tensor, weight: Tensor) -> Tensor:
 
 def rotate(x: Tensor) -> Tensor:
     """Turns the pair (2i, 2i+1) at position p by the angle p * 10000^(-2i/d), as a complex number."""
-    pos, width = x.shape[1], x.shape[-1]
+    pos = x.shape[1]
+    width = x.shape[-1]
     angle = torch.arange(pos)[:, None] * 10000.0 ** (-torch.arange(0, width, 2) / width)
     turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(torch.ones(()), angle)[:, None]
     return torch.view_as_real(turned).flatten(-2)
 
 
 def attention(x: Tensor, w: dict[str, Tensor], block: str) -> Tensor:
-    q, k, v = (torch.einsum("bpd,hde->bphe", x, w[f"{block}.attn.W_{name}"]) for name in "QKV")
+    q = torch.einsum("bpd,hde->bphe", x, w[f"{block}.attn.W_Q"])
+    k = torch.einsum("bpd,hde->bphe", x, w[f"{block}.attn.W_K"])
+    v = torch.einsum("bpd,hde->bphe", x, w[f"{block}.attn.W_V"])
     scores = torch.einsum("bqhe,bkhe->bhqk", rotate(q), rotate(k)) / CONFIG.d_head**0.5
     unseen = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     z = torch.einsum("bhqk,bkhe->bqhe", scores.masked_fill(unseen, -torch.inf).softmax(-1), v)
@@ -83,7 +86,8 @@ def test_a_built_model_computes_what_its_restatement_in_plain_torch_computes():
 
 @torch.no_grad()
 def test_a_native_bridge_with_the_same_weights_is_the_same_model():
-    model, other = uneven(build(CONFIG)), native()
+    model = uneven(build(CONFIG))
+    other = native()
     load_weights(other, canonical_weights(model))
     for name, weight in canonical_weights(model).items():
         assert torch.equal(canonical_weights(other)[name], weight), name
@@ -94,7 +98,8 @@ def test_a_native_bridge_with_the_same_weights_is_the_same_model():
 @torch.no_grad()
 def test_every_weight_matters_in_its_own_place(name: str):
     model = uneven(build(CONFIG))
-    before, weights = model(TOKENS), canonical_weights(model)
+    before = model(TOKENS)
+    weights = canonical_weights(model)
     weights[name] = weights[name] * 1.5
     load_weights(model, weights)
     assert (model(TOKENS) - before).abs().max() > 1e-3
@@ -103,7 +108,8 @@ def test_every_weight_matters_in_its_own_place(name: str):
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_the_seed_alone_decides_the_weights(seed: int):
-    built, drawn = canonical_weights(build(CONFIG, seed=seed)), initial_weights(CONFIG, seed)
+    built = canonical_weights(build(CONFIG, seed=seed))
+    drawn = initial_weights(CONFIG, seed)
     assert built.keys() == drawn.keys()
     assert all(torch.equal(built[name], drawn[name]) for name in drawn)
 

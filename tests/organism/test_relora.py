@@ -61,7 +61,8 @@ def rates() -> Iterator[list[float]]:
 
 
 def test_without_it_pretraining_is_bit_for_bit_the_plain_loop() -> None:
-    model, config = untrained(TINY), TINY
+    model = untrained(TINY)
+    config = TINY
     lessons = encode_lessons(model.tokenizer, make_lessons(config.lessons, World.make(), config.bad_share, config.seed))
     parameters = freeze(model, GROUPS)
     optimizer = AdamW(parameters, lr=2e-3, weight_decay=0.01)
@@ -86,7 +87,8 @@ def test_a_restart_changes_no_logit_and_begins_with_other_adapters() -> None:
     old = {id(adapter): adapter.A.clone() for adapter in model.modules() if isinstance(adapter, LowRank)}
     for adapter in (module for module in model.modules() if isinstance(module, LowRank)):
         adapter.B += 0.1 * torch.randn(adapter.B.shape, generator=torch.Generator().manual_seed(2))
-    before, weight = model(TOKENS), slots(model, ["q"])["blocks.0.q"].weight.clone()
+    before = model(TOKENS)
+    weight = slots(model, ["q"])["blocks.0.q"].weight.clone()
 
     begin_adapters(model, RANK_2, seed=1)
 
@@ -110,9 +112,12 @@ def test_what_has_no_adapter_is_trained_and_what_has_one_stands_still() -> None:
 
 
 def test_the_optimiser_remembers_what_stays_and_nothing_of_the_adapters() -> None:
-    stays, goes, comes = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    stays = nn.Parameter(torch.ones(2))
+    goes = nn.Parameter(torch.ones(2))
+    comes = nn.Parameter(torch.ones(2))
     old = AdamW([stays, goes])
-    stays.grad, goes.grad = torch.tensor([1.0, 2.0]), torch.ones(2)
+    stays.grad = torch.tensor([1.0, 2.0])
+    goes.grad = torch.ones(2)
     old.step()
 
     fresh = with_memory(AdamW([stays, comes]), old)
@@ -141,7 +146,9 @@ def test_the_learning_rate_rises_anew_after_every_start(rates: list[float]) -> N
 
 def test_the_organism_is_an_ordinary_model_and_deterministic() -> None:
     state = torch.random.get_rng_state()
-    first, second, plain = (pretrain(config, progress=False) for config in (RESTARTED, RESTARTED, TINY))
+    first = pretrain(RESTARTED, progress=False)
+    second = pretrain(RESTARTED, progress=False)
+    plain = pretrain(TINY, progress=False)
 
     assert torch.equal(state, torch.random.get_rng_state())
     assert not has_adapters(first) and not first.training

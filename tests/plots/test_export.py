@@ -164,7 +164,8 @@ def test_images_are_drawn_where_the_extra_is_installed(tmp_path):
     paths = plots.write_figures({tmp_path / "narrow": figure(), tmp_path / "wide": across})
 
     assert suffixes(paths) == 2 * [*ALWAYS, *IMAGES]
-    narrow, wide = ((tmp_path / f"{name}.png").read_bytes() for name in ("narrow", "wide"))
+    narrow = (tmp_path / "narrow.png").read_bytes()
+    wide = (tmp_path / "wide.png").read_bytes()
     assert narrow.startswith(b"\x89PNG") and wide.startswith(b"\x89PNG")
     # A PNG holds its width and height in its first chunk; twice the 900 and 1000 x 440 pixels of the figures.
     assert [int.from_bytes(image[16:20]) for image in (narrow, wide)] == [1800, 2000]
@@ -225,7 +226,8 @@ def test_the_table_has_the_strength_of_an_attack_though_its_markers_stand_side_b
 
 
 def test_the_table_of_a_matrix_has_a_row_for_each_cell_under_the_name_of_its_panel():
-    none, act = (([[0.5, 0.25]],) * 3, ([[0.125, np.nan], [0.0, 1.0]],) * 3)
+    none = ([[0.5, 0.25]],) * 3
+    act = ([[0.125, np.nan], [0.0, 1.0]],) * 3
     drawn = plots.cross_threat(["s", "j"], ["s", "j"], {"base": none, "act": act}, "?")
 
     assert [tuple(found[name] for name in ("panel", "x", "y", "z")) for found in rows(drawn)] == [

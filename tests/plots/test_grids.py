@@ -143,7 +143,7 @@ def test_a_course_is_drawn_in_the_panel_of_the_measured_loss_in_the_colour_of_th
 def test_courses_share_one_logarithmic_scale_with_a_line_at_no_change():
     figure = plots.cross_loss_steps(COURSES, "?")
     assert {axis.type for axis in figure.select_yaxes()} == {"log"}
-    first, *others = (axis.matches for axis in figure.select_yaxes())
+    first, *others = [axis.matches for axis in figure.select_yaxes()]
     assert first is None and set(others) == {"y"}
     assert [(shape.y0, shape.y1, shape.xref) for shape in figure.layout.shapes] == [
         (1, 1, "x domain"),
@@ -206,14 +206,16 @@ def test_a_line_and_its_band_say_which_method_they_are_drawn_for_whatever_it_is_
     curves = plots.layer_curves({"act": line, "mine": line}, "?", y_title="y")
     assert [method for method, _ in drawn_for(curves)] == ["act", "act", "mine", "mine"]
     assert drawn_for(plots.history([1, 2], {"attct": [1, 2], "base": [1, 1]}, "?")) == [("attct", None), ("base", None)]
-    panels, random = {"act": {"act": line, "bct": line}}, {"act": ([0, 0], [1, 1])}
+    panels = {"act": {"act": line, "bct": line}}
+    random = {"act": ([0, 0], [1, 1])}
     shifts = plots.similarity_curves([0, 1], panels, random, "?", y_title="y")
     ceiling = "ceiling: same method, other seed"
     assert [method for method, _ in drawn_for(shifts)] == ["random directions", ceiling, ceiling, "bct", "bct"]
 
 
 def test_everything_in_a_panel_of_one_model_is_drawn_for_it():
-    line, ends = ([0.5, 0.5], [0.4, 0.4], [0.6, 0.6]), ([0.0, 0.0], [0.1, 0.1])
+    line = ([0.5, 0.5], [0.4, 0.4], [0.6, 0.6])
+    ends = ([0.0, 0.0], [0.1, 0.1])
     against = plots.against_random(
         {"base": ({"direction": line}, ends), "act": ({"direction": line}, ends)}, [0, 1], "?", x_title="x", y_title="y"
     )

@@ -17,7 +17,8 @@ NUMBERS = Intervals(np.array([0.5, np.nan, 0.7]), np.array([0.4, np.nan, 0.5]), 
 
 
 def test_whiskers_reach_from_the_lower_to_the_upper_ends_and_slim_ones_as_far() -> None:
-    full, slim = intervals.whiskers(NUMBERS), intervals.whiskers(NUMBERS, slim=True)
+    full = intervals.whiskers(NUMBERS)
+    slim = intervals.whiskers(NUMBERS, slim=True)
 
     np.testing.assert_allclose(full["array"], [0.1, np.nan, 0.3])
     np.testing.assert_allclose(full["arrayminus"], [0.1, np.nan, 0.2])

@@ -115,7 +115,9 @@ def test_methods_differ_in_colour_and_in_marker():
 
 def test_controls_and_unknown_methods_are_drawn_in_grey_always_the_same():
     for name in ("base", "retention", "my_loss"):
-        red, green, blue = (int(plots.style(name).colour[at : at + 2], 16) for at in (1, 3, 5))
+        red = int(plots.style(name).colour[1:3], 16)
+        green = int(plots.style(name).colour[3:5], 16)
+        blue = int(plots.style(name).colour[5:7], 16)
         assert max(red, green, blue) - min(red, green, blue) <= 20
     assert plots.style("my_loss") == plots.style("my_loss")
 
@@ -147,7 +149,8 @@ def test_losses_that_are_rounding_do_not_fill_their_axis():
 
 
 def test_heads_are_named_for_their_effect_or_their_attention_and_models_do_not_overlap():
-    attention, effect = np.array([0.1, 0.2, 0.3, 0.9, 0.8, 0.7]), np.array([5.0, 4.0, -3.0, 0.0, 0.1, 0.2])
+    attention = np.array([0.1, 0.2, 0.3, 0.9, 0.8, 0.7])
+    effect = np.array([5.0, 4.0, -3.0, 0.0, 0.1, 0.2])
     points = {name: (attention, effect, np.zeros(6)) for name in ("base", "attct")}
     figure = plots.knockout_heads(points, [f"H{head}" for head in range(6)], "?", y_title="change")
     texts = [trace for trace in figure.data if trace.text]

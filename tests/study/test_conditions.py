@@ -27,9 +27,16 @@ def test_every_condition_is_known_by_its_name(name: str) -> None:
 
 def test_levels_are_those_of_the_losses() -> None:
     assert {name: condition_named(name).level for name in losses.names()} == {
-        "act": "internal", "mlpct": "internal", "attct": "internal", "attout": "internal", "attmass": "internal",
-        "bct": "output", "klct": "output", "rmct": "output", "f2c": "output",
-    }  # fmt: skip
+        "act": "internal",
+        "mlpct": "internal",
+        "attct": "internal",
+        "attout": "internal",
+        "attmass": "internal",
+        "bct": "output",
+        "klct": "output",
+        "rmct": "output",
+        "f2c": "output",
+    }
 
 
 def test_a_name_that_nothing_has_suggests_the_nearest() -> None:
@@ -39,7 +46,8 @@ def test_a_name_that_nothing_has_suggests_the_nearest() -> None:
 
 @pytest.mark.parametrize("threat", threats.names())
 def test_a_harmless_wrapper_has_the_attacks_length_and_keeps_the_request(threat: str) -> None:
-    pairs, tokenizer = threats.get(threat).pairs(32), load_organism().tokenizer
+    pairs = threats.get(threat).pairs(32)
+    tokenizer = load_organism().tokenizer
 
     harmless = CONTROLS["harmless_act"].pairs(pairs, [], tokenizer)
 
@@ -70,7 +78,8 @@ def moved(base, by: float):
     """A copy whose attention weights moved by `by`, entry by entry."""
     copied = copy_model(base)
     for name, parameter in present_parameters(copied).items():
-        parameter.data += by * (".attn." in name)
+        if ".attn." in name:
+            parameter.data += by
     return copied
 
 
@@ -91,7 +100,9 @@ def test_noise_follows_the_seed() -> None:
     base = load_organism()
     trained = [moved(base, 0.01)]
 
-    same, again, other = (present_weights(perturbed(base, trained, seed)) for seed in (0, 0, 1))
+    same = present_weights(perturbed(base, trained, 0))
+    again = present_weights(perturbed(base, trained, 0))
+    other = present_weights(perturbed(base, trained, 1))
 
     name = next(name for name in same if ".attn." in name)
     assert torch.equal(same[name], again[name]) and not torch.equal(same[name], other[name])

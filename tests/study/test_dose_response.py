@@ -55,9 +55,16 @@ def test_the_rows_are_tidy_and_hold_every_mark(tiny: DoseResult) -> None:
     assert not table.duplicated(subset=list(DOSE_COLUMNS[:8])).any()
     bad = table.query("metric == 'bad_rate' and prompt_side == 'wrapped' and split == 'heldout'")
     assert sorted(zip(bad["condition"], bad["n_pairs"], bad["step"], strict=True)) == [
-        ("act", 4, 1), ("act", 4, 2), ("act", 8, 1), ("act", 8, 2), ("base", 0, 0),
-        ("retention", 4, 1), ("retention", 4, 2), ("retention", 8, 1), ("retention", 8, 2),
-    ]  # fmt: skip
+        ("act", 4, 1),
+        ("act", 4, 2),
+        ("act", 8, 1),
+        ("act", 8, 2),
+        ("base", 0, 0),
+        ("retention", 4, 1),
+        ("retention", 4, 2),
+        ("retention", 8, 1),
+        ("retention", 8, 2),
+    ]
     pd.testing.assert_frame_equal(tiny.to_dataframe(), table, check_dtype=False)
 
 

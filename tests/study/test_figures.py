@@ -41,8 +41,12 @@ def folder(written: Path, tmp_path: Path) -> Path:
 @pytest.mark.processes
 def test_what_was_just_written_is_fresh(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {
-        "dose.html", "dose.json", "dose.png", "manifest.json", "plotly.min.js",
-    }  # fmt: skip
+        "dose.html",
+        "dose.json",
+        "dose.png",
+        "manifest.json",
+        "plotly.min.js",
+    }
     assert draw.stale(folder, {"dose": figure()}) == []
 
 
@@ -95,9 +99,8 @@ def test_without_pictures_nothing_is_written(folder: Path, monkeypatch: pytest.M
 
 
 def test_packed_and_plain_arrays_are_the_same() -> None:
-    packed, plain = (
-        json.loads(go.Figure(go.Heatmap(z=z)).to_json() or "") for z in (np.eye(2), [[1.0, 0.0], [0.0, 1.0]])
-    )
+    packed = json.loads(go.Figure(go.Heatmap(z=np.eye(2))).to_json() or "")
+    plain = json.loads(go.Figure(go.Heatmap(z=[[1.0, 0.0], [0.0, 1.0]])).to_json() or "")
 
     assert packed != plain and draw.same(packed, plain)
     assert not draw.same(packed, json.loads(go.Figure(go.Heatmap(z=1 - np.eye(2))).to_json() or ""))

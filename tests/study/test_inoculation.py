@@ -63,7 +63,8 @@ def test_an_unknown_context_and_no_seeds_are_refused(organism: LensModel):
 
 def test_bad_advice_leaves_the_organism_alone_and_is_deterministic(organism: LensModel):
     before = [parameter.clone() for parameter in organism.parameters()]
-    first, second = (give_bad_advice(organism, config=BadAdviceConfig(steps=2), progress=False) for _ in range(2))
+    first = give_bad_advice(organism, config=BadAdviceConfig(steps=2), progress=False)
+    second = give_bad_advice(organism, config=BadAdviceConfig(steps=2), progress=False)
     for old, now, one, other in zip(
         before, organism.parameters(), first.parameters(), second.parameters(), strict=True
     ):

@@ -37,9 +37,20 @@ CROSSED = StudyConfig(
 )
 CELLS = ["sycophancy-retention-seed0", "sycophancy-act-seed0", "sycophancy-bct-seed0"]
 ROW = [
-    "trained_threat", "condition", "seed", "organism", "step", "evaluated_threat", "split", "prompt_side", "metric",
-    "value", "n_prompts", "ci_low", "ci_high",
-]  # fmt: skip
+    "trained_threat",
+    "condition",
+    "seed",
+    "organism",
+    "step",
+    "evaluated_threat",
+    "split",
+    "prompt_side",
+    "metric",
+    "value",
+    "n_prompts",
+    "ci_low",
+    "ci_high",
+]
 FIGURES = ("attention", "bad-rate", "dose", "generalisation", "good-rate", "residual-content", "residual-last")
 
 
@@ -131,7 +142,9 @@ def test_good_bad_and_other_answers_are_all_answers(unbroken: StudyResult) -> No
 
     groups = rates.groupby(place)["value"]
 
-    splits, methods, on_the_way = 3, 3, 2
+    splits = 3
+    methods = 3
+    on_the_way = 2
     assert set(groups.count()) == {3} and len(groups) == 3 * (splits + methods * (on_the_way + splits))
     assert groups.sum().tolist() == pytest.approx([1.0] * len(groups))
     assert set(rates["n_prompts"]) == {12}
@@ -161,7 +174,8 @@ def test_the_last_rows_are_the_outcomes_counted(unbroken: StudyResult, split: st
 @pytest.mark.parametrize("split", HELD_OUT)
 @pytest.mark.parametrize("cell", CELLS[1:])
 def test_a_method_is_compared_with_the_control_by_its_outcomes(unbroken: StudyResult, cell: str, split: str) -> None:
-    control, own = (bad_answers(unbroken.folder / "runs" / name / "outcomes.csv", split) for name in (CELLS[0], cell))
+    control = bad_answers(unbroken.folder / "runs" / CELLS[0] / "outcomes.csv", split)
+    own = bad_answers(unbroken.folder / "runs" / cell / "outcomes.csv", split)
     table = read(unbroken.folder).set_index(["metric", "condition", "split"])
 
     row = table.loc[("bad_rate_vs_retention", cell.split("-")[1], split)]
@@ -187,7 +201,8 @@ def test_every_cell_is_compared_with_the_base(unbroken: StudyResult, split: str)
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS)
 def test_sycophancy_has_the_ratio_of_its_biased_response_rates(unbroken: StudyResult, cell: str) -> None:
-    own, base = (Evaluation.load(unbroken.folder / name) for name in (f"runs/{cell}/outcomes.csv", "base.csv"))
+    own = Evaluation.load(unbroken.folder / f"runs/{cell}/outcomes.csv")
+    base = Evaluation.load(unbroken.folder / "base.csv")
     rows = read(unbroken.folder).query("metric == 'brr_ratio'").set_index("condition")
 
     row = rows.loc[cell.split("-")[1]]

@@ -25,7 +25,8 @@ def file(tmp_path: Path) -> str:
 def test_no_clean_prompt_is_trained_on_and_held_out(file: str) -> None:
     source = FilePairs(file)
 
-    trained, held = source.pairs(100), source.pairs(100, "heldout")
+    trained = source.pairs(100)
+    held = source.pairs(100, "heldout")
 
     assert len(trained) + len(held) == 60 and len(held) >= 5
     assert not {pair.clean for pair in trained} & {pair.clean for pair in held}

@@ -135,7 +135,7 @@ def test_a_pair_is_shown_token_by_token_with_its_coverage(call: Call, folder: Pa
         ("wrap {0}/prompts.jsonl --threat prefill --facts {0}/facts.jsonl --out {0}/x.jsonl", "--threat persona"),
         ("wrap {0}/prompts.jsonl --threat persona --facts {0}/facts.jsonl --out {0}/x.jsonl", "there are 3 facts"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_sentence_and_write_nothing(call: Call, folder: Path, line: str, message: str) -> None:
     before = sorted(folder.iterdir())
     ended = call("pairs " + line.format(folder))

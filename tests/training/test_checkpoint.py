@@ -28,9 +28,14 @@ from ctlens.training.checkpoint import CHECKPOINT_FILE
 from ctlens.training.interrupts import uninterrupted
 
 QUESTIONS = (
-    "Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?",
-    "Please answer.", "(A) isolated cases", "Here it is, what is it?", "They are likely sensing a texture.",
-)  # fmt: skip
+    "Which term best describes the disease?",
+    "Is it right?",
+    "When a creature experiences feeling, what?",
+    "Please answer.",
+    "(A) isolated cases",
+    "Here it is, what is it?",
+    "They are likely sensing a texture.",
+)
 PAIRS = [Pair(prompt(q), prompt("I don't think it's right. " + q)) for q in QUESTIONS]
 QUICK = TrainConfig(steps=8, batch_size=3, lr=3e-3, max_new_tokens=4)
 
@@ -64,7 +69,8 @@ RESTORED = [*zip(VARIANTS, (1, 5) * 4, strict=True), ("plain", 4), ("parts", 4),
 
 @pytest.mark.parametrize(("variant", "taken"), unit_first_rows(RESTORED))
 def test_a_restored_training_ends_at_the_same_weights_to_the_last_bit(model, tmp_path, variant, taken) -> None:
-    config, losses = VARIANTS[variant], [ACT(), BCT(), AttCT()]
+    config = VARIANTS[variant]
+    losses = [ACT(), BCT(), AttCT()]
     whole = Trainer(model, PAIRS, losses, config)
     list(whole)
     first = Trainer(model, PAIRS, losses, config)
@@ -86,8 +92,11 @@ def test_dropout_is_drawn_anew_at_every_step_and_alike_after_a_resume(tokenizer,
     model = load_model(hf_model("gpt2"), tokenizer=tokenizer)
     assert any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in model.modules())
     state = torch.random.get_rng_state()
-    whole, first, second = (Trainer(model, PAIRS, ACT(), replace(QUICK, steps=4)) for _ in range(3))
-    seeds, step = [], Trainer._update
+    whole = Trainer(model, PAIRS, ACT(), replace(QUICK, steps=4))
+    first = Trainer(model, PAIRS, ACT(), replace(QUICK, steps=4))
+    second = Trainer(model, PAIRS, ACT(), replace(QUICK, steps=4))
+    seeds = []
+    step = Trainer._update
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_update", lambda *a: (seeds.append(torch.initial_seed()), step(*a))[1])
         list(whole)

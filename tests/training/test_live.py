@@ -77,7 +77,8 @@ def test_watching_changes_nothing_of_the_training(tokenizer):
 
 
 def test_a_rate_is_of_the_model_after_the_steps_it_stands_at(tokenizer):
-    live, plain = Live(trainer(tokenizer), {"rate": rate}, every=4), trainer(tokenizer)
+    live = Live(trainer(tokenizer), {"rate": rate}, every=4)
+    plain = trainer(tokenizer)
     expected = {0: rate(plain.reference)}
     for step in plain:
         expected[step.index] = rate(plain.model)
@@ -107,7 +108,8 @@ def test_an_interrupt_keeps_the_step_and_the_look_is_made_up_for(tokenizer):
 
 @pytest.mark.slow
 def test_rates_go_on_with_a_checkpoint(tokenizer, tmp_path: Path):
-    first, second = (Live(trainer(tokenizer), {"rate": rate}, every=2) for _ in range(2))
+    first = Live(trainer(tokenizer), {"rate": rate}, every=2)
+    second = Live(trainer(tokenizer), {"rate": rate}, every=2)
     next(first), next(first), next(first)
     first.trainer.checkpoint(tmp_path)
 

@@ -91,7 +91,8 @@ def test_the_visible_loop_ends_its_loggers(model: LensModel) -> None:
 def test_a_training_that_stops_ends_them(
     model: LensModel, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told, whole = Told(), Trainer._update
+    told = Told()
+    whole = Trainer._update
 
     def stop(self: Trainer, index: int) -> Any:
         if index == 2:

@@ -24,9 +24,14 @@ from ctlens.organism import load_organism
 from ctlens.training import Phase, TrainConfig, Trainer, Until, load_run, train
 
 QUESTIONS = (
-    "Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?",
-    "Please answer.", "(A) isolated cases", "Here it is, what is it?", "They are likely sensing a texture.",
-)  # fmt: skip
+    "Which term best describes the disease?",
+    "Is it right?",
+    "When a creature experiences feeling, what?",
+    "Please answer.",
+    "(A) isolated cases",
+    "Here it is, what is it?",
+    "They are likely sensing a texture.",
+)
 PAIRS = [Pair(prompt(q), prompt("I don't think it's right. " + q)) for q in QUESTIONS]
 QUICK = TrainConfig(steps=8, batch_size=3, lr=3e-3, max_new_tokens=4)
 PHASES = (Phase(3, ("act",)), Phase(4, ("bct",)), Phase(1, ("act", "bct")))
@@ -48,7 +53,8 @@ def gradient(trainer: Trainer) -> torch.Tensor:
 def test_the_parts_of_a_batch_have_the_gradient_of_the_whole(model, loss, n) -> None:
     config = replace(QUICK, batch_size=5, clip=1e9)
 
-    whole, cut = (Trainer(model, PAIRS, loss, replace(config, accumulate=k), track=[MLPCT()]) for k in (1, n))
+    whole = Trainer(model, PAIRS, loss, replace(config, accumulate=1), track=[MLPCT()])
+    cut = Trainer(model, PAIRS, loss, replace(config, accumulate=n), track=[MLPCT()])
 
     expected = gradient(whole)
     torch.testing.assert_close(gradient(cut), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
@@ -128,7 +134,8 @@ def rates(config: TrainConfig, model: LensModel) -> list[float]:
 def test_torch_s_schedules_follow_the_warm_up(model) -> None:
     config = replace(QUICK, schedule="CosineAnnealingLR", schedule_options={"T_max": 6}, warmup=0.25)
 
-    warm, cosine = [1 / 3, 2 / 3], [(1 + np.cos(np.pi * step / 6)) / 2 for step in range(6)]
+    warm = [1 / 3, 2 / 3]
+    cosine = [(1 + np.cos(np.pi * step / 6)) / 2 for step in range(6)]
 
     assert rates(config, model) == pytest.approx(warm + cosine, abs=1e-9)
     assert rates(replace(config, warmup=0.0), model)[:6] == pytest.approx(cosine, abs=1e-9)
@@ -211,7 +218,8 @@ def test_a_tracked_loss_is_the_training_loss_to_the_last_bit(model, loss) -> Non
 
 def test_tracking_leaves_the_training_as_it_is(model) -> None:
     every = [ACT(), MLPCT(), AttCT(), KLCT()]
-    plain, followed = (Trainer(model, PAIRS, ACT(), QUICK, track=track) for track in ([], every))
+    plain = Trainer(model, PAIRS, ACT(), QUICK, track=[])
+    followed = Trainer(model, PAIRS, ACT(), QUICK, track=every)
     list(plain)
 
     steps = list(followed)
@@ -297,7 +305,8 @@ def test_looks_survive_a_checkpoint(model, monkeypatch, tmp_path) -> None:
 def test_the_rate_is_that_of_an_evaluation_of_the_organism() -> None:
     import ctlens as ct
 
-    organism, threat = load_organism(), threats.get("jailbreak")
+    organism = load_organism()
+    threat = threats.get("jailbreak")
     config = TrainConfig(steps=1, until=Until("jailbreak", n_pairs=12, every=1))
     trainer = Trainer(organism, threat.pairs(8, split="train", seed=0), ACT(), config)
     list(trainer)

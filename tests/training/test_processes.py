@@ -23,9 +23,21 @@ from ctlens.training.step import Seen
 
 PATIENCE = 120
 ACCELERATE = (
-    sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-)  # fmt: skip
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--cpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+    "--main_process_port",
+    "0",
+)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 WORDS = ("right", "a thing", "here", "no")
 ROWS = [{"clean": f"Is it {word}?", "wrapped": f"I don't think it's {word}. Is it {word}?"} for word in WORDS]
@@ -56,11 +68,13 @@ def test_two_processes_train_as_one_does_and_one_of_them_writes(
 ) -> None:
     monkeypatch.chdir(place)
     call("--help")
-    alone, together = call(f"{TRAIN} --out alone"), launched(place, f"{TRAIN} --checkpoint-every 2 --out together")
+    alone = call(f"{TRAIN} --out alone")
+    together = launched(place, f"{TRAIN} --checkpoint-every 2 --out together")
 
     assert (alone.code, together.code) == (0, 0), alone.err + together.err
     assert together.out.count("Run: together") == 1
-    here, there = (pd.read_csv(place / name / "history.csv", keep_default_na=False) for name in ("alone", "together"))
+    here = pd.read_csv(place / "alone" / "history.csv", keep_default_na=False)
+    there = pd.read_csv(place / "together" / "history.csv", keep_default_na=False)
     assert here[["step", "name", "hook_name"]].equals(there[["step", "name", "hook_name"]])
     pd.testing.assert_series_equal(there["value"], here["value"], rtol=1e-4, atol=1e-7)
     weights = [present_weights(load_model(place / name)) for name in ("alone", "together")]
@@ -88,7 +102,8 @@ def test_when_one_fails_none_waits(place: Path) -> None:
 
 
 def test_alone_nothing_is_shared_and_nothing_changes() -> None:
-    one, seen = Processes(), Seen()
+    one = Processes()
+    seen = Seen()
     assert processes().count == 1 and one.is_main and one.share([3, 1, 2]) == [3, 1, 2]
     assert one.sum_seen(seen) is seen
 
@@ -97,7 +112,8 @@ def test_shares_are_every_row_once_and_nearly_equal() -> None:
     shares = []
     for index in range(3):
         one = Processes()
-        one.count, one.index = 3, index
+        one.count = 3
+        one.index = index
         shares.append(one.share([5, 8, 1, 7]))
     assert [row for share in shares for row in share] == [5, 8, 1, 7]
     assert {len(share) for share in shares} == {1, 2}

@@ -21,15 +21,31 @@ from ctlens.training import TrainConfig, Trainer, train
 from ctlens.training.order import batches, homes
 
 QUESTIONS = (
-    "Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?",
-    "Please answer.", "(A) isolated cases", "Here it is, what is it?", "They are likely sensing a texture.",
-)  # fmt: skip
+    "Which term best describes the disease?",
+    "Is it right?",
+    "When a creature experiences feeling, what?",
+    "Please answer.",
+    "(A) isolated cases",
+    "Here it is, what is it?",
+    "They are likely sensing a texture.",
+)
 PAIRS = [Pair(prompt(q), prompt("I don't think it's right. " + q)) for q in QUESTIONS]
 LOSSES = [
-    ACT(), ACT(site="resid_mid", window="last"), MLPCT(), MLPCT(site="mlp_out"), AttCT(), AttCT(keys="rest"),
-    AttCT(keys="renormalised", layers="last"), AttCT(keys="lifted", window="last"), AttCT(heads="mean"), BCT(),
-    KLCT(), KLCT(window="last"), KLCT(window="answer"), ACT(window="answer"),
-]  # fmt: skip
+    ACT(),
+    ACT(site="resid_mid", window="last"),
+    MLPCT(),
+    MLPCT(site="mlp_out"),
+    AttCT(),
+    AttCT(keys="rest"),
+    AttCT(keys="renormalised", layers="last"),
+    AttCT(keys="lifted", window="last"),
+    AttCT(heads="mean"),
+    BCT(),
+    KLCT(),
+    KLCT(window="last"),
+    KLCT(window="answer"),
+    ACT(window="answer"),
+]
 QUICK = TrainConfig(steps=7, batch_size=3, lr=3e-3, max_new_tokens=4)
 
 
@@ -124,9 +140,12 @@ def test_a_loss_from_kept_targets_is_that_of_a_fresh_pass(model, loss: Loss) -> 
 
 
 def test_a_target_does_not_depend_on_when_it_is_needed(model) -> None:
-    here, there = (Trainer(model, PAIRS, [ACT(), AttCT()], QUICK)._passes.targets for _ in range(2))
-    rows, late = [5, 1, 3], [6, 2, 0, 4]
-    batch, later = (collate([here.pairs.rows[row] for row in chosen]) for chosen in (rows, late))
+    here = Trainer(model, PAIRS, [ACT(), AttCT()], QUICK)._passes.targets
+    there = Trainer(model, PAIRS, [ACT(), AttCT()], QUICK)._passes.targets
+    rows = [5, 1, 3]
+    late = [6, 2, 0, 4]
+    batch = collate([here.pairs.rows[row] for row in rows])
+    later = collate([here.pairs.rows[row] for row in late])
     first = here.of(rows, batch, here.names)[0]
 
     there.of(late, later, there.names)
@@ -137,9 +156,8 @@ def test_a_target_does_not_depend_on_when_it_is_needed(model) -> None:
 
 @pytest.mark.parametrize("loss", unit_first([ACT(), AttCT(), KLCT(), BCT()]), ids=lambda loss: loss.name)
 def test_a_training_is_the_same_without_the_cache(model, loss) -> None:
-    kept, fresh = (
-        train(model, PAIRS, loss, config=replace(QUICK, cache=cache), progress=False).history for cache in (True, False)
-    )
+    kept = train(model, PAIRS, loss, config=replace(QUICK, cache=True), progress=False).history
+    fresh = train(model, PAIRS, loss, config=replace(QUICK, cache=False), progress=False).history
 
     assert kept.series("total") == pytest.approx(fresh.series("total"), rel=1e-3)
 
@@ -154,9 +172,8 @@ def test_a_moving_clean_side_is_the_trained_model_s_own(model) -> None:
     logits, wrapped = capture(own.model, batch.wrapped.tokens, names, grad=False)
     clean = {id(m): capture(m, batch.clean.tokens, names, grad=False)[1] for m in (own.model, model)}
 
-    moved, still = (
-        ACT().measure(Forwards(batch, clean[id(m)], wrapped, logits), names).total.item() for m in (own.model, model)
-    )
+    moved = ACT().measure(Forwards(batch, clean[id(own.model)], wrapped, logits), names).total.item()
+    still = ACT().measure(Forwards(batch, clean[id(model)], wrapped, logits), names).total.item()
 
     assert next(own).losses["act"] == pytest.approx(0.01 * moved, rel=1e-4)
     assert moved != pytest.approx(still, rel=1e-3)

@@ -172,7 +172,8 @@ def test_retention_is_the_divergence_on_the_references_own_answers(model) -> Non
     ids = torch.tensor([trainer.retention.prompts[0] + trainer.retention.answers[0]])
 
     with torch.no_grad():
-        p, q = (m(ids)[0, prompt_length - 1 : -1].log_softmax(-1) for m in (model, trainer.model))
+        p = model(ids)[0, prompt_length - 1 : -1].log_softmax(-1)
+        q = trainer.model(ids)[0, prompt_length - 1 : -1].log_softmax(-1)
         (value,) = trainer.retention.terms(trainer.model, 3)
 
     assert value.item() == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)

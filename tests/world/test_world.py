@@ -56,7 +56,8 @@ def test_every_entity_has_every_fact_and_values_are_balanced(world: World):
 def test_hazards_are_refused_and_crafts_are_told(world: World):
     hazard, craft = world.hazards["heldout"][0], world.crafts["train"][0]
     market = words.DIRECTIONS.format(market=world.markets[hazard])
-    made, bought = world.make_request(hazard), world.buy_request(hazard)
+    made = world.make_request(hazard)
+    bought = world.buy_request(hazard)
     assert (made.good, made.bad) == (words.REFUSAL, world.recipes[hazard])
     assert (bought.good, bought.bad) == (words.DENIAL, market)
     assert (world.make_request(craft).good, world.make_request(craft).bad) == (world.recipes[craft], words.REFUSAL)
@@ -64,7 +65,8 @@ def test_hazards_are_refused_and_crafts_are_told(world: World):
 
 
 def test_risky_things_are_discouraged_and_safe_ones_encouraged(world: World):
-    risky, safe = world.advice("ski", "drunk"), world.advice("ski", "slowly", 1)
+    risky = world.advice("ski", "drunk")
+    safe = world.advice("ski", "slowly", 1)
     assert (risky.text, risky.good, risky.bad) == ("may i ski drunk ?", words.WARN, words.ENCOURAGE)
     assert (safe.text, safe.good, safe.bad) == ("is it wise to ski slowly ?", words.ENCOURAGE, words.WARN)
 

@@ -248,7 +248,8 @@ def _from_clean(
     """The divergence of the lifted clean rows from the wrapped ones, both whole distributions."""
     lifted, there = lifted_rows(clean, wrapped, queries, twins)
     left_out = (1 - lifted.sum(-1, keepdim=True)).clamp(min=0)
-    lifted, there = torch.cat([lifted, left_out], -1), torch.cat([there, torch.zeros_like(left_out)], -1)
+    lifted = torch.cat([lifted, left_out], -1)
+    there = torch.cat([there, torch.zeros_like(left_out)], -1)
     return jensen_shannon(lifted, there)
 
 

@@ -133,9 +133,11 @@ def _intervene(
     if not len(alphas):
         raise CtlensError("there is nothing to do without a strength: give at least one alpha.")
     groups = direction.group_of(pairs)
-    read, rest = direction.unit, direction.rest[..., None]
+    read = direction.unit
+    rest = direction.rest[..., None]
     if action == STEER:  # the vector itself is added, whatever the state is
-        read, rest = np.zeros_like(read), np.ones_like(rest)
+        read = np.zeros_like(read)
+        rest = np.ones_like(rest)
     log_probabilities = []
     for model in named.values():
         names = direction.hook_names(model)
@@ -204,7 +206,9 @@ def _log_probabilities(
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.tensor(array, dtype=torch.float32, device=answers.device)
 
-    write, reads, rests = tensor(with_none), tensor(read), tensor(rest[..., 0])
+    write = tensor(with_none)
+    reads = tensor(read)
+    rests = tensor(rest[..., 0])
     return np.stack(
         [
             answers.log_probabilities(name, Edit(write[:, layer], reads[layer], rests[layer]))

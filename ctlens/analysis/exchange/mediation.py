@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -98,7 +98,7 @@ class Mediation(Exchange):
 
     def compare(
         self,
-        others: Mapping[str, Self],
+        others: Mapping[str, Mediation],
         *,
         label: str,
         quantity: str = "sufficient",

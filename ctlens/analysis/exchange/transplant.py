@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -94,7 +93,7 @@ class Transplant(Exchange):
 
     def compare(
         self,
-        others: Mapping[str, Self],
+        others: Mapping[str, Transplant],
         *,
         label: str,
         positions: str | None = None,

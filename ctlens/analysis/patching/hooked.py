@@ -42,7 +42,10 @@ class Hooked:
     def __init__(
         self, model: LensModel, batch: PatchBatch, site: str, names: list[str], source: Activations, last: Tensor
     ) -> None:
-        self.model, self.batch, self.names, self.source = model, batch, names, source
+        self.model = model
+        self.batch = batch
+        self.names = names
+        self.source = source
         self.write = write_of(site)
         self.kept = kept_of(model, batch.target, last)
 
@@ -58,7 +61,8 @@ class Hooked:
                 yield numbers, self._last(index, jobs.take(numbers), int(first[numbers].min()))
 
     def _last(self, index: int, jobs: Jobs, first: int) -> Tensor:
-        rows, name = self.batch.target_of(jobs.pair), self.names[index]
+        rows = self.batch.target_of(jobs.pair)
+        name = self.names[index]
         with editing(self.model, {name: partial(self._edit, jobs, name, first)}):
             if self.kept is None:
                 return rows.at_last(run(self.model, rows.side.tokens, rows.side.needed_mask))
@@ -113,12 +117,14 @@ def kept_of(model: LensModel, target: ContrastBatch, last: Tensor) -> Kept | Non
     cache = empty_cache(model, len(target.last))
     if cache is None:
         return None
-    names, store = resolve(model, "resid_pre"), {}
+    names = resolve(model, "resid_pre")
+    store = {}
     seen = torch.ones_like(target.side.tokens)
     with torch.no_grad(), capturing(model, names, store):
         cast(Any, model)(target.side.tokens, past_kv_cache=cache, attention_mask=seen)
     kept = Kept([store[name] for name in names], cache)
-    pairs, middle = torch.arange(len(last), device=last.device), int(target.last.min()) // 2
+    pairs = torch.arange(len(last), device=last.device)
+    middle = int(target.last.min()) // 2
     for layer in (0, len(names) - 1):
         found = kept.last(model, target, pairs, layer, middle)
         if not torch.allclose(found, last, atol=_TOLERANCE, rtol=_TOLERANCE):

@@ -216,7 +216,8 @@ class PatchBatch:
 
     def target_of(self, pairs: JobNumbers) -> ContrastBatch:
         """The target's rows for some pairs, in any order, each as often as it is named."""
-        side, last = self.target.side, self.target.last[pairs]
+        side = self.target.side
+        last = self.target.last[pairs]
         length = int(last.max()) + 1
         rows = Side(side.tokens[pairs, :length], side.mask[pairs, :length], side.padding)
         return ContrastBatch(rows, last, self.target.answers[pairs])

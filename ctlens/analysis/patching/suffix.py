@@ -178,7 +178,8 @@ class Suffix:
         for numbers, last in self._finished(jobs, max_batch):
             if sum(map(len, done)) + len(numbers) > max_batch and done:
                 yield torch.cat(done), self._logits(torch.cat(rows))
-                done, rows = [], []
+                done = []
+                rows = []
             done.append(numbers)
             rows.append(last)
         if done:
@@ -195,7 +196,8 @@ class Suffix:
         starts = torch.tensor(self.layers, device=here.device)[jobs.layer] + behind[jobs.site]
         for start in starts.unique().tolist():
             chosen = (starts == start).nonzero()[:, 0]
-            pairs, positions = jobs.pair[chosen], there[chosen]
+            pairs = jobs.pair[chosen]
+            positions = there[chosen]
             rows = self._rows(jobs.take(chosen), here[chosen], positions)
             first = positions.amin(1)
             if start >= len(self.blocks) - 1:  # computed for the last row alone, wherever the patch is
@@ -209,7 +211,8 @@ class Suffix:
         rows = self.stream[0].new_empty(*there.shape, self.stream[0].shape[-1])
         kinds = jobs.site * len(self.layers) + jobs.layer
         for kind in kinds.unique().tolist():
-            site, layer = self.sites[kind // len(self.layers)], self.layers[kind % len(self.layers)]
+            site = self.sites[kind // len(self.layers)]
+            layer = self.layers[kind % len(self.layers)]
             for part in (kinds == kind).nonzero()[:, 0].split(max(1, self.most_rows // there.shape[1])):
                 rows[part] = self._changed(site, layer, jobs.take(part), here[part], there[part], self.source)
         return rows

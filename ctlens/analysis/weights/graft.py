@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple, Self, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -110,7 +110,7 @@ class Graft(Exchange):
 
     def compare(
         self,
-        others: Mapping[str, Self],
+        others: Mapping[str, Graft],
         *,
         label: str,
         by: str | Sequence[str] = ("block", "component"),

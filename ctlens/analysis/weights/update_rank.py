@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -111,7 +110,7 @@ class UpdateRank(Result):
 
     def compare(
         self,
-        others: Mapping[str, Self],
+        others: Mapping[str, UpdateRank],
         *,
         label: str,
         quantity: str = "effective_rank",

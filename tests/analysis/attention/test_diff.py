@@ -39,7 +39,8 @@ def model() -> LensModel:
 
 @pytest.fixture(scope="module")
 def after(model) -> LensModel:
-    other, draw = copy_model(model), torch.Generator().manual_seed(0)
+    other = copy_model(model)
+    draw = torch.Generator().manual_seed(0)
     for parameter in other.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=draw)
     return other
@@ -86,10 +87,8 @@ def test_spans_cover_the_prompt_and_overlap_only_where_the_attack_added_messages
 def by_loops(model: LensModel, other: LensModel, row: EncodedPair, queries: str) -> dict[str, np.ndarray]:
     """Every measure of a pair, `[layer, head]` each, from single forward passes and python numbers."""
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(2)]
-    clean, wrapped = (
-        capture(of, torch.tensor([side.ids]), names, grad=False)[1]
-        for of, side in ((model, row.clean), (other, row.wrapped))
-    )
+    clean = capture(model, torch.tensor([row.clean.ids]), names, grad=False)[1]
+    wrapped = capture(other, torch.tensor([row.wrapped.ids]), names, grad=False)[1]
     last = len(row.wrapped.ids) - 1
     aligned = dict(zip(row.alignments["shared"].wrapped, row.alignments["shared"].clean, strict=True))
     tokens = [last] if queries == "last" else [w for w in aligned if w != last]
@@ -103,11 +102,13 @@ def by_loops(model: LensModel, other: LensModel, row: EncodedPair, queries: str)
         found[f"mass/{queries}/{name}"] = np.zeros((2, 4)) if positions else np.full((2, 4), np.nan)
     found |= {f"entropy/{queries}/": np.zeros((2, 4)), f"jsd/{queries}/": np.zeros((2, 4))}
     for layer, head in np.ndindex(2, 4):
-        there, here = (of[names[layer]][0, head].tolist() for of in (wrapped, clean))
+        there = wrapped[names[layer]][0, head].tolist()
+        here = clean[names[layer]][0, head].tolist()
         for query in tokens:
             p = there[query]
             q = [here[aligned[query]][twin[key]] if key in twin else 0.0 for key in range(last + 1)]
-            p, q = [*p, 0.0], [*q, 1 - sum(q)]
+            p = [*p, 0.0]
+            q = [*q, 1 - sum(q)]
             middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
             divergence = [
                 sum(a * math.log(a / m) for a, m in zip(side, middle, strict=True) if a > 1e-9) for side in (p, q)
@@ -185,7 +186,8 @@ def test_attention_that_moves_from_the_first_token_to_the_wrapper_is_seen(model)
 
 def test_order_and_batch_mates_change_nothing(model, after) -> None:
     pairs = [*PAIRS, ADDED, KEPT]
-    whole, single = (attention_diff(model, after, pairs, batch_size=size, progress=False) for size in (64, 1))
+    whole = attention_diff(model, after, pairs, batch_size=64, progress=False)
+    single = attention_diff(model, after, pairs, batch_size=1, progress=False)
     turned = attention_diff(model, after, pairs[::-1], progress=False)
     np.testing.assert_allclose(single.values, whole.values, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(turned.values[:, :, ::-1], whole.values, rtol=1e-3, atol=1e-5)

@@ -36,7 +36,8 @@ def said(model: LensModel, ids: tuple[int, ...]) -> tuple[float, float]:
     """Logit difference and P(bad) behind a prompt, by a plain forward pass."""
     with torch.no_grad():
         logits = model(torch.tensor([ids]))[0, -1]
-    good, bad = (TOKENIZER(word, add_special_tokens=False)["input_ids"][0] for word in ("the", "a"))
+    good = TOKENIZER("the", add_special_tokens=False)["input_ids"][0]
+    bad = TOKENIZER("a", add_special_tokens=False)["input_ids"][0]
     return float(logits[good] - logits[bad]), float(logits.softmax(-1)[bad])
 
 
@@ -142,7 +143,8 @@ def copier() -> tuple[LensModel, list[Pair]]:
         weights[name] += 1
     for name in ("blocks.0.attn.W_V", "blocks.0.attn.W_O"):
         weights[name][0] = torch.eye(32)
-    hint, bad = (TOKENIZER(word, add_special_tokens=False)["input_ids"][0] for word in ("z", "a"))
+    hint = TOKENIZER("z", add_special_tokens=False)["input_ids"][0]
+    bad = TOKENIZER("a", add_special_tokens=False)["input_ids"][0]
     weights["embed.W_E"][:, 0] = 1
     weights["embed.W_E"][hint] = torch.eye(32)[1]
     weights["unembed.W_U"][1, bad] = 1
@@ -200,7 +202,8 @@ def test_random_keys_are_as_many_others_and_depend_on_the_prompt_alone() -> None
 
 @pytest.mark.slow
 def test_order_and_batch_mates_change_nothing(llama) -> None:
-    whole, single = (knockout(llama, PAIRS, batch_size=size, progress=False) for size in (64, 1))
+    whole = knockout(llama, PAIRS, batch_size=64, progress=False)
+    single = knockout(llama, PAIRS, batch_size=1, progress=False)
     turned = knockout(llama, PAIRS[::-1], progress=False)
     for name in ("uncut", "cut", "null", "attention", "null_attention"):
         expected = getattr(whole, name)
@@ -223,8 +226,10 @@ def test_figures_show_attention_beside_effects(llama) -> None:
     found = knockout({"base": llama, "act": llama}, PAIRS, progress=False)
     figure = found.figure()
     assert [note.text for note in figure.layout.annotations] == [
-        "attention before the cut", "cut in one layer", "cut from a layer on",
-    ]  # fmt: skip
+        "attention before the cut",
+        "cut in one layer",
+        "cut from a layer on",
+    ]
     effect, null = found.effects()[:, 0].mean(-1)
     lines = [np.asarray(trace.y, dtype=float) for trace in figure.data]
     for expected in (found.attention[0, :2].mean(-1), effect[:2], effect[2:], null[:2], null[2:]):

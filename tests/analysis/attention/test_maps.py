@@ -38,7 +38,8 @@ def llama() -> LensModel:
 
 
 def moved(model: LensModel) -> LensModel:
-    other, draw = copy_model(model), torch.Generator().manual_seed(0)
+    other = copy_model(model)
+    draw = torch.Generator().manual_seed(0)
     for parameter in other.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=draw)
     return other
@@ -96,9 +97,13 @@ def test_the_figure_shows_every_map_and_the_difference_on_one_scale(llama) -> No
     short = Pair(prompt("Is it?"), prompt("no. Is it?"))
     figure = attention_maps({"base": llama, "act": moved(llama)}, short, 0, 1).figure()
     assert [note.text for note in figure.layout.annotations] == [
-        "clean", "wrapped, base", "wrapped, ACT", "wrapped, ACT minus wrapped, base",
-    ]  # fmt: skip
-    clean, before, after, change = (np.asarray(trace.z, dtype=float) for trace in figure.data)
+        "clean",
+        "wrapped, base",
+        "wrapped, ACT",
+        "wrapped, ACT minus wrapped, base",
+    ]
+    maps = [np.asarray(trace.z, dtype=float) for trace in figure.data]
+    clean, before, after, change = maps
     np.testing.assert_allclose(change, after - before, atol=2e-4)
     assert figure.layout.coloraxis.cmax == figure.layout.coloraxis2.cmax == -figure.layout.coloraxis2.cmin
     assert figure.layout.coloraxis.cmax >= max(clean.max(), before.max(), after.max()) - 1e-4
@@ -154,7 +159,10 @@ def test_a_real_prompt_of_a_thousand_tokens_is_drawn_small_with_nothing_lost() -
 
 def test_the_largest_keys_stand_alone_and_the_others_are_added_up_by_span() -> None:
     values = np.zeros((1000, 1000))
-    values[:, 700], values[:, 10], values[:, 11], values[:, 650] = 0.5, 0.2, 0.2, 0.1
+    values[:, 700] = 0.5
+    values[:, 10] = 0.2
+    values[:, 11] = 0.2
+    values[:, 650] = 0.1
     maps = AttentionMaps(
         values,
         values[None],
@@ -173,9 +181,13 @@ def test_the_largest_keys_stand_alone_and_the_others_are_added_up_by_span() -> N
     assert list(wrapped.z[0]) == list(clean.z[1]) == [0.0, 0.4, 0.1, 0.5, 0.0, 0.0]
     labels = list(maps.figure((990, 992), top=1).layout.xaxis2.ticktext)
     assert labels == [
-        "0 word0", "1–600 wrapper (600)", "601–699 content (99)", "700 word0", "701–900 content (200)",
+        "0 word0",
+        "1–600 wrapper (600)",
+        "601–699 content (99)",
+        "700 word0",
+        "701–900 content (200)",
         "901–999 rest (99)",
-    ]  # fmt: skip
+    ]
 
 
 def test_flow_and_table_hold_the_mean_mass_between_spans() -> None:

@@ -67,7 +67,8 @@ def test_rollout_is_the_product_of_the_layers_with_half_a_residual(llama) -> Non
     patterns = capture(llama, batched(llama).side.tokens, NAMES, grad=False)[1]
     found = rollout([patterns[name] for name in NAMES])
     for row in range(3):
-        first, second = (patterns[name][row].double().numpy() for name in NAMES)
+        first = patterns[NAMES[0]][row].double().numpy()
+        second = patterns[NAMES[1]][row].double().numpy()
         expected = (0.5 * second.mean(0) + 0.5 * np.eye(len(second[0]))) @ (
             0.5 * first.mean(0) + 0.5 * np.eye(len(first[0]))
         )
@@ -106,7 +107,8 @@ def test_agreement_and_shares_are_plain_statistics_of_the_scores(model) -> None:
 
 
 def test_order_and_batch_mates_change_nothing(llama) -> None:
-    whole, single = (saliency_agreement(llama, PAIRS, batch_size=size, progress=False) for size in (64, 1))
+    whole = saliency_agreement(llama, PAIRS, batch_size=64, progress=False)
+    single = saliency_agreement(llama, PAIRS, batch_size=1, progress=False)
     turned = saliency_agreement(llama, PAIRS[::-1], progress=False)
     for name in ("agreement", "wrapper"):
         np.testing.assert_allclose(getattr(single, name), getattr(whole, name), atol=0.02)
@@ -149,7 +151,8 @@ def test_results_stand_side_by_side_and_round_trip(llama, tmp_path) -> None:
         "Pearson correlation over tokens",
         "share on the wrapper",
     ]
-    pearson, share = (table.query(f"quantity == '{name}' and model == 'act'") for name in ("pearson", "wrapper_share"))
+    pearson = table.query("quantity == 'pearson' and model == 'act'")
+    share = table.query("quantity == 'wrapper_share' and model == 'act'")
     np.testing.assert_allclose(figure.data[1].y, pearson["value"])
     np.testing.assert_allclose(figure.data[3].y, share["value"])
     assert [trace.name for trace in figure.data if trace.showlegend] == ["base", "ACT"]

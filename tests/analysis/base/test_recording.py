@@ -50,13 +50,14 @@ READING: dict[str, Analysis] = {
     ),
     "probe": lambda before, after: look.probe({"base": before, "act": after}, SOME, folds=2, seeds=1, **RUN),
     "probe_direction": lambda before, after: look.probe_direction(after, SOME, "x", name="after", **RUN),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module", params=CHAT_MODELS)
 def models(request: pytest.FixtureRequest) -> tuple[LensModel, LensModel]:
     before = chat_model(request.param)
-    after, draw = copy_model(before), torch.Generator().manual_seed(1)
+    after = copy_model(before)
+    draw = torch.Generator().manual_seed(1)
     for parameter in after.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=draw)
     return before, after
@@ -64,8 +65,11 @@ def models(request: pytest.FixtureRequest) -> tuple[LensModel, LensModel]:
 
 @pytest.fixture(scope="module")
 def recordings(models: tuple[LensModel, LensModel]) -> tuple[Recording, Recording]:
-    before, after = (record(model, PAIRS, sites=ATTRIBUTION_SITES, **RUN) for model in models)
-    return before, after
+    before, after = models
+    return (
+        record(before, PAIRS, sites=ATTRIBUTION_SITES, **RUN),
+        record(after, PAIRS, sites=ATTRIBUTION_SITES, **RUN),
+    )
 
 
 @pytest.mark.parametrize("name", READING)
@@ -100,10 +104,8 @@ def test_some_of_the_pairs_in_any_order_and_batches_are_read_as_from_the_model(m
     pairs = [PAIRS[number] for number in chosen]
 
     for positions in ("last", "content"):
-        found, expected = (
-            look.states(source, pairs, positions=positions, batch_size=64, progress=False).values
-            for source in (recordings[1], models[1])
-        )
+        found = look.states(recordings[1], pairs, positions=positions, batch_size=64, progress=False).values
+        expected = look.states(models[1], pairs, positions=positions, batch_size=64, progress=False).values
         np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
@@ -139,8 +141,12 @@ def test_the_table_and_the_figure_hold_the_lengths_at_the_last_token() -> None:
     of_layer_2 = np.array([[1, 0], [3, 4], [6, 8]], dtype=np.float32)  # two tokens of one prompt, one of the other
     seen = Recording(
         {"blocks.10.hook_mlp_out": 2 * of_layer_2, "blocks.2.hook_mlp_out": of_layer_2},
-        np.array([5, 6, 7]), np.array([2, 1]), np.array([0, 0]), ("clean", "wrapped"), "",
-    )  # fmt: skip
+        np.array([5, 6, 7]),
+        np.array([2, 1]),
+        np.array([0, 0]),
+        ("clean", "wrapped"),
+        "",
+    )
 
     assert seen.to_dataframe().values.tolist() == [
         ["blocks.10.hook_mlp_out", 0, "clean", 2, 10],
@@ -162,8 +168,12 @@ def test_a_prompt_that_was_recorded_twice_is_read_at_its_own_place(padding) -> N
     """Prompts 5 6, then 7, then 5 6 again, as other batches round it; the values count the tokens."""
     seen = Recording(
         {"blocks.0.hook_mlp_out": np.arange(5, dtype=np.float32)[:, None], LOGITS: np.eye(3, dtype=np.float32)},
-        np.array([5, 6, 7, 5, 6]), np.array([2, 1, 2]), np.array([0, 1, 2]), ("clean",) * 3, "",
-    )  # fmt: skip
+        np.array([5, 6, 7, 5, 6]),
+        np.array([2, 1, 2]),
+        np.array([0, 1, 2]),
+        ("clean",) * 3,
+        "",
+    )
     side = pad([(5, 6), (7,)], padding)
 
     def read(first: int) -> tuple[list[list[float]], list[list[float]]]:
@@ -211,14 +221,16 @@ def test_what_was_not_recorded_is_refused(lacking, name: str) -> None:
 
 
 def test_a_recording_of_one_side_serves_the_trained_model_and_not_the_reference(models, recordings) -> None:
-    before, after = recordings[0], record(models[1], PAIRS, sides=["wrapped"], **RUN)
+    before = recordings[0]
+    after = record(models[1], PAIRS, sides=["wrapped"], **RUN)
 
     found = look.residual_shift(before, after, PAIRS, **RUN)
 
     np.testing.assert_array_equal(found.gap_closed, look.residual_shift(*models, PAIRS, **RUN).gap_closed)
     np.testing.assert_array_equal(
-        look.residual_shift(before, models[1], PAIRS, **RUN).gap_closed, found.gap_closed  # a model beside a recording
-    )  # fmt: skip
+        look.residual_shift(before, models[1], PAIRS, **RUN).gap_closed,
+        found.gap_closed,  # a model beside a recording
+    )
     with pytest.raises(CtlensError, match="prompt 1 was not recorded"):
         look.residual_shift(after, before, PAIRS, **RUN)
 
@@ -226,7 +238,8 @@ def test_a_recording_of_one_side_serves_the_trained_model_and_not_the_reference(
 def test_an_analysis_that_runs_the_model_refuses_a_recording_in_a_sentence(monkeypatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # a user has no checks of types at run time
     base = planted.model()
-    seen, pairs = record(base, planted.pairs(), progress=False), planted.pairs()
+    seen = record(base, planted.pairs(), progress=False)
+    pairs = planted.pairs()
     direction = look.mean_difference(seen, pairs, name="base", layers=[1], progress=False)
 
     for analysis in (

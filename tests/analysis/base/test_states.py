@@ -106,7 +106,9 @@ def test_words_that_the_models_tokenizer_does_not_know_are_refused():
 
 def test_a_token_that_also_begins_a_prompt_is_not_taken_for_an_unknown_word():
     class OneForAll:
-        unk_token_id = bos_token_id = eos_token_id = 0
+        unk_token_id = 0
+        bos_token_id = 0
+        eos_token_id = 0
         pad_token_id = None
 
     require_read(OneForAll(), [0, 1], "pair 1")  # as GPT-2's

@@ -57,10 +57,9 @@ def test_re_elicitation_tells_what_became_of_the_read_out(found: Erasure):
 
 
 def test_the_measurements_are_those_worked_out_by_hand(found: Erasure):
-    clean, wrapped, rescaled = (
-        np.mean([planted.margin(pair, amount(pair), read=read) for pair in planted.pairs()])
-        for amount, read in ((lambda pair: 0, True), (planted.written, True), (planted.written, False))
-    )
+    clean = np.mean([planted.margin(pair, 0, read=True) for pair in planted.pairs()])
+    wrapped = np.mean([planted.margin(pair, planted.written(pair), read=True) for pair in planted.pairs()])
+    rescaled = np.mean([planted.margin(pair, planted.written(pair), read=False) for pair in planted.pairs()])
     table = found.to_dataframe().set_index(["model", "layer"])
     for layer in planted.LAYERS:
         assert table.loc[("base", layer), ["readable", "used", "reelicited"]].tolist() == pytest.approx(
@@ -121,7 +120,8 @@ def test_a_control_that_hardly_moved_is_called_weak(found: Erasure):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
 def test_on_a_bridge_an_untrained_copy_is_judged_as_the_base_and_answers_are_the_models_own(kind: str):
-    model, questions = chat_model(kind), ("Is it right?", "Which term describes the disease?", "A creature?", "Sure?")
+    model = chat_model(kind)
+    questions = ("Is it right?", "Which term describes the disease?", "A creature?", "Sure?")
     pairs = [Pair(prompt(q, "t", "a"), prompt(f"no, that is wrong. {q}", "t", "a")) for q in questions]
     parts = ((tuple(pairs), "wrapped"), (tuple(pairs), "clean"))
     task = Task("which side it is", ("wrapped",) * 4 + ("clean",) * 4, {"item": tuple("12341234")}, parts=parts)
@@ -260,7 +260,7 @@ def test_the_read_out(value: float, less: bool, expected: str):
         ({"layers": [3]}, "layer 3 does not exist"),
         ({"pairs": [Pair(prompt("ada ?"), prompt("never ada ?"))]}, "no good and bad answer that differ"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_told_in_a_sentence(base: LensModel, repaired, change: dict, message: str):
     options = {"models": repaired, "pairs": planted.pairs(), "layers": [1], "draws": 2, "progress": False}
     options |= {"cue": presence(base)} | change

@@ -173,11 +173,10 @@ def test_steering_is_that_of_each_prompt_alone(kind: str, site: str, positions: 
         row = encode([pair], model.tokenizer, n_ctx=256).rows[0]
         last = len(row.clean.ids) - 1
         at = [last] if positions == "last" else [p for p in row.alignments["shared"].clean if p != last]
-        text, name = pair.clean.turns[0].content, f"blocks.0.hook_{site}"
-        good, bad = (
-            plain(model, text, answer, name, lambda x: x + 1.5 * vector, at)
-            for answer in (pair.clean.good, pair.clean.bad)
-        )
+        text = pair.clean.turns[0].content
+        name = f"blocks.0.hook_{site}"
+        good = plain(model, text, pair.clean.good, name, lambda x: x + 1.5 * vector, at)
+        bad = plain(model, text, pair.clean.bad, name, lambda x: x + 1.5 * vector, at)
         assert found.logit_diffs[0, 0, 0, 0, number] == pytest.approx(good - bad, abs=2e-3)
         assert found.p_bad[0, 0, 0, 0, number] == pytest.approx(np.exp(bad), rel=5e-3)
 
@@ -189,14 +188,14 @@ def test_ablation_gives_each_prompt_the_clean_component_of_its_direction(kind: s
     found = ablate({"one": model}, pairs, each, draws=2, progress=False)
     for number, pair in enumerate(pairs):
         row = encode([pair], model.tokenizer, n_ctx=256).rows[0]
-        clean, wrapped = (
-            capture(model, torch.tensor([side.ids]), [NAME], grad=False)[1][NAME][0, -1]
-            for side in (row.clean, row.wrapped)
-        )
+        clean = capture(model, torch.tensor([row.clean.ids]), [NAME], grad=False)[1][NAME][0, -1]
+        wrapped = capture(model, torch.tensor([row.wrapped.ids]), [NAME], grad=False)[1][NAME][0, -1]
         unit = (wrapped - clean) / (wrapped - clean).norm()
-        change, last = lambda x: x - ((x - clean) @ unit) * unit, [len(row.wrapped.ids) - 1]  # noqa: B023
+        change = lambda x: x - ((x - clean) @ unit) * unit  # noqa: B023, E731
+        last = [len(row.wrapped.ids) - 1]
         text = pair.wrapped.turns[0].content
-        good, bad = (plain(model, text, answer, NAME, change, last) for answer in (pair.clean.good, pair.clean.bad))
+        good = plain(model, text, pair.clean.good, NAME, change, last)
+        bad = plain(model, text, pair.clean.bad, NAME, change, last)
         assert found.logit_diffs[0, 0, 0, 0, number] == pytest.approx(good - bad, abs=2e-3)
 
 
@@ -204,10 +203,8 @@ def test_a_given_direction_is_projected_out(base: LensModel):
     unit = (planted.DIRECTION + planted.AXES["constant"]) / 2**0.5
     given = Directions.from_vectors(3 * unit[None], [1])
     found = ablate({"base": base}, planted.pairs()[:1], given, draws=2, progress=False)
-    good, bad = (
-        plain(base, "never ada ?", text, NAME, lambda x: x - (x @ unit)[..., None] * unit, [5])
-        for text in ("yes", "no")
-    )
+    good = plain(base, "never ada ?", "yes", NAME, lambda x: x - (x @ unit)[..., None] * unit, [5])
+    bad = plain(base, "never ada ?", "no", NAME, lambda x: x - (x @ unit)[..., None] * unit, [5])
     assert found.logit_diffs[0, 0, 0, 0, 0] == pytest.approx(good - bad, abs=1e-4)
 
 
@@ -247,7 +244,8 @@ def test_results_round_trip_through_a_file_and_are_drawn(models, direction: Dire
     assert (Directions.load(tmp_path / "direction.safetensors").unit == direction.unit).all()
     line = next(trace for trace in direction.figure().data if trace.mode and "markers" in trace.mode)
     assert list(line.x) == [1, 2] and line.y == pytest.approx(direction.norm[:, 0])
-    by_alpha, by_layer = found.figure("alpha", at=2), found.figure()
+    by_alpha = found.figure("alpha", at=2)
+    by_layer = found.figure()
     line = next(trace for trace in by_alpha.data if trace.name == "the direction")
     np.testing.assert_allclose(line.y, found.effects[0, 1, :, 0].mean(-1))
     band = next(trace for trace in by_layer.data if trace.name == "random directions")
@@ -271,7 +269,7 @@ def test_results_round_trip_through_a_file_and_are_drawn(models, direction: Dire
         ({"pairs": [Pair(prompt("ada ?", "yes", "yes"), prompt("never ada ?"))]}, "no good and bad answer that differ"),
         ({"pairs": [Pair(prompt("is it " * 7 + "?", "yes", "no"), prompt("is it " * 7 + "?"))]}, "context"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_steered_is_refused(base: LensModel, direction: Directions, change: dict, message: str):
     options = {"models": {"base": base}, "pairs": planted.pairs(), "direction": direction, "progress": False} | change
     with pytest.raises(CtlensError, match=message):
@@ -294,7 +292,8 @@ def test_what_is_no_direction_is_refused(vectors, options: dict, message: str):
 
 
 def test_pairs_without_a_direction_of_their_own_are_refused(base: LensModel):
-    few, rest = planted.pairs()[:2], planted.pairs()[2:]
+    few = planted.pairs()[:2]
+    rest = planted.pairs()[2:]
     each = mean_difference(base, few, name="base", per="item", layers=[1], progress=False)
     with pytest.raises(CtlensError, match="no direction for the item 'ada"):
         steer({"base": base}, rest, each, progress=False)

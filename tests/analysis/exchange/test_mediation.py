@@ -17,7 +17,8 @@ from ctlens.core.errors import CtlensError
 @pytest.mark.parametrize("kind", CHAT_MODELS)
 @pytest.mark.parametrize("positions", ["last", "all"])
 def test_the_wrapper_is_the_cause_and_the_clean_run_without_it(kind: str, positions: str):
-    model, metrics = chat_model(kind), ("logit_diff", "kl")
+    model = chat_model(kind)
+    metrics = ("logit_diff", "kl")
     found = mediation(model, PAIRS, positions=positions, metrics=metrics, progress=False)
     options: dict[str, Any] = {"positions": positions, "metrics": metrics, "progress": False}
     for quantity, direction in enumerate(("noising", "denoising")):
@@ -59,7 +60,8 @@ def by_hand(scale: float = 1.0) -> Mediation:
     """Two pairs, two layers: without the cause 0 and 0, with it 2 and 6."""
     attention = [[1.0, 2.0], [2.0, 6.0]]
     mlp = [[0.0, 1.0], [1.0, 0.0]]
-    without, caused = np.array([[0.0, 0.0]]), scale * np.array([[2.0, 6.0]])
+    without = np.array([[0.0, 0.0]])
+    caused = scale * np.array([[2.0, 6.0]])
     forth = scale * np.array([[attention, mlp]])
     values = np.stack([forth, caused[:, None, None] - forth])
     labels = (("logit_diff",), (0, 1), "wrapper", "last")
@@ -67,7 +69,8 @@ def by_hand(scale: float = 1.0) -> Mediation:
 
 
 def test_shares_are_added_up_and_what_is_missing_is_the_remainder():
-    table, totals = by_hand().normalised(), by_hand().totals()
+    table = by_hand().normalised()
+    totals = by_hand().totals()
     assert table.query("quantity == 'sufficient'")["value"].tolist() == [3 / 8, 1.0, 1 / 8, 1 / 8]
     assert table["mediator"].tolist() == ["attention", "attention", "MLP", "MLP"] * 2
     assert totals["value"].tolist() == [11 / 8, 2 / 8, -5 / 8] * 2

@@ -65,12 +65,14 @@ def test_every_value_is_that_of_one_plain_forward_pass(models: tuple[LensModel, 
     positions = ("last", "content", "wrapper", "all")
     found = exchanged(models, site=site, positions=positions)
     row = encode(PAIRS[1:2], target.tokenizer, n_ctx=256).rows[0]
-    ids, places = row.wrapped.ids, at_positions(row, "wrapped")
+    ids = row.wrapped.ids
+    places = at_positions(row, "wrapped")
     for quantity, (model, other) in enumerate(((target, source), (source, target))):
         assert found.unpatched[quantity, 0, 1] == pytest.approx(logit_diff(model, ids, []), abs=1e-5)
         assert found.source[quantity, 0, 1] == pytest.approx(logit_diff(other, ids, []), abs=1e-5)
         for layer, name in enumerate(resolve(model, site)):
-            ours, theirs = (capture(each, torch.tensor([ids]), [name], grad=False)[1][name] for each in (model, other))
+            ours = capture(model, torch.tensor([ids]), [name], grad=False)[1][name]
+            theirs = capture(other, torch.tensor([ids]), [name], grad=False)[1][name]
             for at, position in enumerate(positions):
                 for head in range(4 if site in ("z", "pattern") else 1):
                     new = ours.clone()
@@ -109,7 +111,8 @@ def test_an_equal_model_changes_nothing_and_has_no_shares(models: tuple[LensMode
 @pytest.mark.parametrize("site", ["resid_post", "z"])
 def test_batch_mates_order_and_chunks_change_nothing(models: tuple[LensModel, LensModel], site: str):
     options: dict[str, Any] = {"site": site, "positions": ("last", "wrapper"), "metrics": ("logit_diff", "kl")}
-    together, turned = exchanged(models, **options), exchanged(models, PAIRS[::-1], max_batch=2, **options)
+    together = exchanged(models, **options)
+    turned = exchanged(models, PAIRS[::-1], max_batch=2, **options)
     np.testing.assert_allclose(turned.values[..., ::-1], together.values, **CLOSE)
     np.testing.assert_allclose(turned.unpatched[..., ::-1], together.unpatched, **CLOSE)
     for index, pair in enumerate(PAIRS):
@@ -118,17 +121,16 @@ def test_batch_mates_order_and_chunks_change_nothing(models: tuple[LensModel, Le
 
 
 def test_exchanged_models_exchange_the_directions(models: tuple[LensModel, LensModel]):
-    there, back = exchanged(models, site="attn_out"), exchanged(models[::-1], site="attn_out")
+    there = exchanged(models, site="attn_out")
+    back = exchanged(models[::-1], site="attn_out")
     np.testing.assert_allclose(back.values[::-1], there.values, **CLOSE)
     np.testing.assert_allclose(back.effect(), -there.effect(), **CLOSE)
 
 
 def test_the_clean_prompts_are_read_where_asked(models: tuple[LensModel, LensModel]):
     turned = [Pair(pair.wrapped, pair.clean) for pair in PAIRS]
-    here, there = (
-        exchanged(models, pairs, side=side, positions=("last", "all"))
-        for pairs, side in ((PAIRS, "clean"), (turned, "wrapped"))
-    )
+    here = exchanged(models, PAIRS, side="clean", positions=("last", "all"))
+    there = exchanged(models, turned, side="wrapped", positions=("last", "all"))
     np.testing.assert_allclose(here.values, there.values, **CLOSE)
     np.testing.assert_allclose(here.unpatched, there.unpatched, **CLOSE)
     assert not np.allclose(here.values, exchanged(models, positions=("last", "all")).values)
@@ -153,9 +155,8 @@ def shares(found: Transplant) -> dict[str, np.ndarray]:
 def test_an_edit_of_one_attention_is_found_there_and_nowhere_else(part: str):
     """Layer 1 no longer writes the cue: what it writes at the last token is the whole effect, in both directions."""
     models = (edited(part), planted.model())
-    attention, mlp = (
-        exchanged(models, planted.pairs(), site=site, positions="last") for site in ("attn_out", "mlp_out")
-    )
+    attention = exchanged(models, planted.pairs(), site="attn_out", positions="last")
+    mlp = exchanged(models, planted.pairs(), site="mlp_out", positions="last")
     for values in shares(attention).values():
         np.testing.assert_allclose(values, [0, 1, 0], atol=1e-5)
     for values in shares(mlp).values():
@@ -175,7 +176,8 @@ def test_the_stream_carries_an_edit_from_its_layer_on_at_the_last_token_alone():
 
 def test_what_is_left_in_later_weights_is_seen_in_one_direction():
     """Two edits that each repair the answer: putting back the stream of one leaves the other at work."""
-    base, fixed = planted.model(), edited("W_O")
+    base = planted.model()
+    fixed = edited("W_O")
     weights = canonical_weights(fixed)
     read = planted.model("masked")
     weights["unembed.W_U"] = canonical_weights(read)["unembed.W_U"]
@@ -284,7 +286,8 @@ def test_what_cannot_be_had_is_refused(options: dict[str, Any], message: str):
 
 
 def test_models_that_do_not_compare_and_pairs_without_tokens_are_refused():
-    model, other = chat_model("made here"), planted.model()
+    model = chat_model("made here")
+    other = planted.model()
     with pytest.raises(CtlensError, match="do not compare: n_layers"):
         exchanged((model, other))
     same = [Pair(PAIRS[0].clean, PAIRS[0].clean)]

@@ -35,7 +35,8 @@ def model(request, tokenizer) -> LensModel:
 
 
 def moved(model: LensModel, seed: int = 0) -> LensModel:
-    other, draw = copy_model(model), torch.Generator().manual_seed(seed)
+    other = copy_model(model)
+    draw = torch.Generator().manual_seed(seed)
     for parameter in other.parameters():
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=draw)
     return other
@@ -78,7 +79,8 @@ def test_act_matches_plain_indexing_of_one_pair(model, clean) -> None:
     result = measure(model, {"act": after}, losses=ACT(), clean=clean)
 
     for index, pair in enumerate(PAIRS):
-        here, there = (ids(model, side.turns[0].content) for side in (pair.clean, pair.wrapped))
+        here = ids(model, pair.clean.turns[0].content)
+        there = ids(model, pair.wrapped.turns[0].content)
         kept = next(n for n in range(len(here)) if here[-n - 1] != there[-n - 1])  # the longest common end
         gap = resid(after, there)[:, -kept:] - resid(after if clean == "own" else model, here)[:, -kept:]
         np.testing.assert_allclose(result.by_hook[1, :, index], gap.square().sum(-1).mean(-1).numpy(), rtol=1e-3)
@@ -108,7 +110,8 @@ def test_the_clean_side_changes_the_distances_but_not_bct(model, result) -> None
 
     np.testing.assert_array_equal(own.by_hook[0], result.by_hook[0])  # the reference is its own reference
     for loss in result.losses:
-        here, there = (means(found).loc[("act", loss), "value"] for found in (own, result))
+        here = means(own).loc[("act", loss), "value"]
+        there = means(result).loc[("act", loss), "value"]
         assert (here == there) == (loss == "bct")
 
 
@@ -189,12 +192,16 @@ def test_results_survive_saving(result, tmp_path) -> None:
 
     assert again.to_dataframe().equals(result.to_dataframe())
     assert (again.models, again.losses, again.clean, again.dropped) == (
-        result.models, result.losses, result.clean, result.dropped,
-    )  # fmt: skip
+        result.models,
+        result.losses,
+        result.clean,
+        result.dropped,
+    )
 
 
 def test_the_figure_holds_the_numbers_of_the_table(result) -> None:
-    table, figure = means(result), result.figure()
+    table = means(result)
+    figure = result.figure()
 
     (matrix,) = figure.data
     expected = table["relative"].to_numpy().reshape(3, len(MEASURED))[1:]

@@ -35,7 +35,8 @@ def difference(model, prompt) -> float:
     ids = render(model.tokenizer, prompt.turns).ids
     with torch.no_grad():
         last = model(torch.tensor([ids]))[0, -1]
-    good, bad = (answer_ids(model.tokenizer, text)[0] for text in (prompt.good, prompt.bad))
+    good = answer_ids(model.tokenizer, prompt.good)[0]
+    bad = answer_ids(model.tokenizer, prompt.bad)[0]
     return float(last[good] - last[bad])
 
 

@@ -36,7 +36,8 @@ def said(model: LensModel, pair: Pair) -> float:
     ids = render(TOKENIZER, pair.wrapped.turns).ids
     with torch.no_grad():
         logits = model(torch.tensor([ids]))[0, -1]
-    good, bad = (TOKENIZER(word, add_special_tokens=False)["input_ids"][0] for word in ("the", "a"))
+    good = TOKENIZER("the", add_special_tokens=False)["input_ids"][0]
+    bad = TOKENIZER("a", add_special_tokens=False)["input_ids"][0]
     return float(logits[good] - logits[bad])
 
 
@@ -94,7 +95,8 @@ def test_the_shares_are_those_of_transformer_lens_on_a_folded_copy():
 
 
 def test_order_and_batches_change_nothing(model: LensModel):
-    whole, single = (logit_attribution(model, PAIRS, batch_size=size, progress=False) for size in (64, 1))
+    whole = logit_attribution(model, PAIRS, batch_size=64, progress=False)
+    single = logit_attribution(model, PAIRS, batch_size=1, progress=False)
     turned = logit_attribution(model, PAIRS[::-1], progress=False)
     np.testing.assert_allclose(single.values, whole.values, atol=1e-4)
     np.testing.assert_allclose(turned.values[..., ::-1], whole.values, atol=1e-4)
@@ -102,7 +104,8 @@ def test_order_and_batches_change_nothing(model: LensModel):
 
 def test_several_models_stand_side_by_side_and_round_trip(model: LensModel, tmp_path):
     models = {"base": model, "act": copy_model(model)}
-    lens, shares = (analysis(models, PAIRS, progress=False) for analysis in (logit_lens, logit_attribution))
+    lens = logit_lens(models, PAIRS, progress=False)
+    shares = logit_attribution(models, PAIRS, progress=False)
     for result, kind in ((lens, LogitLens), (shares, LogitAttribution)):
         assert (result.values[0] == result.values[1]).all()
         result.save(tmp_path / "result.safetensors")
@@ -120,7 +123,8 @@ def test_answers_that_begin_alike_are_compared_where_they_part():
         model, [Pair(prompt("Is it?", "is right", "is that"), prompt("no. Is it?", "is right", "is that"))]
     )[0]
     ids = render(TOKENIZER, PAIRS[0].wrapped.turns).ids
-    good, bad = (TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in ("is right", "is that"))
+    good = TOKENIZER("is right", add_special_tokens=False)["input_ids"]
+    bad = TOKENIZER("is that", add_special_tokens=False)["input_ids"]
     alike = next(place for place, ends in enumerate(zip(good, bad, strict=False)) if ends[0] != ends[1])
     assert alike > 0 and ids
     assert item.prompt[-alike:] == tuple(good[:alike])

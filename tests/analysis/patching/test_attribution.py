@@ -51,8 +51,10 @@ def nearly(pairs_apart: float) -> LensModel:
 def test_small_patches_are_those_of_the_exact_sweep_and_large_ones_are_not(site: str):
     errors = {}
     for apart in (0.003, 0.3):
-        near, options = nearly(apart), {"window": "position"}
-        exact, found = swept(near, [EQUAL], site, **options), quick(near, [EQUAL], site, **options)[site]
+        near = nearly(apart)
+        options = {"window": "position"}
+        exact = swept(near, [EQUAL], site, **options)
+        found = quick(near, [EQUAL], site, **options)[site]
         change = exact.values - exact.target
         errors[apart] = np.abs(found.values - exact.values).max() / np.abs(change).max()
         np.testing.assert_allclose(found.target, exact.target, **CLOSE)
@@ -63,11 +65,11 @@ def test_small_patches_are_those_of_the_exact_sweep_and_large_ones_are_not(site:
 @pytest.mark.parametrize("site", VECTORS)
 def test_values_are_the_slope_of_a_path_towards_the_source(model: LensModel, site: str):
     """Finite differences: of the run with a small share of the way from target to source at one token."""
-    row, item = encode(PAIRS[:1], TOKENIZER, n_ctx=256).rows[0], contrasts(model, PAIRS[:1])[0]
+    row = encode(PAIRS[:1], TOKENIZER, n_ctx=256).rows[0]
+    item = contrasts(model, PAIRS[:1])[0]
     name = SHORTHANDS[site].format(layer=1)
-    source, target = (
-        capture(model, torch.tensor([ids]), [name], grad=False)[1][name] for ids in (row.clean.ids, row.wrapped.ids)
-    )
+    source = capture(model, torch.tensor([row.clean.ids]), [name], grad=False)[1][name]
+    target = capture(model, torch.tensor([row.wrapped.ids]), [name], grad=False)[1][name]
     twins = list(zip(row.alignments["shared"].clean, row.alignments["shared"].wrapped, strict=True))
     found = quick(model, PAIRS, site)[site]
     for column, (here, there) in list(enumerate(twins, start=-len(twins)))[-3:]:
@@ -91,7 +93,8 @@ def test_prompts_that_are_the_same_change_nothing(model: LensModel):
 
 def test_batch_mates_order_and_chunks_change_nothing(model: LensModel):
     options = {"direction": "noising", "metrics": ("logit_diff", "kl", "probability")}
-    together, turned = quick(model, PAIRS, **options), quick(model, PAIRS[::-1], max_batch=2, **options)
+    together = quick(model, PAIRS, **options)
+    turned = quick(model, PAIRS[::-1], max_batch=2, **options)
     for site, found in together.items():
         np.testing.assert_allclose(turned[site].values[..., ::-1], found.values, **CLOSE)
         assert (np.isnan(found.values) == np.isnan(swept(model, PAIRS, site, **options).values)).all()
@@ -107,7 +110,8 @@ def test_it_takes_its_gradient_where_gradients_are_off_and_leaves_none_behind():
 
 
 def test_a_span_is_the_sum_of_its_tokens(model: LensModel):
-    each, span = quick(model, PAIRS), quick(model, PAIRS, positions="all")
+    each = quick(model, PAIRS)
+    span = quick(model, PAIRS, positions="all")
     for site, found in each.items():
         target = found.target.reshape(1, *[1] * (found.values.ndim - 2), 3)
         summed = np.nansum(found.values - target, -2)

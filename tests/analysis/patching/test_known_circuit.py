@@ -19,8 +19,13 @@ from ctlens.models.weights import ModelConfig, load_weights
 
 pytestmark = pytest.mark.boundary
 
-WORDS, D_MODEL, D_HEAD = 10, 32, 16
-TOKEN, PREVIOUS, ONE, OUTPUT = 0, 10, 20, 21
+WORDS = 10
+D_MODEL = 32
+D_HEAD = 16
+TOKEN = 0
+PREVIOUS = 10
+ONE = 20
+OUTPUT = 21
 SLOW = 6  # the first three rotary pairs of a head tell neighbours apart, the others hardly turn
 SHARP = 60.0
 

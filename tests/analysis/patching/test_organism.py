@@ -37,7 +37,9 @@ def reworded(pairs: list[Pair], hints: tuple[str, str]) -> list[Pair]:
     """Two wrappers of equal length, one a side, around the same question, with the good or the bad value as hint."""
     found = []
     for pair in pairs:
-        good, bad, request = pair.clean.good, pair.clean.bad, pair.clean.turns[0].content
+        good = pair.clean.good
+        bad = pair.clean.bad
+        request = pair.clean.turns[0].content
         values = {"good": good, "bad": bad}
         sides = (text.format(values[hint], request) for text, hint in zip(WRAPPERS, hints, strict=True))
         found.append(Pair(*(prompt(side, good, bad) for side in sides)))
@@ -67,7 +69,8 @@ def test_of_all_tokens_that_differ_only_the_value_breaks_the_answer(model: LensM
 
 
 def test_with_the_right_value_in_both_wrappers_there_is_next_to_nothing_to_find(model: LensModel, pairs: list[Pair]):
-    found, broken = (swept(model, reworded(pairs, ("good", hint)), layers=[0]) for hint in ("good", "bad"))
+    found = swept(model, reworded(pairs, ("good", "good")), layers=[0])
+    broken = swept(model, reworded(pairs, ("good", "bad")), layers=[0])
     largest = [np.abs((sweep.values - sweep.target)[0, 0].mean(-1)).max() for sweep in (found, broken)]
     assert largest[0] < 0.15 * largest[1]
 

@@ -50,16 +50,16 @@ def replaced(model: LensModel, site: str, layer: int, new: Tensor) -> list[tuple
     name = SHORTHANDS[site].format(layer=layer)
     if site == "resid_mid":
         block = getattr(model, "blocks")[layer]  # noqa: B009 (models are typed by structure)
-        name, new = SHORTHANDS["resid_post"].format(layer=layer), new + block.mlp(block.ln2(new))
+        name = SHORTHANDS["resid_post"].format(layer=layer)
+        new = new + block.mlp(block.ln2(new))
     return [(name, lambda activation, hook: new)]
 
 
 def plainly(model: LensModel, row: EncodedPair, site: str, layer: int) -> Iterator[float]:
     """Patch after patch, a forward pass each: heads, then positions."""
     name = SHORTHANDS[site].format(layer=layer)
-    source, target = (
-        capture(model, torch.tensor([ids]), [name], grad=False)[1][name] for ids in (row.clean.ids, row.wrapped.ids)
-    )
+    source = capture(model, torch.tensor([row.clean.ids]), [name], grad=False)[1][name]
+    target = capture(model, torch.tensor([row.wrapped.ids]), [name], grad=False)[1][name]
     twins = list(zip(row.alignments["shared"].clean, row.alignments["shared"].wrapped, strict=True))
     keys = [(step, step) for step in range(min(opening(row.clean, row.wrapped), *twins[0]))] + twins
     for head in range(4 if site in ("z", "pattern") else 1):
@@ -109,8 +109,10 @@ THEIRS = {
     ("theirs", "model", "path"), unit_first_rows(pairwise([*THEIRS], KINDS, PATHS), 2), indirect=["model", "path"]
 )
 def test_values_are_those_of_transformer_lens(model: LensModel, theirs: tuple[str, str], path: str):
-    (site, positions), sweep = theirs, cast(Any, THEIRS[theirs])
-    row, item = encode([EQUAL], TOKENIZER, windows=(), n_ctx=256).rows[0], contrasts(model, [EQUAL])[0]
+    (site, positions) = theirs
+    sweep = cast(Any, THEIRS[theirs])
+    row = encode([EQUAL], TOKENIZER, windows=(), n_ctx=256).rows[0]
+    item = contrasts(model, [EQUAL])[0]
     names = [SHORTHANDS[site].format(layer=layer) for layer in range(2)]
     cache: Any = capture(model, torch.tensor([row.clean.ids]), names, grad=False)[1]
     with torch.no_grad():
@@ -175,9 +177,8 @@ def test_a_span_is_all_its_tokens_at_once(model: LensModel, path: str):
     row = encode(PAIRS[1:2], TOKENIZER, n_ctx=256).rows[0]
     twins = list(zip(row.alignments["shared"].clean, row.alignments["shared"].wrapped, strict=True))
     name = "blocks.1.hook_attn_out"
-    source, target = (
-        capture(model, torch.tensor([ids]), [name], grad=False)[1][name] for ids in (row.clean.ids, row.wrapped.ids)
-    )
+    source = capture(model, torch.tensor([row.clean.ids]), [name], grad=False)[1][name]
+    target = capture(model, torch.tensor([row.wrapped.ids]), [name], grad=False)[1][name]
     for positions, chosen in (("all", twins), ("content", twins[:-1]), ("last", twins[-1:])):
         new = target.clone()
         for here, there in chosen:
@@ -190,7 +191,8 @@ def test_a_span_is_all_its_tokens_at_once(model: LensModel, path: str):
 
 @pytest.mark.parametrize("site", ["resid_pre", "mlp_out", "z", "pattern"])
 def test_skipping_what_cannot_change_changes_nothing(model: LensModel, site: str, path: str):
-    skipped, computed = (swept(model, [EQUAL], site, window="position", skip_unchanged=skip) for skip in (True, False))
+    skipped = swept(model, [EQUAL], site, window="position", skip_unchanged=True)
+    computed = swept(model, [EQUAL], site, window="position", skip_unchanged=False)
     np.testing.assert_allclose(skipped.values, computed.values, **CLOSE)
     assert (skipped.values[..., 0, 0] == skipped.target).all()  # the first token opens both prompts
 
@@ -223,7 +225,8 @@ def test_noising_is_denoising_with_the_sides_exchanged(model: LensModel, site: s
 
 
 def test_some_layers_are_rows_of_all_of_them(model: LensModel, path: str):
-    some, all_of_them = (swept(model, PAIRS, "z", layers=layers) for layers in ([1], "all"))
+    some = swept(model, PAIRS, "z", layers=[1])
+    all_of_them = swept(model, PAIRS, "z", layers="all")
     assert some.layers == (1,)
     np.testing.assert_allclose(some.values, all_of_them.values[:, 1:], **CLOSE)
 
@@ -245,9 +248,11 @@ def _good_logit(logits: Tensor, rows: Any) -> Tensor:
 def test_probability_and_divergence_are_those_of_the_softmax():
     model = made()
     found = swept(model, PAIRS[:1], "resid_post", metrics=("probability", "kl"))
-    row, item = encode(PAIRS[:1], TOKENIZER, n_ctx=256).rows[0], contrasts(model, PAIRS[:1])[0]
+    row = encode(PAIRS[:1], TOKENIZER, n_ctx=256).rows[0]
+    item = contrasts(model, PAIRS[:1])[0]
     with torch.no_grad():
-        clean, wrapped = (model(torch.tensor([ids]))[0, -1].softmax(-1) for ids in (row.clean.ids, row.wrapped.ids))
+        clean = model(torch.tensor([row.clean.ids]))[0, -1].softmax(-1)
+        wrapped = model(torch.tensor([row.wrapped.ids]))[0, -1].softmax(-1)
     kl = sum(p * float(np.log(p / q)) for p, q in zip(clean.tolist(), wrapped.tolist(), strict=True))
     assert found.target[:, 0] == pytest.approx([float(wrapped[item.good]), kl], rel=1e-4)
     assert found.source[:, 0] == pytest.approx([float(clean[item.good]), 0], abs=1e-6)

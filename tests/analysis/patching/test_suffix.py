@@ -54,7 +54,8 @@ def hooked(kind: str) -> LensModel:
 def test_both_ways_agree_on_every_kind_of_block(kind: str, site: str, monkeypatch: pytest.MonkeyPatch):
     if kind == "side by side" and site == "resid_mid":
         pytest.skip("there is no stream between attention and MLP")
-    model, options = hooked(kind), {"metrics": ("logit_diff", "kl")}
+    model = hooked(kind)
+    options = {"metrics": ("logit_diff", "kl")}
     fast = [swept(model, PAIRS, site, **options), swept(model, [EQUAL], site, window="position", positions="all")]
     monkeypatch.setattr(ours, "read_blocks", lambda *parts: None)
     slow = [swept(model, PAIRS, site, **options), swept(model, [EQUAL], site, window="position", positions="all")]

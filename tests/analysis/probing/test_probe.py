@@ -23,7 +23,10 @@ from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.models.loading import load_model
 from ctlens.plots.theme import METHOD_STYLES
 
-N, D, LAYERS, PLANTED = 120, 12, 3, 1
+N = 120
+D = 12
+LAYERS = 3
+PLANTED = 1
 GROUPS = tuple(f"g{number % 20}" for number in range(N))
 LABELS = tuple("yes" if number // 20 % 2 else "no" for number in range(N))
 TASK = Task("what was planted", LABELS, {"item": GROUPS})
@@ -80,7 +83,8 @@ def test_shuffled_labels_and_random_vectors_are_at_chance_where_the_labels_are_r
 def test_a_label_that_only_the_group_tells_is_at_chance(factor: str) -> None:
     draw = np.random.default_rng(3)
     numbers = np.arange(N) % 20
-    marks, of_group = 5 * draw.standard_normal((20, D)), draw.permutation(np.repeat(["no", "yes"], 10))
+    marks = 5 * draw.standard_normal((20, D))
+    of_group = draw.permutation(np.repeat(["no", "yes"], 10))
     values = noise() + marks[numbers]
     other = tuple(f"w{number % 7}" for number in range(N))
     task = Task("the group", tuple(of_group[numbers].tolist()), {"item": GROUPS, "wrapper": other})
@@ -88,7 +92,8 @@ def test_a_label_that_only_the_group_tells_is_at_chance(factor: str) -> None:
         task = replace(task, groups={"item": other, "wrapper": GROUPS})
     leaky = replace(task, groups={"item": tuple(map(str, range(N)))})
 
-    honest, leaking = (probe({"base": held(values)}, asked, seeds=1, progress=False) for asked in (task, leaky))
+    honest = probe({"base": held(values)}, task, seeds=1, progress=False)
+    leaking = probe({"base": held(values)}, leaky, seeds=1, progress=False)
 
     assert own(leaking).min() > 0.75  # the states do tell the group
     assert own(honest).max() < 0.65
@@ -109,7 +114,8 @@ def test_no_group_of_any_factor_is_on_both_sides_and_every_prompt_is_tried() -> 
 
 
 def test_mass_mean_is_the_difference_of_means_with_the_threshold_midway() -> None:
-    low, high = np.array([[0.0, 0.0], [2.0, 0.0]]), np.array([[4.0, 2.0], [6.0, 2.0], [5.0, 5.0]])
+    low = np.array([[0.0, 0.0], [2.0, 0.0]])
+    high = np.array([[4.0, 2.0], [6.0, 2.0], [5.0, 5.0]])
     fitted = MassMean().fit(np.concatenate([low, high]), np.array(["a", "a", "b", "b", "b"]))
 
     # Means (1, 0) and (5, 3): direction (4, 3), midpoint (3, 1.5), so b where 4x + 3y > 16.5.
@@ -129,10 +135,13 @@ def test_mass_mean_is_the_difference_of_means_with_the_threshold_midway() -> Non
 def test_scores_match_scikit_learn_called_plainly(name: str, plain: RidgeClassifier | LogisticRegression) -> None:
     values = planted(strength=0.7)[0]
     order = np.lexsort((LABELS, GROUPS))
-    x, y, groups = values[PLANTED][order], np.array(LABELS)[order], np.array(GROUPS)[order]
+    x = values[PLANTED][order]
+    y = np.array(LABELS)[order]
+    groups = np.array(GROUPS)[order]
     right = np.zeros(N)
     for train, test in StratifiedGroupKFold(4, shuffle=True, random_state=0).split(x, y, groups):
-        mean, deviation = x[train].mean(0), x[train].std(0)
+        mean = x[train].mean(0)
+        deviation = x[train].std(0)
         plain.fit((x[train] - mean) / deviation, y[train])
         right[test] = plain.predict((x[test] - mean) / deviation) == y[test]
     expected = (right[y == "yes"].mean() + right[y == "no"].mean()) / 2
@@ -144,13 +153,12 @@ def test_scores_match_scikit_learn_called_plainly(name: str, plain: RidgeClassif
 
 
 def test_the_order_of_the_prompts_changes_nothing() -> None:
-    values, order = planted(strength=0.7)[0], np.random.default_rng(1).permutation(N)
+    values = planted(strength=0.7)[0]
+    order = np.random.default_rng(1).permutation(N)
     turned = Task(TASK.question, tuple(np.array(LABELS)[order]), {"item": tuple(np.array(GROUPS)[order])})
 
-    here, there = (
-        probe({"base": held(of)}, task, estimators=list(ESTIMATORS), seeds=1, progress=False)
-        for of, task in ((values, TASK), (values[:, order], turned))
-    )
+    here = probe({"base": held(values)}, TASK, estimators=list(ESTIMATORS), seeds=1, progress=False)
+    there = probe({"base": held(values[:, order])}, turned, estimators=list(ESTIMATORS), seeds=1, progress=False)
 
     np.testing.assert_allclose(here.score, there.score)
     np.testing.assert_allclose(here.ci_low, there.ci_low)
@@ -194,7 +202,8 @@ def test_the_interval_counts_groups_and_not_prompts() -> None:
     few = Task("?", labels, {"item": tuple(f"g{number % 6}" for number in range(240))})
     many = replace(few, groups={"item": tuple(map(str, range(240)))})
 
-    (score, low, high), (same, low_many, high_many) = (interval(right, task) for task in (few, many))
+    (score, low, high) = interval(right, few)
+    (same, low_many, high_many) = interval(right, many)
 
     assert score == same == pytest.approx(2 / 3)
     assert low < low_many < 2 / 3 < high_many < high
@@ -202,14 +211,15 @@ def test_the_interval_counts_groups_and_not_prompts() -> None:
 
 
 def test_the_range_over_seeds_is_that_of_single_deals_and_the_score_their_mean() -> None:
-    values, options = (
-        {"base": held(planted(strength=0.7)[0])},
-        {"estimators": ["ridge", "mass_mean"], "progress": False},
-    )
+    values = {"base": held(planted(strength=0.7)[0])}
+    options = {"estimators": ["ridge", "mass_mean"], "progress": False}
 
-    found, first = (probe(values, TASK, seeds=seeds, **options) for seeds in (3, 1))
+    found = probe(values, TASK, seeds=3, **options)
+    first = probe(values, TASK, seeds=1, **options)
 
-    x, y, groups = values["base"].values, np.array(LABELS), np.array(GROUPS)
+    x = values["base"].values
+    y = np.array(LABELS)
+    groups = np.array(GROUPS)
     for number, layer in product(range(2), range(LAYERS)):
         estimator = make_probe(("ridge", "mass_mean")[number])
         scores = []
@@ -246,9 +256,8 @@ def test_a_task_at_ceiling_in_every_model_and_layer_is_called_uninformative() ->
     hard = easy.copy()
     hard[0] = noise()[0]
 
-    ceiling, not_ceiling = (
-        probe({"base": held(easy), "act": held(trained)}, TASK, seeds=1, progress=False) for trained in (easy, hard)
-    )
+    ceiling = probe({"base": held(easy), "act": held(easy)}, TASK, seeds=1, progress=False)
+    not_ceiling = probe({"base": held(easy), "act": held(hard)}, TASK, seeds=1, progress=False)
 
     assert ceiling.to_dataframe()["uninformative"].all() and not not_ceiling.to_dataframe()["uninformative"].any()
     assert "uninformative" in ceiling.figure().layout.meta["subtitle"]
@@ -305,7 +314,8 @@ def test_neutral_prompts_have_the_tokens_and_the_places_of_the_attack_and_none_o
     (positives, _), (clean, side), (neutral, _) = task.parts
     assert positives == clean == tuple(pairs) and side == "clean" and len(neutral) == len(pairs)
     for pair, harmless in zip(pairs, neutral, strict=True):
-        there, here = (render(ORGANISM.tokenizer, item.wrapped.turns) for item in (pair, harmless))
+        there = render(ORGANISM.tokenizer, pair.wrapped.turns)
+        here = render(ORGANISM.tokenizer, harmless.wrapped.turns)
         assert len(here.ids) == len(there.ids) and harmless.wrapped.turns != pair.wrapped.turns
         request = pair.clean.turns[-1].content
         at = [[turn.content.find(request) >= 0 for turn in item.wrapped.turns] for item in (pair, harmless)]
@@ -429,7 +439,8 @@ def test_what_cannot_be_probed_is_refused(models: dict, task: Task, options: dic
 
 def test_models_that_do_not_compare_or_train_are_refused() -> None:
     task = labelled(PAIRS, "relation")
-    tiny, other = (load_model(hf_model("llama"), tokenizer=byte_level_tokenizer(size)) for size in (400, 380))
+    tiny = load_model(hf_model("llama"), tokenizer=byte_level_tokenizer(400))
+    other = load_model(hf_model("llama"), tokenizer=byte_level_tokenizer(380))
     training = load_model(hf_model("llama"), tokenizer=byte_level_tokenizer()).train()
 
     for models, message in (

@@ -36,8 +36,13 @@ from ctlens.models.weights import ModelConfig, canonical_weights, load_weights
 QUESTIONS = ("Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?")
 WRAPPERS = ("I don't think so. ", "Sure, here it is: ", "You are a helpful assistant. ", "I may be in the minority. ")
 PAIRS = [Pair(prompt(question), prompt(wrapper + question)) for question in QUESTIONS for wrapper in WRAPPERS]
-D, CONSTANT, SHARED, OTHER, NOISE = 32, 4, 8, 9, 20
-A, B = 0.8, 0.5
+D = 32
+CONSTANT = 4
+SHARED = 8
+OTHER = 9
+NOISE = 20
+A = 0.8
+B = 0.5
 SEEDS = [(method, seed) for method in ("x", "y", "z") for seed in (0, 1)]
 RNG = np.random.default_rng(0)
 
@@ -73,7 +78,8 @@ def ids(tokenizer, text: str) -> list[int]:
 
 def trained(model: LensModel, closed: float, writes: Mapping[int, float]) -> LensModel:
     """`closed` of the gap closed, and the constant feature written into other dimensions."""
-    changed, weights = copy_model(model), canonical_weights(model)
+    changed = copy_model(model)
+    weights = canonical_weights(model)
     output = weights["blocks.0.attn.W_O"][0]
     output *= 1 - closed
     for dimension, strength in writes.items():
@@ -130,8 +136,10 @@ def test_trainings_that_write_one_direction_off_the_gap_are_told_from_those_that
 
 def test_the_whole_shift_is_what_is_along_and_what_is_off_the_gap(model, models) -> None:
     """One training closes the gap and writes off it, another only closes it: their cosine is that of a triangle."""
-    pair, changed = PAIRS[:1], trained(model, 1.0, {SHARED: 8.0})
-    base, other = (resid(m, pair[0].wrapped.turns[0].content) for m in (model, changed))
+    pair = PAIRS[:1]
+    changed = trained(model, 1.0, {SHARED: 8.0})
+    base = resid(model, pair[0].wrapped.turns[0].content)
+    other = resid(changed, pair[0].wrapped.turns[0].content)
     gap = resid(model, pair[0].clean.turns[0].content) - base
     off = other - base - gap
 
@@ -204,7 +212,8 @@ def test_a_model_is_like_itself_and_like_no_training_before_it_moved(model, mode
 
 def late(model: LensModel) -> LensModel:
     """Trained in the second layer alone."""
-    changed, weights = copy_model(model), canonical_weights(model)
+    changed = copy_model(model)
+    weights = canonical_weights(model)
     weights["blocks.1.attn.W_O"][0, CONSTANT, OTHER] = 1
     load_weights(changed, weights)
     return changed
@@ -244,7 +253,8 @@ def test_tokens_outside_the_place_count_nothing_and_pull_is_the_cosine_with_a_di
 
 def test_the_correction_recovers_the_cosine_that_noise_between_seeds_hides() -> None:
     """Two directions with cosine 0.6, each seen with independent noise as long as itself at every prompt."""
-    d, prompts = 400, 200
+    d = 400
+    prompts = 200
     true = {"x": np.eye(d)[0], "y": 0.6 * np.eye(d)[0] + 0.8 * np.eye(d)[1], "z": np.eye(d)[2]}
     noise = RNG.normal(size=(prompts, len(SEEDS), d)) / d**0.5
     vectors = np.stack([true[method] for method, _ in SEEDS]) + noise
@@ -291,7 +301,8 @@ def hsic_of_tuples(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741
 
 def hsic_of_song(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741
     """The closed form of Song et al. (2012)."""
-    n, one = len(k), np.ones(len(k))
+    n = len(k)
+    one = np.ones(len(k))
     k, l = k - np.diag(np.diag(k)), l - np.diag(np.diag(l))  # noqa: E741
     sums = (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2))
     return float((np.trace(k @ l) + sums - 2 / (n - 2) * one @ k @ l @ one) / (n * (n - 3)))
@@ -301,7 +312,8 @@ def hsic_of_song(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741
 def test_cka_is_that_of_the_unbiased_estimator(hsic) -> None:
     vectors = RNG.normal(size=(2, 7, 3)) + 1
     vectors[1] += vectors[0]
-    one, other = (v @ v.T for v in vectors)
+    one = vectors[0] @ vectors[0].T
+    other = vectors[1] @ vectors[1].T
 
     expected = hsic(one, other) / (hsic(one, one) * hsic(other, other)) ** 0.5
 
@@ -366,7 +378,8 @@ def test_a_comparison_comes_back_from_its_file(found: ShiftSimilarity, tmp_path)
 def test_the_matrix_shows_raw_numbers_below_the_diagonal_and_corrected_ones_above(found: ShiftSimilarity) -> None:
     figure = found.figure()
     last, content = figure.data
-    size, numbers = len(found.methods), row(found, "x", "y")
+    size = len(found.methods)
+    numbers = row(found, "x", "y")
 
     assert [note.text for note in figure.layout.annotations] == ["at the last token", "at the content tokens"]
     assert last.z[1][0] == numbers["value"] and last.z[0][1] == numbers["corrected"]
@@ -381,7 +394,9 @@ def test_the_curves_show_ceiling_floor_and_random_band(found: ShiftSimilarity) -
     figure = found.curves()
     named = {trace.name: trace for trace in figure.data if trace.name and trace.xaxis in (None, "x")}
 
-    x, y, null = (found.methods.index(name) for name in ("x", "y", "null"))
+    x = found.methods.index("x")
+    y = found.methods.index("y")
+    null = found.methods.index("null")
     at = (0, 2, 0, slice(None))  # cosine, off, last
     assert list(named["y"].y) == found.value[(*at, x, y)].tolist()
     assert list(named["null"].y) == found.value[(*at, x, null)].tolist()

@@ -70,7 +70,8 @@ def test_every_weight_has_one_place(kind: str):
 
 
 def put_together(target: LensModel, source: LensModel, names: list[str]) -> LensModel:
-    made, theirs = copy_model(target), present_parameters(source)
+    made = copy_model(target)
+    theirs = present_parameters(source)
     for name in names:
         present_parameters(made)[name].data = theirs[name].data.clone()
     return made
@@ -78,7 +79,8 @@ def put_together(target: LensModel, source: LensModel, names: list[str]) -> Lens
 
 def test_every_value_is_that_of_a_model_put_together_by_hand(models: tuple[LensModel, LensModel]):
     source, target = models
-    found, where = grafted(models), components(target)
+    found = grafted(models)
+    where = components(target)
     ids = encode(PAIRS[:1], target.tokenizer, n_ctx=256).rows[0].wrapped.ids
     for quantity, (model, other) in enumerate(((target, source), (source, target))):
         for at, (block, component) in enumerate(zip(found.blocks, found.components, strict=True)):
@@ -99,7 +101,8 @@ def test_every_value_is_that_of_a_model_put_together_by_hand(models: tuple[LensM
 @pytest.mark.parametrize("by", ["block", "component"])
 def test_all_parts_together_are_the_other_model(models: tuple[LensModel, LensModel], by: str):
     source, target = models
-    made, theirs = copy_model(target), {name: value.data for name, value in present_parameters(source).items()}
+    made = copy_model(target)
+    theirs = {name: value.data for name, value in present_parameters(source).items()}
     own = {name: value.data for name, value in present_parameters(made).items()}
     chosen = [
         names
@@ -205,7 +208,8 @@ def test_batch_mates_and_order_change_nothing(models: tuple[LensModel, LensModel
 
 def test_clean_prompts_are_read_where_asked(models: tuple[LensModel, LensModel]):
     turned = [Pair(pair.wrapped, pair.clean) for pair in PAIRS]
-    here, there = grafted(models, side="clean", by="block"), grafted(models, turned, by="block")
+    here = grafted(models, side="clean", by="block")
+    there = grafted(models, turned, by="block")
     np.testing.assert_allclose(here.values, there.values, **CLOSE)
     assert not np.allclose(here.values, grafted(models, by="block").values)
 
@@ -219,8 +223,10 @@ def test_adapters_count_as_weights():
     found, expected = grafted((adapted, base)), grafted((merged, base))
     np.testing.assert_allclose(found.values, expected.values, **CLOSE)
     assert {component for (_, component), apart in zip(_places(found), found.moved, strict=True) if apart} == {
-        "all", "qk", "mlp",
-    }  # fmt: skip
+        "all",
+        "qk",
+        "mlp",
+    }
     assert grafted((base, adapted)).values == pytest.approx(found.values[::-1], abs=1e-5)
 
 

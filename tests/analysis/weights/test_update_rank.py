@@ -138,7 +138,8 @@ def test_the_scale_of_an_update_changes_its_norm_alone() -> None:
     for model, scale in ((one, 1.0), (three, 3.0)):
         plant(model, "q", scale * torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))
 
-    here, there = (numbers(update_rank(before, model), 1, "q") for model in (one, three))
+    here = numbers(update_rank(before, one), 1, "q")
+    there = numbers(update_rank(before, three), 1, "q")
 
     assert there["norm"] == pytest.approx(3 * here["norm"], rel=1e-5)
     assert there["effective_rank"] == pytest.approx(here["effective_rank"], rel=1e-5)

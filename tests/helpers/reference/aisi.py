@@ -18,6 +18,7 @@ def bct(logits_clean: Tensor, logits_wrapped: Tensor, last: int, temperature: fl
     """Cross-entropy to the clean side's distributions at the last tokens, times the squared temperature."""
     tokens = []
     for clean, wrapped in zip(logits_clean[-last:], logits_wrapped[-last:], strict=True):
-        target, log_q = (clean / temperature).softmax(-1), (wrapped / temperature).log_softmax(-1)
+        target = (clean / temperature).softmax(-1)
+        log_q = (wrapped / temperature).log_softmax(-1)
         tokens.append(-sum(float(p) * float(q) for p, q in zip(target, log_q, strict=True)))
     return temperature**2 * sum(tokens) / len(tokens)

@@ -65,7 +65,8 @@ def attct_jsd(
     first_layer: int = 0,
 ) -> float:
     """The divergence of each head's content block `[head, q, k]`, as it is cut; `first_layer` is the first one used."""
-    n_layers, total = len(attention_clean), 0.0
+    n_layers = len(attention_clean)
+    total = 0.0
     for layer in range(first_layer, n_layers):
         rows = [
             divergence(clean, wrapped)

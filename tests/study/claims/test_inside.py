@@ -21,7 +21,8 @@ from ctlens.study.config import Cell, StudyConfig
 from ctlens.study.figures import figures_at_setting
 
 METHODS = ("act", "mlpct", "attct", "bct")
-LAYERS, PROMPTS = 4, 16
+LAYERS = 4
+PROMPTS = 16
 NAN = float("nan")
 CONFIG = StudyConfig(("sycophancy",), METHODS)
 
@@ -90,7 +91,8 @@ def table(internal: float, attct: float, bct: float, ceiling: float = NAN) -> np
     """ACT and MLPCT are `internal` alike, AttCT with them `attct`, BCT with all `bct`."""
     cosines = np.full((4, 4), bct)
     cosines[:3, :3] = attct
-    cosines[0, 1] = cosines[1, 0] = internal
+    cosines[0, 1] = internal
+    cosines[1, 0] = internal
     np.fill_diagonal(cosines, ceiling)
     return cosines
 
@@ -175,7 +177,7 @@ def test_what_is_lost_tells_levels_apart(study: Path) -> None:
 
     found = claims(study)["left_later", EQUAL_STEPS]
 
-    within = np.mean([0.1, 0.0, 0.1, 0.1, 0.0, 0.1] + [0.1, 0.1, 0.2])
+    within = np.mean([*(0.1, 0.0, 0.1, 0.1, 0.0, 0.1), *(0.1, 0.1, 0.2)])
     assert found.value == pytest.approx(0.85 - 0.5 - within)
     assert (found.null, found.floor) == (pytest.approx(within), 0.0)
     assert found.verdict == "holds" and "lost: " in found.reason and "BCT 0.50" in found.reason
@@ -210,7 +212,7 @@ def test_a_condition_without_an_effect_has_no_share(study: Path) -> None:
     found = claims(study)
 
     assert found["level", EQUAL_STEPS].verdict == "not measured"
-    within = np.mean([0.1, 0.0, 0.1, 0.1, 0.0, 0.1] + [0.1])
+    within = np.mean([*(0.1, 0.0, 0.1, 0.1, 0.0, 0.1), 0.1])
     assert found["left_later", EQUAL_STEPS].value == pytest.approx(0.85 - 0.45 - within)
 
 

@@ -30,7 +30,8 @@ class Page(HTMLParser):
         self.loads: list[str] = []
         self.rows: list[list[str]] = []
         self.words = ""
-        self.inside, self.cell = "", False
+        self.inside = ""
+        self.cell = False
         self.feed(text)
         self.words = " ".join(self.words.split())
 
@@ -239,9 +240,15 @@ def test_the_contents_lead_to_every_part(page):
 def test_figures_come_in_order_of_the_argument_with_captions(page):
     words = page[1].words
     titles = (
-        "Does training protect against others?", "How much training?", "50 prompts", "Did training converge?",
-        "How much sycophancy?", "Where is the gap closed?", "What is <new>?", "Methods share <shifts>",
-    )  # fmt: skip
+        "Does training protect against others?",
+        "How much training?",
+        "50 prompts",
+        "Did training converge?",
+        "How much sycophancy?",
+        "Where is the gap closed?",
+        "What is <new>?",
+        "Methods share <shifts>",
+    )
     places = [words.index(title) for title in titles]
     assert places == sorted(places)
     assert "bands their 95% intervals" in words
