@@ -45,7 +45,7 @@ class Until:
         metric: the rate of the wrapped prompts that is measured, see `ctlens.evaluate`.
         below: the training ends once the rate is below this, 0 to 1.
         split: the split of the threat's pairs.
-        n_pairs: how many pairs the model is asked.
+        n_prompts: how many prompts the model is asked.
         every: steps between two measurements; the first is before the first step.
     """
 
@@ -53,17 +53,17 @@ class Until:
     metric: str = "bad_rate"
     below: float = 0.1
     split: str = "heldout"
-    n_pairs: int = 96
+    n_prompts: int = 96
     every: int = 10
 
-    EARLIER_NAMES: ClassVar[Mapping[str, str]] = {"items": "n_pairs"}
+    EARLIER_NAMES: ClassVar[Mapping[str, str]] = {"items": "n_prompts"}
 
     def __post_init__(self) -> None:
         threats.get(self.threat)
         if self.split not in SPLITS:
             raise unknown("split", self.split, SPLITS)
         require(PROBABILITY, below=self.below)
-        require(AT_LEAST_1, n_pairs=self.n_pairs, every=self.every)
+        require(AT_LEAST_1, n_prompts=self.n_prompts, every=self.every)
 
 
 _LIMITS = {

@@ -22,7 +22,7 @@ def look(until: Until, model: LensModel, history: History) -> bool:
     if len(history) % until.every:
         return False
     if not history.has(len(history), until.metric):
-        found = evaluate(model, [until.threat], split=until.split, n_prompts=until.n_pairs, progress=False)
+        found = evaluate(model, [until.threat], split=until.split, n_prompts=until.n_prompts, progress=False)
         history.add(len(history), {until.metric: found.rate(until.metric, "wrapped")})
     return reached(until, history)
 

@@ -174,7 +174,7 @@ def test_settings_that_make_no_sense_are_refused(options, message) -> None:
         (lambda: Until("jailbreak", split="test"), "unknown split"),
         (lambda: Until("jailbreak", below=0.0), "below is a probability above 0, up to 1, not 0.0"),
         (lambda: Until("jailbreak", every=0), "every must be at least 1"),
-        (lambda: Until("jailbreak", n_pairs=0), "n_pairs must be at least 1"),
+        (lambda: Until("jailbreak", n_prompts=0), "n_prompts must be at least 1"),
     ],
 )
 def test_phases_and_targets_that_make_no_sense_are_refused(make, message) -> None:
@@ -263,7 +263,7 @@ def scripted(monkeypatch, rates: list[float]) -> list[int]:
 
 def test_a_training_ends_once_the_rate_is_low_enough(model, monkeypatch, tmp_path) -> None:
     calls = scripted(monkeypatch, [0.9, 0.3, 0.19, 0.0])
-    config = replace(QUICK, until=Until("jailbreak", below=0.2, n_pairs=5, every=3))
+    config = replace(QUICK, until=Until("jailbreak", below=0.2, n_prompts=5, every=3))
 
     run = train(model, PAIRS, ACT(), config=config, progress=False)
 
@@ -307,7 +307,7 @@ def test_the_rate_is_that_of_an_evaluation_of_the_organism() -> None:
 
     organism = load_organism()
     threat = threats.get("jailbreak")
-    config = TrainConfig(steps=1, until=Until("jailbreak", n_pairs=12, every=1))
+    config = TrainConfig(steps=1, until=Until("jailbreak", n_prompts=12, every=1))
     trainer = Trainer(organism, threat.pairs(8, split="train", seed=0), ACT(), config)
     list(trainer)
 
@@ -321,10 +321,10 @@ def test_the_rate_is_that_of_an_evaluation_of_the_organism() -> None:
 
 
 def test_settings_of_an_older_version_are_read_under_their_new_names() -> None:
-    config = replace(QUICK, until=Until("jailbreak", n_pairs=5), trainable=LoRA(2, target_modules=("q", "o")))
+    config = replace(QUICK, until=Until("jailbreak", n_prompts=5), trainable=LoRA(2, target_modules=("q", "o")))
     older = json.loads(json.dumps(to_dict(config)))
     older["answer_tokens"] = older.pop("max_new_tokens")
-    older["until"]["items"] = older["until"].pop("n_pairs")
+    older["until"]["items"] = older["until"].pop("n_prompts")
     older["trainable"]["sites"] = older["trainable"].pop("target_modules")
 
     assert from_dict(TrainConfig, older) == config
