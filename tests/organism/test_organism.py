@@ -126,7 +126,7 @@ def test_pretraining_is_deterministic_and_leaves_global_randomness_alone():
 
 @pytest.mark.slow
 def test_an_organism_is_saved_whole_with_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("ctlens.organism.make_card", partial(make_card, n=8))
+    monkeypatch.setattr("ctlens.organism.make_card", partial(make_card, n_pairs=8))
     model = pretrain(TINY, progress=False)
     organism.save_organism(model, TINY, tmp_path)
     card = organism.card(tmp_path)
