@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ctlens.core.errors import CtlensError
-from ctlens.core.stats import bootstrap, bootstrap_mean, difference, wilson
+from ctlens.core.stats import bootstrap, bootstrap_mean, difference, jackknife, wilson
 
 
 def test_wilson_by_the_closed_formula() -> None:
@@ -82,3 +82,20 @@ def test_nothing_has_no_interval() -> None:
 def test_one_item_has_an_interval_without_width() -> None:
     assert bootstrap(lambda items: [float(items.sum())], 1) == [(0.0, 0.0)]
     assert [float(v) for v in bootstrap_mean(np.array([2.0]))] == [2.0, 2.0, 2.0]
+
+
+def test_a_jackknife_of_a_mean_is_its_t_interval() -> None:
+    """With one item per group, the standard error of the mean of 1, 2, 4 and 9 is `sqrt(38 / 3) / 2`; t is 3.182."""
+    values = np.array([1.0, 2.0, 4.0, 9.0])
+
+    low, high = jackknife(lambda items: np.array([values[items].mean(), 7.0]), 4)
+
+    reach = 3.182446 * (38 / 3) ** 0.5 / 2
+    assert low == pytest.approx([4 - reach, 7]) and high == pytest.approx([4 + reach, 7])
+
+
+def test_the_mean_of_two_values_has_an_interval_and_that_of_one_has_none() -> None:
+    mean, low, high = bootstrap_mean(np.array([0.0, 1.0]))
+
+    assert (mean, low, high) == (0.5, 0, 1)
+    assert bootstrap_mean(np.array([3.0])) == (3, 3, 3)
