@@ -39,7 +39,9 @@ _NEAR_MATCHED = 0.08
 OUTCOMES_FILE = "outcomes.csv"
 MATCHED_FOLDER = "matched"
 ANALYSED_PAIRS = 64
+"""The number of pairs that finished models are compared on; not tuned."""
 NEUTRAL_PROMPTS = 128
+"""The number of prompts of retention, the KL to the reference on prompts that must not change; not tuned."""
 
 
 def run_cell(config: StudyConfig, study: Path, cell: Cell) -> None:
