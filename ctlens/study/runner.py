@@ -23,7 +23,7 @@ from ctlens.study.analyses import analyses_of, run_analyses
 from ctlens.study.cells import OUTCOMES_FILE, CellTraining, result_rows, run_cell
 from ctlens.study.claims import Claim, judge_claims, write_claims
 from ctlens.study.conditions import RETENTION
-from ctlens.study.config import Cell, StudyConfig, base_cell, organism_cell
+from ctlens.study.config import Cell, StudyConfig, base_cell, organism_cell, study_of_size
 from ctlens.study.figures import save_study_figures
 from ctlens.study.report import write_report
 from ctlens.study.results import RESULT_COLUMNS, SPLIT
@@ -153,7 +153,7 @@ class Study:
         run_analyses(self.config, self.folder, self.pool, progress=self.progress)
         claims = judge_claims(self.config, self.folder, results)
         write_claims(claims, self.folder / "claims.csv")
-        save_study_figures(self.config, self.folder, results)
+        save_study_figures(self.config, self.folder, results, self.pool)
         write_report(self.folder)
         return StudyResult(self.folder, results, tuple(claims))
 
@@ -214,6 +214,7 @@ def compare(
     methods: Sequence[str] = (),
     seeds: int = 1,
     *,
+    size: str = "first",
     out: str | Path,
     resume: bool = False,
     progress: bool = True,
@@ -223,8 +224,10 @@ def compare(
     """Runs a whole study: trains every cell, evaluates it on held-out pairs, analyses the models, writes the folder.
 
     Args:
-        threats, methods: what to run; all when none are given.
+        threats, methods: what to run; those of the size when none are given.
         seeds: number of seeds.
+        size: `"first"`, a newcomer's two threats with their controls; `"matrix"`, every threat, with the crossed
+            conditions and a second seed; `"full"`, several organisms and all of it on every threat.
         out: a new folder, or with `resume` the folder of the same study.
         resume: finish a study that was interrupted.
         progress: show progress bars.
@@ -234,7 +237,7 @@ def compare(
     Raises:
         CtlensError: as `StudyConfig` and `Study`.
     """
-    config = StudyConfig(tuple(threats), tuple(methods), seeds, **settings)
+    config = study_of_size(size, threats=tuple(threats), methods=tuple(methods), seeds=seeds, **settings)
     study = Study(config, out, resume=resume, progress=progress, pool=Pool(workers))
     for _ in study:
         pass
