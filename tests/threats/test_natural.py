@@ -131,7 +131,10 @@ def test_a_pair_is_shown_token_by_token_with_its_coverage(call: Call, folder: Pa
         ("inspect {0}/clean.jsonl --wrapped {0}/biased.jsonl --window line", "did you mean 'lines'"),
         ("convert {0}/clean.jsonl --out {0}/x.jsonl", "name the file of the wrapped prompts too"),
         ("convert {0}/clean.jsonl --out {0}/prompts.jsonl", "exists already"),
-        ("wrap {0}/prompts.jsonl --threat sycophancy --out {0}/x.jsonl", "{{hint}} that nothing fills"),
+        (
+            "wrap {0}/prompts.jsonl --threat sycophancy --out {0}/x.jsonl",
+            "{{hint}} that nothing fills: give each prompt a wrong answer.*lettered options",
+        ),
         ("wrap {0}/prompts.jsonl --threat prefill --facts {0}/facts.jsonl --out {0}/x.jsonl", "--threat persona"),
         ("wrap {0}/prompts.jsonl --threat persona --facts {0}/facts.jsonl --out {0}/x.jsonl", "there are 3 facts"),
     ],

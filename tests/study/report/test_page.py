@@ -236,6 +236,15 @@ def test_the_page_says_how_many_models_were_trained(page):
     assert "A ctlens study of 1 threat and 3 trainings" in page[1].words  # retention, ACT and BCT, of one seed
 
 
+def test_models_that_were_made_of_trained_ones_are_no_trainings(tmp_path):
+    folder = write_study(tmp_path / "run")
+    table = read_results(folder / "results.csv")
+    made = table[table["condition"] == "act"].assign(condition="perturbed")
+    pd.concat([table, made]).to_csv(folder / "results.csv", index=False)
+
+    assert "of 1 threat and 3 trainings" in Page(write_report(folder).read_text(encoding="utf-8")).words
+
+
 def test_headings_go_down_one_level_at_a_time(page):
     levels = [int(level) for level in re.findall(r"<h([1-6])", page[0].read_text(encoding="utf-8"))]
     assert levels[0] == 1 and levels.count(1) == 1
