@@ -44,8 +44,8 @@ def inspect_command(
     tokenizer = chosen_tokenizer(model)
     reading = read_pairs(file, wrapped)
     if not 1 <= row <= len(reading.pairs):
-        first = f" of its {len(reading.refused)} other rows, {reading.refused[0]}" if reading.refused else ""
-        raise CtlensError(f"there is no pair {row}: the file holds {len(reading.pairs)}, counted from 1;{first}")
+        why = f"; rows refused: {len(reading.refused)}, the first {reading.refused[0]}" if reading.refused else "."
+        raise CtlensError(f"there is no pair {row}: the file holds {len(reading.pairs)}, counted from 1{why}")
     _show(tokenizer, reading.pairs[row - 1], window)
     _coverage(tokenizer, reading.pairs)
     say(f"{len(reading.pairs)} pairs read, {len(reading.refused)} rows refused")
