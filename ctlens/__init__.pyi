@@ -3,6 +3,7 @@
 from ctlens import analysis as analysis
 from ctlens import losses as losses
 from ctlens import organism as organism
+from ctlens import plots as plots
 from ctlens import threats as threats
 from ctlens.core.errors import CtlensError as CtlensError
 from ctlens.data.formats import load_facts as load_facts

@@ -11,12 +11,12 @@ from typing import Any, cast
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ctlens import analysis, losses, threats
 from ctlens.core.errors import CtlensError
 from ctlens.core.labels import BASE
+from ctlens.core.progress import progress_bar
 from ctlens.models.architectures import ARCHITECTURES, tiny_model
 from ctlens.models.export import export_huggingface, parity
 from ctlens.models.hooks import capture, editing, resolve
@@ -216,7 +216,7 @@ def support(architectures: Iterable[str] = ARCHITECTURES, *, progress: bool = Tr
     names = list(architectures)
     return [
         examine(name, CheckedModel(tiny_model(name, vocab_size=len(tokenizer)), tokenizer))
-        for name in tqdm(names, desc="architectures", disable=not progress, leave=False)
+        for name in progress_bar(names, desc="architectures", shown=progress, leave=False)
     ]
 
 

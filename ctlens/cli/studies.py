@@ -110,7 +110,10 @@ def compare_command(
     config = study_of_size(size, **chosen)
     pool = Pool(workers, backend, scheduler)
     if size == "full" or estimate:
-        say(f"{len(config.cells())} trainings, {pool.workers} at a time: about {_spell(seconds(config, pool))}.")
+        made = len(config.derived())
+        further = f" and {made} models made of them" if made else ""
+        time = _spell(seconds(config, pool))
+        say(f"{len(config.cells())} trainings{further}, {pool.workers} at a time: about {time}.")
     if estimate:
         return
     study = Study(config, out, resume=resume, progress=not quiet, pool=pool)

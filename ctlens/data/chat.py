@@ -132,12 +132,13 @@ def _render_chat(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
     return Rendered(text, ids, offsets, contents, tuple(turn.role for turn in turns))
 
 
-def _apply_template(tokenizer: Any, turns: tuple[Turn, ...]) -> str:
-    prefill = turns[-1].role == "assistant"
+def _apply_template(tokenizer: Any, turns: tuple[Turn, ...], *, closed: bool = False) -> str:
+    """The conversation as the model continues it; if `closed`, as it ends, with nothing to continue."""
+    prefill = turns[-1].role == "assistant" and not closed
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not prefill, continue_final_message=prefill
+            messages, tokenize=False, add_generation_prompt=not prefill and not closed, continue_final_message=prefill
         )
     except (TemplateError, ValueError) as error:
         reason = str(error).split("\n")[0]
@@ -206,6 +207,19 @@ def _turn_end(tokenizer: Any, template: str | None, eos: str | None) -> int | No
         return None
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return behind[0] if behind[:1] and behind[0] in special else None
+
+
+def turn_tail(tokenizer: Any) -> tuple[int, ...]:
+    """Finds the tokens that the chat template writes behind the `end_token` of a conversation's last answer.
+
+    It is a line break in many templates; nothing where there is no template, or no end token in front of it.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return ()
+    turns = (Turn("user", "a"), Turn("assistant", _SENTINEL))
+    behind = _apply_template(tokenizer, turns, closed=True).partition(_SENTINEL)[2].lstrip()
+    closing, *tail = token_ids(tokenizer, behind) or (None,)
+    return tuple(tail) if closing == end_token(tokenizer) else ()
 
 
 def answer_ids(tokenizer: Any, answer: str, *, end: bool = True) -> tuple[int, ...]:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from ctlens.core.config import environment, to_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_file, digest, read_json, require_free, sweep, sweep_folder, write_json
+from ctlens.core.progress import progress_bar
 from ctlens.core.stats import difference, wilson
 from ctlens.core.threads import one_thread
 from ctlens.evaluation import Evaluation
@@ -96,7 +96,7 @@ class Study:
 
     def __iter__(self) -> Iterator[tuple[Cell, pd.DataFrame]]:
         """Yields every cell with its rows of the results; finished ones are read, missing ones are run."""
-        with tqdm(total=len(self), desc=self.folder.name, disable=not self.progress) as bar:
+        with progress_bar(total=len(self), desc=self.folder.name, shown=self.progress) as bar:
             for wave in self._waves():
                 for cell in self._run(wave):
                     if cell.threat:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ctlens import losses as loss_registry
 from ctlens.core.config import environment, generator, to_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import usable_folder
+from ctlens.core.progress import progress_bar
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses import Loss, require_distinct
@@ -284,7 +284,7 @@ def train(
     options: dict[str, Any] = {"retain": retain, "track": track, "loggers": loggers, "cache_folder": cache_folder}
     trainer = Trainer(model, pairs, losses, config, progress=progress, **options)
     try:
-        with tqdm(total=len(trainer), desc=method_name(trainer.losses), disable=not progress, leave=False) as bar:
+        with progress_bar(total=len(trainer), desc=method_name(trainer.losses), shown=progress, leave=False) as bar:
             for step in trainer:
                 bar.set_postfix(loss=f"{step.losses['total']:.4f}", refresh=False)
                 bar.update()

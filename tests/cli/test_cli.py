@@ -391,6 +391,19 @@ def test_pairs_left_out_are_counted_with_their_reason(call: Call, place: Path) -
     assert "1 pairs left out: the text of the window is not in the wrapped prompt" in ended.out
 
 
+@pytest.mark.parametrize("options", ["", "--threats prefill --methods act"])
+def test_an_estimate_counts_the_models_that_the_study_counts(call: Call, place: Path, options, monkeypatch) -> None:
+    monkeypatch.setattr("ctlens.study.runner.seconds", lambda config, pool: 7200.0)
+
+    ended = call(f"compare --estimate --workers 2 --out new {options}")
+    counted = sum(map(int, re.findall(r"(\d+) (?:trainings|models)", ended.out)))
+
+    assert ended.code == 0 and ended.out.endswith("2 at a time: about 2.0 hours.\n")
+    assert not Path("new").exists()
+    chosen = {"threats": ("prefill",), "methods": ("act",)} if options else {}
+    assert counted == len(Study(StudyConfig(**chosen), "new"))
+
+
 def test_adapters_are_trained_and_saved_beside_the_merged_model(call: Call, place: Path) -> None:
     ended = call(f"{TRAIN} --loss act --pairs good.jsonl --steps 2 --lora-rank 2 --lora-target-modules q,mlp_out")
 
