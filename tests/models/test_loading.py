@@ -29,7 +29,6 @@ from transformers import (
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.models.architectures import ARCHITECTURES
-from ctlens.models.export import parity
 from ctlens.models.generation import generate
 from ctlens.models.loading import build, load_model, save_model
 from ctlens.models.matrices import slots
@@ -42,6 +41,7 @@ from ctlens.models.parameters import (
     plain_name,
     present_parameters,
 )
+from ctlens.models.parity import parity
 from ctlens.models.weights import ModelConfig
 
 pytestmark = pytest.mark.boundary
