@@ -31,7 +31,13 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.files import read_json, write_json
 from ctlens.core.types import ChosenRows, LensModel, RowNumbers, device_named, dtype_named
 from ctlens.models.bridges import generation_config, huggingface_config, is_bridge
-from ctlens.models.parameters import plain_name, present_parameters, present_weights, state_buffers, without
+from ctlens.models.parameters import (
+    plain_name,
+    present_parameters,
+    saved_tensors,
+    state_buffers,
+    without,
+)
 from ctlens.models.parity import (
     lens_answers,
     narrowed,
@@ -320,7 +326,7 @@ def save_model(model: LensModel, folder: str | Path) -> None:
     else:
         description = {"kind": "huggingface"}
         # Copies, because halves of one fused matrix share their memory.
-        weights = {name: value.clone() for name, value in (present_weights(model) | state_buffers(model)).items()}
+        weights = {name: value.clone() for name, value in saved_tensors(model).items()}
         hf_config.save_pretrained(folder)
         if (generation := generation_config(model)) is not None:
             generation.save_pretrained(folder)

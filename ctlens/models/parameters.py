@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -77,6 +78,11 @@ def state_buffers(model: LensModel) -> dict[str, Tensor]:
     return {plain_name(name): value for name, value in buffers.items() if not name.endswith("head.bias")}
 
 
+def saved_tensors(model: LensModel) -> dict[str, Tensor]:
+    """What the folder of a HuggingFace model keeps of it: `present_weights` and `state_buffers`."""
+    return present_weights(model) | state_buffers(model)
+
+
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """The buffers that a module keeps in its files."""
     return {
@@ -133,6 +139,17 @@ def freeze(model: LensModel, trainable: Iterable[str]) -> list[nn.Parameter]:
     return parameters
 
 
+@contextmanager
+def evaluating(model: LensModel) -> Iterator[None]:
+    """Puts a model in eval mode inside the block and restores its mode after it."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def fingerprint(model: LensModel) -> str:
     """A short name of what the model computes: of its weights and, behind a hyphen, of what else a model brings along.
 
@@ -148,7 +165,7 @@ def fingerprint(model: LensModel) -> str:
 
 def same_fingerprint(recorded: object, current: str) -> bool:
     """Whether a fingerprint from a file is the current one; those of ctlens 0.1 are of the weights alone."""
-    return recorded in (current, current.partition("-")[0])
+    return recorded == current or recorded == current.partition("-")[0]
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
