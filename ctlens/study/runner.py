@@ -18,7 +18,7 @@ from ctlens.core.progress import progress_bar
 from ctlens.core.stats import difference, wilson
 from ctlens.core.threads import one_thread
 from ctlens.evaluation import Evaluation
-from ctlens.models.parameters import fingerprint
+from ctlens.models.parameters import fingerprint, same_fingerprint
 from ctlens.study.analyses import analyses_of, run_analyses
 from ctlens.study.cells import OUTCOMES_FILE, CellTraining, result_rows, run_cell
 from ctlens.study.claims import Claim, judge_claims, write_claims
@@ -186,6 +186,8 @@ def claim_folder(folder: Path, settings: dict[str, Any], resume: bool, model: st
             f"{folder} holds a study of ctlens {found['ctlens']}, and this is {described['ctlens']}: "
             "finish it with that version, or name a new folder with --out."
         )
+    if same_fingerprint(found.get("weights"), described["weights"]):
+        found = {**found, "weights": described["weights"]}
     if found != described:
         raise CtlensError(f"{folder} holds another study: name a new folder with --out.")
     if not resume:

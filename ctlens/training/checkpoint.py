@@ -25,7 +25,7 @@ from ctlens.core.files import atomic_file, digest_of
 from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPairs
 from ctlens.losses import Loss
-from ctlens.models.parameters import fingerprint
+from ctlens.models.parameters import fingerprint, same_fingerprint
 from ctlens.training.config import TrainConfig
 from ctlens.training.history import History
 
@@ -110,7 +110,7 @@ def read_checkpoint(folder: str | Path, of: Mapping[str, str]) -> Checkpoint:
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CtlensError(f"{path} cannot be read as a checkpoint ({error}): remove it and train anew.") from None
     for part, value in of.items():
-        if known["of"].get(part) != value:
+        if not same_fingerprint(known["of"].get(part), value):
             raise CtlensError(f"the checkpoint in {folder} is of {part}: repeat the training as it was, or remove it.")
     steps = tensors.pop("history.step").tolist()
     numbers = tensors.pop("history.name").tolist()

@@ -21,7 +21,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses import Loss, require_distinct
 from ctlens.models.optimisation import adamw, clipped_update
-from ctlens.models.parameters import copy_model
+from ctlens.models.parameters import copy_model, evaluating
 from ctlens.training.answers import drawn_together
 from ctlens.training.calibrate import calibrate
 from ctlens.training.checkpoint import identity, read_checkpoint, write_checkpoint
@@ -30,7 +30,7 @@ from ctlens.training.history import History
 from ctlens.training.interrupts import uninterrupted
 from ctlens.training.loggers import Logger, Loggers
 from ctlens.training.order import batches, parts
-from ctlens.training.passes import Passes, Term, evaluating, seeded
+from ctlens.training.passes import Passes, Term, seeded
 from ctlens.training.prepare import in_window, prepare, trained_parameters
 from ctlens.training.processes import processes
 from ctlens.training.retention import Retention, held_prompts
