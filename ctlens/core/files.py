@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ctlens.core.errors import CtlensError, UnwritableError
 
 _NUMBER = re.compile(r"\(os error (\d+)\)")
 """The number of a system's error in the text of an exception of a library in Rust (safetensors, tokenizers)."""
+_TEMPORARY = ".tmp"
 _UNFINISHED = ".unfinished"
 """The file that is in a temporary folder from its first moment to its last."""
 
@@ -49,7 +51,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """
     path = usable_file(path)
     with writing(path), _folder_of(path):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -70,7 +72,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path = _followed(path)
     require_free(path)
     with writing(path), _folder_of(path):
-        work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY))
         try:
             os.chmod(work, 0o755)
             (work / _UNFINISHED).touch()
@@ -90,7 +92,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 @contextmanager
 def _folder_of(path: Path) -> Iterator[None]:
     """Makes the folders above `path`; those that the block leaves empty are removed again."""
-    made = [folder for folder in path.parents if not folder.exists()]
+    made = [folder for folder in path.parents if not os.path.exists(folder)]
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,12 +107,13 @@ def _folder_of(path: Path) -> Iterator[None]:
 def alone(path: str | Path) -> Iterator[None]:
     """Keeps other processes from writing to the folder `path` for the length of the block.
 
-    The system frees the lock if this process is killed. Blocks of one process may be nested.
+    The system frees the lock if this process is killed. Blocks of one process may be nested. Temporary folders that
+    killed processes left beside `path` are removed.
 
     Raises:
         CtlensError: another process writes to `path`, or its lock cannot be written (`UnwritableError`).
     """
-    file = Path(path).resolve()
+    file = Path(os.path.realpath(path))
     file = file.with_name(f".{file.name}.lock")
     lock = FileLock(file, timeout=0, is_singleton=True, thread_local=False)
     outermost = not lock.is_locked
@@ -123,6 +126,8 @@ def alone(path: str | Path) -> Iterator[None]:
                     f"{path} is being written by another process: wait for its end, or name another folder."
                 ) from None
         try:
+            if outermost:
+                sweep([Path(path)])
             yield
         finally:
             try:
@@ -136,7 +141,7 @@ def alone(path: str | Path) -> Iterator[None]:
 def _followed(path: str | Path) -> Path:
     """The path itself; of a link, the path that it leads to, so that the link stays."""
     path = Path(path)
-    return path.resolve() if path.is_symlink() else path
+    return path.resolve() if os.path.islink(path) else path
 
 
 def usable_folder(path: str | Path) -> Path:
@@ -237,7 +242,7 @@ def sweep(paths: Iterable[Path]) -> None:
     """Removes the temporary files beside these paths that interrupted processes left."""
     for path in paths:
         with writing(path.parent):
-            for left in path.parent.glob(f".{path.name}.*"):
+            for left in path.parent.glob(f".{escape(path.name)}.????????{_TEMPORARY}"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 

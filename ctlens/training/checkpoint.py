@@ -65,8 +65,9 @@ def identity(
     A training goes on only from a checkpoint of an equal identity (`require_same`), and has finished only as a run of
     an equal one. The reference's answers are not part of it: they follow from the rest.
     """
-    groups = [[in_window(loss, config.window) for loss in group] for group in (losses, track)]
-    windows = dict.fromkeys(window for group in groups for loss in group for window in loss.windows)
+    trained = [in_window(loss, config.window) for loss in losses]
+    tracked = [in_window(loss, config.window) for loss in track]
+    windows = dict.fromkeys(window for loss in (*trained, *tracked) for window in loss.windows)
     rows = [encode_pair(pair, reference.tokenizer, windows) for pair in pairs]
     texts = [
         (row.clean.ids, row.wrapped.ids, row.answer, {name: (a.clean, a.wrapped) for name, a in row.alignments.items()})
@@ -76,7 +77,10 @@ def identity(
     return {
         "reference": fingerprint(reference),
         "pairs": digest_of([texts, held]),
-        "losses": [[loss_registry.to_config(loss) for loss in group] for group in groups],
+        "losses": {
+            "trained": [loss_registry.to_config(loss) for loss in trained],
+            "tracked": [loss_registry.to_config(loss) for loss in tracked],
+        },
         "settings": to_dict(config),
     }
 
