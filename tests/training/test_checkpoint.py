@@ -435,7 +435,7 @@ def test_a_finished_run_is_that_of_the_same_training_or_says_what_differs(call: 
         ("--track mlpct", "is of other losses (losses.tracked.0 is missing there and {'name': 'mlpct'"),
         ("--pairs fewer.jsonl", "is of other pairs"),
         ("--model other", "is of a reference with other weights"),
-        ("--model gone", "gone does not exist"),
+        ("--model gone", "gone is no model folder"),
     ):
         ended = call(f"{line} --resume {change}")
         assert ended.code == 2 and ended.err.count("\n") == 1 and "finished before" not in ended.out, change
