@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from ctlens.core.config import environment, to_dict
+from ctlens.core.config import environment, first_difference, to_dict
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import atomic_file, digest, read_json, require_free, sweep, sweep_folder, write_json
+from ctlens.core.files import (
+    alone,
+    atomic_file,
+    digest,
+    read_json,
+    require_free,
+    sweep,
+    sweep_folder,
+    write_json,
+    writing,
+)
 from ctlens.core.progress import progress_bar
 from ctlens.core.stats import difference, wilson
 from ctlens.core.threads import one_thread
@@ -96,7 +106,10 @@ class Study:
 
     def __iter__(self) -> Iterator[tuple[Cell, pd.DataFrame]]:
         """Yields every cell with its rows of the results; finished ones are read, missing ones are run."""
-        with progress_bar(total=len(self), desc=self.folder.name, shown=self.progress) as bar:
+        with (
+            _writing_alone(self.folder),
+            progress_bar(total=len(self), desc=self.folder.name, shown=self.progress) as bar,
+        ):
             for wave in self._waves():
                 for cell in self._run(wave):
                     if cell.threat:
@@ -144,6 +157,10 @@ class Study:
 
     def finish(self) -> StudyResult:
         """Runs the analyses, writes results, claims, figures and the report, and returns them."""
+        with _writing_alone(self.folder):
+            return self._finish()
+
+    def _finish(self) -> StudyResult:
         every = [*self.config.cells(), *self.config.derived()]
         bases = [result_rows(base_cell(number), 0, self._base(number)) for number in range(self.config.organisms)]
         results = pd.concat([*bases, *(self._compared(cell) for cell in every)], ignore_index=True)
@@ -169,15 +186,19 @@ def claim_folder(folder: Path, settings: dict[str, Any], resume: bool, model: st
 
     Raises:
         CtlensError: the folder holds something else, work of another version of ctlens, or this work and `resume`
-            is not set.
+            is not set; or another process writes to it.
     """
+    with alone(folder):
+        _claim_folder(folder, settings, resume, model)
+
+
+def _claim_folder(folder: Path, settings: dict[str, Any], resume: bool, model: str) -> None:
     held = folder / "config.json"
     if resume and folder.is_dir():
         sweep_folder(folder)
     described = {**settings, "weights": fingerprint(start_model(model)), "ctlens": environment()["ctlens"]}
     if not held.is_file():
         require_free(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(held, described)
         return
     found = read_json(held)
@@ -188,8 +209,8 @@ def claim_folder(folder: Path, settings: dict[str, Any], resume: bool, model: st
         )
     if same_fingerprint(found.get("weights"), described["weights"]):
         found = {**found, "weights": described["weights"]}
-    if found != described:
-        raise CtlensError(f"{folder} holds another study: name a new folder with --out.")
+    if other := first_difference(found, described):
+        raise CtlensError(f"{folder} holds another study ({other}): name a new folder with --out.")
     if not resume:
         raise CtlensError(f"{folder} holds this study: pass --resume to finish it, or name a new folder.")
 
@@ -244,6 +265,13 @@ def compare(
     for _ in study:
         pass
     return study.finish()
+
+
+@contextmanager
+def _writing_alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a study's folder; if it vanishes inside the block, that is one sentence."""
+    with alone(folder), writing(folder):
+        yield
 
 
 class _Comparison(NamedTuple):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,6 +38,8 @@ class Run:
         history: the numbers of every step.
         environment: package versions and platform.
         calibration: the measurements before the first step; empty if no loss or setting needs them.
+        identity: all that the training follows from, see `ctlens.training.checkpoint.identity`; empty for a run that
+            an earlier ctlens saved.
     """
 
     model: LensModel
@@ -45,6 +48,7 @@ class Run:
     history: History
     environment: Mapping[str, str]
     calibration: Calibration = Calibration()
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def stopped(self) -> str:
@@ -70,7 +74,7 @@ class Run:
         """Writes the run into an existing folder, which the caller renames once all is there (see `save`)."""
         losses = [loss_registry.to_config(loss) for loss in self.losses]
         config = {"training": to_dict(self.config), "losses": losses, "calibration": to_dict(self.calibration)}
-        write_json(folder / "config.json", config)
+        write_json(folder / "config.json", {**config, "identity": dict(self.identity)})
         write_json(folder / "environment.json", dict(self.environment))
         self.history.save(folder / "history.csv")
         (folder / "model").mkdir()
@@ -117,4 +121,5 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
         history=History.load(folder / "history.csv"),
         environment=read_json(folder / "environment.json"),
         calibration=from_dict(Calibration, config.get("calibration", {})),
+        identity=config.get("identity", {}),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,13 @@ class Trainer:
         progress: bool = False,
     ) -> None:
         self.config = config or TrainConfig()
+        pairs, retain = list(pairs), list(retain)
         given = (losses,) if isinstance(losses, Loss) else losses
         self.losses = tuple(in_window(loss, self.config.window) for loss in given)
         self.track = tuple(in_window(loss, self.config.window) for loss in track)
         require_distinct(self.losses)
         require_distinct(self.track)
+        self._described = partial(identity, model, pairs, retain, self.losses, self.track, self.config)
         self.config.require_phases_of(loss.name for loss in self.losses)
         if not self.losses and not self.config.retention:
             raise CtlensError("there is nothing to train: give a loss, or a retention weight above zero.")
@@ -222,12 +224,11 @@ class Trainer:
     @property
     def run(self) -> Run:
         """The run is the training so far, with the model of the last step."""
-        return Run(self.model, self.config, self.losses, self.history, environment(), self.calibration)
+        return Run(self.model, self.config, self.losses, self.history, environment(), self.calibration, self._identity)
 
     @cached_property
-    def _identity(self) -> dict[str, str]:
-        held = self.retention.prompts if self.retention else ()
-        return identity(self.reference, self.pairs, held, self.losses, self.track, self.config)
+    def _identity(self) -> dict[str, Any]:
+        return self._described()
 
     def checkpoint(self, folder: str | Path) -> None:
         """Writes a checkpoint for `restore` into a folder; it replaces an earlier checkpoint there."""
@@ -242,7 +243,7 @@ class Trainer:
             CtlensError: the folder has no checkpoint, or a checkpoint of another reference, or of other
                 pairs, losses or settings.
         """
-        saved = read_checkpoint(folder, self._identity)
+        saved = read_checkpoint(folder, self._described())  # anew: the reference may have been changed meanwhile
         with torch.no_grad():
             for parameter, value in zip(self.parameters, saved.parameters, strict=True):
                 parameter.copy_(value)
