@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong", and the sentence for an unknown name."""
+"""The exceptions that mean "the input is wrong", and the sentence for an unknown name."""
 
 from __future__ import annotations
 
@@ -12,6 +12,18 @@ class CtlensError(ValueError):
     The command line prints the sentence to stderr and exits with code 2. A program that uses the library can
     catch it apart from programming errors.
     """
+
+
+class NotFinite(CtlensError):
+    """NotFinite is a model that computes NaN or infinity, from which no number may be taken.
+
+    Attributes:
+        value: `"nan"` or `"infinity"`.
+    """
+
+    def __init__(self, sentence: str, value: str = "nan") -> None:
+        super().__init__(sentence)
+        self.value = value
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> CtlensError:

@@ -27,9 +27,10 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as hf_logging
 
 from ctlens.core.config import from_dict, to_dict
-from ctlens.core.errors import CtlensError
+from ctlens.core.errors import CtlensError, NotFinite
 from ctlens.core.files import read_json, write_json
 from ctlens.core.types import ChosenRows, LensModel, RowNumbers, dtype_named
+from ctlens.models.finite import advice, is_finite
 from ctlens.models.parameters import plain_name, present_parameters, present_weights, without
 from ctlens.models.weights import ModelConfig, canonical_weights, copy_weights, initial_weights, is_bias, load_weights
 
@@ -178,6 +179,8 @@ def _require_causal(hf: PreTrainedModel) -> None:
     causal = False
     if not getattr(hf.config, "is_encoder_decoder", False):
         first, second = hf(torch.tensor([[0, 0], [0, 1]], device=hf.device)).logits[:, 0]
+        if not (is_finite(first) and is_finite(second)):
+            raise NotFinite(f"{type(hf).__name__} computes nan or infinity at its first token: {advice(hf)}.")
         causal = (first - second).abs().max() <= torch.finfo(first.dtype).eps ** 0.5 * first.abs().max()
     if not causal:
         raise CtlensError(
