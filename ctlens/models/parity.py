@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ctlens.core.config import generator
-from ctlens.core.errors import CtlensError
+from ctlens.core.errors import CtlensError, NotFinite
 from ctlens.core.types import LensModel
 from ctlens.data.batch import PaddingSide, pad
 from ctlens.models.bridges import huggingface_config
+from ctlens.models.finite import advice, is_finite
 
 # The names under which configurations keep how far a token sees, which HuggingFace reads at every forward pass.
 _WINDOWS = ("sliding_window", "attention_chunk_size")
@@ -154,13 +155,10 @@ def require_finite_answers(hf: PreTrainedModel, answers: Answers) -> None:
     """Refuses a model with logits of NaN, or without a largest one.
 
     Raises:
-        CtlensError: there are such logits; the first weight that is not finite is named.
+        NotFinite: there are such logits; the first weight that is not finite is named.
     """
-    if all(answer.amax(-1).isfinite().all() for answer in answers):
-        return
-    broken = next((name for name, weight in hf.named_parameters() if not weight.isfinite().all()), None)
-    cause = "its weights are finite, so load it in float32" if broken is None else f"its weight {broken} is not finite"
-    raise CtlensError(f"{type(hf).__name__} computes nan or infinity: {cause}.")
+    if not all(map(is_finite, answers)):
+        raise NotFinite(f"{type(hf).__name__} computes nan or infinity: {advice(hf)}.")
 
 
 def require_causal(hf: PreTrainedModel, answers: Answers) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
@@ -14,7 +15,7 @@ import torch
 
 from ctlens import losses as loss_registry
 from ctlens.core.config import environment, generator, to_dict
-from ctlens.core.errors import CtlensError
+from ctlens.core.errors import CtlensError, NotFinite
 from ctlens.core.files import usable_folder
 from ctlens.core.progress import progress_bar
 from ctlens.core.types import LensModel
@@ -154,7 +155,7 @@ class Trainer:
         with evaluating(self.reference):
             if self.retention:
                 self.retention.prepare(self.progress)
-            with uninterrupted():
+            with uninterrupted(), _at_step(index):
                 step = self._in_train_mode(index)
                 overall = {**step.losses, **step.tracked, "lr": step.lr, "grad_norm": step.grad_norm}
                 self.history.add(step.index, overall, step.by_hook)
@@ -187,8 +188,8 @@ class Trainer:
         self.processes.sum_gradients(self.parameters)
         seen = self.processes.sum_seen(seen)
         if not torch.isfinite(seen.total):
-            raise CtlensError(
-                f"the loss is {seen.total.item()} at step {index}: lower lr or the weights of the losses."
+            raise NotFinite(
+                "the model's own numbers are finite: lower lr or the weights of the losses.", str(seen.total.item())
             )
         lr = float(self.schedule.get_last_lr()[0])
         norm = clipped_update(self.optimizer, self.parameters, self.config.clip)
@@ -249,6 +250,15 @@ class Trainer:
                 parameter.copy_(value)
         self._start(saved.history)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": saved.moments})
+
+
+@contextmanager
+def _at_step(index: int) -> Iterator[None]:
+    """Adds the number of the step to the refusal of a number that is not finite."""
+    try:
+        yield
+    except NotFinite as error:
+        raise NotFinite(f"the loss is {error.value} at step {index}; {error}", error.value) from None
 
 
 def train(
