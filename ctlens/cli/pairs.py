@@ -108,6 +108,9 @@ def wrap_command(
 
 
 def _require_new(out: Path) -> None:
+    from ctlens.core.files import require_plain
+
+    require_plain(out)
     if out.exists():
         raise CtlensError(f"{out} exists already: name a new file, or remove it first.")
 

@@ -179,12 +179,12 @@ def evaluate_command(
     out: Annotated[Path | None, typer.Option(help="CSV file for the table.")] = None,
 ) -> None:
     """Measures how often a model answers well and badly: on wrapped, clean and benign prompts, with intervals."""
-    from ctlens.core.files import atomic_file
+    from ctlens.core.files import atomic_file, require_plain
     from ctlens.data.formats import load_pairs
     from ctlens.evaluation import evaluate
 
-    if out and out.is_dir():
-        raise CtlensError(f"{out} is a folder: name a file for the table.")
+    if out:
+        require_plain(out)
     own = load_pairs(pairs) if pairs else None
     options: dict[str, Any] = {
         "pairs": own,

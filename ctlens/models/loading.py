@@ -28,7 +28,8 @@ from transformers.utils import logging as hf_logging
 
 from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import read_json, write_json
+from ctlens.core.files import write_json
+from ctlens.core.reading import read_json
 from ctlens.core.types import ChosenRows, LensModel, RowNumbers, dtype_named
 from ctlens.models.parameters import plain_name, present_parameters, present_weights, without
 from ctlens.models.weights import ModelConfig, canonical_weights, copy_weights, initial_weights, is_bias, load_weights

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from ctlens.core.errors import unknown
-from ctlens.core.files import atomic_folder, read_json, write_json
+from ctlens.core.files import atomic_folder, write_json
+from ctlens.core.reading import read_json
 from ctlens.core.types import LensModel
 from ctlens.models.loading import load_model, save_model
 from ctlens.organism.card import make_card as make_card

@@ -26,7 +26,8 @@ from ctlens.analysis import (
 )
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import atomic_folder, read_json, sweep, write_json
+from ctlens.core.files import atomic_folder, sweep, write_json
+from ctlens.core.reading import read_json
 from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair

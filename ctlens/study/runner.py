@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 
 from ctlens.core.config import environment, to_dict
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import atomic_file, digest, read_json, require_free, sweep, sweep_folder, write_json
+from ctlens.core.files import atomic_file, digest, require_free, sweep, sweep_folder, write_json
+from ctlens.core.reading import read_json
 from ctlens.core.stats import difference, wilson
 from ctlens.core.threads import one_thread
 from ctlens.evaluation import Evaluation

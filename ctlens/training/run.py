@@ -12,7 +12,8 @@ from ctlens import losses as loss_registry
 from ctlens import plots
 from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError, unknown
-from ctlens.core.files import atomic_folder, read_json, write_json
+from ctlens.core.files import atomic_folder, write_json
+from ctlens.core.reading import read_json
 from ctlens.core.types import LensModel
 from ctlens.losses import Loss
 from ctlens.models.loading import load_model, save_model

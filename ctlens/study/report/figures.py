@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import read_json
+from ctlens.core.reading import read_json
 
 SavedFigure = dict[str, Any]
 PagePart = dict[str, list[SavedFigure]]

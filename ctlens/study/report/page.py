@@ -12,7 +12,8 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from ctlens.core.files import read_json, write_text
+from ctlens.core.files import write_text
+from ctlens.core.reading import read_json
 from ctlens.plots.export import plotly_source
 from ctlens.plots.theme import INK, MUTED, style
 from ctlens.study.claims import CLAIM_VERDICTS, Claim, answer, read_claims
