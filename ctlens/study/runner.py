@@ -19,6 +19,7 @@ from ctlens.core.reading import read_json
 from ctlens.core.stats import difference, wilson
 from ctlens.core.threads import one_thread
 from ctlens.evaluation import Evaluation
+from ctlens.evaluation.result import OWN_PAIRS
 from ctlens.models.parameters import fingerprint
 from ctlens.study.analyses import analyses_of, run_analyses
 from ctlens.study.cells import OUTCOMES_FILE, CellTraining, result_rows, run_cell
@@ -89,6 +90,8 @@ class Study:
         self.folder = Path(out)
         self.progress = progress
         self.pool = pool or Pool()
+        if config.file:
+            subject(OWN_PAIRS, config.file).pairs(1)  # refuses a file that is none before the folder is made
         pairs = {"pairs_digest": digest(config.file)} if config.file else {}
         claim_folder(self.folder, {**to_dict(config), **pairs}, resume, config.model)
 

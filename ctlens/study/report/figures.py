@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ def _figure(path: Path) -> SavedFigure:
         raise CtlensError(f"{path} is not a plotly figure: check that only figures are in the folder.")
     layout = figure["layout"]
     meta = layout.get("meta") or {}
-    title = re.sub(r"<[^>]*>", " ", layout.pop("title", {}).get("text") or path.stem)
+    title = html.unescape(re.sub(r"<[^>]*>", " ", layout.pop("title", {}).get("text") or path.stem))
     kind = meta.get("kind")
     return {
         "title": meta.get("title") or title,
