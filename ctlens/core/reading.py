@@ -47,6 +47,15 @@ def read_json(path: str | Path, *needed: str) -> dict[str, Any]:
     path = Path(path)
     with _opened(path) as file:
         text = _decoded(path, _read(path, file, -1)).removeprefix(_BYTE_ORDER_MARK)
+    return json_object(text, path, *needed)
+
+
+def json_object(text: str, path: str | Path, *needed: str) -> dict[str, Any]:
+    """Parses a text of JSON in a file that holds an object with named fields, `needed` among them.
+
+    Raises:
+        CtlensError: it is not such JSON or lacks a field; the error names the file (`path`).
+    """
     try:
         found = _parsed(text)
     except ValueError as error:
@@ -80,6 +89,13 @@ def read_csv(path: str | Path) -> Iterator[tuple[int, dict[str, str]]]:
     Raises:
         CtlensError: the file is missing or no CSV with a header, or a row has too few or too many cells.
     """
+    header, *rows = _cells(path)
+    for number, row in enumerate(rows, start=1):
+        yield number, dict(zip(header, row, strict=True))
+
+
+def _cells(path: str | Path) -> Iterator[list[str]]:
+    """Yields the header of a CSV file, and then the cells of every row, as many as the header has."""
     rows = csv.reader((line for _, line in text_lines(path)), strict=True)
     try:
         header = next(rows, None)
@@ -87,10 +103,11 @@ def read_csv(path: str | Path) -> Iterator[tuple[int, dict[str, str]]]:
             raise CtlensError(f"{path} is no CSV with a header: check its first line, or name a JSONL file .jsonl.")
         if twice := [name for name in header if header.count(name) > 1]:
             raise CtlensError(f"{path} has two columns {twice[0]!r}: rename one.")
+        yield header
         for number, row in enumerate(filter(None, rows), start=1):
             if len(row) != len(header):
                 raise CtlensError(f"{path}, row {number}: {len(row)} cells, but the header has {len(header)}.")
-            yield number, dict(zip(header, row, strict=True))
+            yield row
     except csv.Error as error:
         reason = _CARRIAGE_RETURNS if "new-line" in str(error) else str(error)
         raise CtlensError(
@@ -99,15 +116,14 @@ def read_csv(path: str | Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def read_columns(path: str | Path) -> dict[str, list[str]]:
-    """Reads the columns of a CSV file as texts, by name.
+    """Reads the columns of a CSV file as texts, by name; they are empty where the file has a header alone.
 
     Raises:
-        CtlensError: as `read_csv`, or the file holds no rows.
+        CtlensError: as `read_csv`.
     """
-    rows = [row for _, row in read_csv(path)]
-    if not rows:
-        raise CtlensError(f"{path} holds no rows.")
-    return {name: [row[name] for row in rows] for name in rows[0]}
+    header, *rows = _cells(path)
+    columns = zip(*rows, strict=True) if rows else ((),) * len(header)
+    return {name: list(texts) for name, texts in zip(header, columns, strict=True)}
 
 
 def typed(

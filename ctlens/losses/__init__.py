@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from ctlens.core.config import from_dict, to_dict
-from ctlens.core.errors import unknown
+from ctlens.core.errors import CtlensError, unknown
 from ctlens.losses.act import ACT as ACT
 from ctlens.losses.attct import AttCT as AttCT
 from ctlens.losses.attmass import AttMass as AttMass
@@ -56,8 +56,15 @@ def to_config(loss: Loss) -> dict[str, Any]:
 
 
 def from_config(config: dict[str, Any]) -> Loss:
-    """Builds the loss that `to_config` described."""
-    return get(**config)
+    """Builds the loss that `to_config` described.
+
+    Raises:
+        CtlensError: it is no such description, or as `get`.
+    """
+    match config:
+        case {"name": str(name), **options}:
+            return get(name, **options)
+    raise CtlensError(f"{config!r} does not describe a loss: an object with its name and options is expected.")
 
 
 def preset(method: str, source: str) -> Loss:

@@ -43,9 +43,9 @@ def card(folder: str | Path = SHIPPED) -> dict[str, Any]:
     """Reads the card of an organism, by default the shipped one's: how it was made and how it behaves.
 
     Raises:
-        CtlensError: the folder has no card.
+        CtlensError: the folder has no card, or one that lacks a part.
     """
-    return read_json(Path(folder) / CARD_FILE)
+    return read_json(Path(folder) / CARD_FILE, "pretraining", "environment", "behaviour", "parameters", "d_vocab")
 
 
 def save_organism(model: LensModel, config: PretrainConfig, folder: str | Path) -> None:

@@ -22,6 +22,7 @@ from ctlens import losses as loss_registry
 from ctlens.core.config import to_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_file, digest_of
+from ctlens.core.reading import json_object
 from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPairs
 from ctlens.losses import Loss
@@ -105,12 +106,13 @@ def read_checkpoint(folder: str | Path, of: Mapping[str, str]) -> Checkpoint:
         raise CtlensError(f"{folder} holds no checkpoint of a training: {CHECKPOINT_FILE} is expected.")
     try:
         with safe_open(path, framework="pt") as file:
-            known: dict[str, Any] = json.loads((file.metadata() or {})["ctlens"])
+            known: dict[str, Any] = json_object((file.metadata() or {})["ctlens"], path, "of", "steps", "names")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CtlensError(f"{path} cannot be read as a checkpoint ({error}): remove it and train anew.") from None
+    held = dict(known["of"])
     for part, value in of.items():
-        if known["of"].get(part) != value:
+        if held.get(part) != value:
             raise CtlensError(f"the checkpoint in {folder} is of {part}: repeat the training as it was, or remove it.")
     steps = tensors.pop("history.step").tolist()
     numbers = tensors.pop("history.name").tolist()

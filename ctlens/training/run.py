@@ -100,14 +100,16 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
     """Reads the run that `Run.save` wrote.
 
     Raises:
-        CtlensError: the folder holds no run.
+        CtlensError: the folder holds no run, or a file in it is damaged.
     """
     folder = Path(folder)
     if not (folder / "history.csv").is_file():
         raise CtlensError(
             f"{folder} is no run folder, because it has no history.csv: name a folder that `ctlens train` wrote."
         )
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", "training", "losses")
+    if not isinstance(config["losses"], list):
+        raise CtlensError(f"{folder / 'config.json'} does not list a run's losses: check that it is the right file.")
     return Run(
         model=load_model(folder, device=device),
         config=from_dict(TrainConfig, config["training"]),
