@@ -28,7 +28,8 @@ from transformers.utils import logging as hf_logging
 
 from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import read_json, write_json
+from ctlens.core.files import write_json
+from ctlens.core.reading import read_json
 from ctlens.core.types import ChosenRows, LensModel, RowNumbers, device_named, dtype_named
 from ctlens.models.bridges import generation_config, huggingface_config, is_bridge
 from ctlens.models.parameters import (

@@ -9,7 +9,8 @@ from typing import Any
 
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import digest_of, read_json, write_json
+from ctlens.core.files import digest_of, write_json
+from ctlens.core.reading import read_json
 from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPairs, require_room
 from ctlens.data.chat import end_token, turn_tail
