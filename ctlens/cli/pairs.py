@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ctlens.cli.common import ModelFolder, Seed, say
-from ctlens.core.errors import CtlensError
+from ctlens.core.errors import CtlensError, UnknownWords, located
 
 if TYPE_CHECKING:
     from ctlens.data.batch import EncodedPair
@@ -45,7 +45,8 @@ def inspect_command(
     reading = read_pairs(file, wrapped)
     if not 1 <= row <= len(reading.pairs):
         raise CtlensError(f"there is no pair {row}: the file holds {len(reading.pairs)}, counted from 1.")
-    _show(tokenizer, reading.pairs[row - 1], window)
+    with located(f"pair {row}"):
+        _show(tokenizer, reading.pairs[row - 1], window)
     _coverage(tokenizer, reading.pairs)
     say(f"{len(reading.pairs)} pairs read, {len(reading.refused)} rows refused")
     for reason in reading.refused:
@@ -169,9 +170,12 @@ def _coverage(tokenizer: Any, pairs: tuple[Pair, ...]) -> None:
         windows.append("explicit")
     reasons: Counter[tuple[str, str]] = Counter()
     encoded: list[EncodedPair] = []
-    for pair in tqdm(pairs, desc="pairs", delay=2, leave=False):
+    for number, pair in enumerate(tqdm(pairs, desc="pairs", delay=2, leave=False), start=1):
         try:
-            encoded.append(encode_pair(pair, tokenizer, windows))
+            with located(f"pair {number}"):
+                encoded.append(encode_pair(pair, tokenizer, windows))
+        except UnknownWords:
+            raise  # another model's pairs: what aligns in them says nothing
         except CtlensError as error:
             reasons["every window, pairs", str(error)] += 1
     rows = []

@@ -153,10 +153,12 @@ def test_positions_are_the_tokens_that_share_a_character(tokenizer: PreTrainedTo
 
 def test_an_answer_is_closed_by_the_end_token_where_there_is_one():
     tokenizer = byte_level_tokenizer()
-    assert tokenizer.convert_ids_to_tokens(list(answer_ids(tokenizer, "1 answer"))) == ["1", "Ġanswer", "</s>"]
-    assert answer_ids(adding_bos(byte_level_tokenizer()), "1 answer") == answer_ids(tokenizer, "1 answer")
+    asked = render(tokenizer, turns(("user", "is it?")))
+    ids = answer_ids(tokenizer, asked, "1 answer")
+    assert tokenizer.convert_ids_to_tokens(list(ids)) == ["1", "Ġanswer", "</s>"]
+    assert answer_ids(adding_bos(byte_level_tokenizer()), asked, "1 answer") == ids
     tokenizer.eos_token = None
-    assert tokenizer.convert_ids_to_tokens(list(answer_ids(tokenizer, "1 answer"))) == ["1", "Ġanswer"]
+    assert answer_ids(tokenizer, asked, "1 answer") == ids[:-1]
 
 
 TEXT = st.text(alphabet="ae \n<|>/s🟦é\ue000", min_size=1, max_size=8)
@@ -211,7 +213,8 @@ def test_an_answer_ends_in_the_token_that_its_template_ends_turns_with(name: str
     tokenizer = framed(name)
     closing = tokenizer.convert_tokens_to_ids(FRAMES[name][2])
     assert end_token(tokenizer) == closing
-    assert answer_ids(tokenizer, "no") == (*answer_ids(tokenizer, "no", end=False), closing)
+    asked = render(tokenizer, turns(("user", "hi")))
+    assert answer_ids(tokenizer, asked, "no") == (*answer_ids(tokenizer, asked, "no", end=False), closing)
     written = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}], tokenize=False
     )
