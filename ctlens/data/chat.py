@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from jinja2 import TemplateError
 
 from ctlens.core.errors import CtlensError
 from ctlens.data.spelling import Span, require_known, spaces, spell
 
+_T = TypeVar("_T")
 _FIRST_SENTINEL = 0xE000
 """The first of Unicode's private characters, which stand for messages where a template's frame is looked for."""
 _SENTINEL = chr(_FIRST_SENTINEL)
@@ -70,6 +74,25 @@ class Rendered:
         return tuple(i for i, (left, right) in enumerate(self.offsets) if left < min(end, right) and right > start)
 
 
+Renderings: TypeAlias = dict[Hashable, Any]
+"""What `render` and `answer_ids` returned before, by tokenizer, template and texts."""
+_KEPT: ContextVar[Renderings | None] = ContextVar("renderings that are kept", default=None)
+
+
+@contextmanager
+def keeping(renderings: Renderings) -> Iterator[None]:
+    """Renders equal turns once inside the block, and keeps them in `renderings`, where a later block finds them.
+
+    It is for work that asks the same prompts again and again with tokenizers that nothing changes meanwhile, as
+    the trainings of a study do. A token takes about 200 bytes.
+    """
+    before = _KEPT.set(renderings)
+    try:
+        yield
+    finally:
+        _KEPT.reset(before)
+
+
 def render(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
     """Renders turns as the prompt that the model answers.
 
@@ -93,6 +116,20 @@ def render(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
         raise CtlensError("the model has no tokenizer: load it from a folder that holds one, or pass tokenizer=.")
     if not getattr(tokenizer, "is_fast", False):
         raise CtlensError("a fast tokenizer is needed (character offsets): save the tokenizer as tokenizer.json.")
+    return _once((tokenizer, str(chat_template(tokenizer)), turns), lambda: _render(tokenizer, turns))
+
+
+def _once(known: Hashable, make: Callable[[], _T]) -> _T:
+    """Makes something, or takes it from the renderings that are kept."""
+    kept = _KEPT.get()
+    if kept is None:
+        return make()
+    if known not in kept:
+        kept[known] = make()
+    return kept[known]
+
+
+def _render(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
     if chat_template(tokenizer):
         text = _apply_template(tokenizer, turns)
         contents = _content_spans(tokenizer, turns, text)
@@ -227,6 +264,13 @@ def answer_ids(tokenizer: Any, prompt: Rendered, answer: str, *, end: bool = Tru
         CtlensError: the answer's beginning and the prompt's end are one token.
         UnknownWords: the tokenizer does not know a word of the answer.
     """
+    known = (tokenizer, str(chat_template(tokenizer)), prompt.text, prompt.roles, answer)
+    ids = _once(known, lambda: _behind(tokenizer, prompt, answer))
+    closing = end_token(tokenizer) if end else None
+    return ids if closing is None else (*ids, closing)
+
+
+def _behind(tokenizer: Any, prompt: Rendered, answer: str) -> tuple[int, ...]:
     ids = with_answer(tokenizer, prompt, answer).ids
     length = len(prompt.ids)
     if ids[:length] != prompt.ids:
@@ -234,8 +278,7 @@ def answer_ids(tokenizer: Any, prompt: Rendered, answer: str, *, end: bool = Tru
             f"the answer {answer[:_SHOWN]!r} fuses with the end of its prompt, {prompt.text[-_SHOWN:]!r}, into "
             "one token: begin the answer with a space, or end the prompt without one."
         )
-    closing = end_token(tokenizer) if end else None
-    return ids[length:] if closing is None else (*ids[length:], closing)
+    return ids[length:]
 
 
 def with_answer(tokenizer: Any, prompt: Rendered, answer: str) -> Rendered:

@@ -122,6 +122,6 @@ def copy_model(model: LensModel) -> LensModel:
     device = next(model.parameters()).device
     with torch.no_grad():  # a bridge holds on to its last activations, and a graph among them cannot be copied
         model(torch.zeros(1, 1, dtype=torch.long, device=device))
-    copied = copy.deepcopy(model).eval()
+    copied = copy.deepcopy(model, {id(model.tokenizer): model.tokenizer}).eval()  # both read text alike
     ORIGINALS[copied] = model
     return copied

@@ -171,6 +171,9 @@ def _clean_needs(terms: Iterable[Term], side: str) -> tuple[list[str], bool]:
 @contextmanager
 def evaluating(model: LensModel) -> Iterator[None]:
     """Puts a model in eval mode inside the block and restores its mode after it."""
+    if not any(module.training for module in model.modules()):  # setting a mode takes ten times as long as a look
+        yield
+        return
     training = model.training
     model.eval()
     try:
@@ -183,5 +186,8 @@ def evaluating(model: LensModel) -> Iterator[None]:
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Gives the block its own state of torch's global generator, from which dropout draws, and restores the old one."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        if device.type == "cpu":  # `torch.manual_seed` does this and then writes down the stack for each accelerator
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
         yield
