@@ -264,21 +264,33 @@ def answer_ids(tokenizer: Any, prompt: Rendered, answer: str, *, end: bool = Tru
         CtlensError: the answer's beginning and the prompt's end are one token.
         UnknownWords: the tokenizer does not know a word of the answer.
     """
-    known = (tokenizer, str(chat_template(tokenizer)), prompt.text, prompt.roles, answer)
-    ids = _once(known, lambda: _behind(tokenizer, prompt, answer))
-    closing = end_token(tokenizer) if end else None
-    return ids if closing is None else (*ids, closing)
-
-
-def _behind(tokenizer: Any, prompt: Rendered, answer: str) -> tuple[int, ...]:
-    ids = with_answer(tokenizer, prompt, answer).ids
-    length = len(prompt.ids)
-    if ids[:length] != prompt.ids:
+    ids = _behind(tokenizer, prompt, answer)
+    if ids is None:
         raise CtlensError(
             f"the answer {answer[:_SHOWN]!r} fuses with the end of its prompt, {prompt.text[-_SHOWN:]!r}, into "
             "one token: begin the answer with a space, or end the prompt without one."
         )
-    return ids[length:]
+    closing = end_token(tokenizer) if end else None
+    return ids if closing is None else (*ids, closing)
+
+
+def opening_token(tokenizer: Any, prompt: Rendered, answer: str) -> int | None:
+    """Finds the first token of `answer_ids`; None where the answer fuses with its prompt, or has no token.
+
+    Raises:
+        UnknownWords: the tokenizer does not know a word of the answer.
+    """
+    return next(iter(_behind(tokenizer, prompt, answer) or ()), None)
+
+
+def _behind(tokenizer: Any, prompt: Rendered, answer: str) -> tuple[int, ...] | None:
+    """The tokens of an answer behind those of its prompt; None where the prompt has other tokens with the answer."""
+
+    def found() -> tuple[int, ...] | None:
+        ids = with_answer(tokenizer, prompt, answer).ids
+        return ids[len(prompt.ids) :] if ids[: len(prompt.ids)] == prompt.ids else None
+
+    return _once((tokenizer, str(chat_template(tokenizer)), prompt.text, prompt.roles, answer), found)
 
 
 def with_answer(tokenizer: Any, prompt: Rendered, answer: str) -> Rendered:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import LensModel
 from ctlens.data.batch import require_room
-from ctlens.data.chat import Rendered, answer_ids, render
+from ctlens.data.chat import Rendered, opening_token, render
 from ctlens.data.pairs import Prompt
 from ctlens.models.generation import Ids, decode, end_tokens
 from ctlens.models.scoring import Choice, choose
@@ -30,8 +30,9 @@ class Reply:
         answer: the greedy answer as text; to a multiple-choice question the likeliest option, empty for a tie.
         verdict: `"good"`, `"bad"`, `"other"`, or `"unparsed"` where a judge could not tell.
         good_probability, bad_probability: the probability that the answer begins with the first token of the
-            prompt's good and of its bad answer. NaN for an answer that the prompt does not name; both are NaN if
-            the two begin with the same token. For a multiple-choice question, their shares among the options.
+            prompt's good and of its bad answer. NaN for an answer that the prompt does not name, or that has no
+            token of its own because it fuses with the prompt's end; both are NaN if the two begin with the same
+            token. For a multiple-choice question, their shares among the options.
     """
 
     answer: str
@@ -155,7 +156,7 @@ def _verdicts(prompts: Sequence[Prompt], answers: Sequence[str], judge: Judge | 
 
 def _openings(tokenizer: Any, prompt: Prompt, asked: Rendered) -> dict[str, int]:
     """Finds the first token of a prompt's good and bad answer, by side; empty if both begin with the same."""
-    named = {side: answer for side in ("good", "bad") if (answer := getattr(prompt, side)) is not None}
-    answers = {side: answer_ids(tokenizer, asked, answer) for side, answer in named.items()}
-    tokens = {side: ids[0] for side, ids in answers.items() if ids}
+    named = {"good": prompt.good, "bad": prompt.bad}
+    found = {side: opening_token(tokenizer, asked, answer) for side, answer in named.items() if answer is not None}
+    tokens = {side: token for side, token in found.items() if token is not None}
     return tokens if len(set(tokens.values())) == len(tokens) else {}

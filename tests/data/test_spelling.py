@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ctlens.core.errors import CtlensError, UnknownWords
 from ctlens.data.batch import encode_pair
-from ctlens.data.chat import Turn, answer_ids, render, with_answer
+from ctlens.data.chat import Turn, answer_ids, opening_token, render, with_answer
 from ctlens.data.pairs import Pair, prompt
 from ctlens.data.spelling import spaces, spell
 
@@ -157,6 +157,8 @@ def test_an_answer_that_fuses_with_its_prompt_is_refused_with_advice() -> None:
     prompted = render(tokenizer, asked("so it i"))
     with pytest.raises(CtlensError, match="the answer 's it' fuses .* 'so it i', .*begin the answer with a space"):
         answer_ids(tokenizer, prompted, "s it")
+    assert opening_token(tokenizer, prompted, "s it") is None
+    assert opening_token(tokenizer, prompted, " it") == answer_ids(tokenizer, prompted, " it")[0]
     assert with_answer(tokenizer, prompted, "s it").ids == whole(tokenizer, "so it is it")
 
 
