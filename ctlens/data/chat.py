@@ -172,8 +172,9 @@ def _read(tokenizer: Any, text: str, contents: tuple[Span, ...], roles: tuple[st
     return Rendered(text, ids, offsets, contents, roles)
 
 
-def _apply_template(tokenizer: Any, turns: tuple[Turn, ...]) -> str:
-    prefill = turns[-1].role == "assistant"
+def _apply_template(tokenizer: Any, turns: tuple[Turn, ...], *, closed: bool = False) -> str:
+    """The conversation as the model continues it; if `closed`, as it ends, with nothing to continue."""
+    prefill = turns[-1].role == "assistant" and not closed
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     template = chat_template(tokenizer) or ""
     try:
@@ -181,7 +182,7 @@ def _apply_template(tokenizer: Any, turns: tuple[Turn, ...]) -> str:
             messages,
             chat_template=_STOPPED_CLOCK + template if "strftime_now" in template else template,
             tokenize=False,
-            add_generation_prompt=not prefill,
+            add_generation_prompt=not prefill and not closed,
             continue_final_message=prefill,
         )
     except (TemplateError, ValueError) as error:
@@ -246,6 +247,19 @@ def _turn_end(tokenizer: Any, template: str | None, eos: str | None) -> int | No
         return None
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return behind[0] if behind[:1] and behind[0] in special else None
+
+
+def turn_tail(tokenizer: Any) -> tuple[int, ...]:
+    """Finds the tokens that the chat template writes behind the `end_token` of a conversation's last answer.
+
+    It is a line break in many templates; nothing where there is no template, or no end token in front of it.
+    """
+    if not chat_template(tokenizer):
+        return ()
+    turns = (Turn("user", "a"), Turn("assistant", _SENTINEL))
+    behind = _apply_template(tokenizer, turns, closed=True).partition(_SENTINEL)[2].lstrip()
+    closing, *tail = token_ids(tokenizer, behind) or (None,)
+    return tuple(tail) if closing == end_token(tokenizer) else ()
 
 
 def answer_ids(tokenizer: Any, prompt: Rendered, answer: str, *, end: bool = True) -> tuple[int, ...]:
