@@ -368,8 +368,7 @@ def _load_checkpoint(folder: Path, tokenizer: Any, device: torch.device, dtype: 
             model = _attach(model, tokenizer)
         case {"kind": "huggingface"}:
             hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            with torch.random.fork_rng():
-                hf = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+            hf = _with_random_weights(hf_config, dtype)
             if (folder / GENERATION_CONFIG_NAME).is_file():
                 hf.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
             model = _bridge(hf.to(device), tokenizer, check)
@@ -379,6 +378,17 @@ def _load_checkpoint(folder: Path, tokenizer: Any, device: torch.device, dtype: 
                 f"{folder / MODEL_FILE} does not describe a model that ctlens saved: save the model again."
             )
     return model
+
+
+def _with_random_weights(config: Any, dtype: torch.dtype) -> Any:
+    """A HuggingFace model whose norms and biases are random too: as they begin, many hide what a bridge does wrong."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype)
+        for parameter in hf.parameters():
+            if parameter.ndim == 1:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    return hf
 
 
 def _state(model: LensModel) -> dict[str, torch.Tensor]:
