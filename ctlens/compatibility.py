@@ -18,12 +18,13 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.labels import BASE
 from ctlens.core.progress import progress_bar
 from ctlens.models.architectures import ARCHITECTURES, tiny_model
-from ctlens.models.export import export_huggingface, parity
+from ctlens.models.export import export_huggingface
 from ctlens.models.hooks import capture, editing, resolve
 from ctlens.models.loading import load_model, quiet_huggingface
 from ctlens.models.lora import LoRA, merge_adapters
 from ctlens.models.matrices import MATRICES, slots
 from ctlens.models.parameters import copy_model, parameter_groups, present_parameters
+from ctlens.models.parity import parity
 from ctlens.organism import load_organism
 from ctlens.training import Run, TrainConfig, train
 
@@ -74,7 +75,7 @@ class CheckedModel:
 
     def __init__(self, hf: PreTrainedModel, tokenizer: Any) -> None:
         self.hf = hf
-        self.model = load_model(hf, tokenizer=tokenizer)
+        self.model = load_model(hf, tokenizer=tokenizer, check=False)  # the first check is the same
         self.hf.set_attn_implementation("eager")
         self.pairs = [replace(pair, target=pair.clean.good) for pair in threats.get("sycophancy").pairs(4)]
         self.tokens = torch.arange(36).reshape(3, 12) + 5

@@ -171,9 +171,11 @@ def run_analysis(config: StudyConfig, study: Path, analysis: Analysis) -> None:
     with one_thread(), atomic_folder(analysis.path(study)) as work:
         for name, analyse in ANALYSES[analysis.name](Scene(config, study, analysis)):
             try:
-                analyse().save(work / f"{name}.safetensors")
+                result = analyse()
             except CtlensError as error:
                 refusals[name] = str(error)
+            else:  # a disk that is full is no refusal of the analysis
+                result.save(work / f"{name}.safetensors")
         write_json(work / _REFUSALS_FILE, refusals)
 
 

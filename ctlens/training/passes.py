@@ -13,6 +13,7 @@ from ctlens.core.types import Activations, CleanLogits, LensModel
 from ctlens.data.batch import EncodedPairs, PairBatch, collate
 from ctlens.losses import RMCT, Forwards, Loss
 from ctlens.models.hooks import capture, visiting
+from ctlens.models.parameters import evaluating
 from ctlens.training.config import TrainConfig
 from ctlens.training.layerwise import Layerwise, blocks_again, is_layerwise
 from ctlens.training.order import homes
@@ -166,20 +167,6 @@ def _clean_needs(terms: Iterable[Term], side: str) -> tuple[list[str], bool]:
     chosen = [term for term in terms if term.loss.clean_side == side]
     names = dict.fromkeys(name for term in chosen if term.loss.needs_clean_activations for name in term.factors)
     return list(names), any(term.loss.needs_clean_logits for term in chosen)
-
-
-@contextmanager
-def evaluating(model: LensModel) -> Iterator[None]:
-    """Puts a model in eval mode inside the block and restores its mode after it."""
-    if not any(module.training for module in model.modules()):  # setting a mode takes ten times as long as a look
-        yield
-        return
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager
