@@ -303,9 +303,9 @@ def _save(trainer: Trainer, out: Path, partial: Path) -> None:
 
 
 def _take_steps(trainer: Trainer, partial: Path, every: int, quiet: bool) -> None:
-    from tqdm.auto import tqdm
+    from ctlens.core.progress import progress_bar
 
-    with tqdm(trainer, desc="train", initial=len(trainer.history), total=len(trainer), disable=quiet) as bar:
+    with progress_bar(trainer, desc="train", initial=len(trainer.history), total=len(trainer), shown=not quiet) as bar:
         for step in bar:
             bar.set_postfix(loss=f"{step.losses['total']:.4g}", refresh=False)
             if step.index % every == 0 and is_main_process():

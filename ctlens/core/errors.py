@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong", and the sentence for an unknown name."""
+"""The exceptions that mean "the input is wrong", and the sentence for an unknown name."""
 
 from __future__ import annotations
 
@@ -50,6 +50,18 @@ class UnwritableError(CtlensError):
         name = errno.errorcode.get(self.number, "")
         advice = next((text for names, text in _ADVICE.items() if name in names), f"see to the disk and {_AGAIN}")
         return f"{self.path} cannot be written ({self.reason}): {advice}"
+
+
+class NotFinite(CtlensError):
+    """NotFinite is a model that computes NaN or infinity, from which no number may be taken.
+
+    Attributes:
+        value: `"nan"` or `"infinity"`.
+    """
+
+    def __init__(self, sentence: str, value: str = "nan") -> None:
+        super().__init__(sentence)
+        self.value = value
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> CtlensError:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from ctlens.core.config import environment, first_difference, to_dict
 from ctlens.core.errors import CtlensError
@@ -25,15 +24,16 @@ from ctlens.core.files import (
     write_json,
     writing,
 )
+from ctlens.core.progress import progress_bar
 from ctlens.core.stats import difference, wilson
 from ctlens.core.threads import one_thread
 from ctlens.evaluation import Evaluation
-from ctlens.models.parameters import fingerprint
+from ctlens.models.parameters import fingerprint, same_fingerprint
 from ctlens.study.analyses import analyses_of, run_analyses
 from ctlens.study.cells import OUTCOMES_FILE, CellTraining, result_rows, run_cell
 from ctlens.study.claims import Claim, judge_claims, write_claims
 from ctlens.study.conditions import RETENTION
-from ctlens.study.config import Cell, StudyConfig, base_cell, organism_cell
+from ctlens.study.config import Cell, StudyConfig, base_cell, organism_cell, study_of_size
 from ctlens.study.figures import save_study_figures
 from ctlens.study.report import write_report
 from ctlens.study.results import RESULT_COLUMNS, SPLIT
@@ -108,7 +108,7 @@ class Study:
         """Yields every cell with its rows of the results; finished ones are read, missing ones are run."""
         with (
             _writing_alone(self.folder),
-            tqdm(total=len(self), desc=self.folder.name, disable=not self.progress) as bar,
+            progress_bar(total=len(self), desc=self.folder.name, shown=self.progress) as bar,
         ):
             for wave in self._waves():
                 for cell in self._run(wave):
@@ -170,7 +170,7 @@ class Study:
         run_analyses(self.config, self.folder, self.pool, progress=self.progress)
         claims = judge_claims(self.config, self.folder, results)
         write_claims(claims, self.folder / "claims.csv")
-        save_study_figures(self.config, self.folder, results)
+        save_study_figures(self.config, self.folder, results, self.pool)
         write_report(self.folder)
         return StudyResult(self.folder, results, tuple(claims))
 
@@ -207,6 +207,8 @@ def _claim_folder(folder: Path, settings: dict[str, Any], resume: bool, model: s
             f"{folder} holds a study of ctlens {found['ctlens']}, and this is {described['ctlens']}: "
             "finish it with that version, or name a new folder with --out."
         )
+    if same_fingerprint(found.get("weights"), described["weights"]):
+        found = {**found, "weights": described["weights"]}
     if other := first_difference(found, described):
         raise CtlensError(f"{folder} holds another study ({other}): name a new folder with --out.")
     if not resume:
@@ -235,6 +237,7 @@ def compare(
     methods: Sequence[str] = (),
     seeds: int = 1,
     *,
+    size: str = "first",
     out: str | Path,
     resume: bool = False,
     progress: bool = True,
@@ -244,8 +247,10 @@ def compare(
     """Runs a whole study: trains every cell, evaluates it on held-out pairs, analyses the models, writes the folder.
 
     Args:
-        threats, methods: what to run; all when none are given.
+        threats, methods: what to run; those of the size when none are given.
         seeds: number of seeds.
+        size: `"first"`, a newcomer's two threats with their controls; `"matrix"`, every threat, with the crossed
+            conditions and a second seed; `"full"`, several organisms and all of it on every threat.
         out: a new folder, or with `resume` the folder of the same study.
         resume: finish a study that was interrupted.
         progress: show progress bars.
@@ -255,7 +260,7 @@ def compare(
     Raises:
         CtlensError: as `StudyConfig` and `Study`.
     """
-    config = StudyConfig(tuple(threats), tuple(methods), seeds, **settings)
+    config = study_of_size(size, threats=tuple(threats), methods=tuple(methods), seeds=seeds, **settings)
     study = Study(config, out, resume=resume, progress=progress, pool=Pool(workers))
     for _ in study:
         pass

@@ -18,6 +18,7 @@ from ctlens.core.types import LensModel
 from ctlens.losses import Loss
 from ctlens.models.loading import load_model, save_model
 from ctlens.models.lora import has_adapters, save_adapters
+from ctlens.models.readback import require_written
 from ctlens.plots import Figure
 from ctlens.training.calibrate import Calibration
 from ctlens.training.config import TrainConfig
@@ -59,10 +60,11 @@ class Run:
     def save(self, folder: str | Path) -> Path:
         """Writes the run into a new folder, whole or not at all: config, history, environment and model.
 
-        A model with adapters is written merged, and its adapters beside it in `adapters`.
+        A model with adapters is written merged, and its adapters beside it in `adapters`. The model is read back
+        before the folder gets its name.
 
         Raises:
-            CtlensError: the folder exists and is not empty.
+            CtlensError: the folder exists and is not empty, or another model would come back from it.
         """
         with atomic_folder(folder) as work:
             self.write(work)
@@ -77,6 +79,7 @@ class Run:
         self.history.save(folder / "history.csv")
         (folder / "model").mkdir()
         save_model(self.model, folder / "model")
+        require_written(self.model, folder / "model")
         if has_adapters(self.model):
             save_adapters(self.model, folder / "adapters")
 

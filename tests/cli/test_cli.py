@@ -213,13 +213,14 @@ MISTAKES = {
     "compare --quiet --out file/inside": "file",
     "compare --quiet --out study": "study holds another study",
     "compare --quiet --out study --resume": "study holds another study",
-    "compare --quiet --out study --seeds 2 --steps 3": "study holds this study: pass --resume",
+    "compare --quiet --out study --size matrix --seeds 2 --steps 3": "study holds this study: pass --resume",
     "compare --quiet --out broken --resume": "broken/config.json is not JSON",
     "compare --quiet --out new --seeds 0": "seeds must be at least 1",
     "compare --quiet --out new --steps 0": "steps must be at least 1",
     "compare --quiet --out new --methods act,retention": "unknown loss 'retention'",
     "compare --quiet --out new --methods act,act": "each once",
     "compare --quiet --out new --threats flattery": "unknown threat 'flattery'",
+    "compare --quiet --out new --size whole": "unknown size of a study 'whole'",
     "compare --quiet --out new --workers 0": "workers must be at least 1, not 0",
     # doses
     "doses --out new": "Missing option '--threat'",
@@ -397,6 +398,19 @@ def test_pairs_left_out_are_counted_with_their_reason(call: Call, place: Path) -
     assert ended.code == 0
     assert "tokens aligned in 2 pairs" in ended.out
     assert "1 pairs left out: the text of the window is not in the wrapped prompt" in ended.out
+
+
+@pytest.mark.parametrize("options", ["", "--threats prefill --methods act"])
+def test_an_estimate_counts_the_models_that_the_study_counts(call: Call, place: Path, options, monkeypatch) -> None:
+    monkeypatch.setattr("ctlens.study.runner.seconds", lambda config, pool: 7200.0)
+
+    ended = call(f"compare --estimate --workers 2 --out new {options}")
+    counted = sum(map(int, re.findall(r"(\d+) (?:trainings|models)", ended.out)))
+
+    assert ended.code == 0 and ended.out.endswith("2 at a time: about 2.0 hours.\n")
+    assert not Path("new").exists()
+    chosen = {"threats": ("prefill",), "methods": ("act",)} if options else {}
+    assert counted == len(Study(StudyConfig(**chosen), "new"))
 
 
 def test_adapters_are_trained_and_saved_beside_the_merged_model(call: Call, place: Path) -> None:
