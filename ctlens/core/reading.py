@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -89,14 +89,14 @@ def read_csv(path: str | Path) -> Iterator[tuple[int, dict[str, str]]]:
     Raises:
         CtlensError: the file is missing or no CSV with a header, or a row has too few or too many cells.
     """
-    header, *rows = _cells(path)
+    header, *rows = _cells(path, (line for _, line in text_lines(path)))
     for number, row in enumerate(rows, start=1):
         yield number, dict(zip(header, row, strict=True))
 
 
-def _cells(path: str | Path) -> Iterator[list[str]]:
+def _cells(path: str | Path, lines: Iterable[str]) -> Iterator[list[str]]:
     """Yields the header of a CSV file, and then the cells of every row, as many as the header has."""
-    rows = csv.reader((line for _, line in text_lines(path)), strict=True)
+    rows = csv.reader(lines, strict=True)
     try:
         header = next(rows, None)
         if not header or any("\0" in name for name in header):
@@ -116,12 +116,15 @@ def _cells(path: str | Path) -> Iterator[list[str]]:
 
 
 def read_columns(path: str | Path) -> dict[str, list[str]]:
-    """Reads the columns of a CSV file as texts, by name; they are empty where the file has a header alone.
+    """Reads the columns of a table of ours as texts, by name; they are empty where the file has a header alone.
 
     Raises:
-        CtlensError: as `read_csv`.
+        CtlensError: as `read_csv`, or the file ends within a row.
     """
-    header, *rows = _cells(path)
+    lines = [line for _, line in text_lines(path)]
+    if lines and not lines[-1].endswith("\n"):
+        raise CtlensError(f"{path}, line {len(lines)}: the file ends within a row: it was cut off.")
+    header, *rows = _cells(path, lines)
     columns = zip(*rows, strict=True) if rows else ((),) * len(header)
     return {name: list(texts) for name, texts in zip(header, columns, strict=True)}
 

@@ -204,6 +204,9 @@ def test_a_cell_that_holds_something_else_is_named(tmp_path: Path, kind: Callabl
 def test_a_table_without_rows_has_its_columns_and_one_that_lacks_some_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("a,b\n")
     assert read_columns(tmp_path / "x.csv") == {"a": [], "b": []}
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n3,4")
+    with pytest.raises(CtlensError, match=r"x\.csv, line 3: the file ends within a row"):
+        read_columns(tmp_path / "x.csv")
     with pytest.raises(CtlensError, match=r"x\.csv lacks the columns c, d"):
         typed({"a": ["1"]}, {"c": str, "a": whole_number, "d": str}, "x.csv")
 
