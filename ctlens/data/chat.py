@@ -197,8 +197,9 @@ def _has_system(turns: tuple[Turn, ...]) -> bool:
 
 def _content_spans(tokenizer: Any, turns: tuple[Turn, ...], text: str) -> tuple[Span, ...]:
     """Finds each message in `text`: a second rendering, of one private character per message, shows the frame."""
-    sentinels = [chr(_FIRST_SENTINEL + index) for index in range(len(turns))]
-    frame = _apply_template(tokenizer, tuple(Turn(t.role, s) for t, s in zip(turns, sentinels, strict=True)))
+    sentinels = _sentinels(len(turns))
+    special = str(tokenizer.special_tokens_map)
+    frame = _frame(tokenizer, chat_template(tokenizer), special, tuple(turn.role for turn in turns))
     for contents in ([t.content for t in turns], [t.content.strip() for t in turns]):
         spans = []
         built = ""
@@ -215,6 +216,19 @@ def _content_spans(tokenizer: Any, turns: tuple[Turn, ...], text: str) -> tuple[
         "the chat template rewrites or reorders messages, so their tokens cannot be located: give the tokenizer a "
         "template that keeps them as they are."
     )
+
+
+def _sentinels(count: int) -> list[str]:
+    return [chr(_FIRST_SENTINEL + index) for index in range(count)]
+
+
+@lru_cache(maxsize=64)
+def _frame(tokenizer: Any, template: str | None, special: str, roles: tuple[str, ...]) -> str:
+    """A conversation between these roles of which each message is one private character.
+
+    `template` and the special tokens decide it and can be changed on a tokenizer, so the cache keys on them too.
+    """
+    return _apply_template(tokenizer, tuple(map(Turn, roles, _sentinels(len(roles)))))
 
 
 def token_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
