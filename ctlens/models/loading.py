@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ import torch
 import transformer_lens.model_bridge.sources.native  # noqa: F401  (3.x registers the native architecture on import)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
@@ -30,13 +31,14 @@ from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import read_json, write_json
 from ctlens.core.types import ChosenRows, LensModel, RowNumbers, dtype_named
-from ctlens.models.parameters import plain_name, present_parameters, present_weights, without
+from ctlens.models.adopt import adopt, plain_settings
+from ctlens.models.bridges import generation_config, huggingface_config, is_bridge
+from ctlens.models.parameters import copy_model, plain_name, present_parameters, present_weights, without
 from ctlens.models.weights import ModelConfig, canonical_weights, copy_weights, initial_weights, is_bias, load_weights
 
 HAS_HOOKED_TRANSFORMER = int(importlib.metadata.version("transformer-lens").split(".")[0]) < 4
 MODEL_FILE = "model.json"
 _WEIGHTS_FILE = "weights.safetensors"
-_SPLIT_COPIES = (".qkv.", ".gate_up_proj.weight")
 
 
 def build(
@@ -66,25 +68,48 @@ def _skeleton(config: ModelConfig, device: str | torch.device, dtype: torch.dtyp
         "positional_embedding_type": "rotary",
         "rotary_adjacent_pairs": True,
         "rotary_dim": config.d_head,
-        "dtype": dtype,
     }
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        if HAS_HOOKED_TRANSFORMER:
-            from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-            model = HookedTransformer(HookedTransformerConfig(**shape, device=str(device)))
-        else:
-            bridge_config = cast(Any, TransformerBridgeConfig)(**shape)
-            model = cast(Any, TransformerBridge).boot_native(bridge_config, device=device, dtype=dtype)
+    kind = "HookedTransformer" if HAS_HOOKED_TRANSFORMER else "TransformerBridge"
+    model = _of_transformer_lens(kind, shape, device, dtype)
     biases = {plain_name(name): parameter for name, parameter in model.named_parameters() if is_bias(name)}
     for bias in biases.values():
         bias.data.zero_()
-    return without(cast(LensModel, model.eval()), biases)
+    return without(model, biases)
+
+
+def _of_transformer_lens(
+    kind: str, settings: Mapping[str, Any], device: str | torch.device, dtype: torch.dtype
+) -> LensModel:
+    """A model of TransformerLens's own, with random weights, in eval mode; the global random state is left alone.
+
+    Args:
+        kind: `"HookedTransformer"` or `"TransformerBridge"`, which is native then.
+        settings: of its configuration.
+        device: where it lives.
+        dtype: of its weights.
+
+    Raises:
+        CtlensError: it is a `HookedTransformer`, and TransformerLens has none any more.
+    """
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        if kind == "TransformerBridge":
+            bridge_config = TransformerBridgeConfig.from_dict({**settings, "dtype": dtype})
+            model = cast(Any, TransformerBridge).boot_native(bridge_config, device=device, dtype=dtype)
+        elif HAS_HOOKED_TRANSFORMER:
+            from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+            model = HookedTransformer(HookedTransformerConfig(**settings, device=str(device), dtype=dtype))
+        else:
+            raise CtlensError(
+                "the folder holds a HookedTransformer, which TransformerLens 4 does not have: load it with "
+                "transformer-lens<4."
+            )
+    return cast(LensModel, model.eval())
 
 
 def load_model(
-    source: str | Path | PreTrainedModel,
+    source: str | Path | PreTrainedModel | LensModel,
     *,
     tokenizer: Any = None,
     device: str | torch.device = "cpu",
@@ -94,17 +119,21 @@ def load_model(
 
     Args:
         source: a HuggingFace folder of a causal language model, a folder that `save_model` or
-            `Run.save` wrote, or a HuggingFace model in memory (copied, so that it stays as it is).
+            `Run.save` wrote, or a model in memory, HuggingFace's or TransformerLens's (copied, so that it stays as it
+            is).
         tokenizer: a fast HuggingFace tokenizer; by default the folder's own.
         device: where the model lives.
         dtype: of the weights, or its name, one of `ctlens.core.types.DTYPES`.
 
     Raises:
-        CtlensError: the dtype is unknown, the folder holds no model, or one that TransformerLens cannot bridge.
+        CtlensError: the dtype is unknown, the folder holds no model, or one that TransformerLens cannot bridge, or
+            the model is one that `adopt` refuses.
     """
     dtype = dtype_named(dtype) if isinstance(dtype, str) else dtype
     if isinstance(source, PreTrainedModel):
         return _bridge(copy.deepcopy(source).to(device=device, dtype=dtype), tokenizer)  # type: ignore[arg-type]
+    if isinstance(source, nn.Module):
+        return _copied(cast(LensModel, source), tokenizer, device, dtype)
     folder = _model_folder(source)
     with _reading(folder):
         if (folder / MODEL_FILE).is_file():
@@ -114,6 +143,15 @@ def load_model(
     raise CtlensError(
         f"{folder} is no model folder: name a folder with HuggingFace's config.json or with {MODEL_FILE} of ctlens."
     )
+
+
+def _copied(model: LensModel, tokenizer: Any, device: str | torch.device, dtype: torch.dtype) -> LensModel:
+    """A copy of a TransformerLens model of one's own."""
+    copied = copy_model(adopt(model))
+    nn.Module.to(cast(nn.Module, copied), device=device, dtype=dtype)
+    copied.cfg.device = str(device)
+    copied.cfg.dtype = dtype
+    return _attach(copied, tokenizer)
 
 
 @contextmanager
@@ -158,18 +196,13 @@ def _bridge(hf: PreTrainedModel, tokenizer: Any) -> LensModel:
     """Wraps `hf` in place; the bridge trains exactly the parameters that HuggingFace's model has."""
     _require_causal(hf.eval())
     hf.set_attn_implementation("eager")
-    own_unembed_bias = getattr(hf.get_output_embeddings(), "bias", None) is not None
     try:
         model = build_bridge_from_module(hf, architecture=type(hf).__name__, hf_config=hf.config, tokenizer=None)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise CtlensError(
             f"TransformerLens cannot bridge {type(hf).__name__}: {error}. `ctlens models` lists what was checked."
         ) from None
-    # A bridge bypasses fused projections by split copies; 3.x adds a zero unembedding bias.
-    extra = _SPLIT_COPIES if own_unembed_bias else (*_SPLIT_COPIES, "head.bias")
-    names = map(plain_name, dict(model.named_parameters()))
-    absent = [name for name in names if any(part in name for part in extra)]
-    return _attach(without(cast(LensModel, model.eval()), absent), tokenizer)
+    return _attach(adopt(cast(LensModel, model.eval())), tokenizer)
 
 
 @torch.no_grad()
@@ -219,11 +252,6 @@ def _load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def is_bridge(model: LensModel) -> bool:
-    """Whether the model is a `TransformerBridge`, whose `hook_resid_mid` does not feed the skip path."""
-    return isinstance(model, TransformerBridge)
-
-
 def empty_cache(model: LensModel, rows: int) -> Any:
     """A key-value cache for `rows` sequences, to pass as `past_kv_cache`; None on bridges.
 
@@ -243,21 +271,11 @@ def keep_rows(cache: Any, rows: ChosenRows | RowNumbers) -> None:
     cache.previous_attention_mask = cache.previous_attention_mask[rows]
 
 
-def huggingface_config(model: LensModel) -> Any:
-    """The HuggingFace configuration behind a bridge, or None for a model made here."""
-    return getattr(getattr(model, "original_model", None), "config", None) if is_bridge(model) else None
-
-
-def generation_config(model: LensModel) -> Any:
-    """HuggingFace's settings for generation that came with the model, or None."""
-    return getattr(getattr(model, "original_model", None), "generation_config", None) if is_bridge(model) else None
-
-
 def save_model(model: LensModel, folder: str | Path) -> None:
     """Writes `model.json`, `weights.safetensors` and the tokenizer into a folder; adapters are merged in the file.
 
     Raises:
-        CtlensError: the model comes neither from `build` nor from `load_model`.
+        CtlensError: the model is one that `adopt` refuses.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -266,6 +284,9 @@ def save_model(model: LensModel, folder: str | Path) -> None:
     if made is not None:
         description = {"kind": "ctlens", "config": to_dict(made)}
         weights = canonical_weights(model)
+    elif hf_config is None:
+        description = {"kind": type(model).__name__, "config": plain_settings(model)}
+        weights = present_weights(model)
     else:
         description = {"kind": "huggingface"}
         # Copies, because halves of one fused matrix share their memory.
@@ -288,6 +309,10 @@ def _load_checkpoint(folder: Path, tokenizer: Any, device: str | torch.device, d
             model = _skeleton(from_dict(ModelConfig, config), device, dtype)
             load_weights(model, weights)
             return _attach(model, tokenizer)
+        case {"kind": "HookedTransformer" | "TransformerBridge" as kind, "config": dict(config)}:
+            model = adopt(_of_transformer_lens(kind, config, device, dtype))
+            copy_weights({name: value.data for name, value in present_parameters(model).items()}, weights)
+            return _attach(model, tokenizer)
         case {"kind": "huggingface"}:
             hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
             with torch.random.fork_rng():
@@ -301,15 +326,12 @@ def _load_checkpoint(folder: Path, tokenizer: Any, device: str | torch.device, d
 
 
 def made_config(model: LensModel) -> ModelConfig | None:
-    """The sizes of a model made here, or None for one from HuggingFace.
+    """The sizes of a model made here, or None for one from HuggingFace or of the user's own.
 
     Raises:
-        CtlensError: the model comes neither from `build` nor from `load_model`.
+        CtlensError: the model is one that `adopt` refuses.
     """
-    if huggingface_config(model) is not None:
+    made_here = huggingface_config(adopt(model)) is None and getattr(model, "ctlens_absent", None)
+    if not made_here:
         return None
-    if not getattr(model, "ctlens_absent", None):
-        raise CtlensError(
-            "only models from ctlens.build and ctlens.load_model can be saved: pass this one to load_model."
-        )
     return ModelConfig(**{name: getattr(model.cfg, name) for name in ModelConfig.__dataclass_fields__})

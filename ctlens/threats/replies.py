@@ -12,6 +12,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.batch import require_room
 from ctlens.data.chat import answer_ids, end_token, render
 from ctlens.data.pairs import Prompt
+from ctlens.models.adopt import adopt
 from ctlens.models.generation import Ids, decode
 from ctlens.models.scoring import Choice, choose
 from ctlens.threats.base import UNPARSED, VERDICTS
@@ -66,6 +67,7 @@ def ask(
         CtlensError: a prompt names no answer and there is no judge, a prompt does not fit the
             context, or the judge does not give one verdict per prompt.
     """
+    adopt(model)
     distinct = list(dict.fromkeys(prompts))
     chosen = [prompt for prompt in distinct if prompt.options and judge is None]
     if judge is None:

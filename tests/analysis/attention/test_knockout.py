@@ -20,8 +20,9 @@ from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair, encode
 from ctlens.data.chat import Turn, render
 from ctlens.data.pairs import Pair, Prompt, prompt
+from ctlens.models.bridges import huggingface_config, is_bridge
 from ctlens.models.hooks import capture, editing
-from ctlens.models.loading import build, huggingface_config, is_bridge
+from ctlens.models.loading import build
 from ctlens.models.parameters import copy_model
 from ctlens.models.weights import ModelConfig, initial_weights, load_weights
 

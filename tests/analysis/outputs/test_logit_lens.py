@@ -15,7 +15,8 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.chat import render
 from ctlens.data.pairs import Pair, prompt
-from ctlens.models.loading import build, is_bridge, load_model
+from ctlens.models.bridges import is_bridge
+from ctlens.models.loading import build, load_model
 from ctlens.models.parameters import copy_model
 from ctlens.models.weights import ModelConfig
 
