@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import byte_level_tokenizer, hf_model
+from helpers.models import byte_level_tokenizer, hf_model, odd_model
 from torch import nn
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import ctlens as ct
 from ctlens.core.errors import CtlensError
@@ -26,8 +26,13 @@ from ctlens.models.parameters import present_parameters
 pytestmark = pytest.mark.boundary
 TOKENS = torch.arange(24).reshape(2, 12) + 5
 SIZES: dict[str, Any] = {"n_layers": 2, "d_model": 32, "n_ctx": 256, "d_head": 8, "d_mlp": 48, "d_vocab": 400}
-GPT = {"act_fn": "gelu", "normalization_type": "LN"}
-LLAMA = {"act_fn": "silu", "gated_mlp": True, "normalization_type": "RMS", "positional_embedding_type": "rotary"}
+GPT: dict[str, Any] = {"act_fn": "gelu", "normalization_type": "LN"}
+LLAMA: dict[str, Any] = {
+    "act_fn": "silu",
+    "gated_mlp": True,
+    "normalization_type": "RMS",
+    "positional_embedding_type": "rotary",
+}
 LLAMA |= {"rotary_dim": 8, "n_heads": 4, "n_key_value_heads": 2}
 
 
@@ -199,30 +204,6 @@ def test_a_model_without_a_tokenizer_is_refused_where_text_is_read() -> None:
         trained(model)
 
 
-BASE: dict[str, Any] = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-BASE |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64}
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
-LATENT |= {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
-ODD: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 4},
-    "qwen3_moe": {"num_experts": 4, "head_dim": 8, **EXPERTS},
-    "deepseek_v3": {**LATENT, **EXPERTS},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
-    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
-    "granite": {"logits_scaling": 8.0, "residual_multiplier": 0.22},
-    "phi": {},
-}
-
-
-def loaded(kind: str) -> LensModel:
-    torch.manual_seed(0)
-    hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **BASE, **ODD[kind]))
-    for parameter in hf.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return load_model(hf)
-
-
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
@@ -235,7 +216,7 @@ def loaded(kind: str) -> LensModel:
     ],
 )
 def test_the_hooks_that_are_not_what_their_names_say(kind: str, expected: set[str]) -> None:
-    trial = tried_hooks(loaded(kind))
+    trial = tried_hooks(load_model(odd_model(kind)))
 
     assert set(trial.odd) == expected
     assert set(trial.read_only) == (
@@ -256,7 +237,7 @@ def test_no_hook_of_a_checked_architecture_is_refused(kind: str, dtype: str) -> 
 
 
 def test_a_hook_is_refused_by_itself_and_others_go_on() -> None:
-    model = loaded("deepseek_v3")
+    model = load_model(odd_model("deepseek_v3"))
 
     with pytest.raises(CtlensError, match="blocks.1.mlp.hook_post is not what its name says.*experts.*name mlp_out"):
         resolve(model, "mlp_post")
@@ -268,7 +249,7 @@ def test_a_hook_is_refused_by_itself_and_others_go_on() -> None:
 
 
 def test_a_pattern_that_no_head_reads_can_be_read_and_not_edited() -> None:
-    model = loaded("gpt_neo")
+    model = load_model(odd_model("gpt_neo"))
     name = resolve(model, "pattern", 0)[0]
     _, found = capture(model, TOKENS, [name], grad=False)
 
