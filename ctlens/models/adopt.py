@@ -19,17 +19,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ctlens.core.errors import CtlensError
-from ctlens.core.types import Activations, HookFunction, LensModel, Logits, Tokens
+from ctlens.core.types import Activations, HookFunction, LensModel, Tokens
 from ctlens.models.bridges import huggingface_config, is_bridge, unwire
 from ctlens.models.hooks import SHORTHANDS, run
-from ctlens.models.parameters import plain_name, without
+from ctlens.models.parameters import evaluating, plain_name, without
 
 NATIVE = "TransformerLensNative"
 KNOWN_CLASSES = ("HookedTransformer", "TransformerBridge")
 _SPLIT_COPIES = (".qkv.", ".gate_up_proj.weight")
 """Fused projections that a bridge keeps and does not compute with: it has split them."""
-_NOT_SETTINGS = ("device", "dtype", "seed", "tokenizer_name")
-"""Settings of TransformerLens that `load_model` sets, or that would draw numbers or fetch files."""
 _FOLDED = ("LNPre", "RMSPre")
 _STREAM_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 _PROBE_TOKENS = 6
@@ -51,8 +49,8 @@ def adopt(model: LensModel) -> LensModel:
 
     Raises:
         CtlensError: the object is no such model; its weights are folded, centred or otherwise processed, so that its
-            activations are not those of the weights that were trained; it does not run in its precision; or it could
-            not be built again from a folder.
+            activations are not those of the weights that were trained; it computes NaN; or it could not be built again
+            from a folder.
     """
     marked = hasattr(model, "ctlens_absent")
     if not marked:
@@ -146,12 +144,6 @@ def _unembeds_with_bias(hf: Any) -> bool:
     return getattr(bare.get_output_embeddings(), "bias", None) is not None
 
 
-def plain_settings(model: LensModel) -> dict[str, Any]:
-    """The configuration of a model that is not HuggingFace's, without where and in which type it lives, for JSON."""
-    settings = {name: value for name, value in vars(model.cfg).items() if name not in _NOT_SETTINGS}
-    return {name: value for name, value in settings.items() if value is not None and not name.startswith("_")}
-
-
 class Trial(NamedTuple):
     """What a trial found out about the hooks of a model, each by its full name with the reason.
 
@@ -172,9 +164,8 @@ class _Write(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """A forward pass: its logits, its activations by hook name, and what the matrices of each block read and wrote."""
+    """A forward pass: its activations by hook name, and what the matrices of each block read and wrote."""
 
-    logits: Logits
     found: Activations
     writes: list[list[_Write]]
 
@@ -193,20 +184,16 @@ def tried_hooks(model: LensModel) -> Trial:
     some do not hold. The model is run twice on a few tokens.
 
     Raises:
-        CtlensError: the model does not run in its precision.
+        NotFinite: the model computes NaN or infinity.
     """
     width = min(_PROBE_TOKENS, model.cfg.n_ctx)
     tokens = torch.arange(2 * width, device=next(model.parameters()).device).reshape(2, width) % model.cfg.d_vocab
-    training = model.training
-    model.eval()
-    plain = _passed(model, tokens)
-    zeroed = _passed(model, tokens, zero=("pattern", "mlp_post"))
-    model.train(training)
+    with evaluating(model):
+        plain = _passed(model, tokens)
+        zeroed = _passed(model, tokens, zero=("pattern", "mlp_post"))
     unwire(model)
     odd: dict[str, str] = {}
     read_only: dict[str, str] = {}
-    if not plain.logits.isfinite().all():
-        return Trial(odd, read_only)  # no identity can be tried on such numbers
     for layer, (of_block, with_zeros) in enumerate(zip(plain.writes, zeroed.writes, strict=True)):
         names = {site: name.format(layer=layer) for site, name in SHORTHANDS.items()}
         seen = {site: plain.found[name] for site, name in names.items() if name in plain.found}
@@ -238,13 +225,8 @@ def _passed(model: LensModel, tokens: Tokens, zero: Collection[str] = ()) -> _Pa
                 if isinstance(module, nn.Linear | Conv1D):
                     note = partial(_note, writes[-1], model.cfg.d_model)
                     handles.callback(module.register_forward_hook(note).remove)
-        try:
-            return _Pass(run(model, tokens), found, writes)
-        except RuntimeError as error:
-            dtype = next(model.parameters()).dtype
-            raise CtlensError(
-                f"TransformerLens cannot run this model in {dtype}: {str(error).splitlines()[0]}; load it in float32."
-            ) from error
+        run(model, tokens)
+    return _Pass(found, writes)
 
 
 def _keep(found: Activations, name: str, zero: bool, activation: Tensor, hook: Any) -> Tensor | None:

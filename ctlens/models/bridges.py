@@ -6,6 +6,12 @@ from typing import Any, cast
 
 from ctlens.core.types import LensModel
 
+_NOT_SETTINGS = (
+    *("device", "dtype", "seed", "tokenizer_name"),
+    *("tokenizer_prepends_bos", "tokenizer_appends_eos", "default_prepend_bos"),
+)
+"""Settings of TransformerLens that `load_model` sets, or that would draw numbers or fetch files."""
+
 
 def is_bridge(model: LensModel) -> bool:
     """Whether the model is a `TransformerBridge`, whose `hook_resid_mid` does not feed the skip path."""
@@ -30,3 +36,9 @@ def unwire(model: LensModel) -> None:
     for block in cast(Any, model).blocks if is_bridge(model) else ():
         if hasattr(block, "_teardown_capture_hooks"):
             block._teardown_capture_hooks()
+
+
+def plain_settings(model: LensModel) -> dict[str, Any]:
+    """The configuration of a model that is not HuggingFace's, without where and in which type it lives, for JSON."""
+    settings = {name: value for name, value in vars(model.cfg).items() if name not in _NOT_SETTINGS}
+    return {name: value for name, value in settings.items() if value is not None and not name.startswith("_")}

@@ -21,11 +21,19 @@ from ctlens.models.adopt import adopt, tried_hooks
 from ctlens.models.bridges import is_bridge
 from ctlens.models.hooks import capture, editing, resolve
 from ctlens.models.loading import HAS_HOOKED_TRANSFORMER, load_model, save_model
-from ctlens.models.parameters import present_parameters
+from ctlens.models.parameters import fingerprint, present_parameters
 
 pytestmark = pytest.mark.boundary
 TOKENS = torch.arange(24).reshape(2, 12) + 5
-SIZES: dict[str, Any] = {"n_layers": 2, "d_model": 32, "n_ctx": 256, "d_head": 8, "d_mlp": 48, "d_vocab": 400}
+SIZES: dict[str, Any] = {
+    "n_layers": 2,
+    "d_model": 32,
+    "n_ctx": 256,
+    "d_head": 8,
+    "d_mlp": 48,
+    "d_vocab": 400,
+    "seed": 0,
+}
 GPT: dict[str, Any] = {"act_fn": "gelu", "normalization_type": "LN"}
 LLAMA: dict[str, Any] = {
     "act_fn": "silu",
@@ -113,9 +121,18 @@ def test_a_model_of_ones_own_comes_back_with_equal_logits(kind: str, tmp_path: P
     loaded = ct.load_run(tmp_path / "run").model
 
     assert type(loaded) is type(model) and loaded.tokenizer is not None
+    assert fingerprint(loaded) == fingerprint(run.model) != fingerprint(model)
     assert torch.equal(logits(loaded), logits(run.model))
     with pytest.raises(CtlensError, match="cannot be exported"):
         ct.export_huggingface(run.model, tmp_path / "hf")
+
+
+def test_a_fingerprint_names_the_settings_too() -> None:
+    capped = hooked(**LLAMA, output_logits_soft_cap=2.0)
+    free = hooked(**LLAMA)
+
+    assert fingerprint(capped).partition("-")[0] == fingerprint(free).partition("-")[0]
+    assert fingerprint(adopt(capped)) != fingerprint(adopt(free))
 
 
 def test_a_model_in_memory_is_copied() -> None:
@@ -228,7 +245,7 @@ def test_the_hooks_that_are_not_what_their_names_say(kind: str, expected: set[st
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_hook_of_a_checked_architecture_is_refused(kind: str, dtype: str) -> None:
     if (kind, dtype) == ("olmo2", "bfloat16"):  # a bridge does not run it
-        with pytest.raises(CtlensError, match="cannot run this model in torch.bfloat16.*load it in float32"):
+        with pytest.raises(CtlensError, match="cannot bridge Olmo2ForCausalLM in bfloat16"):
             load_model(hf_model(kind), dtype=dtype)
         return
     trial = tried_hooks(load_model(hf_model(kind), dtype=dtype))
