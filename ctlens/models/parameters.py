@@ -73,9 +73,11 @@ def state_buffers(model: LensModel) -> dict[str, Tensor]:
     """
     if huggingface_config(model) is None:
         return {}
-    buffers = persistent_buffers(cast(Any, model).original_model)
+    lens = cast(Any, model)
     # TransformerLens 4.x keeps the zero unembedding bias, which it adds, in a buffer.
-    return {plain_name(name): value for name, value in buffers.items() if not name.endswith("head.bias")}
+    added = getattr(lens.unembed.original_component, "bias", None)
+    buffers = persistent_buffers(lens.original_model)
+    return {plain_name(name): value for name, value in buffers.items() if value is not added}
 
 
 def saved_tensors(model: LensModel) -> dict[str, Tensor]:
