@@ -7,6 +7,7 @@ tries which hooks of a bridge are not what their names say, by identities that t
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
@@ -59,6 +60,7 @@ def adopt(model: LensModel) -> LensModel:
     if not marked:
         _require_uncentred(model)
         without(model, _bridge_only(model))
+        model.cfg.n_ctx = min(model.cfg.n_ctx, _steady_context(huggingface_config(model)))
         if is_bridge(model):  # the names were made for a HookedTransformer
             cast(Any, model).ctlens_trial = tried_hooks(model)
     return model
@@ -142,6 +144,24 @@ def _unembeds_with_bias(hf: Any) -> bool:
     with torch.device("meta"):
         bare = type(hf)(copy.deepcopy(hf.config))
     return getattr(bare.get_output_embeddings(), "bias", None) is not None
+
+
+def _steady_context(config: Any) -> int:
+    """The longest sequence, in tokens, whose rotary factors do not depend on its length, which is taken as the context.
+
+    Longrope (Phi-3's) has two sets of factors. Longer sequences take the second at every token, and so does all that
+    is batched with them: keys in a cache would be of the first set, and a pair's numbers of its batch-mates.
+    """
+    rope = {} if config is None else getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and kind.get("rope_type") == "longrope"]
+    switches = [kind["original_max_position_embeddings"] for kind in kinds]
+    if not switches:
+        return sys.maxsize
+    warnings.warn(
+        f"the context is taken as {min(switches)} tokens: the model's rotary factors switch beyond (longrope).",
+        stacklevel=2,
+    )
+    return min(switches)
 
 
 class Trial(NamedTuple):

@@ -29,7 +29,8 @@ from transformers.utils import logging as hf_logging
 
 from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import read_json, write_json
+from ctlens.core.files import write_json
+from ctlens.core.reading import read_json
 from ctlens.core.types import ChosenRows, LensModel, RowNumbers, device_named, dtype_named
 from ctlens.models.adopt import adopt
 from ctlens.models.bridges import generation_config, huggingface_config, is_bridge, plain_settings, unwire
@@ -377,8 +378,7 @@ def _load_checkpoint(folder: Path, tokenizer: Any, device: torch.device, dtype: 
             model = _attach(adopt(model), tokenizer)
         case {"kind": "huggingface"}:
             hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            with torch.random.fork_rng():
-                hf = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+            hf = _with_random_weights(hf_config, dtype)
             if (folder / GENERATION_CONFIG_NAME).is_file():
                 hf.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
             model = _bridge(hf.to(device), tokenizer, check)
@@ -388,6 +388,17 @@ def _load_checkpoint(folder: Path, tokenizer: Any, device: torch.device, dtype: 
                 f"{folder / MODEL_FILE} does not describe a model that ctlens saved: save the model again."
             )
     return model
+
+
+def _with_random_weights(config: Any, dtype: torch.dtype) -> Any:
+    """A HuggingFace model whose norms and biases are random too: as they begin, many hide what a bridge does wrong."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype)
+        for parameter in hf.parameters():
+            if parameter.ndim == 1:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    return hf
 
 
 def _state(model: LensModel) -> dict[str, torch.Tensor]:
