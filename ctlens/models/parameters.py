@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import digest_of
 from ctlens.core.types import LensModel
-from ctlens.models.bridges import huggingface_config
+from ctlens.models.bridges import huggingface_config, plain_settings
 
 GROUPS = ("embed", "attn", "mlp", "norm", "unembed")
 OTHER_SENSES = ("vision", "multi_modal", "audio")  # parts of a model that text does not pass through
@@ -79,10 +79,11 @@ def state_buffers(model: LensModel) -> dict[str, Tensor]:
     """
     if huggingface_config(model) is None:
         return {}
-    buffers = persistent_buffers(cast(Any, model).original_model)
-    plain = {plain_name(name): value for name, value in buffers.items()}
+    lens = cast(Any, model)
     # TransformerLens 4.x keeps the zero unembedding bias, which it adds, in a buffer.
-    return {name: value for name, value in plain.items() if not name.endswith("head.bias")}
+    added = getattr(lens.unembed.original_component, "bias", None)
+    buffers = persistent_buffers(lens.original_model)
+    return {plain_name(name): value for name, value in buffers.items() if value is not added}
 
 
 def saved_tensors(model: LensModel) -> dict[str, Tensor]:
@@ -165,15 +166,16 @@ def evaluating(model: LensModel) -> Iterator[None]:
 def fingerprint(model: LensModel) -> str:
     """A short name of what the model computes: of its weights and, behind a hyphen, of what else a model brings along.
 
-    That is its state buffers and its configuration, which two models of equal weights may differ in. Models made here
-    follow from their weights.
+    That is, for a HuggingFace model, its state buffers and its configuration, which two models of equal weights may
+    differ in; and for a TransformerLens model of the user's own its configuration. Models made here follow from their
+    weights.
     """
     digest = _digest(present_weights(model))
     config = huggingface_config(model)
-    if config is None and getattr(model, "ctlens_absent", None):  # made here
-        return digest
-    settings = vars(model.cfg) if config is None else config.to_diff_dict()
-    return f"{digest}-{digest_of([_computing(settings), _digest(state_buffers(model))])}"
+    if config is None:
+        made_here = getattr(model, "ctlens_absent", None)
+        return digest if made_here else f"{digest}-{digest_of(_computing(plain_settings(model)))}"
+    return f"{digest}-{digest_of([_computing(config.to_diff_dict()), _digest(state_buffers(model))])}"
 
 
 def same_fingerprint(recorded: object, current: str) -> bool:
