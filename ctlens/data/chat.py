@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
 
-from jinja2 import TemplateError
-
 from ctlens.core.errors import CtlensError
 
 Span: TypeAlias = tuple[int, int]
@@ -140,8 +138,8 @@ def _apply_template(tokenizer: Any, turns: tuple[Turn, ...], *, closed: bool = F
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=not prefill and not closed, continue_final_message=prefill
         )
-    except (TemplateError, ValueError) as error:
-        reason = str(error).split("\n")[0]
+    except Exception as error:  # a template is a program of somebody else's, which may raise anything
+        reason = (str(error) or type(error).__name__).split("\n")[0]
         advice = "; put the system text in front of the first user message" if _has_system(turns) else ""
         raise CtlensError(f"the chat template refuses these messages: {reason}{advice}") from None
 
