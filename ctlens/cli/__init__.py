@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -70,6 +71,7 @@ def _require_text(arguments: Sequence[str]) -> None:
 
 def main() -> None:
     """Runs the command line; a user's mistake is one sentence on stderr and exit code 2."""
+    _write_any_text()
     try:
         _require_text(sys.argv[1:])
         code = app(prog_name="ctlens", standalone_mode=False) or 0
@@ -80,3 +82,9 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     sys.exit(code)  # after the except block, so that an interrupted command has been freed and its workers have ended
+
+
+def _write_any_text() -> None:
+    """Lets a console that is not UTF-8, as on Windows where output is redirected, show `?` for what it cannot write."""
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
