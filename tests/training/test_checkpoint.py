@@ -21,13 +21,13 @@ from helpers.models import Call, byte_level_tokenizer, hf_model
 from helpers.tiers import unit_first_rows
 
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import digest_of, write_json
+from ctlens.core.files import write_json
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT, BCT, AttCT
 from ctlens.models.loading import load_model
 from ctlens.models.lora import LoRA
-from ctlens.models.parameters import fingerprint, present_weights
+from ctlens.models.parameters import present_weights
 from ctlens.training import Phase, TrainConfig, Trainer, load_run, train
 from ctlens.training.checkpoint import CHECKPOINT_FILE, read_checkpoint
 from ctlens.training.interrupts import uninterrupted
@@ -427,12 +427,13 @@ def test_a_full_cache_folder_is_one_sentence_and_is_used_once_there_is_room(call
 
 def test_what_another_training_put_into_a_cache_meanwhile_stays_and_is_used(model, tmp_path, monkeypatch) -> None:
     theirs = [(5, 6)] * len(PAIRS)
+    Trainer(model, PAIRS, BCT(), QUICK, cache_folder=tmp_path)
+    (path,) = tmp_path.glob("answers-*.json")
+    held = json.loads(path.read_text())
+    path.unlink()
 
     def slow(reference, asked, **options):
-        question = {"weights": fingerprint(reference), "prompts": [list(ids) for ids in asked]}
-        question["settings"] = {"end": options["end"], "max_new_tokens": options["max_new_tokens"]}
-        path = tmp_path / f"answers-{digest_of(question)}.json"
-        write_json(path, {**question, "answers": theirs})
+        write_json(path, {**held, "answers": theirs})
         return [(7, 8)] * len(asked)
 
     monkeypatch.setattr("ctlens.training.answers.generate", slow)
