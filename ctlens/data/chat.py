@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
 
+from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError
 
 Span: TypeAlias = tuple[int, int]
@@ -29,6 +30,9 @@ class Turn:
 
     role: str
     content: str
+
+    def __post_init__(self) -> None:
+        require_types(self)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_folder
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.models.loading import generation_config, huggingface_config, made_config, quiet_huggingface
 from ctlens.models.parameters import present_weights
@@ -49,6 +50,7 @@ LLAMA_LAYOUT = {
 adjacent here and half a head apart in a Llama."""
 
 
+@public
 def export_huggingface(model: LensModel, folder: str | Path) -> Path:
     """Writes a new folder that `transformers.AutoModelForCausalLM` loads, with equal logits; adapters are merged.
 
@@ -94,6 +96,7 @@ def to_huggingface(model: LensModel) -> PreTrainedModel:
     return hf
 
 
+@public
 def parity(model: LensModel, hf: PreTrainedModel, *, length: int = 16, seed: int = 0) -> float:
     """Measures the largest absolute difference of logits between a model and a HuggingFace model.
 

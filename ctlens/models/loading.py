@@ -29,6 +29,7 @@ from transformers.utils import logging as hf_logging
 from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError, NotFinite
 from ctlens.core.files import read_json, write_json
+from ctlens.core.public import public
 from ctlens.core.types import ChosenRows, LensModel, RowNumbers, dtype_named
 from ctlens.models.finite import advice, is_finite
 from ctlens.models.parameters import plain_name, present_parameters, present_weights, without
@@ -40,6 +41,7 @@ _WEIGHTS_FILE = "weights.safetensors"
 _SPLIT_COPIES = (".qkv.", ".gate_up_proj.weight")
 
 
+@public
 def build(
     config: ModelConfig, tokenizer: Any = None, *, seed: int = 0, device: str | torch.device = "cpu"
 ) -> LensModel:
@@ -84,6 +86,7 @@ def _skeleton(config: ModelConfig, device: str | torch.device, dtype: torch.dtyp
     return without(cast(LensModel, model.eval()), biases)
 
 
+@public
 def load_model(
     source: str | Path | PreTrainedModel,
     *,

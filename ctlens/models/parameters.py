@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 
 GROUPS = ("embed", "attn", "mlp", "norm", "unembed")
@@ -78,6 +79,7 @@ def parameter_groups(model: LensModel) -> dict[str, list[str]]:
     return groups
 
 
+@public
 def freeze(model: LensModel, trainable: Iterable[str]) -> list[nn.Parameter]:
     """Leaves only the named groups trainable and returns their parameters.
 

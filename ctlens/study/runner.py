@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ctlens.core.config import environment, to_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_file, digest, read_json, require_free, sweep, sweep_folder, write_json
+from ctlens.core.public import public
 from ctlens.core.stats import difference, wilson
 from ctlens.core.threads import one_thread
 from ctlens.evaluation import Evaluation
@@ -209,6 +210,7 @@ def seconds(config: StudyConfig, pool: Pool) -> float:
     return training * (len(config.cells()) + analyses + organisms) / pool.workers
 
 
+@public
 def compare(
     threats: Sequence[str] = (),
     methods: Sequence[str] = (),

@@ -13,6 +13,7 @@ from ctlens import plots
 from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import atomic_folder, read_json, write_json
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.losses import Loss
 from ctlens.models.loading import load_model, save_model
@@ -95,6 +96,7 @@ class Run:
         return plots.history(steps, self.history.losses(names), "Does the training converge?")
 
 
+@public
 def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
     """Reads the run that `Run.save` wrote.
 

@@ -18,6 +18,7 @@ from ctlens import losses as loss_registry
 from ctlens.core.config import environment, generator, to_dict
 from ctlens.core.errors import CtlensError, NotFinite
 from ctlens.core.files import usable_folder
+from ctlens.core.public import at_work, public
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses import Loss, require_distinct
@@ -66,6 +67,7 @@ class Trainer:
             retention, or the model lacks the matrices for the adapters of the config.
     """
 
+    @public
     def __init__(
         self,
         model: LensModel,
@@ -150,7 +152,7 @@ class Trainer:
         index = len(self.history) + 1
         if index > self.config.steps:
             raise CtlensError(f"all {self.config.steps} steps are taken: make a trainer with more steps.")
-        with evaluating(self.reference):
+        with at_work(self.reference, self.model), evaluating(self.reference):
             if self.retention:
                 self.retention.prepare(self.progress)
             with uninterrupted(), _at_step(index):
@@ -227,6 +229,9 @@ class Trainer:
 
     @cached_property
     def _identity(self) -> dict[str, str]:
+        return self._identify()
+
+    def _identify(self) -> dict[str, str]:
         held = self.retention.prompts if self.retention else ()
         return identity(self.reference, self.pairs, held, self.losses, self.track, self.config)
 
@@ -243,7 +248,7 @@ class Trainer:
             CtlensError: the folder has no checkpoint, or a checkpoint of another reference, or of other
                 pairs, losses or settings.
         """
-        saved = read_checkpoint(folder, self._identity)
+        saved = read_checkpoint(folder, self._identify())  # anew: the reference may have changed since the checkpoint
         with torch.no_grad():
             for parameter, value in zip(self.parameters, saved.parameters, strict=True):
                 parameter.copy_(value)

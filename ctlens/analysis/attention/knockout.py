@@ -42,6 +42,7 @@ from ctlens.analysis.base.forward import comparable_by_label, encoded_pairs
 from ctlens.analysis.base.positions import Keys, key_positions
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.public import public
 from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import LensModel, Logits
 from ctlens.data.pairs import Pair
@@ -158,6 +159,7 @@ class Knockout(Result):
         }
 
 
+@public
 def knockout(
     models: LensModel | Mapping[str, LensModel],
     pairs: Sequence[Pair],

@@ -12,6 +12,7 @@ from ctlens.analysis.base.contrast import up_to_contrast
 from ctlens.analysis.base.forward import require_eval, require_read
 from ctlens.analysis.base.recording import LOGITS, Recording, read
 from ctlens.core.errors import CtlensError
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.batch import pad, require_room
 from ctlens.data.chat import render
@@ -26,6 +27,7 @@ Prompted: TypeAlias = tuple[str, int, Ids]
 """A side, the index of a pair among the pairs, and the tokens that are run."""
 
 
+@public
 def record(
     model: LensModel,
     pairs: Sequence[Pair],
