@@ -44,7 +44,8 @@ def inspect_command(
     tokenizer = chosen_tokenizer(model)
     reading = read_pairs(file, wrapped)
     if not 1 <= row <= len(reading.pairs):
-        raise CtlensError(f"there is no pair {row}: the file holds {len(reading.pairs)}, counted from 1.")
+        why = f"; rows refused: {len(reading.refused)}, the first {reading.refused[0]}" if reading.refused else "."
+        raise CtlensError(f"there is no pair {row}: the file holds {len(reading.pairs)}, counted from 1{why}")
     _show(tokenizer, reading.pairs[row - 1], window)
     _coverage(tokenizer, reading.pairs)
     say(f"{len(reading.pairs)} pairs read, {len(reading.refused)} rows refused")
@@ -159,9 +160,9 @@ def _print_tokens(title: str, columns: tuple[str, ...], rows: list[tuple[str, ..
 def _coverage(tokenizer: Any, pairs: tuple[Pair, ...]) -> None:
     """Prints how many pairs and tokens of the file each window aligns, and why the rest is left out."""
     import pandas as pd
-    from tqdm.auto import tqdm
 
     from ctlens.cli.common import print_table
+    from ctlens.core.progress import progress_bar
     from ctlens.data.batch import encode_pair
 
     windows = ["shared", "content", "suffix", "lines", "last"]
@@ -169,7 +170,7 @@ def _coverage(tokenizer: Any, pairs: tuple[Pair, ...]) -> None:
         windows.append("explicit")
     reasons: Counter[tuple[str, str]] = Counter()
     encoded: list[EncodedPair] = []
-    for pair in tqdm(pairs, desc="pairs", delay=2, leave=False):
+    for pair in progress_bar(pairs, desc="pairs", delay=2, leave=False, shown=True):
         try:
             encoded.append(encode_pair(pair, tokenizer, windows))
         except CtlensError as error:

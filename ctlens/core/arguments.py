@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import numbers
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cache
 from pathlib import Path
@@ -49,7 +50,7 @@ def checked_arguments(function: Callable[..., Any], bound: inspect.BoundArgument
     hints = _hints(function)
     for name, value in bound.arguments.items():
         if name in hints and not _is_variadic(function, name):
-            bound.arguments[name] = checked(name, value, hints[name])
+            bound.arguments[name] = fitted(name, value, hints[name])
 
 
 def require_types(config: Any) -> None:
@@ -60,13 +61,13 @@ def require_types(config: Any) -> None:
     """
     hints = _hints(type(config))
     for field in dataclasses.fields(config):
-        checked(field.name, getattr(config, field.name), hints.get(field.name, Any))
+        fitted(field.name, getattr(config, field.name), hints.get(field.name, Any))
 
 
-def checked(name: str, value: Any, hint: Any) -> Any:
+def fitted(name: str, value: Any, hint: Any) -> Any:
     """Returns a value that fits its hint and its name; an iterator comes back as a tuple.
 
-    >>> checked("batch_size", 1.5, int)
+    >>> fitted("batch_size", 1.5, int)
     Traceback (most recent call last):
     ctlens.core.errors.CtlensError: batch_size must be a whole number, not 1.5.
 
@@ -158,12 +159,13 @@ def _fit_function(value: Any, hint: Any) -> Any:
 
 
 def _fit_class(value: Any, hint: Any) -> Any:
-    _require(isinstance(value, hint), value)
+    _require(isinstance(value, get_origin(hint) or hint), value)
     return value
 
 
 def _is_class(hint: Any) -> bool:
     """Tells whether `isinstance` decides: not for `Any`, type variables, shapes and interfaces of methods."""
+    hint = get_origin(hint) or hint
     interface = getattr(hint, "_is_protocol", False) and not getattr(hint, "_is_runtime_protocol", False)
     return (
         isinstance(hint, type)
@@ -174,7 +176,8 @@ def _is_class(hint: Any) -> bool:
 
 
 def _class_in_words(hint: Any) -> str:
-    return "a path" if hint is Path else f"a {hint.__name__}"
+    kind = get_origin(hint) or hint
+    return "a path" if kind in (Path, os.PathLike) else f"a {kind.__name__}"
 
 
 def _plural(hint: Any) -> str:

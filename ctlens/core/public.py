@@ -20,11 +20,11 @@ from ctlens.core.arguments import checked_arguments
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 
-P = ParamSpec("P")
-R = TypeVar("R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
-def public(function: Callable[P, R]) -> Callable[P, R]:
+def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Makes a function public: its arguments are checked, and it works under the library's own settings.
 
     An iterator among the arguments is replaced by all that it gives, because a function may read it twice.
@@ -32,7 +32,7 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     signature = inspect.signature(function)
 
     @functools.wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+    def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         bound = signature.bind(*args, **kwargs)
         checked_arguments(function, bound)
         with at_work(*_models_in(bound.arguments.values())):

@@ -82,12 +82,9 @@ class Evaluation:
         Raises:
             CtlensError: the evaluation has no such number, or several.
         """
-        named = {"metric": metric, "prompt_side": prompt_side, "evaluated_threat": threat, "split": split}
-        for column, name in named.items():
-            known = self._table[column].unique().tolist()
-            if name is not None and name not in known:
-                raise unknown(column.replace("_", " "), name, known)
-        found = _select(self._table, **named)
+        found = _select(self._table, metric=metric, prompt_side=prompt_side, evaluated_threat=threat, split=split)
+        if metric not in set(self._table["metric"]):
+            raise unknown("metric", metric, dict.fromkeys(self._table["metric"]))
         if len(found) != 1:
             raise CtlensError(
                 f"{len(found)} numbers are called {metric} on {prompt_side}: "

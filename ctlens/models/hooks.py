@@ -140,6 +140,9 @@ def visiting(model: LensModel, visits: Mapping[str, Callable[[Tensor], None]]) -
     Raises:
         CtlensError: a name does not exist, or its hook did not fire.
     """
+    if not visits:  # TransformerLens would look through every hook of the model for those to take off again
+        yield
+        return
     fired: dict[str, Any] = {}
 
     def visit(name: str, activation: Tensor) -> None:

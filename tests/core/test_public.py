@@ -17,7 +17,7 @@ from helpers.models import chat_model, made
 
 import ctlens as ct
 from ctlens import analysis, threats
-from ctlens.core.arguments import checked, checked_arguments
+from ctlens.core.arguments import checked_arguments, fitted
 from ctlens.core.errors import CtlensError
 from ctlens.core.limits import BY_NAME
 from ctlens.core.public import at_work
@@ -344,10 +344,10 @@ def test_what_a_newcomer_tries_gets_a_sentence_that_leads_on(sentence: str, mode
     ],
 )
 def test_what_fits_comes_back_as_it_is(value: Any, hint: Any) -> None:
-    assert checked("argument", value, hint) is value
+    assert fitted("argument", value, hint) is value
 
 
 def test_an_iterator_comes_back_whole() -> None:
-    assert checked("argument", iter("ab"), Sequence[str]) == ("a", "b")
+    assert fitted("argument", iter("ab"), Sequence[str]) == ("a", "b")
     with pytest.raises(CtlensError, match="argument must be a list of whole numbers, not 'b' at number 2"):
-        checked("argument", iter([1, "b"]), Sequence[int])
+        fitted("argument", iter([1, "b"]), Sequence[int])
