@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ctlens.core.errors import CtlensError
-from ctlens.core.limits import AT_LEAST_1, POSITIVE, PROBABILITY, require
+from ctlens.core.limits import POSITIVE, PROBABILITY, require
 from ctlens.core.progress import progress_bar
 from ctlens.core.types import LensModel
 from ctlens.models.kv_cache import MAX_BATCH_TOKENS, Ids, NextLogits, Sequences, batches_by_length
@@ -136,7 +136,6 @@ def decode(
 
 
 def _check(prompts: Sequence[Ids], max_new_tokens: int, n_ctx: int) -> None:
-    require(AT_LEAST_1, max_new_tokens=max_new_tokens)
     longest = max(map(len, prompts), default=1)
     if longest + max_new_tokens > n_ctx:
         raise CtlensError(
