@@ -7,6 +7,7 @@ mistake ends with exit code 2 and one sentence on stderr.
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -60,6 +61,7 @@ UsageError: Any = typer.BadParameter.__mro__[2]
 
 def main() -> None:
     """Runs the command line; a user's mistake is one sentence on stderr and exit code 2."""
+    _write_any_text()
     try:
         code = app(prog_name="ctlens", standalone_mode=False) or 0
     except (CtlensError, UsageError, OSError) as error:
@@ -69,3 +71,9 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     sys.exit(code)  # after the except block, so that an interrupted command has been freed and its workers have ended
+
+
+def _write_any_text() -> None:
+    """Lets a console that is not UTF-8, as on Windows where output is redirected, show `?` for what it cannot write."""
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")

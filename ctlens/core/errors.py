@@ -1,11 +1,12 @@
-"""The exceptions that mean "the input is wrong", and the sentence for an unknown name."""
+"""The exceptions that mean "the input is wrong", the place of a mistake, and the sentence for an unknown name."""
 
 from __future__ import annotations
 
 import difflib
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -17,16 +18,23 @@ class CtlensError(ValueError):
     """
 
 
-class NotFinite(CtlensError):
-    """NotFinite is a model that computes NaN or infinity, from which no number may be taken.
+class UnknownWords(CtlensError):
+    """UnknownWords is a text with words that a tokenizer does not know, so that a model would not see them."""
 
-    Attributes:
-        value: `"nan"` or `"infinity"`.
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Puts the place of unknown words in front of the sentence about them.
+
+    >>> with located("pair 3"):
+    ...     raise UnknownWords("the tokenizer does not know 'qua'.")
+    Traceback (most recent call last):
+    ctlens.core.errors.UnknownWords: pair 3: the tokenizer does not know 'qua'.
     """
-
-    def __init__(self, sentence: str, value: str = "nan") -> None:
-        super().__init__(sentence)
-        self.value = value
+    try:
+        yield
+    except UnknownWords as error:
+        raise UnknownWords(f"{where}: {error}") from None
 
 
 _AGAIN = "repeat the command; train, compare and doses go on with --resume."
@@ -62,6 +70,18 @@ class UnwritableError(CtlensError):
         name = errno.errorcode.get(self.number, "")
         advice = next((text for names, text in _ADVICE.items() if name in names), f"see to the disk and {_AGAIN}")
         return f"{self.path} cannot be written ({self.reason}): {advice}"
+
+
+class NotFinite(CtlensError):
+    """NotFinite is a model that computes NaN or infinity, from which no number may be taken.
+
+    Attributes:
+        value: `"nan"` or `"infinity"`.
+    """
+
+    def __init__(self, sentence: str, value: str = "nan") -> None:
+        super().__init__(sentence)
+        self.value = value
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> CtlensError:

@@ -105,7 +105,7 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
     Fields: `clean` and `wrapped` (text, or a list of `{"role", "content"}` messages); optional
     `benign` (likewise), `good`, `bad` (texts) and `options` (a list of texts), with `clean_` before
     them where the clean prompt's answers are not those of the wrapped one, and with `benign_`; `target`,
-    `shared` (text) and `labels` (an object of texts). See `Pair` and `Prompt` for what they mean.
+    `shared` (text) and `labels` (an object of texts or whole numbers). See `Pair` and `Prompt` for what they mean.
 
     Args:
         row: the fields.
@@ -120,9 +120,6 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
     for key in _REQUIRED:
         if key not in row:
             raise CtlensError(f"{where}: the field '{key}' is missing; 'clean' and 'wrapped' are expected.")
-    labels = {} if row.get("labels") is None else row["labels"]
-    if not isinstance(labels, dict):
-        raise CtlensError(f"{where}: 'labels' is a {type(labels).__name__}, but an object is expected.")
     own = any(f"clean_{name}" in row for name in _ANSWERS)
     return Pair(
         clean=_prompt(row, "clean", "clean_" if own else "", where),
@@ -130,8 +127,26 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
         benign=None if row.get("benign") is None else _prompt(row, "benign", "benign_", where),
         target=_text(row, "target", where),
         shared=_text(row, "shared", where),
-        labels={str(key): str(value) for key, value in labels.items()},
+        labels=labels_of(row.get("labels"), where),
     )
+
+
+def labels_of(value: Any, where: str) -> dict[str, str]:
+    """Makes the labels of a pair of a field: an object of texts and whole numbers, which become texts; null is none.
+
+    Raises:
+        CtlensError: it is something else; the error names the row (`where`).
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise CtlensError(f"{where}: 'labels' is a {type(value).__name__}, but an object is expected.")
+    for name, label in value.items():
+        if type(label) not in (str, int):
+            raise CtlensError(
+                f"{where}: the label {name!r} is {label!r}, but a text or a whole number is expected: put it in quotes."
+            )
+    return {name: str(label) for name, label in value.items()}
 
 
 def _prompt(row: Mapping[str, Any], prompt_side: str, prefix: str, where: str) -> Prompt:

@@ -91,15 +91,17 @@ def from_config(config: dict[str, Any]) -> Loss:
     """Builds the loss that `to_config` described.
 
     Raises:
-        CtlensError: no loss of this name is registered, or an option is unknown.
+        CtlensError: it is no such description, no loss of this name is registered, or an option is unknown.
     """
-    name = config.get("name")
-    if name not in LOSSES:
-        raise CtlensError(
-            f"the loss {name!r} is not registered here: if it is one of your own, import its class and call "
-            f"ctlens.losses.register on it first. Known: {', '.join(names())}."
-        )
-    return get(**config)
+    match config:
+        case {"name": str(name), **options}:
+            if name in LOSSES:
+                return get(name, **options)
+            raise CtlensError(
+                f"the loss {name!r} is not registered here: if it is one of your own, import its class and call "
+                f"ctlens.losses.register on it first. Known: {', '.join(names())}."
+            )
+    raise CtlensError(f"{config!r} does not describe a loss: an object with its name and options is expected.")
 
 
 @public

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,8 +29,9 @@ from transformers.utils import logging as hf_logging
 
 from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import read_json, write_json
+from ctlens.core.files import write_json
 from ctlens.core.public import public
+from ctlens.core.reading import read_json
 from ctlens.core.types import ChosenRows, LensModel, RowNumbers, device_named, dtype_named
 from ctlens.models.bridges import generation_config, huggingface_config, is_bridge
 from ctlens.models.parameters import (
@@ -244,11 +246,30 @@ def _first_line(error: Exception) -> str:
 def _wrapped(hf: PreTrainedModel) -> LensModel:
     own_unembed_bias = getattr(hf.get_output_embeddings(), "bias", None) is not None
     model = build_bridge_from_module(hf, architecture=type(hf).__name__, hf_config=hf.config, tokenizer=None)
+    model.cfg.n_ctx = min(model.cfg.n_ctx, _steady_context(hf.config))
     # A bridge bypasses fused projections by split copies; 3.x adds a zero unembedding bias.
     extra = _SPLIT_COPIES if own_unembed_bias else (*_SPLIT_COPIES, "head.bias")
     names = map(plain_name, dict(model.named_parameters()))
     absent = [name for name in names if any(part in name for part in extra)]
     return without(cast(LensModel, model.eval()), absent)
+
+
+def _steady_context(config: Any) -> int:
+    """The longest sequence, in tokens, whose rotary factors do not depend on its length, which is taken as the context.
+
+    Longrope (Phi-3's) has two sets of factors. Longer sequences take the second at every token, and so does all that
+    is batched with them: keys in a cache would be of the first set, and a pair's numbers of its batch-mates.
+    """
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and kind.get("rope_type") == "longrope"]
+    switches = [kind["original_max_position_embeddings"] for kind in kinds]
+    if not switches:
+        return sys.maxsize
+    warnings.warn(
+        f"the context is taken as {min(switches)} tokens: the model's rotary factors switch beyond (longrope).",
+        stacklevel=2,
+    )
+    return min(switches)
 
 
 def _unused(model: LensModel) -> LensModel:
@@ -350,8 +371,7 @@ def _load_checkpoint(folder: Path, tokenizer: Any, device: torch.device, dtype: 
             model = _attach(model, tokenizer)
         case {"kind": "huggingface"}:
             hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            with torch.random.fork_rng():
-                hf = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+            hf = _with_random_weights(hf_config, dtype)
             if (folder / GENERATION_CONFIG_NAME).is_file():
                 hf.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
             model = _bridge(hf.to(device), tokenizer, check)
@@ -361,6 +381,17 @@ def _load_checkpoint(folder: Path, tokenizer: Any, device: torch.device, dtype: 
                 f"{folder / MODEL_FILE} does not describe a model that ctlens saved: save the model again."
             )
     return model
+
+
+def _with_random_weights(config: Any, dtype: torch.dtype) -> Any:
+    """A HuggingFace model whose norms and biases are random too: as they begin, many hide what a bridge does wrong."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype)
+        for parameter in hf.parameters():
+            if parameter.ndim == 1:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    return hf
 
 
 def _state(model: LensModel) -> dict[str, torch.Tensor]:

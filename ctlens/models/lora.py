@@ -24,8 +24,9 @@ from torch.nn.utils import parametrize
 from ctlens.core.arguments import require_types
 from ctlens.core.config import from_dict, generator, to_dict
 from ctlens.core.errors import CtlensError, unknown
-from ctlens.core.files import atomic_folder, read_json, write_json
+from ctlens.core.files import atomic_folder, write_json
 from ctlens.core.limits import POSITIVE, require
+from ctlens.core.reading import read_json
 from ctlens.core.types import LensModel, widened
 from ctlens.models.matrices import MATRICES, Slot, slots
 from ctlens.models.parameters import fingerprint, same_fingerprint

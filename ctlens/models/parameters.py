@@ -144,7 +144,9 @@ def freeze(model: LensModel, trainable: Iterable[str]) -> list[nn.Parameter]:
 @contextmanager
 def evaluating(model: LensModel) -> Iterator[None]:
     """Puts a model in eval mode inside the block and restores its mode after it."""
-    if not any(module.training for module in model.modules()):  # setting a mode takes ten times as long as a look
+    if not any(
+        module.training for module in cast(nn.Module, model).modules()
+    ):  # setting a mode takes ten times as long as a look
         yield
         return
     training = model.training

@@ -23,6 +23,7 @@ from ctlens import losses as loss_registry
 from ctlens.core.config import first_difference, to_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_file, digest_of, sweep, writing
+from ctlens.core.reading import json_object
 from ctlens.core.types import LensModel
 from ctlens.data.batch import encode_pair
 from ctlens.data.chat import render
@@ -170,7 +171,7 @@ def read_checkpoint(folder: str | Path, of: Mapping[str, Any]) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            known: dict[str, Any] = json.loads(metadata["ctlens"])
+            known = json_object(metadata["ctlens"], path, "of", "steps", "names")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         if metadata.get("checksum") != _checksum(metadata["ctlens"], tensors):
             raise ValueError("its checksum is another, so that it was damaged")

@@ -95,7 +95,8 @@ def test_no_number_comes_of_a_model_that_computes_nan(name: str, model: LensMode
 
 @pytest.mark.boundary
 def test_every_pass_names_the_prompt_and_the_weight(model: LensModel) -> None:
-    right, creature = [set(model.tokenizer(text).input_ids) for text in QUESTIONS]
+    right = set(model.tokenizer(QUESTIONS[0]).input_ids)
+    creature = set(model.tokenizer(QUESTIONS[1]).input_ids)
     unlucky = copy_model(model)
     embedding = next(weight for name, weight in unlucky.named_parameters() if "embed" in name)
     embedding.data[min(creature - right)] = float("nan")  # a token that only the second question has
@@ -122,7 +123,7 @@ def test_loading_a_model_with_nan_gives_the_true_reason() -> None:
     hf = hf_model("llama")
     hf.lm_head.weight.data[5, 3] = float("nan")
 
-    with pytest.raises(NotFinite, match=r"computes nan or infinity: its weight lm_head\.weight is not finite"):
+    with pytest.raises(NotFinite, match=r"computes nan or infinity: its weight lm_head\.weight"):
         load_model(hf, tokenizer=made().tokenizer)
 
 

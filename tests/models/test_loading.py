@@ -458,3 +458,53 @@ def test_a_copy_outlives_its_hf_model():
     del model
     gc.collect()
     assert torch.equal(copied(tokens), before)
+
+
+def longrope(vocab_size: int = 97) -> PreTrainedModel:
+    """A Phi-3 whose rotary factors switch behind 16 tokens."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 2.0, 3.0, 4.0],
+    }
+    config = AutoConfig.for_model(
+        "phi3",
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        original_max_position_embeddings=16,
+        rope_parameters={**rope, "original_max_position_embeddings": 16},
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def test_rotary_factors_that_switch_with_length_bound_the_context() -> None:
+    hf = longrope()
+    tokens = torch.randint(3, 97, (1, 17), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        seen = [hf(tokens[:, :length]).logits[0, 8] for length in (16, 17)]
+    assert (seen[0] - seen[1]).abs().max() > 1e-3, "the same token has other logits in a longer text"
+
+    with pytest.warns(UserWarning, match="taken as 16 tokens: the model's rotary factors switch"):
+        model = load_model(hf)
+    prompts = [tuple(tokens[0, :length].tolist()) for length in (4, 9)]
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(7):
+            with torch.no_grad():
+                ids.append(int(hf(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        expected.append(tuple(ids[len(prompt) :]))
+    assert generate(model, prompts, max_new_tokens=7) == expected
+    with pytest.raises(CtlensError, match="9 tokens and 8 new ones exceed the model's context of 16"):
+        generate(model, prompts, max_new_tokens=8)

@@ -127,7 +127,7 @@ def test_a_token_without_an_embedding_is_named(named: str, hf_folder: Path) -> N
     tokenizer = byte_level_tokenizer(chat=True)
     if named == "in the template":
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
-        tokenizer.chat_template = "<|turn|>" + tokenizer.chat_template
+        tokenizer.chat_template = f"<|turn|>{tokenizer.chat_template}"
     else:
         tokenizer.add_tokens(["<|turn|>"])
     where = f"'<|turn|>' with number {len(tokenizer) - 1}, but the model has embeddings for {len(tokenizer) - 1} tokens"

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from ctlens import load_run, threats
 from ctlens.analysis import AttentionDiff, ResidualShift
 from ctlens.core.errors import CtlensError, UnwritableError
-from ctlens.core.files import read_json
+from ctlens.core.reading import read_json
 from ctlens.core.stats import difference, wilson
 from ctlens.evaluation import Evaluation
 from ctlens.organism import load_organism

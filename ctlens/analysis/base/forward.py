@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ctlens.analysis.base.recording import Recording
@@ -85,15 +85,6 @@ def vector_hooks(model: LensModel, site: str, layers: Layers = "all") -> list[st
     return names
 
 
-def require_read(tokenizer: Any, ids: Iterable[int], whose: str) -> None:
-    """Raises a `CtlensError` where a tokenizer does not know a word of a prompt, written for another model."""
-    unread = getattr(tokenizer, "unk_token_id", None)
-    if unread in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-        return  # GPT-2 has one token for everything special, so that token does not mean an unknown word
-    if unread is not None and unread in ids:
-        raise CtlensError(f"the model's tokenizer does not know all words of {whose}: give pairs that it can read.")
-
-
 def pair_batches(
     model: LensModel, pairs: Sequence[Pair], window: str, batch_size: int, progress: bool
 ) -> Iterator[tuple[list[EncodedPair], PairBatch]]:
@@ -105,15 +96,12 @@ def encoded_pairs(model: LensModel, pairs: Sequence[Pair], windows: Sequence[str
     """Encodes every pair, and aligns its sides in every window.
 
     Raises:
-        CtlensError: a pair does not align, because an analysis leaves no pair out silently; or the model's
-            tokenizer does not know its words.
+        CtlensError: as `encode`, or a pair does not align, because an analysis leaves no pair out silently.
     """
     found = encode(pairs, model.tokenizer, windows=windows, n_ctx=model.cfg.n_ctx)
     if found.dropped:
         reason, count = next(iter(found.dropped.items()))
         raise CtlensError(f"{count} of {len(pairs)} pairs do not align ({reason}): leave them out.")
-    for number, row in enumerate(found.rows, start=1):
-        require_read(model.tokenizer, (*row.clean.ids, *row.wrapped.ids), f"pair {number}")
     return found.rows
 
 
