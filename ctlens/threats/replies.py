@@ -13,6 +13,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.batch import require_room
 from ctlens.data.chat import Rendered, opening_token, render
 from ctlens.data.pairs import Prompt
+from ctlens.models.adopt import adopt
 from ctlens.models.generation import Ids, decode, end_tokens
 from ctlens.models.scoring import Choice, choose
 from ctlens.threats.base import UNPARSED, VERDICTS
@@ -69,6 +70,7 @@ def ask(
         CtlensError: a prompt names no answer and there is no judge, a prompt does not fit the
             context, or the judge does not give one verdict per prompt.
     """
+    adopt(model)
     distinct = list(dict.fromkeys(prompts))
     chosen = [prompt for prompt in distinct if prompt.options and judge is None]
     if judge is None:

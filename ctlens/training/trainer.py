@@ -22,6 +22,7 @@ from ctlens.core.public import at_work, public
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses import Loss, require_distinct
+from ctlens.models.adopt import adopt
 from ctlens.models.optimisation import adamw, clipped_update
 from ctlens.models.parameters import copy_model, evaluating
 from ctlens.training.answers import drawn_together
@@ -92,7 +93,7 @@ class Trainer:
         self.config.require_phases_of(loss.name for loss in self.losses)
         if not self.losses and not self.config.retention:
             raise CtlensError("there is nothing to train: give a loss, or a retention weight above zero.")
-        self.reference = model
+        self.reference = adopt(model)
         self.progress = progress
         self.processes = processes()
         self._terms = {loss.name: Term(loss, loss.factors(model)) for loss in self.losses}

@@ -213,7 +213,7 @@ def test_pairs_from_a_generator_are_all_pairs_everywhere(model: LensModel, plain
 
 OFFERED = [getattr(ct, name) for name in loose.__all__] + list(vars(analysis).values()) + [threats.ask, threats.get]
 FUNCTIONS = {found.__name__: found for found in OFFERED if inspect.isfunction(found)} | {"Trainer": ct.Trainer.__init__}
-THROUGH = {"train"}  # hands every argument on to a Trainer and its config
+THROUGH = {"train", "adopt"}  # the one hands all on to a Trainer and its config, the other refuses models itself
 WRONG: dict[Any, tuple[Any, ...]] = {
     int: ("a", 1.5, True, [], float("nan")),
     float: ("a", [0.5], True, 1j),
