@@ -10,6 +10,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, TypeAlias, TypeVar
 
+from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError
 from ctlens.data.spelling import Span, require_known, spaces, spell
 
@@ -46,6 +47,9 @@ class Turn:
 
     role: str
     content: str
+
+    def __post_init__(self) -> None:
+        require_types(self)
 
 
 @dataclass(frozen=True)

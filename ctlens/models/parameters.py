@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import digest_of
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.models.bridges import huggingface_config, plain_settings
 
@@ -121,6 +122,7 @@ def parameter_groups(model: LensModel) -> dict[str, list[str]]:
     return groups
 
 
+@public
 def freeze(model: LensModel, trainable: Iterable[str]) -> list[nn.Parameter]:
     """Leaves only the named groups trainable and returns their parameters.
 

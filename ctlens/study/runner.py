@@ -26,6 +26,7 @@ from ctlens.core.files import (
 )
 from ctlens.core.labels import BASE
 from ctlens.core.progress import progress_bar
+from ctlens.core.public import public
 from ctlens.core.reading import read_json
 from ctlens.core.stats import difference, wilson
 from ctlens.core.threads import one_thread
@@ -250,6 +251,7 @@ def seconds(config: StudyConfig, pool: Pool) -> float:
     return training * (len(config.cells()) + analyses + organisms) / pool.workers
 
 
+@public
 def compare(
     threats: Sequence[str] = (),
     methods: Sequence[str] = (),

@@ -119,6 +119,22 @@ def test_dropout_is_drawn_anew_at_every_step_and_alike_after_a_resume(tokenizer,
     assert train(model, PAIRS, ACT(), config=replace(QUICK, steps=4, seed=1), progress=False).history != whole.history
 
 
+def hooks_of(model: LensModel) -> int:
+    modules = model.modules()  # type: ignore[attr-defined]
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
+
+
+@pytest.mark.parametrize("memory", ["all", "layers", "blocks"])
+def test_a_training_with_dropout_leaves_no_hook_behind(tokenizer, memory) -> None:
+    dropping = load_model(hf_model("gpt2"), tokenizer=tokenizer)
+    dropping(torch.zeros(1, 2, dtype=torch.long))  # TransformerLens puts hooks of its own on at the first pass
+    before = hooks_of(dropping)
+
+    run = train(dropping, PAIRS, [AttCT(), BCT()], config=replace(QUICK, steps=2, memory=memory), progress=False)
+
+    assert hooks_of(dropping) == hooks_of(run.model) == before
+
+
 def test_a_trainer_can_go_back_to_its_own_checkpoint(model, tmp_path) -> None:
     trainer = Trainer(model, PAIRS, ACT(), QUICK)
     for step in trainer:
@@ -130,6 +146,18 @@ def test_a_trainer_can_go_back_to_its_own_checkpoint(model, tmp_path) -> None:
     list(trainer)
 
     assert all(torch.equal(ended[name], value) for name, value in present_weights(trainer.model).items())
+
+
+def test_a_reference_that_changed_since_the_checkpoint_is_refused(model, tmp_path) -> None:
+    trainer = Trainer(model, PAIRS, ACT(), QUICK)
+    trainer.take_step()
+    trainer.checkpoint(tmp_path)
+    trainer.restore(tmp_path)  # as it was
+
+    next(model.parameters()).data.add_(1e-3)
+
+    with pytest.raises(CtlensError, match="is of a reference with other weights"):
+        trainer.restore(tmp_path)
 
 
 def test_a_checkpoint_of_another_training_is_refused(model, tmp_path) -> None:
