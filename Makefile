@@ -8,7 +8,7 @@ UNIT := not slow and not browser and not processes
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 STRIP := --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
 
-.PHONY: install compare test test-all doctest test-4x check figures drawings lab notebooks strip dist install-4x clean
+.PHONY: install compare study test test-all doctest test-4x check figures drawings lab notebooks strip dist install-4x clean
 
 install: $(VENV)/installed
 
@@ -18,8 +18,13 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,export]'
 	touch $@
 
+# A newcomer's first study: two threats, with their controls.
 compare: install
 	$(BIN)/ctlens compare --out runs/compare --resume
+
+# The matrix: four methods against every threat.
+study: install
+	$(BIN)/ctlens compare --size matrix --out runs/study --resume
 
 # The unit tier, the whole suite, and the examples in the docstrings; the markers are in pyproject.toml.
 test: install
@@ -32,7 +37,7 @@ doctest: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) --doctest-modules ctlens
 
 # What the documents show, each from one command.
-figures: compare
+figures: study
 	$(BIN)/ctlens doses --threat sycophancy --seeds 3 --out runs/doses --resume
 	rm -rf runs/leak
 	$(BIN)/ctlens organism leak --seeds 3 --out runs/leak

@@ -1,13 +1,15 @@
 """ctlens: a mechanistic-interpretability workbench for consistency training.
 
 Names are imported when they are first used, so that `ctlens --help` need not load PyTorch. They are listed in
-`__init__.pyi`, which type checkers read instead of this file.
+`__init__.pyi`, which type checkers read instead of this file. Every package and module of this folder is an attribute
+too, such as `ctlens.compatibility`, without an import of its own.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib
+import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,12 @@ __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]  (pyrigh
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'ctlens' has no attribute {name!r}")
-    if _HOMES[name] == __name__:
+    if _HOMES.get(name, __name__) != __name__:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if not name.startswith("_") and name in {module.name for module in pkgutil.iter_modules(__path__)}:
         return importlib.import_module(f"{__name__}.{name}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'ctlens' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, "__version__"})

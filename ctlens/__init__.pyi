@@ -3,6 +3,7 @@
 from ctlens import analysis as analysis
 from ctlens import losses as losses
 from ctlens import organism as organism
+from ctlens import plots as plots
 from ctlens import threats as threats
 from ctlens.core.errors import CtlensError as CtlensError
 from ctlens.data.formats import load_facts as load_facts
@@ -24,11 +25,11 @@ from ctlens.losses import AttCT as AttCT
 from ctlens.losses import AttMass as AttMass
 from ctlens.losses import AttOut as AttOut
 from ctlens.models.export import export_huggingface as export_huggingface
-from ctlens.models.export import parity as parity
 from ctlens.models.loading import build as build
 from ctlens.models.loading import load_model as load_model
 from ctlens.models.lora import LoRA as LoRA
 from ctlens.models.parameters import freeze as freeze
+from ctlens.models.parity import parity as parity
 from ctlens.models.weights import ModelConfig as ModelConfig
 from ctlens.organism import load_organism as load_organism
 from ctlens.study.config import StudyConfig as StudyConfig

@@ -11,19 +11,20 @@ from typing import Any, cast
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ctlens import analysis, losses, threats
 from ctlens.core.errors import CtlensError
 from ctlens.core.labels import BASE
+from ctlens.core.progress import progress_bar
 from ctlens.models.architectures import ARCHITECTURES, tiny_model
-from ctlens.models.export import export_huggingface, parity
+from ctlens.models.export import export_huggingface
 from ctlens.models.hooks import capture, editing, resolve
 from ctlens.models.loading import load_model, quiet_huggingface
 from ctlens.models.lora import LoRA, merge_adapters
 from ctlens.models.matrices import MATRICES, slots
 from ctlens.models.parameters import copy_model, parameter_groups, present_parameters
+from ctlens.models.parity import parity
 from ctlens.organism import load_organism
 from ctlens.training import Run, TrainConfig, train
 
@@ -74,7 +75,7 @@ class CheckedModel:
 
     def __init__(self, hf: PreTrainedModel, tokenizer: Any) -> None:
         self.hf = hf
-        self.model = load_model(hf, tokenizer=tokenizer)
+        self.model = load_model(hf, tokenizer=tokenizer, check=False)  # the first check is the same
         self.hf.set_attn_implementation("eager")
         self.pairs = [replace(pair, target=pair.clean.good) for pair in threats.get("sycophancy").pairs(4)]
         self.tokens = torch.arange(36).reshape(3, 12) + 5
@@ -216,7 +217,7 @@ def support(architectures: Iterable[str] = ARCHITECTURES, *, progress: bool = Tr
     names = list(architectures)
     return [
         examine(name, CheckedModel(tiny_model(name, vocab_size=len(tokenizer)), tokenizer))
-        for name in tqdm(names, desc="architectures", disable=not progress, leave=False)
+        for name in progress_bar(names, desc="architectures", shown=progress, leave=False)
     ]
 
 

@@ -44,18 +44,18 @@ LIBRARY = "plotly.min.js"
 SHOWN = (RETENTION, *DEFAULT_METHODS)
 EXCHANGED = (*DEFAULT_METHODS, *CROSSED_CONDITIONS)
 TAKEN = {
-    "results.csv": "compare/results.csv",
-    "claims.csv": "compare/claims.csv",
-    "base.csv": "compare/base.csv",
+    "results.csv": "study/results.csv",
+    "claims.csv": "study/claims.csv",
+    "base.csv": "study/base.csv",
     "doses.csv": "doses/doses.csv",
     "leak.csv": "leak/leak.csv",
-    **{f"residual-{name}.safetensors": f"compare/runs/sycophancy-{name}-seed0/residual.safetensors" for name in SHOWN},
+    **{f"residual-{name}.safetensors": f"study/runs/sycophancy-{name}-seed0/residual.safetensors" for name in SHOWN},
     **{
-        f"{threat}-similarity.safetensors": f"compare/analyses/{threat}/similarity/similarity.safetensors"
+        f"{threat}-similarity.safetensors": f"study/analyses/{threat}/similarity/similarity.safetensors"
         for threat in ANALYSED_THREATS
     },
     **{
-        f"{threat}-transplant-{name}.safetensors": f"compare/analyses/{threat}/transplant-seed0/{name}.safetensors"
+        f"{threat}-transplant-{name}.safetensors": f"study/analyses/{threat}/transplant-seed0/{name}.safetensors"
         for threat in ANALYSED_THREATS
         for name in EXCHANGED
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,15 @@ import ctlens
 assert ctlens.__version__ and set(ctlens.__all__) <= set(dir(ctlens))
 sys.exit(" ".join({"torch", "transformer_lens", "transformers", "pandas", "plotly"} & set(sys.modules)) or 0)
 """
+NAMED = """
+import pkgutil
+import sys
+import ctlens
+for name in sys.argv[1:]:
+    getattr(ctlens, name.split(".")[1])  # as a reader types it, behind `import ctlens` alone
+    pkgutil.resolve_name(name)
+"""
+ROOT = Path(__file__).parents[1]
 
 
 def test_the_contract_is_public() -> None:
@@ -62,6 +72,25 @@ def test_every_public_name_is_there(name: str) -> None:
 def test_a_name_that_is_not_public_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'ctlens' has no attribute 'attct'"):
         ct.attct  # noqa: B018
+
+
+@pytest.mark.processes
+def test_every_name_that_the_documents_give_is_there_after_the_import() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages)
+    changes = (ROOT / "CHANGELOG.md").read_text().split("\n## 0.1.0")[0].splitlines()
+    text += "\n".join(line for line in changes if not line.startswith("|"))  # tables of what was renamed
+    found = re.findall(r"\b(?:ctlens|ct)\.([a-zA-Z_]\w*(?:\.[a-zA-Z_]\w*)*)", text)
+
+    names = sorted({"ctlens.plots.save_figure", *(f"ctlens.{name}" for name in found)})
+    done = subprocess.run([sys.executable, "-c", NAMED, *names], capture_output=True, text=True)
+
+    assert {"ctlens.core.limits", "ctlens.losses.preset"} <= {*names}
+    assert done.returncode == 0, done.stderr
+
+
+def test_only_public_names_are_listed() -> None:
+    assert dir(ct) == sorted({*ct.__all__, "__version__"})
 
 
 @pytest.mark.processes

@@ -75,15 +75,12 @@ def chosen_model(folder: Path | None, device: str = "cpu", dtype: str = "float32
 
 def chosen_device(name: str) -> Any:
     """Returns the device of that name; raises if this machine lacks it."""
-    import torch
+    from ctlens.core.types import device_named
 
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n")[0]
-        raise CtlensError(f"--device {name} cannot be used here, name cpu, cuda or mps: {reason}") from None
-    return device
+        return device_named(name)
+    except CtlensError as error:
+        raise CtlensError(f"--{error}") from None
 
 
 def is_main_process() -> bool:

@@ -44,7 +44,8 @@ def inspect_command(
     tokenizer = chosen_tokenizer(model)
     reading = read_pairs(file, wrapped)
     if not 1 <= row <= len(reading.pairs):
-        raise CtlensError(f"there is no pair {row}: the file holds {len(reading.pairs)}, counted from 1.")
+        why = f"; rows refused: {len(reading.refused)}, the first {reading.refused[0]}" if reading.refused else "."
+        raise CtlensError(f"there is no pair {row}: the file holds {len(reading.pairs)}, counted from 1{why}")
     _show(tokenizer, reading.pairs[row - 1], window)
     _coverage(tokenizer, reading.pairs)
     say(f"{len(reading.pairs)} pairs read, {len(reading.refused)} rows refused")
@@ -108,9 +109,9 @@ def wrap_command(
 
 
 def _require_new(out: Path) -> None:
-    from ctlens.core.files import require_plain
+    from ctlens.core.files import usable_file
 
-    require_plain(out)
+    usable_file(out)
     if out.exists():
         raise CtlensError(f"{out} exists already: name a new file, or remove it first.")
 
@@ -162,9 +163,9 @@ def _print_tokens(title: str, columns: tuple[str, ...], rows: list[tuple[str, ..
 def _coverage(tokenizer: Any, pairs: tuple[Pair, ...]) -> None:
     """Prints how many pairs and tokens of the file each window aligns, and why the rest is left out."""
     import pandas as pd
-    from tqdm.auto import tqdm
 
     from ctlens.cli.common import print_table
+    from ctlens.core.progress import progress_bar
     from ctlens.data.batch import encode_pair
 
     windows = ["shared", "content", "suffix", "lines", "last"]
@@ -172,7 +173,7 @@ def _coverage(tokenizer: Any, pairs: tuple[Pair, ...]) -> None:
         windows.append("explicit")
     reasons: Counter[tuple[str, str]] = Counter()
     encoded: list[EncodedPair] = []
-    for pair in tqdm(pairs, desc="pairs", delay=2, leave=False):
+    for pair in progress_bar(pairs, desc="pairs", delay=2, leave=False, shown=True):
         try:
             encoded.append(encode_pair(pair, tokenizer, windows))
         except CtlensError as error:

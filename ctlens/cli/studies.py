@@ -21,7 +21,6 @@ from ctlens.cli.common import (
     Resume,
     SeedCount,
     Steps,
-    ThreatNames,
     Workers,
     chosen_device,
     chosen_lora,
@@ -41,10 +40,12 @@ def compare_command(
     out: Annotated[
         Path, typer.Option(help="Folder for the study: results, figures, report and all trained models.")
     ] = Path("runs/compare"),
-    threats: ThreatNames = "",
+    threats: Annotated[
+        str, typer.Option(help="Comma-separated: the threats to train against; by default those of the size.")
+    ] = "",
     methods: Methods = "",
-    seeds: Annotated[int | None, typer.Option(help="Number of seeds: 1, or 3 with --full.")] = None,
-    organisms: Annotated[int | None, typer.Option(help="Number of organisms: 1, or 3 with --full.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds: 1, or 3 with --size full.")] = None,
+    organisms: Annotated[int | None, typer.Option(help="Number of organisms: 1, or 3 with --size full.")] = None,
     steps: Steps = 100,
     window: Annotated[
         str,
@@ -64,9 +65,13 @@ def compare_command(
         ),
     ] = None,
     pairs: PairsFile = None,
-    full: Annotated[
-        bool, typer.Option("--full", help="Run every condition, control and analysis for every threat.")
-    ] = False,
+    size: Annotated[
+        str,
+        typer.Option(
+            help="first: two threats and their controls; matrix: every threat, and what crosses the losses; full: all "
+            "of it on every threat, three seeds and three organisms."
+        ),
+    ] = "first",
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Print how long the study would take, without running it.")
     ] = False,
@@ -85,7 +90,7 @@ def compare_command(
 ) -> None:
     """Compares methods: trains each on every threat, evaluates and analyses the models, and writes a report."""
     from ctlens.study.claims import answer
-    from ctlens.study.config import SHARED_TRAINING, StudyConfig, full_study
+    from ctlens.study.config import SHARED_TRAINING, study_of_size
     from ctlens.study.runner import Study, seconds
     from ctlens.study.workers import Pool
 
@@ -102,10 +107,13 @@ def compare_command(
         "dtype": dtype,
     }
     chosen |= {name: value for name, value in (("seeds", seeds), ("organisms", organisms)) if value is not None}
-    config = full_study(**chosen) if full else StudyConfig(**chosen)
+    config = study_of_size(size, **chosen)
     pool = Pool(workers, backend, scheduler)
-    if full or estimate:
-        say(f"{len(config.cells())} trainings, {pool.workers} at a time: about {_spell(seconds(config, pool))}.")
+    if size == "full" or estimate:
+        made = len(config.derived())
+        further = f" and {made} models made of them" if made else ""
+        time = _spell(seconds(config, pool))
+        say(f"{len(config.cells())} trainings{further}, {pool.workers} at a time: about {time}.")
     if estimate:
         return
     study = Study(config, out, resume=resume, progress=not quiet, pool=pool)

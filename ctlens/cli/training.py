@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +28,7 @@ from ctlens.cli.common import (
     say,
     split_names,
 )
-from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.errors import CtlensError, UnwritableError, unknown
 from ctlens.core.limits import AT_LEAST_1, require
 
 if TYPE_CHECKING:
@@ -101,16 +102,11 @@ def train_command(
     """Trains a model on pairs with one loss or several, and saves the run."""
     from dataclasses import replace
 
-    from ctlens.core.files import require_free
+    from ctlens.core.files import alone, require_free
     from ctlens.training import TrainConfig, Trainer, Until
+    from ctlens.training.checkpoint import has_checkpoint, identity, remove_checkpoint
     from ctlens.training.processes import settle
 
-    partial = _partial(out, resume)
-    if resume and (out / "history.csv").is_file():
-        _remove(partial)
-        say(f"Run: {out} (finished before)")
-        return
-    require_free(out)
     require(AT_LEAST_1, **{"--checkpoint-every": checkpoint_every})
     if stop_below is not None and not threat:
         raise CtlensError("--stop-below measures the threat that is trained on: give --threat NAME.")
@@ -133,22 +129,26 @@ def train_command(
         config = replace(config, trainable=lora)
     losses = [_loss(name) for name in loss]
     tracked = [_loss(name) for name in split_names(track)]
-    chosen = chosen_pairs(pairs, threat, n_pairs=256, split="train", seed=seed)
     quiet = quiet or not is_main_process()
-    trainer = Trainer(
-        chosen_model(model, settle(device), dtype),
-        chosen,
-        losses,
-        config,
-        track=tracked,
-        loggers=_loggers(log or [], out),
-        cache_folder=cache_folder,
-        progress=not quiet,
-    )
-    if partial.exists():
-        trainer.restore(partial)
-    _print_alignment(trainer)
-    _train_and_save(trainer, out, partial, checkpoint_every, quiet)
+    with alone(out) if is_main_process() else nullcontext():
+        partial = _partial(out, resume)
+        finished = resume and (out / "history.csv").is_file()
+        if not finished:
+            require_free(out)
+        chosen = chosen_pairs(pairs, threat, n_pairs=256, split="train", seed=seed)
+        reference = chosen_model(model, settle(device), dtype)
+        if finished:
+            _require_same_training(out, identity(reference, chosen, (), losses, tracked, config))
+            remove_checkpoint(partial)
+            say(f"Run: {out} (finished before)")
+            return
+        loggers = _loggers(log or [], out)
+        options: dict[str, Any] = {"track": tracked, "loggers": loggers, "cache_folder": cache_folder}
+        trainer = Trainer(reference, chosen, losses, config, progress=not quiet, **options)
+        if has_checkpoint(partial):
+            trainer.restore(partial)
+        _print_alignment(trainer)
+        _train_and_save(trainer, out, partial, checkpoint_every, quiet)
     _print_course(trainer)
     say(f"Run: {out}")
 
@@ -179,12 +179,12 @@ def evaluate_command(
     out: Annotated[Path | None, typer.Option(help="CSV file for the table.")] = None,
 ) -> None:
     """Measures how often a model answers well and badly: on wrapped, clean and benign prompts, with intervals."""
-    from ctlens.core.files import atomic_file, require_plain
+    from ctlens.core.files import atomic_file, usable_file
     from ctlens.data.formats import load_pairs
     from ctlens.evaluation import evaluate
 
     if out:
-        require_plain(out)
+        usable_file(out)
     own = load_pairs(pairs) if pairs else None
     options: dict[str, Any] = {
         "pairs": own,
@@ -249,24 +249,36 @@ def _loggers(names: list[str], out: Path) -> list[Logger]:
 
 def _partial(out: Path, resume: bool) -> Path:
     """Finds the folder of the checkpoints, which is beside that of the run."""
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists() and not resume:
+    from ctlens.core.files import usable_folder
+    from ctlens.training.checkpoint import has_checkpoint
+
+    if not out.name:
+        raise CtlensError(f"{out} exists already: name a new folder.")
+    partial = usable_folder(out.with_name(out.name + ".partial"))
+    if has_checkpoint(partial) and not resume:
         raise CtlensError(f"{partial} holds an interrupted training: pass --resume to go on with it, or remove it.")
     return partial
 
 
-def _remove(partial: Path) -> None:
-    import shutil
+def _require_same_training(out: Path, here: dict[str, Any]) -> None:
+    """Raises a `CtlensError` unless the finished run in a folder is of this `identity`."""
+    from ctlens.core.reading import read_json
+    from ctlens.training.checkpoint import require_same
 
-    shutil.rmtree(partial, ignore_errors=True)
+    advice = "repeat the training as it was, or name a new folder with --out."
+    if not (there := read_json(out / "config.json").get("identity")):
+        raise CtlensError(f"the run in {out} does not say what it is of, as an earlier ctlens wrote it: {advice}")
+    require_same(there, here, f"the run in {out}", advice)
 
 
 def _train_and_save(trainer: Trainer, out: Path, partial: Path, every: int, quiet: bool) -> None:
     """Takes the remaining steps and saves the run; an interrupt saves a checkpoint instead."""
+    from ctlens.training.checkpoint import remove_checkpoint
+
     try:
         _take_steps(trainer, partial, every, quiet)
         if is_main_process():
-            trainer.run.save(out)
+            _save(trainer, out, partial)
         trainer.processes.wait()
     except KeyboardInterrupt:
         if len(trainer.history) and is_main_process():
@@ -276,13 +288,24 @@ def _train_and_save(trainer: Trainer, out: Path, partial: Path, every: int, quie
         raise
     finally:
         trainer.close()
-    _remove(partial)
+    if is_main_process():
+        remove_checkpoint(partial)
+
+
+def _save(trainer: Trainer, out: Path, partial: Path) -> None:
+    """Saves the run; where that is refused, a checkpoint in its stead, so that `--resume` only has to save."""
+    try:
+        trainer.run.save(out)
+    except CtlensError:
+        with suppress(UnwritableError):
+            trainer.checkpoint(partial)
+        raise
 
 
 def _take_steps(trainer: Trainer, partial: Path, every: int, quiet: bool) -> None:
-    from tqdm.auto import tqdm
+    from ctlens.core.progress import progress_bar
 
-    with tqdm(trainer, desc="train", initial=len(trainer.history), total=len(trainer), disable=quiet) as bar:
+    with progress_bar(trainer, desc="train", initial=len(trainer.history), total=len(trainer), shown=not quiet) as bar:
         for step in bar:
             bar.set_postfix(loss=f"{step.losses['total']:.4g}", refresh=False)
             if step.index % every == 0 and is_main_process():

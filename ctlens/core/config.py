@@ -16,6 +16,7 @@ from ctlens.core.errors import CtlensError, unknown
 
 Config = TypeVar("Config")
 
+_MISSING = object()
 STAMPED_PACKAGES = ("ctlens", "torch", "transformer-lens", "transformers", "numpy", "scipy", "scikit-learn", "plotly")
 
 
@@ -58,6 +59,26 @@ def from_dict(kind: type[Config], data: Mapping[str, Any]) -> Config:
         return kind(**values)
     except TypeError as error:
         raise CtlensError(f"{kind.__name__} cannot be read: {error}; give every field without a default.") from None
+
+
+def first_difference(there: Any, here: Any, name: str = "") -> str:
+    """Says where two JSON-ready values differ, at the first place; empty if they are equal.
+
+    >>> first_difference({"training": {"steps": 5, "lr": 0.1}}, {"training": {"steps": 9, "lr": 0.1}})
+    'training.steps is 5 there and 9 here'
+    >>> first_difference({"seeds": 1}, {"seeds": 1, "model": "x"})
+    "model is missing there and 'x' here"
+    """
+    if isinstance(there, list) and isinstance(here, list):
+        there, here = dict(enumerate(there)), dict(enumerate(here))
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        for key in dict.fromkeys([*there, *here]):
+            below = f"{name}.{key}" if name else str(key)
+            if found := first_difference(there.get(key, _MISSING), here.get(key, _MISSING), below):
+                return found
+        return ""
+    shown = ["missing" if value is _MISSING else repr(value) for value in (there, here)]
+    return "" if there == here else f"{name} is {shown[0]} there and {shown[1]} here"
 
 
 def _holds_mapping(value: Any) -> bool:

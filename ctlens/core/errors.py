@@ -1,9 +1,12 @@
-"""The one exception that means "the input is wrong", and the sentence for an unknown name."""
+"""The exceptions that mean "the input is wrong", and the sentence for an unknown name."""
 
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class CtlensError(ValueError):
@@ -12,6 +15,53 @@ class CtlensError(ValueError):
     The command line prints the sentence to stderr and exits with code 2. A program that uses the library can
     catch it apart from programming errors.
     """
+
+
+_AGAIN = "repeat the command; train, compare and doses go on with --resume."
+_ADVICE = {
+    ("ENOSPC", "EDQUOT"): f"make room there and {_AGAIN}",
+    ("EFBIG",): f"raise the limit on the size of files (ulimit -f) and {_AGAIN}",
+    ("EACCES", "EPERM", "EROFS"): "name a folder that can be written to.",
+    ("ENAMETOOLONG",): "name a shorter path.",
+    ("ENOENT", "ENOTDIR"): f"its folder was removed or is none; see to it and {_AGAIN}",
+    ("EEXIST", "ENOTEMPTY", "EISDIR"): f"something else is there; name another path or move it away, and {_AGAIN}",
+}
+"""What to do about an error of the operating system, by the names of its numbers; not every system has all of them."""
+
+
+class UnwritableError(CtlensError):
+    """UnwritableError says that the system refused to write a file or folder: the disk is full, read-only or gone.
+
+    Whatever was there before is intact.
+
+    Args:
+        path: what could not be written.
+        number: the system's number of the error (`errno`).
+        reason: the system's words for it; by default those of the number.
+    """
+
+    def __init__(self, path: str | Path, number: int, reason: str = "") -> None:
+        super().__init__(path, number, reason)  # all of them, so that the error can come out of a worker process
+        self.path = Path(path)
+        self.number = number
+        self.reason = reason or os.strerror(number)
+
+    def __str__(self) -> str:
+        name = errno.errorcode.get(self.number, "")
+        advice = next((text for names, text in _ADVICE.items() if name in names), f"see to the disk and {_AGAIN}")
+        return f"{self.path} cannot be written ({self.reason}): {advice}"
+
+
+class NotFinite(CtlensError):
+    """NotFinite is a model that computes NaN or infinity, from which no number may be taken.
+
+    Attributes:
+        value: `"nan"` or `"infinity"`.
+    """
+
+    def __init__(self, sentence: str, value: str = "nan") -> None:
+        super().__init__(sentence)
+        self.value = value
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> CtlensError:

@@ -102,9 +102,13 @@ def bootstrap_mean(
 
 def resampled_means(values: Float[np.ndarray, "item ..."], seed: int = 0) -> Float[np.ndarray, "resample ..."]:
     """Computes the mean over items in each bootstrap resample, for intervals of values computed from means."""
-    draw = _resamples(len(values), seed)
-    counts = np.stack([np.bincount(row, minlength=len(values)) for row in draw]) / len(values)
-    return np.tensordot(counts, values, axes=1)
+    return np.tensordot(_counts(len(values), seed) / len(values), values, axes=1)
+
+
+def _counts(n: int, seed: int) -> Int[np.ndarray, "resample n"]:
+    """Counts how often each resample draws each item."""
+    numbered = _resamples(n, seed) + n * np.arange(RESAMPLES)[:, None]
+    return np.bincount(numbered.ravel(), minlength=n * RESAMPLES).reshape(RESAMPLES, n)
 
 
 def jackknife(
@@ -149,8 +153,7 @@ def simultaneous_mean(
         raise CtlensError(f"simultaneous intervals need at least two pairs, not {len(values)}: give more pairs.")
     n = len(values)
     mean = values.mean(0)
-    draw = _resamples(len(values), seed)
-    counts = np.stack([np.bincount(row, minlength=n) for row in draw]) / n
+    counts = _counts(n, seed) / n
     deviations = (values - mean).reshape(n, -1)
     drawn = counts @ deviations
     errors = ((counts @ deviations**2 - drawn**2).clip(min=0) / (n - 1)) ** 0.5

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ctlens.core.errors import unknown
+from ctlens.core.errors import CtlensError, unknown
 
 Tokens: TypeAlias = Int[Tensor, "batch pos"]
 Mask: TypeAlias = Bool[Tensor, "batch pos"]
@@ -40,6 +40,23 @@ def dtype_named(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise unknown("dtype", name, DTYPES)
     return getattr(torch, name)
+
+
+def device_named(device: str | torch.device) -> torch.device:
+    """Returns the device of that name, on which tensors can be made here.
+
+    Raises:
+        CtlensError: there is no such device, or this machine lacks it.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).split("\n")[0]
+        raise CtlensError(f"device {device} cannot be used here, name cpu, cuda or mps: {reason}") from None
+    if found.type == "meta":
+        raise CtlensError("device meta holds no numbers, name cpu, cuda or mps.")
+    return found
 
 
 def widened(values: Tensor) -> Tensor:

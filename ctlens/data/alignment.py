@@ -21,8 +21,6 @@ FUSED = "token fused across the boundary of the window"
 RETOKENISED = "token split differently in the wrapped prompt"
 UNSHARED = "token outside the shared part"
 
-PositionPair = tuple[int, int]
-
 _ADDED: Span = (0, 0)
 """The characters of a BOS that the tokenizer added: none."""
 
@@ -109,32 +107,23 @@ def align(
         return _lines(clean, wrapped)
     if window == "explicit":
         return _align_text(window, clean, wrapped, _find_all(clean, shared or ""), shared or "")
-    return _request(window, clean, wrapped)
-
-
-def _request(window: str, clean: Rendered, wrapped: Rendered) -> Alignment:
-    """The windows that look for the clean prompt's last message: `content`, and `shared` with the suffix behind it."""
     content = clean.contents[-1]
-    by_text = _align_text("content", clean, wrapped, [content], clean.text[slice(*content)])
-    if window == "content":
-        return by_text
-    if by_text.refusal:
-        return replace(by_text, window=window)
-    pairs = [*zip(by_text.clean, by_text.wrapped, strict=True), *_tail(clean, wrapped)]
-    return _finish(window, clean, pairs, range(len(clean.ids)), by_text.drops)
+    text = clean.text[slice(*content)]
+    return _align_text(window, clean, wrapped, [content], text, with_tail=window == "shared")
 
 
-def _suffix(clean: Rendered, wrapped: Rendered) -> list[PositionPair]:
+def _suffix(clean: Rendered, wrapped: Rendered) -> dict[int, int]:
     length = 0
     while length < min(len(clean.ids), len(wrapped.ids)) and clean.ids[-1 - length] == wrapped.ids[-1 - length]:
         length += 1
     c, w = len(clean.ids) - length, len(wrapped.ids) - length
-    return [(c + i, w + i) for i in range(length) if clean.offsets[c + i] != _ADDED]
+    return {c + i: w + i for i in range(length) if clean.offsets[c + i] != _ADDED}
 
 
 def _last(clean: Rendered, wrapped: Rendered) -> Alignment:
-    ends = [(len(clean.ids) - 1, len(wrapped.ids) - 1)]
-    found = _finish("last", clean, ends if ends == _suffix(clean, wrapped)[-1:] else [], [ends[0][0]])
+    here, there = len(clean.ids) - 1, len(wrapped.ids) - 1
+    ends = {here: there} if here in _suffix(clean, wrapped) else {}
+    found = _finish("last", clean, ends, [here])
     return replace(found, refusal="the prompts end in different tokens") if found.refusal else found
 
 
@@ -161,15 +150,15 @@ def _lines(clean: Rendered, wrapped: Rendered) -> Alignment:
     clean_texts = [clean.text[slice(*line)] for line in here]
     wrapped_texts = [wrapped.text[slice(*line)] for line in there]
     pairs: dict[int, int] = {}
-    drops: Counter[str] = Counter()
+    lost: dict[int, str] = {}
     for block in SequenceMatcher(None, clean_texts, wrapped_texts, autojunk=False).get_matching_blocks():
         if "".join(clean_texts[block.a : block.a + block.size]).strip():
             left = _joined_lines(here[block.a : block.a + block.size])
             right = _joined_lines(there[block.b : block.b + block.size])
-            found, lost = _matched_cells(clean, wrapped, left, right)
-            pairs |= found
-            drops += lost
-    return _finish("lines", clean, [*pairs.items(), *_tail(clean, wrapped)], range(len(clean.ids)), drops)
+            matched, dropped = _matched_cells(clean, wrapped, left, right)
+            pairs |= matched
+            lost |= dropped
+    return _finish("lines", clean, pairs | _tail(clean, wrapped), range(len(clean.ids)), lost)
 
 
 def _lines_of(prompt: Rendered) -> list[Span]:
@@ -184,41 +173,48 @@ def _joined_lines(lines: Sequence[Span]) -> Span:
     return lines[0][0], lines[-1][1]
 
 
-def _tail(clean: Rendered, wrapped: Rendered) -> list[PositionPair]:
+def _tail(clean: Rendered, wrapped: Rendered) -> dict[int, int]:
     """The part of the suffix behind the last message of both prompts.
 
     Inside the last message an equal token may be another part of the text: of a wrapper behind
     the content, or of a prefill.
     """
     here, there = clean.contents[-1][1], wrapped.contents[-1][1]
-    pairs = _suffix(clean, wrapped)
-    return [(c, w) for c, w in pairs if clean.offsets[c][0] >= here and wrapped.offsets[w][0] >= there]
+    pairs = _suffix(clean, wrapped).items()
+    return {c: w for c, w in pairs if clean.offsets[c][0] >= here and wrapped.offsets[w][0] >= there}
 
 
-def _align_text(window: str, clean: Rendered, wrapped: Rendered, here: list[Span], text: str) -> Alignment:
+def _align_text(
+    window: str, clean: Rendered, wrapped: Rendered, here: list[Span], text: str, *, with_tail: bool = False
+) -> Alignment:
+    """Matches the tokens of a text that stands once on each side; the tail counts only where some of these match."""
     there = _find_all(wrapped, text)
     if len(here) != 1 or len(there) != 1:
         side, spans = ("clean", here) if len(here) != 1 else ("wrapped", there)
         found = f"occurs {len(spans)} times in" if spans else "is not in"
         return Alignment(window, (), (), 0, refusal=f"the text of the window {found} the {side} prompt")
-    pairs, drops = _matched_cells(clean, wrapped, here[0], there[0])
-    return _finish(window, clean, list(pairs.items()), clean.positions(here[0]), drops)
+    pairs, lost = _matched_cells(clean, wrapped, here[0], there[0])
+    if with_tail and pairs:
+        return _finish(window, clean, pairs | _tail(clean, wrapped), range(len(clean.ids)), lost)
+    return _finish(window, clean, pairs, clean.positions(here[0]), lost)
 
 
-def _matched_cells(clean: Rendered, wrapped: Rendered, here: Span, there: Span) -> tuple[dict[int, int], Counter[str]]:
-    """Matched positions of two spans of the same text, and how many clean tokens have no match, by reason."""
+def _matched_cells(
+    clean: Rendered, wrapped: Rendered, here: Span, there: Span
+) -> tuple[dict[int, int], dict[int, str]]:
+    """Matched positions of two spans of the same text, and the reason of each clean position without a match."""
     left, right = _cells(clean, here), _cells(wrapped, there)
     crossing = [(begin, end) for begin, end in (*left, *right) if begin < 0 or end > here[1] - here[0]]
     pairs: dict[int, int] = {}
-    drops: Counter[str] = Counter()
+    lost: dict[int, str] = {}
     for cell, positions in left.items():
         twins = right.get(cell, [])
         if cell not in crossing and [clean.ids[c] for c in positions] == [wrapped.ids[w] for w in twins]:
             pairs |= zip(positions, twins, strict=True)
         else:
             fused = any(begin < cell[1] and cell[0] < end for begin, end in crossing)
-            drops[FUSED if fused else RETOKENISED] += len(positions)
-    return pairs, drops
+            lost |= dict.fromkeys(positions, FUSED if fused else RETOKENISED)
+    return pairs, lost
 
 
 def _find_all(prompt: Rendered, text: str) -> list[Span]:
@@ -248,21 +244,19 @@ def _cells(prompt: Rendered, span: Span) -> dict[Span, list[int]]:
 def _finish(
     window: str,
     clean: Rendered,
-    pairs: list[PositionPair],
+    pairs: Mapping[int, int],
     candidates: Iterable[int],
-    drops: Mapping[str, int] | None = None,
+    lost: Mapping[int, str] | None = None,
 ) -> Alignment:
+    """Each candidate is matched or dropped for one reason, whatever stretches of text it stands in."""
     wanted = [c for c in candidates if clean.offsets[c] != _ADDED]
-    counted = Counter(drops or {})
-    rest = len(wanted) - len(pairs) - counted.total()
-    if rest:
-        counted[UNSHARED] = rest
+    reasons = lost or {}
     return Alignment(
         window=window,
-        clean=tuple(c for c, _ in pairs),
-        wrapped=tuple(w for _, w in pairs),
+        clean=tuple(pairs),
+        wrapped=tuple(pairs.values()),
         candidates=len(wanted),
-        drops=dict(counted),
+        drops=dict(Counter(reasons.get(c, UNSHARED) for c in wanted if c not in pairs)),
         refusal="" if pairs else "the prompts share no token in this window",
     )
 

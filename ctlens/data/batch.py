@@ -20,7 +20,7 @@ from ctlens.data.pairs import Pair
 RowPositions: TypeAlias = Int[Tensor, " batch"]
 CleanMask: TypeAlias = Bool[Tensor, "batch clean_pos"]
 PaddingSide = Literal["right", "left"]
-_PAD = 0
+PADDING = 0
 """Stands where a shorter sequence has no token. No real position sees it, so that any token would do."""
 
 
@@ -242,7 +242,7 @@ class PairBatch:
         )
 
 
-def pad(sequences: Sequence[Sequence[int]], padding: PaddingSide = "right", *, token: int = _PAD) -> Side:
+def pad(sequences: Sequence[Sequence[int]], padding: PaddingSide = "right", *, token: int = PADDING) -> Side:
     """Puts token sequences of any lengths into one padded side.
 
     Args:

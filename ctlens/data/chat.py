@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -55,6 +58,25 @@ class Rendered:
         return tuple(i for i, (left, right) in enumerate(self.offsets) if left < min(end, right) and right > start)
 
 
+Renderings: TypeAlias = dict[Any, "Rendered"]
+"""What `render` returned before, by tokenizer, template and turns."""
+_KEPT: ContextVar[Renderings | None] = ContextVar("renderings that are kept", default=None)
+
+
+@contextmanager
+def keeping(renderings: Renderings) -> Iterator[None]:
+    """Renders equal turns once inside the block, and keeps them in `renderings`, where a later block finds them.
+
+    It is for work that asks the same prompts again and again with tokenizers that nothing changes meanwhile, as
+    the trainings of a study do. A token takes about 200 bytes.
+    """
+    before = _KEPT.set(renderings)
+    try:
+        yield
+    finally:
+        _KEPT.reset(before)
+
+
 def render(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
     """Renders turns as the prompt that the model answers.
 
@@ -75,6 +97,16 @@ def render(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
         raise CtlensError("the model has no tokenizer: load it from a folder that holds one, or pass tokenizer=.")
     if not getattr(tokenizer, "is_fast", False):
         raise CtlensError("a fast tokenizer is needed (character offsets): save the tokenizer as tokenizer.json.")
+    kept = _KEPT.get()
+    if kept is None:
+        return _render(tokenizer, turns)
+    known = (tokenizer, str(getattr(tokenizer, "chat_template", None)), turns)
+    if known not in kept:
+        kept[known] = _render(tokenizer, turns)
+    return kept[known]
+
+
+def _render(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
     if getattr(tokenizer, "chat_template", None):
         return _render_chat(tokenizer, turns)
     if len(turns) != 1 or turns[0].role != "user":
@@ -100,12 +132,13 @@ def _render_chat(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
     return Rendered(text, ids, offsets, contents, tuple(turn.role for turn in turns))
 
 
-def _apply_template(tokenizer: Any, turns: tuple[Turn, ...]) -> str:
-    prefill = turns[-1].role == "assistant"
+def _apply_template(tokenizer: Any, turns: tuple[Turn, ...], *, closed: bool = False) -> str:
+    """The conversation as the model continues it; if `closed`, as it ends, with nothing to continue."""
+    prefill = turns[-1].role == "assistant" and not closed
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not prefill, continue_final_message=prefill
+            messages, tokenize=False, add_generation_prompt=not prefill and not closed, continue_final_message=prefill
         )
     except (TemplateError, ValueError) as error:
         reason = str(error).split("\n")[0]
@@ -174,6 +207,19 @@ def _turn_end(tokenizer: Any, template: str | None, eos: str | None) -> int | No
         return None
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return behind[0] if behind[:1] and behind[0] in special else None
+
+
+def turn_tail(tokenizer: Any) -> tuple[int, ...]:
+    """Finds the tokens that the chat template writes behind the `end_token` of a conversation's last answer.
+
+    It is a line break in many templates; nothing where there is no template, or no end token in front of it.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return ()
+    turns = (Turn("user", "a"), Turn("assistant", _SENTINEL))
+    behind = _apply_template(tokenizer, turns, closed=True).partition(_SENTINEL)[2].lstrip()
+    closing, *tail = token_ids(tokenizer, behind) or (None,)
+    return tuple(tail) if closing == end_token(tokenizer) else ()
 
 
 def answer_ids(tokenizer: Any, answer: str, *, end: bool = True) -> tuple[int, ...]:

@@ -85,6 +85,8 @@ class Evaluation:
             CtlensError: the evaluation has no such number, or several.
         """
         found = _select(self._table, metric=metric, prompt_side=prompt_side, evaluated_threat=threat, split=split)
+        if metric not in set(self._table["metric"]):
+            raise unknown("metric", metric, dict.fromkeys(self._table["metric"]))
         if len(found) != 1:
             raise CtlensError(
                 f"{len(found)} numbers are called {metric} on {prompt_side}: "

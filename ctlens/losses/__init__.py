@@ -1,4 +1,4 @@
-"""The consistency losses by name. A new loss is a file in this folder and an entry in `LOSSES`.
+"""The consistency losses by name. A new loss is a file in this folder and an entry in `LOSSES`, or is registered.
 
 A name imported as itself (`from ... import X as X`) is public to type checkers; no other list of them is kept.
 """
@@ -50,8 +50,38 @@ def get(name: str, **options: Any) -> Loss:
     return from_dict(LOSSES[name], options)
 
 
+def register(kind: type[Loss]) -> type[Loss]:
+    """Adds a class of losses to `LOSSES`, so that runs with it can be saved and loaded; also a decorator.
+
+    A run is loaded only where the class has been registered, so a script that loads it imports the class first.
+
+    Raises:
+        CtlensError: the class has no name, or another class has it.
+    """
+    name = getattr(kind, "name", "")
+    if not name:
+        raise CtlensError(f'{kind.__name__} has no name: give the class one, `name: ClassVar[str] = "mine"`.')
+    known = LOSSES.setdefault(name, kind)
+    if (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
+        raise CtlensError(
+            f"a loss {name!r} is there already ({known.__qualname__}): give {kind.__name__} another name."
+        )
+    LOSSES[name] = kind  # the same class again, such as from a notebook's cell that was run twice
+    return kind
+
+
 def to_config(loss: Loss) -> dict[str, Any]:
-    """Writes the loss as JSON-ready values, its name among them."""
+    """Writes the loss as JSON-ready values, its name among them.
+
+    Raises:
+        CtlensError: the loss is not registered, so that nobody could read it back.
+    """
+    if LOSSES.get(loss.name) is not type(loss):
+        mine = type(loss).__name__
+        raise CtlensError(
+            f"the loss {loss.name!r} is not registered, so a run with it could not be loaded: call "
+            f"ctlens.losses.register({mine}) first."
+        )
     return {"name": loss.name, **to_dict(loss)}
 
 
@@ -59,12 +89,17 @@ def from_config(config: dict[str, Any]) -> Loss:
     """Builds the loss that `to_config` described.
 
     Raises:
-        CtlensError: it is no such description, or as `get`.
+        CtlensError: it is no such description, no loss of this name is registered, or an option is unknown.
     """
-    match config:
-        case {"name": str(name), **options}:
-            return get(name, **options)
-    raise CtlensError(f"{config!r} does not describe a loss: an object with its name and options is expected.")
+    if not isinstance(config, dict) or "name" not in config:
+        raise CtlensError(f"{config!r} does not describe a loss: an object with its name and options is expected.")
+    name = config["name"]
+    if name not in LOSSES:
+        raise CtlensError(
+            f"the loss {name!r} is not registered here: if it is one of your own, import its class and call "
+            f"ctlens.losses.register on it first. Known: {', '.join(names())}."
+        )
+    return get(**config)
 
 
 def preset(method: str, source: str) -> Loss:

@@ -3,8 +3,8 @@
 `L = weight * mean_l mean_{h,q} sum_{k in wrapper} a_w[h,q,k]` over aligned queries. The mass is
 between 0 and 1. The loss needs no clean pass: it says where attention should not be, and nothing about where
 it should. It comes from the stack paper's code (arXiv 2606.05817), `WrapperEntropyRegularizationLoss`. There
-the wrapper is every token outside the content, the BOS and the chat template's included; here it is the tokens
-that the attack added.
+the wrapper is every token outside the content, the BOS and the chat template's included, and every token is a
+query (`outside=True`); here it is the tokens that the attack added.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 
 from ctlens.core.errors import CtlensError
-from ctlens.core.types import PerRow, widened
+from ctlens.core.types import Mask, PerRow, widened
 from ctlens.data.batch import Matched, PairBatch
 from ctlens.losses.base import Forwards, InternalLoss
 
@@ -30,7 +30,9 @@ class AttMass(InternalLoss):
 
     Attributes:
         weight: factor of the total; the default suits the shipped organism.
-        per_key: divide by the number of added tokens, so that a long wrapper weighs no more than a short one.
+        per_key: divide by the number of suppressed tokens, so that a long wrapper weighs no more than a short one.
+        outside: suppress every token of the prompt outside the window, the BOS and the chat template's among
+            them, for every token of the prompt as a query (the stack paper's code, with `window="content"`).
         clean: must stay `"reference"`, because the loss has no clean side.
     """
 
@@ -38,6 +40,7 @@ class AttMass(InternalLoss):
     # Published is 1. As with AttCT, the raw value is small on the organism (docs/divergences.md); no search was made.
     weight: float = 20.0
     per_key: bool = False
+    outside: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,21 +63,36 @@ class AttMass(InternalLoss):
         return "pattern"
 
     def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
-        """Measures the mass on added tokens per hook point and pair, averaged over heads and aligned queries.
+        """Measures the mass on suppressed tokens per hook point and pair, averaged over heads and queries.
 
         Raises:
             CtlensError: a pair has no aligned query that can see an added token.
         """
         batch = forwards.batch
-        matched = forwards.batch.matched[self.window]
-        self._require_visible(batch, matched)
-        keys = batch.wrapper.sum(-1) if self.per_key else 1
+        queries, keys = self._outside(batch) if self.outside else self._attack(batch)
+        counted = keys.sum(-1) if self.per_key else 1
         values: dict[str, PerRow] = {}
         for name in hook_names:
             pattern = widened(forwards.wrapped[name])
-            mass = torch.einsum("bhqk,bk->bq", pattern, batch.wrapper.to(pattern.dtype)) / pattern.shape[1]
-            values[name] = matched.row_mean(mass.gather(1, matched.wrapped)) / keys
+            mass = torch.einsum("bhqk,bk->bq", pattern, keys.to(pattern.dtype)) / pattern.shape[1]
+            values[name] = queries.row_mean(mass.gather(1, queries.wrapped)) / counted
         return values
+
+    def _attack(self, batch: PairBatch) -> tuple[Matched, Mask]:
+        """The window's tokens as queries, and the tokens that the attack added as keys."""
+        matched = batch.matched[self.window]
+        self._require_visible(batch, matched)
+        return matched, batch.wrapper
+
+    def _outside(self, batch: PairBatch) -> tuple[Matched, Mask]:
+        """Every token of the wrapped prompt as a query, and those outside the window as keys."""
+        prompt = batch.wrapped.mask & ~batch.answer
+        every = torch.arange(prompt.shape[1], device=prompt.device).expand_as(prompt)
+        matched = batch.matched[self.window]
+        rows, columns = matched.valid.nonzero(as_tuple=True)
+        inside = torch.zeros_like(prompt)
+        inside[rows, matched.wrapped[rows, columns]] = True
+        return Matched(every, every, prompt), prompt & ~inside
 
     def _require_visible(self, batch: PairBatch, matched: Matched) -> None:
         first_added = torch.where(batch.wrapper.any(-1), batch.wrapper.int().argmax(-1), batch.wrapper.shape[1])

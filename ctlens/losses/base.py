@@ -120,6 +120,11 @@ class Loss(ABC):
         return 1.0, 1.0
 
     @property
+    def answer_tail(self) -> bool:
+        """True if the answers end in what the chat template writes behind an answer's end token."""
+        return False
+
+    @property
     def answers_on_both_sides(self) -> bool:
         """True if the answers must stand behind the clean prompts too."""
         return "answer" in self.windows

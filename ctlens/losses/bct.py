@@ -45,6 +45,10 @@ class BCT(Loss):
         temperature: for sampled targets, the temperature at which the reference's answers are drawn; for soft
             and prefill targets, the logits of both sides are divided by it and the loss multiplied by its square.
         top_p: sampled answers are drawn from the likeliest tokens that together have this probability.
+        tail: also train on what the chat template writes behind an answer's end token, a line break in many
+            templates, as code does that trains on whole rendered conversations; not for prefill targets.
+        early: for prefill targets, take every position one earlier, from the prompt's last token to the
+            prefill's last but one (the stack paper's code).
     """
 
     name: ClassVar[str] = "bct"
@@ -53,6 +57,8 @@ class BCT(Loss):
     targets: str = "greedy"
     temperature: float = 1.0
     top_p: float = 1.0
+    tail: bool = False
+    early: bool = False
 
     def __post_init__(self) -> None:
         require(POSITIVE, weight=self.weight)
@@ -69,6 +75,10 @@ class BCT(Loss):
             raise CtlensError(
                 f"top_p {self.top_p:g} has no effect on the {self.targets} targets of BCT: leave it at 1."
             )
+        if self.tail and self.targets == "prefill":
+            raise CtlensError("BCT with prefill targets trains on no answer, so none has a tail: leave tail off.")
+        if self.early and self.targets != "prefill":
+            raise CtlensError(f"early has no effect on the {self.targets} targets of BCT: leave it off.")
 
     @property
     def answers(self) -> str:
@@ -79,6 +89,11 @@ class BCT(Loss):
     def drawn_at(self) -> tuple[float, float]:
         """Sampled answers are drawn once, before training, at the loss's own temperature and `top_p`."""
         return self.temperature, self.top_p
+
+    @property
+    def answer_tail(self) -> bool:
+        """True if the loss also trains on the chat template's tail behind the answers."""
+        return self.tail
 
     @property
     def answers_on_both_sides(self) -> bool:
@@ -102,7 +117,7 @@ class BCT(Loss):
                 clean prompt; for prefill targets, no token of the attack behind the clean prompt.
         """
         if self.targets == "prefill":
-            return {OUTPUT: self._divergence(forwards, _behind_the_prompt(forwards.batch))}
+            return {OUTPUT: self._divergence(forwards, _behind_the_prompt(forwards.batch, int(self.early)))}
         if not forwards.batch.answer.any(-1).all():
             raise CtlensError("BCT needs an answer for every pair: give targets, or let the trainer generate them.")
         if self.targets == "soft":
@@ -129,8 +144,13 @@ def _before_the_answer(batch: PairBatch) -> Matched:
     return Matched((batch.last_clean[:, None] + steps) * valid, (batch.last_prompt[:, None] + steps) * valid, valid)
 
 
-def _behind_the_prompt(batch: PairBatch) -> Matched:
-    """Matches each added token at the end of the wrapped prompt with the last token of the clean prompt."""
+def _behind_the_prompt(batch: PairBatch, earlier: int = 0) -> Matched:
+    """Matches each added token at the end of the wrapped prompt with the last token of the clean prompt.
+
+    Args:
+        batch: pairs whose wrapped prompts end in a prefill.
+        earlier: by how many positions the wrapped side is taken before the added tokens.
+    """
     kept = batch.wrapped.mask & ~batch.answer & ~batch.wrapper
     last_kept = torch.where(kept, torch.arange(kept.shape[1], device=kept.device), 0).amax(-1)
     lengths = batch.last_prompt - last_kept
@@ -140,7 +160,7 @@ def _behind_the_prompt(batch: PairBatch) -> Matched:
             "its wrapped prompt must end in a prefill."
         )
     steps, valid = _steps(lengths)
-    return Matched(batch.last_clean[:, None] * valid, (last_kept[:, None] + 1 + steps) * valid, valid)
+    return Matched(batch.last_clean[:, None] * valid, (last_kept[:, None] + 1 - earlier + steps) * valid, valid)
 
 
 def _steps(lengths: Int[Tensor, " batch"]) -> tuple[Int[Tensor, " width"], Bool[Tensor, "batch width"]]:

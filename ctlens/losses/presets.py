@@ -117,16 +117,17 @@ PUBLISHED: Mapping[tuple[str, str], Published] = MappingProxyType(
             "are trained, could not be established: greedy and the answer alone, as here.",
         ),
         ("bct", "stack"): Published(
-            BCT(targets="sampled", prompt=True),
-            "The mean is over all tokens of a batch of two. Its runs mix in instruction data.",
+            BCT(targets="sampled", prompt=True, tail=True),
+            "The code trains on whole rendered conversations, with the template's line break behind the answer. The "
+            "mean is over all tokens of a batch of two. Its runs mix in instruction data.",
         ),
         ("bct", "stack-frustration"): Published(
-            BCT(), "Targets are calm answers that another model wrote: give them as the pairs' targets."
+            BCT(tail=True), "Targets are calm answers that another model wrote: give them as the pairs' targets."
         ),
         ("bct", "stack-prefill"): Published(
-            BCT(targets="prefill"),
-            "The code takes every position one earlier, from the prompt's last token to the prefill's last but one, so "
-            "the answer to a whole prefill is not trained. A tenth of a cross-entropy on refusals is added.",
+            BCT(targets="prefill", early=True),
+            "The answer to a whole prefill is not trained. The mean is over all positions of a batch. A tenth of a "
+            "cross-entropy on refusals is added.",
         ),
         ("bct", "ctm"): Published(
             BCT(), "Targets at temperature 0 unless told otherwise. The mean is over all tokens of a batch."
@@ -141,8 +142,8 @@ PUBLISHED: Mapping[tuple[str, str], Published] = MappingProxyType(
             "of weight 0.05. Its options of an anchor, a gate on the gap's error and PPO are left out.",
         ),
         ("attmass", "stack"): Published(
-            AttMass(per_key=True, weight=1.0),
-            "In the code every token is a query, and all but the content is wrapper, BOS and chat frame included.",
+            AttMass(window="content", weight=1.0, per_key=True, outside=True),
+            "All but the content is wrapper, the BOS and the chat frame included.",
         ),
         ("attout", "stack"): Published(
             ACT(distance="mse", window="content", weight=1.0, final_norm=True),

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_folder
 from ctlens.core.types import LensModel
-from ctlens.models.loading import generation_config, huggingface_config, made_config, quiet_huggingface
-from ctlens.models.parameters import present_weights
+from ctlens.models.bridges import generation_config, huggingface_config
+from ctlens.models.loading import made_config, quiet_huggingface
+from ctlens.models.parameters import persistent_buffers, present_weights, state_buffers
+from ctlens.models.parity import apart_from
 from ctlens.models.weights import ModelConfig, canonical_weights, copy_weights
 
 # HuggingFace's name of a layer, and the layers that a bridge has instead, in the order of the layer's outputs.
@@ -81,32 +82,17 @@ def to_huggingface(model: LensModel) -> PreTrainedModel:
         hf: Any = cast(Any, AutoModelForCausalLM).from_config(config, **options)
     hf = hf.to(first.device).eval()
     weights = _llama_weights(canonical_weights(model)) if made else _joined(hf, present_weights(model))
-    copy_weights({name: parameter.data for name, parameter in hf.named_parameters()}, weights)
+    targets = {name: parameter.data for name, parameter in hf.named_parameters()} | persistent_buffers(hf)
+    copy_weights(targets, weights | state_buffers(model))
     if not made and (generation := generation_config(model)) is not None:
         hf.generation_config = generation
-    difference = parity(model, hf)
-    scale = float(hf(torch.zeros(1, 1, dtype=torch.long, device=hf.device)).logits.max())
-    if not difference <= torch.finfo(first.dtype).eps ** 0.5 * max(abs(scale), 1):
+    apart = apart_from(model, hf)
+    if not apart.is_rounding:
         raise CtlensError(
-            f"{type(hf).__name__} cannot be exported: its logits would differ by {difference:.2g}; "
+            f"{type(hf).__name__} cannot be exported: its logits would differ by {apart.largest:.2g}; "
             "keep the model as a run or with save_model."
         )
     return hf
-
-
-def parity(model: LensModel, hf: PreTrainedModel, *, length: int = 16, seed: int = 0) -> float:
-    """Measures the largest absolute difference of logits between a model and a HuggingFace model.
-
-    Args:
-        model: from `load_model`.
-        hf: the HuggingFace model, not wrapped by a bridge.
-        length: tokens of the random sequences compared.
-        seed: of the random tokens.
-    """
-    vocabulary = hf.config.get_text_config().vocab_size
-    tokens = torch.randint(vocabulary, (4, length), generator=generator(seed, "parity")).to(hf.device)
-    with torch.no_grad():
-        return float((model(tokens) - hf(tokens).logits).abs().max())
 
 
 def _joined(hf: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

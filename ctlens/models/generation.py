@@ -13,10 +13,10 @@ from typing import TypeAlias
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.limits import POSITIVE, PROBABILITY, require
+from ctlens.core.progress import progress_bar
 from ctlens.core.types import LensModel
 from ctlens.models.kv_cache import MAX_BATCH_TOKENS, Ids, NextLogits, Sequences, batches_by_length
 
@@ -119,7 +119,7 @@ def decode(
     answers: list[Ids] = [()] * len(prompts)
     probabilities: list[tuple[float, ...]] = [()] * len(prompts)
     together = list(batches_by_length(model, [len(prompt) for prompt in prompts], max_new_tokens, max_batch_tokens))
-    for batch in tqdm(together, desc="answers", delay=2, leave=False, disable=not progress):
+    for batch in progress_bar(together, desc="answers", delay=2, leave=False, shown=progress):
         distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts[i] for i in batch))}
         sequences = Sequences(model, list(distinct))
         logits = sequences.run()

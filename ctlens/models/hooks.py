@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import Activations, HookFunction, LensModel, Logits, Mask, Tokens
+from ctlens.models.finite import forward
 from ctlens.models.loading import huggingface_config, is_bridge
 
 SHORTHANDS = {
@@ -111,11 +112,11 @@ def capture(
 
 
 def run(model: LensModel, tokens: Tokens, mask: Mask | None = None) -> Logits:
-    """The logits of one forward pass; `mask` as in `capture`."""
+    """The logits of one forward pass; `mask` as in `capture`, errors as of `forward`."""
     options: dict[str, Any] = {} if mask is None else {"attention_mask": mask.long()}
     if huggingface_config(model) is not None:
         options["use_cache"] = False  # no one reads the cache, and a block that is run again would add to it
-    return model(tokens, **options)
+    return forward(model, tokens, **options)
 
 
 @contextmanager
@@ -139,6 +140,9 @@ def visiting(model: LensModel, visits: Mapping[str, Callable[[Tensor], None]]) -
     Raises:
         CtlensError: a name does not exist, or its hook did not fire.
     """
+    if not visits:  # TransformerLens would look through every hook of the model for those to take off again
+        yield
+        return
     fired: dict[str, Any] = {}
 
     def visit(name: str, activation: Tensor) -> None:

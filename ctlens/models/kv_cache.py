@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ctlens.core.types import ChosenRows, LensModel, Logits, Mask, RowNumbers, Tokens
 from ctlens.data.batch import pad
+from ctlens.models.finite import forward
 from ctlens.models.loading import empty_cache, huggingface_config, keep_rows
 
 Ids = tuple[int, ...]
@@ -77,7 +78,7 @@ class Sequences:
     def run(self) -> NextLogits:
         """The logits of each sequence's next token, from its first tokens; to be called once, before the rest."""
         if self.cache is None:
-            logits = self.model(self.tokens)
+            logits = forward(self.model, self.tokens)
         else:
             start = torch.zeros_like(self.lengths)
             logits = self.cache.forward(self.tokens, _up_to(self.lengths, self.tokens.shape[1]), start)
@@ -105,7 +106,7 @@ class Sequences:
         grown[:, :kept] = self.tokens[:, :kept]
         grown[rows, positions] = tokens.gather(1, positions - start[:, None])
         self.tokens = grown
-        return self.model(grown)[rows, positions]
+        return forward(self.model, grown)[rows, positions]
 
     def keep(self, rows: ChosenRows | RowNumbers) -> None:
         """Keeps only these sequences, by a mask or by their numbers, which may repeat."""
@@ -139,7 +140,7 @@ class _HookedCache:
         self.entries = entries
 
     def forward(self, tokens: Tokens, real: Mask, start: Lengths) -> Logits:
-        return self.model(tokens, past_kv_cache=self.entries, attention_mask=real.long())
+        return forward(self.model, tokens, past_kv_cache=self.entries, attention_mask=real.long())
 
     def keep(self, rows: ChosenRows | RowNumbers) -> None:
         keep_rows(self.entries, rows)
@@ -158,9 +159,8 @@ class _HuggingFaceCache:
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         positions = torch.where(real, start[:, None] + steps, 0)  # padding may lie beyond the last position there is
         seen = self.seen.long()
-        return self.model(
-            tokens, past_key_values=self.entries, use_cache=True, attention_mask=seen, position_ids=positions
-        )
+        cached = {"past_key_values": self.entries, "use_cache": True}
+        return forward(self.model, tokens, attention_mask=seen, position_ids=positions, **cached)
 
     def keep(self, rows: ChosenRows | RowNumbers) -> None:
         self.seen = self.seen[rows]

@@ -12,12 +12,12 @@ import importlib.metadata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformer_lens.model_bridge.sources.native  # noqa: F401  (3.x registers the native architecture on import)
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
@@ -30,12 +30,35 @@ from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import write_json
 from ctlens.core.reading import read_json
-from ctlens.core.types import ChosenRows, LensModel, RowNumbers, dtype_named
-from ctlens.models.parameters import plain_name, present_parameters, present_weights, without
+from ctlens.core.types import ChosenRows, LensModel, RowNumbers, device_named, dtype_named
+from ctlens.models.bridges import generation_config, huggingface_config, is_bridge
+from ctlens.models.parameters import (
+    plain_name,
+    present_parameters,
+    saved_tensors,
+    state_buffers,
+    without,
+)
+from ctlens.models.parity import (
+    lens_answers,
+    narrowed,
+    not_causal,
+    original_answers,
+    probe_prompts,
+    require_causal,
+    require_finite_answers,
+    require_parity,
+)
+from ctlens.models.sources import (
+    MODEL_FILE,
+    model_folder,
+    require_embedded,
+    require_plain_folder,
+    require_plain_model,
+)
 from ctlens.models.weights import ModelConfig, canonical_weights, copy_weights, initial_weights, is_bias, load_weights
 
 HAS_HOOKED_TRANSFORMER = int(importlib.metadata.version("transformer-lens").split(".")[0]) < 4
-MODEL_FILE = "model.json"
 _WEIGHTS_FILE = "weights.safetensors"
 _SPLIT_COPIES = (".qkv.", ".gate_up_proj.weight")
 
@@ -85,13 +108,17 @@ def _skeleton(config: ModelConfig, device: str | torch.device, dtype: torch.dtyp
 
 
 def load_model(
-    source: str | Path | PreTrainedModel,
+    source: str | PathLike[str] | PreTrainedModel,
     *,
     tokenizer: Any = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = torch.float32,
+    check: bool = True,
 ) -> LensModel:
     """Loads a model in eval mode from a folder or from memory; nothing is downloaded.
+
+    A HuggingFace model answers a few short prompts by itself and as a lens model, and is refused unless both give the
+    same logits (see `ctlens.models.parity`).
 
     Args:
         source: a HuggingFace folder of a causal language model, a folder that `save_model` or
@@ -99,36 +126,37 @@ def load_model(
         tokenizer: a fast HuggingFace tokenizer; by default the folder's own.
         device: where the model lives.
         dtype: of the weights, or its name, one of `ctlens.core.types.DTYPES`.
+        check: whether to compare logits with HuggingFace's; without it, numbers may be those of another model.
 
     Raises:
-        CtlensError: the dtype is unknown, the folder holds no model, or one that TransformerLens cannot bridge.
+        CtlensError: the dtype is unknown, this machine lacks the device, or the source holds no model that
+            TransformerLens computes as HuggingFace does; the sentence says which.
     """
     dtype = dtype_named(dtype) if isinstance(dtype, str) else dtype
-    if isinstance(source, PreTrainedModel):
-        return _bridge(copy.deepcopy(source).to(device=device, dtype=dtype), tokenizer)  # type: ignore[arg-type]
-    folder = _model_folder(source)
-    with _reading(folder):
+    device = device_named(device)
+    if not isinstance(source, str | PathLike):
+        hf = require_plain_model(source)
+        with _reading(f"this {type(hf).__name__}", "Check that it runs by itself"):
+            return _bridge(copy.deepcopy(hf).to(device=device, dtype=dtype), tokenizer, check)  # type: ignore[arg-type]
+    folder = model_folder(source)
+    require_plain_folder(folder)
+    with _reading(str(folder)):
         if (folder / MODEL_FILE).is_file():
-            return _load_checkpoint(folder, tokenizer, device, dtype)
-        if (folder / "config.json").is_file():
-            return _load_huggingface(folder, tokenizer, device, dtype)
-    raise CtlensError(
-        f"{folder} is no model folder: name a folder with HuggingFace's config.json or with {MODEL_FILE} of ctlens."
-    )
+            return _load_checkpoint(folder, tokenizer, device, dtype, check)
+        return _load_huggingface(folder, tokenizer, device, dtype, check)
 
 
 @contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """Turns the errors of a broken folder into one sentence."""
+def _reading(what: str, advice: str = "Check the folder's files") -> Iterator[None]:
+    """Turns whatever HuggingFace and TransformerLens raise on something odd into one sentence."""
     try:
         with quiet_huggingface():
             yield
     except CtlensError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:
         raise CtlensError(
-            f"{folder} does not load as a causal language model: {reason.rstrip('.')}. Check the folder's files."
+            f"{what} does not load as a causal language model: {_first_line(error)}. {advice}."
         ) from error
 
 
@@ -144,55 +172,105 @@ def quiet_huggingface() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _load_huggingface(folder: Path, tokenizer: Any, device: str | torch.device, dtype: torch.dtype) -> LensModel:
-    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    hf, report = cast(Any, AutoModelForCausalLM).from_pretrained(folder, local_files_only=True, **options)
+def _load_huggingface(folder: Path, tokenizer: Any, device: torch.device, dtype: torch.dtype, check: bool) -> LensModel:
+    hf, report = _from_pretrained(folder, dtype)
     unfit = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if unfit:  # HuggingFace would leave them random
         raise CtlensError(
             f"{folder} lacks weights that fit its config.json: {', '.join(unfit[:3])}. Use their own config.json."
         )
-    return _bridge(hf.to(device), tokenizer or _load_tokenizer(folder))
+    return _bridge(hf.to(device), tokenizer or _load_tokenizer(folder), check)
 
 
-def _bridge(hf: PreTrainedModel, tokenizer: Any) -> LensModel:
-    """Wraps `hf` in place; the bridge trains exactly the parameters that HuggingFace's model has."""
-    _require_causal(hf.eval())
-    hf.set_attn_implementation("eager")
-    own_unembed_bias = getattr(hf.get_output_embeddings(), "bias", None) is not None
+def _from_pretrained(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The model of a folder, and HuggingFace's report of weights that it has not or cannot place."""
+    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
+    pickled = any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))
     try:
-        model = build_bridge_from_module(hf, architecture=type(hf).__name__, hf_config=hf.config, tokenizer=None)
-    except (ValueError, KeyError, NotImplementedError) as error:
+        with warnings.catch_warnings():
+            if pickled:  # torch would warn of the file before it refuses it
+                warnings.simplefilter("ignore", UserWarning)
+            return cast(Any, AutoModelForCausalLM).from_pretrained(folder, **options)
+    except (OSError, ValueError, RuntimeError):
+        raise
+    except Exception as error:  # of the unpickler: it has no class that is its own
+        if not pickled:
+            raise
         raise CtlensError(
-            f"TransformerLens cannot bridge {type(hf).__name__}: {error}. `ctlens models` lists what was checked."
-        ) from None
+            f"{folder} keeps its weights as a pickle that holds more than tensors, and may run any command: have them "
+            "saved as safetensors."
+        ) from error
+
+
+def _bridge(hf: PreTrainedModel, tokenizer: Any, check: bool) -> LensModel:
+    """Wraps `hf` in place; the bridge trains exactly the parameters that HuggingFace's model has."""
+    if getattr(hf.config, "is_encoder_decoder", False):
+        raise not_causal(hf)
+    hf.eval().set_attn_implementation("eager")
+    prompts = probe_prompts(hf.config)
+    with narrowed(hf.config):
+        expected = original_answers(hf, prompts)
+    require_finite_answers(hf, expected)
+    require_causal(hf, expected)
+    with _bridging(hf):
+        model = _wrapped(hf)
+        if check:
+            with narrowed(hf.config):
+                found = lens_answers(model, prompts)
+            require_parity(type(hf).__name__, found, expected)
+    return _attach(_unused(model), tokenizer)
+
+
+@contextmanager
+def _bridging(hf: PreTrainedModel) -> Iterator[None]:
+    """Turns whatever TransformerLens raises on a model that HuggingFace runs into one sentence."""
+    try:
+        yield
+    except CtlensError:
+        raise
+    except Exception as error:
+        raise CtlensError(
+            f"TransformerLens cannot bridge {type(hf).__name__} in {str(hf.dtype).removeprefix('torch.')}: "
+            f"{_first_line(error)}. `ctlens models` lists what was checked."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") or f"it ends in {type(error).__name__}"
+
+
+def _wrapped(hf: PreTrainedModel) -> LensModel:
+    own_unembed_bias = getattr(hf.get_output_embeddings(), "bias", None) is not None
+    model = build_bridge_from_module(hf, architecture=type(hf).__name__, hf_config=hf.config, tokenizer=None)
     # A bridge bypasses fused projections by split copies; 3.x adds a zero unembedding bias.
     extra = _SPLIT_COPIES if own_unembed_bias else (*_SPLIT_COPIES, "head.bias")
     names = map(plain_name, dict(model.named_parameters()))
     absent = [name for name in names if any(part in name for part in extra)]
-    return _attach(without(cast(LensModel, model.eval()), absent), tokenizer)
+    return without(cast(LensModel, model.eval()), absent)
 
 
-@torch.no_grad()
-def _require_causal(hf: PreTrainedModel) -> None:
-    """Refuses encoders: every loss and analysis relies on each token seeing only the tokens before it."""
-    causal = False
-    if not getattr(hf.config, "is_encoder_decoder", False):
-        first, second = hf(torch.tensor([[0, 0], [0, 1]], device=hf.device)).logits[:, 0]
-        causal = (first - second).abs().max() <= torch.finfo(first.dtype).eps ** 0.5 * first.abs().max()
-    if not causal:
-        raise CtlensError(
-            f"{type(hf).__name__} is no causal language model: its tokens see the tokens after them; load a decoder."
-        )
+def _unused(model: LensModel) -> LensModel:
+    """The bridge as before its first pass: one that has run holds hooks that a copy of it would share."""
+    for block in cast(Any, model).blocks:
+        block._teardown_capture_hooks()
+    return model
 
 
 def _attach(model: LensModel, tokenizer: Any) -> LensModel:
     """Gives the model its tokenizer as it is: TransformerLens's own setter would add a BOS to a model without one."""
     if tokenizer is not None:
+        require_embedded(tokenizer, _n_embeddings(model))
         model.tokenizer = tokenizer
         model.cfg.tokenizer_prepends_bos = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
         model.cfg.default_prepend_bos = tokenizer.bos_token_id is not None
     return model
+
+
+def _n_embeddings(model: LensModel) -> int:
+    """How many tokens the model can read; HuggingFace's may have more embeddings than their configuration says."""
+    if huggingface_config(model) is None:
+        return model.cfg.d_vocab
+    return len(cast(Any, model).original_model.get_input_embeddings().weight)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -201,28 +279,17 @@ def load_tokenizer(folder: str | Path) -> Any:
     Raises:
         CtlensError: the folder does not exist, or its tokenizer cannot be read.
     """
-    folder = _model_folder(folder)
+    folder = model_folder(folder)
     if not folder.is_dir():
         raise CtlensError(f"{folder} is no folder: name one that holds a tokenizer.")
-    with _reading(folder):
+    with _reading(str(folder)):
         return _load_tokenizer(folder)
-
-
-def _model_folder(source: str | Path) -> Path:
-    """The folder of the model itself, in a run folder too."""
-    folder = Path(source)
-    return folder / "model" if (folder / "model" / MODEL_FILE).is_file() else folder
 
 
 def _load_tokenizer(folder: Path) -> Any:
     if not any(path.is_file() for path in (*folder.glob("tokenizer*"), *folder.glob("vocab*"))):
         return None
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def is_bridge(model: LensModel) -> bool:
-    """Whether the model is a `TransformerBridge`, whose `hook_resid_mid` does not feed the skip path."""
-    return isinstance(model, TransformerBridge)
 
 
 def empty_cache(model: LensModel, rows: int) -> Any:
@@ -244,16 +311,6 @@ def keep_rows(cache: Any, rows: ChosenRows | RowNumbers) -> None:
     cache.previous_attention_mask = cache.previous_attention_mask[rows]
 
 
-def huggingface_config(model: LensModel) -> Any:
-    """The HuggingFace configuration behind a bridge, or None for a model made here."""
-    return getattr(getattr(model, "original_model", None), "config", None) if is_bridge(model) else None
-
-
-def generation_config(model: LensModel) -> Any:
-    """HuggingFace's settings for generation that came with the model, or None."""
-    return getattr(getattr(model, "original_model", None), "generation_config", None) if is_bridge(model) else None
-
-
 def save_model(model: LensModel, folder: str | Path) -> None:
     """Writes `model.json`, `weights.safetensors` and the tokenizer into a folder; adapters are merged in the file.
 
@@ -270,7 +327,7 @@ def save_model(model: LensModel, folder: str | Path) -> None:
     else:
         description = {"kind": "huggingface"}
         # Copies, because halves of one fused matrix share their memory.
-        weights = {name: value.clone() for name, value in present_weights(model).items()}
+        weights = {name: value.clone() for name, value in saved_tensors(model).items()}
         hf_config.save_pretrained(folder)
         if (generation := generation_config(model)) is not None:
             generation.save_pretrained(folder)
@@ -280,7 +337,7 @@ def save_model(model: LensModel, folder: str | Path) -> None:
     write_json(folder / MODEL_FILE, description)
 
 
-def _load_checkpoint(folder: Path, tokenizer: Any, device: str | torch.device, dtype: torch.dtype) -> LensModel:
+def _load_checkpoint(folder: Path, tokenizer: Any, device: torch.device, dtype: torch.dtype, check: bool) -> LensModel:
     description = read_json(folder / MODEL_FILE)
     weights = load_file(folder / _WEIGHTS_FILE, device=str(device))
     tokenizer = tokenizer or _load_tokenizer(folder)
@@ -288,17 +345,25 @@ def _load_checkpoint(folder: Path, tokenizer: Any, device: str | torch.device, d
         case {"kind": "ctlens", "config": dict(config)}:
             model = _skeleton(from_dict(ModelConfig, config), device, dtype)
             load_weights(model, weights)
-            return _attach(model, tokenizer)
+            model = _attach(model, tokenizer)
         case {"kind": "huggingface"}:
             hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
             with torch.random.fork_rng():
                 hf = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
             if (folder / GENERATION_CONFIG_NAME).is_file():
                 hf.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-            model = _bridge(hf.to(device), tokenizer)
-            copy_weights({name: value.data for name, value in present_parameters(model).items()}, weights)
-            return model
-    raise CtlensError(f"{folder / MODEL_FILE} does not describe a model that ctlens saved: save the model again.")
+            model = _bridge(hf.to(device), tokenizer, check)
+            copy_weights(_state(model), weights)
+        case _:
+            raise CtlensError(
+                f"{folder / MODEL_FILE} does not describe a model that ctlens saved: save the model again."
+            )
+    return model
+
+
+def _state(model: LensModel) -> dict[str, torch.Tensor]:
+    """What a HuggingFace model's folder keeps, sharing the model's memory."""
+    return {name: value.data for name, value in present_parameters(model).items()} | state_buffers(model)
 
 
 def made_config(model: LensModel) -> ModelConfig | None:

@@ -28,7 +28,7 @@ from ctlens.core.limits import POSITIVE, require
 from ctlens.core.reading import read_json
 from ctlens.core.types import LensModel, widened
 from ctlens.models.matrices import MATRICES, Slot, slots
-from ctlens.models.parameters import fingerprint
+from ctlens.models.parameters import fingerprint, same_fingerprint
 from ctlens.models.weights import copy_weights
 
 CONFIG_FILE = "adapters.json"
@@ -196,7 +196,7 @@ def load_adapters(model: LensModel, folder: str | Path) -> list[nn.Parameter]:
         case _:
             raise CtlensError(f"{folder / CONFIG_FILE} does not describe adapters that ctlens saved.")
     chosen = _free_slots(model, lora)
-    if fingerprint(model) != base:
+    if not same_fingerprint(base, fingerprint(model)):
         raise CtlensError(f"the adapters in {folder} belong to a model with other weights: load the one they are from.")
     try:
         saved = load_file(folder / ADAPTERS_FILE)

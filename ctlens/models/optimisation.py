@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from ctlens.core.errors import NotFinite
 from ctlens.core.types import Scalar
 
 TORCH_EPS = 1e-8
@@ -77,7 +78,14 @@ def _beyond(reaches_peak: bool) -> int:
 
 
 def clipped_update(optimizer: Optimizer, parameters: Sequence[nn.Parameter], clip: float) -> Scalar:
-    """Scales the gradient down to the norm `clip` where it is longer, takes a step, and returns the norm before."""
+    """Scales the gradient down to the norm `clip` where it is longer, takes a step, and returns the norm before.
+
+    Raises:
+        NotFinite: the gradient is, so that a step would put NaN into the weights.
+    """
     norm = nn.utils.clip_grad_norm_(parameters, clip)
+    if not norm.isfinite():
+        value = "nan" if norm.isnan() else "infinity"
+        raise NotFinite(f"the norm of the gradient is {value}: lower lr or the weights of the losses.", value)
     optimizer.step()
     return norm

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -14,12 +15,19 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.files import digest_of
 from ctlens.core.types import LensModel
+from ctlens.models.bridges import huggingface_config
 
 GROUPS = ("embed", "attn", "mlp", "norm", "unembed")
 OTHER_SENSES = ("vision", "multi_modal", "audio")  # parts of a model that text does not pass through
 WRAPPED_MODULE = "._original_component"
 PARAMETRIZED = ".parametrizations."
+# Settings of a HuggingFace configuration that change no logit; `to_diff_dict` leaves out what has its default.
+SILENT_SETTINGS = (
+    *("_name_or_path", "architectures", "dtype", "id2label", "label2id", "return_dict", "torch_dtype", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"),
+)
 ADAPTED = re.compile(r"\.parametrizations\.(\w+)\.original$")
 
 
@@ -56,6 +64,33 @@ def present_weights(model: LensModel) -> dict[str, Tensor]:
             for name, held in cast(nn.ModuleDict, module.parametrizations).items():
                 adapted[id(held.original)] = getattr(module, name)
     return {name: adapted.get(id(value), value.detach()) for name, value in present_parameters(model).items()}
+
+
+def state_buffers(model: LensModel) -> dict[str, Tensor]:
+    """The buffers of a HuggingFace model that are part of its state, as the corrections of a router are.
+
+    HuggingFace keeps them in a model's files as it keeps the parameters; all others follow from the configuration.
+    """
+    if huggingface_config(model) is None:
+        return {}
+    buffers = persistent_buffers(cast(Any, model).original_model)
+    # TransformerLens 4.x keeps the zero unembedding bias, which it adds, in a buffer.
+    return {plain_name(name): value for name, value in buffers.items() if not name.endswith("head.bias")}
+
+
+def saved_tensors(model: LensModel) -> dict[str, Tensor]:
+    """What the folder of a HuggingFace model keeps of it: `present_weights` and `state_buffers`."""
+    return present_weights(model) | state_buffers(model)
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a module keeps in its files."""
+    return {
+        f"{path}.{name}".removeprefix("."): buffer
+        for path, part in module.named_modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None and name not in part._non_persistent_buffers_set
+    }
 
 
 def parameter_groups(model: LensModel) -> dict[str, list[str]]:
@@ -104,13 +139,53 @@ def freeze(model: LensModel, trainable: Iterable[str]) -> list[nn.Parameter]:
     return parameters
 
 
+@contextmanager
+def evaluating(model: LensModel) -> Iterator[None]:
+    """Puts a model in eval mode inside the block and restores its mode after it."""
+    if not any(module.training for module in model.modules()):  # setting a mode takes ten times as long as a look
+        yield
+        return
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def fingerprint(model: LensModel) -> str:
-    """A short name of the weights, equal for equal weights on every TransformerLens version."""
+    """A short name of what the model computes: of its weights and, behind a hyphen, of what else a model brings along.
+
+    That is, for a HuggingFace model, its state buffers and its configuration, which two models of equal weights may
+    differ in. Models made here follow from their weights.
+    """
+    digest = _digest(present_weights(model))
+    config = huggingface_config(model)
+    if config is None:
+        return digest
+    return f"{digest}-{digest_of([_computing(config.to_diff_dict()), _digest(state_buffers(model))])}"
+
+
+def same_fingerprint(recorded: object, current: str) -> bool:
+    """Whether a fingerprint from a file is the current one; those of ctlens 0.1 are of the weights alone."""
+    return recorded == current or recorded == current.partition("-")[0]
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, weight in sorted(present_weights(model).items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(weight.cpu().float().numpy().tobytes())
+        digest.update(tensor.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _computing(config: Any) -> Any:
+    """A configuration without the settings that change no logit, ready for JSON."""
+    if isinstance(config, Mapping):
+        return {str(key): _computing(value) for key, value in config.items() if key not in SILENT_SETTINGS}
+    if isinstance(config, list | tuple):
+        return [_computing(value) for value in config]
+    return config if isinstance(config, str | int | float | bool | None) else str(config)
 
 
 # On TransformerLens 4.x a copied bridge keeps hooks that point weakly at the original, and fails without it.
@@ -122,6 +197,6 @@ def copy_model(model: LensModel) -> LensModel:
     device = next(model.parameters()).device
     with torch.no_grad():  # a bridge holds on to its last activations, and a graph among them cannot be copied
         model(torch.zeros(1, 1, dtype=torch.long, device=device))
-    copied = copy.deepcopy(model).eval()
+    copied = copy.deepcopy(model, {id(model.tokenizer): model.tokenizer}).eval()  # both read text alike
     ORIGINALS[copied] = model
     return copied

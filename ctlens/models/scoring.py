@@ -9,9 +9,9 @@ from os.path import commonprefix
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ctlens.core.errors import CtlensError
+from ctlens.core.progress import progress_bar
 from ctlens.core.types import LensModel
 from ctlens.data.batch import pad, require_room
 from ctlens.data.chat import render, token_ids
@@ -147,7 +147,7 @@ def continuation_logprobs(
     lengths = [len(ids) for ids in prompts]
     together = list(batches_by_length(model, lengths, max(longest, default=0), max_batch_tokens // max(copies, 1)))
     found: list[list[tuple[float, ...]]] = [[] for _ in prompts]
-    for batch in tqdm(together, desc="options", delay=2, leave=False, disable=not progress):
+    for batch in progress_bar(together, desc="options", delay=2, leave=False, shown=progress):
         rows = _batch_logprobs(model, [prompts[i] for i in batch], [continuations[i] for i in batch])
         for i, values in zip(batch, rows, strict=True):
             found[i] = values

@@ -8,10 +8,10 @@ from itertools import islice
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.limits import AT_LEAST_1, SHARE_OF_ALL, require
+from ctlens.core.progress import progress_bar
 from ctlens.core.types import LensModel, Scalar
 from ctlens.models.loading import build
 from ctlens.models.lora import has_adapters, merge_adapters
@@ -145,7 +145,7 @@ def fit_lessons(
     batches = draw_batches(lessons, config.batch_size, model.tokenizer.pad_token_id, config.seed)
     optimizer = _optimizer(parameters, config)
     model.train()
-    with tqdm(islice(batches, config.steps), total=config.steps, desc=label, disable=not progress) as bar:
+    with progress_bar(islice(batches, config.steps), total=config.steps, desc=label, shown=progress) as bar:
         for step, batch in enumerate(bar):
             if relora and relora.since_start(step, config.steps) == 0:
                 parameters = begin_adapters(model, relora.lora, seed=config.seed + step)

@@ -13,13 +13,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import TypeVar
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from ctlens.core.files import atomic_file, write_json, write_text
+from ctlens.core.files import atomic_file, write_json, write_text, writing
 from ctlens.plots.data import csv_text
 from ctlens.plots.renderer import IMAGES
 
@@ -71,8 +71,9 @@ def write_figures(figures: Mapping[Stem, go.Figure]) -> list[Path]:
         write_text(_file(stem, "html"), page)
         write_text(_file(stem, "json"), f"{figure.to_json()}\n")
         write_text(_file(stem, "data.csv"), csv_text(figure))
-        for kind in IMAGES:
-            _file(stem, kind).unlink(missing_ok=True)
+        with writing(stem):
+            for kind in IMAGES:
+                _file(stem, kind).unlink(missing_ok=True)
     if find_spec("kaleido") is not None:
         _draw(stems)
     files = (_file(stem, kind) for stem in stems for kind in ("html", "json", "data.csv", *IMAGES))
@@ -106,7 +107,7 @@ def _draw(stems: list[Path]) -> None:
 
 def _render(stems: Sequence[Path]) -> int:
     """Starts a renderer, waits until it ends or gets stuck, and returns how many figures it got through."""
-    with TemporaryDirectory() as name:
+    with writing(gettempdir()), TemporaryDirectory() as name:
         work = Path(name)
         quiet = subprocess.DEVNULL
         write_json(work / "figures.json", [str(_file(stem, "json").absolute()) for stem in stems])

@@ -7,7 +7,6 @@ It imports nothing of ctlens, so that it starts fast.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import sys
@@ -51,8 +50,11 @@ def draw_listed(work: Path) -> None:
     # The browser deadlocks now and then at start-up when it is split into several processes.
     scope.chromium_args += ("--single-process",)
     for number, source in enumerate(json.loads((work / "figures.json").read_text(encoding="utf-8"))):
-        with contextlib.suppress(Exception):  # a figure that cannot be drawn must not take the others with it
+        try:
             draw(Path(source), work / str(number))
+        except Exception:  # a figure that cannot be drawn must not take the others with it, nor leave half an image
+            for left in work.glob(f"{number}.*"):
+                left.unlink()
         with (work / "answered").open("a") as answered:
             answered.write(".")
 

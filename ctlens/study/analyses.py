@@ -12,8 +12,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-from tqdm.auto import tqdm
-
 from ctlens.analysis import (
     AttentionDiff,
     Erasure,
@@ -28,6 +26,7 @@ from ctlens.analysis.base.result import Result
 from ctlens.core.digests import record_digests, require_undamaged
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_folder, sweep, write_json
+from ctlens.core.progress import progress_bar
 from ctlens.core.reading import read_json
 from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
@@ -168,7 +167,7 @@ def run_analyses(config: StudyConfig, study: Path, pool: Pool, *, progress: bool
     tasks = [(config, study, analysis) for analysis in missing]
     try:
         with closing(run_in_order(run_analysis, tasks, pool)) as done:
-            for _ in tqdm(done, desc="analyses", total=len(tasks), disable=not progress):
+            for _ in progress_bar(done, desc="analyses", total=len(tasks), shown=progress):
                 pass
     finally:
         sweep(analysis.path(study) for analysis in missing)
@@ -180,9 +179,11 @@ def run_analysis(config: StudyConfig, study: Path, analysis: Analysis) -> None:
     with one_thread(), atomic_folder(analysis.path(study)) as work:
         for name, analyse in ANALYSES[analysis.name](Scene(config, study, analysis)):
             try:
-                analyse().save(work / f"{name}.safetensors")
+                result = analyse()
             except CtlensError as error:
                 refusals[name] = str(error)
+            else:  # a disk that is full is no refusal of the analysis
+                result.save(work / f"{name}.safetensors")
         write_json(work / _REFUSALS_FILE, refusals)
         record_digests(work)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 
-from ctlens.analysis import attention_diff, gap_recovered, residual_shift
-from ctlens.analysis.outputs.gap_recovered import GAP_RECOVERED
+from ctlens.analysis import attention_diff, residual_shift
+from ctlens.analysis.outputs.gap_recovered import GAP_RECOVERED, Gap
 from ctlens.core.digests import record_digests
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_folder, write_json
@@ -18,6 +18,7 @@ from ctlens.core.labels import BASE
 from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
 from ctlens.data.batch import encode
+from ctlens.data.chat import Renderings, keeping
 from ctlens.data.pairs import Pair
 from ctlens.evaluation import Evaluation
 from ctlens.models.loading import save_model
@@ -37,6 +38,8 @@ _EVALUATED_AT = (0.05, 0.1, 0.2, 0.4, 1.0)
 _RECOVERY_AT = (0.02, 0.04, 0.07, 0.1, 0.12, 0.13, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 _NEAR_MATCHED = 0.08
 """How far from the matched share of the gap a model may be and still count as matched; chosen by eye, not tuned."""
+_RENDERINGS: Renderings = {}
+"""The prompts of the study as its models see them: each worker renders a prompt once, whatever the cell."""
 OUTCOMES_FILE = "outcomes.csv"
 MATCHED_FOLDER = "matched"
 ANALYSED_PAIRS = 64
@@ -56,7 +59,7 @@ def run_cell(config: StudyConfig, study: Path, cell: Cell) -> None:
     Raises:
         CtlensError: as `Trainer` and `evaluate`.
     """
-    with one_thread():
+    with one_thread(), keeping(_RENDERINGS):
         if cell.condition == ORGANISM:
             train_organism(cell.path(study), seed=cell.organism, progress=False)
         elif cell.condition == BASE:
@@ -115,6 +118,11 @@ class CellTraining:
         """The held-out pairs on which the gap is measured and activations are compared."""
         return probe_pairs(self.config, self.cell.threat, self.base)
 
+    @cached_property
+    def gap(self) -> Gap:
+        """The gap of the model before training, which every measurement on the way is a share of."""
+        return Gap(self.base, self.probes)
+
     def run(self) -> None:
         """Trains and writes the folder."""
         trainer = self.trainer()
@@ -154,7 +162,7 @@ class CellTraining:
 
     def _measure_recovery(self, step: int, model: LensModel) -> None:
         """Measures how much of the gap is recovered, and keeps the model that is nearest to the matched share."""
-        share, low, high = recovered(self.base, model, self.probes)
+        share, low, high = _recovered(lambda: self.gap, model)
         self.tables.append(_row(self.cell, step, GAP_RECOVERED, share, low, high, len(self.probes)))
         off = abs(share - self.config.matched)
         if off <= min([_NEAR_MATCHED, *(held for held, _ in self.matched.values())]):
@@ -190,10 +198,10 @@ def _steps_at(shares: Sequence[float], steps: int) -> set[int]:
     return {max(1, round(share * steps)) for share in shares}
 
 
-def recovered(base: LensModel, model: LensModel, pairs: Sequence[Pair]) -> tuple[float, float, float]:
+def _recovered(gap: Callable[[], Gap], model: LensModel) -> tuple[float, float, float]:
     """The share of the gap that a model has recovered, with its interval; NaN where the attack makes no gap."""
     try:
-        return gap_recovered(base, {"model": model}, pairs, progress=False).share("model")
+        return gap().share(model)
     except CtlensError:
         return float("nan"), float("nan"), float("nan")
 
@@ -205,7 +213,7 @@ def _perturb(config: StudyConfig, study: Path, cell: Cell) -> None:
     model = perturbed(base, trained, cell.seed)
     probes = probe_pairs(config, cell.threat, base)
     final = evaluated(model, [cell.threat], [SPLIT], config.n_prompts, config.file)
-    share = _row(cell, 0, GAP_RECOVERED, *recovered(base, model, probes), len(probes))
+    share = _row(cell, 0, GAP_RECOVERED, *_recovered(lambda: Gap(base, probes), model), len(probes))
     with atomic_folder(cell.path(study)) as work:
         save_model(model, work / "model")
         final.save(work / OUTCOMES_FILE)

@@ -101,7 +101,9 @@ ABLATED: Mapping[str, Condition] = {
     f"{RETENTION}{ALL_PARAMETERS}": Condition("", CONTROL, trainable=GROUPS),
 }
 """The methods and the null with every parameter trained, embeddings and norms too."""
-EXTRA_CONDITIONS = (*CROSSED_CONDITIONS, *(name for name in CONTROLS if name != RETENTION))
+EXTRA_CONTROLS = tuple(name for name in CONTROLS if name != RETENTION)
+"""The controls that are trained beside retention alone."""
+EXTRA_CONDITIONS = (*CROSSED_CONDITIONS, *EXTRA_CONTROLS)
 """The conditions that a study trains beside the methods and the null, on the threats whose models it analyses."""
 
 

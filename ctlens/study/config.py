@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ctlens.study.conditions import (
     CROSSED_CONDITIONS,
     DEFAULT_METHODS,
     EXTRA_CONDITIONS,
+    EXTRA_CONTROLS,
     LAST_TOKEN,
     PERTURBED,
     RETENTION,
@@ -29,8 +30,7 @@ ORGANISM = "organism"
 ANALYSED_THREATS = ("sycophancy", "jailbreak")
 """The threats whose models a study analyses by default: the two of the pilot on a prototype organism."""
 CEILING_SEEDS = 2
-"""The fewest seeds of an analysed method: how alike two seeds of one method are is the ceiling of how alike two methods
-can be."""
+"""The fewest seeds of an analysed method, two: how alike they are is the ceiling of how alike two methods can be."""
 FULL_STUDY_COUNT = 3
 """Seeds and organisms of a full study: the fewest whose spread Student's interval shows, see `results.SEVERAL`."""
 SHARED_TRAINING = TrainConfig(batch_size=16, lr=1e-3, trainable=("attn",))
@@ -59,6 +59,9 @@ class StudyConfig:
         extra_conditions: names of the crossed conditions and controls that are trained beside the methods on the
             analysed threats, see `ctlens.study.conditions`; by default `EXTRA_CONDITIONS` without the methods. For a
             file it is the crossed conditions, as neutral words and other requests are those of the micro-world.
+        ceiling_seeds: the fewest seeds of the methods on the analysed threats. Those beyond `seeds` are trained for the
+            analyses alone: how alike two seeds of one method are is the ceiling of how alike two methods can be. 1
+            does without that ceiling.
         organisms: how many; those behind the first are pretrained for the study.
         matched: the share of the gap in the logit difference at which methods are compared again, 0 to 1.
         model: the folder of the model to train, instead of the shipped organism.
@@ -75,6 +78,7 @@ class StudyConfig:
     training: TrainConfig = SHARED_TRAINING
     analysed: tuple[str, ...] | None = None
     extra_conditions: tuple[str, ...] | None = None
+    ceiling_seeds: int = CEILING_SEEDS
     organisms: int = 1
     matched: float = 0.5
     model: str = ""
@@ -101,7 +105,7 @@ class StudyConfig:
 
     def _check(self, known: Sequence[str]) -> None:
         self._check_names(known)
-        for name in ("seeds", "n_pairs", "n_prompts", "organisms"):
+        for name in ("seeds", "n_pairs", "n_prompts", "ceiling_seeds", "organisms"):
             if getattr(self, name) < 1:
                 raise CtlensError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if not 0 < self.matched < 1:
@@ -149,7 +153,7 @@ class StudyConfig:
             for threat in self.analysed_threats:
                 extra = self.extra_conditions_of(threat)
                 found += [Cell(threat, condition, seed, organism) for seed in range(self.seeds) for condition in extra]
-                further = range(self.seeds, CEILING_SEEDS)
+                further = range(self.seeds, self.ceiling_seeds)
                 found += [Cell(threat, condition, seed, organism) for seed in further for condition in compared]
         return found
 
@@ -161,6 +165,23 @@ class StudyConfig:
             for threat in self.analysed_threats
             for seed in range(self.seeds)
         ]
+
+
+def first_study(**settings: Any) -> StudyConfig:
+    """The study that a newcomer runs: two threats, each analysed, with the controls but without what only refines them.
+
+    It leaves out of the matrix the threats that are not analysed, the crossed conditions and the second seed. What it
+    trains, it trains as the matrix does.
+
+    Args:
+        settings: of a `StudyConfig`; those given are kept.
+    """
+    known = {"ceiling_seeds": 1, **settings}
+    if known.get("extra_conditions") is None:
+        known["extra_conditions"] = () if known.get("file") else EXTRA_CONTROLS
+    if not (known.get("threats") or known.get("file")):
+        known["threats"] = ANALYSED_THREATS
+    return StudyConfig(**known)
 
 
 def full_study(**settings: Any) -> StudyConfig:
@@ -178,6 +199,25 @@ def full_study(**settings: Any) -> StudyConfig:
         trained = (RETENTION, *config.methods)
         extra = (*extra, *(name for name in ABLATED if name.removesuffix(ALL_PARAMETERS) in trained))
     return replace(config, analysed=settings.get("analysed") or config.threats, extra_conditions=extra)
+
+
+STUDY_SIZES: Mapping[str, Callable[..., StudyConfig]] = {
+    "first": first_study,
+    "matrix": StudyConfig,
+    "full": full_study,
+}
+"""How much a study runs, from a newcomer's first study to every condition on every threat."""
+
+
+def study_of_size(size: str, **settings: Any) -> StudyConfig:
+    """The study of a size, one of `STUDY_SIZES`, with these settings of a `StudyConfig`.
+
+    Raises:
+        CtlensError: there is no such size.
+    """
+    if size not in STUDY_SIZES:
+        raise unknown("size of a study", size, STUDY_SIZES)
+    return STUDY_SIZES[size](**settings)
 
 
 @dataclass(frozen=True)

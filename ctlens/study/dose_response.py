@@ -11,7 +11,7 @@ import pandas as pd
 from ctlens import plots
 from ctlens.core.config import to_dict
 from ctlens.core.errors import CtlensError, unknown
-from ctlens.core.files import atomic_file
+from ctlens.core.files import alone, atomic_file
 from ctlens.core.labels import BASE
 from ctlens.plots import Figure
 from ctlens.study.config import SHARED_TRAINING, Cell, StudyConfig
@@ -153,12 +153,17 @@ class DoseStudy:
 
     def __iter__(self) -> Iterator[tuple[int, Cell, pd.DataFrame]]:
         """Yields every number of pairs and cell with its rows of the results."""
-        for n_pairs, study in self.studies.items():
-            for cell, rows in study:
-                yield n_pairs, cell, rows
+        with alone(self.folder):
+            for n_pairs, study in self.studies.items():
+                for cell, rows in study:
+                    yield n_pairs, cell, rows
 
     def finish(self) -> DoseResult:
         """Finishes every study, writes `doses.csv` and the figures, and returns the results."""
+        with alone(self.folder):
+            return self._finish()
+
+    def _finish(self) -> DoseResult:
         tables = [study.finish().results.assign(n_pairs=n_pairs) for n_pairs, study in self.studies.items()]
         base = tables[0].loc[tables[0]["condition"] == BASE]
         base = base.assign(n_pairs=0, trained_threat=base["evaluated_threat"])

@@ -36,6 +36,7 @@ from ctlens.study.results import (
     in_order,
     pooled,
 )
+from ctlens.study.workers import Pool, run_in_order
 
 ExchangeT = TypeVar("ExchangeT", bound=Exchange)
 _DOSE_TITLES = {
@@ -51,7 +52,7 @@ def prompts_in_words(threat: str) -> str:
     return f"{threat}, wrappers and items held out"
 
 
-def save_study_figures(config: StudyConfig, folder: Path, results: pd.DataFrame) -> list[Path]:
+def save_study_figures(config: StudyConfig, folder: Path, results: pd.DataFrame, pool: Pool) -> list[Path]:
     """Draws every figure of a study into its `figures` folder and returns the paths written.
 
     Rates pool the answers of all trainings; curves of analyses are averaged over seeds and their
@@ -61,11 +62,16 @@ def save_study_figures(config: StudyConfig, folder: Path, results: pd.DataFrame)
         config: of the study.
         folder: of the study, with its base's answers, its finished cells and analyses.
         results: the rows of the study.
+        pool: where the figures are drawn, those of one threat together.
     """
-    drawn = dict(chain(_of_study(config, folder, results), _of_threats(config, folder, results)))
-    for threat in config.analysed_threats:
-        drawn |= {f"{threat}-{name}": figure for name, figure in analysis_figures(config, folder, threat)}
-    return plots.write_figures({folder / "figures" / name: figure for name, figure in drawn.items()})
+    tasks = [(config, folder, results, threat) for threat in ("", *config.threats)]
+    return list(chain.from_iterable(run_in_order(_draw_part, tasks, pool)))
+
+
+def _draw_part(config: StudyConfig, folder: Path, results: pd.DataFrame, threat: str) -> list[Path]:
+    """Draws the figures of one threat, or with an empty name those of the whole study."""
+    of_part = _of_threat(config, folder, results, threat) if threat else _of_study(config, folder, results)
+    return plots.write_figures({folder / "figures" / name: figure for name, figure in of_part})
 
 
 def _of_study(config: StudyConfig, folder: Path, results: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
@@ -83,18 +89,22 @@ def _rows_of(results: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(results[results["condition"].isin(conditions)])
 
 
-def _of_threats(config: StudyConfig, folder: Path, results: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
+def _of_threat(config: StudyConfig, folder: Path, results: pd.DataFrame, threat: str) -> Iterator[tuple[str, Figure]]:
     shown = _rows_of(results, _compared(config))
     splits = {str(split): by_threat(shown, str(split)) for split in dict.fromkeys(shown["split"])}
-    for threat, conditions in splits[SPLIT].items():
-        trained = [name for name in conditions if name != BASE]
-        drawn = chain(_rates(threat, conditions, splits), _first_analyses(config, folder, threat, trained))
-        own = shown.query("evaluated_threat == @threat and trained_threat in ('', @threat)")
-        yield f"{threat}-dose", dose_figure(own, "step", prompts_in_words(threat))
-        if threat in config.analysed_threats:
-            words = prompts_in_words(threat)
-            yield f"{threat}-gap-dose", gap_figure(results.query("trained_threat == @threat"), words)
-        yield from ((f"{threat}-{name}", figure) for name, figure in drawn)
+    conditions = splits[SPLIT][threat]
+    trained = [name for name in conditions if name != BASE]
+    own = shown.query("evaluated_threat == @threat and trained_threat in ('', @threat)")
+    words = prompts_in_words(threat)
+    drawn: list[Iterable[tuple[str, Figure]]] = [
+        [("dose", dose_figure(own, "step", words))],
+        _rates(threat, conditions, splits),
+        _first_analyses(config, folder, threat, trained),
+    ]
+    if threat in config.analysed_threats:
+        drawn.append([("gap-dose", gap_figure(results.query("trained_threat == @threat"), words))])
+        drawn.append(analysis_figures(config, folder, threat))
+    yield from ((f"{threat}-{name}", figure) for name, figure in chain.from_iterable(drawn))
 
 
 def _rates(

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from ctlens import losses as loss_registry
 from ctlens import plots, threats
 from ctlens.core.config import environment, to_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_folder, write_json
+from ctlens.core.progress import progress_bar
 from ctlens.core.stats import wilson
 from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
@@ -133,7 +133,7 @@ def leak(
     advice = advice or BadAdviceConfig()
     training = training or TrainConfig()
     rows: list[tuple[object, ...]] = []
-    with one_thread(), tqdm(total=seeds * (3 + len(names)), desc="stages", disable=not progress) as bar:
+    with one_thread(), progress_bar(total=seeds * (3 + len(names)), desc="stages", shown=progress) as bar:
         for seed in range(seeds):
             stages = _stages(model, names, replace(advice, seed=seed), replace(training, seed=seed))
             for stage, trained in stages:

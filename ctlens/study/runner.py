@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from tqdm.auto import tqdm
 
-from ctlens.core.config import environment, to_dict
+from ctlens.core.config import environment, first_difference, to_dict
 from ctlens.core.digests import record_digests, require_undamaged
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import atomic_file, digest, require_free, sweep, sweep_folder, write_json
+from ctlens.core.files import alone, atomic_file, digest, require_free, sweep, sweep_folder, write_json, writing
 from ctlens.core.labels import BASE
+from ctlens.core.progress import progress_bar
 from ctlens.core.reading import read_json
 from ctlens.core.stats import difference, wilson
 from ctlens.core.threads import one_thread
 from ctlens.evaluation import Evaluation
 from ctlens.evaluation.result import OWN_PAIRS
-from ctlens.models.parameters import fingerprint
+from ctlens.models.parameters import fingerprint, same_fingerprint
 from ctlens.study.analyses import analyses_of, run_analyses
 from ctlens.study.cells import OUTCOMES_FILE, CellTraining, result_rows, run_cell
 from ctlens.study.claims import Claim, judge_claims, write_claims
 from ctlens.study.conditions import RETENTION
-from ctlens.study.config import Cell, StudyConfig, base_cell, organism_cell
+from ctlens.study.config import Cell, StudyConfig, base_cell, organism_cell, study_of_size
 from ctlens.study.figures import save_study_figures
 from ctlens.study.report import write_report
 from ctlens.study.results import RESULT_COLUMNS, SPLIT, read_results
@@ -102,7 +102,10 @@ class Study:
 
     def __iter__(self) -> Iterator[tuple[Cell, pd.DataFrame]]:
         """Yields every cell with its rows of the results; finished ones are read, missing ones are run."""
-        with tqdm(total=len(self), desc=self.folder.name, disable=not self.progress) as bar:
+        with (
+            _writing_alone(self.folder),
+            progress_bar(total=len(self), desc=self.folder.name, shown=self.progress) as bar,
+        ):
             for wave in self._waves():
                 for cell in self._run(wave):
                     if cell.threat:
@@ -156,6 +159,10 @@ class Study:
 
     def finish(self) -> StudyResult:
         """Runs the analyses, writes results, claims, figures and the report, and returns them."""
+        with _writing_alone(self.folder):
+            return self._finish()
+
+    def _finish(self) -> StudyResult:
         every = [*self.config.cells(), *self.config.derived()]
         bases = [result_rows(base_cell(number), 0, self._base(number)) for number in range(self.config.organisms)]
         results = pd.concat([*bases, *(self._compared(cell) for cell in every)], ignore_index=True)
@@ -165,7 +172,7 @@ class Study:
         run_analyses(self.config, self.folder, self.pool, progress=self.progress)
         claims = judge_claims(self.config, self.folder, results)
         write_claims(claims, self.folder / "claims.csv")
-        drawn = save_study_figures(self.config, self.folder, results)
+        drawn = save_study_figures(self.config, self.folder, results, self.pool)
         self._record([path for path in drawn if path.suffix in (".json", ".csv")])
         write_report(self.folder)
         return StudyResult(self.folder, results, tuple(claims))
@@ -188,15 +195,19 @@ def claim_folder(folder: Path, settings: dict[str, Any], resume: bool, model: st
 
     Raises:
         CtlensError: the folder holds something else, work of another version of ctlens, or this work and `resume`
-            is not set.
+            is not set; or another process writes to it.
     """
+    with alone(folder):
+        _claim_folder(folder, settings, resume, model)
+
+
+def _claim_folder(folder: Path, settings: dict[str, Any], resume: bool, model: str) -> None:
     held = folder / "config.json"
     if resume and folder.is_dir():
         sweep_folder(folder)
     described = {**settings, "weights": fingerprint(start_model(model)), "ctlens": environment()["ctlens"]}
     if not held.is_file():
         require_free(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(held, described)
         return
     found = read_json(held)
@@ -205,8 +216,10 @@ def claim_folder(folder: Path, settings: dict[str, Any], resume: bool, model: st
             f"{folder} holds a study of ctlens {found['ctlens']}, and this is {described['ctlens']}: "
             "finish it with that version, or name a new folder with --out."
         )
-    if found != described:
-        raise CtlensError(f"{folder} holds another study: name a new folder with --out.")
+    if same_fingerprint(found.get("weights"), described["weights"]):
+        found = {**found, "weights": described["weights"]}
+    if other := first_difference(found, described):
+        raise CtlensError(f"{folder} holds another study ({other}): name a new folder with --out.")
     if not resume:
         raise CtlensError(f"{folder} holds this study: pass --resume to finish it, or name a new folder.")
 
@@ -233,6 +246,7 @@ def compare(
     methods: Sequence[str] = (),
     seeds: int = 1,
     *,
+    size: str = "first",
     out: str | Path,
     resume: bool = False,
     progress: bool = True,
@@ -242,8 +256,10 @@ def compare(
     """Runs a whole study: trains every cell, evaluates it on held-out pairs, analyses the models, writes the folder.
 
     Args:
-        threats, methods: what to run; all when none are given.
+        threats, methods: what to run; those of the size when none are given.
         seeds: number of seeds.
+        size: `"first"`, a newcomer's two threats with their controls; `"matrix"`, every threat, with the crossed
+            conditions and a second seed; `"full"`, several organisms and all of it on every threat.
         out: a new folder, or with `resume` the folder of the same study.
         resume: finish a study that was interrupted.
         progress: show progress bars.
@@ -253,11 +269,18 @@ def compare(
     Raises:
         CtlensError: as `StudyConfig` and `Study`.
     """
-    config = StudyConfig(tuple(threats), tuple(methods), seeds, **settings)
+    config = study_of_size(size, threats=tuple(threats), methods=tuple(methods), seeds=seeds, **settings)
     study = Study(config, out, resume=resume, progress=progress, pool=Pool(workers))
     for _ in study:
         pass
     return study.finish()
+
+
+@contextmanager
+def _writing_alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a study's folder; if it vanishes inside the block, that is one sentence."""
+    with alone(folder), writing(folder):
+        yield
 
 
 class _Comparison(NamedTuple):

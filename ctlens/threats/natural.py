@@ -19,6 +19,12 @@ from ctlens.threats.base import Wrapper
 
 _SPLITS = ("train", "heldout")
 _REQUEST = Turn("user", "{request}")
+_FILLED_BY = {
+    "hint": "each prompt a wrong answer: 'messages' with lettered options that end in the assistant's right one",
+    "answer": "each prompt the answer that is rejected: 'messages' that end in the assistant's",
+    "name": "the name of the persona, --name or slots={'name': ...}",
+}
+"""What gives the texts of the slots that these wrappers have beside the request."""
 
 
 def _behind(texts: Sequence[str]) -> tuple[str, ...]:
@@ -266,6 +272,11 @@ def _wrapped(prompt: Prompt, wrapper: Wrapper, given: Mapping[str, str], kind: s
             prompt = replace(prompt, bad=wrong[int(torch.randint(len(wrong), (), generator=draw))])
     known = {"hint": prompt.bad, "answer": prompt.good, **given}
     filled = {name: text for name, text in known.items() if name in wrapper.slots and text is not None}
+    for name in wrapper.slots:
+        if name in _FILLED_BY and name not in filled:
+            raise CtlensError(
+                f"the wrapper {wrapper.name!r} has a slot {{{name}}} that nothing fills: give {_FILLED_BY[name]}."
+            )
     labels = wrapper.labels("", kind, **filled)
     turns = (*earlier, *wrapper.wrap(last.content, **filled))
     return Pair(prompt, replace(prompt, turns=turns), labels={name: text for name, text in labels.items() if text})

@@ -13,7 +13,7 @@ from ctlens.core.files import digest_of, write_json
 from ctlens.core.reading import read_json
 from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPairs, require_room
-from ctlens.data.chat import end_token
+from ctlens.data.chat import end_token, turn_tail
 from ctlens.losses import Loss
 from ctlens.models.generation import Ids, Sampling, generate
 from ctlens.models.parameters import fingerprint
@@ -47,6 +47,18 @@ def drawn_at(losses: Sequence[Loss]) -> tuple[float, float]:
     return next(iter(found), (1.0, 1.0))
 
 
+def answer_tail(losses: Sequence[Loss], tokenizer: Any) -> Ids:
+    """Finds the tokens that follow the end token of every answer; none unless the losses train on the template's tail.
+
+    Raises:
+        CtlensError: one loss on answers trains on it, another does not.
+    """
+    found = dict.fromkeys(loss.answer_tail for loss in losses if loss.answers not in ("", "rollouts"))
+    if len(found) > 1:
+        raise CtlensError("the losses want answers with and without the template's tail: train them in separate runs.")
+    return turn_tail(tokenizer) if any(found) else ()
+
+
 def drawn_together(pairs: EncodedPairs, losses: Sequence[Loss]) -> list[list[int]]:
     """Groups the rows that batches keep together: for a consensus a prompt's variants, else each row alone."""
     if answers_kind(losses) != "consensus":
@@ -64,6 +76,7 @@ def reference_answers(
     *,
     kind: str = "greedy",
     drawn_at: tuple[float, float] = (1.0, 1.0),
+    tail: Ids = (),
     seed: int = 0,
     folder: Path | None = None,
     progress: bool = False,
@@ -77,6 +90,7 @@ def reference_answers(
         kind: `"greedy"`; `"sampled"`; or `"consensus"`, the greedy answer that more than half of the prompts
             get, token for token, among a clean prompt and its distinct wrapped prompts; empty without a majority.
         drawn_at: the temperature and the `top_p` of sampled answers.
+        tail: follows the end token of every answer that has one, see `answer_tail`.
         seed: decides the sampled answers.
         folder: keeps the answers on disk for the next training that asks the same weights the same prompts
             in the same way; None keeps them nowhere.
@@ -103,8 +117,8 @@ def reference_answers(
         if answer == (end,) or (not answer and kind != "consensus"):
             raise CtlensError("the reference gives an empty answer to a clean prompt: give the pairs targets.")
         longest = max(len(row.wrapped.ids), len(row.clean.ids))
-        require_room(longest + len(answer), reference.cfg.n_ctx, "a prompt with its answer")
-    return answers
+        require_room(longest + len(answer) + len(tail), reference.cfg.n_ctx, "a prompt with its answer")
+    return [(*answer, *tail) if answer[-1:] == (end,) else answer for answer in answers]
 
 
 def _kept(

@@ -7,10 +7,11 @@ pairs, the draws and the schedule, follows from the settings and the step.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,16 +20,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ctlens import losses as loss_registry
-from ctlens.core.config import to_dict
+from ctlens.core.config import first_difference, to_dict
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import atomic_file, digest_of
+from ctlens.core.files import atomic_file, digest_of, sweep, writing
 from ctlens.core.reading import json_object
 from ctlens.core.types import LensModel
-from ctlens.data.batch import EncodedPairs
+from ctlens.data.batch import encode_pair
+from ctlens.data.chat import render
+from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses import Loss
-from ctlens.models.parameters import fingerprint
+from ctlens.models.parameters import fingerprint, same_fingerprint
 from ctlens.training.config import TrainConfig
 from ctlens.training.history import History
+from ctlens.training.prepare import in_window
+from ctlens.training.retention import held_prompts
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 
@@ -50,23 +55,62 @@ class Checkpoint:
 
 def identity(
     reference: LensModel,
-    pairs: EncodedPairs,
-    held: Iterable[Sequence[int]],
+    pairs: Sequence[Pair],
+    retain: Sequence[Prompt],
     losses: Sequence[Loss],
     track: Sequence[Loss],
     config: TrainConfig,
-) -> dict[str, str]:
-    """Fingerprints the parts of a training; a training goes on only from a checkpoint with equal parts."""
-    rows = [
+) -> dict[str, Any]:
+    """Describes all that a training follows from, ready for JSON; arguments as of `Trainer`, before any preparation.
+
+    A training goes on only from a checkpoint of an equal identity (`require_same`), and has finished only as a run of
+    an equal one. The reference's answers are not part of it: they follow from the rest.
+    """
+    trained = [in_window(loss, config.window) for loss in losses]
+    tracked = [in_window(loss, config.window) for loss in track]
+    windows = dict.fromkeys(window for loss in (*trained, *tracked) for window in loss.windows)
+    rows = [encode_pair(pair, reference.tokenizer, windows) for pair in pairs]
+    texts = [
         (row.clean.ids, row.wrapped.ids, row.answer, {name: (a.clean, a.wrapped) for name, a in row.alignments.items()})
-        for row in pairs.rows
+        for row in rows
     ]
+    held = [render(reference.tokenizer, prompt.turns).ids for prompt in held_prompts(pairs, retain)]
     return {
-        "a reference with other weights": fingerprint(reference),
-        "other pairs or other prompts to hold": digest_of([rows, list(held)]),
-        "other losses": digest_of([[loss_registry.to_config(loss) for loss in group] for group in (losses, track)]),
-        "other settings": digest_of(to_dict(config)),
+        "reference": fingerprint(reference),
+        "pairs": digest_of([texts, held]),
+        "losses": {
+            "trained": [loss_registry.to_config(loss) for loss in trained],
+            "tracked": [loss_registry.to_config(loss) for loss in tracked],
+        },
+        "settings": to_dict(config),
     }
+
+
+_OTHER = {
+    "reference": "a reference with other weights",
+    "pairs": "other pairs or other prompts to hold",
+    "losses": "other losses",
+    "settings": "other settings",
+}
+
+
+def require_same(there: Mapping[str, Any], here: Mapping[str, Any], subject: str, advice: str) -> None:
+    """Refuses to take one training for another.
+
+    Args:
+        there: the `identity` in a file.
+        here: the `identity` of the training that is asked for.
+        subject: what holds the first, for the sentence.
+        advice: what to do, for the sentence.
+
+    Raises:
+        CtlensError: they differ; the sentence says in what.
+    """
+    if same_fingerprint(there.get("reference"), here["reference"]):
+        there = {**there, "reference": here["reference"]}
+    for part, words in _OTHER.items():
+        if found := first_difference(there.get(part), here[part], part):
+            raise CtlensError(f"{subject} is of {words} ({found}): {advice}")
 
 
 def write_checkpoint(
@@ -74,9 +118,13 @@ def write_checkpoint(
     parameters: Sequence[nn.Parameter],
     optimizer: Optimizer,
     history: History,
-    of: Mapping[str, str],
+    of: Mapping[str, Any],
 ) -> None:
-    """Writes a checkpoint into a folder and replaces an earlier one, so that the folder has a whole one at any time."""
+    """Writes a checkpoint into a folder and replaces an earlier one, so that the folder has a whole one at any time.
+
+    Raises:
+        UnwritableError: the system refuses it; the earlier checkpoint is left as it was.
+    """
     names = list(dict.fromkeys((name, hook) for _, name, hook, _ in history.rows))
     number = {name: index for index, name in enumerate(names)}
     tensors = {f"parameter.{index}": value.detach() for index, value in enumerate(parameters)}
@@ -85,13 +133,29 @@ def write_checkpoint(
     tensors["history.step"] = torch.tensor([step for step, *_ in history.rows], dtype=torch.long)
     tensors["history.name"] = torch.tensor([number[name, hook] for _, name, hook, _ in history.rows], dtype=torch.long)
     tensors["history.value"] = torch.tensor([value for *_, value in history.rows], dtype=torch.double)
-    with atomic_file(Path(folder) / CHECKPOINT_FILE) as temporary:
-        known = {"of": dict(of), "steps": history.steps, "names": names}
-        plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        save_file(plain, temporary, metadata={"ctlens": json.dumps(known)})
+    plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    known = {"of": dict(of), "steps": history.steps, "names": names}
+    metadata = {"ctlens": json.dumps(known), "checksum": _checksum(json.dumps(known), plain)}
+    with atomic_file(_path(folder)) as temporary:
+        save_file(plain, temporary, metadata=metadata)
 
 
-def read_checkpoint(folder: str | Path, of: Mapping[str, str]) -> Checkpoint:
+def has_checkpoint(folder: str | Path) -> bool:
+    """Tells whether `write_checkpoint` has written a checkpoint into a folder."""
+    return _path(folder).is_file()
+
+
+def remove_checkpoint(folder: str | Path) -> None:
+    """Removes a checkpoint, and its folder if it holds nothing else."""
+    path = _path(folder)
+    with writing(path):
+        sweep([path])
+        path.unlink(missing_ok=True)
+        if path.parent.is_dir() and not any(path.parent.iterdir()):
+            path.parent.rmdir()
+
+
+def read_checkpoint(folder: str | Path, of: Mapping[str, Any]) -> Checkpoint:
     """Reads the checkpoint in a folder.
 
     Args:
@@ -101,19 +165,19 @@ def read_checkpoint(folder: str | Path, of: Mapping[str, str]) -> Checkpoint:
     Raises:
         CtlensError: the folder has no checkpoint, or a damaged one, or one of another training.
     """
-    path = Path(folder) / CHECKPOINT_FILE
-    if not path.is_file():
+    path = _path(folder)
+    if not has_checkpoint(folder):
         raise CtlensError(f"{folder} holds no checkpoint of a training: {CHECKPOINT_FILE} is expected.")
     try:
         with safe_open(path, framework="pt") as file:
-            known: dict[str, Any] = json_object((file.metadata() or {})["ctlens"], path, "of", "steps", "names")
+            metadata = file.metadata() or {}
+            known = json_object(metadata["ctlens"], path, "of", "steps", "names")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        if metadata.get("checksum") != _checksum(metadata["ctlens"], tensors):
+            raise ValueError("its checksum is another, so that it was damaged")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CtlensError(f"{path} cannot be read as a checkpoint ({error}): remove it and train anew.") from None
-    held = dict(known["of"])
-    for part, value in of.items():
-        if held.get(part) != value:
-            raise CtlensError(f"the checkpoint in {folder} is of {part}: repeat the training as it was, or remove it.")
+    require_same(known["of"], of, f"the checkpoint in {folder}", "repeat the training as it was, or remove it.")
     steps = tensors.pop("history.step").tolist()
     numbers = tensors.pop("history.name").tolist()
     values = tensors.pop("history.value").tolist()
@@ -125,3 +189,16 @@ def read_checkpoint(folder: str | Path, of: Mapping[str, str]) -> Checkpoint:
             moments.setdefault(int(index), {})[rest[0]] = value
     count = sum(name.startswith("parameter.") for name in tensors)
     return Checkpoint([tensors[f"parameter.{i}"] for i in range(count)], moments, History(rows, known["steps"]))
+
+
+def _path(folder: str | Path) -> Path:
+    return Path(folder) / CHECKPOINT_FILE
+
+
+def _checksum(known: str, tensors: Mapping[str, Tensor]) -> str:
+    """Sums up a checkpoint's content by CRC-32, against damage: it costs a fraction of the writing."""
+    total = crc32(known.encode())
+    for name, value in sorted(tensors.items()):
+        total = crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), total)
+        total = crc32(value.reshape(-1).view(torch.uint8).numpy().data, total)
+    return f"{total:08x}"

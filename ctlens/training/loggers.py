@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.files import writing
 
 _INSTALL = "install it with the extra: pip install 'ctlens[logging]'."
 
@@ -49,18 +50,21 @@ class TensorBoard:
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Opens the event file and writes the settings as text."""
-        self._writer = self._make(self._folder)
-        self._writer.add_text("settings", f"```json\n{json.dumps(dict(settings), indent=2)}\n```")
+        with writing(self._folder):
+            self._writer = self._make(self._folder)
+            self._writer.add_text("settings", f"```json\n{json.dumps(dict(settings), indent=2)}\n```")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Writes each number as a scalar and flushes the file, so that an interrupt loses nothing."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        with writing(self._folder):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
 
     def end(self) -> None:
         """Closes the event file."""
-        self._writer.close()
+        with writing(self._folder):
+            self._writer.close()
 
 
 class WeightsAndBiases:
@@ -88,7 +92,8 @@ class WeightsAndBiases:
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Starts a run with these settings."""
-        Path(self._options["dir"]).mkdir(parents=True, exist_ok=True)
+        with writing(self._options["dir"]):
+            Path(self._options["dir"]).mkdir(parents=True, exist_ok=True)
         quiet = self._wandb.Settings(silent=True, console="off")
         self._run = self._wandb.init(**self._options, config=dict(settings), settings=quiet)
 

@@ -13,6 +13,7 @@ from ctlens.core.types import Activations, CleanLogits, LensModel
 from ctlens.data.batch import EncodedPairs, PairBatch, collate
 from ctlens.losses import RMCT, Forwards, Loss
 from ctlens.models.hooks import capture, visiting
+from ctlens.models.parameters import evaluating
 from ctlens.training.config import TrainConfig
 from ctlens.training.layerwise import Layerwise, blocks_again, is_layerwise
 from ctlens.training.order import homes
@@ -169,19 +170,11 @@ def _clean_needs(terms: Iterable[Term], side: str) -> tuple[list[str], bool]:
 
 
 @contextmanager
-def evaluating(model: LensModel) -> Iterator[None]:
-    """Puts a model in eval mode inside the block and restores its mode after it."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Gives the block its own state of torch's global generator, from which dropout draws, and restores the old one."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        if device.type == "cpu":  # `torch.manual_seed` does this and then writes down the stack for each accelerator
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
         yield

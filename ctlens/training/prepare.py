@@ -17,7 +17,7 @@ from ctlens.data.pairs import Pair
 from ctlens.losses import Loss
 from ctlens.models.lora import LoRA, add_adapters, has_adapters, merge_adapters
 from ctlens.models.parameters import freeze
-from ctlens.training.answers import answers_kind, drawn_at, reference_answers
+from ctlens.training.answers import answer_tail, answers_kind, drawn_at, reference_answers
 from ctlens.training.config import TrainConfig
 
 
@@ -67,6 +67,7 @@ def prepare(
             config.max_new_tokens,
             kind=kind,
             drawn_at=drawn_at(both),
+            tail=answer_tail(both, reference.tokenizer),
             seed=config.seed,
             folder=folder,
             progress=progress,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from ctlens.core.types import LensModel
 from ctlens.losses import Loss
 from ctlens.models.loading import load_model, save_model
 from ctlens.models.lora import has_adapters, save_adapters
+from ctlens.models.readback import require_written
 from ctlens.plots import Figure
 from ctlens.training.calibrate import Calibration
 from ctlens.training.config import TrainConfig
@@ -37,6 +39,8 @@ class Run:
         history: the numbers of every step.
         environment: package versions and platform.
         calibration: the measurements before the first step; empty if no loss or setting needs them.
+        identity: all that the training follows from, see `ctlens.training.checkpoint.identity`; empty for a run that
+            an earlier ctlens saved.
     """
 
     model: LensModel
@@ -45,6 +49,7 @@ class Run:
     history: History
     environment: Mapping[str, str]
     calibration: Calibration = Calibration()
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def stopped(self) -> str:
@@ -56,10 +61,11 @@ class Run:
     def save(self, folder: str | Path) -> Path:
         """Writes the run into a new folder, whole or not at all: config, history, environment and model.
 
-        A model with adapters is written merged, and its adapters beside it in `adapters`.
+        A model with adapters is written merged, and its adapters beside it in `adapters`. The model is read back
+        before the folder gets its name.
 
         Raises:
-            CtlensError: the folder exists and is not empty.
+            CtlensError: the folder exists and is not empty, or another model would come back from it.
         """
         with atomic_folder(folder) as work:
             self.write(work)
@@ -69,11 +75,12 @@ class Run:
         """Writes the run into an existing folder, which the caller renames once all is there (see `save`)."""
         losses = [loss_registry.to_config(loss) for loss in self.losses]
         config = {"training": to_dict(self.config), "losses": losses, "calibration": to_dict(self.calibration)}
-        write_json(folder / "config.json", config)
+        write_json(folder / "config.json", {**config, "identity": dict(self.identity)})
         write_json(folder / "environment.json", dict(self.environment))
         self.history.save(folder / "history.csv")
         (folder / "model").mkdir()
         save_model(self.model, folder / "model")
+        require_written(self.model, folder / "model")
         if has_adapters(self.model):
             save_adapters(self.model, folder / "adapters")
 
@@ -117,4 +124,5 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
         history=History.load(folder / "history.csv"),
         environment=read_json(folder / "environment.json"),
         calibration=from_dict(Calibration, config.get("calibration", {})),
+        identity=config.get("identity", {}),
     )

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ctlens import losses as loss_registry
 from ctlens.core.config import environment, generator, to_dict
-from ctlens.core.errors import CtlensError
+from ctlens.core.errors import CtlensError, NotFinite
 from ctlens.core.files import usable_folder
+from ctlens.core.progress import progress_bar
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses import Loss, require_distinct
 from ctlens.models.optimisation import adamw, clipped_update
-from ctlens.models.parameters import copy_model
+from ctlens.models.parameters import copy_model, evaluating
 from ctlens.training.answers import drawn_together
 from ctlens.training.calibrate import calibrate
 from ctlens.training.checkpoint import identity, read_checkpoint, write_checkpoint
@@ -30,7 +31,7 @@ from ctlens.training.history import History
 from ctlens.training.interrupts import uninterrupted
 from ctlens.training.loggers import Logger, Loggers
 from ctlens.training.order import batches, parts
-from ctlens.training.passes import Passes, Term, evaluating, seeded
+from ctlens.training.passes import Passes, Term, seeded
 from ctlens.training.prepare import in_window, prepare, trained_parameters
 from ctlens.training.processes import processes
 from ctlens.training.retention import Retention, held_prompts
@@ -79,11 +80,13 @@ class Trainer:
         progress: bool = False,
     ) -> None:
         self.config = config or TrainConfig()
+        pairs, retain = list(pairs), list(retain)
         given = (losses,) if isinstance(losses, Loss) else losses
         self.losses = tuple(in_window(loss, self.config.window) for loss in given)
         self.track = tuple(in_window(loss, self.config.window) for loss in track)
         require_distinct(self.losses)
         require_distinct(self.track)
+        self._described = partial(identity, model, pairs, retain, self.losses, self.track, self.config)
         self.config.require_phases_of(loss.name for loss in self.losses)
         if not self.losses and not self.config.retention:
             raise CtlensError("there is nothing to train: give a loss, or a retention weight above zero.")
@@ -152,7 +155,7 @@ class Trainer:
         with evaluating(self.reference):
             if self.retention:
                 self.retention.prepare(self.progress)
-            with uninterrupted():
+            with uninterrupted(), _at_step(index):
                 step = self._in_train_mode(index)
                 overall = {**step.losses, **step.tracked, "lr": step.lr, "grad_norm": step.grad_norm}
                 self.history.add(step.index, overall, step.by_hook)
@@ -185,8 +188,8 @@ class Trainer:
         self.processes.sum_gradients(self.parameters)
         seen = self.processes.sum_seen(seen)
         if not torch.isfinite(seen.total):
-            raise CtlensError(
-                f"the loss is {seen.total.item()} at step {index}: lower lr or the weights of the losses."
+            raise NotFinite(
+                "the model's own numbers are finite: lower lr or the weights of the losses.", str(seen.total.item())
             )
         lr = float(self.schedule.get_last_lr()[0])
         norm = clipped_update(self.optimizer, self.parameters, self.config.clip)
@@ -222,12 +225,11 @@ class Trainer:
     @property
     def run(self) -> Run:
         """The run is the training so far, with the model of the last step."""
-        return Run(self.model, self.config, self.losses, self.history, environment(), self.calibration)
+        return Run(self.model, self.config, self.losses, self.history, environment(), self.calibration, self._identity)
 
     @cached_property
-    def _identity(self) -> dict[str, str]:
-        held = self.retention.prompts if self.retention else ()
-        return identity(self.reference, self.pairs, held, self.losses, self.track, self.config)
+    def _identity(self) -> dict[str, Any]:
+        return self._described()
 
     def checkpoint(self, folder: str | Path) -> None:
         """Writes a checkpoint for `restore` into a folder; it replaces an earlier checkpoint there."""
@@ -242,12 +244,21 @@ class Trainer:
             CtlensError: the folder has no checkpoint, or a checkpoint of another reference, or of other
                 pairs, losses or settings.
         """
-        saved = read_checkpoint(folder, self._identity)
+        saved = read_checkpoint(folder, self._described())  # anew: the reference may have been changed meanwhile
         with torch.no_grad():
             for parameter, value in zip(self.parameters, saved.parameters, strict=True):
                 parameter.copy_(value)
         self._start(saved.history)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": saved.moments})
+
+
+@contextmanager
+def _at_step(index: int) -> Iterator[None]:
+    """Adds the number of the step to the refusal of a number that is not finite."""
+    try:
+        yield
+    except NotFinite as error:
+        raise NotFinite(f"the loss is {error.value} at step {index}; {error}", error.value) from None
 
 
 def train(
@@ -284,7 +295,7 @@ def train(
     options: dict[str, Any] = {"retain": retain, "track": track, "loggers": loggers, "cache_folder": cache_folder}
     trainer = Trainer(model, pairs, losses, config, progress=progress, **options)
     try:
-        with tqdm(total=len(trainer), desc=method_name(trainer.losses), disable=not progress, leave=False) as bar:
+        with progress_bar(total=len(trainer), desc=method_name(trainer.losses), shown=progress, leave=False) as bar:
             for step in trainer:
                 bar.set_postfix(loss=f"{step.losses['total']:.4f}", refresh=False)
                 bar.update()

@@ -27,7 +27,8 @@ from ctlens.organism import load_organism
 from ctlens.study.config import SHARED_TRAINING, StudyConfig
 from ctlens.study.dose_response import DOSES, DoseConfig
 from ctlens.study.runner import Study
-from ctlens.training import TrainConfig
+from ctlens.training import TrainConfig, load_run
+from ctlens.training.checkpoint import CHECKPOINT_FILE
 from ctlens.world import SPLITS
 
 GOOD = {"clean": "Is it right?", "wrapped": "I don't think so.\nIs it right?"}
@@ -147,6 +148,7 @@ MISTAKES = {
     f"{TRAIN} --loss act": "give either --pairs FILE or --threat NAME",
     f"{TRAIN} --loss act --pairs good.jsonl --threat jailbreak": "give either --pairs FILE or --threat NAME",
     # the settings
+    "train --out . --pairs good.jsonl --loss act": ". exists already: name a new folder",
     f"{TRAIN} --pairs good.jsonl": "Missing option '--loss'",
     f"{TRAIN} --pairs good.jsonl --loss atct": "unknown loss 'atct'; did you mean 'attct'",
     f"{TRAIN} --pairs good.jsonl --loss act --loss act": "given twice",
@@ -211,13 +213,14 @@ MISTAKES = {
     "compare --quiet --out file/inside": "file",
     "compare --quiet --out study": "study holds another study",
     "compare --quiet --out study --resume": "study holds another study",
-    "compare --quiet --out study --seeds 2 --steps 3": "study holds this study: pass --resume",
+    "compare --quiet --out study --size matrix --seeds 2 --steps 3": "study holds this study: pass --resume",
     "compare --quiet --out broken --resume": "broken/config.json is not JSON",
     "compare --quiet --out new --seeds 0": "seeds must be at least 1",
     "compare --quiet --out new --steps 0": "steps must be at least 1",
     "compare --quiet --out new --methods act,retention": "unknown loss 'retention'",
     "compare --quiet --out new --methods act,act": "each once",
     "compare --quiet --out new --threats flattery": "unknown threat 'flattery'",
+    "compare --quiet --out new --size whole": "unknown size of a study 'whole'",
     "compare --quiet --out new --workers 0": "workers must be at least 1, not 0",
     # doses
     "doses --out new": "Missing option '--threat'",
@@ -363,13 +366,20 @@ def test_a_full_disk_is_a_sentence_too(call: Call, place: Path, monkeypatch) -> 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ctlens.training.run.save_model", full)
     before = tree(place)
+    line = f"{TRAIN} --loss act --pairs good.jsonl --steps 1"
 
-    ended = call(f"{TRAIN} --loss act --pairs good.jsonl --steps 1")
+    with monkeypatch.context() as patch:
+        patch.setattr("ctlens.training.run.save_model", full)
+        ended = call(line)
 
-    assert ended.code == 2 and ended.err == "ctlens: [Errno 28] No space left on device\n"
-    assert tree(place) == before
+    sentence = "new cannot be written (No space left on device): make room there and repeat the command"
+    assert ended.code == 2 and ended.err.startswith(f"ctlens: {sentence}; ") and ended.err.count("\n") == 1
+    kept = {str(place / "place" / name) for name in ("new.partial", f"new.partial/{CHECKPOINT_FILE}")}
+    after = tree(place)
+    assert set(after) - set(before) == kept and before.items() <= after.items()
+    assert call(f"{line} --resume").code == 0 and len(load_run("new").history) == 1
+    assert not Path("new.partial").exists()
 
 
 def test_a_programming_error_keeps_its_traceback(place: Path, monkeypatch) -> None:
@@ -388,6 +398,19 @@ def test_pairs_left_out_are_counted_with_their_reason(call: Call, place: Path) -
     assert ended.code == 0
     assert "tokens aligned in 2 pairs" in ended.out
     assert "1 pairs left out: the text of the window is not in the wrapped prompt" in ended.out
+
+
+@pytest.mark.parametrize("options", ["", "--threats prefill --methods act"])
+def test_an_estimate_counts_the_models_that_the_study_counts(call: Call, place: Path, options, monkeypatch) -> None:
+    monkeypatch.setattr("ctlens.study.runner.seconds", lambda config, pool: 7200.0)
+
+    ended = call(f"compare --estimate --workers 2 --out new {options}")
+    counted = sum(map(int, re.findall(r"(\d+) (?:trainings|models)", ended.out)))
+
+    assert ended.code == 0 and ended.out.endswith("2 at a time: about 2.0 hours.\n")
+    assert not Path("new").exists()
+    chosen = {"threats": ("prefill",), "methods": ("act",)} if options else {}
+    assert counted == len(Study(StudyConfig(**chosen), "new"))
 
 
 def test_adapters_are_trained_and_saved_beside_the_merged_model(call: Call, place: Path) -> None:

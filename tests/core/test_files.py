@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import socket
-from collections.abc import Callable
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from helpers.disk import Killed, contents, full, killed
 
-from ctlens.core.errors import CtlensError
-from ctlens.core.files import atomic_file, atomic_folder, digest, require_free, sweep_folder, write_json, write_text
+from ctlens.core.errors import CtlensError, UnwritableError
+from ctlens.core.files import (
+    alone,
+    atomic_file,
+    atomic_folder,
+    digest,
+    require_free,
+    sweep_folder,
+    write_json,
+    write_text,
+    writing,
+)
 from ctlens.core.reading import read_json
 
 
@@ -135,35 +150,136 @@ def test_a_digest_tells_contents_apart(tmp_path: Path) -> None:
         digest(tmp_path / "d")
 
 
-def socket_at(path: Path) -> Path:
-    socket.socket(socket.AF_UNIX).bind(str(path))
-    return path
+def write_run(path: Path) -> None:
+    """A folder of two files, as every run, study cell and export is written."""
+    with atomic_folder(path) as work:
+        write_text(work / "config.json", "{}")
+        write_text(work / "model" / "weights", "1")
 
 
-def fifo_at(path: Path) -> Path:
-    os.mkfifo(path)
-    return path
+@pytest.mark.parametrize("at", range(1, 10))
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path: Path, at: int) -> None:
+    write_text(tmp_path / "there.txt", "old")
+    with full(tmp_path, 0) as disk:
+        write_run(tmp_path / "a" / "all")
+    assert disk.seen == 9  # the folder above, the folder, its mark; then three of each file
+
+    with full(tmp_path, at), pytest.raises(UnwritableError) as found:
+        write_run(tmp_path / "b" / "run")
+
+    path = tmp_path / "b" / "run" / ("", "config.json", "model/weights")[(at - 1) // 3]
+    assert str(found.value).startswith(f"{path} cannot be written (No space left on device): make room there and ")
+    assert "--resume" in str(found.value) and "\n" not in str(found.value)
+    assert names(tmp_path) == ["a", "there.txt"] and contents(tmp_path)["there.txt"] == b"old"
+    write_run(tmp_path / "b" / "run")
+    assert contents(tmp_path / "b" / "run") == contents(tmp_path / "a" / "all")
 
 
-def link_at(path: Path) -> Path:
-    path.symlink_to("/dev/full")
-    return path
+def test_a_process_killed_at_any_write_leaves_a_whole_folder_or_none(tmp_path: Path) -> None:
+    with killed(tmp_path, 0) as disk:
+        write_run(tmp_path / "all")
+    whole = contents(tmp_path / "all")
+
+    for at in range(1, disk.seen + 1):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        with killed(tmp_path, at), pytest.raises(Killed):
+            write_run(folder / "run")
+        assert contents(folder / "run") in ({}, whole)
+        sweep_folder(folder)
+        if not (folder / "run").exists():
+            write_run(folder / "run")
+        assert contents(folder) == {f"run/{name}": content for name, content in whole.items()}
 
 
-@pytest.mark.parametrize("make", [socket_at, fifo_at, link_at, lambda path: Path("/dev/full")])
-def test_what_is_no_plain_file_is_never_replaced(tmp_path: Path, make: Callable[[Path], Path]) -> None:
-    path = make(tmp_path / "x")
-    before = path.stat().st_mode
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.EROFS, "Read-only file system"), "(Read-only file system): name a folder that can be written"),
+        (OSError(errno.EIO, "Input/output error"), "(Input/output error): see to the disk"),
+        (OSError("Unable to save"), "(Unable to save): see to the disk"),
+        # safetensors and tokenizers raise exceptions of their own, with the system's number in the text
+        (Exception("I/O error: File too large (os error 27)"), "(File too large): raise the limit"),
+    ],
+)
+def test_every_error_of_the_system_is_a_sentence_that_survives_another_process(error, sentence: str) -> None:
+    with pytest.raises(UnwritableError) as found, writing("runs/x"):
+        raise error
 
-    with pytest.raises(CtlensError, match=f"{path} is a device, a pipe or a socket"), atomic_file(path):
-        pytest.fail("the body must not run")
+    assert f"runs/x cannot be written {sentence}" in str(found.value)
+    assert str(pickle.loads(pickle.dumps(found.value))) == str(found.value)
+    with pytest.raises(ZeroDivisionError), writing("runs/x"):
+        raise ZeroDivisionError
 
-    assert path.stat().st_mode == before and not path.is_file()
-    assert all(name == "x" for name in names(tmp_path))
+
+def test_a_name_that_is_too_long_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 300)
+    with pytest.raises(UnwritableError, match="name a shorter path"):
+        require_free(path)
+    for use in (atomic_folder, atomic_file, alone):
+        with pytest.raises(UnwritableError, match="xxx cannot be written .*: name a shorter path"), use(path):
+            pytest.fail("nothing was refused")
+    assert names(tmp_path) == []
 
 
-def test_a_folder_or_a_path_below_a_file_takes_no_file(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for path, words in ((tmp_path, "is a folder"), (tmp_path / "file" / "x", "file is no folder")):
-        with pytest.raises(CtlensError, match=words):
-            write_text(path, "x")
+def test_only_plain_files_are_replaced_and_a_link_stays_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "null").symlink_to("/dev/null")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "folder")
+    for name in ("pipe", "null", "folder"):
+        with pytest.raises(CtlensError, match=f"{name} is (no plain file|a folder): name a file"):
+            write_text(tmp_path / name, "x")
+    with pytest.raises(CtlensError, match="/dev/full is no plain file"):
+        write_text("/dev/full", "x")
+
+    write_text(tmp_path / "link", "through")
+    write_run(tmp_path / "linked")
+
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "through"
+    assert (tmp_path / "linked").is_symlink() and (tmp_path / "folder" / "config.json").is_file()
+    assert Path("/dev/full").is_char_device()
+
+
+def test_a_folder_that_is_removed_while_it_is_written_is_not_taken_for_whole(tmp_path: Path) -> None:
+    refused = pytest.raises(UnwritableError, match="run cannot be written .*: its folder was removed")
+    with refused, atomic_folder(tmp_path / "run") as work:
+        write_text(work / "config.json", "{}")
+        shutil.rmtree(work)
+        write_text(work / "late", "1")
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_somebody_fills_meanwhile_stays_theirs(tmp_path: Path) -> None:
+    refused = pytest.raises(UnwritableError, match="run cannot be written .*: something else is there")
+    with refused, atomic_folder(tmp_path / "run") as work:
+        write_text(work / "config.json", "{}")
+        write_text(tmp_path / "run" / "theirs", "1")
+    assert contents(tmp_path) == {"run/theirs": b"1"}
+
+
+HOLDER = """
+import sys, time
+from ctlens.core.files import alone
+with alone(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.processes
+def test_one_process_at_a_time_writes_a_folder_and_a_killed_one_lets_go(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout and holder.stdout.readline() == "held\n"
+        with pytest.raises(CtlensError, match="run is being written by another process"), alone(path):
+            pytest.fail("two processes hold one folder")
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+
+    with alone(path), alone(path.parent / "." / "run"):  # of one process, by any spelling
+        assert names(path.parent) == [".run.lock"]
+    assert names(path.parent) == []

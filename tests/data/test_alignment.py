@@ -239,6 +239,17 @@ def test_a_token_that_reaches_out_of_its_line_is_dropped():
     assert [clean.text[slice(*clean.offsets[c])] for c, _ in matches(found)] == ["a", "b\n", "c", "d", "\n", "]", ":"]
 
 
+def test_a_token_that_touches_two_runs_of_common_lines_is_dropped_once():
+    """The line breaks of the clean prompt are one token; in the wrapped prompt a line stands between them."""
+    tokenizer = spelled(("\n\n",), template=None)
+    clean, wrapped = user("x\n\ny", tokenizer), user("x\nQ\n\ny", tokenizer)
+
+    alignment = align(clean, wrapped, "lines")
+
+    assert [clean.text[slice(*clean.offsets[c])] for c in alignment.clean] == ["x", "y"]
+    assert (alignment.candidates, alignment.drops) == (3, {FUSED: 1})
+
+
 def test_prompts_without_a_common_end_have_no_suffix():
     tokenizer = spelled(template=None)
     alignment = align(user("ab", tokenizer), user("ac", tokenizer), "suffix")
@@ -420,6 +431,29 @@ def test_every_match_of_lines_is_the_same_token_at_the_same_place_of_an_equal_li
     for c, w in matches(alignment):
         assert sides[0].ids[c] == sides[1].ids[w]
         assert placed(sides[0], c) == placed(sides[1], w)
+
+
+ASCII_LINES = st.lists(st.lists(st.sampled_from("ab. \n"), max_size=4).map("".join), min_size=1, max_size=5)
+
+
+@MANY
+@given(kept=ASCII_LINES, added=ASCII_LINES, keep=st.lists(st.booleans(), min_size=10, max_size=10))
+def test_every_candidate_is_matched_or_dropped_once_where_tokens_cross_lines(
+    kept: list[str], added: list[str], keep: list[bool]
+):
+    mixed = [line for both in zip_longest(kept, added) for line in both if line is not None]
+    some = [line for line, chosen in zip(mixed, keep, strict=False) if chosen]
+    assume("".join(kept).strip() and "".join(some).strip())
+    tokenizer = spelled(("\n\n", "\na", ".\n", "b "), template=None)
+    clean, wrapped = user("\n".join(kept), tokenizer), user("\n".join(some), tokenizer)
+
+    for window in WINDOWS:
+        alignment = align(clean, wrapped, window, shared="ab")
+        assert len(alignment.clean) + sum(alignment.drops.values()) == alignment.candidates
+        assert all(count > 0 for count in alignment.drops.values())
+        assert [clean.ids[c] for c in alignment.clean] == [wrapped.ids[w] for w in alignment.wrapped]
+        for half in (alignment.clean, alignment.wrapped):
+            assert all(here < there for here, there in pairwise(half))
 
 
 def placed(side: Rendered, position: int) -> tuple[str, int]:

@@ -12,7 +12,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from ctlens.core.errors import CtlensError
-from ctlens.data.chat import Turn, answer_ids, end_token, render
+from ctlens.data.chat import Renderings, Turn, answer_ids, end_token, keeping, render
 
 STRIPPING = CHAT_TEMPLATE.replace("message.content", "message.content | trim")
 CHAT = byte_level_tokenizer(chat=True)
@@ -257,3 +257,21 @@ def test_a_changed_template_is_seen():
     assert end_token(tokenizer) != CHAT.eos_token_id
     tokenizer.chat_template = CHAT_TEMPLATE
     assert end_token(tokenizer) == CHAT.eos_token_id
+
+
+def test_prompts_are_rendered_once_where_they_are_kept():
+    tokenizer = framed("turns")
+    asked = turns(("user", "Is it right?"))
+    alone = render(tokenizer, asked)
+    kept: Renderings = {}
+
+    with keeping(kept):
+        first = render(tokenizer, asked)
+        tokenizer.chat_template = CHAT_TEMPLATE
+        reworded = render(tokenizer, asked)
+    with keeping(kept):
+        tokenizer.chat_template = FRAMES["turns"][0]
+        assert render(tokenizer, asked) is first
+
+    assert first == alone != reworded
+    assert render(tokenizer, asked) is not first, "nothing is kept outside the block"

@@ -51,7 +51,7 @@ ALL = [
     *(AttCT(keys="lifted", sink="dropped"), AttCT(distance="mse"), AttCT(distance="mse", keys="rest", sink="kept")),
     *(BCT(), BCT(prompt=True), KLCT(), KLCT(window="last"), KLCT(window="content"), KLCT(temperature=2.0)),
     *(AttOut(), AttOut(distance="squared"), AttOut(site="attn_out", distance="mse"), AttOut(distance="relative")),
-    *(AttMass(), AttMass(per_key=True, window="last")),
+    *(AttMass(), AttMass(per_key=True, window="last"), AttMass(per_key=True, window="content", outside=True)),
 ]
 WINDOWS_OF_ALL = ("shared", "content", "last")
 INTERNAL = [loss for loss in ALL if loss.windows and loss.needs_clean_activations]

@@ -55,9 +55,10 @@ KEYS = sorted(RESTATED)
 
 
 def prefilled_positions(row: EncodedPair) -> list[int]:
-    """The tokens of the prefill, by their characters."""
+    """From the prompt's last token to the prefill's last but one, by their characters."""
     begin = row.wrapped.text.index(PREFILL)
-    return [at for at, (left, right) in enumerate(row.wrapped.offsets) if begin <= left < right <= begin + len(PREFILL)]
+    inside = [at for at, (left, right) in enumerate(row.wrapped.offsets) if begin <= left < right]
+    return [at - 1 for at in inside]
 
 
 @pytest.fixture(scope="module")
@@ -109,22 +110,22 @@ def test_a_preset_on_outputs_is_its_source_s_formula_on_huggingface_s_own_logits
 
 
 def test_the_mass_on_the_wrapper_is_its_source_s_formula(hinted) -> None:
-    """On the bridge's own attention, from the shared tokens to the hint's."""
+    """On the bridge's own attention, from every token to all but the content's."""
     model = load_model(hf_model("llama"), dtype=torch.float64)
     loss = losses.preset("attmass", "stack")
     names = loss.hook_names(model)
     patterns = capture(model, torch.tensor([hinted.wrapped.ids]), names, grad=False)[1]
-    begin = hinted.wrapped.text.index(HINT)
-    added = [at for at, (left, right) in enumerate(hinted.wrapped.offsets) if begin < right <= begin + len(HINT)]
+    begin = hinted.wrapped.text.index(CONTENT)
+    every = range(len(hinted.wrapped.ids))
+    spans = hinted.wrapped.offsets
+    outside = [at for at in every if spans[at][1] <= begin or spans[at][0] >= begin + len(CONTENT)]
 
     graph = {name: pattern.detach().requires_grad_() for name, pattern in patterns.items()}
     unused = torch.zeros(1, len(hinted.wrapped.ids), 2, dtype=torch.float64)
     value = loss.compute(Forwards(collate([hinted]), {}, graph, unused), loss.factors(model)).total.item()
 
     raw = [patterns[name][0] for name in names]
-    assert value == pytest.approx(
-        stack.wrapper_mass(raw, list(hinted.alignments["shared"].wrapped), added, 1.0), rel=1e-6
-    )
+    assert value == pytest.approx(stack.wrapper_mass(raw, list(every), outside, 1.0), rel=1e-6)
 
 
 def test_rate_matching_has_its_source_s_gradient() -> None:

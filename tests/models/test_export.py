@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ctlens.core.errors import CtlensError
 from ctlens.models import export as huggingface
 from ctlens.models.architectures import ARCHITECTURES, tiny_model
-from ctlens.models.export import export_huggingface, parity, to_huggingface
+from ctlens.models.export import export_huggingface, to_huggingface
 from ctlens.models.loading import build, load_model, save_model
 from ctlens.models.lora import LoRA, add_adapters
 from ctlens.models.matrices import slots
+from ctlens.models.parity import parity
 from ctlens.models.weights import ModelConfig
 from ctlens.organism import load_organism
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import copy
 import gc
+import hashlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.models import byte_level_tokenizer, hf_model
 from helpers.tiers import unit_first
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
     CTRLConfig,
@@ -29,7 +34,6 @@ from transformers import (
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.models.architectures import ARCHITECTURES
-from ctlens.models.export import parity
 from ctlens.models.generation import generate
 from ctlens.models.loading import build, load_model, save_model
 from ctlens.models.matrices import slots
@@ -41,7 +45,10 @@ from ctlens.models.parameters import (
     parameter_groups,
     plain_name,
     present_parameters,
+    same_fingerprint,
+    state_buffers,
 )
+from ctlens.models.parity import parity
 from ctlens.models.weights import ModelConfig
 
 pytestmark = pytest.mark.boundary
@@ -361,6 +368,86 @@ def test_a_fingerprint_names_the_weights() -> None:
     assert fingerprint(model) == fingerprint(build(config, seed=0)) != fingerprint(build(config, seed=1))
     next(iter(present_parameters(model).values())).data[0, 0] += 1e-6
     assert fingerprint(model) != fingerprint(build(config, seed=0))
+
+
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+ROUTED = {**EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_shared_experts": 1}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+ROUTERS = {
+    "glm4_moe": {**ROUTED, "head_dim": 8},
+    "deepseek_v3": {**ROUTED, **LATENT, "n_group": 2, "topk_group": 1},
+    "minimax_m2": {**EXPERTS, "num_local_experts": 4, "head_dim": 8, "rotary_dim": 8},
+}
+
+
+def routed_model(kind: str) -> PreTrainedModel:
+    """A mixture of experts whose routers have corrections, as every published one has."""
+    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **heads, **ROUTERS[kind])).eval()
+        for name, buffer in hf.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer += torch.randn_like(buffer)
+    return hf
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+@torch.no_grad()
+def test_the_corrections_of_a_router_come_back_and_are_in_the_fingerprint(kind: str, tmp_path: Path) -> None:
+    hf: Any = routed_model(kind)
+    model = load_model(hf)
+    save_model(model, tmp_path)
+    again = load_model(tmp_path)
+
+    hf.set_attn_implementation("eager")
+    assert len(state_buffers(model)) in (2, 3)  # one of each layer with experts
+    assert (again(TOKENS) - hf(TOKENS).logits).abs().max() < 1e-5
+    assert fingerprint(again) == fingerprint(model)
+    next(iter(state_buffers(again).values())).mul_(-1)
+    assert (again(TOKENS) - hf(TOKENS).logits).abs().max() > 1e-2
+    assert fingerprint(again) != fingerprint(model)
+
+
+def test_a_folder_that_lacks_the_corrections_of_a_router_is_refused(tmp_path: Path) -> None:
+    save_model(load_model(routed_model("glm4_moe")), tmp_path)
+    weights = load_file(tmp_path / "weights.safetensors")
+    save_file({k: v for k, v in weights.items() if "correction" not in k}, tmp_path / "weights.safetensors")
+    assert "e_score_correction_bias" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("kind", unit_first(KINDS))
+def test_only_routers_have_buffers_that_are_state(kind: str) -> None:
+    assert state_buffers(load_model(hf_model(kind))) == {}
+
+
+def test_a_fingerprint_covers_what_else_changes_the_logits(hf_folder: Path) -> None:
+    prints = {fingerprint(load_model(hf_folder)): {}}
+    theta = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}
+    changes = [theta, {"rms_norm_eps": 1e-3}, {"hidden_act": "gelu"}]
+    for change in changes:
+        edit_json(hf_folder / "config.json", **change)
+        prints[fingerprint(load_model(hf_folder))] = change
+    assert len(prints) == 1 + len(changes)
+    assert len({name.split("-")[0] for name in prints}) == 1  # the weights are the same
+    edit_json(hf_folder / "config.json", _name_or_path="elsewhere", eos_token_id=7, transformers_version="1.0")
+    assert fingerprint(load_model(hf_folder)) in prints
+
+
+@pytest.mark.parametrize("kind", unit_first(ALL, 2))
+def test_a_fingerprint_survives_saving_and_that_of_an_earlier_version_is_accepted(kind: str, tmp_path: Path) -> None:
+    model = lens(kind)
+    save_model(model, tmp_path)
+    now = fingerprint(load_model(tmp_path))
+    digest = hashlib.sha256()
+    for name, value in sorted(present_parameters(model).items()):
+        digest.update(name.encode() + value.detach().numpy().tobytes())
+    earlier = digest.hexdigest()[:16]  # as ctlens 0.1 had it, of the weights alone
+    assert now == fingerprint(model)
+    assert same_fingerprint(earlier, now) and same_fingerprint(now, now)
+    assert not same_fingerprint(now[:8], now) and not same_fingerprint(f"{now}0", now)
+    assert (now == earlier) == (kind == "made here")
 
 
 def test_a_copy_outlives_its_hf_model():

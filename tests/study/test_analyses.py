@@ -21,7 +21,7 @@ from ctlens.data.pairs import save_pairs
 from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Analysis, analyses_of, run_analyses, run_analysis
 from ctlens.study.cells import ANALYSED_PAIRS, CellTraining, base_model, probe_pairs
 from ctlens.study.claims import read_claims
-from ctlens.study.config import Cell, StudyConfig, base_cell, full_study
+from ctlens.study.config import Cell, StudyConfig, base_cell, full_study, study_of_size
 from ctlens.study.runner import Study, StudyResult, seconds
 from ctlens.study.workers import Pool
 from ctlens.training import TrainConfig
@@ -262,6 +262,31 @@ def test_a_file_of_which_nothing_aligns_is_a_sentence(tmp_path: Path) -> None:
 
     with pytest.raises(CtlensError, match="none of the 1 pairs aligns"):
         probe_pairs(config, "pairs", base_model(config, tmp_path, base_cell()))
+
+
+def test_the_first_study_trains_a_part_of_the_matrix_on_two_threats() -> None:
+    first, matrix = study_of_size("first"), study_of_size("matrix")
+
+    assert first.threats == first.analysed_threats == ("sycophancy", "jailbreak")
+    assert {cell.condition for cell in first.cells()} == {
+        *("retention", "act", "mlpct", "attct", "bct"),
+        *("sft", "harmless_act", "harmless_bct"),
+    }
+    assert set(first.cells()) < set(matrix.cells())
+    assert (first.training, first.n_pairs, first.n_prompts) == (matrix.training, matrix.n_pairs, matrix.n_prompts)
+    assert {cell.seed for cell in first.cells()} == {0}, "no second seed for the ceiling"
+
+
+def test_a_first_study_keeps_what_it_is_told() -> None:
+    assert study_of_size("first", threats=("persona",)).analysed_threats == ()
+    assert study_of_size("first", extra_conditions=("klct",)).extra_conditions == ("klct",)
+    assert study_of_size("first", file="pairs.jsonl").extra_conditions == ()
+    assert study_of_size("first", ceiling_seeds=2).ceiling_seeds == 2
+
+
+def test_an_unknown_size_is_named_with_those_there_are() -> None:
+    with pytest.raises(CtlensError, match="unknown size of a study 'ful'.*full"):
+        study_of_size("ful")
 
 
 def test_a_full_study_has_every_condition_for_every_threat() -> None:

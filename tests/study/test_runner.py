@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import subprocess
+import sys
 from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,11 +16,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.disk import Killed, contents, full, killed
 from safetensors.numpy import load_file
 
 from ctlens import load_run, threats
 from ctlens.analysis import AttentionDiff, ResidualShift
-from ctlens.core.errors import CtlensError
+from ctlens.core.errors import CtlensError, UnwritableError
 from ctlens.core.reading import read_json
 from ctlens.core.stats import difference, wilson
 from ctlens.evaluation import Evaluation
@@ -372,6 +376,84 @@ def test_a_killed_study_holds_whole_cells_only_and_ends_like_an_unbroken_one(
     finished(TINY, out=tmp_path / "study", resume=True)
 
     assert (tmp_path / "study" / "results.csv").read_bytes() == (unbroken.folder / "results.csv").read_bytes()
+
+
+SMALLEST = StudyConfig(
+    ("sycophancy",), ("act",), n_pairs=4, n_prompts=2, training=TrainConfig(steps=1, batch_size=4), **OUTSIDE
+)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_kills_and_full_disks_at_random_writes_leave_what_a_resume_ends_like_the_unbroken_study(tmp_path: Path) -> None:
+    whole = finished(SMALLEST, out=tmp_path / "whole").folder
+    place = tmp_path / "place"
+    place.mkdir()
+    study = place / "study"
+    draw = random.Random(0)
+    for kill in range(15):
+        # A resume counts from its own first write, so the study comes further and further.
+        at = draw.randint(1, 40)
+        if kill % 3 == 2:
+            hidden = set(place.rglob(".*"))
+            refused = pytest.raises(UnwritableError, match="cannot be written .No space left on device.: make")
+            with refused as found, full(place, at):
+                finished(SMALLEST, out=study, resume=True)
+            assert found.value.path.is_relative_to(study) and set(place.rglob(".*")) <= hidden
+        else:
+            with killed(place, at), pytest.raises(Killed):
+                finished(SMALLEST, out=study, resume=True)
+
+    finished(SMALLEST, out=study, resume=True)
+
+    assert contents(study) == contents(whole) and not list(place.rglob(".*"))
+
+
+HOLDER = """
+import sys, time
+from ctlens.core.files import alone
+with alone(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.processes
+def test_a_study_that_another_process_runs_is_left_to_it(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    study = Study(SMALLEST, folder, progress=False, pool=Pool(1))
+    (folder / "runs" / ".cell.abcdefgh.tmp").mkdir(parents=True)  # that the other process writes just now
+    before = contents(tmp_path)
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        for act in (lambda: Study(SMALLEST, folder, resume=True), lambda: next(iter(study)), study.finish):
+            with pytest.raises(CtlensError, match="study is being written by another process: wait for its end"):
+                act()
+    finally:
+        other.kill()
+        other.communicate()
+
+    assert (folder / "runs" / ".cell.abcdefgh.tmp").is_dir()
+    assert contents(tmp_path) == {**before, ".study.lock": b""}
+    Study(SMALLEST, folder, resume=True)
+    assert contents(tmp_path) == before and not list((folder / "runs").iterdir())
+
+
+@pytest.mark.slow
+def test_a_study_whose_folder_vanishes_ends_in_one_sentence(tmp_path: Path) -> None:
+    study = Study(SMALLEST, tmp_path / "study", progress=False, pool=Pool(1))
+
+    with pytest.raises(CtlensError, match="study.* (does not exist|cannot be written)"):
+        for _ in study:
+            shutil.rmtree(tmp_path / "study")
+
+
+def test_another_study_is_told_by_what_differs(tmp_path: Path) -> None:
+    claim_folder(tmp_path / "study", {"training": {"steps": 1, "lr": 0.1}, "seeds": 1}, resume=False)
+
+    with pytest.raises(CtlensError, match="another study .training.steps is 1 there and 2 here.: name a new folder"):
+        claim_folder(tmp_path / "study", {"training": {"steps": 2, "lr": 0.1}, "seeds": 1}, resume=True)
 
 
 @pytest.mark.slow

@@ -124,14 +124,20 @@ def test_a_pair_is_shown_token_by_token_with_its_coverage(call: Call, folder: Pa
     ("line", "message"),
     [
         ("inspect {0}/clean.jsonl --wrapped {0}/biased.jsonl --model {0}/tokenizer --row 2", "there is no pair 2"),
-        ("inspect {0}/clean.jsonl --model {0}/tokenizer", "there is no pair 1: the file holds 0"),
+        (
+            "inspect {0}/clean.jsonl --model {0}/tokenizer",
+            "the file holds 0, counted from 1; rows refused: 1, the first {0}/clean.jsonl",
+        ),
         ("inspect {0}/clean.jsonl --wrapped {0}/biased.jsonl --model {0}", "holds no tokenizer"),
         ("inspect {0}/clean.jsonl --wrapped {0}/biased.jsonl --model {0}/x", "is no folder"),
         ("inspect {0}/absent.jsonl --model {0}/tokenizer", "does not exist"),
         ("inspect {0}/clean.jsonl --wrapped {0}/biased.jsonl --window line", "did you mean 'lines'"),
         ("convert {0}/clean.jsonl --out {0}/x.jsonl", "name the file of the wrapped prompts too"),
         ("convert {0}/clean.jsonl --out {0}/prompts.jsonl", "exists already"),
-        ("wrap {0}/prompts.jsonl --threat sycophancy --out {0}/x.jsonl", "{{hint}} that nothing fills"),
+        (
+            "wrap {0}/prompts.jsonl --threat sycophancy --out {0}/x.jsonl",
+            "{{hint}} that nothing fills: give each prompt a wrong answer: 'messages' with lettered options",
+        ),
         ("wrap {0}/prompts.jsonl --threat prefill --facts {0}/facts.jsonl --out {0}/x.jsonl", "--threat persona"),
         ("wrap {0}/prompts.jsonl --threat persona --facts {0}/facts.jsonl --out {0}/x.jsonl", "there are 3 facts"),
     ],
@@ -139,7 +145,7 @@ def test_a_pair_is_shown_token_by_token_with_its_coverage(call: Call, folder: Pa
 def test_mistakes_are_one_sentence_and_write_nothing(call: Call, folder: Path, line: str, message: str) -> None:
     before = sorted(folder.iterdir())
     ended = call("pairs " + line.format(folder))
-    assert ended.code == 2 and message.replace("{{", "{").replace("}}", "}") in ended.err and ended.err.count("\n") == 1
+    assert ended.code == 2 and message.format(folder) in ended.err and ended.err.count("\n") == 1
     assert sorted(folder.iterdir()) == before
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.disk import Killed, contents, full, killed
 from helpers.models import Call, byte_level_tokenizer, hf_model
 from helpers.tiers import unit_first_rows
 
@@ -24,8 +28,9 @@ from ctlens.models.loading import load_model
 from ctlens.models.lora import LoRA
 from ctlens.models.parameters import present_weights
 from ctlens.training import Phase, TrainConfig, Trainer, load_run, train
-from ctlens.training.checkpoint import CHECKPOINT_FILE
+from ctlens.training.checkpoint import CHECKPOINT_FILE, read_checkpoint
 from ctlens.training.interrupts import uninterrupted
+from ctlens.training.step import Step
 
 QUESTIONS = (
     "Which term best describes the disease?",
@@ -168,6 +173,45 @@ def test_a_checkpoint_that_fails_leaves_the_one_before(model, tmp_path, monkeypa
     assert len(fresh.history) == 1 and [path.name for path in tmp_path.iterdir()] == [CHECKPOINT_FILE]
 
 
+@pytest.mark.processes
+def test_a_checkpoint_damaged_at_random_bytes_is_refused_or_no_other(model, tmp_path) -> None:
+    trainer = Trainer(model, PAIRS[:2], ACT(), QUICK)
+    next(trainer)
+    trainer.checkpoint(tmp_path)
+    of = trainer.run.identity
+    path = tmp_path / CHECKPOINT_FILE
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    weights = [value.detach() for value in trainer.parameters]
+    draw = random.Random(0)
+    refused = 0
+    for number in range(150):
+        damaged = bytearray(whole)
+        if number % 3 == 2:
+            del damaged[draw.randrange(len(whole)) :]
+        else:  # the header is short, and is where damage is most various
+            damaged[draw.randrange((header, len(whole))[number % 3])] ^= draw.randrange(1, 256)
+        path.write_bytes(damaged)
+        try:
+            found = read_checkpoint(tmp_path, of)
+        except CtlensError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+        else:
+            assert all(map(torch.equal, found.parameters, weights)) and found.history == trainer.history
+    assert refused > 140
+
+
+def test_a_reference_that_was_changed_after_the_checkpoint_is_refused(model, tmp_path) -> None:
+    trainer = Trainer(model, PAIRS[:2], ACT(), QUICK)
+    trainer.checkpoint(tmp_path)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+
+    with pytest.raises(CtlensError, match="is of a reference with other weights"):
+        trainer.restore(tmp_path)
+
+
 def interrupting(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Has the process interrupted in the middle of a step, between its gradient and its update."""
     update = torch.optim.AdamW.step
@@ -233,8 +277,9 @@ LINE = "train --quiet --model hf --pairs good.jsonl --loss act --loss bct --step
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch) -> Path:
+def place(tmp_path: Path, monkeypatch, capsys) -> Path:
     hf_model("llama").save_pretrained(tmp_path / "hf")
+    capsys.readouterr()  # its progress
     byte_level_tokenizer().save_pretrained(tmp_path / "hf")
     (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in GOOD))
     monkeypatch.chdir(tmp_path)
@@ -267,7 +312,13 @@ def test_a_killed_command_goes_on_to_the_same_weights(call: Call, place: Path) -
     assert call(f"{LINE} --out whole").code == 0
     killed = ended(f"{LINE} --out run --checkpoint-every 2", by=signal.SIGKILL, after=5)
     assert killed.returncode == -signal.SIGKILL
-    assert sorted(path.name for path in place.iterdir()) == ["good.jsonl", "hf", "run.partial", "whole"]
+    assert sorted(path.name for path in place.iterdir()) == [
+        ".run.lock",  # the system has freed it, and the next process that ends removes it
+        "good.jsonl",
+        "hf",
+        "run.partial",
+        "whole",
+    ]
 
     refused = call(f"{LINE} --out run")
     other = call(f"{LINE} --out run --resume --seed 3")
@@ -282,7 +333,119 @@ def test_a_killed_command_goes_on_to_the_same_weights(call: Call, place: Path) -
         place / "whole/model/weights.safetensors"
     ).read_bytes()
     assert (place / "run/history.csv").read_text() == (place / "whole/history.csv").read_text()
-    assert not (place / "run.partial").exists()
+    assert sorted(path.name for path in place.iterdir()) == ["good.jsonl", "hf", "run", "whole"]
+
+
+SHORT = f"{LINE.replace('--steps 8', '--steps 3')} --checkpoint-every 1"
+
+
+@pytest.mark.processes
+def test_kills_at_random_writes_leave_what_a_resume_ends_like_the_unbroken_run(call: Call, place: Path) -> None:
+    with killed(place, 0) as disk:
+        assert call(f"{SHORT} --out whole").code == 0
+    draw = random.Random(0)
+    kills = 0
+    while kills < 12:
+        at = draw.randint(1, disk.seen)
+        try:
+            with killed(place, at):
+                assert call(f"{SHORT} --out run --resume").code == 0
+        except Killed:
+            kills += 1
+        else:
+            shutil.rmtree("run")  # it was done before the kill was due
+    assert call(f"{SHORT} --out run --resume").code == 0
+
+    assert contents(place / "run") == contents(place / "whole")
+    assert sorted(path.name for path in place.iterdir()) == ["good.jsonl", "hf", "run", "whole"]
+
+
+@pytest.mark.processes
+def test_a_full_disk_at_any_write_is_one_sentence_and_a_resume_goes_on(call: Call, place: Path) -> None:
+    with full(place, 0) as disk:
+        assert call(f"{SHORT} --out whole").code == 0
+    before = contents(place)
+    for at in sorted(random.Random(1).sample(range(1, disk.seen + 1), 4)):
+        with full(place, at):
+            ended = call(f"{SHORT} --out run --resume")
+        assert ended.code == 2 and ended.err.count("\n") == 1, at
+        assert "run" in ended.err and "cannot be written (No space left on device): make room there" in ended.err
+        left = contents(place)
+        assert before.items() <= left.items() and set(left) - set(before) <= {f"run.partial/{CHECKPOINT_FILE}"}
+        assert call(f"{SHORT} --out run --resume").code == 0
+        assert contents(place / "run") == contents(place / "whole") and not (place / "run.partial").exists()
+        shutil.rmtree("run")
+
+
+def test_a_limit_on_the_size_of_files_is_one_sentence_at_any_size(call: Call, place: Path) -> None:
+    before = contents(place)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (0, 2_000, 60_000):  # nothing; configs; a model, but no checkpoint
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+            ended = call(f"{SHORT} --out run --resume")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert ended.code == 2 and ended.err.count("\n") == 1
+        assert "cannot be written (File too large): raise the limit on the size of files" in ended.err
+        assert contents(place) == before and sorted(path.name for path in place.iterdir()) == ["good.jsonl", "hf"]
+    assert call(f"{SHORT} --out run").code == 0
+
+
+def test_what_is_put_in_the_way_of_a_run_stays_and_the_training_is_kept(call: Call, place: Path, monkeypatch) -> None:
+    def filled(self: Trainer) -> Step:
+        (place / "run").mkdir(exist_ok=True)
+        (place / "run" / "theirs").write_text("mine")
+        return take(self)
+
+    take = Trainer.__next__
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "__next__", filled)
+        ended = call(f"{LINE} --steps 1 --out run")
+
+    assert ended.code == 2 and ended.err.count("\n") == 1 and "run exists already" in ended.err
+    assert contents(place / "run") == {"theirs": b"mine"}
+    shutil.rmtree("run")
+    assert "pass --resume to go on" in call(f"{LINE} --steps 1 --out run").err
+    assert call(f"{LINE} --steps 1 --out run --resume").code == 0
+
+
+def test_the_folder_of_checkpoints_is_ours_only_where_it_holds_one(call: Call, place: Path) -> None:
+    (place / "run.partial").mkdir()
+    (place / "run.partial" / "notes").write_text("mine")
+
+    assert call(f"{LINE} --steps 1 --out run").code == 0
+
+    assert contents(place / "run.partial") == {"notes": b"mine"}
+
+
+def test_a_finished_run_is_that_of_the_same_training_or_says_what_differs(call: Call, place: Path) -> None:
+    rows = (place / "good.jsonl").read_text().splitlines()
+    (place / "fewer.jsonl").write_text("\n".join(rows[:2]))
+    hf_model("llama", seed=1).save_pretrained(place / "other")
+    byte_level_tokenizer().save_pretrained(place / "other")
+    line = f"{LINE} --steps 1 --out run"
+    assert call(line).code == 0
+    before = contents(place / "run")
+
+    for change, sentence in (
+        ("--steps 2", "is of other settings (settings.steps is 1 there and 2 here)"),
+        ("--lr 0.1", "is of other settings (settings.lr is 0.003 there and 0.1 here)"),
+        ("--loss attct", "is of other losses (losses.trained.2 is missing there and {'name': 'attct'"),
+        ("--track mlpct", "is of other losses (losses.tracked.0 is missing there and {'name': 'mlpct'"),
+        ("--pairs fewer.jsonl", "is of other pairs"),
+        ("--model other", "is of a reference with other weights"),
+        ("--model gone", "gone is no model folder"),
+    ):
+        ended = call(f"{line} --resume {change}")
+        assert ended.code == 2 and ended.err.count("\n") == 1 and "finished before" not in ended.out, change
+        assert sentence in ended.err, (change, ended.err)
+    assert call(f"{line} --resume").out == "Run: run (finished before)\n"
+    assert contents(place / "run") == before
+    config = json.loads((place / "run" / "config.json").read_text())
+    del config["identity"]
+    (place / "run" / "config.json").write_text(json.dumps(config))
+    assert "an earlier ctlens wrote it" in call(f"{line} --resume").err and load_run(place / "run").identity == {}
 
 
 @pytest.mark.processes

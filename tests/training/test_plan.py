@@ -316,7 +316,7 @@ def test_the_rate_is_that_of_an_evaluation_of_the_organism() -> None:
         for model in (organism, trainer.model)
     ]
     assert trainer.history.series("bad_rate") == looks and looks[0] > 0.5
-    with pytest.raises(CtlensError, match="0 numbers are called badrate"):
+    with pytest.raises(CtlensError, match="unknown metric .badrate.; did you mean .bad_rate."):
         next(Trainer(organism, PAIRS, ACT(), TrainConfig(steps=1, until=Until("jailbreak", "badrate"), retention=0)))
 
 

@@ -21,7 +21,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ctlens import plots
 from ctlens.analysis.attention.cuts import (
@@ -42,6 +41,7 @@ from ctlens.analysis.base.forward import comparable_by_label, encoded_pairs
 from ctlens.analysis.base.positions import Keys, key_positions
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.progress import progress_bar
 from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import LensModel, Logits
 from ctlens.data.pairs import Pair
@@ -207,7 +207,7 @@ def knockout(
     drawn = [random_keys(row, of_row, seed) for row, of_row in zip(rows, chosen, strict=True)]
     total = len(named) * len(plan) * (1 + DRAWS) * -(-len(rows) // batch_size)
     found = []
-    with tqdm(total=total, desc="knockout", disable=not progress, leave=False) as bar:
+    with progress_bar(total=total, desc="knockout", shown=progress, leave=False) as bar:
         for number, batch in enumerate(contrast_batches(first, items, batch_size, progress=False)):
             part = slice(number * batch_size, (number + 1) * batch_size)
             edge_sets = [

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ctlens.analysis.base.forward import require_read
 from ctlens.core.errors import CtlensError
+from ctlens.core.progress import progress_bar
 from ctlens.core.types import LensModel, PerRow
 from ctlens.data.batch import EncodedPair, RowPositions, Side, pad, require_room
 from ctlens.data.chat import answer_ids, render
@@ -150,7 +150,7 @@ def contrast_batches(
 ) -> Iterator[ContrastBatch]:
     """Yields contrasts in their order, as batches on the model's device."""
     device = next(model.parameters()).device
-    for start in tqdm(range(0, len(items), batch_size), desc="forward", disable=not progress, leave=False):
+    for start in progress_bar(range(0, len(items), batch_size), desc="forward", shown=progress, leave=False):
         chosen = items[start : start + batch_size]
         last = torch.tensor([len(item.prompt) - 1 for item in chosen], device=device)
         answers = torch.tensor([(item.good, item.bad) for item in chosen], device=device)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from tqdm.auto import tqdm
-
 from ctlens.analysis.base.recording import Recording
 from ctlens.core.errors import CtlensError
+from ctlens.core.progress import progress_bar
 from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair, PairBatch, collate, encode
 from ctlens.data.pairs import Pair
@@ -123,6 +122,6 @@ def encoded_batches(
 ) -> Iterator[tuple[list[EncodedPair], PairBatch]]:
     """Yields encoded rows, in their order, with their batch on the model's device."""
     device = next(model.parameters()).device
-    for start in tqdm(range(0, len(rows), batch_size), desc="forward", disable=not progress, leave=False):
+    for start in progress_bar(range(0, len(rows), batch_size), desc="forward", shown=progress, leave=False):
         chosen = list(rows[start : start + batch_size])
         yield chosen, collate(chosen).to(device)

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from ctlens.analysis.base.contrast import up_to_contrast
 from ctlens.analysis.base.forward import require_eval, require_read
 from ctlens.analysis.base.recording import LOGITS, Recording, read
 from ctlens.core.errors import CtlensError
+from ctlens.core.progress import progress_bar
 from ctlens.core.types import LensModel
 from ctlens.data.batch import pad, require_room
 from ctlens.data.chat import render
@@ -76,7 +76,7 @@ def record(
     values: dict[str, np.ndarray] = {}
     device = next(model.parameters()).device
     done = dict.fromkeys(names, 0)
-    for part in tqdm(passes, desc="forward", disable=not progress, leave=False):
+    for part in progress_bar(passes, desc="forward", shown=progress, leave=False):
         batch = pad([ids for *_, ids in part]).to(device)
         for name, found in read(model, batch, names).items():
             rows = (found if name == LOGITS else found[batch.mask]).cpu().numpy()

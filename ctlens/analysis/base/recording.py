@@ -25,7 +25,7 @@ from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import Activations, LensModel
 from ctlens.data.batch import Side
 from ctlens.models.hooks import capture
-from ctlens.models.parameters import fingerprint
+from ctlens.models.parameters import fingerprint, same_fingerprint
 from ctlens.plots import Figure
 
 LOGITS = "logits"
@@ -64,7 +64,7 @@ class Recording(Result):
         Raises:
             CtlensError: the model has other weights than the one that was recorded.
         """
-        if fingerprint(model) != self.weights:
+        if not same_fingerprint(self.weights, fingerprint(model)):
             raise CtlensError("the recording is of a model with other weights: record this model.")
         return replace(self, model=model)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from ctlens.analysis.base.contrast import two_answers
 from ctlens.core.types import LensModel, Logits, Mask
 from ctlens.data.batch import EncodedPair, pad, require_room
+from ctlens.models.finite import forward
 from ctlens.models.generation import MAX_BATCH_TOKENS, Ids
 from ctlens.models.hooks import capturing, editing, resolve
 from ctlens.models.loading import empty_cache, keep_rows
@@ -182,7 +183,7 @@ class EditedAnswers:
             return None, [0] * len(sequences)
         prefixes = pad([ids[:start] for ids, start in zip(sequences, starts, strict=True)]).to(self.device)
         with torch.no_grad():
-            self.model(prefixes.tokens, past_kv_cache=cache, attention_mask=prefixes.mask.long())
+            forward(self.model, prefixes.tokens, past_kv_cache=cache, attention_mask=prefixes.mask.long())
         return cache, starts
 
     @torch.no_grad()
@@ -217,15 +218,15 @@ class EditedAnswers:
     def _forward(self, rows: Int[Tensor, " run"], layer: int = 0) -> Logits:
         """The logits of some rows; with a cache, blocks below `layer` are not run again."""
         if self.cache is None:
-            return self.model(self.tokens[rows])
+            return forward(self.model, self.tokens[rows])
         cache = copy.deepcopy(self.cache)
         keep_rows(cache, rows)
         real = self.real[rows].long()
         if not layer:
-            return self.model(self.tokens[rows], past_kv_cache=cache, attention_mask=real)
+            return forward(self.model, self.tokens[rows], past_kv_cache=cache, attention_mask=real)
         seen = torch.cat([cache.previous_attention_mask, real], 1)
-        run = cast(Any, self.model)
-        return run(self.entering[layer][rows], start_at_layer=layer, past_kv_cache=cache, attention_mask=seen)
+        begun = self.entering[layer][rows]
+        return forward(self.model, begun, start_at_layer=layer, past_kv_cache=cache, attention_mask=seen)
 
     def _run_unedited(self) -> list[Float[Tensor, "row pos d"]]:
         """Runs the prompts without an edit and returns the state that enters each block."""

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from ctlens import plots
 from ctlens.analysis.base.contrast import encoded_contrasts
@@ -37,6 +36,7 @@ from ctlens.analysis.exchange.exchange import (
 from ctlens.analysis.patching.jobs import Column, PatchBatch, PatchPair, patch_batch
 from ctlens.analysis.patching.sweep import Recorded, Sweep, Swept, sweep_of
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.progress import ProgressBar, progress_bar
 from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair
 from ctlens.data.pairs import Pair
@@ -215,7 +215,7 @@ def transplant(
     ]
     groups = into[0].groups(prepared)
     total = sum(sweep.patches(group) for sweep in into for group in groups)
-    with tqdm(total=total, desc="transplants", disable=not progress, leave=False) as bar:
+    with progress_bar(total=total, desc="transplants", shown=progress, leave=False) as bar:
         found = [_both_ways(into, group, bar) for group in groups]
     paths = {swept.paths[site] for both in found for swept in both}
     return Transplant(
@@ -236,7 +236,7 @@ def _joined(groups: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     return np.concatenate([np.stack(both) for both in groups], -1)
 
 
-def _both_ways(into: Sequence[Sweep], group: Sequence[PatchPair], bar: tqdm) -> list[Swept]:
+def _both_ways(into: Sequence[Sweep], group: Sequence[PatchPair], bar: ProgressBar) -> list[Swept]:
     """Sweeps a group of prompts in each model, with the other model's run as the source."""
     batch = patch_batch(group, next(into[0].model.parameters()).device)
     runs = [_recorded(sweep, batch) for sweep in into]

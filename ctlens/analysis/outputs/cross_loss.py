@@ -30,7 +30,7 @@ from ctlens.data.pairs import Pair
 from ctlens.losses import MEASURED, Forwards, Loss, get, require_distinct
 from ctlens.models.hooks import capture
 from ctlens.plots import Figure
-from ctlens.training.answers import answers_kind, drawn_at, reference_answers
+from ctlens.training.answers import answer_tail, answers_kind, drawn_at, reference_answers
 
 _CLEAN_SIDES = {"reference": "the reference's clean prompts", "own": "each model's own clean prompts"}
 _ANSWERS_OF_ITS_OWN = ("rollouts", "consensus")
@@ -238,7 +238,13 @@ def _with_answers(
     if not kind:
         return encoded
     answers = reference_answers(
-        reference, encoded, max_new_tokens, kind=kind, drawn_at=drawn_at(losses), progress=progress
+        reference,
+        encoded,
+        max_new_tokens,
+        kind=kind,
+        drawn_at=drawn_at(losses),
+        tail=answer_tail(losses, reference.tokenizer),
+        progress=progress,
     )
     return encoded.with_answers(answers, both_sides=any(loss.answers_on_both_sides for loss in losses))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -58,16 +59,7 @@ class GapRecovered(Result):
         Raises:
             CtlensError: the gap is too small for a share of it to be more than noise.
         """
-        wrapped, clean = self.logit_diffs[0]
-        gap = clean - wrapped
-        gained = self.logit_diffs[self.models.index(model), 0] - wrapped
-        if not gap.mean() >= SMALLEST_GAPS["logit_diff"]:
-            raise CtlensError(
-                f"clean and wrapped prompts differ by {gap.mean():.3g} logits before training: a share of less than "
-                f"{SMALLEST_GAPS['logit_diff']:g} is noise; give pairs on which the attack works."
-            )
-        ((low, high),) = bootstrap(lambda items: [gained[items].sum() / gap[items].sum()], len(gap))
-        return float(gained.sum() / gap.sum()), low, high
+        return _share(self.logit_diffs[0], self.logit_diffs[self.models.index(model), 0])
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per model and quantity: `value`, `ci_low`, `ci_high` and `n_pairs`.
@@ -122,15 +114,62 @@ def gap_recovered(
     Raises:
         CtlensError: models do not compare or are in training mode, a label is the base's, or a pair has no answers.
     """
-    named = comparable_by_label(models)
-    if BASE in named:
-        raise CtlensError(f"{BASE!r} is the label of the model before training: choose another.")
-    named = comparable_by_label({BASE: base, **named})
-    by_side = [contrasts(base, pairs, side) for side in _SIDES]
-    logit_diffs = [
-        [_logit_diffs(model, of_side, batch_size, progress) for of_side in by_side] for model in named.values()
-    ]
-    return GapRecovered(np.array(logit_diffs), tuple(named))
+    return Gap(base, pairs, batch_size=batch_size, progress=progress).recovered_by(models)
+
+
+class Gap:
+    """The gap of a model before training on some pairs, against which trained models are measured as they come.
+
+    The model before training runs once, however many trained models follow.
+
+    Args:
+        base, pairs, batch_size, progress: as in `gap_recovered`.
+
+    Raises:
+        CtlensError: a pair has no answers.
+    """
+
+    def __init__(self, base: LensModel, pairs: Sequence[Pair], *, batch_size: int = 64, progress: bool = False) -> None:
+        comparable_by_label({BASE: base})
+        self.base = base
+        self._prompts = {side: contrasts(base, pairs, side) for side in _SIDES}
+        self._batches = partial(_logit_diffs, batch_size=batch_size, progress=progress)
+        self._before = self._both_sides(base)
+
+    def recovered_by(self, models: LensModel | Mapping[str, LensModel]) -> GapRecovered:
+        """Measures trained models on both sides; arguments and refusals as in `gap_recovered`."""
+        named = comparable_by_label(models)
+        if BASE in named:
+            raise CtlensError(f"{BASE!r} is the label of the model before training: choose another.")
+        comparable_by_label({BASE: self.base, **named})
+        after = [self._both_sides(model) for model in named.values()]
+        return GapRecovered(np.array([self._before, *after]), (BASE, *named))
+
+    def share(self, model: LensModel) -> tuple[float, float, float]:
+        """Measures the share of the gap that one trained model has recovered, as `GapRecovered.share`.
+
+        It takes one pass over the wrapped prompts, so a training can be followed step by step.
+        """
+        return _share(self._before, self._batches(model, self._prompts["wrapped"]))
+
+    def _both_sides(self, model: LensModel) -> Float[np.ndarray, "side pair"]:
+        return np.array([self._batches(model, prompts) for prompts in self._prompts.values()])
+
+
+def _share(
+    before: Float[np.ndarray, "side pair"], wrapped_after: Float[np.ndarray, " pair"]
+) -> tuple[float, float, float]:
+    """The share of the gap in `before` that the logit differences on wrapped prompts have gained since."""
+    wrapped, clean = before
+    gap = clean - wrapped
+    gained = wrapped_after - wrapped
+    if not gap.mean() >= SMALLEST_GAPS["logit_diff"]:
+        raise CtlensError(
+            f"clean and wrapped prompts differ by {gap.mean():.3g} logits before training: a share of less than "
+            f"{SMALLEST_GAPS['logit_diff']:g} is noise; give pairs on which the attack works."
+        )
+    ((low, high),) = bootstrap(lambda items: [gained[items].sum() / gap[items].sum()], len(gap))
+    return float(gained.sum() / gap.sum()), low, high
 
 
 @torch.no_grad()

@@ -21,7 +21,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ctlens import plots
 from ctlens.analysis.base.forward import require_eval
@@ -33,6 +32,7 @@ from ctlens.analysis.patching.patch import column_tokens, joined
 from ctlens.analysis.patching.result import Patching
 from ctlens.analysis.patching.sweep import Swept, fitting, require_sites
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.progress import progress_bar
 from ctlens.core.types import Activations, HookFunction, LensModel, Logits
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers, capture, editing, resolve, run, select_layers
@@ -233,7 +233,7 @@ def attribution_patch(
     longest = max(len(ids) for pair in prepared for ids in (pair.source, pair.target))
     size = max_batch or max(1, fitting(model, longest) // model.cfg.n_layers)
     chunks = []
-    with tqdm(total=len(pairs), desc="pairs", disable=not progress, leave=False) as bar:
+    with progress_bar(total=len(pairs), desc="pairs", shown=progress, leave=False) as bar:
         for start in range(0, len(prepared), size):
             group = prepared[start : start + size]
             chunks.append(_first_order(model, group, sites, numbers, measures))

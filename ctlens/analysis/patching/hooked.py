@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ctlens.analysis.patching.jobs import Found, JobNumbers, JobPositions, Jobs,
 from ctlens.core.types import Activations, LensModel
 from ctlens.data.batch import Matched
 from ctlens.losses.attct import lifted_rows
+from ctlens.models.finite import forward
 from ctlens.models.hooks import capturing, editing, resolve, run
 from ctlens.models.loading import empty_cache
 
@@ -105,7 +106,7 @@ class Kept:
         seen = torch.ones(len(pairs), length, dtype=torch.long, device=pairs.device)
         cache.previous_attention_mask = seen[:, :first]
         begun = self.entering[layer][:, first:length].index_select(0, pairs)
-        logits = cast(Any, model)(begun, start_at_layer=layer, past_kv_cache=cache, attention_mask=seen)
+        logits = forward(model, begun, start_at_layer=layer, past_kv_cache=cache, attention_mask=seen)
         return logits[torch.arange(len(pairs), device=pairs.device), rows.last - first]
 
 
@@ -121,7 +122,7 @@ def kept_of(model: LensModel, target: ContrastBatch, last: Tensor) -> Kept | Non
     store = {}
     seen = torch.ones_like(target.side.tokens)
     with torch.no_grad(), capturing(model, names, store):
-        cast(Any, model)(target.side.tokens, past_kv_cache=cache, attention_mask=seen)
+        forward(model, target.side.tokens, past_kv_cache=cache, attention_mask=seen)
     kept = Kept([store[name] for name in names], cache)
     pairs = torch.arange(len(last), device=last.device)
     middle = int(target.last.min()) // 2

@@ -25,13 +25,13 @@ from typing import overload
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from ctlens.analysis.base.forward import require_eval
 from ctlens.analysis.base.metrics import UserMetric, named_metrics
 from ctlens.analysis.patching.jobs import PatchPair, patch_batch, patch_pairs
 from ctlens.analysis.patching.result import Patching
 from ctlens.analysis.patching.sweep import Recorded, Sweep, Swept, sweep_of
+from ctlens.core.progress import ProgressBar, progress_bar
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers, capture
@@ -133,7 +133,7 @@ def patch(
     sweep = sweep_of(model, prepared, sites, layers, measures, max_batch, skip_unchanged=skip_unchanged)
     groups = sweep.groups(prepared)
     total = sum(sweep.patches(group) for group in groups)
-    with tqdm(total=total, desc="patches", disable=not progress, leave=False) as bar:
+    with progress_bar(total=total, desc="patches", shown=progress, leave=False) as bar:
         chunks = [_patched(sweep, group, bar) for group in groups]
     tokens = column_tokens(model, prepared) if positions == "each" else ("",)
     found = joined(chunks, tuple(measures), sweep.layers, tokens, direction, positions, window)
@@ -170,7 +170,7 @@ def joined(
     }
 
 
-def _patched(sweep: Sweep, group: Sequence[PatchPair], bar: tqdm) -> Swept:
+def _patched(sweep: Sweep, group: Sequence[PatchPair], bar: ProgressBar) -> Swept:
     """Sweeps a group of pairs; the source and the target run of the model are one forward pass."""
     batch = patch_batch(group, next(sweep.model.parameters()).device)
     tokens = torch.cat([batch.source.side.tokens, batch.target.side.tokens])

@@ -18,6 +18,7 @@ from ctlens.analysis.patching.jobs import Jobs, PatchBatch, PatchPair, jobs
 from ctlens.analysis.patching.suffix import SUFFIX_SITES, Suffix, needed
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import Activations, LensModel
+from ctlens.models.finite import require_finite
 from ctlens.models.hooks import SHORTHANDS, Layers, resolve, select_layers
 
 SWEEP_BYTES = 2**28  # 256 MiB, chosen by eye
@@ -127,6 +128,7 @@ class Sweep:
         """The metrics of every job."""
         found = np.empty((len(self.metrics), len(todo)))
         for numbers, last in path(todo, self.max_batch):
+            require_finite(last, f"a run patched by {path.name}")
             pairs = todo.pair[numbers]
             of_jobs = measured(self.metrics, last, batch.target_of(pairs), source.last[pairs])
             found[:, numbers.cpu().numpy()] = of_jobs.cpu().numpy()

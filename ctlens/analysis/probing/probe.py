@@ -22,7 +22,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from tqdm.auto import tqdm
 
 from ctlens import plots
 from ctlens.analysis.base.forward import require_comparable
@@ -35,6 +34,7 @@ from ctlens.analysis.probing.scores import balanced, curves, deals_apart
 from ctlens.analysis.probing.tasks import Task
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.labels import BASE
+from ctlens.core.progress import progress_bar
 from ctlens.models.hooks import Layers
 from ctlens.plots import Curve, Figure
 
@@ -222,7 +222,7 @@ def probe(
     real = np.zeros((*shape, len(task.labels)))
     null = np.zeros_like(real)
     axes = list(product(range(len(first)), enumerate(estimators), range(len(first[0].layers))))
-    for index, (number, name), layer in tqdm(axes, desc="probes", disable=not progress, leave=False):
+    for index, (number, name), layer in progress_bar(axes, desc="probes", shown=progress, leave=False):
         values = {model: of[index].values[layer] for model, of in found.items()}
         real[index, number, layer] = hits_of_models(name, values, readings, task, deals)
         null[index, number, layer] = hits_of_models(name, values, readings, task, deals, shuffled=True)

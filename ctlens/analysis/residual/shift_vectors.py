@@ -14,10 +14,10 @@ import torch
 from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ctlens.analysis.base.positions import ALIGNED_POSITIONS
 from ctlens.analysis.base.recording import Readable, read
+from ctlens.core.progress import progress_bar
 from ctlens.data.batch import Matched, PairBatch
 from ctlens.losses.base import at_positions
 
@@ -73,7 +73,7 @@ def shifts_at(
     """
     chunks: list[dict[tuple[str, str], Shifts]] = []
     first = 0
-    for batch in tqdm(passes, desc="forward", disable=not progress, leave=False):
+    for batch in progress_bar(passes, desc="forward", shown=progress, leave=False):
         chunks.append(_of_batch(before, models, batch, hook_name, first))
         first += len(batch.wrapped.tokens)
     return {key: _joined([chunk[key] for chunk in chunks]) for key in chunks[0]}

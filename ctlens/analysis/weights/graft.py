@@ -18,7 +18,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ctlens import plots
 from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, contrasts
@@ -35,6 +34,7 @@ from ctlens.analysis.exchange.exchange import (
     with_effect,
 )
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.progress import progress_bar
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import run
@@ -255,7 +255,7 @@ def graft(
     other = [_measured(measures, whole[1 - direction], rows, whole[1 - direction]) for direction in (0, 1)]
     values = np.stack([np.stack([baseline] * len(parts), 1) for baseline in unpatched])
     swaps = [(direction, part) for direction in (0, 1) for part in np.flatnonzero(moved)]
-    for direction, part in tqdm(swaps, desc="weight swaps", disable=not progress, leave=False):
+    for direction, part in progress_bar(swaps, desc="weight swaps", shown=progress, leave=False):
         with _swapped(weights[direction], weights[1 - direction], list(parts.values())[part]):
             found = [_last(copies[direction], batch) for batch in rows]
         values[direction, :, part] = _measured(measures, found, rows, whole[1 - direction])

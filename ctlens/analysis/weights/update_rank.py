@@ -27,6 +27,7 @@ from ctlens.analysis.base.forward import require_comparable
 from ctlens.analysis.base.result import Result, beside
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import LensModel
+from ctlens.models.finite import require_finite_weights
 from ctlens.models.matrices import MATRICES, Slot, slots
 from ctlens.plots import Figure
 
@@ -152,9 +153,12 @@ def update_rank(before: LensModel, after: LensModel) -> UpdateRank:
         after: the trained model, in eval mode; adapters count, whether they are merged or not.
 
     Raises:
-        CtlensError: the models do not compare or are in training mode, or keep no such matrices.
+        CtlensError: the models do not compare or are in training mode, keep no such matrices, or hold a weight that is
+            not finite.
     """
     require_comparable(before, after)
+    for model in (before, after):
+        require_finite_weights(model)
     slots_before = slots(before, MATRICES)
     slots_after = slots(after, MATRICES)
     names = slots_before.keys() | slots_after.keys()

@@ -18,6 +18,7 @@ from ctlens.core.reading import read_json
 from ctlens.plots.export import plotly_source
 from ctlens.plots.theme import INK, MUTED, style
 from ctlens.study.claims import CLAIM_VERDICTS, Claim, answer, read_claims
+from ctlens.study.conditions import PERTURBED
 from ctlens.study.report.figures import read_figures
 from ctlens.study.report.rates import COMPARISON_WORDS, rates_by_threat, splits
 from ctlens.study.results import PROMPT_SIDES, TRAINING_COLUMNS, in_order, read_results
@@ -66,8 +67,8 @@ def write_report(folder: str | Path) -> Path:
 
 
 def _trainings(results: pd.DataFrame) -> int:
-    """Counts the models that were trained, so not the base."""
-    trained = results[results["trained_threat"].fillna("") != ""]
+    """Counts the models that were trained, so neither the base nor the models that were made of trained ones."""
+    trained = results[(results["trained_threat"].fillna("") != "") & (results["condition"] != PERTURBED)]
     return trained.groupby(list(TRAINING_COLUMNS)).ngroups
 
 

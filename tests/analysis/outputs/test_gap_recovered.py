@@ -10,6 +10,7 @@ import torch
 
 from ctlens import threats, train
 from ctlens.analysis import GapRecovered, gap_recovered
+from ctlens.analysis.outputs.gap_recovered import Gap
 from ctlens.core.errors import CtlensError
 from ctlens.data.chat import answer_ids, render
 from ctlens.losses import ACT
@@ -48,6 +49,16 @@ def test_every_difference_is_that_of_a_plain_pass(base, trained, pairs) -> None:
             expected = [difference(model, getattr(pair, side)) for pair in pairs]
             assert found.logit_diffs[row, column] == pytest.approx(expected, abs=1e-4)
     assert found.models == ("base", "act")
+
+
+def test_a_training_that_is_followed_has_the_shares_of_the_whole_analysis(base, trained, pairs) -> None:
+    whole = gap_recovered(base, {"act": trained, "same": base}, pairs, progress=False)
+
+    gap = Gap(base, pairs)
+
+    assert gap.share(trained) == whole.share("act")
+    assert gap.share(base) == (0.0, 0.0, 0.0)
+    assert np.array_equal(gap.recovered_by({"act": trained, "same": base}).logit_diffs, whole.logit_diffs)
 
 
 def test_the_share_is_a_ratio_of_means(base, trained, pairs) -> None:

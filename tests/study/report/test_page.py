@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from helpers.tiers import unit_first
 
 from ctlens import plots
 from ctlens.core.errors import CtlensError
-from ctlens.study.claims import answer
+from ctlens.study.claims import answer, write_claims
 from ctlens.study.report import write_report
 from ctlens.study.report.figures import read_figures
 from ctlens.study.report.rates import rates_by_threat
@@ -206,8 +207,42 @@ def test_a_claim_is_one_group_with_a_line_per_threat_and_setting_and_its_reason(
     ]
 
 
+@pytest.mark.parametrize("other", ["accuracy of another probe", "difference of similarities"])
+def test_every_line_of_a_claim_has_its_own_statistic(other, tmp_path):
+    """It stands over the lines where they share it, and otherwise in front of the reason of each."""
+    folder = write_study(tmp_path / "run")
+    lines = claims()
+    lines[-1] = replace(lines[-1], statistic=other)
+    write_claims(lines, folder / "claims.csv")
+
+    rows = [row for row in Page(write_report(folder).read_text(encoding="utf-8")).rows if row]
+
+    over = next(row[0] for row in rows if row[0].startswith("Methods share <shifts>") and len(row) == 1)
+    reasons = [row[0] for row in rows if len(row) == 1 and "it " in row[0].lower() and row != [over]]
+    shared = "difference of similarities (similarity)"
+    if other == "difference of similarities":
+        assert over.endswith(shared)
+        assert reasons == ["It holds.", "It does not hold.", "It inconclusive."]
+    else:
+        assert shared not in over
+        assert reasons == [
+            f"{shared.capitalize()}: it holds.",
+            f"{shared.capitalize()}: it does not hold.",
+            "Accuracy of another probe (similarity): it inconclusive.",
+        ]
+
+
 def test_the_page_says_how_many_models_were_trained(page):
     assert "A ctlens study of 1 threat and 3 trainings" in page[1].words  # retention, ACT and BCT, of one seed
+
+
+def test_models_that_were_made_of_trained_ones_are_no_trainings(tmp_path):
+    folder = write_study(tmp_path / "run")
+    table = read_results(folder / "results.csv")
+    made = table[table["condition"] == "act"].assign(condition="perturbed")
+    pd.concat([table, made]).to_csv(folder / "results.csv", index=False)
+
+    assert "of 1 threat and 3 trainings" in Page(write_report(folder).read_text(encoding="utf-8")).words
 
 
 def test_headings_go_down_one_level_at_a_time(page):

@@ -1,0 +1,113 @@
+"""Forward passes that end in numbers: logits of NaN or infinity are refused, with where they first appeared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctlens.core.errors import NotFinite
+from ctlens.core.types import LensModel, Logits
+from ctlens.data.batch import PADDING
+from ctlens.models.parameters import plain_name
+
+_WITH_CACHE = ("past_kv_cache", "past_key_values")
+_OF_CACHE = (*_WITH_CACHE, "use_cache", "attention_mask", "position_ids")
+_MASKED = "hook_attn_scores"  # holds minus infinity where a token must not look
+_SHOWN = 60  # characters of a prompt that an error shows
+
+
+def forward(model: LensModel, entering: Tensor, **options: Any) -> Logits:
+    """The logits of one forward pass. Every pass of ctlens is made here, and none that is not finite goes on.
+
+    A logit may be minus infinity, which masks its token, but the largest logit of every position is a number. To
+    check that costs one reduction of the logits.
+
+    Args:
+        model: any `LensModel`, with whatever hooks are on it.
+        entering: `[batch, pos]` tokens; or the residual stream, with `start_at_layer`.
+        options: of the model.
+
+    Raises:
+        NotFinite: a position has no largest logit; the sentence names the first hook point that is not finite.
+    """
+    logits = model(entering, **options)
+    if is_finite(logits):
+        return logits
+    raise _refusal(model, entering, options, logits)
+
+
+def is_finite(logits: Tensor) -> bool:
+    """Tells whether logits have a largest one at every position; NaN among them takes it away."""
+    return bool(logits.detach().amax(-1).isfinite().all())
+
+
+def require_finite(logits: Tensor, whose: str) -> None:
+    """Raises a `NotFinite` for logits that were computed without `forward` and are not finite."""
+    if not is_finite(logits):
+        raise NotFinite(f"{whose} computes nan or infinity: check the activations that go in.")
+
+
+def require_finite_weights(model: LensModel) -> None:
+    """Raises a `NotFinite` that names the first weight of a model that is not finite."""
+    broken = _broken_weight(model)
+    if broken is not None:
+        raise NotFinite(f"the weight {broken} of the model is not finite: train or load it anew.")
+
+
+@torch.no_grad()
+def _refusal(model: LensModel, entering: Tensor, options: Mapping[str, Any], logits: Logits) -> NotFinite:
+    """Runs the same tokens once more, with a hook at every hook point, and says what was found."""
+    cached = any(options.get(name) is not None for name in _WITH_CACHE)  # it holds these tokens already
+    again = {name: value for name, value in options.items() if not (cached and name in _OF_CACHE)}
+    found: list[tuple[str, Tensor]] = []
+    with ExitStack() as hooks:
+        for point, name in {point: name for name, point in model.hook_dict.items()}.items():
+            hooks.callback(point.register_forward_hook(partial(_visit, found, name)).remove)
+        model(entering, **again)
+    name, values = found[0] if found else ("its logits", logits)
+    value = "nan" if bool(values.isnan().any()) else "infinity"
+    where = f"first at {name}{_in_prompt(model, entering, values)}"
+    return NotFinite(f"the model computes {value}, {where}: {advice(model)}.", value)
+
+
+def _visit(found: list[tuple[str, Tensor]], name: str, point: Any, inputs: Any, activation: Any) -> None:
+    """Keeps the first activation that is not finite, in the order of the forward pass."""
+    if not found and isinstance(activation, Tensor) and activation.is_floating_point():
+        wrong = activation.isnan() if name.endswith(_MASKED) else ~activation.isfinite()
+        if wrong.any():
+            found.append((name, activation))
+
+
+def _in_prompt(model: LensModel, entering: Tensor, values: Tensor) -> str:
+    """Names the first prompt of a batch whose values are not finite; nothing where they have no rows of the batch."""
+    if entering.is_floating_point() or len(values) != len(entering):
+        return ""
+    rows = values.isnan().flatten(1).any(1)
+    rows = rows if rows.any() else values.isinf().flatten(1).any(1)
+    return f", in the prompt {_shown(model, entering[int(rows.int().argmax())])}"
+
+
+def _shown(model: LensModel, ids: Tensor) -> str:
+    """The end of a prompt in words, or its tokens where the model has no tokenizer; padding is left out."""
+    real = ids.tolist()
+    while len(real) > 1 and real[-1] == PADDING:
+        real.pop()
+    text = str(model.tokenizer.decode(real)) if model.tokenizer is not None else str(real)
+    return repr(text if len(text) <= _SHOWN else f"...{text[-_SHOWN:]}")
+
+
+def advice(model: LensModel | nn.Module) -> str:
+    """What to do about a model that computes NaN or infinity: it names the first weight that is not finite."""
+    broken = _broken_weight(model)
+    if broken is not None:
+        return f"its weight {broken} is not finite, so train or load it anew"
+    return "its weights are finite, so lower what trains or edits it, or load it in float32"
+
+
+def _broken_weight(model: LensModel | nn.Module) -> str | None:
+    return next((plain_name(name) for name, weight in model.named_parameters() if not weight.isfinite().all()), None)

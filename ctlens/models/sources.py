@@ -1,0 +1,95 @@
+"""What cannot be loaded as it stands is refused before anything is read, each in one sentence that says what to do."""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ctlens.core.errors import CtlensError
+
+MODEL_FILE = "model.json"
+_ADAPTER_FILE = "adapter_config.json"
+_MERGE = "merge it into the model first, with peft's merge_and_unload, and load what that gives"
+
+
+def model_folder(source: str | PathLike[str]) -> Path:
+    """The folder of the model itself, in a run folder too."""
+    folder = Path(source)
+    return folder / "model" if (folder / "model" / MODEL_FILE).is_file() else folder
+
+
+def require_plain_folder(folder: Path) -> None:
+    """Refuses a folder that holds no model, a PEFT adapter, or quantised weights.
+
+    Raises:
+        CtlensError: one of these; the sentence says what to do.
+    """
+    if (folder / _ADAPTER_FILE).is_file():
+        raise CtlensError(f"{folder} holds a PEFT adapter ({_ADAPTER_FILE}), which would be left out: {_MERGE}.")
+    if (folder / MODEL_FILE).is_file():
+        return
+    if not (folder / "config.json").is_file():
+        raise CtlensError(
+            f"{folder} is no model folder: name one with HuggingFace's config.json or with {MODEL_FILE} of ctlens; it "
+            "downloads nothing, but `hf download NAME --local-dir FOLDER` gets a model from the hub."
+        )
+    _require_unquantised(str(folder), _setting(folder / "config.json", "quantization_config"))
+
+
+def require_plain_model(source: object) -> PreTrainedModel:
+    """Refuses an object that is no HuggingFace model, has a PEFT adapter, or is quantised, and returns it else.
+
+    Raises:
+        CtlensError: one of these; the sentence says what to do.
+    """
+    kind = type(source).__name__
+    if getattr(source, "peft_config", None) is not None or kind.startswith("Peft"):
+        raise CtlensError(f"this {kind} has a PEFT adapter: {_MERGE}.")
+    if not isinstance(source, PreTrainedModel):
+        raise CtlensError(f"a {kind} is no model that can be loaded: give a folder or a HuggingFace model.")
+    _require_unquantised(f"this {kind}", getattr(source.config, "quantization_config", None))
+    return source
+
+
+def require_embedded(tokenizer: Any, n_embeddings: int) -> None:
+    """Refuses a tokenizer whose prompts may hold tokens that the model has no embeddings for.
+
+    Special tokens that neither begin nor end a text and are not in the chat template may lack one: HuggingFace adds a
+    padding token to some tokenizers, and that of Gemma 3 1B has one for images, which the model does not read.
+
+    Raises:
+        CtlensError: there are such tokens; one is named.
+    """
+    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= n_embeddings}
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    template = str(tokenizer.chat_template)
+    for number, token in sorted(beyond.items()):
+        added = tokenizer.added_tokens_decoder.get(number)
+        if number in ends or token in template or added is None or not added.special:
+            raise CtlensError(
+                f"the tokenizer has the token {token!r} with number {number}, but the model has embeddings for "
+                f"{n_embeddings} tokens: use the model's own tokenizer, or HuggingFace's resize_token_embeddings."
+            )
+
+
+def _require_unquantised(what: str, settings: Any) -> None:
+    if settings:
+        plain = settings if isinstance(settings, dict) else vars(settings)
+        method = getattr(plain.get("quant_method"), "value", plain.get("quant_method")) or "an unknown method"
+        raise CtlensError(
+            f"{what} holds weights that {method} quantised, which can be neither trained nor compared exactly: load "
+            "the model's plain weights."
+        )
+
+
+def _setting(path: Path, name: str) -> Any:
+    """A setting of a HuggingFace configuration; None also where the file is damaged, which loading it says better."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config.get(name) if isinstance(config, dict) else None

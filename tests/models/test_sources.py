@@ -1,0 +1,159 @@
+"""What cannot be loaded as it stands is refused in one sentence that says what to do, from a folder and from memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import Call, byte_level_tokenizer, hf_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ctlens.core.errors import CtlensError
+from ctlens.core.types import device_named
+from ctlens.models.loading import load_model
+from ctlens.organism import load_organism
+
+pytestmark = pytest.mark.boundary
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+QUANTISED = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+}
+UNBRIDGED = {
+    "gpt_neox": {"intermediate_size": 48, "attention_bias": False},
+    "phi": {"intermediate_size": 48, "qk_layernorm": True},
+    "cohere": {"intermediate_size": 48, "use_qk_norm": True},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+}
+
+
+def refusal(source: Any, **options: Any) -> str:
+    with pytest.raises(CtlensError) as error:
+        load_model(source, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+def test_quantised_weights_are_refused_by_the_name_of_their_method(method: str, hf_folder: Path) -> None:
+    config = json.loads((hf_folder / "config.json").read_text())
+    (hf_folder / "config.json").write_text(json.dumps({**config, "quantization_config": QUANTISED[method]}))
+    assert f"{method} quantised" in refusal(hf_folder)
+    hf = hf_model("llama")
+    hf.config.quantization_config = QUANTISED[method]
+    assert f"{method} quantised" in refusal(hf)
+
+
+@pytest.mark.parametrize("kind", UNBRIDGED)
+def test_a_layout_that_cannot_be_bridged_is_one_sentence_or_right(kind: str, tmp_path: Path) -> None:
+    hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **UNBRIDGED[kind])).eval()
+    hf.save_pretrained(tmp_path)
+    for source in (hf, tmp_path):
+        try:
+            model = load_model(source)
+        except CtlensError as error:
+            assert type(hf).__name__ in str(error) and "\n" not in str(error)
+        else:
+            tokens = torch.arange(20).reshape(2, 10)
+            hf.set_attn_implementation("eager")
+            with torch.no_grad():
+                torch.testing.assert_close(model(tokens), hf(tokens).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_an_adapter_beside_a_model_or_alone_is_to_be_merged_first(hf_folder: Path, tmp_path: Path) -> None:
+    (hf_folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "PEFT adapter" in refusal(hf_folder) and "merge_and_unload" in refusal(hf_folder)
+    alone = tmp_path / "adapter"
+    alone.mkdir()
+    (alone / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "merge_and_unload" in refusal(alone)
+
+
+def test_a_model_with_an_adapter_in_memory_is_to_be_merged_first() -> None:
+    class PeftModelForCausalLM(nn.Module):
+        peft_config = {"default": None}
+
+    assert "merge_and_unload" in refusal(PeftModelForCausalLM())
+
+
+@pytest.mark.parametrize("source", [None, 3, {"config": 1}, nn.Linear(2, 2)], ids=lambda source: type(source).__name__)
+def test_what_is_no_model_is_called_by_its_kind(source: Any) -> None:
+    assert type(source).__name__ in refusal(source)
+
+
+class Command:
+    """A pickle that would run a command."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("content", ["a command", "lists", "garbage", "nothing"])
+def test_pickled_weights_are_told_to_become_safetensors_and_run_nothing(content: str, hf_folder: Path) -> None:
+    trace = hf_folder / "it_ran"
+    written = {
+        "a command": pickle.dumps(Command(f"touch {trace}")),
+        "lists": pickle.dumps({"lm_head.weight": [1.0]}),
+        "garbage": b"sdf" * 100,
+        "nothing": b"",
+    }
+    next(hf_folder.glob("*.safetensors")).unlink()
+    (hf_folder / "pytorch_model.bin").write_bytes(written[content])
+    assert "safetensors" in refusal(hf_folder)
+    assert not trace.exists()
+
+
+@torch.no_grad()
+def test_pickled_tensors_load(hf_folder: Path) -> None:
+    next(hf_folder.glob("*.safetensors")).unlink()
+    torch.save(hf_model("llama").state_dict(), hf_folder / "pytorch_model.bin")
+    tokens = torch.arange(20).reshape(2, 10)
+    torch.testing.assert_close(load_model(hf_folder)(tokens), hf_model("llama")(tokens).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("named", ["in the template", "an ordinary token"])
+def test_a_token_without_an_embedding_is_named(named: str, hf_folder: Path) -> None:
+    tokenizer = byte_level_tokenizer(chat=True)
+    if named == "in the template":
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+        tokenizer.chat_template = "<|turn|>" + tokenizer.chat_template
+    else:
+        tokenizer.add_tokens(["<|turn|>"])
+    where = f"'<|turn|>' with number {len(tokenizer) - 1}, but the model has embeddings for {len(tokenizer) - 1} tokens"
+    hf = hf_model("llama", vocab_size=len(tokenizer) - 1)
+    assert where in refusal(hf, tokenizer=tokenizer)
+    hf.save_pretrained(hf_folder)
+    tokenizer.save_pretrained(hf_folder)
+    assert where in refusal(hf_folder)
+    hf.resize_token_embeddings(len(tokenizer))
+    assert load_model(hf, tokenizer=tokenizer).tokenizer is tokenizer
+
+
+def test_a_special_token_that_no_text_has_may_lack_an_embedding() -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    load_model(hf_model("llama", vocab_size=len(tokenizer) - 1), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("name", ["cpuu", "meta", 3.5])
+def test_a_device_that_is_not_here_is_refused_by_the_library_too(name: Any) -> None:
+    with pytest.raises(CtlensError, match=f"^device {name} .*name cpu, cuda or mps"):
+        device_named(name)
+    with pytest.raises(CtlensError, match=f"^device {name} "):
+        load_organism(device=name)
+
+
+def test_a_name_of_the_hub_is_answered_with_how_to_get_it(call: Call) -> None:
+    ended = call("evaluate --model gpt2 --n-prompts 2")
+    assert ended.code == 2 and "hf download NAME --local-dir FOLDER" in ended.err
