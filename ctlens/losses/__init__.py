@@ -91,7 +91,7 @@ def from_config(config: dict[str, Any]) -> Loss:
     Raises:
         CtlensError: it is no such description, no loss of this name is registered, or an option is unknown.
     """
-    if not isinstance(config, dict) or "name" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("name"), str):
         raise CtlensError(f"{config!r} does not describe a loss: an object with its name and options is expected.")
     name = config["name"]
     if name not in LOSSES:
