@@ -14,16 +14,7 @@ import pandas as pd
 from ctlens.core.config import environment, first_difference, to_dict
 from ctlens.core.digests import record_digests, require_undamaged
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import (
-    alone,
-    atomic_file,
-    digest,
-    require_free,
-    sweep,
-    sweep_folder,
-    write_json,
-    writing,
-)
+from ctlens.core.files import alone, atomic_file, digest, require_free, sweep, sweep_folder, write_json, writing
 from ctlens.core.labels import BASE
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
