@@ -26,10 +26,11 @@ def record_digests(folder: Path, files: Iterable[Path] | None = None) -> None:
 
     Args:
         folder: the folder.
-        files: in it or below; by default all that lie in it.
+        files: in it or below; by default all that lie in it, but for the marks of work in progress (`.name`).
     """
     if files is None:
-        files = [path for path in folder.iterdir() if path.is_file() and path.name != DIGESTS_FILE]
+        lying = (path for path in folder.iterdir() if path.is_file())
+        files = [path for path in lying if path.name != DIGESTS_FILE and not path.name.startswith(".")]
     known = {**_recorded(folder), **{path.relative_to(folder).as_posix(): _row(path) for path in files}}
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")

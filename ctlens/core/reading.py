@@ -78,7 +78,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             row = _parsed(line)
         except ValueError as error:
             lone = "\r" in line.strip() and "Extra data" in str(error)
-            reason = _CARRIAGE_RETURNS if lone else f"{error}; one object per line is expected"
+            expected = "; one object per line is expected" if str(error).startswith("not JSON") else ""
+            reason = _CARRIAGE_RETURNS if lone else f"{error}{expected}"
             raise CtlensError(f"{path}, line {number}: {reason}.") from None
         yield number, row
 

@@ -10,8 +10,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, TypeAlias, TypeVar
 
-from jinja2 import TemplateError
-
+from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError
 from ctlens.data.spelling import Span, require_known, spaces, spell
 
@@ -48,6 +47,9 @@ class Turn:
 
     role: str
     content: str
+
+    def __post_init__(self) -> None:
+        require_types(self)
 
 
 @dataclass(frozen=True)
@@ -185,8 +187,8 @@ def _apply_template(tokenizer: Any, turns: tuple[Turn, ...], *, closed: bool = F
             add_generation_prompt=not prefill and not closed,
             continue_final_message=prefill,
         )
-    except (TemplateError, ValueError) as error:
-        reason = str(error).split("\n")[0]
+    except Exception as error:  # a template is a program of somebody else's, which may raise anything
+        reason = (str(error) or type(error).__name__).split("\n")[0]
         advice = "; put the system text in front of the first user message" if _has_system(turns) else ""
         raise CtlensError(f"the chat template refuses these messages: {reason}{advice}") from None
 

@@ -11,6 +11,7 @@ import pandas as pd
 
 from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.public import public
 from ctlens.losses.act import ACT as ACT
 from ctlens.losses.attct import AttCT as AttCT
 from ctlens.losses.attmass import AttMass as AttMass
@@ -36,6 +37,7 @@ def names() -> list[str]:
     return list(LOSSES)
 
 
+@public
 def get(name: str, **options: Any) -> Loss:
     """Builds the loss of that name with the given options.
 
@@ -102,6 +104,7 @@ def from_config(config: dict[str, Any]) -> Loss:
     raise CtlensError(f"{config!r} does not describe a loss: an object with its name and options is expected.")
 
 
+@public
 def preset(method: str, source: str) -> Loss:
     """Builds the loss that a source defines under a method's name, see `ctlens.losses.presets`.
 

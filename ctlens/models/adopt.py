@@ -72,8 +72,9 @@ def _require_lens(model: Any) -> None:
         raise CtlensError(f"{kind} is no TransformerLens model: pass it to ctlens.load_model first.")
     if not isinstance(model, nn.Module):
         raise CtlensError(f"a model is needed, and this is {model!r:.60}: load one with ctlens.load_model.")
+    lens = cast(Any, model)
     built_anew = kind in KNOWN_CLASSES and (
-        not is_bridge(model) or huggingface_config(model) is not None or model.cfg.architecture == NATIVE
+        not is_bridge(lens) or huggingface_config(lens) is not None or lens.cfg.architecture == NATIVE
     )
     if not built_anew:
         raise CtlensError(

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_folder
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.models.bridges import generation_config, huggingface_config
 from ctlens.models.loading import made_config, quiet_huggingface
@@ -50,6 +51,7 @@ LLAMA_LAYOUT = {
 adjacent here and half a head apart in a Llama."""
 
 
+@public
 def export_huggingface(model: LensModel, folder: str | Path) -> Path:
     """Writes a new folder that `transformers.AutoModelForCausalLM` loads, with equal logits; adapters are merged.
 

@@ -30,6 +30,7 @@ from transformers.utils import logging as hf_logging
 from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import write_json
+from ctlens.core.public import public
 from ctlens.core.reading import read_json
 from ctlens.core.types import ChosenRows, LensModel, RowNumbers, device_named, dtype_named
 from ctlens.models.adopt import adopt
@@ -66,6 +67,7 @@ HAS_HOOKED_TRANSFORMER = int(importlib.metadata.version("transformer-lens").spli
 _WEIGHTS_FILE = "weights.safetensors"
 
 
+@public
 def build(
     config: ModelConfig, tokenizer: Any = None, *, seed: int = 0, device: str | torch.device = "cpu"
 ) -> LensModel:
@@ -133,8 +135,9 @@ def _of_transformer_lens(
     return cast(LensModel, model.eval())
 
 
+@public
 def load_model(
-    source: str | PathLike[str] | PreTrainedModel | LensModel,
+    source: str | PathLike[str] | PreTrainedModel | LensModel | Any,  # whatever else it is has a sentence of its own
     *,
     tokenizer: Any = None,
     device: str | torch.device = "cpu",

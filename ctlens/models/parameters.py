@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import digest_of
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.models.bridges import huggingface_config, plain_settings
 
@@ -23,10 +24,16 @@ GROUPS = ("embed", "attn", "mlp", "norm", "unembed")
 OTHER_SENSES = ("vision", "multi_modal", "audio")  # parts of a model that text does not pass through
 WRAPPED_MODULE = "._original_component"
 PARAMETRIZED = ".parametrizations."
-# Settings of a HuggingFace configuration that change no logit; `to_diff_dict` leaves out what has its default.
+# Settings that change no logit: of HuggingFace's configurations, whose `to_diff_dict` leaves out what has its default,
 SILENT_SETTINGS = (
     *("_name_or_path", "architectures", "dtype", "id2label", "label2id", "return_dict", "torch_dtype", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"),
+    # and of TransformerLens's: where a model is from, how it began, what it shows.
+    *("architecture", "checkpoint_index", "checkpoint_label_type", "checkpoint_value", "from_checkpoint", "model_name"),
+    *("device", "init_mode", "init_weights", "initializer_range", "n_devices", "n_params", "original_architecture"),
+    *("seed", "tokenizer_name", "tokenizer_prepends_bos", "tokenizer_appends_eos", "default_prepend_bos"),
+    *("default_padding_side", "trust_remote_code", "use_attn_in", "use_attn_result", "use_hook_mlp_in"),
+    *("use_split_qkv_input", "ungroup_grouped_query_attention"),
 )
 ADAPTED = re.compile(r"\.parametrizations\.(\w+)\.original$")
 
@@ -115,6 +122,7 @@ def parameter_groups(model: LensModel) -> dict[str, list[str]]:
     return groups
 
 
+@public
 def freeze(model: LensModel, trainable: Iterable[str]) -> list[nn.Parameter]:
     """Leaves only the named groups trainable and returns their parameters.
 

@@ -125,11 +125,12 @@ def read_results(path: str | Path) -> pd.DataFrame:
         raise CtlensError(f"{path} does not exist: run the study first, or check the path.")
     columns = read_columns(path)
     require_columns_of_today(columns, path)
-    results = pd.DataFrame(typed(columns, _RESULT_KINDS, path))
+    found = typed(columns, _RESULT_KINDS, path)
+    if not np.isnan(found["seed"]).any():
+        found["seed"] = [int(seed) for seed in found["seed"]]
+    results = pd.DataFrame(found)
     if results.empty:
         raise CtlensError(f"{path} holds no rows: run the study first, or check the path.")
-    if results["seed"].notna().to_numpy().all():
-        results["seed"] = results["seed"].astype(int)
     _require_possible(results, path)
     return results
 

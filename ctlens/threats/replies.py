@@ -8,6 +8,7 @@ from math import nan
 from typing import Any, NamedTuple, TypeAlias
 
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.batch import require_room
 from ctlens.data.chat import Rendered, opening_token, render
@@ -42,6 +43,7 @@ class Reply:
     bad_probability: float
 
 
+@public
 def ask(
     model: LensModel,
     prompts: Sequence[Prompt],

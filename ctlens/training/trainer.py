@@ -18,6 +18,7 @@ from ctlens.core.config import environment, generator, to_dict
 from ctlens.core.errors import CtlensError, NotFinite
 from ctlens.core.files import usable_folder
 from ctlens.core.progress import progress_bar
+from ctlens.core.public import at_work, public
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses import Loss, require_distinct
@@ -67,6 +68,7 @@ class Trainer:
             retention, or the model lacks the matrices for the adapters of the config.
     """
 
+    @public
     def __init__(
         self,
         model: LensModel,
@@ -153,7 +155,7 @@ class Trainer:
         index = len(self.history) + 1
         if index > self.config.steps:
             raise CtlensError(f"all {self.config.steps} steps are taken: make a trainer with more steps.")
-        with evaluating(self.reference):
+        with at_work(self.reference, self.model), evaluating(self.reference):
             if self.retention:
                 self.retention.prepare(self.progress)
             with uninterrupted(), _at_step(index):

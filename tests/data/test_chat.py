@@ -306,18 +306,18 @@ def test_named_templates_without_a_default_are_refused_by_their_names():
 @pytest.mark.parametrize("day", ["%d %b %Y", "%B %d, %Y", "%Y-%m-%d", "%A, %-d.%-m.%y at %H:%M:%S", "%F (%a, day %j)"])
 def test_a_template_has_one_date_whenever_it_is_rendered(day: str, monkeypatch: pytest.MonkeyPatch):
     class Clock(datetime):
-        today = 1
+        day_of_march = 1
 
         @classmethod
         def now(cls, tz: Any = None) -> datetime:
-            return datetime(2031, 3, cls.today, 12)
+            return datetime(2031, 3, cls.day_of_march, 12)
 
     monkeypatch.setattr(chat_template_utils, "datetime", Clock)
     dated = "{% set today = strftime_now('" + day + "') %}{% if strftime_now is defined %}{{ today }}\n{% endif %}"
     tokenizer = templated(dated + CHAT_TEMPLATE)
     asked = turns(("user", "Is it right?"))
     first = render(tokenizer, asked)
-    Clock.today = 2
+    Clock.day_of_march = 2
     assert render(tokenizer, asked) == first
     assert first.text == TEMPLATE_DATE.strftime(day) + "\n" + render(CHAT, asked).text
     theirs = tokenizer.apply_chat_template([{"role": "user", "content": "Is it right?"}], tokenize=False)

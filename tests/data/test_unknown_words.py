@@ -18,9 +18,9 @@ from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, Prompt, prompt, save_pairs
 from ctlens.models.scoring import choose
 
-KNOWN = Pair(*[prompt(text, "green", "red") for text in ("what is red ?", "what is green ? what is red ?")])
+KNOWN = Pair(prompt("what is red ?", "green", "red"), prompt("what is green ? what is red ?", "green", "red"))
 FOREIGN = Pair(prompt("what is red ?", "green", "red"), prompt("Lyon ? what is red ?", "green", "red"))
-QUIET = {"progress": False}
+QUIET: dict[str, Any] = {"progress": False}
 CONFIG = ct.TrainConfig(steps=1, batch_size=2)
 ENTRIES: dict[str, Callable[[LensModel, list[Pair]], Any]] = {
     "train": lambda model, pairs: ct.train(model, pairs, ct.ACT(), config=CONFIG, **QUIET),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -14,7 +16,7 @@ _SPECIAL = ["<unk>", "<s>", "</s>"]
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-def spelling_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+def spelling_tokenizer(kind: str) -> Any:
     """A fresh tokenizer of a kind, without a chat template.
 
     Args:

@@ -35,7 +35,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.models.architectures import ARCHITECTURES
 from ctlens.models.generation import generate
-from ctlens.models.loading import build, load_model, save_model
+from ctlens.models.loading import HAS_HOOKED_TRANSFORMER, build, load_model, save_model
 from ctlens.models.matrices import slots
 from ctlens.models.parameters import (
     GROUPS,
@@ -436,6 +436,24 @@ def test_a_fingerprint_covers_what_else_changes_the_logits(hf_folder: Path) -> N
     assert fingerprint(load_model(hf_folder)) in prints
 
 
+@pytest.mark.skipif(not HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has no HookedTransformer")
+def test_a_fingerprint_covers_the_settings_of_a_model_of_ones_own() -> None:
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    def own(**settings: Any) -> Any:
+        sizes = {"n_layers": 1, "d_model": 8, "n_ctx": 8, "d_head": 4, "n_heads": 2, "d_vocab": 9, "act_fn": "relu"}
+        return HookedTransformer(HookedTransformerConfig(**{**sizes, "seed": 0, **settings}))
+
+    first = own()
+    assert fingerprint(first) == fingerprint(own(model_name="another"))
+    for change in ({"act_fn": "gelu"}, {"eps": 0.1}, {"attn_scale": 9.0}, {"attention_dir": "bidirectional"}):
+        other = own(**change)
+        other.load_state_dict(first.state_dict())
+        assert fingerprint(other) != fingerprint(first), change
+    first.set_use_attn_result(True)
+    assert fingerprint(first) == fingerprint(own())
+
+
 @pytest.mark.parametrize("kind", unit_first(ALL, 2))
 def test_a_fingerprint_survives_saving_and_that_of_an_earlier_version_is_accepted(kind: str, tmp_path: Path) -> None:
     model = lens(kind)
@@ -461,7 +479,7 @@ def test_a_copy_outlives_its_hf_model():
     assert torch.equal(copied(tokens), before)
 
 
-def longrope(vocab_size: int = 97) -> PreTrainedModel:
+def longrope() -> Any:
     """A Phi-3 whose rotary factors switch behind 16 tokens."""
     rope = {
         "rope_type": "longrope",
@@ -471,7 +489,7 @@ def longrope(vocab_size: int = 97) -> PreTrainedModel:
     }
     config = AutoConfig.for_model(
         "phi3",
-        vocab_size=vocab_size,
+        vocab_size=97,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,

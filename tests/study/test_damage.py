@@ -11,8 +11,9 @@ from helpers.damage import FILE_DAMAGES, TABLE_DAMAGES, damage
 from helpers.models import Call
 from helpers.study_folder import write_study
 
-from ctlens.core.digests import DIGESTS_FILE, record_digests
+from ctlens.core.digests import DIGESTS_FILE, record_digests, require_undamaged
 from ctlens.core.errors import CtlensError
+from ctlens.core.files import atomic_folder
 from ctlens.study.config import StudyConfig
 from ctlens.study.report import write_report
 from ctlens.study.runner import Study
@@ -184,6 +185,19 @@ def test_a_study_without_digests_is_resumed(study: Path) -> None:
         path.unlink()
     finish(study)
     assert (study / DIGESTS_FILE).is_file()
+
+
+def test_a_mark_of_work_in_progress_is_not_recorded(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "cell") as work:
+        (work / "a.csv").write_text("x\n1\n")
+        (work / ".half").touch()
+        record_digests(work)
+    (tmp_path / "cell" / ".half").unlink()
+
+    require_undamaged(tmp_path / "cell")
+    (tmp_path / "cell" / "a.csv").unlink()
+    with pytest.raises(CtlensError, match=r"a\.csv is missing"):
+        require_undamaged(tmp_path / "cell")
 
 
 def test_digests_of_other_files_stay_recorded(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ NEW = 12
 def several_ends() -> tuple[LensModel, list[int]]:
     """A model whose generation settings name two end tokens, and HuggingFace's answer, which ends in the second."""
     tokenizer = byte_level_tokenizer(chat=True)
-    hf = hf_model("qwen2")
+    hf: Any = hf_model("qwen2")
     (row,) = encode(PAIRS, tokenizer, n_ctx=256).rows
     other = 399
     assert other != end_token(tokenizer)
@@ -63,7 +64,7 @@ def test_every_answer_ends_at_any_end_token_of_the_model_as_with_huggingface() -
 
 def test_without_generation_settings_an_answer_ends_where_the_tokenizer_says() -> None:
     tokenizer = byte_level_tokenizer(chat=True)
-    hf = hf_model("qwen2")
+    hf: Any = hf_model("qwen2")
     hf.generation_config.eos_token_id = None
     assert end_tokens(load_model(hf, tokenizer=tokenizer)) == [end_token(tokenizer)]
     tokenizer.eos_token = None

@@ -21,13 +21,13 @@ from helpers.models import Call, byte_level_tokenizer, hf_model
 from helpers.tiers import unit_first_rows
 
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import digest_of, write_json
+from ctlens.core.files import write_json
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT, BCT, AttCT
 from ctlens.models.loading import load_model
 from ctlens.models.lora import LoRA
-from ctlens.models.parameters import fingerprint, present_weights
+from ctlens.models.parameters import present_weights
 from ctlens.training import Phase, TrainConfig, Trainer, load_run, train
 from ctlens.training.checkpoint import CHECKPOINT_FILE, read_checkpoint
 from ctlens.training.interrupts import uninterrupted
@@ -119,6 +119,22 @@ def test_dropout_is_drawn_anew_at_every_step_and_alike_after_a_resume(tokenizer,
     assert train(model, PAIRS, ACT(), config=replace(QUICK, steps=4, seed=1), progress=False).history != whole.history
 
 
+def hooks_of(model: LensModel) -> int:
+    modules = model.modules()  # type: ignore[attr-defined]
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
+
+
+@pytest.mark.parametrize("memory", ["all", "layers", "blocks"])
+def test_a_training_with_dropout_leaves_no_hook_behind(tokenizer, memory) -> None:
+    dropping = load_model(hf_model("gpt2"), tokenizer=tokenizer)
+    dropping(torch.zeros(1, 2, dtype=torch.long))  # TransformerLens puts hooks of its own on at the first pass
+    before = hooks_of(dropping)
+
+    run = train(dropping, PAIRS, [AttCT(), BCT()], config=replace(QUICK, steps=2, memory=memory), progress=False)
+
+    assert hooks_of(dropping) == hooks_of(run.model) == before
+
+
 def test_a_trainer_can_go_back_to_its_own_checkpoint(model, tmp_path) -> None:
     trainer = Trainer(model, PAIRS, ACT(), QUICK)
     for step in trainer:
@@ -130,6 +146,18 @@ def test_a_trainer_can_go_back_to_its_own_checkpoint(model, tmp_path) -> None:
     list(trainer)
 
     assert all(torch.equal(ended[name], value) for name, value in present_weights(trainer.model).items())
+
+
+def test_a_reference_that_changed_since_the_checkpoint_is_refused(model, tmp_path) -> None:
+    trainer = Trainer(model, PAIRS, ACT(), QUICK)
+    trainer.take_step()
+    trainer.checkpoint(tmp_path)
+    trainer.restore(tmp_path)  # as it was
+
+    next(model.parameters()).data.add_(1e-3)
+
+    with pytest.raises(CtlensError, match="is of a reference with other weights"):
+        trainer.restore(tmp_path)
 
 
 def test_a_checkpoint_of_another_training_is_refused(model, tmp_path) -> None:
@@ -427,12 +455,13 @@ def test_a_full_cache_folder_is_one_sentence_and_is_used_once_there_is_room(call
 
 def test_what_another_training_put_into_a_cache_meanwhile_stays_and_is_used(model, tmp_path, monkeypatch) -> None:
     theirs = [(5, 6)] * len(PAIRS)
+    Trainer(model, PAIRS, BCT(), QUICK, cache_folder=tmp_path)
+    (path,) = tmp_path.glob("answers-*.json")
+    held = json.loads(path.read_text())
+    path.unlink()
 
     def slow(reference, asked, **options):
-        question = {"weights": fingerprint(reference), "prompts": [list(ids) for ids in asked]}
-        question["settings"] = {"end": options["end"], "max_new_tokens": options["max_new_tokens"]}
-        path = tmp_path / f"answers-{digest_of(question)}.json"
-        write_json(path, {**question, "answers": theirs})
+        write_json(path, {**held, "answers": theirs})
         return [(7, 8)] * len(asked)
 
     monkeypatch.setattr("ctlens.training.answers.generate", slow)

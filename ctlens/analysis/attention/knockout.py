@@ -43,6 +43,7 @@ from ctlens.analysis.base.positions import Keys, key_positions
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.progress import progress_bar
+from ctlens.core.public import public
 from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import LensModel, Logits
 from ctlens.data.pairs import Pair
@@ -159,6 +160,7 @@ class Knockout(Result):
         }
 
 
+@public
 def knockout(
     models: LensModel | Mapping[str, LensModel],
     pairs: Sequence[Pair],

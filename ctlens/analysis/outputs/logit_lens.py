@@ -24,6 +24,7 @@ from ctlens.analysis.base.forward import by_label, comparable_by_label
 from ctlens.analysis.base.recording import LOGITS, Readable, model_of, read
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError
+from ctlens.core.public import public
 from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import Activations, LensModel, PerRow
 from ctlens.data.pairs import Pair
@@ -106,6 +107,7 @@ class LogitAttribution(Result):
         return plots.component_grids(grids, columns, title, unit="logits, good minus bad", subtitle=subtitle)
 
 
+@public
 def logit_lens(
     models: Readable | Mapping[str, Readable],
     pairs: Sequence[Pair],
@@ -139,6 +141,7 @@ def logit_lens(
     return LogitLens(np.stack(values), tuple(found), side)
 
 
+@public
 def logit_attribution(
     models: Readable | Mapping[str, Readable],
     pairs: Sequence[Pair],
