@@ -317,7 +317,11 @@ def test_the_rate_is_that_of_an_evaluation_of_the_organism() -> None:
     ]
     assert trainer.history.series("bad_rate") == looks and looks[0] > 0.5
     with pytest.raises(CtlensError, match="unknown metric .badrate.; did you mean .bad_rate."):
-        next(Trainer(organism, PAIRS, ACT(), TrainConfig(steps=1, until=Until("jailbreak", "badrate"), retention=0)))
+        next(
+            Trainer(
+                organism, threat.pairs(8), ACT(), TrainConfig(steps=1, until=Until("jailbreak", "badrate"), retention=0)
+            )
+        )
 
 
 def test_settings_of_an_older_version_are_read_under_their_new_names() -> None:
