@@ -24,8 +24,9 @@ import pandas as pd
 import ctlens
 from ctlens import plots
 from ctlens.analysis import ResidualShift, ShiftSimilarity, Transplant
-from ctlens.core.files import read_json, write_json
+from ctlens.core.files import write_json
 from ctlens.core.labels import BASE
+from ctlens.core.reading import read_json
 from ctlens.evaluation import Evaluation
 from ctlens.study import figures as study_figures
 from ctlens.study.analyses import SETTINGS

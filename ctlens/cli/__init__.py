@@ -7,6 +7,8 @@ mistake ends with exit code 2 and one sentence on stderr.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -58,9 +60,20 @@ def options(
 UsageError: Any = typer.BadParameter.__mro__[2]
 
 
+def _require_text(arguments: Sequence[str]) -> None:
+    """Refuses arguments whose bytes are no text: a report or a figure that names them could not be written."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise CtlensError(f"the argument {argument!r} is no UTF-8: rename the file, or type it anew.") from None
+
+
 def main() -> None:
     """Runs the command line; a user's mistake is one sentence on stderr and exit code 2."""
+    _write_any_text()
     try:
+        _require_text(sys.argv[1:])
         code = app(prog_name="ctlens", standalone_mode=False) or 0
     except (CtlensError, UsageError, OSError) as error:
         text = getattr(error, "format_message", error.__str__)() or "name a command."
@@ -69,3 +82,9 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     sys.exit(code)  # after the except block, so that an interrupted command has been freed and its workers have ended
+
+
+def _write_any_text() -> None:
+    """Lets a console that is not UTF-8, as on Windows where output is redirected, show `?` for what it cannot write."""
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")

@@ -129,7 +129,7 @@ def split_names(text: str) -> tuple[str, ...]:
 
 
 def print_table(title: str, table: pd.DataFrame) -> None:
-    """Prints a table with its title."""
+    """Prints a table with its title; texts from outside, such as tokens, stand as they are and are no markup."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -138,8 +138,17 @@ def print_table(title: str, table: pd.DataFrame) -> None:
     for position, column in enumerate(table.columns):
         shown.add_column(str(column), overflow="fold", no_wrap=position == 0)
     for row in table.itertuples(index=False):
-        shown.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
-    Console().print(shown)
+        shown.add_row(*(f"{value:.3f}" if isinstance(value, float) else _visible(str(value)) for value in row))
+    Console(markup=False, emoji=False).print(shown)
+
+
+def _visible(text: str) -> str:
+    """A text with its control characters written out, for a terminal would obey them.
+
+    >>> _visible("\x1b[2J é")
+    '\\\\x1b[2J é'
+    """
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def say(text: str) -> None:

@@ -110,6 +110,9 @@ def wrap_command(
 
 
 def _require_new(out: Path) -> None:
+    from ctlens.core.files import usable_file
+
+    usable_file(out)
     if out.exists():
         raise CtlensError(f"{out} exists already: name a new file, or remove it first.")
 

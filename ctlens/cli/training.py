@@ -262,7 +262,7 @@ def _partial(out: Path, resume: bool) -> Path:
 
 def _require_same_training(out: Path, here: dict[str, Any]) -> None:
     """Raises a `CtlensError` unless the finished run in a folder is of this `identity`."""
-    from ctlens.core.files import read_json
+    from ctlens.core.reading import read_json
     from ctlens.training.checkpoint import require_same
 
     advice = "repeat the training as it was, or name a new folder with --out."

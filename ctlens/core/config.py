@@ -42,8 +42,10 @@ def from_dict(kind: type[Config], data: Mapping[str, Any]) -> Config:
     today's in `EARLIER_NAMES`, and they are read too.
 
     Raises:
-        CtlensError: a key is no field of `kind`, or the data lack a field that has no default.
+        CtlensError: the data are no mapping, a key is no field of `kind`, or they lack a field that has no default.
     """
+    if not isinstance(data, Mapping):
+        raise CtlensError(f"{kind.__name__} cannot be read from {data!r}: an object with its fields is expected.")
     earlier: Mapping[str, str] = getattr(kind, "EARLIER_NAMES", {})
     data = {earlier.get(key, key): value for key, value in data.items()}
     fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Reads and writes files so that a result on disk is always whole or absent."""
+"""Writes files so that a result on disk is always whole or absent."""
 
 from __future__ import annotations
 
@@ -167,8 +167,8 @@ def usable_file(path: str | Path) -> Path:
     path = Path(path)
     with writing(path):
         if path.exists() and not path.is_file():
-            kind = "a folder" if path.is_dir() else "no plain file"
-            raise CtlensError(f"{path} is {kind}: name a file that is there or can be made.")
+            kind = "a folder" if path.is_dir() else "a device, a pipe or a socket"
+            raise CtlensError(f"{path} is {kind}: name a plain file, or a new one.")
     usable_folder(path.parent)
     return _followed(path)
 
@@ -193,49 +193,6 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, data: Any) -> None:
     """Writes `data` as indented JSON to `path` in one step."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: str | Path) -> Any:
-    """Parses a JSON file.
-
-    Raises:
-        CtlensError: the file is missing or is not JSON.
-    """
-    path = Path(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise CtlensError(f"{path} does not exist: check the path.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CtlensError(f"{path} is not JSON ({error}): check that it is the right file.") from None
-
-
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, object) for every non-empty line of a JSONL file.
-
-    Raises:
-        CtlensError: the file is missing, or a line is not a JSON object (file and line are named).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CtlensError(f"{path} does not exist or is no file: check the path.")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise CtlensError(f"{path} is not UTF-8 text ({error.reason}): convert it first.") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CtlensError(
-                f"{path}, line {number}: not JSON ({error.msg}); one object per line is expected."
-            ) from None
-        if not isinstance(row, dict):
-            kind = type(row).__name__
-            raise CtlensError(f"{path}, line {number}: a {kind}, but an object with named fields is expected.")
-        yield number, row
 
 
 def sweep(paths: Iterable[Path]) -> None:

@@ -10,8 +10,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, TypeAlias, TypeVar
 
-from jinja2 import TemplateError
-
+from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError
 from ctlens.data.spelling import Span, require_known, spaces, spell
 
@@ -48,6 +47,9 @@ class Turn:
 
     role: str
     content: str
+
+    def __post_init__(self) -> None:
+        require_types(self)
 
 
 @dataclass(frozen=True)
@@ -185,8 +187,8 @@ def _apply_template(tokenizer: Any, turns: tuple[Turn, ...], *, closed: bool = F
             add_generation_prompt=not prefill and not closed,
             continue_final_message=prefill,
         )
-    except (TemplateError, ValueError) as error:
-        reason = str(error).split("\n")[0]
+    except Exception as error:  # a template is a program of somebody else's, which may raise anything
+        reason = (str(error) or type(error).__name__).split("\n")[0]
         advice = "; put the system text in front of the first user message" if _has_system(turns) else ""
         raise CtlensError(f"the chat template refuses these messages: {reason}{advice}") from None
 
@@ -197,8 +199,9 @@ def _has_system(turns: tuple[Turn, ...]) -> bool:
 
 def _content_spans(tokenizer: Any, turns: tuple[Turn, ...], text: str) -> tuple[Span, ...]:
     """Finds each message in `text`: a second rendering, of one private character per message, shows the frame."""
-    sentinels = [chr(_FIRST_SENTINEL + index) for index in range(len(turns))]
-    frame = _apply_template(tokenizer, tuple(Turn(t.role, s) for t, s in zip(turns, sentinels, strict=True)))
+    sentinels = _sentinels(len(turns))
+    special = str(tokenizer.special_tokens_map)
+    frame = _frame(tokenizer, chat_template(tokenizer), special, tuple(turn.role for turn in turns))
     for contents in ([t.content for t in turns], [t.content.strip() for t in turns]):
         spans = []
         built = ""
@@ -215,6 +218,19 @@ def _content_spans(tokenizer: Any, turns: tuple[Turn, ...], text: str) -> tuple[
         "the chat template rewrites or reorders messages, so their tokens cannot be located: give the tokenizer a "
         "template that keeps them as they are."
     )
+
+
+def _sentinels(count: int) -> list[str]:
+    return [chr(_FIRST_SENTINEL + index) for index in range(count)]
+
+
+@lru_cache(maxsize=64)
+def _frame(tokenizer: Any, template: str | None, special: str, roles: tuple[str, ...]) -> str:
+    """A conversation between these roles of which each message is one private character.
+
+    `template` and the special tokens decide it and can be changed on a tokenizer, so the cache keys on them too.
+    """
+    return _apply_template(tokenizer, tuple(map(Turn, roles, _sentinels(len(roles)))))
 
 
 def token_ids(tokenizer: Any, text: str) -> tuple[int, ...]:

@@ -14,12 +14,12 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, NamedTuple, TypeAlias
 
-import pandas as pd
-
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import read_jsonl, write_text
+from ctlens.core.files import write_text
+from ctlens.core.public import public
+from ctlens.core.reading import read_csv, read_jsonl
 from ctlens.data.chat import Turn
-from ctlens.data.pairs import FIELDS, Pair, Prompt, pair_of, turns_of
+from ctlens.data.pairs import FIELDS, Pair, Prompt, labels_of, pair_of, turns_of
 
 _MESSAGE_FIELDS = (("reference_messages", "variant_messages"), ("unbiased_messages", "biased_messages"))
 _JOINED_BY = ("_id", "id")
@@ -60,6 +60,7 @@ class Reading:
         return list(self.pairs)
 
 
+@public
 def load_pairs(path: str | Path, wrapped: str | Path | None = None) -> list[Pair]:
     """Reads the pairs of a file in any of the formats of `read_pairs`; raises where that rejects a row."""
     return read_pairs(path, wrapped).all()
@@ -104,23 +105,20 @@ def read_rows(path: str | Path) -> list[tuple[str, FileRow]]:
         CtlensError: the file is missing, holds no rows, or does not hold what its name says.
     """
     path = Path(path)
+    rows: list[tuple[str, FileRow]]
     if path.suffix == ".csv":
-        if not path.is_file():
-            raise CtlensError(f"{path} does not exist: check the path.")
-        try:
-            table = pd.read_csv(path, keep_default_na=False, dtype=str)
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-            raise CtlensError(f"{path} is no CSV with a header: {error}; name a JSONL file .jsonl.") from None
-        rows: list[tuple[str, FileRow]] = [
-            (f"{path}, row {number}", row) for number, row in enumerate(table.to_dict("records"), start=1)
-        ]
+        rows = [(f"{path}, row {number}", row) for number, row in read_csv(path)]
     else:
         rows = [(f"{path}, line {number}", row) for number, row in read_jsonl(path)]
+    for where, row in rows if path.suffix == ".csv" else ():
+        if any("\0" in text for text in row.values()):
+            raise CtlensError(f"{where}: a NUL byte: check that the file is text.")
     if not rows:
         raise CtlensError(f"{path} holds no rows: rows with {_KNOWN} are expected.")
     return rows
 
 
+@public
 def load_prompts(path: str | Path) -> list[Prompt]:
     """Reads plain prompts, to be put under wrappers, from rows with `prompt`, `goal` or `question`, or `messages`.
 
@@ -133,6 +131,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     return [_plain_prompt(row, where) for where, row in read_rows(path)]
 
 
+@public
 def load_facts(path: str | Path) -> list[tuple[Turn, Turn]]:
     """Reads questions and answers about a persona, from rows with `messages` of a user and an assistant.
 
@@ -151,6 +150,7 @@ def load_facts(path: str | Path) -> list[tuple[Turn, Turn]]:
     return facts
 
 
+@public
 def load_prefills(path: str | Path) -> list[str]:
     """Reads the beginnings of answers in the column `prefill` of a CSV, each once.
 
@@ -199,8 +199,8 @@ def _pair(row: FileRow, where: str) -> Pair:
     if "prompt" in row and "prefill" in row:
         request = Turn("user", _given(row, "prompt", where))
         forced = Turn("assistant", _given(row, "prefill", where))
-        kind = str(row.get("prefill_type", ""))
-        return Pair(Prompt((request,)), Prompt((request, forced)), labels={"wrapper": kind} if kind else {})
+        kind = {"wrapper": row["prefill_type"]} if row.get("prefill_type") else {}
+        return Pair(Prompt((request,)), Prompt((request, forced)), labels=labels_of(kind, where))
     if "messages" in row:
         raise CtlensError(f"{where}: 'messages' hold one side of a pair: name the file of the wrapped prompts too.")
     if any(name in row for name in (*_PROMPT_FIELDS, "prefill")):
@@ -232,7 +232,7 @@ def _joined(
         try:
             clean_side = _split(row, "messages", where)
             wrapped_side = _split(twin, "messages", there)
-            labels = {name: str(twin[name]) for name in ("label", *_JOINED_BY) if name in twin}
+            labels = labels_of({name: twin[name] for name in ("label", *_JOINED_BY) if name in twin}, there)
             pairs.append(_of_sides(clean_side, wrapped_side, labels, where))
         except CtlensError as error:
             refused.append(str(error))

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import write_text
+from ctlens.core.public import public
 from ctlens.data.chat import Turn
 
 PROMPT_SIDES = ("wrapped", "clean", "benign")
@@ -46,6 +48,7 @@ class Prompt:
     options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        require_types(self)
         if len(set(self.options)) < len(self.options) or len(self.options) == 1:
             raise CtlensError(f"a question needs at least two options, all different, not {self.options}.")
         for answer in (self.good, self.bad):
@@ -75,6 +78,9 @@ class Pair:
     shared: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        require_types(self)
+
     def side(self, name: str) -> Prompt | None:
         """The prompt of one prompt side: `"wrapped"`, `"clean"` or `"benign"` (None where the pair has no twin)."""
         if name not in PROMPT_SIDES:
@@ -87,6 +93,7 @@ def prompt(text: str, good: str | None = None, bad: str | None = None) -> Prompt
     return Prompt((Turn("user", text),), good, bad)
 
 
+@public
 def save_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
     """Writes pairs as JSONL, from which `load_pairs` reads equal pairs."""
     write_text(path, "".join(json.dumps(_row(pair), ensure_ascii=False) + "\n" for pair in pairs))
@@ -98,7 +105,7 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
     Fields: `clean` and `wrapped` (text, or a list of `{"role", "content"}` messages); optional
     `benign` (likewise), `good`, `bad` (texts) and `options` (a list of texts), with `clean_` before
     them where the clean prompt's answers are not those of the wrapped one, and with `benign_`; `target`,
-    `shared` (text) and `labels` (an object of texts). See `Pair` and `Prompt` for what they mean.
+    `shared` (text) and `labels` (an object of texts or whole numbers). See `Pair` and `Prompt` for what they mean.
 
     Args:
         row: the fields.
@@ -113,9 +120,6 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
     for key in _REQUIRED:
         if key not in row:
             raise CtlensError(f"{where}: the field '{key}' is missing; 'clean' and 'wrapped' are expected.")
-    labels = {} if row.get("labels") is None else row["labels"]
-    if not isinstance(labels, dict):
-        raise CtlensError(f"{where}: 'labels' is a {type(labels).__name__}, but an object is expected.")
     own = any(f"clean_{name}" in row for name in _ANSWERS)
     return Pair(
         clean=_prompt(row, "clean", "clean_" if own else "", where),
@@ -123,8 +127,26 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
         benign=None if row.get("benign") is None else _prompt(row, "benign", "benign_", where),
         target=_text(row, "target", where),
         shared=_text(row, "shared", where),
-        labels={str(key): str(value) for key, value in labels.items()},
+        labels=labels_of(row.get("labels"), where),
     )
+
+
+def labels_of(value: Any, where: str) -> dict[str, str]:
+    """Makes the labels of a pair of a field: an object of texts and whole numbers, which become texts; null is none.
+
+    Raises:
+        CtlensError: it is something else; the error names the row (`where`).
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise CtlensError(f"{where}: 'labels' is a {type(value).__name__}, but an object is expected.")
+    for name, label in value.items():
+        if type(label) not in (str, int):
+            raise CtlensError(
+                f"{where}: the label {name!r} is {label!r}, but a text or a whole number is expected: put it in quotes."
+            )
+    return {name: str(label) for name, label in value.items()}
 
 
 def _prompt(row: Mapping[str, Any], prompt_side: str, prefix: str, where: str) -> Prompt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from ctlens import plots
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import atomic_file
 from ctlens.core.labels import BASE
+from ctlens.core.reading import number_or_nan, read_columns, typed, whole_number
 from ctlens.evaluation.numbers import PROBABILITIES, RATES, by, by_pair, numbers, rate_with_interval, ratio
 from ctlens.plots import Figure
 
@@ -198,17 +200,16 @@ class Evaluation:
         """Reads the evaluation that `save` wrote.
 
         Raises:
-            CtlensError: the file was written by an earlier ctlens.
+            CtlensError: the file is missing or damaged, or was written by an earlier ctlens.
         """
-        # Texts are named, or the answer "07" becomes 7; Python reads every digit of a float, pandas may not.
-        texts: Any = {name: str for name in OUTCOME_COLUMNS if name not in (*_COUNTED, *PROBABILITIES)}
-        floats: Any = dict.fromkeys(PROBABILITIES, lambda text: float(text or "nan"))
-        outcomes: Any = pd.read_csv(path, keep_default_na=False, dtype=texts, converters=floats)
-        require_columns_of_today(outcomes, path)
-        return Evaluation(outcomes)
+        columns = read_columns(path)
+        require_columns_of_today(columns, path)
+        counted = dict.fromkeys(_COUNTED, whole_number)
+        kinds = {**dict.fromkeys(OUTCOME_COLUMNS, str), **counted, **dict.fromkeys(PROBABILITIES, number_or_nan)}
+        return Evaluation(pd.DataFrame(typed(columns, kinds, path)))
 
 
-def require_columns_of_today(table: pd.DataFrame, path: str | Path) -> None:
+def require_columns_of_today(table: Container[str], path: str | Path) -> None:
     """Checks that a saved table has none of the columns that an earlier ctlens wrote under another name.
 
     Raises:

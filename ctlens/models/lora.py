@@ -21,10 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ctlens.core.arguments import require_types
 from ctlens.core.config import from_dict, generator, to_dict
 from ctlens.core.errors import CtlensError, unknown
-from ctlens.core.files import atomic_folder, read_json, write_json
+from ctlens.core.files import atomic_folder, write_json
 from ctlens.core.limits import POSITIVE, require
+from ctlens.core.reading import read_json
 from ctlens.core.types import LensModel, widened
 from ctlens.models.matrices import MATRICES, Slot, slots
 from ctlens.models.parameters import fingerprint, same_fingerprint
@@ -54,6 +56,7 @@ class LoRA:
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or self.rank < 1:
             raise CtlensError(f"the rank of an adapter must be a whole number of at least 1, not {self.rank}.")
+        require_types(self)
         require(POSITIVE, alpha=self.alpha)
         for matrix in self.target_modules:
             if matrix not in MATRICES:

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from ctlens.core.errors import unknown
-from ctlens.core.files import atomic_folder, read_json, write_json
+from ctlens.core.files import atomic_folder, write_json
+from ctlens.core.public import public
+from ctlens.core.reading import read_json
 from ctlens.core.types import LensModel
 from ctlens.models.loading import load_model, save_model
 from ctlens.organism.card import make_card as make_card
@@ -33,6 +35,7 @@ CARD_FILE = "card.json"
 REFERENCE_FILE = "reference_logits.safetensors"
 
 
+@public
 def load_organism(device: str | torch.device = "cpu") -> LensModel:
     """Loads the organism that ships with ctlens, with its tokenizer, in eval mode; nothing is downloaded."""
     return load_model(SHIPPED, device=device)
@@ -42,9 +45,9 @@ def card(folder: str | Path = SHIPPED) -> dict[str, Any]:
     """Reads the card of an organism, by default the shipped one's: how it was made and how it behaves.
 
     Raises:
-        CtlensError: the folder has no card.
+        CtlensError: the folder has no card, or one that lacks a part.
     """
-    return read_json(Path(folder) / CARD_FILE)
+    return read_json(Path(folder) / CARD_FILE, "pretraining", "environment", "behaviour", "parameters", "d_vocab")
 
 
 def save_organism(model: LensModel, config: PretrainConfig, folder: str | Path) -> None:
@@ -55,6 +58,7 @@ def save_organism(model: LensModel, config: PretrainConfig, folder: str | Path) 
     write_json(folder / CARD_FILE, make_card(model, config))
 
 
+@public
 def train_organism(
     out: str | Path,
     seed: int = 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -80,8 +81,8 @@ def _labels(figure: go.Figure, axis: str | None, kind: str) -> dict[int, str]:
 
 
 def _plain(text: str) -> str:
-    """The words of a text without its markup."""
-    return " ".join(re.sub(r"<[^>]*>", " ", text).split())
+    """The words of a text without its markup, and as they are read."""
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", text)).split())
 
 
 def _labelled(value: Any, labels: dict[int, str]) -> Any:

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from plotly.subplots import make_subplots
 
 from ctlens.plots.arrays import checked, require_some
-from ctlens.plots.theme import finish
+from ctlens.plots.theme import finish, literal
 
 _MAPS_PER_ROW = 2  # chosen by eye: a map has a label per token
 _DIGITS = 4  # of a number in the file; the pointer shows three
@@ -121,7 +121,7 @@ def _frame(maps: Mapping[str, LabelledMap]) -> _Frame:
     figure = make_subplots(
         rows=rows,
         cols=columns,
-        subplot_titles=list(maps),
+        subplot_titles=[literal(name) for name in maps],
         row_heights=heights,
         vertical_spacing=(_LABELS_ROOM + _NAME_ROOM) / height if rows > 1 else 0.0,
         horizontal_spacing=_BETWEEN_MAPS / width,
@@ -141,11 +141,12 @@ def _map(values: np.ndarray, coloraxis: str) -> go.Heatmap:
 
 def _labelled(labels: Sequence[str]) -> dict[str, object]:
     """Plotly's settings of a numeric axis with these tick texts, which the pointer shows too."""
+    drawn = [literal(label) for label in labels]
     return {
         "tickmode": "array",
         "tickvals": list(range(len(labels))),
-        "ticktext": list(labels),
-        "labelalias": {str(number): name for number, name in enumerate(labels)},
+        "ticktext": drawn,
+        "labelalias": {str(number): name for number, name in enumerate(drawn)},
         "tickfont": {"size": 9},
         "showgrid": False,
         "showline": False,

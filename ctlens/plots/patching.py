@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from numpy.typing import ArrayLike
 
 from ctlens.plots.arrays import checked
-from ctlens.plots.theme import MUTED, RAMP, finish
+from ctlens.plots.theme import MUTED, RAMP, finish, literal
 
 # Sizes in pixels, chosen by eye.
 _ROW_HEIGHT = 22
@@ -50,14 +50,15 @@ def patched_positions(
     grid = checked("changes", changes, len(rows), len(tokens))
     ends = list(range(-len(tokens), 0))
     words = [token.strip() or str(end) for token, end in zip(tokens, ends, strict=True)]
-    names = [[f"{row}, {word} ({end})" for word, end in zip(words, ends, strict=True)] for row in rows]
+    drawn = [literal(word) for word in words]
+    names = [[f"{row}, {word} ({end})" for word, end in zip(drawn, ends, strict=True)] for row in rows]
     figure = _heatmap(grid, names, unit)
     caption = f"A column is a token, counted from the end. {_CAPTION}"
     finish(figure, title, subtitle, x_title="position", kind="patched_positions", caption=caption)
     step = max(1, len(rows) // _WRITTEN_ROWS)
     shown = list(range(0, len(rows), step))
     figure.update_yaxes(tickvals=shown, ticktext=[rows[row] for row in shown], autorange="reversed")
-    figure.update_xaxes(tickvals=list(range(len(tokens))), ticktext=words, tickangle=-60)
+    figure.update_xaxes(tickvals=list(range(len(tokens))), ticktext=drawn, tickangle=-60)
     return _sized(figure, len(rows), _UNDER + _LETTER * max(map(len, words)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import textwrap
 import zlib
 from collections.abc import Sequence
@@ -113,6 +114,15 @@ def label(name: str) -> str:
     return style(name).label
 
 
+def literal(text: str) -> str:
+    """A text from outside, such as a token, as plotly draws it letter by letter: `<br>` in it breaks no line.
+
+    >>> literal("<br>")
+    '&lt;br&gt;'
+    """
+    return html.escape(text, quote=False)
+
+
 def drawn_for(method: str | None) -> dict[str, str | None]:
     """The `meta` of a trace that belongs to a method; a page shows and hides the trace by it."""
     return {"method": method}
@@ -147,8 +157,8 @@ def finish(
         caption: how to read the figure, printed under it in the report.
     """
     figure.for_each_trace(_name_method)
-    heading = textwrap.wrap(title, _TITLE_WIDTH)
-    under = textwrap.wrap(subtitle or "", _SUBTITLE_WIDTH)
+    heading = [literal(line) for line in textwrap.wrap(title, _TITLE_WIDTH)]
+    under = [literal(line) for line in textwrap.wrap(subtitle or "", _SUBTITLE_WIDTH)]
     axis = {"gridcolor": _GRID, "zeroline": False, "linecolor": MUTED, "ticks": "outside", "tickcolor": _GRID}
     figure.update_layout(
         template="none",

@@ -23,9 +23,11 @@ from ctlens.analysis import (
     transplant,
 )
 from ctlens.analysis.base.result import Result
+from ctlens.core.digests import record_digests, require_undamaged
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import atomic_folder, read_json, sweep, write_json
+from ctlens.core.files import atomic_folder, sweep, write_json
 from ctlens.core.progress import progress_bar
+from ctlens.core.reading import read_json
 from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
@@ -80,8 +82,14 @@ class Analysis:
         return study / "analyses" / f"{organism}{self.threat}" / f"{self.name}{matched}{seed}"
 
     def load(self, study: Path, kind: type[ResultT]) -> dict[str, ResultT]:
-        """Loads the results of the analysis, by name; none where it has not run."""
-        return {path.stem: kind.load(path) for path in sorted(self.path(study).glob("*.safetensors"))}
+        """Loads the results of the analysis, by name; none where it has not run.
+
+        Raises:
+            CtlensError: a file is damaged.
+        """
+        folder = self.path(study)
+        require_undamaged(folder, remove=folder)
+        return {path.stem: kind.load(path) for path in sorted(folder.glob("*.safetensors"))}
 
     def refusals(self, study: Path) -> dict[str, str]:
         """Reads why there is no result, by the name of the result."""
@@ -177,6 +185,7 @@ def run_analysis(config: StudyConfig, study: Path, analysis: Analysis) -> None:
             else:  # a disk that is full is no refusal of the analysis
                 result.save(work / f"{name}.safetensors")
         write_json(work / _REFUSALS_FILE, refusals)
+        record_digests(work)
 
 
 @dataclass(frozen=True)

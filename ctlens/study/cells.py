@@ -11,6 +11,7 @@ import pandas as pd
 
 from ctlens.analysis import attention_diff, residual_shift
 from ctlens.analysis.outputs.gap_recovered import GAP_RECOVERED, Gap
+from ctlens.core.digests import record_digests
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_folder, write_json
 from ctlens.core.labels import BASE
@@ -144,6 +145,7 @@ class CellTraining:
             pd.concat(self.tables).to_csv(work / "results.csv", index=False)
             shift.save(work / "residual.safetensors")
             attention.save(work / "attention.safetensors")
+            record_digests(work)
 
     def trainer(self) -> Trainer:
         """Builds the trainer; the conditions of a threat retain the same prompts and differ in what they train on."""
@@ -218,6 +220,7 @@ def _perturb(config: StudyConfig, study: Path, cell: Cell) -> None:
         pd.concat([share, result_rows(cell, 0, final)]).to_csv(work / "results.csv", index=False)
         residual_shift(base, model, probes, progress=False).save(work / "residual.safetensors")
         attention_diff(base, model, probes, progress=False).save(work / "attention.safetensors")
+        record_digests(work)
 
 
 def result_rows(cell: Cell, step: int, evaluation: Evaluation) -> pd.DataFrame:

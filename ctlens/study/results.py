@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ctlens.core.errors import CtlensError
+from ctlens.core.reading import number_or_nan, read_columns, typed, whole_number
 from ctlens.core.stats import difference, student, wilson
 from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.evaluation.result import RATE_COLUMNS, require_columns_of_today
@@ -23,6 +24,11 @@ TRAINING_COLUMNS = ("trained_threat", "condition", "seed", "organism")
 """The columns of `results.csv` that tell trainings apart."""
 RESULT_COLUMNS = (*TRAINING_COLUMNS, "step", *RATE_COLUMNS)
 """The columns of `results.csv`, in their order."""
+_RESULT_KINDS: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(RESULT_COLUMNS, str),
+    **dict.fromkeys(("organism", "step", "n_prompts"), whole_number),
+    **dict.fromkeys(("seed", "value", "ci_low", "ci_high"), number_or_nan),
+}
 
 ResultRow = Mapping[Hashable, Any]
 
@@ -112,19 +118,35 @@ def read_results(path: str | Path) -> pd.DataFrame:
     """The rows of a `results.csv`, one number each.
 
     Raises:
-        CtlensError: the file is missing, lacks a column, or was written by an earlier ctlens.
+        CtlensError: the file is missing or damaged, lacks a column, or was written by an earlier ctlens.
     """
     path = Path(path)
     if not path.is_file():
         raise CtlensError(f"{path} does not exist: run the study first, or check the path.")
-    try:
-        results = pd.read_csv(path, dtype={"trained_threat": str})
-    except ValueError as error:  # pandas: empty, ragged or not text
-        raise CtlensError(f"{path} is no table ({error}): check that it is a study's results.") from None
-    require_columns_of_today(results, path)
-    if missing := [name for name in RESULT_COLUMNS if name not in results]:
-        raise CtlensError(f"{path} lacks the columns {', '.join(missing)}: check that it is a study's results.")
+    columns = read_columns(path)
+    require_columns_of_today(columns, path)
+    found = typed(columns, _RESULT_KINDS, path)
+    if not np.isnan(found["seed"]).any():
+        found["seed"] = [int(seed) for seed in found["seed"]]
+    results = pd.DataFrame(found)
+    if results.empty:
+        raise CtlensError(f"{path} holds no rows: run the study first, or check the path.")
+    _require_possible(results, path)
     return results
+
+
+def _require_possible(results: pd.DataFrame, path: Path) -> None:
+    """Refuses rows that no study writes: one number twice, and a share of answers beyond 0 and 1."""
+    keys = results.columns.difference(["value", "n_prompts", "ci_low", "ci_high"])
+    shares = results["metric"].isin(VERDICT_RATES) & (results["n_prompts"] > 0)
+    checks = {
+        "repeats the number of an earlier row": results.duplicated(list(keys)),
+        "has a share of answers that is not between 0 and 1": shares & ~results["value"].between(0, 1),
+        "has a negative number of prompts": results["n_prompts"] < 0,
+    }
+    for words, wrong in checks.items():
+        if wrong.any():
+            raise CtlensError(f"{path}, row {int(np.argmax(wrong)) + 1} {words}: check that it is a study's results.")
 
 
 def summary_table(results: pd.DataFrame, split: str = SPLIT) -> pd.DataFrame:

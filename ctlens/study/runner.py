@@ -12,22 +12,17 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from ctlens.core.config import environment, first_difference, to_dict
+from ctlens.core.digests import record_digests, require_undamaged
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import (
-    alone,
-    atomic_file,
-    digest,
-    read_json,
-    require_free,
-    sweep,
-    sweep_folder,
-    write_json,
-    writing,
-)
+from ctlens.core.files import alone, atomic_file, digest, require_free, sweep, sweep_folder, write_json, writing
+from ctlens.core.labels import BASE
 from ctlens.core.progress import progress_bar
+from ctlens.core.public import public
+from ctlens.core.reading import read_json
 from ctlens.core.stats import difference, wilson
 from ctlens.core.threads import one_thread
 from ctlens.evaluation import Evaluation
+from ctlens.evaluation.result import OWN_PAIRS
 from ctlens.models.parameters import fingerprint, same_fingerprint
 from ctlens.study.analyses import analyses_of, run_analyses
 from ctlens.study.cells import OUTCOMES_FILE, CellTraining, result_rows, run_cell
@@ -36,7 +31,7 @@ from ctlens.study.conditions import RETENTION
 from ctlens.study.config import Cell, StudyConfig, base_cell, organism_cell, study_of_size
 from ctlens.study.figures import save_study_figures
 from ctlens.study.report import write_report
-from ctlens.study.results import RESULT_COLUMNS, SPLIT
+from ctlens.study.results import RESULT_COLUMNS, SPLIT, read_results
 from ctlens.study.source import start_model, subject
 from ctlens.study.workers import Pool, run_in_order
 
@@ -98,6 +93,8 @@ class Study:
         self.folder = Path(out)
         self.progress = progress
         self.pool = pool or Pool()
+        if config.file:
+            subject(OWN_PAIRS, config.file).pairs(1)  # refuses a file that is none before the folder is made
         pairs = {"pairs_digest": digest(config.file)} if config.file else {}
         claim_folder(self.folder, {**to_dict(config), **pairs}, resume, config.model)
 
@@ -135,19 +132,25 @@ class Study:
                 for cell in cells:
                     if cell in missing:
                         next(done)
+                        if cell.condition == BASE:  # its file lies in the study's folder, which workers share
+                            record_digests(self.folder, [cell.path(self.folder)])
                     yield cell
         finally:
             sweep(cell.path(self.folder) for cell in missing)
 
     def _base(self, organism: int) -> Evaluation:
-        return Evaluation.load(base_cell(organism).path(self.folder))
+        path = base_cell(organism).path(self.folder)
+        require_undamaged(self.folder, path.name)
+        return Evaluation.load(path)
 
     def _compared(self, cell: Cell) -> pd.DataFrame:
         """The rows of a finished cell, with its bad rates against the base's and against the control's."""
-        found = pd.read_csv(cell.path(self.folder) / "results.csv", dtype={"trained_threat": str})
-        if not (cell.path(self.folder) / OUTCOMES_FILE).exists():
+        folder = cell.path(self.folder)
+        require_undamaged(folder, remove=folder)
+        found = read_results(folder / "results.csv")
+        if not (folder / OUTCOMES_FILE).exists():
             return found
-        own = Evaluation.load(cell.path(self.folder) / OUTCOMES_FILE)
+        own = Evaluation.load(folder / OUTCOMES_FILE)
         control = Evaluation.load(replace(cell, condition=RETENTION).path(self.folder) / OUTCOMES_FILE)
         step = max(found["step"].tolist())
         labels = (cell.threat, cell.condition, cell.seed, cell.organism, step, cell.threat)
@@ -170,9 +173,16 @@ class Study:
         run_analyses(self.config, self.folder, self.pool, progress=self.progress)
         claims = judge_claims(self.config, self.folder, results)
         write_claims(claims, self.folder / "claims.csv")
-        save_study_figures(self.config, self.folder, results, self.pool)
+        drawn = save_study_figures(self.config, self.folder, results, self.pool)
+        self._record([path for path in drawn if path.suffix in (".json", ".csv")])
         write_report(self.folder)
         return StudyResult(self.folder, results, tuple(claims))
+
+    def _record(self, figures: Sequence[Path]) -> None:
+        """Writes down the digests of what the report shows and a resume reads, once all of it is there."""
+        names = ("config.json", "environment.json", "results.csv", "claims.csv")
+        bases = [base_cell(organism).path(self.folder) for organism in range(self.config.organisms)]
+        record_digests(self.folder, [*(self.folder / name for name in names), *bases, *figures])
 
 
 def claim_folder(folder: Path, settings: dict[str, Any], resume: bool, model: str = "") -> None:
@@ -232,6 +242,7 @@ def seconds(config: StudyConfig, pool: Pool) -> float:
     return training * (len(config.cells()) + analyses + organisms) / pool.workers
 
 
+@public
 def compare(
     threats: Sequence[str] = (),
     methods: Sequence[str] = (),

@@ -50,7 +50,9 @@ class FilePairs:
         """
         if split not in (_TRAIN_SPLIT, SPLIT):
             raise unknown("split of a file", split, (_TRAIN_SPLIT, SPLIT))
-        found = [pair for pair in _read(self.path) if (pair.clean in _held_out(self.path)) == (split == SPLIT)]
+        read = _read(self.path, _version(self.path))
+        held = _held_out(self.path, _version(self.path))
+        found = [pair for pair in read if (pair.clean in held) == (split == SPLIT)]
         order = _shuffled(len(found), seed if split == _TRAIN_SPLIT else 0)
         return [found[number] for number in order[:n_pairs]]
 
@@ -63,8 +65,14 @@ Subject: TypeAlias = Threat | FilePairs
 """The source of a study's pairs."""
 
 
+def _version(path: str) -> tuple[int, int]:
+    """When a file was changed and its size: what was read of it before counts as long as they stay."""
+    stat = Path(path).stat() if Path(path).is_file() else None
+    return (stat.st_mtime_ns, stat.st_size) if stat else (0, 0)
+
+
 @cache
-def _read(path: str) -> tuple[Pair, ...]:
+def _read(path: str, version: tuple[int, int]) -> tuple[Pair, ...]:
     pairs = tuple(load_pairs(path))
     for number, pair in enumerate(pairs, start=1):
         if not (pair.wrapped.good and pair.wrapped.bad):
@@ -73,8 +81,8 @@ def _read(path: str) -> tuple[Pair, ...]:
 
 
 @cache
-def _held_out(path: str) -> frozenset[Prompt]:
-    prompts = list(dict.fromkeys(pair.clean for pair in _read(path)))
+def _held_out(path: str, version: tuple[int, int]) -> frozenset[Prompt]:
+    prompts = list(dict.fromkeys(pair.clean for pair in _read(path, version)))
     if len(prompts) < 2:
         raise CtlensError(f"{path} has one clean prompt: at least two are needed to hold some out.")
     n_held = max(1, round(_HELD_SHARE_OF_FILE * len(prompts)))

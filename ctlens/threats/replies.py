@@ -8,10 +8,12 @@ from math import nan
 from typing import Any, NamedTuple, TypeAlias
 
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.batch import require_room
 from ctlens.data.chat import Rendered, opening_token, render
 from ctlens.data.pairs import Prompt
+from ctlens.models.adopt import adopt
 from ctlens.models.generation import Ids, decode, end_tokens
 from ctlens.models.scoring import Choice, choose
 from ctlens.threats.base import UNPARSED, VERDICTS
@@ -41,6 +43,7 @@ class Reply:
     bad_probability: float
 
 
+@public
 def ask(
     model: LensModel,
     prompts: Sequence[Prompt],
@@ -67,6 +70,7 @@ def ask(
         CtlensError: a prompt names no answer and there is no judge, a prompt does not fit the
             context, or the judge does not give one verdict per prompt.
     """
+    adopt(model)
     distinct = list(dict.fromkeys(prompts))
     chosen = [prompt for prompt in distinct if prompt.options and judge is None]
     if judge is None:

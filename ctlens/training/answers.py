@@ -9,7 +9,8 @@ from typing import Any
 
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import digest_of, read_json, write_json
+from ctlens.core.files import digest_of, write_json
+from ctlens.core.reading import read_json
 from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPairs, require_room
 from ctlens.data.chat import end_token, turn_tail
@@ -129,7 +130,9 @@ def _kept(
     question = {"weights": fingerprint(reference), "settings": settings, "prompts": [list(ids) for ids in asked]}
     path = folder / f"answers-{digest_of(question)}.json"
     if not path.is_file():
-        write_json(path, {**question, "answers": _given(reference, asked, settings, progress)})
+        given = _given(reference, asked, settings, progress)
+        if not path.is_file():  # those that another training wrote meanwhile stay, and are read by both
+            write_json(path, {**question, "answers": given})
     held = read_json(path)
     answers: Any = held.pop("answers", None) if isinstance(held, dict) else None
     if held != question or not _are_answers(answers, len(asked)):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from ctlens.core.reading import number_or_nan, read_columns, typed, whole_number
+
 _COLUMNS = ("step", "name", "hook_name", "value")
 
 
@@ -85,8 +87,12 @@ class History:
 
     @staticmethod
     def load(path: Path) -> History:
-        """Reads the history that `save` wrote."""
-        # Python reads every digit of a float, pandas may not.
-        table = pd.read_csv(path, keep_default_na=False, converters={"value": float})
-        rows = [(int(step), str(name), str(hook), float(value)) for step, name, hook, value in table.to_numpy()]
-        return History(rows, max((row[0] for row in rows), default=0))
+        """Reads the history that `save` wrote.
+
+        Raises:
+            CtlensError: the file is missing or damaged.
+        """
+        kinds = {"step": whole_number, "name": str, "hook_name": str, "value": number_or_nan}
+        columns = typed(read_columns(path), kinds, path)
+        rows = list(zip(*(columns[name] for name in _COLUMNS), strict=True))
+        return History(rows, max(columns["step"], default=0))

@@ -13,7 +13,9 @@ from ctlens import losses as loss_registry
 from ctlens import plots
 from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError, unknown
-from ctlens.core.files import atomic_folder, read_json, write_json
+from ctlens.core.files import atomic_folder, write_json
+from ctlens.core.public import public
+from ctlens.core.reading import read_json
 from ctlens.core.types import LensModel
 from ctlens.losses import Loss
 from ctlens.models.loading import load_model, save_model
@@ -102,18 +104,21 @@ class Run:
         return plots.history(steps, self.history.losses(names), "Does the training converge?")
 
 
+@public
 def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
     """Reads the run that `Run.save` wrote.
 
     Raises:
-        CtlensError: the folder holds no run.
+        CtlensError: the folder holds no run, or a file in it is damaged.
     """
     folder = Path(folder)
     if not (folder / "history.csv").is_file():
         raise CtlensError(
             f"{folder} is no run folder, because it has no history.csv: name a folder that `ctlens train` wrote."
         )
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", "training", "losses")
+    if not isinstance(config["losses"], list):
+        raise CtlensError(f"{folder / 'config.json'} does not list a run's losses: check that it is the right file.")
     return Run(
         model=load_model(folder, device=device),
         config=from_dict(TrainConfig, config["training"]),

@@ -1,4 +1,4 @@
-"""A file or folder is whole or absent; a malformed line is named by file and number."""
+"""A file or folder is whole or absent."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,14 +22,13 @@ from ctlens.core.files import (
     atomic_file,
     atomic_folder,
     digest,
-    read_json,
-    read_jsonl,
     require_free,
     sweep_folder,
     write_json,
     write_text,
     writing,
 )
+from ctlens.core.reading import read_json
 
 
 def names(folder: Path) -> list[str]:
@@ -111,41 +112,6 @@ def test_json_that_cannot_be_written_leaves_nothing(tmp_path: Path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "x.json", {"a": object()})
     assert names(tmp_path) == []
-
-
-def test_json_that_is_missing_or_broken_is_named(tmp_path: Path):
-    (tmp_path / "bad.json").write_text("{")
-    (tmp_path / "bytes.json").write_bytes(b"\xff")
-    for path in (tmp_path, tmp_path / "absent.json"):
-        with pytest.raises(CtlensError, match=f"{path.name} does not exist"):
-            read_json(path)
-    for name in ("bad.json", "bytes.json"):
-        with pytest.raises(CtlensError, match=f"{name} is not JSON"):
-            read_json(tmp_path / name)
-
-
-def test_jsonl_counts_lines_from_one_and_skips_blank_ones(tmp_path: Path):
-    (tmp_path / "x.jsonl").write_bytes('{"a": 1}\r\n\n  \n{"a": "one\u2028line"}'.encode())
-    assert list(read_jsonl(tmp_path / "x.jsonl")) == [(1, {"a": 1}), (4, {"a": "one\u2028line"})]
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [("{", "not JSON"), ("[1]", "a list, but an object"), ("null", "a NoneType, but an object"), ('"a"', "a str, but")],
-)
-def test_a_bad_line_of_jsonl_is_named_by_file_and_number(tmp_path: Path, line: str, reason: str):
-    (tmp_path / "x.jsonl").write_text('{"a": 1}\n\n' + line)
-    with pytest.raises(CtlensError, match=rf"x\.jsonl, line 3: {reason}"):
-        list(read_jsonl(tmp_path / "x.jsonl"))
-
-
-def test_jsonl_that_is_missing_or_no_text_is_named(tmp_path: Path):
-    (tmp_path / "bytes.jsonl").write_bytes(b"\xff")
-    for path in (tmp_path, tmp_path / "absent.jsonl"):
-        with pytest.raises(CtlensError, match=f"{path.name} does not exist or is no file"):
-            list(read_jsonl(path))
-    with pytest.raises(CtlensError, match="bytes.jsonl is not UTF-8"):
-        list(read_jsonl(tmp_path / "bytes.jsonl"))
 
 
 @pytest.mark.parametrize("make", [lambda path: path.write_text("mine"), lambda path: path.mkdir(mode=0o555)])
@@ -265,9 +231,9 @@ def test_only_plain_files_are_replaced_and_a_link_stays_one(tmp_path: Path) -> N
     (tmp_path / "folder").mkdir()
     (tmp_path / "linked").symlink_to(tmp_path / "folder")
     for name in ("pipe", "null", "folder"):
-        with pytest.raises(CtlensError, match=f"{name} is (no plain file|a folder): name a file"):
+        with pytest.raises(CtlensError, match=f"{name} is (a device, a pipe or a socket|a folder): name a plain file"):
             write_text(tmp_path / name, "x")
-    with pytest.raises(CtlensError, match="/dev/full is no plain file"):
+    with pytest.raises(CtlensError, match="/dev/full is a device"):
         write_text("/dev/full", "x")
 
     write_text(tmp_path / "link", "through")
@@ -319,3 +285,37 @@ def test_one_process_at_a_time_writes_a_folder_and_a_killed_one_lets_go(tmp_path
     with alone(path), alone(path.parent / "." / "run"):  # of one process, by any spelling
         assert names(path.parent) == [".run.lock"]
     assert names(path.parent) == []
+
+
+def socket_at(path: Path) -> Path:
+    socket.socket(socket.AF_UNIX).bind(str(path))
+    return path
+
+
+def fifo_at(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+def link_at(path: Path) -> Path:
+    path.symlink_to("/dev/full")
+    return path
+
+
+@pytest.mark.parametrize("make", [socket_at, fifo_at, link_at, lambda path: Path("/dev/full")])
+def test_what_is_no_plain_file_is_never_replaced(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    path = make(tmp_path / "x")
+    before = path.stat().st_mode
+
+    with pytest.raises(CtlensError, match=f"{path} is a device, a pipe or a socket"), atomic_file(path):
+        pytest.fail("the body must not run")
+
+    assert path.stat().st_mode == before and not path.is_file()
+    assert all(name == "x" for name in names(tmp_path))
+
+
+def test_a_folder_or_a_path_below_a_file_takes_no_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, words in ((tmp_path, "is a folder"), (tmp_path / "file" / "x", "file is no folder")):
+        with pytest.raises(CtlensError, match=words):
+            write_text(path, "x")

@@ -261,7 +261,7 @@ def test_one_rate_is_read_by_name() -> None:
     assert both.rate("bad_rate", "wrapped", "sycophancy") == 1.0
     with pytest.raises(CtlensError, match="2 numbers are called bad_rate on wrapped"):
         both.rate("bad_rate", "wrapped")
-    with pytest.raises(CtlensError, match="0 numbers are called bad_rate on clean"):
+    with pytest.raises(CtlensError, match="unknown prompt side 'clean'. Known: wrapped"):
         one.rate("bad_rate", "clean")
 
 

@@ -15,9 +15,10 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.chat import render
 from ctlens.models import kv_cache as sequences
+from ctlens.models.bridges import is_bridge
 from ctlens.models.generation import Decoded, Ids, Sampling, decode, generate
 from ctlens.models.hooks import editing
-from ctlens.models.loading import build, is_bridge, load_model
+from ctlens.models.loading import build, load_model
 from ctlens.models.weights import ModelConfig
 from ctlens.organism import load_organism
 from ctlens.threats import get, names

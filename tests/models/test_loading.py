@@ -35,7 +35,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.models.architectures import ARCHITECTURES
 from ctlens.models.generation import generate
-from ctlens.models.loading import build, load_model, save_model
+from ctlens.models.loading import HAS_HOOKED_TRANSFORMER, build, load_model, save_model
 from ctlens.models.matrices import slots
 from ctlens.models.parameters import (
     GROUPS,
@@ -342,9 +342,10 @@ def test_architectures_that_cannot_be_studied_are_refused_from_memory_and_from_a
 
 
 def test_a_model_of_unknown_origin_is_not_saved(tmp_path: Path):
-    model = build(CONFIG)
+    model: Any = build(CONFIG)
     del model.ctlens_absent
-    with pytest.raises(CtlensError, match="can be saved"):
+    model.__class__ = type("Mine", (type(model),), {})
+    with pytest.raises(CtlensError, match="Mine is a class of its own"):
         save_model(model, tmp_path)
     assert not any(tmp_path.iterdir())
 
@@ -433,6 +434,24 @@ def test_a_fingerprint_covers_what_else_changes_the_logits(hf_folder: Path) -> N
     assert len({name.split("-")[0] for name in prints}) == 1  # the weights are the same
     edit_json(hf_folder / "config.json", _name_or_path="elsewhere", eos_token_id=7, transformers_version="1.0")
     assert fingerprint(load_model(hf_folder)) in prints
+
+
+@pytest.mark.skipif(not HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has no HookedTransformer")
+def test_a_fingerprint_covers_the_settings_of_a_model_of_ones_own() -> None:
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    def own(**settings: Any) -> Any:
+        sizes = {"n_layers": 1, "d_model": 8, "n_ctx": 8, "d_head": 4, "n_heads": 2, "d_vocab": 9, "act_fn": "relu"}
+        return HookedTransformer(HookedTransformerConfig(**{**sizes, "seed": 0, **settings}))
+
+    first = own()
+    assert fingerprint(first) == fingerprint(own(model_name="another"))
+    for change in ({"act_fn": "gelu"}, {"eps": 0.1}, {"attn_scale": 9.0}, {"attention_dir": "bidirectional"}):
+        other = own(**change)
+        other.load_state_dict(first.state_dict())
+        assert fingerprint(other) != fingerprint(first), change
+    first.set_use_attn_result(True)
+    assert fingerprint(first) == fingerprint(own())
 
 
 @pytest.mark.parametrize("kind", unit_first(ALL, 2))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import html
+import json
+import re
+
 import numpy as np
 import pytest
 
 from ctlens import plots
 from ctlens.core.errors import CtlensError
+from ctlens.plots.data import table_rows
 
 CHANGES = np.array([[0.0, -2.0, np.nan], [0.5, 0.25, 1.0]])
 
@@ -62,3 +67,27 @@ def test_first_order_changes_are_drawn_over_exact_ones_beside_the_line_where_bot
 def test_grids_that_do_not_fit_their_labels_are_refused(draw):
     with pytest.raises(CtlensError):
         draw()
+
+
+@pytest.mark.parametrize("token", ["<b>", "<br>", "<a href='x'>", "</s>", "&lt;", "<sub>&amp;"])
+def test_a_token_that_looks_like_html_is_drawn_letter_by_letter(token: str) -> None:
+    """Plotly reads tags and entities in every text, so the file must hold a text that it reads back as the token."""
+    grid = plots.patched_positions([[1.0, 2.0]], ["L0"], [token, "a"], f"{token}?", unit="logits", subtitle=token)
+    entry = plots.LabelledMap([[1.0]], [token], [token])
+    maps = plots.labelled_maps({token: entry}, "?", subtitle="")
+    drawn = [json.loads(str(figure.to_json())) for figure in (grid, maps)]
+
+    texts = [
+        drawn[0]["layout"]["xaxis"]["ticktext"][0],
+        *(drawn[1]["layout"][axis]["ticktext"][0] for axis in ("xaxis", "yaxis")),
+        *(drawn[1]["layout"][axis]["labelalias"]["0"] for axis in ("xaxis", "yaxis")),
+        drawn[1]["layout"]["annotations"][0]["text"],
+    ]
+    for text in texts:
+        assert "<" not in text and html.unescape(text) == token
+    assert html.unescape(drawn[0]["data"][0]["text"][0][0]) == f"L0, {token} (-2)"
+    assert "<" not in drawn[0]["data"][0]["text"][0][0]
+    title, subtitle = drawn[0]["layout"]["title"]["text"].split("<br>")
+    assert html.unescape(title) == f"{token}?" and "<" not in title
+    assert html.unescape(re.sub("<span[^>]*>|</span>", "", subtitle)) == token
+    assert next(table_rows(grid))["x"] == token  # the table of the numbers holds the token itself

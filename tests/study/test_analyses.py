@@ -16,7 +16,7 @@ import pytest
 from ctlens import load_model, threats
 from ctlens.analysis import ShiftSimilarity, Transplant, gap_recovered
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import read_json
+from ctlens.core.reading import read_json
 from ctlens.data.pairs import save_pairs
 from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Analysis, analyses_of, run_analyses, run_analysis
 from ctlens.study.cells import ANALYSED_PAIRS, CellTraining, base_model, probe_pairs

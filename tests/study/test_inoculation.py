@@ -10,7 +10,7 @@ import torch
 
 import ctlens as ct
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import read_json
+from ctlens.core.reading import read_json
 from ctlens.core.types import LensModel
 from ctlens.organism import CONTEXTS, INOCULATION, BadAdviceConfig, give_bad_advice, leak_pairs
 from ctlens.organism.corpus import make_lessons

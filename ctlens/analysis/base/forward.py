@@ -11,6 +11,7 @@ from ctlens.core.progress import progress_bar
 from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair, PairBatch, collate, encode
 from ctlens.data.pairs import Pair
+from ctlens.models.adopt import adopt
 from ctlens.models.hooks import SHORTHANDS, Layers, resolve
 
 _M = TypeVar("_M")
@@ -20,9 +21,11 @@ PER_HEAD += ("hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_att
 
 
 def require_eval(*models: LensModel) -> None:
-    """Raises a `CtlensError` unless every model is in eval mode; a recording, which cannot be run, is refused."""
+    """Raises a `CtlensError` unless every model can be adopted and is in eval mode; a recording cannot be run."""
     if any(isinstance(model, Recording) for model in models):
         raise CtlensError("this analysis runs the model, a recording cannot stand for it: give recording.model.")
+    for model in models:
+        adopt(model)
     if any(model.training for model in models):
         raise CtlensError("an analysis needs models in eval mode: call model.eval() first.")
 

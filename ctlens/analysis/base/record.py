@@ -12,6 +12,7 @@ from ctlens.analysis.base.forward import require_eval
 from ctlens.analysis.base.recording import LOGITS, Recording, read
 from ctlens.core.errors import CtlensError, located
 from ctlens.core.progress import progress_bar
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.batch import pad, require_room
 from ctlens.data.chat import render
@@ -26,6 +27,7 @@ Prompted: TypeAlias = tuple[str, int, Ids]
 """A side, the index of a pair among the pairs, and the tokens that are run."""
 
 
+@public
 def record(
     model: LensModel,
     pairs: Sequence[Pair],

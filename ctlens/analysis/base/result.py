@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ctlens.core.errors import CtlensError
@@ -47,22 +47,25 @@ class Result:
         """Loads the result that `save` wrote.
 
         Raises:
-            CtlensError: the file is missing, holds another kind of result, or was saved by another version.
+            CtlensError: the file is missing or damaged, holds another kind of result, or was saved by another version.
         """
         if not Path(path).is_file():
             raise CtlensError(f"{path} does not exist: check the path.")
-        with safe_open(path, framework="numpy") as stored:
-            metadata: dict[str, Any] = json.loads((stored.metadata() or {}).get(ENTRY, "{}"))
-            if metadata.get("kind") != cls.__name__:
-                raise CtlensError(
-                    f"{path} holds a {metadata.get('kind', 'foreign file')}, not a {cls.__name__}: load it with the "
-                    "class that saved it."
-                )
-            arrays: dict[str, Any] = {}  # mappings of arrays too
-            for stored_name in stored.keys():  # noqa: SIM118 (no mapping)
-                name, _, key = stored_name.partition("/")
-                array = stored.get_tensor(stored_name)
-                arrays[name] = {**arrays.get(name, {}), key: array} if key else array
+        try:
+            with safe_open(path, framework="numpy") as stored:
+                metadata: dict[str, Any] = json.loads((stored.metadata() or {}).get(ENTRY, "{}"))
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise CtlensError(f"{path} cannot be read as a result ({error}): compute it again.") from None
+        if metadata.get("kind") != cls.__name__:
+            raise CtlensError(
+                f"{path} holds a {metadata.get('kind', 'foreign file')}, not a {cls.__name__}: load it with the "
+                "class that saved it."
+            )
+        arrays: dict[str, Any] = {}  # mappings of arrays too
+        for stored_name, array in tensors.items():
+            name, _, key = stored_name.partition("/")
+            arrays[name] = {**arrays.get(name, {}), key: array} if key else array
         labels: dict[str, Any] = metadata["labels"]
         saved = {field.name for field in dataclasses.fields(cls) if field.metadata != UNSAVED}
         found = {*arrays, *labels}

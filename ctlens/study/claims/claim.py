@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from ctlens.core.errors import CtlensError
+from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import atomic_file
+from ctlens.core.reading import number_or_nan, read_columns, typed, whole_number
 from ctlens.plots import label
 from ctlens.study.claims.estimates import Estimate
 
@@ -65,8 +67,8 @@ class Claim:
     reason: str
 
 
-_CLAIM_COLUMNS = tuple(field.name for field in fields(Claim))
-_FLOAT_COLUMNS = tuple(field.name for field in fields(Claim) if field.type == "float")
+_KINDS: dict[str, Callable[[str], Any]] = {"str": str, "float": number_or_nan, "int": whole_number}
+_CLAIM_KINDS = {field.name: _KINDS[str(field.type)] for field in fields(Claim)}
 
 
 def claim_verdict(value: float, low: float, high: float, floor: float = 0.0) -> str:
@@ -87,22 +89,23 @@ def claim_verdict(value: float, low: float, high: float, floor: float = 0.0) -> 
 def write_claims(claims: Iterable[Claim], path: str | Path) -> None:
     """Writes `claims.csv`, one claim per row."""
     with atomic_file(Path(path)) as temporary:
-        pd.DataFrame([astuple(claim) for claim in claims], columns=list(_CLAIM_COLUMNS)).to_csv(temporary, index=False)
+        pd.DataFrame([astuple(claim) for claim in claims], columns=list(_CLAIM_KINDS)).to_csv(temporary, index=False)
 
 
 def read_claims(path: str | Path) -> list[Claim]:
     """Reads the claims of a `claims.csv`.
 
     Raises:
-        CtlensError: the file is missing, or lacks a column.
+        CtlensError: the file is missing or damaged, or lacks a column.
     """
     path = Path(path)
     if not path.is_file():
         raise CtlensError(f"{path} does not exist: run the study to its end first, or check the path.")
-    table = pd.read_csv(path, keep_default_na=False, na_values={name: [""] for name in _FLOAT_COLUMNS})
-    if missing := [name for name in _CLAIM_COLUMNS if name not in table]:
-        raise CtlensError(f"{path} lacks the columns {', '.join(missing)}: check that it is a study's claims.")
-    return [Claim(**row) for row in table[list(_CLAIM_COLUMNS)].to_dict("records")]  # type: ignore[arg-type]
+    columns = typed(read_columns(path), _CLAIM_KINDS, path)
+    for row, word in enumerate(columns["verdict"], start=1):
+        if word not in CLAIM_VERDICTS:
+            raise CtlensError(f"{path}, row {row}: {unknown('verdict', word, CLAIM_VERDICTS)}")
+    return [Claim(*row) for row in zip(*columns.values(), strict=True)]
 
 
 def make_claim(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
+import html
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import read_json
+from ctlens.core.reading import read_columns, read_json
 
 SavedFigure = dict[str, Any]
 PagePart = dict[str, list[SavedFigure]]
@@ -63,11 +63,11 @@ def read_figures(folder: Path, threats: Sequence[str]) -> dict[str, PagePart]:
 def _figure(path: Path) -> SavedFigure:
     """A saved figure with its title moved out of the drawing, where it can wrap on a narrow page."""
     figure = read_json(path)
-    if not isinstance(figure, dict) or not {"data", "layout"} <= set(figure):
+    layout = figure.get("layout")
+    if not isinstance(figure.get("data"), list) or not isinstance(layout, dict):
         raise CtlensError(f"{path} is not a plotly figure: check that only figures are in the folder.")
-    layout = figure["layout"]
     meta = layout.get("meta") or {}
-    title = re.sub(r"<[^>]*>", " ", layout.pop("title", {}).get("text") or path.stem)
+    title = html.unescape(re.sub(r"<[^>]*>", " ", layout.pop("title", {}).get("text") or path.stem))
     kind = meta.get("kind")
     return {
         "title": meta.get("title") or title,
@@ -94,10 +94,8 @@ def _numbers(path: Path) -> list[list[str]]:
     """The table of a figure with its header, without the columns that are empty; none where there is no file."""
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8", newline="") as lines:
-        header, *rows = csv.reader(lines)
-    used = [index for index in range(len(header)) if any(row[index] for row in rows)]
-    return [[header[index] for index in used], *([_short(row[index]) for index in used] for row in rows)]
+    used = {name: texts for name, texts in read_columns(path).items() if any(texts)}
+    return [list(used), *map(list, zip(*(map(_short, texts) for texts in used.values()), strict=True))]
 
 
 def _short(cell: str) -> str:

@@ -12,7 +12,9 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from ctlens.core.files import read_json, write_text
+from ctlens.core.digests import require_undamaged
+from ctlens.core.files import write_text
+from ctlens.core.reading import read_json
 from ctlens.plots.export import plotly_source
 from ctlens.plots.theme import INK, MUTED, style
 from ctlens.study.claims import CLAIM_VERDICTS, Claim, answer, read_claims
@@ -36,9 +38,10 @@ def write_report(folder: str | Path) -> Path:
             `figures/*.json`; the numbers of a figure are offered as a table where its `.csv` is there.
 
     Raises:
-        CtlensError: one of them is missing or cannot be read.
+        CtlensError: one of them is missing, cannot be read or is not as the study wrote it.
     """
     folder = Path(folder)
+    require_undamaged(folder)
     results = read_results(folder / "results.csv")
     claims = read_claims(folder / "claims.csv")
     threats = rates_by_threat(results)
