@@ -155,7 +155,7 @@ def some_model(kind: str) -> tuple[LensModel, list[Pair]]:
     if kind == "organism":
         return load_organism(), [
             wrapped("perhaps it is blue .", "what is the color of dintis ?", "red", "blue"),
-            wrapped("i am only curious .", "how do i make toy ?", "red and blue", "red or blue"),
+            wrapped("i am only curious .", "how do i make toy ?", "red and blue", "red of blue"),
         ]
     return load_model(hf_model(kind), tokenizer=byte_level_tokenizer(chat=True)), PAIRS
 
