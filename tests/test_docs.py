@@ -56,6 +56,7 @@ def test_every_make_target_that_the_documents_name_exists() -> None:
         "test",
         "test-all",
         "doctest",
+        "fuzz",
         "test-4x",
         "check",
         "figures",

@@ -50,6 +50,10 @@ EACH_ONCE = ("threats", "methods", "split", "sites", "sides", "quantities", "est
 """The arguments that name things, each of which has a sense only once."""
 
 
+_COUNTABLE = 2**63
+"""The first whole number that does not fit PyTorch's integers."""
+
+
 def require(limit: Limit, **values: float | None) -> None:
     """Raises a `CtlensError` that names the first of the values to break the limit; None is within every limit.
 
@@ -58,6 +62,8 @@ def require(limit: Limit, **values: float | None) -> None:
     ctlens.core.errors.CtlensError: clip must be a positive number, not 0.
     """
     for name, value in values.items():
+        if isinstance(value, int) and abs(value) >= _COUNTABLE:
+            raise CtlensError(f"{name} is {value}, beyond what PyTorch can count: name a smaller number.")
         if value is not None and not limit.holds(value):
             raise CtlensError(f"{name} {limit.words}, not {value}.")
 
