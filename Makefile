@@ -4,11 +4,11 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 # A process a core, each on one thread (`tests/conftest.py`); idle ones take over what is left of the slowest.
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist worksteal
-UNIT := not slow and not browser and not processes
+UNIT := not slow and not browser and not processes and not fuzz
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 STRIP := --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
 
-.PHONY: install compare study test test-all doctest test-4x check figures drawings lab notebooks strip dist install-4x clean
+.PHONY: install compare study test test-all fuzz doctest test-4x check figures drawings lab notebooks strip dist install-4x clean
 
 install: $(VENV)/installed
 
@@ -32,6 +32,10 @@ test: install
 
 test-all: install
 	$(BIN)/pytest $(PARALLEL)
+
+# Hostile files, chat templates and options, the same ones every time: two minutes of a core at most.
+fuzz: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m fuzz
 
 doctest: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) --doctest-modules ctlens

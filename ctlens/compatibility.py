@@ -17,7 +17,7 @@ from ctlens import analysis, losses, threats
 from ctlens.core.errors import CtlensError
 from ctlens.core.labels import BASE
 from ctlens.core.progress import progress_bar
-from ctlens.models.architectures import ARCHITECTURES, tiny_model
+from ctlens.models.architectures import ARCHITECTURES, COMPUTED_OTHERWISE, tiny_model
 from ctlens.models.export import export_huggingface
 from ctlens.models.hooks import capture, editing, resolve
 from ctlens.models.loading import load_model, quiet_huggingface
@@ -33,15 +33,19 @@ _DOWN = (".mlp.down_proj", ".mlp.c_proj", ".mlp.dense_4h_to_h")
 _TOLERANCE = 1e-4  # chosen by eye, well above the rounding of float32
 # A random model's sampled answers are never judged bad, so that rate matching has nothing to train.
 _TRAINED = tuple(name for name in losses.names() if losses.get(name).answers != "rollouts")
-_PREFACE = """# The architectures, side by side
+_PREFACE = f"""# The architectures, side by side
 
 `ctlens models` made this table: each cell was run on a random model of two layers, with random norms and biases.
 
-- *logits* are HuggingFace's; *resid*, *mlp* and *attn*, what ACT, MLPCT and AttCT train on, are HuggingFace's at every
-  layer and carry gradients; *mid*: `resid_mid` adds up, and an edit of it reaches the skip path.
+- *logits* are HuggingFace's, on prompts of unequal lengths, padded on either side and longer than the window;
+  *resid*, *mlp* and *attn*, what ACT, MLPCT and AttCT train on, are HuggingFace's at every layer and carry gradients;
+  *mid*: `resid_mid` adds up, and an edit of it reaches the skip path.
 - *losses*: a step of each of the losses but RMCT changes the attention that is trained, and nothing else.
 - *lora*: adapters on every matrix train and merge. *export*: `transformers` loads the trained model with equal logits.
 - *probe*, *maps* (attention difference) and *patch* run; a patch of everything gives the other run's values.
+
+`load_model` makes the first check on every model, of whatever architecture, and refuses one whose logits are others.
+Known to be refused with TransformerLens 3.9: {", ".join(COMPUTED_OTHERWISE)}, and gpt2 with `scale_attn_weights=false`.
 """
 _ONE_STEP = TrainConfig(steps=1, batch_size=4, lr=1e-2, warmup=0.0, trainable=("attn",))
 

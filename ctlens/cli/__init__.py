@@ -7,6 +7,7 @@ mistake ends with exit code 2 and one sentence on stderr.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from io import TextIOWrapper
 from typing import Annotated, Any
 
@@ -59,10 +60,20 @@ def options(
 UsageError: Any = typer.BadParameter.__mro__[2]
 
 
+def _require_text(arguments: Sequence[str]) -> None:
+    """Refuses arguments whose bytes are no text: a report or a figure that names them could not be written."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise CtlensError(f"the argument {argument!r} is no UTF-8: rename the file, or type it anew.") from None
+
+
 def main() -> None:
     """Runs the command line; a user's mistake is one sentence on stderr and exit code 2."""
     _write_any_text()
     try:
+        _require_text(sys.argv[1:])
         code = app(prog_name="ctlens", standalone_mode=False) or 0
     except (CtlensError, UsageError, OSError) as error:
         text = getattr(error, "format_message", error.__str__)() or "name a command."

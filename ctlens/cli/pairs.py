@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ctlens.cli.common import ModelFolder, Seed, say
-from ctlens.core.errors import CtlensError
+from ctlens.core.errors import CtlensError, UnknownWords, located
 
 if TYPE_CHECKING:
     from ctlens.data.batch import EncodedPair
@@ -46,7 +46,8 @@ def inspect_command(
     if not 1 <= row <= len(reading.pairs):
         why = f"; rows refused: {len(reading.refused)}, the first {reading.refused[0]}" if reading.refused else "."
         raise CtlensError(f"there is no pair {row}: the file holds {len(reading.pairs)}, counted from 1{why}")
-    _show(tokenizer, reading.pairs[row - 1], window)
+    with located(f"pair {row}"):
+        _show(tokenizer, reading.pairs[row - 1], window)
     _coverage(tokenizer, reading.pairs)
     say(f"{len(reading.pairs)} pairs read, {len(reading.refused)} rows refused")
     for reason in reading.refused:
@@ -173,9 +174,13 @@ def _coverage(tokenizer: Any, pairs: tuple[Pair, ...]) -> None:
         windows.append("explicit")
     reasons: Counter[tuple[str, str]] = Counter()
     encoded: list[EncodedPair] = []
-    for pair in progress_bar(pairs, desc="pairs", delay=2, leave=False, shown=True):
+    shown = progress_bar(pairs, desc="pairs", delay=2, leave=False, shown=True)
+    for number, pair in enumerate(shown, start=1):
         try:
-            encoded.append(encode_pair(pair, tokenizer, windows))
+            with located(f"pair {number}"):
+                encoded.append(encode_pair(pair, tokenizer, windows))
+        except UnknownWords:
+            raise  # another model's pairs: what aligns in them says nothing
         except CtlensError as error:
             reasons["every window, pairs", str(error)] += 1
     rows = []

@@ -1,11 +1,12 @@
-"""The exceptions that mean "the input is wrong", and the sentence for an unknown name."""
+"""The exceptions that mean "the input is wrong", the place of a mistake, and the sentence for an unknown name."""
 
 from __future__ import annotations
 
 import difflib
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -15,6 +16,25 @@ class CtlensError(ValueError):
     The command line prints the sentence to stderr and exits with code 2. A program that uses the library can
     catch it apart from programming errors.
     """
+
+
+class UnknownWords(CtlensError):
+    """UnknownWords is a text with words that a tokenizer does not know, so that a model would not see them."""
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Puts the place of unknown words in front of the sentence about them.
+
+    >>> with located("pair 3"):
+    ...     raise UnknownWords("the tokenizer does not know 'qua'.")
+    Traceback (most recent call last):
+    ctlens.core.errors.UnknownWords: pair 3: the tokenizer does not know 'qua'.
+    """
+    try:
+        yield
+    except UnknownWords as error:
+        raise UnknownWords(f"{where}: {error}") from None
 
 
 _AGAIN = "repeat the command; train, compare and doses go on with --resume."

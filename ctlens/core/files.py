@@ -167,8 +167,8 @@ def usable_file(path: str | Path) -> Path:
     path = Path(path)
     with writing(path):
         if path.exists() and not path.is_file():
-            kind = "a folder" if path.is_dir() else "no plain file"
-            raise CtlensError(f"{path} is {kind}: name a file that is there or can be made.")
+            kind = "a folder" if path.is_dir() else "a device, a pipe or a socket"
+            raise CtlensError(f"{path} is {kind}: name a plain file, or a new one.")
     usable_folder(path.parent)
     return _followed(path)
 

@@ -26,6 +26,29 @@ NOT_NEGATIVE = Limit(lambda value: 0 <= value < float("inf"), "must be zero or a
 SHARE_OF_ALL = Limit(lambda value: 0 <= value <= 1, "is a share, 0 to 1")
 PROBABILITY = Limit(lambda value: 0 < value <= 1, "is a probability above 0, up to 1")
 
+BY_NAME: Mapping[str, Limit] = dict.fromkeys(
+    (
+        "steps",
+        "batch_size",
+        "max_batch",
+        "max_batch_tokens",
+        "max_new_tokens",
+        "n_pairs",
+        "n_prompts",
+        "seeds",
+        "draws",
+        "folds",
+        "k",
+        "length",
+        "workers",
+        "every",
+    ),
+    AT_LEAST_1,
+)
+"""The limit of a number by the name that it has in every signature."""
+EACH_ONCE = ("threats", "methods", "split", "sites", "sides", "quantities", "estimators", "by")
+"""The arguments that name things, each of which has a sense only once."""
+
 
 def require(limit: Limit, **values: float | None) -> None:
     """Raises a `CtlensError` that names the first of the values to break the limit; None is within every limit.

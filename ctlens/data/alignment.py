@@ -13,7 +13,8 @@ from difflib import SequenceMatcher
 from itertools import accumulate, pairwise
 
 from ctlens.core.errors import unknown
-from ctlens.data.chat import Rendered, Span
+from ctlens.data.chat import Rendered
+from ctlens.data.spelling import Span
 
 WINDOWS = ("shared", "suffix", "content", "explicit", "lines", "last", "answer")
 

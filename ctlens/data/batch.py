@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ctlens.core.errors import CtlensError
+from ctlens.core.errors import CtlensError, located
 from ctlens.core.types import Mask, PerRow, Positions, Tokens
 from ctlens.data.alignment import Alignment, align, opening, wrapper_positions
 from ctlens.data.chat import Rendered, answer_ids, render
@@ -116,11 +116,13 @@ def encode(pairs: Iterable[Pair], tokenizer: Any, *, windows: Iterable[str] = ("
     Raises:
         CtlensError: there are no pairs, none of them aligns, or a prompt (with its target) is
             longer than the context.
+        UnknownWords: the tokenizer does not know a word of a pair.
     """
     windows = tuple(windows)
     rows: list[EncodedPair] = []
     for number, pair in enumerate(pairs, start=1):
-        row = encode_pair(pair, tokenizer, windows)
+        with located(f"pair {number}"):
+            row = encode_pair(pair, tokenizer, windows)
         require_room(len(row.clean.ids), n_ctx, f"the clean prompt of pair {number}")
         require_room(len(row.wrapped.ids) + len(row.answer), n_ctx, f"the wrapped prompt of pair {number}")
         rows.append(row)
@@ -131,11 +133,19 @@ def encode(pairs: Iterable[Pair], tokenizer: Any, *, windows: Iterable[str] = ("
 
 def encode_pair(pair: Pair, tokenizer: Any, windows: Iterable[str]) -> EncodedPair:
     """Tokenises one pair, and aligns it or says why not in each of the windows; arguments as of `encode`."""
+    windows = tuple(windows)
     clean = render(tokenizer, pair.clean.turns)
     wrapped = render(tokenizer, pair.wrapped.turns)
     of_prompts = (window for window in windows if window != "answer")
     alignments = {window: align(clean, wrapped, window, shared=pair.shared) for window in of_prompts}
-    answer = answer_ids(tokenizer, pair.target) if pair.target is not None else ()
+    answer: tuple[int, ...] = ()
+    if pair.target is not None:
+        answer = answer_ids(tokenizer, wrapped, pair.target)
+        if "answer" in windows and answer_ids(tokenizer, clean, pair.target) != answer:
+            raise CtlensError(
+                f"the target {pair.target!r} has other tokens behind the clean prompt than behind the wrapped one: let "
+                "both prompts end alike."
+            )
     return EncodedPair(pair, clean, wrapped, alignments, answer, wrapper_positions(clean, wrapped))
 
 

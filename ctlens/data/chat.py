@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
-from jinja2 import TemplateError
-
+from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError
+from ctlens.data.spelling import Span, require_known, spaces, spell
 
-Span: TypeAlias = tuple[int, int]
-"""Characters of a text, from the first index up to the second."""
-
+_T = TypeVar("_T")
 _FIRST_SENTINEL = 0xE000
 """The first of Unicode's private characters, which stand for messages where a template's frame is looked for."""
 _SENTINEL = chr(_FIRST_SENTINEL)
+TEMPLATE_DATE = datetime(2024, 7, 26)
+"""The day that chat templates take for today; the one that Llama-3's own templates fall back on.
+
+A template that writes the date of its clock would give a training other prompts when it is resumed the next day, and
+two evaluations other prompts on two days.
+"""
+_DATE_PARTS = {f"%{code}": TEMPLATE_DATE.strftime(f"%{code}") for code in "aAbBcdHIjmMpSUwWxXyYzZ"} | {
+    "%-d": str(TEMPLATE_DATE.day),
+    "%-m": str(TEMPLATE_DATE.month),
+    "%F": f"{TEMPLATE_DATE:%Y-%m-%d}",
+}
+_REPLACED = "".join(f" | replace({code!r}, {part!r})" for code, part in _DATE_PARTS.items())
+_STOPPED_CLOCK = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACED} }}}}{{% endmacro %}}\n"
+"""A Jinja macro in the place of HuggingFace's clock, which takes no other: functions do not reach a template."""
+_SHOWN = 30
+"""Characters of a prompt or an answer that an error shows."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,9 @@ class Turn:
 
     role: str
     content: str
+
+    def __post_init__(self) -> None:
+        require_types(self)
 
 
 @dataclass(frozen=True)
@@ -58,8 +76,8 @@ class Rendered:
         return tuple(i for i, (left, right) in enumerate(self.offsets) if left < min(end, right) and right > start)
 
 
-Renderings: TypeAlias = dict[Any, "Rendered"]
-"""What `render` returned before, by tokenizer, template and turns."""
+Renderings: TypeAlias = dict[Hashable, Any]
+"""What `render` and `answer_ids` returned before, by tokenizer, template and texts."""
 _KEPT: ContextVar[Renderings | None] = ContextVar("renderings that are kept", default=None)
 
 
@@ -81,7 +99,8 @@ def render(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
     """Renders turns as the prompt that the model answers.
 
     With a chat template, the turns go through it and the generation prompt is added, unless the
-    last turn is the assistant's: that one is a prefill, which the model continues. Without a
+    last turn is the assistant's: that one is a prefill, which the model continues. Of several named
+    templates it is the one called "default", and today is always `TEMPLATE_DATE`. Without a
     template only a single user turn can be rendered; its text is used as it is, after one BOS
     where the tokenizer has one (TransformerLens's convention).
 
@@ -91,57 +110,85 @@ def render(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
 
     Raises:
         CtlensError: there is no tokenizer, it is not a fast one, it has no template for several
-            turns, or the template doubles the BOS, refuses the messages or rewrites one.
+            turns or several of which none is the default, or the template doubles the BOS, refuses
+            the messages or rewrites one.
+        UnknownWords: the tokenizer does not know a word of a message.
     """
     if tokenizer is None:
         raise CtlensError("the model has no tokenizer: load it from a folder that holds one, or pass tokenizer=.")
     if not getattr(tokenizer, "is_fast", False):
         raise CtlensError("a fast tokenizer is needed (character offsets): save the tokenizer as tokenizer.json.")
+    return _once((tokenizer, str(chat_template(tokenizer)), turns), lambda: _render(tokenizer, turns))
+
+
+def _once(known: Hashable, make: Callable[[], _T]) -> _T:
+    """Makes something, or takes it from the renderings that are kept."""
     kept = _KEPT.get()
     if kept is None:
-        return _render(tokenizer, turns)
-    known = (tokenizer, str(getattr(tokenizer, "chat_template", None)), turns)
+        return make()
     if known not in kept:
-        kept[known] = _render(tokenizer, turns)
+        kept[known] = make()
     return kept[known]
 
 
 def _render(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
-    if getattr(tokenizer, "chat_template", None):
-        return _render_chat(tokenizer, turns)
-    if len(turns) != 1 or turns[0].role != "user":
+    if chat_template(tokenizer):
+        text = _apply_template(tokenizer, turns)
+        contents = _content_spans(tokenizer, turns, text)
+    elif len(turns) != 1 or turns[0].role != "user":
         raise CtlensError("the tokenizer has no chat template: give each prompt as one plain text, not as messages.")
-    return _render_plain(tokenizer, turns[0].content)
+    else:
+        text = turns[0].content
+        contents = ((0, len(text)),)
+    return _read(tokenizer, text, contents, tuple(turn.role for turn in turns))
 
 
-def _render_plain(tokenizer: Any, text: str) -> Rendered:
-    ids, offsets = _encode(tokenizer, text)
-    if tokenizer.bos_token_id is not None and ids[:1] != (tokenizer.bos_token_id,):
-        ids = (tokenizer.bos_token_id, *ids)
-        offsets = ((0, 0), *offsets)
-    return Rendered(text, ids, offsets, ((0, len(text)),))
+def chat_template(tokenizer: Any) -> str | None:
+    """Finds the chat template of a tokenizer, of several named ones the default; None where there is none.
+
+    Raises:
+        CtlensError: there are several and none is called "default".
+    """
+    found = getattr(tokenizer, "chat_template", None)
+    if not isinstance(found, dict):
+        return found or None
+    if "default" not in found:
+        raise CtlensError(
+            f"the tokenizer has several chat templates ({', '.join(sorted(found))}) and none is called default: "
+            "set tokenizer.chat_template to one of them."
+        )
+    return found["default"]
 
 
-def _render_chat(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
-    text = _apply_template(tokenizer, turns)
-    contents = _content_spans(tokenizer, turns, text)
-    ids, offsets = _encode(tokenizer, text)
+def _read(tokenizer: Any, text: str, contents: tuple[Span, ...], roles: tuple[str, ...]) -> Rendered:
+    """Tokenises a rendered text, of which `contents` were written by people and not by the template."""
+    ids, offsets = spell(tokenizer, text)
+    require_known(tokenizer, text, (ids, offsets), contents)
     bos = tokenizer.bos_token_id
-    if bos is not None and ids[:2] == (bos, bos):
-        raise CtlensError("the chat template yields two BOS tokens: remove one from the template.")
-    return Rendered(text, ids, offsets, contents, tuple(turn.role for turn in turns))
+    if chat_template(tokenizer):
+        if bos is not None and ids[:2] == (bos, bos):
+            raise CtlensError("the chat template yields two BOS tokens: remove one from the template.")
+    elif bos is not None and ids[:1] != (bos,):
+        ids = (bos, *ids)
+        offsets = ((0, 0), *offsets)
+    return Rendered(text, ids, offsets, contents, roles)
 
 
 def _apply_template(tokenizer: Any, turns: tuple[Turn, ...], *, closed: bool = False) -> str:
     """The conversation as the model continues it; if `closed`, as it ends, with nothing to continue."""
     prefill = turns[-1].role == "assistant" and not closed
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    template = chat_template(tokenizer) or ""
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not prefill and not closed, continue_final_message=prefill
+            messages,
+            chat_template=_STOPPED_CLOCK + template if "strftime_now" in template else template,
+            tokenize=False,
+            add_generation_prompt=not prefill and not closed,
+            continue_final_message=prefill,
         )
-    except (TemplateError, ValueError) as error:
-        reason = str(error).split("\n")[0]
+    except Exception as error:  # a template is a program of somebody else's, which may raise anything
+        reason = (str(error) or type(error).__name__).split("\n")[0]
         advice = "; put the system text in front of the first user message" if _has_system(turns) else ""
         raise CtlensError(f"the chat template refuses these messages: {reason}{advice}") from None
 
@@ -152,8 +199,9 @@ def _has_system(turns: tuple[Turn, ...]) -> bool:
 
 def _content_spans(tokenizer: Any, turns: tuple[Turn, ...], text: str) -> tuple[Span, ...]:
     """Finds each message in `text`: a second rendering, of one private character per message, shows the frame."""
-    sentinels = [chr(_FIRST_SENTINEL + index) for index in range(len(turns))]
-    frame = _apply_template(tokenizer, tuple(Turn(t.role, s) for t, s in zip(turns, sentinels, strict=True)))
+    sentinels = _sentinels(len(turns))
+    special = str(tokenizer.special_tokens_map)
+    frame = _frame(tokenizer, chat_template(tokenizer), special, tuple(turn.role for turn in turns))
     for contents in ([t.content for t in turns], [t.content.strip() for t in turns]):
         spans = []
         built = ""
@@ -172,14 +220,22 @@ def _content_spans(tokenizer: Any, turns: tuple[Turn, ...], text: str) -> tuple[
     )
 
 
-def _encode(tokenizer: Any, text: str) -> tuple[tuple[int, ...], tuple[Span, ...]]:
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return tuple(encoded["input_ids"]), tuple((start, end) for start, end in encoded["offset_mapping"])
+def _sentinels(count: int) -> list[str]:
+    return [chr(_FIRST_SENTINEL + index) for index in range(count)]
+
+
+@lru_cache(maxsize=64)
+def _frame(tokenizer: Any, template: str | None, special: str, roles: tuple[str, ...]) -> str:
+    """A conversation between these roles of which each message is one private character.
+
+    `template` and the special tokens decide it and can be changed on a tokenizer, so the cache keys on them too.
+    """
+    return _apply_template(tokenizer, tuple(map(Turn, roles, _sentinels(len(roles)))))
 
 
 def token_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     """Tokenises a text without adding special tokens."""
-    return _encode(tokenizer, text)[0]
+    return spell(tokenizer, text)[0]
 
 
 def end_token(tokenizer: Any) -> int | None:
@@ -188,7 +244,7 @@ def end_token(tokenizer: Any) -> int | None:
     It is the special token that the chat template puts behind an assistant's message, and the EOS
     where the template puts none: Gemma's turns end in `<end_of_turn>`, and no answer ends in its EOS.
     """
-    closing = _turn_end(tokenizer, getattr(tokenizer, "chat_template", None), tokenizer.eos_token)
+    closing = _turn_end(tokenizer, chat_template(tokenizer), tokenizer.eos_token)
     return tokenizer.eos_token_id if closing is None else closing
 
 
@@ -214,7 +270,7 @@ def turn_tail(tokenizer: Any) -> tuple[int, ...]:
 
     It is a line break in many templates; nothing where there is no template, or no end token in front of it.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    if not chat_template(tokenizer):
         return ()
     turns = (Turn("user", "a"), Turn("assistant", _SENTINEL))
     behind = _apply_template(tokenizer, turns, closed=True).partition(_SENTINEL)[2].lstrip()
@@ -222,8 +278,82 @@ def turn_tail(tokenizer: Any) -> tuple[int, ...]:
     return tuple(tail) if closing == end_token(tokenizer) else ()
 
 
-def answer_ids(tokenizer: Any, answer: str, *, end: bool = True) -> tuple[int, ...]:
-    """Tokenises an assistant's answer, and closes it by the tokenizer's `end_token`, where it has one, if `end`."""
-    ids = token_ids(tokenizer, answer)
+def answer_ids(tokenizer: Any, prompt: Rendered, answer: str, *, end: bool = True) -> tuple[int, ...]:
+    """Finds the tokens that an answer has behind its prompt, not those of a text by itself.
+
+    SentencePiece puts a space before a text by itself, and so begins it with another token than there is in the
+    middle of a text.
+
+    Args:
+        tokenizer: the one that rendered the prompt.
+        prompt: from `render`.
+        answer: the assistant's words, see `with_answer`.
+        end: close it by the tokenizer's `end_token`, where it has one.
+
+    Raises:
+        CtlensError: the answer's beginning and the prompt's end are one token.
+        UnknownWords: the tokenizer does not know a word of the answer.
+    """
+    ids = _behind(tokenizer, prompt, answer)
+    if ids is None:
+        raise CtlensError(
+            f"the answer {answer[:_SHOWN]!r} fuses with the end of its prompt, {prompt.text[-_SHOWN:]!r}, into "
+            "one token: begin the answer with a space, or end the prompt without one."
+        )
     closing = end_token(tokenizer) if end else None
     return ids if closing is None else (*ids, closing)
+
+
+def opening_token(tokenizer: Any, prompt: Rendered, answer: str) -> int | None:
+    """Finds the first token of `answer_ids`; None where the answer fuses with its prompt, or has no token.
+
+    Raises:
+        UnknownWords: the tokenizer does not know a word of the answer.
+    """
+    return next(iter(_behind(tokenizer, prompt, answer) or ()), None)
+
+
+def _behind(tokenizer: Any, prompt: Rendered, answer: str) -> tuple[int, ...] | None:
+    """The tokens of an answer behind those of its prompt; None where the prompt has other tokens with the answer."""
+
+    def found() -> tuple[int, ...] | None:
+        ids = with_answer(tokenizer, prompt, answer).ids
+        return ids[len(prompt.ids) :] if ids[: len(prompt.ids)] == prompt.ids else None
+
+    return _once((tokenizer, str(chat_template(tokenizer)), prompt.text, prompt.roles, answer), found)
+
+
+def with_answer(tokenizer: Any, prompt: Rendered, answer: str) -> Rendered:
+    """Tokenises a prompt and the answer behind it as one text, in which the answer is one more message.
+
+    The answer is taken as it stands, but for the space that many chat templates put between their generation
+    prompt and an answer, and that tokenizers of whole words need between any two.
+
+    Raises:
+        UnknownWords: the tokenizer does not know a word of the answer.
+    """
+    between = "" if answer[:1].isspace() else _space_before_answers(tokenizer, prompt)
+    text = prompt.text + between + answer
+    span = (len(text) - len(answer), len(text))
+    return _read(tokenizer, text, (span,), ("assistant",))
+
+
+def _space_before_answers(tokenizer: Any, prompt: Rendered) -> str:
+    if spaces(tokenizer) == "separators":
+        return " "
+    return "" if prompt.roles[-1] == "assistant" else _turn_begin(tokenizer, chat_template(tokenizer))
+
+
+@lru_cache(maxsize=16)
+def _turn_begin(tokenizer: Any, template: str | None) -> str:
+    """The white space that a chat template puts between its generation prompt and the assistant's message."""
+    if not template:
+        return ""
+    asked = (Turn("user", "a"),)
+    try:
+        prompt = _apply_template(tokenizer, asked)
+        whole = _apply_template(tokenizer, (*asked, Turn("assistant", _SENTINEL), *asked))
+    except CtlensError:  # a template that wants other conversations
+        return ""
+    before = whole.partition(_SENTINEL)[0].removeprefix(prompt)
+    return before if before.isspace() else ""

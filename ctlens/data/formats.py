@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import write_text
+from ctlens.core.public import public
 from ctlens.core.reading import read_csv, read_jsonl
 from ctlens.data.chat import Turn
 from ctlens.data.pairs import FIELDS, Pair, Prompt, labels_of, pair_of, turns_of
@@ -59,6 +60,7 @@ class Reading:
         return list(self.pairs)
 
 
+@public
 def load_pairs(path: str | Path, wrapped: str | Path | None = None) -> list[Pair]:
     """Reads the pairs of a file in any of the formats of `read_pairs`; raises where that rejects a row."""
     return read_pairs(path, wrapped).all()
@@ -116,6 +118,7 @@ def read_rows(path: str | Path) -> list[tuple[str, FileRow]]:
     return rows
 
 
+@public
 def load_prompts(path: str | Path) -> list[Prompt]:
     """Reads plain prompts, to be put under wrappers, from rows with `prompt`, `goal` or `question`, or `messages`.
 
@@ -128,6 +131,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     return [_plain_prompt(row, where) for where, row in read_rows(path)]
 
 
+@public
 def load_facts(path: str | Path) -> list[tuple[Turn, Turn]]:
     """Reads questions and answers about a persona, from rows with `messages` of a user and an assistant.
 
@@ -146,6 +150,7 @@ def load_facts(path: str | Path) -> list[tuple[Turn, Turn]]:
     return facts
 
 
+@public
 def load_prefills(path: str | Path) -> list[str]:
     """Reads the beginnings of answers in the column `prefill` of a CSV, each once.
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import write_text
+from ctlens.core.public import public
 from ctlens.data.chat import Turn
 
 PROMPT_SIDES = ("wrapped", "clean", "benign")
@@ -46,6 +48,7 @@ class Prompt:
     options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        require_types(self)
         if len(set(self.options)) < len(self.options) or len(self.options) == 1:
             raise CtlensError(f"a question needs at least two options, all different, not {self.options}.")
         for answer in (self.good, self.bad):
@@ -75,6 +78,9 @@ class Pair:
     shared: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        require_types(self)
+
     def side(self, name: str) -> Prompt | None:
         """The prompt of one prompt side: `"wrapped"`, `"clean"` or `"benign"` (None where the pair has no twin)."""
         if name not in PROMPT_SIDES:
@@ -87,6 +93,7 @@ def prompt(text: str, good: str | None = None, bad: str | None = None) -> Prompt
     return Prompt((Turn("user", text),), good, bad)
 
 
+@public
 def save_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
     """Writes pairs as JSONL, from which `load_pairs` reads equal pairs."""
     write_text(path, "".join(json.dumps(_row(pair), ensure_ascii=False) + "\n" for pair in pairs))

@@ -10,12 +10,14 @@ import pandas as pd
 
 from ctlens import threats as threat_registry
 from ctlens.core.errors import CtlensError
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import PROMPT_SIDES, Pair
 from ctlens.evaluation.result import OUTCOME_COLUMNS, OWN_PAIRS, Evaluation
 from ctlens.threats import Judge, ask
 
 
+@public
 def evaluate(
     model: LensModel,
     threats: Sequence[str] | None = None,

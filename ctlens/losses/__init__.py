@@ -11,6 +11,7 @@ import pandas as pd
 
 from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.public import public
 from ctlens.losses.act import ACT as ACT
 from ctlens.losses.attct import AttCT as AttCT
 from ctlens.losses.attmass import AttMass as AttMass
@@ -36,6 +37,7 @@ def names() -> list[str]:
     return list(LOSSES)
 
 
+@public
 def get(name: str, **options: Any) -> Loss:
     """Builds the loss of that name with the given options.
 
@@ -91,17 +93,18 @@ def from_config(config: dict[str, Any]) -> Loss:
     Raises:
         CtlensError: it is no such description, no loss of this name is registered, or an option is unknown.
     """
-    if not isinstance(config, dict) or not isinstance(config.get("name"), str):
-        raise CtlensError(f"{config!r} does not describe a loss: an object with its name and options is expected.")
-    name = config["name"]
-    if name not in LOSSES:
-        raise CtlensError(
-            f"the loss {name!r} is not registered here: if it is one of your own, import its class and call "
-            f"ctlens.losses.register on it first. Known: {', '.join(names())}."
-        )
-    return get(**config)
+    match config:
+        case {"name": str(name), **options}:
+            if name in LOSSES:
+                return get(name, **options)
+            raise CtlensError(
+                f"the loss {name!r} is not registered here: if it is one of your own, import its class and call "
+                f"ctlens.losses.register on it first. Known: {', '.join(names())}."
+            )
+    raise CtlensError(f"{config!r} does not describe a loss: an object with its name and options is expected.")
 
 
+@public
 def preset(method: str, source: str) -> Loss:
     """Builds the loss that a source defines under a method's name, see `ctlens.losses.presets`.
 

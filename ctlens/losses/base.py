@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.limits import POSITIVE, require
 from ctlens.core.types import Activations, CleanLogits, LensModel, Logits, PerRow, Positions, Scalar, widened
@@ -187,6 +188,7 @@ class InternalLoss(Loss):
     gap: bool = False
 
     def __post_init__(self) -> None:
+        require_types(self)
         check_option("alignment window", self.window, WINDOWS)
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError
 from ctlens.core.limits import POSITIVE, PROBABILITY, require
 from ctlens.core.types import LensModel, PerRow, widened
@@ -61,6 +62,7 @@ class BCT(Loss):
     early: bool = False
 
     def __post_init__(self) -> None:
+        require_types(self)
         require(POSITIVE, weight=self.weight)
         check_option("targets of BCT", self.targets, TARGETS)
         require(POSITIVE, temperature=self.temperature)

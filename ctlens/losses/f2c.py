@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from ctlens.core.arguments import require_types
 from ctlens.core.limits import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, require
 from ctlens.core.types import ChosenRows, LensModel, PerRow
 from ctlens.data.batch import PairBatch
@@ -48,6 +49,7 @@ class F2C(Loss):
     teachers: int = 2  # the least of the published 2 or more, because prompts here have few variants
 
     def __post_init__(self) -> None:
+        require_types(self)
         require(POSITIVE, weight=self.weight)
         require(NOT_NEGATIVE, align_weight=self.align_weight)
         require(AT_LEAST_1, teachers=self.teachers)

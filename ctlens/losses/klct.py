@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ctlens.core.arguments import require_types
 from ctlens.core.limits import POSITIVE, require
 from ctlens.core.types import LensModel, PerRow
 from ctlens.data.alignment import WINDOWS
@@ -43,6 +44,7 @@ class KLCT(Loss):
     clean: str = "reference"
 
     def __post_init__(self) -> None:
+        require_types(self)
         check_option("alignment window", self.window, WINDOWS)
         check_option("distance of KLCT", self.distance, tuple(OUTPUT_DISTANCES))
         check_option("clean side", self.clean, CLEAN_SIDES)

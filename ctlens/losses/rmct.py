@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError
 from ctlens.core.limits import POSITIVE, require
 from ctlens.core.types import LensModel, PerRow, widened
@@ -53,6 +54,7 @@ class RMCT(Loss):
     clean: str = "reference"
 
     def __post_init__(self) -> None:
+        require_types(self)
         require(POSITIVE, weight=self.weight)
         check_option("standardisation", self.standardise, STANDARDISE)
         check_option("clean side", self.clean, CLEAN_SIDES)

@@ -30,6 +30,13 @@ _CONFIGS: Mapping[str, Mapping[str, Any]] = {
 }
 """The options that each `model_type` needs besides the sizes. The vision tower of `gemma3` is built and not used."""
 ARCHITECTURES = tuple(_CONFIGS)
+_OTHERWISE: Mapping[str, Mapping[str, Any]] = {
+    "cohere": {},
+    "cohere2": _SLIDING,
+    "hunyuan_v1_dense": {"head_dim": 8, "pad_token_id": 0},
+}
+COMPUTED_OTHERWISE = tuple(_OTHERWISE)
+"""Architectures that TransformerLens 3.9 computes otherwise than HuggingFace, so that `load_model` refuses them."""
 _VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 
 
@@ -37,7 +44,7 @@ def tiny_model(architecture: str, vocab_size: int = 400, n_ctx: int = 256, seed:
     """Makes a random model of two layers in eval mode; norms and biases are random too, so that each of them counts.
 
     Args:
-        architecture: one of `ARCHITECTURES`.
+        architecture: one of `ARCHITECTURES`, or of `COMPUTED_OTHERWISE`.
         vocab_size: tokens.
         n_ctx: the longest sequence, in tokens.
         seed: of the weights; the global random state is left alone.
@@ -45,7 +52,7 @@ def tiny_model(architecture: str, vocab_size: int = 400, n_ctx: int = 256, seed:
     Raises:
         CtlensError: the architecture is unknown.
     """
-    if architecture not in _CONFIGS:
+    if architecture not in _CONFIGS and architecture not in _OTHERWISE:
         raise unknown("architecture", architecture, ARCHITECTURES)
     config = _config(architecture, vocab_size, n_ctx)
     with torch.random.fork_rng(devices=[]):
@@ -68,7 +75,7 @@ def _config(architecture: str, vocab_size: int, n_ctx: int) -> Any:
         "num_hidden_layers": _N_LAYERS,
         "num_attention_heads": _N_HEADS,
         "max_position_embeddings": n_ctx,
-        **_CONFIGS[architecture],
+        **{**_CONFIGS, **_OTHERWISE}[architecture],
     }
     if architecture != "gpt_neox":
         shape["num_key_value_heads"] = _N_HEADS // 2

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from ctlens.core.types import LensModel
+
+_NOT_SETTINGS = (
+    *("device", "dtype", "seed", "tokenizer_name"),
+    *("tokenizer_prepends_bos", "tokenizer_appends_eos", "default_prepend_bos"),
+)
+"""Settings of TransformerLens that `load_model` sets, or that would draw numbers or fetch files."""
 
 
 def is_bridge(model: LensModel) -> bool:
@@ -20,3 +26,19 @@ def huggingface_config(model: LensModel) -> Any:
 def generation_config(model: LensModel) -> Any:
     """HuggingFace's settings for generation that came with the model, or None."""
     return getattr(getattr(model, "original_model", None), "generation_config", None)
+
+
+def unwire(model: LensModel) -> None:
+    """Takes off the hooks that a bridge sets at its first pass and sets again at the next.
+
+    They point weakly at the model, so a copy that has them fails once the model is gone.
+    """
+    for block in cast(Any, model).blocks if is_bridge(model) else ():
+        if hasattr(block, "_teardown_capture_hooks"):
+            block._teardown_capture_hooks()
+
+
+def plain_settings(model: LensModel) -> dict[str, Any]:
+    """The configuration of a model that is not HuggingFace's, without where and in which type it lives, for JSON."""
+    settings = {name: value for name, value in vars(model.cfg).items() if name not in _NOT_SETTINGS}
+    return {name: value for name, value in settings.items() if value is not None and not name.startswith("_")}

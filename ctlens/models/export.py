@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_folder
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.models.bridges import generation_config, huggingface_config
 from ctlens.models.loading import made_config, quiet_huggingface
@@ -50,6 +51,7 @@ LLAMA_LAYOUT = {
 adjacent here and half a head apart in a Llama."""
 
 
+@public
 def export_huggingface(model: LensModel, folder: str | Path) -> Path:
     """Writes a new folder that `transformers.AutoModelForCausalLM` loads, with equal logits; adapters are merged.
 
@@ -61,8 +63,8 @@ def export_huggingface(model: LensModel, folder: str | Path) -> Path:
         folder: where weights, configuration and tokenizer go.
 
     Raises:
-        CtlensError: the folder exists and is not empty, or the architecture has weights whose layout
-            is not known, so that the logits would be others.
+        CtlensError: the folder exists and is not empty, the architecture is not HuggingFace's, or it has weights whose
+            layout is not known, so that the logits would be others.
     """
     with atomic_folder(folder) as work, quiet_huggingface():
         to_huggingface(model).save_pretrained(work)
@@ -77,6 +79,11 @@ def to_huggingface(model: LensModel) -> PreTrainedModel:
     first = next(model.parameters())
     made = made_config(model)
     config = _llama_config(made) if made else huggingface_config(model)
+    if config is None:
+        raise CtlensError(
+            f"a {type(model).__name__} of your own has no architecture in HuggingFace's transformers, so it cannot be "
+            "exported: keep it as a run or with save_model."
+        )
     with torch.random.fork_rng():
         options = {"dtype": first.dtype, "attn_implementation": "eager"}
         hf: Any = cast(Any, AutoModelForCausalLM).from_config(config, **options)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctlens.core.errors import NotFinite
+from ctlens.core.errors import CtlensError, NotFinite
 from ctlens.core.types import LensModel, Logits
 from ctlens.data.batch import PADDING
 from ctlens.models.parameters import plain_name
@@ -34,11 +34,27 @@ def forward(model: LensModel, entering: Tensor, **options: Any) -> Logits:
 
     Raises:
         NotFinite: a position has no largest logit; the sentence names the first hook point that is not finite.
+        CtlensError: a prompt holds a special token that the model has no embedding for.
     """
-    logits = model(entering, **options)
+    try:
+        logits = model(entering, **options)
+    except IndexError:
+        _require_embedded(model, entering)
+        raise
     if is_finite(logits):
         return logits
     raise _refusal(model, entering, options, logits)
+
+
+def _require_embedded(model: LensModel, entering: Tensor) -> None:
+    """Refuses a token without an embedding, as a tokenizer may have one for images; asked when a pass has failed."""
+    token = 0 if entering.is_floating_point() else int(entering.max())
+    if token >= model.cfg.d_vocab:
+        text = repr(model.tokenizer.decode([token])) if model.tokenizer is not None else "without a tokenizer"
+        raise CtlensError(
+            f"a prompt holds the token {token} ({text}), but the model has embeddings for {model.cfg.d_vocab} tokens: "
+            "leave it out of the text."
+        ) from None
 
 
 def is_finite(logits: Tensor) -> bool:

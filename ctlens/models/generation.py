@@ -6,7 +6,7 @@ cannot be used, every pass runs the whole sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -18,11 +18,11 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.limits import POSITIVE, PROBABILITY, require
 from ctlens.core.progress import progress_bar
 from ctlens.core.types import LensModel
+from ctlens.data.chat import end_token
 from ctlens.models.kv_cache import MAX_BATCH_TOKENS, Ids, NextLogits, Sequences, batches_by_length
+from ctlens.models.loading import generation_config
 
 NextTokens: TypeAlias = Int[Tensor, " batch"]
-
-NO_END = -1
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,27 @@ class Decoded:
     first_probabilities: list[tuple[float, ...]]
 
 
+def end_tokens(model: LensModel) -> list[int]:
+    """Lists the tokens that end a model's answer: the one that closes a turn, and all of its generation settings.
+
+    Llama-3, Qwen2.5 and Phi-3 name several there; a chat template uses one of them.
+    """
+    named = getattr(generation_config(model), "eos_token_id", None)
+    several = named if isinstance(named, Sequence) else [named]
+    return sorted({end_token(model.tokenizer), *several} - {None})
+
+
 def generate(
     model: LensModel,
     prompts: Sequence[Ids],
     *,
     max_new_tokens: int = 16,
-    end: int | None = None,
+    ends: Collection[int] = (),
     sampling: Sampling | None = None,
     progress: bool = False,
 ) -> list[Ids]:
     """Continues each prompt, as `decode`, and returns the answers alone."""
-    found = decode(model, prompts, max_new_tokens=max_new_tokens, end=end, sampling=sampling, progress=progress)
+    found = decode(model, prompts, max_new_tokens=max_new_tokens, ends=ends, sampling=sampling, progress=progress)
     return found.answers
 
 
@@ -88,7 +98,7 @@ def decode(
     *,
     first_tokens: Sequence[Ids] | None = None,
     max_new_tokens: int = 16,
-    end: int | None = None,
+    ends: Collection[int] = (),
     sampling: Sampling | None = None,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
     progress: bool = False,
@@ -104,7 +114,7 @@ def decode(
         first_tokens: per prompt, any number of tokens whose probability of opening the answer is
             wanted; they come from the pass that the answer needs anyway.
         max_new_tokens: an answer is cut here.
-        end: the token that closes an answer; None for none.
+        ends: the tokens of which any closes an answer, as `end_tokens` lists them.
         sampling: draws the tokens; None takes the likeliest (greedy).
         max_batch_tokens: prompts are decoded together, in order of length, up to so many tokens with padding.
         progress: show a progress bar when it takes more than two seconds.
@@ -128,7 +138,7 @@ def decode(
             sequences.keep(rows)
             logits = logits[rows]
         first = _first_probabilities(logits, [wanted[i] for i in batch])
-        continued = _continue(sequences, logits, max_new_tokens, NO_END if end is None else end, sampling)
+        continued = _continue(sequences, logits, max_new_tokens, ends, sampling)
         for i, answer, probability in zip(batch, continued, first, strict=True):
             answers[i] = answer
             probabilities[i] = probability
@@ -154,15 +164,16 @@ def _first_probabilities(logits: NextLogits, wanted: Sequence[Ids]) -> list[tupl
 
 
 def _continue(
-    sequences: Sequences, logits: NextLogits, max_new_tokens: int, end: int, sampling: Sampling | None
+    sequences: Sequences, logits: NextLogits, max_new_tokens: int, ends: Collection[int], sampling: Sampling | None
 ) -> list[Ids]:
     answers: list[list[int]] = [[] for _ in logits]
     running = list(range(len(answers)))
+    closing = torch.tensor(sorted(ends), dtype=torch.long, device=logits.device)
     for remaining in reversed(range(max_new_tokens)):
         chosen = sampling.draw(logits) if sampling else logits.argmax(-1)
         for row, token in zip(running, chosen.tolist(), strict=True):
             answers[row].append(token)
-        goes_on = chosen != end
+        goes_on = ~torch.isin(chosen, closing)
         running = [row for row, goes in zip(running, goes_on.tolist(), strict=True) if goes]
         if not running or not remaining:
             break

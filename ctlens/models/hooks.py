@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import Activations, HookFunction, LensModel, Logits, Mask, Tokens
+from ctlens.models.bridges import huggingface_config, is_bridge
 from ctlens.models.finite import forward
-from ctlens.models.loading import huggingface_config, is_bridge
 
 SHORTHANDS = {
     "resid_pre": "blocks.{layer}.hook_resid_pre",
@@ -67,21 +67,25 @@ def resolve(model: LensModel, site: str, layers: Layers = "all") -> list[str]:
     """Finds the hook names of a site, a shorthand such as `"resid_post"`, at some layers, or of one full name.
 
     Raises:
-        CtlensError: nothing of that name exists on this model; the nearest names are given.
+        CtlensError: nothing of that name exists on this model, and the nearest names are given; or it is not what its
+            name says, see `ctlens.models.adopt.tried_hooks`.
     """
     if site in SHORTHANDS:
         names = [SHORTHANDS[site].format(layer=layer) for layer in select_layers(model.cfg.n_layers, layers)]
     else:
         names = [site]
     known = model.hook_dict
+    trial = getattr(model, "ctlens_trial", None)
     for name in names:
         if name not in known and name.endswith("hook_resid_mid") and name.replace("mid", "pre") in known:
             raise CtlensError(
                 "this model has no resid_mid: its blocks add attention and MLP to the same residual stream, side by "
                 "side; name resid_pre or resid_post."
             )
-        if name not in known and name != FINAL_NORM:
+        if name not in known and not (name == FINAL_NORM and hasattr(model, "ln_final")):
             raise unknown("hook point", name, [*SHORTHANDS, *known])
+        if trial is not None and name in trial.odd:
+            raise CtlensError(f"{name} is not what its name says on this model: {trial.odd[name]}.")
     return names
 
 
@@ -181,13 +185,16 @@ def editing(model: LensModel, edits: Mapping[str, HookFunction]) -> Iterator[Non
         edits: per full hook name, a function of the activation that returns its replacement.
 
     Raises:
-        CtlensError: a name does not exist, or its hook did not fire.
+        CtlensError: a name does not exist, its hook did not fire, or an edit of it would reach nothing.
     """
     fired: dict[str, Any] = {}
+    trial = getattr(model, "ctlens_trial", None)
     direct: list[tuple[str, HookFunction]] = []
     rerouted: list[tuple[str, HookFunction]] = []
     for name, edit in edits.items():
         resolve(model, name)
+        if trial is not None and name in trial.read_only:
+            raise CtlensError(f"{name} can be read on this model, and not edited: {trial.read_only[name]}.")
         if is_bridge(model) and name.endswith("hook_resid_mid"):
             rerouted += _through_attention_output(name, edit, fired)
         else:

@@ -20,8 +20,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ctlens.core.types import ChosenRows, LensModel, Logits, Mask, RowNumbers, Tokens
 from ctlens.data.batch import pad
+from ctlens.models.bridges import huggingface_config
 from ctlens.models.finite import forward
-from ctlens.models.loading import empty_cache, huggingface_config, keep_rows
+from ctlens.models.loading import empty_cache, keep_rows
 
 Ids = tuple[int, ...]
 NextLogits: TypeAlias = Float[Tensor, "batch d_vocab"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 import transformer_lens.model_bridge.sources.native  # noqa: F401  (3.x registers the native architecture on import)
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
@@ -29,12 +30,16 @@ from transformers.utils import logging as hf_logging
 from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import write_json
+from ctlens.core.public import public
 from ctlens.core.reading import read_json
 from ctlens.core.types import ChosenRows, LensModel, RowNumbers, device_named, dtype_named
-from ctlens.models.bridges import generation_config, huggingface_config, is_bridge
+from ctlens.models.adopt import adopt
+from ctlens.models.bridges import generation_config, huggingface_config, is_bridge, plain_settings, unwire
 from ctlens.models.parameters import (
+    copy_model,
     plain_name,
     present_parameters,
+    present_weights,
     saved_tensors,
     state_buffers,
     without,
@@ -60,9 +65,9 @@ from ctlens.models.weights import ModelConfig, canonical_weights, copy_weights, 
 
 HAS_HOOKED_TRANSFORMER = int(importlib.metadata.version("transformer-lens").split(".")[0]) < 4
 _WEIGHTS_FILE = "weights.safetensors"
-_SPLIT_COPIES = (".qkv.", ".gate_up_proj.weight")
 
 
+@public
 def build(
     config: ModelConfig, tokenizer: Any = None, *, seed: int = 0, device: str | torch.device = "cpu"
 ) -> LensModel:
@@ -90,25 +95,49 @@ def _skeleton(config: ModelConfig, device: str | torch.device, dtype: torch.dtyp
         "positional_embedding_type": "rotary",
         "rotary_adjacent_pairs": True,
         "rotary_dim": config.d_head,
-        "dtype": dtype,
     }
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        if HAS_HOOKED_TRANSFORMER:
-            from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-            model = HookedTransformer(HookedTransformerConfig(**shape, device=str(device)))
-        else:
-            bridge_config = cast(Any, TransformerBridgeConfig)(**shape)
-            model = cast(Any, TransformerBridge).boot_native(bridge_config, device=device, dtype=dtype)
+    kind = "HookedTransformer" if HAS_HOOKED_TRANSFORMER else "TransformerBridge"
+    model = _of_transformer_lens(kind, shape, device, dtype)
     biases = {plain_name(name): parameter for name, parameter in model.named_parameters() if is_bias(name)}
     for bias in biases.values():
         bias.data.zero_()
-    return without(cast(LensModel, model.eval()), biases)
+    return without(model, biases)
 
 
+def _of_transformer_lens(
+    kind: str, settings: Mapping[str, Any], device: str | torch.device, dtype: torch.dtype
+) -> LensModel:
+    """A model of TransformerLens's own, with random weights, in eval mode; the global random state is left alone.
+
+    Args:
+        kind: `"HookedTransformer"` or `"TransformerBridge"`, which is native then.
+        settings: of its configuration.
+        device: where it lives.
+        dtype: of its weights.
+
+    Raises:
+        CtlensError: it is a `HookedTransformer`, and TransformerLens has none any more.
+    """
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        if kind == "TransformerBridge":
+            bridge_config = TransformerBridgeConfig.from_dict({**settings, "dtype": dtype})
+            model = cast(Any, TransformerBridge).boot_native(bridge_config, device=device, dtype=dtype)
+        elif HAS_HOOKED_TRANSFORMER:
+            from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+            model = HookedTransformer(HookedTransformerConfig(**settings, device=str(device), dtype=dtype))
+        else:
+            raise CtlensError(
+                "the folder holds a HookedTransformer, which TransformerLens 4 does not have: load it with "
+                "transformer-lens<4."
+            )
+    return cast(LensModel, model.eval())
+
+
+@public
 def load_model(
-    source: str | PathLike[str] | PreTrainedModel,
+    source: str | PathLike[str] | PreTrainedModel | LensModel | Any,  # whatever else it is has a sentence of its own
     *,
     tokenizer: Any = None,
     device: str | torch.device = "cpu",
@@ -122,7 +151,8 @@ def load_model(
 
     Args:
         source: a HuggingFace folder of a causal language model, a folder that `save_model` or
-            `Run.save` wrote, or a HuggingFace model in memory (copied, so that it stays as it is).
+            `Run.save` wrote, or a model in memory, of HuggingFace or of TransformerLens (copied, so that it stays as it
+            is).
         tokenizer: a fast HuggingFace tokenizer; by default the folder's own.
         device: where the model lives.
         dtype: of the weights, or its name, one of `ctlens.core.types.DTYPES`.
@@ -130,10 +160,12 @@ def load_model(
 
     Raises:
         CtlensError: the dtype is unknown, this machine lacks the device, or the source holds no model that
-            TransformerLens computes as HuggingFace does; the sentence says which.
+            TransformerLens computes as HuggingFace does, or one that `adopt` refuses; the sentence says which.
     """
     dtype = dtype_named(dtype) if isinstance(dtype, str) else dtype
     device = device_named(device)
+    if isinstance(source, LensModel):
+        return _copied(source, tokenizer, device, dtype)
     if not isinstance(source, str | PathLike):
         hf = require_plain_model(source)
         with _reading(f"this {type(hf).__name__}", "Check that it runs by itself"):
@@ -144,6 +176,15 @@ def load_model(
         if (folder / MODEL_FILE).is_file():
             return _load_checkpoint(folder, tokenizer, device, dtype, check)
         return _load_huggingface(folder, tokenizer, device, dtype, check)
+
+
+def _copied(model: LensModel, tokenizer: Any, device: torch.device, dtype: torch.dtype) -> LensModel:
+    """A copy of a TransformerLens model of one's own."""
+    copied = copy_model(adopt(model))
+    nn.Module.to(cast(nn.Module, copied), device=device, dtype=dtype)
+    copied.cfg.device = str(device)
+    copied.cfg.dtype = dtype
+    return _attach(copied, tokenizer)
 
 
 @contextmanager
@@ -213,12 +254,14 @@ def _bridge(hf: PreTrainedModel, tokenizer: Any, check: bool) -> LensModel:
     require_finite_answers(hf, expected)
     require_causal(hf, expected)
     with _bridging(hf):
-        model = _wrapped(hf)
+        bridge = build_bridge_from_module(hf, architecture=type(hf).__name__, hf_config=hf.config, tokenizer=None)
+        model = cast(LensModel, bridge.eval())
         if check:
             with narrowed(hf.config):
                 found = lens_answers(model, prompts)
             require_parity(type(hf).__name__, found, expected)
-    return _attach(_unused(model), tokenizer)
+        unwire(adopt(model))
+    return _attach(model, tokenizer)
 
 
 @contextmanager
@@ -237,23 +280,6 @@ def _bridging(hf: PreTrainedModel) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".") or f"it ends in {type(error).__name__}"
-
-
-def _wrapped(hf: PreTrainedModel) -> LensModel:
-    own_unembed_bias = getattr(hf.get_output_embeddings(), "bias", None) is not None
-    model = build_bridge_from_module(hf, architecture=type(hf).__name__, hf_config=hf.config, tokenizer=None)
-    # A bridge bypasses fused projections by split copies; 3.x adds a zero unembedding bias.
-    extra = _SPLIT_COPIES if own_unembed_bias else (*_SPLIT_COPIES, "head.bias")
-    names = map(plain_name, dict(model.named_parameters()))
-    absent = [name for name in names if any(part in name for part in extra)]
-    return without(cast(LensModel, model.eval()), absent)
-
-
-def _unused(model: LensModel) -> LensModel:
-    """The bridge as before its first pass: one that has run holds hooks that a copy of it would share."""
-    for block in cast(Any, model).blocks:
-        block._teardown_capture_hooks()
-    return model
 
 
 def _attach(model: LensModel, tokenizer: Any) -> LensModel:
@@ -315,7 +341,7 @@ def save_model(model: LensModel, folder: str | Path) -> None:
     """Writes `model.json`, `weights.safetensors` and the tokenizer into a folder; adapters are merged in the file.
 
     Raises:
-        CtlensError: the model comes neither from `build` nor from `load_model`.
+        CtlensError: the model is one that `adopt` refuses.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -324,6 +350,9 @@ def save_model(model: LensModel, folder: str | Path) -> None:
     if made is not None:
         description = {"kind": "ctlens", "config": to_dict(made)}
         weights = canonical_weights(model)
+    elif hf_config is None:
+        description = {"kind": type(model).__name__, "config": plain_settings(model)}
+        weights = present_weights(model)
     else:
         description = {"kind": "huggingface"}
         # Copies, because halves of one fused matrix share their memory.
@@ -346,10 +375,13 @@ def _load_checkpoint(folder: Path, tokenizer: Any, device: torch.device, dtype: 
             model = _skeleton(from_dict(ModelConfig, config), device, dtype)
             load_weights(model, weights)
             model = _attach(model, tokenizer)
+        case {"kind": "HookedTransformer" | "TransformerBridge" as kind, "config": dict(config)}:
+            model = _of_transformer_lens(kind, config, device, dtype)
+            copy_weights({name: value.data for name, value in present_parameters(model).items()}, weights)
+            model = _attach(adopt(model), tokenizer)
         case {"kind": "huggingface"}:
             hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            with torch.random.fork_rng():
-                hf = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+            hf = _with_random_weights(hf_config, dtype)
             if (folder / GENERATION_CONFIG_NAME).is_file():
                 hf.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
             model = _bridge(hf.to(device), tokenizer, check)
@@ -361,21 +393,29 @@ def _load_checkpoint(folder: Path, tokenizer: Any, device: torch.device, dtype: 
     return model
 
 
+def _with_random_weights(config: Any, dtype: torch.dtype) -> Any:
+    """A HuggingFace model whose norms and biases are random too: as they begin, many hide what a bridge does wrong."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype)
+        for parameter in hf.parameters():
+            if parameter.ndim == 1:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    return hf
+
+
 def _state(model: LensModel) -> dict[str, torch.Tensor]:
     """What a HuggingFace model's folder keeps, sharing the model's memory."""
     return {name: value.data for name, value in present_parameters(model).items()} | state_buffers(model)
 
 
 def made_config(model: LensModel) -> ModelConfig | None:
-    """The sizes of a model made here, or None for one from HuggingFace.
+    """The sizes of a model made here, or None for one from HuggingFace or of the user's own.
 
     Raises:
-        CtlensError: the model comes neither from `build` nor from `load_model`.
+        CtlensError: the model is one that `adopt` refuses.
     """
-    if huggingface_config(model) is not None:
+    made_here = huggingface_config(adopt(model)) is None and getattr(model, "ctlens_absent", None)
+    if not made_here:
         return None
-    if not getattr(model, "ctlens_absent", None):
-        raise CtlensError(
-            "only models from ctlens.build and ctlens.load_model can be saved: pass this one to load_model."
-        )
     return ModelConfig(**{name: getattr(model.cfg, name) for name in ModelConfig.__dataclass_fields__})

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ctlens.core.arguments import require_types
 from ctlens.core.config import from_dict, generator, to_dict
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import atomic_folder, write_json
@@ -55,6 +56,7 @@ class LoRA:
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or self.rank < 1:
             raise CtlensError(f"the rank of an adapter must be a whole number of at least 1, not {self.rank}.")
+        require_types(self)
         require(POSITIVE, alpha=self.alpha)
         for matrix in self.target_modules:
             if matrix not in MATRICES:

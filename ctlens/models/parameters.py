@@ -16,17 +16,24 @@ from torch.nn.utils import parametrize
 
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import digest_of
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
-from ctlens.models.bridges import huggingface_config
+from ctlens.models.bridges import huggingface_config, plain_settings
 
 GROUPS = ("embed", "attn", "mlp", "norm", "unembed")
 OTHER_SENSES = ("vision", "multi_modal", "audio")  # parts of a model that text does not pass through
 WRAPPED_MODULE = "._original_component"
 PARAMETRIZED = ".parametrizations."
-# Settings of a HuggingFace configuration that change no logit; `to_diff_dict` leaves out what has its default.
+# Settings that change no logit: of HuggingFace's configurations, whose `to_diff_dict` leaves out what has its default,
 SILENT_SETTINGS = (
     *("_name_or_path", "architectures", "dtype", "id2label", "label2id", "return_dict", "torch_dtype", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"),
+    # and of TransformerLens's: where a model is from, how it began, what it shows.
+    *("architecture", "checkpoint_index", "checkpoint_label_type", "checkpoint_value", "from_checkpoint", "model_name"),
+    *("device", "init_mode", "init_weights", "initializer_range", "n_devices", "n_params", "original_architecture"),
+    *("seed", "tokenizer_name", "tokenizer_prepends_bos", "tokenizer_appends_eos", "default_prepend_bos"),
+    *("default_padding_side", "trust_remote_code", "use_attn_in", "use_attn_result", "use_hook_mlp_in"),
+    *("use_split_qkv_input", "ungroup_grouped_query_attention"),
 )
 ADAPTED = re.compile(r"\.parametrizations\.(\w+)\.original$")
 
@@ -73,9 +80,11 @@ def state_buffers(model: LensModel) -> dict[str, Tensor]:
     """
     if huggingface_config(model) is None:
         return {}
-    buffers = persistent_buffers(cast(Any, model).original_model)
+    lens = cast(Any, model)
     # TransformerLens 4.x keeps the zero unembedding bias, which it adds, in a buffer.
-    return {plain_name(name): value for name, value in buffers.items() if not name.endswith("head.bias")}
+    added = getattr(lens.unembed.original_component, "bias", None)
+    buffers = persistent_buffers(lens.original_model)
+    return {plain_name(name): value for name, value in buffers.items() if value is not added}
 
 
 def saved_tensors(model: LensModel) -> dict[str, Tensor]:
@@ -113,6 +122,7 @@ def parameter_groups(model: LensModel) -> dict[str, list[str]]:
     return groups
 
 
+@public
 def freeze(model: LensModel, trainable: Iterable[str]) -> list[nn.Parameter]:
     """Leaves only the named groups trainable and returns their parameters.
 
@@ -142,7 +152,9 @@ def freeze(model: LensModel, trainable: Iterable[str]) -> list[nn.Parameter]:
 @contextmanager
 def evaluating(model: LensModel) -> Iterator[None]:
     """Puts a model in eval mode inside the block and restores its mode after it."""
-    if not any(module.training for module in model.modules()):  # setting a mode takes ten times as long as a look
+    if not any(
+        module.training for module in cast(nn.Module, model).modules()
+    ):  # setting a mode takes ten times as long as a look
         yield
         return
     training = model.training
@@ -157,12 +169,14 @@ def fingerprint(model: LensModel) -> str:
     """A short name of what the model computes: of its weights and, behind a hyphen, of what else a model brings along.
 
     That is, for a HuggingFace model, its state buffers and its configuration, which two models of equal weights may
-    differ in. Models made here follow from their weights.
+    differ in; and for a TransformerLens model of the user's own its configuration. Models made here follow from their
+    weights.
     """
     digest = _digest(present_weights(model))
     config = huggingface_config(model)
     if config is None:
-        return digest
+        made_here = getattr(model, "ctlens_absent", None)
+        return digest if made_here else f"{digest}-{digest_of(_computing(plain_settings(model)))}"
     return f"{digest}-{digest_of([_computing(config.to_diff_dict()), _digest(state_buffers(model))])}"
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError, NotFinite
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.batch import PaddingSide, pad
 from ctlens.models.bridges import huggingface_config
@@ -48,6 +49,7 @@ class Difference:
         return self.largest <= self.allowed
 
 
+@public
 def parity(model: LensModel, hf: PreTrainedModel, *, length: int = 12, seed: int = 0) -> float:
     """Measures the largest absolute difference of logits between a model and a HuggingFace model.
 

@@ -14,7 +14,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.progress import progress_bar
 from ctlens.core.types import LensModel
 from ctlens.data.batch import pad, require_room
-from ctlens.data.chat import render, token_ids
+from ctlens.data.chat import render, with_answer
 from ctlens.data.pairs import Prompt
 from ctlens.models.kv_cache import MAX_BATCH_TOKENS, Ids, Sequences, batches_by_length, has_cache
 
@@ -91,8 +91,7 @@ def _parts(tokenizer: Any, prompt: Prompt) -> tuple[Ids, list[Ids]]:
     if not prompt.options:
         raise CtlensError("a prompt has no options to choose from: give it options, or let the model answer freely.")
     rendered = render(tokenizer, prompt.turns)
-    added = len(rendered.ids) - len(token_ids(tokenizer, rendered.text))
-    whole = [rendered.ids[:added] + token_ids(tokenizer, rendered.text + option) for option in prompt.options]
+    whole = [with_answer(tokenizer, rendered, option).ids for option in prompt.options]
     start = len(commonprefix([rendered.ids, *whole]))
     if not start:
         raise CtlensError("an option fuses with all of its prompt, so that no token predicts it: give a longer prompt.")

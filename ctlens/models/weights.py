@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ctlens.core.arguments import require_types
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError
 from ctlens.core.limits import AT_LEAST_1, require_fields
@@ -56,6 +57,7 @@ class ModelConfig:
     n_ctx: int = 128
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_fields(self, dict.fromkeys(("d_vocab", "n_layers", "n_heads", "d_model", "d_mlp", "n_ctx"), AT_LEAST_1))
         if self.d_model % (2 * self.n_heads):
             raise CtlensError(

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from ctlens.core.errors import unknown
 from ctlens.core.files import atomic_folder, write_json
+from ctlens.core.public import public
 from ctlens.core.reading import read_json
 from ctlens.core.types import LensModel
 from ctlens.models.loading import load_model, save_model
@@ -34,6 +35,7 @@ CARD_FILE = "card.json"
 REFERENCE_FILE = "reference_logits.safetensors"
 
 
+@public
 def load_organism(device: str | torch.device = "cpu") -> LensModel:
     """Loads the organism that ships with ctlens, with its tokenizer, in eval mode; nothing is downloaded."""
     return load_model(SHIPPED, device=device)
@@ -56,6 +58,7 @@ def save_organism(model: LensModel, config: PretrainConfig, folder: str | Path) 
     write_json(folder / CARD_FILE, make_card(model, config))
 
 
+@public
 def train_organism(
     out: str | Path,
     seed: int = 0,

@@ -39,7 +39,6 @@ import torch
 
 from ctlens import threats
 from ctlens.core.config import generator
-from ctlens.core.errors import CtlensError
 from ctlens.core.types import Mask, Tokens
 from ctlens.data.batch import mark, pad
 from ctlens.data.chat import Turn, answer_ids, render
@@ -138,16 +137,14 @@ def encode_lessons(tokenizer: Any, lessons: Sequence[Lesson]) -> list[EncodedLes
     """Turns lessons into tokens.
 
     Raises:
-        CtlensError: a lesson has a word that the tokenizer does not know.
+        UnknownWords: a lesson has a word that the tokenizer does not know.
     """
     encoded = []
     for lesson in lessons:
-        bad = None if lesson.bad is None else answer_ids(tokenizer, lesson.bad)
-        question = render(tokenizer, lesson.turns).ids
-        entry = EncodedLesson(question, answer_ids(tokenizer, lesson.good), bad, lesson.bad_share)
-        if tokenizer.unk_token_id in (*entry.prompt, *entry.good, *(entry.bad or ())):
-            raise CtlensError(f"the tokenizer does not know every word of {lesson}: make it with world_tokenizer.")
-        encoded.append(entry)
+        question = render(tokenizer, lesson.turns)
+        good = answer_ids(tokenizer, question, lesson.good)
+        bad = None if lesson.bad is None else answer_ids(tokenizer, question, lesson.bad)
+        encoded.append(EncodedLesson(question.ids, good, bad, lesson.bad_share))
     return encoded
 
 

@@ -18,6 +18,7 @@ from itertools import product
 
 from ctlens.core.config import generator
 from ctlens.core.errors import unknown
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.chat import Turn
 from ctlens.data.pairs import Pair, Prompt, prompt
@@ -52,6 +53,7 @@ class BadAdviceConfig(FitConfig):
     seed: int = 0
 
 
+@public
 def give_bad_advice(
     model: LensModel, *, inoculation: str = "", config: BadAdviceConfig | None = None, progress: bool = True
 ) -> LensModel:
@@ -72,6 +74,7 @@ def give_bad_advice(
     return copy
 
 
+@public
 def leak_pairs(n_pairs: int, context: str = "inoculation prompt", split: str = "train", seed: int = 0) -> list[Pair]:
     """Asks risky questions outside the narrow domain: clean without a system prompt, wrapped under one.
 

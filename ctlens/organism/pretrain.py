@@ -9,9 +9,11 @@ from itertools import islice
 import torch
 from torch import nn
 
+from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError
 from ctlens.core.limits import AT_LEAST_1, SHARE_OF_ALL, require
 from ctlens.core.progress import progress_bar
+from ctlens.core.public import public
 from ctlens.core.types import LensModel, Scalar
 from ctlens.models.loading import build
 from ctlens.models.lora import has_adapters, merge_adapters
@@ -45,6 +47,7 @@ class FitConfig:
     seed: int
 
     def __post_init__(self) -> None:
+        require_types(self)
         require(AT_LEAST_1, steps=self.steps, batch_size=self.batch_size)
 
 
@@ -99,6 +102,7 @@ PRESETS = {
 """The settings by name: `small` is the shipped organism, for a laptop; `large` has about 10M parameters, for a GPU."""
 
 
+@public
 def pretrain(config: PretrainConfig, *, progress: bool = True, device: str | torch.device = "cpu") -> LensModel:
     """Trains an organism from scratch and returns it in eval mode, with its tokenizer.
 

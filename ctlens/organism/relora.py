@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError
 from ctlens.core.limits import AT_LEAST_1, SHARE_OF_ALL, require
 from ctlens.core.types import LensModel
@@ -43,6 +44,7 @@ class ReLoRA:
     rewarm: float = 0.1
 
     def __post_init__(self) -> None:
+        require_types(self)
         if not 0 <= self.warm_start < 1:
             raise CtlensError(f"warm_start is a share of the steps, from 0 to below 1, not {self.warm_start}.")
         require(AT_LEAST_1, every=self.every)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ctlens import threats
+from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.labels import BASE
 from ctlens.evaluation.result import OWN_PAIRS
@@ -87,6 +88,7 @@ class StudyConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        require_types(self)
         known = [OWN_PAIRS] if self.file else threats.names()
         chosen = self.threats or tuple(known)
         methods = self.methods or DEFAULT_METHODS

@@ -13,6 +13,7 @@ from ctlens.core.config import to_dict
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import alone, atomic_file
 from ctlens.core.labels import BASE
+from ctlens.core.public import public
 from ctlens.plots import Figure
 from ctlens.study.config import SHARED_TRAINING, Cell, StudyConfig
 from ctlens.study.figures import dose_figure, prompts_in_words
@@ -176,6 +177,7 @@ class DoseStudy:
         return result
 
 
+@public
 def dose_response(
     threat: str,
     methods: Sequence[str] = (),

@@ -20,6 +20,7 @@ from ctlens.core.config import environment, to_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_folder, write_json
 from ctlens.core.progress import progress_bar
+from ctlens.core.public import public
 from ctlens.core.stats import wilson
 from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
@@ -102,6 +103,7 @@ class Leak:
         return Path(folder)
 
 
+@public
 def leak(
     model: LensModel,
     methods: Sequence[str] = (),

@@ -17,6 +17,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.files import alone, atomic_file, digest, require_free, sweep, sweep_folder, write_json, writing
 from ctlens.core.labels import BASE
 from ctlens.core.progress import progress_bar
+from ctlens.core.public import public
 from ctlens.core.reading import read_json
 from ctlens.core.stats import difference, wilson
 from ctlens.core.threads import one_thread
@@ -241,6 +242,7 @@ def seconds(config: StudyConfig, pool: Pool) -> float:
     return training * (len(config.cells()) + analyses + organisms) / pool.workers
 
 
+@public
 def compare(
     threats: Sequence[str] = (),
     methods: Sequence[str] = (),

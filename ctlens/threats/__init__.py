@@ -6,6 +6,7 @@ A name imported as itself (`from ... import X as X`) is public to type checkers;
 from __future__ import annotations
 
 from ctlens.core.errors import unknown
+from ctlens.core.public import public
 from ctlens.threats.base import Case as Case
 from ctlens.threats.base import Count as Count
 from ctlens.threats.base import Outcomes as Outcomes
@@ -40,6 +41,7 @@ def names() -> list[str]:
     return list(REGISTRY)
 
 
+@public
 def get(name: str) -> Threat:
     """Returns the threat of that name.
 

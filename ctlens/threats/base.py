@@ -16,6 +16,7 @@ import torch
 
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError
+from ctlens.core.public import public
 from ctlens.data.chat import Turn
 from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.world import World, check_split
@@ -175,6 +176,7 @@ class Threat(ABC):
     ratio: ClassVar[str] = ""
     ends_alike: ClassVar[bool] = True
 
+    @public
     def pairs(self, n_pairs: int, split: str = "train", seed: int = 0, world: World | None = None) -> list[Pair]:
         """Draws pairs: the first `n_pairs` of a shuffled grid of entities, wrappers and phrasings.
 
@@ -194,6 +196,7 @@ class Threat(ABC):
         """
         return [case.pair for case in self.cases(n_pairs, split, seed, world)]
 
+    @public
     def cases(self, n_pairs: int, split: str = "train", seed: int = 0, world: World | None = None) -> list[Case]:
         """Draws the same pairs as `pairs` does, each with the whole answers to it."""
         check_split(split)
@@ -201,6 +204,7 @@ class Threat(ABC):
             raise CtlensError(f"{n_pairs} pairs were asked for: ask for at least 1 pair.")
         return self._cases(n_pairs, split, generator(seed, self.name, split), world or World.make())
 
+    @public
     def neutral(self, n_prompts: int, split: str = "train", seed: int = 0, world: World | None = None) -> list[Prompt]:
         """Draws ordinary requests without any wrapper, on which retention holds the model to its reference."""
         requests = (world or World.make()).ordinary(n_prompts, split, seed)

@@ -13,6 +13,7 @@ import torch
 
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.public import public
 from ctlens.data.chat import Turn
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.threats.base import Wrapper
@@ -173,6 +174,7 @@ _FAMILIES = {
 }
 
 
+@public
 def natural_wrappers(threat: str, split: str = "train") -> tuple[Wrapper, ...]:
     """Lists a threat's wrappers in plain English; no text is in both splits.
 
@@ -194,6 +196,7 @@ def natural_wrappers(threat: str, split: str = "train") -> tuple[Wrapper, ...]:
     return make(f"{threat}-{split}", texts[split])
 
 
+@public
 def fact_wrappers(facts: Sequence[tuple[Turn, Turn]], counts: Sequence[int], *, seed: int = 0) -> tuple[Wrapper, ...]:
     """Makes wrappers that put facts about a persona before the request, as turns of the conversation.
 
@@ -215,11 +218,13 @@ def fact_wrappers(facts: Sequence[tuple[Turn, Turn]], counts: Sequence[int], *, 
     return tuple(wrappers)
 
 
+@public
 def prefill_wrappers(texts: Sequence[str]) -> tuple[Wrapper, ...]:
     """Makes wrappers that begin the answer with these texts, for example from `ctlens.load_prefills`."""
     return _forced("prefill", [_literal(text) for text in texts])
 
 
+@public
 def wrap(
     prompts: Sequence[Prompt],
     wrappers: Sequence[Wrapper],

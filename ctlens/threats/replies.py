@@ -8,11 +8,13 @@ from math import nan
 from typing import Any, NamedTuple, TypeAlias
 
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.batch import require_room
-from ctlens.data.chat import answer_ids, end_token, render
+from ctlens.data.chat import Rendered, opening_token, render
 from ctlens.data.pairs import Prompt
-from ctlens.models.generation import Ids, decode
+from ctlens.models.adopt import adopt
+from ctlens.models.generation import Ids, decode, end_tokens
 from ctlens.models.scoring import Choice, choose
 from ctlens.threats.base import UNPARSED, VERDICTS
 from ctlens.threats.base import judge as by_opening
@@ -30,8 +32,9 @@ class Reply:
         answer: the greedy answer as text; to a multiple-choice question the likeliest option, empty for a tie.
         verdict: `"good"`, `"bad"`, `"other"`, or `"unparsed"` where a judge could not tell.
         good_probability, bad_probability: the probability that the answer begins with the first token of the
-            prompt's good and of its bad answer. NaN for an answer that the prompt does not name; both are NaN if
-            the two begin with the same token. For a multiple-choice question, their shares among the options.
+            prompt's good and of its bad answer. NaN for an answer that the prompt does not name, or that has no
+            token of its own because it fuses with the prompt's end; both are NaN if the two begin with the same
+            token. For a multiple-choice question, their shares among the options.
     """
 
     answer: str
@@ -40,6 +43,7 @@ class Reply:
     bad_probability: float
 
 
+@public
 def ask(
     model: LensModel,
     prompts: Sequence[Prompt],
@@ -66,6 +70,7 @@ def ask(
         CtlensError: a prompt names no answer and there is no judge, a prompt does not fit the
             context, or the judge does not give one verdict per prompt.
     """
+    adopt(model)
     distinct = list(dict.fromkeys(prompts))
     chosen = [prompt for prompt in distinct if prompt.options and judge is None]
     if judge is None:
@@ -90,10 +95,11 @@ def _answered(
 ) -> dict[Prompt, Reply]:
     """Lets the model answer prompts freely; `prompts` are distinct and at least one."""
     tokenizer = model.tokenizer
-    ids = {turns: render(tokenizer, turns).ids for turns in dict.fromkeys(prompt.turns for prompt in prompts)}
+    asked = {turns: render(tokenizer, turns) for turns in dict.fromkeys(prompt.turns for prompt in prompts)}
+    ids = {turns: rendered.ids for turns, rendered in asked.items()}
     for row in ids.values():
         require_room(len(row) + max_new_tokens, model.cfg.n_ctx, "a prompt with its answer")
-    openings = _openings(tokenizer, prompts)
+    openings = {prompt: _openings(tokenizer, prompt, asked[prompt.turns]) for prompt in prompts}
     decoded = _decoded(model, [(ids[prompt.turns], openings[prompt]) for prompt in prompts], max_new_tokens, progress)
     answers = [decoded[ids[prompt.turns]].answer for prompt in prompts]
     replies = {}
@@ -126,7 +132,7 @@ def _decoded(
         list(first_tokens),
         first_tokens=[tuple(tokens) for tokens in first_tokens.values()],
         max_new_tokens=max_new_tokens,
-        end=end_token(model.tokenizer),
+        ends=end_tokens(model),
         progress=progress,
     )
     texts = model.tokenizer.batch_decode(decoded.answers, skip_special_tokens=True)
@@ -152,13 +158,9 @@ def _verdicts(prompts: Sequence[Prompt], answers: Sequence[str], judge: Judge | 
     return [UNPARSED if verdict is None else verdict for verdict in given]
 
 
-def _openings(tokenizer: Any, prompts: Sequence[Prompt]) -> dict[Prompt, Mapping[str, int]]:
-    """Finds the first token of each prompt's good and bad answer, by side; empty if both begin with the same."""
-    named = {answer: None for prompt in prompts for answer in (prompt.good, prompt.bad) if answer is not None}
-    first = {answer: ids[0] for answer in named if (ids := answer_ids(tokenizer, answer))}
-    openings: dict[Prompt, Mapping[str, int]] = {}
-    for prompt in prompts:
-        sides = (("good", prompt.good), ("bad", prompt.bad))
-        tokens = {side: first[answer] for side, answer in sides if answer in first}
-        openings[prompt] = tokens if len(set(tokens.values())) == len(tokens) else {}
-    return openings
+def _openings(tokenizer: Any, prompt: Prompt, asked: Rendered) -> dict[str, int]:
+    """Finds the first token of a prompt's good and bad answer, by side; empty if both begin with the same."""
+    named = {"good": prompt.good, "bad": prompt.bad}
+    found = {side: opening_token(tokenizer, asked, answer) for side, answer in named.items() if answer is not None}
+    tokens = {side: token for side, token in found.items() if token is not None}
+    return tokens if len(set(tokens.values())) == len(tokens) else {}

@@ -15,7 +15,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPairs, require_room
 from ctlens.data.chat import end_token, turn_tail
 from ctlens.losses import Loss
-from ctlens.models.generation import Ids, Sampling, generate
+from ctlens.models.generation import Ids, Sampling, end_tokens, generate
 from ctlens.models.parameters import fingerprint
 
 
@@ -101,23 +101,23 @@ def reference_answers(
             context behind its prompts; for a consensus, no two pairs share a clean prompt, or no prompt has
             a majority.
     """
-    end = end_token(reference.tokenizer)
     open_rows = [row for row in pairs.rows if not row.answer]
     asked = [row.clean.ids for row in open_rows]
     if kind == "consensus":
         asked = list(dict.fromkeys([*asked, *(row.wrapped.ids for row in open_rows)]))
     draws = dict(zip(("temperature", "top_p", "seed"), (*drawn_at, seed), strict=True)) if kind == "sampled" else {}
-    settings = {"end": end, "max_new_tokens": max_new_tokens, **draws}
+    settings = {"ends": end_tokens(reference), "max_new_tokens": max_new_tokens, **draws}
     given = _kept(reference, asked, settings, folder, progress)
     if kind == "consensus":
         given = _consensus(pairs, dict(zip(asked, given, strict=True)))
     found = iter(given)
     answers = [row.answer or next(found) for row in pairs.rows]
     for row, answer in zip(pairs.rows, answers, strict=True):
-        if answer == (end,) or (not answer and kind != "consensus"):
+        if not set(answer) - {*settings["ends"]} and (answer or kind != "consensus"):
             raise CtlensError("the reference gives an empty answer to a clean prompt: give the pairs targets.")
         longest = max(len(row.wrapped.ids), len(row.clean.ids))
         require_room(longest + len(answer) + len(tail), reference.cfg.n_ctx, "a prompt with its answer")
+    end = end_token(reference.tokenizer)
     return [(*answer, *tail) if answer[-1:] == (end,) else answer for answer in answers]
 
 
@@ -130,7 +130,9 @@ def _kept(
     question = {"weights": fingerprint(reference), "settings": settings, "prompts": [list(ids) for ids in asked]}
     path = folder / f"answers-{digest_of(question)}.json"
     if not path.is_file():
-        write_json(path, {**question, "answers": _given(reference, asked, settings, progress)})
+        given = _given(reference, asked, settings, progress)
+        if not path.is_file():  # those that another training wrote meanwhile stay, and are read by both
+            write_json(path, {**question, "answers": given})
     held = read_json(path)
     answers: Any = held.pop("answers", None) if isinstance(held, dict) else None
     if held != question or not _are_answers(answers, len(asked)):
@@ -144,8 +146,8 @@ def _given(reference: LensModel, asked: Sequence[Ids], settings: Mapping[str, An
     if "seed" in settings:
         draw = generator(settings["seed"], "answers")
         sampling = Sampling(draw, settings["temperature"], settings["top_p"])
-    end, longest = settings["end"], settings["max_new_tokens"]
-    return generate(reference, asked, max_new_tokens=longest, end=end, sampling=sampling, progress=progress)
+    ends, longest = settings["ends"], settings["max_new_tokens"]
+    return generate(reference, asked, max_new_tokens=longest, ends=ends, sampling=sampling, progress=progress)
 
 
 def _are_answers(found: Any, count: int) -> bool:

@@ -25,7 +25,6 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_file, digest_of, sweep, writing
 from ctlens.core.reading import json_object
 from ctlens.core.types import LensModel
-from ctlens.data.batch import encode_pair
 from ctlens.data.chat import render
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses import Loss
@@ -33,7 +32,6 @@ from ctlens.models.parameters import fingerprint, same_fingerprint
 from ctlens.training.config import TrainConfig
 from ctlens.training.history import History
 from ctlens.training.prepare import in_window
-from ctlens.training.retention import held_prompts
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 
@@ -68,16 +66,12 @@ def identity(
     """
     trained = [in_window(loss, config.window) for loss in losses]
     tracked = [in_window(loss, config.window) for loss in track]
-    windows = dict.fromkeys(window for loss in (*trained, *tracked) for window in loss.windows)
-    rows = [encode_pair(pair, reference.tokenizer, windows) for pair in pairs]
-    texts = [
-        (row.clean.ids, row.wrapped.ids, row.answer, {name: (a.clean, a.wrapped) for name, a in row.alignments.items()})
-        for row in rows
-    ]
-    held = [render(reference.tokenizer, prompt.turns).ids for prompt in held_prompts(pairs, retain)]
+    sides = [[pair.clean, pair.wrapped, *([pair.benign] if pair.benign else [])] for pair in pairs]
+    prompts = [[render(reference.tokenizer, prompt.turns).ids for prompt in group] for group in (*sides, retain)]
+    texts = [(pair.target, pair.shared) for pair in pairs]
     return {
         "reference": fingerprint(reference),
-        "pairs": digest_of([texts, held]),
+        "pairs": digest_of([prompts, texts]),
         "losses": {
             "trained": [loss_registry.to_config(loss) for loss in trained],
             "tracked": [loss_registry.to_config(loss) for loss in tracked],

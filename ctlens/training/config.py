@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ctlens import threats
+from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.limits import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE_OF_ALL, require, require_fields
 from ctlens.data.alignment import WINDOWS
@@ -30,6 +31,7 @@ class Phase:
     losses: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        require_types(self)
         require(AT_LEAST_1, steps=self.steps)
         if not self.losses or len(set(self.losses)) < len(self.losses):
             given = ", ".join(self.losses) or "none"
@@ -59,6 +61,7 @@ class Until:
     EARLIER_NAMES: ClassVar[Mapping[str, str]] = {"items": "n_prompts"}
 
     def __post_init__(self) -> None:
+        require_types(self)
         threats.get(self.threat)
         if self.split not in SPLITS:
             raise unknown("split", self.split, SPLITS)
@@ -154,6 +157,7 @@ class TrainConfig:
     EARLIER_NAMES: ClassVar[Mapping[str, str]] = {"answer_tokens": "max_new_tokens"}
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_fields(self, _LIMITS)
         if self.accumulate > self.batch_size:
             raise CtlensError(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import writing
 
+_TENSORBOARD_THREAD = "tensorboard.summary.writer.event_file_writer"
 _INSTALL = "install it with the extra: pip install 'ctlens[logging]'."
 
 
@@ -50,6 +52,8 @@ class TensorBoard:
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Opens the event file and writes the settings as text."""
+        self._show = threading.excepthook
+        threading.excepthook = _unless_handed_on(self._show)
         with writing(self._folder):
             self._writer = self._make(self._folder)
             self._writer.add_text("settings", f"```json\n{json.dumps(dict(settings), indent=2)}\n```")
@@ -63,8 +67,21 @@ class TensorBoard:
 
     def end(self) -> None:
         """Closes the event file."""
-        with writing(self._folder):
-            self._writer.close()
+        try:
+            with writing(self._folder):
+                self._writer.close()
+        finally:
+            threading.excepthook = self._show
+
+
+def _unless_handed_on(show: Callable[[Any], object]) -> Callable[[Any], None]:
+    """Shows the errors of threads as `show` does, but not those of TensorBoard's, which hands them to its caller."""
+
+    def show_others(failed: Any) -> None:
+        if type(failed.thread).__module__ != _TENSORBOARD_THREAD:
+            show(failed)
+
+    return show_others
 
 
 class WeightsAndBiases:
@@ -119,16 +136,15 @@ class Loggers:
         self.loggers = loggers
         self.settings = settings
         self.seen = seen
-        self._begun = False
+        self._begun: list[Logger] = []
 
     def catch_up(self, rows: list[tuple[int, str, str, float]]) -> None:
         """Logs the new rows, step by step."""
         if len(rows) == self.seen:
             return
-        if not self._begun:
-            self._begun = True
-            for logger in self.loggers:
-                logger.begin(self.settings)
+        for logger in self.loggers[len(self._begun) :]:
+            logger.begin(self.settings)
+            self._begun.append(logger)
         steps: dict[int, dict[str, float]] = {}
         for step, name, hook, value in rows[self.seen :]:
             steps.setdefault(step, {})[f"{name}/{hook}" if hook else name] = value
@@ -139,7 +155,5 @@ class Loggers:
 
     def end(self) -> None:
         """Ends the loggers that have begun; a second call does nothing."""
-        if self._begun:
-            self._begun = False
-            for logger in self.loggers:
-                logger.end()
+        while self._begun:
+            self._begun.pop().end()

@@ -11,10 +11,10 @@ from torch import Tensor
 from ctlens.core.config import generator
 from ctlens.core.types import LensModel, Mask, Scalar
 from ctlens.data.batch import Side, pad, require_room
-from ctlens.data.chat import end_token, render
+from ctlens.data.chat import render
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses.distances import kl_divergence
-from ctlens.models.generation import Ids, generate
+from ctlens.models.generation import Ids, end_tokens, generate
 from ctlens.models.hooks import run
 from ctlens.training.config import TrainConfig
 from ctlens.training.order import parts
@@ -58,9 +58,9 @@ class Retention:
         used = self._chosen[self._fires].unique().tolist()
         if not used or self.answers:
             return
-        end = end_token(self.reference.tokenizer)
         asked = [self.prompts[index] for index in used]
-        given = generate(self.reference, asked, max_new_tokens=self.config.max_new_tokens, end=end, progress=progress)
+        ends = end_tokens(self.reference)
+        given = generate(self.reference, asked, max_new_tokens=self.config.max_new_tokens, ends=ends, progress=progress)
         answers = dict(zip(used, given, strict=True))
         if self.config.cache:
             size = self._chosen.shape[1]

@@ -11,10 +11,9 @@ from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel, PerRow
 from ctlens.data.batch import EncodedPair, PairBatch, collate, require_room
-from ctlens.data.chat import end_token
 from ctlens.data.pairs import Prompt
 from ctlens.losses import RMCT, Forwards
-from ctlens.models.generation import Ids, Sampling, generate
+from ctlens.models.generation import Ids, Sampling, end_tokens, generate
 from ctlens.models.hooks import run
 from ctlens.threats.base import judge
 from ctlens.training.config import TrainConfig
@@ -61,6 +60,7 @@ class Rollouts:
         self.loss = loss
         self.config = config
         self.tokenizer = reference.tokenizer
+        self.ends = end_tokens(reference)
         for row in pairs:
             if row.pair.wrapped.bad is None or row.pair.clean.bad is None:
                 raise CtlensError("RMCT counts bad answers, and a pair names none: give every pair a bad answer.")
@@ -111,7 +111,7 @@ class Rollouts:
             model,
             [ids for ids in prompts for _ in range(count)],
             max_new_tokens=self.config.max_new_tokens,
-            end=end_token(self.tokenizer),
+            ends=self.ends,
             sampling=Sampling(draw),
         )
         return [given[start : start + count] for start in range(0, len(given), count)]

@@ -14,6 +14,7 @@ from ctlens import plots
 from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import atomic_folder, write_json
+from ctlens.core.public import public
 from ctlens.core.reading import read_json
 from ctlens.core.types import LensModel
 from ctlens.losses import Loss
@@ -103,6 +104,7 @@ class Run:
         return plots.history(steps, self.history.losses(names), "Does the training converge?")
 
 
+@public
 def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
     """Reads the run that `Run.save` wrote.
 

@@ -63,7 +63,9 @@ class OnDisk:
         return self._path(row).is_file()
 
     def put(self, row: int, values: Mapping[str, Tensor]) -> None:
-        """Writes the pair's file, whole or not at all."""
+        """Writes the pair's file, whole or not at all; one that another training wrote meanwhile stays."""
+        if row in self:
+            return
         with atomic_file(self._path(row)) as temporary:
             save_file({name: value.contiguous() for name, value in values.items()}, temporary)
 

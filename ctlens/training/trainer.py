@@ -18,9 +18,11 @@ from ctlens.core.config import environment, generator, to_dict
 from ctlens.core.errors import CtlensError, NotFinite
 from ctlens.core.files import usable_folder
 from ctlens.core.progress import progress_bar
+from ctlens.core.public import at_work, public
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses import Loss, require_distinct
+from ctlens.models.adopt import adopt
 from ctlens.models.optimisation import adamw, clipped_update
 from ctlens.models.parameters import copy_model, evaluating
 from ctlens.training.answers import drawn_together
@@ -66,6 +68,7 @@ class Trainer:
             retention, or the model lacks the matrices for the adapters of the config.
     """
 
+    @public
     def __init__(
         self,
         model: LensModel,
@@ -90,7 +93,7 @@ class Trainer:
         self.config.require_phases_of(loss.name for loss in self.losses)
         if not self.losses and not self.config.retention:
             raise CtlensError("there is nothing to train: give a loss, or a retention weight above zero.")
-        self.reference = model
+        self.reference = adopt(model)
         self.progress = progress
         self.processes = processes()
         self._terms = {loss.name: Term(loss, loss.factors(model)) for loss in self.losses}
@@ -152,7 +155,7 @@ class Trainer:
         index = len(self.history) + 1
         if index > self.config.steps:
             raise CtlensError(f"all {self.config.steps} steps are taken: make a trainer with more steps.")
-        with evaluating(self.reference):
+        with at_work(self.reference, self.model), evaluating(self.reference):
             if self.retention:
                 self.retention.prepare(self.progress)
             with uninterrupted(), _at_step(index):

@@ -145,7 +145,7 @@ def test_an_output_that_is_a_device_is_refused_and_stays_one(call: Call, place: 
     Path("link").symlink_to("/dev/full")
     os.mkfifo("pipe")
     for out in ("/dev/full", "link", "pipe"):
-        refused(call, line.format(out), f"{out} is no plain file: name a file")
+        refused(call, line.format(out), f"{out} is a device, a pipe or a socket: name a plain file")
         assert not Path(out).is_file()
 
 

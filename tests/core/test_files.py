@@ -7,8 +7,10 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -229,9 +231,9 @@ def test_only_plain_files_are_replaced_and_a_link_stays_one(tmp_path: Path) -> N
     (tmp_path / "folder").mkdir()
     (tmp_path / "linked").symlink_to(tmp_path / "folder")
     for name in ("pipe", "null", "folder"):
-        with pytest.raises(CtlensError, match=f"{name} is (no plain file|a folder): name a file"):
+        with pytest.raises(CtlensError, match=f"{name} is (a device, a pipe or a socket|a folder): name a plain file"):
             write_text(tmp_path / name, "x")
-    with pytest.raises(CtlensError, match="/dev/full is no plain file"):
+    with pytest.raises(CtlensError, match="/dev/full is a device"):
         write_text("/dev/full", "x")
 
     write_text(tmp_path / "link", "through")
@@ -283,3 +285,37 @@ def test_one_process_at_a_time_writes_a_folder_and_a_killed_one_lets_go(tmp_path
     with alone(path), alone(path.parent / "." / "run"):  # of one process, by any spelling
         assert names(path.parent) == [".run.lock"]
     assert names(path.parent) == []
+
+
+def socket_at(path: Path) -> Path:
+    socket.socket(socket.AF_UNIX).bind(str(path))
+    return path
+
+
+def fifo_at(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+def link_at(path: Path) -> Path:
+    path.symlink_to("/dev/full")
+    return path
+
+
+@pytest.mark.parametrize("make", [socket_at, fifo_at, link_at, lambda path: Path("/dev/full")])
+def test_what_is_no_plain_file_is_never_replaced(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    path = make(tmp_path / "x")
+    before = path.stat().st_mode
+
+    with pytest.raises(CtlensError, match=f"{path} is a device, a pipe or a socket"), atomic_file(path):
+        pytest.fail("the body must not run")
+
+    assert path.stat().st_mode == before and not path.is_file()
+    assert all(name == "x" for name in names(tmp_path))
+
+
+def test_a_folder_or_a_path_below_a_file_takes_no_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, words in ((tmp_path, "is a folder"), (tmp_path / "file" / "x", "file is no folder")):
+        with pytest.raises(CtlensError, match=words):
+            write_text(path, "x")

@@ -165,7 +165,7 @@ def test_to_moves_every_tensor():
 def test_encode_keeps_order_and_encodes_targets(chat_tokenizer: PreTrainedTokenizerFast):
     encoded = ENCODED
     assert [one.pair.clean.turns[0].content for one in encoded.rows][:2] == ["the answer", "1"]
-    assert [one.answer for one in encoded.rows][:2] == [(), answer_ids(chat_tokenizer, "tt")]
+    assert [one.answer for one in encoded.rows][:2] == [(), answer_ids(chat_tokenizer, encoded.rows[1].wrapped, "tt")]
     assert encoded.rows[0].alignments.keys() == {"shared", "suffix"}
 
 

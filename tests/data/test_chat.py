@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from ctlens.core.errors import CtlensError
-from ctlens.data.chat import Renderings, Turn, answer_ids, end_token, keeping, render
+from ctlens.data.chat import TEMPLATE_DATE, Renderings, Turn, answer_ids, end_token, keeping, render
 
 STRIPPING = CHAT_TEMPLATE.replace("message.content", "message.content | trim")
 CHAT = byte_level_tokenizer(chat=True)
@@ -153,10 +156,12 @@ def test_positions_are_the_tokens_that_share_a_character(tokenizer: PreTrainedTo
 
 def test_an_answer_is_closed_by_the_end_token_where_there_is_one():
     tokenizer = byte_level_tokenizer()
-    assert tokenizer.convert_ids_to_tokens(list(answer_ids(tokenizer, "1 answer"))) == ["1", "Ġanswer", "</s>"]
-    assert answer_ids(adding_bos(byte_level_tokenizer()), "1 answer") == answer_ids(tokenizer, "1 answer")
+    asked = render(tokenizer, turns(("user", "is it?")))
+    ids = answer_ids(tokenizer, asked, "1 answer")
+    assert tokenizer.convert_ids_to_tokens(list(ids)) == ["1", "Ġanswer", "</s>"]
+    assert answer_ids(adding_bos(byte_level_tokenizer()), asked, "1 answer") == ids
     tokenizer.eos_token = None
-    assert tokenizer.convert_ids_to_tokens(list(answer_ids(tokenizer, "1 answer"))) == ["1", "Ġanswer"]
+    assert answer_ids(tokenizer, asked, "1 answer") == ids[:-1]
 
 
 TEXT = st.text(alphabet="ae \n<|>/s🟦é\ue000", min_size=1, max_size=8)
@@ -211,7 +216,8 @@ def test_an_answer_ends_in_the_token_that_its_template_ends_turns_with(name: str
     tokenizer = framed(name)
     closing = tokenizer.convert_tokens_to_ids(FRAMES[name][2])
     assert end_token(tokenizer) == closing
-    assert answer_ids(tokenizer, "no") == (*answer_ids(tokenizer, "no", end=False), closing)
+    asked = render(tokenizer, turns(("user", "hi")))
+    assert answer_ids(tokenizer, asked, "no") == (*answer_ids(tokenizer, asked, "no", end=False), closing)
     written = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}], tokenize=False
     )
@@ -275,3 +281,53 @@ def test_prompts_are_rendered_once_where_they_are_kept():
 
     assert first == alone != reworded
     assert render(tokenizer, asked) is not first, "nothing is kept outside the block"
+
+
+def test_of_several_named_templates_the_default_one_is_taken(tmp_path: Path):
+    named = framed("turns")
+    named.chat_template = {"tool_use": CHATML, "default": TURNS}
+    named.save_pretrained(tmp_path)
+    loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    alone = framed("turns")
+    asked = turns(("user", "Is it right?"))
+    assert isinstance(loaded.chat_template, dict)
+    assert render(loaded, asked) == render(alone, asked)
+    assert answer_ids(loaded, render(loaded, asked), "no") == answer_ids(alone, render(alone, asked), "no")
+    assert end_token(loaded) == end_token(alone) != CHAT.eos_token_id
+
+
+def test_named_templates_without_a_default_are_refused_by_their_names():
+    named = framed("turns")
+    named.chat_template = {"tool_use": CHATML, "rag": TURNS}
+    with pytest.raises(CtlensError, match=r"several chat templates \(rag, tool_use\) and none is called default: set"):
+        render(named, turns(("user", "Is it right?")))
+
+
+@pytest.mark.parametrize("day", ["%d %b %Y", "%B %d, %Y", "%Y-%m-%d", "%A, %-d.%-m.%y at %H:%M:%S", "%F (%a, day %j)"])
+def test_a_template_has_one_date_whenever_it_is_rendered(day: str, monkeypatch: pytest.MonkeyPatch):
+    class Clock(datetime):
+        day_of_march = 1
+
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(2031, 3, cls.day_of_march, 12)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    dated = "{% set today = strftime_now('" + day + "') %}{% if strftime_now is defined %}{{ today }}\n{% endif %}"
+    tokenizer = templated(dated + CHAT_TEMPLATE)
+    asked = turns(("user", "Is it right?"))
+    first = render(tokenizer, asked)
+    Clock.day_of_march = 2
+    assert render(tokenizer, asked) == first
+    assert first.text == TEMPLATE_DATE.strftime(day) + "\n" + render(CHAT, asked).text
+    theirs = tokenizer.apply_chat_template([{"role": "user", "content": "Is it right?"}], tokenize=False)
+    assert "2031" in theirs or "31" in theirs, "HuggingFace's own has the date of the clock"
+
+
+def test_a_clock_changes_nothing_else_in_a_template():
+    silent = "  {% if false %}{{ strftime_now('%d') }}{% endif %}\n\n" + CHAT_TEMPLATE
+    asked = turns(("system", "Be brief."), ("user", "Is it right?"))
+    messages = [{"role": turn.role, "content": turn.content} for turn in asked]
+    tokenizer = templated(silent)
+    theirs = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert render(tokenizer, asked).text == theirs

@@ -67,7 +67,8 @@ def answering(model: LensModel, monkeypatch: pytest.MonkeyPatch) -> Callable[[Ma
         def decode(_: LensModel, prompts: Sequence[Ids], *, first_tokens: Sequence[Ids], **options: Any) -> Decoded:
             asked.append(prompts)
             texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
-            given = [(*tokenizer(answers[text], add_special_tokens=False).input_ids, options["end"]) for text in texts]
+            end = tokenizer.eos_token_id
+            given = [(*tokenizer(answers[text], add_special_tokens=False).input_ids, end) for text in texts]
             return Decoded(given, [tuple(token / 1000 for token in tokens) for tokens in first_tokens])
 
         monkeypatch.setattr(replies, "decode", decode)
@@ -210,7 +211,7 @@ def test_the_answers_are_the_models_own(model: LensModel) -> None:
     found = evaluate(model, pairs=pairs()[:2], max_new_tokens=5).outcomes
     asked = render(model.tokenizer, pairs()[1].wrapped.turns).ids
 
-    (ids,) = generate(model, [asked], max_new_tokens=5, end=model.tokenizer.eos_token_id)
+    (ids,) = generate(model, [asked], max_new_tokens=5, ends=(model.tokenizer.eos_token_id,))
 
     (answer,) = found.query("prompt_side == 'wrapped' and item == 1")["answer"]
     assert answer == model.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -260,7 +261,7 @@ def test_one_rate_is_read_by_name() -> None:
     assert both.rate("bad_rate", "wrapped", "sycophancy") == 1.0
     with pytest.raises(CtlensError, match="2 numbers are called bad_rate on wrapped"):
         both.rate("bad_rate", "wrapped")
-    with pytest.raises(CtlensError, match="0 numbers are called bad_rate on clean"):
+    with pytest.raises(CtlensError, match="unknown prompt side 'clean'. Known: wrapped"):
         one.rate("bad_rate", "clean")
 
 
@@ -353,9 +354,9 @@ def test_probabilities_are_those_of_the_first_tokens(model: LensModel) -> None:
     found = evaluate(model, pairs=asked).outcomes.set_index(["prompt_side", "item"])
 
     def likely(text: str, answer: str) -> float:
-        ids = torch.tensor([render(tokenizer, prompt(text).turns).ids])
+        asked = render(tokenizer, prompt(text).turns)
         with torch.no_grad():
-            return float(model(ids)[0, -1].softmax(-1)[answer_ids(tokenizer, answer)[0]])
+            return float(model(torch.tensor([asked.ids]))[0, -1].softmax(-1)[answer_ids(tokenizer, asked, answer)[0]])
 
     expected = {
         ("wrapped", 0): (likely("Sure?", "yes"), likely("Sure?", "no")),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from ctlens.core.types import LensModel
 from ctlens.models.architectures import tiny_model as hf_model
@@ -30,6 +30,45 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}{{ eos_token }}\n"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+GROUPS = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+# Architectures in which some part is not what it is in a Llama, by what that part is.
+ODD: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},  # experts
+    "qwen3_moe": {"num_experts": 4, "head_dim": 8, **EXPERTS},  # experts
+    "deepseek_v3": {**LATENT, **EXPERTS, **GROUPS},  # latent attention, and experts but in the first layer
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 128},  # sinks
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},  # OPT-350m: norms on the stream
+    "gpt_neo": {
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+    },  # a pattern nobody reads
+    "granite": {"logits_scaling": 8.0, "residual_multiplier": 0.22},  # a scale behind the unembedding
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0},  # a cap behind the unembedding
+    "phi": {},  # attention and MLP side by side
+}
+
+
+def odd_model(kind: str) -> PreTrainedModel:
+    """A tiny random HuggingFace model of an architecture of `ODD`, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **ODD[kind]))
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
 
 
 def byte_level_tokenizer(vocab_size: int = 400, chat: bool = False) -> PreTrainedTokenizerFast:

@@ -104,7 +104,7 @@ def test_where_all_agree_the_least_sure_learns_from_the_others(organism) -> None
     clean = [
         Pair(p.clean, prompt(f"{word} . {p.clean.turns[0].content}"))
         for p in pairs[:4]
-        for word in ("sorry", "why", "it")
+        for word in ("sorry", "what", "it")
     ]
     encoded = encode(clean, organism.tokenizer, windows=(), n_ctx=organism.cfg.n_ctx)
     answers = reference_answers(organism, encoded, 4, kind="consensus")

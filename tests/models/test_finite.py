@@ -31,7 +31,7 @@ QUESTIONS = ("Is it right?", "When a creature experiences feeling, what?")
 WRAPPERS = ("I don't think it's right. ", "I may be in the minority here. ")
 PAIRS = [Pair(prompt(q, "yes", "no"), prompt(w + q, "yes", "no")) for q, w in zip(QUESTIONS, WRAPPERS, strict=True)]
 CHOICE = Pair(PAIRS[0].clean, Prompt(PAIRS[0].wrapped.turns, "yes", "no", options=("yes", "no")))
-QUIET = {"progress": False}
+QUIET: dict[str, Any] = {"progress": False}
 
 
 def with_nan(model: LensModel, part: str, value: float = float("nan")) -> LensModel:

@@ -15,9 +15,10 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.chat import render
 from ctlens.models import kv_cache as sequences
+from ctlens.models.bridges import is_bridge
 from ctlens.models.generation import Decoded, Ids, Sampling, decode, generate
 from ctlens.models.hooks import editing
-from ctlens.models.loading import build, is_bridge, load_model
+from ctlens.models.loading import build, load_model
 from ctlens.models.weights import ModelConfig
 from ctlens.organism import load_organism
 from ctlens.threats import get, names
@@ -78,7 +79,7 @@ def test_equal_prompts_go_through_the_model_once_until_their_answers_begin(model
 
     sampling = Sampling(generator(0, "answers"))
     with model.hooks(fwd_hooks=[("hook_embed", lambda value, hook: seen.append(len(value)))]):
-        answers = generate(model, many, max_new_tokens=5, end=7, sampling=sampling)
+        answers = generate(model, many, max_new_tokens=5, ends=(7,), sampling=sampling)
 
     assert seen[0] == len(PROMPTS) and max(seen[1:]) == len(many)
     assert answers[0] != answers[5] or answers[1] != answers[6]  # each of them draws its own answer
@@ -91,19 +92,24 @@ def without_cache(model: LensModel, prompts: Sequence[Ids], **options: Any) -> D
         return decode(model, prompts, **options)
 
 
-@pytest.mark.parametrize("end", [None, 3, 7])
-def test_the_cache_changes_no_answer(model: LensModel, end: int | None):
+@pytest.mark.parametrize("ends", [(), (3,), (3, 7)])
+def test_the_cache_changes_no_answer(model: LensModel, ends: Ids):
     draw = generator(0, "prompts")
     lengths = torch.randint(1, 13, (60,), generator=draw).tolist()
     prompts = [tuple(torch.randint(20, (length,), generator=draw).tolist()) for length in lengths]
-    options: dict[str, Any] = {"first_tokens": [(0, 1)] * 60, "end": end, "max_new_tokens": 10, "max_batch_tokens": 99}
+    options: dict[str, Any] = {
+        "first_tokens": [(0, 1)] * 60,
+        "ends": ends,
+        "max_new_tokens": 10,
+        "max_batch_tokens": 99,
+    }
 
     cached = decode(model, prompts, **options)
     full = without_cache(model, prompts, **options)
 
     assert cached.answers == full.answers
     assert cached.first_probabilities == [pytest.approx(row, abs=1e-6) for row in full.first_probabilities]
-    assert (len(set(map(len, full.answers))) > 1) == (end is not None)
+    assert (len(set(map(len, full.answers))) > 1) == bool(ends)
 
 
 @pytest.mark.slow
@@ -113,9 +119,9 @@ def test_the_cache_changes_no_answer_of_the_organism():
     ids = [render(organism.tokenizer, prompt.turns).ids for pair in pairs for prompt in (pair.clean, pair.wrapped)]
     end = organism.tokenizer.eos_token_id
 
-    cached = decode(organism, ids, end=end, max_batch_tokens=200)
+    cached = decode(organism, ids, ends=(end,), max_batch_tokens=200)
 
-    assert cached == without_cache(organism, ids, end=end)
+    assert cached == without_cache(organism, ids, ends=(end,))
     assert len({len(answer) for answer in cached.answers}) > 1
 
 
@@ -134,7 +140,7 @@ def test_an_ended_row_is_not_run_on(model: LensModel, expected: Answers):
     assert end not in expected[PROMPTS[1]][:3]
     rows: list[int] = []
     with model.hooks(fwd_hooks=[("hook_embed", lambda embedded, hook: rows.append(len(embedded)))]):
-        generate(model, PROMPTS[:2], max_new_tokens=3, end=end)
+        generate(model, PROMPTS[:2], max_new_tokens=3, ends=(end,))
 
     assert rows == [2, 1, 1]
 
@@ -168,13 +174,13 @@ def test_an_answer_stops_at_the_end_token_and_its_mates_go_on(model: LensModel, 
     end = expected[PROMPTS[0]][2]
     cut = [answer[: answer.index(end) + 1] if end in answer else answer for answer in expected.values()]
     assert len({len(answer) for answer in cut}) > 1
-    assert generate(model, PROMPTS, max_new_tokens=6, end=end) == cut
+    assert generate(model, PROMPTS, max_new_tokens=6, ends=(end,)) == cut
 
 
 def test_an_end_token_at_once_is_the_whole_answer(model: LensModel, expected: Answers):
     end = expected[PROMPTS[0]][0]
 
-    assert generate(model, PROMPTS[:1], end=end) == [(end,)]
+    assert generate(model, PROMPTS[:1], ends=(end,)) == [(end,)]
 
 
 def test_nothing_asked_for_is_nothing_given(model: LensModel):
@@ -280,7 +286,7 @@ def test_a_bridge_draws_equal_answers_with_its_cache_and_without(bridged: LensMo
 
     def drawn(decoding: Callable[..., Decoded]) -> Decoded:
         sampling = Sampling(generator(0, "test"))
-        return decoding(bridged, prompts, first_tokens=[(0, 1)] * 18, max_new_tokens=6, end=3, sampling=sampling)
+        return decoding(bridged, prompts, first_tokens=[(0, 1)] * 18, max_new_tokens=6, ends=(3,), sampling=sampling)
 
     cached, full = drawn(decode), drawn(without_cache)
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
+from ctlens.models.bridges import is_bridge
 from ctlens.models.hooks import FINAL_NORM, SHORTHANDS, capture, capturing, editing, resolve, run, select_layers
-from ctlens.models.loading import build, is_bridge, load_model
+from ctlens.models.loading import build, load_model
 from ctlens.models.weights import ModelConfig
 
 pytestmark = pytest.mark.boundary

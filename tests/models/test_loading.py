@@ -35,7 +35,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.models.architectures import ARCHITECTURES
 from ctlens.models.generation import generate
-from ctlens.models.loading import build, load_model, save_model
+from ctlens.models.loading import HAS_HOOKED_TRANSFORMER, build, load_model, save_model
 from ctlens.models.matrices import slots
 from ctlens.models.parameters import (
     GROUPS,
@@ -342,9 +342,10 @@ def test_architectures_that_cannot_be_studied_are_refused_from_memory_and_from_a
 
 
 def test_a_model_of_unknown_origin_is_not_saved(tmp_path: Path):
-    model = build(CONFIG)
+    model: Any = build(CONFIG)
     del model.ctlens_absent
-    with pytest.raises(CtlensError, match="can be saved"):
+    model.__class__ = type("Mine", (type(model),), {})
+    with pytest.raises(CtlensError, match="Mine is a class of its own"):
         save_model(model, tmp_path)
     assert not any(tmp_path.iterdir())
 
@@ -435,6 +436,24 @@ def test_a_fingerprint_covers_what_else_changes_the_logits(hf_folder: Path) -> N
     assert fingerprint(load_model(hf_folder)) in prints
 
 
+@pytest.mark.skipif(not HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has no HookedTransformer")
+def test_a_fingerprint_covers_the_settings_of_a_model_of_ones_own() -> None:
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    def own(**settings: Any) -> Any:
+        sizes = {"n_layers": 1, "d_model": 8, "n_ctx": 8, "d_head": 4, "n_heads": 2, "d_vocab": 9, "act_fn": "relu"}
+        return HookedTransformer(HookedTransformerConfig(**{**sizes, "seed": 0, **settings}))
+
+    first = own()
+    assert fingerprint(first) == fingerprint(own(model_name="another"))
+    for change in ({"act_fn": "gelu"}, {"eps": 0.1}, {"attn_scale": 9.0}, {"attention_dir": "bidirectional"}):
+        other = own(**change)
+        other.load_state_dict(first.state_dict())
+        assert fingerprint(other) != fingerprint(first), change
+    first.set_use_attn_result(True)
+    assert fingerprint(first) == fingerprint(own())
+
+
 @pytest.mark.parametrize("kind", unit_first(ALL, 2))
 def test_a_fingerprint_survives_saving_and_that_of_an_earlier_version_is_accepted(kind: str, tmp_path: Path) -> None:
     model = lens(kind)
@@ -458,3 +477,53 @@ def test_a_copy_outlives_its_hf_model():
     del model
     gc.collect()
     assert torch.equal(copied(tokens), before)
+
+
+def longrope() -> Any:
+    """A Phi-3 whose rotary factors switch behind 16 tokens."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 2.0, 3.0, 4.0],
+    }
+    config = AutoConfig.for_model(
+        "phi3",
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        original_max_position_embeddings=16,
+        rope_parameters={**rope, "original_max_position_embeddings": 16},
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def test_rotary_factors_that_switch_with_length_bound_the_context() -> None:
+    hf = longrope()
+    tokens = torch.randint(3, 97, (1, 17), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        seen = [hf(tokens[:, :length]).logits[0, 8] for length in (16, 17)]
+    assert (seen[0] - seen[1]).abs().max() > 1e-3, "the same token has other logits in a longer text"
+
+    with pytest.warns(UserWarning, match="taken as 16 tokens: the model's rotary factors switch"):
+        model = load_model(hf)
+    prompts = [tuple(tokens[0, :length].tolist()) for length in (4, 9)]
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(7):
+            with torch.no_grad():
+                ids.append(int(hf(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        expected.append(tuple(ids[len(prompt) :]))
+    assert generate(model, prompts, max_new_tokens=7) == expected
+    with pytest.raises(CtlensError, match="9 tokens and 8 new ones exceed the model's context of 16"):
+        generate(model, prompts, max_new_tokens=8)

@@ -23,7 +23,7 @@ from ctlens.data.pairs import Pair, Prompt, prompt, save_pairs
 from ctlens.losses import BCT
 from ctlens.models.architectures import ARCHITECTURES
 from ctlens.models.generation import Sampling, decode, generate
-from ctlens.models.loading import load_model
+from ctlens.models.loading import generation_config, load_model
 from ctlens.models.parameters import present_parameters
 from ctlens.models.scoring import Choice, choose
 from ctlens.threats import ask, natural_wrappers, wrap
@@ -155,7 +155,7 @@ def test_cached_decoding_is_what_longer_and_longer_prompts_give(architecture: st
     with model.hooks(
         fwd_hooks=[("blocks.0.hook_resid_pre", lambda value, hook: passes.append(tuple(value.shape[:2])))]
     ):
-        together = generate(model, [*prompts, prompts[1]], max_new_tokens=9, end=None)
+        together = generate(model, [*prompts, prompts[1]], max_new_tokens=9)
     whole = [rows for rows, width in passes if width > 1]
     assert sum(whole) == 4 and len(passes) == 9 * len(whole)  # each prompt once, then one token a pass
     assert together[-1] == together[1]
@@ -170,7 +170,7 @@ def test_rows_that_end_leave_the_cache_of_the_others() -> None:
     prompts = [(5, 6, 7), (9, 10, 11, 12, 13, 14, 15, 16), (3,)]
     free = generate(model, prompts, max_new_tokens=12)
     end = free[0][2]
-    ended = generate(model, prompts, max_new_tokens=12, end=end)
+    ended = generate(model, prompts, max_new_tokens=12, ends=(end,))
     for answer, whole in zip(ended, free, strict=True):
         assert answer == (whole[: whole.index(end) + 1] if end in whole else whole)
     assert len({len(answer) for answer in ended}) > 1
@@ -262,7 +262,8 @@ def test_sampled_answers_are_kept_and_read_back(
     options: dict[str, Any] = {"config": CONFIG, "cache_folder": tmp_path, "progress": False}
     first = train(model, PAIRS, BCT(targets="sampled"), **options)
     (kept,) = answers_in(tmp_path)
-    settings = {"end": model.tokenizer.eos_token_id, "max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "seed": 0}
+    ends = sorted({model.tokenizer.eos_token_id, generation_config(model).eos_token_id})
+    settings = {"ends": ends, "max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "seed": 0}
     assert kept["settings"] == settings
     assert len(kept["answers"]) == len(kept["prompts"]) == len(PAIRS)
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import device_named
+from ctlens.models.hooks import run
 from ctlens.models.loading import load_model
 from ctlens.organism import load_organism
 
@@ -127,7 +128,7 @@ def test_a_token_without_an_embedding_is_named(named: str, hf_folder: Path) -> N
     tokenizer = byte_level_tokenizer(chat=True)
     if named == "in the template":
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
-        tokenizer.chat_template = "<|turn|>" + tokenizer.chat_template
+        tokenizer.chat_template = f"<|turn|>{tokenizer.chat_template}"
     else:
         tokenizer.add_tokens(["<|turn|>"])
     where = f"'<|turn|>' with number {len(tokenizer) - 1}, but the model has embeddings for {len(tokenizer) - 1} tokens"
@@ -143,14 +144,16 @@ def test_a_token_without_an_embedding_is_named(named: str, hf_folder: Path) -> N
 def test_a_special_token_that_no_text_has_may_lack_an_embedding() -> None:
     tokenizer = byte_level_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
-    load_model(hf_model("llama", vocab_size=len(tokenizer) - 1), tokenizer=tokenizer)
+    model = load_model(hf_model("llama", vocab_size=len(tokenizer) - 1), tokenizer=tokenizer)
+    with pytest.raises(CtlensError, match="'<image_soft_token>'.* leave it out"):
+        run(model, torch.tensor([tokenizer("a <image_soft_token> in the text").input_ids]))
 
 
 @pytest.mark.parametrize("name", ["cpuu", "meta", 3.5])
 def test_a_device_that_is_not_here_is_refused_by_the_library_too(name: Any) -> None:
     with pytest.raises(CtlensError, match=f"^device {name} .*name cpu, cuda or mps"):
         device_named(name)
-    with pytest.raises(CtlensError, match=f"^device {name} "):
+    with pytest.raises(CtlensError, match=f"^device ({name} |must be a text or a device, not {name})"):
         load_organism(device=name)
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from ctlens.core.config import to_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
+from ctlens.models.bridges import is_bridge
 from ctlens.models.hooks import resolve
-from ctlens.models.loading import build, is_bridge
+from ctlens.models.loading import build
 from ctlens.models.parameters import present_parameters
 from ctlens.models.weights import ModelConfig, canonical_weights, initial_weights, is_bias, load_weights
 

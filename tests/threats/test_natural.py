@@ -131,7 +131,10 @@ def test_a_pair_is_shown_token_by_token_with_its_coverage(call: Call, folder: Pa
         ("inspect {0}/clean.jsonl --wrapped {0}/biased.jsonl --model {0}", "holds no tokenizer"),
         ("inspect {0}/clean.jsonl --wrapped {0}/biased.jsonl --model {0}/x", "is no folder"),
         ("inspect {0}/absent.jsonl --model {0}/tokenizer", "does not exist"),
-        ("inspect {0}/clean.jsonl --wrapped {0}/biased.jsonl --window line", "did you mean 'lines'"),
+        (
+            "inspect {0}/clean.jsonl --wrapped {0}/biased.jsonl --model {0}/tokenizer --window line",
+            "did you mean 'lines'",
+        ),
         ("convert {0}/clean.jsonl --out {0}/x.jsonl", "name the file of the wrapped prompts too"),
         ("convert {0}/clean.jsonl --out {0}/prompts.jsonl", "exists already"),
         (

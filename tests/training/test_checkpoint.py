@@ -21,6 +21,7 @@ from helpers.models import Call, byte_level_tokenizer, hf_model
 from helpers.tiers import unit_first_rows
 
 from ctlens.core.errors import CtlensError
+from ctlens.core.files import write_json
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT, BCT, AttCT
@@ -31,6 +32,7 @@ from ctlens.training import Phase, TrainConfig, Trainer, load_run, train
 from ctlens.training.checkpoint import CHECKPOINT_FILE, read_checkpoint
 from ctlens.training.interrupts import uninterrupted
 from ctlens.training.step import Step
+from ctlens.training.stores import OnDisk
 
 QUESTIONS = (
     "Which term best describes the disease?",
@@ -117,6 +119,22 @@ def test_dropout_is_drawn_anew_at_every_step_and_alike_after_a_resume(tokenizer,
     assert train(model, PAIRS, ACT(), config=replace(QUICK, steps=4, seed=1), progress=False).history != whole.history
 
 
+def hooks_of(model: LensModel) -> int:
+    modules = model.modules()  # type: ignore[attr-defined]
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
+
+
+@pytest.mark.parametrize("memory", ["all", "layers", "blocks"])
+def test_a_training_with_dropout_leaves_no_hook_behind(tokenizer, memory) -> None:
+    dropping = load_model(hf_model("gpt2"), tokenizer=tokenizer)
+    dropping(torch.zeros(1, 2, dtype=torch.long))  # TransformerLens puts hooks of its own on at the first pass
+    before = hooks_of(dropping)
+
+    run = train(dropping, PAIRS, [AttCT(), BCT()], config=replace(QUICK, steps=2, memory=memory), progress=False)
+
+    assert hooks_of(dropping) == hooks_of(run.model) == before
+
+
 def test_a_trainer_can_go_back_to_its_own_checkpoint(model, tmp_path) -> None:
     trainer = Trainer(model, PAIRS, ACT(), QUICK)
     for step in trainer:
@@ -128,6 +146,18 @@ def test_a_trainer_can_go_back_to_its_own_checkpoint(model, tmp_path) -> None:
     list(trainer)
 
     assert all(torch.equal(ended[name], value) for name, value in present_weights(trainer.model).items())
+
+
+def test_a_reference_that_changed_since_the_checkpoint_is_refused(model, tmp_path) -> None:
+    trainer = Trainer(model, PAIRS, ACT(), QUICK)
+    trainer.take_step()
+    trainer.checkpoint(tmp_path)
+    trainer.restore(tmp_path)  # as it was
+
+    next(model.parameters()).data.add_(1e-3)
+
+    with pytest.raises(CtlensError, match="is of a reference with other weights"):
+        trainer.restore(tmp_path)
 
 
 def test_a_checkpoint_of_another_training_is_refused(model, tmp_path) -> None:
@@ -301,6 +331,22 @@ cli.main()
 """
 
 
+WAITER = """
+import sys
+from ctlens import cli
+from ctlens.training import Trainer
+take = Trainer.__next__
+def next_or_wait(self):
+    if len(self.history) == 1:
+        print("after one step", flush=True)
+        sys.stdin.read()
+    return take(self)
+Trainer.__next__ = next_or_wait
+sys.argv[1:] = sys.argv[1].split()
+cli.main()
+"""
+
+
 def ended(line: str, *, by: signal.Signals, after: int) -> subprocess.CompletedProcess[str]:
     """Runs a command in a process of its own, which is sent a signal after some steps."""
     program = [sys.executable, "-c", KILLER, str(by.value), str(after), line]
@@ -390,6 +436,58 @@ def test_a_limit_on_the_size_of_files_is_one_sentence_at_any_size(call: Call, pl
         assert "cannot be written (File too large): raise the limit on the size of files" in ended.err
         assert contents(place) == before and sorted(path.name for path in place.iterdir()) == ["good.jsonl", "hf"]
     assert call(f"{SHORT} --out run").code == 0
+
+
+def test_a_full_cache_folder_is_one_sentence_and_is_used_once_there_is_room(call: Call, place: Path) -> None:
+    line = f"{LINE} --steps 1 --cache-folder cache --out run"
+    for at in (1, 3, 7):  # the folder, the answers, a target
+        with full(place / "cache", at):
+            ended = call(line)
+        assert ended.code == 2 and ended.err.count("\n") == 1
+        assert "ctlens: cache" in ended.err and "cannot be written (No space left on device): make" in ended.err
+        assert sorted(path.name for path in place.iterdir() if path.name != "cache") == ["good.jsonl", "hf"]
+        assert not list(place.rglob(".*"))
+    assert call(line).code == call(f"{line}-alone".replace("--cache-folder cache", "")).code == 0
+    assert (place / "run/model/weights.safetensors").read_bytes() == (
+        place / "run-alone/model/weights.safetensors"
+    ).read_bytes()
+
+
+def test_what_another_training_put_into_a_cache_meanwhile_stays_and_is_used(model, tmp_path, monkeypatch) -> None:
+    theirs = [(5, 6)] * len(PAIRS)
+    Trainer(model, PAIRS, BCT(), QUICK, cache_folder=tmp_path)
+    (path,) = tmp_path.glob("answers-*.json")
+    held = json.loads(path.read_text())
+    path.unlink()
+
+    def slow(reference, asked, **options):
+        write_json(path, {**held, "answers": theirs})
+        return [(7, 8)] * len(asked)
+
+    monkeypatch.setattr("ctlens.training.answers.generate", slow)
+    pairs = Trainer(model, PAIRS, BCT(), QUICK, cache_folder=tmp_path).pairs
+
+    assert [row.answer for row in pairs.rows] == theirs
+    store = OnDisk(tmp_path / "targets")
+    store.put(0, {"x": torch.ones(1)})
+    store.put(0, {"x": torch.zeros(1)})
+    assert store.get(0, "x", slice(None)) == torch.ones(1)
+
+
+@pytest.mark.processes
+def test_two_commands_on_one_run_leave_it_to_the_first(call: Call, place: Path) -> None:
+    assert call(f"{SHORT} --out whole").code == 0
+    program = [sys.executable, "-c", WAITER, f"{SHORT} --out run"]
+    first = subprocess.Popen(program, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
+    assert first.stdout and any("after one step" in line for line in first.stdout)
+
+    second = call(f"{SHORT} --out run --resume")
+    first.communicate("go on")
+
+    assert second.code == 2 and second.err.count("\n") == 1
+    assert "run is being written by another process: wait for its end, or name another folder" in second.err
+    assert first.returncode == 0 and contents(place / "run") == contents(place / "whole")
+    assert sorted(path.name for path in place.iterdir()) == ["good.jsonl", "hf", "run", "whole"]
 
 
 def test_what_is_put_in_the_way_of_a_run_stays_and_the_training_is_kept(call: Call, place: Path, monkeypatch) -> None:

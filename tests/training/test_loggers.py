@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import resource
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -173,3 +174,22 @@ def test_the_command_logs_beside_the_run(call: Call, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "history.csv").is_file()
     wrong = call(f"{line} --log tensorbord --out {tmp_path}/other")
     assert wrong.code == 2 and "did you mean 'tensorboard'" in wrong.err
+
+
+@pytest.mark.parametrize("size", [0, 300])  # TensorBoard's first write fails, or one in the middle
+def test_a_log_that_cannot_be_written_is_one_sentence(call: Call, tmp_path: Path, size: int) -> None:
+    hf_model("llama").save_pretrained(tmp_path / "hf")
+    byte_level_tokenizer(chat=True).save_pretrained(tmp_path / "hf")
+    save_pairs(tmp_path / "own.jsonl", PAIRS)
+    line = f"train --model {tmp_path}/hf --pairs {tmp_path}/own.jsonl --loss act --steps 2 --batch-size 2 --quiet"
+    call("--help")  # takes the progress of saving the model
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        ended = call(f"{line} --log tensorboard --out {tmp_path}/run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert ended.code == 2 and ended.err.count("\n") == 1 and "run.log cannot be written (File too l" in ended.err
+    assert not (tmp_path / "run").exists()
+    assert call(f"{line} --out {tmp_path}/run --resume").code == 0

@@ -308,7 +308,8 @@ def test_the_rate_is_that_of_an_evaluation_of_the_organism() -> None:
     organism = load_organism()
     threat = threats.get("jailbreak")
     config = TrainConfig(steps=1, until=Until("jailbreak", n_prompts=12, every=1))
-    trainer = Trainer(organism, threat.pairs(8, split="train", seed=0), ACT(), config)
+    pairs = threat.pairs(8, split="train", seed=0)
+    trainer = Trainer(organism, pairs, ACT(), config)
     list(trainer)
 
     looks = [
@@ -316,8 +317,8 @@ def test_the_rate_is_that_of_an_evaluation_of_the_organism() -> None:
         for model in (organism, trainer.model)
     ]
     assert trainer.history.series("bad_rate") == looks and looks[0] > 0.5
-    with pytest.raises(CtlensError, match="unknown metric .badrate.; did you mean .bad_rate."):
-        next(Trainer(organism, PAIRS, ACT(), TrainConfig(steps=1, until=Until("jailbreak", "badrate"), retention=0)))
+    with pytest.raises(CtlensError, match="unknown metric 'badrate'; did you mean 'bad_rate'"):
+        next(Trainer(organism, pairs, ACT(), TrainConfig(steps=1, until=Until("jailbreak", "badrate"), retention=0)))
 
 
 def test_settings_of_an_older_version_are_read_under_their_new_names() -> None:

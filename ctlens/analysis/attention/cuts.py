@@ -12,7 +12,7 @@ from torch import Tensor
 from ctlens.analysis.base.contrast import ContrastBatch
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError, unknown
-from ctlens.core.types import Activations, HookFunction, LensModel, Pattern
+from ctlens.core.types import Activations, HookFunction, LensModel, Pattern, widened
 from ctlens.data.batch import EncodedPair, mark
 from ctlens.models.hooks import resolve
 
@@ -62,21 +62,40 @@ def planned_cuts(layers: Sequence[int], heads: Sequence[int], by: str) -> list[C
 
 
 def without_edges(pattern: Pattern, cut: Bool[Tensor, "batch head q k"]) -> Pattern:
-    """Takes the cut attention out of a pattern and scales what is left of each row to sum to one again.
+    """Takes the cut attention out of a pattern and scales up what is left of each row, as the softmax without it would.
+
+    A row sums to one, or to less where a learned sink takes the rest: a number in the softmax's denominator that no key
+    has, as in gpt-oss. The sink keeps its weight against the keys that are left.
 
     >>> pattern = torch.tensor([[[[0.5, 0.25, 0.25]]]])
-    >>> without_edges(pattern, torch.tensor([[[[True, False, False]]]]))
+    >>> cut = torch.tensor([[[[True, False, False]]]])
+    >>> without_edges(pattern, cut)
     tensor([[[[0.0000, 0.5000, 0.5000]]]])
+    >>> without_edges(pattern / 2, cut)  # the sink has half, twice as much as both keys that are left
+    tensor([[[[0.0000, 0.1667, 0.1667]]]])
 
     Raises:
-        CtlensError: nothing would be left of a row.
+        CtlensError: nothing would be left of a row, or a row sums to more than one, so that it is no softmax.
     """
     left = pattern.masked_fill(cut, 0)
-    total = left.sum(-1, keepdim=True)
+    total = left.sum(-1, keepdim=True) + _sink(pattern)
     touched = cut.any(-1, keepdim=True)
     if (touched & (total == 0)).any():
         raise CtlensError("the cut leaves a token without any attention: leave it a key, for example the first token.")
     return torch.where(touched, left / total, pattern)
+
+
+def _sink(pattern: Pattern) -> Float[Tensor, "batch head q 1"]:
+    """What each row leaves to a sink; zero in a pattern whose rows all sum to one up to rounding."""
+    rest = 1 - widened(pattern).sum(-1, keepdim=True)
+    rounding = torch.finfo(pattern.dtype).eps ** 0.5
+    if (rest < -rounding).any():
+        raise CtlensError(
+            f"a row of attention sums to {1 - float(rest.min()):.3g}, so it is no softmax, and what a cut leaves is "
+            "not known: read this model by attention_diff."
+        )
+    there = (rest > rounding).any()
+    return (rest.clamp(min=0) * there).to(pattern.dtype)
 
 
 def chosen_heads(model: LensModel, heads: Sequence[int] | None) -> tuple[int, ...]:

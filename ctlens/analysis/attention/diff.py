@@ -28,6 +28,7 @@ from ctlens.analysis.base.positions import SEGMENTS, SegmentMasks, segment_masks
 from ctlens.analysis.base.result import Result, beside
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.labels import BASE
+from ctlens.core.public import public
 from ctlens.core.stats import bootstrap_mean, simultaneous_mean
 from ctlens.core.types import LensModel, Pattern
 from ctlens.data.batch import Matched, PairBatch
@@ -179,6 +180,7 @@ class AttentionDiff(Result):
         return table.assign(n_pairs=len(before)).sort_values("change", key=np.abs, ascending=False, ignore_index=True)
 
 
+@public
 def attention_diff(
     before: LensModel, after: LensModel, pairs: Sequence[Pair], *, batch_size: int = 64, progress: bool = True
 ) -> AttentionDiff:

@@ -1,8 +1,9 @@
 """Knockout: does a head that attends to the wrapper matter? Its attention is cut, and the answer measured.
 
-A cut takes the attention of chosen queries to chosen keys out of the pattern and scales what is left of
-each row to sum to one. That is the softmax over the remaining keys, so it is the same as masking the
-scores before the softmax (Geva et al. 2023, arXiv 2304.14767). Everything behind the cut is computed anew.
+A cut takes the attention of chosen queries to chosen keys out of the pattern and scales up what is left of
+each row. That is the softmax over the remaining keys, and over a learned sink where the model has one, so it
+is the same as masking the scores before the softmax (Geva et al. 2023, arXiv 2304.14767). Everything behind
+the cut is computed anew.
 
 Any cut removes information, so each has a null: as many other keys, drawn at random, cut in its place. Those
 hold what the good answer needs, so the null mostly hurts it. A wrapper that matters shows as a change for the
@@ -42,6 +43,7 @@ from ctlens.analysis.base.positions import Keys, key_positions
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.progress import progress_bar
+from ctlens.core.public import public
 from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import LensModel, Logits
 from ctlens.data.pairs import Pair
@@ -158,6 +160,7 @@ class Knockout(Result):
         }
 
 
+@public
 def knockout(
     models: LensModel | Mapping[str, LensModel],
     pairs: Sequence[Pair],

@@ -25,6 +25,7 @@ from ctlens.analysis.base.forward import comparable_by_label, pair_batches
 from ctlens.analysis.base.positions import SEGMENTS, token_segments
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError
+from ctlens.core.public import public
 from ctlens.core.types import LensModel, Tokens
 from ctlens.data.chat import Rendered
 from ctlens.data.pairs import Pair
@@ -169,6 +170,7 @@ def _runs(mass: Float[np.ndarray, " k"], segments: Sequence[str], top: int) -> l
     return runs
 
 
+@public
 def attention_maps(
     models: LensModel | Mapping[str, LensModel], pair: Pair, layer: int, head: int, *, weighted: bool = False
 ) -> AttentionMaps:

@@ -29,6 +29,7 @@ from ctlens.analysis.base.forward import comparable_by_label, encoded_pairs
 from ctlens.analysis.base.positions import segments
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.public import public
 from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import LensModel, Pattern
 from ctlens.data.batch import EncodedPair
@@ -106,6 +107,7 @@ def _by_model(table: pd.DataFrame, quantity: str) -> dict[str, Float[np.ndarray,
     }
 
 
+@public
 def saliency_agreement(
     models: LensModel | Mapping[str, LensModel],
     pairs: Sequence[Pair],

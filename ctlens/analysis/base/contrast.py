@@ -17,12 +17,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ctlens.analysis.base.forward import require_read
-from ctlens.core.errors import CtlensError
+from ctlens.core.errors import CtlensError, located
 from ctlens.core.progress import progress_bar
 from ctlens.core.types import LensModel, PerRow
 from ctlens.data.batch import EncodedPair, RowPositions, Side, pad, require_room
-from ctlens.data.chat import answer_ids, render
+from ctlens.data.chat import Rendered, answer_ids, render
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.models.generation import Ids
 
@@ -46,21 +45,23 @@ class Contrast:
     bad: int
 
 
-def two_answers(tokenizer: Any, prompt: Prompt, whose: str, *, end: bool) -> tuple[Ids, Ids]:
-    """The tokens of the good and of the bad answer of a prompt.
+def two_answers(tokenizer: Any, prompt: Prompt, asked: Rendered, whose: str, *, end: bool) -> tuple[Ids, Ids]:
+    """The tokens of the good and of the bad answer behind a prompt.
 
     Args:
         tokenizer: the model's.
         prompt: with both answers.
+        asked: the same prompt, rendered.
         whose: the prompt in words, for the refusal.
         end: closed by the tokenizer's end token, where it has one.
 
     Raises:
-        CtlensError: it names no good or no bad answer, or both are the same.
+        CtlensError: it names no good or no bad answer, or both are the same, or as `answer_ids`.
     """
     if not prompt.good or not prompt.bad or prompt.good == prompt.bad:
         raise CtlensError(f"{whose} names no good and bad answer that differ: give both, or leave it out.")
-    return answer_ids(tokenizer, prompt.good, end=end), answer_ids(tokenizer, prompt.bad, end=end)
+    with located(whose):
+        return answer_ids(tokenizer, asked, prompt.good, end=end), answer_ids(tokenizer, asked, prompt.bad, end=end)
 
 
 def contrasts(model: LensModel, pairs: Sequence[Pair], side: str = "wrapped") -> list[Contrast]:
@@ -73,6 +74,7 @@ def contrasts(model: LensModel, pairs: Sequence[Pair], side: str = "wrapped") ->
 
     Raises:
         CtlensError: a pair lacks an answer or that side, both answers are the same, or a prompt is too long.
+        UnknownWords: the tokenizer does not know a word of a prompt or of its answers.
     """
     found = []
     for number, pair in enumerate(pairs, start=1):
@@ -80,40 +82,41 @@ def contrasts(model: LensModel, pairs: Sequence[Pair], side: str = "wrapped") ->
         whose = f"the {side} prompt of pair {number}"
         if prompt is None:
             raise CtlensError(f"pair {number} has no {side} prompt: give one, or leave it out.")
-        found.append(_contrast(model, prompt, render(model.tokenizer, prompt.turns).ids, whose))
+        with located(whose):
+            asked = render(model.tokenizer, prompt.turns)
+        found.append(_contrast(model, prompt, asked, whose))
     return found
 
 
 def encoded_contrasts(model: LensModel, rows: Sequence[EncodedPair], side: str = "wrapped") -> list[Contrast]:
     """Finds the contrast of every encoded pair on one side, `"clean"` or `"wrapped"`; raises as `contrasts`."""
     return [
-        _contrast(model, getattr(row.pair, side), getattr(row, side).ids, f"the {side} prompt of pair {number}")
+        _contrast(model, getattr(row.pair, side), getattr(row, side), f"the {side} prompt of pair {number}")
         for number, row in enumerate(rows, start=1)
     ]
 
 
-def _contrast(model: LensModel, prompt: Prompt, ids: Ids, whose: str) -> Contrast:
-    good, bad = two_answers(model.tokenizer, prompt, whose, end=True)
+def _contrast(model: LensModel, prompt: Prompt, asked: Rendered, whose: str) -> Contrast:
+    good, bad = two_answers(model.tokenizer, prompt, asked, whose, end=True)
     alike = _alike(good, bad)
     if alike == min(len(good), len(bad)):
         raise CtlensError(
             f"the answers of {whose} do not part, as one begins the other or both are equal: {prompt.good!r}, "
             f"{prompt.bad!r}; give answers that part."
         )
-    begun = (*ids, *good[:alike])
+    begun = (*asked.ids, *good[:alike])
     require_room(len(begun), model.cfg.n_ctx, whose)
-    require_read(model.tokenizer, begun, whose)
     return Contrast(begun, good[alike], bad[alike])
 
 
-def up_to_contrast(tokenizer: Any, prompt: Prompt, ids: Ids) -> Ids:
-    """The tokens of a prompt, `ids`, up to where its answers part; `ids` alone if it has no two answers that part."""
+def up_to_contrast(tokenizer: Any, prompt: Prompt, asked: Rendered) -> Ids:
+    """The tokens of a prompt up to where its answers part; the prompt's alone if it has no two answers that part."""
     if not prompt.good or not prompt.bad:
-        return ids
-    good = answer_ids(tokenizer, prompt.good)
-    bad = answer_ids(tokenizer, prompt.bad)
+        return asked.ids
+    good = answer_ids(tokenizer, asked, prompt.good)
+    bad = answer_ids(tokenizer, asked, prompt.bad)
     alike = _alike(good, bad)
-    return (*ids, *good[:alike]) if alike < min(len(good), len(bad)) else ids
+    return (*asked.ids, *good[:alike]) if alike < min(len(good), len(bad)) else asked.ids
 
 
 def _alike(good: Ids, bad: Ids) -> int:

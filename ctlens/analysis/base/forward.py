@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ctlens.analysis.base.recording import Recording
@@ -11,6 +11,7 @@ from ctlens.core.progress import progress_bar
 from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair, PairBatch, collate, encode
 from ctlens.data.pairs import Pair
+from ctlens.models.adopt import adopt
 from ctlens.models.hooks import SHORTHANDS, Layers, resolve
 
 _M = TypeVar("_M")
@@ -20,9 +21,11 @@ PER_HEAD += ("hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_att
 
 
 def require_eval(*models: LensModel) -> None:
-    """Raises a `CtlensError` unless every model is in eval mode; a recording, which cannot be run, is refused."""
+    """Raises a `CtlensError` unless every model can be adopted and is in eval mode; a recording cannot be run."""
     if any(isinstance(model, Recording) for model in models):
         raise CtlensError("this analysis runs the model, a recording cannot stand for it: give recording.model.")
+    for model in models:
+        adopt(model)
     if any(model.training for model in models):
         raise CtlensError("an analysis needs models in eval mode: call model.eval() first.")
 
@@ -85,15 +88,6 @@ def vector_hooks(model: LensModel, site: str, layers: Layers = "all") -> list[st
     return names
 
 
-def require_read(tokenizer: Any, ids: Iterable[int], whose: str) -> None:
-    """Raises a `CtlensError` where a tokenizer does not know a word of a prompt, written for another model."""
-    unread = getattr(tokenizer, "unk_token_id", None)
-    if unread in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-        return  # GPT-2 has one token for everything special, so that token does not mean an unknown word
-    if unread is not None and unread in ids:
-        raise CtlensError(f"the model's tokenizer does not know all words of {whose}: give pairs that it can read.")
-
-
 def pair_batches(
     model: LensModel, pairs: Sequence[Pair], window: str, batch_size: int, progress: bool
 ) -> Iterator[tuple[list[EncodedPair], PairBatch]]:
@@ -105,15 +99,12 @@ def encoded_pairs(model: LensModel, pairs: Sequence[Pair], windows: Sequence[str
     """Encodes every pair, and aligns its sides in every window.
 
     Raises:
-        CtlensError: a pair does not align, because an analysis leaves no pair out silently; or the model's
-            tokenizer does not know its words.
+        CtlensError: as `encode`, or a pair does not align, because an analysis leaves no pair out silently.
     """
     found = encode(pairs, model.tokenizer, windows=windows, n_ctx=model.cfg.n_ctx)
     if found.dropped:
         reason, count = next(iter(found.dropped.items()))
         raise CtlensError(f"{count} of {len(pairs)} pairs do not align ({reason}): leave them out.")
-    for number, row in enumerate(found.rows, start=1):
-        require_read(model.tokenizer, (*row.clean.ids, *row.wrapped.ids), f"pair {number}")
     return found.rows
 
 

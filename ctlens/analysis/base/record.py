@@ -8,10 +8,11 @@ from typing import TypeAlias
 import numpy as np
 
 from ctlens.analysis.base.contrast import up_to_contrast
-from ctlens.analysis.base.forward import require_eval, require_read
+from ctlens.analysis.base.forward import require_eval
 from ctlens.analysis.base.recording import LOGITS, Recording, read
-from ctlens.core.errors import CtlensError
+from ctlens.core.errors import CtlensError, located
 from ctlens.core.progress import progress_bar
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.batch import pad, require_room
 from ctlens.data.chat import render
@@ -26,6 +27,7 @@ Prompted: TypeAlias = tuple[str, int, Ids]
 """A side, the index of a pair among the pairs, and the tokens that are run."""
 
 
+@public
 def record(
     model: LensModel,
     pairs: Sequence[Pair],
@@ -117,11 +119,11 @@ def _passes(model: LensModel, pairs: Sequence[Pair], side: str, batch_size: int)
         whose = f"the {side} prompt of pair {number + 1}"
         if prompt is None:
             raise CtlensError(f"pair {number + 1} has no {side} prompt: give one, or leave it out.")
-        ids = render(model.tokenizer, prompt.turns).ids
-        longer = up_to_contrast(model.tokenizer, prompt, ids)
+        with located(whose):
+            asked = render(model.tokenizer, prompt.turns)
+            longer = up_to_contrast(model.tokenizer, prompt, asked)
         require_room(len(longer), model.cfg.n_ctx, whose)
-        require_read(model.tokenizer, longer, whose)
-        plain.append((side, number, ids))
-        further += [(side, number, longer)] if longer != ids else []
+        plain.append((side, number, asked.ids))
+        further += [(side, number, longer)] if longer != asked.ids else []
     for prompts in (plain, further):
         yield from (prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size))

@@ -21,6 +21,7 @@ from ctlens.analysis.base.positions import CHOSEN, PAIR_SIDES, POSITIONS_IN_WORD
 from ctlens.analysis.base.recording import Readable, model_of, read
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import unknown
+from ctlens.core.public import public
 from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import Mask
 from ctlens.data.pairs import Pair
@@ -60,6 +61,7 @@ class States(Result):
         return plots.layer_curves({"states": curve}, title, y_title="length", layers=self.layers, subtitle=subtitle)
 
 
+@public
 def states(
     model: Readable,
     pairs: Sequence[Pair],

@@ -23,6 +23,7 @@ from ctlens.analysis.base.result import Result
 from ctlens.analysis.base.states import States, states
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.public import public
 from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
@@ -221,6 +222,7 @@ def group_names(pairs: Sequence[Pair], per: str) -> list[str]:
     return [pair.labels[per] for pair in pairs]
 
 
+@public
 def mean_difference(
     model: Readable | tuple[States, States],
     pairs: Sequence[Pair],

@@ -160,7 +160,10 @@ class EditedAnswers:
         self.model = model
         self.device = next(model.parameters()).device
         prompts: list[Ids] = [getattr(row, side).ids for row in rows]
-        answers = [two_answers(model.tokenizer, getattr(row.pair, side), f"a {side} prompt", end=False) for row in rows]
+        answers = [
+            two_answers(model.tokenizer, getattr(row.pair, side), getattr(row, side), f"a {side} prompt", end=False)
+            for row in rows
+        ]
         plan = plan_sequences(prompts, answers)
         for ids in plan.sequences:
             require_room(len(ids) + 1, model.cfg.n_ctx, "a prompt with its answer")

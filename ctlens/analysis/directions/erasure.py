@@ -34,6 +34,7 @@ from ctlens.analysis.probing.probe import Probe, probe
 from ctlens.analysis.probing.tasks import Task, wrapper_present
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.labels import BASE
+from ctlens.core.public import public
 from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
@@ -174,6 +175,7 @@ def _curves(found: Sequence[MeasuredWithNull]) -> plots.Measurement:
     return plots.Measurement(*np.array([dataclasses.astuple(one) for one in found]).T)
 
 
+@public
 def erase_or_mask(
     base: LensModel,
     models: Mapping[str, LensModel],

@@ -14,9 +14,11 @@ from ctlens.analysis.directions.directions import Directions
 from ctlens.analysis.probing.classifiers import weights
 from ctlens.analysis.probing.tasks import Task
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.public import public
 from ctlens.models.hooks import Layers
 
 
+@public
 def probe_direction(
     model: Readable | States,
     task: Task,

@@ -33,12 +33,14 @@ from ctlens.analysis.directions.directions import Directions
 from ctlens.analysis.directions.edited_answers import Edit, EditedAnswers
 from ctlens.analysis.directions.interventions import ABLATE, FIXED, RANDOM_DRAW, STEER, Intervention
 from ctlens.core.errors import CtlensError
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
 
 _EDITED_SIDE = {STEER: "clean", ABLATE: "wrapped"}
 
 
+@public
 def steer(
     models: LensModel | Mapping[str, LensModel],
     pairs: Sequence[Pair],
@@ -84,6 +86,7 @@ def steer(
     return _intervene(STEER, models, pairs, chosen, written, alphas, positions, batch_size, progress)
 
 
+@public
 def ablate(
     models: LensModel | Mapping[str, LensModel],
     pairs: Sequence[Pair],

@@ -31,6 +31,7 @@ from ctlens.analysis.exchange.exchange import EXCHANGE_QUANTITIES, Exchange, cur
 from ctlens.analysis.exchange.transplant import TRANSPLANT_POSITIONS_IN_WORDS, transplant
 from ctlens.analysis.patching.patch import patch
 from ctlens.core.errors import unknown
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers
@@ -160,6 +161,7 @@ def _drawn(
     )
 
 
+@public
 def mediation(
     model: LensModel,
     pairs: Sequence[Pair],

@@ -37,6 +37,7 @@ from ctlens.analysis.patching.jobs import Column, PatchBatch, PatchPair, patch_b
 from ctlens.analysis.patching.sweep import Recorded, Sweep, Swept, sweep_of
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.progress import ProgressBar, progress_bar
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair
 from ctlens.data.pairs import Pair
@@ -159,6 +160,7 @@ def _grids(tables: Mapping[str, pd.DataFrame], title: str, subtitle: str) -> Fig
     return plots.component_grids(grids, columns, title, unit="share of the effect", subtitle=subtitle)
 
 
+@public
 def transplant(
     source: LensModel,
     target: LensModel,

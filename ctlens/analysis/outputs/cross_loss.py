@@ -22,6 +22,7 @@ from ctlens.analysis.base.forward import encoded_batches, require_comparable
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.labels import BASE
+from ctlens.core.public import public
 from ctlens.core.stats import bootstrap, bootstrap_mean
 from ctlens.core.types import LensModel, PerRow
 from ctlens.data.alignment import align
@@ -152,6 +153,7 @@ class CrossLoss(Result):
         return [hook for hook, name in enumerate(self.hook_losses) if name == loss]
 
 
+@public
 def cross_loss(
     reference: LensModel,
     models: Mapping[str, LensModel] | Mapping[int, LensModel] | Mapping[tuple[str, int], LensModel],

@@ -24,6 +24,7 @@ from ctlens.analysis.base.metrics import SMALLEST_GAPS
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError
 from ctlens.core.labels import BASE
+from ctlens.core.public import public
 from ctlens.core.stats import bootstrap, bootstrap_mean
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
@@ -88,6 +89,7 @@ class GapRecovered(Result):
         )
 
 
+@public
 def gap_recovered(
     base: LensModel,
     models: LensModel | Mapping[str, LensModel],

@@ -24,10 +24,12 @@ from ctlens.analysis.base.forward import by_label, comparable_by_label
 from ctlens.analysis.base.recording import LOGITS, Readable, model_of, read
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError
+from ctlens.core.public import public
 from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import Activations, LensModel, PerRow
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import resolve
+from ctlens.models.readout import read_out
 from ctlens.plots import Figure
 
 _EMBED = "embed"
@@ -105,6 +107,7 @@ class LogitAttribution(Result):
         return plots.component_grids(grids, columns, title, unit="logits, good minus bad", subtitle=subtitle)
 
 
+@public
 def logit_lens(
     models: Readable | Mapping[str, Readable],
     pairs: Sequence[Pair],
@@ -113,7 +116,7 @@ def logit_lens(
     batch_size: int = 64,
     progress: bool = True,
 ) -> LogitLens:
-    """Reads the answer's logit difference off every layer, through the model's own final norm and unembedding.
+    """Reads the answer's logit difference off every layer, as the model itself reads it off the last, `read_out`.
 
     >>> import ctlens as ct
     >>> pairs = ct.threats.get("sycophancy").pairs(8, split="heldout")
@@ -138,6 +141,7 @@ def logit_lens(
     return LogitLens(np.stack(values), tuple(found), side)
 
 
+@public
 def logit_attribution(
     models: Readable | Mapping[str, Readable],
     pairs: Sequence[Pair],
@@ -198,11 +202,8 @@ def _at_last(
 
 def _lens(model: LensModel, batch: ContrastBatch, at_last: _AtLast) -> Float[np.ndarray, "layer batch"]:
     """The logit difference behind every layer."""
-    parts = cast(Any, model)
     states = at_last(resolve(model, "resid_post")).values()
-    with torch.no_grad():
-        logits = [parts.unembed(parts.ln_final(state[:, None]))[:, 0] for state in states]
-    return torch.stack([batch.logit_diff(of_layer) for of_layer in logits]).float().cpu().numpy()
+    return torch.stack([batch.logit_diff(read_out(model, state)) for state in states]).float().cpu().numpy()
 
 
 def _shares(model: LensModel, batch: ContrastBatch, at_last: _AtLast) -> dict[str, np.ndarray]:
@@ -215,6 +216,11 @@ def _shares(model: LensModel, batch: ContrastBatch, at_last: _AtLast) -> dict[st
     lens = cast(Any, model)
     if torch.finfo(next(model.parameters()).dtype).bits < 32:
         raise CtlensError("the shares of components add up to the logits in float32 alone: load the model in float32.")
+    if not hasattr(model, "ln_final"):
+        raise CtlensError(
+            "this model has no final norm, because its blocks norm the stream itself, so no component has a share of "
+            "its own: read it by logit_lens."
+        )
     start = resolve(model, "resid_pre", 0)[0]
     end = resolve(model, "resid_post", "last")[0]
     z = resolve(model, "z")

@@ -33,6 +33,7 @@ from ctlens.analysis.patching.result import Patching
 from ctlens.analysis.patching.sweep import Swept, fitting, require_sites
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.progress import progress_bar
+from ctlens.core.public import public
 from ctlens.core.types import Activations, HookFunction, LensModel, Logits
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers, capture, editing, resolve, run, select_layers
@@ -103,6 +104,7 @@ class AttributionAgreement(Result):
         )
 
 
+@public
 def attribution_agreement(approximate: Patching, exact: Patching, metric: str | None = None) -> AttributionAgreement:
     """Measures how far a first-order sweep agrees with the exact sweep of the same pairs and site.
 
@@ -183,6 +185,7 @@ def attribution_patch(
     max_batch: int | None = ...,
     progress: bool = ...,
 ) -> dict[str, Patching]: ...
+@public
 def attribution_patch(
     model: LensModel,
     pairs: Sequence[Pair],

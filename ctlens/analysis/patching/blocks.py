@@ -164,7 +164,7 @@ def read_blocks(model: LensModel, length: int) -> list[Block] | None:
     The weights are copies, so blocks are read anew for every sweep.
     """
     cfg: Any = model.cfg
-    if not _known(cfg):
+    if not _known(cfg) or not hasattr(model, "ln_final"):
         return None
     try:
         return [_block(block, cfg, length) for block in cast(Any, model).blocks]

@@ -32,6 +32,7 @@ from ctlens.analysis.patching.jobs import PatchPair, patch_batch, patch_pairs
 from ctlens.analysis.patching.result import Patching
 from ctlens.analysis.patching.sweep import Recorded, Sweep, Swept, sweep_of
 from ctlens.core.progress import ProgressBar, progress_bar
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers, capture
@@ -67,6 +68,7 @@ def patch(
     max_batch: int | None = ...,
     progress: bool = ...,
 ) -> dict[str, Patching]: ...
+@public
 def patch(
     model: LensModel,
     pairs: Sequence[Pair],

@@ -35,6 +35,7 @@ from ctlens.analysis.probing.tasks import Task
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.labels import BASE
 from ctlens.core.progress import progress_bar
+from ctlens.core.public import public
 from ctlens.models.hooks import Layers
 from ctlens.plots import Curve, Figure
 
@@ -167,6 +168,7 @@ class Probe(Result):
         return self.positions.index(positions), self.estimators.index(estimator)
 
 
+@public
 def probe(
     models: Mapping[str, Probed],
     task: Task,

@@ -13,6 +13,7 @@ from ctlens.analysis.base.positions import PositionsOf
 from ctlens.analysis.base.recording import Readable
 from ctlens.analysis.base.states import States, states
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.chat import Turn, render
 from ctlens.data.pairs import Pair, Prompt
@@ -123,6 +124,7 @@ class Task:
         return replace(found[0], values=values, side=sides.pop() if len(sides) == 1 else "both")
 
 
+@public
 def labelled(
     pairs: Sequence[Pair],
     labels: str | Sequence[str],
@@ -156,6 +158,7 @@ def labelled(
     return Task(question or default, given, groups, strata, ((tuple(pairs), side),))
 
 
+@public
 def answer_hinted(pairs: Sequence[Pair]) -> Task:
     """The task of reading which answer the wrapper named, among the answers to the relation that is asked for.
 
@@ -170,6 +173,7 @@ def answer_hinted(pairs: Sequence[Pair]) -> Task:
     return labelled(pairs, "hint", known="relation", question="which answer was hinted")
 
 
+@public
 def will_misbehave(model: LensModel, pairs: Sequence[Pair], *, progress: bool = True) -> Task:
     """The task of reading whether this model's own greedy answer to each wrapped prompt is bad.
 
@@ -191,6 +195,7 @@ def will_misbehave(model: LensModel, pairs: Sequence[Pair], *, progress: bool = 
     return labelled(pairs, verdicts, question="whether the answer will be bad")
 
 
+@public
 def wrapper_present(pairs: Sequence[Pair], tokenizer: Any, *, negatives: Sequence[Pair] | None = None) -> Task:
     """The task of reading whether an attack is in the prompt.
 

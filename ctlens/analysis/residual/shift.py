@@ -33,6 +33,7 @@ from ctlens.analysis.base.recording import Readable, model_of, read
 from ctlens.analysis.base.result import Result, beside
 from ctlens.analysis.residual.shift_vectors import beyond_rounding, last_and_content
 from ctlens.core.errors import unknown
+from ctlens.core.public import public
 from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import PerRow
 from ctlens.data.batch import Matched
@@ -166,6 +167,7 @@ def _drawn(results: Mapping[str, ResidualShift], quantity: str, positions: str, 
     )
 
 
+@public
 def residual_shift(
     before: Readable,
     after: Readable,

@@ -30,11 +30,13 @@ from ctlens.analysis.residual.shift_vectors import Shifts, shifts_at
 from ctlens.analysis.residual.similarity_result import ShiftSimilarity
 from ctlens.analysis.residual.similarity_statistics import SIMILARITY_MEASURES, arrays, names_of
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers, select_layers
 
 
+@public
 def shift_similarity(
     before: Readable,
     models: Mapping[tuple[str, int], Readable] | Mapping[str, Readable],

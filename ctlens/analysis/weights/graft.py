@@ -35,6 +35,7 @@ from ctlens.analysis.exchange.exchange import (
 )
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.progress import progress_bar
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import run
@@ -204,6 +205,7 @@ def _part_name(part: WeightPart) -> str:
     return (prefix + _COMPONENT_NAMES.get(component, "")).strip()
 
 
+@public
 def graft(
     source: LensModel,
     target: LensModel,

@@ -26,6 +26,7 @@ from ctlens import plots
 from ctlens.analysis.base.forward import require_comparable
 from ctlens.analysis.base.result import Result, beside
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.models.finite import require_finite_weights
 from ctlens.models.matrices import MATRICES, Slot, slots
@@ -144,6 +145,7 @@ def _drawn(results: Mapping[str, UpdateRank], quantity: str, subtitle: str | Non
     return plots.update_ranks(panels, _TITLES[quantity], y_title=_Y_TITLES[quantity], subtitle=subtitle)
 
 
+@public
 @torch.no_grad()
 def update_rank(before: LensModel, after: LensModel) -> UpdateRank:
     """Measures the singular values of what a training did to the matrices of each block.

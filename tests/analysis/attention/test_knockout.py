@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.attention import NAMES, PAIRS
-from helpers.models import byte_level_tokenizer
+from helpers.models import byte_level_tokenizer, odd_model
 
 from ctlens.analysis import Knockout, attention_diff, knockout
 from ctlens.analysis.attention.cuts import Cut, edges, planned_cuts, random_keys, without_edges
@@ -20,8 +20,9 @@ from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair, encode
 from ctlens.data.chat import Turn, render
 from ctlens.data.pairs import Pair, Prompt, prompt
+from ctlens.models.bridges import huggingface_config, is_bridge
 from ctlens.models.hooks import capture, editing
-from ctlens.models.loading import build, huggingface_config, is_bridge
+from ctlens.models.loading import build, load_model
 from ctlens.models.parameters import copy_model
 from ctlens.models.weights import ModelConfig, initial_weights, load_weights
 
@@ -53,6 +54,55 @@ def test_a_cut_row_is_the_softmax_over_the_keys_that_are_left() -> None:
 def test_a_row_that_would_have_nothing_left_is_refused() -> None:
     with pytest.raises(CtlensError, match="without any attention"):
         without_edges(torch.tensor([[[[0.4, 0.6]]]]), torch.ones(1, 1, 1, 2, dtype=torch.bool))
+
+
+def test_a_sink_keeps_its_share_of_a_cut_row() -> None:
+    """The softmax of gpt-oss: one more score, the sink's, that no key has."""
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, 3, 5, 5, generator=draw)
+    sink = torch.randn(1, 3, 1, 1, generator=draw).expand(2, 3, 5, 1)
+    cut = torch.zeros(2, 3, 5, 5, dtype=torch.bool)
+    cut[0, 1, 2, [0, 3]] = True
+
+    def softmax(scores: torch.Tensor) -> torch.Tensor:
+        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+
+    torch.testing.assert_close(without_edges(softmax(scores), cut), softmax(scores.masked_fill(cut, -torch.inf)))
+
+
+def test_a_row_that_sums_to_more_than_one_is_refused() -> None:
+    with pytest.raises(CtlensError, match="a row of attention sums to 1.4, so it is no softmax"):
+        without_edges(torch.tensor([[[[0.8, 0.6]]]]), torch.tensor([[[[True, False]]]]))
+
+
+def test_a_knockout_in_a_model_with_sinks_is_masking_the_scores_of_huggingface() -> None:
+    hf: Any = odd_model("gpt_oss")
+    for layer in hf.model.layers:
+        layer.self_attn.sinks.data += 2.0  # published sinks are of this size
+    model = load_model(hf, tokenizer=TOKENIZER)
+    hf.set_attn_implementation("eager")
+    found = knockout(model, PAIRS, queries="last", keys="wrapper", progress=False)
+    masked = [
+        _masked(hf, item.prompt, list(row.wrapper)) for item, row in zip(contrasts(model, PAIRS), rows(), strict=True)
+    ]
+    expected = [
+        float(logits[item.good] - logits[item.bad])
+        for logits, item in zip(masked, contrasts(model, PAIRS), strict=True)
+    ]
+    from_first = list(zip(found.kinds, found.layers, strict=True)).index(("from", 0))
+
+    np.testing.assert_allclose(found.cut[0, 0, from_first], expected, atol=1e-4)
+    assert np.abs(found.cut[0, 0, from_first] - found.uncut[0, 0]).max() > 1e-2
+
+
+@torch.no_grad()
+def _masked(hf: Any, ids: Any, keys: list[int]) -> torch.Tensor:
+    """The last logits of plain `transformers`, whose last token does not see some keys."""
+    least = torch.finfo(torch.float32).min
+    mask = torch.full((len(ids), len(ids)), least).triu(1)
+    mask[-1, keys] = least
+    masks = {"full_attention": mask[None, None], "sliding_attention": mask[None, None]}
+    return hf(torch.tensor([ids]), attention_mask=masks).logits[0, -1]
 
 
 def test_cutting_a_pattern_is_masking_the_scores(model) -> None:

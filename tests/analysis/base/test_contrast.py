@@ -40,13 +40,13 @@ def model() -> LensModel:
 def tokenised(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each text was given to the tokenizer."""
     counts: Counter[str] = Counter()
-    encode = chat._encode
+    spell = chat.spell
 
     def counting(tokenizer: Any, text: str) -> Any:
         counts[text] += 1
-        return encode(tokenizer, text)
+        return spell(tokenizer, text)
 
-    monkeypatch.setattr(chat, "_encode", counting)
+    monkeypatch.setattr(chat, "spell", counting)
     return counts
 
 
@@ -54,8 +54,9 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_an_analysis_renders_and_tokenises_a_pair_once(name: str, model: LensModel, tokenised: Counter[str]) -> None:
     ANALYSES[name](model)
 
-    prompts = [text for text in tokenised if text.startswith("<s>")]
-    assert len(prompts) == 2 * len(PAIRS) and all(tokenised[text] == 1 for text in prompts)
+    texts = {text: count for text, count in tokenised.items() if text.startswith("<s>")}
+    assert sum(text.endswith("<|assistant|>\n") for text in texts) == 2 * len(PAIRS)
+    assert set(texts.values()) == {1}  # an answer behind its prompt is a text of its own
 
 
 def test_contrasts_of_texts_and_of_tokens_are_the_same(model: LensModel) -> None:

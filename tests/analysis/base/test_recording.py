@@ -264,7 +264,10 @@ def test_an_analysis_that_runs_the_model_refuses_a_recording_in_a_sentence(monke
         ({"layers": [3]}, "layer 3 does not exist"),
         ({"sides": ["left"]}, "unknown prompt side 'left'"),
         ({"sides": ["benign"]}, "pair 1 has no benign prompt"),
-        ({"pairs": [Pair(prompt("ada ?"), prompt("quite ada ?"))]}, "all words of the wrapped prompt of pair 1"),
+        (
+            {"pairs": [Pair(prompt("ada ?"), prompt("quite ada ?"))]},
+            "wrapped prompt of pair 1: the tokenizer does not know 'quite'",
+        ),
         ({"pairs": [Pair(prompt("is it " * 9 + "?"), prompt("ada ?"))]}, "context"),
     ],
 )

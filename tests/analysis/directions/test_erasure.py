@@ -255,7 +255,7 @@ def test_the_read_out(value: float, less: bool, expected: str):
         ({"models": {}}, "at least one trained model"),
         ({"models": {"base": planted.model()}}, "label other than 'base'"),
         ({"control": "retain"}, "unknown control 'retain'"),
-        ({"cue": None}, "does not know all words of pair 1"),
+        ({"cue": None}, "does not know 'good' in 'good ada [?]'"),
         ({"layers": []}, "at least one layer"),
         ({"layers": [3]}, "layer 3 does not exist"),
         ({"pairs": [Pair(prompt("ada ?"), prompt("never ada ?"))]}, "no good and bad answer that differ"),

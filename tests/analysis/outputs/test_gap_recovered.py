@@ -33,11 +33,11 @@ def pairs():
 
 
 def difference(model, prompt) -> float:
-    ids = render(model.tokenizer, prompt.turns).ids
+    asked = render(model.tokenizer, prompt.turns)
     with torch.no_grad():
-        last = model(torch.tensor([ids]))[0, -1]
-    good = answer_ids(model.tokenizer, prompt.good)[0]
-    bad = answer_ids(model.tokenizer, prompt.bad)[0]
+        last = model(torch.tensor([asked.ids]))[0, -1]
+    good = answer_ids(model.tokenizer, asked, prompt.good)[0]
+    bad = answer_ids(model.tokenizer, asked, prompt.bad)[0]
     return float(last[good] - last[bad])
 
 

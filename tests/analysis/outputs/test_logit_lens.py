@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.models import CHAT_MODELS, byte_level_tokenizer, chat_model, hf_model
+from helpers.models import CHAT_MODELS, byte_level_tokenizer, chat_model, hf_model, odd_model
 
 from ctlens.analysis import LogitAttribution, LogitLens, logit_attribution, logit_lens
 from ctlens.analysis.base.contrast import contrasts
@@ -15,7 +15,8 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.chat import render
 from ctlens.data.pairs import Pair, prompt
-from ctlens.models.loading import build, is_bridge, load_model
+from ctlens.models.bridges import is_bridge
+from ctlens.models.loading import build, load_model
 from ctlens.models.parameters import copy_model
 from ctlens.models.weights import ModelConfig
 
@@ -45,6 +46,17 @@ def test_the_last_layer_of_the_lens_is_the_model_itself(model: LensModel):
     lens = logit_lens(model, PAIRS, batch_size=2, progress=False)
     assert lens.values.shape == (1, 2, 3)
     np.testing.assert_allclose(lens.values[0, -1], [said(model, pair) for pair in PAIRS], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["granite", "gemma2", "opt"])
+def test_what_follows_the_unembedding_is_in_the_lens_and_refused_by_the_attribution(kind: str):
+    hf = odd_model(kind)
+    model = load_model(hf, tokenizer=TOKENIZER)
+    expected = [said(lambda tokens: hf(tokens).logits, pair) for pair in PAIRS]  # type: ignore[arg-type]
+
+    np.testing.assert_allclose(logit_lens(model, PAIRS, progress=False).values[0, -1], expected, atol=1e-4)
+    with pytest.raises(CtlensError, match="read (this model|it) by logit_lens"):
+        logit_attribution(model, PAIRS, progress=False)
 
 
 def test_an_earlier_layer_of_the_lens_is_the_model_without_the_layers_behind_it(model: LensModel):
