@@ -1,76 +1,66 @@
-"""A run is read back before its folder gets its name: what would not come back is refused, and nothing is written."""
+"""A damaged file in the folder of a run is one sentence that names it."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from helpers.models import chat_model
+from helpers.models import made
 
 from ctlens.core.errors import CtlensError
-from ctlens.core.types import LensModel
+from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT
-from ctlens.models import loading
-from ctlens.models.lora import LoRA
-from ctlens.models.parameters import present_parameters
-from ctlens.threats import get
-from ctlens.training import Run, TrainConfig, load_run, train
+from ctlens.training import TrainConfig, load_run, train
 
-pytestmark = pytest.mark.boundary
-
-
-def trained(kind: str, **settings: Any) -> Run:
-    config = TrainConfig(steps=1, batch_size=2, **settings)
-    return train(chat_model(kind), get("sycophancy").pairs(2), ACT(), config=config, progress=False)
-
-
-@pytest.mark.parametrize("kind", ["made here", "gpt2"])
-@torch.no_grad()
-def test_a_run_with_adapters_comes_back_merged(kind: str, tmp_path: Path) -> None:
-    run = trained(kind, trainable=LoRA(2))
-    run.save(tmp_path / "run")
-    tokens = torch.arange(24).reshape(2, 12)
-    torch.testing.assert_close(load_run(tmp_path / "run").model(tokens), run.model(tokens), atol=1e-6, rtol=0)
-
-
-def scaled_scores(model: Any) -> None:
-    """What no configuration says: the model goes on to compute something else than its folder does."""
-    model.original_model.model.layers[1].self_attn.scaling *= 3
-
-
-def turned_faster(model: Any) -> None:
-    model.original_model.model.rotary_emb.inv_freq.mul_(2)
+HEADER = b"step,name,hook_name,value\n"
+DAMAGES = {
+    "config.json": {
+        b"": "config.json is not JSON",
+        b"[1]": "config.json is a list, but an object",
+        b'{"training": {}}': "config.json lacks 'losses'",
+        b'{"training": 3, "losses": []}': "TrainConfig cannot be read from 3",
+        b'{"training": {}, "losses": 3}': "config.json does not list a run's losses",
+        b'{"training": {}, "losses": ["act"]}': "'act' does not describe a loss",
+        b'{"training": {}, "losses": [{"name": ["act"]}]}': "does not describe a loss",
+        b'{"training": {"lr": NaN}, "losses": []}': "config.json is refused (NaN is no number of JSON)",
+        b'{"training": {"lr": 1, "lr": 2}, "losses": []}': "config.json is refused (the field 'lr' stands twice)",
+    },
+    "environment.json": {b"{": "environment.json is not JSON", b"\xff": "environment.json is not UTF-8 text in line 1"},
+    "model/model.json": {b"": "model.json is not JSON", b"{}": "model.json does not describe a model"},
+    "history.csv": {
+        b"": "history.csv is no CSV with a header",
+        b"step,name,value\n": "history.csv lacks the columns hook_name",
+        HEADER + b"1,total,,abc\n": "history.csv, row 1: 'value' is 'abc', but a number is expected",
+        HEADER + b"1,total,,0.5\n2.5,total,,0.5\n": "history.csv, row 2: 'step' is '2.5', but a number is expected",
+        HEADER + b"1,total\n": "history.csv, row 1: 2 cells, but the header has 4",
+        HEADER + b"1,total,,0.": "history.csv, line 2: the file ends within a row",
+    },
+}
 
 
-def other_norm(model: Any) -> None:
-    model.original_model.config.rms_norm_eps = 0.5
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pairs = [Pair(prompt("Is it right?"), prompt("I say no. Is it right?"))]
+    return train(made(), pairs, ACT(), config=TrainConfig(steps=1)).save(tmp_path_factory.mktemp("runs") / "run")
 
 
-@pytest.mark.parametrize("change", [scaled_scores, turned_faster, other_norm])
-def test_a_model_that_was_changed_beside_its_weights_is_not_saved(change: Any, tmp_path: Path) -> None:
-    run = trained("llama")
-    run.save(tmp_path / "before")
-    change(run.model)
-    with pytest.raises(CtlensError, match=r"would not come back from its folder as it is, which changes its logits"):
-        run.save(tmp_path / "after")
-    assert [path.name for path in tmp_path.iterdir()] == ["before"]
+@pytest.mark.parametrize(("name", "content"), [(name, content) for name in DAMAGES for content in DAMAGES[name]])
+def test_a_damaged_file_of_a_run_is_named(saved: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    folder = shutil.copytree(saved, tmp_path / "run")
+    (folder / name).write_bytes(content)
+
+    with pytest.raises(CtlensError) as found:
+        load_run(folder)
+
+    assert DAMAGES[name][content] in str(found.value)
 
 
-@pytest.mark.parametrize("kind", ["made here", "llama"])
-def test_a_weight_that_is_lost_on_the_way_is_named(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = trained(kind)
-    write = loading.save_model
+def test_a_history_comes_back_with_every_digit_and_with_what_was_not_measured(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "run")
+    (folder / "history.csv").write_bytes(HEADER + b"1,total,,0.30000000000000004\n2,rate,,\n2,act,blocks.0,1e-17\n")
 
-    def forgetful(model: LensModel, folder: Path) -> None:
-        name, weight = next(iter(present_parameters(model).items()))
-        kept = weight.detach().clone()
-        weight.data[0, 0] += 1
-        write(model, folder)
-        weight.data.copy_(kept)
+    first, missing, last = load_run(folder).history.rows
 
-    monkeypatch.setattr("ctlens.training.run.save_model", forgetful)
-    with pytest.raises(CtlensError, match=next(iter(present_parameters(run.model)))):
-        run.save(tmp_path / "run")
-    assert not any(tmp_path.iterdir())
+    assert first == (1, "total", "", 0.1 + 0.2) and last == (2, "act", "blocks.0", 1e-17)
+    assert missing[:3] == (2, "rate", "") and missing[3] != missing[3]
