@@ -173,7 +173,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "compatibility": (compatible, "compatibility mode"),
     "huggingface": (
         lambda _: hf_model("llama"),
-        "TransformerLens model(, not a LlamaForCausalLM|: pass it to ctlens.load_model)",
+        "TransformerLens model( or a Recording)?(, not a LlamaForCausalLM|: pass it to ctlens.load_model)",
     ),
     "text": (lambda _: "gpt2", "model.* (not|this is) 'gpt2'"),
 }
