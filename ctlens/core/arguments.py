@@ -177,7 +177,9 @@ def _is_class(hint: Any) -> bool:
 
 def _class_in_words(hint: Any) -> str:
     kind = get_origin(hint) or hint
-    return "a path" if kind in (Path, os.PathLike) else f"a {kind.__name__}"
+    if kind in (Path, os.PathLike):
+        return "a path"
+    return "a TransformerLens model" if kind.__name__ == "LensModel" else f"a {kind.__name__}"
 
 
 def _plural(hint: Any) -> str:

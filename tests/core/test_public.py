@@ -319,7 +319,7 @@ NEWCOMER: dict[str, Callable[[LensModel], Any]] = {
         model, ["jailbreak"], split=["train"] * 2
     ),
     "batch_size must be at least 1, not 0.": lambda model: loose.analysis.states(model, PAIRS, batch_size=0),
-    "model must be a LensModel, not 'gpt2'. Load it with ctlens.load_model": lambda model: loose.evaluate("gpt2"),
+    "model must be a TransformerLens model, not 'gpt2'. Load it with": lambda model: loose.evaluate("gpt2"),
 }
 
 
