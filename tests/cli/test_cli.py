@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,7 @@ from ctlens import __version__, cli, losses, threats
 from ctlens.analysis import Patching, patch
 from ctlens.core.config import to_dict
 from ctlens.organism import load_organism
-from ctlens.study.config import SHARED_TRAINING, StudyConfig
+from ctlens.study.config import SHARED_TRAINING, StudyConfig, study_of_size
 from ctlens.study.dose_response import DOSES, DoseConfig
 from ctlens.study.runner import Study
 from ctlens.training import TrainConfig, load_run
@@ -410,7 +411,7 @@ def test_an_estimate_counts_the_models_that_the_study_counts(call: Call, place: 
     assert ended.code == 0 and ended.out.endswith("2 at a time: about 2.0 hours.\n")
     assert not Path("new").exists()
     chosen = {"threats": ("prefill",), "methods": ("act",)} if options else {}
-    assert counted == len(Study(StudyConfig(**chosen), "new"))
+    assert counted == len(Study(study_of_size("first", **chosen), "new"))
 
 
 def test_adapters_are_trained_and_saved_beside_the_merged_model(call: Call, place: Path) -> None:
@@ -476,7 +477,8 @@ def test_defaults_are_those_of_the_library() -> None:
     assert doses["n_pairs"] == ",".join(map(str, DOSES)) and doses["steps"] == SHARED_TRAINING.steps
 
 
-def test_progress_goes_to_stderr_and_only_when_wanted(call: Call, place: Path) -> None:
+def test_progress_goes_to_stderr_and_only_when_wanted(call: Call, place: Path, monkeypatch) -> None:
+    monkeypatch.setattr("ctlens.core.progress.sys", Mock(stderr=Mock(isatty=lambda: True)))  # pytest's is no terminal
     line = "train --model hf --loss act --pairs good.jsonl --steps 2 --out"
 
     loud, quiet = call(f"{line} loud"), call(f"{line} quiet --quiet")
