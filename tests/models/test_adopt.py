@@ -171,8 +171,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "folded": (lambda _: processed(fold_ln=True), "norms are folded"),
     "centred": (lambda _: processed(center_writing_weights=True), "weights are centred"),
     "compatibility": (compatible, "compatibility mode"),
-    "huggingface": (lambda _: hf_model("llama"), "LlamaForCausalLM is no TransformerLens model"),
-    "text": (lambda _: "gpt2", "a model is needed, and this is 'gpt2'"),
+    "huggingface": (lambda _: hf_model("llama"), "ctlens.load_model"),
+    "text": (lambda _: "gpt2", "ctlens.load_model"),
 }
 
 
