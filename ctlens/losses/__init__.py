@@ -5,6 +5,7 @@ A name imported as itself (`from ... import X as X`) is public to type checkers;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -50,6 +51,19 @@ def get(name: str, **options: Any) -> Loss:
     if name not in LOSSES:
         raise unknown("loss", name, names())
     return from_dict(LOSSES[name], options)
+
+
+def built(losses: Loss | str | Sequence[Loss | str]) -> tuple[Loss, ...]:
+    """Builds the losses that are given by name, and takes the others as they are.
+
+    >>> [loss.name for loss in built(["act", get("bct")])], [loss.name for loss in built("attct")]
+    (['act', 'bct'], ['attct'])
+
+    Raises:
+        CtlensError: a name is unknown.
+    """
+    given = (losses,) if isinstance(losses, Loss | str) else losses
+    return tuple(get(loss) if isinstance(loss, str) else loss for loss in given)
 
 
 def register(kind: type[Loss]) -> type[Loss]:

@@ -52,7 +52,7 @@ class Trainer:
     Args:
         model: the reference; it is copied and left as it is.
         pairs: the pairs to train on.
-        losses: one loss or several; an empty list trains on retention alone, the null control.
+        losses: one loss or several, or their names; an empty list trains on retention alone, the null control.
         config: the settings.
         retain: prompts that must not change, beside the pairs' clean prompts and benign twins. Retention holds
             them by the KL to the reference.
@@ -73,7 +73,7 @@ class Trainer:
         self,
         model: LensModel,
         pairs: Sequence[Pair],
-        losses: Loss | Sequence[Loss],
+        losses: Loss | str | Sequence[Loss | str],
         config: TrainConfig | None = None,
         *,
         retain: Sequence[Prompt] = (),
@@ -84,8 +84,7 @@ class Trainer:
     ) -> None:
         self.config = config or TrainConfig()
         pairs, retain = list(pairs), list(retain)
-        given = (losses,) if isinstance(losses, Loss) else losses
-        self.losses = tuple(in_window(loss, self.config.window) for loss in given)
+        self.losses = tuple(in_window(loss, self.config.window) for loss in loss_registry.built(losses))
         self.track = tuple(in_window(loss, self.config.window) for loss in track)
         require_distinct(self.losses)
         require_distinct(self.track)
@@ -267,7 +266,7 @@ def _at_step(index: int) -> Iterator[None]:
 def train(
     model: LensModel,
     pairs: Sequence[Pair],
-    losses: Loss | Sequence[Loss],
+    losses: Loss | str | Sequence[Loss | str],
     *,
     steps: int | None = None,
     seed: int | None = None,

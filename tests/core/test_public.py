@@ -304,9 +304,7 @@ NEWCOMER: dict[str, Callable[[LensModel], Any]] = {
     "pairs must be a list of Pair objects or None, not a DataFrame. Make one with ctlens.Pair of two prompts, or": (
         lambda model: loose.evaluate(model, pairs=pd.DataFrame())
     ),
-    "losses must be a Loss or a list of Loss objects, not 'act'. Make one, as ctlens.ACT() or ctlens.losses.get": (
-        lambda model: loose.train(model, PAIRS, "act")
-    ),
+    "unknown loss 'atc'; did you mean 'attct' or 'act'?": lambda model: loose.train(model, PAIRS, "atc"),
     "steps must be a whole number, not 'a'.": lambda model: loose.train(model, PAIRS, ct.ACT(), steps="a"),
     "steps must be a whole number, not 1.5.": lambda model: loose.train(model, PAIRS, ct.ACT(), steps=1.5),
     "steps must be at least 1, not 0.": lambda model: loose.train(model, PAIRS, ct.ACT(), steps=0),

@@ -28,7 +28,7 @@ from ctlens.core.types import LensModel, PerRow
 from ctlens.data.alignment import align
 from ctlens.data.batch import EncodedPairs, PairBatch, encode
 from ctlens.data.pairs import Pair
-from ctlens.losses import MEASURED, Forwards, Loss, get, require_distinct
+from ctlens.losses import MEASURED, Forwards, Loss, built, require_distinct
 from ctlens.models.hooks import capture
 from ctlens.plots import Figure
 from ctlens.training.answers import answer_tail, answers_kind, drawn_at, reference_answers
@@ -158,7 +158,7 @@ def cross_loss(
     reference: LensModel,
     models: Mapping[str, LensModel] | Mapping[int, LensModel] | Mapping[tuple[str, int], LensModel],
     pairs: Sequence[Pair],
-    losses: Loss | Sequence[Loss] | None = None,
+    losses: Loss | str | Sequence[Loss | str] | None = None,
     *,
     clean: str = "reference",
     max_new_tokens: int = 16,
@@ -173,7 +173,7 @@ def cross_loss(
             step, for the course of several trainings.
         pairs: clean and wrapped prompts. A pair that does not align in the window of a loss is
             left out for that loss alone, and counted in `CrossLoss.dropped`.
-        losses: what to measure by; None for `ctlens.losses.MEASURED`, each as it is by default.
+        losses: what to measure by, losses or their names; None for `ctlens.losses.MEASURED`, each as it is by default.
             Weights do not matter.
         clean: the clean side of the distance. `"reference"`: the reference on the clean prompt, as
             trained. `"own"`: each model on the clean prompt. It does not concern BCT, whose targets
@@ -216,13 +216,11 @@ class _LossHook(NamedTuple):
     name: str
 
 
-def _chosen(losses: Loss | Sequence[Loss] | None, clean: str) -> tuple[Loss, ...]:
+def _chosen(losses: Loss | str | Sequence[Loss | str] | None, clean: str) -> tuple[Loss, ...]:
     """Checks the clean side and the losses to measure by, and gives the losses."""
     if clean not in _CLEAN_SIDES:
         raise unknown("clean side", clean, list(_CLEAN_SIDES))
-    if losses is None:
-        losses = [get(name) for name in MEASURED]
-    chosen = (losses,) if isinstance(losses, Loss) else tuple(losses)
+    chosen = built(MEASURED if losses is None else losses)
     if not chosen:
         raise CtlensError("there is nothing to measure by: give a loss, or None for `ctlens.losses.MEASURED`.")
     require_distinct(chosen)
