@@ -52,6 +52,11 @@ def without(model: LensModel, names: Collection[str]) -> LensModel:
     return model
 
 
+def is_made_here(model: LensModel) -> bool:
+    """Whether ctlens itself built an adopted model: of TransformerLens's own models, these alone lack biases."""
+    return huggingface_config(model) is None and bool(getattr(model, "ctlens_absent", None))
+
+
 def present_parameters(model: LensModel) -> dict[str, nn.Parameter]:
     """The parameters that the architecture has, by a name that does not depend on the bridge's version.
 
@@ -176,8 +181,7 @@ def fingerprint(model: LensModel) -> str:
     digest = _digest(present_weights(model))
     config = huggingface_config(model)
     if config is None:
-        made_here = getattr(model, "ctlens_absent", None)
-        return digest if made_here else f"{digest}-{digest_of(_computing(plain_settings(model)))}"
+        return digest if is_made_here(model) else f"{digest}-{digest_of(_computing(plain_settings(model)))}"
     return f"{digest}-{digest_of([_computing(config.to_diff_dict()), _digest(state_buffers(model))])}"
 
 
