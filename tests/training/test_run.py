@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers.models import made
+from helpers.models import chat_model, made
 
 from ctlens.core.errors import CtlensError, NotFinite
 from ctlens.data.pairs import Pair, prompt
@@ -73,5 +74,16 @@ def test_a_run_of_a_broken_model_is_not_written(tmp_path: Path) -> None:
     next(run.model.parameters()).data[0] = torch.nan
 
     with pytest.raises(NotFinite, match="the weight .* of the model is not finite"):
+        run.save(tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_from_which_another_model_would_come_is_not_written(tmp_path: Path) -> None:
+    model: Any = chat_model("llama")
+    model.original_model.model.norm.variance_epsilon = 10.0  # which no file of the model holds
+    pairs = [Pair(prompt("Is it right?"), prompt("I say no. Is it right?"))]
+    run = train(model, pairs, ACT(), config=TrainConfig(steps=1))
+
+    with pytest.raises(CtlensError, match="would not come back .* its logits, by .*, so nothing was written"):
         run.save(tmp_path / "run")
     assert not list(tmp_path.iterdir())
