@@ -347,7 +347,7 @@ def test_a_mistake_in_a_worker_is_the_same_sentence(tmp_path: Path) -> None:
     )
 
     with pytest.raises(
-        CtlensError, match=r"at step \d the (loss is|model computes|norm of the gradient is) (nan|infinity)"
+        CtlensError, match="(the loss is|the norm of the gradient is|the model computes) (nan|infinity)"
     ):
         list(study)
 
