@@ -56,12 +56,17 @@ def checked_arguments(function: Callable[..., Any], bound: inspect.BoundArgument
 def require_types(config: Any) -> None:
     """Checks the fields of a dataclass against its annotations; for its `__post_init__`.
 
+    A field that is an iterator becomes all that it gives, because the check reads it to its end.
+
     Raises:
         CtlensError: as `checked_arguments`.
     """
     hints = _hints(type(config))
     for field in dataclasses.fields(config):
-        fitted(field.name, getattr(config, field.name), hints.get(field.name, Any))
+        given = getattr(config, field.name)
+        found = fitted(field.name, given, hints.get(field.name, Any))
+        if found is not given:
+            object.__setattr__(config, field.name, found)
 
 
 def fitted(name: str, value: Any, hint: Any) -> Any:
@@ -78,7 +83,7 @@ def fitted(name: str, value: Any, hint: Any) -> Any:
         found = _fitting(value, hint)
     except Unfit as unfit:
         raise CtlensError(f"{name} must be {_words(hint)}, {unfit}.{_advice(hint)}") from None
-    entries = found if isinstance(found, list | tuple) else [found]
+    entries = list(found) if _is_many(found) else [found]
     if name in BY_NAME:
         for entry in entries:
             require(BY_NAME[name], **{name: entry})
@@ -133,10 +138,14 @@ def _fit_mapping(value: Any, hint: Any) -> Any:
     return value
 
 
+def _is_many(value: Any) -> bool:
+    return isinstance(value, Sequence | Set | np.ndarray) and not isinstance(value, str | bytes)
+
+
 def _fit_many(value: Any, hint: Any) -> Any:
     if isinstance(value, Iterator):
         value = tuple(value)
-    _require(isinstance(value, Sequence | Set | np.ndarray) and not isinstance(value, str | bytes), value)
+    _require(_is_many(value), value)
     hints = get_args(hint)
     if get_origin(hint) is not tuple or hints[-1] is Ellipsis:
         hints = hints[:1] * len(value)
@@ -148,7 +157,7 @@ def _fit_many(value: Any, hint: Any) -> Any:
 
 def _fit_entry(which: str, entry: Any, hint: Any) -> None:
     try:
-        _fitting(entry, hint)
+        _require(_fitting(entry, hint) is entry, entry)  # an iterator in a list would be read to its end by the check
     except Unfit as unfit:
         raise Unfit(f"{unfit} at {which}") from None
 

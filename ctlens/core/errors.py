@@ -73,15 +73,7 @@ class UnwritableError(CtlensError):
 
 
 class NotFinite(CtlensError):
-    """NotFinite is a model that computes NaN or infinity, from which no number may be taken.
-
-    Attributes:
-        value: `"nan"` or `"infinity"`.
-    """
-
-    def __init__(self, sentence: str, value: str = "nan") -> None:
-        super().__init__(sentence)
-        self.value = value
+    """NotFinite is a model that computes NaN or infinity, from which no number may be taken."""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> CtlensError:

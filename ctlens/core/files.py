@@ -113,8 +113,8 @@ def alone(path: str | Path) -> Iterator[None]:
     Raises:
         CtlensError: another process writes to `path`, or its lock cannot be written (`UnwritableError`).
     """
-    file = Path(os.path.realpath(path))
-    file = file.with_name(f".{file.name}.lock")
+    target = Path(os.path.realpath(path))
+    file = target.with_name(f".{target.name}.lock")
     lock = FileLock(file, timeout=0, is_singleton=True, thread_local=False)
     outermost = not lock.is_locked
     with _folder_of(file):
@@ -127,7 +127,7 @@ def alone(path: str | Path) -> Iterator[None]:
                 ) from None
         try:
             if outermost:
-                sweep([Path(path)])
+                sweep([target])
             yield
         finally:
             try:
@@ -204,9 +204,9 @@ def sweep(paths: Iterable[Path]) -> None:
 
 
 def sweep_folder(folder: Path) -> None:
-    """Removes the temporary files anywhere in a folder of ours that interrupted processes left."""
+    """Removes the temporary files anywhere in a folder that interrupted processes left; other hidden files stay."""
     with writing(folder):
-        for left in sorted(folder.rglob(".*"), reverse=True):
+        for left in sorted(folder.rglob(f".*.????????{_TEMPORARY}"), reverse=True):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 

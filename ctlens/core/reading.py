@@ -108,6 +108,8 @@ def _cells(path: str | Path, lines: Iterable[str]) -> Iterator[list[str]]:
         for number, row in enumerate(filter(None, rows), start=1):
             if len(row) != len(header):
                 raise CtlensError(f"{path}, row {number}: {len(row)} cells, but the header has {len(header)}.")
+            if "\0" in "".join(row):
+                raise CtlensError(f"{path}, row {number}: a NUL byte: check that the file is text.")
             yield row
     except csv.Error as error:
         reason = _CARRIAGE_RETURNS if "new-line" in str(error) else str(error)

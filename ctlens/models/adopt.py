@@ -75,10 +75,11 @@ def marked(model: LensModel) -> LensModel:
     _require_unprocessed(model)
     if unseen:
         _require_uncentred(model)
-        without(model, _bridge_only(model))
-        model.cfg.n_ctx = min(model.cfg.n_ctx, _steady_context(huggingface_config(model)))
+        absent = _bridge_only(model)
         if is_bridge(model):  # the names were made for a HookedTransformer
             cast(Any, model).ctlens_trial = tried_hooks(model)
+        model.cfg.n_ctx = min(model.cfg.n_ctx, _steady_context(huggingface_config(model)))
+        without(model, absent)  # last, because this marks the model: one that was refused is looked at again
     return model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -86,9 +86,13 @@ def _refusal(model: LensModel, entering: Tensor, options: Mapping[str, Any], log
             hooks.callback(point.register_forward_hook(partial(_visit, found, name)).remove)
         model(entering, **again)
     name, values = found[0] if found else ("its logits", logits)
-    value = "nan" if bool(values.isnan().any()) else "infinity"
     where = f"first at {name}{_in_prompt(model, entering, values)}"
-    return NotFinite(f"the model computes {value}, {where}: {advice(model)}.", value)
+    return NotFinite(f"the model computes {what_is_not_finite(values)}, {where}: {advice(model)}.")
+
+
+def what_is_not_finite(values: Tensor) -> Literal["nan", "infinity"]:
+    """Names what there is among values that are not all finite."""
+    return "nan" if bool(values.isnan().any()) else "infinity"
 
 
 def _visit(found: list[tuple[str, Tensor]], name: str, point: Any, inputs: Any, activation: Any) -> None:

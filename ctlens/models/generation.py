@@ -19,8 +19,8 @@ from ctlens.core.limits import POSITIVE, PROBABILITY, require
 from ctlens.core.progress import progress_bar
 from ctlens.core.types import LensModel
 from ctlens.data.chat import end_token
+from ctlens.models.bridges import generation_config
 from ctlens.models.kv_cache import MAX_BATCH_TOKENS, Ids, NextLogits, Sequences, batches_by_length
-from ctlens.models.loading import generation_config
 
 NextTokens: TypeAlias = Int[Tensor, " batch"]
 

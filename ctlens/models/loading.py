@@ -37,6 +37,7 @@ from ctlens.models.adopt import adopt, marked
 from ctlens.models.bridges import generation_config, huggingface_config, is_bridge, plain_settings
 from ctlens.models.parameters import (
     copy_model,
+    is_made_here,
     plain_name,
     present_parameters,
     present_weights,
@@ -415,7 +416,6 @@ def made_config(model: LensModel) -> ModelConfig | None:
     Raises:
         CtlensError: the model is one that `adopt` refuses.
     """
-    made_here = huggingface_config(adopt(model)) is None and getattr(model, "ctlens_absent", None)
-    if not made_here:
+    if not is_made_here(adopt(model)):
         return None
     return ModelConfig(**{name: getattr(model.cfg, name) for name in ModelConfig.__dataclass_fields__})

@@ -14,6 +14,7 @@ from torch.optim import AdamW, Optimizer
 
 from ctlens.core.errors import NotFinite
 from ctlens.core.types import Scalar
+from ctlens.models.finite import what_is_not_finite
 
 TORCH_EPS = 1e-8
 
@@ -85,7 +86,7 @@ def clipped_update(optimizer: Optimizer, parameters: Sequence[nn.Parameter], cli
     """
     norm = nn.utils.clip_grad_norm_(parameters, clip)
     if not norm.isfinite():
-        value = "nan" if norm.isnan() else "infinity"
-        raise NotFinite(f"the norm of the gradient is {value}: lower lr or the weights of the losses.", value)
+        value = what_is_not_finite(norm)
+        raise NotFinite(f"the norm of the gradient is {value}: lower lr or the weights of the losses.")
     optimizer.step()
     return norm

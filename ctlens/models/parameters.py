@@ -52,6 +52,11 @@ def without(model: LensModel, names: Collection[str]) -> LensModel:
     return model
 
 
+def is_made_here(model: LensModel) -> bool:
+    """Whether ctlens itself built an adopted model: of TransformerLens's own models, these alone lack biases."""
+    return huggingface_config(model) is None and bool(getattr(model, "ctlens_absent", None))
+
+
 def present_parameters(model: LensModel) -> dict[str, nn.Parameter]:
     """The parameters that the architecture has, by a name that does not depend on the bridge's version.
 
@@ -151,18 +156,19 @@ def freeze(model: LensModel, trainable: Iterable[str]) -> list[nn.Parameter]:
 
 @contextmanager
 def evaluating(model: LensModel) -> Iterator[None]:
-    """Puts a model in eval mode inside the block and restores its mode after it."""
-    if not any(
-        module.training for module in cast(nn.Module, model).modules()
-    ):  # setting a mode takes ten times as long as a look
+    """Puts a model in eval mode inside the block and restores the mode of each of its modules after it."""
+    # A bridge passes its mode on to the model behind it, whose modules are not among its own.
+    parts = [cast(nn.Module, part) for part in (model, getattr(model, "original_model", None)) if part is not None]
+    training = [module for part in parts for module in part.modules() if module.training]
+    if not training:  # setting a mode takes ten times as long as a look
         yield
         return
-    training = model.training
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def fingerprint(model: LensModel) -> str:
@@ -175,8 +181,7 @@ def fingerprint(model: LensModel) -> str:
     digest = _digest(present_weights(model))
     config = huggingface_config(model)
     if config is None:
-        made_here = getattr(model, "ctlens_absent", None)
-        return digest if made_here else f"{digest}-{digest_of(_computing(plain_settings(model)))}"
+        return digest if is_made_here(model) else f"{digest}-{digest_of(_computing(plain_settings(model)))}"
     return f"{digest}-{digest_of([_computing(config.to_diff_dict()), _digest(state_buffers(model))])}"
 
 
@@ -209,7 +214,8 @@ ORIGINALS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 def copy_model(model: LensModel) -> LensModel:
     """A copy in eval mode; `model` is left as it is."""
     device = next(model.parameters()).device
-    with torch.no_grad():  # a bridge holds on to its last activations, and a graph among them cannot be copied
+    # A bridge holds on to its last activations, and a graph among them cannot be copied. Dropout would draw numbers.
+    with torch.no_grad(), evaluating(model):
         model(torch.zeros(1, 1, dtype=torch.long, device=device))
     copied = copy.deepcopy(model, {id(model.tokenizer): model.tokenizer}).eval()  # both read text alike
     ORIGINALS[copied] = model

@@ -9,6 +9,7 @@ import torch
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.models.bridges import huggingface_config
+from ctlens.models.finite import require_finite_weights
 from ctlens.models.loading import load_model
 from ctlens.models.parameters import evaluating, saved_tensors
 from ctlens.models.parity import compared, lens_answers, narrowed, probe_prompts
@@ -21,8 +22,10 @@ def require_written(model: LensModel, folder: Path) -> None:
     The logits of a few short prompts say what no weight says: settings of modules that no configuration holds.
 
     Raises:
+        NotFinite: a weight of the model is not, so that it could not be compared.
         CtlensError: weights, buffers or logits differ, or the folder cannot be read.
     """
+    require_finite_weights(model)
     again = load_model(folder, dtype=next(model.parameters()).dtype, check=False)
     kept = saved_tensors(again)
     for name, value in saved_tensors(model).items():

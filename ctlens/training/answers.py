@@ -134,7 +134,7 @@ def _kept(
         if not path.is_file():  # those that another training wrote meanwhile stay, and are read by both
             write_json(path, {**question, "answers": given})
     held = read_json(path)
-    answers: Any = held.pop("answers", None) if isinstance(held, dict) else None
+    answers: Any = held.pop("answers", None)
     if held != question or not _are_answers(answers, len(asked)):
         raise CtlensError(f"{path} does not hold the answers to {len(asked)} prompts: remove it.")
     return [tuple(ids) for ids in answers]

@@ -68,10 +68,12 @@ def identity(
     tracked = [in_window(loss, config.window) for loss in track]
     sides = [[pair.clean, pair.wrapped, *([pair.benign] if pair.benign else [])] for pair in pairs]
     prompts = [[render(reference.tokenizer, prompt.turns).ids for prompt in group] for group in (*sides, retain)]
+    # Some losses judge answers, for which the answers that a prompt names count, too.
+    answers = [[(prompt.good, prompt.bad, prompt.options) for prompt in group] for group in sides]
     texts = [(pair.target, pair.shared) for pair in pairs]
     return {
         "reference": fingerprint(reference),
-        "pairs": digest_of([prompts, texts]),
+        "pairs": digest_of([prompts, answers, texts]),
         "losses": {
             "trained": [loss_registry.to_config(loss) for loss in trained],
             "tracked": [loss_registry.to_config(loss) for loss in tracked],
@@ -128,8 +130,8 @@ def write_checkpoint(
     tensors["history.name"] = torch.tensor([number[name, hook] for _, name, hook, _ in history.rows], dtype=torch.long)
     tensors["history.value"] = torch.tensor([value for *_, value in history.rows], dtype=torch.double)
     plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    known = {"of": dict(of), "steps": history.steps, "names": names}
-    metadata = {"ctlens": json.dumps(known), "checksum": _checksum(json.dumps(known), plain)}
+    known = json.dumps({"of": dict(of), "steps": history.steps, "names": names})
+    metadata = {"ctlens": known, "checksum": _checksum(known, plain)}
     with atomic_file(_path(folder)) as temporary:
         save_file(plain, temporary, metadata=metadata)
 

@@ -54,6 +54,13 @@ class TensorBoard:
         """Opens the event file and writes the settings as text."""
         self._show = threading.excepthook
         threading.excepthook = _unless_handed_on(self._show)
+        try:
+            self._open(settings)
+        except BaseException:  # nobody ends what did not begin
+            threading.excepthook = self._show
+            raise
+
+    def _open(self, settings: Mapping[str, Any]) -> None:
         with writing(self._folder):
             self._writer = self._make(self._folder)
             self._writer.add_text("settings", f"```json\n{json.dumps(dict(settings), indent=2)}\n```")

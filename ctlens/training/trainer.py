@@ -23,6 +23,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses import Loss, require_distinct
 from ctlens.models.adopt import adopt
+from ctlens.models.finite import what_is_not_finite
 from ctlens.models.optimisation import adamw, clipped_update
 from ctlens.models.parameters import copy_model, evaluating
 from ctlens.training.answers import drawn_together
@@ -190,8 +191,9 @@ class Trainer:
         self.processes.sum_gradients(self.parameters)
         seen = self.processes.sum_seen(seen)
         if not torch.isfinite(seen.total):
+            value = what_is_not_finite(seen.total)
             raise NotFinite(
-                "the model's own numbers are finite: lower lr or the weights of the losses.", str(seen.total.item())
+                f"the loss is {value}, and the model's own numbers are finite: lower lr or the weights of the losses."
             )
         lr = float(self.schedule.get_last_lr()[0])
         norm = clipped_update(self.optimizer, self.parameters, self.config.clip)
@@ -260,7 +262,7 @@ def _at_step(index: int) -> Iterator[None]:
     try:
         yield
     except NotFinite as error:
-        raise NotFinite(f"the loss is {error.value} at step {index}; {error}", error.value) from None
+        raise NotFinite(f"at step {index} {error}") from None
 
 
 def train(

@@ -125,18 +125,29 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path: Path,
 
 
 def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "runs" / ".cell.half").mkdir(parents=True)
-    (tmp_path / "runs" / ".cell.half" / "weights").touch()
-    for name in (".results.csv.x1", "results.csv", "runs/kept"):
+    (tmp_path / "runs" / ".cell.abcdefgh.tmp").mkdir(parents=True)
+    (tmp_path / "runs" / ".cell.abcdefgh.tmp" / "weights").touch()
+    (tmp_path / ".git").mkdir()
+    for name in (".results.csv.x1y2z3_4.tmp", "results.csv", "runs/kept", ".git/config"):
         (tmp_path / name).touch()
 
     sweep_folder(tmp_path)
 
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        ".git",
+        ".git/config",
         "results.csv",
         "runs",
         "runs/kept",
     ]
+
+
+def test_the_lock_of_a_link_sweeps_beside_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "disk" / ".run.abcdefgh.tmp").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "run")
+
+    with alone(tmp_path / "link"):
+        assert not list((tmp_path / "disk").glob("*.tmp"))
 
 
 def test_a_digest_tells_contents_apart(tmp_path: Path) -> None:

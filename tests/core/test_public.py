@@ -349,3 +349,17 @@ def test_an_iterator_comes_back_whole() -> None:
     assert fitted("argument", iter("ab"), Sequence[str]) == ("a", "b")
     with pytest.raises(CtlensError, match="argument must be a list of whole numbers, not 'b' at number 2"):
         fitted("argument", iter([1, "b"]), Sequence[int])
+
+
+def test_an_iterator_in_a_config_stays_whole() -> None:
+    assert Prompt(Turn("user", text) for text in ("a",)).turns == (Turn("user", "a"),)  # type: ignore[arg-type]
+
+
+def test_what_no_list_may_hold() -> None:
+    with pytest.raises(CtlensError, match="not a list_iterator at number 1"):
+        fitted("groups", [iter([1, 2])], Sequence[Sequence[int]])
+    with pytest.raises(CtlensError, match="n_pairs must be at least 1, not 0"):
+        fitted("n_pairs", np.array([4, 0]), Sequence[int])
+    with pytest.raises(CtlensError, match="sites names .*'b'.* twice"):
+        fitted("sites", np.array(["a", "b", "b"]), Sequence[str])
+    assert fitted("threats", {"a", "b"}, Sequence[str]) == {"a", "b"}

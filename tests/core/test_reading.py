@@ -214,3 +214,11 @@ def test_a_table_without_rows_has_its_columns_and_one_that_lacks_some_is_named(t
 def test_lines_keep_their_ends(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(MARK + b"a\r\nb\rc\n\nd")
     assert list(text_lines(tmp_path / "x")) == [(1, "a\r\n"), (2, "b\rc\n"), (3, "\n"), (4, "d")]
+
+
+def test_a_nul_byte_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes(b"a,b\n1,2\n3,\0\n")
+
+    for read in (lambda path: list(read_csv(path)), read_columns):
+        with pytest.raises(CtlensError, match="x.csv, row 2: a NUL byte"):
+            read(tmp_path / "x.csv")

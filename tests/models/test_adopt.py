@@ -15,13 +15,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import ctlens as ct
-from ctlens.core.errors import CtlensError
+from ctlens.core.errors import CtlensError, NotFinite
 from ctlens.core.types import LensModel
 from ctlens.models.adopt import adopt, tried_hooks
 from ctlens.models.bridges import is_bridge
 from ctlens.models.hooks import capture, editing, resolve
 from ctlens.models.loading import HAS_HOOKED_TRANSFORMER, load_model, save_model
-from ctlens.models.parameters import fingerprint, present_parameters
+from ctlens.models.parameters import copy_model, evaluating, fingerprint, present_parameters
 
 pytestmark = pytest.mark.boundary
 TOKENS = torch.arange(24).reshape(2, 12) + 5
@@ -218,6 +218,15 @@ def test_folding_after_adoption_is_seen() -> None:
         adopt(model)
 
 
+def test_a_model_that_was_refused_once_is_refused_again(tmp_path: Path) -> None:
+    model: Any = booted("llama", tmp_path)
+    next(model.parameters()).data.fill_(torch.nan)
+
+    for _ in range(2):
+        with pytest.raises(NotFinite, match="is not finite"):
+            adopt(model)
+
+
 def test_a_bias_that_the_architecture_lacks_is_refused(tmp_path: Path) -> None:
     model: Any = booted("llama", tmp_path)
     bias = model.unembed.original_component.bias
@@ -299,3 +308,23 @@ def test_the_names_of_a_hooked_transformer_are_believed() -> None:
     model = hooked(**GPT)
 
     assert not is_bridge(model) and not hasattr(adopt(model), "ctlens_trial")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_evaluating_gives_every_module_its_own_mode_back(kind: str, tmp_path: Path) -> None:
+    model: Any = booted(kind, tmp_path)
+    modules = [*model.modules(), *model.original_model.modules()]
+    model.train()
+    model.blocks[0].eval()
+    before = [module.training for module in modules]
+    with evaluating(model):
+        assert not any(module.training for module in modules)
+    assert [module.training for module in modules] == before
+
+
+def test_a_copy_draws_no_number_from_the_callers_generator(tmp_path: Path) -> None:
+    model: Any = booted("gpt2", tmp_path)  # with dropout
+    model.train()
+    before = torch.get_rng_state()
+    copy_model(model)
+    assert torch.equal(torch.get_rng_state(), before) and model.training

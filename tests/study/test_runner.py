@@ -346,7 +346,9 @@ def test_a_mistake_in_a_worker_is_the_same_sentence(tmp_path: Path) -> None:
         replace(TINY, training=TrainConfig(steps=4, lr=1e30)), tmp_path / "study", progress=False, pool=Pool(2)
     )
 
-    with pytest.raises(CtlensError, match="the loss is (nan|inf) at step|the model computes (NaN|infinity)"):
+    with pytest.raises(
+        CtlensError, match="(the loss is|the norm of the gradient is|the model computes) (nan|infinity)"
+    ):
         list(study)
 
     assert not list((tmp_path / "study").rglob(".*"))

@@ -168,6 +168,10 @@ def test_a_checkpoint_of_another_training_is_refused(model, tmp_path) -> None:
     for change, message in (
         ((other, PAIRS, ACT(), QUICK), "a reference with other weights"),
         ((model, PAIRS[:6], ACT(), QUICK), "other pairs"),
+        (
+            (model, [replace(pair, wrapped=replace(pair.wrapped, bad="no")) for pair in PAIRS], ACT(), QUICK),
+            "other pairs",
+        ),
         ((model, PAIRS, ACT(weight=0.02), QUICK), "other losses"),
         ((model, PAIRS, ACT(), replace(QUICK, lr=1e-3)), "other settings"),
     ):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
-from helpers.models import made
+import torch
+from helpers.models import chat_model, made
 
-from ctlens.core.errors import CtlensError
+from ctlens.core.errors import CtlensError, NotFinite
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT
 from ctlens.training import TrainConfig, load_run, train
@@ -64,3 +66,24 @@ def test_a_history_comes_back_with_every_digit_and_with_what_was_not_measured(sa
 
     assert first == (1, "total", "", 0.1 + 0.2) and last == (2, "act", "blocks.0", 1e-17)
     assert missing[:3] == (2, "rate", "") and missing[3] != missing[3]
+
+
+def test_a_run_of_a_broken_model_is_not_written(tmp_path: Path) -> None:
+    pairs = [Pair(prompt("Is it right?"), prompt("I say no. Is it right?"))]
+    run = train(made(), pairs, ACT(), config=TrainConfig(steps=1))
+    next(run.model.parameters()).data[0] = torch.nan
+
+    with pytest.raises(NotFinite, match="the weight .* of the model is not finite"):
+        run.save(tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_from_which_another_model_would_come_is_not_written(tmp_path: Path) -> None:
+    model: Any = chat_model("llama")
+    model.original_model.model.norm.variance_epsilon = 10.0  # which no file of the model holds
+    pairs = [Pair(prompt("Is it right?"), prompt("I say no. Is it right?"))]
+    run = train(model, pairs, ACT(), config=TrainConfig(steps=1))
+
+    with pytest.raises(CtlensError, match="would not come back .* its logits, by .*, so nothing was written"):
+        run.save(tmp_path / "run")
+    assert not list(tmp_path.iterdir())

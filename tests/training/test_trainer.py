@@ -273,7 +273,7 @@ def test_a_loss_that_is_no_number_stops_the_training(model) -> None:
     next(broken.parameters()).data.fill_(float("nan"))
     trainer = Trainer(broken, PAIRS, ACT(), TrainConfig(steps=1, retention=0))
 
-    with pytest.raises(CtlensError, match="loss is nan at step 1"):
+    with pytest.raises(CtlensError, match="at step 1 the model computes nan"):
         next(trainer)
 
     assert not trainer.model.training
