@@ -22,7 +22,7 @@ _Row = tuple[str, str]
 
 
 def record_digests(folder: Path, files: Iterable[Path] | None = None) -> None:
-    """Writes down the digests of files in a folder; those of other files in it stay as they were recorded.
+    """Writes down the digests of files in a folder; those of other files that are still there stay as recorded.
 
     Args:
         folder: the folder.
@@ -31,7 +31,8 @@ def record_digests(folder: Path, files: Iterable[Path] | None = None) -> None:
     if files is None:
         lying = (path for path in folder.iterdir() if path.is_file())
         files = [path for path in lying if path.name != DIGESTS_FILE and not path.name.startswith(".")]
-    known = {**_recorded(folder), **{path.relative_to(folder).as_posix(): _row(path) for path in files}}
+    others = {name: row for name, row in _recorded(folder).items() if (folder / name).is_file()}
+    known = {**others, **{path.relative_to(folder).as_posix(): _row(path) for path in files}}
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerows([_COLUMNS, *((name, *row) for name, row in sorted(known.items()))])
@@ -69,7 +70,10 @@ def _recorded(folder: Path) -> dict[str, _Row]:
     path = folder / DIGESTS_FILE
     if not path.is_file():
         return {}
-    names, *rest = typed(read_columns(path), dict.fromkeys(_COLUMNS, str), path).values()
+    try:
+        names, *rest = typed(read_columns(path), dict.fromkeys(_COLUMNS, str), path).values()
+    except CtlensError:
+        raise CtlensError(f"{path} is damaged: remove it and run the study again with --resume.") from None
     return dict(zip(names, zip(*rest, strict=True), strict=True))
 
 
