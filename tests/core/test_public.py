@@ -349,3 +349,21 @@ def test_an_iterator_comes_back_whole() -> None:
     assert fitted("argument", iter("ab"), Sequence[str]) == ("a", "b")
     with pytest.raises(CtlensError, match="argument must be a list of whole numbers, not 'b' at number 2"):
         fitted("argument", iter([1, "b"]), Sequence[int])
+
+
+@pytest.mark.parametrize(
+    ("losses", "what"), [(ct.ACT, "not the class ACT itself"), (None, "not None"), ({"name": "act"}, "not a dict")]
+)
+def test_what_is_no_loss_is_refused_by_what_may_stand_for_one(model: LensModel, losses: Any, what: str) -> None:
+    with pytest.raises(CtlensError, match=f"^losses must be a Loss or a text or a list of .*, {what}. Make one, as"):
+        loose.train(model, PAIRS, losses, **QUIET)
+
+
+def test_an_argument_too_many_is_refused_by_the_name_of_the_function() -> None:
+    with pytest.raises(TypeError, match="^evaluate\\(\\) got an unexpected keyword argument 'n'"):
+        loose.evaluate(None, n=4)
+
+
+def test_tracked_losses_are_given_by_name_too(model: LensModel) -> None:
+    by_name = loose.train(model, PAIRS, "act", config=TRAINED, track=["klct"], **QUIET).history
+    assert by_name == ct.train(model, PAIRS, ct.ACT(), config=TRAINED, track=[ct.KLCT()], **QUIET).history
