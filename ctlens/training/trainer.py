@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ctlens import losses as loss_registry
+from ctlens.core.arguments import fitted
 from ctlens.core.config import environment, generator, to_dict
 from ctlens.core.errors import CtlensError, NotFinite
 from ctlens.core.files import usable_folder
@@ -293,7 +294,7 @@ def train(
         CtlensError: see `Trainer`; or the loss is no longer finite.
     """
     changes = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
-    config = replace(config or TrainConfig(), **changes)
+    config = replace(fitted("config", config, TrainConfig | None) or TrainConfig(), **changes)
     options: dict[str, Any] = {"retain": retain, "track": track, "loggers": loggers, "cache_folder": cache_folder}
     trainer = Trainer(model, pairs, losses, config, progress=progress, **options)
     try:

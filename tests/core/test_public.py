@@ -305,6 +305,7 @@ NEWCOMER: dict[str, Callable[[LensModel], Any]] = {
         lambda model: loose.evaluate(model, pairs=pd.DataFrame())
     ),
     "unknown loss 'atc'; did you mean 'attct' or 'act'?": lambda model: loose.train(model, PAIRS, "atc"),
+    "config must be a TrainConfig or None, not a dict.": lambda model: loose.train(model, PAIRS, ct.ACT(), config={}),
     "steps must be a whole number, not 'a'.": lambda model: loose.train(model, PAIRS, ct.ACT(), steps="a"),
     "steps must be a whole number, not 1.5.": lambda model: loose.train(model, PAIRS, ct.ACT(), steps=1.5),
     "steps must be at least 1, not 0.": lambda model: loose.train(model, PAIRS, ct.ACT(), steps=0),
