@@ -24,6 +24,8 @@ from ctlens.core.types import Activations, HookFunction, LensModel, Tokens
 from ctlens.models.bridges import huggingface_config, is_bridge, unwire
 from ctlens.models.hooks import SHORTHANDS, run
 from ctlens.models.parameters import evaluating, plain_name, without
+from ctlens.models.parity import lens_answers, narrowed, original_answers, probe_prompts, require_parity
+from ctlens.models.twins import huggingface_twin
 
 NATIVE = "TransformerLensNative"
 KNOWN_CLASSES = ("HookedTransformer", "TransformerBridge")
@@ -49,21 +51,56 @@ def adopt(model: LensModel) -> LensModel:
         model: a `HookedTransformer` or a `TransformerBridge`, from ctlens or from TransformerLens itself.
 
     Raises:
-        CtlensError: the object is no such model; its weights are folded, centred or otherwise processed, so that its
-            activations are not those of the weights that were trained; it computes NaN; or it could not be built again
-            from a folder.
+        CtlensError: the object is no such model; it is a bridge that computes something else than HuggingFace's model
+            of its configuration and weights, which is made once to compare; its weights are folded, centred or
+            otherwise processed, so that its activations are not those of the weights that were trained; it computes
+            NaN; or it could not be built again from a folder.
     """
-    marked = hasattr(model, "ctlens_absent")
-    if not marked:
+    brought = not hasattr(model, "ctlens_absent")
+    marked(model)
+    if brought and huggingface_config(model) is not None:
+        try:
+            _require_twin(model)
+        except CtlensError:
+            del cast(Any, model).ctlens_absent  # it is asked again at the next use
+            raise
+    return model
+
+
+def marked(model: LensModel) -> LensModel:
+    """Does for a model what `adopt` does, without comparing a bridge's logits with HuggingFace's; raises as it does."""
+    unseen = not hasattr(model, "ctlens_absent")
+    if unseen:
         _require_lens(model)
     _require_unprocessed(model)
-    if not marked:
+    if unseen:
         _require_uncentred(model)
         without(model, _bridge_only(model))
         model.cfg.n_ctx = min(model.cfg.n_ctx, _steady_context(huggingface_config(model)))
         if is_bridge(model):  # the names were made for a HookedTransformer
             cast(Any, model).ctlens_trial = tried_hooks(model)
     return model
+
+
+def _require_twin(model: LensModel) -> None:
+    """Refuses a bridge that computes something else than a HuggingFace model with its configuration and weights.
+
+    The model that the bridge was made of is no judge: the bridge has put its own modules into it.
+
+    Raises:
+        CtlensError: logits differ by more than rounding, or no such model could be made.
+    """
+    kind = type(cast(Any, model).original_model).__name__
+    try:
+        twin = huggingface_twin(model)
+    except CtlensError as error:
+        raise CtlensError(
+            f"this bridge to {kind} cannot be compared with HuggingFace's ({error}): load the model with "
+            "ctlens.load_model, which compares them before it makes the bridge."
+        ) from None
+    prompts = probe_prompts(twin.config)
+    with evaluating(model), narrowed(twin.config, huggingface_config(model)):
+        require_parity(kind, lens_answers(model, prompts), original_answers(twin, prompts))
 
 
 def _require_lens(model: Any) -> None:

@@ -4,35 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedModel
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_folder
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
-from ctlens.models.bridges import generation_config, huggingface_config
+from ctlens.models.bridges import huggingface_config
 from ctlens.models.loading import made_config, quiet_huggingface
-from ctlens.models.parameters import persistent_buffers, present_weights, state_buffers
 from ctlens.models.parity import apart_from
+from ctlens.models.twins import huggingface_twin, unread
 from ctlens.models.weights import ModelConfig, canonical_weights, copy_weights
 
-# HuggingFace's name of a layer, and the layers that a bridge has instead, in the order of the layer's outputs.
-SPLIT_LAYERS = {
-    "attn.c_attn": ("attn.q", "attn.k", "attn.v"),
-    "attn.c_proj": ("attn.o",),
-    "attention.query_key_value": ("attention.q", "attention.k", "attention.v"),
-    "attention.dense": ("attention.o",),
-    "self_attn.qkv_proj": ("self_attn.q", "self_attn.k", "self_attn.v"),
-    "self_attn.o_proj": ("self_attn.o",),
-    "mlp.gate_up_proj": ("mlp.gate", "mlp.in"),
-}
-INTERLEAVED = "attention.query_key_value"  # GPT-NeoX keeps the query, key and value of a head together
 LLAMA_LAYOUT = {
     "embed.W_E": ("model.embed_tokens", None),
     "ln1.w": ("input_layernorm", None),
@@ -76,23 +63,18 @@ def export_huggingface(model: LensModel, folder: str | Path) -> Path:
 @torch.no_grad()
 def to_huggingface(model: LensModel) -> PreTrainedModel:
     """Makes a HuggingFace model, with weights of its own, of equal logits; raises as `export_huggingface`."""
-    first = next(model.parameters())
     made = made_config(model)
-    config = _llama_config(made) if made else huggingface_config(model)
-    if config is None:
+    if made:
+        hf = unread(_llama_config(made), model)
+        targets = {name: parameter.data for name, parameter in hf.named_parameters()}
+        copy_weights(targets, _llama_weights(canonical_weights(model)))
+    elif huggingface_config(model) is None:
         raise CtlensError(
             f"a {type(model).__name__} of your own has no architecture in HuggingFace's transformers, so it cannot be "
             "exported: keep it as a run or with save_model."
         )
-    with torch.random.fork_rng():
-        options = {"dtype": first.dtype, "attn_implementation": "eager"}
-        hf: Any = cast(Any, AutoModelForCausalLM).from_config(config, **options)
-    hf = hf.to(first.device).eval()
-    weights = _llama_weights(canonical_weights(model)) if made else _joined(hf, present_weights(model))
-    targets = {name: parameter.data for name, parameter in hf.named_parameters()} | persistent_buffers(hf)
-    copy_weights(targets, weights | state_buffers(model))
-    if not made and (generation := generation_config(model)) is not None:
-        hf.generation_config = generation
+    else:
+        hf = huggingface_twin(model)
     apart = apart_from(model, hf)
     if not apart.is_rounding:
         raise CtlensError(
@@ -100,31 +82,6 @@ def to_huggingface(model: LensModel) -> PreTrainedModel:
             "keep the model as a run or with save_model."
         )
     return hf
-
-
-def _joined(hf: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A bridge's weights under HuggingFace's names and in its layouts; unsplit weights stay as they are."""
-    left = dict(weights)
-    joined: dict[str, Tensor] = {}
-    for name, module in hf.named_modules():
-        prefix, parts = next(
-            ((name.removesuffix(key), parts) for key, parts in SPLIT_LAYERS.items() if name.endswith(key)), ("", ())
-        )
-        for kind, _ in module.named_parameters(recurse=False):
-            found = [f"{prefix}{part}.{kind}" for part in parts]
-            if found and all(part in left for part in found):
-                joined[f"{name}.{kind}"] = _join([left.pop(part) for part in found], module, name, hf)
-    return {**left, **joined}
-
-
-def _join(parts: list[Tensor], module: nn.Module, name: str, hf: Any) -> Tensor:
-    if len(parts) == 1:
-        return parts[0]
-    if name.endswith(INTERLEAVED):
-        heads = hf.config.num_attention_heads
-        return rearrange(parts, "three (head d_head) ... -> (head three d_head) ...", head=heads)
-    fused = torch.cat(parts)
-    return fused.T if isinstance(module, Conv1D) and fused.ndim == 2 else fused
 
 
 def _llama_config(config: ModelConfig) -> LlamaConfig:

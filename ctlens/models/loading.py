@@ -33,7 +33,7 @@ from ctlens.core.files import write_json
 from ctlens.core.public import public
 from ctlens.core.reading import read_json
 from ctlens.core.types import ChosenRows, LensModel, RowNumbers, device_named, dtype_named
-from ctlens.models.adopt import adopt
+from ctlens.models.adopt import adopt, marked
 from ctlens.models.bridges import generation_config, huggingface_config, is_bridge, plain_settings
 from ctlens.models.parameters import (
     copy_model,
@@ -260,7 +260,7 @@ def _bridge(hf: PreTrainedModel, tokenizer: Any, check: bool) -> LensModel:
             with narrowed(hf.config):
                 found = lens_answers(model, prompts)
             require_parity(type(hf).__name__, found, expected)
-        adopt(model)
+        marked(model)
     return _attach(model, tokenizer)
 
 

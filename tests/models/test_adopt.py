@@ -12,7 +12,7 @@ from helpers.models import byte_level_tokenizer, hf_model, odd_model
 from torch import nn
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import ctlens as ct
 from ctlens.core.errors import CtlensError
@@ -55,7 +55,11 @@ def with_tokenizer(model: Any) -> LensModel:
 
 def booted(kind: str, folder: Path) -> LensModel:
     """What `boot_transformers` gives, as somebody who knows nothing of ctlens gets it."""
-    hf_model(kind).save_pretrained(folder)
+    return booted_from(hf_model(kind), folder)
+
+
+def booted_from(hf: PreTrainedModel, folder: Path) -> LensModel:
+    hf.save_pretrained(folder)
     byte_level_tokenizer(chat=True).save_pretrained(folder)
     return TransformerBridge.boot_transformers(str(folder), device="cpu").eval()  # type: ignore[return-value]
 
@@ -167,10 +171,20 @@ def compatible(folder: Path) -> LensModel:
     return model
 
 
+def unscaled(folder: Path) -> LensModel:
+    """A GPT-2 whose scores are not divided by the root of the heads' size; TransformerLens divides them."""
+    hf = hf_model("gpt2")
+    config = GPT2Config(**{**hf.config.to_dict(), "scale_attn_weights": False})
+    again = GPT2LMHeadModel(config).eval()
+    again.load_state_dict(hf.state_dict())
+    return booted_from(again, folder)
+
+
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "folded": (lambda _: processed(fold_ln=True), "norms are folded"),
     "centred": (lambda _: processed(center_writing_weights=True), "weights are centred"),
     "compatibility": (compatible, "compatibility mode"),
+    "unscaled": (unscaled, "does not compute what HuggingFace computes for GPT2LMHeadModel"),
     "huggingface": (
         lambda _: hf_model("llama"),
         "TransformerLens model( or a Recording)?(, not a LlamaForCausalLM|: pass it to ctlens.load_model)",

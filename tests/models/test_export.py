@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctlens.core.errors import CtlensError
 from ctlens.models import export as huggingface
+from ctlens.models import twins
 from ctlens.models.architectures import ARCHITECTURES, tiny_model
 from ctlens.models.export import export_huggingface, to_huggingface
 from ctlens.models.loading import build, load_model, save_model
@@ -106,11 +107,11 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
 
 
 def test_an_unknown_layout_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface, "SPLIT_LAYERS", {})
+    monkeypatch.setattr(twins, "SPLIT_LAYERS", {})
     with pytest.raises(CtlensError, match="do not fit"):
         export_huggingface(load_model(tiny_model("gpt2")), tmp_path / "out")
     monkeypatch.undo()
-    monkeypatch.setattr(huggingface, "INTERLEAVED", "nothing")
+    monkeypatch.setattr(twins, "INTERLEAVED", "nothing")
     with pytest.raises(CtlensError, match="logits would differ"):
         export_huggingface(load_model(tiny_model("gpt_neox")), tmp_path / "out")
     assert not any(tmp_path.iterdir())
