@@ -104,6 +104,8 @@ def _fitting(value: Any, hint: Any) -> Any:
 
 def _require(fits: bool, value: Any) -> None:
     if not fits:
+        if isinstance(value, type):
+            raise Unfit(f"not the class {value.__name__} itself")
         shown = isinstance(value, str | numbers.Number) or value is None
         raise Unfit(f"not {value!r}" if shown and len(repr(value)) < 60 else f"not a {type(value).__name__}")
 
@@ -193,6 +195,8 @@ def _class_in_words(hint: Any) -> str:
 
 def _plural(hint: Any) -> str:
     words = {str: "texts", int: "whole numbers", float: "numbers"}
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_plural, get_args(hint)))
     return words.get(hint) or (f"{hint.__name__} objects" if _is_class(hint) else _words(hint))
 
 

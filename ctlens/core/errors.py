@@ -84,7 +84,8 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> CtlensError:
     """
     names = [str(entry) for entry in known]
     # The cut-off 0.5 and the 12 names shown were chosen by eye, so that the sentence stays short.
-    near = difflib.get_close_matches(str(name), names, n=2, cutoff=0.5)
+    by_lower = {entry.lower(): entry for entry in names}  # "ACT" is near to "act"
+    near = [by_lower[entry] for entry in difflib.get_close_matches(str(name).lower(), by_lower, n=2, cutoff=0.5)]
     hint = f"; did you mean {' or '.join(repr(entry) for entry in near)}?" if near else "."
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return CtlensError(f"unknown {kind} {str(name)!r}{hint} Known: {shown}.")

@@ -33,7 +33,10 @@ def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(function)
     def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:  # it does not say whose arguments they are
+            raise TypeError(f"{function.__qualname__}() {error}") from None
         checked_arguments(function, bound)
         with at_work(*_models_in(bound.arguments.values())):
             return function(*bound.args, **bound.kwargs)

@@ -12,7 +12,7 @@ import pandas as pd
 from ctlens.analysis import attention_diff, residual_shift
 from ctlens.analysis.outputs.gap_recovered import GAP_RECOVERED, Gap
 from ctlens.core.digests import record_digests
-from ctlens.core.errors import CtlensError
+from ctlens.core.errors import CtlensError, NotFinite
 from ctlens.core.files import atomic_folder, write_json
 from ctlens.core.labels import BASE
 from ctlens.core.threads import one_thread
@@ -202,6 +202,8 @@ def _recovered(gap: Callable[[], Gap], model: LensModel) -> tuple[float, float, 
     """The share of the gap that a model has recovered, with its interval; NaN where the attack makes no gap."""
     try:
         return gap().share(model)
+    except NotFinite:
+        raise
     except CtlensError:
         return float("nan"), float("nan"), float("nan")
 

@@ -172,8 +172,8 @@ class StudyConfig:
 def first_study(**settings: Any) -> StudyConfig:
     """The study that a newcomer runs: two threats, each analysed, with the controls but without what only refines them.
 
-    It leaves out of the matrix the threats that are not analysed, the crossed conditions and the second seed. What it
-    trains, it trains as the matrix does.
+    It leaves out of the matrix the other threats, the crossed conditions and the second seed. What it trains, it trains
+    as the matrix does. Other threats that are named are analysed too.
 
     Args:
         settings: of a `StudyConfig`; those given are kept.
@@ -181,8 +181,10 @@ def first_study(**settings: Any) -> StudyConfig:
     known = {"ceiling_seeds": 1, **settings}
     if known.get("extra_conditions") is None:
         known["extra_conditions"] = () if known.get("file") else EXTRA_CONTROLS
-    if not (known.get("threats") or known.get("file")):
-        known["threats"] = ANALYSED_THREATS
+    if not known.get("file"):
+        known["threats"] = known.get("threats") or ANALYSED_THREATS
+        if known.get("analysed") is None:
+            known["analysed"] = known["threats"]
     return StudyConfig(**known)
 
 

@@ -212,6 +212,8 @@ def _claim_folder(folder: Path, settings: dict[str, Any], resume: bool, model: s
         write_json(held, described)
         return
     found = read_json(held)
+    if "weights" not in found:
+        raise CtlensError(f"{folder} holds something else than a study: name a new folder with --out.")
     if found.get("ctlens", described["ctlens"]) != described["ctlens"]:
         raise CtlensError(
             f"{folder} holds a study of ctlens {found['ctlens']}, and this is {described['ctlens']}: "
@@ -246,7 +248,7 @@ def seconds(config: StudyConfig, pool: Pool) -> float:
 def compare(
     threats: Sequence[str] = (),
     methods: Sequence[str] = (),
-    seeds: int = 1,
+    seeds: int | None = None,
     *,
     size: str = "first",
     out: str | Path,
@@ -259,7 +261,7 @@ def compare(
 
     Args:
         threats, methods: what to run; those of the size when none are given.
-        seeds: number of seeds.
+        seeds: number of seeds; by default 1, or 3 in a full study.
         size: `"first"`, a newcomer's two threats with their controls; `"matrix"`, every threat, with the crossed
             conditions and a second seed; `"full"`, several organisms and all of it on every threat.
         out: a new folder, or with `resume` the folder of the same study.
@@ -271,7 +273,8 @@ def compare(
     Raises:
         CtlensError: as `StudyConfig` and `Study`.
     """
-    config = study_of_size(size, threats=tuple(threats), methods=tuple(methods), seeds=seeds, **settings)
+    chosen = settings if seeds is None else {**settings, "seeds": seeds}
+    config = study_of_size(size, threats=tuple(threats), methods=tuple(methods), **chosen)
     study = Study(config, out, resume=resume, progress=progress, pool=Pool(workers))
     for _ in study:
         pass

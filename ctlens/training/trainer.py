@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ctlens import losses as loss_registry
+from ctlens.core.arguments import fitted
 from ctlens.core.config import environment, generator, to_dict
 from ctlens.core.errors import CtlensError, NotFinite
 from ctlens.core.files import usable_folder
@@ -57,7 +58,7 @@ class Trainer:
         config: the settings.
         retain: prompts that must not change, beside the pairs' clean prompts and benign twins. Retention holds
             them by the KL to the reference.
-        track: losses to measure without training on them, on the same forward passes.
+        track: losses, or their names, to measure without training on them, on the same forward passes.
         loggers: receive every number of the history as it comes, see `ctlens.training.loggers`.
         cache_folder: keeps the reference's answers and its activations on clean prompts on disk, for
             this training and the next; None keeps the activations in memory and no answers.
@@ -78,7 +79,7 @@ class Trainer:
         config: TrainConfig | None = None,
         *,
         retain: Sequence[Prompt] = (),
-        track: Sequence[Loss] = (),
+        track: Sequence[Loss | str] = (),
         loggers: Sequence[Logger] = (),
         cache_folder: str | Path | None = None,
         progress: bool = False,
@@ -86,7 +87,7 @@ class Trainer:
         self.config = config or TrainConfig()
         pairs, retain = list(pairs), list(retain)
         self.losses = tuple(in_window(loss, self.config.window) for loss in loss_registry.built(losses))
-        self.track = tuple(in_window(loss, self.config.window) for loss in track)
+        self.track = tuple(in_window(loss, self.config.window) for loss in loss_registry.built(track))
         require_distinct(self.losses)
         require_distinct(self.track)
         self._described = partial(identity, model, pairs, retain, self.losses, self.track, self.config)
@@ -274,7 +275,7 @@ def train(
     seed: int | None = None,
     config: TrainConfig | None = None,
     retain: Sequence[Prompt] = (),
-    track: Sequence[Loss] = (),
+    track: Sequence[Loss | str] = (),
     loggers: Sequence[Logger] = (),
     cache_folder: str | Path | None = None,
     progress: bool = True,
@@ -295,7 +296,7 @@ def train(
         CtlensError: see `Trainer`; or the loss is no longer finite.
     """
     changes = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
-    config = replace(config or TrainConfig(), **changes)
+    config = replace(fitted("config", config, TrainConfig | None) or TrainConfig(), **changes)
     options: dict[str, Any] = {"retain": retain, "track": track, "loggers": loggers, "cache_folder": cache_folder}
     trainer = Trainer(model, pairs, losses, config, progress=progress, **options)
     try:

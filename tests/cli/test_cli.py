@@ -493,7 +493,9 @@ def test_compare_prints_a_line_a_cell_and_one_table_of_80_columns(call: Call, pl
     monkeypatch.setattr("ctlens.study.config.ANALYSED_THREATS", ())
     monkeypatch.setattr("ctlens.study.config.StudyConfig", partial(StudyConfig, n_pairs=8, n_prompts=12))
     monkeypatch.setenv("COLUMNS", "80")
-    ended = call("compare --quiet --threats sycophancy,jailbreak --methods act --steps 1 --workers 1 --out new")
+    ended = call(
+        "compare --quiet --size matrix --threats sycophancy,jailbreak --methods act --steps 1 --workers 1 --out new"
+    )
 
     lines = ended.out.splitlines()
     assert ended.code == 0 and ended.err == "" and lines[-1] == "Report: new/report.html"

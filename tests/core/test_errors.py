@@ -27,3 +27,7 @@ def test_a_long_list_is_cut():
 
 def test_names_that_are_no_text_are_accepted():
     assert "unknown layer '7'" in str(unknown("layer", 7, ["0", "1"]))
+
+
+def test_capitals_are_near_to_small_letters():
+    assert "did you mean 'act'" in str(unknown("loss", "ACT", ["act", "bct"]))

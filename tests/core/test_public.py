@@ -305,6 +305,7 @@ NEWCOMER: dict[str, Callable[[LensModel], Any]] = {
         lambda model: loose.evaluate(model, pairs=pd.DataFrame())
     ),
     "unknown loss 'atc'; did you mean 'attct' or 'act'?": lambda model: loose.train(model, PAIRS, "atc"),
+    "config must be a TrainConfig or None, not a dict.": lambda model: loose.train(model, PAIRS, ct.ACT(), config={}),
     "steps must be a whole number, not 'a'.": lambda model: loose.train(model, PAIRS, ct.ACT(), steps="a"),
     "steps must be a whole number, not 1.5.": lambda model: loose.train(model, PAIRS, ct.ACT(), steps=1.5),
     "steps must be at least 1, not 0.": lambda model: loose.train(model, PAIRS, ct.ACT(), steps=0),
@@ -363,3 +364,21 @@ def test_what_no_list_may_hold() -> None:
     with pytest.raises(CtlensError, match="sites names .*'b'.* twice"):
         fitted("sites", np.array(["a", "b", "b"]), Sequence[str])
     assert fitted("threats", {"a", "b"}, Sequence[str]) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("losses", "what"), [(ct.ACT, "not the class ACT itself"), (None, "not None"), ({"name": "act"}, "not a dict")]
+)
+def test_what_is_no_loss_is_refused_by_what_may_stand_for_one(model: LensModel, losses: Any, what: str) -> None:
+    with pytest.raises(CtlensError, match=f"^losses must be a Loss or a text or a list of .*, {what}. Make one, as"):
+        loose.train(model, PAIRS, losses, **QUIET)
+
+
+def test_an_argument_too_many_is_refused_by_the_name_of_the_function() -> None:
+    with pytest.raises(TypeError, match="^evaluate\\(\\) got an unexpected keyword argument 'n'"):
+        loose.evaluate(None, n=4)
+
+
+def test_tracked_losses_are_given_by_name_too(model: LensModel) -> None:
+    by_name = loose.train(model, PAIRS, "act", config=TRAINED, track=["klct"], **QUIET).history
+    assert by_name == ct.train(model, PAIRS, ct.ACT(), config=TRAINED, track=[ct.KLCT()], **QUIET).history

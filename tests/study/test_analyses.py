@@ -278,7 +278,8 @@ def test_the_first_study_trains_a_part_of_the_matrix_on_two_threats() -> None:
 
 
 def test_a_first_study_keeps_what_it_is_told() -> None:
-    assert study_of_size("first", threats=("persona",)).analysed_threats == ()
+    assert study_of_size("first", threats=("persona",)).analysed_threats == ("persona",)
+    assert study_of_size("first", threats=("persona",), analysed=()).analysed_threats == ()
     assert study_of_size("first", extra_conditions=("klct",)).extra_conditions == ("klct",)
     assert study_of_size("first", file="pairs.jsonl").extra_conditions == ()
     assert study_of_size("first", ceiling_seeds=2).ceiling_seeds == 2

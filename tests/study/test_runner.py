@@ -550,3 +550,25 @@ def test_no_workers_are_no_study_and_leave_no_folder(tmp_path: Path) -> None:
         Study(TINY, tmp_path / "new", pool=Pool(0))
 
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("size", "options", "seeds"), [("full", {}, 3), ("full", {"seeds": 1}, 1), ("first", {}, 1)])
+def test_a_size_decides_on_the_seeds_that_nobody_names(
+    size: str, options: dict, seeds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[StudyConfig] = []
+
+    def refused(config: StudyConfig, *args: object, **kwargs: object) -> None:
+        asked.append(config)
+        raise CtlensError("this test runs no study.")
+
+    monkeypatch.setattr("ctlens.study.runner.Study", refused)
+    with pytest.raises(CtlensError, match="runs no study"):
+        compare(size=size, out=tmp_path / "study", **options)
+    assert asked[0].seeds == seeds
+
+
+def test_the_folder_of_a_run_is_called_no_study(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"training": {"steps": 2}, "losses": []}')
+    with pytest.raises(CtlensError, match="holds something else than a study"):
+        claim_folder(tmp_path, {"training": {"steps": 2}}, resume=True)

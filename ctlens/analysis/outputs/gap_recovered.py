@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from ctlens import plots
 from ctlens.analysis.base.contrast import Contrast, contrast_batches, contrasts
-from ctlens.analysis.base.forward import comparable_by_label
+from ctlens.analysis.base.forward import comparable_by_label, require_comparable
 from ctlens.analysis.base.metrics import SMALLEST_GAPS
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError
@@ -151,7 +151,11 @@ class Gap:
         """Measures the share of the gap that one trained model has recovered, as `GapRecovered.share`.
 
         It takes one pass over the wrapped prompts, so a training can be followed step by step.
+
+        Raises:
+            CtlensError: the model does not compare with the base or is in training mode, or the gap is too small.
         """
+        require_comparable(self.base, model)
         return _share(self._before, self._batches(model, self._prompts["wrapped"]))
 
     def _both_sides(self, model: LensModel) -> Float[np.ndarray, "side pair"]:
