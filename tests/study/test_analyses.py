@@ -363,6 +363,7 @@ def test_organisms_are_made_beside_the_firsts_trainings(monkeypatch: pytest.Monk
         "ctlens.study.runner.run_in_order", lambda function, tasks, pool: iter(ran.append(task[2]) for task in tasks)
     )
     monkeypatch.setattr(Study, "_compared", lambda self, cell: pd.DataFrame())
+    monkeypatch.setattr("ctlens.study.runner.record_digests", lambda folder, files: None)  # of what nobody wrote here
 
     seen = [cell for cell, _ in Study(config, tmp_path / "study", progress=False)]
 
