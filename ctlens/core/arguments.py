@@ -37,6 +37,9 @@ _MADE_BY = {
 }
 
 
+_INSTEAD = {"Recording": "Recording, which cannot run (give recording.model)"}
+
+
 class Unfit(Exception):
     """Unfit is a value of another type than its hint; its text says what it is instead."""
 
@@ -107,7 +110,8 @@ def _require(fits: bool, value: Any) -> None:
         if isinstance(value, type):
             raise Unfit(f"not the class {value.__name__} itself")
         shown = isinstance(value, str | numbers.Number) or value is None
-        raise Unfit(f"not {value!r}" if shown and len(repr(value)) < 60 else f"not a {type(value).__name__}")
+        kind = _INSTEAD.get(type(value).__name__, type(value).__name__)
+        raise Unfit(f"not {value!r}" if shown and len(repr(value)) < 60 else f"not a {kind}")
 
 
 def _fit_simple(value: Any, hint: Any) -> Any:
@@ -133,9 +137,8 @@ def _fit_literal(value: Any, hint: Any) -> Any:
 
 def _fit_mapping(value: Any, hint: Any) -> Any:
     _require(isinstance(value, Mapping), value)
-    key_hint, entry_hint = get_args(hint)
-    for key, entry in value.items():
-        _fitting(key, key_hint)
+    _, entry_hint = get_args(hint)
+    for key, entry in value.items():  # keys are labels, which each function refuses in words of its own
         _fit_entry(repr(key), entry, entry_hint)
     return value
 

@@ -49,7 +49,10 @@ def spaces(tokenizer: Any) -> Literal["spelled", "trimmed", "separators"]:
         `"spelled"` where it is part of a token, `"trimmed"` where it is and the tokenizer's spans leave it out (as
         byte-level post-processors do by default), `"separators"` where it is in no token.
     """
-    encoded = tokenizer("a a", add_special_tokens=False, return_offsets_mapping=True)
+    try:
+        encoded = tokenizer("a a", add_special_tokens=False, return_offsets_mapping=True)
+    except Exception:  # a vocabulary of whole words without one for those that it does not know
+        return "separators"
     if any(start <= 1 < end for start, end in encoded["offset_mapping"]):
         return "spelled"
     return "trimmed" if any(_BYTE_OF_SPACE in token for token in encoded.tokens()) else "separators"
@@ -141,6 +144,9 @@ def _unknown_tokens(tokenizer: Any) -> frozenset[int]:
 
     A tokenizer may not name its own in `unk_token`, so it is asked for a character that no vocabulary holds.
     """
-    asked = tokenizer(_NOBODYS, add_special_tokens=False)
+    try:
+        asked = tokenizer(_NOBODYS, add_special_tokens=False)
+    except Exception:  # it has no token for what it does not know, and refuses such a text itself
+        return frozenset()
     found = {token for token in asked["input_ids"] if tokenizer.convert_ids_to_tokens(token) != _SPACE_OF_SENTENCEPIECE}
     return frozenset({tokenizer.unk_token_id, *(found if len(found) == 1 else ())} - {None})

@@ -84,9 +84,11 @@ class Evaluation:
         Raises:
             CtlensError: the evaluation has no such number, or several.
         """
+        for column, name in (("metric", metric), ("prompt_side", prompt_side)):
+            known = list(dict.fromkeys(self._table[column]))
+            if name not in known:
+                raise unknown(column.replace("_", " "), name, known)
         found = _select(self._table, metric=metric, prompt_side=prompt_side, evaluated_threat=threat, split=split)
-        if metric not in set(self._table["metric"]):
-            raise unknown("metric", metric, dict.fromkeys(self._table["metric"]))
         if len(found) != 1:
             raise CtlensError(
                 f"{len(found)} numbers are called {metric} on {prompt_side}: "

@@ -101,8 +101,8 @@ def to_config(loss: Loss) -> dict[str, Any]:
     return {"name": loss.name, **to_dict(loss)}
 
 
-def from_config(config: dict[str, Any]) -> Loss:
-    """Builds the loss that `to_config` described.
+def from_config(config: Any) -> Loss:
+    """Builds the loss that `to_config` described; what is read from a file may be anything.
 
     Raises:
         CtlensError: it is no such description, no loss of this name is registered, or an option is unknown.

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
+import jaxtyping
 import numpy as np
 import pandas as pd
 import pytest
@@ -287,7 +288,8 @@ NEEDED = {
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
-def test_every_wrong_field_of_a_config_is_refused(config: type) -> None:
+def test_every_wrong_field_of_a_config_is_refused(config: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # a user has no checks of types at run time
     config(**NEEDED.get(config, {}))
 
     for field, value in wrong_arguments(config):

@@ -31,7 +31,7 @@ SHARP = 60.0
 
 
 def words() -> PreTrainedTokenizerFast:
-    core = Tokenizer(models.WordLevel({str(number): number for number in range(WORDS)}, unk_token="0"))
+    core = Tokenizer(models.WordLevel({str(number): number for number in range(WORDS)}, unk_token="none"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(tokenizer_object=core)
 

@@ -435,7 +435,7 @@ def test_what_does_not_compare_is_refused(model, models) -> None:
         (pair, {"null": "zz"}, "null"),
         (pair, {"quantities": ["cosin"]}, "did you mean 'cosine'"),
         (pair, {"quantities": []}, "at least one quantity"),
-        (pair, {"quantities": ["cosine"] * 2}, "each of them once"),
+        (pair, {"quantities": ["cosine"] * 2}, "twice: name each once"),
         (pair, {"quantities": ["cka"]}, "12 prompts do not suffice for 32 dimensions"),
         (pair, {"quantities": ["principal"], "k": 7}, "7 principal angles need 14 prompts"),
         (pair, {"layers": [2]}, "layer 2 does not exist"),
