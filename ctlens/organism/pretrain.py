@@ -15,6 +15,7 @@ from ctlens.core.limits import AT_LEAST_1, SHARE_OF_ALL, require
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.types import LensModel, Scalar
+from ctlens.models.hooks import run
 from ctlens.models.loading import build
 from ctlens.models.lora import has_adapters, merge_adapters
 from ctlens.models.optimisation import adamw, clipped_update, linear_rate
@@ -171,7 +172,7 @@ def _optimizer(parameters: list[nn.Parameter], config: FitConfig) -> torch.optim
 
 def answer_loss(model: LensModel, batch: Batch) -> Scalar:
     """Computes the mean cross-entropy of the answers' tokens, each predicted from the tokens before it."""
-    logits = model(batch.tokens)[:, :-1]
+    logits = run(model, batch.tokens)[:, :-1]
     scored = batch.answers[:, 1:]
     return nn.functional.cross_entropy(logits[scored], batch.tokens[:, 1:][scored])
 

@@ -94,7 +94,7 @@ HOSTILE = (
 
 
 @pytest.mark.parametrize("kind", TEXTS)
-@settings(FUZZ, max_examples=40)
+@settings(FUZZ, max_examples=30)
 @given(data=st.data())
 def test_a_damaged_file_is_read_or_refused(kind: str, data: st.DataObject, tmp_path: Path) -> None:
     name, whole, read = TEXTS[kind]
@@ -116,7 +116,7 @@ def test_a_hostile_file_is_read_or_refused(kind: str, number: int, tmp_path: Pat
     refused_in_a_sentence(read, path)
 
 
-@settings(FUZZ, max_examples=60)
+@settings(FUZZ, max_examples=40)
 @given(content=damaged(jsonl(PAIR, SIDES, {"prompt": "Why?", "prefill": "Sure:"})))
 def test_what_is_read_of_a_damaged_file_is_written_and_read_again(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
