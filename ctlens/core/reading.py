@@ -113,6 +113,8 @@ def _cells(path: str | Path, lines: Iterable[str]) -> Iterator[list[str]]:
             yield row
     except csv.Error as error:
         reason = _CARRIAGE_RETURNS if "new-line" in str(error) else str(error)
+        if "field limit" in reason:
+            reason = f"a cell is longer than {csv.field_size_limit()} characters, which a line of JSON may be"
         raise CtlensError(
             f"{path}, line {rows.line_num}: no CSV with a header ({reason}); name a JSONL file .jsonl."
         ) from None

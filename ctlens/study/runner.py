@@ -35,8 +35,8 @@ from ctlens.study.results import RESULT_COLUMNS, SPLIT, read_results
 from ctlens.study.source import start_model, subject
 from ctlens.study.workers import Pool, run_in_order
 
-# The cost model of `seconds`. Its constants were set once, so that the estimate met the time of the default study on
-# two cores of the machine on which the study was first made; neither was measured again since.
+# The cost model of `seconds`. Its constants were set once, so that the estimate met the time of the matrix on two
+# cores of the machine on which the study was first made; neither was measured again since.
 _STEPS_TIMED = 5
 _TRAINING_COST = 2.2
 """The time of a training over that of its steps alone: it is evaluated on the way, and workers slow each other."""

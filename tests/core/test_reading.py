@@ -139,7 +139,7 @@ TABLES = {
     "too many cells": (b"a,b\n1,2\n3,4,5\n", "row 2: 3 cells, but the header has 2"),
     "an open quote": (b'a,b\n1,"2\n3,4\n', "line 3: no CSV with a header (unexpected end of data)"),
     "a text behind a quote": (b'a,b\n1,"2"x\n', "line 2: no CSV with a header (',' expected after '\"')"),
-    "a cell without end": (b"a,b\n1," + b"x" * 200_000, "line 2: no CSV with a header (field larger than field limit"),
+    "a cell without end": (b"a,b\n1," + b"x" * 200_000, "line 2: no CSV with a header (a cell is longer than 131072"),
 }
 
 
