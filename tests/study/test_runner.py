@@ -317,7 +317,7 @@ def test_a_lost_cell_is_run_again_with_equal_results(unbroken: StudyResult, fold
     shutil.rmtree(folder / "runs" / CELLS[2])
     (folder / "results.csv").unlink()
     (folder / "base.csv").unlink()
-    (folder / "runs" / f".{CELLS[2]}.half").mkdir()  # of a process that was killed
+    (folder / "runs" / f".{CELLS[2]}.abcd1234.tmp").mkdir()  # of a process that was killed
 
     finished(TINY, out=folder, resume=True)
 
