@@ -61,6 +61,7 @@ from ctlens.models.sources import (
     require_embedded,
     require_plain_folder,
     require_plain_model,
+    require_safetensors,
 )
 from ctlens.models.weights import ModelConfig, canonical_weights, copy_weights, initial_weights, is_bias, load_weights
 
@@ -226,22 +227,12 @@ def _load_huggingface(folder: Path, tokenizer: Any, device: torch.device, dtype:
 
 def _from_pretrained(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """The model of a folder, and HuggingFace's report of weights that it has not or cannot place."""
-    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
-    pickled = any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))
-    try:
-        with warnings.catch_warnings():
-            if pickled:  # torch would warn of the file before it refuses it
-                warnings.simplefilter("ignore", UserWarning)
-            return cast(Any, AutoModelForCausalLM).from_pretrained(folder, **options)
-    except (OSError, ValueError, RuntimeError):
-        raise
-    except Exception as error:  # of the unpickler: it has no class that is its own
-        if not pickled:
-            raise
-        raise CtlensError(
-            f"{folder} keeps its weights as a pickle that holds more than tensors, and may run any command: have them "
-            "saved as safetensors."
-        ) from error
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    require_safetensors(folder)
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
+    return cast(Any, AutoModelForCausalLM).from_pretrained(
+        folder, config=config, dtype=dtype, use_safetensors=True, **options
+    )
 
 
 def _bridge(hf: PreTrainedModel, tokenizer: Any, check: bool) -> LensModel:

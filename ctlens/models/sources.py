@@ -40,6 +40,19 @@ def require_plain_folder(folder: Path) -> None:
     _require_unquantised(str(folder), _setting(folder / "config.json", "quantization_config"))
 
 
+def require_safetensors(folder: Path) -> None:
+    """Refuses a HuggingFace folder whose weights are in another form: reading a pickle may run any command.
+
+    Raises:
+        CtlensError: the folder holds no safetensors.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise CtlensError(
+            f"{folder} holds no weights as safetensors (*.safetensors), and other forms may run any command when they "
+            "are read: take a version of the model that has them, or save it again with HuggingFace's save_pretrained."
+        )
+
+
 def require_plain_model(source: object) -> PreTrainedModel:
     """Refuses an object that is no HuggingFace model, has a PEFT adapter, or is quantised, and returns it else.
 

@@ -75,3 +75,13 @@ def killed(folder: Path, at: int) -> Any:
 def contents(folder: Path) -> dict[str, bytes]:
     """The files of a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+HOLDER = """
+import sys, time
+from ctlens.core.files import alone
+with alone(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+"""A program that holds the folder of its argument, as one that writes to it does, and says when."""

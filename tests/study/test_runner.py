@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.disk import Killed, contents, full, killed
+from helpers.disk import HOLDER, Killed, contents, full, killed
 from safetensors.numpy import load_file
 
 from ctlens import load_run, threats
@@ -409,15 +409,6 @@ def test_kills_and_full_disks_at_random_writes_leave_what_a_resume_ends_like_the
     finished(SMALLEST, out=study, resume=True)
 
     assert contents(study) == contents(whole) and not list(place.rglob(".*"))
-
-
-HOLDER = """
-import sys, time
-from ctlens.core.files import alone
-with alone(sys.argv[1]):
-    print("held", flush=True)
-    time.sleep(60)
-"""
 
 
 @pytest.mark.processes
