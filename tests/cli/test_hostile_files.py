@@ -47,7 +47,7 @@ CSV = {
     "a cell too few": (b"prompt,prefill\na,b\nc\n", "x.csv, row 2: 1 cells, but the header has 2"),
     "an open quote": (b'prompt,prefill\na,"b\n', "x.csv, line 2: no CSV with a header (unexpected end of data)"),
     "carriage returns": (b"prompt,prefill\ra,b\r", "its lines end in carriage returns alone"),
-    "a long cell": (b"prompt,prefill\na," + b"x" * 200_000, "x.csv, line 2: no CSV with a header (field larger"),
+    "a long cell": (b"prompt,prefill\na," + b"x" * 200_000, "x.csv, line 2: no CSV with a header (a cell is longer"),
     "a long line": (b"prompt,prefill\na," + b"x" * LINE_LIMIT, f"x.csv, line 2: longer than {LINE_LIMIT} bytes"),
     "a NUL byte": (b"prompt,prefill\na,b\0\n", "x.csv, row 1: a NUL byte"),
     **{kind: (b"prompt\n" + content, f"UTF-8 text in line 2 ({words})") for kind, (content, words) in BYTES.items()},
