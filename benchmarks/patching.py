@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -41,7 +42,7 @@ from transformers import PreTrainedTokenizerFast
 import ctlens as ct
 from ctlens.core.config import generator
 from ctlens.core.types import LensModel
-from ctlens.data.pairs import Pair, prompt
+from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.models.hooks import SHORTHANDS, capture
 
 VOCABULARY = 512
@@ -102,7 +103,8 @@ SETTINGS = (
 def quick(setting: Setting) -> Setting:
     """The setting with fewer places; the mean depth of its layers stays."""
     if setting.n_layers == len(setting.layers):
-        return replace(setting, stride=8 if setting.pairs == 1 else 16, rounds=3, others=())
+        stride, rounds = (8, 3) if setting.pairs == 1 else (16, 1)
+        return replace(setting, stride=stride, rounds=rounds, others=())
     middle = setting.n_layers // 2
     return replace(setting, layers=(middle - 1, middle), stride=setting.length, rounds=1)
 
@@ -182,11 +184,16 @@ def words() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core)
 
 
+def numbered(ids: list[int]) -> Prompt:
+    """A prompt of numbered words."""
+    return prompt(" ".join(map(str, ids)), "1", "2")
+
+
 def make(setting: Setting) -> tuple[LensModel, list[Pair]]:
     """A random model and pairs of random prompts that differ from the first token on."""
     draw = generator(0, "patching benchmark")
     ids = torch.randint(VOCABULARY - 1, (setting.pairs, 2, setting.length), generator=draw).tolist()
-    pairs = [Pair(*(prompt(" ".join(map(str, side)), "1", "2") for side in sides)) for sides in ids]
+    pairs = [Pair(numbered(clean), numbered(wrapped)) for clean, wrapped in ids]
     sizes: Any = {"n_layers": setting.n_layers, "n_heads": setting.n_heads, "d_model": setting.d_model}
     sizes |= {"d_vocab": VOCABULARY, "d_mlp": 4 * setting.d_model, "n_ctx": setting.length}
     if setting.kind == "llama":
@@ -211,15 +218,17 @@ def theirs(model: LensModel, pairs: list[Pair], setting: Setting) -> dict[str, n
     for site in SITES:
         setter = patching.layer_pos_head_vector_patch_setter if site == "z" else patching.layer_pos_patch_setter
         index = pd.DataFrame(list(sampled(setting, site)), columns=["layer", "pos", "head"][: 3 if site == "z" else 2])
-        values: Any = patching.generic_activation_patch(
-            model=model,  # type: ignore[arg-type]
-            corrupted_tokens=wrapped,
-            clean_cache=cache,
-            patching_metric=lambda logits: (logits[:, -1, 1] - logits[:, -1, 2]).mean(),
-            patch_setter=setter,
-            activation_name=site,
-            index_df=index,
-        )
+        # Without its progress bars, one per site.
+        with mock.patch("transformer_lens.patching.tqdm", list):
+            values: Any = patching.generic_activation_patch(
+                model=model,  # type: ignore[arg-type]
+                corrupted_tokens=wrapped,
+                clean_cache=cache,
+                patching_metric=lambda logits: (logits[:, -1, 1] - logits[:, -1, 2]).mean(),
+                patch_setter=setter,
+                activation_name=site,
+                index_df=index,
+            )
         found[site] = values.numpy()
     return found
 
@@ -280,10 +289,10 @@ def rows(setting: Setting, short: bool) -> list[tuple[object, ...]]:
             times.append((slow * scale, fast * setting.n_layers / len(setting.layers), throughput(setting)))
             gaps.append(largest_difference(setting, expected, found))
             path = found["z"].path
-        slow, fast, ratio = (
-            statistics.median(column) for column in zip(*((a, b, a / b) for a, b, _ in times), strict=True)
-        )
-        limits = [float("nan")] * 3
+        slow = statistics.median(a for a, _, _ in times)
+        fast = statistics.median(b for _, b, _ in times)
+        ratio = statistics.median(a / b for a, b, _ in times)
+        limits = [math.nan, math.nan, math.nan]
         if start == "first" and way == "suffix":
             share = statistics.median(needed * setting.pairs / (b * plain) for _, b, plain in times)
             others = statistics.median(theirs_needed * setting.pairs / (a * plain) for a, _, plain in times)
