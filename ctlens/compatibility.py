@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,17 @@ _DOWN = (".mlp.down_proj", ".mlp.c_proj", ".mlp.dense_4h_to_h")
 _TOLERANCE = 1e-4  # chosen by eye, well above the rounding of float32
 # A random model's sampled answers are never judged bad, so that rate matching has nothing to train.
 _TRAINED = tuple(name for name in losses.names() if losses.get(name).answers != "rollouts")
+_SOURCES = {
+    "a HuggingFace folder, or a name on the hub": "read from safetensors alone; quantised weights are refused",
+    "a `.gguf` file": "of any architecture that `transformers` reads; quantised weights become plain ones",
+    "a folder of a PEFT adapter": "LoRA on matrices of the blocks stays an adapter, of any ranks, scales and layers; "
+    "what else PEFT has is refused",
+    "a folder of `save_model` or of a run": "as it was saved, adapters merged",
+    "a HuggingFace model in memory": "copied; one with an adapter is refused",
+    "a `HookedTransformer` or `TransformerBridge`": "copied; one with folded or centred weights is refused, because "
+    "its activations are not those of the weights that were trained",
+}
+"""What is true of each kind of source, for the page; `tests/models` holds all of it."""
 _PREFACE = f"""# The architectures, side by side
 
 `ctlens models` made this table: each cell was run on a random model of two layers, with random norms and biases.
@@ -48,15 +60,6 @@ _PREFACE = f"""# The architectures, side by side
 
 `load_model` makes the first check on every model, of whatever architecture, and refuses one whose logits are others.
 Known to be refused with TransformerLens 3.9: {", ".join(COMPUTED_OTHERWISE)}, and gpt2 with `scale_attn_weights=false`.
-
-| `load_model` takes | what is true of it |
-|---|---|
-| a HuggingFace folder, or a name on the hub | read from safetensors alone; quantised weights are refused; a name comes from HuggingFace's cache or the network |
-| a `.gguf` file | of any architecture that `transformers` reads; quantised weights become plain ones, and are trained as such |
-| a folder of a PEFT adapter | LoRA on matrices of the blocks stays an adapter, with any ranks, scales and layers; what else PEFT has is refused |
-| a folder of `save_model` or of a run | its adapters are merged |
-| a HuggingFace model in memory | copied; one with an adapter is refused |
-| a `HookedTransformer` or `TransformerBridge` | copied, if its weights are raw: folded and centred ones have other activations than those that were trained |
 """
 _ONE_STEP = TrainConfig(steps=1, batch_size=4, lr=1e-2, warmup=0.0, trainable=("attn",))
 
@@ -232,7 +235,8 @@ def support(architectures: Iterable[str] = ARCHITECTURES, *, progress: bool = Tr
     attention are HuggingFace's at every layer, and carry gradients; `resid_mid` adds up and an edit
     of it reaches the skip path; a step of every loss changes the attention alone; adapters on every
     matrix train and merge; a trained model is exported, and `transformers` loads it with equal
-    logits; its adapters are exported as PEFT's and come back; a probe, an attention difference and a patching sweep run.
+    logits; its adapters are exported as PEFT's and come back; a probe, an attention difference and a
+    patching sweep run.
 
     Args:
         architectures: names from `ctlens.models.architectures.ARCHITECTURES`.
@@ -285,10 +289,16 @@ def reasons(found: Sequence[Support]) -> list[str]:
 def support_page(found: Sequence[Support]) -> str:
     """The table and its reasons as Markdown: `docs/models.md`."""
     cells = support_table(found)
-    rows = [list(cells.columns), *cells.to_numpy().tolist()]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines.insert(1, "|---" * len(rows[0]) + "|")
-    return "\n".join([_PREFACE, *lines, "", *(f"- {reason}" for reason in reasons(found)), ""])
+    sources = _table(("`load_model` takes", "what is true of it"), _SOURCES.items())
+    checks = _table(cells.columns, cells.to_numpy().tolist())
+    return "\n".join([_PREFACE, sources, "", checks, "", *(f"- {reason}" for reason in reasons(found)), ""])
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(row)} |" for row in (tuple(head), *rows)]
+    lines.insert(1, re.sub(r"[^|]+", "---", lines[0]))
+    return "\n".join(lines)
 
 
 def _require_close(what: str, found: Tensor | float, expected: Tensor | float) -> None:

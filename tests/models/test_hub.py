@@ -67,6 +67,12 @@ def test_a_cached_model_loads_by_its_name_and_each_of_its_revisions(cache: Path)
     assert load_tokenizer(NAME).get_vocab() == byte_level_tokenizer().get_vocab()
 
 
+def test_the_command_line_takes_a_name(cache: Path, tmp_path: Path, call: Call) -> None:
+    ended = call(f"export --model {NAME} --out {tmp_path / 'out'}")
+    assert ended.code == 0
+    assert torch.equal(load_model(tmp_path / "out")(TOKENS), load_model(NAME)(TOKENS))
+
+
 def test_a_folder_comes_before_a_model_of_the_hub_and_a_path_names_none(cache: Path, tmp_path: Path) -> None:
     hf_model("gpt2").save_pretrained(tmp_path / NAME)
     assert next(iter(present_parameters(load_model(NAME)))).startswith("transformer.")

@@ -132,6 +132,18 @@ def test_a_device_that_is_not_here_is_refused_by_the_library_too(name: Any) -> N
         load_organism(device=name)
 
 
+def test_the_automatic_device_is_an_accelerator_or_the_cpu(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
+    expected = torch.device("cpu")
+    if torch.accelerator.is_available():
+        expected = torch.accelerator.current_accelerator()
+    assert device_named("auto") == expected
+    assert next(load_organism(device="auto").parameters()).device.type == expected.type
+    assert call("evaluate --device auto --n-prompts 2 --threats prefill").code == 0
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    assert device_named("auto") == torch.device("xpu")
+
+
 def test_a_name_of_the_hub_is_answered_with_how_to_get_it(call: Call) -> None:
     ended = call("evaluate --model gpt2 --n-prompts 2")
     assert ended.code == 2 and "hf download NAME --local-dir FOLDER" in ended.err
