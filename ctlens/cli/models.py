@@ -51,7 +51,7 @@ def export(
         say(f"HuggingFace folder: {export_huggingface(chosen, out)}")
     else:
         load_adapters(chosen, adapters)
-        say(f"PEFT folder: {export_peft(chosen, out, base=model)}")
+        say(f"PEFT folder: {export_peft(chosen, out)}")
 
 
 def smollm2(

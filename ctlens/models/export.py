@@ -16,12 +16,13 @@ from ctlens.core.files import atomic_folder
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.models.bridges import huggingface_config
-from ctlens.models.huggingface import quiet_huggingface
+from ctlens.models.huggingface import pretrained, quiet_huggingface, reading
 from ctlens.models.loading import load_model, made_config
 from ctlens.models.lora import adapter_tensors, adapters_off
 from ctlens.models.matrices import CANONICAL_NAMES
 from ctlens.models.parity import apart_from
 from ctlens.models.peft import Update, add_updates, base_mark, peft_updates, read_peft, write_peft
+from ctlens.models.sources import found_on_disk
 from ctlens.models.twins import huggingface_twin, unread
 from ctlens.models.weights import ModelConfig, canonical_weights, copy_weights
 
@@ -94,18 +95,20 @@ def export_peft(model: LensModel, folder: str | Path, *, base: str | PathLike[st
     Args:
         model: with adapters, from a training by a `LoRA` or with `load_adapters`.
         folder: where configuration, weights and tokenizer go.
-        base: the folder or the name on the hub that the adapters' model is loaded from, which PEFT will read; by
-            default the one that it was loaded from here. For a model made here, that of `export_huggingface`.
+        base: the folder or the name on the hub that PEFT will load the base from; by default the one that the model was
+            loaded from, whose weights are then compared. For a model made here, the folder of `export_huggingface`.
 
     Raises:
         CtlensError: the folder exists and is not empty, the model has no adapters or a base that is not HuggingFace's,
-            the base has no name, or logits would differ.
+            the base has no name or other weights by now, or logits would differ.
     """
     name = str(base) or getattr(huggingface_config(model), "name_or_path", "")
     if not name:
         raise CtlensError("the adapters' base has no name that PEFT could load it by: give its folder with base=.")
     with adapters_off(model):
         hf = to_huggingface(model)
+    if not base:
+        _require_weights(name, hf)
     made = made_config(model)
     mark = base_mark(load_model(hf, check=False, dtype=hf.dtype) if made else model)
     with atomic_folder(folder) as work:
@@ -115,6 +118,17 @@ def export_peft(model: LensModel, folder: str | Path, *, base: str | PathLike[st
         add_updates(hf, read_peft(work).updates)
         _require_equal(model, hf, "keep the adapters as a run or with save_adapters")
     return Path(folder)
+
+
+def _require_weights(name: str, hf: PreTrainedModel) -> None:
+    """Refuses a base whose weights were trained, or got adapters merged, since it was loaded."""
+    with reading(name):
+        loaded = pretrained(found_on_disk(name), hf.dtype).state_dict()
+    if any(not torch.equal(value.cpu(), loaded[key]) for key, value in hf.state_dict().items()):
+        raise CtlensError(
+            f"the adapters are on other weights than those of {name}, which the model was loaded from: write their own "
+            "with export_huggingface inside adapters_off, and give that folder with base=."
+        )
 
 
 def _llama_updates(model: LensModel) -> dict[str, Update]:

@@ -207,7 +207,7 @@ def _from_disk(source: str | PathLike[str], revision: str | None, base: Any, ask
         if (path / MODEL_FILE).is_file():
             return _load_checkpoint(path, asked)
         hf: Any = pretrained(path, asked.dtype).to(asked.device)  # type: ignore[arg-type]
-        hf.config.name_or_path = str(source)
+        hf.config.name_or_path = "" if path.suffix == GGUF else str(source)  # what HuggingFace loads it by
         return _bridge(hf, asked.tokenizer or pretrained_tokenizer(path), asked.check)
 
 
@@ -367,6 +367,7 @@ def _load_checkpoint(folder: Path, asked: _Loading) -> LensModel:
             model = _attach(adopt(model), tokenizer)
         case {"kind": "huggingface"}:
             hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            hf_config.name_or_path = ""  # HuggingFace would not find the weights in this folder
             hf = with_random_weights(hf_config, dtype)
             if (folder / GENERATION_CONFIG_NAME).is_file():
                 hf.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)

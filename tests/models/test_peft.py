@@ -20,7 +20,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt
 from ctlens.models.architectures import ARCHITECTURES
 from ctlens.models.export import export_huggingface, export_peft
-from ctlens.models.loading import load_model, load_tokenizer
+from ctlens.models.loading import load_model, load_tokenizer, save_model
 from ctlens.models.lora import (
     LoRA,
     LowRank,
@@ -203,6 +203,24 @@ def test_an_adapter_says_where_its_base_is_after_any_load(base: Path, tmp_path: 
     with pytest.raises(CtlensError, match="exists already"):
         export_peft(stirred(load_model(base), LoRA(2)), tmp_path / "adapter")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_base_that_has_changed_since_it_was_loaded_is_not_named(adapter: Path, tmp_path: Path) -> None:
+    model = load_model(adapter)
+    merge_adapters(model)
+    stirred(model, LoRA(2))
+    with pytest.raises(CtlensError, match="on other weights than those of .*base, which the model was loaded from"):
+        export_peft(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+    with adapters_off(model):
+        export_huggingface(model, tmp_path / "merged")
+    export_peft(model, tmp_path / "out", base=tmp_path / "merged")
+
+    assert apart(load_model(tmp_path / "out"), model) < CLOSE
+    save_model(model, tmp_path / "saved")  # no folder that HuggingFace could load
+    with pytest.raises(CtlensError, match="has no name that PEFT could load it by"):
+        export_peft(stirred(load_model(tmp_path / "saved"), LoRA(2)), tmp_path / "other")
 
 
 def test_the_ends_of_paths_that_name_other_layers_too_are_written_out(tmp_path: Path) -> None:
