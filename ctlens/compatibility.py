@@ -35,7 +35,7 @@ _DOWN = (".mlp.down_proj", ".mlp.c_proj", ".mlp.dense_4h_to_h")
 _TOLERANCE = 1e-4  # chosen by eye, well above the rounding of float32
 # A random model's sampled answers are never judged bad, so that rate matching has nothing to train.
 _TRAINED = tuple(name for name in losses.names() if losses.get(name).answers != "rollouts")
-SOURCES = {
+SOURCE_KINDS = {
     "a HuggingFace folder, or a name on the hub": "read from safetensors alone; quantised weights are refused",
     "a `.gguf` file": "of any architecture that `transformers` reads; quantised weights become plain ones",
     "a folder of a PEFT adapter": "LoRA on matrices of the blocks stays an adapter, of any ranks, scales and layers; "
@@ -289,7 +289,7 @@ def reasons(found: Sequence[Support]) -> list[str]:
 def support_page(found: Sequence[Support]) -> str:
     """The table and its reasons as Markdown: `docs/models.md`."""
     cells = support_table(found)
-    sources = _table(("`load_model` takes", "what is true of it"), SOURCES.items())
+    sources = _table(("`load_model` takes", "what is true of it"), SOURCE_KINDS.items())
     checks = _table(cells.columns, cells.to_numpy().tolist())
     return "\n".join([_PREFACE, sources, "", checks, "", *(f"- {reason}" for reason in reasons(found)), ""])
 

@@ -8,7 +8,6 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
-    IncompleteSnapshotError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -58,13 +57,11 @@ def fetched(name: str, revision: str | None = None) -> Path:
             f"{name} is no model folder, and the hub shows no model of that name: check its spelling, or run `hf auth "
             "login` if it is private."
         ) from None
-    except IncompleteSnapshotError:
-        raise CtlensError(f"HuggingFace's cache has only a part of {name}, and {_unreached()}: {_BY_HAND}.") from None
     except LocalEntryNotFoundError:
         version = f" at revision {revision}" if revision else ""
         raise CtlensError(
-            f"{name} is no model folder, HuggingFace's cache ({constants.HF_HUB_CACHE}) has no model of that "
-            f"name{version}, and {_unreached()}: {_BY_HAND}."
+            f"{name} is no model folder, HuggingFace's cache ({constants.HF_HUB_CACHE}) has no whole model of "
+            f"that name{version}, and {_unreached()}: {_BY_HAND}."
         ) from None
     except Exception as error:
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -76,7 +76,7 @@ def require_plain_model(source: object) -> PreTrainedModel:
     """
     kind = type(source).__name__
     if getattr(source, "peft_config", None) is not None or kind.startswith("Peft"):
-        raise CtlensError(f"this {kind} has a PEFT adapter: {MERGE}.")
+        raise CtlensError(f"this {kind} has a PEFT adapter: load the folder of its save_pretrained, or {MERGE}.")
     if not isinstance(source, PreTrainedModel):
         raise CtlensError(f"a {kind} is no model that can be loaded: give a folder or a HuggingFace model.")
     _require_unquantised(f"this {kind}", getattr(source.config, "quantization_config", None))

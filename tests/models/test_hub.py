@@ -94,7 +94,7 @@ def test_an_adapter_names_its_base_by_the_name_on_the_hub(cache: Path, tmp_path:
 
 def test_what_is_not_cached_is_one_sentence_offline(cache: Path, call: Call) -> None:
     assert "HF_HUB_OFFLINE forbids to ask the hub" in refusal("gpt2") and str(cache) in refusal("gpt2")
-    assert f"no model of that name at revision v2, and {hub._unreached()}" in refusal(NAME, "v2")
+    assert f"no whole model of that name at revision v2, and {hub._unreached()}" in refusal(NAME, "v2")
     next((cache / "models--some-org--tiny" / "snapshots" / COMMITS["v1"]).glob("*.safetensors")).unlink()
     assert "holds no weights as safetensors" in refusal(NAME, "v1")
     for text in ("a--b", "one/two/three", "/no/where", "..x/..", "some org"):
