@@ -148,8 +148,8 @@ class Outcomes:
     def count(self, verdict: str, prompt_side: str) -> Count | None:
         """Counts the answers on one prompt side that have the verdict; None where that side has no answer."""
         given = self.verdicts.get(prompt_side, np.array([]))
-        n_prompts = int((given != NO_ANSWER).sum())
-        return Count(prompt_side, int((given == verdict).sum()), n_prompts) if n_prompts else None
+        n_prompts = np.count_nonzero(given != NO_ANSWER)
+        return Count(prompt_side, np.count_nonzero(given == verdict), n_prompts) if n_prompts else None
 
 
 Metrics = Mapping[str, Count | float | None]
