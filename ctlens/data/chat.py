@@ -82,13 +82,18 @@ _KEPT: ContextVar[Renderings | None] = ContextVar("renderings that are kept", de
 
 
 @contextmanager
-def keeping(renderings: Renderings) -> Iterator[None]:
+def keeping(renderings: Renderings | None = None) -> Iterator[None]:
     """Renders equal turns once inside the block, and keeps them in `renderings`, where a later block finds them.
 
     It is for work that asks the same prompts again and again with tokenizers that nothing changes meanwhile, as
     the trainings of a study do. A token takes about 200 bytes.
+
+    Args:
+        renderings: where to keep them; by default where an outer block keeps them, or else for this block alone.
     """
-    before = _KEPT.set(renderings)
+    if renderings is None:
+        renderings = _KEPT.get()
+    before = _KEPT.set({} if renderings is None else renderings)
     try:
         yield
     finally:

@@ -26,6 +26,7 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.public import public
 from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import LensModel
+from ctlens.data.chat import keeping
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers, resolve
 from ctlens.plots import Figure
@@ -223,6 +224,7 @@ def group_names(pairs: Sequence[Pair], per: str) -> list[str]:
 
 
 @public
+@keeping()
 def mean_difference(
     model: Readable | tuple[States, States],
     pairs: Sequence[Pair],

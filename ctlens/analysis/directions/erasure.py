@@ -37,6 +37,7 @@ from ctlens.core.labels import BASE
 from ctlens.core.public import public
 from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import LensModel
+from ctlens.data.chat import keeping
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers
 from ctlens.plots import Figure
@@ -176,6 +177,7 @@ def _curves(found: Sequence[MeasuredWithNull]) -> plots.Measurement:
 
 
 @public
+@keeping()
 def erase_or_mask(
     base: LensModel,
     models: Mapping[str, LensModel],
