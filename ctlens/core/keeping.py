@@ -14,13 +14,18 @@ _KEPT: ContextVar[KeptResults | None] = ContextVar("results that are kept", defa
 
 
 @contextmanager
-def keeping(results: KeptResults) -> Iterator[None]:
+def keeping(results: KeptResults | None = None) -> Iterator[None]:
     """Does equal work once inside the block, and keeps its results in `results`, where a later block finds them.
 
     It is for work that asks the same prompts again and again, as the trainings of a study do, with tokenizers that
-    nothing changes meanwhile.
+    nothing changes meanwhile. A token of a prompt takes about 200 bytes.
+
+    Args:
+        results: where to keep them; by default where an outer block keeps them, or else for this block alone.
     """
-    before = _KEPT.set(results)
+    if results is None:
+        results = _KEPT.get()
+    before = _KEPT.set({} if results is None else results)
     try:
         yield
     finally:

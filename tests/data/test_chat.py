@@ -284,6 +284,22 @@ def test_prompts_are_rendered_once_where_they_are_kept():
     assert render(tokenizer, asked) is not first, "nothing is kept outside the block"
 
 
+def test_a_block_inside_another_keeps_its_prompts_with_the_outer_one():
+    tokenizer = framed("turns")
+    asked = turns(("user", "Is it right?"))
+    kept: KeptResults = {}
+
+    with keeping(kept):
+        with keeping():
+            first = render(tokenizer, asked)
+        assert render(tokenizer, asked) is first and len(kept) == 1
+    with keeping():
+        alone = render(tokenizer, asked)
+        assert alone is not first and render(tokenizer, asked) is alone
+    with keeping():
+        assert render(tokenizer, asked) is not alone, "nothing is kept behind the outermost block"
+
+
 def test_of_several_named_templates_the_default_one_is_taken(tmp_path: Path):
     named = framed("turns")
     named.chat_template = {"tool_use": CHATML, "default": TURNS}
