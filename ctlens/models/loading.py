@@ -221,7 +221,10 @@ def _load_peft(folder: Path, base: Any, asked: _Loading) -> LensModel:
         raise CtlensError(f"the base of the PEFT adapter in {folder}, {source}, is an adapter itself: {MERGE}.")
     tokenizer = asked.tokenizer or pretrained_tokenizer(folder)
     revision = adapter.revision if base is None else None
-    model = load_model(source, revision=revision, **asked._replace(tokenizer=tokenizer)._asdict())
+    try:
+        model = load_model(source, revision=revision, **asked._replace(tokenizer=tokenizer)._asdict())
+    except CtlensError as error:
+        raise CtlensError(f"the base of the PEFT adapter in {folder} (base= gives another): {error}") from None
     add_peft(model, adapter)
     if asked.check:
         require_added(model, adapter)

@@ -135,7 +135,7 @@ def _require_low_rank(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors of an adapter in float32 at least, and the mark of its base, if it has one."""
+    """The tensors of an adapter, and the mark of its base, if it has one."""
     path = folder / _WEIGHTS_FILE
     if not path.is_file():
         raise CtlensError(
