@@ -1,6 +1,6 @@
 """What a patching sweep costs: TransformerLens's own against `ctlens.analysis.patch`, the same sites, the same numbers.
 
-Run `python benchmarks/patching.py`, or with `--quick` in under a minute, with fewer of TransformerLens's positions and
+Run `python benchmarks/patching.py`, or with `--quick` a part of it, with fewer of TransformerLens's positions and
 of the deep model's layers, to look at alone. A sweep is resid_pre, mlp_out and every head's z, at every layer
 and position, of random prompts. Both are timed in turn, in one process on one thread, without
 gradients, by the processor's time, which other work on the machine disturbs less; the table is
@@ -316,7 +316,7 @@ def halves(pairs: list[Pair]) -> list[Pair]:
 def main() -> None:
     """Times every setting."""
     asked = argparse.ArgumentParser(description=__doc__)
-    asked.add_argument("--quick", action="store_true", help="under a minute, to look at; nothing is kept")
+    asked.add_argument("--quick", action="store_true", help="fewer places, to look at; nothing is kept")
     given = asked.parse_args()
     torch.set_num_threads(1)
     settings = [quick(setting) for setting in SETTINGS] if given.quick else SETTINGS
