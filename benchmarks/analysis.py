@@ -37,8 +37,8 @@ import ctlens as ct
 from ctlens import analysis as look
 from ctlens.analysis.outputs.logit_lens import ATTRIBUTION_SITES
 from ctlens.analysis.probing.tasks import Task
+from ctlens.core.keeping import keeping
 from ctlens.core.types import LensModel
-from ctlens.data.chat import keeping
 from ctlens.data.pairs import Pair
 
 PAIRS = 256

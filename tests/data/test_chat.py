@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from ctlens.core.errors import CtlensError
-from ctlens.data.chat import TEMPLATE_DATE, Renderings, Turn, answer_ids, end_token, keeping, render
+from ctlens.core.keeping import KeptResults, keeping
+from ctlens.data.chat import TEMPLATE_DATE, Turn, answer_ids, end_token, render
 
 STRIPPING = CHAT_TEMPLATE.replace("message.content", "message.content | trim")
 CHAT = byte_level_tokenizer(chat=True)
@@ -269,7 +270,7 @@ def test_prompts_are_rendered_once_where_they_are_kept():
     tokenizer = framed("turns")
     asked = turns(("user", "Is it right?"))
     alone = render(tokenizer, asked)
-    kept: Renderings = {}
+    kept: KeptResults = {}
 
     with keeping(kept):
         first = render(tokenizer, asked)
@@ -286,7 +287,7 @@ def test_prompts_are_rendered_once_where_they_are_kept():
 def test_a_block_inside_another_keeps_its_prompts_with_the_outer_one():
     tokenizer = framed("turns")
     asked = turns(("user", "Is it right?"))
-    kept: Renderings = {}
+    kept: KeptResults = {}
 
     with keeping(kept):
         with keeping():

@@ -23,10 +23,10 @@ from ctlens.analysis.base.result import Result
 from ctlens.analysis.base.states import States, states
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.keeping import keeping
 from ctlens.core.public import public
 from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import LensModel
-from ctlens.data.chat import keeping
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers, resolve
 from ctlens.plots import Figure

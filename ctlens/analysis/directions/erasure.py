@@ -33,11 +33,11 @@ from ctlens.analysis.directions.steering import ablate, steer
 from ctlens.analysis.probing.probe import Probe, probe
 from ctlens.analysis.probing.tasks import Task, wrapper_present
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.keeping import keeping
 from ctlens.core.labels import BASE
 from ctlens.core.public import public
 from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import LensModel
-from ctlens.data.chat import keeping
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers
 from ctlens.plots import Figure

@@ -33,9 +33,9 @@ from ctlens.analysis.directions.directions import Directions
 from ctlens.analysis.directions.edited_answers import Edit, EditedAnswers
 from ctlens.analysis.directions.interventions import ABLATE, FIXED, RANDOM_DRAW, STEER, Intervention
 from ctlens.core.errors import CtlensError
+from ctlens.core.keeping import keeping
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
-from ctlens.data.chat import keeping
 from ctlens.data.pairs import Pair
 
 _EDITED_SIDE = {STEER: "clean", ABLATE: "wrapped"}

@@ -33,10 +33,10 @@ from ctlens.analysis.probing.classifiers import group_splits, hits, hits_of_mode
 from ctlens.analysis.probing.scores import balanced, curves, deals_apart
 from ctlens.analysis.probing.tasks import Task
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.keeping import keeping
 from ctlens.core.labels import BASE
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
-from ctlens.data.chat import keeping
 from ctlens.models.hooks import Layers
 from ctlens.plots import Curve, Figure
 
