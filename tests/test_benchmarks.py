@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pandas as pd
 import pytest
 import torch
 
@@ -67,8 +68,30 @@ def test_every_analysis_of_the_benchmark_gives_a_result_with_its_figure(modules)
     for name in ("residual_shift", "logit_lens", "logit_attribution"):
         found = todo[name]()
         assert len(found.to_dataframe()) and len(found.figure().data)
+    found = analysis.together(base, models)
+    alone = analysis.analyses(base, models)
+    assert found.keys() == alone.keys()
+    for name in ("probe, answer hinted", "residual_shift", "shift_similarity", "logit_lens", "logit_attribution"):
+        pd.testing.assert_frame_equal(found[name].to_dataframe(), alone[name]().to_dataframe(), atol=1e-6)
     seen = analysis.held(lambda: torch.zeros(100_000))
     assert 400_000 <= seen < 500_000
+
+
+def test_another_checkout_has_its_ratio_and_all_together_are_held_against_all_alone(modules) -> None:
+    import analysis
+
+    class Timed:
+        def __init__(self, seconds: dict[str, float]) -> None:
+            self.names = list(seconds)
+            self.timed = lambda name: (10 * seconds[name], seconds[name])
+
+    ours = Timed({"steer": 1.0, "ablate": 2.0, analysis.TOGETHER: 1.5})
+    table = analysis.table_of(ours, Timed({"steer": 4.0, "ablate": 2.0}), rounds=2)
+
+    assert table["ratio"].to_dict() == {"steer": 4, "ablate": 1, analysis.TOGETHER: 4, analysis.ALONE: 2}
+    assert table.loc[analysis.TOGETHER, "wall_s"] == 15 and table.loc[analysis.ALONE, "other_wall_s"] == 60
+    alone = analysis.table_of(ours, None, rounds=1)
+    assert list(alone) == ["wall_s", "processor_s"] and alone.loc[analysis.ALONE, "processor_s"] == 3
 
 
 def test_the_gpu_benchmark_says_when_there_is_none(modules, monkeypatch, capsys) -> None:
