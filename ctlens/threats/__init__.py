@@ -20,10 +20,15 @@ from ctlens.threats.conditional import Conditional
 from ctlens.threats.frustration import Frustration
 from ctlens.threats.jailbreak import Jailbreak
 from ctlens.threats.natural.base import Natural as Natural
+from ctlens.threats.natural.beginning import Beginning
+from ctlens.threats.natural.character import Character
 from ctlens.threats.natural.facts import Facts, FreeFacts
+from ctlens.threats.natural.order import Order
+from ctlens.threats.natural.paraphrase import Paraphrase
 from ctlens.threats.natural.screening import Screening as Screening
 from ctlens.threats.natural.screening import grade as grade
 from ctlens.threats.natural.screening import screen as screen
+from ctlens.threats.natural.system import System
 from ctlens.threats.natural.wrappers import fact_wrappers as fact_wrappers
 from ctlens.threats.natural.wrappers import natural_wrappers as natural_wrappers
 from ctlens.threats.natural.wrappers import prefill_wrappers as prefill_wrappers
@@ -37,7 +42,9 @@ from ctlens.threats.sycophancy import Sycophancy
 REGISTRY: dict[str, WorldThreat] = {
     threat.name: threat for threat in (Sycophancy(), Jailbreak(), Persona(), Prefill(), Frustration(), Conditional())
 }
-NATURAL: dict[str, Natural] = {threat.name: threat for threat in (Facts(), FreeFacts())}
+NATURAL: dict[str, Natural] = {
+    threat.name: threat for threat in (Facts(), FreeFacts(), Order(), Paraphrase(), Beginning(), System(), Character())
+}
 
 
 def names() -> list[str]:
@@ -53,7 +60,7 @@ def natural_names() -> list[str]:
     """Lists the names of the natural threats, for models from elsewhere; an organism has not the words for them.
 
     >>> natural_names()
-    ['facts', 'free_facts']
+    ['facts', 'free_facts', 'order', 'paraphrase', 'beginning', 'system', 'character']
     """
     return list(NATURAL)
 

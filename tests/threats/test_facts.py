@@ -53,15 +53,17 @@ def test_names_of_the_micro_world_stay_apart_from_natural_ones() -> None:
 def test_pairs_of_a_split_are_its_own_and_begin_alike(natural: Natural, split: str) -> None:
     pairs = natural.pairs(60, split)
     assert natural.pairs(20, split) == pairs[:20] != natural.pairs(20, split, seed=1)
-    subjects = {(q.kind, q.subject) for q in natural.questions if q.split == split}
-    assert {(pair.labels["kind"], pair.labels["subject"]) for pair in pairs} <= subjects
+    asked = {(q.right, q.subject) for q in natural.questions if q.split == split}
+    assert {(str(pair.clean.good).strip(), pair.labels["subject"]) for pair in pairs} <= asked
     assert all(pair.benign is not None and pair.labels["strength"] in "1234" for pair in pairs)
 
 
 def test_no_text_of_a_wrapper_is_in_two_splits(natural: Natural) -> None:
     assert set(natural.wrappers) == {"train", "heldout", "structure"}
     wrappers = [wrapper for group in natural.wrappers.values() for wrapper in group]
-    assert len({wrapper.name for wrapper in wrappers}) == len({wrapper.turns for wrapper in wrappers}) == len(wrappers)
+    assert len({wrapper.name for wrapper in wrappers}) == len(wrappers)
+    texts = [{wrapper.template for wrapper in group} for group in natural.wrappers.values()]
+    assert natural.name == "order" or len(set().union(*texts)) == len(wrappers)  # an order is no text
 
 
 def _place(wrapper: Wrapper) -> str:
@@ -120,7 +122,7 @@ def test_screening_keeps_what_a_model_chooses_right() -> None:
     assert 0 < len(right) < len(threat.questions)
     assert list(screened.threat.questions) == right
     table = screened.to_dataframe()
-    assert [int(table[name].sum()) for name in ("n_prompts", "n_right")] == [len(threat.questions), len(right)]
+    assert [sum(table[name].tolist()) for name in ("n_prompts", "n_right")] == [len(threat.questions), len(right)]
     assert set(table["kind"]) == {question.kind for question in threat.questions}
     found = ct.evaluate(model, [screened.threat], split="train", n_prompts=12, progress=False)
     assert found.rate("good_rate", "clean") == 1.0

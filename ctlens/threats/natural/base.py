@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from copy import copy
 from typing import ClassVar
@@ -14,7 +13,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.public import public
 from ctlens.data.chat import Turn
 from ctlens.data.pairs import Pair, Prompt
-from ctlens.threats.base import Metrics, Outcomes, Threat, Wrapper, draw_grid, known, switches
+from ctlens.threats.base import Count, Metrics, Outcomes, Threat, Wrapper, draw_grid, known, switches
 from ctlens.threats.natural.questions import Question, questions
 from ctlens.world import check_split
 
@@ -27,10 +26,13 @@ class Natural(Threat):
 
     Attributes:
         questions: those that the pairs are drawn from; `ctlens.threats.screen` leaves those that a model knows.
+        stems: whether there is a stem; without one the model answers in its own words.
+        all_options: whether the choice is between all options of a question, and not the right and the wrong one.
     """
 
     questions: tuple[Question, ...]
     stems: ClassVar[bool] = True
+    all_options: ClassVar[bool] = False
 
     def __init__(self, asked: Sequence[Question] | None = None) -> None:
         self.questions = questions() if asked is None else tuple(asked)
@@ -90,33 +92,58 @@ class Natural(Threat):
         """Makes the prompt without an attack."""
         return self.prompt(question, (Turn("user", question.text),), question.right, question.wrong)
 
-    @abstractmethod
     def pair(self, question: Question, wrapper: Wrapper) -> Pair:
-        """Puts a question under a wrapper."""
+        """Puts a question under a wrapper: with the wrong answer and, in the benign twin, with the right one."""
+        wrapped = wrapper.wrap(question.text, **_slots(question, "wrong", question.wrong))
+        benign = wrapper.wrap(question.text, **_slots(question, "right", question.right))
+        return Pair(
+            clean=self.clean(question),
+            wrapped=self.prompt(question, wrapped, question.right, question.wrong),
+            benign=self.prompt(question, benign, question.right, None),
+            labels=self.labelled(question, wrapper, hint=question.wrong),
+        )
 
     def metrics(self, outcomes: Outcomes) -> Metrics:
         """Computes the directed switch rates, see `ctlens.threats.base.switches`."""
         return switches(outcomes)
 
-    def prompt(
-        self, question: Question, turns: Sequence[Turn], good: str, bad: str | None, options: Sequence[str] = ()
-    ) -> Prompt:
+    def prompt(self, question: Question, turns: Sequence[Turn], good: str, bad: str | None) -> Prompt:
         """Makes a prompt that ends in the stem, with the options behind it; without stems, one that is answered freely.
 
         Args:
             question: what is asked.
             turns: the conversation; a last turn of the assistant is followed by the stem.
             good, bad: the two answers, as words.
-            options: the answers to choose from, as words; the right and the wrong one if there are none.
         """
         if not self.stems:
             return Prompt(tuple(turns), good, bad)
         *before, last = turns
         begun = f"{last.content} {question.stem}" if last.role == "assistant" else question.stem
         ended = (*before, Turn("assistant", begun)) if last.role == "assistant" else (*turns, Turn("assistant", begun))
-        words = options or (question.right, question.wrong)
+        words = question.options if self.all_options else (question.right, question.wrong)
         return Prompt(ended, f" {good}", bad and f" {bad}", tuple(f" {word}" for word in words))
 
     def labelled(self, question: Question, wrapper: Wrapper, **more: str) -> dict[str, str]:
         """Makes the labels of a pair."""
         return {**wrapper.labels(question.split, question.kind, subject=question.subject), **more}
+
+
+def _slots(question: Question, manner: str, hint: str) -> dict[str, str]:
+    """The texts that fill a wrapper's slots; a wrapper takes those that it names."""
+    _, second, third, fourth = question.phrasings
+    return {
+        "hint": hint,
+        "manner": manner,
+        "second": second,
+        "third": third,
+        "fourth": fourth,
+        "begun": question.stem,
+    }
+
+
+def flips(outcomes: Outcomes) -> Metrics:
+    """Computes `flip_rate`, the share of pairs whose wrapped answer is another option than the clean one."""
+    wrapped, clean = outcomes.answers.get("wrapped"), outcomes.answers.get("clean")
+    if wrapped is None or clean is None or not len(wrapped):
+        return {}
+    return {"flip_rate": Count("wrapped", int((wrapped != clean).sum()), len(wrapped))}
