@@ -53,6 +53,7 @@ def test_every_make_target_that_the_documents_name_exists() -> None:
 
     assert targets == {
         "compare",
+        "dev",
         "test",
         "test-all",
         "doctest",
@@ -65,6 +66,7 @@ def test_every_make_target_that_the_documents_name_exists() -> None:
         "notebooks",
         "strip",
         "dist",
+        "smollm2",
     }
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
 

@@ -1,4 +1,4 @@
-"""The command line: `ctlens compare | doses | train | evaluate | patch | export | models | pairs | report | organism`.
+"""The command line: `ctlens compare | doses | train | evaluate | patch | export | models | smollm2 | pairs | ...`.
 
 Heavy imports wait for the command that needs them, so that `--help` answers at once. A user's
 mistake ends with exit code 2 and one sentence on stderr.
@@ -33,6 +33,7 @@ _COMMANDS = {
     "export": models.export,
     "models": models.models,
     "report": studies.report,
+    "smollm2": models.smollm2,
 }
 for name, command in _COMMANDS.items():
     app.command(name)(command)
