@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ctlens.core.types import widened
 
@@ -88,9 +87,9 @@ class _DotAndNorm(torch.autograd.Function):
         return dot, norm
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, along_dot: Tensor, along_norm: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None]:
         x, y, norm = ctx.saved_tensors
+        along_dot, along_norm = grad_outputs
         norm = norm.masked_fill(norm == 0, torch.inf)  # a vector of norm 0 has no direction: it gets no gradient
         of_x = (x / norm[..., None]).mul_(along_norm[..., None]).add_(y * along_dot[..., None])
         return of_x, x * along_dot[..., None] if ctx.needs_input_grad[1] else None

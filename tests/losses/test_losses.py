@@ -566,15 +566,14 @@ def test_the_cosine_s_gradient_is_to_the_last_bit_that_of_torch() -> None:
     (given @ found).backward()
 
     assert torch.equal(found, restated) and plain.grad is not None and ours.grad is not None
-    assert torch.equal(ours.grad, plain.grad) and ours.grad[0].norm(dim=-1).count_nonzero() == 4
+    assert torch.equal(ours.grad, plain.grad) and ours.grad.isfinite().all()
 
 
 def test_the_cosine_s_gradient_is_the_slope_of_its_values() -> None:
     x, y = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
     assert torch.autograd.gradcheck(cosine_distance, (x, y))
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        torch.autograd.gradgradcheck(cosine_distance, (x, y))
+    assert torch.autograd.gradgradcheck(cosine_distance, (x, y))
 
 
 def test_the_relative_error_does_not_depend_on_the_scale_of_a_layer_and_the_reference_is_the_second() -> None:
