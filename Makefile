@@ -11,10 +11,11 @@ INSTALL += --quiet --constraint $(CONSTRAINTS)
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist worksteal
 UNIT := not slow and not browser and not processes and not fuzz
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+BENCHMARKS := $(filter-out gpu quote,$(patsubst benchmarks/%.py,%,$(sort $(wildcard benchmarks/*.py))))
 STRIP := --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
 
-.PHONY: install dev compare study smollm2 test test-all fuzz doctest test-4x check figures drawings lab notebooks strip dist
-.PHONY: install-4x clean
+.PHONY: install dev compare study smollm2 test test-all fuzz doctest test-4x check figures drawings benchmarks lab notebooks
+.PHONY: strip dist install-4x clean
 
 install: $(VENV)/installed
 
@@ -72,6 +73,11 @@ figures: study dev
 # The same pictures from figures/data, without a study.
 drawings: dev
 	$(BIN)/python figures/draw.py
+
+# The tables of benchmarks/ and their quotes, one after the other on one thread; BENCHMARKS names some.
+benchmarks: dev
+	for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit; done
+	$(BIN)/python benchmarks/quote.py
 
 # The newest TransformerLens 4.x, with everything else as pinned, and the tests of what depends on it, marked `boundary`.
 test-4x: install-4x

@@ -62,6 +62,7 @@ def test_every_make_target_that_the_documents_name_exists() -> None:
         "check",
         "figures",
         "drawings",
+        "benchmarks",
         "lab",
         "notebooks",
         "strip",
