@@ -17,12 +17,13 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from memory import MEGABYTE, LiveBytes
+from memory import MEGABYTE
 from tqdm.auto import tqdm
 
 import ctlens as ct
 from ctlens import analysis as look
 from ctlens.core.types import LensModel
+from ctlens.models.counting import Counting
 
 PAIRS = 256
 STEPS = 100
@@ -73,7 +74,7 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 def held(work: Callable[[], object]) -> int:
     """The most bytes of tensors and of arrays that one call held."""
     tracemalloc.start()
-    with LiveBytes() as live:
+    with Counting() as live:
         work()
     arrays = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
