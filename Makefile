@@ -2,20 +2,34 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
+# One pass of uv where it is installed, else of pip, which `make UV= ...` takes always. Bytecode is left to the import in
+# `install`: three quarters of the modules are never imported, and to compile all takes pip longer than all else it does.
+UV ?= $(shell command -v uv)
+INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/pip install --disable-pip-version-check --no-compile)
+INSTALL += --quiet --constraint $(CONSTRAINTS)
 # A process a core, each on one thread (`tests/conftest.py`); idle ones take over what is left of the slowest.
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist worksteal
 UNIT := not slow and not browser and not processes and not fuzz
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 STRIP := --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
 
-.PHONY: install compare study test test-all fuzz doctest test-4x check figures drawings lab notebooks strip dist install-4x clean
+.PHONY: install dev compare study test test-all fuzz doctest test-4x check figures drawings lab notebooks strip dist install-4x clean
 
 install: $(VENV)/installed
 
+# The import compiles what a study imports, once, and also where the environment forbids bytecode (as many images do):
+# there every process would compile it anew.
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,export]'
+	$(INSTALL) --editable .
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "import ctlens.study.runner"
+	touch $@
+
+# What the tests, checks and pictures need, and what the notebooks need, on top.
+dev: $(VENV)/dev
+
+$(VENV)/dev $(VENV)/notebook: $(VENV)/%: $(VENV)/installed
+	$(INSTALL) --editable '.[$*]'
 	touch $@
 
 # A newcomer's first study: two threats, with their controls.
@@ -27,21 +41,21 @@ study: install
 	$(BIN)/ctlens compare --size matrix --out runs/study --resume
 
 # The unit tier, the whole suite, and the examples in the docstrings; the markers are in pyproject.toml.
-test: install
+test: dev
 	$(BIN)/pytest $(PARALLEL) -m "$(UNIT)"
 
-test-all: install
+test-all: dev
 	$(BIN)/pytest $(PARALLEL)
 
 # Hostile files, chat templates and options, the same ones every time: two minutes of a core at most.
-fuzz: install
+fuzz: dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m fuzz
 
-doctest: install
+doctest: dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) --doctest-modules ctlens
 
 # What the documents show, each from one command.
-figures: study
+figures: study dev
 	$(BIN)/ctlens doses --threat sycophancy --seeds 3 --out runs/doses --resume
 	rm -rf runs/leak
 	$(BIN)/ctlens organism leak --seeds 3 --out runs/leak
@@ -51,7 +65,7 @@ figures: study
 	$(BIN)/python figures/draw.py runs
 
 # The same pictures from figures/data, without a study.
-drawings: install
+drawings: dev
 	$(BIN)/python figures/draw.py
 
 # The newest TransformerLens 4.x, with everything else as pinned, and the tests of what depends on it, marked `boundary`.
@@ -59,33 +73,29 @@ test-4x: install-4x
 	.venv-4x/bin/pytest $(PARALLEL) -m boundary
 
 install-4x: .venv-4x.txt
-	$(MAKE) install VENV=.venv-4x CONSTRAINTS=.venv-4x.txt
+	$(MAKE) dev VENV=.venv-4x CONSTRAINTS=.venv-4x.txt
 
 .venv-4x.txt: constraints.txt
 	sed 's/^transformer-lens==.*/transformer-lens>=4,<5/' $< > $@
-
-$(VENV)/notebook: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[notebook]'
-	touch $@
 
 lab: $(VENV)/notebook
 	$(BIN)/jupyter lab notebooks
 
 # Two at a time, one thread each; three minutes are the most that a notebook may take.
-notebooks: $(VENV)/notebook
+notebooks: dev $(VENV)/notebook
 	printf '%s\n' $(NOTEBOOKS) | OMP_NUM_THREADS=1 xargs -n 1 -P 2 timeout 180 $(BIN)/pytest --nbmake --durations=1 -p no:cacheprovider
 
 # Takes outputs and counts out of notebooks that were run and saved.
 strip: $(VENV)/notebook
 	$(BIN)/jupyter nbconvert --log-level WARN --inplace --clear-output $(STRIP) $(NOTEBOOKS)
 
-check: install
+check: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # The sdist, and the wheel made from it.
-dist: install
+dist: dev
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
 

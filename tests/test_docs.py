@@ -53,6 +53,7 @@ def test_every_make_target_that_the_documents_name_exists() -> None:
 
     assert targets == {
         "compare",
+        "dev",
         "test",
         "test-all",
         "doctest",

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
 from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError
+from ctlens.core.keeping import once
 from ctlens.data.spelling import Span, require_known, spaces, spell
 
-_T = TypeVar("_T")
 _FIRST_SENTINEL = 0xE000
 """The first of Unicode's private characters, which stand for messages where a template's frame is looked for."""
 _SENTINEL = chr(_FIRST_SENTINEL)
@@ -76,25 +73,6 @@ class Rendered:
         return tuple(i for i, (left, right) in enumerate(self.offsets) if left < min(end, right) and right > start)
 
 
-Renderings: TypeAlias = dict[Hashable, Any]
-"""What `render` and `answer_ids` returned before, by tokenizer, template and texts."""
-_KEPT: ContextVar[Renderings | None] = ContextVar("renderings that are kept", default=None)
-
-
-@contextmanager
-def keeping(renderings: Renderings) -> Iterator[None]:
-    """Renders equal turns once inside the block, and keeps them in `renderings`, where a later block finds them.
-
-    It is for work that asks the same prompts again and again with tokenizers that nothing changes meanwhile, as
-    the trainings of a study do. A token takes about 200 bytes.
-    """
-    before = _KEPT.set(renderings)
-    try:
-        yield
-    finally:
-        _KEPT.reset(before)
-
-
 def render(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
     """Renders turns as the prompt that the model answers.
 
@@ -118,17 +96,7 @@ def render(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
         raise CtlensError("the model has no tokenizer: load it from a folder that holds one, or pass tokenizer=.")
     if not getattr(tokenizer, "is_fast", False):
         raise CtlensError("a fast tokenizer is needed (character offsets): save the tokenizer as tokenizer.json.")
-    return _once((tokenizer, str(chat_template(tokenizer)), turns), lambda: _render(tokenizer, turns))
-
-
-def _once(known: Hashable, make: Callable[[], _T]) -> _T:
-    """Makes something, or takes it from the renderings that are kept."""
-    kept = _KEPT.get()
-    if kept is None:
-        return make()
-    if known not in kept:
-        kept[known] = make()
-    return kept[known]
+    return once(lambda: (tokenizer, str(chat_template(tokenizer)), turns), lambda: _render(tokenizer, turns))
 
 
 def _render(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
@@ -320,7 +288,7 @@ def _behind(tokenizer: Any, prompt: Rendered, answer: str) -> tuple[int, ...] | 
         ids = with_answer(tokenizer, prompt, answer).ids
         return ids[len(prompt.ids) :] if ids[: len(prompt.ids)] == prompt.ids else None
 
-    return _once((tokenizer, str(chat_template(tokenizer)), prompt.text, prompt.roles, answer), found)
+    return once(lambda: (tokenizer, str(chat_template(tokenizer)), prompt.text, prompt.roles, answer), found)
 
 
 def with_answer(tokenizer: Any, prompt: Rendered, answer: str) -> Rendered:

@@ -145,7 +145,9 @@ def has_adapters(model: LensModel) -> bool:
 
 @torch.no_grad()
 def merge_adapters(model: LensModel) -> None:
-    """Writes the adapters' updates into the weights and removes the adapters; all weights stay frozen.
+    """Adds the adapters' updates to the weights and removes the adapters; all weights stay frozen.
+
+    A model that shares its weights with this one keeps its own.
 
     Raises:
         CtlensError: the model has no adapters.
@@ -155,7 +157,7 @@ def merge_adapters(model: LensModel) -> None:
         weight = slot.weight
         _own_class(slot.module)
         parametrize.remove_parametrizations(slot.module, slot.name, leave_parametrized=False)
-        weight.copy_(merged)
+        weight.data = merged.clone()  # and not written in place: a model may share its frozen weights with another
 
 
 def save_adapters(model: LensModel, folder: str | Path) -> None:

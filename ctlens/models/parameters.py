@@ -211,12 +211,22 @@ def _computing(config: Any) -> Any:
 ORIGINALS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
-def copy_model(model: LensModel) -> LensModel:
-    """A copy in eval mode; `model` is left as it is."""
+def copy_model(model: LensModel, *, share_weights: bool = False) -> LensModel:
+    """A copy in eval mode; `model` is left as it is.
+
+    Args:
+        model: the original.
+        share_weights: the copy's parameters lie where the model's lie, and take no memory of their own. For a copy
+            whose weights stay frozen beside adapters; whoever writes into the weights of one changes both.
+    """
     device = next(model.parameters()).device
     # A bridge holds on to its last activations, and a graph among them cannot be copied. Dropout would draw numbers.
     with torch.no_grad(), evaluating(model):
         model(torch.zeros(1, 1, dtype=torch.long, device=device))
-    copied = copy.deepcopy(model, {id(model.tokenizer): model.tokenizer}).eval()  # both read text alike
+    there: dict[int, Any] = {id(model.tokenizer): model.tokenizer}  # both read text alike
+    if share_weights:
+        # Parameters of its own, because what is frozen in the copy stays as it is in the model.
+        there |= {id(value): nn.Parameter(value.detach(), value.requires_grad) for value in model.parameters()}
+    copied = copy.deepcopy(model, there).eval()
     ORIGINALS[copied] = model
     return copied

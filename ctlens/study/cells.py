@@ -14,11 +14,11 @@ from ctlens.analysis.outputs.gap_recovered import GAP_RECOVERED, Gap
 from ctlens.core.digests import record_digests
 from ctlens.core.errors import CtlensError, NotFinite
 from ctlens.core.files import atomic_folder, write_json
+from ctlens.core.keeping import KeptResults, keeping
 from ctlens.core.labels import BASE
 from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
 from ctlens.data.batch import encode
-from ctlens.data.chat import Renderings, keeping
 from ctlens.data.pairs import Pair
 from ctlens.evaluation import Evaluation
 from ctlens.models.loading import save_model
@@ -38,8 +38,8 @@ _EVALUATED_AT = (0.05, 0.1, 0.2, 0.4, 1.0)
 _RECOVERY_AT = (0.02, 0.04, 0.07, 0.1, 0.12, 0.13, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 _NEAR_MATCHED = 0.08
 """How far from the matched share of the gap a model may be and still count as matched; chosen by eye, not tuned."""
-_RENDERINGS: Renderings = {}
-"""The prompts of the study as its models see them: each worker renders a prompt once, whatever the cell."""
+_SHARED: KeptResults = {}
+"""What cells have in common: each worker draws a pair, renders a prompt and lets the base answer it once."""
 OUTCOMES_FILE = "outcomes.csv"
 MATCHED_FOLDER = "matched"
 ANALYSED_PAIRS = 64
@@ -59,7 +59,7 @@ def run_cell(config: StudyConfig, study: Path, cell: Cell) -> None:
     Raises:
         CtlensError: as `Trainer` and `evaluate`.
     """
-    with one_thread(), keeping(_RENDERINGS):
+    with one_thread(), keeping(_SHARED):
         if cell.condition == ORGANISM:
             train_organism(cell.path(study), seed=cell.organism, progress=False)
         elif cell.condition == BASE:

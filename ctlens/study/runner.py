@@ -93,6 +93,7 @@ class Study:
         self.folder = Path(out)
         self.progress = progress
         self.pool = pool or Pool()
+        self._rows: dict[Cell, pd.DataFrame] = {}
         if config.file:
             subject(OWN_PAIRS, config.file).pairs(1)  # refuses a file that is none before the folder is made
         pairs = {"pairs_digest": digest(config.file)} if config.file else {}
@@ -114,14 +115,17 @@ class Study:
                         bar.update()
 
     def _waves(self) -> list[list[Cell]]:
-        """The cells in parts that need only earlier parts; organisms are pretrained beside the first trainings."""
+        """The cells in parts that need only earlier parts.
+
+        The base is evaluated and organisms are pretrained beside the first trainings.
+        """
         cells = self.config.cells()
         others = range(1, self.config.organisms)
         first = [cell for cell in cells if not cell.organism]
         rest = [cell for cell in cells if cell.organism]
         made = [organism_cell(organism) for organism in others]
         bases = [base_cell(organism) for organism in others]
-        return [[base_cell()], [*first, *made], bases, rest, self.config.derived()]
+        return [[base_cell(), *first, *made], bases, rest, self.config.derived()]
 
     def _run(self, cells: Sequence[Cell]) -> Iterator[Cell]:
         """Runs the missing cells and yields every cell once it is done."""
@@ -144,7 +148,12 @@ class Study:
         return Evaluation.load(path)
 
     def _compared(self, cell: Cell) -> pd.DataFrame:
-        """The rows of a finished cell, with its bad rates against the base's and against the control's."""
+        """The rows of a finished cell, with its bad rates against the base's and against the control's, found once."""
+        if cell not in self._rows:
+            self._rows[cell] = self._read(cell)
+        return self._rows[cell]
+
+    def _read(self, cell: Cell) -> pd.DataFrame:
         folder = cell.path(self.folder)
         require_undamaged(folder, remove=folder)
         found = read_results(folder / "results.csv")

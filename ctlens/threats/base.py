@@ -16,6 +16,7 @@ import torch
 
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError
+from ctlens.core.keeping import once
 from ctlens.core.public import public
 from ctlens.data.chat import Turn
 from ctlens.data.pairs import Pair, Prompt, prompt
@@ -148,8 +149,8 @@ class Outcomes:
     def count(self, verdict: str, prompt_side: str) -> Count | None:
         """Counts the answers on one prompt side that have the verdict; None where that side has no answer."""
         given = self.verdicts.get(prompt_side, np.array([]))
-        n_prompts = int((given != NO_ANSWER).sum())
-        return Count(prompt_side, int((given == verdict).sum()), n_prompts) if n_prompts else None
+        n_prompts = int(np.count_nonzero(given != NO_ANSWER))
+        return Count(prompt_side, int(np.count_nonzero(given == verdict)), n_prompts) if n_prompts else None
 
 
 Metrics = Mapping[str, Count | float | None]
@@ -202,7 +203,12 @@ class Threat(ABC):
         check_split(split)
         if n_pairs < 1:
             raise CtlensError(f"{n_pairs} pairs were asked for: ask for at least 1 pair.")
-        return self._cases(n_pairs, split, generator(seed, self.name, split), world or World.make())
+        world = world or World.make()
+        drawn = once(
+            lambda: (self, n_pairs, split, seed, world.seed),
+            lambda: self._cases(n_pairs, split, generator(seed, self.name, split), world),
+        )
+        return list(drawn)
 
     @public
     def neutral(self, n_prompts: int, split: str = "train", seed: int = 0, world: World | None = None) -> list[Prompt]:

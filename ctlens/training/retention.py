@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctlens.core.config import generator
+from ctlens.core.keeping import once
 from ctlens.core.types import LensModel, Mask, Scalar
 from ctlens.data.batch import Side, pad, require_room
 from ctlens.data.chat import render
@@ -16,6 +17,7 @@ from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses.distances import kl_divergence
 from ctlens.models.generation import Ids, end_tokens, generate
 from ctlens.models.hooks import run
+from ctlens.models.parameters import fingerprint
 from ctlens.training.config import TrainConfig
 from ctlens.training.order import parts
 
@@ -58,17 +60,31 @@ class Retention:
         used = self._chosen[self._fires].unique().tolist()
         if not used or self.answers:
             return
+        self.answers, self._targets = once(
+            lambda: (
+                fingerprint(self.reference),
+                tuple(self.prompts),
+                tuple(used),
+                self._chosen.shape[1],
+                self.config.max_new_tokens,
+                self.config.cache,
+            ),
+            lambda: self._answered(used, progress),
+        )
+
+    def _answered(self, used: Sequence[int], progress: bool) -> tuple[dict[int, Ids], dict[int, Tensor]]:
+        """Lets the reference answer some prompts; with the cache, returns its logits on the answers' tokens too."""
         asked = [self.prompts[index] for index in used]
         ends = end_tokens(self.reference)
         given = generate(self.reference, asked, max_new_tokens=self.config.max_new_tokens, ends=ends, progress=progress)
         answers = dict(zip(used, given, strict=True))
-        if self.config.cache:
-            size = self._chosen.shape[1]
-            for start in range(0, len(used), size):
-                chunk = used[start : start + size]
-                found = self._reference_logits(*self._sequences(chunk, answers))
-                self._targets |= dict(zip(chunk, found.cpu().split([len(answers[i]) for i in chunk]), strict=True))
-        self.answers = answers
+        targets: dict[int, Tensor] = {}
+        size = self._chosen.shape[1]
+        for start in range(0, len(used) if self.config.cache else 0, size):
+            chunk = used[start : start + size]
+            found = self._reference_logits(*self._sequences(chunk, answers))
+            targets |= dict(zip(chunk, found.cpu().split([len(answers[i]) for i in chunk]), strict=True))
+        return answers, targets
 
     def terms(
         self, model: LensModel, step: int, share: Callable[[Sequence[int]], Sequence[int]] = tuple

@@ -33,8 +33,8 @@ class Run:
     """Run is the result of one training.
 
     Attributes:
-        model: the trained model, in eval mode. After a training by a `LoRA` it has its adapters; loaded from a
-            folder it has them merged.
+        model: the trained model, in eval mode. After a training by a `LoRA` it has its adapters, beside
+            weights that it shares with the reference; loaded from a folder it has them merged.
         config: the settings of the training.
         losses: the losses of the training; empty if it trained on retention alone.
         history: the numbers of every step.

@@ -25,6 +25,7 @@ from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses import Loss, require_distinct
 from ctlens.models.adopt import adopt
 from ctlens.models.finite import what_is_not_finite
+from ctlens.models.lora import LoRA
 from ctlens.models.optimisation import adamw, clipped_update
 from ctlens.models.parameters import copy_model, evaluating
 from ctlens.training.answers import drawn_together
@@ -52,7 +53,8 @@ class Trainer:
     training so far. An interrupt waits for the end of a step, so the training is never left half a step.
 
     Args:
-        model: the reference; it is copied and left as it is.
+        model: the reference; it is copied and left as it is. A training of adapters shares its frozen weights instead
+            of a copy of them: they are held in memory once.
         pairs: the pairs to train on.
         losses: one loss or several, or their names; an empty list trains on retention alone, the null control.
         config: the settings.
@@ -99,7 +101,7 @@ class Trainer:
         self.processes = processes()
         self._terms = {loss.name: Term(loss, loss.factors(model)) for loss in self.losses}
         self._tracked = {TRACKED + loss.name: Term(loss, loss.factors(model)) for loss in self.track}
-        self.model = copy_model(model)
+        self.model = copy_model(model, share_weights=isinstance(self.config.trainable, LoRA))
         self.parameters = trained_parameters(self.model, self.config)
         with evaluating(model):
             folder = None if cache_folder is None else usable_folder(cache_folder)

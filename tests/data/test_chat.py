@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from ctlens.core.errors import CtlensError
-from ctlens.data.chat import TEMPLATE_DATE, Renderings, Turn, answer_ids, end_token, keeping, render
+from ctlens.core.keeping import KeptResults, keeping
+from ctlens.data.chat import TEMPLATE_DATE, Turn, answer_ids, end_token, render
 
 STRIPPING = CHAT_TEMPLATE.replace("message.content", "message.content | trim")
 CHAT = byte_level_tokenizer(chat=True)
@@ -269,7 +270,7 @@ def test_prompts_are_rendered_once_where_they_are_kept():
     tokenizer = framed("turns")
     asked = turns(("user", "Is it right?"))
     alone = render(tokenizer, asked)
-    kept: Renderings = {}
+    kept: KeptResults = {}
 
     with keeping(kept):
         first = render(tokenizer, asked)
@@ -281,6 +282,22 @@ def test_prompts_are_rendered_once_where_they_are_kept():
 
     assert first == alone != reworded
     assert render(tokenizer, asked) is not first, "nothing is kept outside the block"
+
+
+def test_a_block_inside_another_keeps_its_prompts_with_the_outer_one():
+    tokenizer = framed("turns")
+    asked = turns(("user", "Is it right?"))
+    kept: KeptResults = {}
+
+    with keeping(kept):
+        with keeping():
+            first = render(tokenizer, asked)
+        assert render(tokenizer, asked) is first and len(kept) == 1
+    with keeping():
+        alone = render(tokenizer, asked)
+        assert alone is not first and render(tokenizer, asked) is alone
+    with keeping():
+        assert render(tokenizer, asked) is not alone, "nothing is kept behind the outermost block"
 
 
 def test_of_several_named_templates_the_default_one_is_taken(tmp_path: Path):

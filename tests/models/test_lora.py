@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,10 @@ def logits(model: LensModel) -> Tensor:
 
 def bits(model: LensModel) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in present_parameters(model).items()}
+
+
+def trained_values(model: nn.Module) -> list[Tensor]:
+    return [value for adapter in adapters(model) for value in (adapter.A, adapter.B)]
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -406,6 +411,41 @@ def test_training_adapters_lowers_the_loss_and_leaves_every_weight_as_it_was(kin
     assert not torch.equal(logits(run.model), reference)
     with adapters_off(run.model):
         assert torch.equal(logits(run.model), reference)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_of_adapters_holds_the_weights_once_and_equals_one_on_a_copy(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lens(kind)
+    before, trainable = bits(model), [value.requires_grad for value in model.parameters()]
+    reference = logits(model)
+
+    run = train(model, PAIRS, ACT(), config=QUICK, progress=False)
+
+    def places(held: LensModel) -> dict[str, int]:
+        return {name: value.data_ptr() for name, value in present_parameters(held).items()}
+
+    assert places(run.model) == places(model)
+    assert [value.requires_grad for value in model.parameters()] == trainable
+    with monkeypatch.context() as patch:
+        patch.setattr("ctlens.training.trainer.copy_model", lambda held, **_: copy_model(held))
+        apart = train(model, PAIRS, ACT(), config=QUICK, progress=False)
+    assert not set(places(apart.model).values()) & set(places(model).values())
+    assert apart.history.rows == run.history.rows
+    assert all(map(torch.equal, trained_values(run.model), trained_values(apart.model)))
+
+    adapted = logits(run.model)
+    merge_adapters(run.model)
+    assert torch.equal(logits(run.model), adapted) and not torch.equal(adapted, reference)
+    assert same(bits(model), before) and torch.equal(logits(model), reference)
+
+
+def test_a_training_of_weights_has_weights_of_its_own() -> None:
+    model = lens("made here")
+    trainer = Trainer(model, PAIRS, ACT(), replace(QUICK, trainable=("attn",)))
+    own, others = ({value.data_ptr() for value in present_parameters(held).values()} for held in (trainer.model, model))
+    assert not own & others
 
 
 @pytest.mark.parametrize("kind", ["made here", "llama"])

@@ -13,6 +13,7 @@ from helpers.spelling import spelling_tokenizer
 from ctlens import evaluate
 from ctlens.analysis.base.contrast import contrasts
 from ctlens.core.errors import CtlensError
+from ctlens.core.keeping import keeping
 from ctlens.core.types import LensModel
 from ctlens.data.batch import encode
 from ctlens.data.chat import Turn, end_token
@@ -60,6 +61,32 @@ def test_every_answer_ends_at_any_end_token_of_the_model_as_with_huggingface() -
     for ids, real, answer in zip(drawn.batch.wrapped.tokens, drawn.batch.wrapped.mask, drawn.batch.answer, strict=True):
         given = ids[real & answer].tolist()
         assert not set(given[:-1]) & set(end_tokens(model))
+
+
+def test_the_reference_answers_once_for_trainings_that_hold_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(hf_model("qwen2"), tokenizer=byte_level_tokenizer(chat=True))
+    other = load_model(hf_model("qwen2", seed=1), tokenizer=model.tokenizer)
+    config = TrainConfig(steps=4, batch_size=4, max_new_tokens=3, seed=1)
+    prompts = [prompt(f"what is {word}?") for word in ("it", "this", "that")]
+    asked: list[LensModel] = []
+
+    def counted(reference: LensModel, *args: Any, **options: Any) -> Any:
+        asked.append(reference)
+        return generate(reference, *args, **options)
+
+    monkeypatch.setattr("ctlens.training.retention.generate", counted)
+
+    def terms(reference: LensModel, **changes: Any) -> tuple[Any, Any]:
+        held = Retention(reference, prompts, replace(config, **changes))
+        held.prepare()
+        return [[term.item() for term in held.terms(other, step)] for step in range(1, 5)], held.answers
+
+    alone = terms(model)
+    asked.clear()
+    with keeping({}):
+        assert terms(model) == terms(model) == alone and asked == [model]
+        assert terms(model, max_new_tokens=2) != alone and len(asked) == 2
+        assert terms(other) != alone and asked[2:] == [other]
 
 
 def test_without_generation_settings_an_answer_ends_where_the_tokenizer_says() -> None:

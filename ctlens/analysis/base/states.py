@@ -97,19 +97,38 @@ def states(
             one vector per token, a pair does not align, a prompt has no token at the positions, or
             a recording lacks a hook point or a prompt.
     """
+    options = {"side": side, "site": site, "layers": layers, "batch_size": batch_size, "progress": progress}
+    return states_at(model, pairs, [positions], **options)[0]
+
+
+def states_at(
+    model: Readable,
+    pairs: Sequence[Pair],
+    positions: Sequence[str | PositionsOf],
+    *,
+    side: str,
+    site: str,
+    layers: Layers,
+    batch_size: int,
+    progress: bool,
+) -> list[States]:
+    """Reads the `states` at several choices of positions off the same forward passes."""
     reader = model_of(model)
     require_eval(reader)
     if side not in PAIR_SIDES:
         raise unknown("side", side, PAIR_SIDES)
     names = vector_hooks(reader, site, layers)
-    chunks = []
+    chunks: list[list[np.ndarray]] = [[] for _ in positions]
     for number, (rows, batch) in enumerate(pair_batches(reader, pairs, "shared", batch_size, progress)):
         prompt = batch.clean if side == "clean" else batch.wrapped
-        chosen = positions_mask(positions, side, rows, batch)
+        masks = [positions_mask(chosen, side, rows, batch) for chosen in positions]
         found = read(model, prompt, names, number * batch_size)
-        chunks.append(torch.stack([_mean(found[name], chosen) for name in names]).cpu().numpy())
+        for mask, of_positions in zip(masks, chunks, strict=True):
+            of_positions.append(torch.stack([_mean(found[name], mask) for name in names]).cpu().numpy())
     numbers = select_layers(reader.cfg.n_layers, layers)
-    return States(np.concatenate(chunks, 1), numbers, site, side, positions if isinstance(positions, str) else CHOSEN)
+    called = [chosen if isinstance(chosen, str) else CHOSEN for chosen in positions]
+    values = [np.concatenate(of_positions, 1) for of_positions in chunks]
+    return [States(of_name, numbers, site, side, name) for name, of_name in zip(called, values, strict=True)]
 
 
 def _mean(activation: Float[Tensor, "batch pos d"], chosen: Mask) -> Float[Tensor, "batch d"]:

@@ -23,6 +23,7 @@ from ctlens.analysis.base.result import Result
 from ctlens.analysis.base.states import States, states
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.keeping import keeping
 from ctlens.core.public import public
 from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import LensModel
@@ -223,6 +224,7 @@ def group_names(pairs: Sequence[Pair], per: str) -> list[str]:
 
 
 @public
+@keeping()
 def mean_difference(
     model: Readable | tuple[States, States],
     pairs: Sequence[Pair],

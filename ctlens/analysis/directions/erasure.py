@@ -33,6 +33,7 @@ from ctlens.analysis.directions.steering import ablate, steer
 from ctlens.analysis.probing.probe import Probe, probe
 from ctlens.analysis.probing.tasks import Task, wrapper_present
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.keeping import keeping
 from ctlens.core.labels import BASE
 from ctlens.core.public import public
 from ctlens.core.stats import bootstrap_mean
@@ -176,6 +177,7 @@ def _curves(found: Sequence[MeasuredWithNull]) -> plots.Measurement:
 
 
 @public
+@keeping()
 def erase_or_mask(
     base: LensModel,
     models: Mapping[str, LensModel],

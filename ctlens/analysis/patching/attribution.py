@@ -40,7 +40,7 @@ from ctlens.models.hooks import Layers, capture, editing, resolve, run, select_l
 from ctlens.plots import Figure
 
 _PATH = "gradient"
-_TOP = 10
+_TOP = 10  # sites in common: as many as are read at a glance, not tuned
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,22 @@
-"""Linear classifiers from scikit-learn, which are tried on groups that they were not fitted on."""
+"""Linear classifiers, which are tried on groups that they were not fitted on.
+
+A probe of some layers is thousands of fits of a few hundred prompts. scikit-learn spends most of such a fit on
+checking its input, so the standardisation and the ridge, the default, are its formulas without the checks; tests hold
+both to scikit-learn's own.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy import linalg
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from ctlens.analysis.probing.tasks import NO_GROUP, Task
@@ -45,15 +50,83 @@ class MassMean(ClassifierMixin, BaseEstimator):
         return self.classes_[self.decision_function(X).argmax(1)]
 
 
+class Ridge(ClassifierMixin, BaseEstimator):
+    """A ridge regression on each class against the others, with balanced classes, that names the largest class.
+
+    It is scikit-learn's `RidgeClassifier(alpha, class_weight="balanced")`, to the last bit. Of two classes it regresses
+    on the second alone, for the first is its negative.
+
+    Args:
+        alpha: the penalty.
+    """
+
+    def __init__(self, alpha: float = 1.0) -> None:
+        self.alpha = alpha
+
+    def fit(self, X: np.ndarray, y: np.ndarray) -> Ridge:
+        """Solves the normal equations of the centred inputs; of more inputs than prompts their dual."""
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        wanted = np.where(codes[:, None] == np.arange(len(self.classes_)), 1, -1).astype(X.dtype)
+        wanted = wanted[:, 1:] if len(self.classes_) == 2 else wanted
+        balanced = len(y) / (len(self.classes_) * np.bincount(codes))
+        weight = balanced[codes].astype(X.dtype)
+        root = np.sqrt(weight)[:, None]
+        x_mean = np.average(X, axis=0, weights=weight)
+        wanted_mean = np.average(wanted, axis=0, weights=weight)
+        x = (X - x_mean) * root
+        wanted = (wanted - wanted_mean) * root
+        dual = x.shape[1] > len(x)
+        gram = x @ x.T if dual else x.T @ x
+        gram.flat[:: len(gram) + 1] += self.alpha
+        solved = linalg.solve(gram, wanted if dual else x.T @ wanted, assume_a="pos")
+        self.coef_ = (x.T @ solved if dual else solved).T
+        self.intercept_ = wanted_mean - x_mean @ self.coef_.T
+        return self
+
+    def predict(self, X: np.ndarray) -> np.ndarray:
+        """The class with the largest value."""
+        values = X @ self.coef_.T + self.intercept_
+        return self.classes_[(values[:, 0] > 0).astype(int) if values.shape[1] == 1 else values.argmax(1)]
+
+
 # The penalties are for about as many prompts as dimensions: with weaker ones, probes read less on unseen groups.
 ESTIMATORS: dict[str, Callable[[], ClassifierMixin]] = {
-    "ridge": lambda: RidgeClassifier(alpha=100.0, class_weight="balanced"),
+    "ridge": lambda: Ridge(alpha=100.0),
     "logistic": lambda: LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000),
     "mass_mean": MassMean,
 }
 
 
-def make_probe(name: str) -> Pipeline:
+class Standardised:
+    """A classifier whose inputs are standardised, by the means and deviations of those that it was fitted on.
+
+    Args:
+        estimator: the classifier, not yet fitted.
+    """
+
+    def __init__(self, estimator: Any) -> None:
+        self.estimator = estimator
+
+    def fit(self, values: StateVectors, labels: np.ndarray) -> Standardised:
+        """Fits both."""
+        self.mean = values.mean(0, dtype=float)
+        variance = values.var(0, dtype=float)
+        # Rounding alone gives an input that never changes a variance of up to this; dividing by it would blow it up.
+        rounding = len(values) * np.finfo(float).eps
+        constant = variance <= rounding * variance + (rounding * self.mean) ** 2
+        self.scale = np.where(constant, 1, np.sqrt(variance))
+        self.estimator.fit(self._standardised(values), labels)
+        return self
+
+    def predict(self, values: StateVectors) -> np.ndarray:
+        """The label of each prompt."""
+        return self.estimator.predict(self._standardised(values))
+
+    def _standardised(self, values: StateVectors) -> StateVectors:
+        return (values - self.mean.astype(values.dtype)) / self.scale.astype(values.dtype)
+
+
+def make_probe(name: str) -> Standardised:
     """An estimator behind a standardisation of its inputs, both not yet fitted.
 
     Raises:
@@ -61,7 +134,7 @@ def make_probe(name: str) -> Pipeline:
     """
     if name not in ESTIMATORS:
         raise unknown("estimator", name, ESTIMATORS)
-    return make_pipeline(StandardScaler(), ESTIMATORS[name]())
+    return Standardised(ESTIMATORS[name]())
 
 
 def weights(name: str, values: StateVectors, positive: np.ndarray) -> Float[np.ndarray, " d"]:
@@ -69,10 +142,10 @@ def weights(name: str, values: StateVectors, positive: np.ndarray) -> Float[np.n
 
     `mass_mean` has no weights of its own; for it they are the difference of the means.
     """
-    (_, scaler), (_, estimator) = make_probe(name).fit(values, positive).steps
-    if isinstance(estimator, MassMean):
-        return (estimator.means_[1] - estimator.means_[0]) * scaler.scale_
-    return np.ravel(estimator.coef_) / scaler.scale_
+    fitted = make_probe(name).fit(values, positive)
+    if isinstance(fitted.estimator, MassMean):
+        return (fitted.estimator.means_[1] - fitted.estimator.means_[0]) * fitted.scale
+    return np.ravel(fitted.estimator.coef_) / fitted.scale
 
 
 def group_splits(task: Task, folds: int, seed: int) -> list[Split]:
@@ -121,13 +194,15 @@ def hits(
         deals: each from `group_splits`.
         shuffled: fit on labels shuffled among the training prompts that are alike in what is known.
     """
-    labels = np.array(task.labels)
+    labels = np.unique(task.labels, return_inverse=True)[1]
+    contested = [np.array(task.stratum) == value for value in task.contested()]
     draw = np.random.default_rng(0)
     right = np.zeros((len(deals), len(reads), len(labels)))
     tried = np.zeros((len(deals), 1, len(labels)))
     with threadpool_limits(1, "blas"):  # threads cost more than they gain on matrices as small as these
         for deal, train, test in ((deal, *split) for deal, splits in enumerate(deals) for split in splits):
-            given = _shuffled(task, train, draw) if shuffled else labels[train]
+            known = [of_value[train] for of_value in contested]
+            given = _shuffled(labels[train], known, draw) if shuffled else labels[train]
             probe = make_probe(name).fit(fitted[train], given)
             tried[deal, 0, test] += 1
             for row, read in zip(right[deal], reads, strict=True):
@@ -180,18 +255,18 @@ def _require_classes(labels: np.ndarray, train: PromptNumbers, folds: int) -> No
         raise CtlensError(f"with {folds} folds, a training set has no prompt labelled {missing[0]!r}: give more pairs.")
 
 
-def _shuffled(task: Task, train: PromptNumbers, draw: np.random.Generator) -> np.ndarray:
+def _shuffled(labels: np.ndarray, contested: Sequence[np.ndarray], draw: np.random.Generator) -> np.ndarray:
     """Training labels, shuffled among prompts that are alike in what is known.
 
     Where that leaves a single class, true labels would still tell one side of the question: there
     labels are drawn from those of the other prompts.
+
+    Args:
+        labels: of the training prompts.
+        contested: the prompts of each stratum that has several classes.
+        draw: the random numbers.
     """
-    labels = np.array(task.labels)[train]
-    known = np.array(task.stratum)[train]
-    contested = task.contested()
-    others = labels[np.isin(known, list(contested))]
-    shuffled = draw.choice(others, len(labels))
-    for value in contested:
-        rows = known == value
+    shuffled = draw.choice(labels[np.any(contested, axis=0)], len(labels))
+    for rows in contested:
         shuffled[rows] = draw.permutation(labels[rows])
     return shuffled

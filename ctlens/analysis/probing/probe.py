@@ -33,6 +33,7 @@ from ctlens.analysis.probing.classifiers import group_splits, hits, hits_of_mode
 from ctlens.analysis.probing.scores import balanced, curves, deals_apart
 from ctlens.analysis.probing.tasks import Task
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.keeping import keeping
 from ctlens.core.labels import BASE
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
@@ -169,6 +170,7 @@ class Probe(Result):
 
 
 @public
+@keeping()
 def probe(
     models: Mapping[str, Probed],
     task: Task,
@@ -244,7 +246,7 @@ def probe(
         question=task.question,
         chance=task.chance(),
         n_train=round(float(np.mean([len(train) for splits in deals for train, _ in splits]))),
-        n_test=sum(value in task.contested() for value in task.stratum),
+        n_test=sum(map(task.stratum.count, task.contested())),
         balance=dict(sorted(Counter(task.labels).items())),
     )
 
@@ -283,7 +285,7 @@ def _of(
         return (item,)
     if isinstance(item, Sequence):
         return tuple(item)
-    return tuple(task.states(item, positions=chosen, **options) for chosen in positions)
+    return task.states_at(item, positions, **options)
 
 
 def _readings(names: list[str]) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ctlens.analysis.base.positions import PositionsOf
 from ctlens.analysis.base.recording import Readable
-from ctlens.analysis.base.states import States, states
+from ctlens.analysis.base.states import States, states_at
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
@@ -104,24 +104,22 @@ class Task:
         Raises:
             CtlensError: the task names no prompts, or as `ctlens.analysis.states`.
         """
+        options = {"site": site, "layers": layers, "batch_size": batch_size, "progress": progress}
+        return self.states_at(model, [positions], **options)[0]
+
+    def states_at(self, model: Readable, positions: Sequence[str | PositionsOf], **options: Any) -> tuple[States, ...]:
+        """The `states` of the task's prompts at several choices of positions; options and errors are those of it."""
         if not self.parts:
             raise CtlensError("the task names no prompts: give states in place of models.")
-        found = [
-            states(
-                model,
-                pairs,
-                side=side,
-                positions=positions,
-                site=site,
-                layers=layers,
-                batch_size=batch_size,
-                progress=progress,
-            )
-            for pairs, side in self.parts
-        ]
-        sides = {part.side for part in found}
-        values = np.concatenate([part.values for part in found], axis=1)
-        return replace(found[0], values=values, side=sides.pop() if len(sides) == 1 else "both")
+        parts = [states_at(model, pairs, positions, side=side, **options) for pairs, side in self.parts]
+        return tuple(map(_joined, zip(*parts, strict=True)))
+
+
+def _joined(parts: Sequence[States]) -> States:
+    """The states of all parts of a task, one after another."""
+    sides = {part.side for part in parts}
+    values = np.concatenate([part.values for part in parts], axis=1)
+    return replace(parts[0], values=values, side=sides.pop() if len(sides) == 1 else "both")
 
 
 @public

@@ -10,9 +10,12 @@ import pytest
 from helpers.models import byte_level_tokenizer, hf_model
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from ctlens import load_organism, threats
 from ctlens.analysis import Probe, States, Task, answer_hinted, labelled, probe, will_misbehave, wrapper_present
+from ctlens.analysis.base.recording import read
 from ctlens.analysis.base.states import states
 from ctlens.analysis.probing.classifiers import ESTIMATORS, MassMean, group_splits, make_probe
 from ctlens.analysis.probing.scores import balanced, interval
@@ -150,6 +153,25 @@ def test_scores_match_scikit_learn_called_plainly(name: str, plain: RidgeClassif
 
     assert own(found)[PLANTED] == pytest.approx(expected) and 0.6 < expected < 0.95
     assert (found.n_train, found.n_test, found.balance) == (90, 120, {"no": 60, "yes": 60})
+
+
+@pytest.mark.parametrize("n", [90, 15])  # with 15 prompts of 24 inputs, the dual problem is the smaller one
+@pytest.mark.parametrize("classes", [2, 5])
+def test_the_ridge_is_that_of_scikit_learn_to_the_last_bit(n: int, classes: int) -> None:
+    draw = np.random.default_rng(n + classes)
+    x = (5 + draw.standard_normal((n, 24)) * draw.uniform(0.1, 30, 24)).astype(np.float32)
+    x[:, 7] = 0.3  # an input that never changes, which must not be divided by its deviation
+    y = np.array(list("abcde"))[np.minimum(np.arange(n) % 8, classes - 1)]
+    other = (5 + 9 * draw.standard_normal((50, 24))).astype(np.float32)
+
+    scaler, plain = make_pipeline(StandardScaler(), RidgeClassifier(100.0, class_weight="balanced")).fit(x, y)
+    found = make_probe("ridge").fit(x, y)
+
+    np.testing.assert_array_equal(found.scale, scaler.scale_)
+    np.testing.assert_array_equal(found.estimator.coef_.squeeze(), plain.coef_.squeeze())
+    np.testing.assert_array_equal(found.estimator.intercept_.squeeze(), plain.intercept_)
+    np.testing.assert_array_equal(found.predict(other), plain.predict(scaler.transform(other)))
+    assert found.estimator.coef_.dtype == np.float32 and len(set(found.predict(other))) > 1
 
 
 def test_the_order_of_the_prompts_changes_nothing() -> None:
@@ -320,6 +342,19 @@ def test_neutral_prompts_have_the_tokens_and_the_places_of_the_attack_and_none_o
         request = pair.clean.turns[-1].content
         at = [[turn.content.find(request) >= 0 for turn in item.wrapped.turns] for item in (pair, harmless)]
         assert at[0] == at[1] and harmless.clean == pair.clean
+
+
+def test_a_probe_reads_all_its_positions_off_the_same_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = wrapper_present(PAIRS, ORGANISM.tokenizer)
+    passes = []
+    monkeypatch.setattr("ctlens.analysis.base.states.read", lambda *given: passes.append(given) or read(*given))
+
+    both = probe({"base": ORGANISM}, task, seeds=1, layers=[1, 2], progress=False)
+    read_together = len(passes)
+    alone = [task.states(ORGANISM, positions=name, layers=[1, 2], progress=False) for name in ("last", "content")]
+
+    assert read_together == len(task.parts) and len(passes) == 3 * read_together
+    assert probe({"base": alone}, task, seeds=1).to_dataframe().equals(both.to_dataframe())
 
 
 def test_presence_is_judged_against_neutral_prompts_of_equal_length_alone() -> None:
