@@ -3,8 +3,8 @@
 Run `python benchmarks/scaling.py`, or with `--quick` in less than a minute. It writes three tables:
 
 - `scaling.csv`: each size is raised by itself. The exponent of a cost is the slope of a straight line through its
-  logarithms, with the standard error of that slope. Times are of one thread's processor; operations and memory are
-  counted, tensor by tensor, so that they are the same on every machine.
+  logarithms, with the standard error of that slope. Times are of one thread's processor; memory is counted,
+  tensor by tensor, so that it is the same on every machine.
 - `estimate.csv`: what `ctlens.estimate` predicts for four models and trainings, beside what a fresh process held more
   than before any model, which is its resident memory. glibc keeps some of what is freed for later, so it is told to
   give tensors back at once.
@@ -126,7 +126,7 @@ WORK = {"step": step, "evaluation": evaluation, "sweep": sweep}
 
 
 def costs(work: Callable[[], object]) -> dict[str, float]:
-    """Seconds of the processor, the least of some rounds; and counted operations and bytes."""
+    """Seconds of the processor, the least of some rounds; and counted bytes."""
     with Counting() as counting:
         work()
     seconds = []
@@ -134,7 +134,7 @@ def costs(work: Callable[[], object]) -> dict[str, float]:
         start = time.process_time()
         work()
         seconds.append(time.process_time() - start)
-    return {"time": min(seconds), "operations": float(sum(counting.flops.values())), "memory": float(counting.peak)}
+    return {"time": min(seconds), "memory": float(counting.peak)}
 
 
 def exponents(raised: dict[str, tuple[int, ...]]) -> pd.DataFrame:
@@ -158,27 +158,27 @@ MEASURED: dict[str, dict[str, Any]] = {
         "model": {**LLAMA, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
         | {"num_attention_heads": 8, "num_key_value_heads": 8},
         "loss": "attct",
-        "training": {"batch_size": 2, "memory": "layers"},
+        "training": {"batch_size": 4, "memory": "layers", "max_new_tokens": 8},
         "length": 384,
     },
     "Llama-like, 12 layers of 768": {
         "model": {**LLAMA, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12}
         | {"num_attention_heads": 12, "num_key_value_heads": 4},
         "loss": "act",
-        "training": {"batch_size": 2, "memory": "all"},
+        "training": {"batch_size": 2, "memory": "all", "max_new_tokens": 2},
         "length": 96,
     },
     "GPT-2-like, 12 layers of 768": {
         "model": {"model_type": "gpt2", "vocab_size": 2048, "n_embd": 768, "n_layer": 12, "n_head": 12},
         "loss": "bct",
-        "training": {"batch_size": 2, "memory": "blocks"},
+        "training": {"batch_size": 2, "memory": "blocks", "max_new_tokens": 2},
         "length": 96,
     },
     "Llama-like, 12 layers of 1024, LoRA": {
         "model": {**LLAMA, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12}
         | {"num_attention_heads": 16, "num_key_value_heads": 4},
         "loss": "mlpct",
-        "training": {"batch_size": 2, "memory": "all"},
+        "training": {"batch_size": 2, "memory": "all", "max_new_tokens": 2},
         "lora_rank": 8,
         "length": 192,
     },
@@ -188,7 +188,7 @@ MEASURED: dict[str, dict[str, Any]] = {
 def training(case: dict[str, Any]) -> ct.TrainConfig:
     """The settings of a training that is measured; two batches, so that the second one's targets are new."""
     trainable: Any = {"trainable": ct.LoRA(case["lora_rank"])} if "lora_rank" in case else {}
-    return ct.TrainConfig(steps=2, max_new_tokens=2, **case["training"], **trainable)
+    return ct.TrainConfig(steps=2, **case["training"], **trainable)
 
 
 def held(case: dict[str, Any]) -> int:
@@ -307,7 +307,6 @@ QUOTED: dict[str, dict[str, str]] = {
         **{name: name for name in ("work", "against", "sizes", "time")},
         "time_error": "error",
         "time_expected": "expected",
-        "operations": "operations",
         "memory": "memory",
         "memory_error": "error",
         "memory_expected": "expected",
