@@ -149,7 +149,7 @@ def estimate(
     ways = [asked]
     if budget is not None and asked.peak > budget:
         with progress_bar(_other_ways(config), desc="ways to fit", shown=progress, leave=False) as bar:
-            ways += [fitted(needed, other, processes, budget) for other in bar]
+            ways += [fewest_processes(needed, other, processes, budget) for other in bar]
     return Estimate(_n_parameters(whole), asked, tuple(ways), budget)
 
 
@@ -188,7 +188,7 @@ def _other_ways(config: TrainConfig) -> list[TrainConfig]:
     return [replace(config, trainable=what, memory=memory) for what in trained for memory in MEMORY]
 
 
-def fitted(needed: Needed, config: TrainConfig, processes: int, budget: int) -> StepNeeds:
+def fewest_processes(needed: Needed, config: TrainConfig, processes: int, budget: int) -> StepNeeds:
     """What a way needs with the fewest processes that make it fit, from those asked for on; else with a pair each."""
     seen: dict[int, StepNeeds] = {}
 

@@ -36,10 +36,10 @@ from ctlens.training.passes import Passes, Term
 from ctlens.training.prepare import trained_parameters
 
 PATTERNS = "patterns"
-LOGITS = "logits"
+_LOGITS = "logits"
 GRADIENTS = "gradients"
-ACTIVATIONS = "activations"
-KINDS = (GRADIENTS, PATTERNS, LOGITS, ACTIVATIONS)
+_ACTIVATIONS = "activations"
+KINDS = (GRADIENTS, PATTERNS, _LOGITS, _ACTIVATIONS)
 HELD = ("reference", "weights", "optimizer", *KINDS)
 LATER = "backward, when half of the gradients are there"
 """A phase of its own: over the layers what is held grows or falls, so that it is most at one end or the other."""
@@ -48,7 +48,7 @@ _FIRST_CHARACTER = 0x4E00  # from here on Unicode has 20,000 letters in a row, s
 _DISTINCT_IDS = 96  # token ids repeat after so many; every vocabulary has more
 
 
-Counts: TypeAlias = Counter[tuple[str, ...]]
+StepCounts: TypeAlias = Counter[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def step_needs(
     config: TrainConfig,
     processes: int = 1,
 ) -> StepNeeds:
-    """Counts what a step of a first epoch needs.
+    """StepCounts what a step of a first epoch needs.
 
     The reference runs on the clean prompts and the model on the wrapped ones; every loss and retention go backward, and
     AdamW moves the weights.
@@ -139,7 +139,7 @@ def step_needs(
     )
 
 
-def _at_depth(n_layers: int, counts: Mapping[int, Counts]) -> Counts:
+def _at_depth(n_layers: int, counts: Mapping[int, StepCounts]) -> StepCounts:
     """What is counted at two depths, carried on in a straight line; one depth is taken as it is."""
     shallow, deep = min(counts), max(counts)
     if shallow == deep:
@@ -149,7 +149,7 @@ def _at_depth(n_layers: int, counts: Mapping[int, Counts]) -> Counts:
     return Counter({key: counts[shallow][key] + more * steps // (deep - shallow) for key, more in beyond.items()})
 
 
-def _counted(reference: LensModel, pairs: EncodedPairs, losses: Sequence[Loss], config: TrainConfig) -> Counts:
+def _counted(reference: LensModel, pairs: EncodedPairs, losses: Sequence[Loss], config: TrainConfig) -> StepCounts:
     """Runs the step on a copy of a model, and returns all counts by their names."""
     with Counting():
         model = copy_model(reference)
@@ -159,7 +159,7 @@ def _counted(reference: LensModel, pairs: EncodedPairs, losses: Sequence[Loss], 
     step = _Step(reference, model, parameters, losses, config, counting)
     with counting:
         step.take(pairs, optimizer)
-    counts: Counts = Counter(
+    counts: StepCounts = Counter(
         {
             ("", "n_trained"): sum(parameter.numel() for parameter in parameters),
             ("", "reference"): _bytes_of_model(reference),
@@ -271,7 +271,7 @@ class _Step:
 
     @contextmanager
     def _noted(self) -> Iterator[None]:
-        """Counts the reference's passes in their own phase, and gradients as such from the moment they are kept."""
+        """StepCounts the reference's passes in their own phase, and gradients as such from the moment they are kept."""
         before: list[str] = []
 
         def enter(*_: Any) -> None:
@@ -313,8 +313,8 @@ def _with_moments(parameters: Sequence[nn.Parameter], config: TrainConfig) -> Ad
 def _kind(made: Tensor, *, n_vocab: int, d_head: int) -> str:
     """Tells logits and attention patterns by their shapes; what else has four axes has a head's width as its last."""
     if made.ndim > 1 and made.shape[-1] == n_vocab:
-        return LOGITS
-    return PATTERNS if made.ndim == 4 and made.shape[-1] not in (d_head, d_head // 2) else ACTIVATIONS
+        return _LOGITS
+    return PATTERNS if made.ndim == 4 and made.shape[-1] not in (d_head, d_head // 2) else _ACTIVATIONS
 
 
 def _words(trainable: tuple[str, ...] | LoRA) -> str:

@@ -22,7 +22,7 @@ from ctlens.models.loading import load_model, outline
 from ctlens.models.lora import LoRA
 from ctlens.training import TrainConfig
 from ctlens.training import needs as counted
-from ctlens.training.estimate import GIB, Estimate, estimate, fitted
+from ctlens.training.estimate import GIB, Estimate, estimate, fewest_processes
 from ctlens.training.needs import StepNeeds, example, step_needs
 
 # Sizes with no common factor that a mistake could hide in.
@@ -207,7 +207,7 @@ def test_the_fewest_processes_that_fit_are_found(budget: int, processes: int, pa
     def needed(config: TrainConfig, processes: int) -> StepNeeds:
         return of_bytes(math.ceil(7 / processes), config, processes)
 
-    found = fitted(needed, TrainConfig(batch_size=7), 1, budget)
+    found = fewest_processes(needed, TrainConfig(batch_size=7), 1, budget)
 
     assert (found.processes, found.pairs) == (processes, pairs)
     assert (found.peak <= budget) == (budget > 10)
