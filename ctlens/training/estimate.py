@@ -73,7 +73,8 @@ class Estimate:
         return pd.DataFrame([self._row(way) for way in self.ways])
 
     def _row(self, way: StepNeeds) -> dict[str, Any]:
-        fits = {} if self.budget is None else {"fits": "yes" if self.fits(way) else "no"}
+        verdict = "yes" if self.fits(way) else "no"
+        fits = {} if self.budget is None else {"fits": verdict}
         settings = {name: getattr(way, name) for name in ("trained", "memory", "processes", "pairs")}
         sizes = {name: getattr(way, name) / GIB for name in ("peak", *HELD)}
         operations = {f"{phase} tflop": way.flops[phase] / 1e12 for phase in PHASES}
@@ -173,8 +174,9 @@ def _shallow(whole: LensModel, described: PretrainedConfig) -> dict[int, LensMod
     if n_layers <= DEPTHS[-1]:
         return {}
     models = {depth: outline(shallower(described, depth), whole.cfg.dtype) for depth in DEPTHS}
-    shallow, deep = [_n_parameters(models[depth]) for depth in DEPTHS]
-    per_layer = (deep - shallow) / (DEPTHS[1] - DEPTHS[0])
+    counts = [_n_parameters(models[depth]) for depth in DEPTHS]
+    shallow = counts[0]
+    per_layer = (counts[1] - shallow) / (DEPTHS[1] - DEPTHS[0])
     return models if _n_parameters(whole) == shallow + per_layer * (n_layers - DEPTHS[0]) else {}
 
 

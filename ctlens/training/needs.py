@@ -141,7 +141,8 @@ def step_needs(
 
 def _at_depth(n_layers: int, counts: Mapping[int, StepCounts]) -> StepCounts:
     """What is counted at two depths, carried on in a straight line; one depth is taken as it is."""
-    shallow, deep = min(counts), max(counts)
+    shallow = min(counts)
+    deep = max(counts)
     if shallow == deep:
         return counts[deep]
     beyond = {key: counts[deep][key] - counts[shallow][key] for key in counts[shallow] | counts[deep]}

@@ -74,7 +74,8 @@ def test_adapters_train_their_two_thin_matrices_and_half_precision_halves_the_re
     single = needs(llama(), trainable=LoRA(rank))
     training = TrainConfig(batch_size=3, retention=0.0, trainable=LoRA(rank))
     half = estimate(llama(), config=training, length=LENGTH, wrapper_length=WRAPPER, dtype="bfloat16").asked
-    of_q, of_v = rank * (WIDTH + WIDTH), rank * (WIDTH + KV_HEADS * HEAD)
+    of_q = rank * (WIDTH + WIDTH)
+    of_v = rank * (WIDTH + KV_HEADS * HEAD)
 
     assert single.n_trained == half.n_trained == 2 * (of_q + of_v)
     assert half.weights - half.reference == single.weights - single.reference == 4 * single.n_trained

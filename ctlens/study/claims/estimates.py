@@ -79,8 +79,8 @@ def spanned(
 ) -> ClaimEstimate:
     """Makes the estimate of a number whose interval over prompts is known, from one number per training.
 
-    The rule is that of `claim_estimate`: over organisms where there are `SEVERAL`, else the interval over prompts, widened to
-    Student's over the trainings where there are `SEVERAL` of those.
+    The rule is that of `claim_estimate`: over organisms where there are `SEVERAL`, else the interval over prompts,
+    widened to Student's over the trainings where there are `SEVERAL` of those.
 
     Args:
         value, ends, n: the number, its interval over prompts, and how many prompts there are.
