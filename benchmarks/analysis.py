@@ -30,7 +30,7 @@ from typing import IO, Any, cast
 
 import pandas as pd
 import torch
-from memory import MEGABYTE, LiveBytes
+from memory import MEGABYTE
 from tqdm.auto import tqdm
 
 import ctlens as ct
@@ -40,6 +40,7 @@ from ctlens.analysis.probing.tasks import Task
 from ctlens.core.keeping import keeping
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
+from ctlens.models.counting import Counting
 
 PAIRS = 256
 STEPS = 100
@@ -141,7 +142,7 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 def held(work: Callable[[], object]) -> int:
     """The most bytes of tensors and of arrays that one call held."""
     tracemalloc.start()
-    with LiveBytes() as live:
+    with Counting() as live:
         work()
     arrays = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

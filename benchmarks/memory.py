@@ -11,16 +11,11 @@ from __future__ import annotations
 
 import tempfile
 import time
-import weakref
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 from step import BARE, CONFIG, batch, losses, rendered, step
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -32,6 +27,7 @@ from ctlens.data.alignment import Alignment
 from ctlens.data.batch import EncodedPair, EncodedPairs, PairBatch, collate
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import Loss
+from ctlens.models.counting import Counting
 from ctlens.models.hooks import capture
 from ctlens.training.passes import OpenPasses, Passes, Term
 
@@ -46,36 +42,6 @@ DRAWN = {
 }
 WAYS = (("all", "memory"), ("layers", "memory"), ("layers", "disk"), ("layers", "again"), ("blocks", "disk"))
 """Of `TrainConfig.memory`, and where the clean targets are: in memory, on disk, or worked out again at each step."""
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors made inside the block that are alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0
-        self.peak = 0
-        self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, None] = weakref.WeakKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-        for leaf in tree_leaves(made):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage() not in given:
-                self._count(leaf.untyped_storage())
-        return made
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        self._known[storage] = None
-        size = storage.nbytes()
-        weakref.finalize(storage, self._forget, size)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def _forget(self, size: int) -> None:
-        self.now -= size
 
 
 def costs() -> pd.DataFrame:
@@ -106,7 +72,7 @@ def measured(size: dict[str, int], loss: Loss | None, memory: str, targets: str)
         if loss and config.cache:
             passes.targets.fetch([0], collate([rows]))
         start = time.process_time()
-        with LiveBytes() as live, passes.open() as forwards:
+        with Counting() as live, passes.open() as forwards:
             total = with_loss(forwards, terms) if terms else passes_alone(reference, model, collate([rows]))
             total.backward()
         return live.peak / MEGABYTE, time.process_time() - start
@@ -149,7 +115,7 @@ def main() -> None:
     pairs = batch()
     peaks: dict[str, int] = {}
     for name, loss in losses().items():
-        with LiveBytes() as live:
+        with Counting() as live:
             step(reference, model, pairs, loss)
         peaks[name] = live.peak
     rows = [(name, peak / MEGABYTE, peak / peaks[BARE]) for name, peak in peaks.items()]

@@ -49,5 +49,7 @@ from ctlens.training import Trainer as Trainer
 from ctlens.training import Until as Until
 from ctlens.training import load_run as load_run
 from ctlens.training import train as train
+from ctlens.training.estimate import Estimate as Estimate
+from ctlens.training.estimate import estimate as estimate
 
 __version__: str

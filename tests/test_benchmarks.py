@@ -13,6 +13,7 @@ import torch
 
 import ctlens as ct
 from ctlens.losses import LOSSES
+from ctlens.models.counting import Counting
 from ctlens.training.order import batches
 
 ROOT = Path(__file__).parents[1]
@@ -45,10 +46,9 @@ def test_every_loss_on_two_passes_takes_a_step_on_their_batch(modules) -> None:
         step.step(reference, model, pairs, loss)
 
 
-def test_live_bytes_are_those_worked_out_by_hand(modules) -> None:
-    _, memory = modules
+def test_live_bytes_are_those_worked_out_by_hand() -> None:
     seen = []
-    with memory.LiveBytes() as live:
+    with Counting() as live:
         x = torch.zeros(1000, requires_grad=True)
         seen.append(live.now)  # 1000 floats of 4 bytes
         y = (x * 3).exp().sum()  # the exponential stays for the backward pass, its argument does not; one float for y

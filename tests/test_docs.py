@@ -239,7 +239,9 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/findings.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/findings.md", "docs/scaling.md"]
+)
 def test_what_a_document_links_to_exists(document: str) -> None:
     page = ROOT / document
     links = re.findall(r"(?<!!)\[[^\]]*\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text())
@@ -253,3 +255,12 @@ def test_the_pictures_of_a_document_exist(document: str) -> None:
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", page.read_text())
 
     assert pictures and all((page.parent / picture).is_file() for picture in pictures)
+
+
+def test_the_page_on_scaling_quotes_its_tables(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    scaling = importlib.import_module("scaling")
+    text = scaling.PAGE.read_text()
+
+    assert scaling.page(text) == text
+    assert scaling.page(text.replace("| Llama-like", "| other")) == text != text.replace("| Llama-like", "| other")

@@ -1,4 +1,4 @@
-"""The command line: `ctlens compare | doses | train | evaluate | patch | export | models | smollm2 | pairs | ...`.
+"""The command line: `ctlens compare | doses | train | evaluate | estimate | patch | export | smollm2 | pairs | ...`.
 
 Heavy imports wait for the command that needs them, so that `--help` answers at once. A user's
 mistake ends with exit code 2 and one sentence on stderr.
@@ -32,6 +32,7 @@ _COMMANDS = {
     "patch": analyses.patch_command,
     "export": models.export,
     "models": models.models,
+    "estimate": models.estimate_command,
     "report": studies.report,
     "smollm2": models.smollm2,
 }

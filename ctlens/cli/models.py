@@ -1,4 +1,4 @@
-"""`ctlens models | export | smollm2`."""
+"""`ctlens models | export | smollm2 | estimate`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from ctlens.cli.common import Dtype, Quiet, chosen_model, print_table, say, split_names
+from ctlens.cli.common import (
+    Dtype,
+    LoraRank,
+    LoraTargetModules,
+    Quiet,
+    chosen_lora,
+    chosen_model,
+    print_table,
+    say,
+    split_names,
+)
 from ctlens.core.errors import CtlensError
 
 
@@ -85,3 +95,50 @@ def _answer(model: Any, text: str) -> str:
     asked = render(model.tokenizer, (Turn("user", text),))
     answer = generate(model, [asked.ids], max_new_tokens=24, ends=end_tokens(model))[0]
     return model.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def estimate_command(
+    config: Annotated[
+        str,
+        typer.Option(help="HuggingFace's config.json, a folder with one, or a model type such as llama. No weights."),
+    ],
+    loss: Annotated[list[str], typer.Option(help="act, mlpct, attct, bct, f2c, klct, attout or attmass; repeatable.")],
+    batch_size: Annotated[int, typer.Option(help="Pairs per training step.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens of a wrapped prompt.")] = 256,
+    wrapper_length: Annotated[int, typer.Option(help="How many of them the clean prompt lacks.")] = 64,
+    retention: Annotated[float, typer.Option(help="Weight of retention; with 0 a step has none.")] = 10.0,
+    lora_rank: LoraRank = None,
+    lora_target_modules: LoraTargetModules = "",
+    accumulate: Annotated[int, typer.Option(help="Split each batch into this many parts.")] = 1,
+    memory: Annotated[str, typer.Option(help="Kept for gradients: all, layers or blocks.")] = "all",
+    processes: Annotated[int, typer.Option(help="Number of processes that share a batch.")] = 1,
+    budget_gib: Annotated[
+        float | None, typer.Option(help="GiB that one process may hold; ways to make a step fit are tried.")
+    ] = None,
+    dtype: Dtype = "float32",
+    quiet: Quiet = False,
+) -> None:
+    """Estimates the memory and the operations of a training step from a model's config.json alone."""
+    from dataclasses import replace
+
+    from ctlens.training import TrainConfig
+    from ctlens.training.estimate import estimate
+
+    settings = TrainConfig(batch_size=batch_size, retention=retention, accumulate=accumulate, memory=memory)
+    if lora := chosen_lora(lora_rank, split_names(lora_target_modules)):
+        settings = replace(settings, trainable=lora)
+    found = estimate(
+        config,
+        loss,
+        config=settings,
+        length=length,
+        wrapper_length=wrapper_length,
+        dtype=dtype,
+        processes=processes,
+        budget_gib=budget_gib,
+        progress=not quiet,
+    )
+    print_table(
+        f"What a step needs, {found.n_parameters:,} parameters, sizes in GiB", found.to_dataframe().T.reset_index()
+    )
+    say(found.verdict)

@@ -74,7 +74,7 @@ def at_work(*models: LensModel) -> Iterator[None]:
             settings.enter_context(torch.inference_mode(False))
             settings.enter_context(torch.no_grad())
         for device in {"cpu", *(next(model.parameters()).device.type for model in models)}:
-            if torch.is_autocast_enabled(device):
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 settings.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device().type != "cpu":
             settings.enter_context(torch.device("cpu"))

@@ -75,7 +75,7 @@ def marked(model: LensModel) -> LensModel:
     _require_unprocessed(model)
     if unseen:
         _require_uncentred(model)
-        absent = _bridge_only(model)
+        absent = bridge_only(model)
         if is_bridge(model):  # the names were made for a HookedTransformer
             cast(Any, model).ctlens_trial = tried_hooks(model)
         model.cfg.n_ctx = min(model.cfg.n_ctx, _steady_context(huggingface_config(model)))
@@ -153,7 +153,7 @@ def _centred(weight: Tensor) -> bool:
     return bool(mean <= 4 * torch.finfo(weight.dtype).eps * chance and chance > 0)
 
 
-def _bridge_only(model: LensModel) -> list[str]:
+def bridge_only(model: LensModel) -> list[str]:
     """The parameters of a bridge to HuggingFace that the architecture does not have.
 
     Raises:
@@ -165,7 +165,7 @@ def _bridge_only(model: LensModel) -> list[str]:
     added = getattr(lens.unembed.original_component, "bias", None)
     if not isinstance(added, nn.Parameter) or _unembeds_with_bias(lens.original_model):
         added = None  # 4.x adds a buffer
-    elif added.any():
+    elif not added.is_meta and added.any():  # on the meta device there are no numbers to look at
         raise CtlensError(
             f"the model's unembedding has a bias, which {type(lens.original_model).__name__} has not: set it to zero, "
             "or the model could not be saved."

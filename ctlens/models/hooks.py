@@ -74,6 +74,15 @@ def resolve(model: LensModel, site: str, layers: Layers = "all") -> list[str]:
         names = [SHORTHANDS[site].format(layer=layer) for layer in select_layers(model.cfg.n_layers, layers)]
     else:
         names = [site]
+    require_hooks(model, names)
+    return names
+
+
+def require_hooks(model: LensModel, names: Iterable[str]) -> dict[str, Any]:
+    """Returns the hook points of a model if these full names are among them; raises as `resolve` else.
+
+    A bridge puts its hook points together anew each time it is asked, so many names are looked up at once.
+    """
     known = model.hook_dict
     trial = getattr(model, "ctlens_trial", None)
     for name in names:
@@ -86,7 +95,7 @@ def resolve(model: LensModel, site: str, layers: Layers = "all") -> list[str]:
             raise unknown("hook point", name, [*SHORTHANDS, *known])
         if trial is not None and name in trial.odd:
             raise CtlensError(f"{name} is not what its name says on this model: {trial.odd[name]}.")
-    return names
+    return known
 
 
 def capture(
@@ -153,9 +162,8 @@ def visiting(model: LensModel, visits: Mapping[str, Callable[[Tensor], None]]) -
         fired[name] = True
         visits[name](activation)
 
-    for name in visits:
-        resolve(model, name)
-    hooked = [name for name in visits if name in model.hook_dict]
+    known = require_hooks(model, visits)
+    hooked = [name for name in visits if name in known]
     with model.hooks(fwd_hooks=[(name, _seeing(partial(visit, name))) for name in hooked]), ExitStack() as modules:
         if FINAL_NORM in visits and FINAL_NORM not in hooked:
             handle = cast(Any, model).ln_final.register_forward_hook(
@@ -191,8 +199,8 @@ def editing(model: LensModel, edits: Mapping[str, HookFunction]) -> Iterator[Non
     trial = getattr(model, "ctlens_trial", None)
     direct: list[tuple[str, HookFunction]] = []
     rerouted: list[tuple[str, HookFunction]] = []
+    require_hooks(model, edits)
     for name, edit in edits.items():
-        resolve(model, name)
         if trial is not None and name in trial.read_only:
             raise CtlensError(f"{name} can be read on this model, and not edited: {trial.read_only[name]}.")
         if is_bridge(model) and name.endswith("hook_resid_mid"):

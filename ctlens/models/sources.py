@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ctlens.core.errors import CtlensError
+from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.reading import read_json
 from ctlens.models.hub import fetched, is_hub_name
 
 MODEL_FILE = "model.json"
@@ -81,6 +84,50 @@ def require_plain_model(source: object) -> PreTrainedModel:
         raise CtlensError(f"a {kind} is no model that can be loaded: give a folder or a HuggingFace model.")
     _require_unquantised(f"this {kind}", getattr(source.config, "quantization_config", None))
     return source
+
+
+def read_config(source: str | PathLike[str] | PretrainedConfig) -> PretrainedConfig:
+    """Reads a HuggingFace configuration; no code of others is run, and nothing is downloaded.
+
+    Args:
+        source: a config.json, a folder that holds one, or a `model_type`, whose sizes are those that transformers gives
+            it by default.
+
+    Raises:
+        CtlensError: there is no such file or type, the file is damaged, or its weights are quantised.
+    """
+    if isinstance(source, PretrainedConfig):
+        return source
+    path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
+    if not path.exists():
+        if str(source) in CONFIG_MAPPING:
+            return CONFIG_MAPPING[str(source)]()
+        raise CtlensError(
+            f"{path} is no file: name HuggingFace's config.json, a folder that holds one, or a model type, such as "
+            "llama."
+        )
+    settings = read_json(path)
+    kind = settings.get("model_type")
+    if not isinstance(kind, str):
+        raise CtlensError(f"{path} names no model_type, so nobody knows what its sizes mean: take HuggingFace's own.")
+    if kind not in CONFIG_MAPPING:
+        raise unknown(f"model_type in {path}", kind, CONFIG_MAPPING)
+    _require_unquantised(str(path), settings.get("quantization_config"))
+    try:
+        return CONFIG_MAPPING[kind].from_dict(settings)
+    except Exception as error:  # transformers checks each setting in its own way
+        raise CtlensError(f"{path} is no configuration of {kind}: {error}.") from error
+
+
+def shallower(config: PretrainedConfig, n_layers: int) -> PretrainedConfig:
+    """Copies a configuration with only the first layers; what is listed layer by layer is cut too."""
+    cut = copy.deepcopy(config)
+    text: Any = cut.get_text_config()
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(text, name, value[:n_layers])
+    text.num_hidden_layers = n_layers
+    return cut
 
 
 def require_embedded(tokenizer: Any, n_embeddings: int) -> None:

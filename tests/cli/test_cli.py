@@ -80,6 +80,8 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
     (place / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
     (place / "file").write_text("mine")
+    (place / "foreign.json").write_text('{"hidden_size": 8}')
+    (place / "strange.json").write_text('{"model_type": "llamma"}')
     for folder, name, text in (("taken", "notes.txt", "mine"), ("broken", "config.json", "{"), ("nothing", "", "")):
         (place / folder).mkdir()
         if name:
@@ -104,7 +106,14 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def test_the_commands_of_the_design_are_there() -> None:
-    assert {"compare", "doses", "train", "evaluate", "patch", "report", "organism"} <= set(COMMANDS)
+    assert {"compare", "doses", "train", "evaluate", "patch", "report", "organism", "estimate"} <= set(COMMANDS)
+
+
+def test_an_estimate_is_a_table_and_a_sentence(call: Call, place: Path) -> None:
+    ended = call("estimate --quiet --loss act --config hf --batch-size 2 --length 32 --wrapper-length 8 --budget-gib 1")
+
+    assert ended.code == 0 and ended.err == ""
+    assert "patterns" in ended.out and "which fits in 1 GiB." in ended.out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -132,7 +141,16 @@ def test_help_and_the_version_load_nothing_heavy() -> None:
 
 TRAIN = "train --quiet --model hf --out new"
 PATCH = "patch --quiet --out new --direction noising"
+ESTIMATE = "estimate --quiet --loss act --length 32 --wrapper-length 8"
 MISTAKES = {
+    # the estimate
+    f"{ESTIMATE}": "Missing option '--config'",
+    f"{ESTIMATE} --config gone.json": "gone.json is no file",
+    f"{ESTIMATE} --config broken": "config.json",
+    f"{ESTIMATE} --config foreign.json": "foreign.json names no model_type",
+    f"{ESTIMATE} --config strange.json": "unknown model_type in strange.json 'llamma'; did you mean 'llama'",
+    f"{ESTIMATE} --config hf --budget-gib -3": "budget_gib must be a positive number, not -3.0",
+    f"{ESTIMATE} --config hf --dtype bfloat16": "half precision are too coarse to train",
     # the pairs
     f"{TRAIN} --loss act --pairs gone.jsonl": "gone.jsonl does not exist",
     f"{TRAIN} --loss act --pairs taken": "taken does not exist or is no file",

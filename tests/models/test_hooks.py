@@ -280,3 +280,22 @@ def test_the_final_norm_is_what_is_unembedded_and_its_hook_is_gone(model: LensMo
     assert states[FINAL_NORM].requires_grad and set(states) == {FINAL_NORM, POST}
     assert not parts.ln_final._forward_hooks
     assert hooks_on(model) == 0
+
+
+def test_the_hook_points_are_listed_as_often_for_many_names_as_for_one(model: LensModel, monkeypatch) -> None:
+    """A bridge puts the list together anew each time, which takes longer the more layers it has."""
+    listed: list[int] = []
+    whole = type(model).hook_dict
+
+    def hook_dict(self: Any) -> Any:
+        listed.append(1)
+        return whole.__get__(self)
+
+    every = resolve(model, "resid_post")
+    monkeypatch.setattr(type(model), "hook_dict", property(hook_dict))
+    times = []
+    for names in (every[:1], every):
+        listed.clear()
+        capture(model, TOKENS, names, grad=False)
+        times.append(len(listed))
+    assert len(every) == 2 and times[0] == times[1] > 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt, save_pairs
 from ctlens.losses import ACT, BCT, F2C, KLCT, MLPCT, RMCT, AttCT, AttMass, AttOut, Loss
+from ctlens.models.counting import Counting
 from ctlens.models.loading import load_model
 from ctlens.models.lora import LoRA
 from ctlens.models.parameters import present_weights
@@ -152,18 +151,8 @@ def test_the_gradient_of_one_step_is_that_of_all_at_once(model: LensModel) -> No
             torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-7)
 
 
-@pytest.fixture
-def live_bytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    for name in ("step", "memory"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import memory
-
-    return memory.LiveBytes
-
-
 @pytest.mark.slow
-def test_less_is_held_and_with_targets_on_disk_no_more_for_more_layers(live_bytes: Any, tmp_path: Path) -> None:
+def test_less_is_held_and_with_targets_on_disk_no_more_for_more_layers(tmp_path: Path) -> None:
     long = " ".join(QUESTIONS * 3)
     pairs = [Pair(prompt(long), prompt("I don't think it's right. " + long))]
 
@@ -174,7 +163,7 @@ def test_less_is_held_and_with_targets_on_disk_no_more_for_more_layers(live_byte
         next(trainer)  # the targets are there
         trainer.config = replace(config, steps=2)
         (term,) = trainer._terms.values()
-        with live_bytes() as live, trainer._passes.open() as forwards:
+        with Counting() as live, trainer._passes.open() as forwards:
             seen = forwards.seen([0], trainer._terms, step=2, grad=True)
             term.loss.compute(seen[term.loss.name], term.factors).total.backward()
         return live.peak

@@ -13,7 +13,7 @@ from ctlens.core.stats import LEVEL, difference
 from ctlens.plots import label
 from ctlens.study.analyses import EQUAL_STEPS, Training
 from ctlens.study.claims.claim import Claim, make_claim, together
-from ctlens.study.claims.estimates import NOTHING, Estimate, spanned
+from ctlens.study.claims.estimates import NOTHING, ClaimEstimate, spanned
 from ctlens.study.conditions import INTERNAL_LEVEL, RETENTION, condition_named
 from ctlens.study.config import StudyConfig
 from ctlens.study.results import SPLIT, TRAINING_COLUMNS, Rate, counted, pooled
@@ -58,7 +58,7 @@ class WrappedRates:
         """The share of bad answers over all trainings."""
         return pooled(list(self.of(trained, condition, evaluated).values()))
 
-    def gap(self, trained: str, condition: str, other: str, evaluated: str, level: float = LEVEL) -> Estimate:
+    def gap(self, trained: str, condition: str, other: str, evaluated: str, level: float = LEVEL) -> ClaimEstimate:
         """The difference of two conditions' rates, the first less the second, over their common trainings."""
         one = self.of(trained, condition, evaluated)
         two = self.of(trained, other, evaluated)
@@ -71,7 +71,7 @@ class WrappedRates:
         ends = difference(first.n_counted, first.n_prompts, second.n_counted, second.n_prompts, level=level)
         return spanned(first.value - second.value, ends, first.n_prompts, shares, level)
 
-    def left(self, trained: str, method: str) -> Estimate:
+    def left(self, trained: str, method: str) -> ClaimEstimate:
         """The bad answers that a method leaves, as a share of those under retention alone (taken as known)."""
         before = self.rate(trained, RETENTION, trained).value
         counts = self.of(trained, method, trained)
@@ -82,7 +82,7 @@ class WrappedRates:
         return spanned(rate.value / before, (rate.low / before, rate.high / before), rate.n_prompts, shares, LEVEL)
 
 
-def _deciding(found: Mapping[str, Estimate]) -> str:
+def _deciding(found: Mapping[str, ClaimEstimate]) -> str:
     """Names the method that decides whether all numbers lie above 0.
 
     It is the one that most clearly lies below 0, where any does; else the one with the smallest lower bound.
@@ -132,7 +132,7 @@ def _output_only(config: StudyConfig, wrapped: WrappedRates, threat: str) -> Cla
     )
 
 
-def _shifted(found: Estimate, sign: int) -> Estimate:
+def _shifted(found: ClaimEstimate, sign: int) -> ClaimEstimate:
     """Measures how far a share lies above one half, or below it for a sign of -1."""
     ends = sorted((sign * (found.low - _HALF), sign * (found.high - _HALF)))
     return replace(found, value=sign * (found.value - _HALF), low=ends[0], high=ends[1])
@@ -146,7 +146,7 @@ def _transfer(config: StudyConfig, wrapped: WrappedRates) -> Claim:
     trained, method, evaluated = clearest
     found = gaps[clearest]
     if found.value < 0:
-        found = Estimate(-found.value, -found.high, -found.low, found.n, found.over)
+        found = ClaimEstimate(-found.value, -found.high, -found.low, found.n, found.over)
     clear = sum(gap.low > 0 or gap.high < 0 for gap in gaps.values())
     means = {m: 100 * np.mean([gap.value for case, gap in gaps.items() if case[1] == m]) for m in config.methods}
     return make_claim(

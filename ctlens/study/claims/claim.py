@@ -13,7 +13,7 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import atomic_file
 from ctlens.core.reading import number_or_nan, read_columns, typed, whole_number
 from ctlens.plots import label
-from ctlens.study.claims.estimates import Estimate
+from ctlens.study.claims.estimates import ClaimEstimate
 
 HOLDS = "holds"
 FAILS = "does not hold"
@@ -113,7 +113,7 @@ def make_claim(
     statement: str,
     threat: str,
     setting: str,
-    found: Estimate,
+    found: ClaimEstimate,
     *,
     statistic: str,
     unit: str,

@@ -15,7 +15,7 @@ from ctlens.study.results import SEVERAL
 
 
 @dataclass(frozen=True)
-class Estimate:
+class ClaimEstimate:
     """A number, the ends of its 95 percent interval, and what the interval is over.
 
     Attributes:
@@ -34,10 +34,10 @@ class Estimate:
 PROMPTS = "prompts"
 SEEDS = "prompts and seeds"
 ORGANISMS = "organisms"
-NOTHING = Estimate(float("nan"), float("nan"), float("nan"), 0, PROMPTS)
+NOTHING = ClaimEstimate(float("nan"), float("nan"), float("nan"), 0, PROMPTS)
 
 
-def estimate(statistics: Mapping[Training, Statistic]) -> Estimate:
+def claim_estimate(statistics: Mapping[Training, Statistic]) -> ClaimEstimate:
     """Computes the mean over trainings with its interval; trainings whose number is not defined do not count.
 
     Seeds of one organism say nothing about another organism. So with `SEVERAL` organisms or more, the interval is
@@ -47,11 +47,11 @@ def estimate(statistics: Mapping[Training, Statistic]) -> Estimate:
 
     >>> from ctlens.study.claims.statistic import of_prompts
     >>> ramp = np.array([0.0, 1.0, 2.0, 3.0])
-    >>> found = estimate({(0, 0): of_prompts("ramp", "", ramp, np.mean)})
+    >>> found = claim_estimate({(0, 0): of_prompts("ramp", "", ramp, np.mean)})
     >>> found.value, found.n, found.over
     (1.5, 4, 'prompts')
-    >>> estimate({(0, seed): of_prompts("constant", "", np.full(4, float(seed)), np.mean) for seed in range(3)})
-    Estimate(value=1.0, low=-1.484..., high=3.484..., n=4, over='prompts and seeds')
+    >>> claim_estimate({(0, seed): of_prompts("constant", "", np.full(4, float(seed)), np.mean) for seed in range(3)})
+    ClaimEstimate(value=1.0, low=-1.484..., high=3.484..., n=4, over='prompts and seeds')
     """
     values = {training: whole(statistic) for training, statistic in statistics.items()}
     values = {training: value for training, value in values.items() if not np.isnan(value)}
@@ -60,7 +60,7 @@ def estimate(statistics: Mapping[Training, Statistic]) -> Estimate:
     means = by_organism(values)
     value = float(means.mean())
     if len(means) >= SEVERAL:
-        return Estimate(value, *student(means), len(means), ORGANISMS)
+        return ClaimEstimate(value, *student(means), len(means), ORGANISMS)
     known = [statistics[training] for training in values]
     n = min(statistic.n for statistic in known)
 
@@ -69,18 +69,18 @@ def estimate(statistics: Mapping[Training, Statistic]) -> Estimate:
 
     ((low, high),) = bootstrap(mean, n)
     if len(values) < SEVERAL:
-        return Estimate(value, low, high, n, PROMPTS)
+        return ClaimEstimate(value, low, high, n, PROMPTS)
     ends = student(np.array(list(values.values())))
-    return Estimate(value, min(low, ends[0]), max(high, ends[1]), n, SEEDS)
+    return ClaimEstimate(value, min(low, ends[0]), max(high, ends[1]), n, SEEDS)
 
 
 def spanned(
     value: float, ends: tuple[float, float], n: int, trainings: Mapping[Training, float], level: float
-) -> Estimate:
+) -> ClaimEstimate:
     """Makes the estimate of a number whose interval over prompts is known, from one number per training.
 
-    The rule is that of `estimate`: over organisms where there are `SEVERAL`, else the interval over prompts, widened to
-    Student's over the trainings where there are `SEVERAL` of those.
+    The rule is that of `claim_estimate`: over organisms where there are `SEVERAL`, else the interval over prompts,
+    widened to Student's over the trainings where there are `SEVERAL` of those.
 
     Args:
         value, ends, n: the number, its interval over prompts, and how many prompts there are.
@@ -89,11 +89,11 @@ def spanned(
     """
     means = by_organism(trainings)
     if len(means) >= SEVERAL:
-        return Estimate(float(means.mean()), *student(means, level), len(means), ORGANISMS)
+        return ClaimEstimate(float(means.mean()), *student(means, level), len(means), ORGANISMS)
     if len(trainings) < SEVERAL:
-        return Estimate(value, *ends, n, PROMPTS)
+        return ClaimEstimate(value, *ends, n, PROMPTS)
     others = student(np.array(list(trainings.values())), level)
-    return Estimate(value, min(ends[0], others[0]), max(ends[1], others[1]), n, SEEDS)
+    return ClaimEstimate(value, min(ends[0], others[0]), max(ends[1], others[1]), n, SEEDS)
 
 
 def by_organism(values: Mapping[Training, float]) -> Float[np.ndarray, " organism"]:

@@ -17,7 +17,7 @@ from ctlens.core.stats import LEVEL
 from ctlens.plots import label
 from ctlens.study.analyses import EQUAL_STEPS, SETTINGS, FinishedAnalyses, Training
 from ctlens.study.claims.claim import Claim, make_claim, together
-from ctlens.study.claims.estimates import NOTHING, estimate, spanned
+from ctlens.study.claims.estimates import NOTHING, claim_estimate, spanned
 from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
 from ctlens.study.claims.transplants import left_later, level
 from ctlens.study.conditions import INTERNAL_LEVEL, RETENTION, condition_named
@@ -68,7 +68,7 @@ def _shared(analyses: FinishedAnalyses, threat: str, setting: str, positions: st
         f"{together(methods[:-1])} move the residual stream alike, and BCT differently, {where}",
         threat,
         setting,
-        estimate(margins),
+        claim_estimate(margins),
         statistic=name,
         unit="cosine",
         null=float(np.mean(floors)) if floors else _NAN,
@@ -116,7 +116,7 @@ def _distance(analyses: FinishedAnalyses, threat: str) -> Claim:
     """
     known = analyses.of(CrossLoss, "cross-loss", threat) if _BCT in analyses.config.methods else {}
     found = {training: results["cross-loss"] for training, results in known.items()}
-    entropy = estimate({training: _ratio(result, _BCT, _BCT, BASE) for training, result in found.items()})
+    entropy = claim_estimate({training: _ratio(result, _BCT, _BCT, BASE) for training, result in found.items()})
     raised = {training: _ratio(result, _BCT, _ACT, RETENTION) for training, result in found.items()}
     own = [whole(_ratio(result, _BCT, _ACT, BASE)) for result in found.values()]
     held = [whole(_ratio(result, RETENTION, _ACT, BASE)) for result in found.values()]
@@ -126,7 +126,7 @@ def _distance(analyses: FinishedAnalyses, threat: str) -> Claim:
         "BCT raises the activation distance while it lowers the cross-entropy",
         threat,
         EQUAL_STEPS,
-        estimate(raised),
+        claim_estimate(raised),
         statistic="activation distance from the reference's clean prompts after BCT, as a multiple of that after "
         "retention alone",
         unit="ratio",
@@ -181,7 +181,7 @@ def _attention(analyses: FinishedAnalyses, threat: str) -> Claim:
         "attention to the wrapper falls more under AttCT than under any other method",
         threat,
         EQUAL_STEPS,
-        estimate(margins),
+        claim_estimate(margins),
         statistic=name,
         unit="share of attention",
         null=float(means.pop(RETENTION)),

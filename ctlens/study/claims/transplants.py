@@ -19,7 +19,7 @@ from ctlens.analysis.exchange.exchange import EXCHANGE_QUANTITIES
 from ctlens.plots import label
 from ctlens.study.analyses import FinishedAnalyses, Training
 from ctlens.study.claims.claim import Claim, make_claim
-from ctlens.study.claims.estimates import estimate
+from ctlens.study.claims.estimates import claim_estimate
 from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
 from ctlens.study.conditions import INTERNAL_LEVEL, OUTPUT_LEVEL, condition_named
 from ctlens.study.results import in_order
@@ -55,7 +55,7 @@ def left_later(analyses: FinishedAnalyses, threat: str, setting: str) -> Claim:
         "internal losses put it into the residual stream",
         threat=threat,
         setting=setting,
-        found=estimate(found),
+        found=claim_estimate(found),
         statistic=name,
         unit=_SHARE_UNIT,
         null=float(np.nanmean(within)) if within else _NAN,
@@ -84,7 +84,7 @@ def level(analyses: FinishedAnalyses, threat: str, setting: str) -> Claim:
         statement="at the same tokens, KL on outputs leaves more of the repair in later weights than ACT",
         threat=threat,
         setting=setting,
-        found=estimate(found),
+        found=claim_estimate(found),
         statistic=name,
         unit=_SHARE_UNIT,
         null=float(np.mean(tokens)) if tokens else _NAN,

@@ -13,7 +13,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.stats import difference
 from ctlens.study.claims import Claim, answer, claim_verdict, read_claims, write_claims
 from ctlens.study.claims.behaviour import behaviour_claims
-from ctlens.study.claims.estimates import NOTHING, estimate
+from ctlens.study.claims.estimates import NOTHING, claim_estimate
 from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
 from ctlens.study.conditions import CROSSED_CONDITIONS
 from ctlens.study.config import StudyConfig
@@ -54,7 +54,7 @@ def test_a_statistic_of_parts_follows_the_prompts_that_count() -> None:
 def test_of_one_training_the_interval_is_over_prompts() -> None:
     values = np.arange(40.0)
 
-    found = estimate({(0, 0): mean_of(values)})
+    found = claim_estimate({(0, 0): mean_of(values)})
 
     assert (found.value, found.n, found.over) == (19.5, 40, "prompts")
     assert 19.5 - 2.2 * 11.7 / 40**0.5 < found.low < 19.5 < found.high < 19.5 + 2.2 * 11.7 / 40**0.5
@@ -63,7 +63,7 @@ def test_of_one_training_the_interval_is_over_prompts() -> None:
 def test_two_seeds_share_their_resamples() -> None:
     values = np.arange(40.0)
 
-    opposite = estimate({(0, 0): mean_of(values), (0, 1): mean_of(-values)})
+    opposite = claim_estimate({(0, 0): mean_of(values), (0, 1): mean_of(-values)})
 
     assert (opposite.value, opposite.low, opposite.high, opposite.over) == (0.0, 0.0, 0.0, "prompts")
 
@@ -73,28 +73,28 @@ def constant(value: float) -> Statistic:
 
 
 def test_three_seeds_of_one_organism_widen_the_interval_and_never_narrow_it() -> None:
-    found = estimate({(0, seed): constant(value) for seed, value in enumerate((1.0, 2.0, 3.0))})
-    alike = estimate({(0, seed): mean_of(np.arange(40.0)) for seed in range(3)})
+    found = claim_estimate({(0, seed): constant(value) for seed, value in enumerate((1.0, 2.0, 3.0))})
+    alike = claim_estimate({(0, seed): mean_of(np.arange(40.0)) for seed in range(3)})
 
     reach = 4.302652729911275 / 3**0.5  # Student's t with two degrees of freedom, standard deviation 1
     assert (found.value, found.n, found.over) == (2.0, 8, "prompts and seeds")
     assert (found.low, found.high) == pytest.approx((2 - reach, 2 + reach))
-    alone = estimate({(0, 0): mean_of(np.arange(40.0))})
+    alone = claim_estimate({(0, 0): mean_of(np.arange(40.0))})
     assert (alike.low, alike.high) == pytest.approx((alone.low, alone.high))
 
 
 def test_a_training_whose_number_is_not_defined_does_not_count() -> None:
-    found = estimate({(0, 0): constant(1.0), (0, 1): constant(NAN)})
+    found = claim_estimate({(0, 0): constant(1.0), (0, 1): constant(NAN)})
 
     assert (found.value, found.over) == (1.0, "prompts")
-    assert estimate({(0, 0): constant(NAN)}) is NOTHING
+    assert claim_estimate({(0, 0): constant(NAN)}) is NOTHING
 
 
 def test_from_three_organisms_on_seeds_of_one_organism_count_once() -> None:
     by_organism = {0: (1.0, 1.0), 1: (2.0, 2.0), 2: (2.0, 4.0)}
     samples = {(o, s): constant(v) for o, values in by_organism.items() for s, v in enumerate(values)}
 
-    found = estimate(samples)
+    found = claim_estimate(samples)
 
     reach = 4.302652729911275 / 3**0.5
     assert (found.value, found.n, found.over) == (2.0, 3, "organisms")
@@ -102,7 +102,7 @@ def test_from_three_organisms_on_seeds_of_one_organism_count_once() -> None:
 
 
 def test_nothing_measured_is_nothing() -> None:
-    assert estimate({}) is NOTHING
+    assert claim_estimate({}) is NOTHING
 
 
 def results(rates: dict[tuple[str, str, str], tuple[int, ...]], n: int = 100) -> pd.DataFrame:
