@@ -22,7 +22,7 @@ from ctlens.data.batch import Matched, PairBatch
 from ctlens.losses.base import at_positions
 
 SHIFT_PARTS = ("all", "along", "off")
-HELD = 2**26
+_HELD = 2**26
 """The most numbers, 256 MiB in float32, that are held of a batch at several hook points together; chosen by eye."""
 SHIFT_ROUNDING = 2e-6  # share of a float32 activation, several times what another batch size changes
 
@@ -71,10 +71,10 @@ def shifts_at(
 ) -> list[dict[tuple[str, str], Shifts]]:
     """The shifts of models at hook points, each by part and positions; the wrapper has no gap, hence one part.
 
-    Hook points share forward passes as far as a batch at all of them fits into `HELD`.
+    Hook points share forward passes as far as a batch at all of them fits into `_HELD`.
     """
     tokens = max(batch.wrapped.tokens.numel() for batch in passes)
-    together = max(1, HELD // (tokens * model_of(before).cfg.d_model * (len(models) + 2)))
+    together = max(1, _HELD // (tokens * model_of(before).cfg.d_model * (len(models) + 2)))
     parts = [hook_names[start : start + together] for start in range(0, len(hook_names), together)]
     return [of_hook for names in parts for of_hook in _at_hooks(before, models, passes, names, progress)]
 

@@ -77,7 +77,7 @@ def shift_similarity(
         site: a hook point with one vector per token, see `ctlens.models.hooks.SHORTHANDS`.
         layers: which ones, see `ctlens.models.hooks.select_layers`.
         batch_size: prompts per forward pass; only one batch is held with all its tokens, at as many hook points
-            as fit into `ctlens.analysis.residual.shift_vectors.HELD`. If they do not all fit, models run again.
+            as fit into 256 MiB. If they do not all fit, models run again.
         progress: show a progress bar.
 
     Raises:
