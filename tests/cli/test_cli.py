@@ -262,7 +262,7 @@ MISTAKES = {
     "organism train --out new --relora-every 0": "every must be at least 1, not 0",
     "organism card --folder nothing": "card.json",
     "organism sample --split hidden": "unknown split 'hidden'",
-    "organism sample --threats flattery": "unknown threat 'flattery'",
+    "organism sample --threats flattery": "unknown threat of the micro-world 'flattery'",
     "organism sample --n-examples 0": "n_pairs must be at least 1, not 0",
     "organism leak --out taken": "taken exists already",
     "organism leak --out new --seeds 0": "seeds must be at least 1",

@@ -89,7 +89,7 @@ class EditedRows:
     def _behind(self, hook_name: str, change: Varied) -> tuple[int, Varied]:
         """The stream that the change reaches first, as the number of the block that reads it, and its rows there."""
         layer = int(hook_name.split(".")[1])
-        before = self.streams[layer]
+        before = self.streams[layer].expand_as(change)
         if hook_name == SHORTHANDS["resid_pre"].format(layer=layer):
             return layer, before + change
         if hook_name == SHORTHANDS["resid_mid"].format(layer=layer):
@@ -103,12 +103,11 @@ class EditedRows:
         count = len(x)
         hidden = self.hidden.repeat(count, 1, 1, 1)
         positions = self.positions.repeat(count, 1)
-        x = x.flatten(0, 1)
+        x = x.flatten(0, 1).clone()  # blocks add to it in place
         for block, held in zip(self.blocks[start:], self.held[start:], strict=True):
-            normed = block.ln1(x)
-            own = block.keys(normed, positions).unflatten(0, (count, -1))
-            kv = torch.cat([held.expand(count, *held.shape), own], 2).flatten(0, 1)
-            x = block.behind(x, block.attend(block.queries(normed, positions), kv, hidden))
+            q, own = block.queries_and_keys(block.ln1(x), positions)
+            kv = torch.cat([held.expand(count, *held.shape), own.unflatten(0, (count, -1))], 2).flatten(0, 1)
+            x = block.finish(x, block.attend(q, kv, hidden))
         return x.unflatten(0, (count, -1))
 
     def _read_out(self, x: Tensor) -> Tensor:
