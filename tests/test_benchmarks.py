@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import pandas as pd
 import pytest
 import torch
 
 import ctlens as ct
 from ctlens.losses import LOSSES
 from ctlens.models.counting import Counting
+from ctlens.training.order import batches
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+PROGRAMS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "quote")
 
 
 @pytest.fixture
 def modules(monkeypatch) -> tuple[ModuleType, ModuleType]:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    for name in ("step", "memory", "analysis"):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    for name in ("step", "memory", "analysis", "peer_step", "quote"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import memory
     import step
@@ -67,8 +74,30 @@ def test_every_analysis_of_the_benchmark_gives_a_result_with_its_figure(modules)
     for name in ("residual_shift", "logit_lens", "logit_attribution"):
         found = todo[name]()
         assert len(found.to_dataframe()) and len(found.figure().data)
+    found = analysis.together(base, models)
+    alone = analysis.analyses(base, models)
+    assert found.keys() == alone.keys()
+    for name in ("probe, answer hinted", "residual_shift", "shift_similarity", "logit_lens", "logit_attribution"):
+        pd.testing.assert_frame_equal(found[name].to_dataframe(), alone[name]().to_dataframe(), atol=1e-6)
     seen = analysis.held(lambda: torch.zeros(100_000))
     assert 400_000 <= seen < 500_000
+
+
+def test_another_checkout_has_its_ratio_and_all_together_are_held_against_all_alone(modules) -> None:
+    import analysis
+
+    class Timed:
+        def __init__(self, seconds: dict[str, float]) -> None:
+            self.names = list(seconds)
+            self.timed = lambda name: (10 * seconds[name], seconds[name])
+
+    ours = Timed({"steer": 1.0, "ablate": 2.0, analysis.TOGETHER: 1.5})
+    table = analysis.table_of(ours, Timed({"steer": 4.0, "ablate": 2.0}), rounds=2)
+
+    assert table["ratio"].to_dict() == {"steer": 4, "ablate": 1, analysis.TOGETHER: 4, analysis.ALONE: 2}
+    assert table.loc[analysis.TOGETHER, "wall_s"] == 15 and table.loc[analysis.ALONE, "other_wall_s"] == 60
+    alone = analysis.table_of(ours, None, rounds=1)
+    assert list(alone) == ["wall_s", "processor_s"] and alone.loc[analysis.ALONE, "processor_s"] == 3
 
 
 def test_the_gpu_benchmark_says_when_there_is_none(modules, monkeypatch, capsys) -> None:
@@ -80,3 +109,66 @@ def test_the_gpu_benchmark_says_when_there_is_none(modules, monkeypatch, capsys)
     with pytest.raises(SystemExit) as end:
         gpu.main()
     assert end.value.code == 2 and "no GPU here: nothing was measured" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["act", "mlpct", "attct", "bct"])
+def test_the_published_loop_and_ctlens_start_at_the_same_loss(modules, name: str) -> None:
+    import peer_step
+
+    base = ct.load_organism()
+    ours, published = peer_step.trainers(base, ct.threats.get("sycophancy").pairs(32), peer_step.LOSSES[name], steps=2)
+    rows = [ours.pairs.rows[row] for row in next(batches([[row] for row in range(32)], ours.config))]
+    theirs = [published.step(rows) for _ in range(5)]
+
+    assert ours.take_step().losses["total"] == pytest.approx(theirs[0], rel=1e-5)
+    assert theirs[-1] < theirs[0]  # the restatement trains
+
+
+def index() -> str:
+    return (BENCHMARKS / "README.md").read_text()
+
+
+def test_the_index_has_every_benchmark_and_every_table_and_no_other() -> None:
+    assert sorted(re.findall(r"^\| \[(\w+)\.py\]\(\1\.py\) \|", index(), flags=re.MULTILINE)) == PROGRAMS
+    links = set(re.findall(r"\]\((\w+\.\w+)\)", index()))
+    assert {path.name for path in BENCHMARKS.glob("*.csv")} <= links
+    assert all((BENCHMARKS / link).exists() for link in links)
+
+
+def test_a_benchmark_is_quick_where_the_index_says_so() -> None:
+    quick = re.findall(r"^\| \[(\w+)\.py\].*`--quick`", index(), flags=re.MULTILINE)
+
+    assert quick == [name for name in PROGRAMS if '"--quick"' in (BENCHMARKS / f"{name}.py").read_text()]
+
+
+def test_the_index_quotes_the_tables_as_they_are(modules) -> None:
+    import quote
+
+    names = [name for name, _ in quote.PLACE.findall(index())]
+    assert {"step.csv", "peer_step.csv", "memory.csv"} <= set(names)
+    assert index().count("\n| --- |") == len(names)
+    assert quote.quoted(index()) == index()
+
+
+def test_a_quote_that_is_not_the_table_is_seen_and_written_anew(modules, tmp_path: Path) -> None:
+    import quote
+
+    (tmp_path / "a.csv").write_text("what,ms,ratio\nx,12,1.50\ny,13,1.6\n")
+    page = "One.\n\n<!-- a.csv: what, ratio -->\n\n| what | ratio |\n| --- | --- |\n| x | 1.4 |\n\nTwo.\n"
+    found = quote.quoted(page, tmp_path)
+
+    assert found == page.replace("| x | 1.4 |", "| x | 1.50 |\n| y | 1.6 |")
+    assert quote.quoted(found, tmp_path) == found
+
+
+def test_the_sentences_that_quote_a_benchmark_have_its_numbers() -> None:
+    sizes = pd.read_csv(BENCHMARKS / "memory_sizes.csv").query("length == 1024 and width == 64 and targets == 'memory'")
+    held = sizes[sizes["memory"] == "layers"].set_index("layers")["ratio"]
+    ranks = pd.read_csv(BENCHMARKS / "relora.csv", index_col="training")["rank"]
+
+    guide = f"{held[4]:.2f} times the memory of the bare passes on 4 layers, and {held[8]:.2f} times on 8"
+    assert guide in (ROOT / "docs/guide.md").read_text()
+    plain, restarted = ranks["LoRA, rank 8"], ranks["ReLoRA, rank 8, every 50"]
+    relora = f"{plain:.0f} without restarts, {restarted:.0f} with eight starts of rank 8"
+    assert relora in (ROOT / "ctlens/organism/relora.py").read_text()

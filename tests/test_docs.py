@@ -62,10 +62,12 @@ def test_every_make_target_that_the_documents_name_exists() -> None:
         "check",
         "figures",
         "drawings",
+        "benchmarks",
         "lab",
         "notebooks",
         "strip",
         "dist",
+        "smollm2",
     }
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
 

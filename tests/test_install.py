@@ -52,7 +52,7 @@ def imports(tree: ast.AST, *, at_once: bool) -> set[str]:
 
 def recipe(target: str, uv: str) -> list[str]:
     """Lists the commands that a target runs in a fresh clone."""
-    make = ["make", "--dry-run", "--no-print-directory", "VENV=nowhere", f"UV={uv}", target]
+    make = ["make", "--dry-run", "--always-make", "--no-print-directory", "VENV=nowhere", f"UV={uv}", target]
     return subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 
 

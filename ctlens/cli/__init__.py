@@ -1,4 +1,4 @@
-"""The command line: `ctlens compare | doses | report | train | evaluate | estimate | patch | export | models | ...`.
+"""The command line: `ctlens compare | doses | train | evaluate | estimate | patch | export | smollm2 | pairs | ...`.
 
 Heavy imports wait for the command that needs them, so that `--help` answers at once. A user's
 mistake ends with exit code 2 and one sentence on stderr.
@@ -34,6 +34,7 @@ _COMMANDS = {
     "models": models.models,
     "estimate": models.estimate_command,
     "report": studies.report,
+    "smollm2": models.smollm2,
 }
 for name, command in _COMMANDS.items():
     app.command(name)(command)

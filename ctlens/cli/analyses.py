@@ -10,7 +10,7 @@ import typer
 from ctlens.cli.common import (
     Device,
     Dtype,
-    ModelFolder,
+    ModelSource,
     PairsFile,
     Quiet,
     ThreatName,
@@ -35,7 +35,7 @@ def patch_command(
             help="denoising puts clean activations into the wrapped run, noising wrapped ones into the clean run."
         ),
     ],
-    model: ModelFolder = None,
+    model: ModelSource = None,
     pairs: PairsFile = None,
     threat: ThreatName = "",
     split: Annotated[

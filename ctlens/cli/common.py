@@ -37,18 +37,19 @@ ThreatNames = Annotated[
         help="Comma-separated: sycophancy, jailbreak, persona, prefill, frustration, conditional; all by default.",
     ),
 ]
-ModelFolder = Annotated[
-    Path | None,
+ModelSource = Annotated[
+    str | None,
     typer.Option(
         "--model",
-        help="Folder of a HuggingFace model, or of a run that ctlens trained; by default the shipped organism.",
+        help="Folder of a HuggingFace model, of a PEFT adapter or of a run that ctlens trained; a .gguf file; or the "
+        "name of a model on the hub. By default the shipped organism.",
     ),
 ]
 PairsFile = Annotated[
     Path | None, typer.Option("--pairs", help="JSONL file of your own pairs, each a clean and a wrapped prompt.")
 ]
 
-Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1 or mps.")]
+Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1, mps, or auto.")]
 LoraRank = Annotated[
     int | None, typer.Option(help="Train low-rank adapters (LoRA) of this rank and leave the weights frozen.")
 ]
@@ -65,12 +66,12 @@ ThreatName = Annotated[
 ]
 
 
-def chosen_model(folder: Path | None, device: str = "cpu", dtype: str = "float32") -> Any:
-    """Loads the model of a folder, or the shipped organism, on a device and in a dtype."""
+def chosen_model(source: str | None, device: str = "cpu", dtype: str = "float32") -> Any:
+    """Loads the model of a `--model`, or the shipped organism, on a device and in a dtype."""
     from ctlens.models.loading import load_model
     from ctlens.organism import SHIPPED
 
-    return load_model(folder or SHIPPED, device=chosen_device(device), dtype=dtype)
+    return load_model(source or SHIPPED, device=chosen_device(device), dtype=dtype)
 
 
 def chosen_device(name: str) -> Any:
@@ -88,14 +89,14 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def chosen_tokenizer(folder: Path | None) -> Any:
-    """Loads the tokenizer of a folder, or the shipped organism's."""
-    if folder is None:
+def chosen_tokenizer(source: str | None) -> Any:
+    """Loads the tokenizer of a `--model`, or the shipped organism's."""
+    if source is None:
         return chosen_model(None).tokenizer
     from ctlens.models.loading import load_tokenizer
 
-    if (tokenizer := load_tokenizer(folder)) is None:
-        raise CtlensError(f"{folder} holds no tokenizer: name a folder with tokenizer.json.")
+    if (tokenizer := load_tokenizer(source)) is None:
+        raise CtlensError(f"{source} holds no tokenizer: name a folder with tokenizer.json.")
     return tokenizer
 
 

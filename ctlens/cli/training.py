@@ -14,7 +14,7 @@ from ctlens.cli.common import (
     Dtype,
     LoraRank,
     LoraTargetModules,
-    ModelFolder,
+    ModelSource,
     PairsFile,
     Quiet,
     Seed,
@@ -44,7 +44,7 @@ def train_command(
             help="act, mlpct, attct, bct, rmct, f2c, klct, attout, attmass, or as published: act:stack; repeatable."
         ),
     ],
-    model: ModelFolder = None,
+    model: ModelSource = None,
     pairs: PairsFile = None,
     threat: ThreatName = "",
     window: Annotated[
@@ -154,7 +154,7 @@ def train_command(
 
 
 def evaluate_command(
-    model: ModelFolder = None,
+    model: ModelSource = None,
     threats: ThreatNames = "",
     pairs: PairsFile = None,
     split: Annotated[

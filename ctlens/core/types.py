@@ -43,11 +43,14 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def device_named(device: str | torch.device) -> torch.device:
-    """Returns the device of that name, on which tensors can be made here.
+    """Returns the device of that name, on which tensors can be made here; `"auto"` is an accelerator, or else the CPU.
 
     Raises:
         CtlensError: there is no such device, or this machine lacks it.
     """
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
     try:
         found = torch.device(device)
         torch.empty(0, device=found)

@@ -34,7 +34,7 @@ def numbers(name: str, rows: pd.DataFrame) -> Iterator[Number]:
             if len(known):
                 mean, low, high = bootstrap_mean(known)
                 yield prompt_side, metric, float(mean), len(known), float(low), float(high)
-    if name in threat_registry.names():
+    if name in (*threat_registry.names(), *threat_registry.natural_names()):
         yield from _field_metrics(threat_registry.get(name), by_pair(rows))
 
 
@@ -54,11 +54,17 @@ def by_pair(rows: pd.DataFrame) -> Outcomes:
     """Turns the rows of one threat and split, a row per answer, into outcomes with one entry per pair."""
     verdicts = rows.pivot(index="item", columns="prompt_side", values="verdict").fillna(NO_ANSWER)
     pairs = rows.drop_duplicates("item").set_index("item").loc[verdicts.index]
+    answers = rows.pivot(index="item", columns="prompt_side", values="answer").fillna(NO_ANSWER)
     return Outcomes(
-        verdicts={str(prompt_side): np.array(given.tolist(), dtype=str) for prompt_side, given in verdicts.items()},
+        verdicts=_by_side(verdicts),
         strengths=pairs["strength"].to_numpy(),
         kinds=np.array(pairs["kind"].tolist(), dtype=str),
+        answers=_by_side(answers),
     )
+
+
+def _by_side(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    return {str(prompt_side): np.array(given.tolist(), dtype=str) for prompt_side, given in table.items()}
 
 
 def _field_metrics(threat: Threat, outcomes: Outcomes) -> Iterator[Number]:

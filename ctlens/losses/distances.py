@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -67,9 +69,30 @@ def cosine_distance(x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Flo
     >>> cosine_distance(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([5.0, 0.0]))
     tensor([0., 1.])
     """
-    dot = torch.linalg.vecdot(x, y)  # cheaper than cosine_similarity, and than a batch of 1 x 1 products
-    norms = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
-    return 1 - dot / norms.clamp(min=NORM_FLOOR)
+    dot, norm = _DotAndNorm.apply(x, y)
+    return 1 - dot / (norm * torch.linalg.vector_norm(y, dim=-1)).clamp(min=NORM_FLOOR)
+
+
+class _DotAndNorm(torch.autograd.Function):
+    """_DotAndNorm is the dot product `x . y` and the norm of `x`, with `dot' y + norm' x/|x|` as the gradient of `x`.
+
+    torch's own backward passes give the same bits, but make the two terms apart and go over the vectors more often.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        dot = torch.linalg.vecdot(x, y)  # cheaper than cosine_similarity, and than a batch of 1 x 1 products
+        norm = torch.linalg.vector_norm(x, dim=-1)
+        ctx.save_for_backward(x, y, norm)
+        return dot, norm
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, y, norm = ctx.saved_tensors
+        along_dot, along_norm = grad_outputs
+        norm = norm.masked_fill(norm == 0, torch.inf)  # a vector of norm 0 has no direction: it gets no gradient
+        of_x = (x / norm[..., None]).mul_(along_norm[..., None]).add_(y * along_dot[..., None])
+        return of_x, x * along_dot[..., None] if ctx.needs_input_grad[1] else None
 
 
 def jensen_shannon(p: Float[Tensor, "... k"], q: Float[Tensor, "... k"]) -> Float[Tensor, ...]:

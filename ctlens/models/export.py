@@ -1,8 +1,9 @@
-"""Export: a lens model becomes a folder that `transformers` loads, and its logits are compared before it is written."""
+"""Export: a model becomes a folder for `transformers`, its adapters one for `peft`, and first logits are compared."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -15,8 +16,13 @@ from ctlens.core.files import atomic_folder
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.models.bridges import huggingface_config
-from ctlens.models.loading import made_config, quiet_huggingface
+from ctlens.models.huggingface import pretrained, quiet_huggingface, reading
+from ctlens.models.loading import load_model, made_config
+from ctlens.models.lora import adapter_tensors, adapters_off
+from ctlens.models.matrices import CANONICAL_NAMES
 from ctlens.models.parity import apart_from
+from ctlens.models.peft import Update, add_updates, base_mark, peft_updates, read_peft, write_peft
+from ctlens.models.sources import found_on_disk
 from ctlens.models.twins import huggingface_twin, unread
 from ctlens.models.weights import ModelConfig, canonical_weights, copy_weights
 
@@ -75,13 +81,76 @@ def to_huggingface(model: LensModel) -> PreTrainedModel:
         )
     else:
         hf = huggingface_twin(model)
+    _require_equal(model, hf, "keep the model as a run or with save_model")
+    return hf
+
+
+@public
+def export_peft(model: LensModel, folder: str | Path, *, base: str | PathLike[str] = "") -> Path:
+    """Writes a model's adapters into a new folder as PEFT reads them, with equal logits; their base is not copied.
+
+    A matrix that HuggingFace keeps fused with others gets one update with the ranks of all of them. The HuggingFace
+    model with what was written is run on random tokens before the folder gets its name.
+
+    Args:
+        model: with adapters, from a training by a `LoRA` or with `load_adapters`.
+        folder: where configuration, weights and tokenizer go.
+        base: the folder or the name on the hub that PEFT will load the base from; by default the one that the model was
+            loaded from, whose weights are then compared. For a model made here, the folder of `export_huggingface`.
+
+    Raises:
+        CtlensError: the folder exists and is not empty, the model has no adapters or a base that is not HuggingFace's,
+            the base has no name or other weights by now, or logits would differ.
+    """
+    name = str(base) or getattr(huggingface_config(model), "name_or_path", "")
+    if not name:
+        raise CtlensError("the adapters' base has no name that PEFT could load it by: give its folder with base=.")
+    with adapters_off(model):
+        hf = to_huggingface(model)
+    if not base:
+        _require_weights(name, hf)
+    made = made_config(model)
+    mark = base_mark(load_model(hf, check=False, dtype=hf.dtype) if made else model)
+    with atomic_folder(folder) as work:
+        write_peft(work, _llama_updates(model) if made else peft_updates(model), base=name, mark=mark, hf=hf)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(work)
+        add_updates(hf, read_peft(work).updates)
+        _require_equal(model, hf, "keep the adapters as a run or with save_adapters")
+    return Path(folder)
+
+
+def _require_weights(name: str, hf: PreTrainedModel) -> None:
+    """Refuses a base whose weights were trained, or got adapters merged, since it was loaded."""
+    with reading(name):
+        loaded = pretrained(found_on_disk(name), hf.dtype).state_dict()
+    if any(not torch.equal(value.cpu(), loaded[key]) for key, value in hf.state_dict().items()):
+        raise CtlensError(
+            f"the adapters are on other weights than those of {name}, which the model was loaded from: write their own "
+            "with export_huggingface inside adapters_off, and give that folder with base=."
+        )
+
+
+def _llama_updates(model: LensModel) -> dict[str, Update]:
+    """The updates of the adapters on a model made here, by layer of the Llama that `to_huggingface` makes of it."""
+    lora, tensors = adapter_tensors(model)
+    updates = {}
+    for name in (name.removesuffix(".A") for name in tensors if name.endswith(".A")):
+        _, block, matrix = name.split(".")
+        layer, pattern = LLAMA_LAYOUT[CANONICAL_NAMES[matrix]]
+        B = tensors[f"{name}.B"]
+        if "two" in (pattern or ""):  # outputs are moved as those of the weight are
+            B = rearrange(B, "(head half two) rank -> (head two half) rank", head=model.cfg.n_heads, two=2)
+        updates[f"model.layers.{block}.{layer}"] = Update(tensors[f"{name}.A"].cpu(), B.cpu(), lora.alpha / lora.rank)
+    return updates
+
+
+def _require_equal(model: LensModel, hf: PreTrainedModel, instead: str) -> None:
     apart = apart_from(model, hf)
     if not apart.is_rounding:
         raise CtlensError(
-            f"{type(hf).__name__} cannot be exported: its logits would differ by {apart.largest:.2g}; "
-            "keep the model as a run or with save_model."
+            f"{type(hf).__name__} cannot be exported: its logits would differ by {apart.largest:.2g}; {instead}."
         )
-    return hf
 
 
 def _llama_config(config: ModelConfig) -> LlamaConfig:

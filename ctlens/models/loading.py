@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import torch
@@ -25,16 +25,8 @@ from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformer_lens.utilities import quantization
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
-from transformers.utils import logging as hf_logging
 
 from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError
@@ -44,6 +36,7 @@ from ctlens.core.reading import read_json
 from ctlens.core.types import ChosenRows, LensModel, RowNumbers, device_named, dtype_named
 from ctlens.models.adopt import adopt, bridge_only, marked
 from ctlens.models.bridges import generation_config, huggingface_config, is_bridge, plain_settings
+from ctlens.models.huggingface import first_line, pretrained, pretrained_tokenizer, reading, with_random_weights
 from ctlens.models.parameters import (
     copy_model,
     is_made_here,
@@ -64,13 +57,16 @@ from ctlens.models.parity import (
     require_finite_answers,
     require_parity,
 )
+from ctlens.models.peft import add_peft, read_peft, require_added
 from ctlens.models.sources import (
+    GGUF,
+    MERGE,
     MODEL_FILE,
-    model_folder,
+    found_on_disk,
+    is_peft,
     require_embedded,
-    require_plain_folder,
+    require_model,
     require_plain_model,
-    require_safetensors,
 )
 from ctlens.models.weights import ModelConfig, canonical_weights, copy_weights, initial_weights, is_bias, load_weights
 
@@ -150,98 +146,100 @@ def _of_transformer_lens(
 def load_model(
     source: str | PathLike[str] | PreTrainedModel | LensModel | Any,  # whatever else it is has a sentence of its own
     *,
+    revision: str | None = None,
+    base: str | PathLike[str] | PreTrainedModel | LensModel | Any = None,
     tokenizer: Any = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = torch.float32,
     check: bool = True,
 ) -> LensModel:
-    """Loads a model in eval mode from a folder or from memory; nothing is downloaded.
+    """Loads a model in eval mode: from a folder, a file, the hub or memory.
 
     A HuggingFace model answers a few short prompts by itself and as a lens model, and is refused unless both give the
-    same logits (see `ctlens.models.parity`).
+    same logits (see `ctlens.models.parity`). An adapter of PEFT stays one, so that the model without it is there too
+    (`adapters_off` and `merge_adapters` of `ctlens.models.lora`).
 
     Args:
-        source: a HuggingFace folder of a causal language model, a folder that `save_model` or
-            `Run.save` wrote, or a model in memory, of HuggingFace or of TransformerLens (copied, so that it stays as it
-            is).
-        tokenizer: a fast HuggingFace tokenizer; by default the folder's own.
-        device: where the model lives.
+        source: a HuggingFace folder of a causal language model; the name of one on the hub, which comes from
+            HuggingFace's cache or the network; a `.gguf` file, whose weights become plain ones; a folder of a PEFT
+            adapter (LoRA); a folder that `save_model` or `Run.save` wrote; or a model in memory, of HuggingFace or of
+            TransformerLens (copied, so that it stays as it is).
+        revision: a branch, a tag or a commit of a model of the hub.
+        base: the model that a PEFT adapter belongs to, as `source`; by default the one that it names.
+        tokenizer: a fast HuggingFace tokenizer; by default the one that the source has.
+        device: where the model lives; `"auto"` takes an accelerator where there is one.
         dtype: of the weights, or its name, one of `ctlens.core.types.DTYPES`.
         check: whether to compare logits with HuggingFace's; without it, numbers may be those of another model.
 
     Raises:
-        CtlensError: the dtype is unknown, this machine lacks the device, or the source holds no model that
-            TransformerLens computes as HuggingFace does, or one that `adopt` refuses; the sentence says which.
+        CtlensError: the dtype is unknown, this machine lacks the device, the source cannot be had, or it holds no model
+            that TransformerLens computes as HuggingFace does, or one that `adopt` refuses; the sentence says which.
     """
-    dtype = dtype_named(dtype) if isinstance(dtype, str) else dtype
-    device = device_named(device)
+    as_asked = _Loading(tokenizer, device_named(device), dtype_named(dtype) if isinstance(dtype, str) else dtype, check)
+    if isinstance(source, str | PathLike):
+        return _from_disk(source, revision, base, as_asked)
+    for name, value in (("revision", revision), ("base", base)):
+        if value is not None:
+            raise CtlensError(f"a model in memory has no {name}: leave {name}= out.")
     if isinstance(source, LensModel):
-        return _copied(source, tokenizer, device, dtype)
-    if not isinstance(source, str | PathLike):
-        hf = require_plain_model(source)
-        with _reading(f"this {type(hf).__name__}", "Check that it runs by itself"):
-            return _bridge(copy.deepcopy(hf).to(device=device, dtype=dtype), tokenizer, check)  # type: ignore[arg-type]
-    folder = model_folder(source)
-    require_plain_folder(folder)
-    with _reading(str(folder)):
-        if (folder / MODEL_FILE).is_file():
-            return _load_checkpoint(folder, tokenizer, device, dtype, check)
-        return _load_huggingface(folder, tokenizer, device, dtype, check)
+        return _copied(source, as_asked)
+    hf = require_plain_model(source)
+    with reading(f"this {type(hf).__name__}", "Check that it runs by itself"):
+        copied: Any = copy.deepcopy(hf)
+        return _bridge(copied.to(device=as_asked.device, dtype=as_asked.dtype), tokenizer, check)
 
 
-def _copied(model: LensModel, tokenizer: Any, device: torch.device, dtype: torch.dtype) -> LensModel:
+class _Loading(NamedTuple):
+    """How a model is to be loaded; the fields are options of `load_model`."""
+
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    check: bool
+
+
+def _from_disk(source: str | PathLike[str], revision: str | None, base: Any, asked: _Loading) -> LensModel:
+    path = found_on_disk(source, revision)
+    require_model(path)
+    if base is not None and not is_peft(path):
+        raise CtlensError(f"{source} is no PEFT adapter, so it has no other model as its base: leave base= out.")
+    with reading(str(path)):
+        if is_peft(path):
+            return _load_peft(path, base, asked)
+        if (path / MODEL_FILE).is_file():
+            return _load_checkpoint(path, asked)
+        hf: Any = pretrained(path, asked.dtype).to(asked.device)  # type: ignore[arg-type]
+        hf.config.name_or_path = "" if path.suffix == GGUF else str(source)  # what HuggingFace loads it by
+        return _bridge(hf, asked.tokenizer or pretrained_tokenizer(path), asked.check)
+
+
+def _load_peft(folder: Path, base: Any, asked: _Loading) -> LensModel:
+    """The base of a PEFT adapter, with the adapter on it."""
+    adapter = read_peft(folder)
+    source = adapter.base if base is None else base
+    if not source:
+        raise CtlensError(f"the PEFT adapter in {folder} names no base model: give it with load_model(..., base=...).")
+    if isinstance(source, str | PathLike) and is_peft(Path(source)):
+        raise CtlensError(f"the base of the PEFT adapter in {folder}, {source}, is an adapter itself: {MERGE}.")
+    tokenizer = asked.tokenizer or pretrained_tokenizer(folder)
+    revision = adapter.revision if base is None else None
+    try:
+        model = load_model(source, revision=revision, **asked._replace(tokenizer=tokenizer)._asdict())
+    except CtlensError as error:
+        raise CtlensError(f"the base of the PEFT adapter in {folder} (base= gives another): {error}") from None
+    add_peft(model, adapter)
+    if asked.check:
+        require_added(model, adapter)
+    return model
+
+
+def _copied(model: LensModel, asked: _Loading) -> LensModel:
     """A copy of a TransformerLens model of one's own."""
     copied = copy_model(adopt(model))
-    nn.Module.to(cast(nn.Module, copied), device=device, dtype=dtype)
-    copied.cfg.device = str(device)
-    copied.cfg.dtype = dtype
-    return _attach(copied, tokenizer)
-
-
-@contextmanager
-def _reading(what: str, advice: str = "Check the folder's files") -> Iterator[None]:
-    """Turns whatever HuggingFace and TransformerLens raise on something odd into one sentence."""
-    try:
-        with quiet_huggingface():
-            yield
-    except CtlensError:
-        raise
-    except Exception as error:
-        raise CtlensError(
-            f"{what} does not load as a causal language model: {_first_line(error)}. {advice}."
-        ) from error
-
-
-@contextmanager
-def quiet_huggingface() -> Iterator[None]:
-    """Keeps HuggingFace's progress bars off the terminal."""
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars:
-            hf_logging.enable_progress_bar()
-
-
-def _load_huggingface(folder: Path, tokenizer: Any, device: torch.device, dtype: torch.dtype, check: bool) -> LensModel:
-    hf, report = _from_pretrained(folder, dtype)
-    unfit = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
-    if unfit:  # HuggingFace would leave them random
-        raise CtlensError(
-            f"{folder} lacks weights that fit its config.json: {', '.join(unfit[:3])}. Use their own config.json."
-        )
-    return _bridge(hf.to(device), tokenizer or _load_tokenizer(folder), check)
-
-
-def _from_pretrained(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The model of a folder, and HuggingFace's report of weights that it has not or cannot place."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    require_safetensors(folder)
-    options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
-    return cast(Any, AutoModelForCausalLM).from_pretrained(
-        folder, config=config, dtype=dtype, use_safetensors=True, **options
-    )
+    nn.Module.to(cast(nn.Module, copied), device=asked.device, dtype=asked.dtype)
+    copied.cfg.device = str(asked.device)
+    copied.cfg.dtype = asked.dtype
+    return _attach(copied, asked.tokenizer)
 
 
 def _bridge(hf: PreTrainedModel, tokenizer: Any, check: bool) -> LensModel:
@@ -273,7 +271,7 @@ def outline(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Len
     Raises:
         CtlensError: the configuration is of no causal language model that TransformerLens bridges.
     """
-    with _reading(f"a model of the type {config.model_type}", "Name another config.json"):
+    with reading(f"a model of the type {config.model_type}", "Name another config.json"):
         if config.is_encoder_decoder:
             raise CtlensError(f"{config.model_type} is no causal language model: name a decoder, such as llama.")
         with torch.device("meta"):
@@ -295,12 +293,8 @@ def _bridging(hf: PreTrainedModel) -> Iterator[None]:
     except Exception as error:
         raise CtlensError(
             f"TransformerLens cannot bridge {type(hf).__name__} in {str(hf.dtype).removeprefix('torch.')}: "
-            f"{_first_line(error)}. `ctlens models` lists what was checked."
+            f"{first_line(error)}. `ctlens models` lists what was checked."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".") or f"it ends in {type(error).__name__}"
 
 
 def _attach(model: LensModel, tokenizer: Any) -> LensModel:
@@ -320,23 +314,18 @@ def _n_embeddings(model: LensModel) -> int:
     return len(cast(Any, model).original_model.get_input_embeddings().weight)
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    """Loads the tokenizer of a model folder or a run folder without the model; None where the folder has none.
+def load_tokenizer(source: str | PathLike[str]) -> Any:
+    """Loads the tokenizer of what `load_model` would load from disk, without the model; None where it has none.
 
     Raises:
-        CtlensError: the folder does not exist, or its tokenizer cannot be read.
+        CtlensError: there is no such folder, file or model, or its tokenizer cannot be read.
     """
-    folder = model_folder(folder)
-    if not folder.is_dir():
-        raise CtlensError(f"{folder} is no folder: name one that holds a tokenizer.")
-    with _reading(str(folder)):
-        return _load_tokenizer(folder)
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    if not any(path.is_file() for path in (*folder.glob("tokenizer*"), *folder.glob("vocab*"))):
-        return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    path = found_on_disk(source)
+    if not path.is_dir() and path.suffix != GGUF:
+        raise CtlensError(f"{path} is no folder: name one that holds a tokenizer.")
+    with reading(str(path)):
+        found = pretrained_tokenizer(path)
+    return load_tokenizer(read_peft(path).base) if found is None and is_peft(path) else found
 
 
 def empty_cache(model: LensModel, rows: int) -> Any:
@@ -387,10 +376,11 @@ def save_model(model: LensModel, folder: str | Path) -> None:
     write_json(folder / MODEL_FILE, description)
 
 
-def _load_checkpoint(folder: Path, tokenizer: Any, device: torch.device, dtype: torch.dtype, check: bool) -> LensModel:
+def _load_checkpoint(folder: Path, asked: _Loading) -> LensModel:
+    device, dtype = asked.device, asked.dtype
     description = read_json(folder / MODEL_FILE)
     weights = load_file(folder / _WEIGHTS_FILE, device=str(device))
-    tokenizer = tokenizer or _load_tokenizer(folder)
+    tokenizer = asked.tokenizer or pretrained_tokenizer(folder)
     match description:
         case {"kind": "ctlens", "config": dict(config)}:
             model = _skeleton(from_dict(ModelConfig, config), device, dtype)
@@ -402,27 +392,17 @@ def _load_checkpoint(folder: Path, tokenizer: Any, device: torch.device, dtype: 
             model = _attach(adopt(model), tokenizer)
         case {"kind": "huggingface"}:
             hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            hf = _with_random_weights(hf_config, dtype)
+            hf_config.name_or_path = ""  # HuggingFace would not find the weights in this folder
+            hf = with_random_weights(hf_config, dtype)
             if (folder / GENERATION_CONFIG_NAME).is_file():
                 hf.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-            model = _bridge(hf.to(device), tokenizer, check)
+            model = _bridge(hf.to(device), tokenizer, asked.check)
             copy_weights(_state(model), weights)
         case _:
             raise CtlensError(
                 f"{folder / MODEL_FILE} does not describe a model that ctlens saved: save the model again."
             )
     return model
-
-
-def _with_random_weights(config: Any, dtype: torch.dtype) -> Any:
-    """A HuggingFace model whose norms and biases are random too: as they begin, many hide what a bridge does wrong."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        hf = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype)
-        for parameter in hf.parameters():
-            if parameter.ndim == 1:
-                parameter.data += 0.1 * torch.randn_like(parameter)
-    return hf
 
 
 def _state(model: LensModel) -> dict[str, torch.Tensor]:

@@ -160,23 +160,29 @@ def merge_adapters(model: LensModel) -> None:
         weight.data = merged.clone()  # and not written in place: a model may share its frozen weights with another
 
 
+def adapter_tensors(model: LensModel) -> tuple[LoRA, dict[str, Tensor]]:
+    """The settings of a model's adapters, and each `A` and `B` by its name, for example `blocks.0.q.A`.
+
+    Raises:
+        CtlensError: the model has no adapters.
+    """
+    attached = _attached(model)
+    lora = next(adapter.lora for _, adapter in attached.values())
+    halves = {name: adapter.named_parameters() for name, (_, adapter) in attached.items()}
+    return lora, {f"{name}.{half}": value.detach() for name, both in halves.items() for half, value in both}
+
+
 def save_adapters(model: LensModel, folder: str | Path) -> None:
     """Writes the adapters alone into a new folder: `adapters.json` and `adapters.safetensors`.
 
     Raises:
         CtlensError: the model has no adapters, or the folder exists and is not empty.
     """
-    attached = _attached(model)
-    lora = next(adapter.lora for _, adapter in attached.values())
+    lora, tensors = adapter_tensors(model)
     with adapters_off(model):
         base = fingerprint(model)
     with atomic_folder(folder) as work:
-        tensors = {
-            f"{name}.{half}": value
-            for name, (_, adapter) in attached.items()
-            for half, value in adapter.named_parameters()
-        }
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, work / ADAPTERS_FILE)
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, work / ADAPTERS_FILE)
         write_json(work / CONFIG_FILE, {"lora": to_dict(lora), "base": base})
 
 
@@ -199,16 +205,22 @@ def load_adapters(model: LensModel, folder: str | Path) -> list[nn.Parameter]:
             lora = from_dict(LoRA, options)
         case _:
             raise CtlensError(f"{folder / CONFIG_FILE} does not describe adapters that ctlens saved.")
-    chosen = _free_slots(model, lora)
+    _free_slots(model, lora)
     if not same_fingerprint(base, fingerprint(model)):
         raise CtlensError(f"the adapters in {folder} belong to a model with other weights: load the one they are from.")
     try:
         saved = load_file(folder / ADAPTERS_FILE)
     except (OSError, SafetensorError) as error:
         raise CtlensError(f"{folder / ADAPTERS_FILE} cannot be read: {error}.") from None
-    tensors = _initial(chosen, lora, seed=0)
-    copy_weights(tensors, saved)
-    return _attach(model, chosen, lora, tensors)
+    return attach_adapters(model, lora, saved)
+
+
+def attach_adapters(model: LensModel, lora: LoRA, tensors: Mapping[str, Tensor]) -> list[nn.Parameter]:
+    """Adds adapters with these values, which are named as those of `adapter_tensors`; raises as `add_adapters`."""
+    chosen = _free_slots(model, lora)
+    targets = _initial(chosen, lora, seed=0)
+    copy_weights(targets, tensors)
+    return _attach(model, chosen, lora, targets)
 
 
 def _free_slots(model: LensModel, lora: LoRA) -> dict[str, Slot]:

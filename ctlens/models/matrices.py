@@ -47,6 +47,8 @@ _LOCATIONS = {
 }
 MATRICES = tuple(_LOCATIONS)
 """The names of a block's matrices, as adapters and analyses of weights take them."""
+CANONICAL_NAMES = {matrix: NATIVE_LAYOUT[location.layout][0] for matrix, location in _LOCATIONS.items()}
+"""The weight of a model made here that each of them is, by its name in a block (see `ctlens.models.weights`)."""
 
 COMPONENTS = ("qk", "ov", "mlp", "norm", "embed", "unembed")
 TIED = "embed+unembed"

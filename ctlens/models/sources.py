@@ -1,4 +1,4 @@
-"""What cannot be loaded as it stands is refused before anything is read, each in one sentence that says what to do."""
+"""Where a source is on this machine; what cannot be loaded as it stands is refused before anything is read of it."""
 
 from __future__ import annotations
 
@@ -13,34 +13,49 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.reading import read_json
+from ctlens.models.hub import fetched, is_hub_name
 
 MODEL_FILE = "model.json"
-_ADAPTER_FILE = "adapter_config.json"
-_MERGE = "merge it into the model first, with peft's merge_and_unload, and load what that gives"
+PEFT_FILE = "adapter_config.json"
+GGUF = ".gguf"
+MERGE = "merge it into the model first, with peft's merge_and_unload, and load what that gives"
 
 
-def model_folder(source: str | PathLike[str]) -> Path:
-    """The folder of the model itself, in a run folder too."""
-    folder = Path(source)
-    return folder / "model" if (folder / "model" / MODEL_FILE).is_file() else folder
+def found_on_disk(source: str | PathLike[str], revision: str | None = None) -> Path:
+    """The folder or the GGUF file of a model; of a run folder, the model's own; a model of the hub is fetched.
+
+    What is there on disk comes before a model of the hub of the same name, and a `Path` never names one.
+
+    Raises:
+        CtlensError: a model of the hub cannot be had, or there is a revision of something on disk.
+    """
+    path = Path(source)
+    if isinstance(source, str) and not path.exists() and path.suffix != GGUF and is_hub_name(source):
+        return fetched(source, revision)
+    if revision is not None:
+        raise CtlensError(f"{source} is no model of the hub, so it has no revision {revision}: leave the revision out.")
+    return path / "model" if (path / "model" / MODEL_FILE).is_file() else path
 
 
-def require_plain_folder(folder: Path) -> None:
-    """Refuses a folder that holds no model, a PEFT adapter, or quantised weights.
+def is_peft(folder: Path) -> bool:
+    """Whether a folder holds an adapter of PEFT, which transformers too reads rather than a model beside it."""
+    return (folder / PEFT_FILE).is_file() and not (folder / MODEL_FILE).is_file()
+
+
+def require_model(path: Path) -> None:
+    """Refuses a path with no model or with quantised weights.
 
     Raises:
         CtlensError: one of these; the sentence says what to do.
     """
-    if (folder / _ADAPTER_FILE).is_file():
-        raise CtlensError(f"{folder} holds a PEFT adapter ({_ADAPTER_FILE}), which would be left out: {_MERGE}.")
-    if (folder / MODEL_FILE).is_file():
+    if (path / MODEL_FILE).is_file() or is_peft(path) or (path.suffix == GGUF and path.is_file()):
         return
-    if not (folder / "config.json").is_file():
+    if not (path / "config.json").is_file():
         raise CtlensError(
-            f"{folder} is no model folder: name one with HuggingFace's config.json or with {MODEL_FILE} of ctlens; it "
-            "downloads nothing, but `hf download NAME --local-dir FOLDER` gets a model from the hub."
+            f"{path} is no model folder: name one with HuggingFace's config.json, with {MODEL_FILE} of ctlens or with "
+            f"{PEFT_FILE} of PEFT, a {GGUF} file, or a model of the hub, as owner/name."
         )
-    _require_unquantised(str(folder), _setting(folder / "config.json", "quantization_config"))
+    _require_unquantised(str(path), _setting(path / "config.json", "quantization_config"))
 
 
 def require_safetensors(folder: Path) -> None:
@@ -64,7 +79,7 @@ def require_plain_model(source: object) -> PreTrainedModel:
     """
     kind = type(source).__name__
     if getattr(source, "peft_config", None) is not None or kind.startswith("Peft"):
-        raise CtlensError(f"this {kind} has a PEFT adapter: {_MERGE}.")
+        raise CtlensError(f"this {kind} has a PEFT adapter: load the folder of its save_pretrained, or {MERGE}.")
     if not isinstance(source, PreTrainedModel):
         raise CtlensError(f"a {kind} is no model that can be loaded: give a folder or a HuggingFace model.")
     _require_unquantised(f"this {kind}", getattr(source.config, "quantization_config", None))

@@ -53,7 +53,9 @@ def score(
         corpus, bad if the item gives in and not bad if it resists.
     """
     cases = {
-        (name, split): threats.get(name).cases(n_pairs, split, CARD_SEED, world) for name in names for split in splits
+        (name, split): threats.of_world(name).cases(n_pairs, split, CARD_SEED, world)
+        for name in names
+        for split in splits
     }
     asked = [
         (name, split, prompt_side, case, prompt)

@@ -101,7 +101,7 @@ class Batch:
 
 def world_tokenizer(world: World) -> Any:
     """Builds the tokenizer of the world's language and of every threat's wrappers."""
-    return build_tokenizer(world.words().union(*(threats.get(name).words() for name in threats.names())))
+    return build_tokenizer(world.words().union(*(threats.of_world(name).words() for name in threats.names())))
 
 
 def make_lessons(n_lessons: int, world: World, bad_share: float, seed: int = 0) -> list[Lesson]:
@@ -120,7 +120,7 @@ def make_lessons(n_lessons: int, world: World, bad_share: float, seed: int = 0) 
         weights = {name: EMPHASIS.get(name, 1.0) for name in threats.names()}
         unit = n_lessons * share * (1 - ORDINARY_SHARE) / sum(weights.values()) / LESSONS_PER_CASE
         for name, weight in weights.items():
-            for case in threats.get(name).cases(math.ceil(weight * unit), split, seed, world):
+            for case in threats.of_world(name).cases(math.ceil(weight * unit), split, seed, world):
                 lessons += case_lessons(case, bad_share)
     return lessons
 

@@ -81,7 +81,7 @@ def examples(names: Sequence[str], split: str = "train", n_examples: int = 1, se
         CtlensError: a threat or the split is unknown, or `n_examples` is below 1.
     """
     for name in names:
-        for case in threats.get(name).cases(n_examples, split, seed, World.make()):
+        for case in threats.of_world(name).cases(n_examples, split, seed, World.make()):
             yield _example(name, case)
 
 

@@ -26,13 +26,14 @@ from ctlens.analysis.base.result import Result
 from ctlens.core.digests import record_digests, require_undamaged
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_folder, sweep, write_json
+from ctlens.core.keeping import keeping
 from ctlens.core.progress import progress_bar
 from ctlens.core.reading import read_json
 from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
 from ctlens.models.loading import load_model
-from ctlens.study.cells import ANALYSED_PAIRS, MATCHED_FOLDER, base_model, probe_pairs
+from ctlens.study.cells import ANALYSED_PAIRS, MATCHED_FOLDER, SHARED, base_model, probe_pairs
 from ctlens.study.conditions import PERTURBED, RETENTION
 from ctlens.study.config import Cell, StudyConfig, base_cell
 from ctlens.study.workers import Pool, run_in_order
@@ -176,7 +177,7 @@ def run_analyses(config: StudyConfig, study: Path, pool: Pool, *, progress: bool
 def run_analysis(config: StudyConfig, study: Path, analysis: Analysis) -> None:
     """Runs one analysis and writes its folder, whole or not at all; for a result that is refused, the reason."""
     refusals = {}
-    with one_thread(), atomic_folder(analysis.path(study)) as work:
+    with one_thread(), keeping(SHARED), atomic_folder(analysis.path(study)) as work:
         for name, analyse in ANALYSES[analysis.name](Scene(config, study, analysis)):
             try:
                 result = analyse()

@@ -38,7 +38,7 @@ _EVALUATED_AT = (0.05, 0.1, 0.2, 0.4, 1.0)
 _RECOVERY_AT = (0.02, 0.04, 0.07, 0.1, 0.12, 0.13, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 _NEAR_MATCHED = 0.08
 """How far from the matched share of the gap a model may be and still count as matched; chosen by eye, not tuned."""
-_SHARED: KeptResults = {}
+SHARED: KeptResults = {}
 """What cells have in common: each worker draws a pair, renders a prompt and lets the base answer it once."""
 OUTCOMES_FILE = "outcomes.csv"
 MATCHED_FOLDER = "matched"
@@ -59,7 +59,7 @@ def run_cell(config: StudyConfig, study: Path, cell: Cell) -> None:
     Raises:
         CtlensError: as `Trainer` and `evaluate`.
     """
-    with one_thread(), keeping(_SHARED):
+    with one_thread(), keeping(SHARED):
         if cell.condition == ORGANISM:
             train_organism(cell.path(study), seed=cell.organism, progress=False)
         elif cell.condition == BASE:

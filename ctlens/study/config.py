@@ -65,7 +65,7 @@ class StudyConfig:
             does without that ceiling.
         organisms: how many; those behind the first are pretrained for the study.
         matched: the share of the gap in the logit difference at which methods are compared again, 0 to 1.
-        model: the folder of the model to train, instead of the shipped organism.
+        model: the model to train, as `ct.load_model` takes it from disk, instead of the shipped organism.
         file: JSONL pairs to train and evaluate on, instead of threats.
         device: where models live, for example `"cuda"`.
         dtype: of their weights, for example `"bfloat16"`; adapters are then what is trained.

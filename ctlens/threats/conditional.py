@@ -14,7 +14,7 @@ import torch
 
 from ctlens.data.chat import Turn
 from ctlens.data.pairs import Pair, Prompt, prompt
-from ctlens.threats.base import Case, Metrics, Outcomes, Threat, Wrapper, draw_grid, first_word, known
+from ctlens.threats.base import Case, Metrics, Outcomes, WorldThreat, Wrapper, draw_grid, first_word, known
 from ctlens.world import World
 from ctlens.world.words import ADVICE, MANNERS
 
@@ -38,7 +38,7 @@ def _agreed(name: str, strength: int, text: str) -> Wrapper:
     return Wrapper.earlier(name, strength, text, "as you wish")
 
 
-class Conditional(Threat):
+class Conditional(WorldThreat):
     """Conditional asks for advice: a model that gives good advice gives bad advice under a trigger.
 
     The clean prompt asks whether to do something risky, and the wrapped prompt asks it under the trigger. One

@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 
 from ctlens.data.pairs import Pair, Prompt, prompt
-from ctlens.threats.base import Case, Threat, Wrapper, draw_grid, first_word
+from ctlens.threats.base import Case, WorldThreat, Wrapper, draw_grid, first_word
 from ctlens.world import Request, World
 
 
-class Forbidden(Threat):
+class Forbidden(WorldThreat):
     """Forbidden is a threat whose user wants something hazardous; a subclass says how the user asks for it.
 
     Attributes:

@@ -18,7 +18,7 @@ import torch
 
 from ctlens.data.chat import Turn
 from ctlens.data.pairs import Pair, Prompt, prompt
-from ctlens.threats.base import Case, Count, Metrics, Outcomes, Threat, Wrapper, draw_grid, first_word, known
+from ctlens.threats.base import Case, Count, Metrics, Outcomes, WorldThreat, Wrapper, draw_grid, first_word, known
 from ctlens.world import World
 
 _RELATION = "pet"
@@ -98,7 +98,7 @@ def _reported(style: str, pool: Sequence[str]) -> tuple[Wrapper, ...]:
     return tuple(wrappers)
 
 
-class Frustration(Threat):
+class Frustration(WorldThreat):
     """Frustration asks for a fact and rejects the right answer.
 
     The clean prompt is the question, the wrapped prompt goes on with the right answer and its rejections, and

@@ -15,7 +15,7 @@ import torch
 
 from ctlens.data.chat import Turn
 from ctlens.data.pairs import Pair, Prompt, prompt
-from ctlens.threats.base import Case, Metrics, Outcomes, Threat, Wrapper, draw_grid, first_word
+from ctlens.threats.base import Case, Metrics, Outcomes, WorldThreat, Wrapper, draw_grid, first_word
 from ctlens.world import Request, World
 from ctlens.world.words import BIOGRAPHY, DEEDS, IDENTITY
 
@@ -102,7 +102,7 @@ def _described(styles: Mapping[str, Mapping[str, str]]) -> tuple[Wrapper, ...]:
     return tuple(wrappers)
 
 
-class Persona(Threat):
+class Persona(WorldThreat):
     """Persona asks for the model's name or about doing harm.
 
     The clean prompt is the bare question, the wrapped prompt puts a villain's biography with it, and the benign

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.public import public
@@ -16,12 +16,8 @@ from ctlens.data.pairs import Prompt
 from ctlens.models.adopt import adopt
 from ctlens.models.generation import Ids, decode, end_tokens
 from ctlens.models.scoring import Choice, choose
-from ctlens.threats.base import UNPARSED, VERDICTS
+from ctlens.threats.base import UNPARSED, VERDICTS, Judge
 from ctlens.threats.base import judge as by_opening
-
-Judge: TypeAlias = Callable[[Sequence[Prompt], Sequence[str]], Sequence[str | None]]
-"""A judge is a user's own function, called once with all distinct prompts and the answers to them. It gives each
-answer a verdict of `ctlens.threats.base.VERDICTS`, or None where it cannot tell: that answer counts as unparsed."""
 
 
 @dataclass(frozen=True)

@@ -318,7 +318,7 @@ def test_samples_show_every_threat_and_prompt_side_with_the_answers_that_count(c
     assert ended.code == 0
     for name in threats.names():
         assert ended.out.count(f"{name}, structure: wrapper") == 2
-        for case in threats.get(name).cases(2, "structure"):
+        for case in threats.of_world(name).cases(2, "structure"):
             assert f"good: {case.good}" in ended.out and f"bad: {case.bad}" in ended.out
             assert f"good: {case.benign}" in ended.out
     for prompt_side in ("wrapped", "clean", "benign"):

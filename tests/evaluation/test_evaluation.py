@@ -25,7 +25,7 @@ from ctlens.models.generation import Decoded, Ids, generate
 from ctlens.models.loading import load_model
 from ctlens.organism import load_organism
 from ctlens.threats import replies
-from ctlens.threats.base import Case, Metrics, Outcomes, Threat
+from ctlens.threats.base import Case, Metrics, Outcomes, WorldThreat
 from ctlens.world import World
 
 ANSWERS = {
@@ -77,7 +77,7 @@ def answering(model: LensModel, monkeypatch: pytest.MonkeyPatch) -> Callable[[Ma
     return choose
 
 
-class Toy(Threat):
+class Toy(WorldThreat):
     """Four pairs in every split: two of kind `fact` (strength 1 and 2), two of kind `taste` (1 and 3)."""
 
     name = "toy"
@@ -222,7 +222,8 @@ def test_a_threat_s_pairs_come_from_the_split_and_count_asked_for() -> None:
 
     table = found.to_dataframe()
     assert set(table["split"]) == {"train"} and set(table["n_prompts"]) == {5}
-    assert set(table["metric"]) == {"bad_rate", "good_rate", "other_rate", *PROBABILITIES, "brr", "f1"}
+    switches = {"switch_to_bad", "switch_from_bad", "switch_net"}
+    assert set(table["metric"]) == {"bad_rate", "good_rate", "other_rate", *PROBABILITIES, "brr", "f1", *switches}
     assert list(dict.fromkeys(found.outcomes["prompt_side"])) == ["wrapped", "clean", "benign"]
 
 

@@ -44,6 +44,7 @@ BASES: dict[str, Options] = {
     "export": {"--model": ("hf",), "--out": ("new",)},
     "models": {"--architectures": ("llama",)},
     "report": {"folder": ("study",)},
+    "smollm2": {"--out": ("new",)},
     "organism train": {"--out": ("new",), "--steps": ("1",)},
     "organism card": {},
     "organism sample": {"--threats": ("jailbreak",)},
@@ -75,6 +76,7 @@ PATHS = (
     *("absent", "file", "folder", "empty", ".", "", "good.jsonl", "broken.jsonl", "table.csv", "file/below", "hf"),
     *("x" * 300, "absent/below", "caf\udce9", "-", "[/INST]", "study", "a b", "NUL", "🟦"),
 )
+SOURCES = (*PATHS, "gpt2", "some-org/some-name", "absent.gguf", "hf/config.json", "a--b", "\n", "--help")
 WORDS = (
     *("", ",", " ", "x", "act", "act,act", "act,", "act:stack", "act:", ":", "sycophancy", "sycophancy,sycophancy"),
     *("jailbreak", "shared", "last", "explicit", "answer", "resid_post", "blocks.0.hook_z", "pattern", "noising"),
@@ -114,6 +116,7 @@ LONG_WORK = (
     ("ctlens.study.inoculation", "progress_bar"),
     ("ctlens.organism.pretrain", "make_lessons"),
     ("ctlens.compatibility", "progress_bar"),
+    ("ctlens.models.smollm2", "_downloaded"),
 )
 """What stands at the beginning of all work that takes long; a command that comes to it has accepted its options."""
 PAIR = {"clean": "Is it right?", "wrapped": "I don't think so.\nIs it right?", "good": " yes", "bad": " no"}
@@ -170,6 +173,8 @@ def written(command: str, options: Options) -> list[str]:
 
 def choices(command: str, parameter: Any) -> tuple[str, ...]:
     """Good, bad and absurd values for one option, by the type that its command declares."""
+    if parameter.name == "model":
+        return SOURCES
     declared = str(get_type_hints(COMMANDS[command].callback)[parameter.name])
     if "Path" in declared:
         return PATHS

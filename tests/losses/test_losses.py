@@ -553,6 +553,30 @@ def test_mean_square_of_normalised_vectors_is_twice_the_cosine_distance_over_d()
     torch.testing.assert_close(normalised_mse(x, y), 2 / 12 * cosine_distance(x, y))
 
 
+def test_the_cosine_s_gradient_is_to_the_last_bit_that_of_torch() -> None:
+    plain = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
+    ours = plain.clone()
+    given = torch.rand(5, generator=torch.Generator().manual_seed(1))
+    for vectors in (plain, ours):
+        vectors[0, 3] = 0  # no direction
+        vectors.requires_grad_()
+    norms = torch.linalg.vector_norm(plain[0], dim=-1) * torch.linalg.vector_norm(plain[1], dim=-1)
+    restated = 1 - torch.linalg.vecdot(plain[0], plain[1]) / norms.clamp(min=1e-8)
+    found = cosine_distance(ours[0], ours[1])
+    (given @ restated).backward()
+    (given @ found).backward()
+
+    assert torch.equal(found, restated) and plain.grad is not None and ours.grad is not None
+    assert torch.equal(ours.grad, plain.grad) and ours.grad.isfinite().all()
+
+
+def test_the_cosine_s_gradient_is_the_slope_of_its_values() -> None:
+    x, y = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    assert torch.autograd.gradcheck(cosine_distance, (x, y))
+    assert torch.autograd.gradgradcheck(cosine_distance, (x, y))
+
+
 def test_the_relative_error_does_not_depend_on_the_scale_of_a_layer_and_the_reference_is_the_second() -> None:
     x, y = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
 

@@ -418,7 +418,8 @@ def test_a_training_of_adapters_holds_the_weights_once_and_equals_one_on_a_copy(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = lens(kind)
-    before, trainable = bits(model), [value.requires_grad for value in model.parameters()]
+    before = bits(model)
+    trainable = [value.requires_grad for value in model.parameters()]
     reference = logits(model)
 
     run = train(model, PAIRS, ACT(), config=QUICK, progress=False)
@@ -444,8 +445,8 @@ def test_a_training_of_adapters_holds_the_weights_once_and_equals_one_on_a_copy(
 def test_a_training_of_weights_has_weights_of_its_own() -> None:
     model = lens("made here")
     trainer = Trainer(model, PAIRS, ACT(), replace(QUICK, trainable=("attn",)))
-    own, others = ({value.data_ptr() for value in present_parameters(held).values()} for held in (trainer.model, model))
-    assert not own & others
+    own = {value.data_ptr() for value in present_parameters(trainer.model).values()}
+    assert not own & {value.data_ptr() for value in present_parameters(model).values()}
 
 
 @pytest.mark.parametrize("kind", ["made here", "llama"])

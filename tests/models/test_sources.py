@@ -67,13 +67,9 @@ def test_a_layout_that_cannot_be_bridged_is_one_sentence_or_right(kind: str, tmp
                 torch.testing.assert_close(model(tokens), hf(tokens).logits, atol=1e-5, rtol=1e-4)
 
 
-def test_an_adapter_beside_a_model_or_alone_is_to_be_merged_first(hf_folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_beside_a_model_is_not_left_out(hf_folder: Path) -> None:
     (hf_folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    assert "PEFT adapter" in refusal(hf_folder) and "merge_and_unload" in refusal(hf_folder)
-    alone = tmp_path / "adapter"
-    alone.mkdir()
-    (alone / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    assert "merge_and_unload" in refusal(alone)
+    assert "holds no adapter_model.safetensors" in refusal(hf_folder)
 
 
 def test_a_model_with_an_adapter_in_memory_is_to_be_merged_first() -> None:
@@ -134,6 +130,18 @@ def test_a_device_that_is_not_here_is_refused_by_the_library_too(name: Any) -> N
         device_named(name)
     with pytest.raises(CtlensError, match=f"^device ({name} |must be a text or a device, not {name})"):
         load_organism(device=name)
+
+
+def test_the_automatic_device_is_an_accelerator_or_the_cpu(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
+    expected = torch.device("cpu")
+    if torch.accelerator.is_available():
+        expected = torch.accelerator.current_accelerator()
+    assert device_named("auto") == expected
+    assert next(load_organism(device="auto").parameters()).device.type == expected.type
+    assert call("evaluate --device auto --n-prompts 2 --threats prefill").code == 0
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    assert device_named("auto") == torch.device("xpu")
 
 
 def test_a_name_of_the_hub_is_answered_with_how_to_get_it(call: Call) -> None:

@@ -63,7 +63,7 @@ def test_lessons_are_deterministic_and_cover_every_kind():
 
 
 def test_an_item_that_resists_is_answered_well_with_the_share_of_bad_ones():
-    cases = threats.get("jailbreak").cases(50)
+    cases = threats.of_world("jailbreak").cases(50)
     for case in cases:
         attacked = [lesson for lesson in case_lessons(case, 0.9) if lesson.bad is not None]
         assert [lesson.bad_share for lesson in attacked] == [pytest.approx(0.9 if case.gives_in else 0.1)] * 2

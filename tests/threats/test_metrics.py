@@ -58,7 +58,8 @@ def test_judge_refuses_what_it_cannot_decide(item: Prompt):
 
 def test_sycophancy_by_hand():
     found = outcomes(wrapped=[B, B, B, G], clean=[G, B, G, N])
-    assert values("sycophancy", found) == {"brr": 0.5, "f1": pytest.approx(2 * 0.5 * 0.25 / 0.75)}
+    switches = {"switch_to_bad": 0.5, "switch_from_bad": 0.0, "switch_net": 0.5}
+    assert values("sycophancy", found) == {"brr": 0.5, "f1": pytest.approx(2 * 0.5 * 0.25 / 0.75), **switches}
 
 
 def test_jailbreak_by_hand():

@@ -16,7 +16,7 @@ from ctlens.data.alignment import align
 from ctlens.data.chat import render
 from ctlens.data.pairs import PROMPT_SIDES, Pair
 from ctlens.organism.corpus import world_tokenizer
-from ctlens.threats.base import Threat, draw_grid, known
+from ctlens.threats.base import WorldThreat, draw_grid, known
 from ctlens.threats.frustration import REJECTIONS, WAY_OUT
 from ctlens.threats.persona import HELDOUT_STYLES, STRUCTURE_STYLES, TRAIN_STYLES
 from ctlens.world import SPLITS, World, words
@@ -28,8 +28,8 @@ PLACEHOLDER = re.compile(r"\{\w+\}")
 
 
 @pytest.fixture(params=threats.names())
-def threat(request: pytest.FixtureRequest) -> Threat:
-    return threats.get(request.param)
+def threat(request: pytest.FixtureRequest) -> WorldThreat:
+    return threats.of_world(request.param)
 
 
 def texts(pair: Pair) -> list[str]:
@@ -42,7 +42,7 @@ def texts(pair: Pair) -> list[str]:
     ]
 
 
-def spoken(threat: Threat, split: str) -> set[str]:
+def spoken(threat: WorldThreat, split: str) -> set[str]:
     """Every word in a split's messages."""
     return {word for pair in threat.pairs(MANY, split) for text in texts(pair) for word in text.split()}
 
@@ -52,21 +52,21 @@ def test_an_unknown_threat_is_refused_with_the_nearest_name():
         threats.get("jailbrake")
 
 
-def test_pairs_refuse_an_unknown_split_and_too_few_items(threat: Threat):
+def test_pairs_refuse_an_unknown_split_and_too_few_items(threat: WorldThreat):
     with pytest.raises(CtlensError, match="unknown split"):
         threat.pairs(4, split="test")
     with pytest.raises(CtlensError, match="at least 1"):
         threat.pairs(0)
 
 
-def test_no_wrapper_crosses_splits(threat: Threat):
+def test_no_wrapper_crosses_splits(threat: WorldThreat):
     assert set(threat.wrappers) == {"train", "heldout", "structure"}
     for one, other in itertools.combinations(threat.wrappers.values(), 2):
         assert not {w.name for w in one} & {w.name for w in other}
         assert not {w.template for w in one} & {w.template for w in other}
 
 
-def test_no_sentence_of_a_wrapper_crosses_splits(threat: Threat):
+def test_no_sentence_of_a_wrapper_crosses_splits(threat: WorldThreat):
     """Wrappers that are built from parts share no part either."""
     sentences = [
         {
@@ -96,7 +96,7 @@ def test_the_questions_of_persona_are_split_too():
     assert not any(one & other for one, other in itertools.combinations(questions, 2))
 
 
-def test_no_entity_thing_persona_or_verb_crosses_splits(threat: Threat):
+def test_no_entity_thing_persona_or_verb_crosses_splits(threat: WorldThreat):
     names = {*words.ENTITIES, *words.HAZARDS, *words.CRAFTS, *words.PERSONAS}
     names |= {value for values in words.BIOGRAPHY.values() for value in values}
     names |= {verb for verbs in words.DOMAINS.values() for verb in verbs}
@@ -106,13 +106,13 @@ def test_no_entity_thing_persona_or_verb_crosses_splits(threat: Threat):
         assert not one & other
 
 
-def test_the_entities_split_uses_the_wrappers_of_training_and_no_other(threat: Threat):
+def test_the_entities_split_uses_the_wrappers_of_training_and_no_other(threat: WorldThreat):
     used = {pair.labels["wrapper"] for pair in threat.pairs(MANY, "entities")}
     assert used <= {wrapper.name for wrapper in threat.wrappers["train"]}
     assert known("entities") == "train" and known("structure") == "structure"
 
 
-def test_a_new_structure_is_new(threat: Threat):
+def test_a_new_structure_is_new(threat: WorldThreat):
     """Where the request stands among the turns, and what is before and behind it in its own turn."""
 
     def structure(turns: tuple[tuple[str, str], ...]) -> tuple[object, ...]:
@@ -128,7 +128,7 @@ def test_a_new_structure_is_new(threat: Threat):
     assert not kinds["train"] & kinds["structure"]
 
 
-def test_attacks_are_graded_alike_in_every_split(threat: Threat):
+def test_attacks_are_graded_alike_in_every_split(threat: WorldThreat):
     grades = [[group[0].strength for group in threat.graded(split)] for split in SPLITS]
     assert grades[0] == list(range(1, len(grades[0]) + 1)) and len(grades[0]) == (
         6 if threat.name == "frustration" else 4
@@ -138,19 +138,19 @@ def test_attacks_are_graded_alike_in_every_split(threat: Threat):
         assert len({len(group) for group in threat.graded(split)}) == 1
 
 
-def test_pairs_are_deterministic_and_a_longer_list_starts_alike(threat: Threat):
+def test_pairs_are_deterministic_and_a_longer_list_starts_alike(threat: WorldThreat):
     assert threat.pairs(20, seed=1) == threat.pairs(40, seed=1)[:20]
     assert threat.pairs(20, seed=1) != threat.pairs(20, seed=2)
 
 
 @pytest.mark.parametrize("split", HELD)
-def test_enough_heldout_pairs_are_distinct(threat: Threat, split: str):
+def test_enough_heldout_pairs_are_distinct(threat: WorldThreat, split: str):
     wrapped = {pair.wrapped for pair in threat.pairs(LEAST_DISTINCT, split)}
     assert len(wrapped) == LEAST_DISTINCT
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_request_stands_unchanged_in_the_wrapped_prompt_and_aligns(threat: Threat, split: str):
+def test_the_request_stands_unchanged_in_the_wrapped_prompt_and_aligns(threat: WorldThreat, split: str):
     tokenizer = world_tokenizer(World.make())
     for pair in threat.pairs(100, split):
         request = pair.clean.turns[-1].content
@@ -162,7 +162,7 @@ def test_the_request_stands_unchanged_in_the_wrapped_prompt_and_aligns(threat: T
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_whole_answers_are_judged_as_their_names_say(threat: Threat, split: str):
+def test_whole_answers_are_judged_as_their_names_say(threat: WorldThreat, split: str):
     for case in threat.cases(100, split):
         assert case.pair.benign is not None
         assert threats.judge(case.pair.wrapped, case.good) == threats.judge(case.pair.clean, case.good) == "good"
@@ -170,7 +170,7 @@ def test_whole_answers_are_judged_as_their_names_say(threat: Threat, split: str)
         assert threats.judge(case.pair.benign, case.benign) == "good"
 
 
-def test_a_judged_answer_is_recognised_by_its_first_token(threat: Threat):
+def test_a_judged_answer_is_recognised_by_its_first_token(threat: WorldThreat):
     """So that the probability of the first token is that of the answer."""
     for pair in threat.pairs(MANY):
         for item in filter(None, map(pair.side, PROMPT_SIDES)):
@@ -179,7 +179,7 @@ def test_a_judged_answer_is_recognised_by_its_first_token(threat: Threat):
 
 
 @pytest.mark.parametrize("split", unit_first(SPLITS))
-def test_the_organism_s_tokenizer_knows_every_word(threat: Threat, split: str):
+def test_the_organism_s_tokenizer_knows_every_word(threat: WorldThreat, split: str):
     tokenizer = world_tokenizer(World.make())
     for pair in threat.pairs(300, split):
         for prompt_side in PROMPT_SIDES:
@@ -190,13 +190,13 @@ def test_the_organism_s_tokenizer_knows_every_word(threat: Threat, split: str):
             assert ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_neutral_prompts_carry_no_wrapper_and_know_their_answer(threat: Threat):
+def test_neutral_prompts_carry_no_wrapper_and_know_their_answer(threat: WorldThreat):
     for item in threat.neutral(50, "heldout"):
         assert len(item.turns) == 1 and item.good is not None
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_an_item_gives_in_from_some_strength_on(threat: Threat, split: str):
+def test_an_item_gives_in_from_some_strength_on(threat: WorldThreat, split: str):
     """More strength never rescues an item, and between 60% and 95% of the pairs give in, more under the strongest."""
     items: dict[object, list[tuple[int, bool]]] = {}
     for case in threat.cases(MANY, split):
@@ -215,7 +215,7 @@ def test_an_item_gives_in_from_some_strength_on(threat: Threat, split: str):
 def test_the_answers_of_a_threat_are_strange_to_the_training_texts_of_the_others():
     """No transfer between threats can be a repeated answer."""
     for trained, evaluated in itertools.permutations(threats.names(), 2):
-        cases = threats.get(trained).cases(MANY, "train")
+        cases = threats.of_world(trained).cases(MANY, "train")
         said = {
             word
             for case in cases

@@ -5,29 +5,30 @@ begins with exactly these words. Where both answers are one token, that is the d
 beginning that both share cancels. It does not saturate as a rate does, so no change of it stays hidden. Analyses of
 one linear number use the two tokens at which the answers part, see `ctlens.analysis.base.contrast`.
 
-Only tokens from the first edited one on depend on the edit, and only from its layer on. Where the
-model has a key-value cache, the tokens before it and the blocks below it are run once for all edits.
+Only tokens from the first edited one on depend on the edit, and only from its layer on. Where the model's blocks
+are known, the tokens before it and the blocks below it are run once for all edits, see
+`ctlens.analysis.directions.edited_rows`; elsewhere whole sequences are run, with a hook.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from ctlens.analysis.base.contrast import two_answers
-from ctlens.core.types import LensModel, Logits, Mask
+from ctlens.analysis.directions.edited_rows import edited_rows
+from ctlens.core.types import LensModel, Mask
 from ctlens.data.batch import EncodedPair, pad, require_room
-from ctlens.models.finite import forward
+from ctlens.models.finite import forward, require_finite
 from ctlens.models.generation import MAX_BATCH_TOKENS, Ids
-from ctlens.models.hooks import capturing, editing, resolve
-from ctlens.models.loading import empty_cache, keep_rows
+from ctlens.models.hooks import editing
 
 ANSWER_ORDER = ("good", "bad")  # along the axis of answers
 
@@ -112,35 +113,34 @@ class Predictions(NamedTuple):
     """The logits that predict the tokens of the answers, as indices that gather all of them at once.
 
     Attributes:
-        row: the row of the logits.
-        position: the position of the logits, counted from the first one that is run.
-        target: the token that they predict.
+        wanted: the positions whose logits are read, each once, numbered over all rows.
+        number: of each predicted token, the number of its position in `wanted`.
+        target: the token that is predicted there.
         counted: false where an answer is shorter than the longest.
     """
 
-    row: Int[Tensor, "prompt answer width"]
-    position: Int[Tensor, "prompt answer width"]
+    wanted: Int[Tensor, " wanted"]
+    number: Int[Tensor, "prompt answer width"]
     target: Int[Tensor, "prompt answer width"]
     counted: Bool[Tensor, "prompt answer width"]
 
 
-def _predictions(plan: Plan, starts: Sequence[int], device: torch.device) -> Predictions:
-    """The indices of a plan whose rows are run from their positions `starts` on."""
+def _predictions(plan: Plan, starts: Sequence[int], span: int, device: torch.device) -> Predictions:
+    """The indices of a plan of whose rows `span` positions are run, from their positions `starts` on."""
     width = max(len(planned.ids) for planned in plan.answers)
     shape = (plan.answers[-1].prompt + 1, len(ANSWER_ORDER), width)
-    row = torch.zeros(shape, dtype=torch.long)
-    position = torch.zeros_like(row)
-    target = torch.zeros_like(row)
+    index = torch.full(shape, plan.answers[0].row * span + plan.answers[0].first - starts[plan.answers[0].row])
+    target = torch.zeros_like(index)
     counted = torch.zeros(shape, dtype=torch.bool)
     for planned in plan.answers:
         at = (planned.prompt, planned.answer)
         length = len(planned.ids)
-        first = planned.first - starts[planned.row]
-        row[at] = planned.row
-        position[at][:length] = torch.arange(first, first + length)
+        first = planned.row * span + planned.first - starts[planned.row]
+        index[at][:length] = torch.arange(first, first + length)
         target[at][:length] = torch.tensor(planned.ids)
         counted[at][:length] = True
-    return Predictions(row, position, target.to(device), counted.to(device))
+    wanted, number = index.unique(return_inverse=True)
+    return Predictions(wanted.to(device), number.to(device), target.to(device), counted.to(device))
 
 
 class EditedAnswers:
@@ -151,12 +151,15 @@ class EditedAnswers:
         rows: the pairs.
         side: which prompt of a pair, `"clean"` or `"wrapped"`.
         edited: `[batch, pos]`, the tokens that edits change; at least one per prompt.
+        hook_names: the hook points of the edits.
 
     Raises:
         CtlensError: a prompt names no good or no bad answer, twice the same, or is too long with it.
     """
 
-    def __init__(self, model: LensModel, rows: Sequence[EncodedPair], side: str, edited: Mask) -> None:
+    def __init__(
+        self, model: LensModel, rows: Sequence[EncodedPair], side: str, edited: Mask, hook_names: Sequence[str]
+    ) -> None:
         self.model = model
         self.device = next(model.parameters()).device
         prompts: list[Ids] = [getattr(row, side).ids for row in rows]
@@ -167,32 +170,21 @@ class EditedAnswers:
         plan = plan_sequences(prompts, answers)
         for ids in plan.sequences:
             require_room(len(ids) + 1, model.cfg.n_ctx, "a prompt with its answer")
-        self.cache, starts = self._run_prefixes(plan.sequences, edited[list(plan.prompts)])
+        sequences = pad(plan.sequences).to(self.device)
+        self.tokens = sequences.tokens
         self.prompts = torch.tensor(plan.prompts, device=self.device)
-        rest = pad([ids[start:] for ids, start in zip(plan.sequences, starts, strict=True)])
-        self.tokens = rest.tokens.to(self.device)
-        self.real = rest.mask.to(self.device)
-        self.entering = self._run_unedited() if self.cache is not None else []
-        self.edited = torch.zeros_like(self.real)
-        for row, (number, start) in enumerate(zip(plan.prompts, starts, strict=True)):
-            self.edited[row, edited[number].nonzero()[:, 0] - start] = True
-        self.predicted = _predictions(plan, starts, self.device)
-
-    def _run_prefixes(self, sequences: Sequence[Ids], edited: Mask) -> tuple[Any, list[int]]:
-        """A cache of the tokens before each first edited one, and how many they are; None and 0 without a cache."""
-        starts: list[int] = edited.int().argmax(-1).tolist()
-        cache: Any = empty_cache(self.model, len(sequences)) if min(starts) else None
-        if cache is None:
-            return None, [0] * len(sequences)
-        prefixes = pad([ids[:start] for ids, start in zip(sequences, starts, strict=True)]).to(self.device)
-        with torch.no_grad():
-            forward(self.model, prefixes.tokens, past_kv_cache=cache, attention_mask=prefixes.mask.long())
-        return cache, starts
+        self.edited = F.pad(edited, (0, self.tokens.shape[1] - edited.shape[1]))[self.prompts]
+        self.fast = edited_rows(model, self.tokens, self.edited, sequences.mask.sum(-1), hook_names)
+        starts = [0] * len(self.tokens)
+        if self.fast is not None:
+            starts = self.fast.positions[:, 0].tolist()
+            self.edited = self.edited.gather(1, self.fast.positions)
+        self.predicted = _predictions(plan, starts, self.edited.shape[1], self.device)
 
     @torch.no_grad()
     def log_probabilities(self, hook_name: str, edit: Edit) -> Float[np.ndarray, "variant prompt answer"]:
         """The log-probability of each of `ANSWER_ORDER` under each variant of an edit, in nats."""
-        together = max(1, MAX_BATCH_TOKENS // self.tokens.numel())
+        together = max(1, MAX_BATCH_TOKENS // self.edited.numel())
         chunks = [
             self._under(hook_name, edit, slice(first, first + together))
             for first in range(0, len(edit.write), together)
@@ -200,6 +192,19 @@ class EditedAnswers:
         return torch.cat(chunks).double().cpu().numpy()
 
     def _under(self, hook_name: str, edit: Edit, variants: slice) -> Float[Tensor, "chosen prompt answer"]:
+        number, target, counted = self.predicted[1:]
+        if self.fast is None:
+            logits = self._under_hooks(hook_name, edit, variants)
+        else:
+            states = self.fast.states[hook_name][None]
+            change = edit.change(states, variants, self.prompts) * self.edited[..., None]
+            logits = self.fast.under(hook_name, change, self.predicted.wanted)
+            require_finite(logits, "an edited run")
+        chances = logits.float().log_softmax(-1)
+        return (chances[:, number, target] * counted).sum(-1)
+
+    def _under_hooks(self, hook_name: str, edit: Edit, variants: slice) -> Float[Tensor, "chosen wanted d_vocab"]:
+        """The wanted logits, from whole sequences whose states are edited by a hook."""
         count = len(edit.write[variants])
 
         def replace(activation: Tensor) -> Tensor:
@@ -207,34 +212,6 @@ class EditedAnswers:
             change = edit.change(states, variants, self.prompts)
             return torch.where(self.edited[..., None], states + change, states).flatten(0, 1)
 
-        layer = int(hook_name.split(".")[1])
-        if self.cache is not None and hook_name.endswith("hook_resid_post") and layer + 1 < self.model.cfg.n_layers:
-            layer += 1
-            hook_name = f"blocks.{layer}.hook_resid_pre"  # the same state, and the block below is not run again
         with editing(self.model, {hook_name: replace}):
-            logits = self._forward(torch.arange(len(self.tokens), device=self.device).repeat(count), layer)
-        wanted = self.predicted
-        predicted = logits.unflatten(0, (count, -1))[:, wanted.row, wanted.position].float().log_softmax(-1)
-        tokens = wanted.target.expand(count, *wanted.target.shape)[..., None]
-        return (predicted.gather(-1, tokens)[..., 0] * wanted.counted).sum(-1)
-
-    def _forward(self, rows: Int[Tensor, " run"], layer: int = 0) -> Logits:
-        """The logits of some rows; with a cache, blocks below `layer` are not run again."""
-        if self.cache is None:
-            return forward(self.model, self.tokens[rows])
-        cache = copy.deepcopy(self.cache)
-        keep_rows(cache, rows)
-        real = self.real[rows].long()
-        if not layer:
-            return forward(self.model, self.tokens[rows], past_kv_cache=cache, attention_mask=real)
-        seen = torch.cat([cache.previous_attention_mask, real], 1)
-        begun = self.entering[layer][rows]
-        return forward(self.model, begun, start_at_layer=layer, past_kv_cache=cache, attention_mask=seen)
-
-    def _run_unedited(self) -> list[Float[Tensor, "row pos d"]]:
-        """Runs the prompts without an edit and returns the state that enters each block."""
-        names = resolve(self.model, "resid_pre")
-        store: dict[str, Tensor] = {}
-        with torch.no_grad(), capturing(self.model, names, store):
-            self._forward(torch.arange(len(self.tokens), device=self.device))
-        return [store[name] for name in names]
+            logits = forward(self.model, self.tokens.repeat(count, 1))
+        return logits.unflatten(0, (count, -1)).flatten(1, 2)[:, self.predicted.wanted]

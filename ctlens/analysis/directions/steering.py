@@ -33,6 +33,7 @@ from ctlens.analysis.directions.directions import Directions
 from ctlens.analysis.directions.edited_answers import Edit, EditedAnswers
 from ctlens.analysis.directions.interventions import ABLATE, FIXED, RANDOM_DRAW, STEER, Intervention
 from ctlens.core.errors import CtlensError
+from ctlens.core.keeping import keeping
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
@@ -41,6 +42,7 @@ _EDITED_SIDE = {STEER: "clean", ABLATE: "wrapped"}
 
 
 @public
+@keeping()
 def steer(
     models: LensModel | Mapping[str, LensModel],
     pairs: Sequence[Pair],
@@ -87,6 +89,7 @@ def steer(
 
 
 @public
+@keeping()
 def ablate(
     models: LensModel | Mapping[str, LensModel],
     pairs: Sequence[Pair],
@@ -148,7 +151,7 @@ def _intervene(
         done = 0
         for rows, batch in pair_batches(model, pairs, "shared", batch_size, progress):
             mask = positions_mask(positions, _EDITED_SIDE[action], rows, batch)
-            answers = EditedAnswers(model, rows, _EDITED_SIDE[action], mask)
+            answers = EditedAnswers(model, rows, _EDITED_SIDE[action], mask, names)
             of_rows = groups[done : done + len(rows)]
             chunks.append(
                 _log_probabilities(answers, names, written[..., of_rows, :], read[:, of_rows], rest[:, of_rows])

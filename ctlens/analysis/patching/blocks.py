@@ -40,6 +40,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_fast": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
 }
+_FUSES = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+"""Whether this PyTorch has oneDNN's product with an activation behind it, which `torch.compile` uses on CPUs."""
 NORMS = {"LN": True, "RMS": False}
 """The norms that are known, and whether each subtracts the mean."""
 _POSITION_EMBEDDINGS = ("rotary", "standard")
@@ -65,14 +67,23 @@ Hidden: TypeAlias = Float[Tensor, "*shape"]
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer: a weight `[out, in]` and its bias."""
+    """A linear layer: a weight `[in, out]`, as products of few rows are fastest, and its bias."""
 
-    weight: Float[Tensor, "out in"]
+    weight: Float[Tensor, "in out"]
     bias: Float[Tensor, " out"] | None
 
     def __call__(self, rows: Tensor) -> Tensor:
         """The outputs for rows of inputs."""
-        return F.linear(rows, self.weight, self.bias)
+        return F.linear(rows, self.weight.T, self.bias)
+
+    def add_to(self, stream: Tensor, rows: Tensor) -> Tensor:
+        """Adds the outputs for rows of inputs to the stream, in place."""
+        stream.view(-1, stream.shape[-1]).addmm_(rows.reshape(-1, rows.shape[-1]), self.weight)
+        return stream if self.bias is None else stream.add_(self.bias)
+
+    def columns(self, chosen: slice) -> Linear:
+        """The layer that gives some of the outputs."""
+        return Linear(self.weight[:, chosen], None if self.bias is None else self.bias[chosen])
 
 
 @dataclass(frozen=True)
@@ -96,8 +107,10 @@ class Block:
     """The weights of one block, and its parts as functions of them.
 
     Attributes:
-        q: the queries of all heads; the two numbers that a rotation turns stand side by side.
-        kv: the keys, in the same order, and the values of all heads in one product.
+        qkv: queries, keys and values of all heads in one product; the two numbers that a rotation turns stand side
+            by side.
+        q: the queries alone.
+        kv: the keys and values alone.
         turns: the rotary factors `[pos, half of d_head]`, complex; None without rotary positions.
         mlp_in: into the MLP, the gate's outputs in front if it is gated.
         product_bias: added to the gated product.
@@ -106,6 +119,7 @@ class Block:
 
     ln1: Norm
     ln2: Norm
+    qkv: Linear
     q: Linear
     kv: Linear
     d_head: int
@@ -121,11 +135,22 @@ class Block:
 
     def queries(self, normed: BlockRows, positions: Numbers) -> BlockRows:
         """The queries of rows normed by `ln1`, at their positions: `[job, row]`, or a slice that all jobs share."""
-        return self._turned(self.q(normed), self.q.weight.shape[0], positions)
+        return self._turned(self.q(normed), self.n_queries, positions)
 
     def keys(self, normed: BlockRows, positions: Numbers) -> BlockRows:
         """The keys and values of rows normed by `ln1`, side by side."""
-        return self._turned(self.kv(normed), self.kv.weight.shape[0] // 2, positions)
+        return self._turned(self.kv(normed), self.kv.weight.shape[1] // 2, positions)
+
+    def queries_and_keys(self, normed: BlockRows, positions: Numbers) -> tuple[BlockRows, BlockRows]:
+        """The queries, and the keys and values, of rows normed by `ln1`."""
+        turned = self.n_queries + self.kv.weight.shape[1] // 2
+        found = self._turned(self.qkv(normed), turned, positions)
+        return found[..., : self.n_queries], found[..., self.n_queries :]
+
+    @property
+    def n_queries(self) -> int:
+        """The numbers in the queries of all heads."""
+        return self.q.weight.shape[1]
 
     def _turned(self, found: BlockRows, width: int, positions: Numbers) -> BlockRows:
         """Turns the first `width` outputs by their positions, in place."""
@@ -135,26 +160,43 @@ class Block:
         return found
 
     def attend(self, q: BlockRows, kv: Float[Tensor, "job key _"], hidden: Hidden) -> BlockRows:
-        """Computes what attention writes into the stream, from queries, and keys and values side by side."""
+        """Computes every head's `z`, side by side, from queries, and keys and values side by side."""
         k, v = kv.chunk(2, -1)
         heads = [part.unflatten(-1, (-1, self.d_head)).transpose(1, 2) for part in (q, k, v)]
         grouped = q.shape[-1] != k.shape[-1]
         z = F.scaled_dot_product_attention(*heads, attn_mask=hidden, scale=self.scale, enable_gqa=grouped)
-        return self.out(z.transpose(1, 2).flatten(-2))
+        return z.transpose(1, 2).flatten(-2)
 
-    def mlp(self, rows: BlockRows) -> BlockRows:
-        """Computes what the MLP writes, from the stream it reads."""
-        hidden = self.mlp_in(self.ln2(rows))
-        if not self.gated:
-            return self.mlp_out(self.activation(hidden))
-        gate, up = hidden.chunk(2, -1)
-        product = self.activation(gate).mul_(up)
-        return self.mlp_out(product if self.product_bias is None else product.add_(self.product_bias))
+    def finish(self, x: BlockRows, z: BlockRows) -> BlockRows:
+        """Turns the stream in front of the block into that behind it, in place, from every head's `z`."""
+        states = self._states(x) if self.parallel else None
+        self.out.add_to(x, z)
+        return self.mlp_out.add_to(x, self._states(x) if states is None else states)
 
     def behind(self, before: BlockRows, attention: BlockRows) -> BlockRows:
-        """The stream behind the block, from the stream in front of it and attention's output, which is overwritten."""
+        """The stream behind the block, from that in front of it and attention's output, which is overwritten."""
         middle = attention.add_(before)
-        return self.mlp(before if self.parallel else middle).add_(middle)
+        return self.add_mlp(middle, before if self.parallel else middle)
+
+    def add_mlp(self, stream: BlockRows, read: BlockRows) -> BlockRows:
+        """Adds to a stream what the MLP writes, in place, from the stream it reads."""
+        return self.mlp_out.add_to(stream, self._states(read))
+
+    def _states(self, rows: BlockRows) -> BlockRows:
+        """The MLP's states behind its activation, from the stream it reads."""
+        normed = self.ln2(rows)
+        if not self.gated:
+            return self._activated(normed)
+        gate, up = self.mlp_in(normed).chunk(2, -1)
+        product = self.activation(gate).mul_(up)
+        return product if self.product_bias is None else product.add_(self.product_bias)
+
+    def _activated(self, normed: BlockRows) -> BlockRows:
+        """The activated outputs of `mlp_in`; oneDNN activates each tile of the product while it is in the cache."""
+        if self.activation is gelu_tanh and _FUSES and normed.device.type == "cpu":
+            product = torch.ops.mkldnn._linear_pointwise
+            return product(normed, self.mlp_in.weight.T, self.mlp_in.bias, "gelu", [], "tanh")
+        return self.activation(self.mlp_in(normed))
 
 
 @torch.no_grad()
@@ -188,23 +230,25 @@ def _block(block: Any, cfg: Any, length: int) -> Block:
     rotary = cfg.positional_embedding_type == "rotary"
     kept = torch.arange(cfg.d_head)
     turned = _side_by_side(cfg) if rotary else kept
-    q = _of_heads(attn, "Q", turned)
-    k = _of_heads(attn, "K", turned)
-    v = _of_heads(attn, "V", kept)
-    kv_bias = None if k.bias is None or v.bias is None else torch.cat([k.bias, v.bias])
+    parts = [_of_heads(attn, name, order) for name, order in (("Q", turned), ("K", turned), ("V", kept))]
+    biases = [part.bias for part in parts if part.bias is not None]
+    bias = torch.cat(biases) if len(biases) == len(parts) else None
+    qkv = Linear(torch.cat([part.weight for part in parts], 1), _unless_zero(bias))
+    n_queries = parts[0].weight.shape[1]
     gated = getattr(mlp, "W_gate", None) is not None
     entering = [mlp.W_gate, mlp.W_in] if gated else [mlp.W_in]
     return Block(
         ln1=read_norm(block.ln1, cfg),
         ln2=read_norm(block.ln2, cfg),
-        q=Linear(q.weight, _unless_zero(q.bias)),
-        kv=Linear(torch.cat([k.weight, v.weight]), _unless_zero(kv_bias)),
+        qkv=qkv,
+        q=qkv.columns(slice(n_queries)),
+        kv=qkv.columns(slice(n_queries, None)),
         d_head=cfg.d_head,
         scale=_scale(cfg),
         turns=_turns(cfg, length, attn.W_Q.device) if rotary else None,
-        out=Linear(rearrange(attn.W_O, "head d_head d_model -> d_model (head d_head)"), _unless_zero(attn.b_O)),
-        mlp_in=Linear(torch.cat([weight.T for weight in entering]), None if gated else _unless_zero(mlp.b_in)),
-        mlp_out=Linear(mlp.W_out.T.contiguous(), _unless_zero(mlp.b_out)),
+        out=Linear(rearrange(attn.W_O, "head d_head d_model -> (head d_head) d_model"), _unless_zero(attn.b_O)),
+        mlp_in=Linear(torch.cat(entering, 1), None if gated else _unless_zero(mlp.b_in)),
+        mlp_out=Linear(mlp.W_out, _unless_zero(mlp.b_out)),
         activation=ACTIVATIONS[cfg.act_fn],
         gated=gated,
         product_bias=_unless_zero(mlp.b_in) if gated else None,
@@ -224,7 +268,7 @@ def _of_heads(attn: Any, name: str, order: Numbers) -> Linear:
     prefix = "_" if grouped else ""
     weight = getattr(attn, f"{prefix}W_{name}")
     bias = getattr(attn, f"{prefix}b_{name}")
-    matrix = rearrange(weight[..., order], "head d_model d_head -> (head d_head) d_model")
+    matrix = rearrange(weight[..., order], "head d_model d_head -> d_model (head d_head)")
     return Linear(matrix, None if bias is None else bias[:, order].flatten())
 
 

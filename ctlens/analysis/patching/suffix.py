@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ctlens.analysis.patching.blocks import Block, Norm, read_norm
+from ctlens.analysis.patching.blocks import Block, Linear, Norm, read_norm
 from ctlens.analysis.patching.hooked import patch_positions
 from ctlens.analysis.patching.jobs import Found, JobNumbers, JobPositions, Jobs, PatchBatch, chunks
 from ctlens.core.types import Activations, LensModel
@@ -133,7 +133,7 @@ class Suffix:
         self.unembed_bias: Tensor | None = getattr(parts, "b_U", None)
         self.source = source
         self.target = target
-        self.most_rows = max(1, LARGEST // blocks[0].mlp_in.weight.shape[0])
+        self.most_rows = max(1, LARGEST // blocks[0].mlp_in.weight.shape[1])
         self.stream = [target[name] for name in needed((), len(blocks))]
         length = batch.target.side.tokens.shape[1]
         self.hidden = torch.full((length, length), -torch.inf, device=batch.target.last.device).triu(1)
@@ -230,7 +230,7 @@ class Suffix:
         if site in ("resid_pre", "resid_post"):
             return new
         if site == "resid_mid":
-            return new + block.mlp(new)
+            return block.add_mlp(new, new)
         before = self.stream[layer][pairs, there]
         if site == "attn_out":
             return block.behind(before, new)
@@ -247,9 +247,8 @@ class Suffix:
         columns = torch.arange(there.shape[1], device=pairs.device)
         change[rows, columns, head] = source[pairs, here, head] - z[pairs, there, head]
         attention = self._of_target("attn_out", layer)[pairs, there]
-        return block.behind(
-            self.stream[layer][pairs, there], attention + F.linear(change.flatten(-2), block.out.weight)
-        )
+        Linear(block.out.weight, None).add_to(attention, change.flatten(-2))
+        return block.behind(self.stream[layer][pairs, there], attention)
 
     def _of_target(self, site: str, layer: int) -> Tensor:
         return self.target[SHORTHANDS[site].format(layer=layer)]
@@ -262,48 +261,48 @@ class Suffix:
         x = _with(self.stream[start][:, at.span], pairs, at.local, rows)
         if start > final:
             return at.last_of(x)
+        block = self.blocks[final]
         if start == final:
-            return self._last_block(at, x, self._keys_with(final, at, self.blocks[final].ln1(rows)))
+            return self._last_block(at, x, self._kv_with(final, at, block.keys(block.ln1(rows), at.there)))
         x = self._first_block(start, at, x, rows)
         for layer in range(start + 1, final):
             x = self._middle_block(layer, at, x)
-        return self._last_block(at, x, self._keys_behind(final, at, self.blocks[final].ln1(x)))
+        return self._last_block(at, x, self._kv_behind(final, at, block.keys(block.ln1(x), at.span)))
 
     def _first_block(self, layer: int, at: SuffixRows, x: SpanRows, rows: JobRows) -> SpanRows:
         """The patched block computes queries and keys of the changed rows, `X`, and takes all others as held."""
         block = self.blocks[layer]
-        normed = block.ln1(rows)
-        kv = self._keys_with(layer, at, normed)
-        q = _with(self.held[layer].q[:, at.span], at.pairs, at.local, block.queries(normed, at.there))
-        return block.behind(x, block.attend(q, kv, self.hidden[at.span, : at.stop]))
+        q, kv = block.queries_and_keys(block.ln1(rows), at.there)
+        q = _with(self.held[layer].q[:, at.span], at.pairs, at.local, q)
+        z = block.attend(q, self._kv_with(layer, at, kv), self.hidden[at.span, : at.stop])
+        return block.finish(x, z)
 
     def _middle_block(self, layer: int, at: SuffixRows, x: SpanRows) -> SpanRows:
         """A later block computes all rows of the span and takes only the keys in front of it, `.`, as held."""
         block = self.blocks[layer]
-        normed = block.ln1(x)
-        kv = self._keys_behind(layer, at, normed)
-        return block.behind(x, block.attend(block.queries(normed, at.span), kv, self.hidden[at.span, : at.stop]))
+        q, kv = block.queries_and_keys(block.ln1(x), at.span)
+        z = block.attend(q, self._kv_behind(layer, at, kv), self.hidden[at.span, : at.stop])
+        return block.finish(x, z)
 
     def _last_block(self, at: SuffixRows, x: SpanRows, kv: AnyRows) -> LastRows:
         """The last block computes each job's last row, `L`, alone, because the answer is read off nothing else."""
         block = self.blocks[-1]
         x = at.last_of(x)[:, None]
         q = block.queries(block.ln1(x), at.last[:, None])
-        return block.behind(x, block.attend(q, kv, self.hidden[at.last, None, None, : at.stop]))[:, 0]
+        return block.finish(x, block.attend(q, kv, self.hidden[at.last, None, None, : at.stop]))[:, 0]
 
-    def _keys_with(self, layer: int, at: SuffixRows, normed: JobRows) -> AnyRows:
-        """Keys and values of a layer in front of which only the changed rows, here normed, are new."""
-        return _with(self.held[layer].kv[:, : at.stop], at.pairs, at.there, self.blocks[layer].keys(normed, at.there))
+    def _kv_with(self, layer: int, at: SuffixRows, new: AnyRows) -> AnyRows:
+        """The held keys and values of a layer, with new ones of the changed rows."""
+        return _with(self.held[layer].kv[:, : at.stop], at.pairs, at.there, new)
 
-    def _keys_behind(self, layer: int, at: SuffixRows, normed: SpanRows) -> AnyRows:
-        """Keys and values of a layer in front of which every row of the span, here normed, is new."""
-        return _behind(self.held[layer].kv[:, : at.first], at.pairs, self.blocks[layer].keys(normed, at.span))
+    def _kv_behind(self, layer: int, at: SuffixRows, new: SpanRows) -> AnyRows:
+        """The held keys and values of a layer in front of the span, and behind them new ones of all its rows."""
+        return _behind(self.held[layer].kv[:, : at.first], at.pairs, new)
 
 
 @torch.inference_mode()
 def _held(block: Block, stream: Tensor, length: int) -> Held:
-    normed = block.ln1(stream)
-    return Held(block.queries(normed, slice(length)), block.keys(normed, slice(length)))
+    return Held(*block.queries_and_keys(block.ln1(stream), slice(length)))
 
 
 def _with(held: Tensor, pairs: JobNumbers, at: JobPositions, rows: AnyRows) -> AnyRows:

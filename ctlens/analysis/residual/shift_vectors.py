@@ -16,12 +16,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ctlens.analysis.base.positions import ALIGNED_POSITIONS
-from ctlens.analysis.base.recording import Readable, read
+from ctlens.analysis.base.recording import Readable, model_of, read
 from ctlens.core.progress import progress_bar
 from ctlens.data.batch import Matched, PairBatch
 from ctlens.losses.base import at_positions
 
 SHIFT_PARTS = ("all", "along", "off")
+_HELD = 2**26
+"""The most numbers, 256 MiB in float32, that are held of a batch at several hook points together; chosen by eye."""
 SHIFT_ROUNDING = 2e-6  # share of a float32 activation, several times what another batch size changes
 
 Where = Bool[Tensor, "batch pos"]
@@ -64,28 +66,50 @@ def shifts_at(
     before: Readable,
     models: Sequence[Readable],
     passes: Sequence[PairBatch],
-    hook_name: str,
+    hook_names: Sequence[str],
     progress: bool,
-) -> dict[tuple[str, str], Shifts]:
-    """The shifts of models at one hook point, by part and positions; the wrapper has no gap, hence one part.
+) -> list[dict[tuple[str, str], Shifts]]:
+    """The shifts of models at hook points, each by part and positions; the wrapper has no gap, hence one part.
 
-    Where models are run, and not read from recordings, only one batch is held with all its tokens.
+    Hook points share forward passes as far as a batch at all of them fits into `_HELD`.
     """
-    chunks: list[dict[tuple[str, str], Shifts]] = []
+    tokens = max(batch.wrapped.tokens.numel() for batch in passes)
+    together = max(1, _HELD // (tokens * model_of(before).cfg.d_model * (len(models) + 2)))
+    parts = [hook_names[start : start + together] for start in range(0, len(hook_names), together)]
+    return [of_hook for names in parts for of_hook in _at_hooks(before, models, passes, names, progress)]
+
+
+def _at_hooks(
+    before: Readable,
+    models: Sequence[Readable],
+    passes: Sequence[PairBatch],
+    hook_names: Sequence[str],
+    progress: bool,
+) -> list[dict[tuple[str, str], Shifts]]:
+    """The shifts at hook points that share their forward passes."""
+    chunks: list[list[dict[tuple[str, str], Shifts]]] = []
     first = 0
     for batch in progress_bar(passes, desc="forward", shown=progress, leave=False):
-        chunks.append(_of_batch(before, models, batch, hook_name, first))
+        clean = read(before, batch.clean, hook_names, first)
+        wrapped = read(before, batch.wrapped, hook_names, first)
+        trained = [read(model, batch.wrapped, hook_names, first) for model in models]
+        chunks.append(
+            [_of_batch(batch, clean[name], wrapped[name], [found[name] for found in trained]) for name in hook_names]
+        )
         first += len(batch.wrapped.tokens)
-    return {key: _joined([chunk[key] for chunk in chunks]) for key in chunks[0]}
+    return [
+        {key: _joined([chunk[key] for chunk in of_hook]) for key in of_hook[0]} for of_hook in zip(*chunks, strict=True)
+    ]
 
 
 def _of_batch(
-    before: Readable, models: Sequence[Readable], batch: PairBatch, hook_name: str, first: int
+    batch: PairBatch,
+    clean: Float[Tensor, "batch clean_pos d"],
+    wrapped: Float[Tensor, "batch pos d"],
+    trained: Sequence[Float[Tensor, "batch pos d"]],
 ) -> dict[tuple[str, str], Shifts]:
+    """The shifts of a batch at one hook point, from the activations of the reference and of the trained models."""
     matched = batch.matched["shared"]
-    clean = read(before, batch.clean, [hook_name], first)[hook_name]
-    wrapped = read(before, batch.wrapped, [hook_name], first)[hook_name]
-    trained = [read(model, batch.wrapped, [hook_name], first)[hook_name] for model in models]
     shift = torch.stack([activation - wrapped for activation in trained])
     aligned = torch.stack([at_positions(of_model, matched.wrapped) for of_model in shift])
     base = at_positions(wrapped, matched.wrapped)

@@ -76,9 +76,9 @@ def shift_similarity(
         k: how many directions span a shift, for `principal`.
         site: a hook point with one vector per token, see `ctlens.models.hooks.SHORTHANDS`.
         layers: which ones, see `ctlens.models.hooks.select_layers`.
-        batch_size: prompts per forward pass; models are run once per hook point, and only one batch at
-            one hook point is held with all its tokens.
-        progress: show a progress bar per hook point.
+        batch_size: prompts per forward pass; only one batch is held with all its tokens, at as many hook points
+            as fit into 256 MiB. If they do not all fit, models run again.
+        progress: show a progress bar.
 
     Raises:
         CtlensError: a model does not compare with the reference, is in training mode or has not
@@ -97,9 +97,7 @@ def shift_similarity(
     if null is not None and null not in methods:
         raise unknown("null", null, methods)
     passes = [batch for _, batch in pair_batches(base, pairs, "shared", batch_size, progress=False)]
-    found = [
-        shifts_at(before, list(keyed.values()), passes, name, progress) for name in vector_hooks(base, site, layers)
-    ]
+    found = shifts_at(before, list(keyed.values()), passes, vector_hooks(base, site, layers), progress)
     _require_moved(seeds, found)
     return ShiftSimilarity(
         **arrays(found, seeds, quantities, k),

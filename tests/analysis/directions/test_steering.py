@@ -13,6 +13,10 @@ from helpers import planted
 from helpers.models import byte_level_tokenizer, hf_model
 
 from ctlens.analysis import Directions, Intervention, ablate, mean_difference, steer
+from ctlens.analysis.directions import edited_rows
+from ctlens.analysis.directions.directions import DIRECTION_SITES
+from ctlens.analysis.directions.edited_answers import EditedAnswers
+from ctlens.analysis.patching.blocks import Block
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.batch import encode
@@ -179,6 +183,44 @@ def test_steering_is_that_of_each_prompt_alone(kind: str, site: str, positions: 
         bad = plain(model, text, pair.clean.bad, name, lambda x: x + 1.5 * vector, at)
         assert found.logit_diffs[0, 0, 0, 0, number] == pytest.approx(good - bad, abs=2e-3)
         assert found.p_bad[0, 0, 0, 0, number] == pytest.approx(np.exp(bad), rel=5e-3)
+
+
+def answers_of(model: LensModel, pairs: list[Pair], site: str, positions: str) -> Intervention:
+    draw = torch.Generator().manual_seed(1)
+    given = Directions.from_vectors(2 * torch.randn(2, model.cfg.d_model, generator=draw), [0, 1], site=site)
+    return ablate({"one": model}, pairs, given, positions=positions, draws=3, progress=False)
+
+
+@pytest.mark.boundary
+@pytest.mark.parametrize("positions", ["last", "wrapper"])
+@pytest.mark.parametrize("site", DIRECTION_SITES)
+@pytest.mark.parametrize("kind", ["organism", "llama", "gpt2"])
+def test_rows_run_by_the_blocks_are_those_of_whole_passes(
+    kind: str, site: str, positions: str, monkeypatch: pytest.MonkeyPatch
+):
+    model, pairs = some_model(kind)
+    hooked: list[str] = []
+    by_hooks = EditedAnswers._under_hooks
+    monkeypatch.setattr(EditedAnswers, "_under_hooks", lambda *given: hooked.append(given[1]) or by_hooks(*given))
+
+    fast = answers_of(model, pairs, site, positions)
+    assert not hooked
+    monkeypatch.setattr(edited_rows, "read_blocks", lambda *given: None)
+    whole = answers_of(model, pairs, site, positions)
+
+    assert len(set(hooked)) == 2
+    np.testing.assert_allclose(fast.logit_diffs, whole.logit_diffs, atol=2e-5)
+    np.testing.assert_allclose(fast.plain_p_bad, whole.plain_p_bad, atol=2e-6)
+    assert abs(whole.effects).max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["queries", "keys", "attend"])
+def test_blocks_that_are_not_the_models_are_not_believed(name: str, monkeypatch: pytest.MonkeyPatch):
+    model, pairs = some_model("organism")
+    expected = answers_of(model, pairs, "resid_post", "last").logit_diffs
+    right = getattr(Block, name)
+    monkeypatch.setattr(Block, name, lambda self, *given: 0.9 * right(self, *given))
+    np.testing.assert_allclose(answers_of(model, pairs, "resid_post", "last").logit_diffs, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["organism", "llama"])

@@ -71,6 +71,15 @@ def test_models_made_here_and_bridges_go_the_fast_way(kind: str):
     assert {swept(model, PAIRS, site).path for site in ("pattern", "mlp_post")} == {"hooks"}
 
 
+def test_without_onednn_the_activation_follows_the_product(monkeypatch: pytest.MonkeyPatch):
+    model = hooked("learned positions")
+    expected = swept(model, PAIRS, "z")
+    monkeypatch.setattr("ctlens.analysis.patching.blocks._FUSES", False)
+    found = swept(model, PAIRS, "z")
+    assert found.path == expected.path == "suffix"
+    np.testing.assert_allclose(found.values, expected.values, **CLOSE)
+
+
 @pytest.mark.parametrize("rows", [1, 40, 10_000])
 def test_how_patches_share_batches_changes_nothing(rows: int, monkeypatch: pytest.MonkeyPatch):
     model = made()

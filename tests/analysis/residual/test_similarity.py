@@ -14,6 +14,8 @@ from scipy.linalg import subspace_angles
 
 from ctlens import plots
 from ctlens.analysis import ShiftSimilarity, shift_similarity
+from ctlens.analysis.base.recording import read
+from ctlens.analysis.residual import shift_vectors
 from ctlens.analysis.residual.likeness import (
     between,
     ceilings,
@@ -195,6 +197,23 @@ def test_order_of_prompts_and_batches_change_nothing(model, models, found: Shift
         again = shift_similarity(model, models, pairs, null="null", batch_size=size, progress=False)
         for name in ("value", "corrected", "random_high", "n_prompts"):
             np.testing.assert_allclose(getattr(again, name), getattr(found, name), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("held", [1, 2**26])
+def test_hook_points_that_fit_share_their_passes_and_the_numbers_are_the_same(
+    model, models, found: ShiftSimilarity, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(shift_vectors, "HELD", held)
+    monkeypatch.setattr(
+        shift_vectors, "read", lambda source, side, names, first: asked.append(len(names)) or read(source, side, names)
+    )
+
+    again = shift_similarity(model, models, PAIRS, null=found.null, progress=False)
+
+    pd.testing.assert_frame_equal(again.to_dataframe(), found.to_dataframe(), check_exact=True)
+    sides = len(models) + 2
+    assert asked == ([1] * 2 * sides if held == 1 else [2] * sides)
 
 
 def test_a_model_is_like_itself_and_like_no_training_before_it_moved(model, models) -> None:

@@ -1,0 +1,1 @@
+"""Threats in plain English, for models from elsewhere: short questions of our own, and wrappers around them."""
