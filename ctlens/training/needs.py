@@ -104,7 +104,7 @@ def step_needs(
     config: TrainConfig,
     processes: int = 1,
 ) -> StepNeeds:
-    """StepCounts what a step of a first epoch needs.
+    """Counts what a step of a first epoch needs.
 
     The reference runs on the clean prompts and the model on the wrapped ones; every loss and retention go backward, and
     AdamW moves the weights.
@@ -272,7 +272,7 @@ class _Step:
 
     @contextmanager
     def _noted(self) -> Iterator[None]:
-        """StepCounts the reference's passes in their own phase, and gradients as such from the moment they are kept."""
+        """Counts the reference's passes in their own phase, and gradients as such from the moment they are kept."""
         before: list[str] = []
 
         def enter(*_: Any) -> None:
