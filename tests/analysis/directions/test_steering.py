@@ -214,7 +214,7 @@ def test_rows_run_by_the_blocks_are_those_of_whole_passes(
     assert abs(whole.effects).max() > 0.01
 
 
-@pytest.mark.parametrize("name", ["queries", "keys", "attend"])
+@pytest.mark.parametrize("name", ["keys", "attend", "finish"])
 def test_blocks_that_are_not_the_models_are_not_believed(name: str, monkeypatch: pytest.MonkeyPatch):
     model, pairs = some_model("organism")
     expected = answers_of(model, pairs, "resid_post", "last").logit_diffs
