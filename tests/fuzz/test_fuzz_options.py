@@ -42,6 +42,13 @@ BASES: dict[str, Options] = {
         "--out": ("new",),
     },
     "export": {"--model": ("hf",), "--out": ("new",)},
+    "estimate": {
+        "--config": ("hf",),
+        "--loss": ("act",),
+        "--length": ("24",),
+        "--wrapper-length": ("4",),
+        "--quiet": (),
+    },
     "models": {"--architectures": ("llama",)},
     "report": {"folder": ("study",)},
     "smollm2": {"--out": ("new",)},

@@ -24,9 +24,10 @@ from torch.nn import functional as F
 
 from ctlens.analysis.base.contrast import two_answers
 from ctlens.analysis.directions.edited_rows import edited_rows
+from ctlens.core.errors import NotFinite
 from ctlens.core.types import LensModel, Mask
 from ctlens.data.batch import EncodedPair, pad, require_room
-from ctlens.models.finite import forward, require_finite
+from ctlens.models.finite import advice, forward, is_finite
 from ctlens.models.generation import MAX_BATCH_TOKENS, Ids
 from ctlens.models.hooks import editing
 
@@ -50,7 +51,7 @@ class Edit:
     rest: Float[Tensor, " prompt"]
 
     def change(
-        self, states: Float[Tensor, "chosen row pos d"], variants: slice, prompts: Int[Tensor, " row"]
+        self, states: Float[Tensor, "#chosen row pos d"], variants: slice, prompts: Int[Tensor, " row"]
     ) -> Float[Tensor, "chosen row pos d"]:
         """Computes what some of the variants add; `prompts` names the prompt of each row."""
         component = (states * self.read[prompts][:, None]).sum(-1, keepdim=True)
@@ -199,7 +200,8 @@ class EditedAnswers:
             states = self.fast.states[hook_name][None]
             change = edit.change(states, variants, self.prompts) * self.edited[..., None]
             logits = self.fast.under(hook_name, change, self.predicted.wanted)
-            require_finite(logits, "an edited run")
+            if not is_finite(logits):
+                raise NotFinite(f"the model edited at {hook_name} computes nan or infinity: {advice(self.model)}.")
         chances = logits.float().log_softmax(-1)
         return (chances[:, number, target] * counted).sum(-1)
 

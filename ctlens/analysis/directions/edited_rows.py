@@ -93,10 +93,15 @@ class EditedRows:
         if hook_name == SHORTHANDS["resid_pre"].format(layer=layer):
             return layer, before + change
         if hook_name == SHORTHANDS["resid_mid"].format(layer=layer):
-            return layer + 1, self.blocks[layer].behind(before, self.states[hook_name] - before + change)
+            return layer + 1, self._finished(layer, before, self.states[hook_name] - before + change)
         if hook_name == SHORTHANDS["attn_out"].format(layer=layer):
-            return layer + 1, self.blocks[layer].behind(before, self.states[hook_name] + change)
+            return layer + 1, self._finished(layer, before, self.states[hook_name] + change)
         return layer + 1, self.streams[layer + 1] + change  # what the MLP adds is the last that a block adds
+
+    def _finished(self, layer: int, before: Varied, attention: Varied) -> Varied:
+        """The stream behind a block, from that in front of it and attention's output."""
+        behind = self.blocks[layer].behind(before.flatten(0, 1), attention.flatten(0, 1))
+        return behind.unflatten(0, before.shape[:2])
 
     def _run(self, start: int, x: Varied) -> Varied:
         """Runs rows of the stream in front of block `start` through it and all that follow."""

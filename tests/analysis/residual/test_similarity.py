@@ -204,7 +204,7 @@ def test_hook_points_that_fit_share_their_passes_and_the_numbers_are_the_same(
     model, models, found: ShiftSimilarity, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(shift_vectors, "HELD", held)
+    monkeypatch.setattr(shift_vectors, "_HELD", held)
     monkeypatch.setattr(
         shift_vectors, "read", lambda source, side, names, first: asked.append(len(names)) or read(source, side, names)
     )
