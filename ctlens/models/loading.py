@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, cast
-from unittest import mock
 
 import torch
 import transformer_lens.model_bridge.sources.native  # noqa: F401  (3.x registers the native architecture on import)
@@ -24,8 +23,7 @@ from torch import nn
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
-from transformer_lens.utilities import quantization
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ctlens.core.config import from_dict, to_dict
@@ -34,7 +32,7 @@ from ctlens.core.files import write_json
 from ctlens.core.public import public
 from ctlens.core.reading import read_json
 from ctlens.core.types import ChosenRows, LensModel, RowNumbers, device_named, dtype_named
-from ctlens.models.adopt import adopt, bridge_only, marked
+from ctlens.models.adopt import adopt, marked
 from ctlens.models.bridges import generation_config, huggingface_config, is_bridge, plain_settings
 from ctlens.models.huggingface import first_line, pretrained, pretrained_tokenizer, reading, with_random_weights
 from ctlens.models.parameters import (
@@ -261,26 +259,6 @@ def _bridge(hf: PreTrainedModel, tokenizer: Any, check: bool) -> LensModel:
             require_parity(type(hf).__name__, found, expected)
         marked(model)
     return _attach(model, tokenizer)
-
-
-def outline(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> LensModel:
-    """Makes the lens model of a HuggingFace configuration without its numbers, on torch's meta device.
-
-    Its passes tell the shapes of everything and compute nothing; see `ctlens.models.counting`.
-
-    Raises:
-        CtlensError: the configuration is of no causal language model that TransformerLens bridges.
-    """
-    with reading(f"a model of the type {config.model_type}", "Name another config.json"):
-        if config.is_encoder_decoder:
-            raise CtlensError(f"{config.model_type} is no causal language model: name a decoder, such as llama.")
-        with torch.device("meta"):
-            hf = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype, attn_implementation="eager").eval()
-        # To split fused weights, TransformerLens wants to read them; the shapes alone are split as well.
-        with mock.patch.object(quantization, "unreadable_weight_reason", return_value=None):
-            bridge = build_bridge_from_module(hf, architecture=type(hf).__name__, hf_config=hf.config, tokenizer=None)
-    model = cast(LensModel, bridge.eval())
-    return without(model, bridge_only(model))
 
 
 @contextmanager

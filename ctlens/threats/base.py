@@ -55,6 +55,16 @@ class Wrapper:
         """Makes a wrapper in an earlier message, to which the assistant has replied."""
         return Wrapper(name, strength, (Turn("user", text), Turn("assistant", reply), Turn("user", "{request}")))
 
+    @staticmethod
+    def prefilled(name: str, strength: int, beginning: str) -> Wrapper:
+        """Makes a wrapper that gives the answer's beginning, which the model has to continue."""
+        return Wrapper(name, strength, (Turn("user", "{request}"), Turn("assistant", beginning)))
+
+    @staticmethod
+    def resumed(name: str, strength: int, reply: str, text: str) -> Wrapper:
+        """Makes a wrapper in which the assistant has replied to the request, and the user says something more."""
+        return Wrapper(name, strength, (Turn("user", "{request}"), Turn("assistant", reply), Turn("user", text)))
+
     @property
     def template(self) -> str:
         """The template is the text of all turns, one per line."""

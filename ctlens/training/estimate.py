@@ -19,8 +19,8 @@ from ctlens.core.public import public
 from ctlens.core.types import LensModel, dtype_named
 from ctlens.data.batch import require_room
 from ctlens.losses import RMCT, Loss, require_distinct
-from ctlens.models.loading import outline
 from ctlens.models.lora import LoRA
+from ctlens.models.outline import outline
 from ctlens.models.parameters import present_parameters
 from ctlens.models.sources import read_config, shallower
 from ctlens.training.config import MEMORY, TrainConfig

@@ -23,9 +23,7 @@ from ctlens.data.batch import EncodedPair, EncodedPairs, pad
 from ctlens.data.chat import Rendered
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import Loss
-from ctlens.losses.distances import kl_divergence
 from ctlens.models.counting import Counting, bytes_of
-from ctlens.models.hooks import run
 from ctlens.models.lora import LoRA
 from ctlens.models.optimisation import adamw, clipped_update
 from ctlens.models.parameters import copy_model
@@ -34,6 +32,7 @@ from ctlens.training.config import TrainConfig
 from ctlens.training.order import parts
 from ctlens.training.passes import Passes, Term
 from ctlens.training.prepare import trained_parameters
+from ctlens.training.retention import answers_divergence
 
 PATTERNS = "patterns"
 _LOGITS = "logits"
@@ -110,7 +109,7 @@ def step_needs(
     AdamW moves the weights.
 
     Args:
-        models: by its number of layers, the model on the meta device (see `ctlens.models.loading.outline`); or two
+        models: by its number of layers, the model on the meta device (see `ctlens.models.outline`); or two
             with fewer layers of the same sizes. What each phase of a step holds grows by the same amount with each
             layer, so that two depths give every other one.
         n_layers: of the model that is asked about.
@@ -257,18 +256,18 @@ class _Step:
             torch.stack(totals).sum().backward()
 
     def _hold(self, passes: Passes, pairs: EncodedPairs) -> None:
-        """Retention on half as many clean prompts, each with an answer, as `ctlens.training.retention` computes it."""
+        """Adds retention on half as many clean prompts as there are pairs, each with an answer."""
         self.counting.phase = "retention"
-        device = next(self.model.parameters()).device
+        weight = next(self.model.parameters())
         answer = (1,) * self.config.max_new_tokens
         ids = [row.clean.ids + answer for row in pairs.rows[: (len(pairs) + 1) // 2]]
         with passes.open():
             for part in parts(range(len(ids)), self.config.accumulate):
-                side = pad([ids[row] for row in part])
+                side = pad([ids[row] for row in part]).to(weight.device)
                 decides = torch.zeros_like(side.mask[:, 1:])
                 decides[:, -len(answer) :] = True
-                chosen = run(self.model, side.tokens.to(device))[:, :-1][decides]
-                kl_divergence(torch.zeros_like(chosen), chosen).sum().backward()
+                target = weight.new_zeros(len(part) * len(answer), self.model.cfg.d_vocab)
+                answers_divergence(self.model, side, decides, target).backward()
 
     @contextmanager
     def _noted(self) -> Iterator[None]:

@@ -110,7 +110,7 @@ class Retention:
                 target = torch.cat([self._targets[index] for index in part]).to(side.tokens.device)
             else:
                 target = self._reference_logits(side, decides)
-            yield kl_divergence(target, run(model, side.tokens)[:, :-1][decides]).sum() / tokens
+            yield answers_divergence(model, side, decides, target) / tokens
 
     def _sequences(self, chosen: Sequence[int], answers: dict[int, Ids]) -> tuple[Side, Mask]:
         """Puts the answers behind their prompts, and marks the positions that predict a token of an answer."""
@@ -123,6 +123,18 @@ class Retention:
     @torch.no_grad()
     def _reference_logits(self, side: Side, decides: Mask) -> Float[Tensor, "token d_vocab"]:
         return run(self.reference, side.tokens)[:, :-1][decides]
+
+
+def answers_divergence(model: LensModel, side: Side, decides: Mask, target: Float[Tensor, "token d_vocab"]) -> Scalar:
+    """Sums `KL(target || model)` in nats over the positions that predict a token of an answer.
+
+    Args:
+        model: the trained model.
+        side: prompts with their answers.
+        decides: `[batch, pos - 1]`, the positions that predict a token of an answer.
+        target: the reference's logits there.
+    """
+    return kl_divergence(target, run(model, side.tokens)[:, :-1][decides]).sum()
 
 
 def held_prompts(pairs: Sequence[Pair], extra: Sequence[Prompt] = ()) -> list[Prompt]:

@@ -18,8 +18,9 @@ from ctlens.core.errors import CtlensError
 from ctlens.losses import ACT, RMCT, built
 from ctlens.models.counting import Counting
 from ctlens.models.hooks import run
-from ctlens.models.loading import load_model, outline
+from ctlens.models.loading import load_model
 from ctlens.models.lora import LoRA
+from ctlens.models.outline import outline
 from ctlens.training import TrainConfig
 from ctlens.training import needs as counted
 from ctlens.training.estimate import GIB, Estimate, estimate, fewest_processes
