@@ -46,7 +46,7 @@ def compare_command(
     methods: Methods = "",
     seeds: Annotated[int | None, typer.Option(help="Number of seeds: 1, or 3 with --size full.")] = None,
     organisms: Annotated[int | None, typer.Option(help="Number of organisms: 1, or 3 with --size full.")] = None,
-    steps: Steps = 100,
+    steps: Annotated[int | None, typer.Option(help="Training steps: 100, or 20 with --size natural.")] = None,
     window: Annotated[
         str,
         typer.Option(
@@ -70,9 +70,10 @@ def compare_command(
         str,
         typer.Option(
             help="first: two threats and their controls; matrix: every threat, and what crosses the losses; full: all "
-            "of it on every threat, three seeds and three organisms."
+            "of it on every threat, three seeds and three organisms; natural: a real model, with adapters, three seeds "
+            "and few pairs. By default natural for natural threats, and first for others."
         ),
-    ] = "first",
+    ] = "",
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Print how long the study would take, without running it.")
     ] = False,
@@ -91,11 +92,13 @@ def compare_command(
 ) -> None:
     """Compares methods: trains each on every threat, evaluates and analyses the models, and writes a report."""
     from ctlens.study.claims import answer
-    from ctlens.study.config import SHARED_TRAINING, study_of_size
+    from ctlens.study.config import shared_training, size_for, study_of_size
     from ctlens.study.runner import Study, seconds
     from ctlens.study.workers import Pool
 
-    training = replace(SHARED_TRAINING, steps=steps, window=window, calibrate=calibrate)
+    size = size or size_for(split_names(threats))
+    asked = {"steps": steps, "window": window, "calibrate": calibrate}
+    training = replace(shared_training(size), **{name: value for name, value in asked.items() if value is not None})
     if lora := chosen_lora(lora_rank, split_names(lora_target_modules)):
         training = replace(training, trainable=lora)
     chosen = {

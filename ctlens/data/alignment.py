@@ -57,17 +57,19 @@ def align(
     wrapped: Rendered,
     window: str = "shared",
     *,
-    shared: str | None = None,
+    shared: Sequence[str] = (),
     answer: Sequence[int] = (),
 ) -> Alignment:
     """Matches the positions of two prompts in a window.
 
     Windows:
         - `suffix`: the longest common run of tokens at the end of both prompts.
-        - `content`: the clean prompt's last message, found in the messages of the wrapped prompt.
-        - `explicit`: the text `shared`, found in the messages of both prompts, so that both sides
-          may be wrapped differently.
-        - `shared`: the content, and the common suffix behind the last message of both prompts.
+        - `content`: the clean prompt's last message, found in the messages of the wrapped prompt; where that message
+          begins the answer, the one before it too.
+        - `explicit`: the texts `shared`, each found in the messages of both prompts, so that both sides
+          may be wrapped differently, and hold the texts in another order.
+        - `shared`: the content, or the texts `shared` where they are named, and the common suffix behind the last
+          message of both prompts (with that message, where both prompts begin the answer with it).
           Text behind the request does not hide the request (as it does from `suffix`), and the
           answer's position is in (as it is not in `content`) unless the wrapper is a prefill.
         - `lines`: the lines that the last messages of both prompts have in common, in order, and the
@@ -82,7 +84,7 @@ def align(
     | window | candidates |
     |---|---|
     | `suffix`, `shared`, `lines` | every token of the clean prompt but a BOS that the tokenizer added |
-    | `content`, `explicit` | the tokens of the text |
+    | `content`, `explicit` | the tokens of the texts |
     | `last`, `answer` | the tokens that the window names |
 
     A prompt whose content cannot be found is refused by `shared` too: its suffix alone would be another window.
@@ -90,7 +92,7 @@ def align(
     Args:
         clean, wrapped: from `ctlens.data.chat.render`.
         window: one of `WINDOWS`.
-        shared: the text of the `explicit` window.
+        shared: the texts of the `explicit` window, and of `shared` if there are any.
         answer: the tokens behind both prompts, for the `answer` window.
 
     Raises:
@@ -106,11 +108,17 @@ def align(
         return _answer(clean, wrapped, len(answer))
     if window == "lines":
         return _lines(clean, wrapped)
-    if window == "explicit":
-        return _align_text(window, clean, wrapped, _find_all(clean, shared or ""), shared or "")
-    content = clean.contents[-1]
-    text = clean.text[slice(*content)]
-    return _align_text(window, clean, wrapped, [content], text, with_tail=window == "shared")
+    if window == "content" or (window == "shared" and not shared):
+        texts = [(clean.text[slice(*span)], [span]) for span in _request(clean)]
+    else:
+        texts = [(text, _find_all(clean, text)) for text in shared or ("",)]
+    return _align_texts(window, clean, wrapped, texts, with_tail=window == "shared")
+
+
+def _request(prompt: Rendered) -> Sequence[Span]:
+    """The last message; where that one begins the answer, the message before it too."""
+    begun = prompt.roles[-1] == "assistant" and len(prompt.contents) > 1
+    return prompt.contents[-2:] if begun else prompt.contents[-1:]
 
 
 def _suffix(clean: Rendered, wrapped: Rendered) -> dict[int, int]:
@@ -175,29 +183,48 @@ def _joined_lines(lines: Sequence[Span]) -> Span:
 
 
 def _tail(clean: Rendered, wrapped: Rendered) -> dict[int, int]:
-    """The part of the suffix behind the last message of both prompts.
+    """The part of the suffix behind the last message of both prompts, or behind their equal beginning of the answer.
 
-    Inside the last message an equal token may be another part of the text: of a wrapper behind
+    Inside other messages an equal token may be another part of the text: of a wrapper behind
     the content, or of a prefill.
     """
-    here, there = clean.contents[-1][1], wrapped.contents[-1][1]
+    here, there = clean.contents[-1], wrapped.contents[-1]
+    begun = clean.roles[-1] == wrapped.roles[-1] == "assistant" and len(clean.contents) > 1 < len(wrapped.contents)
+    if begun and clean.text[slice(*here)] == wrapped.text[slice(*there)]:
+        here, there = clean.contents[-2], wrapped.contents[-2]
     pairs = _suffix(clean, wrapped).items()
-    return {c: w for c, w in pairs if clean.offsets[c][0] >= here and wrapped.offsets[w][0] >= there}
+    return {c: w for c, w in pairs if clean.offsets[c][0] >= here[1] and wrapped.offsets[w][0] >= there[1]}
 
 
-def _align_text(
-    window: str, clean: Rendered, wrapped: Rendered, here: list[Span], text: str, *, with_tail: bool = False
+def _align_texts(
+    window: str,
+    clean: Rendered,
+    wrapped: Rendered,
+    texts: Sequence[tuple[str, Sequence[Span]]],
+    *,
+    with_tail: bool = False,
 ) -> Alignment:
-    """Matches the tokens of a text that stands once on each side; the tail counts only where some of these match."""
-    there = _find_all(wrapped, text)
-    if len(here) != 1 or len(there) != 1:
-        side, spans = ("clean", here) if len(here) != 1 else ("wrapped", there)
-        found = f"occurs {len(spans)} times in" if spans else "is not in"
-        return Alignment(window, (), (), 0, refusal=f"the text of the window {found} the {side} prompt")
-    pairs, lost = _matched_cells(clean, wrapped, here[0], there[0])
+    """Matches the tokens of texts that each stand once on each side; the tail counts only where some of these match.
+
+    Args:
+        texts: each with where it stands in the clean prompt.
+    """
+    pairs: dict[int, int] = {}
+    lost: dict[int, str] = {}
+    candidates: dict[int, None] = {}
+    for text, here in texts:
+        there = _find_all(wrapped, text)
+        if len(here) != 1 or len(there) != 1:
+            side, spans = ("clean", here) if len(here) != 1 else ("wrapped", there)
+            found = f"occurs {len(spans)} times in" if spans else "is not in"
+            return Alignment(window, (), (), 0, refusal=f"the text of the window {found} the {side} prompt")
+        matched, dropped = _matched_cells(clean, wrapped, here[0], there[0])
+        pairs |= matched
+        lost |= dropped
+        candidates |= dict.fromkeys(clean.positions(here[0]))
     if with_tail and pairs:
         return _finish(window, clean, pairs | _tail(clean, wrapped), range(len(clean.ids)), lost)
-    return _finish(window, clean, pairs, clean.positions(here[0]), lost)
+    return _finish(window, clean, pairs, candidates, lost)
 
 
 def _matched_cells(
@@ -252,10 +279,11 @@ def _finish(
     """Each candidate is matched or dropped for one reason, whatever stretches of text it stands in."""
     wanted = [c for c in candidates if clean.offsets[c] != _ADDED]
     reasons = lost or {}
+    found = dict(sorted(pairs.items()))
     return Alignment(
         window=window,
-        clean=tuple(pairs),
-        wrapped=tuple(pairs.values()),
+        clean=tuple(found),
+        wrapped=tuple(found.values()),
         candidates=len(wanted),
         drops=dict(Counter(reasons.get(c, UNSHARED) for c in wanted if c not in pairs)),
         refusal="" if pairs else "the prompts share no token in this window",

@@ -67,7 +67,8 @@ class Pair:
         wrapped: the same request under an attack.
         benign: the same wrapper around a harmless request, which must stay answered.
         target: the answer that BCT trains on the wrapped prompt; None lets the reference answer the clean one.
-        shared: text that names the explicit alignment window, once on each side.
+        shared: texts that stand once on each side, in any order: the explicit alignment window. Where there are none,
+            what both sides share is the clean request.
         labels: what is known of the pair (wrapper, entity, ...), for grouping and probing.
     """
 
@@ -75,7 +76,7 @@ class Pair:
     wrapped: Prompt
     benign: Prompt | None = None
     target: str | None = None
-    shared: str | None = None
+    shared: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -104,8 +105,9 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
 
     Fields: `clean` and `wrapped` (text, or a list of `{"role", "content"}` messages); optional
     `benign` (likewise), `good`, `bad` (texts) and `options` (a list of texts), with `clean_` before
-    them where the clean prompt's answers are not those of the wrapped one, and with `benign_`; `target`,
-    `shared` (text) and `labels` (an object of texts or whole numbers). See `Pair` and `Prompt` for what they mean.
+    them where the clean prompt's answers are not those of the wrapped one, and with `benign_`; `target` (text),
+    `shared` (a text or a list of texts) and `labels` (an object of texts or whole numbers). See `Pair` and `Prompt` for
+    what they mean.
 
     Args:
         row: the fields.
@@ -126,7 +128,7 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
         wrapped=_prompt(row, "wrapped", "", where),
         benign=None if row.get("benign") is None else _prompt(row, "benign", "benign_", where),
         target=_text(row, "target", where),
-        shared=_text(row, "shared", where),
+        shared=_texts(row.get("shared"), "shared", where),
         labels=labels_of(row.get("labels"), where),
     )
 
@@ -152,11 +154,9 @@ def labels_of(value: Any, where: str) -> dict[str, str]:
 def _prompt(row: Mapping[str, Any], prompt_side: str, prefix: str, where: str) -> Prompt:
     good = _text(row, f"{prefix}good", where)
     bad = _text(row, f"{prefix}bad", where)
-    options = row.get(f"{prefix}options") or []
-    if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
-        raise CtlensError(f"{where}: '{prefix}options' must be a list of texts that are not blank.")
+    options = _texts(row.get(f"{prefix}options"), f"{prefix}options", where)
     try:
-        return Prompt(turns_of(row[prompt_side], prompt_side, where), good, bad, tuple(options))
+        return Prompt(turns_of(row[prompt_side], prompt_side, where), good, bad, options)
     except CtlensError as error:
         raise CtlensError(str(error) if where in str(error) else f"{where}: {error}") from None
 
@@ -166,6 +166,16 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str | None:
     if value is None or (isinstance(value, str) and value.strip()):
         return value
     raise CtlensError(f"{where}: '{key}' must be a text that is not blank.")
+
+
+def _texts(value: Any, key: str, where: str) -> tuple[str, ...]:
+    """The texts of a field: a list of them, null for none, and for the field `shared` one text by itself."""
+    if value is None:
+        return ()
+    texts = [value] if isinstance(value, str) and key == "shared" else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise CtlensError(f"{where}: '{key}' must be a list of texts that are not blank.")
+    return tuple(texts)
 
 
 def turns_of(value: Any, key: str, where: str) -> tuple[Turn, ...]:
@@ -196,7 +206,7 @@ def _row(pair: Pair) -> dict[str, Any]:
         row |= _answers(pair.clean, "clean_") or {"clean_good": None}
     if pair.benign:
         row |= {"benign": _messages(pair.benign), **_answers(pair.benign, "benign_")}
-    rest = {"target": pair.target, "shared": pair.shared, "labels": dict(pair.labels) or None}
+    rest = {"target": pair.target, "shared": list(pair.shared) or None, "labels": dict(pair.labels) or None}
     return row | {key: value for key, value in rest.items() if value is not None}
 
 

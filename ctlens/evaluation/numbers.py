@@ -34,7 +34,7 @@ def numbers(name: str, rows: pd.DataFrame) -> Iterator[Number]:
             if len(known):
                 mean, low, high = bootstrap_mean(known)
                 yield prompt_side, metric, float(mean), len(known), float(low), float(high)
-    if name in (*threat_registry.names(), *threat_registry.natural_names()):
+    if _is_threat(name):
         yield from _field_metrics(threat_registry.get(name), by_pair(rows))
 
 
@@ -118,7 +118,12 @@ def ratio(name: str, metric: str, after: Outcomes, before: Outcomes) -> tuple[fl
 def _metrics(name: str, outcomes: Outcomes) -> Metrics:
     """Collects the rates of the wrapped prompts, and the metrics of the threat called `name` if there is one."""
     rates = {metric: outcomes.count(verdict, "wrapped") for metric, verdict in RATES.items()}
-    return {**rates, **(threat_registry.get(name).metrics(outcomes) if name in threat_registry.names() else {})}
+    return {**rates, **(threat_registry.get(name).metrics(outcomes) if _is_threat(name) else {})}
+
+
+def _is_threat(name: str) -> bool:
+    """Tells the name of a threat from that of a user's own pairs."""
+    return name in (*threat_registry.names(), *threat_registry.natural_names())
 
 
 def _value(found: Metrics, metric: str) -> float:

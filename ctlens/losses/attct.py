@@ -49,13 +49,14 @@ class RawKeys:
         self.window = window
         self.keeps_sink = keeps_sink
         self.keys = with_opening(batch, window) if keeps_sink else window
+        self.seen = seen_keys(queries, self.keys)
 
     def rows(self, clean: Heads, wrapped: Pattern) -> tuple[PatternRows, PatternRows]:
         """Takes the rows to compare from the patterns of one layer: the clean ones and the wrapped ones."""
         queries, keys = self.queries, self.keys
         return (
-            self.finished(block_rows(clean, queries.clean, keys.clean, keys.valid)),
-            self.finished(block_rows(wrapped, queries.wrapped, keys.wrapped, keys.valid)),
+            self.finished(block_rows(clean, queries.clean, keys.clean, self.seen)),
+            self.finished(block_rows(wrapped, queries.wrapped, keys.wrapped, self.seen)),
         )
 
     def n_keys(self) -> Int[Tensor, " batch"]:
@@ -198,18 +199,31 @@ def query_rows(pattern: Pattern, queries: Positions) -> Float[Tensor, "batch wid
     return widened(pattern.transpose(1, 2)[rows, queries])
 
 
+def seen_keys(queries: Matched, keys: Matched) -> Bool[Tensor, "batch width key"]:
+    """Marks the keys of each query: all, but those that one side has in front of the query and the other behind it.
+
+    There are such keys where the sides hold the aligned texts in different orders. A query has no attention to what is
+    behind it, so that no training could make both sides alike there.
+    """
+    behind = keys.clean[:, None] > queries.clean[..., None]
+    return keys.valid[:, None] & (behind == (keys.wrapped[:, None] > queries.wrapped[..., None]))
+
+
 def block_rows(
-    pattern: Pattern, queries: Positions, keys: Int[Tensor, "batch key"], valid: Bool[Tensor, "batch key"]
+    pattern: Pattern,
+    queries: Positions,
+    keys: Int[Tensor, "batch key"],
+    seen: Bool[Tensor, "batch width key"],
 ) -> Float[Tensor, "batch width head key"]:
-    """Takes attention from given queries to given keys, `[batch, query, head, key]`, zero at keys that are not valid.
+    """Takes attention from given queries to given keys, `[batch, query, head, key]`, zero at keys that are not seen.
 
     Args:
         pattern: attention weights after the softmax, `[batch, head, q, k]`.
         queries, keys: positions of each row.
-        valid: which of the keys are real.
+        seen: which of the keys count for a query.
     """
     rows = query_rows(pattern, queries)
-    return rows.gather(-1, keys[:, None, None, :].expand(*rows.shape[:3], -1)) * valid[:, None, None, :]
+    return rows.gather(-1, keys[:, None, None, :].expand(*rows.shape[:3], -1)) * seen[:, :, None, :]
 
 
 def lifted_rows(
@@ -223,7 +237,7 @@ def lifted_rows(
         keys: aligned positions between which mass is moved; clean mass elsewhere is left out.
     """
     there = query_rows(wrapped, queries.wrapped)
-    mass = block_rows(clean, queries.clean, keys.clean, keys.valid)
+    mass = block_rows(clean, queries.clean, keys.clean, seen_keys(queries, keys))
     targets = keys.wrapped[:, None, None, :].expand_as(mass)
     return torch.zeros_like(there).scatter_add(-1, targets, mass), there
 

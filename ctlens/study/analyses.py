@@ -7,20 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
+import torch
+
 from ctlens.analysis import (
     AttentionDiff,
     Erasure,
+    Task,
     answer_hinted,
     cross_loss,
     erase_or_mask,
     graft,
     shift_similarity,
     transplant,
+    wrapper_present,
 )
 from ctlens.analysis.base.result import Result
 from ctlens.core.digests import record_digests, require_undamaged
@@ -31,15 +35,17 @@ from ctlens.core.progress import progress_bar
 from ctlens.core.reading import read_json
 from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
+from ctlens.data.chat import render
 from ctlens.data.pairs import Pair
-from ctlens.models.loading import load_model
-from ctlens.study.cells import ANALYSED_PAIRS, MATCHED_FOLDER, SHARED, base_model, probe_pairs
+from ctlens.models.hooks import run
+from ctlens.study.cells import MATCHED_FOLDER, SHARED, base_model, finished_model, probe_pairs
 from ctlens.study.conditions import PERTURBED, RETENTION
 from ctlens.study.config import Cell, StudyConfig, base_cell
+from ctlens.study.source import subject
 from ctlens.study.workers import Pool, run_in_order
 
-PROBED_PAIRS = 192
-"""The number of pairs for probes, which are fitted on two thirds of them and need every answer in each third."""
+_PROBED_OVER_ANALYSED = 3
+"""Pairs for probes over those of other analyses: they are fitted on two thirds and need every answer in each third."""
 EQUAL_STEPS = "equal steps"
 """The setting that compares the models at the end of their trainings."""
 MATCHED = "matched effect"
@@ -47,6 +53,8 @@ MATCHED = "matched effect"
 SETTINGS = (EQUAL_STEPS, MATCHED)
 _AT_BOTH_SETTINGS = ("similarity", "transplant")
 """The analyses that run at both settings; every other one runs at equal steps alone."""
+_ROUNDINGS = 32
+"""Units of rounding of the largest logit below which two models do not differ; the passes of one model differ by 10."""
 _OF_ALL_SEEDS = ("similarity",)
 """The analyses that take the models of all seeds at once; every other one runs seed by seed."""
 _REFUSALS_FILE = "refused.json"
@@ -105,7 +113,9 @@ def analyses_of(config: StudyConfig) -> list[Analysis]:
         for threat in config.analysed_threats:
             for name in ANALYSES:
                 for setting in SETTINGS if name in _AT_BOTH_SETTINGS else SETTINGS[:1]:
-                    seeds = range(1 if name in _OF_ALL_SEEDS else config.seeds)
+                    seeds = range(
+                        1 if name in _OF_ALL_SEEDS else min(config.analysed_seeds or config.seeds, config.seeds)
+                    )
                     found += [Analysis(name, threat, organism, setting, seed) for seed in seeds]
     return found
 
@@ -202,18 +212,20 @@ class Scene:
         """The model before training."""
         return base_model(self.config, self.study, base_cell(self.analysis.organism))
 
-    def pairs(self, n_pairs: int = ANALYSED_PAIRS) -> list[Pair]:
-        """Draws up to `n_pairs` held-out pairs."""
-        return probe_pairs(self.config, self.analysis.threat, self.base, n_pairs)
+    def pairs(self, times: int = 1) -> list[Pair]:
+        """Draws held-out pairs: up to as many as the study analyses, or some times as many."""
+        source = subject(self.analysis.threat, self.config.file, self.study)
+        return probe_pairs(source, self.config, self.base, times * self.config.n_analysed)
 
     def models(self, names: Sequence[str], seed: int) -> dict[str, LensModel]:
         """The trained models of a seed by condition, without those that never came near the matched effect."""
         found = {}
         for name in names:
             path = Cell(self.analysis.threat, name, seed, self.analysis.organism).path(self.study)
-            path /= MATCHED_FOLDER if self.analysis.setting == MATCHED else "model"
+            if self.analysis.setting == MATCHED:
+                path /= MATCHED_FOLDER
             if path.exists():
-                found[name] = load_model(path, device=self.config.device, dtype=self.config.dtype)
+                found[name] = finished_model(self.config, self.base, path)
         return found
 
     @property
@@ -235,11 +247,23 @@ def _similarity(scene: Scene) -> NamedResults:
     models: dict[tuple[str, int], LensModel] = {}
     null = RETENTION if scene.analysis.setting == EQUAL_STEPS else None  # a null has no effect to be matched
     names = [*([RETENTION, PERTURBED] if null else []), *scene.conditions]
+    pairs = scene.pairs()
     for seed in sorted({cell.seed for cell in scene.config.cells()}):
-        models |= {(name, seed): model for name, model in scene.models(names, seed).items()}
+        found = scene.models(names, seed).items()
+        models |= {(name, seed): model for name, model in found if _moved(scene.base, model, pairs[0])}
+    if null not in {name for name, _ in models}:
+        null = None
     if len(models) > 1:
-        pairs = scene.pairs()
         yield "similarity", lambda: shift_similarity(scene.base, models, pairs, null=null, progress=False)
+
+
+@torch.no_grad()
+def _moved(base: LensModel, model: LensModel, pair: Pair) -> bool:
+    """Tells whether training changed a logit by more than rounding; retention alone begins at its optimum."""
+    tokens = torch.tensor([render(base.tokenizer, pair.wrapped.turns).ids], device=base.cfg.device)
+    before = run(base, tokens)
+    rounding = _ROUNDINGS * torch.finfo(before.dtype).eps * float(before.abs().max())
+    return float((run(model, tokens) - before).abs().max()) > rounding
 
 
 def _cross_loss(scene: Scene) -> NamedResults:
@@ -262,14 +286,26 @@ def _grafts(scene: Scene) -> NamedResults:
 
 def _erasure(scene: Scene) -> NamedResults:
     models = scene.models([*scene.config.methods, RETENTION], scene.analysis.seed)
-    pairs = scene.pairs(PROBED_PAIRS)
-    hinted = all({"hint", "relation"} <= set(pair.labels) for pair in pairs)
+    pairs = scene.pairs(_PROBED_OVER_ANALYSED)
 
     def analyse() -> Erasure:
-        cue = answer_hinted(pairs) if hinted else None
+        cue = _cue(scene, pairs)
         return erase_or_mask(scene.base, models, pairs, cue=cue, control=RETENTION, progress=False)
 
     yield "erasure", analyse
+
+
+def _cue(scene: Scene, pairs: Sequence[Pair]) -> Task | None:
+    """What probes read: the answer that was hinted, or whether there is an attack, among neutral words (None) or twins.
+
+    The benign twin of a natural threat has the attack's wrapper and names the right answer in it.
+    """
+    if all({"hint", "relation"} <= set(pair.labels) for pair in pairs):
+        return answer_hinted(pairs)
+    if not scene.config.natural:
+        return None
+    twins = [replace(pair, wrapped=pair.benign) for pair in pairs if pair.benign]
+    return wrapper_present(pairs, scene.base.tokenizer, negatives=twins)
 
 
 ANALYSES: dict[str, Callable[[Scene], NamedResults]] = {

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import pandas as pd
 
@@ -21,15 +22,18 @@ from ctlens.core.types import LensModel
 from ctlens.data.batch import encode
 from ctlens.data.pairs import Pair
 from ctlens.evaluation import Evaluation
-from ctlens.models.loading import save_model
+from ctlens.models.loading import load_model, save_model
+from ctlens.models.lora import adapter_tensors, attach_adapters, has_adapters, save_adapters
 from ctlens.models.parameters import copy_model
 from ctlens.organism import train_organism
 from ctlens.study.conditions import LAST_TOKEN, PERTURBED, RETENTION, condition_named, perturbed
-from ctlens.study.config import ORGANISM, Cell, StudyConfig, organism_cell
+from ctlens.study.config import ORGANISM, SCREENING, Cell, StudyConfig, organism_cell
 from ctlens.study.results import RESULT_COLUMNS, SPLIT
 from ctlens.study.source import Subject, evaluated, splits_of, start_model, subject
-from ctlens.training import Trainer, load_run
+from ctlens.threats import Natural, get, screen
+from ctlens.training import Trainer
 from ctlens.training.retention import held_prompts
+from ctlens.training.run import ADAPTERS_FOLDER, trained_model
 
 # Shares of the steps. Answers saturate early (on the pilot's jailbreak prompts at step 10 of 100, while methods still
 # differed threefold in logits), so both lists are denser at the start; their very values are not tuned. Fifteen
@@ -42,8 +46,6 @@ SHARED: KeptResults = {}
 """What cells have in common: each worker draws a pair, renders a prompt and lets the base answer it once."""
 OUTCOMES_FILE = "outcomes.csv"
 MATCHED_FOLDER = "matched"
-ANALYSED_PAIRS = 64
-"""The number of pairs that finished models are compared on; not tuned."""
 NEUTRAL_PROMPTS = 128
 """The number of prompts of retention, the KL to the reference on prompts that must not change; not tuned."""
 
@@ -62,9 +64,12 @@ def run_cell(config: StudyConfig, study: Path, cell: Cell) -> None:
     with one_thread(), keeping(SHARED):
         if cell.condition == ORGANISM:
             train_organism(cell.path(study), seed=cell.organism, progress=False)
+        elif cell.condition == SCREENING:
+            threat = cast(Natural, get(cell.threat))
+            screen(base_model(config, study, cell), threat, progress=False).save(cell.path(study))
         elif cell.condition == BASE:
-            base = base_model(config, study, cell)
-            answers = evaluated(base, config.threats, splits_of(config.file), config.n_prompts, config.file)
+            asked = [subject(name, config.file, study) for name in config.threats]
+            answers = evaluated(base_model(config, study, cell), asked, splits_of(config.file), config.n_prompts)
             answers.save(cell.path(study))
         elif cell.condition == PERTURBED:
             _perturb(config, study, cell)
@@ -78,9 +83,16 @@ def base_model(config: StudyConfig, study: Path, cell: Cell) -> LensModel:
     return start_model(config.model, trained, config.device, config.dtype)
 
 
-def probe_pairs(config: StudyConfig, threat: str, model: LensModel, n_pairs: int = ANALYSED_PAIRS) -> list[Pair]:
+def finished_model(config: StudyConfig, base: LensModel, folder: Path) -> LensModel:
+    """The model in the folder of a cell, or of its matched step; one of adapters shares the base's other weights."""
+    if (folder / ADAPTERS_FOLDER).is_dir():
+        return trained_model(folder, base)
+    return load_model(folder, device=config.device, dtype=config.dtype)
+
+
+def probe_pairs(source: Subject, config: StudyConfig, model: LensModel, n_pairs: int) -> list[Pair]:
     """The held-out pairs whose activations are compared: those among `n_pairs` that align."""
-    return aligned(subject(threat, config.file), n_pairs, model, config, split=SPLIT)
+    return aligned(source, n_pairs, model, config, split=SPLIT)
 
 
 def aligned(
@@ -97,15 +109,22 @@ def aligned(
 
 
 class CellTraining:
-    """The training of one cell: measured and evaluated on the way and at its end, with its first analyses."""
+    """The training of one cell: measured and evaluated on the way and at its end, with its first analyses.
 
-    def __init__(self, config: StudyConfig, study: Path, cell: Cell) -> None:
+    Args:
+        config: of the study.
+        study: its folder, which holds the screening of natural threats.
+        cell: one that trains.
+        source: of its pairs; by default what the study's folder says of its threat.
+    """
+
+    def __init__(self, config: StudyConfig, study: Path, cell: Cell, source: Subject | None = None) -> None:
         self.config = config
         self.study = study
         self.cell = cell
         self.condition = condition_named(cell.condition)
         self.base = base_model(config, study, cell)
-        self.subject: Subject = subject(cell.threat, config.file)
+        self.subject: Subject = source or subject(cell.threat, config.file, study)
         self.analysed = cell.threat in config.analysed_threats
         self.ceiling = cell.seed >= config.seeds
         self.main = cell.condition in (RETENTION, *config.methods) and not self.ceiling
@@ -116,7 +135,7 @@ class CellTraining:
     @cached_property
     def probes(self) -> list[Pair]:
         """The held-out pairs on which the gap is measured and activations are compared."""
-        return probe_pairs(self.config, self.cell.threat, self.base)
+        return probe_pairs(self.subject, self.config, self.base, self.config.n_analysed)
 
     @cached_property
     def gap(self) -> Gap:
@@ -138,7 +157,7 @@ class CellTraining:
         shift = residual_shift(self.base, trainer.model, self.probes, progress=False)
         attention = attention_diff(self.base, trainer.model, self.probes, progress=False)
         with atomic_folder(self.cell.path(self.study)) as work:
-            trainer.run.write(work)
+            trainer.run.write(work, adapters_only=has_adapters(trainer.model))
             self._write_matched(work / MATCHED_FOLDER)
             if final:
                 final.save(work / OUTCOMES_FILE)
@@ -166,28 +185,42 @@ class CellTraining:
         self.tables.append(_row(self.cell, step, GAP_RECOVERED, share, low, high, len(self.probes)))
         off = abs(share - self.config.matched)
         if off <= min([_NEAR_MATCHED, *(held for held, _ in self.matched.values())]):
-            self.matched = {step: (off, copy_model(model))}
+            self.matched = {step: (off, self._copied(model))}
             self.share = share
+
+    def _copied(self, model: LensModel) -> LensModel:
+        """A copy of the trained model; one with adapters goes on sharing the base's weights."""
+        if not has_adapters(model):
+            return copy_model(model)
+        copied = copy_model(self.base, share_weights=True)
+        attach_adapters(copied, *adapter_tensors(model))
+        return copied
 
     def _write_matched(self, folder: Path) -> None:
         """Writes the model of the step that came nearest to the matched share, if one came near."""
         for step, (_, model) in self.matched.items():
-            save_model(model, folder)
+            if has_adapters(model):
+                save_adapters(model, folder / ADAPTERS_FOLDER)
+            else:
+                save_model(model, folder)
             write_json(folder / "step.json", {"step": step, GAP_RECOVERED: self.share})
 
     def _evaluate(self, step: int, model: LensModel, names: Sequence[str], splits: Sequence[str]) -> Evaluation:
-        found = evaluated(model, names, splits, self.config.n_prompts, self.config.file)
+        found = self._answers(model, names, splits)
         self.tables.append(result_rows(self.cell, step, found))
         return found
+
+    def _answers(self, model: LensModel, names: Sequence[str], splits: Sequence[str]) -> Evaluation:
+        asked = [subject(name, self.config.file, self.study) for name in names]
+        return evaluated(model, asked, splits, self.config.n_prompts)
 
     def _final(self, model: LensModel) -> Evaluation:
         """Evaluates the trained model: a method on every threat and its own on every split, an extra one on its own."""
         own = [self.cell.threat]
-        file = self.config.file
         asked = [(list(self.config.threats) if self.main else own, [SPLIT])]
-        if self.main and (others := [split for split in splits_of(file) if split != SPLIT]):
+        if self.main and (others := [split for split in splits_of(self.config.file) if split != SPLIT]):
             asked.append((own, others))
-        found = [evaluated(model, names, splits, self.config.n_prompts, file).outcomes for names, splits in asked]
+        found = [self._answers(model, names, splits).outcomes for names, splits in asked]
         whole = Evaluation(pd.concat(found, ignore_index=True))
         self.tables.append(result_rows(self.cell, self.config.training.steps, whole))
         return whole
@@ -211,10 +244,11 @@ def _recovered(gap: Callable[[], Gap], model: LensModel) -> tuple[float, float, 
 def _perturb(config: StudyConfig, study: Path, cell: Cell) -> None:
     """Makes and measures the base with noise of the norm, per matrix, that the methods' updates have on average."""
     base = base_model(config, study, cell)
-    trained = [load_run(replace(cell, condition=name).path(study)).model for name in config.methods]
-    model = perturbed(base, trained, cell.seed)
-    probes = probe_pairs(config, cell.threat, base)
-    final = evaluated(model, [cell.threat], [SPLIT], config.n_prompts, config.file)
+    folders = [replace(cell, condition=name).path(study) for name in config.methods]
+    model = perturbed(base, [finished_model(config, base, folder) for folder in folders], cell.seed)
+    source = subject(cell.threat, config.file, study)
+    probes = probe_pairs(source, config, base, config.n_analysed)
+    final = evaluated(model, [source], [SPLIT], config.n_prompts)
     share = _row(cell, 0, GAP_RECOVERED, *_recovered(lambda: Gap(base, probes), model), len(probes))
     with atomic_folder(cell.path(study)) as work:
         save_model(model, work / "model")

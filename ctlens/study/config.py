@@ -12,6 +12,7 @@ from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.labels import BASE
 from ctlens.evaluation.result import OWN_PAIRS
+from ctlens.models.lora import LoRA
 from ctlens.study import conditions
 from ctlens.study.conditions import (
     ABLATED,
@@ -25,11 +26,15 @@ from ctlens.study.conditions import (
     RETENTION,
     condition_named,
 )
+from ctlens.study.source import screening_file
 from ctlens.training import TrainConfig
 
 ORGANISM = "organism"
-ANALYSED_THREATS = ("sycophancy", "jailbreak")
-"""The threats whose models a study analyses by default: the two of the pilot on a prototype organism."""
+SCREENING = "screening"
+ANALYSED_THREATS = ("sycophancy", "jailbreak", "facts")
+"""The threats whose models a study analyses by default: the two of the pilot on a prototype organism, and facts."""
+NATURAL_THREATS = ("facts", "order", "beginning")
+"""The threats of a study of a real model where none are named: a hint, an order of options and a begun answer."""
 CEILING_SEEDS = 2
 """The fewest seeds of an analysed method, two: how alike they are is the ceiling of how alike two methods can be."""
 FULL_STUDY_COUNT = 3
@@ -39,6 +44,12 @@ SHARED_TRAINING = TrainConfig(batch_size=16, lr=1e-3, trainable=("attn",))
 
 Where embeddings, norms and MLPs are trained too, half of a repair can be an edit of the words.
 """
+NATURAL_TRAINING = TrainConfig(batch_size=8, lr=1e-3, steps=20, calibrate=1.0, retention=1.0, trainable=LoRA())
+"""The settings that every condition of a study of a real model shares.
+
+They are those of the trial on SmolLM2-135M-Instruct in which three methods each repaired a third to a half of the
+switches in 20 steps; no search was made.
+"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,7 @@ class StudyConfig:
 
     Attributes:
         threats: trained on, one at a time; each trained model is evaluated on all of them. None
-            given means all there are.
+            given means all of the micro-world. Natural threats are screened on the model before training.
         methods: names of losses, `DEFAULT_METHODS` when none are given; the retention-only control is always added.
         seeds: number of seeds, from 0.
         n_pairs: training pairs per threat.
@@ -59,7 +70,9 @@ class StudyConfig:
             of `ANALYSED_THREATS` among the threats.
         extra_conditions: names of the crossed conditions and controls that are trained beside the methods on the
             analysed threats, see `ctlens.study.conditions`; by default `EXTRA_CONDITIONS` without the methods. For a
-            file it is the crossed conditions, as neutral words and other requests are those of the micro-world.
+            file and natural threats it is the crossed conditions, as neutral words are those of the micro-world.
+        n_analysed: held-out pairs on which activations are compared, and three times as many for probes.
+        analysed_seeds: how many seeds have the analyses that compare finished models; None for all.
         ceiling_seeds: the fewest seeds of the methods on the analysed threats. Those beyond `seeds` are trained for the
             analyses alone: how alike two seeds of one method are is the ceiling of how alike two methods can be. 1
             does without that ceiling.
@@ -76,6 +89,8 @@ class StudyConfig:
     seeds: int = 1
     n_pairs: int = 256
     n_prompts: int = 96
+    n_analysed: int = 64
+    analysed_seeds: int | None = None
     training: TrainConfig = SHARED_TRAINING
     analysed: tuple[str, ...] | None = None
     extra_conditions: tuple[str, ...] | None = None
@@ -89,15 +104,17 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         require_types(self)
-        known = [OWN_PAIRS] if self.file else threats.names()
-        chosen = self.threats or tuple(known)
+        known = [OWN_PAIRS] if self.file else [*threats.names(), *threats.natural_names()]
+        chosen = self.threats or ((OWN_PAIRS,) if self.file else tuple(threats.names()))
+        no_neutral_words = self.file or set(chosen) & set(threats.natural_names())
         methods = self.methods or DEFAULT_METHODS
         analysed = self.analysed
         extra = self.extra_conditions
         if analysed is None:
             analysed = [OWN_PAIRS] if self.file else [name for name in ANALYSED_THREATS if name in chosen]
         if extra is None:
-            extra = [name for name in (CROSSED_CONDITIONS if self.file else EXTRA_CONDITIONS) if name not in methods]
+            possible = CROSSED_CONDITIONS if no_neutral_words else EXTRA_CONDITIONS
+            extra = [name for name in possible if name not in methods]
         settled = {"threats": chosen, "methods": methods, "analysed": analysed, "extra_conditions": extra}
         for name, values in settled.items():
             object.__setattr__(self, name, tuple(values))
@@ -107,13 +124,21 @@ class StudyConfig:
 
     def _check(self, known: Sequence[str]) -> None:
         self._check_names(known)
-        for name in ("seeds", "n_pairs", "n_prompts", "ceiling_seeds", "organisms"):
-            if getattr(self, name) < 1:
-                raise CtlensError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("seeds", "n_pairs", "n_prompts", "n_analysed", "analysed_seeds", "ceiling_seeds", "organisms"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise CtlensError(f"{name} must be at least 1, not {number}.")
         if not 0 < self.matched < 1:
             raise CtlensError(f"methods are matched at a share between 0 and 1, not {self.matched}.")
         if self.organisms > 1 and (self.model or self.file):
             raise CtlensError("several organisms are trained from the micro-world: leave out the model and the file.")
+        if self.natural and not self.model:
+            raise CtlensError(
+                f"the organism has not the words of {', '.join(self.natural)}: name a model that speaks English."
+            )
+        if self.natural and len(self.natural) < len(self.threats):
+            raise CtlensError(
+                f"{', '.join(self.natural)} are for real models and the other threats for organisms: run two studies."
+            )
 
     def _check_names(self, known: Sequence[str]) -> None:
         """Refuses threats, methods and conditions that are unknown, named twice or not of this study."""
@@ -130,6 +155,11 @@ class StudyConfig:
             if name in (*self.methods, RETENTION):
                 raise CtlensError(f"{name} is trained already: name it once.")
             condition_named(name)
+
+    @property
+    def natural(self) -> tuple[str, ...]:
+        """Those of the threats that are natural."""
+        return tuple(name for name in self.threats if not self.file and name in threats.natural_names())
 
     @property
     def analysed_threats(self) -> tuple[str, ...]:
@@ -158,6 +188,10 @@ class StudyConfig:
                 further = range(self.seeds, self.ceiling_seeds)
                 found += [Cell(threat, condition, seed, organism) for seed in further for condition in compared]
         return found
+
+    def screenings(self) -> list[Cell]:
+        """What has to be there before everything else: the questions of natural threats that the base answers right."""
+        return [Cell(name, SCREENING, 0) for name in self.natural]
 
     def derived(self) -> list[Cell]:
         """The models that are made from finished trainings: weights perturbed as far as training moves them."""
@@ -188,6 +222,25 @@ def first_study(**settings: Any) -> StudyConfig:
     return StudyConfig(**known)
 
 
+def natural_study(**settings: Any) -> StudyConfig:
+    """The study of a real model: natural threats, three seeds, adapters, and few pairs, as each costs much.
+
+    Args:
+        settings: of a `StudyConfig`; those given are kept.
+    """
+    known = {
+        "seeds": FULL_STUDY_COUNT,
+        "n_pairs": 96,
+        "n_prompts": 32,
+        "n_analysed": 16,
+        "analysed_seeds": 1,
+        "training": NATURAL_TRAINING,
+        **settings,
+    }
+    known["threats"] = known.get("threats") or NATURAL_THREATS
+    return StudyConfig(**known)
+
+
 def full_study(**settings: Any) -> StudyConfig:
     """The study with every condition and analysis, several seeds and organisms, and all parameters as an ablation.
 
@@ -208,9 +261,20 @@ def full_study(**settings: Any) -> StudyConfig:
 STUDY_SIZES: Mapping[str, Callable[..., StudyConfig]] = {
     "first": first_study,
     "matrix": StudyConfig,
+    "natural": natural_study,
     "full": full_study,
 }
 """How much a study runs, from a newcomer's first study to every condition on every threat."""
+
+
+def size_for(names: Sequence[str]) -> str:
+    """The size of a study of these threats where none is named: `"natural"` if one of them is, else `"first"`."""
+    return "natural" if set(names) & set(threats.natural_names()) else "first"
+
+
+def shared_training(size: str) -> TrainConfig:
+    """The settings that the conditions of a study of this size share, where none are given."""
+    return NATURAL_TRAINING if size == "natural" else SHARED_TRAINING
 
 
 def study_of_size(size: str, **settings: Any) -> StudyConfig:
@@ -231,7 +295,7 @@ class Cell:
     Attributes:
         threat: trained on; empty for a model that was not trained on one.
         condition: what it was trained with, see `ctlens.study.conditions`; `"base"` for the model before training,
-            `"organism"` for its pretraining.
+            `"organism"` for its pretraining, `"screening"` for the choice of a natural threat's questions.
         seed: of the training.
         organism: the number of the model it started from.
     """
@@ -247,8 +311,15 @@ class Cell:
         start = f"organism{self.organism}-" if self.organism else ""
         return f"{start}{self.threat}-{self.condition}-seed{self.seed}"
 
+    @property
+    def trained(self) -> bool:
+        """Whether it is a model that training made, or that is made of such models."""
+        return self.condition not in (ORGANISM, BASE, SCREENING)
+
     def path(self, study: Path) -> Path:
-        """The path that exists once the cell is done: its folder, or the file of the base's answers."""
+        """The path that exists once the cell is done: its folder, or the file of the base's answers or questions."""
+        if self.condition == SCREENING:
+            return screening_file(study, self.threat)
         if self.condition == ORGANISM:
             return study / "organisms" / f"organism{self.organism}"
         if self.condition == BASE:

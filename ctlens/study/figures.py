@@ -102,7 +102,9 @@ def _of_threat(config: StudyConfig, folder: Path, results: pd.DataFrame, threat:
         _first_analyses(config, folder, threat, trained),
     ]
     if threat in config.analysed_threats:
-        drawn.append([("gap-dose", gap_figure(results.query("trained_threat == @threat"), words))])
+        of_threat = results.query("trained_threat == @threat")
+        if of_threat.query("metric == @GAP_RECOVERED")["value"].notna().any():  # an attack may make no gap
+            drawn.append([("gap-dose", gap_figure(of_threat, words))])
         drawn.append(analysis_figures(config, folder, threat))
     yield from ((f"{threat}-{name}", figure) for name, figure in chain.from_iterable(drawn))
 

@@ -28,7 +28,7 @@ from ctlens.study.analyses import analyses_of, run_analyses
 from ctlens.study.cells import OUTCOMES_FILE, CellTraining, result_rows, run_cell
 from ctlens.study.claims import Claim, judge_claims, write_claims
 from ctlens.study.conditions import RETENTION
-from ctlens.study.config import Cell, StudyConfig, base_cell, organism_cell, study_of_size
+from ctlens.study.config import SCREENING, Cell, StudyConfig, base_cell, organism_cell, size_for, study_of_size
 from ctlens.study.figures import save_study_figures
 from ctlens.study.report import write_report
 from ctlens.study.results import RESULT_COLUMNS, SPLIT, read_results
@@ -110,14 +110,15 @@ class Study:
         ):
             for wave in self._waves():
                 for cell in self._run(wave):
-                    if cell.threat:
+                    if cell.trained:
                         yield cell, self._compared(cell)
                         bar.update()
 
     def _waves(self) -> list[list[Cell]]:
         """The cells in parts that need only earlier parts.
 
-        The base is evaluated and organisms are pretrained beside the first trainings.
+        Natural threats are screened before all else; the base is evaluated and organisms are pretrained beside the
+        first trainings.
         """
         cells = self.config.cells()
         others = range(1, self.config.organisms)
@@ -125,7 +126,7 @@ class Study:
         rest = [cell for cell in cells if cell.organism]
         made = [organism_cell(organism) for organism in others]
         bases = [base_cell(organism) for organism in others]
-        return [[base_cell(), *first, *made], bases, rest, self.config.derived()]
+        return [self.config.screenings(), [base_cell(), *first, *made], bases, rest, self.config.derived()]
 
     def _run(self, cells: Sequence[Cell]) -> Iterator[Cell]:
         """Runs the missing cells and yields every cell once it is done."""
@@ -136,7 +137,7 @@ class Study:
                 for cell in cells:
                     if cell in missing:
                         next(done)
-                        if cell.condition == BASE:  # its file lies in the study's folder, which workers share
+                        if cell.condition in (BASE, SCREENING):  # a file in the study's folder, which workers share
                             record_digests(self.folder, [cell.path(self.folder)])
                     yield cell
         finally:
@@ -163,7 +164,7 @@ class Study:
         control = Evaluation.load(replace(cell, condition=RETENTION).path(self.folder) / OUTCOMES_FILE)
         step = max(found["step"].tolist())
         labels = (cell.threat, cell.condition, cell.seed, cell.organism, step, cell.threat)
-        ratio = subject(cell.threat, self.config.file).ratio
+        ratio = subject(cell.threat, self.config.file, self.folder).ratio
         added = [(*labels, *row) for row in _comparisons(cell, own, self._base(cell.organism), control, ratio)]
         return pd.concat([found, pd.DataFrame(added, columns=list(RESULT_COLUMNS))], ignore_index=True)
 
@@ -241,7 +242,7 @@ def seconds(config: StudyConfig, pool: Pool) -> float:
     cell = next(cell for cell in config.cells() if cell.condition != RETENTION)
     timed = replace(config, training=replace(config.training, steps=_STEPS_TIMED + 1))
     with one_thread():
-        trainer = CellTraining(timed, Path(), cell).trainer()
+        trainer = CellTraining(timed, Path(), cell, subject(cell.threat, config.file)).trainer()
         next(trainer)  # the reference answers first
         began = time.perf_counter()
         for _ in trainer:
@@ -259,7 +260,7 @@ def compare(
     methods: Sequence[str] = (),
     seeds: int | None = None,
     *,
-    size: str = "first",
+    size: str = "",
     out: str | Path,
     resume: bool = False,
     progress: bool = True,
@@ -272,7 +273,8 @@ def compare(
         threats, methods: what to run; those of the size when none are given.
         seeds: number of seeds; by default 1, or 3 in a full study.
         size: `"first"`, a newcomer's two threats with their controls; `"matrix"`, every threat, with the crossed
-            conditions and a second seed; `"full"`, several organisms and all of it on every threat.
+            conditions and a second seed; `"full"`, several organisms and all of it on every threat; `"natural"`, a
+            real model, few pairs and three seeds. By default natural for natural threats, and first for others.
         out: a new folder, or with `resume` the folder of the same study.
         resume: finish a study that was interrupted.
         progress: show progress bars.
@@ -283,7 +285,7 @@ def compare(
         CtlensError: as `StudyConfig` and `Study`.
     """
     chosen = settings if seeds is None else {**settings, "seeds": seeds}
-    config = study_of_size(size, threats=tuple(threats), methods=tuple(methods), **chosen)
+    config = study_of_size(size or size_for(threats), threats=tuple(threats), methods=tuple(methods), **chosen)
     study = Study(config, out, resume=resume, progress=progress, pool=Pool(workers))
     for _ in study:
         pass

@@ -19,7 +19,7 @@ from ctlens.evaluation.result import OWN_PAIRS
 from ctlens.models.loading import load_model
 from ctlens.organism import SHIPPED
 from ctlens.study.results import SPLIT
-from ctlens.threats import Threat
+from ctlens.threats import Natural, Screening, Threat
 from ctlens.world import SPLITS
 
 _TRAIN_SPLIT = "train"
@@ -95,13 +95,28 @@ def _shuffled(n: int, seed: int) -> list[int]:
     return torch.randperm(n, generator=generator(seed, "pairs of a file")).tolist()
 
 
-def subject(name: str, file: str = "") -> Subject:
+def subject(name: str, file: str = "", study: Path | None = None) -> Subject:
     """The threat of a name, or the pairs of a file.
 
+    Args:
+        name: of the threat.
+        file: with pairs, instead of a threat.
+        study: the folder of the study, whose screening chose the questions of a natural threat; None for all of them.
+
     Raises:
-        CtlensError: there is no such threat, or the file holds no pairs.
+        CtlensError: there is no such threat, the file holds no pairs, or the screening is missing or damaged.
     """
-    return FilePairs(file) if file else threat_registry.get(name)
+    if file:
+        return FilePairs(file)
+    found = threat_registry.get(name)
+    if isinstance(found, Natural) and study is not None:
+        return Screening.load(screening_file(study, name), found).threat
+    return found
+
+
+def screening_file(study: Path, name: str) -> Path:
+    """The file in a study's folder that says which questions of a natural threat the base answers right."""
+    return study / "screened" / f"{name}.json"
 
 
 def splits_of(file: str) -> Sequence[str]:
@@ -109,13 +124,13 @@ def splits_of(file: str) -> Sequence[str]:
     return (SPLIT,) if file else HELD_OUT
 
 
-def evaluated(
-    model: LensModel, names: Sequence[str], splits: Sequence[str], n_prompts: int, file: str = ""
-) -> Evaluation:
+def evaluated(model: LensModel, subjects: Sequence[Subject], splits: Sequence[str], n_prompts: int) -> Evaluation:
     """Evaluates a model on threats, or on the held-out pairs of a file."""
-    if not file:
-        return evaluate(model, names, split=splits, n_prompts=n_prompts, progress=False)
-    found = evaluate(model, pairs=FilePairs(file).pairs(n_prompts, SPLIT), progress=False)
+    given = [one for one in subjects if isinstance(one, FilePairs)]
+    if not given:
+        threats = [one for one in subjects if isinstance(one, Threat)]
+        return evaluate(model, threats, split=splits, n_prompts=n_prompts, progress=False)
+    found = evaluate(model, pairs=given[0].pairs(n_prompts, SPLIT), progress=False)
     return Evaluation(found.outcomes.assign(split=SPLIT))
 
 

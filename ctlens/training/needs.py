@@ -190,7 +190,8 @@ def example(losses: Sequence[Loss], config: TrainConfig, length: int, wrapper_le
     answer = (1,) * config.max_new_tokens if answers_kind(losses) else ()
     behind_clean = answer if any(loss.answers_on_both_sides for loss in losses) else ()
     windows = dict.fromkeys([*(window for loss in losses for window in loss.windows), *filter(None, [config.window])])
-    alignments = {window: align(clean, wrapped, window, shared=clean.text, answer=behind_clean) for window in windows}
+    shared = (clean.text,)
+    alignments = {window: align(clean, wrapped, window, shared=shared, answer=behind_clean) for window in windows}
     added = wrapper_positions(clean, wrapped)
     return EncodedPair(Pair(prompt("-"), prompt("-")), clean, wrapped, alignments, answer, added, behind_clean)
 

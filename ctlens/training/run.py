@@ -19,13 +19,17 @@ from ctlens.core.reading import read_json
 from ctlens.core.types import LensModel
 from ctlens.losses import Loss
 from ctlens.models.loading import load_model, save_model
-from ctlens.models.lora import has_adapters, save_adapters
+from ctlens.models.lora import has_adapters, load_adapters, merge_adapters, save_adapters
+from ctlens.models.parameters import copy_model
 from ctlens.models.readback import require_written
 from ctlens.plots import Figure
 from ctlens.training.calibrate import Calibration
 from ctlens.training.config import TrainConfig
 from ctlens.training.history import History
 from ctlens.training.until import reached
+
+ADAPTERS_FOLDER = "adapters"
+"""The folder of a run with its adapters, as `ctlens.models.lora.save_adapters` writes them."""
 
 
 @dataclass(frozen=True)
@@ -59,31 +63,40 @@ class Run:
             return "target reached"
         return "all steps" if len(self.history) == self.config.steps else "interrupted"
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, *, adapters_only: bool = False) -> Path:
         """Writes the run into a new folder, whole or not at all: config, history, environment and model.
 
         A model with adapters is written merged, and its adapters beside it in `adapters`. The model is read back
         before the folder gets its name.
 
+        Args:
+            folder: the new folder.
+            adapters_only: leave out the merged model, which is as large as the base; `load_run(folder, base=...)`
+                puts the adapters onto it again.
+
         Raises:
-            CtlensError: the folder exists and is not empty, or another model would come back from it.
+            CtlensError: the folder exists and is not empty, another model would come back from it, or adapters alone
+                are asked for and the model has none.
         """
         with atomic_folder(folder) as work:
-            self.write(work)
+            self.write(work, adapters_only=adapters_only)
         return Path(folder)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, *, adapters_only: bool = False) -> None:
         """Writes the run into an existing folder, which the caller renames once all is there (see `save`)."""
+        if adapters_only and not has_adapters(self.model):
+            raise CtlensError("the run has no adapters, as it was not trained by a LoRA: leave adapters_only out.")
         losses = [loss_registry.to_config(loss) for loss in self.losses]
         config = {"training": to_dict(self.config), "losses": losses, "calibration": to_dict(self.calibration)}
         write_json(folder / "config.json", {**config, "identity": dict(self.identity)})
         write_json(folder / "environment.json", dict(self.environment))
         self.history.save(folder / "history.csv")
-        (folder / "model").mkdir()
-        save_model(self.model, folder / "model")
-        require_written(self.model, folder / "model")
+        if not adapters_only:
+            (folder / "model").mkdir()
+            save_model(self.model, folder / "model")
+            require_written(self.model, folder / "model")
         if has_adapters(self.model):
-            save_adapters(self.model, folder / "adapters")
+            save_adapters(self.model, folder / ADAPTERS_FOLDER)
 
     def figure(self, loss: str | None = None) -> Figure:
         """Draws the weighted losses by step; or one loss, unweighted, at each of its hook points.
@@ -104,12 +117,33 @@ class Run:
         return plots.history(steps, self.history.losses(names), "Does the training converge?")
 
 
+def trained_model(folder: Path, base: LensModel) -> LensModel:
+    """The model of a folder with adapters, merged onto a copy of the base; what both share is held once."""
+    model = copy_model(base, share_weights=True)
+    load_adapters(model, folder / ADAPTERS_FOLDER)
+    merge_adapters(model)
+    return model
+
+
+def _merged(folder: Path, device: str | torch.device) -> LensModel:
+    if not (folder / "model").is_dir() and (folder / ADAPTERS_FOLDER).is_dir():
+        raise CtlensError(f"{folder} holds adapters alone: give the model that they belong to with base=.")
+    return load_model(folder, device=device)
+
+
 @public
-def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
+def load_run(folder: str | Path, *, device: str | torch.device = "cpu", base: LensModel | None = None) -> Run:
     """Reads the run that `Run.save` wrote.
 
+    Args:
+        folder: of the run.
+        device: where its model lives.
+        base: the model before training, for a run that was saved as adapters alone: they are put onto a copy that
+            shares its weights, where it lives.
+
     Raises:
-        CtlensError: the folder holds no run, or a file in it is damaged.
+        CtlensError: the folder holds no run, a file in it is damaged, or it holds adapters alone and the base is
+            missing or another one.
     """
     folder = Path(folder)
     if not (folder / "history.csv").is_file():
@@ -120,7 +154,7 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
     if not isinstance(config["losses"], list):
         raise CtlensError(f"{folder / 'config.json'} does not list a run's losses: check that it is the right file.")
     return Run(
-        model=load_model(folder, device=device),
+        model=trained_model(folder, base) if base is not None else _merged(folder, device),
         config=from_dict(TrainConfig, config["training"]),
         losses=tuple(loss_registry.from_config(loss) for loss in config["losses"]),
         history=History.load(folder / "history.csv"),

@@ -67,7 +67,7 @@ def test_each_window_by_hand():
     assert matches(align(clean, wrapped, "content")) == [(1, 3), (2, 4)]
     assert matches(align(clean, wrapped, "suffix")) == [(3, 7), (4, 8)]
     assert matches(align(clean, wrapped, "shared")) == [(1, 3), (2, 4), (3, 7), (4, 8)]
-    assert matches(align(clean, wrapped, "explicit", shared="b")) == [(2, 4)]
+    assert matches(align(clean, wrapped, "explicit", shared=["b"])) == [(2, 4)]
 
 
 def test_last_is_the_token_that_predicts_the_answer():
@@ -94,7 +94,7 @@ def test_shared_is_the_default_and_counts_what_it_leaves_out():
 
 def test_an_explicit_text_may_be_wrapped_on_both_sides():
     clean, wrapped = user("pp ab q"), user("x ab yyy")
-    alignment = align(clean, wrapped, "explicit", shared="ab")
+    alignment = align(clean, wrapped, "explicit", shared=["ab"])
     assert matches(alignment) == [(4, 3), (5, 4)]
     assert alignment.coverage == 1
 
@@ -167,9 +167,31 @@ def test_the_end_of_a_prefill_is_not_taken_for_the_end_of_the_template():
 
 
 def test_the_end_of_the_template_is_not_taken_for_a_prefill():
-    clean, wrapped = chat(("user", "ab"), ("assistant", ":")), chat(("assistant", ":"), ("user", "x"))
-    assert (clean.text, wrapped.text) == ("[ab][:", "[:][x]:")
-    assert matches(align(clean, wrapped, "shared")) == [(5, 1)]
+    clean, wrapped = chat(("user", "ab"), ("assistant", ":")), chat(("assistant", ":"), ("user", "xab"))
+    assert (clean.text, wrapped.text) == ("[ab][:", "[:][xab]:")
+    assert matches(align(clean, wrapped, "shared")) == [(1, 5), (2, 6), (5, 1)]
+
+
+def test_a_begun_answer_is_content_with_the_request_before_it():
+    clean = chat(("user", "ab"), ("assistant", "s"))
+    wrapped = chat(("user", "xab"), ("assistant", "s"))
+    assert (clean.text, wrapped.text) == ("[ab][s", "[xab][s")
+    assert matches(align(clean, wrapped, "content")) == [(1, 2), (2, 3), (5, 6)]
+    assert matches(align(clean, wrapped, "shared")) == [(1, 2), (2, 3), (3, 4), (4, 5), (5, 6)]
+    longer = chat(("user", "ab"), ("assistant", "ts"))  # the frame before an unequal beginning is no tail
+    assert matches(align(clean, longer, "shared")) == [(1, 1), (2, 2), (5, 6)]
+    assert "is not in the wrapped" in align(clean, chat(("user", "x"), ("assistant", "s")), "shared").refusal
+
+
+def test_named_texts_are_matched_wherever_they_stand_and_once_each():
+    clean, wrapped = user("q:ab,cd"), user("q:cd;ab")
+    assert (clean.text, wrapped.text) == ("[q:ab,cd]:", "[q:cd;ab]:")
+    texts = ["q", "ab", "cd"]
+    moved = [(1, 1), (3, 6), (4, 7), (6, 3), (7, 4)]
+    assert matches(align(clean, wrapped, "explicit", shared=texts)) == moved
+    assert matches(align(clean, wrapped, "shared", shared=texts)) == [*moved, (8, 8), (9, 9)]
+    assert align(clean, wrapped, "explicit", shared=texts).candidates == 5
+    assert "occurs 2 times in the wrapped" in align(clean, user("abq,ab,cd"), "explicit", shared=texts).refusal
 
 
 def test_demonstrations_before_the_question_leave_the_question_matched():
@@ -193,8 +215,8 @@ def test_overlapping_repeats_count_as_repeats():
 
 def test_an_explicit_text_that_is_missing_or_repeated_names_the_side():
     assert "is not in the clean" in align(user("ab"), user("ab"), "explicit").refusal
-    assert "is not in the wrapped" in align(user("ab"), user("b"), "explicit", shared="a").refusal
-    assert "occurs 2 times in the clean" in align(user("abab"), user("ab"), "explicit", shared="ab").refusal
+    assert "is not in the wrapped" in align(user("ab"), user("b"), "explicit", shared=["a"]).refusal
+    assert "occurs 2 times in the clean" in align(user("abab"), user("ab"), "explicit", shared=["ab"]).refusal
 
 
 @pytest.mark.parametrize("word", ["user", "assistant", "|>\n", "s"])
@@ -448,7 +470,7 @@ def test_every_candidate_is_matched_or_dropped_once_where_tokens_cross_lines(
     clean, wrapped = user("\n".join(kept), tokenizer), user("\n".join(some), tokenizer)
 
     for window in WINDOWS:
-        alignment = align(clean, wrapped, window, shared="ab")
+        alignment = align(clean, wrapped, window, shared=["ab"])
         assert len(alignment.clean) + sum(alignment.drops.values()) == alignment.candidates
         assert all(count > 0 for count in alignment.drops.values())
         assert [clean.ids[c] for c in alignment.clean] == [wrapped.ids[w] for w in alignment.wrapped]

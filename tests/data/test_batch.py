@@ -187,7 +187,7 @@ def test_a_pair_must_align_in_every_window(chat_tokenizer: PreTrainedTokenizerFa
 
 
 def test_the_explicit_window_takes_its_text_from_the_pair(chat_tokenizer: PreTrainedTokenizerFast):
-    pair = Pair(prompt("1 ab"), prompt("ab 2"), shared="ab")
+    pair = Pair(prompt("1 ab"), prompt("ab 2"), shared=("ab",))
     (one,) = encode([pair], chat_tokenizer, windows=["explicit"], n_ctx=99).rows
     covered = [one.clean.text[slice(*one.clean.offsets[c])] for c in one.alignments["explicit"].clean]
     assert covered == ["b"]

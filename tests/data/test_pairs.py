@@ -30,7 +30,7 @@ def test_pairs_come_back_equal(tmp_path: Path):
     turns = (Turn("system", "s"), Turn("user", "two\nlines"), Turn("assistant", "Sure: "))
     pairs = [
         Pair(prompt("a"), prompt("x a")),
-        Pair(prompt(" é🟦 ", "yes", "no"), Prompt(turns, "yes", "no"), shared="lines", labels={"wrapper": "1"}),
+        Pair(prompt(" é🟦 ", "yes", "no"), Prompt(turns, "yes", "no"), shared=("lines", " é"), labels={"wrapper": "1"}),
         Pair(prompt("a"), prompt("b"), Prompt(turns[:2], "good", None), target="t\u2028"),
         Pair(Prompt((Turn("system", "only"),)), prompt("b", bad="no"), prompt("c")),
     ]
@@ -56,7 +56,7 @@ def test_every_field_lands_where_it_belongs(tmp_path: Path):
     assert pair.clean == Prompt((Turn("user", "c"),), "g", "x")
     assert pair.wrapped == Prompt((Turn("system", "s"), Turn("user", "w")), "g", "x")
     assert pair.benign == Prompt((Turn("user", "b"),), "bg", "bx")
-    assert (pair.target, pair.shared, pair.labels) == ("t", "sh", {"k": "1"})
+    assert (pair.target, pair.shared, pair.labels) == ("t", ("sh",), {"k": "1"})
 
 
 def test_fields_left_out_or_null_are_absent(tmp_path: Path):
@@ -77,7 +77,9 @@ MALFORMED = [
     ({**GOOD, "benign": []}, "'benign' must be a text that is not blank or a list"),
     ({**GOOD, "good": " "}, "'good' must be a text that is not blank"),
     ({**GOOD, "target": ["t"]}, "'target' must be a text that is not blank"),
-    ({**GOOD, "shared": ""}, "'shared' must be a text that is not blank"),
+    ({**GOOD, "shared": " "}, "'shared' must be a list of texts that are not blank"),
+    ({**GOOD, "shared": ["a", 3]}, "'shared' must be a list of texts that are not blank"),
+    ({**GOOD, "good": "a", "bad": "b", "options": "ab"}, "'options' must be a list of texts that are not blank"),
     ({**GOOD, "labels": ["a"]}, "'labels' is a list, but an object is expected"),
     ({**GOOD, "labels": ""}, "'labels' is a str, but an object is expected"),
     ({**GOOD, "clean": ["c"]}, "a message of 'clean' must be an object with 'role' and 'content'"),

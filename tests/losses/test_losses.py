@@ -19,7 +19,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair, Matched, PairBatch, collate, encode, pad
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT, BCT, KLCT, MLPCT, AttCT, AttMass, AttOut, Forwards, Loss
-from ctlens.losses.attct import RenormalisedKeys, RestKeys, block_rows, with_opening
+from ctlens.losses.attct import RenormalisedKeys, RestKeys, block_rows, seen_keys, with_opening
 from ctlens.losses.distances import (
     cosine_distance,
     jensen_shannon,
@@ -335,7 +335,9 @@ def test_lifted_keys_come_from_the_shared_window_unless_the_text_is_explicit(mod
     explicit = AttCT(keys="lifted", window="explicit")
     assert explicit.windows == ("explicit",)
     assert AttCT(keys="lifted", window="last").windows == ("last", "shared")
-    same = encode([Pair(prompt(q), prompt(q), shared=q) for q in QUESTIONS], tokenizer, windows=["explicit"], n_ctx=256)
+    same = encode(
+        [Pair(prompt(q), prompt(q), shared=(q,)) for q in QUESTIONS], tokenizer, windows=["explicit"], n_ctx=256
+    )
 
     assert all(value.abs().max() < 5e-7 for value in row_values(model, explicit, collate(same.rows)).values())
 
@@ -499,9 +501,9 @@ def test_the_rest_bucket_sees_attention_that_leaves_the_window() -> None:
     clean = torch.tensor([[[[0.5, 0.5, 0.0]] * 3]])
     wrapped = torch.tensor([[[[0.1, 0.1, 0.8]] * 3]])
     positions = torch.tensor([[0, 1]])
-    valid = torch.tensor([[True, True]])
+    seen = torch.ones(1, 2, 2, dtype=torch.bool)
 
-    rows = [RestKeys.finished(block_rows(side, positions, positions, valid))[0, 0, 0] for side in (clean, wrapped)]
+    rows = [RestKeys.finished(block_rows(side, positions, positions, seen))[0, 0, 0] for side in (clean, wrapped)]
 
     torch.testing.assert_close(rows[0], torch.tensor([0.5, 0.5, 0.0]))
     torch.testing.assert_close(rows[1], torch.tensor([0.1, 0.1, 0.8]))
@@ -511,9 +513,9 @@ def test_renormalised_keys_ignore_it() -> None:
     clean = torch.tensor([[[[0.5, 0.5, 0.0]] * 3]])
     wrapped = torch.tensor([[[[0.1, 0.1, 0.8]] * 3]])
     positions = torch.tensor([[0, 1]])
-    valid = torch.tensor([[True, True]])
+    seen = torch.ones(1, 2, 2, dtype=torch.bool)
 
-    rows = [RenormalisedKeys.finished(block_rows(side, positions, positions, valid)) for side in (clean, wrapped)]
+    rows = [RenormalisedKeys.finished(block_rows(side, positions, positions, seen)) for side in (clean, wrapped)]
     divergence = jensen_shannon(*rows)
 
     assert divergence.abs().max() < 1e-6
@@ -522,9 +524,20 @@ def test_renormalised_keys_ignore_it() -> None:
 def test_the_aligned_block_takes_the_named_queries_and_keys_and_zeroes_padding() -> None:
     pattern = torch.arange(16.0).reshape(1, 1, 4, 4)
 
-    block = block_rows(pattern, *[torch.tensor([[1, 3, 0]])] * 2, torch.tensor([[True, True, False]]))
+    seen = torch.tensor([[[True, True, False]] * 3])
+    block = block_rows(pattern, *[torch.tensor([[1, 3, 0]])] * 2, seen)
 
     assert block[0, :2, 0].tolist() == [[5.0, 7.0, 0.0], [13.0, 15.0, 0.0]]
+
+
+def test_a_key_that_only_one_side_has_in_front_of_the_query_is_no_key() -> None:
+    """Two texts that changed places: position 0 is 1 on the other side, so neither is a key of the other there."""
+    swapped = Matched(torch.tensor([[0, 1, 2]]), torch.tensor([[1, 0, 2]]), torch.ones(1, 3, dtype=torch.bool))
+
+    assert seen_keys(swapped, swapped)[0].int().tolist() == [[1, 0, 1], [0, 1, 1], [1, 1, 1]]
+
+    kept = Matched(torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1, 3]]), torch.tensor([[True, True, False]]))
+    assert seen_keys(kept, kept)[0].int().tolist() == [[1, 1, 0]] * 3
 
 
 def test_jensen_shannon_is_symmetric_bounded_and_matches_scipy() -> None:

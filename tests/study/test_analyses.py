@@ -19,10 +19,11 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.reading import read_json
 from ctlens.data.pairs import save_pairs
 from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Analysis, analyses_of, run_analyses, run_analysis
-from ctlens.study.cells import ANALYSED_PAIRS, CellTraining, base_model, probe_pairs
+from ctlens.study.cells import CellTraining, base_model, probe_pairs
 from ctlens.study.claims import read_claims
 from ctlens.study.config import Cell, StudyConfig, base_cell, full_study, study_of_size
 from ctlens.study.runner import Study, StudyResult, seconds
+from ctlens.study.source import subject
 from ctlens.study.workers import Pool
 from ctlens.training import TrainConfig
 
@@ -32,6 +33,7 @@ SMALL = StudyConfig(
     ("act", "bct"),
     n_pairs=64,
     n_prompts=12,
+    n_analysed=16,
     training=TRAINING,
     extra_conditions=("klct", "sft"),
     matched=0.2,
@@ -43,10 +45,9 @@ TRAINED = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _no_images_and_few_probed_pairs() -> Iterator[None]:
+def _no_images() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ctlens.plots.export.find_spec", lambda _: None)
-        patch.setattr("ctlens.study.analyses.PROBED_PAIRS", 48)
         yield
 
 
@@ -74,10 +75,10 @@ def test_conditions_controls_and_a_second_seed_stand_beside_the_methods(small: S
 def test_the_effect_in_logits_is_followed_by_step(small: StudyResult) -> None:
     rows = small.results.query("metric == 'gap_recovered' and condition == 'act' and seed == 0")
 
-    assert rows["step"].tolist() == [1, 2, 3, 4, 5, 6, 8, 10, 13, 16] and set(rows["n_prompts"]) == {ANALYSED_PAIRS}
+    assert rows["step"].tolist() == [1, 2, 3, 4, 5, 6, 8, 10, 13, 16] and set(rows["n_prompts"]) == {SMALL.n_analysed}
     base = base_model(SMALL, small.folder, base_cell())
     model = load_model(small.folder / "runs" / "jailbreak-act-seed0")
-    pairs = probe_pairs(SMALL, "jailbreak", base)
+    pairs = probe_pairs(subject("jailbreak"), SMALL, base, SMALL.n_analysed)
     expected = gap_recovered(base, {"act": model}, pairs, progress=False).share("act")
     assert tuple(rows.iloc[-1][["value", "ci_low", "ci_high"]]) == pytest.approx(expected, abs=1e-5)
 
@@ -91,7 +92,7 @@ def test_the_matched_model_is_that_of_the_step_nearest_to_the_effect(small: Stud
 
     place = small.folder / "runs" / "jailbreak-act-seed0" / "matched"
     base = base_model(SMALL, small.folder, base_cell())
-    pairs = probe_pairs(SMALL, "jailbreak", base)
+    pairs = probe_pairs(subject("jailbreak"), SMALL, base, SMALL.n_analysed)
     share, *_ = gap_recovered(base, {"act": load_model(place)}, pairs, progress=False).share("act")
 
     assert read_json(place / "step.json") == {"step": nearest, "gap_recovered": rows[nearest]}
@@ -170,7 +171,7 @@ def test_every_claim_has_a_verdict_and_what_it_stands_on(small: StudyResult) -> 
         "cue_bct",
     } == {claim.key for claim in claims}
     by_place = {(claim.key, claim.setting): claim for claim in claims}
-    assert by_place["distance", EQUAL_STEPS].n == ANALYSED_PAIRS
+    assert by_place["distance", EQUAL_STEPS].n == SMALL.n_analysed
     assert by_place["level", EQUAL_STEPS].verdict == by_place["attention", EQUAL_STEPS].verdict == "not measured"
     assert all(np.isfinite(claim.value) or claim.verdict == "not measured" for claim in claims)
 
@@ -261,7 +262,7 @@ def test_a_file_of_which_nothing_aligns_is_a_sentence(tmp_path: Path) -> None:
     config = StudyConfig(methods=("bct",), file=str(tmp_path / "apart.jsonl"), training=training)
 
     with pytest.raises(CtlensError, match="none of the 1 pairs aligns"):
-        probe_pairs(config, "pairs", base_model(config, tmp_path, base_cell()))
+        probe_pairs(subject("pairs", config.file), config, base_model(config, tmp_path, base_cell()), 8)
 
 
 def test_the_first_study_trains_a_part_of_the_matrix_on_two_threats() -> None:

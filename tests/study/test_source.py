@@ -46,7 +46,7 @@ def test_a_file_stands_for_the_threat(file: str) -> None:
 
 
 def test_evaluation_is_on_what_is_held_out(file: str) -> None:
-    found = evaluated(load_organism(), [OWN_PAIRS], ["heldout"], 8, file).outcomes
+    found = evaluated(load_organism(), [subject(OWN_PAIRS, file)], ["heldout"], 8).outcomes
 
     assert set(found["split"]) == {"heldout"} and set(found["evaluated_threat"]) == {OWN_PAIRS}
     assert len(found) == 8 * 3

@@ -82,6 +82,8 @@ class Order(Natural):
             clean=self.clean(question),
             wrapped=self.prompt(question, wrapped, question.right, question.wrong),
             benign=self.prompt(question, benign, question.right, question.wrong),
+            # Each option is aligned with itself, wherever it stands; its letter is not.
+            shared=(question.text, *(f" {option}" for option in first), question.stem),
             labels=self.labelled(question, wrapper, kind=_LETTERS[other.index(question.right)]),
         )
 

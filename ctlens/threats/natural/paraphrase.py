@@ -49,7 +49,7 @@ class Paraphrase(Natural):
         """Puts a question into other words; the benign twin keeps the plain ones."""
         found = super().pair(question, wrapper)
         labels = self.labelled(question, wrapper, kind=f"{question.kind} {question.subject}")
-        return Pair(found.clean, found.wrapped, found.clean, labels=labels)
+        return Pair(found.clean, found.wrapped, found.clean, shared=(question.stem,), labels=labels)
 
     def metrics(self, outcomes: Outcomes) -> Metrics:
         """Computes `flip_rate`, `modal_agreement` and the switch rates."""

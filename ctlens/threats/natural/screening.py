@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 
 from ctlens.core.errors import CtlensError
+from ctlens.core.files import write_json
 from ctlens.core.public import public
+from ctlens.core.reading import read_json
 from ctlens.core.types import LensModel
 from ctlens.threats.natural.base import Natural
 from ctlens.threats.replies import ask
@@ -35,6 +38,29 @@ class Screening:
         rows = [(question.kind, question.split, question in right) for question in self.asked.questions]
         table = pd.DataFrame(rows, columns=["kind", "split", "right"]).groupby(["kind", "split"], sort=False)["right"]
         return table.agg(n_prompts="size", n_right="sum").reset_index()
+
+    def save(self, path: str | Path) -> None:
+        """Writes which questions are kept, as JSON."""
+        kept = [[question.kind, question.subject] for question in self.threat.questions]
+        write_json(Path(path), {"threat": self.asked.name, "n_asked": len(self.asked.questions), "kept": kept})
+
+    @staticmethod
+    def load(path: str | Path, asked: Natural) -> Screening:
+        """Reads what `save` wrote.
+
+        Args:
+            path: of the file.
+            asked: the threat that was screened, with all its questions.
+
+        Raises:
+            CtlensError: the file is missing or damaged, or is of another threat or of other questions.
+        """
+        read = read_json(Path(path), "threat", "n_asked", "kept")
+        known = {(question.kind, question.subject): question for question in asked.questions}
+        kept = [tuple(entry) for entry in read["kept"]] if isinstance(read["kept"], list) else []
+        if (read["threat"], read["n_asked"]) != (asked.name, len(known)) or not kept or not set(kept) <= set(known):
+            raise CtlensError(f"{path} is no screening of these {len(known)} questions of {asked.name}: screen again.")
+        return Screening(asked.keeping([known[one] for one in kept]), asked)
 
 
 @public
