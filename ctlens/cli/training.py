@@ -32,7 +32,9 @@ from ctlens.core.errors import CtlensError, UnwritableError, unknown
 from ctlens.core.limits import AT_LEAST_1, require
 
 if TYPE_CHECKING:
+    from ctlens.core.types import LensModel
     from ctlens.losses import Loss
+    from ctlens.threats import Threat
     from ctlens.training import Logger, Trainer
 
 
@@ -161,6 +163,13 @@ def evaluate_command(
         str, typer.Option(help="Comma-separated splits to ask: train, entities, heldout or structure.")
     ] = "heldout",
     n_prompts: Annotated[int, typer.Option(help="Pairs per threat and split.")] = 96,
+    base: Annotated[
+        str,
+        typer.Option(
+            help="The model before training: of natural threats, only questions that it answers right without an "
+            "attack are asked. By default the model itself."
+        ),
+    ] = "",
     judge: Annotated[
         str,
         typer.Option(
@@ -193,11 +202,27 @@ def evaluate_command(
         "judge": _judge(judge) if judge else None,
         "per_token": per_token,
     }
-    table = evaluate(chosen_model(model, device, dtype), split_names(threats), **options).to_dataframe()
+    chosen = chosen_model(model, device, dtype)
+    asked = _screened(split_names(threats), chosen_model(base, device, dtype) if base else chosen)
+    table = evaluate(chosen, asked, **options).to_dataframe()
     if out:
         with atomic_file(out) as temporary:
             table.to_csv(temporary, index=False)
     print_table("Evaluation", table)
+
+
+def _screened(names: list[str], base: LensModel) -> list[Threat]:
+    """Finds the threats of these names, the natural ones with the questions that a model answers right when clean."""
+    from ctlens.threats import Natural, get, screen
+
+    found: list[Threat] = []
+    for threat in map(get, names):
+        if isinstance(threat, Natural):
+            screening = screen(base, threat)
+            say(screening.sentence)
+            threat = screening.threat
+        found.append(threat)
+    return found
 
 
 def _judge(text: str) -> Any:

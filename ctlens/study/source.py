@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from ctlens import threats as threat_registry
 from ctlens.core.config import generator
+from ctlens.core.digests import require_undamaged
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import LensModel
 from ctlens.data.formats import load_pairs
@@ -109,9 +110,18 @@ def subject(name: str, file: str = "", study: Path | None = None) -> Subject:
     if file:
         return FilePairs(file)
     found = threat_registry.get(name)
-    if isinstance(found, Natural) and study is not None:
-        return Screening.load(screening_file(study, name), found).threat
-    return found
+    return screening(study, name).threat if isinstance(found, Natural) and study is not None else found
+
+
+def screening(study: Path, name: str) -> Screening:
+    """The questions of a natural threat that the base of a study answers right.
+
+    Raises:
+        CtlensError: the file is missing or damaged.
+    """
+    path = screening_file(study, name)
+    require_undamaged(study, path.relative_to(study).as_posix())
+    return Screening.load(path, cast(Natural, threat_registry.get(name)))
 
 
 def screening_file(study: Path, name: str) -> Path:

@@ -11,8 +11,11 @@ import torch
 from helpers.models import chat_model, made
 
 from ctlens.core.errors import CtlensError, NotFinite
+from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT
+from ctlens.models.hooks import run
+from ctlens.models.lora import LoRA
 from ctlens.training import TrainConfig, load_run, train
 
 HEADER = b"step,name,hook_name,value\n"
@@ -87,3 +90,31 @@ def test_a_run_from_which_another_model_would_come_is_not_written(tmp_path: Path
     with pytest.raises(CtlensError, match="would not come back .* its logits, by .*, so nothing was written"):
         run.save(tmp_path / "run")
     assert not list(tmp_path.iterdir())
+
+
+def test_adapters_alone_come_back_onto_the_base(tmp_path: Path) -> None:
+    base, pairs = made(), [Pair(prompt("Is it right?"), prompt("I say no. Is it right?"))]
+    lora = LoRA(rank=2)
+    trained = train(base, pairs, ACT(), config=TrainConfig(steps=2, trainable=lora))
+    folder = trained.save(tmp_path / "run", adapters_only=True)
+    assert not (folder / "model").exists()
+
+    tokens = torch.tensor([[3, 5, 7]])
+    found = load_run(folder, base=base)
+    assert (found.config, found.history.steps) == (trained.config, trained.history.steps)
+    torch.testing.assert_close(run(found.model, tokens), run(trained.model, tokens))
+    merged = load_run(trained.save(tmp_path / "merged"))
+    torch.testing.assert_close(run(merged.model, tokens), run(found.model, tokens))
+    assert torch.equal(run(base, tokens), run(made(), tokens))
+
+    with pytest.raises(CtlensError, match=r"holds adapters alone: give the model that they belong to with base="):
+        load_run(folder)
+    with pytest.raises(CtlensError, match=r"belong to a model with other weights"):
+        load_run(folder, base=trained_whole(base, pairs))
+    with pytest.raises(CtlensError, match=r"has no adapters, as it was not trained by a LoRA"):
+        train(base, pairs, ACT(), config=TrainConfig(steps=1)).save(tmp_path / "none", adapters_only=True)
+    assert not (tmp_path / "none").exists()
+
+
+def trained_whole(base: LensModel, pairs: list[Pair]) -> LensModel:
+    return train(base, pairs, ACT(), config=TrainConfig(steps=1)).model

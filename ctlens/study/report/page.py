@@ -22,6 +22,7 @@ from ctlens.study.conditions import PERTURBED
 from ctlens.study.report.figures import read_figures
 from ctlens.study.report.rates import COMPARISON_WORDS, rates_by_threat, splits
 from ctlens.study.results import PROMPT_SIDES, TRAINING_COLUMNS, in_order, read_results
+from ctlens.study.source import screening, screening_file
 
 # A verdict has a word, a symbol and the name of a style in the page: it is read without colour too.
 _VERDICT_STYLES = (("✓", "holds"), ("✗", "fails"), ("?", "open"), ("–", "unmeasured"))
@@ -54,6 +55,7 @@ def write_report(folder: str | Path) -> Path:
         threats=threats,
         conditions={name: style(name) for name in in_order(results["condition"])},
         trainings=_trainings(results),
+        screened=[screening(folder, name).sentence for name in threats if screening_file(folder, name).is_file()],
         splits=splits(results),
         prompt_sides=PROMPT_SIDES,
         figures=read_figures(folder / "figures", list(threats)),

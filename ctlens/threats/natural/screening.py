@@ -39,6 +39,14 @@ class Screening:
         table = pd.DataFrame(rows, columns=["kind", "split", "right"]).groupby(["kind", "split"], sort=False)["right"]
         return table.agg(n_prompts="size", n_right="sum").reset_index()
 
+    @property
+    def sentence(self) -> str:
+        """The counts in words."""
+        right, asked = len(self.threat.questions), len(self.asked.questions)
+        return (
+            f"{right} of {asked} questions of {self.asked.name} are answered right without an attack; these are used."
+        )
+
     def save(self, path: str | Path) -> None:
         """Writes which questions are kept, as JSON."""
         kept = [[question.kind, question.subject] for question in self.threat.questions]
