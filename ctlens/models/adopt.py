@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import Activations, HookFunction, LensModel, Tokens
 from ctlens.models.bridges import huggingface_config, is_bridge, unwire
-from ctlens.models.hooks import SHORTHANDS, run
+from ctlens.models.hooks import SHORTHANDS, hooked, run
 from ctlens.models.parameters import evaluating, plain_name, without
 from ctlens.models.parity import lens_answers, narrowed, original_answers, probe_prompts, require_parity
 from ctlens.models.twins import huggingface_twin
@@ -271,12 +271,12 @@ def _passed(model: LensModel, tokens: Tokens, zero: Collection[str] = ()) -> _Pa
     known = model.hook_dict
     found: Activations = {}
     writes: list[list[_Write]] = []
-    hooks: list[tuple[str, HookFunction]] = []
+    hooks: list[tuple[Any, HookFunction]] = []
     for layer, site in product(range(model.cfg.n_layers), SHORTHANDS):
         name = SHORTHANDS[site].format(layer=layer)
         if name in known:
-            hooks.append((name, partial(_keep, found, name, site in zero)))
-    with model.hooks(fwd_hooks=hooks), ExitStack() as handles, warnings.catch_warnings():
+            hooks.append((known[name], partial(_keep, found, name, site in zero)))
+    with hooked(model, hooks), ExitStack() as handles, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 4.x says that an edit is lost, which is what is tried
         for block in cast(Any, model).blocks:
             writes.append([])

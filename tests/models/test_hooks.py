@@ -197,6 +197,36 @@ def test_a_hook_that_never_fires_is_an_error(model: LensModel):
 
 
 @torch.no_grad()
+def test_a_block_takes_off_its_own_hooks_alone(model: LensModel):
+    seen = []
+    with model.hooks(fwd_hooks=[(POST, lambda a, hook: seen.append("theirs"))]):
+        with capturing(model, [POST], store := {}):
+            with editing(model, {POST: lambda a: seen.append("ours")}):
+                run(model, TOKENS)
+            store.clear()
+            run(model, TOKENS)
+            assert POST in store
+        run(model, TOKENS)
+    assert seen == ["theirs", "ours", "theirs", "theirs"] and hooks_on(model) == 0
+
+
+def test_hook_points_are_looked_up_once_however_many_are_read(model: LensModel, monkeypatch: pytest.MonkeyPatch):
+    lookups = []
+    names = every_point(model)
+    known = model.hook_dict
+
+    def looked_up(model: LensModel) -> Any:
+        lookups[-1] += 1
+        return known
+
+    monkeypatch.setattr(type(model), "hook_dict", property(looked_up), raising=False)
+    for count in (1, len(names)):
+        lookups.append(0)
+        capture(model, TOKENS, names[:count], grad=False)
+    assert lookups[0] == lookups[1] > 0
+
+
+@torch.no_grad()
 def test_an_edit_replaces_what_follows_and_nothing_before(model: LensModel):
     new = torch.randn(3, 7, 32)
     store = {}
