@@ -5,17 +5,22 @@ the step, operation by operation, so that the numbers are the same on every run 
 operation needs inside itself is not seen. `memory.csv` has every loss at a moderate size, all captured at
 once; `memory_sizes.csv` and its figure have AttCT on a HuggingFace Llama as layers, width and length grow,
 for each way to keep memory and each home of the clean targets, which in memory or on disk were there before.
+`memory_model.csv` has a whole training of a real model by low-rank adapters, from its preparation to its second step,
+retention and optimiser included: its peak with the weights, over that of the bare passes with the weights. It is the
+model that `make smollm2` puts into `runs/models/smollm2`, or with `--model FOLDER` another one, then measured alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
-from step import BARE, CONFIG, batch, losses, rendered, step
+from step import BARE, CONFIG, batch, losses, real_model, rendered, step
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -27,8 +32,9 @@ from ctlens.data.alignment import Alignment
 from ctlens.data.batch import EncodedPair, EncodedPairs, PairBatch, collate
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import Loss
-from ctlens.models.counting import Counting
+from ctlens.models.counting import Counting, bytes_of
 from ctlens.models.hooks import capture
+from ctlens.study.config import NATURAL_TRAINING
 from ctlens.training.passes import OpenPasses, Passes, Term
 
 MEGABYTE = 2**20
@@ -107,27 +113,55 @@ def pair(length: int) -> EncodedPair:
     return EncodedPair(Pair(prompt("-"), prompt("-")), clean, wrapped, alignments, (), tuple(range(1, 65)), ())
 
 
-def main() -> None:
-    """Counts the peak of every loss and of the bare passes, then AttCT as the model grows."""
-    torch.set_num_threads(1)
+def costs_of_real_model(model: LensModel) -> pd.DataFrame:
+    """The peak of a training by adapters with each loss, from its preparation to its second step."""
+    pairs = ct.threats.get("facts").pairs(NATURAL_TRAINING.batch_size)
+    weights = bytes_of(parameter for parameter in model.parameters())
+    rows = []
+    for name in tqdm(("act", "mlpct", "attct", "bct"), desc="trainings of a real model"):
+        with Counting() as training:
+            trainer = ct.Trainer(model, pairs, name, replace(NATURAL_TRAINING, steps=2))
+            steps = list(trainer)
+        with Counting() as bare:
+            passes_alone(model, trainer.model, collate(trainer.pairs.rows)).backward()
+        held = [total / MEGABYTE for total in (weights, weights + bare.peak, weights + training.peak)]
+        rows.append((name, *held, held[2] / held[1]))
+        assert len(steps) == 2
+    return pd.DataFrame(rows, columns=["training with", "weights_mb", "bare_mb", "peak_mb", "ratio"]).round(3)
+
+
+def peaks() -> pd.DataFrame:
+    """The peak of a step with every loss and of the bare passes."""
     reference = ct.build(CONFIG)
     model = ct.build(CONFIG, seed=1)
     pairs = batch()
-    peaks: dict[str, int] = {}
+    found: dict[str, int] = {}
     for name, loss in losses().items():
         with Counting() as live:
             step(reference, model, pairs, loss)
-        peaks[name] = live.peak
-    rows = [(name, peak / MEGABYTE, peak / peaks[BARE]) for name, peak in peaks.items()]
+        found[name] = live.peak
+    rows = [(name, peak / MEGABYTE, peak / found[BARE]) for name, peak in found.items()]
+    return pd.DataFrame(rows, columns=["step with", "peak_mb", "ratio"]).round(3)
+
+
+def main() -> None:
+    """Counts the peak of every loss and of the bare passes, then AttCT as the model grows, then a real model."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--model", type=Path, metavar="FOLDER", help="measure this real model alone")
+    named = options.parse_args().model
+    torch.set_num_threads(1)
     here = Path(__file__).parent
-    tables = {"memory": pd.DataFrame(rows, columns=["step with", "peak_mb", "ratio"]).round(3), "memory_sizes": costs()}
+    tables = {} if named else {"memory": peaks(), "memory_sizes": costs()}
+    if (model := real_model(named)) is not None:
+        tables["memory_model"] = costs_of_real_model(model)
     for name, table in tables.items():
         table.to_csv(here / f"{name}.csv", index=False)
         tqdm.write(table.to_string(index=False))
-    drawn = {size: lines(tables["memory_sizes"], size) for size in GROWING}
-    title = "What does a step of AttCT hold, over the bare passes?"
-    image = plots.costs(drawn, title, y_title="peak memory, ratio", limit=1.5).to_image("svg")
-    (here / "memory_sizes.svg").write_bytes(image)
+    if named is None:
+        drawn = {size: lines(tables["memory_sizes"], size) for size in GROWING}
+        title = "What does a step of AttCT hold, over the bare passes?"
+        image = plots.costs(drawn, title, y_title="peak memory, ratio", limit=1.5).to_image("svg")
+        (here / "memory_sizes.svg").write_bytes(image)
 
 
 def lines(table: pd.DataFrame, size: str) -> dict[str, tuple[list[float], list[float]]]:

@@ -2,12 +2,15 @@
 
 Run `python benchmarks/step.py`, with `--quick` for a fifth of the rounds. All variants are timed in turn, in one
 process on one thread, and compared by the median of the per-round ratios; the table is printed and kept in `step.csv`.
+The same with low-rank adapters on a real model is kept in `step_model.csv`: the model that `make smollm2` puts into
+`runs/models/smollm2`, or with `--model FOLDER` another one, which is then measured alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +21,7 @@ from tqdm.auto import tqdm
 
 import ctlens as ct
 from ctlens.core.config import generator
+from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.alignment import WINDOWS, Alignment
 from ctlens.data.batch import EncodedPair, PairBatch, collate
@@ -25,6 +29,10 @@ from ctlens.data.chat import Rendered
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import LOSSES, Forwards, Loss
 from ctlens.models.hooks import capture
+from ctlens.models.lora import add_adapters
+from ctlens.models.parameters import copy_model
+from ctlens.study.config import NATURAL_TRAINING
+from ctlens.training.prepare import prepare
 
 BATCH = 64
 DEEP_BATCH = 16
@@ -36,6 +44,10 @@ WARM = 3
 CONFIG = ct.ModelConfig(d_vocab=512, n_layers=4, n_heads=4, d_model=128, d_mlp=512, n_ctx=128)
 DEEP = ct.ModelConfig(d_vocab=512, n_layers=12, n_heads=8, d_model=256, d_mlp=1024, n_ctx=128)
 BARE = "bare passes"
+REAL_MODEL = Path("runs/models/smollm2")
+REAL_BATCH = 4
+REAL_ROUNDS = 3
+REAL_WARM = 1
 
 
 def losses() -> dict[str, Loss | None]:
@@ -94,38 +106,68 @@ def timed(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def costs(config: ct.ModelConfig, pairs: PairBatch, rounds: int) -> pd.DataFrame:
-    """Times every loss against the bare passes on a model of this size, round by round."""
-    reference = ct.build(config)
-    model = ct.build(config, seed=1)
+def costs(reference: LensModel, model: LensModel, pairs: PairBatch, rounds: int, warm: int = WARM) -> pd.DataFrame:
+    """Times every loss against the bare passes on these models, round by round."""
     variants = losses()
+    layers = model.cfg.n_layers
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in tqdm(range(WARM + rounds), desc=f"rounds, {config.n_layers} layers"):
+    for _ in tqdm(range(warm + rounds), desc=f"rounds, {layers} layers"):
         for name, loss in variants.items():
             seconds[name].append(timed(lambda loss=loss: step(reference, model, pairs, loss)))
-    bare = seconds[BARE][WARM:]
+    bare = seconds[BARE][warm:]
     rows = []
     for name, times in seconds.items():
-        ratios = sorted(own / base for own, base in zip(times[WARM:], bare, strict=True))
+        ratios = sorted(own / base for own, base in zip(times[warm:], bare, strict=True))
         quarter = len(ratios) // 4
-        middle = 1000 * statistics.median(times[WARM:]), statistics.median(ratios)
-        rows.append((name, config.n_layers, config.d_model, *middle, ratios[quarter], ratios[-1 - quarter]))
+        middle = 1000 * statistics.median(times[warm:]), statistics.median(ratios)
+        rows.append((name, layers, model.cfg.d_model, *middle, ratios[quarter], ratios[-1 - quarter]))
     columns = ["step with", "layers", "d_model", "ms", "ratio", "ratio_low", "ratio_high"]
     return pd.DataFrame(rows, columns=columns).round(3)
 
 
+def real_model(named: Path | None) -> LensModel | None:
+    """The real model to measure; None where none is named and none was fetched.
+
+    A sentence says so. A named one that does not load ends the program.
+    """
+    if named is None and not REAL_MODEL.is_dir():
+        tqdm.write(f"{REAL_MODEL} is not there, so no real model is measured: make smollm2, or give --model FOLDER.")
+        return None
+    try:
+        return ct.load_model(named or REAL_MODEL)
+    except CtlensError as error:
+        tqdm.write(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def costs_of_real_model(model: LensModel, rounds: int) -> pd.DataFrame:
+    """Times every loss on a few questions under a hint, with the adapters of a study of a real model."""
+    trained = copy_model(model, share_weights=True)
+    add_adapters(trained, NATURAL_TRAINING.trainable)
+    measured = [loss for loss in losses().values() if loss]
+    pairs = prepare(model, ct.threats.get("facts").pairs(REAL_BATCH), measured, (), NATURAL_TRAINING)
+    return costs(model, trained, collate(pairs.rows), rounds, REAL_WARM)
+
+
 def main() -> None:
-    """Times every loss on a small model and on a deeper and wider one."""
+    """Times every loss on a small model, on a deeper and wider one, and on a real one."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--quick", action="store_true", help="a fifth of the rounds, and no file")
-    quick = options.parse_args().quick
-    rounds = ROUNDS // 5 if quick else ROUNDS
+    options.add_argument("--model", type=Path, metavar="FOLDER", help="time this real model alone")
+    given = options.parse_args()
     torch.set_num_threads(1)
-    sizes = ((CONFIG, batch()), (DEEP, batch(DEEP_BATCH)))
-    table = pd.concat([costs(config, pairs, rounds) for config, pairs in sizes])
-    if not quick:
-        table.to_csv(Path(__file__).with_suffix(".csv"), index=False)
-    tqdm.write(table.to_string(index=False))
+    rounds = ROUNDS // 5 if given.quick else ROUNDS
+    tables: dict[str, pd.DataFrame] = {}
+    if given.model is None:
+        sizes = ((CONFIG, batch()), (DEEP, batch(DEEP_BATCH)))
+        found = [costs(ct.build(config), ct.build(config, seed=1), pairs, rounds) for config, pairs in sizes]
+        tables["step"] = pd.concat(found)
+    if (model := real_model(given.model)) is not None:
+        tables["step_model"] = costs_of_real_model(model, 1 if given.quick else REAL_ROUNDS)
+    for name, table in tables.items():
+        if not given.quick:
+            table.to_csv(Path(__file__).with_name(f"{name}.csv"), index=False)
+        tqdm.write(table.to_string(index=False))
 
 
 if __name__ == "__main__":

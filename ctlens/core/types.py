@@ -15,6 +15,7 @@ from ctlens.core.errors import CtlensError, unknown
 Tokens: TypeAlias = Int[Tensor, "batch pos"]
 Mask: TypeAlias = Bool[Tensor, "batch pos"]
 Logits: TypeAlias = Float[Tensor, "batch pos d_vocab"]
+ChosenLogits: TypeAlias = Float[Tensor, "1 chosen d_vocab"]
 CleanLogits: TypeAlias = Float[Tensor, "batch clean_pos d_vocab"]
 Pattern: TypeAlias = Float[Tensor, "batch head q k"]
 Activation: TypeAlias = Float[Tensor, "batch pos ..."]

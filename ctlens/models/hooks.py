@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ctlens.core.errors import CtlensError, unknown
-from ctlens.core.types import Activations, HookFunction, LensModel, Logits, Mask, Tokens
+from ctlens.core.types import Activations, ChosenLogits, HookFunction, LensModel, Logits, Mask, Tokens
 from ctlens.models.bridges import huggingface_config, is_bridge
 from ctlens.models.finite import forward
 
@@ -99,8 +100,14 @@ def require_hooks(model: LensModel, names: Iterable[str]) -> dict[str, Any]:
 
 
 def capture(
-    model: LensModel, tokens: Tokens, names: Iterable[str], *, grad: bool, mask: Mask | None = None
-) -> tuple[Logits, Activations]:
+    model: LensModel,
+    tokens: Tokens,
+    names: Iterable[str],
+    *,
+    grad: bool,
+    mask: Mask | None = None,
+    logits: bool = True,
+) -> tuple[Float[Tensor, "batch _ d_vocab"], Activations]:
     """One forward pass: its logits and the activations at the named hook points.
 
     Args:
@@ -110,6 +117,7 @@ def capture(
         grad: True keeps the graph (the trained side); False runs without it (the reference side).
         mask: True at real tokens. Needed when padding is on the left; padding on the right is
             invisible to causal attention.
+        logits: False leaves them out, `[batch, 0, d_vocab]`, where nobody reads them.
 
     Returns:
         `[batch, pos, d_vocab]` logits and a dictionary keyed by the names that were asked for (a
@@ -120,16 +128,18 @@ def capture(
     """
     store: Activations = {}
     with torch.set_grad_enabled(grad), capturing(model, names, store):
-        logits = run(model, tokens, mask)
-    return logits, store
+        found = run(model, tokens, mask, logits_at=None if logits else torch.zeros_like(tokens, dtype=torch.bool))
+    return found if logits else found.expand(len(tokens), -1, -1), store
 
 
-def run(model: LensModel, tokens: Tokens, mask: Mask | None = None) -> Logits:
-    """The logits of one forward pass; `mask` as in `capture`, errors as of `forward`."""
+def run(
+    model: LensModel, tokens: Tokens, mask: Mask | None = None, *, logits_at: Mask | None = None
+) -> Logits | ChosenLogits:
+    """The logits of one forward pass; `mask` as in `capture`, `logits_at` and errors as of `forward`."""
     options: dict[str, Any] = {} if mask is None else {"attention_mask": mask.long()}
     if huggingface_config(model) is not None:
         options["use_cache"] = False  # no one reads the cache, and a block that is run again would add to it
-    return forward(model, tokens, **options)
+    return forward(model, tokens, logits_at=logits_at, **options)
 
 
 @contextmanager

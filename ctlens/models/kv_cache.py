@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ctlens.core.types import ChosenRows, LensModel, Logits, Mask, RowNumbers, Tokens
+from ctlens.core.types import ChosenLogits, ChosenRows, LensModel, Logits, Mask, RowNumbers, Tokens
 from ctlens.data.batch import pad
 from ctlens.models.bridges import huggingface_config
 from ctlens.models.finite import forward
@@ -78,14 +78,15 @@ class Sequences:
 
     def run(self) -> NextLogits:
         """The logits of each sequence's next token, from its first tokens; to be called once, before the rest."""
+        width = self.tokens.shape[1]
+        real = _up_to(self.lengths, width)
+        last = real & ~_up_to(self.lengths - 1, width)
         if self.cache is None:
-            logits = forward(self.model, self.tokens)
-        else:
-            start = torch.zeros_like(self.lengths)
-            logits = self.cache.forward(self.tokens, _up_to(self.lengths, self.tokens.shape[1]), start)
-            if not self.cache.filled:
-                self.cache = None
-        return logits[torch.arange(len(self.tokens), device=logits.device), self.lengths - 1]
+            return forward(self.model, self.tokens, logits_at=last)[0]
+        logits = self.cache.forward(self.tokens, real, torch.zeros_like(self.lengths), last)
+        if not self.cache.filled:
+            self.cache = None
+        return logits[0]
 
     def extend(self, tokens: Tokens, count: Lengths) -> Logits:
         """Appends the first `count` of these tokens to each sequence; the logits behind each of them.
@@ -122,8 +123,10 @@ class Cache(Protocol):
     filled: bool
     """Whether every layer of the model has stored the tokens that were run."""
 
-    def forward(self, tokens: Tokens, real: Mask, start: Lengths) -> Logits:
-        """The logits at further tokens of each sequence, of which `start` were run before."""
+    def forward(
+        self, tokens: Tokens, real: Mask, start: Lengths, logits_at: Mask | None = None
+    ) -> Logits | ChosenLogits:
+        """The logits at further tokens of each sequence, of which `start` were run before; see `finite.forward`."""
         ...
 
     def keep(self, rows: ChosenRows | RowNumbers) -> None:
@@ -140,8 +143,11 @@ class _HookedCache:
         self.model = model
         self.entries = entries
 
-    def forward(self, tokens: Tokens, real: Mask, start: Lengths) -> Logits:
-        return forward(self.model, tokens, past_kv_cache=self.entries, attention_mask=real.long())
+    def forward(
+        self, tokens: Tokens, real: Mask, start: Lengths, logits_at: Mask | None = None
+    ) -> Logits | ChosenLogits:
+        cached = {"past_kv_cache": self.entries, "attention_mask": real.long()}
+        return forward(self.model, tokens, logits_at=logits_at, **cached)
 
     def keep(self, rows: ChosenRows | RowNumbers) -> None:
         keep_rows(self.entries, rows)
@@ -155,13 +161,15 @@ class _HuggingFaceCache:
         self.entries = entries
         self.seen = torch.zeros(rows, 0, dtype=torch.bool, device=next(model.parameters()).device)
 
-    def forward(self, tokens: Tokens, real: Mask, start: Lengths) -> Logits:
+    def forward(
+        self, tokens: Tokens, real: Mask, start: Lengths, logits_at: Mask | None = None
+    ) -> Logits | ChosenLogits:
         self.seen = torch.cat([self.seen, real], dim=1)
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         positions = torch.where(real, start[:, None] + steps, 0)  # padding may lie beyond the last position there is
         seen = self.seen.long()
-        cached = {"past_key_values": self.entries, "use_cache": True}
-        return forward(self.model, tokens, attention_mask=seen, position_ids=positions, **cached)
+        cached = {"past_key_values": self.entries, "use_cache": True, "attention_mask": seen, "position_ids": positions}
+        return forward(self.model, tokens, logits_at=logits_at, **cached)
 
     def keep(self, rows: ChosenRows | RowNumbers) -> None:
         self.seen = self.seen[rows]

@@ -129,8 +129,9 @@ class OpenPasses:
         self._hooks.enter_context(visiting(self.model, layerwise.visits()))
         names = list(dict.fromkeys(name for term in rest for name in term.factors))
         tokens, mask = batch.wrapped.tokens, batch.wrapped.needed_mask
+        read = not all(is_layerwise(term.loss) for term in terms.values())
         with layerwise.in_force():
-            logits, wrapped = capture(self.model, tokens, names, grad=grad, mask=mask)
+            logits, wrapped = capture(self.model, tokens, names, grad=grad, mask=mask, logits=read)
         sides = {}
         for side in _sides(terms.values()):
             clean, clean_logits = self._clean(side, rows, batch, rest)
@@ -154,8 +155,9 @@ class OpenPasses:
         if side == "reference":
             return self.passes.targets.of(rows, batch, names)
         with evaluating(self.model):
-            seen, states = capture(self.model, batch.clean.tokens, names, grad=False, mask=batch.clean.needed_mask)
-        return states, seen
+            clean = batch.clean
+            seen, states = capture(self.model, clean.tokens, names, grad=False, mask=clean.needed_mask, logits=logits)
+        return states, seen if logits else None
 
 
 def _sides(terms: Iterable[Term]) -> list[str]:

@@ -98,7 +98,9 @@ class CleanTargets:
 
     def _seen(self, batch: PairBatch) -> Activations:
         clean = batch.clean
-        logits, states = capture(self.reference, clean.tokens, self.names, grad=False, mask=clean.needed_mask)
+        logits, states = capture(
+            self.reference, clean.tokens, self.names, grad=False, mask=clean.needed_mask, logits=self.logits
+        )
         return {**states, OUTPUT: logits} if self.logits else states
 
     def _compute(self, home: int) -> None:

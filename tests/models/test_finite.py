@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.models import chat_model, hf_model, made
+from helpers.models import ODD, chat_model, hf_model, made, odd_model
 from torch import nn
 
 from ctlens import analysis
@@ -171,3 +171,29 @@ def test_a_gradient_that_is_not_finite_is_never_put_into_the_weights(model: Lens
     with pytest.raises(NotFinite, match="the norm of the gradient is infinity"):
         clipped_update(optimizer, [weight], 1.0)
     assert weight.tolist() == [0, 0, 0]
+
+
+# What some have behind the unembedding (a cap, a scale) and in front of it (a projection) stays where it is.
+@pytest.mark.boundary
+@pytest.mark.parametrize("name", ["made here", "gpt2", "gemma2", "granite", "opt"])
+@torch.no_grad()
+def test_chosen_positions_alone_are_unembedded_and_have_their_logits(name: str) -> None:
+    model = load_model(odd_model(name)) if name in ODD else chat_model(name)
+    tokens = torch.randint(1, 300, (3, 6), generator=torch.Generator().manual_seed(0))
+    chosen = torch.zeros_like(tokens, dtype=torch.bool)
+    chosen[0, 5] = chosen[2, 1:3] = True
+    seen: list[int] = []
+    whole = forward(model, tokens)
+    unembed: nn.Module = model.unembed  # type: ignore[attr-defined]
+    with_count = unembed.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[:-1].numel()))
+
+    torch.testing.assert_close(forward(model, tokens, logits_at=chosen)[0], whole[chosen], atol=1e-5, rtol=1e-5)
+    assert forward(model, tokens, logits_at=torch.zeros_like(chosen)).shape == (1, 0, whole.shape[-1])
+    with_count.remove()
+    assert seen == [3, 0] and torch.equal(forward(model, tokens), whole)
+
+
+def test_nan_at_positions_that_nobody_reads_is_refused_too(broken: LensModel) -> None:
+    tokens = torch.tensor([[1, 2, 3]])
+    with pytest.raises(NotFinite, match=r"first at blocks\.1"):
+        forward(broken, tokens, logits_at=torch.zeros_like(tokens, dtype=torch.bool))

@@ -13,10 +13,11 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT, BCT, KLCT, MLPCT, AttCT
+from ctlens.models.hooks import capture
 from ctlens.models.loading import load_model
 from ctlens.models.optimisation import linear_rate
 from ctlens.models.parameters import copy_model, parameter_groups, present_parameters
-from ctlens.training import TrainConfig, Trainer, load_run, train
+from ctlens.training import TrainConfig, Trainer, load_run, passes, targets, train
 from ctlens.training.answers import reference_answers
 
 pytestmark = pytest.mark.boundary
@@ -64,6 +65,23 @@ def test_the_references_logits_leave_the_other_losses_as_they_are(model) -> None
     assert {name: beside[name] for name in ("act", "bct", "retention")} == {
         name: alone[name] for name in ("act", "bct", "retention")
     }
+
+
+def test_losses_on_activations_leave_the_unembedding_out_and_train_the_same(model, monkeypatch) -> None:
+    unembedded: list[int] = []
+    config = replace(QUICK, retention=0.0)
+    counted = Trainer(model, PAIRS, [ACT(), AttCT()], config)
+    for part in (counted.model, counted.reference):
+        part.unembed.register_forward_hook(lambda module, inputs, output: unembedded.append(output.shape[:-1].numel()))
+    for _ in counted:
+        pass
+    without = weights(counted.model)
+    assert set(unembedded) == {0}
+
+    for module in (passes, targets):
+        monkeypatch.setattr(module, "capture", lambda *given, **options: capture(*given, **{**options, "logits": True}))
+    whole = weights(train(model, PAIRS, [ACT(), AttCT()], config=config, progress=False).model)
+    assert all(torch.equal(without[name], value) for name, value in whole.items())
 
 
 def test_the_model_passed_in_is_unchanged(model) -> None:
