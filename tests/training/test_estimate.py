@@ -88,14 +88,16 @@ def test_adapters_train_their_two_thin_matrices_and_half_precision_halves_the_re
     assert half.reference < 0.6 * single.reference
 
 
-def test_the_operations_are_those_of_the_matrix_products_by_hand() -> None:
+# A loss on activations reads no logits, so that its passes have no unembedding.
+@pytest.mark.parametrize(("loss", "unembedding"), [("act", 0), ("klct", VOCAB * WIDTH)])
+def test_the_operations_are_those_of_the_matrix_products_by_hand(loss: str, unembedding: int) -> None:
     n_layers = 2
     n_pairs = 3
-    found = needs(llama(n_layers), "act").flops
+    found = needs(llama(n_layers), loss).flops
     clean = LENGTH - WRAPPER
 
     def forward(length: int) -> int:
-        products = n_layers * (ATTENTION + MLPS) + VOCAB * WIDTH
+        products = n_layers * (ATTENTION + MLPS) + unembedding
         scores = n_layers * HEADS * HEAD * length * length  # queries with keys; as many for patterns with values
         return 2 * n_pairs * (length * products + 2 * scores)
 
