@@ -147,7 +147,7 @@ def test_natural_threats_need_a_model_of_their_own() -> None:
         StudyConfig(("facts",))
     with pytest.raises(CtlensError, match=r"facts are for real models .*: run two studies"):
         StudyConfig(("facts", "sycophancy"), model="somewhere")
-    assert StudyConfig(("order", "facts"), model="somewhere").analysed == ("facts",)
+    assert study_of_size("natural", threats=("order", "facts"), model="somewhere").analysed == ("order",)
     assert size_for(("order",)) == "natural" and size_for(("jailbreak",)) == size_for(()) == "first"
 
 
