@@ -18,9 +18,7 @@ REAL = Path(__file__).parents[2] / "runs" / "models" / "smollm2"
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_smollm2(REAL), reason="make smollm2 has not written the real chat model")
-def test_the_real_model_is_screened_trained_and_judged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_real_model_is_screened_trained_and_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctlens.plots.export.find_spec", lambda _: None)
     facts = threats.NATURAL["facts"]
     monkeypatch.setattr(facts, "questions", facts.questions[::10])
