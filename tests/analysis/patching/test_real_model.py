@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +17,7 @@ from ctlens.data.pairs import Pair
 from ctlens.models.smollm2 import has_smollm2
 
 ROOT = Path(__file__).parents[3]
-REAL = Path(os.environ.get("CTLENS_SMOLLM2", ROOT / "runs" / "models" / "smollm2"))
+REAL = ROOT / "runs" / "models" / "smollm2"
 SITES = ("resid_pre", "attn_out", "mlp_out")
 OPTIONS: Any = {"site": SITES, "direction": "denoising", "progress": False}
 
@@ -59,7 +58,7 @@ def test_every_value_of_natural_pairs_is_that_of_hooks_on_the_huggingface_model(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_smollm2(REAL), reason=f"{REAL} is not there: make smollm2 fetches the real model")
+@pytest.mark.skipif(not has_smollm2(REAL), reason="make smollm2 has not written the real chat model")
 def test_the_real_model_goes_the_fast_way_to_the_values_of_huggingface(plainly: ModuleType) -> None:
     model = ct.load_model(REAL)
     hf: Any = AutoModelForCausalLM.from_pretrained(REAL)
