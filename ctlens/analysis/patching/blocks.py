@@ -200,6 +200,19 @@ class Block:
         return self.activation(self.mlp_in(normed))
 
 
+@dataclass(frozen=True)
+class Unembedding:
+    """The final norm, and the unembedding behind it, whose weight is `[out, in]`."""
+
+    norm: Norm
+    weight: Float[Tensor, "d_vocab d_model"]
+    bias: Float[Tensor, " d_vocab"] | None
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """The logits of rows of the last stream."""
+        return F.linear(self.norm(rows), self.weight, self.bias)
+
+
 @torch.no_grad()
 def read_blocks(model: LensModel, length: int) -> list[Block] | None:
     """The blocks of a model for sequences up to a length, or None if something about them is not known.
@@ -210,10 +223,20 @@ def read_blocks(model: LensModel, length: int) -> list[Block] | None:
     if not _known(cfg) or not hasattr(model, "ln_final"):
         return None
     try:
-        factors = _factors(model, length) if cfg.positional_embedding_type == "rotary" else None
-        return [_block(block, cfg, factors) for block in cast(Any, model).blocks]
+        return [read_block(model, number, length) for number in range(cfg.n_layers)]
     except (AttributeError, TypeError, RuntimeError, ValueError):  # a weight is absent or laid out otherwise
         return None
+
+
+def read_block(model: LensModel, number: int, length: int) -> Block:
+    """One block of a model of which `read_blocks` knows all, with the weights that it has now."""
+    return _block(cast(Any, model).blocks[number], model.cfg, _factors(model, length))
+
+
+def read_unembedding(model: LensModel) -> Unembedding:
+    """The final norm and the unembedding of a model whose blocks are known."""
+    parts = cast(Any, model)
+    return Unembedding(_read_norm(parts.ln_final, parts.cfg), parts.W_U.T, getattr(parts, "b_U", None))
 
 
 def _known(cfg: Any) -> bool:
@@ -239,8 +262,8 @@ def _block(block: Any, cfg: Any, factors: Factors | None) -> Block:
     gated = getattr(mlp, "W_gate", None) is not None
     entering = [mlp.W_gate, mlp.W_in] if gated else [mlp.W_in]
     return Block(
-        ln1=read_norm(block.ln1, cfg),
-        ln2=read_norm(block.ln2, cfg),
+        ln1=_read_norm(block.ln1, cfg),
+        ln2=_read_norm(block.ln2, cfg),
         qkv=qkv,
         q=qkv.columns(slice(n_queries)),
         kv=qkv.columns(slice(n_queries, None)),
@@ -277,7 +300,7 @@ def _unless_zero(bias: Tensor | None) -> Tensor | None:
     return bias if bias is not None and bool(bias.any()) else None
 
 
-def read_norm(norm: Any, cfg: Any) -> Norm:
+def _read_norm(norm: Any, cfg: Any) -> Norm:
     """Reads a norm of a model with the configuration `cfg`."""
     centred = NORMS[cfg.normalization_type]
     return Norm(norm.w, norm.b if centred else None, centred, cfg.eps)
@@ -300,13 +323,15 @@ def _side_by_side(cfg: Any, turning: int) -> Int[Tensor, " d_head"]:
     return torch.cat([torch.stack(order[:turning].chunk(2), 1).flatten(), order[turning:]])
 
 
-def _factors(model: Any, length: int) -> Factors:
-    """The rotary factor of every position and pair of numbers that turns.
+def _factors(model: Any, length: int) -> Factors | None:
+    """The rotary factor of every position and pair of numbers that turns; None without rotary positions.
 
     A bridge's own module says it: HuggingFace's base, share of the head and scaling are not all in the configuration
     that TransformerLens makes of HuggingFace's.
     """
     cfg = model.cfg
+    if cfg.positional_embedding_type != "rotary":
+        return None
     positions = torch.arange(length, device=model.W_U.device)
     own = getattr(model, "rotary_emb", None)
     if own is not None:
