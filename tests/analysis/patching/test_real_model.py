@@ -27,7 +27,7 @@ def plainly(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The benchmark, which has the restatement: a tokenizer, a HuggingFace model and PyTorch's hooks."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.delitem(sys.modules, "real_model", raising=False)
-    import real_model
+    import real_model  # type: ignore[import-not-found]
 
     return real_model
 
