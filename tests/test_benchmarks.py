@@ -100,6 +100,16 @@ def test_another_checkout_has_its_ratio_and_all_together_are_held_against_all_al
     assert list(alone) == ["wall_s", "processor_s"] and alone.loc[analysis.ALONE, "processor_s"] == 3
 
 
+def test_the_benchmark_of_a_real_model_says_when_there_is_none(modules, monkeypatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.delitem(sys.modules, "real_model", raising=False)
+    monkeypatch.setattr(sys, "argv", ["real_model.py", "--model", str(tmp_path)])
+    import real_model
+
+    with pytest.raises(SystemExit) as end:
+        real_model.main()
+    assert end.value.code == 2 and capsys.readouterr().err.startswith(f"{tmp_path} is not the folder of SmolLM2")
+
+
 def test_the_gpu_benchmark_says_when_there_is_none(modules, monkeypatch, capsys) -> None:
     monkeypatch.delitem(sys.modules, "gpu", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -63,9 +63,14 @@ ODD: dict[str, dict[str, Any]] = {
 
 def odd_model(kind: str) -> PreTrainedModel:
     """A tiny random HuggingFace model of an architecture of `ODD`, in eval mode."""
+    return random_model(kind, **SIZES, **ODD[kind])
+
+
+def random_model(model_type: str, **options: Any) -> PreTrainedModel:
+    """A random HuggingFace model of a configuration, in eval mode; no weight is left at a default."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **ODD[kind]))
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options))
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -61,6 +61,7 @@ _UNUSED: dict[str, tuple[object, ...]] = {
 
 BlockRows: TypeAlias = Float[Tensor, "job row _"]
 Numbers: TypeAlias = Int[Tensor, "*shape"] | slice
+Factors: TypeAlias = Complex[Tensor, "pos _"]
 Hidden: TypeAlias = Float[Tensor, "*shape"]
 """The number added to each score: 0 at keys that a query sees, minus infinity at others."""
 
@@ -229,7 +230,7 @@ def read_blocks(model: LensModel, length: int) -> list[Block] | None:
 
 def read_block(model: LensModel, number: int, length: int) -> Block:
     """One block of a model of which `read_blocks` knows all, with the weights that it has now."""
-    return _block(cast(Any, model).blocks[number], model.cfg, length)
+    return _block(cast(Any, model).blocks[number], model.cfg, _factors(model, length))
 
 
 def read_unembedding(model: LensModel) -> Unembedding:
@@ -248,12 +249,11 @@ def _known(cfg: Any) -> bool:
     return plain and all(kinds)
 
 
-def _block(block: Any, cfg: Any, length: int) -> Block:
+def _block(block: Any, cfg: Any, factors: Factors | None) -> Block:
     attn = block.attn
     mlp = block.mlp
-    rotary = cfg.positional_embedding_type == "rotary"
     kept = torch.arange(cfg.d_head)
-    turned = _side_by_side(cfg) if rotary else kept
+    turned = kept if factors is None else _side_by_side(cfg, 2 * factors.shape[1])
     parts = [_of_heads(attn, name, order) for name, order in (("Q", turned), ("K", turned), ("V", kept))]
     biases = [part.bias for part in parts if part.bias is not None]
     bias = torch.cat(biases) if len(biases) == len(parts) else None
@@ -269,7 +269,7 @@ def _block(block: Any, cfg: Any, length: int) -> Block:
         kv=qkv.columns(slice(n_queries, None)),
         d_head=cfg.d_head,
         scale=_scale(cfg),
-        turns=_turns(cfg, length, attn.W_Q.device) if rotary else None,
+        turns=None if factors is None else _turns(factors, cfg.d_head // 2),
         out=Linear(rearrange(attn.W_O, "head d_head d_model -> (head d_head) d_model"), _unless_zero(attn.b_O)),
         mlp_in=Linear(torch.cat(entering, 1), None if gated else _unless_zero(mlp.b_in)),
         mlp_out=Linear(mlp.W_out, _unless_zero(mlp.b_out)),
@@ -312,26 +312,39 @@ def _scale(cfg: Any) -> float:
     return 1 / float(cfg.attn_scale) if cfg.attn_scale and cfg.attn_scale > 0 else cfg.d_head**-0.5
 
 
-def _turning(cfg: Any) -> int:
-    return cfg.rotary_dim or cfg.d_head
-
-
-def _side_by_side(cfg: Any) -> Int[Tensor, " d_head"]:
-    """The order that puts the two partners of every rotary pair side by side.
+def _side_by_side(cfg: Any, turning: int) -> Int[Tensor, " d_head"]:
+    """The order that puts the two partners of every rotary pair side by side, where that many numbers turn.
 
     Queries and keys are put into it alike, which changes none of their products.
     """
     order = torch.arange(cfg.d_head)
     if getattr(cfg, "rotary_adjacent_pairs", False):
         return order
-    turning = order[: _turning(cfg)]
-    return torch.cat([torch.stack(turning.chunk(2), 1).flatten(), order[_turning(cfg) :]])
+    return torch.cat([torch.stack(order[:turning].chunk(2), 1).flatten(), order[turning:]])
 
 
-def _turns(cfg: Any, length: int, device: torch.device) -> Tensor:
-    """The rotary factor of every position and pair of numbers; 1 for pairs that do not turn."""
-    powers = torch.arange(0, _turning(cfg), 2, device=device, dtype=torch.float32) / _turning(cfg)
-    still = torch.zeros((cfg.d_head - _turning(cfg)) // 2, device=device)
-    speed = torch.cat([float(cfg.rotary_base) ** -powers, still])
-    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * speed
+def _factors(model: Any, length: int) -> Factors | None:
+    """The rotary factor of every position and pair of numbers that turns; None without rotary positions.
+
+    A bridge's own module says it: HuggingFace's base, share of the head and scaling are not all in the configuration
+    that TransformerLens makes of HuggingFace's.
+    """
+    cfg = model.cfg
+    if cfg.positional_embedding_type != "rotary":
+        return None
+    positions = torch.arange(length, device=model.W_U.device)
+    own = getattr(model, "rotary_emb", None)
+    if own is not None:
+        cos, sin = own(model.W_U, positions[None])
+        turning = cos.shape[-1]  # each factor stands there twice, once per partner
+        return torch.complex(cos[0, :, : turning // 2].contiguous(), sin[0, :, : turning // 2].contiguous())
+    turning = cfg.rotary_dim or cfg.d_head
+    powers = torch.arange(0, turning, 2, device=positions.device, dtype=torch.float32) / turning
+    angles = positions[:, None] * float(cfg.rotary_base) ** -powers
     return torch.polar(torch.ones_like(angles), angles)
+
+
+def _turns(factors: Factors, pairs: int) -> Factors:
+    """The factors of all pairs of a head: 1 for those that do not turn."""
+    still = factors.new_ones(factors.shape[0], pairs - factors.shape[1])
+    return torch.cat([factors, still], 1)

@@ -150,14 +150,14 @@ class Sweep:
         self, batch: PatchBatch, source: Recorded, target: Recorded
     ) -> list[tuple[tuple[str, ...], Suffix | Hooked]]:
         """The fast way for the sites it knows, all at once, if it gives the model's logits; else the general way."""
-        known = self._known if self.blocks else ()
         found: list[tuple[tuple[str, ...], Suffix | Hooked]] = []
-        if self.blocks and known:
-            fast = Suffix(self.model, self.blocks, batch, known, self.layers, source.states, target.states)
+        if self.blocks and self._known:
+            fast = Suffix(self.model, self.blocks, batch, self._known, self.layers, source.states, target.states)
             if fast.agrees(target.last):
-                found.append((known, fast))
+                found.append((self._known, fast))
+        served = self._known if found else ()
         for site in self.sites:
-            if not found or site not in known:
+            if site not in served:
                 names = resolve(self.model, site, self.layers)
                 found.append(((site,), Hooked(self.model, batch, site, names, source.states, target.last)))
         return found

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.models import hf_model, made
+from helpers.models import SIZES, hf_model, made, random_model
 from helpers.patching import CLOSE, EQUAL, PAIRS, TOKENIZER, swept
 from helpers.tiers import unit_first
 from torch import Tensor
 
+from ctlens.analysis import patch
 from ctlens.analysis.patching import hooked as patching_hooks
 from ctlens.analysis.patching import sweep as ours
 from ctlens.analysis.patching.blocks import Block
@@ -69,6 +70,28 @@ def test_models_made_here_and_bridges_go_the_fast_way(kind: str):
     model = made() if kind == "made here" else load_model(hf_model(kind), tokenizer=TOKENIZER)
     assert {swept(model, PAIRS, site).path for site in SUFFIX_SITES} == {"suffix"}
     assert {swept(model, PAIRS, site).path for site in ("pattern", "mlp_post")} == {"hooks"}
+
+
+LLAMA_3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+# What TransformerLens's own configuration does not say of a bridge's rotation: its base, its scaling, and its share.
+ROTATIONS: dict[str, dict[str, Any]] = {
+    "another base": {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
+    "scaled": {"model_type": "llama", "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e4, **LLAMA_3}},
+    "a part of the head": {
+        "model_type": "gpt_neox",
+        "rope_parameters": {"rope_theta": 5e4, "partial_rotary_factor": 0.5},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_a_bridge_goes_the_fast_way_however_its_rotation_is_set(kind: str, monkeypatch: pytest.MonkeyPatch):
+    model = load_model(random_model(**SIZES, **ROTATIONS[kind]), tokenizer=TOKENIZER)
+    fast = swept(model, PAIRS, "resid_pre")
+    monkeypatch.setattr(ours, "read_blocks", lambda *parts: None)
+    slow = swept(model, PAIRS, "resid_pre")
+    assert (fast.path, slow.path) == ("suffix", "hooks")
+    np.testing.assert_allclose(fast.values, slow.values, **CLOSE)
 
 
 def test_without_onednn_the_activation_follows_the_product(monkeypatch: pytest.MonkeyPatch):
@@ -137,9 +160,10 @@ def test_a_row_that_is_prepared_wrongly_is_noticed(monkeypatch: pytest.MonkeyPat
     right = swept(model, PAIRS, "mlp_out")
     changed = Suffix._changed
     monkeypatch.setattr(Suffix, "_changed", lambda *parts: 1.01 * changed(*parts))
-    found = swept(model, PAIRS, "mlp_out")
-    assert (right.path, found.path) == ("suffix", "hooks")
-    np.testing.assert_allclose(found.values, right.values, **CLOSE)
+    options: Any = {"direction": "denoising", "progress": False}
+    found = patch(model, PAIRS, site=("resid_pre", "mlp_out", "pattern"), **options)  # the general way takes all sites
+    assert right.path == "suffix" and {of_site.path for of_site in found.values()} == {"hooks"}
+    np.testing.assert_allclose(found["mlp_out"].values, right.values, **CLOSE)
 
 
 @pytest.mark.parametrize(
