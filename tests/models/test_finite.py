@@ -181,7 +181,8 @@ def test_chosen_positions_alone_are_unembedded_and_have_their_logits(name: str) 
     model = load_model(odd_model(name)) if name in ODD else chat_model(name)
     tokens = torch.randint(1, 300, (3, 6), generator=torch.Generator().manual_seed(0))
     chosen = torch.zeros_like(tokens, dtype=torch.bool)
-    chosen[0, 5] = chosen[2, 1:3] = True
+    chosen[0, 5] = True
+    chosen[2, 1:3] = True
     seen: list[int] = []
     whole = forward(model, tokens)
     unembed: nn.Module = model.unembed  # type: ignore[attr-defined]
