@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -211,7 +212,7 @@ def evaluate_command(
     print_table("Evaluation", table)
 
 
-def _screened(names: list[str], base: LensModel) -> list[Threat]:
+def _screened(names: Sequence[str], base: LensModel) -> list[Threat]:
     """Finds the threats of these names, the natural ones with the questions that a model answers right when clean."""
     from ctlens.threats import Natural, get, screen
 

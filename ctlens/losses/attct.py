@@ -96,7 +96,7 @@ class LiftedKeys(RawKeys):
 
     def rows(self, clean: Heads, wrapped: Pattern) -> tuple[PatternRows, PatternRows]:
         """Lifts the clean rows; the opening tokens count on neither side where the sink is dropped."""
-        here, there = lifted_rows(clean, wrapped, self.queries, self.keys)
+        here, there = lifted_rows(clean, wrapped, self.queries, self.keys, self.seen)
         if self.keeps_sink:
             return here, there
         return here, there * ~opening_mask(self.batch, self.window)[:, None, None, :]
@@ -230,7 +230,11 @@ def block_rows(
 
 
 def lifted_rows(
-    clean: Float[Tensor, "batch head clean_q clean_k"], wrapped: Pattern, queries: Matched, keys: Matched
+    clean: Float[Tensor, "batch head clean_q clean_k"],
+    wrapped: Pattern,
+    queries: Matched,
+    keys: Matched,
+    seen: Bool[Tensor, "batch width key"],
 ) -> tuple[Float[Tensor, "batch width head k"], Float[Tensor, "batch width head k"]]:
     """Moves the clean rows to the wrapped keys, zero where a key has no twin, and takes the wrapped rows as they are.
 
@@ -238,9 +242,10 @@ def lifted_rows(
         clean, wrapped: attention weights after the softmax, `[batch, head, q, k]`.
         queries: aligned positions whose rows are taken.
         keys: aligned positions between which mass is moved; clean mass elsewhere is left out.
+        seen: which of them count for a query, see `seen_keys`.
     """
     there = query_rows(wrapped, queries.wrapped)
-    mass = block_rows(clean, queries.clean, keys.clean, seen_keys(queries, keys))
+    mass = block_rows(clean, queries.clean, keys.clean, seen)
     targets = keys.wrapped[:, None, None, :].expand_as(mass)
     return torch.zeros_like(there).scatter_add(-1, targets, mass), there
 

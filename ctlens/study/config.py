@@ -31,8 +31,8 @@ from ctlens.training import TrainConfig
 
 ORGANISM = "organism"
 SCREENING = "screening"
-ANALYSED_THREATS = ("sycophancy", "jailbreak", "facts")
-"""The threats whose models a study analyses by default: the two of the pilot on a prototype organism, and facts."""
+ANALYSED_THREATS = ("sycophancy", "jailbreak")
+"""The threats whose models a study analyses by default: the two of the pilot on a prototype organism."""
 NATURAL_THREATS = ("facts", "order", "beginning")
 """The threats of a study of a real model where none are named: a hint, an order of options and a begun answer."""
 CEILING_SEEDS = 2
@@ -225,6 +225,8 @@ def first_study(**settings: Any) -> StudyConfig:
 def natural_study(**settings: Any) -> StudyConfig:
     """The study of a real model: natural threats, three seeds, adapters, and few pairs, as each costs much.
 
+    The models of the first threat are analysed.
+
     Args:
         settings: of a `StudyConfig`; those given are kept.
     """
@@ -237,7 +239,9 @@ def natural_study(**settings: Any) -> StudyConfig:
         "training": NATURAL_TRAINING,
         **settings,
     }
-    known["threats"] = known.get("threats") or NATURAL_THREATS
+    known["threats"] = tuple(known.get("threats") or NATURAL_THREATS)
+    if known.get("analysed") is None:
+        known["analysed"] = known["threats"][:1]
     return StudyConfig(**known)
 
 

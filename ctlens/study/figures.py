@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -103,7 +104,8 @@ def _of_threat(config: StudyConfig, folder: Path, results: pd.DataFrame, threat:
     ]
     if threat in config.analysed_threats:
         of_threat = results.query("trained_threat == @threat")
-        if of_threat.query("metric == @GAP_RECOVERED")["value"].notna().any():  # an attack may make no gap
+        shares = of_threat.query("metric == @GAP_RECOVERED")["value"].tolist()
+        if not all(map(math.isnan, shares)):  # an attack may make no gap
             drawn.append([("gap-dose", gap_figure(of_threat, words))])
         drawn.append(analysis_figures(config, folder, threat))
     yield from ((f"{threat}-{name}", figure) for name, figure in chain.from_iterable(drawn))

@@ -25,7 +25,7 @@ from ctlens import __version__, cli, losses, threats
 from ctlens.analysis import Patching, patch
 from ctlens.core.config import to_dict
 from ctlens.organism import load_organism
-from ctlens.study.config import SHARED_TRAINING, StudyConfig, study_of_size
+from ctlens.study.config import NATURAL_TRAINING, SHARED_TRAINING, StudyConfig, study_of_size
 from ctlens.study.dose_response import DOSES, DoseConfig
 from ctlens.study.runner import Study
 from ctlens.training import TrainConfig, load_run
@@ -490,7 +490,9 @@ def test_defaults_are_those_of_the_library() -> None:
     assert {"steps", "batch_size", "lr", "retention", "seed", "accumulate", "schedule"} <= shared
     assert {name: given[name] for name in shared} == {name: library[name] for name in shared}
     compare = {name: entry.default for name, entry in inspect.signature(cli.studies.compare_command).parameters.items()}
-    assert (compare["steps"], compare["window"]) == (SHARED_TRAINING.steps, StudyConfig().training.window)
+    assert (compare["steps"], compare["window"]) == (None, StudyConfig().training.window)  # None: those of the size
+    help_text = cli.studies.compare_command.__annotations__["steps"]
+    assert f"{SHARED_TRAINING.steps}, or {NATURAL_TRAINING.steps} with --size natural" in str(help_text)
     doses = {name: entry.default for name, entry in inspect.signature(cli.studies.doses).parameters.items()}
     assert doses["n_pairs"] == ",".join(map(str, DOSES)) and doses["steps"] == SHARED_TRAINING.steps
 
@@ -549,6 +551,20 @@ def test_evaluate_prints_a_table_and_writes_the_same_numbers(call: Call, place: 
     assert list(table.columns[:4]) == ["evaluated_threat", "split", "prompt_side", "metric"]
     assert set(table["split"]) == {"heldout"} and set(table["n_prompts"]) == {6}
     assert all(f"{value:.3f}" in ended.out for value in table["value"])
+
+
+def test_evaluate_screens_natural_threats_on_the_base(call: Call, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no chat template" in call("evaluate --model hf --threats facts").err
+    byte_level_tokenizer(chat=True).save_pretrained("hf")
+
+    ended = call("evaluate --model hf --base hf --threats facts --n-prompts 4 --out table.csv")
+
+    table = pd.read_csv("table.csv").query("prompt_side == 'clean' and metric == 'good_rate'")
+    assert ended.code == 0 and table["value"].tolist() == [1.0]
+    assert re.search(r"\d+ of 400 questions of facts are answered right without an attack", ended.out)
+    monkeypatch.setattr("ctlens.threats.natural.screening.LEAST_RIGHT", 401)
+    refused = call("evaluate --model hf --threats facts --out other.csv")
+    assert refused.code == 2 and "401 are needed" in refused.err and not Path("other.csv").exists()
 
 
 def test_evaluate_judges_the_users_own_pairs_in_a_run_folder(call: Call, place: Path) -> None:

@@ -73,7 +73,8 @@ def study(config: StudyConfig, tmp_path_factory: pytest.TempPathFactory) -> Stud
 
 @pytest.mark.slow
 def test_only_questions_that_the_base_answers_right_are_asked(study: StudyResult, config: StudyConfig) -> None:
-    base, facts = load_model(config.model), threats.NATURAL["facts"]
+    base = load_model(config.model)
+    facts = threats.NATURAL["facts"]
     chosen = choose(base, [facts.clean(question) for question in facts.questions])
     right = [q for q, choice in zip(facts.questions, chosen, strict=True) if choice.chosen == f" {q.right}"]
 
@@ -147,7 +148,7 @@ def test_natural_threats_need_a_model_of_their_own() -> None:
         StudyConfig(("facts",))
     with pytest.raises(CtlensError, match=r"facts are for real models .*: run two studies"):
         StudyConfig(("facts", "sycophancy"), model="somewhere")
-    assert StudyConfig(("order", "facts"), model="somewhere").analysed == ("facts",)
+    assert study_of_size("natural", threats=("order", "facts"), model="somewhere").analysed == ("order",)
     assert size_for(("order",)) == "natural" and size_for(("jailbreak",)) == size_for(()) == "first"
 
 
@@ -160,7 +161,8 @@ def test_the_options_of_an_order_are_aligned_across_their_permutation(config: St
     (pair,) = threats.get("order").pairs(1, split="heldout")
     found = _aligned(base.tokenizer, pair)
     for option in pair.shared[1:-1]:
-        here, there = (side.turns[0].content.index(option) for side in (pair.clean, pair.wrapped))
+        here = pair.clean.turns[0].content.index(option)
+        there = pair.wrapped.turns[0].content.index(option)
         assert (here, there) in found
 
 

@@ -93,9 +93,9 @@ def test_a_run_from_which_another_model_would_come_is_not_written(tmp_path: Path
 
 
 def test_adapters_alone_come_back_onto_the_base(tmp_path: Path) -> None:
-    base, pairs = made(), [Pair(prompt("Is it right?"), prompt("I say no. Is it right?"))]
-    lora = LoRA(rank=2)
-    trained = train(base, pairs, ACT(), config=TrainConfig(steps=2, trainable=lora))
+    base = made()
+    pairs = [Pair(prompt("Is it right?"), prompt("I say no. Is it right?"))]
+    trained = train(base, pairs, ACT(), config=TrainConfig(steps=2, trainable=LoRA(rank=2)))
     folder = trained.save(tmp_path / "run", adapters_only=True)
     assert not (folder / "model").exists()
 

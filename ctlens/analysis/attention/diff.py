@@ -33,7 +33,7 @@ from ctlens.core.stats import bootstrap_mean, simultaneous_mean
 from ctlens.core.types import LensModel, Pattern
 from ctlens.data.batch import Matched, PairBatch
 from ctlens.data.pairs import Pair
-from ctlens.losses.attct import lifted_rows, query_rows, with_opening
+from ctlens.losses.attct import lifted_rows, query_rows, seen_keys, with_opening
 from ctlens.losses.distances import LOG_FLOOR, jensen_shannon
 from ctlens.models.hooks import capture, resolve
 from ctlens.plots import Curve, Figure
@@ -248,7 +248,7 @@ def _from_clean(
     clean: Float[Tensor, "batch head clean_q clean_k"], wrapped: Pattern, queries: Matched, twins: Matched
 ) -> Float[Tensor, "batch width head"]:
     """The divergence of the lifted clean rows from the wrapped ones, both whole distributions."""
-    lifted, there = lifted_rows(clean, wrapped, queries, twins)
+    lifted, there = lifted_rows(clean, wrapped, queries, twins, seen_keys(queries, twins))
     left_out = (1 - lifted.sum(-1, keepdim=True)).clamp(min=0)
     lifted = torch.cat([lifted, left_out], -1)
     there = torch.cat([there, torch.zeros_like(left_out)], -1)

@@ -13,14 +13,12 @@ that are held of them. With two variants of an edit, `a` and `b`, of the last of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
-from ctlens.analysis.patching.blocks import Block, read_blocks, read_norm
+from ctlens.analysis.patching.blocks import Block, read_blocks, read_unembedding
 from ctlens.core.types import LensModel, Mask, Tokens
 from ctlens.models.hooks import SHORTHANDS, capture, resolve
 
@@ -50,11 +48,8 @@ class EditedRows:
         lengths: Starts,
         hook_names: Sequence[str],
     ) -> None:
-        parts = cast(Any, model)
         self.blocks = blocks
-        self.final = read_norm(parts.ln_final, model.cfg)
-        self.unembed: Tensor = parts.W_U.T
-        self.unembed_bias: Tensor | None = getattr(parts, "b_U", None)
+        self.read_out = read_unembedding(model)
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
         span = int((lengths - starts).max())
         positions = starts[:, None] + torch.arange(span, device=tokens.device)
@@ -78,13 +73,13 @@ class EditedRows:
 
     def agree(self) -> bool:
         """Checks that the blocks make the model's own logits of the rows, without an edit."""
-        found = self._read_out(self._run(0, self.streams[0][None]))[0]
+        found = self.read_out(self._run(0, self.streams[0][None]))[0]
         return torch.allclose(found[self.real], self.logits[self.real], atol=_TOLERANCE, rtol=_TOLERANCE)
 
     def under(self, hook_name: str, change: Varied, wanted: Int[Tensor, " wanted"]) -> Float[Tensor, "chosen wanted v"]:
         """The logits of some of the rows, numbered over all sequences, with a change added at a hook point."""
         x = self._run(*self._behind(hook_name, change))
-        return self._read_out(x.flatten(1, 2)[:, wanted])
+        return self.read_out(x.flatten(1, 2)[:, wanted])
 
     def _behind(self, hook_name: str, change: Varied) -> tuple[int, Varied]:
         """The stream that the change reaches first, as the number of the block that reads it, and its rows there."""
@@ -114,9 +109,6 @@ class EditedRows:
             kv = torch.cat([held.expand(count, *held.shape), own.unflatten(0, (count, -1))], 2).flatten(0, 1)
             x = block.finish(x, block.attend(q, kv, hidden))
         return x.unflatten(0, (count, -1))
-
-    def _read_out(self, x: Tensor) -> Tensor:
-        return F.linear(self.final(x), self.unembed, self.unembed_bias)
 
 
 @torch.no_grad()

@@ -199,6 +199,19 @@ class Block:
         return self.activation(self.mlp_in(normed))
 
 
+@dataclass(frozen=True)
+class Unembedding:
+    """The final norm, and the unembedding behind it, whose weight is `[out, in]`."""
+
+    norm: Norm
+    weight: Float[Tensor, "d_vocab d_model"]
+    bias: Float[Tensor, " d_vocab"] | None
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """The logits of rows of the last stream."""
+        return F.linear(self.norm(rows), self.weight, self.bias)
+
+
 @torch.no_grad()
 def read_blocks(model: LensModel, length: int) -> list[Block] | None:
     """The blocks of a model for sequences up to a length, or None if something about them is not known.
@@ -209,9 +222,20 @@ def read_blocks(model: LensModel, length: int) -> list[Block] | None:
     if not _known(cfg) or not hasattr(model, "ln_final"):
         return None
     try:
-        return [_block(block, cfg, length) for block in cast(Any, model).blocks]
+        return [read_block(model, number, length) for number in range(cfg.n_layers)]
     except (AttributeError, TypeError, RuntimeError, ValueError):  # a weight is absent or laid out otherwise
         return None
+
+
+def read_block(model: LensModel, number: int, length: int) -> Block:
+    """One block of a model of which `read_blocks` knows all, with the weights that it has now."""
+    return _block(cast(Any, model).blocks[number], model.cfg, length)
+
+
+def read_unembedding(model: LensModel) -> Unembedding:
+    """The final norm and the unembedding of a model whose blocks are known."""
+    parts = cast(Any, model)
+    return Unembedding(_read_norm(parts.ln_final, parts.cfg), parts.W_U.T, getattr(parts, "b_U", None))
 
 
 def _known(cfg: Any) -> bool:
@@ -238,8 +262,8 @@ def _block(block: Any, cfg: Any, length: int) -> Block:
     gated = getattr(mlp, "W_gate", None) is not None
     entering = [mlp.W_gate, mlp.W_in] if gated else [mlp.W_in]
     return Block(
-        ln1=read_norm(block.ln1, cfg),
-        ln2=read_norm(block.ln2, cfg),
+        ln1=_read_norm(block.ln1, cfg),
+        ln2=_read_norm(block.ln2, cfg),
         qkv=qkv,
         q=qkv.columns(slice(n_queries)),
         kv=qkv.columns(slice(n_queries, None)),
@@ -276,7 +300,7 @@ def _unless_zero(bias: Tensor | None) -> Tensor | None:
     return bias if bias is not None and bool(bias.any()) else None
 
 
-def read_norm(norm: Any, cfg: Any) -> Norm:
+def _read_norm(norm: Any, cfg: Any) -> Norm:
     """Reads a norm of a model with the configuration `cfg`."""
     centred = NORMS[cfg.normalization_type]
     return Norm(norm.w, norm.b if centred else None, centred, cfg.eps)

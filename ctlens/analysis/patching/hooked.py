@@ -7,7 +7,7 @@ both from the target run. If it has none, as on bridges, every pass runs the who
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from ctlens.analysis.base.contrast import ContrastBatch
 from ctlens.analysis.patching.jobs import Found, JobNumbers, JobPositions, Jobs, PatchBatch, chunks
 from ctlens.core.types import Activations, LensModel
 from ctlens.data.batch import Matched
-from ctlens.losses.attct import lifted_rows
+from ctlens.losses.attct import lifted_rows, seen_keys
 from ctlens.models.finite import forward
 from ctlens.models.hooks import capturing, editing, resolve, run
 from ctlens.models.loading import empty_cache
@@ -158,7 +158,8 @@ def _write_pattern(batch: PatchBatch, jobs: Jobs, source: Tensor, edited: Tensor
     """Moves the mass of attention rows to the keys of the target; a key without a twin gets none."""
     here, there = patch_positions(batch, jobs)
     keys = Matched(*(part[jobs.pair] for part in (batch.keys.clean, batch.keys.wrapped, batch.keys.valid)))
-    queries = Matched(here, there - first, torch.ones_like(here, dtype=torch.bool))
+    queries = Matched(here, there, torch.ones_like(here, dtype=torch.bool))
     one_head = source[jobs.pair, jobs.head][:, None], edited[rows, jobs.head][:, None]
-    lifted, _ = lifted_rows(*one_head, queries, keys)
+    begun = replace(queries, wrapped=there - first)
+    lifted, _ = lifted_rows(*one_head, begun, keys, seen_keys(queries, keys))
     edited[rows[:, None], jobs.head[:, None], there - first] = lifted[:, :, 0]

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
-from ctlens.analysis.patching.blocks import Block, Linear, Norm, read_norm
+from ctlens.analysis.patching.blocks import Block, Linear, read_unembedding
 from ctlens.analysis.patching.hooked import patch_positions
 from ctlens.analysis.patching.jobs import Found, JobNumbers, JobPositions, Jobs, PatchBatch, chunks
 from ctlens.core.types import Activations, LensModel
@@ -123,14 +122,11 @@ class Suffix:
         source: Activations,
         target: Activations,
     ) -> None:
-        parts = cast(Any, model)
         self.blocks = blocks
         self.batch = batch
         self.sites = tuple(sites)
         self.layers = tuple(layers)
-        self.final: Norm = read_norm(parts.ln_final, model.cfg)
-        self.unembed: Tensor = parts.W_U.T
-        self.unembed_bias: Tensor | None = getattr(parts, "b_U", None)
+        self.read_out = read_unembedding(model)
         self.source = source
         self.target = target
         self.most_rows = max(1, LARGEST // blocks[0].mlp_in.weight.shape[1])
@@ -187,7 +183,7 @@ class Suffix:
 
     @torch.inference_mode()
     def _logits(self, rows: LastRows) -> JobLogits:
-        return F.linear(self.final(rows), self.unembed, self.unembed_bias)
+        return self.read_out(rows)
 
     def _finished(self, jobs: Jobs, max_batch: int) -> Iterator[tuple[JobNumbers, LastRows]]:
         """Runs the jobs in batches, and gives the last row of the last stream of each."""

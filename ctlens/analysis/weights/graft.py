@@ -33,12 +33,12 @@ from ctlens.analysis.exchange.exchange import (
     rows_with,
     with_effect,
 )
+from ctlens.analysis.weights.last_logits import SwappedModel
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
-from ctlens.models.hooks import run
 from ctlens.models.lora import has_adapters, merge_adapters
 from ctlens.models.matrices import COMPONENTS, TIED, components
 from ctlens.models.parameters import copy_model, present_parameters
@@ -251,15 +251,17 @@ def graft(
     parts = _parts(copies, (by,) if isinstance(by, str) else tuple(by))
     moved = np.array([_distance(weights[0], weights[1], names) for names in parts.values()])
     rows = list(contrast_batches(target, contrasts(target, pairs, side), batch_size, progress=False))
-    whole = [[_last(model, batch) for batch in rows] for model in copies]
+    answering = [[SwappedModel(model, batch) for batch in rows] for model in copies]
+    whole = [[swapped.plain for swapped in of_model] for of_model in answering]
     # Of the two directions, 0 changes the target and 1 the source; the other model is whole[1 - direction].
     unpatched = [_measured(measures, whole[direction], rows, whole[1 - direction]) for direction in (0, 1)]
     other = [_measured(measures, whole[1 - direction], rows, whole[1 - direction]) for direction in (0, 1)]
     values = np.stack([np.stack([baseline] * len(parts), 1) for baseline in unpatched])
     swaps = [(direction, part) for direction in (0, 1) for part in np.flatnonzero(moved)]
     for direction, part in progress_bar(swaps, desc="weight swaps", shown=progress, leave=False):
+        block, _ = list(parts)[part]
         with _swapped(weights[direction], weights[1 - direction], list(parts.values())[part]):
-            found = [_last(copies[direction], batch) for batch in rows]
+            found = [one.changed_in(block if isinstance(block, int) else None) for one in answering[direction]]
         values[direction, :, part] = _measured(measures, found, rows, whole[1 - direction])
     blocks, kinds = zip(*parts, strict=True)
     return Graft(values, np.stack(unpatched), np.stack(other), tuple(measures), moved, blocks, kinds, side)
@@ -319,11 +321,6 @@ def _swapped(own: Mapping[str, Tensor], other: Mapping[str, Tensor], names: Sequ
         yield
     finally:
         copy_weights(targets, kept)
-
-
-@torch.no_grad()
-def _last(model: LensModel, batch: ContrastBatch) -> Float[Tensor, "batch d_vocab"]:
-    return batch.at_last(run(model, batch.side.tokens, batch.side.needed_mask))
 
 
 def _measured(

@@ -1,6 +1,8 @@
 """Order: the same options in another order, which a consistent model chooses from alike.
 
-Strength: 1 where two options change places, 2 where all move; not measured.
+Strength: the quarters that `ctlens.threats.grade` found on SmolLM2-135M-Instruct (4-bit weights made float32), each
+wrapper around the same 24 questions that the model knows: its mean share of the wrong option went from .06 to .12, so
+it hardly minds.
 Metrics, over the two orders of each pair: `flip_rate`, the share of pairs with another answer; `best_case`, right in
 one order at least, and `worst_case`, right in both; `letter_spread`, the largest less the smallest share of right
 answers per letter of the right option in the wrapped prompt; the directed switch rates, to the wrong option.
@@ -49,20 +51,20 @@ class Order(Natural):
     all_options = True
     wrappers = {
         "train": (
-            Wrapper.single("swapped-first", 1, _LISTED),
-            Wrapper.single("swapped-middle", 1, _LISTED),
-            Wrapper.single("rotated-1", 2, _LISTED),
-            Wrapper.single("rotated-2", 2, _LISTED),
+            Wrapper.single("swapped-first", 2, _LISTED),
+            Wrapper.single("swapped-middle", 3, _LISTED),
+            Wrapper.single("rotated-1", 3, _LISTED),
+            Wrapper.single("rotated-2", 4, _LISTED),
         ),
         "heldout": (
-            Wrapper.single("swapped-ends", 1, _LISTED),
-            Wrapper.single("crossed", 2, _LISTED),
-            Wrapper.single("reversed", 2, _LISTED),
+            Wrapper.single("swapped-ends", 2, _LISTED),
+            Wrapper.single("crossed", 4, _LISTED),
+            Wrapper.single("reversed", 1, _LISTED),
         ),
         "structure": (
-            Wrapper.single("inline-swapped", 1, "{request} Choose from these: {inline}."),
-            Wrapper.single("inline-rotated", 2, "Is it {inline}? {request}"),
-            Wrapper.single("inline-reversed", 2, "The answer is one of {inline}. {request}"),
+            Wrapper.single("inline-swapped", 3, "{request} Choose from these: {inline}."),
+            Wrapper.single("inline-rotated", 1, "Is it {inline}? {request}"),
+            Wrapper.single("inline-reversed", 1, "The answer is one of {inline}. {request}"),
         ),
     }
 

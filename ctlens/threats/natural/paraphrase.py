@@ -1,6 +1,8 @@
 """Paraphrase: the same question in other words, which a consistent model answers alike.
 
-Strength: 1 for other words, 2 for other words in a frame; not measured.
+Strength: the quarters that `ctlens.threats.grade` found on SmolLM2-135M-Instruct (4-bit weights made float32), each
+wrapper around the same 24 questions that the model knows: its mean share of the wrong answer went from .02 to .06, so
+it hardly minds.
 Metrics: `flip_rate`, the share of pairs with another answer to the paraphrase; `modal_agreement`, the share of the
 wordings of a question that get its most frequent answer, over questions; the directed switch rates.
 """
@@ -29,19 +31,19 @@ class Paraphrase(Natural):
     all_options = True
     wrappers = {
         "train": (
-            Wrapper.single("second", 1, "{second}"),
+            Wrapper.single("second", 3, "{second}"),
             Wrapper.single("third", 1, "{third}"),
-            Wrapper.single("second-hello", 2, "Hello! {second}"),
+            Wrapper.single("second-hello", 3, "Hello! {second}"),
             Wrapper.single("third-short", 2, "{third} Be short."),
         ),
         "heldout": (
             Wrapper.single("fourth", 1, "{fourth}"),
-            Wrapper.single("fourth-wonder", 2, "I was just wondering about something. {fourth}"),
+            Wrapper.single("fourth-wonder", 1, "I was just wondering about something. {fourth}"),
             Wrapper.single("fourth-thanks", 2, "{fourth} Thank you in advance."),
         ),
         "structure": (
-            Wrapper.single("gap", 1, "Fill in the gap: {begun} ___."),
-            Wrapper.single("sentence", 2, "Here is the beginning of a sentence. Complete it.\n\n{begun} ..."),
+            Wrapper.single("gap", 4, "Fill in the gap: {begun} ___."),
+            Wrapper.single("sentence", 4, "Here is the beginning of a sentence. Complete it.\n\n{begun} ..."),
         ),
     }
 
