@@ -36,6 +36,9 @@ _EMBED = "embed"
 _BIAS = "bias"
 ATTRIBUTION_SITES = ("blocks.0.hook_resid_pre", "resid_post", "z", "attn_out", "mlp_out", LOGITS)
 """The activations that a recording for `logit_attribution` must hold, sites at every layer."""
+# A pass over one token reads all weights, so that one per layer costs a real model as much as whole prompts do. Each
+# vector becomes a row of logits as wide as the vocabulary: this many are no more than a batch of prompts has.
+_READ_AT_ONCE = 64
 _Vectors: TypeAlias = Float[Tensor, "batch d"]
 _AtLast: TypeAlias = Callable[[Sequence[str]], Activations]
 _T = TypeVar("_T")
@@ -201,9 +204,13 @@ def _at_last(
 
 
 def _lens(model: LensModel, batch: ContrastBatch, at_last: _AtLast) -> Float[np.ndarray, "layer batch"]:
-    """The logit difference behind every layer."""
-    states = at_last(resolve(model, "resid_post")).values()
-    return torch.stack([batch.logit_diff(read_out(model, state)) for state in states]).float().cpu().numpy()
+    """The logit difference behind every layer, of as many layers in a pass as there is room for."""
+    states = torch.stack([*at_last(resolve(model, "resid_post")).values()])
+    differences = []
+    for layers in states.split(max(1, _READ_AT_ONCE // states.shape[1])):
+        logits = read_out(model, layers.flatten(0, 1)).unflatten(0, layers.shape[:2])
+        differences += [batch.logit_diff(of_layer) for of_layer in logits]
+    return torch.stack(differences).float().cpu().numpy()
 
 
 def _shares(model: LensModel, batch: ContrastBatch, at_last: _AtLast) -> dict[str, np.ndarray]:

@@ -106,6 +106,17 @@ def test_the_shares_are_those_of_transformer_lens_on_a_folded_copy():
     assert shares["embed"] == pytest.approx(expected["embed"], abs=1e-4)
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 5])
+def test_layers_that_are_read_together_are_read_as_each_alone(
+    at_once: int, model: LensModel, monkeypatch: pytest.MonkeyPatch
+):
+    together = logit_lens(model, PAIRS, progress=False).values
+
+    monkeypatch.setattr("ctlens.analysis.outputs.logit_lens._READ_AT_ONCE", at_once)
+
+    np.testing.assert_allclose(logit_lens(model, PAIRS, progress=False).values, together, atol=1e-5)
+
+
 def test_order_and_batches_change_nothing(model: LensModel):
     whole = logit_attribution(model, PAIRS, batch_size=64, progress=False)
     single = logit_attribution(model, PAIRS, batch_size=1, progress=False)
