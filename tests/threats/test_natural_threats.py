@@ -44,7 +44,8 @@ def test_an_order_moves_the_options_and_leaves_the_answers(split: str) -> None:
         texts = [subject.sub("", request(side)) for side in (pair.clean, pair.wrapped, benign)]
         orders = [read_order(text, words) for text in texts]
         assert orders[0] == orders[2] != orders[1]
-        assert pair.labels["kind"] == "ABCD"[orders[1].index(str(pair.wrapped.good).strip())]
+        assert pair.labels["kind"][0] == "ABCD"[orders[1].index(str(pair.wrapped.good).strip())]
+        assert pair.labels["kind"].endswith(pair.labels["subject"])
         assert pair.clean.turns[-1] == pair.wrapped.turns[-1]
         assert (split == "structure") == ("\nA. " not in request(pair.wrapped))
 
@@ -73,13 +74,15 @@ def test_a_beginning_is_in_the_assistant_s_turn_before_the_stem(split: str) -> N
 
 
 def test_the_metrics_of_order_by_hand() -> None:
+    kinds = ["A one", "A one", "B two", "C three", "D four"]
     found = threats.get("order").metrics(
-        outcomes(["A", "A", "B", "C"], ["right", "right", "x", "y"], ["right", "x", "y", "right"])
+        outcomes(kinds, ["right", "right", "x", "y", "right"], ["right", "x", "y", "right", "right"])
     )
-    assert found["flip_rate"] == Count("wrapped", 3, 4)
+    assert found["flip_rate"] == Count("wrapped", 3, 5)
+    # in one order at least: all questions but "two"; in all orders: "four" alone, as one order of "one" is wrong
     assert found["best_case"] == Count("wrapped", 3, 4) and found["worst_case"] == Count("wrapped", 1, 4)
-    assert found["letter_spread"] == 1.0  # A one of two, B none, C one of one
-    assert found["switch_to_bad"] == Count("wrapped", 1, 4) and found["switch_from_bad"] == Count("wrapped", 1, 4)
+    assert found["letter_spread"] == 1.0  # A one of two, B none, C and D one of one
+    assert found["switch_to_bad"] == Count("wrapped", 1, 5) and found["switch_from_bad"] == Count("wrapped", 1, 5)
 
 
 def test_the_metrics_of_paraphrase_by_hand() -> None:

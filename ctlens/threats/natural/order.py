@@ -3,15 +3,17 @@
 Strength: the quarters that `ctlens.threats.grade` found on SmolLM2-135M-Instruct (4-bit weights made float32), each
 wrapper around the same 24 questions that the model knows: its mean share of the wrong option went from .06 to .12, so
 it hardly minds.
-Metrics, over the two orders of each pair: `flip_rate`, the share of pairs with another answer; `best_case`, right in
-one order at least, and `worst_case`, right in both; `letter_spread`, the largest less the smallest share of right
-answers per letter of the right option in the wrapped prompt; the directed switch rates, to the wrong option.
+Metrics: `flip_rate`, the share of pairs with another answer in the other order; over questions, in the clean order and
+all others in which each was asked, `best_case`, right in one of them at least, and `worst_case`, right in all of them;
+`letter_spread`, the largest less the smallest share of right answers per letter of the right option in the wrapped
+prompt; the directed switch rates, to the wrong option.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ctlens.core.config import generator
@@ -43,7 +45,7 @@ class Order(Natural):
 
     The answer is the option's word behind the stem, not its letter. In the benign twin the options stand in the order
     of the clean prompt; in `structure` they stand in a sentence instead of a list. The label `kind` is the letter of
-    the right option in the wrapped prompt.
+    the right option in the wrapped prompt, and the question, so that all orders of one are counted together.
     """
 
     name = "order"
@@ -78,6 +80,7 @@ class Order(Natural):
         """Puts the options into the wrapper's order."""
         first = _first(question)
         other = [first[number] for number in _ORDERS[wrapper.name] if number < len(first)]
+        letter = _LETTERS[other.index(question.right)]
         wrapped = wrapper.wrap(question.text, **_texts(other))
         benign = wrapper.wrap(question.text, **_texts(first))
         return Pair(
@@ -86,7 +89,7 @@ class Order(Natural):
             benign=self.prompt(question, benign, question.right, question.wrong),
             # Each option is aligned with itself, wherever it stands; its letter is not.
             shared=(question.text, *(f" {option}" for option in first), question.stem),
-            labels=self.labelled(question, wrapper, kind=_LETTERS[other.index(question.right)]),
+            labels=self.labelled(question, wrapper, kind=f"{letter} {question.kind} {question.subject}"),
         )
 
     def metrics(self, outcomes: Outcomes) -> Metrics:
@@ -106,20 +109,25 @@ def _texts(options: Sequence[str]) -> dict[str, str]:
 
 
 def _cases(outcomes: Outcomes) -> Metrics:
+    """Counts the questions that are answered right in one order at least, and in all, the clean one among them."""
     wrapped, clean = outcomes.verdicts.get("wrapped"), outcomes.verdicts.get("clean")
     if wrapped is None or clean is None:
         return {}
     asked = (wrapped != NO_ANSWER) & (clean != NO_ANSWER)
-    if not (n := int(asked.sum())):
+    right: dict[str, list[bool]] = {}
+    for kind, here, there in zip(outcomes.kinds[asked], wrapped[asked], clean[asked], strict=True):
+        _, _, question = kind.partition(" ")
+        right.setdefault(question, [there == "good"]).append(here == "good")
+    if not right:
         return {}
-    here, there = (wrapped == "good") & asked, (clean == "good") & asked
     return {
-        "best_case": Count("wrapped", int((here | there).sum()), n),
-        "worst_case": Count("wrapped", int((here & there).sum()), n),
+        "best_case": Count("wrapped", sum(map(any, right.values())), len(right)),
+        "worst_case": Count("wrapped", sum(map(all, right.values())), len(right)),
     }
 
 
 def _spread(outcomes: Outcomes) -> float | None:
-    counts = [outcomes.of(kind=letter).count("good", "wrapped") for letter in _LETTERS]
+    letters = np.array([kind[:1] for kind in outcomes.kinds.tolist()])
+    counts = [outcomes.take(letters == letter).count("good", "wrapped") for letter in _LETTERS]
     rates = [count.rate for count in counts if count is not None]
     return max(rates) - min(rates) if rates else None
