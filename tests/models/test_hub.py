@@ -110,6 +110,7 @@ def test_what_is_not_cached_is_one_sentence_where_the_hub_does_not_answer(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the port at which nobody answers
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # between its tries
     huggingface_hub.close_session()
     try:
         assert "the hub cannot be reached" in refusal("gpt2")

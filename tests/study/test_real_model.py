@@ -21,7 +21,7 @@ REAL = Path(__file__).parents[2] / "runs" / "models" / "smollm2"
 def test_the_real_model_is_screened_trained_and_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctlens.plots.export.find_spec", lambda _: None)
     facts = threats.NATURAL["facts"]
-    monkeypatch.setattr(facts, "questions", facts.questions[::10])
+    monkeypatch.setattr(facts, "questions", facts.questions[::12])
     config = study_of_size(
         "natural",
         threats=("facts",),
@@ -29,8 +29,8 @@ def test_the_real_model_is_screened_trained_and_judged(tmp_path: Path, monkeypat
         seeds=1,
         ceiling_seeds=1,
         n_pairs=4,
-        n_prompts=3,
-        n_analysed=3,
+        n_prompts=2,
+        n_analysed=2,
         extra_conditions=(),
         analysed=(),
         training=replace(NATURAL_TRAINING, steps=2, batch_size=2),
