@@ -73,6 +73,8 @@ class Pool:
     def parallel(self, tasks: int) -> Parallel:
         """Builds joblib's runner of so many tasks."""
         if self.backend == LOKY:
+            # A worker that has grown by 300 MB, as with the answers of a large model, is ended and another one started.
+            warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
             options: dict[str, Any] = {"inner_max_num_threads": 1, "initializer": _prepare_worker}
             jobs = min(self.workers, tasks)
         else:
