@@ -54,7 +54,7 @@ SETTINGS = (EQUAL_STEPS, MATCHED)
 _AT_BOTH_SETTINGS = ("similarity", "transplant")
 """The analyses that run at both settings; every other one runs at equal steps alone."""
 _ROUNDINGS = 32
-"""Units of rounding of the largest logit below which two models do not differ; the passes of one model differ by 10."""
+"""Units of rounding of the largest logit below which two models do not differ; chosen by eye."""
 _OF_ALL_SEEDS = ("similarity",)
 """The analyses that take the models of all seeds at once; every other one runs seed by seed."""
 _REFUSALS_FILE = "refused.json"

@@ -47,8 +47,8 @@ Where embeddings, norms and MLPs are trained too, half of a repair can be an edi
 NATURAL_TRAINING = TrainConfig(batch_size=8, lr=1e-3, steps=20, calibrate=1.0, retention=1.0, trainable=LoRA())
 """The settings that every condition of a study of a real model shares.
 
-They are those of the trial on SmolLM2-135M-Instruct in which three methods each repaired a third to a half of the
-switches in 20 steps; no search was made.
+They are those of a trial of three methods on SmolLM2-135M-Instruct, each of which repaired a part of the switches in
+20 steps; no search was made.
 """
 
 
@@ -71,7 +71,7 @@ class StudyConfig:
         extra_conditions: names of the crossed conditions and controls that are trained beside the methods on the
             analysed threats, see `ctlens.study.conditions`; by default `EXTRA_CONDITIONS` without the methods. For a
             file and natural threats it is the crossed conditions, as neutral words are those of the micro-world.
-        n_analysed: held-out pairs on which activations are compared, and three times as many for probes.
+        n_analysed: held-out pairs on which activations are compared, and three times as many for probes; not tuned.
         analysed_seeds: how many seeds have the analyses that compare finished models; None for all.
         ceiling_seeds: the fewest seeds of the methods on the analysed threats. Those beyond `seeds` are trained for the
             analyses alone: how alike two seeds of one method are is the ceiling of how alike two methods can be. 1

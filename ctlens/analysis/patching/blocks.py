@@ -223,7 +223,8 @@ def read_blocks(model: LensModel, length: int) -> list[Block] | None:
     if not _known(cfg) or not hasattr(model, "ln_final"):
         return None
     try:
-        return [read_block(model, number, length) for number in range(cfg.n_layers)]
+        factors = _factors(model, length)
+        return [_block(block, cfg, factors) for block in cast(Any, model).blocks]
     except (AttributeError, TypeError, RuntimeError, ValueError):  # a weight is absent or laid out otherwise
         return None
 
