@@ -2,7 +2,8 @@
 
 Sequences are padded on the right, where causal attention cannot see the padding of the first pass,
 and it is masked in later ones. A sliding window counts columns, padding included, so sequences that
-outgrow one are run among others of their own length alone (`batches_by_length`).
+outgrow one are run among others of their own length alone (`batches_by_length`). What all sequences of a batch begin
+with, as with the system prompt of a chat model, is run once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
+from os.path import commonprefix
 from typing import Any, Protocol, TypeAlias, cast
 
 import torch
@@ -30,6 +32,8 @@ Lengths: TypeAlias = Int[Tensor, " batch"]
 
 # On a CPU more tokens at once leave its caches and take longer; measured in benchmarks/evaluation.py.
 MAX_BATCH_TOKENS = 2048
+# A pass of its own costs as much as some tokens: a shorter beginning, as the organism's prompts have, is not worth it.
+_FEWEST_SHARED_TOKENS = 16
 SELECTABLE = (DynamicLayer, DynamicSlidingWindowLayer)  # their subclasses may hold more than keys and values
 NEEDED = {"past_key_values", "position_ids"}
 
@@ -74,19 +78,34 @@ class Sequences:
         self.model = model
         self.tokens = pad(prompts).tokens.to(device)
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self.cache = _cache(model, len(prompts))
+        self.shared = _shared_beginning(prompts)
+        self.cache = _cache(model, 1 if self.shared else len(prompts))
 
     def run(self) -> NextLogits:
         """The logits of each sequence's next token, from its first tokens; to be called once, before the rest."""
         width = self.tokens.shape[1]
         real = _up_to(self.lengths, width)
         last = real & ~_up_to(self.lengths - 1, width)
+        if self.cache is not None and self.shared:
+            self._run_shared(self.cache)
         if self.cache is None:
             return forward(self.model, self.tokens, logits_at=last)[0]
-        logits = self.cache.forward(self.tokens, real, torch.zeros_like(self.lengths), last)
+        rest = slice(self.shared, None)
+        start = torch.full_like(self.lengths, self.shared)
+        logits = self.cache.forward(self.tokens[:, rest], real[:, rest], start, last[:, rest])
         if not self.cache.filled:
             self.cache = None
         return logits[0]
+
+    def _run_shared(self, cache: Cache) -> None:
+        """Runs what all sequences begin with as one row, and gives every sequence its keys and values."""
+        tokens = self.tokens[:1, : self.shared]
+        real = torch.ones_like(tokens, dtype=torch.bool)
+        cache.forward(tokens, real, torch.zeros_like(self.lengths[:1]), torch.zeros_like(real))
+        if cache.filled:
+            cache.keep(torch.zeros_like(self.lengths))
+        else:
+            self.cache = None
 
     def extend(self, tokens: Tokens, count: Lengths) -> Logits:
         """Appends the first `count` of these tokens to each sequence; the logits behind each of them.
@@ -178,6 +197,12 @@ class _HuggingFaceCache:
     @property
     def filled(self) -> bool:
         return all(layer.get_seq_length() == self.seen.shape[1] for layer in cast(list[Any], self.entries.layers))
+
+
+def _shared_beginning(prompts: Sequence[Ids]) -> int:
+    """The number of tokens that all prompts begin with and none ends in; 0 where it is not worth a pass of its own."""
+    shared = min(len(commonprefix(prompts)), *(len(prompt) - 1 for prompt in prompts))
+    return shared if len(prompts) > 1 and shared >= _FEWEST_SHARED_TOKENS else 0
 
 
 def _cache(model: LensModel, rows: int) -> Cache | None:

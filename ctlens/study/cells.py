@@ -128,6 +128,8 @@ class CellTraining:
         self.analysed = cell.threat in config.analysed_threats
         self.ceiling = cell.seed >= config.seeds
         self.main = cell.condition in (RETENTION, *config.methods) and not self.ceiling
+        # A real model is evaluated for minutes: on the way only where its answers are drawn beside the analyses.
+        self.asked_on_the_way = self.main and (self.analysed or not config.natural)
         self.tables: list[pd.DataFrame] = []
         self.matched: dict[int, tuple[float, LensModel]] = {}
         self.share = float("nan")
@@ -151,19 +153,17 @@ class CellTraining:
         for step in trainer:
             if self.analysed and step.index in recovery_at:
                 self._measure_recovery(step.index, trainer.model)
-            if self.main and step.index in evaluated_at:
+            if self.asked_on_the_way and step.index in evaluated_at:
                 self._evaluate(step.index, trainer.model, [self.cell.threat], [SPLIT])
         final = None if self.ceiling else self._final(trainer.model)
-        shift = residual_shift(self.base, trainer.model, self.probes, progress=False)
-        attention = attention_diff(self.base, trainer.model, self.probes, progress=False)
         with atomic_folder(self.cell.path(self.study)) as work:
             trainer.run.write(work, adapters_only=has_adapters(trainer.model))
             self._write_matched(work / MATCHED_FOLDER)
             if final:
                 final.save(work / OUTCOMES_FILE)
             pd.concat(self.tables).to_csv(work / "results.csv", index=False)
-            shift.save(work / "residual.safetensors")
-            attention.save(work / "attention.safetensors")
+            if self.analysed:
+                _write_first_looks(self.base, trainer.model, self.probes, work)
             record_digests(work)
 
     def trainer(self) -> Trainer:
@@ -254,9 +254,14 @@ def _perturb(config: StudyConfig, study: Path, cell: Cell) -> None:
         save_model(model, work / "model")
         final.save(work / OUTCOMES_FILE)
         pd.concat([share, result_rows(cell, 0, final)]).to_csv(work / "results.csv", index=False)
-        residual_shift(base, model, probes, progress=False).save(work / "residual.safetensors")
-        attention_diff(base, model, probes, progress=False).save(work / "attention.safetensors")
+        _write_first_looks(base, model, probes, work)
         record_digests(work)
+
+
+def _write_first_looks(base: LensModel, model: LensModel, pairs: Sequence[Pair], folder: Path) -> None:
+    """Writes what a training did to the residual stream and to attention."""
+    residual_shift(base, model, pairs, progress=False).save(folder / "residual.safetensors")
+    attention_diff(base, model, pairs, progress=False).save(folder / "attention.safetensors")
 
 
 def result_rows(cell: Cell, step: int, evaluation: Evaluation) -> pd.DataFrame:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from ctlens.core.config import generator
 from ctlens.core.keeping import once
@@ -122,7 +123,7 @@ class Retention:
 
     @torch.no_grad()
     def _reference_logits(self, side: Side, decides: Mask) -> Float[Tensor, "token d_vocab"]:
-        return run(self.reference, side.tokens)[:, :-1][decides]
+        return logits_before(self.reference, side, decides)
 
 
 def answers_divergence(model: LensModel, side: Side, decides: Mask, target: Float[Tensor, "token d_vocab"]) -> Scalar:
@@ -134,7 +135,12 @@ def answers_divergence(model: LensModel, side: Side, decides: Mask, target: Floa
         decides: `[batch, pos - 1]`, the positions that predict a token of an answer.
         target: the reference's logits there.
     """
-    return kl_divergence(target, run(model, side.tokens)[:, :-1][decides]).sum()
+    return kl_divergence(target, logits_before(model, side, decides)).sum()
+
+
+def logits_before(model: LensModel, side: Side, decides: Mask) -> Float[Tensor, "token d_vocab"]:
+    """The logits at the positions that predict a token of an answer, in rows' order; nothing else is unembedded."""
+    return run(model, side.tokens, logits_at=F.pad(decides, (0, 1)))[0]
 
 
 def held_prompts(pairs: Sequence[Pair], extra: Sequence[Prompt] = ()) -> list[Prompt]:

@@ -70,6 +70,27 @@ def test_every_token_of_every_continuation_is_scored_as_if_alone(model: LensMode
             assert row == pytest.approx(one_by_one(model, prompt, continuation), abs=1e-4)
 
 
+@pytest.mark.parametrize("shared", [15, 16, 40])
+def test_a_beginning_that_prompts_share_changes_no_number(model: LensModel, shared: int) -> None:
+    prompts = [tuple(range(1, shared + 1)) + prompt for prompt in PROMPTS]
+
+    found = continuation_logprobs(model, [*prompts, prompts[0][:shared]], [*CONTINUATIONS, [(5, 6)]])
+
+    for prompt, given, rows in zip([*prompts, prompts[0][:shared]], [*CONTINUATIONS, [(5, 6)]], found, strict=True):
+        for continuation, row in zip(given, rows, strict=True):
+            assert row == pytest.approx(one_by_one(model, prompt, continuation), abs=1e-4)
+
+
+def test_a_beginning_that_prompts_share_is_run_once(llama: LensModel) -> None:
+    shapes: list[tuple[int, ...]] = []
+    with llama.hooks(
+        fwd_hooks=[("blocks.0.hook_resid_pre", lambda value, hook: shapes.append(tuple(value.shape[:2])))]
+    ):
+        continuation_logprobs(llama, [(1,) * 20 + (2, 3), (1,) * 20 + (4,)], [[(2,)], [(7,)]])
+
+    assert shapes == [(1, 20), (2, 2)]
+
+
 def test_order_batch_mates_and_the_cache_change_nothing(llama: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
     found = continuation_logprobs(llama, PROMPTS, CONTINUATIONS)
     backwards = continuation_logprobs(llama, PROMPTS[::-1], [given[::-1] for given in CONTINUATIONS[::-1]])
