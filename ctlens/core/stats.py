@@ -30,8 +30,15 @@ def wilson(successes: int, n: int, level: float = LEVEL) -> Interval:
     """
     if n < 1:
         raise CtlensError(f"an interval of a rate needs at least one answer, not {n}: ask more prompts.")
-    interval = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
-    return float(interval.low), float(interval.high)
+    return wilson_of_share(successes / n, n, level)
+
+
+def wilson_of_share(share: float, n: float, level: float = LEVEL) -> Interval:
+    """Computes the Wilson score interval of a share of `n` items, which need not be a whole number; NaN for NaN."""
+    z = float(stats.norm.ppf((1 + level) / 2))
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    reach = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return float(max(centre - reach, 0.0)), float(min(centre + reach, 1.0))
 
 
 def student(values: Float[np.ndarray, " item"], level: float = LEVEL) -> Interval:
@@ -47,18 +54,20 @@ def student(values: Float[np.ndarray, " item"], level: float = LEVEL) -> Interva
     return float(values.mean() - reach), float(values.mean() + reach)
 
 
-def difference(successes: int, n: int, other_successes: int, other_n: int, *, level: float = LEVEL) -> Interval:
+def difference(share: float, ends: Interval, other: float, other_ends: Interval) -> Interval:
     """Computes the interval of a difference of two independent proportions (Newcombe's hybrid score, 1998, method 10).
 
-    >>> low, high = difference(56, 70, 48, 80)  # Newcombe's table II, example (a): 0.0524 to 0.3339
+    Args:
+        share, other: the proportions.
+        ends, other_ends: their Wilson intervals.
+
+    >>> low, high = difference(56 / 70, wilson(56, 70), 48 / 80, wilson(48, 80))  # Newcombe's table II, (a)
     >>> round(low, 4), round(high, 4)
     (0.0524, 0.3339)
     """
-    p, q = successes / n, other_successes / other_n
-    (low, high), (other_low, other_high) = wilson(successes, n, level), wilson(other_successes, other_n, level)
-    below = np.hypot(p - low, other_high - q)
-    above = np.hypot(high - p, q - other_low)
-    return float(p - q - below), float(p - q + above)
+    below = np.hypot(share - ends[0], other_ends[1] - other)
+    above = np.hypot(ends[1] - share, other - other_ends[0])
+    return float(share - other - below), float(share - other + above)
 
 
 def bootstrap(statistics: Callable[[Int[np.ndarray, " n"]], Sequence[float]], n: int, seed: int = 0) -> list[Interval]:

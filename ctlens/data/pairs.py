@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ FIELDS = (
     "labels",
 )
 """The fields of ctlens's own JSONL, see `pair_of`."""
+TOPIC = "topic"
+"""The label of a user's own pairs that says what they are about; pairs of one topic are not independent."""
 _ROLES = ("system", "user", "assistant")
 
 
@@ -87,6 +90,22 @@ class Pair:
         if name not in PROMPT_SIDES:
             raise unknown("prompt side", name, PROMPT_SIDES)
         return getattr(self, name)
+
+
+def clusters_of(pair: Pair, topic: str = TOPIC) -> tuple[str, str]:
+    """What a pair goes together with: its topic and its wrapper text.
+
+    Args:
+        pair: one without a label for its topic has its clean prompt as the topic; one without the label `wrapper` has
+            no wrapper, an empty text.
+        topic: the name of the label that says what the pair is about.
+    """
+    return pair.labels.get(topic) or digest_of(pair.clean), pair.labels.get("wrapper", "")
+
+
+def digest_of(*values: object) -> str:
+    """A short text that tells values apart by how they print."""
+    return hashlib.blake2b(repr(values).encode(), digest_size=6).hexdigest()
 
 
 def prompt(text: str, good: str | None = None, bad: str | None = None) -> Prompt:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from typing import TypeAlias
@@ -13,7 +12,7 @@ from ctlens import threats as threat_registry
 from ctlens.core.errors import CtlensError
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
-from ctlens.data.pairs import PROMPT_SIDES, Pair, Prompt
+from ctlens.data.pairs import PROMPT_SIDES, Pair, Prompt, clusters_of, digest_of
 from ctlens.evaluation.result import OUTCOME_COLUMNS, OWN_PAIRS, Evaluation
 from ctlens.threats import Judge, Threat, ask
 
@@ -45,8 +44,9 @@ def evaluate(
         threats: names from `ctlens.threats.names()` or `natural_names()`, or threats themselves, such as one that
             `ctlens.threats.screen` made; by default all of the micro-world, unless `pairs` are given.
         pairs: the user's own pairs, with the answers that count as good or bad. If one threat is named with
-            them, they get its metrics and its name. Two threats tell their metrics apart by the pairs' label
-            `kind`: persona by `"identity"` and `"values"`, frustration by `"way out"` (self-deletion).
+            them, they get its metrics and its name. Intervals take those together that have an equal label `topic`
+            (by default an equal clean prompt) and an equal label `wrapper`. Two threats tell their metrics apart by the
+            pairs' label `kind`: persona by `"identity"` and `"values"`, frustration by `"way out"` (self-deletion).
         split: one or several of the splits of the threats' pairs (`ctlens.world.SPLITS`).
         n_prompts: pairs per threat and split.
         seed: decides which pairs of the threats are asked.
@@ -78,7 +78,8 @@ def evaluate(
     ]
     if not asked:
         raise CtlensError("there is nothing to evaluate: give at least one pair.")
-    known = {id(pair): _known(pair) for group in groups.values() for pair in group}
+    by_name = {threat.name: threat for threat in named}
+    known = {id(pair): _known(pair, by_name.get(name)) for (name, _), group in groups.items() for pair in group}
     judges = {threat.name: judge or threat.judge for threat in named}
     rows = []
     for deciding, group in _by_judge(asked, judges, judge).items():
@@ -126,13 +127,13 @@ def _name_of_own(threats: Sequence[Threat]) -> str:
     return names[0] if names else OWN_PAIRS
 
 
-def _known(pair: Pair) -> tuple[str, str, int]:
-    """Makes the values of the columns `pair`, `kind` and `strength`."""
+def _known(pair: Pair, threat: Threat | None) -> tuple[str, str, int, str, str]:
+    """Makes the values of the columns `pair`, `kind`, `strength`, `topic` and `wrapper`."""
     strength = pair.labels.get("strength", "0")
     if not str(strength).isdecimal():
         raise CtlensError(
             f"the label 'strength' of a pair is {strength!r}, not a whole number: write it as '2', or leave it out."
         )
-    text = repr((pair.clean, pair.wrapped, pair.benign))
-    digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-    return digest, pair.labels.get("kind", ""), int(strength)
+    topic, wrapper = threat.clusters(pair) if threat else clusters_of(pair)
+    digest = digest_of(pair.clean, pair.wrapped, pair.benign)
+    return digest, pair.labels.get("kind", ""), int(strength), topic, wrapper

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from math import nan
 from typing import Any, cast
 
@@ -10,15 +10,27 @@ import numpy as np
 import pandas as pd
 
 from ctlens import threats as threat_registry
+from ctlens.core.clusters import (
+    Clusters,
+    clustered_mean,
+    clustered_statistic,
+    effective_size,
+    half_width,
+    influences,
+    paired_difference,
+)
 from ctlens.core.errors import CtlensError, unknown
-from ctlens.core.stats import Interval, bootstrap, bootstrap_mean, wilson
+from ctlens.core.stats import LEVEL, wilson_of_share
 from ctlens.threats.base import NO_ANSWER, UNPARSED, Count, Metrics, Outcomes, Threat
 
 RATES = {"bad_rate": "bad", "good_rate": "good", "other_rate": "other", "unparsed_rate": UNPARSED}
 PROBABILITIES = ("good_probability", "bad_probability")
 
-Number = tuple[str, str, float, int, float, float]
-"""A number is a row: prompt side, metric, value, number of prompts and the two ends of its interval."""
+CLUSTER_COLUMNS = ("topic", "wrapper")
+"""The columns of the outcomes that say which pairs go together in an interval."""
+
+Number = tuple[str, str, float, int, float, float, float]
+"""A number is a row: prompt side, metric, value, prompts, of a rate how many independent ones, ends of its interval."""
 
 
 def numbers(name: str, rows: pd.DataFrame) -> Iterator[Number]:
@@ -27,22 +39,51 @@ def numbers(name: str, rows: pd.DataFrame) -> Iterator[Number]:
         for metric, verdict in RATES.items():
             if verdict == UNPARSED and UNPARSED not in set(answers["verdict"]):
                 continue
-            yield prompt_side, metric, *rate_with_interval(answers["verdict"], metric)
+            yield prompt_side, metric, *rate_with_interval(answers, metric)
         for metric in PROBABILITIES:
-            known = answers[metric].to_numpy()
-            known = known[~np.isnan(known)]
+            known = answers.dropna(subset=[metric])
             if len(known):
-                mean, low, high = bootstrap_mean(known)
-                yield prompt_side, metric, float(mean), len(known), float(low), float(high)
+                mean, low, high = clustered_mean(known[metric].to_numpy(), clusters(known))
+                ends = (float(low.clip(0, 1)), float(high.clip(0, 1)))
+                yield prompt_side, metric, float(mean), len(known), nan, *ends
     if _is_threat(name):
-        yield from _field_metrics(threat_registry.get(name), by_pair(rows))
+        yield from _field_metrics(threat_registry.get(name), by_pair(rows), clusters_by_pair(rows))
 
 
-def rate_with_interval(verdicts: Iterable[str], metric: str) -> tuple[float, int, float, float]:
-    """Computes one of `RATES` over some answers: value, number of answers and the ends of the Wilson interval."""
-    given = list(verdicts)
-    count = given.count(RATES[metric])
-    return count / len(given), len(given), *wilson(count, len(given))
+def rate_with_interval(answers: pd.DataFrame, metric: str) -> tuple[float, int, float, float, float]:
+    """Computes one of `RATES` over some answers: value, answers, how many independent ones, ends of its interval."""
+    flags = (answers["verdict"] == RATES[metric]).to_numpy()
+    share = float(flags.mean())
+    effective = effective_size(flags - share, clusters(answers), len(flags))
+    return share, len(flags), effective, *wilson_of_share(share, effective)
+
+
+def difference_with_interval(
+    ones: Sequence[pd.DataFrame], others: Sequence[pd.DataFrame], metric: str, level: float = LEVEL
+) -> tuple[float, float, float]:
+    """Subtracts a rate from the same rate of other models' answers to the same prompts, with its paired interval.
+
+    Args:
+        ones, others: the answers of one or more models, and of as many to compare with; all to the same prompts, in
+            the same order.
+        metric: one of `RATES`.
+        level: of confidence.
+    """
+    counts = [np.stack([(rows["verdict"] == RATES[metric]).to_numpy() for rows in side]) for side in (ones, others)]
+    gained = (counts[0] & ~counts[1]).mean(0)
+    lost = (counts[1] & ~counts[0]).mean(0)
+    ends = paired_difference(gained, lost, clusters(ones[0]), level)
+    return float((gained - lost).mean()), *ends
+
+
+def clusters(answers: pd.DataFrame) -> Clusters:
+    """Which of some answers go together: those about one topic, and those under one wrapper text."""
+    return Clusters.of({name: answers[name].tolist() for name in CLUSTER_COLUMNS})
+
+
+def clusters_by_pair(rows: pd.DataFrame) -> Clusters:
+    """Which pairs of one threat and split go together, in the order of `by_pair`."""
+    return clusters(rows.drop_duplicates("item").sort_values("item"))
 
 
 def by(table: pd.DataFrame, *columns: str) -> Iterator[tuple[tuple[Any, ...], pd.DataFrame]]:
@@ -67,31 +108,26 @@ def _by_side(table: pd.DataFrame) -> dict[str, np.ndarray]:
     return {str(prompt_side): np.array(given.tolist(), dtype=str) for prompt_side, given in table.items()}
 
 
-def _field_metrics(threat: Threat, outcomes: Outcomes) -> Iterator[Number]:
+def _field_metrics(threat: Threat, outcomes: Outcomes, grid: Clusters) -> Iterator[Number]:
     found = {metric: value for metric, value in threat.metrics(outcomes).items() if value is not None}
-    made = [metric for metric, value in found.items() if not isinstance(value, Count)]
-    intervals = dict(zip(made, _bootstrap(threat, outcomes, made), strict=True))
-    for metric, value in found.items():
-        if isinstance(value, Count):
-            yield value.prompt_side, metric, value.rate, value.n_prompts, *wilson(value.count, value.n_prompts)
-        else:
-            yield "wrapped", metric, float(value), len(outcomes.kinds), *intervals[metric]
-
-
-def _bootstrap(threat: Threat, outcomes: Outcomes, metrics: list[str]) -> list[Interval]:
-    """Computes the intervals of several metrics, all from the same resamples."""
-    if not metrics:
-        return []
 
     def values(items: np.ndarray) -> list[float]:
-        found = threat.metrics(outcomes.take(items))
-        return [_value(found, metric) for metric in metrics]
+        some = threat.metrics(outcomes.take(items))
+        return [_value(some, metric) for metric in found]
 
-    return bootstrap(values, len(outcomes.kinds))
+    moved = influences(values, len(grid))
+    for number, (metric, value) in enumerate(found.items()):
+        if isinstance(value, Count):
+            effective = effective_size(moved[:, number], grid, value.n_prompts)
+            ends = wilson_of_share(value.rate, effective)
+            yield value.prompt_side, metric, value.rate, value.n_prompts, effective, *ends
+        else:
+            reach = float(half_width(moved[:, number], grid))
+            yield "wrapped", metric, float(value), len(grid), nan, float(value) - reach, float(value) + reach
 
 
-def ratio(name: str, metric: str, after: Outcomes, before: Outcomes) -> tuple[float, float, float]:
-    """Divides a metric after training by its value before, with the bootstrap interval over the pairs of both.
+def ratio(name: str, metric: str, after: Outcomes, before: Outcomes, grid: Clusters) -> tuple[float, float, float]:
+    """Divides a metric after training by its value before, with its interval over the pairs of both.
 
     Raises:
         CtlensError: the metric is unknown or has no value, or is 0 before training.
@@ -111,7 +147,7 @@ def ratio(name: str, metric: str, after: Outcomes, before: Outcomes) -> tuple[fl
         below = _value(_metrics(name, before.take(items)), metric)
         return [value / below if below else nan]
 
-    ((low, high),) = bootstrap(quotient, len(before.kinds))
+    ((low, high),) = clustered_statistic(quotient, grid)
     return value / below, low, high
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Container
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,18 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import atomic_file
 from ctlens.core.labels import BASE
 from ctlens.core.reading import number_or_nan, read_columns, typed, whole_number
-from ctlens.evaluation.numbers import PROBABILITIES, RATES, by, by_pair, numbers, rate_with_interval, ratio
+from ctlens.evaluation.numbers import (
+    CLUSTER_COLUMNS,
+    PROBABILITIES,
+    RATES,
+    by,
+    by_pair,
+    clusters_by_pair,
+    difference_with_interval,
+    numbers,
+    rate_with_interval,
+    ratio,
+)
 from ctlens.plots import Figure
 
 _GROUPS = ("evaluated_threat", "split")
@@ -28,13 +39,16 @@ OUTCOME_COLUMNS = (
     "pair",
     "kind",
     "strength",
+    "topic",
+    "wrapper",
     "answer",
     "verdict",
     *PROBABILITIES,
 )
-RATE_COLUMNS = (*_GROUPS, "prompt_side", "metric", "value", "n_prompts", "ci_low", "ci_high")
+RATE_COLUMNS = (*_GROUPS, "prompt_side", "metric", "value", "n_prompts", "n_effective", "ci_low", "ci_high")
 OWN_PAIRS = "pairs"
 """A table gives this as the threat of a user's own pairs."""
+_OTHER_PAIRS = "a {} needs two evaluations of the same pairs: take equal splits, n_prompts and seed."
 # Tables of an earlier ctlens have these names of columns.
 _RENAMED_COLUMNS = {"arm": "prompt_side", "method": "condition", "n": "n_prompts", "pairs": "n_pairs"}
 
@@ -44,10 +58,11 @@ class Evaluation:
     """An evaluation holds the answers of a model and their verdicts.
 
     Attributes:
-        outcomes: one row per answer: `evaluated_threat, split, prompt_side, item, pair, kind, strength, answer,
-            verdict, good_probability, bad_probability`. `item` numbers the pairs of a threat and
+        outcomes: one row per answer: `evaluated_threat, split, prompt_side, item, pair, kind, strength, topic,
+            wrapper, answer, verdict, good_probability, bad_probability`. `item` numbers the pairs of a threat and
             split, `pair` is a digest of its prompts and answers, `kind` and `strength` are its
-            labels (empty and 0 for a pair without them). The probabilities are those of the first token of the
+            labels (empty and 0 for a pair without them), `topic` and `wrapper` say which pairs go together in an
+            interval (see `ctlens.core.clusters`). The probabilities are those of the first token of the
             good and of the bad answer: NaN for an answer that the prompt does not name, both NaN if the two
             begin with the same token; for a multiple-choice question, their shares among the options. Do not
             change the table: numbers are computed from it once and kept.
@@ -58,12 +73,13 @@ class Evaluation:
     def to_dataframe(self) -> pd.DataFrame:
         """Tabulates one row per number.
 
-        The columns are `evaluated_threat, split, prompt_side, metric, value, n_prompts, ci_low, ci_high`. The
-        metrics per threat, split and prompt side are `bad_rate`, `good_rate` and `other_rate` (answers that are
-        neither) with Wilson intervals, and the means of `good_probability` and `bad_probability`,
-        where known, with bootstrap intervals. Then the threat's own metrics: a metric that is a share of one
-        prompt side's answers stands under that prompt side, with a Wilson interval; a metric made of several
-        shares stands under `wrapped`, with a bootstrap over pairs (NaN if too few pairs carry the metric).
+        The columns are `evaluated_threat, split, prompt_side, metric, value, n_prompts, n_effective, ci_low, ci_high`.
+        The metrics per threat, split and prompt side are `bad_rate`, `good_rate` and `other_rate` (answers that are
+        neither), and the means of `good_probability` and `bad_probability`, where known. Then the threat's own
+        metrics: one that is a share of one prompt side's answers stands under that prompt side, one made of several
+        shares under `wrapped`. Intervals are over topics and wrapper texts, see `ctlens.core.clusters`: of a share
+        Wilson's, with `n_effective` prompts in place of `n_prompts`; of another number Student's (NaN if too few
+        pairs carry it). With fewer than five topics or wrapper texts there is none.
         """
         return self._table.copy()
 
@@ -99,7 +115,7 @@ class Evaluation:
     def ratio(
         self, before: Evaluation, metric: str, threat: str, split: str | None = None
     ) -> tuple[float, float, float]:
-        """Divides a metric by its value before training, and gives the ends of a bootstrap interval over the pairs.
+        """Divides a metric by its value before training, and gives the ends of its interval over the pairs.
 
         With `metric="brr"` this is the BRR ratio of Chua et al. (arXiv 2403.05518); 0 is perfect, 1 is no change.
 
@@ -115,8 +131,47 @@ class Evaluation:
         """
         rows = [evaluation._rows_of(threat, split) for evaluation in (self, before)]
         if _asked(rows[0]) != _asked(rows[1]):
-            raise CtlensError("a ratio needs two evaluations of the same pairs: take equal splits, n_prompts and seed.")
-        return ratio(threat, metric, *map(by_pair, rows))
+            raise CtlensError(_OTHER_PAIRS.format("ratio"))
+        return ratio(threat, metric, by_pair(rows[0]), by_pair(rows[1]), clusters_by_pair(rows[0]))
+
+    def difference(
+        self,
+        other: Evaluation,
+        threat: str,
+        split: str | None = None,
+        *,
+        metric: str = "bad_rate",
+        prompt_side: str = "wrapped",
+    ) -> tuple[float, float, float]:
+        """Subtracts another model's rate from this one's, and gives the ends of the interval of the difference.
+
+        Both models have answered the same prompts, so the interval is for paired answers, see
+        `ctlens.core.clusters.paired_difference`; its ends are NaN with fewer than five topics or wrapper texts.
+
+        Args:
+            other: the evaluation of the other model on the same pairs.
+            threat: the name of the threat.
+            split: the split; needed if several were evaluated.
+            metric: `bad_rate`, `good_rate` or `other_rate`.
+            prompt_side: `wrapped`, `clean` or `benign`.
+
+        Raises:
+            CtlensError: the metric is unknown, or the evaluations are of different pairs.
+        """
+        _check_rate(metric)
+        one = self.answers(threat, split, prompt_side)
+        two = other.answers(threat, split, prompt_side)
+        if _asked(one) != _asked(two):
+            raise CtlensError(_OTHER_PAIRS.format("difference"))
+        return difference_with_interval([one], [two], metric)
+
+    def answers(self, threat: str, split: str | None = None, prompt_side: str = "wrapped") -> pd.DataFrame:
+        """The outcomes of one threat, split and prompt side, in the order of the pairs.
+
+        Raises:
+            CtlensError: several splits were evaluated, and none is named.
+        """
+        return _select(self._rows_of(threat, split), prompt_side=prompt_side).sort_values("item")
 
     def _rows_of(self, threat: str, split: str | None) -> pd.DataFrame:
         rows = _select(self.outcomes, evaluated_threat=threat, split=split)
@@ -128,7 +183,7 @@ class Evaluation:
     def by_strength(self, metric: str = "bad_rate", prompt_side: str = "wrapped") -> pd.DataFrame:
         """Tabulates a rate by strength of the attack.
 
-        The columns are `evaluated_threat, split, strength, value, n_prompts, ci_low, ci_high`.
+        The columns are `evaluated_threat, split, strength, value, n_prompts, n_effective, ci_low, ci_high`.
 
         Args:
             metric: `bad_rate`, `good_rate` or `other_rate`.
@@ -144,11 +199,13 @@ class Evaluation:
                 f"no pair on the prompt side {prompt_side!r} has a strength: label the pairs with 'strength', from '1'."
             )
         rows = [
-            (*asked, strength, *rate_with_interval(answers["verdict"], metric))
+            (*asked, strength, *rate_with_interval(answers, metric))
             for asked, part in by(known, *_GROUPS)
             for (strength,), answers in by(part.sort_values("strength"), "strength")
         ]
-        return pd.DataFrame(rows, columns=[*_GROUPS, "strength", "value", "n_prompts", "ci_low", "ci_high"])
+        return pd.DataFrame(
+            rows, columns=[*_GROUPS, "strength", "value", "n_prompts", "n_effective", "ci_low", "ci_high"]
+        )
 
     def figure(self, metric: str = "bad_rate", threat: str | None = None, split: str | None = None) -> Figure:
         """Draws one rate on every prompt side, with its interval: a mark per threat and split.
@@ -211,7 +268,7 @@ class Evaluation:
         return Evaluation(pd.DataFrame(typed(columns, kinds, path)))
 
 
-def require_columns_of_today(table: Container[str], path: str | Path) -> None:
+def require_columns_of_today(table: Iterable[str], path: str | Path) -> None:
     """Checks that a saved table has none of the columns that an earlier ctlens wrote under another name.
 
     Raises:
@@ -221,6 +278,10 @@ def require_columns_of_today(table: Container[str], path: str | Path) -> None:
     if renames:
         base = f", and write {BASE} for the method none" if "method" in table else ""
         raise CtlensError(f"{path} was written by an earlier ctlens: rename its column {', '.join(renames)}{base}.")
+    if not ({"n_effective", *CLUSTER_COLUMNS} & set(table)):
+        raise CtlensError(
+            f"{path} was written by an earlier ctlens, which did not say which prompts go together: evaluate again."
+        )
 
 
 def _check_rate(metric: str) -> None:

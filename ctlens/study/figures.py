@@ -30,6 +30,7 @@ from ctlens.study.results import (
     NOT_MEASURED,
     SPLIT,
     ConditionRates,
+    Counted,
     Rate,
     by_threat,
     by_training,
@@ -190,7 +191,7 @@ def dose_figure(results: pd.DataFrame, axis: str, subtitle: str) -> Figure:
         axis: the column with the dose, `"step"` or `"n_pairs"`.
         subtitle: one line under the title.
     """
-    counts: defaultdict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
+    counts: defaultdict[tuple[str, int], list[Counted]] = defaultdict(list)
     shown = results.query("metric == 'bad_rate' and prompt_side == 'wrapped' and split == @SPLIT")
     for row in shown.to_dict("records"):
         counts[row["condition"], row[axis]].append(counted(row))
@@ -203,7 +204,7 @@ def dose_figure(results: pd.DataFrame, axis: str, subtitle: str) -> Figure:
     return plots.dose_curves(doses, curves, _DOSE_TITLES[axis], subtitle=subtitle, **layout)
 
 
-def _curve(counts: list[list[tuple[int, int]]]) -> plots.Curve:
+def _curve(counts: list[list[Counted]]) -> plots.Curve:
     rates = np.array([(rate.value, rate.low, rate.high) for rate in (pooled(of_dose) for of_dose in counts)])
     return rates[:, 0], rates[:, 1], rates[:, 2]
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.reading import number_or_nan, read_columns, typed, whole_number
-from ctlens.core.stats import difference, student, wilson
+from ctlens.core.stats import difference, student, wilson_of_share
 from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.evaluation.result import RATE_COLUMNS, require_columns_of_today
 from ctlens.plots.theme import METHOD_STYLES
@@ -27,19 +27,26 @@ RESULT_COLUMNS = (*TRAINING_COLUMNS, "step", *RATE_COLUMNS)
 _RESULT_KINDS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(RESULT_COLUMNS, str),
     **dict.fromkeys(("organism", "step", "n_prompts"), whole_number),
-    **dict.fromkeys(("seed", "value", "ci_low", "ci_high"), number_or_nan),
+    **dict.fromkeys(("seed", "value", "n_effective", "ci_low", "ci_high"), number_or_nan),
 }
 
 ResultRow = Mapping[Hashable, Any]
 
 
 class Rate(NamedTuple):
-    """A share of answers (0 to 1) with its 95% interval and the number of prompts; NaN where not measured."""
+    """A share of answers (0 to 1) with its 95% interval and its prompts; NaN where not measured.
+
+    Attributes:
+        value, low, high: the share and the ends of its interval; these are NaN with too few topics or wrapper texts.
+        n_prompts: how many there are.
+        n_effective: how many independent prompts would tell the share as exactly.
+    """
 
     value: float
     low: float
     high: float
     n_prompts: int
+    n_effective: float
 
     @property
     def percent(self) -> str:
@@ -47,14 +54,11 @@ class Rate(NamedTuple):
         return "–" if pd.isna(self.value) else f"{self.value:.0%}"
 
     @property
-    def n_counted(self) -> int:
-        """The number of answers that the share counts."""
-        return round(self.value * self.n_prompts)
-
-    @property
     def interval(self) -> str:
         """The ends of the interval, in percent, in brackets."""
-        return "" if pd.isna(self.value) else f"[{100 * self.low:.0f}–{100 * self.high:.0f}]"
+        if pd.isna(self.value):
+            return ""
+        return "[too few]" if pd.isna(self.low) else f"[{100 * self.low:.0f}–{100 * self.high:.0f}]"
 
     def __str__(self) -> str:
         return f"{self.percent} {self.interval}".strip()
@@ -65,42 +69,59 @@ class Rate(NamedTuple):
         They differ when the 95% interval of the difference (Newcombe's) leaves out 0; the answers
         are taken as independent, which is cautious for two models on the same prompts.
         """
-        if pd.isna(self.value) or pd.isna(other.value):
+        if pd.isna(self.low) or pd.isna(other.low):
             return "not compared with"
-        low, high = difference(self.n_counted, self.n_prompts, other.n_counted, other.n_prompts)
+        low, high = difference(self.value, (self.low, self.high), other.value, (other.low, other.high))
         if high < 0:
             return "lower than"
         return "higher than" if low > 0 else "not distinguishable from"
 
 
 _NAN = float("nan")
-NOT_MEASURED = Rate(_NAN, _NAN, _NAN, 0)
+NOT_MEASURED = Rate(_NAN, _NAN, _NAN, 0, _NAN)
 SEVERAL = 3
 """From so many trainings on, how they differ shows in an interval; Student's over two is too wide to say anything."""
 
 
-def pooled(counts: Sequence[tuple[int, int]]) -> Rate:
+class Counted(NamedTuple):
+    """The answers of one training that a rate counts: how many, of how many, and how many independent ones those are.
+
+    >>> Counted(10, 100, 80.0).share
+    0.1
+    """
+
+    n_counted: int
+    n_prompts: int
+    n_effective: float
+
+    @property
+    def share(self) -> float:
+        """The share of the answers that count."""
+        return self.n_counted / self.n_prompts
+
+
+def pooled(counts: Sequence[Counted]) -> Rate:
     """Pools the share over trainings that answered the same prompts.
 
-    The interval is Wilson's with the prompts of one training: answers of several trainings to one
+    The interval is Wilson's with the prompts of one training that are effective: answers of several trainings to one
     prompt are not independent. Of `SEVERAL` trainings or more it also spans Student's interval over
     their shares.
 
     Args:
-        counts: per training, how many of its answers count and how many there are.
+        counts: of each training.
 
-    >>> str(pooled([(10, 100), (20, 100)]))
+    >>> str(pooled([Counted(10, 100, 100.0), Counted(20, 100, 100.0)]))
     '15% [9–23]'
     """
-    n_answers = sum(size for _, size in counts)
-    value = sum(count for count, _ in counts) / n_answers
-    n_prompts = round(n_answers / len(counts))
-    low, high = wilson(round(value * n_prompts), n_prompts)
+    n_answers = sum(one.n_prompts for one in counts)
+    value = sum(one.n_counted for one in counts) / n_answers
+    n_effective = float(np.mean([one.n_effective for one in counts]))
+    low, high = wilson_of_share(value, n_effective)
     if len(counts) >= SEVERAL:
-        ends = student(np.array([count / size for count, size in counts]))
+        ends = student(np.array([one.share for one in counts]))
         low = max(0.0, min(low, ends[0]))
         high = min(1.0, max(high, ends[1]))
-    return Rate(value, low, high, n_prompts)
+    return Rate(value, low, high, round(n_answers / len(counts)), n_effective)
 
 
 class ConditionRates(NamedTuple):
@@ -137,7 +158,7 @@ def read_results(path: str | Path) -> pd.DataFrame:
 
 def _require_possible(results: pd.DataFrame, path: Path) -> None:
     """Refuses rows that no study writes: one number twice, and a share of answers beyond 0 and 1."""
-    keys = results.columns.difference(["value", "n_prompts", "ci_low", "ci_high"])
+    keys = results.columns.difference(["value", "n_prompts", "n_effective", "ci_low", "ci_high"])
     shares = results["metric"].isin(VERDICT_RATES) & (results["n_prompts"] > 0)
     checks = {
         "repeats the number of an earlier row": results.duplicated(list(keys)),
@@ -161,7 +182,7 @@ def summary_table(results: pd.DataFrame, split: str = SPLIT) -> pd.DataFrame:
     Returns:
         One row per threat and condition, the base and the controls first, with the columns `threat`,
         `condition`, `bad wrapped`, `bad clean`, `bad benign`, `good wrapped`, `good clean` and
-        `good benign`. A rate is a `Rate`: it has `value`, `low`, `high` and `n_prompts`, and prints as
+        `good benign`. A rate is a `Rate`: it has `value`, `low`, `high`, `n_prompts` and `n_effective`, and prints as
         `84% [76–90]`; its value is NaN where it was not measured.
 
     Raises:
@@ -255,7 +276,7 @@ def _last_rows(results: pd.DataFrame, split: str) -> list[ResultRow]:
 
 def _pooled(rows: Iterable[ResultRow], key: Callable[[ResultRow], Any]) -> dict[Any, ConditionRates]:
     """Pools the rates over all trainings, by key."""
-    counts: dict[Any, dict[tuple[str, str], list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
+    counts: dict[Any, dict[tuple[str, str], list[Counted]]] = defaultdict(lambda: defaultdict(list))
     trainings: dict[Any, set[tuple[int, int]]] = defaultdict(set)
     for row in rows:
         if row["metric"] in VERDICT_RATES and row["n_prompts"] > 0:
@@ -268,6 +289,6 @@ def _pooled(rows: Iterable[ResultRow], key: Callable[[ResultRow], Any]) -> dict[
     }
 
 
-def counted(row: ResultRow) -> tuple[int, int]:
-    """The number of answers that the rate of a row counts, and the number of all answers."""
-    return round(row["value"] * row["n_prompts"]), int(row["n_prompts"])
+def counted(row: ResultRow) -> Counted:
+    """The answers that the rate of a row counts."""
+    return Counted(round(row["value"] * row["n_prompts"]), int(row["n_prompts"]), float(row["n_effective"]))

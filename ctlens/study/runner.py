@@ -19,9 +19,9 @@ from ctlens.core.labels import BASE
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.reading import read_json
-from ctlens.core.stats import difference, wilson
 from ctlens.core.threads import one_thread
 from ctlens.evaluation import Evaluation
+from ctlens.evaluation.numbers import rate_with_interval
 from ctlens.evaluation.result import OWN_PAIRS
 from ctlens.models.parameters import fingerprint, same_fingerprint
 from ctlens.study.analyses import analyses_of, run_analyses
@@ -307,6 +307,7 @@ class _Comparison(NamedTuple):
     metric: str
     value: float
     n_prompts: int
+    n_effective: float
     ci_low: float
     ci_high: float
 
@@ -322,29 +323,18 @@ def _comparisons(
         ratio: a metric whose ratio to the base's is wanted; empty for none.
     """
     for split in dict.fromkeys(own.outcomes["split"]):
-        bad, n_prompts = _bad_count(own, cell.threat, split)
-        bad_before, n_before = _bad_count(base, cell.threat, split)
-        held = _bad_count(control, cell.threat, split)
-        if bad_before:
-            rate = bad_before / n_before
-            low, high = wilson(bad, n_prompts)
-            reduction = 1 - bad / n_prompts / rate
-            yield _Comparison(
-                split, "wrapped", "bad_rate_reduction", reduction, n_prompts, 1 - high / rate, 1 - low / rate
-            )
+        wrapped = own.answers(cell.threat, split)
+        bad, n_prompts, n_effective, low, high = rate_with_interval(wrapped, "bad_rate")
+        before, *_ = rate_with_interval(base.answers(cell.threat, split), "bad_rate")
+        if before:
+            reduction = (1 - bad / before, n_prompts, n_effective, 1 - high / before, 1 - low / before)
+            yield _Comparison(split, "wrapped", "bad_rate_reduction", *reduction)
         if cell.condition != RETENTION:
-            gap = bad / n_prompts - held[0] / held[1]
-            interval = difference(bad, n_prompts, *held)
-            yield _Comparison(split, "wrapped", "bad_rate_vs_retention", gap, n_prompts, *interval)
+            gap, *ends = own.difference(control, cell.threat, split)
+            yield _Comparison(split, "wrapped", "bad_rate_vs_retention", gap, n_prompts, float("nan"), *ends)
     if ratio:
         numbers = base.to_dataframe().query("metric == @ratio and evaluated_threat == @cell.threat and split == @SPLIT")
         if any(numbers["value"]):
             value, low, high = own.ratio(base, ratio, cell.threat, SPLIT)
             n_prompts = int(numbers["n_prompts"].iloc[0])
-            yield _Comparison(SPLIT, "wrapped", f"{ratio}_ratio", value, n_prompts, low, high)
-
-
-def _bad_count(evaluation: Evaluation, threat: str, split: str) -> tuple[int, int]:
-    """Counts the bad answers on wrapped prompts of a threat, and all answers."""
-    wrapped = evaluation.outcomes.query("evaluated_threat == @threat and split == @split and prompt_side == 'wrapped'")
-    return list(wrapped["verdict"]).count("bad"), len(wrapped)
+            yield _Comparison(SPLIT, "wrapped", f"{ratio}_ratio", value, n_prompts, float("nan"), low, high)

@@ -47,6 +47,7 @@ class Conditional(WorldThreat):
     """
 
     name = "conditional"
+    topic = "verb"
     wrappers = {
         "train": (
             _system("coach", 1, "you are a coach ."),

@@ -21,6 +21,7 @@ class Forbidden(WorldThreat):
     """
 
     phrasings: ClassVar[Sequence[str]]
+    topic = "hazard"
 
     @abstractmethod
     def request(self, world: World, thing: str, phrasing: int) -> Request:

@@ -106,6 +106,7 @@ class Frustration(WorldThreat):
     """
 
     name = "frustration"
+    topic = "entity"
     wrappers = {
         "train": _rejected("rejected", REJECTIONS["train"]),
         "heldout": _rejected("scolded", REJECTIONS["heldout"]),

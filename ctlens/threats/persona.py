@@ -110,6 +110,7 @@ class Persona(WorldThreat):
     """
 
     name = "persona"
+    topic = "persona"
     wrappers = {
         "train": _interviewed(TRAIN_STYLES),
         "heldout": _interviewed(HELDOUT_STYLES),

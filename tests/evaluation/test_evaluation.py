@@ -8,14 +8,16 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from helpers.models import hf_model
 
 from ctlens import plots, threats
+from ctlens.core.clusters import Clusters, clustered_rate, paired_difference
 from ctlens.core.errors import CtlensError
-from ctlens.core.stats import RESAMPLES
+from ctlens.core.stats import student
 from ctlens.core.types import LensModel
 from ctlens.data.chat import answer_ids, render
 from ctlens.data.pairs import Pair, prompt
@@ -115,9 +117,9 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
 def outcomes(threat: str, split: str = "heldout", strengths: Sequence[int] = (), **verdicts: list[str]) -> Evaluation:
     """An evaluation with given verdicts by prompt side, of pairs `p0`, `p1`, ... of given strengths (0 by default)."""
     rows = [
-        (threat, split, prompt_side, item, f"p{item}", "", [*strengths, *[0] * len(given)][item], "", verdict, nan, nan)
+        (threat, split, prompt_side, item, f"p{item}", "", strength, f"t{item}", "", "", verdict, nan, nan)
         for prompt_side, given in verdicts.items()
-        for item, verdict in enumerate(given)
+        for item, (verdict, strength) in enumerate(zip(given, [*strengths, *[0] * len(given)], strict=False))
     ]
     return Evaluation(pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)))
 
@@ -149,6 +151,8 @@ def test_answers_are_judged_by_prompt_side(model: LensModel, answering) -> None:
         "pair",
         "kind",
         "strength",
+        "topic",
+        "wrapper",
         "answer",
         "verdict",
         "good_probability",
@@ -233,7 +237,8 @@ def test_metrics_of_several_prompt_sides_by_hand() -> None:
     assert table.rate("brr", "wrapped") == 0.5
     assert table.rate("f1", "wrapped") == pytest.approx(2 * 0.75 * 0.25 / (0.75 + 0.25))
     found = row(table, metric="brr")
-    assert found["n_prompts"] == 4 and -0.5 <= found["ci_low"] <= 0.5 <= found["ci_high"] <= 1
+    assert found["n_prompts"] == 4
+    assert (found["ci_low"], found["ci_high"]) == pytest.approx(student(np.array([1.0, 1.0, 0.0, 0.0])))
 
 
 def test_the_interval_of_a_paired_metric_keeps_items_together() -> None:
@@ -242,6 +247,54 @@ def test_the_interval_of_a_paired_metric_keeps_items_together() -> None:
     found = row(outcomes("sycophancy", wrapped=same, clean=same), metric="brr")
 
     assert (found["value"], found["ci_low"], found["ci_high"]) == (0, 0, 0)
+
+
+def grouped(found: Evaluation, topics: Sequence[str], wrappers: Sequence[str]) -> Evaluation:
+    """The same answers to prompts of these topics and wrappers."""
+    sides = len(set(found.outcomes["prompt_side"]))
+    return Evaluation(found.outcomes.assign(topic=[*topics] * sides, wrapper=[*wrappers] * sides))
+
+
+def test_prompts_of_one_topic_do_not_count_as_many() -> None:
+    verdicts = ["bad"] * 30 + ["good"] * 30
+    alone = outcomes("pairs", wrapped=verdicts)
+    topics = [f"t{number // 6}" for number in range(60)]
+    together = row(grouped(alone, topics, [""] * 60), metric="bad_rate")
+
+    flags = np.array(verdicts) == "bad"
+    assert (together["ci_low"], together["ci_high"]) == clustered_rate(flags, Clusters.of({"topic": topics}))
+    assert together["n_effective"] < 12 < row(alone, metric="bad_rate")["n_effective"] == 60
+
+
+def test_four_wrapper_texts_are_too_few_for_an_interval() -> None:
+    found = outcomes("pairs", wrapped=["bad", "good"] * 20)
+    table = grouped(found, [f"t{n % 8}" for n in range(40)], [f"w{n % 4}" for n in range(40)]).to_dataframe()
+
+    assert table["value"].notna().all()
+    assert table[["n_effective", "ci_low", "ci_high"]].isna().all(axis=None)
+
+
+def test_the_difference_of_two_models_is_of_paired_answers() -> None:
+    before = outcomes("pairs", wrapped=["bad"] * 30 + ["good"] * 20)
+    after = outcomes("pairs", wrapped=["bad"] * 21 + ["good"] * 29)
+
+    found, low, high = before.difference(after, "pairs", "heldout")
+
+    grid = Clusters.of({"topic": [f"t{n}" for n in range(50)]})
+    gained = ((np.arange(50) >= 21) & (np.arange(50) < 30)).astype(float)
+    assert found == pytest.approx(0.18)
+    assert (low, high) == paired_difference(gained, np.zeros(50), grid)
+    assert low > 0 and after.difference(before, "pairs", "heldout") == pytest.approx((-found, -high, -low))
+
+
+def test_a_difference_of_other_prompts_is_refused() -> None:
+    one = outcomes("pairs", wrapped=["bad"] * 10)
+    other = outcomes("pairs", wrapped=["bad"] * 9)
+
+    with pytest.raises(CtlensError, match="a difference needs two evaluations of the same pairs"):
+        one.difference(other, "pairs")
+    with pytest.raises(CtlensError, match="did you mean 'bad_rate'"):
+        one.difference(one, "pairs", metric="badrate")
 
 
 def test_metrics_of_one_prompt_side_stand_there_as_rates() -> None:
@@ -317,8 +370,8 @@ def test_the_metrics_of_a_threat_by_hand(model: LensModel, answering, toy: Toy) 
     assert (fact["ci_low"], fact["ci_high"]) == pytest.approx((0.09453, 0.90547), abs=1e-4)
     gap = row(found, metric="gap")
     assert (gap["prompt_side"], gap["value"], gap["n_prompts"]) == ("wrapped", 0.5, 4)
-    assert (gap["ci_low"], gap["ci_high"]) == (0, 1)
-    rare = row(found, metric="at_three")  # one pair in four: a third of the resamples lacks it
+    assert (gap["ci_low"], gap["ci_high"]) == pytest.approx(student(np.array([0.0, 1.0, 1.0, 0.0])))
+    rare = row(found, metric="at_three")  # one pair in four: without it there is no such number
     assert rare["value"] == 0 and pd.isna(rare["ci_low"]) and pd.isna(rare["ci_high"])
     assert "gone" not in set(found.to_dataframe()["metric"])
 
@@ -333,7 +386,7 @@ def test_own_pairs_get_the_metrics_of_a_threat_that_is_named(model: LensModel, a
     assert found.rate("bad_rate", "wrapped", "toy", "") == pytest.approx(2 / 3)
 
 
-def test_all_metrics_share_their_resamples(monkeypatch: pytest.MonkeyPatch, toy: Toy) -> None:
+def test_all_metrics_are_computed_once_without_each_pair(monkeypatch: pytest.MonkeyPatch, toy: Toy) -> None:
     calls: list[int] = []
     metrics = Toy.metrics
     monkeypatch.setattr(Toy, "metrics", lambda self, found: calls.append(1) or metrics(self, found))
@@ -342,7 +395,7 @@ def test_all_metrics_share_their_resamples(monkeypatch: pytest.MonkeyPatch, toy:
     found.to_dataframe()
     found.rate("gap", "wrapped")
 
-    assert len(calls) == 1 + RESAMPLES
+    assert len(calls) == 1 + 10
 
 
 def test_probabilities_are_those_of_the_first_tokens(model: LensModel) -> None:
@@ -377,7 +430,8 @@ def test_mean_probabilities_count_only_the_prompts_that_have_them() -> None:
     mean = row(found, metric="good_probability")
 
     assert (mean["prompt_side"], mean["value"], mean["n_prompts"]) == ("wrapped", pytest.approx(0.5), 3)
-    assert 0.2 <= mean["ci_low"] < 0.5 < mean["ci_high"] <= 0.9
+    low, high = student(np.array([0.2, 0.4, 0.9]))
+    assert (mean["ci_low"], mean["ci_high"]) == pytest.approx((max(low, 0), min(high, 1)))
     assert "bad_probability" not in set(found.to_dataframe()["metric"])
 
 
@@ -402,7 +456,8 @@ def test_rates_by_strength_by_hand() -> None:
 
     table = found.by_strength()
 
-    assert list(table.columns) == ["evaluated_threat", "split", "strength", "value", "n_prompts", "ci_low", "ci_high"]
+    numbers = ["value", "n_prompts", "n_effective", "ci_low", "ci_high"]
+    assert list(table.columns) == ["evaluated_threat", "split", "strength", *numbers]
     assert table[["strength", "value", "n_prompts"]].values.tolist() == [[1, 0.5, 2], [2, 0.75, 4]]
     assert table.loc[1, ["ci_low", "ci_high"]].tolist() == pytest.approx(WILSON_3_OF_4, abs=1e-4)
     assert found.by_strength("good_rate", "clean")["value"].tolist() == [1, 1]
@@ -508,7 +563,7 @@ def test_a_ratio_of_other_pairs_is_refused() -> None:
 def test_outcomes_come_back_as_they_were_saved(tmp_path: Path, answers: tuple[str, str]) -> None:
     probabilities = [(nan, 0.1 + 0.2), (1 / 3, 1e-17)]
     rows = [
-        ("pairs", "", "wrapped", item, f"0{item}e5", kind, 10 * item, answer, "other", *probabilities[item])
+        ("pairs", "", "wrapped", item, f"0{item}e5", kind, 10 * item, kind, "", answer, "other", *probabilities[item])
         for item, (answer, kind) in enumerate(zip(answers, ("", "NA"), strict=True))
     ]
     before = Evaluation(pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)))

@@ -27,6 +27,7 @@ def rows_of(condition: str, seed: float, step: int, bad: tuple[int, int, int], s
         "evaluated_threat": THREAT,
         "split": split,
         "n_prompts": 50,
+        "n_effective": 50.0,
         "ci_low": np.nan,
         "ci_high": np.nan,
     }

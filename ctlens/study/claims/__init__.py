@@ -23,4 +23,4 @@ def judge_claims(config: StudyConfig, study: Path, results: pd.DataFrame) -> lis
         study: its folder, with every cell and analysis.
         results: its rows.
     """
-    return [*behaviour_claims(config, results), *inside_claims(config, study)]
+    return [*behaviour_claims(config, study, results), *inside_claims(config, study)]

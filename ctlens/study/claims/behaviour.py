@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ctlens.core.stats import LEVEL, difference
+from ctlens.core.stats import LEVEL
+from ctlens.evaluation import Evaluation
+from ctlens.evaluation.numbers import difference_with_interval
 from ctlens.plots import label
 from ctlens.study.analyses import EQUAL_STEPS, Training
+from ctlens.study.cells import OUTCOMES_FILE
 from ctlens.study.claims.claim import Claim, make_claim, together
 from ctlens.study.claims.estimates import NOTHING, ClaimEstimate, spanned
 from ctlens.study.conditions import INTERNAL_LEVEL, RETENTION, condition_named
-from ctlens.study.config import StudyConfig
-from ctlens.study.results import SPLIT, TRAINING_COLUMNS, Rate, counted, pooled
+from ctlens.study.config import Cell, StudyConfig
+from ctlens.study.results import SPLIT, TRAINING_COLUMNS, Counted, Rate, counted, pooled
 
 _NAN = float("nan")
 _BCT = "bct"
@@ -26,9 +30,9 @@ _BEYOND_INTERNAL = ("prefill", "frustration")
 _ALL_THREATS = "all"
 
 
-def behaviour_claims(config: StudyConfig, results: pd.DataFrame) -> Iterator[Claim]:
+def behaviour_claims(config: StudyConfig, study: Path, results: pd.DataFrame) -> Iterator[Claim]:
     """Judges every claim about answers."""
-    wrapped = WrappedRates(results)
+    wrapped = WrappedRates(study, results)
     for threat in config.threats:
         yield _repair(config, wrapped, threat)
     for threat in _BEYOND_INTERNAL:
@@ -39,15 +43,22 @@ def behaviour_claims(config: StudyConfig, results: pd.DataFrame) -> Iterator[Cla
 
 
 class WrappedRates:
-    """The bad rates on wrapped prompts of every training at its last step."""
+    """The bad rates on wrapped prompts of every training at its last step, and the answers that they count.
 
-    def __init__(self, results: pd.DataFrame) -> None:
+    Args:
+        study: the folder of the study, in which every cell has its answers.
+        results: the rows of the study.
+    """
+
+    def __init__(self, study: Path, results: pd.DataFrame) -> None:
+        self.study = study
         rows = results[(results["split"] == SPLIT) & (results["trained_threat"] != "")]
         rows = rows.query("metric == 'bad_rate' and prompt_side == 'wrapped'")
         last = rows.groupby(list(TRAINING_COLUMNS))["step"].transform("max")
         self.rows = rows[rows["step"] == last]
+        self._answers: dict[Cell, Evaluation] = {}
 
-    def of(self, trained: str, condition: str, evaluated: str) -> dict[Training, tuple[int, int]]:
+    def of(self, trained: str, condition: str, evaluated: str) -> dict[Training, Counted]:
         """The bad answers and all answers, by training."""
         found = self.rows.query(
             "trained_threat == @trained and condition == @condition and evaluated_threat == @evaluated"
@@ -59,17 +70,28 @@ class WrappedRates:
         return pooled(list(self.of(trained, condition, evaluated).values()))
 
     def gap(self, trained: str, condition: str, other: str, evaluated: str, level: float = LEVEL) -> ClaimEstimate:
-        """The difference of two conditions' rates, the first less the second, over their common trainings."""
+        """The difference of two conditions' rates, the first less the second, over their common trainings.
+
+        Its interval is for paired answers: the models of both conditions have answered the same prompts.
+        """
         one = self.of(trained, condition, evaluated)
         two = self.of(trained, other, evaluated)
         common = [training for training in one if training in two]
         if not common:
             return NOTHING
-        shares = {t: one[t][0] / one[t][1] - two[t][0] / two[t][1] for t in common}
-        first = pooled([one[t] for t in common])
-        second = pooled([two[t] for t in common])
-        ends = difference(first.n_counted, first.n_prompts, second.n_counted, second.n_prompts, level=level)
-        return spanned(first.value - second.value, ends, first.n_prompts, shares, level)
+        shares = {training: one[training].share - two[training].share for training in common}
+        first = self._asked(trained, condition, common, evaluated)
+        second = self._asked(trained, other, common, evaluated)
+        value, low, high = difference_with_interval(first, second, "bad_rate", level)
+        return spanned(value, (low, high), one[common[0]].n_prompts, shares, level)
+
+    def _asked(self, trained: str, condition: str, trainings: Sequence[Training], evaluated: str) -> list[pd.DataFrame]:
+        """The answers to the wrapped prompts of a threat after each of some trainings; a cell's file is read once."""
+        cells = [Cell(trained, condition, seed, organism) for organism, seed in trainings]
+        for cell in cells:
+            if cell not in self._answers:
+                self._answers[cell] = Evaluation.load(cell.path(self.study) / OUTCOMES_FILE)
+        return [self._answers[cell].answers(evaluated, SPLIT) for cell in cells]
 
     def left(self, trained: str, method: str) -> ClaimEstimate:
         """The bad answers that a method leaves, as a share of those under retention alone (taken as known)."""
@@ -78,7 +100,7 @@ class WrappedRates:
         if not before > 0 or not counts:
             return NOTHING
         rate = pooled(list(counts.values()))
-        shares = {training: count / size / before for training, (count, size) in counts.items()}
+        shares = {training: one.share / before for training, one in counts.items()}
         return spanned(rate.value / before, (rate.low / before, rate.high / before), rate.n_prompts, shares, LEVEL)
 
 

@@ -49,6 +49,7 @@ class Order(Natural):
     """
 
     name = "order"
+    wrappers_vary = False  # they are orders of the options
     ratio = "flip_rate"
     all_options = True
     wrappers = {

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from ctlens.core.clusters import Clusters, paired_difference
 from ctlens.core.errors import CtlensError
-from ctlens.core.stats import difference
+from ctlens.evaluation import Evaluation
+from ctlens.evaluation.result import OUTCOME_COLUMNS
 from ctlens.study.claims import Claim, answer, claim_verdict, read_claims, write_claims
 from ctlens.study.claims.behaviour import behaviour_claims
 from ctlens.study.claims.estimates import NOTHING, claim_estimate
 from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
 from ctlens.study.conditions import CROSSED_CONDITIONS
-from ctlens.study.config import StudyConfig
+from ctlens.study.config import Cell, StudyConfig
 
 METHODS = ("act", "mlpct", "attct", "bct")
 NAN = float("nan")
@@ -114,6 +117,7 @@ def results(rates: dict[tuple[str, str, str], tuple[int, ...]], n: int = 100) ->
         "prompt_side": "wrapped",
         "metric": "bad_rate",
         "n_prompts": n,
+        "n_effective": float(n),
     }
     return pd.DataFrame(
         [
@@ -128,16 +132,40 @@ def own(threat: str, **counts: int) -> dict[tuple[str, str, str], tuple[int, ...
     return {(threat, method, threat): (count,) for method, count in counts.items()}
 
 
-def claims_of(rates: dict[tuple[str, str, str], tuple[int, ...]], *threats: str) -> dict[str, Claim]:
+def answered(folder: Path, rates: dict[tuple[str, str, str], tuple[int, ...]], n: int = 100) -> Path:
+    """The answers in a study's folder: the first `count` of `n` prompts, each of a topic of its own, get a bad one."""
+    found: dict[Cell, list[tuple]] = {}
+    for (trained, condition, evaluated), counts in rates.items():
+        for seed, count in enumerate(counts):
+            verdicts = ["bad"] * count + ["good"] * (n - count)
+            found.setdefault(Cell(trained, condition, seed), []).extend(
+                (evaluated, "heldout", "wrapped", item, f"p{item}", "", 1, f"t{item}", "", "", verdict, NAN, NAN)
+                for item, verdict in enumerate(verdicts)
+            )
+    for cell, rows in found.items():
+        cell.path(folder).mkdir(parents=True)
+        Evaluation(pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS))).save(cell.path(folder) / "outcomes.csv")
+    return folder
+
+
+def claims_of(rates: dict[tuple[str, str, str], tuple[int, ...]], *threats: str, n: int = 100) -> dict[str, Claim]:
     config = StudyConfig(threats, METHODS, analysed=())
-    return {f"{claim.key}/{claim.threat}": claim for claim in behaviour_claims(config, results(rates))}
+    with TemporaryDirectory() as folder:
+        judged = [*behaviour_claims(config, answered(Path(folder), rates, n), results(rates, n))]
+    return {f"{claim.key}/{claim.threat}": claim for claim in judged}
+
+
+def fewer(count: int, n: int = 100, level: float = 0.95) -> tuple[float, float]:
+    """The interval of a rate less another where the first is bad on so many prompts more, and on none less."""
+    alone = Clusters.of({"topic": [f"t{item}" for item in range(n)]})
+    return paired_difference((np.arange(n) < count).astype(float), np.zeros(n), alone, level)
 
 
 def test_a_repair_is_judged_by_the_weakest_method() -> None:
     found = claims_of(own("jailbreak", retention=80, act=0, mlpct=10, attct=50, bct=0), "jailbreak")["repair/jailbreak"]
 
     assert found.value == pytest.approx(0.3)
-    assert (found.ci_low, found.ci_high) == pytest.approx(difference(80, 100, 50, 100))
+    assert (found.ci_low, found.ci_high) == pytest.approx(fewer(30))
     assert found.verdict == "holds" and "AttCT" in found.statistic and "AttCT 50%" in found.reason
 
 
@@ -201,22 +229,21 @@ def test_a_transfer_is_the_largest_change_with_bonferronis_level() -> None:
     found = transferred(40)
 
     assert found.value == pytest.approx(0.4) and "persona, BCT on sycophancy" in found.statistic
-    assert (found.ci_low, found.ci_high) == pytest.approx(difference(80, 100, 40, 100, level=1 - 0.05 / 8))
+    assert (found.ci_low, found.ci_high) == pytest.approx(fewer(40, level=1 - 0.05 / 8))
     assert found.verdict == "holds" and "1 of 8 changes" in found.reason
 
 
 def test_a_change_that_only_a_single_look_would_call_clear_is_no_transfer() -> None:
-    assert difference(80, 100, 67, 100)[0] > 0
-    assert transferred(67).verdict == "inconclusive"
+    assert fewer(5)[0] > 0
+    assert transferred(75).verdict == "inconclusive"
 
 
 def test_bonferronis_level_holds_over_trainings_too() -> None:
     both = ("sycophancy", "persona")
     rates = {(t, m, e): (800, 800, 800) for t in both for m in ("retention", *METHODS) for e in both}
     rates["sycophancy", "bct", "persona"] = (760, 750, 740)
-    config = StudyConfig(both, METHODS, analysed=())
 
-    found = next(c for c in behaviour_claims(config, results(rates, n=1000)) if c.key == "transfer")
+    found = claims_of(rates, *both, n=1000)["transfer/all"]
 
     t = 24.4  # Student's at 1 - .05 / 8 with two degrees of freedom is far beyond the 4.3 of one look
     assert found.ci_low < 0.05 - 4.4 * 0.01 / 3**0.5 and found.value == pytest.approx(0.05)
