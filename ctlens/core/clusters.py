@@ -210,8 +210,9 @@ def paired_difference(
 ) -> Interval:
     """Computes the interval of the difference of two shares of the same items.
 
-    Tango's score interval (1998) for paired shares, of as many items as are effective. Both models of a comparison
-    answer the same prompts, and most answers are alike: only those that are not tell the two apart.
+    Both models of a comparison answer the same prompts, and most answers are alike: only those that are not tell the
+    two apart. The interval is Tango's score interval (1998) for paired shares, and where items go together each side of
+    it is as many times longer as Student's interval of the clusters is than the normal one of independent items.
 
     Args:
         gained: of each item, 1 where it counts for the first share alone, else 0; or the mean of that over several
@@ -229,16 +230,19 @@ def paired_difference(
     if clusters.too_few:
         return _NO_INTERVAL
     differences = gained - lost
-    spread = clusters.spread(differences - differences.mean())
-    size = float(len(differences))
-    reach = float(stats.norm.ppf((1 + level) / 2))
-    if spread.variance > spread.independent:
-        size *= float(spread.independent / spread.variance)
-        reach = float(stats.t.ppf((1 + level) / 2, spread.freedom))
-    return _tango(float(gained.mean()) * size, float(lost.mean()) * size, size, reach)
+    value = float(differences.mean())
+    n = len(differences)
+    z = float(stats.norm.ppf((1 + level) / 2))
+    low, high = _tango(float(gained.mean()) * n, float(lost.mean()) * n, n, z)
+    spread = clusters.spread(differences - value)
+    if not spread.variance > spread.independent:
+        return low, high
+    student = stats.t.ppf((1 + level) / 2, spread.freedom) * np.sqrt(spread.variance)
+    longer = float(student / (z * np.sqrt(spread.independent)))
+    return max(-1.0, value - longer * (value - low)), min(1.0, value + longer * (high - value))
 
 
-def _tango(gained: float, lost: float, n: float, reach: float) -> Interval:
+def _tango(gained: float, lost: float, n: int, reach: float) -> Interval:
     """Finds the differences at which the score statistic of Tango (1998) is as far from 0 as `reach`."""
     found = (gained - lost) / n
 

@@ -35,6 +35,8 @@ def wilson(successes: int, n: int, level: float = LEVEL) -> Interval:
 
 def wilson_of_share(share: float, n: float, level: float = LEVEL) -> Interval:
     """Computes the Wilson score interval of a share of `n` items, which need not be a whole number; NaN for NaN."""
+    if np.isnan(n):
+        return float("nan"), float("nan")
     z = float(stats.norm.ppf((1 + level) / 2))
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     reach = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))

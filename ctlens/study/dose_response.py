@@ -35,6 +35,7 @@ DOSE_COLUMNS = (
     "metric",
     "value",
     "n_prompts",
+    "n_effective",
     "ci_low",
     "ci_high",
 )

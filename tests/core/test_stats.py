@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from ctlens.core.errors import CtlensError
-from ctlens.core.stats import bootstrap, bootstrap_mean, difference, jackknife, wilson
+from ctlens.core.stats import bootstrap, bootstrap_mean, difference, jackknife, wilson, wilson_of_share
 
 
-def test_wilson_by_the_closed_formula() -> None:
-    p = 7 / 20
-    n = 20
-    z = 1.959963984540054
+@pytest.mark.parametrize(("successes", "n"), [(7, 20), (0, 96), (96, 96), (1, 1)])
+def test_wilsons_interval_is_scipys_also_of_a_share(successes: int, n: int) -> None:
+    expected = binomtest(successes, n).proportion_ci(0.95, method="wilson")
 
-    low, high = wilson(7, 20)
+    assert wilson(successes, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert wilson_of_share(successes / n, n) == wilson(successes, n)
 
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-    assert (low, high) == pytest.approx((centre - half, centre + half))
+
+def test_a_share_of_fewer_items_is_less_certain() -> None:
+    low, high = wilson_of_share(0.25, 96)
+    lower, higher = wilson_of_share(0.25, 40.5)
+
+    assert lower < low < 0.25 < high < higher
+    assert np.isnan(wilson_of_share(0.25, float("nan"))).all()
+
+
+def of_counts(successes: int, n: int, others: int, other_n: int) -> tuple[float, float]:
+    return difference(successes / n, wilson(successes, n), others / other_n, wilson(others, other_n))
 
 
 def test_the_difference_of_equal_rates_holds_zero_and_turns_its_sign() -> None:
-    low, high = difference(10, 40, 30, 40)
+    low, high = of_counts(10, 40, 30, 40)
 
     assert high < 0
-    assert difference(30, 40, 10, 40) == pytest.approx((-high, -low))
-    assert difference(0, 50, 0, 50)[0] < 0 < difference(0, 50, 0, 50)[1]
+    assert of_counts(30, 40, 10, 40) == pytest.approx((-high, -low))
+    assert of_counts(0, 50, 0, 50)[0] < 0 < of_counts(0, 50, 0, 50)[1]
 
 
 def test_the_bootstrap_mean_covers_the_true_mean_about_as_often_as_it_says() -> None:

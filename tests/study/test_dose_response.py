@@ -92,7 +92,7 @@ def test_another_dose_response_is_refused(tiny: DoseResult) -> None:
 def rows(condition: str, seed: int, n_pairs: int, step: int, bad: int) -> dict[str, object]:
     training = {"trained_threat": "jailbreak", "condition": condition, "seed": seed, "n_pairs": n_pairs, "step": step}
     asked = {"split": "heldout", "prompt_side": "wrapped", "metric": "bad_rate"}
-    return {**training, **asked, "value": bad / 10, "n_prompts": 10}
+    return {**training, **asked, "value": bad / 10, "n_prompts": 10, "n_effective": 10.0}
 
 
 MADE = DoseResult(

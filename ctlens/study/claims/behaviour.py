@@ -160,11 +160,17 @@ def _shifted(found: ClaimEstimate, sign: int) -> ClaimEstimate:
     return replace(found, value=sign * (found.value - _HALF), low=ends[0], high=ends[1])
 
 
+def _clearness(found: ClaimEstimate) -> float:
+    """How far a change is from 0, in lengths of its interval to that side; 0 without a change or an interval."""
+    reach = found.value - found.low if found.value > 0 else found.high - found.value
+    return abs(found.value) / reach if found.value and reach > 0 else 0.0
+
+
 def _transfer(config: StudyConfig, wrapped: WrappedRates) -> Claim:
     """Judges the clearest change on a threat that was not trained on, with Bonferroni's correction for the choice."""
     cases = [(t, m, e) for t, m, e in product(config.threats, config.methods, config.threats) if t != e]
     gaps = {(t, m, e): wrapped.gap(t, RETENTION, m, e, level=1 - (1 - LEVEL) / len(cases)) for t, m, e in cases}
-    clearest = max(gaps, key=lambda case: max(gaps[case].low, -gaps[case].high))
+    clearest = max(gaps, key=lambda case: _clearness(gaps[case]))
     trained, method, evaluated = clearest
     found = gaps[clearest]
     if found.value < 0:
