@@ -34,7 +34,8 @@ OWNERS = {
     "typer": ("cli/",),
     "rich": ("cli/",),
     "jinja2": ("data/chat.py", "study/report/"),
-    "scipy": ("core/stats.py", "analysis/probing/classifiers.py"),  # intervals; and the solver that scikit-learn calls
+    # intervals; and the solver that scikit-learn calls
+    "scipy": ("core/stats.py", "core/clusters.py", "analysis/probing/classifiers.py"),
     "sklearn": ("analysis/probing/classifiers.py",),
     "joblib": ("study/workers.py",),
     "IPython": ("training/live.py",),

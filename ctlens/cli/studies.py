@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import textwrap
 from dataclasses import replace
@@ -198,8 +199,12 @@ def _announce(cell: Cell, rows: pd.DataFrame, dose: str = "") -> None:
     if not found:  # a second seed for the analyses, which answers no questions
         tqdm.write(f"{name}: trained")
         return
-    interval = f"[{found[-1]['ci_low']:.0%} to {found[-1]['ci_high']:.0%}]"
-    tqdm.write(f"{name}: bad rate on wrapped {found[-1]['value']:.0%} {interval}")
+    last = found[-1]
+    low = last["ci_low"]
+    interval = (
+        "too few topics or wrapper texts for an interval" if math.isnan(low) else f"{low:.0%} to {last['ci_high']:.0%}"
+    )
+    tqdm.write(f"{name}: bad rate on wrapped {last['value']:.0%} [{interval}]")
 
 
 def _print_summary(results: pd.DataFrame) -> None:

@@ -73,7 +73,7 @@ class Clusters:
     def too_few(self) -> str:
         """The kinds that have too few clusters for an interval, in words; empty where there are enough of each."""
         counts = {kind: len(set(row.tolist())) for kind, row in zip(self.kinds, self.numbers, strict=True)}
-        return " and ".join(f"{n} {kind}{'s' * (n != 1)}" for kind, n in counts.items() if n < FEWEST_CLUSTERS)
+        return " and ".join(f"{n} {kind}s" for kind, n in counts.items() if n < FEWEST_CLUSTERS)
 
     def spread(self, influence: Float[np.ndarray, "item ..."]) -> Spread:
         """Computes the spread of a number from how much each item moves it.

@@ -100,10 +100,10 @@ def clusters_of(pair: Pair, topic: str = TOPIC) -> tuple[str, str]:
             no wrapper, an empty text.
         topic: the name of the label that says what the pair is about.
     """
-    return pair.labels.get(topic) or digest_of(pair.clean), pair.labels.get("wrapper", "")
+    return pair.labels.get(topic) or short_digest(pair.clean), pair.labels.get("wrapper", "")
 
 
-def digest_of(*values: object) -> str:
+def short_digest(*values: object) -> str:
     """A short text that tells values apart by how they print."""
     return hashlib.blake2b(repr(values).encode(), digest_size=6).hexdigest()
 

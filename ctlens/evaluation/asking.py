@@ -12,7 +12,7 @@ from ctlens import threats as threat_registry
 from ctlens.core.errors import CtlensError
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
-from ctlens.data.pairs import PROMPT_SIDES, Pair, Prompt, clusters_of, digest_of
+from ctlens.data.pairs import PROMPT_SIDES, Pair, Prompt, clusters_of, short_digest
 from ctlens.evaluation.result import OUTCOME_COLUMNS, OWN_PAIRS, Evaluation
 from ctlens.threats import Judge, Threat, ask
 
@@ -135,5 +135,5 @@ def _known(pair: Pair, threat: Threat | None) -> tuple[str, str, int, str, str]:
             f"the label 'strength' of a pair is {strength!r}, not a whole number: write it as '2', or leave it out."
         )
     topic, wrapper = threat.clusters(pair) if threat else clusters_of(pair)
-    digest = digest_of(pair.clean, pair.wrapped, pair.benign)
+    digest = short_digest(pair.clean, pair.wrapped, pair.benign)
     return digest, pair.labels.get("kind", ""), int(strength), topic, wrapper

@@ -278,7 +278,7 @@ def require_columns_of_today(table: Iterable[str], path: str | Path) -> None:
     if renames:
         base = f", and write {BASE} for the method none" if "method" in table else ""
         raise CtlensError(f"{path} was written by an earlier ctlens: rename its column {', '.join(renames)}{base}.")
-    if not ({"n_effective", *CLUSTER_COLUMNS} & set(table)):
+    if {"verdict", "metric"} & set(table) and not {"n_effective", *CLUSTER_COLUMNS} & set(table):
         raise CtlensError(
             f"{path} was written by an earlier ctlens, which did not say which prompts go together: evaluate again."
         )

@@ -168,7 +168,7 @@ class StudyConfig:
         """The threats whose models are analysed."""
         return self.analysed or ()
 
-    def looks_into(self, threat: str) -> bool:
+    def compares_inside(self, threat: str) -> bool:
         """Whether every model trained on a threat is evaluated on the way and compared with the base inside.
 
         A real model takes minutes for that, so there it is done for the analysed threats alone.

@@ -102,7 +102,7 @@ def _of_threat(config: StudyConfig, folder: Path, results: pd.DataFrame, threat:
         [("dose", dose_figure(own, "step", words))],
         _rates(threat, conditions, splits),
     ]
-    if config.looks_into(threat):
+    if config.compares_inside(threat):
         drawn.append(_first_analyses(config, folder, threat, trained))
     if threat in config.analysed_threats:
         of_threat = results.query("trained_threat == @threat")

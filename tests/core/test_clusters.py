@@ -131,8 +131,8 @@ def tango_by_likelihood(gained: int, lost: int, n: int) -> tuple[float, float]:
             rest = 1 - 2 * share - difference
             return -(gained * np.log(share + difference) + lost * np.log(share) + (n - gained - lost) * np.log(rest))
 
-        low, high = max(0.0, -difference) + 1e-12, (1 - difference) / 2 - 1e-12
-        share = optimize.minimize_scalar(unlikely, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x
+        bounds = (max(0.0, -difference) + 1e-12, (1 - difference) / 2 - 1e-12)
+        share = optimize.minimize_scalar(unlikely, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x
         return (gained - lost - n * difference) / (n * (2 * share + difference - difference**2)) ** 0.5
 
     z = stats.norm.ppf(0.975)

@@ -28,6 +28,7 @@ _REASONS = {
     UNMEASURED: "it could not be measured here",
 }
 """The rule of each verdict in words, with the numbers."""
+_TOO_FEW = "it is {value:.2f}, of too few topics or wrapper texts for an interval"
 
 
 @dataclass(frozen=True)
@@ -136,12 +137,13 @@ def make_claim(
         refused: why there is no number, if an analysis refused.
     """
     verdict = claim_verdict(found.value, found.low, found.high, floor)
-    reason = _REASONS[verdict].format(value=found.value, low=found.low, high=found.high, floor=floor)
+    words = _TOO_FEW if verdict == UNMEASURED and not pd.isna(found.value) else _REASONS[verdict]
+    reason = words.format(value=found.value, low=found.low, high=found.high, floor=floor)
     if verdict == HOLDS and unmet:
         verdict = OPEN
         reason = f"{reason}, but {unmet}"
     null_known = not pd.isna(null) and verdict != UNMEASURED
-    words = [reason, null_words.format(null=f"{null:.2g}") if null_known else "", details or refused]
+    parts = [reason, null_words.format(null=f"{null:.2g}") if null_known else "", details or refused]
     return Claim(
         key=key,
         statement=statement,
@@ -157,7 +159,7 @@ def make_claim(
         n=found.n,
         over=found.over,
         verdict=verdict,
-        reason="; ".join(filter(None, words)),
+        reason="; ".join(filter(None, parts)),
     )
 
 

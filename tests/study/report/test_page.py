@@ -127,9 +127,9 @@ def test_every_training_is_counted_on_every_threat_it_was_evaluated_on():
 
 
 def test_two_rates_differ_only_when_the_interval_of_the_difference_leaves_out_zero():
-    low, middle, high = (
-        Rate(*found, 100, 100.0) for found in ((0.02, 0.006, 0.07), (0.05, 0.02, 0.11), (0.8, 0.71, 0.87))
-    )
+    low = Rate(0.02, 0.006, 0.07, 100, 100.0)
+    middle = Rate(0.05, 0.02, 0.11, 100, 100.0)
+    high = Rate(0.8, 0.71, 0.87, 100, 100.0)
     assert low.against(high) == "lower than"
     assert high.against(low) == "higher than"
     assert low.against(middle) == "not distinguishable from"
