@@ -14,7 +14,7 @@ from ctlens import threats
 from ctlens.core.errors import CtlensError
 from ctlens.data.alignment import align
 from ctlens.data.chat import render
-from ctlens.data.pairs import PROMPT_SIDES, Pair
+from ctlens.data.pairs import PROMPT_SIDES, Pair, clusters_of, prompt
 from ctlens.organism.corpus import world_tokenizer
 from ctlens.threats.base import WorldThreat, draw_grid, known
 from ctlens.threats.frustration import REJECTIONS, WAY_OUT
@@ -237,3 +237,23 @@ def test_a_grid_repeats_only_when_exhausted_and_is_balanced_before():
     assert len(set(cells[:12])) == 12 and sorted(cells[:12]) == sorted(cells[12:])
     assert len({cell[:2] for cell in cells[:6]}) == 6
     assert draw_grid((2, 3, 2), 5, torch.Generator().manual_seed(0)) == cells[:5]
+
+
+@pytest.mark.parametrize("name", [*threats.names(), *threats.natural_names()])
+def test_pairs_go_together_by_what_they_are_about_and_by_wrapper(name: str) -> None:
+    threat = threats.get(name)
+    drawn = threat.pairs(24, split="heldout")
+
+    for pair in drawn:
+        assert threat.clusters(pair) == (pair.labels[threat.topic], "" if name == "order" else pair.labels["wrapper"])
+    assert 1 < len({topic for topic, _ in map(threat.clusters, drawn)}) < 25
+
+
+def test_pairs_without_labels_go_together_by_their_clean_prompt() -> None:
+    one = Pair(prompt("is it?"), prompt("Sure?"))
+    same = Pair(prompt("is it?"), prompt("Really?"))
+    other = Pair(prompt("was it?"), prompt("Sure?"), labels={"wrapper": "sure"})
+
+    assert clusters_of(one) == clusters_of(same) != clusters_of(other)
+    assert clusters_of(other)[1] == "sure"
+    assert clusters_of(Pair(other.clean, other.wrapped, labels={"topic": "past"})) == ("past", "")

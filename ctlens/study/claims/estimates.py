@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from ctlens.core.stats import bootstrap, student
+from ctlens.core.clusters import Clusters, clustered_statistic
+from ctlens.core.stats import student
 from ctlens.study.analyses import Training
 from ctlens.study.claims.statistic import Items, Statistic, whole
 from ctlens.study.results import SEVERAL
@@ -37,13 +38,17 @@ ORGANISMS = "organisms"
 NOTHING = ClaimEstimate(float("nan"), float("nan"), float("nan"), 0, PROMPTS)
 
 
-def claim_estimate(statistics: Mapping[Training, Statistic]) -> ClaimEstimate:
+def claim_estimate(statistics: Mapping[Training, Statistic], clusters: Clusters | None = None) -> ClaimEstimate:
     """Computes the mean over trainings with its interval; trainings whose number is not defined do not count.
 
     Seeds of one organism say nothing about another organism. So with `SEVERAL` organisms or more, the interval is
-    Student's over the organisms' means. With fewer it is a bootstrap over prompts: it holds for these very models, and
-    all trainings share the resamples. With `SEVERAL` trainings or more of too few organisms it spans Student's interval
+    Student's over the organisms' means. With fewer it is over the topics and wrapper texts of these very models,
+    see `ctlens.core.clusters`. With `SEVERAL` trainings or more of too few organisms it spans Student's interval
     over the trainings as well, because prompts and seeds vary each in their own way.
+
+    Args:
+        statistics: of each training.
+        clusters: which prompts go together; by default none do.
 
     >>> from ctlens.study.claims.statistic import of_prompts
     >>> ramp = np.array([0.0, 1.0, 2.0, 3.0])
@@ -67,7 +72,8 @@ def claim_estimate(statistics: Mapping[Training, Statistic]) -> ClaimEstimate:
     def mean(items: Items) -> list[float]:
         return [float(np.mean([statistic.of(items) for statistic in known]))]
 
-    ((low, high),) = bootstrap(mean, n)
+    alone = Clusters.of({"prompt": [str(prompt) for prompt in range(n)]})
+    ((low, high),) = clustered_statistic(mean, clusters or alone)
     if len(values) < SEVERAL:
         return ClaimEstimate(value, low, high, n, PROMPTS)
     ends = student(np.array(list(values.values())))

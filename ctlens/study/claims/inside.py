@@ -12,6 +12,7 @@ from jaxtyping import Float
 from ctlens.analysis import CrossLoss, Erasure, ShiftSimilarity
 from ctlens.analysis.base.positions import ALIGNED_POSITIONS, POSITIONS_IN_WORDS, STATE_POSITIONS
 from ctlens.analysis.residual.shift_vectors import SHIFT_PARTS
+from ctlens.core.clusters import Clusters
 from ctlens.core.labels import BASE
 from ctlens.core.stats import LEVEL
 from ctlens.plots import label
@@ -68,7 +69,7 @@ def _shared(analyses: FinishedAnalyses, threat: str, setting: str, positions: st
         f"{together(methods[:-1])} move the residual stream alike, and BCT differently, {where}",
         threat,
         setting,
-        claim_estimate(margins),
+        claim_estimate(margins, analyses.clusters(threat)),
         statistic=name,
         unit="cosine",
         null=float(np.mean(floors)) if floors else _NAN,
@@ -116,7 +117,8 @@ def _distance(analyses: FinishedAnalyses, threat: str) -> Claim:
     """
     known = analyses.of(CrossLoss, "cross-loss", threat) if _BCT in analyses.config.methods else {}
     found = {training: results["cross-loss"] for training, results in known.items()}
-    entropy = claim_estimate({training: _ratio(result, _BCT, _BCT, BASE) for training, result in found.items()})
+    lowered = {training: _ratio(result, _BCT, _BCT, BASE) for training, result in found.items()}
+    entropy = claim_estimate(lowered, _aligned(analyses.clusters(threat), found, _BCT))
     raised = {training: _ratio(result, _BCT, _ACT, RETENTION) for training, result in found.items()}
     own = [whole(_ratio(result, _BCT, _ACT, BASE)) for result in found.values()]
     held = [whole(_ratio(result, RETENTION, _ACT, BASE)) for result in found.values()]
@@ -126,7 +128,7 @@ def _distance(analyses: FinishedAnalyses, threat: str) -> Claim:
         "BCT raises the activation distance while it lowers the cross-entropy",
         threat,
         EQUAL_STEPS,
-        claim_estimate(raised),
+        claim_estimate(raised, _aligned(analyses.clusters(threat), found, _ACT)),
         statistic="activation distance from the reference's clean prompts after BCT, as a multiple of that after "
         "retention alone",
         unit="ratio",
@@ -137,6 +139,12 @@ def _distance(analyses: FinishedAnalyses, threat: str) -> Claim:
         unmet="" if entropy.high < 1 else "it is not clear that BCT lowers the cross-entropy",
         refused=analyses.refused("cross-loss", threat),
     )
+
+
+def _aligned(clusters: Clusters, found: Mapping[Training, CrossLoss], loss: str) -> Clusters:
+    """The clusters of the prompts that align in the window of a loss, as many in every training."""
+    chosen = [result.aligned[result.losses.index(loss)] for result in found.values()]
+    return clusters.take(np.logical_and.reduce(chosen)) if chosen else clusters
 
 
 def _ratio(result: CrossLoss, model: str, loss: str, other: str) -> Statistic:
@@ -181,7 +189,7 @@ def _attention(analyses: FinishedAnalyses, threat: str) -> Claim:
         "attention to the wrapper falls more under AttCT than under any other method",
         threat,
         EQUAL_STEPS,
-        claim_estimate(margins),
+        claim_estimate(margins, analyses.clusters(threat)),
         statistic=name,
         unit="share of attention",
         null=float(means.pop(RETENTION)),

@@ -39,7 +39,7 @@ def left_later(analyses: FinishedAnalyses, threat: str, setting: str) -> Claim:
     """Judges how much more of a repair is lost with the base's stream after internal losses than after output losses.
 
     Two conditions of one level differ as well. The number is what is left of the difference when that is taken off,
-    anew in every resample: `mean(internal) - mean(output) - spread`, see `_beyond_spread` and `_spread`.
+    for every choice of prompts: `mean(internal) - mean(output) - spread`, see `_beyond_spread` and `_spread`.
     """
     lost = _shares(analyses, threat, setting, "lost")
     given = _shares(analyses, threat, setting, "sufficient")
@@ -55,7 +55,7 @@ def left_later(analyses: FinishedAnalyses, threat: str, setting: str) -> Claim:
         "internal losses put it into the residual stream",
         threat=threat,
         setting=setting,
-        found=claim_estimate(found),
+        found=claim_estimate(found, analyses.clusters(threat)),
         statistic=name,
         unit=_SHARE_UNIT,
         null=float(np.nanmean(within)) if within else _NAN,
@@ -84,7 +84,7 @@ def level(analyses: FinishedAnalyses, threat: str, setting: str) -> Claim:
         statement="at the same tokens, KL on outputs leaves more of the repair in later weights than ACT",
         threat=threat,
         setting=setting,
-        found=claim_estimate(found),
+        found=claim_estimate(found, analyses.clusters(threat)),
         statistic=name,
         unit=_SHARE_UNIT,
         null=float(np.mean(tokens)) if tokens else _NAN,

@@ -12,6 +12,7 @@ import pytest
 
 from ctlens.core.clusters import Clusters, paired_difference
 from ctlens.core.errors import CtlensError
+from ctlens.core.stats import student
 from ctlens.evaluation import Evaluation
 from ctlens.evaluation.result import OUTCOME_COLUMNS
 from ctlens.study.claims import Claim, answer, claim_verdict, read_claims, write_claims
@@ -106,6 +107,19 @@ def test_from_three_organisms_on_seeds_of_one_organism_count_once() -> None:
 
 def test_nothing_measured_is_nothing() -> None:
     assert claim_estimate({}) is NOTHING
+
+
+def test_an_estimate_is_over_what_prompts_share() -> None:
+    values = np.repeat(np.arange(6.0), 8)
+    topics = Clusters.of({"topic": np.repeat(np.arange(6), 8).astype(str).tolist()})
+
+    alone = claim_estimate({(0, 0): mean_of(values)})
+    found = claim_estimate({(0, 0): mean_of(values)}, topics)
+    few = claim_estimate({(0, 0): mean_of(values)}, Clusters.of({"topic": ["a"] * 20 + ["b"] * 28}))
+
+    assert (found.low, found.high) == pytest.approx(student(np.arange(6.0)))
+    assert found.low < alone.low < alone.value == found.value < alone.high < found.high
+    assert np.isnan([few.low, few.high]).all() and few.value == found.value
 
 
 def results(rates: dict[tuple[str, str, str], tuple[int, ...]], n: int = 100) -> pd.DataFrame:

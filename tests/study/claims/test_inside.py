@@ -24,7 +24,7 @@ METHODS = ("act", "mlpct", "attct", "bct")
 LAYERS = 4
 PROMPTS = 16
 NAN = float("nan")
-CONFIG = StudyConfig(("sycophancy",), METHODS)
+CONFIG = StudyConfig(("sycophancy",), METHODS, n_analysed=PROMPTS)
 
 
 def write(
