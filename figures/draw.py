@@ -96,7 +96,8 @@ def claims_table(claims: Sequence[Claim]) -> str:
     """Writes the claims as a Markdown table, a row per claim and threat."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for claim in claims:
-        number = f"{claim.value:.2f} [{claim.ci_low:.2f}, {claim.ci_high:.2f}]".replace("-", "−")
+        ends = "too few" if math.isnan(claim.ci_low) else f"{claim.ci_low:.2f}, {claim.ci_high:.2f}"
+        number = f"{claim.value:.2f} [{ends}]".replace("-", "−")
         cell = claim.verdict if math.isnan(claim.value) else f"**{claim.verdict}**, {number}"
         rows.setdefault((claim.statement, claim.threat), {})[claim.setting] = cell
     lines = [f"| claim | threat | {' | '.join(SETTINGS)} |", "|---|---|---|---|"]

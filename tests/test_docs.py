@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import re
 import shlex
 import sys
@@ -22,7 +23,7 @@ from ctlens.organism.describe import card_text
 from ctlens.study.claims import Claim, read_claims
 from ctlens.study.conditions import DEFAULT_METHODS
 from ctlens.study.inoculation import BEFORE, INOCULATED, PLAIN, RECKLESS, Leak
-from ctlens.study.results import summary_table
+from ctlens.study.results import by_training, read_results, summary_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,7 +95,7 @@ SHOWN = ("base", "retention", *DEFAULT_METHODS)
 
 @pytest.fixture(scope="module")
 def results() -> pd.DataFrame:
-    return pd.read_csv(ROOT / "figures/data/results.csv", keep_default_na=False)
+    return read_results(ROOT / "figures/data/results.csv")
 
 
 def findings() -> str:
@@ -142,8 +143,20 @@ def test_the_findings_on_transfer_and_a_harmless_wrapper_hold(results: pd.DataFr
     act = rates["jailbreak", "harmless_act"]
     bct = rates["jailbreak", "harmless_bct"]
 
-    corrected = "with Bonferroni's correction for 120 the interval of every change includes 0"
-    assert "0 of 120 changes are clear" in transfer.reason and corrected in re.sub(r"\s+", " ", findings())
+    ends = f"{100 * transfer.value:.0f} points [{100 * transfer.ci_low:.0f}, {100 * transfer.ci_high:.0f}]"
+    assert "1 of 120 changes are clear" in transfer.reason and transfer.statistic.endswith(
+        "conditional, AttCT on sycophancy"
+    )
+    assert f"AttCT against sycophancy takes {ends} off the bad rate on conditional" in re.sub(r"\s+", " ", findings())
+    across = by_training(results)
+    raised = [
+        across["sycophancy", name, "frustration"].rate("bad_rate", "wrapped").value
+        - across["sycophancy", "retention", "frustration"].rate("bad_rate", "wrapped").value
+        for name in ("act", "mlpct", "attct")
+    ]
+    assert f"by {100 * min(raised):.0f} to {100 * max(raised):.0f} points" in re.sub(r"\s+", " ", findings())
+    assert 6 <= rates["jailbreak", "base"].n_effective < 7 and "as 6 independent ones" in findings()
+    assert math.isnan(rates["persona", "base"].low)
     assert f"takes jailbreaks from {base.percent} to {act.percent}" in re.sub(r"\s+", " ", findings())
     assert abs(bct.value - base.value) <= 0.02
 
@@ -161,18 +174,21 @@ def test_the_findings_on_the_mechanism_hold() -> None:
     for threat in ("sycophancy", "jailbreak"):
         assert judged("shared", threat).verdict == judged("shared_content", threat).verdict == "holds"
         assert abs(judged("shared", threat).null) < 0.05
-        assert judged("level", threat).verdict == "holds" and judged("level", threat).value < 0.1
+        assert judged("level", threat, "matched effect").verdict == "holds" and judged("level", threat).value < 0.1
         assert judged("distance", threat).verdict == "does not hold"
         assert judged("cue_bct", threat).verdict == "holds"
     for key in ("shared", "shared_content"):
         assert judged(key, "sycophancy", "matched effect").verdict == "holds"
     assert judged("shared", "jailbreak", "matched effect").verdict == "inconclusive"
     assert judged("shared", "jailbreak", "matched effect").reason.endswith("AttCT 0.06, BCT 0.07")
+    assert judged("shared_content", "jailbreak", "matched effect").verdict == "inconclusive"
+    assert (judged("level", "sycophancy").verdict, judged("level", "jailbreak").verdict) == ("holds", "inconclusive")
     at_content = [judged("shared_content", "jailbreak", setting).value for setting in ("equal steps", "matched effect")]
     assert 0.08 < at_content[1] / at_content[0] < 0.12
     assert 0 < judged("left_later", "sycophancy").value < 0.1
     assert judged("left_later", "sycophancy", "matched effect").verdict == "inconclusive"
-    assert judged("left_later", "jailbreak").verdict == "does not hold" and judged("left_later", "jailbreak").value < 0
+    assert judged("left_later", "jailbreak").verdict == "inconclusive"
+    assert judged("left_later", "jailbreak", "matched effect").verdict == "does not hold"
     for name in ("act", "mlpct", "attct"):
         assert judged(f"cue_{name}", "sycophancy").verdict == "inconclusive"
         assert judged(f"cue_{name}", "jailbreak").verdict == "holds"
@@ -198,7 +214,9 @@ def test_every_other_method_repairs_the_organism_and_keeps_the_rest(results: pd.
         if condition in DEFAULT_METHODS and (threat != "prefill" or condition == "bct"):
             assert row["bad wrapped"].value <= 0.2 * rates.loc[(threat, "base"), "bad wrapped"].value
             own = against_control.query("trained_threat == @threat and condition == @condition")
-            assert len(own) == 1 and (own["ci_high"] < 0).all()
+            assert len(own) == 1 and (own["value"] < -0.6).all()
+            clear = own["ci_high"] < 0
+            assert clear.all() == (threat != "persona" and (threat, condition) != ("conditional", "attct"))
 
 
 def test_the_readmes_sentences_on_the_leak_hold() -> None:
