@@ -52,6 +52,8 @@ from ctlens.analysis.residual.shift import ResidualShift as ResidualShift
 from ctlens.analysis.residual.shift import residual_shift as residual_shift
 from ctlens.analysis.residual.similarity import shift_similarity as shift_similarity
 from ctlens.analysis.residual.similarity_result import ShiftSimilarity as ShiftSimilarity
+from ctlens.analysis.robustness.relearn import Relearning as Relearning
+from ctlens.analysis.robustness.relearn import relearn as relearn
 from ctlens.analysis.weights.graft import Graft as Graft
 from ctlens.analysis.weights.graft import graft as graft
 from ctlens.analysis.weights.update_rank import UpdateRank as UpdateRank
