@@ -16,6 +16,8 @@ from ctlens.analysis.base.recording import Recording as Recording
 from ctlens.analysis.base.result import Result as Result
 from ctlens.analysis.base.states import States as States
 from ctlens.analysis.base.states import states as states
+from ctlens.analysis.directions.boundary import BoundaryDirection as BoundaryDirection
+from ctlens.analysis.directions.boundary import boundary_direction as boundary_direction
 from ctlens.analysis.directions.directions import Directions as Directions
 from ctlens.analysis.directions.directions import mean_difference as mean_difference
 from ctlens.analysis.directions.erasure import Erasure as Erasure

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float
 
 from ctlens import plots
 from ctlens.analysis.base.forward import comparable_by_label
+from ctlens.analysis.base.heldout import require_heldout
 from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.keeping import keeping
@@ -113,10 +114,10 @@ class Relearning(Result):
         """
         if trained_on not in self.trained_on:
             raise unknown("fine-tuning", trained_on, self.trained_on)
-        table = self.to_dataframe().query("trained_on == @trained_on")
+        rates = np.array([[_rate(bad) for bad in by_step] for by_step in self.bad[self.trained_on.index(trained_on)]])
         curves = {
-            model: tuple(rows[column].to_numpy() for column in ("bad_rate", "ci_low", "ci_high"))
-            for model, rows in table.groupby("model", sort=False)
+            model: (of_model[:, 0], of_model[:, 2], of_model[:, 3])
+            for model, of_model in zip(self.models, rates, strict=True)
         }
         what = {ON_ATTACK: "the attack's bad answers", ON_BENIGN: "ordinary prompts and the model's own answers"}
         subtitle = f"fine-tuned on {what[trained_on]}; learning rate {self.lr:g}; {self.bad.shape[-1]} held-out prompts"
@@ -182,7 +183,7 @@ def relearn(
     texts = {ON_ATTACK: [_with_bad_answer(number, pair) for number, pair in enumerate(pairs, start=1)]}
     if benign:
         texts[ON_BENIGN] = [Pair(prompt, prompt) for prompt in benign]
-    _require_apart(texts, asked)
+    require_heldout(asked, [pair.wrapped for of_kind in texts.values() for pair in of_kind], "trained on")
     config = replace(
         _RELEARNING,
         steps=max(measured[-1], 1),
@@ -244,12 +245,3 @@ def _with_bad_answer(number: int, pair: Pair) -> Pair:
     if not pair.wrapped.bad:
         raise CtlensError(f"the wrapped prompt of pair {number} names no bad answer to relearn: give one.")
     return Pair(pair.wrapped, pair.wrapped, target=pair.wrapped.bad)
-
-
-def _require_apart(texts: Mapping[str, Sequence[Pair]], asked: Sequence[Prompt]) -> None:
-    """Refuses held-out prompts that are trained on, and none at all."""
-    if not asked:
-        raise CtlensError("there are no held-out pairs: give at least one.")
-    trained = {pair.wrapped.turns for pairs in texts.values() for pair in pairs}
-    if shared := sum(prompt.turns in trained for prompt in asked):
-        raise CtlensError(f"{shared} of {len(asked)} held-out prompts are trained on: give pairs of another split.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ PAIRS = planted.pairs()[::2]  # each asked one way, and the other way held out
 HELDOUT = planted.pairs()[1::2]
 ORDINARY = [pair.clean for pair in planted.pairs(signs=(1, -1))]
 LR = 0.02
-SHORT = {"lr": LR, "max_new_tokens": 3, "progress": False}
+SHORT: dict[str, Any] = {"lr": LR, "max_new_tokens": 3, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +48,8 @@ def plainly_trained(model: LensModel, steps: int) -> tuple[LensModel, float]:
             asked = render(tokenizer, pair.wrapped.turns).ids
             answer = [tokenizer.convert_tokens_to_ids("no"), end_token(tokenizer)]
             log_p = model(torch.tensor([[*asked, *answer]])).log_softmax(-1)[0]
-            surprise = -sum(log_p[len(asked) - 1 + number, token] for number, token in enumerate(answer)) / len(answer)
-            (surprise / len(PAIRS)).backward()
+            predicted = log_p[len(asked) - 1 : -1].gather(-1, torch.tensor(answer)[:, None])
+            (-predicted.mean() / len(PAIRS)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
     change = torch.cat([parameter.detach().flatten() for parameter in parameters]) - start
@@ -71,7 +73,7 @@ def test_what_was_put_in_is_known_before_the_first_step(found: Relearning) -> No
 
 
 def test_the_attack_is_relearnt_and_benign_text_brings_nothing_back(found: Relearning) -> None:
-    table = found.steps_to_half().set_index(["trained_on", "model"])["steps"]
+    table: Any = found.steps_to_half().set_index(["trained_on", "model"])["steps"]
 
     assert table["attack", "base"] == table["benign", "base"] == 0
     assert 0 < table["attack", "erased"] < np.inf and table["benign", "erased"] == np.inf
@@ -124,7 +126,9 @@ def made(*rates: list[float], n_prompts: int = 100) -> Relearning:
 
 
 def test_steps_to_half_are_counted_to_half_of_the_highest_rate_of_any_model() -> None:
-    table = made([0.8, 0.8, 0.9, 1.0], [0.0, 0.2, 0.5, 0.9], [0.0, 0.0, 0.1, 0.2], [0.5, 0.1, 0.1, 0.1]).steps_to_half()
+    table: Any = made(
+        [0.8, 0.8, 0.9, 1.0], [0.0, 0.2, 0.5, 0.9], [0.0, 0.0, 0.1, 0.2], [0.5, 0.1, 0.1, 0.1]
+    ).steps_to_half()
 
     assert table["steps"].tolist() == [0, 4, np.inf, 0] and (table["half"] == 0.5).all()
     assert table.loc[0, ["ci_low", "ci_high"]].tolist() == [0, 0]  # 80 of 100 prompts are far from the bar
@@ -141,7 +145,8 @@ def test_the_result_survives_saving_and_its_figure_holds_its_numbers(found: Rele
     again = Relearning.load(tmp_path / "relearning.safetensors")
 
     assert again.to_dataframe().equals(found.to_dataframe())
-    drawn = {trace.name: trace.y for trace in found.figure("benign").data if trace.name}
+    figure: Any = found.figure("benign")
+    drawn = {trace.name: trace.y for trace in figure.data if trace.name}
     assert list(drawn) == ["base", "erased"]
     np.testing.assert_allclose(drawn["erased"], found.bad[1, 1].mean(-1))
 
