@@ -54,6 +54,10 @@ from ctlens.analysis.residual.shift import ResidualShift as ResidualShift
 from ctlens.analysis.residual.shift import residual_shift as residual_shift
 from ctlens.analysis.residual.similarity import shift_similarity as shift_similarity
 from ctlens.analysis.residual.similarity_result import ShiftSimilarity as ShiftSimilarity
+from ctlens.analysis.robustness.best_of_n import BestOfN as BestOfN
+from ctlens.analysis.robustness.best_of_n import best_of_n as best_of_n
+from ctlens.analysis.robustness.embedding_attack import EmbeddingAttack as EmbeddingAttack
+from ctlens.analysis.robustness.embedding_attack import embedding_attack as embedding_attack
 from ctlens.analysis.robustness.relearn import Relearning as Relearning
 from ctlens.analysis.robustness.relearn import relearn as relearn
 from ctlens.analysis.weights.graft import Graft as Graft

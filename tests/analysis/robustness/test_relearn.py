@@ -15,6 +15,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.chat import end_token, render
 from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.evaluation import evaluate
+from ctlens.models.lora import LoRA
 from ctlens.models.parameters import copy_model, fingerprint, freeze
 
 PAIRS = planted.pairs()[::2]  # each asked one way, and the other way held out
@@ -102,6 +103,13 @@ def test_held_out_prompts_are_asked_apart_from_their_batch_mates(models, found: 
     np.testing.assert_array_equal(reordered.bad, found.bad[..., ::-1])
     np.testing.assert_array_equal(alone.bad, found.bad[..., 4:5])
     np.testing.assert_array_equal(alone.moved, found.moved)
+
+
+def test_adapters_can_be_trained_instead(models) -> None:
+    adapters = relearn(models, PAIRS, HELDOUT, steps=[4], trainable=LoRA(rank=2), **SHORT)
+
+    assert adapters.bad[0, :, 0].tolist() == [[True] * len(HELDOUT), [False] * len(HELDOUT)]
+    assert (adapters.moved[0, :, 1] > 0).all()
 
 
 def state(model: LensModel) -> tuple[str, bool, list[bool], bool]:
