@@ -210,23 +210,23 @@ def boundary_direction(
     options: dict[str, Any] = {"site": site, "layers": layers, "batch_size": batch_size, "progress": progress}
     found = {label: states(model, pairs, side="wrapped", **options) for label, model in named.items()}
     editing: dict[str, Any] = {"draws": draws, "seed": seed, "batch_size": batch_size, "progress": progress}
-    directions = []
-    edited = []
-    for label in list(named)[1:]:
-        direction = _direction(found[label], found[BASE], label)
-        centred = [one.values - one.values.mean(1, keepdims=True) for one in (found[BASE], found[label])]
-        edited.append(_edited(named, label, heldout, direction, np.concatenate(centred, 1), **editing))
-        directions.append(direction)
+    labels = tuple(list(named)[1:])
+    directions = {label: _direction(found[label], found[BASE], label) for label in labels}
+    edited = [
+        _edited(named, label, heldout, directions[label], _centred(found[BASE], found[label]), **editing)
+        for label in labels
+    ]
+    plain = [edited[0][0], *(taken for _, taken in edited)]  # the base, then every trained model
     return BoundaryDirection(
-        logit_diffs=np.stack([[one.logit_diffs[0, :, 0] for one in both] for both in edited]),
-        p_bad=np.stack([[one.p_bad[0, :, 0] for one in both] for both in edited]),
-        plain_logit_diffs=np.stack([edited[0][0].plain_logit_diffs[0], *(b[1].plain_logit_diffs[0] for b in edited)]),
-        plain_p_bad=np.stack([edited[0][0].plain_p_bad[0], *(both[1].plain_p_bad[0] for both in edited)]),
-        norms=np.stack([direction.norm[:, 0] for direction in directions]),
+        logit_diffs=np.stack([[one.logit_diffs[0, :, 0] for one in of_model] for of_model in edited]),
+        p_bad=np.stack([[one.p_bad[0, :, 0] for one in of_model] for of_model in edited]),
+        plain_logit_diffs=np.concatenate([one.plain_logit_diffs for one in plain]),
+        plain_p_bad=np.concatenate([one.plain_p_bad for one in plain]),
+        norms=np.stack([directions[label].norm[:, 0] for label in labels]),
         state_norms=np.linalg.norm(found[BASE].values, axis=-1).mean(1),
-        models=tuple(list(named)[1:]),
-        layers=directions[0].layers,
-        variants=edited[0][0].variants,
+        models=labels,
+        layers=found[BASE].layers,
+        variants=plain[0].variants,
         site=site,
     )
 
@@ -235,6 +235,11 @@ def _direction(trained: States, base: States, label: str) -> Directions:
     """The mean difference of the trained and the base's states of the same prompts."""
     everyone = [range(base.values.shape[1])]
     return difference_of(trained, base, everyone, source="trained minus base at the last token", model=label)
+
+
+def _centred(*of_models: States) -> Float[np.ndarray, "layer state d"]:
+    """The states of some models, each less its model's mean, so that what the models differ by is no variance."""
+    return np.concatenate([one.values - one.values.mean(1, keepdims=True) for one in of_models], 1)
 
 
 def _edited(

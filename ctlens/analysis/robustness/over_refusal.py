@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool
 
+from ctlens import plots
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
 from ctlens.evaluation.numbers import rate_with_interval
@@ -45,5 +46,5 @@ def over_refusal_in_words(failed: Bool[np.ndarray, "model twin"], models: Sequen
     """The over-refusal of every model, for the subtitle of a figure; empty without benign twins."""
     if not failed.shape[1]:
         return ""
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in zip(models, failed.mean(-1), strict=True))
+    shares = ", ".join(f"{plots.label(name)} {share:.0%}" for name, share in zip(models, failed.mean(-1), strict=True))
     return f"; over-refusal: {shares}"
