@@ -16,6 +16,8 @@ from ctlens.analysis.base.recording import Recording as Recording
 from ctlens.analysis.base.result import Result as Result
 from ctlens.analysis.base.states import States as States
 from ctlens.analysis.base.states import states as states
+from ctlens.analysis.directions.boundary import BoundaryDirection as BoundaryDirection
+from ctlens.analysis.directions.boundary import boundary_direction as boundary_direction
 from ctlens.analysis.directions.directions import Directions as Directions
 from ctlens.analysis.directions.directions import mean_difference as mean_difference
 from ctlens.analysis.directions.erasure import Erasure as Erasure
@@ -52,6 +54,12 @@ from ctlens.analysis.residual.shift import ResidualShift as ResidualShift
 from ctlens.analysis.residual.shift import residual_shift as residual_shift
 from ctlens.analysis.residual.similarity import shift_similarity as shift_similarity
 from ctlens.analysis.residual.similarity_result import ShiftSimilarity as ShiftSimilarity
+from ctlens.analysis.robustness.best_of_n import BestOfN as BestOfN
+from ctlens.analysis.robustness.best_of_n import best_of_n as best_of_n
+from ctlens.analysis.robustness.embedding_attack import EmbeddingAttack as EmbeddingAttack
+from ctlens.analysis.robustness.embedding_attack import embedding_attack as embedding_attack
+from ctlens.analysis.robustness.relearn import Relearning as Relearning
+from ctlens.analysis.robustness.relearn import relearn as relearn
 from ctlens.analysis.weights.graft import Graft as Graft
 from ctlens.analysis.weights.graft import graft as graft
 from ctlens.analysis.weights.update_rank import UpdateRank as UpdateRank

@@ -21,6 +21,7 @@ _LAYOUT = PanelLayout(height=210, gap=58, below=54, side=0.05)
 INTERVENTION_STYLES = {
     "direction": Style("the direction", "#8e2f9e", "circle", "solid"),
     "opposite": Style("its opposite", "#cf4a86", "circle-open", "dot"),
+    "attack": Style("the attack", "#8e2f9e", "circle", "solid"),
 }
 
 
@@ -36,9 +37,9 @@ def against_random(
     """Is the effect of a direction larger than that of random ones, and in which model?
 
     Args:
-        shown: per model, its curves (`"direction"`, `"opposite"`), the mean and its interval, and
+        shown: per model, its curves (`"direction"`, `"opposite"`, `"attack"`), the mean and its interval, and
             the random band; all on one scale.
-        x: the layers or the strengths.
+        x: the layers, the strengths or the radii.
         title: the question or the answer.
         x_title: what `x` counts.
         y_title: the effect with its unit.

@@ -5,7 +5,8 @@ Any training changes a model and any edit changes an answer, so an effect says l
 - *retention alone*, a training without consistency loss, is the floor of `shift_similarity` and the control of
   `erase_or_mask`. It is a null only as far as it moved the model at all, which `hardly_moved` tells;
 - *random directions* as long as the real one are the null of `steer`, `ablate` and `shift_similarity`: an effect of the
-  first two must lie above the `random_band`;
+  first two must lie above the `random_band`. `boundary_direction` has both evenly drawn ones and ones drawn from the
+  covariance of the states;
 - *random keys*, as many as the real ones, are the null of `knockout`, see `ctlens.analysis.attention.cuts`;
 - *shuffled labels* and random features are those of `probe`, see `ctlens.analysis.probing.classifiers`.
 """
@@ -13,7 +14,10 @@ Any training changes a model and any edit changes an answer, so an effect says l
 from __future__ import annotations
 
 import numpy as np
+import torch
 from jaxtyping import Float
+
+from ctlens.core.config import generator
 
 # A null that moved less than this share of the models it is held against is called weak. Chosen by eye.
 WEAK_NULL = 0.05
@@ -53,3 +57,26 @@ def random_directions(d: int, draws: int, *shape: int) -> Float[np.ndarray, "dra
     """Random directions of length 1, evenly over the sphere and the same in every call."""
     drawn = np.random.default_rng(0).normal(size=(draws, *shape, d))
     return drawn / np.linalg.norm(drawn, axis=-1, keepdims=True)
+
+
+def random_from_covariance(
+    centred: Float[np.ndarray, "layer state d"], draws: int, seed: int = 0
+) -> Float[np.ndarray, "draw layer d"]:
+    """Random directions of length 1 from the normal distribution with the covariance of some states.
+
+    They point where states vary anyway, and so change more of what follows than directions evenly over the sphere do.
+
+    Args:
+        centred: the states less their mean, by layer; their order does not matter.
+        draws: how many.
+        seed: of the draws.
+    """
+    draw = generator(seed, "directions from a covariance")
+    drawn = []
+    for states in centred.astype(float):
+        values, axes = np.linalg.eigh(states.T @ states)
+        root = (axes * np.sqrt(values.clip(0))) @ axes.T  # the symmetric one: axes of equal variance may turn
+        normal = torch.randn(draws, len(values), generator=draw, dtype=torch.float64).numpy()
+        drawn.append(normal @ root)
+    vectors = np.stack(drawn, 1)
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)

@@ -272,15 +272,41 @@ def mean_difference(
         wrapped = states(model, pairs, side="wrapped", **options)
         clean = states(model, pairs, side="clean", **options)
     members = [[number for number, own in enumerate(names) if own == group] for group in groups]
-    at_rest = _group_means(clean, members)
-    means = _group_means(wrapped, members) - at_rest
-    size = np.linalg.norm(clean.values, axis=-1).mean(1, keepdims=True)
-    means[np.linalg.norm(means, axis=-1) < SAME * size] = 0
     source = f"mean difference of wrapped and clean {POSITIONS_IN_WORDS[wrapped.positions]}"
+    return difference_of(wrapped, clean, members, source=source, model=name, per=per, groups=groups)
+
+
+def difference_of(
+    states: States,
+    at_rest: States,
+    members: Sequence[Sequence[int]],
+    *,
+    source: str,
+    model: str,
+    per: str = ALL_PAIRS,
+    groups: Sequence[str] = ("",),
+) -> Directions:
+    """The mean of some states less that of others, by group; ablated, it leaves the others' mean component.
+
+    Args:
+        states, at_rest: of the same prompts, or of their counterparts, at one site and layers.
+        members: the numbers of each group's prompts.
+        source: what they are made from.
+        model: whose they are.
+        per: what the groups are, see `Directions`.
+        groups: the name of each group.
+
+    Raises:
+        CtlensError: both agree at a layer, so that there is no direction.
+    """
+    rest = _group_means(at_rest, members)
+    means = _group_means(states, members) - rest
+    size = np.linalg.norm(at_rest.values, axis=-1).mean(1, keepdims=True)
+    means[np.linalg.norm(means, axis=-1) < SAME * size] = 0
     found = Directions.from_vectors(
-        means, wrapped.layers, site=wrapped.site, source=source, model=name, per=per, groups=groups
+        means, states.layers, site=states.site, source=source, model=model, per=per, groups=groups
     )
-    return replace(found, rest=(at_rest * found.unit).sum(-1))
+    return replace(found, rest=(rest * found.unit).sum(-1))
 
 
 def _group_means(found: States, members: Sequence[Sequence[int]]) -> Float[np.ndarray, "layer group d"]:

@@ -25,7 +25,6 @@ ABLATE = "ablate"
 ALONG = "direction"
 OPPOSITE = "opposite"
 RANDOM_DRAW = "random"
-FIXED = {STEER: (ALONG, OPPOSITE), ABLATE: (ALONG,)}
 _SIGN = {STEER: -1, ABLATE: 1}
 _TITLES = {
     STEER: "Does adding the direction to clean prompts bring the bad answer back?",

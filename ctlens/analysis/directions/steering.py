@@ -22,6 +22,7 @@ from the same passes, as one variant in twenty or more.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,14 +32,12 @@ from ctlens.analysis.base.forward import comparable_by_label, pair_batches
 from ctlens.analysis.base.positions import CHOSEN, PositionsOf, positions_mask
 from ctlens.analysis.directions.directions import Directions
 from ctlens.analysis.directions.edited_answers import Edit, EditedAnswers
-from ctlens.analysis.directions.interventions import ABLATE, FIXED, RANDOM_DRAW, STEER, Intervention
+from ctlens.analysis.directions.interventions import ABLATE, ALONG, OPPOSITE, RANDOM_DRAW, STEER, Intervention
 from ctlens.core.errors import CtlensError
 from ctlens.core.keeping import keeping
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
-
-_EDITED_SIDE = {STEER: "clean", ABLATE: "wrapped"}
 
 
 @public
@@ -82,10 +81,12 @@ def steer(
             has no direction, a pair has no direction or no two answers, or there is nothing to do.
     """
     chosen = direction.at(layers)
-    units = np.concatenate([[chosen.unit, -chosen.unit], _random(chosen, draws, seed)])
+    units = np.concatenate([[chosen.unit, -chosen.unit], random_units(chosen, draws, seed)])
     strengths = np.reshape(alphas, (-1, 1, 1, 1, 1))
     written = strengths * units * chosen.norm[..., None]
-    return _intervene(STEER, models, pairs, chosen, written, alphas, positions, batch_size, progress)
+    variants = (ALONG, OPPOSITE, *(RANDOM_DRAW,) * draws)
+    at: dict[str, Any] = {"side": "clean", "positions": positions, "batch_size": batch_size, "progress": progress}
+    return intervene(STEER, models, pairs, chosen, written, variants, alphas=alphas, **at)
 
 
 @public
@@ -113,28 +114,42 @@ def ablate(
     Arguments and errors are those of `steer`; the wrapped prompts are used.
     """
     chosen = direction.at(layers)
-    written = np.concatenate([[chosen.unit], _random(chosen, draws, seed)])[None]
-    return _intervene(ABLATE, models, pairs, chosen, written, (1.0,), positions, batch_size, progress)
+    written = np.concatenate([[chosen.unit], random_units(chosen, draws, seed)])[None]
+    variants = (ALONG, *(RANDOM_DRAW,) * draws)
+    at: dict[str, Any] = {"side": "wrapped", "positions": positions, "batch_size": batch_size, "progress": progress}
+    return intervene(ABLATE, models, pairs, chosen, written, variants, **at)
 
 
-def _random(direction: Directions, draws: int, seed: int) -> Float[np.ndarray, "draw layer group d"]:
+def random_units(direction: Directions, draws: int, seed: int) -> Float[np.ndarray, "draw layer group d"]:
+    """Random directions for a band, see `Directions.random`; raises a `CtlensError` for fewer than two."""
     if draws < 2:
         raise CtlensError(f"a band needs at least 2 random directions, not {draws}.")
     return direction.random(draws, seed)
 
 
-def _intervene(
+def intervene(
     action: str,
     models: LensModel | Mapping[str, LensModel],
     pairs: Sequence[Pair],
     direction: Directions,
     written: Float[np.ndarray, "alpha variant layer group d"],
-    alphas: Sequence[int | float],
-    positions: str | PositionsOf,
-    batch_size: int,
-    progress: bool,
+    variants: Sequence[str],
+    *,
+    side: str,
+    alphas: Sequence[int | float] = (1.0,),
+    positions: str | PositionsOf = "last",
+    batch_size: int = 64,
+    progress: bool = True,
 ) -> Intervention:
-    """Runs every model with and without the edits; `written` is the `write` of `edited_answers.Edit`."""
+    """Runs every model with and without the edits.
+
+    Args:
+        action: `"steer"`, which adds what is written, or `"ablate"`, which writes it for the direction's component.
+        models, pairs, direction, alphas, positions, batch_size, progress: as of `steer`.
+        written: the `write` of `edited_answers.Edit`.
+        variants: the name of each variant.
+        side: which prompt of a pair is edited, `"clean"` or `"wrapped"`.
+    """
     named = comparable_by_label(models)
     if not len(alphas):
         raise CtlensError("there is nothing to do without a strength: give at least one alpha.")
@@ -150,8 +165,8 @@ def _intervene(
         chunks = []
         done = 0
         for rows, batch in pair_batches(model, pairs, "shared", batch_size, progress):
-            mask = positions_mask(positions, _EDITED_SIDE[action], rows, batch)
-            answers = EditedAnswers(model, rows, _EDITED_SIDE[action], mask, names)
+            mask = positions_mask(positions, side, rows, batch)
+            answers = EditedAnswers(model, rows, side, mask, names)
             of_rows = groups[done : done + len(rows)]
             chunks.append(
                 _log_probabilities(answers, names, written[..., of_rows, :], read[:, of_rows], rest[:, of_rows])
@@ -162,7 +177,7 @@ def _intervene(
         np.stack(log_probabilities),
         models=tuple(map(str, named)),
         alphas=tuple(map(float, alphas)),
-        variants=FIXED[action] + (RANDOM_DRAW,) * (written.shape[1] - len(FIXED[action])),
+        variants=tuple(variants),
         action=action,
         positions=positions if isinstance(positions, str) else CHOSEN,
         direction=direction,
