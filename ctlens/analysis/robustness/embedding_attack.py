@@ -35,11 +35,11 @@ from ctlens.core.keeping import keeping
 from ctlens.core.limits import AT_LEAST_1, require
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
+from ctlens.core.stats import wilson
 from ctlens.core.types import ChosenRows, LensModel, PerRow, widened
 from ctlens.data.batch import EncodedPair, mark, pad, require_room
 from ctlens.data.chat import answer_ids
 from ctlens.data.pairs import Pair
-from ctlens.evaluation.numbers import rate_with_interval
 from ctlens.models.generation import Ids
 from ctlens.models.hooks import capture, editing, resolve, run
 from ctlens.plots import Figure
@@ -91,7 +91,8 @@ class EmbeddingAttack(Result):
         return pd.DataFrame(rows).merge(refusal, on="model")
 
     def _rate(self, number: int, index: int) -> tuple[float, int, float, float]:
-        return rate_with_interval(["bad" if one else "other" for one in self.bad[number, index]], "bad_rate")
+        bad = self.bad[number, index]
+        return float(bad.mean()), len(bad), *wilson(int(bad.sum()), len(bad))
 
     def figure(self) -> Figure:
         """Draws the bad rate by radius, a panel per model, beside random moves of the same length."""

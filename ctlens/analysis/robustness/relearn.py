@@ -31,10 +31,9 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.keeping import keeping
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
-from ctlens.core.stats import bootstrap
+from ctlens.core.stats import bootstrap, wilson
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, Prompt
-from ctlens.evaluation.numbers import rate_with_interval
 from ctlens.losses import BCT
 from ctlens.models.lora import LoRA
 from ctlens.plots import Figure
@@ -126,7 +125,7 @@ class Relearning(Result):
 
 
 def _rate(bad: Bool[np.ndarray, " prompt"]) -> tuple[float, int, float, float]:
-    return rate_with_interval(["bad" if one else "other" for one in bad], "bad_rate")
+    return float(bad.mean()), len(bad), *wilson(int(bad.sum()), len(bad))
 
 
 @public
