@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import stats
 
 from ctlens.core.errors import CtlensError
@@ -31,6 +31,12 @@ def wilson(successes: int, n: int, level: float = LEVEL) -> Interval:
     if n < 1:
         raise CtlensError(f"an interval of a rate needs at least one answer, not {n}: ask more prompts.")
     return wilson_of_share(successes / n, n, level)
+
+
+def wilson_rate(flags: Bool[np.ndarray, " item"]) -> tuple[float, int, float, float]:
+    """Computes the share of independent flags that are set: share, number of flags, ends of Wilson's interval."""
+    n = len(flags)
+    return float(flags.mean()), n, *wilson(int(flags.sum()), n)
 
 
 def wilson_of_share(share: float, n: float, level: float = LEVEL) -> Interval:

@@ -35,7 +35,7 @@ from ctlens.core.keeping import keeping
 from ctlens.core.limits import AT_LEAST_1, require
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
-from ctlens.core.stats import wilson
+from ctlens.core.stats import wilson_rate
 from ctlens.core.types import ChosenRows, LensModel, PerRow, widened
 from ctlens.data.batch import EncodedPair, mark, pad, require_room
 from ctlens.data.chat import answer_ids
@@ -91,8 +91,7 @@ class EmbeddingAttack(Result):
         return pd.DataFrame(rows).merge(refusal, on="model")
 
     def _rate(self, number: int, index: int) -> tuple[float, int, float, float]:
-        bad = self.bad[number, index]
-        return float(bad.mean()), len(bad), *wilson(int(bad.sum()), len(bad))
+        return wilson_rate(self.bad[number, index])
 
     def figure(self) -> Figure:
         """Draws the bad rate by radius, a panel per model, beside random moves of the same length."""

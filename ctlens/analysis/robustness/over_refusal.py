@@ -13,9 +13,9 @@ import pandas as pd
 from jaxtyping import Bool
 
 from ctlens import plots
+from ctlens.core.stats import wilson_rate
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
-from ctlens.evaluation.numbers import rate_with_interval
 from ctlens.threats import Judge, ask
 
 OVER_REFUSAL = ("over_refusal", "n_benign", "over_refusal_low", "over_refusal_high")
@@ -38,7 +38,7 @@ def over_refusal(failed: Bool[np.ndarray, "model twin"], models: Sequence[str]) 
     """The columns `OVER_REFUSAL`, with a row per model: the share of failed twins with its Wilson interval."""
     if not failed.shape[1]:
         return pd.DataFrame(float("nan"), index=list(models), columns=list(OVER_REFUSAL)).assign(n_benign=0)
-    rates = [rate_with_interval(["bad" if one else "good" for one in of_model], "bad_rate") for of_model in failed]
+    rates = [wilson_rate(of_model) for of_model in failed]
     return pd.DataFrame(rates, index=list(models), columns=list(OVER_REFUSAL))
 
 

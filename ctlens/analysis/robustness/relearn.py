@@ -31,7 +31,7 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.keeping import keeping
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
-from ctlens.core.stats import bootstrap, wilson
+from ctlens.core.stats import bootstrap, wilson_rate
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses import BCT
@@ -74,7 +74,7 @@ class Relearning(Result):
     def to_dataframe(self) -> pd.DataFrame:
         """One row per fine-tuning, model and step: the bad rate with its Wilson interval, and `moved`."""
         labels = list(product(self.trained_on, self.models, self.steps))
-        rates = [_rate(bad) for bad in self.bad.reshape(len(labels), -1)]
+        rates = [wilson_rate(bad) for bad in self.bad.reshape(len(labels), -1)]
         rows = [(*label, *rate) for label, rate in zip(labels, rates, strict=True)]
         columns = ["trained_on", "model", "step", "bad_rate", "n_prompts", "ci_low", "ci_high"]
         return pd.DataFrame(rows, columns=columns).assign(moved=self.moved.ravel())
@@ -113,7 +113,9 @@ class Relearning(Result):
         """
         if trained_on not in self.trained_on:
             raise unknown("fine-tuning", trained_on, self.trained_on)
-        rates = np.array([[_rate(bad) for bad in by_step] for by_step in self.bad[self.trained_on.index(trained_on)]])
+        rates = np.array(
+            [[wilson_rate(bad) for bad in by_step] for by_step in self.bad[self.trained_on.index(trained_on)]]
+        )
         curves = {
             model: (of_model[:, 0], of_model[:, 2], of_model[:, 3])
             for model, of_model in zip(self.models, rates, strict=True)
@@ -122,10 +124,6 @@ class Relearning(Result):
         subtitle = f"fine-tuned on {what[trained_on]}; learning rate {self.lr:g}; {self.bad.shape[-1]} held-out prompts"
         title = "How soon does fine-tuning bring the bad answer back?"
         return plots.dose_curves(self.steps, curves, title, subtitle=subtitle, x_title="steps of fine-tuning")
-
-
-def _rate(bad: Bool[np.ndarray, " prompt"]) -> tuple[float, int, float, float]:
-    return float(bad.mean()), len(bad), *wilson(int(bad.sum()), len(bad))
 
 
 @public
