@@ -175,7 +175,8 @@ class Erasure(Result):
             model: {question: self._others(found, question, name, row) for question, name in first.items()}
             for row, model in enumerate(self.models)
         }
-        subtitle = f"{self.question}; {POSITIONS_IN_WORDS[self.read_positions[0]]}; {self.direction}; {self.wrapped.shape[1]} pairs"
+        where = POSITIONS_IN_WORDS[self.read_positions[0]]
+        subtitle = f"{self.question}; {where}; {self.direction}; {self.wrapped.shape[1]} pairs"
         subtitle += hardly_moved(self.control, self.control_moved, "control")
         title = f"Is the cue erased {where}, or only masked?"
         return plots.evidence(curves, self.verdicts(), self.layers, title, others=others, subtitle=subtitle)

@@ -32,12 +32,13 @@ The verdict on a layer:
   nothing is left elsewhere;
 - *elsewhere*: the answer rests on none of the three directions at the changed tokens, but it rests on the wrapper at
   other tokens (left), or the cue is read at the second positions alone;
-- *erased*: the cue is readable at neither positions, the answer rests on none of the three and nothing is left
-  elsewhere; - *inconclusive* in every other case. Also where the base itself does not show all of readable, used along its
-  direction and reelicited, because then there was nothing to lose; where a model is masked or erased but not repaired, that
-  is, its logit difference on wrapped prompts is no larger than the base's, because then the answer goes wrong some
-  other way; and where the retention-only control earns the same verdict, because then consistency training is not the
-  reason.
+- *erased*: the cue is readable at neither positions, the answer rests on none of the three and nothing is left;
+- *inconclusive* in every other case. Also where the base itself does not show all of readable, used along its
+  direction and reelicited, because then there was nothing to lose; where a model is masked or erased but not
+  repaired, that is, its logit difference on wrapped prompts is no larger than the base's, because then the answer goes
+  wrong some other way; and where the retention-only control earns the same verdict, because then consistency training
+  is not the reason.
+
 As one *yes* of several is enough, chance makes a cue readable or used more often than one time in twenty, and masked or
 erased less often: the rule errs on the side of *vulnerable* and *inconclusive*.
 
