@@ -128,8 +128,7 @@ class CellTraining:
         self.analysed = cell.threat in config.analysed_threats
         self.ceiling = cell.seed >= config.seeds
         self.main = cell.condition in (RETENTION, *config.methods) and not self.ceiling
-        # A real model is evaluated for minutes: on the way only where its answers are drawn beside the analyses.
-        self.asked_on_the_way = self.main and (self.analysed or not config.natural)
+        self.looked_into = config.looks_into(cell.threat)
         self.tables: list[pd.DataFrame] = []
         self.matched: dict[int, tuple[float, LensModel]] = {}
         self.share = float("nan")
@@ -153,7 +152,7 @@ class CellTraining:
         for step in trainer:
             if self.analysed and step.index in recovery_at:
                 self._measure_recovery(step.index, trainer.model)
-            if self.asked_on_the_way and step.index in evaluated_at:
+            if self.main and self.looked_into and step.index in evaluated_at:
                 self._evaluate(step.index, trainer.model, [self.cell.threat], [SPLIT])
         final = None if self.ceiling else self._final(trainer.model)
         with atomic_folder(self.cell.path(self.study)) as work:
@@ -162,7 +161,7 @@ class CellTraining:
             if final:
                 final.save(work / OUTCOMES_FILE)
             pd.concat(self.tables).to_csv(work / "results.csv", index=False)
-            if self.analysed:
+            if self.looked_into:
                 _write_first_looks(self.base, trainer.model, self.probes, work)
             record_digests(work)
 

@@ -168,6 +168,13 @@ class StudyConfig:
         """The threats whose models are analysed."""
         return self.analysed or ()
 
+    def looks_into(self, threat: str) -> bool:
+        """Whether every model trained on a threat is evaluated on the way and compared with the base inside.
+
+        A real model takes minutes for that, so there it is done for the analysed threats alone.
+        """
+        return threat in self.analysed_threats or not self.natural
+
     def extra_conditions_of(self, threat: str) -> list[str]:
         """The extra conditions that a threat allows: at the last token only where both prompts end alike."""
         alike = bool(self.file) or threats.get(threat).ends_alike

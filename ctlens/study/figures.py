@@ -100,8 +100,9 @@ def _of_threat(config: StudyConfig, folder: Path, results: pd.DataFrame, threat:
     drawn: list[Iterable[tuple[str, Figure]]] = [
         [("dose", dose_figure(own, "step", words))],
         _rates(threat, conditions, splits),
-        _first_analyses(config, folder, threat, trained),
     ]
+    if config.looks_into(threat):
+        drawn.append(_first_analyses(config, folder, threat, trained))
     if threat in config.analysed_threats:
         of_threat = results.query("trained_threat == @threat")
         shares = of_threat.query("metric == @GAP_RECOVERED")["value"].tolist()
