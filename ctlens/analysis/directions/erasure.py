@@ -111,7 +111,7 @@ class Erasure(Result):
                 for chosen in self.read_positions
             ]
             used = {name: at(f"used_{name}", *cell) for name in USED_ALONG}
-            return Evidence(*readable, used, at("left", *cell), at("reelicited", *cell))
+            return Evidence(readable[0], readable[1], used, at("left", *cell), at("reelicited", *cell))
 
         layers = range(len(self.layers))
         return {label: [evidence(model, layer) for layer in layers] for model, label in enumerate(self.models)}

@@ -180,7 +180,7 @@ def test_the_ridge_is_that_of_scikit_learn_to_the_last_bit(n: int, classes: int)
 def test_the_probe_that_is_not_linear_is_the_kernel_ridge_of_scikit_learn(classes: int) -> None:
     draw = np.random.default_rng(classes)
     x = 5 + draw.standard_normal((80, 24)) * draw.uniform(0.1, 30, 24)
-    other = 5 + 9 * draw.standard_normal((50, 24))
+    other = x[::-1][:50] + draw.standard_normal((50, 24))
     y = np.array(list("abcd"))[np.minimum(np.arange(80) % 7, classes - 1)]
     wanted = np.where(y[:, None] == np.unique(y), 1, -1)
 
