@@ -3,7 +3,7 @@
 Run `python benchmarks/analysis.py`. An ACT run of 100 steps stands beside the base; `shift_similarity`
 also has short runs of MLPCT and of retention alone, the null. Each analysis runs alone from the models, as a user
 calls it, and then all of them run together: every prompt is rendered once, what only reads is read off one recording
-of each model, and `erase_or_mask` takes the probe and the directions that are there.
+of each model, and `erase_or_mask` takes the probes and the directions that are there.
 
 With `--against FOLDER`, another checkout whose `benchmarks/analysis.py` has the same functions (and whose `.venv` is
 used if it has one) runs the same analyses in a process beside this one, in turns. `ratio` is its processor time over
@@ -106,7 +106,7 @@ def together(base: LensModel, models: dict[str, LensModel], n: int = PAIRS) -> d
     seen = {name: recorded(model, pairs, task, whole=name in both) for name, model in {"base": base, **models}.items()}
     read = {name: seen[name] for name in both}
     moved = {name: seen[name] for name in models}
-    present = look.probe(read, task, **QUIET)
+    present = look.probe(read, task, estimators=["ridge", "rbf"], **QUIET)
     direction = look.mean_difference(seen["base"], pairs, name="base", per="item", **QUIET)
     found = look.erase_or_mask(base, {"act": models["act"]}, pairs, cue=present, direction=direction, **QUIET)
     return {

@@ -28,9 +28,11 @@ VERDICT_STYLES = {
     "vulnerable": Style("vulnerable", "#cf4a86", "circle", "solid"),
     "reduced": Style("reduced", "#8e2f9e", "triangle-down", "solid"),
     "masked": Style("masked", "#e38d78", "square", "solid"),
+    "elsewhere": Style("elsewhere", "#e8a13c", "triangle-up", "solid"),
     "erased": Style("erased", "#3d2c8d", "diamond", "solid"),
     "inconclusive": Style("inconclusive", "#8b929c", "x-thin-open", "solid"),
 }
+_OTHER_DASHES = ("dot", "dashdot", "longdash")
 
 
 class Measurement(NamedTuple):
@@ -49,6 +51,7 @@ def evidence(
     layers: Sequence[int],
     title: str,
     *,
+    others: Mapping[str, Mapping[str, Mapping[str, ArrayLike]]] | None = None,
     subtitle: str | None = None,
 ) -> go.Figure:
     """Is the cue still readable, is its direction used, does it re-elicit? One row per model, one scale per column.
@@ -58,6 +61,7 @@ def evidence(
         verdicts: per model, the verdict by layer, a key of `VERDICT_STYLES`.
         layers: the number of each layer.
         title: the question or the answer.
+        others: per model and measurement, what other ways of measuring it found, by name, `[layer]` each; thin lines.
         subtitle: one line under the title.
 
     Raises:
@@ -77,12 +81,16 @@ def evidence(
         if model != base:
             first_with_base = number == PANELS_PER_ROW
             _draw_base(figure, layers, measured[base][question].value, listed=first_with_base, **subplot.at)
+        lines = (others or {}).get(model, {}).get(question, {})
+        for dash, (name, values) in zip(_OTHER_DASHES, lines.items(), strict=False):
+            _draw_other(figure, layers, name, values, dash, listed=model == base, **subplot.at)
         _draw_judged(figure, layers, numbers, verdicts[model], **subplot.at)
         figure.update_traces(meta=drawn_for(model), **subplot.at)
     _name_verdicts(figure, verdicts)
     caption = (
         "Lines are means over pairs, bars their 95% intervals, markers the verdict on the layer. The grey band is "
-        "the null: shuffled labels, or random directions of equal size; the dashed line is the base."
+        "the null: shuffled labels, or random directions of equal size; the dashed line is the base. Thin lines are "
+        "other probes and directions."
     )
     finish(figure, title, subtitle, kind="evidence", caption=caption)
     for (_, question), subplot in zip(drawn, subplots(len(drawn)), strict=True):
@@ -103,6 +111,22 @@ def _draw_base(figure: go.Figure, layers: Sequence[int], value: ArrayLike, *, li
         legendgroup="base",
         showlegend=listed,
         line={"color": MUTED, "dash": "dash", "width": 1.4},
+        **at,
+    )
+
+
+def _draw_other(
+    figure: go.Figure, layers: Sequence[int], name: str, values: ArrayLike, dash: str, *, listed: bool, **at: Any
+) -> None:
+    """A thin line without an interval."""
+    figure.add_scatter(
+        x=list(layers),
+        y=np.asarray(values).tolist(),
+        mode="lines",
+        name=name,
+        legendgroup=name,
+        showlegend=listed,
+        line={"color": MUTED, "dash": dash, "width": 1},
         **at,
     )
 

@@ -196,9 +196,16 @@ class Directions(Result):
 
         Groups share most of their direction, and random ones that did not would average out over pairs.
         """
-        draw = generator(seed, "random directions")
-        within = [np.linalg.qr(of_layer.T).R for of_layer in self.unit]
-        return np.stack([[(_frame(self.unit.shape[-1], len(r), draw) @ r).T for r in within] for _ in range(draws)])
+        return turned(self.unit, draws, seed)
+
+
+def turned(
+    vectors: Float[np.ndarray, "layer group d"], draws: int, seed: int = 0
+) -> Float[np.ndarray, "draw layer group d"]:
+    """Vectors turned at random, each draw and layer as a whole, so that their lengths and angles stay."""
+    draw = generator(seed, "random directions")
+    within = [np.linalg.qr(of_layer.T).R for of_layer in vectors]
+    return np.stack([[(_frame(vectors.shape[-1], len(r), draw) @ r).T for r in within] for _ in range(draws)])
 
 
 def _frame(d: int, size: int, draw: torch.Generator) -> Float[np.ndarray, "d size"]:

@@ -58,6 +58,11 @@ class Edit:
         return (self.rest[prompts][:, None, None] - component) * self.write[variants][:, prompts, None]
 
 
+def adding(write: Float[Tensor, "variant prompt d"]) -> Edit:
+    """The edit that adds these vectors, whatever the state is."""
+    return Edit(write, torch.zeros_like(write[0]), torch.ones_like(write[0, :, 0]))
+
+
 class PlannedAnswer(NamedTuple):
     """The tokens at which one answer of one prompt is read.
 
@@ -162,6 +167,7 @@ class EditedAnswers:
         self, model: LensModel, rows: Sequence[EncodedPair], side: str, edited: Mask, hook_names: Sequence[str]
     ) -> None:
         self.model = model
+        self.n_prompts = len(rows)
         self.device = next(model.parameters()).device
         prompts: list[Ids] = [getattr(row, side).ids for row in rows]
         answers = [
@@ -182,6 +188,10 @@ class EditedAnswers:
             self.edited = self.edited.gather(1, self.fast.positions)
         self.predicted = _predictions(plan, starts, self.edited.shape[1], self.device)
 
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """Numbers for an edit, where the model is."""
+        return torch.tensor(array, dtype=torch.float32, device=self.device)
+
     @torch.no_grad()
     def log_probabilities(self, hook_name: str, edit: Edit) -> Float[np.ndarray, "variant prompt answer"]:
         """The log-probability of each of `ANSWER_ORDER` under each variant of an edit, in nats."""
@@ -191,6 +201,17 @@ class EditedAnswers:
             for first in range(0, len(edit.write), together)
         ]
         return torch.cat(chunks).double().cpu().numpy()
+
+    @torch.enable_grad()
+    def gradients(self, hook_name: str, added: Float[Tensor, "variant prompt d"]) -> Float[Tensor, "variant prompt d"]:
+        """The gradient of the logit difference of the two answers in vectors that are added."""
+        together = max(1, MAX_BATCH_TOKENS // self.edited.numel())
+        return torch.cat([self._gradient(hook_name, chunk) for chunk in added.split(together)])
+
+    def _gradient(self, hook_name: str, added: Tensor) -> Tensor:
+        added = added.detach().requires_grad_()
+        good, bad = self._under(hook_name, adding(added), slice(None)).unbind(-1)
+        return torch.autograd.grad((good - bad).sum(), added)[0]
 
     def _under(self, hook_name: str, edit: Edit, variants: slice) -> Float[Tensor, "chosen prompt answer"]:
         number, target, counted = self.predicted[1:]

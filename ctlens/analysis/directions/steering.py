@@ -25,7 +25,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 
 from ctlens.analysis.base.forward import comparable_by_label, pair_batches
@@ -223,13 +222,9 @@ def _log_probabilities(
     """The log-probabilities without an edit first, then under every strength with every variant."""
     flat = written.reshape(-1, *written.shape[2:])
     with_none = np.concatenate([np.zeros_like(flat[:1]), flat])
-
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.tensor(array, dtype=torch.float32, device=answers.device)
-
-    write = tensor(with_none)
-    reads = tensor(read)
-    rests = tensor(rest[..., 0])
+    write = answers.tensor(with_none)
+    reads = answers.tensor(read)
+    rests = answers.tensor(rest[..., 0])
     return np.stack(
         [
             answers.log_probabilities(name, Edit(write[:, layer], reads[layer], rests[layer]))

@@ -28,6 +28,8 @@ def gelu_tanh(x: Tensor) -> Tensor:
     >>> torch.allclose(gelu_tanh(x), F.gelu(x, approximate="tanh"), atol=1e-6)
     True
     """
+    if x.requires_grad:
+        return F.gelu(x, approximate="tanh")
     slope = 2 * math.sqrt(2 / math.pi)
     return (x * x).mul_(0.044715 * slope).add_(slope).mul_(x).sigmoid_().mul_(x)
 
@@ -78,7 +80,9 @@ class Linear:
         return F.linear(rows, self.weight.T, self.bias)
 
     def add_to(self, stream: Tensor, rows: Tensor) -> Tensor:
-        """Adds the outputs for rows of inputs to the stream, in place."""
+        """Adds the outputs for rows of inputs to the stream, in place unless a gradient is wanted."""
+        if rows.requires_grad:
+            return stream + self(rows)
         stream.view(-1, stream.shape[-1]).addmm_(rows.reshape(-1, rows.shape[-1]), self.weight)
         return stream if self.bias is None else stream.add_(self.bias)
 
@@ -171,7 +175,7 @@ class Block:
     def finish(self, x: BlockRows, z: BlockRows) -> BlockRows:
         """Turns the stream in front of the block into that behind it, in place, from every head's `z`."""
         states = self._states(x) if self.parallel else None
-        self.out.add_to(x, z)
+        x = self.out.add_to(x, z)
         return self.mlp_out.add_to(x, self._states(x) if states is None else states)
 
     def behind(self, before: BlockRows, attention: BlockRows) -> BlockRows:
@@ -189,12 +193,13 @@ class Block:
         if not self.gated:
             return self._activated(normed)
         gate, up = self.mlp_in(normed).chunk(2, -1)
-        product = self.activation(gate).mul_(up)
+        activated = self.activation(gate)
+        product = activated * up if up.requires_grad else activated.mul_(up)
         return product if self.product_bias is None else product.add_(self.product_bias)
 
     def _activated(self, normed: BlockRows) -> BlockRows:
         """The activated outputs of `mlp_in`; oneDNN activates each tile of the product while it is in the cache."""
-        if self.activation is gelu_tanh and _FUSES and normed.device.type == "cpu":
+        if self.activation is gelu_tanh and _FUSES and normed.device.type == "cpu" and not normed.requires_grad:
             product = torch.ops.mkldnn._linear_pointwise
             return product(normed, self.mlp_in.weight.T, self.mlp_in.bias, "gelu", [], "tanh")
         return self.activation(self.mlp_in(normed))

@@ -1,4 +1,4 @@
-"""Linear probes: how well they read a model's states, on entities and wrappers that they were not fitted on.
+"""Probes: how well they read a model's states, on entities and wrappers that they were not fitted on.
 
 The score is balanced accuracy: the mean over classes of the share told right, among prompts that are
 alike in what is known anyway. Every prompt is tried in every one of several deals of the groups into
@@ -29,7 +29,7 @@ from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, PositionsOf
 from ctlens.analysis.base.recording import Readable, model_of
 from ctlens.analysis.base.result import Result
 from ctlens.analysis.base.states import States
-from ctlens.analysis.probing.classifiers import group_splits, hits, hits_of_models, make_probe
+from ctlens.analysis.probing.classifiers import NONLINEAR, group_splits, hits, hits_of_models, make_probe
 from ctlens.analysis.probing.scores import balanced, curves, deals_apart
 from ctlens.analysis.probing.tasks import Task
 from ctlens.core.errors import CtlensError, unknown
@@ -148,11 +148,12 @@ class Probe(Result):
             note += f"; seeds differ by up to {apart:.2f}"
         if self.at_ceiling(positions, estimator):
             note += f"; uninformative: {CEILING_SCORE:.0%} or more in every model and layer"
+        kind = "probe" if estimator == NONLINEAR else "linear probe"
         return plots.probe_curves(
             self.layers,
             {read: self.curve(fit, read, positions, estimator) for fit, read in readings if fit == read},
             {read: self.curve(fit, read, positions, estimator) for fit, read in readings if fit == BASE != read},
-            f"Can a linear probe read {self.question}, {POSITIONS_IN_WORDS[positions]}?",
+            f"Can a {kind} read {self.question}, {POSITIONS_IN_WORDS[positions]}?",
             chance=self.chance,
             shuffled=self.null(positions, estimator),
             subtitle=note,
@@ -200,7 +201,8 @@ def probe(
         positions: see `ctlens.analysis.base.states`; not read where states are given, nor are the layers and the site.
         layers: which ones, see `ctlens.models.hooks.select_layers`.
         site: a hook point with one vector per token.
-        estimators: `"ridge"`, `"logistic"` and `"mass_mean"`, all on standardised inputs.
+        estimators: `"ridge"`, `"logistic"` and `"mass_mean"`, all on standardised inputs, and `"rbf"`, which is not
+            linear and several times as slow.
         folds: into which the groups of every factor are dealt.
         seeds: how many deals of the groups into folds.
         batch_size: prompts per forward pass.

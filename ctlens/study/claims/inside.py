@@ -203,15 +203,16 @@ def _attct_beyond(falls: Mapping[str, float]) -> float:
 
 
 def _cue(analyses: FinishedAnalyses, threat: str, method: str) -> Claim:
-    """Judges whether a refitted probe still reads the cue at the last token.
+    """Judges whether a refitted linear probe still reads the cue at the last token.
 
     The layer is that where a probe reads the cue best before training.
     """
     found = {training: results["erasure"] for training, results in analyses.of(Erasure, "erasure", threat).items()}
-    layers = {training: int(result.readable[0, :, 0].argmax()) for training, result in found.items()}
+    readable = {training: result.measured()["readable_last_ridge"] for training, result in found.items()}
+    layers = {training: int(by_layer[0, :, 0].argmax()) for training, by_layer in readable.items()}
 
     def read(name: str) -> dict[Training, Float[np.ndarray, " 5"]]:
-        return {t: result.readable[result.models.index(name), layers[t]] for t, result in found.items()}
+        return {t: readable[t][result.models.index(name), layers[t]] for t, result in found.items()}
 
     own = read(method)
     held = read(RETENTION)

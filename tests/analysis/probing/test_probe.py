@@ -8,16 +8,18 @@ from itertools import product
 import numpy as np
 import pytest
 from helpers.models import byte_level_tokenizer, hf_model
+from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils.class_weight import compute_sample_weight
 
 from ctlens import load_organism, threats
 from ctlens.analysis import Probe, States, Task, answer_hinted, labelled, probe, will_misbehave, wrapper_present
 from ctlens.analysis.base.recording import read
 from ctlens.analysis.base.states import states
-from ctlens.analysis.probing.classifiers import ESTIMATORS, MassMean, group_splits, make_probe
+from ctlens.analysis.probing.classifiers import ESTIMATORS, MassMean, group_splits, make_probe, weights
 from ctlens.analysis.probing.scores import balanced, interval
 from ctlens.analysis.probing.tasks import NO_GROUP
 from ctlens.core.errors import CtlensError
@@ -172,6 +174,40 @@ def test_the_ridge_is_that_of_scikit_learn_to_the_last_bit(n: int, classes: int)
     np.testing.assert_array_equal(found.estimator.intercept_.squeeze(), plain.intercept_)
     np.testing.assert_array_equal(found.predict(other), plain.predict(scaler.transform(other)))
     assert found.estimator.coef_.dtype == np.float32 and len(set(found.predict(other))) > 1
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_probe_that_is_not_linear_is_the_kernel_ridge_of_scikit_learn(classes: int) -> None:
+    draw = np.random.default_rng(classes)
+    x = 5 + draw.standard_normal((80, 24)) * draw.uniform(0.1, 30, 24)
+    other = x[::-1][:50] + draw.standard_normal((50, 24))
+    y = np.array(list("abcd"))[np.minimum(np.arange(80) % 7, classes - 1)]
+    wanted = np.where(y[:, None] == np.unique(y), 1, -1)
+
+    scale = x.std(0)
+    scale = np.sqrt((scale**2).mean())
+    plain = KernelRidge(alpha=0.1, kernel="rbf", gamma=1 / 24)
+    plain.fit((x - x.mean(0)) / scale, wanted, sample_weight=compute_sample_weight("balanced", y))
+    found = make_probe("rbf").fit(x, y)
+
+    np.testing.assert_allclose(found.estimator.dual_coef_, plain.dual_coef_, rtol=1e-6, atol=1e-9)
+    told = np.unique(y)[plain.predict((other - x.mean(0)) / scale).argmax(1)]
+    np.testing.assert_array_equal(found.predict(other), told)
+    assert len(set(told)) == classes
+
+
+def test_a_parity_is_read_by_the_probe_that_is_not_linear_alone() -> None:
+    values = noise()
+    first = np.random.default_rng(8).choice([-4.0, 4.0], N)
+    values[PLANTED, :, 0] += first
+    values[PLANTED, :, 1] += first * SIGNS
+
+    found = probe({"base": held(values)}, TASK, estimators=["ridge", "rbf"], seeds=1, progress=False)
+
+    assert own(found, estimator="rbf")[PLANTED] > 0.95 and abs(own(found, estimator="ridge")[PLANTED] - 0.5) < 0.15
+    assert found.figure(estimator="rbf").layout.meta["title"].startswith("Can a probe read")
+    with pytest.raises(CtlensError, match="not linear .* reads along no direction: choose 'ridge'"):
+        weights("rbf", values[PLANTED], SIGNS > 0)
 
 
 def test_the_order_of_the_prompts_changes_nothing() -> None:

@@ -254,24 +254,31 @@ def test_attention_falls_beyond_the_next(study: Path) -> None:
 
 
 def erasure(read: Mapping[str, float]) -> Erasure:
-    """By model, the accuracy, with .1 to both sides, at layer 2, worse at others; shuffled labels reach .25."""
+    """By model, the accuracy, with .1 to both sides, at layer 2, worse at others; shuffled labels reach .25.
+
+    That is what the linear probe reads at the last token; the other probe and the other place are always right.
+    """
     models = ("base", *read)
-    readable = np.zeros((len(models), LAYERS, 5))
+    readable = np.ones((2, 2, len(models), LAYERS, 5))
     for row, value in enumerate((0.95, *read.values())):
-        readable[row] = (0.3, 0.2, 0.4, 0.1, 0.25)
-        readable[row, 2] = (value, value - 0.1, value + 0.1, 0.1, 0.25)
-    effects = np.zeros((len(models), LAYERS, 5, PROMPTS))
+        readable[0, 0, row] = (0.3, 0.2, 0.4, 0.1, 0.25)
+        readable[0, 0, row, 2] = (value, value - 0.1, value + 0.1, 0.1, 0.25)
+    effects = np.zeros((3, len(models), LAYERS, 5, PROMPTS))
+    answers = np.zeros((len(models), PROMPTS))
     return Erasure(
-        readable,
-        effects,
-        effects,
-        np.zeros((len(models), PROMPTS)),
-        models,
-        (0, 1, 2, 3),
-        "retention",
-        "the hint",
-        "last",
-        "d",
+        readable=readable,
+        used=effects,
+        reelicited=effects[0],
+        patched=effects[0, :, :, 0],
+        wrapped=answers,
+        clean=answers,
+        held_out=np.arange(PROMPTS) % 2 == 0,
+        models=models,
+        layers=(0, 1, 2, 3),
+        control="retention",
+        question="the hint",
+        read_positions=("last", "content"),
+        direction="d",
     )
 
 
