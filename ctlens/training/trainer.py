@@ -209,7 +209,7 @@ class Trainer:
         if not active and not self._tracked:
             return
         with self._passes.open() as forwards:
-            found = forwards.seen(rows, {**active, **self._tracked}, step=index, grad=bool(active))
+            found = forwards.seen(rows, active | self._tracked, step=index, grad=bool(active))
             with torch.no_grad():
                 for key, term in self._tracked.items():
                     seen.add(key, term.loss.measure(found[key], term.factors), share)
