@@ -240,13 +240,14 @@ class Evaluation:
         Raises:
             CtlensError: no pair of that prompt side has a strength.
         """
+        table = self.by_strength(prompt_side=prompt_side)
         curves: dict[str, dict[str, Any]] = {}
-        for (threat, split), rows in by(self.by_strength(prompt_side=prompt_side), *_GROUPS):
+        for (threat, split), rows in by(table, *_GROUPS):
             curve = tuple(rows[column].to_numpy() for column in ("strength", "value", "ci_low", "ci_high"))
             curves.setdefault(threat, {})[split or threat] = curve  # pairs of one's own have no split
-        return plots.attack_strength(
-            curves, "Does a stronger attack work more often?", subtitle=f"{prompt_side} prompts"
-        )
+        bare = "; no whisker where a strength has too few topics or wrapper texts for an interval"
+        subtitle = f"{prompt_side} prompts{bare if table['ci_low'].isna().any() else ''}"
+        return plots.attack_strength(curves, "Does a stronger attack work more often?", subtitle=subtitle)
 
     def save(self, path: str | Path) -> None:
         """Writes the outcomes as CSV."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -107,10 +108,13 @@ class WrappedRates:
 def _deciding(found: Mapping[str, ClaimEstimate]) -> str:
     """Names the method that decides whether all numbers lie above 0.
 
-    It is the one that most clearly lies below 0, where any does; else the one with the smallest lower bound.
+    It is the one that most clearly lies below 0, where any does; else the one with the smallest lower bound, or where
+    there are no intervals with the smallest number.
     """
     below = [name for name, one in found.items() if one.high <= 0]
-    return min(below or found, key=lambda name: found[name].high if below else found[name].low)
+    if below:
+        return min(below, key=lambda name: found[name].high)
+    return min(found, key=lambda name: found[name].value if math.isnan(found[name].low) else found[name].low)
 
 
 def _repair(config: StudyConfig, wrapped: WrappedRates, threat: str) -> Claim:

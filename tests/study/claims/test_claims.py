@@ -199,15 +199,15 @@ def test_a_repair_hangs_on_the_least_certain_method() -> None:
 
 
 def test_a_repair_on_too_few_topics_has_no_verdict(tmp_path: Path) -> None:
-    rates = own("persona", retention=80, act=0, mlpct=0, attct=0, bct=0)
+    rates = own("persona", retention=80, act=0, mlpct=0, attct=10, bct=0)
     for cell in answered(tmp_path, rates).glob("runs/*/outcomes.csv"):
         rows = Evaluation.load(cell).outcomes
         Evaluation(rows.assign(topic=[f"t{item % 3}" for item in rows["item"]])).save(cell)
 
     found, *_ = behaviour_claims(StudyConfig(("persona",), METHODS, analysed=()), tmp_path, results(rates))
 
-    assert (found.value, found.verdict) == (0.8, "not measured")
-    assert found.reason.startswith("it is 0.80, of too few topics or wrapper texts for an interval")
+    assert (found.value, found.verdict) == (0.7, "not measured") and "AttCT" in found.statistic
+    assert found.reason.startswith("it is 0.70, of too few topics or wrapper texts for an interval")
 
 
 @pytest.mark.parametrize(
