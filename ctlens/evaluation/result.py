@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ctlens import plots
@@ -246,7 +247,7 @@ class Evaluation:
             curve = tuple(rows[column].to_numpy() for column in ("strength", "value", "ci_low", "ci_high"))
             curves.setdefault(threat, {})[split or threat] = curve  # pairs of one's own have no split
         bare = "; no whisker where a strength has too few topics or wrapper texts for an interval"
-        subtitle = f"{prompt_side} prompts{bare if table['ci_low'].isna().any() else ''}"
+        subtitle = f"{prompt_side} prompts{bare if np.isnan(table['ci_low'].to_numpy()).any() else ''}"
         return plots.attack_strength(curves, "Does a stronger attack work more often?", subtitle=subtitle)
 
     def save(self, path: str | Path) -> None:
