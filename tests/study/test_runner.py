@@ -21,9 +21,9 @@ from safetensors.numpy import load_file
 
 from ctlens import load_run, threats
 from ctlens.analysis import AttentionDiff, ResidualShift
+from ctlens.core.clusters import Clusters, clustered_rate, paired_difference
 from ctlens.core.errors import CtlensError, UnwritableError
 from ctlens.core.reading import read_json
-from ctlens.core.stats import difference, wilson
 from ctlens.evaluation import Evaluation
 from ctlens.organism import load_organism
 from ctlens.plots.export import plotly_source
@@ -52,9 +52,11 @@ ROW = [
     "metric",
     "value",
     "n_prompts",
+    "n_effective",
     "ci_low",
     "ci_high",
 ]
+KINDS = {"topic": "entity", "wrapper": "wrapper"}
 FIGURES = ("attention", "bad-rate", "dose", "generalisation", "good-rate", "residual-content", "residual-last")
 
 
@@ -85,13 +87,22 @@ def folder(unbroken: StudyResult, tmp_path: Path) -> Path:
 
 
 def read(folder: Path) -> pd.DataFrame:
-    return pd.read_csv(folder / "results.csv", keep_default_na=False)
+    return pd.read_csv(folder / "results.csv", keep_default_na=False, na_values={"n_effective": [""]})
 
 
 def bad_answers(outcomes: Path, split: str = "heldout", threat: str = "sycophancy") -> int:
     rows = pd.read_csv(outcomes, keep_default_na=False)
     of_threat = (rows["evaluated_threat"] == threat) & (rows["split"] == split)
     return int((of_threat & (rows["prompt_side"] == "wrapped") & (rows["verdict"] == "bad")).sum())
+
+
+def judged(outcomes: Path, split: str) -> tuple[np.ndarray, Clusters]:
+    """Which answers to sycophancy's wrapped prompts are bad, and which prompts share an entity or a wrapper."""
+    rows = pd.read_csv(outcomes, keep_default_na=False)
+    rows = rows.query("evaluated_threat == 'sycophancy' and split == @split and prompt_side == 'wrapped'")
+    drawn = threats.get("sycophancy").pairs(len(rows), split=split)
+    labels = {kind: [drawn[item].labels[name] for item in rows["item"]] for kind, name in KINDS.items()}
+    return (rows["verdict"] == "bad").to_numpy(), Clusters.of(labels)
 
 
 @pytest.mark.slow
@@ -171,7 +182,8 @@ def test_the_last_rows_are_the_outcomes_counted(unbroken: StudyResult, split: st
     count = bad_answers(unbroken.folder / "runs" / CELLS[2] / "outcomes.csv", split)
 
     assert table.loc["bad_rate", "value"] == pytest.approx(count / 12)
-    assert tuple(table.loc["bad_rate", ["ci_low", "ci_high"]]) == pytest.approx(wilson(count, 12))
+    bad, grid = judged(unbroken.folder / "runs" / CELLS[2] / "outcomes.csv", split)
+    assert tuple(table.loc["bad_rate", ["ci_low", "ci_high"]]) == pytest.approx(clustered_rate(bad, grid))
 
 
 @pytest.mark.slow
@@ -186,7 +198,10 @@ def test_a_method_is_compared_with_the_control_by_its_outcomes(unbroken: StudyRe
 
     assert row["value"] == pytest.approx((own - control) / 12)
     assert (row["step"], row["prompt_side"], row["n_prompts"]) == (4, "wrapped", 12)
-    assert (row["ci_low"], row["ci_high"]) == pytest.approx(difference(own, 12, control, 12))
+    bad, grid = judged(unbroken.folder / "runs" / cell / "outcomes.csv", split)
+    held, _ = judged(unbroken.folder / "runs" / CELLS[0] / "outcomes.csv", split)
+    expected = paired_difference((bad & ~held).astype(float), (held & ~bad).astype(float), grid)
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx(expected)
 
 
 @pytest.mark.slow
