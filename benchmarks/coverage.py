@@ -80,7 +80,7 @@ def estimates(sample: Sample) -> Iterator[Estimate]:
     still = sample.after < stats.norm.ppf(AFTER)
     n = len(bad)
     alone = Clusters.of({"item": [str(item) for item in range(n)]})
-    yield Estimate("rate", BEFORE, clustered_rate(bad, sample.clusters), wilson(int(bad.sum()), n))
+    yield Estimate("rate", BEFORE, clustered_rate(bad, sample.clusters)[2:], wilson(int(bad.sum()), n))
     _, low, high = clustered_mean(sample.before, sample.clusters)
     _, lower, higher = bootstrap_mean(sample.before)
     yield Estimate("mean", 0.0, (float(low), float(high)), (float(lower), float(higher)))

@@ -1,10 +1,10 @@
 """Intervals of numbers whose items go together, because they are about one topic or stand under one wrapper text.
 
 The prompts of a threat are a grid of a few topics and wrapper texts. Two prompts about one topic tell less than two
-about different ones, so an interval that takes prompts as independent is too narrow: at a quarter of the variance
-between topics and between wrappers it covers the truth in half of all samples, not in 95 percent. Here the variance is
-that of two-way clusters (Cameron, Gelbach and Miller, 2011), with Satterthwaite's degrees of freedom for the few
-clusters that there are, and never less than that of independent items. `benchmarks/coverage.py` measures the coverage.
+about different ones, so an interval that takes prompts as independent is too narrow; `benchmarks/coverage.py` measures
+how often it holds the truth, and how often ours does. Here the variance is that of two-way clusters (Cameron, Gelbach
+and Miller, 2011), with Satterthwaite's degrees of freedom for the few clusters that there are, and never less than that
+of independent items.
 """
 
 from __future__ import annotations
@@ -193,16 +193,19 @@ def effective_size(influence: Float[np.ndarray, " item"], clusters: Clusters, n:
     return float(n * spread.independent / spread.variance / wider**2)
 
 
-def clustered_rate(flags: Bool[np.ndarray, " item"], clusters: Clusters, level: float = LEVEL) -> Interval:
-    """Computes the interval of a share: Wilson's, of as many items as are effective.
+def clustered_rate(
+    flags: Bool[np.ndarray, " item"], clusters: Clusters, level: float = LEVEL
+) -> tuple[float, float, float, float]:
+    """Computes a share, how many independent items would tell it as exactly, and Wilson's interval of so many.
 
     >>> flags = np.arange(96) < 24
-    >>> low, high = clustered_rate(flags, Clusters.of({"item": [str(number) for number in range(96)]}))
-    >>> round(low, 3), round(high, 3)  # items of their own: Wilson's interval of 24 of 96
-    (0.174, 0.345)
+    >>> share, size, low, high = clustered_rate(flags, Clusters.of({"item": [str(number) for number in range(96)]}))
+    >>> share, size, round(low, 3), round(high, 3)  # items of their own: Wilson's interval of 24 of 96
+    (0.25, 96.0, 0.174, 0.345)
     """
     share = float(flags.mean())
-    return wilson_of_share(share, effective_size(flags - share, clusters, len(flags), level), level)
+    size = effective_size(flags - share, clusters, len(flags), level)
+    return share, size, *wilson_of_share(share, size, level)
 
 
 def paired_difference(

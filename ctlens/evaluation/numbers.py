@@ -13,6 +13,7 @@ from ctlens import threats as threat_registry
 from ctlens.core.clusters import (
     Clusters,
     clustered_mean,
+    clustered_rate,
     clustered_statistic,
     effective_size,
     half_width,
@@ -53,9 +54,8 @@ def numbers(name: str, rows: pd.DataFrame) -> Iterator[Number]:
 def rate_with_interval(answers: pd.DataFrame, metric: str) -> tuple[float, int, float, float, float]:
     """Computes one of `RATES` over some answers: value, answers, how many independent ones, ends of its interval."""
     flags = (answers["verdict"] == RATES[metric]).to_numpy()
-    share = float(flags.mean())
-    effective = effective_size(flags - share, clusters(answers), len(flags))
-    return share, len(flags), effective, *wilson_of_share(share, effective)
+    share, effective, low, high = clustered_rate(flags, clusters(answers))
+    return share, len(flags), effective, low, high
 
 
 def difference_with_interval(

@@ -157,7 +157,7 @@ class Evaluation:
             prompt_side: `wrapped`, `clean` or `benign`.
 
         Raises:
-            CtlensError: the metric is unknown, or the evaluations are of different pairs.
+            CtlensError: the metric or the prompt side is unknown, or the evaluations are of different pairs.
         """
         _check_rate(metric)
         one = self.answers(threat, split, prompt_side)
@@ -170,9 +170,12 @@ class Evaluation:
         """The outcomes of one threat, split and prompt side, in the order of the pairs.
 
         Raises:
-            CtlensError: several splits were evaluated, and none is named.
+            CtlensError: several splits were evaluated and none is named, or the prompt side was not evaluated.
         """
-        return _select(self._rows_of(threat, split), prompt_side=prompt_side).sort_values("item")
+        rows = self._rows_of(threat, split)
+        if prompt_side not in set(rows["prompt_side"]):
+            raise unknown("prompt side", prompt_side, dict.fromkeys(rows["prompt_side"]))
+        return _select(rows, prompt_side=prompt_side).sort_values("item")
 
     def _rows_of(self, threat: str, split: str | None) -> pd.DataFrame:
         rows = _select(self.outcomes, evaluated_threat=threat, split=split)
@@ -271,10 +274,11 @@ class Evaluation:
 
 
 def require_columns_of_today(table: Iterable[str], path: str | Path) -> None:
-    """Checks that a saved table has none of the columns that an earlier ctlens wrote under another name.
+    """Checks that a saved table has today's columns, and not those of an earlier ctlens.
 
     Raises:
-        CtlensError: it has some; the sentence says how to rename them.
+        CtlensError: it has a column under its former name, and the sentence says how to rename it, or none that says
+            which prompts go together.
     """
     renames = [f"{old} to {new}" for old, new in _RENAMED_COLUMNS.items() if old in table and new not in table]
     if renames:

@@ -32,7 +32,8 @@ Lengths: TypeAlias = Int[Tensor, " batch"]
 
 # On a CPU more tokens at once leave its caches and take longer; measured in benchmarks/evaluation.py.
 MAX_BATCH_TOKENS = 2048
-# A pass of its own costs as much as some tokens: a shorter beginning, as the organism's prompts have, is not worth it.
+# A pass of its own costs as much as some tokens: a shorter beginning, as the organism's prompts have, is not
+# worth it. Not tuned.
 _FEWEST_SHARED_TOKENS = 16
 SELECTABLE = (DynamicLayer, DynamicSlidingWindowLayer)  # their subclasses may hold more than keys and values
 NEEDED = {"past_key_values", "position_ids"}

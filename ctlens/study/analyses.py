@@ -12,6 +12,7 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
+import pandas as pd
 import torch
 
 from ctlens.analysis import (
@@ -38,6 +39,7 @@ from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
 from ctlens.data.chat import render
 from ctlens.data.pairs import Pair
+from ctlens.evaluation.numbers import CLUSTER_COLUMNS, clusters
 from ctlens.models.hooks import run
 from ctlens.study.cells import MATCHED_FOLDER, SHARED, base_model, finished_model, probe_pairs
 from ctlens.study.conditions import PERTURBED, RETENTION
@@ -155,7 +157,7 @@ class FinishedAnalyses:
         source = subject(threat, self.config.file, self.study)
         base = base_model(self.config, self.study, base_cell())
         pairs = probe_pairs(source, self.config, base, self.config.n_analysed)
-        return Clusters.of(dict(zip(("topic", "wrapper"), zip(*map(source.clusters, pairs), strict=True), strict=True)))
+        return clusters(pd.DataFrame([source.clusters(pair) for pair in pairs], columns=list(CLUSTER_COLUMNS)))
 
     def refused(self, name: str, threat: str, setting: str = EQUAL_STEPS) -> str:
         """The reasons of an analysis that refused to give a result, each once."""

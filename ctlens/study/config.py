@@ -50,7 +50,7 @@ NATURAL_TRAINING = TrainConfig(
 """The settings that every condition of a study of a real model shares.
 
 They are those of a trial of three methods on SmolLM2-135M-Instruct, each of which repaired a part of the switches in
-20 steps; no search was made. Retention is trained at about every second step, which saves a sixth of the time.
+20 steps; no search was made. Retention is trained at about every second step, to save passes.
 """
 
 
@@ -171,7 +171,7 @@ class StudyConfig:
     def compares_inside(self, threat: str) -> bool:
         """Whether every model trained on a threat is evaluated on the way and compared with the base inside.
 
-        A real model takes minutes for that, so there it is done for the analysed threats alone.
+        On a real model these passes are dear, so there it is done for the analysed threats alone.
         """
         return threat in self.analysed_threats or not self.natural
 

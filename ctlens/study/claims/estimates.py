@@ -72,8 +72,9 @@ def claim_estimate(statistics: Mapping[Training, Statistic], clusters: Clusters 
     def mean(items: Items) -> list[float]:
         return [float(np.mean([statistic.of(items) for statistic in known]))]
 
-    alone = Clusters.of({"prompt": [str(prompt) for prompt in range(n)]})
-    ((low, high),) = clustered_statistic(mean, clusters or alone)
+    if clusters is None:
+        clusters = Clusters.of({"prompt": [str(prompt) for prompt in range(n)]})
+    ((low, high),) = clustered_statistic(mean, clusters)
     if len(values) < SEVERAL:
         return ClaimEstimate(value, low, high, n, PROMPTS)
     ends = student(np.array(list(values.values())))
