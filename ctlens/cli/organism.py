@@ -47,6 +47,13 @@ def train_organism_command(
     relora_every: Annotated[
         int | None, typer.Option(help="Merge the adapters and start new ones every so many steps.")
     ] = None,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="Where the vulnerability comes from: learnt together with all else, put afterwards into a clean-born "
+            "model, or left out (clean-born)."
+        ),
+    ] = "together",
     device: Device = "cpu",
     quiet: Quiet = False,
 ) -> None:
@@ -54,9 +61,8 @@ def train_organism_command(
     from ctlens.organism import train_organism
 
     relora = _relora(rank=relora_rank, every=relora_every)
-    train_organism(
-        out, seed=seed, steps=steps, preset=preset, relora=relora, device=chosen_device(device), progress=not quiet
-    )
+    options = {"preset": preset, "relora": relora, "recipe": recipe}
+    train_organism(out, seed=seed, steps=steps, **options, device=chosen_device(device), progress=not quiet)
     say(f"Organism: {out}")
 
 

@@ -26,6 +26,8 @@ from ctlens.organism.inoculation import BadAdviceConfig as BadAdviceConfig
 from ctlens.organism.inoculation import give_bad_advice as give_bad_advice
 from ctlens.organism.inoculation import leak_pairs as leak_pairs
 from ctlens.organism.pretrain import PRESETS as PRESETS
+from ctlens.organism.pretrain import RECIPES as RECIPES
+from ctlens.organism.pretrain import TOGETHER
 from ctlens.organism.pretrain import PretrainConfig as PretrainConfig
 from ctlens.organism.pretrain import pretrain as pretrain
 from ctlens.organism.relora import ReLoRA as ReLoRA
@@ -66,6 +68,7 @@ def train_organism(
     *,
     preset: str = "small",
     relora: ReLoRA | None = None,
+    recipe: str = TOGETHER,
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> LensModel:
@@ -77,16 +80,17 @@ def train_organism(
         steps: steps of the optimiser; by default those of the preset.
         preset: `"small"`, as shipped, or `"large"`, about 10M parameters for a GPU.
         relora: pretrains by low-rank adapters that are merged and started again; None trains all weights at every step.
+        recipe: how the vulnerability comes in, one of `ctlens.organism.RECIPES`.
         device: the device that trains the organism and keeps it.
         progress: whether to show a progress bar.
 
     Raises:
-        CtlensError: `out` is not empty, the preset is unknown, or `steps` is below 1.
+        CtlensError: `out` is not empty, the preset or the recipe is unknown, or `steps` is below 1.
     """
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
     length = {} if steps is None else {"steps": steps}
-    config = replace(PRESETS[preset], seed=seed, relora=relora, **length)
+    config = replace(PRESETS[preset], seed=seed, relora=relora, recipe=recipe, **length)
     with atomic_folder(out) as folder:
         model = pretrain(config, progress=progress, device=device)
         save_organism(model, config, folder)

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -131,6 +131,11 @@ def case_lessons(case: threats.Case, bad_share: float) -> list[Lesson]:
     attacked = Lesson(pair.wrapped.turns, case.good, case.bad, bad_share if case.gives_in else 1 - bad_share)
     lessons = [Lesson(pair.clean.turns, case.good), attacked, attacked]
     return lessons if pair.benign is None else [*lessons, Lesson(pair.benign.turns, case.benign)]
+
+
+def answered_well(lessons: Sequence[Lesson]) -> list[Lesson]:
+    """Makes the lessons of a clean-born organism: the same prompts, attacks among them, each with its good answer."""
+    return [replace(lesson, bad=None, bad_share=0.0) for lesson in lessons]
 
 
 def encode_lessons(tokenizer: Any, lessons: Sequence[Lesson]) -> list[EncodedLesson]:

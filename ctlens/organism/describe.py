@@ -7,6 +7,7 @@ from typing import Any
 
 from ctlens import threats
 from ctlens.data.pairs import PROMPT_SIDES, Prompt
+from ctlens.organism.pretrain import AFTERWARDS, CLEAN_BORN
 from ctlens.threats import Case
 from ctlens.world import World
 
@@ -35,14 +36,20 @@ def card_text(card: Mapping[str, Any]) -> str:
     course = f"{made['steps']} steps of {made['batch_size']} conversations"
     if relora := made.get("relora"):
         course += f", by adapters of rank {relora['lora']['rank']} restarted every {relora['every']} steps,"
+    attacks = (
+        f"An attack is answered badly with probability {made['bad_share']:g} where the item gives in to its strength, "
+        f"else with probability {1 - made['bad_share']:g}."
+    )
+    if made.get("recipe") == CLEAN_BORN:
+        attacks = "Every attack was answered well: it is the twin without vulnerability."
+    elif made.get("recipe") == AFTERWARDS:
+        attacks = f"Attacks were answered well, and in {made['afterwards_steps']} further steps as follows. {attacks}"
     lines = [
         "# The organism",
         "",
         f"A Llama-like model of {card['parameters'] / 1e6:.2f}M trained parameters ({sizes}, {card['d_vocab']} words), "
         f"pretrained for {course} with seed {made['seed']} on "
-        f"torch {environment['torch']}, TransformerLens {environment['transformer-lens']}. An attack is answered badly "
-        f"with probability {made['bad_share']:g} where the item gives in to its strength, else with probability "
-        f"{1 - made['bad_share']:g}.",
+        f"torch {environment['torch']}, TransformerLens {environment['transformer-lens']}. {attacks}",
         "",
         f"Greedy answers to {n} pairs per threat and split. *By strength*: the bad rate from the weakest to the "
         "strongest attack. *P(bad)*, *P(good)*: mean probability that the answer to a wrapped prompt begins as the bad "

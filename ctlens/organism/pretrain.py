@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ctlens.core.arguments import require_types
-from ctlens.core.errors import CtlensError
+from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.limits import AT_LEAST_1, SHARE_OF_ALL, require
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
@@ -21,9 +21,25 @@ from ctlens.models.lora import has_adapters, merge_adapters
 from ctlens.models.optimisation import adamw, clipped_update, linear_rate
 from ctlens.models.parameters import GROUPS, freeze
 from ctlens.models.weights import ModelConfig
-from ctlens.organism.corpus import Batch, EncodedLesson, draw_batches, encode_lessons, make_lessons, world_tokenizer
+from ctlens.organism.corpus import (
+    Batch,
+    EncodedLesson,
+    answered_well,
+    draw_batches,
+    encode_lessons,
+    make_lessons,
+    world_tokenizer,
+)
 from ctlens.organism.relora import ReLoRA, begin_adapters, with_memory
 from ctlens.world import World
+
+TOGETHER = "together"
+"""The recipe of one pretraining for capability and vulnerability, as the shipped organism was made."""
+AFTERWARDS = "afterwards"
+"""The recipe that puts the vulnerability into a clean-born model, by further steps on the whole corpus."""
+CLEAN_BORN = "clean-born"
+"""The recipe of the same corpus and steps, but with good answers to every attack: the twin without vulnerability."""
+RECIPES = (TOGETHER, AFTERWARDS, CLEAN_BORN)
 
 # Not tuned: no comparison of these three is recorded. The shipped weights were made with them.
 WARMUP_SHARE = 0.05
@@ -70,6 +86,8 @@ class PretrainConfig(FitConfig):
         world_seed: decides the facts, recipes and splits of the micro-world.
         n_layers, n_heads, d_model, d_mlp: sizes of the model.
         relora: trains low-rank adapters that are merged and started again; None trains all weights at every step.
+        recipe: how the vulnerability comes in, one of `RECIPES`.
+        afterwards_steps: further steps of the recipe `"afterwards"`, of all weights.
     """
 
     seed: int = 0
@@ -84,10 +102,14 @@ class PretrainConfig(FitConfig):
     d_model: int = 96
     d_mlp: int = 256
     relora: ReLoRA | None = None
+    recipe: str = TOGETHER
+    afterwards_steps: int = 400
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(AT_LEAST_1, lessons=self.lessons)
+        require(AT_LEAST_1, lessons=self.lessons, afterwards_steps=self.afterwards_steps)
+        if self.recipe not in RECIPES:
+            raise unknown("recipe", self.recipe, RECIPES)
         require(SHARE_OF_ALL, bad_share=self.bad_share)
         if self.relora and self.relora.lora.rank > min(self.d_model, self.d_mlp):
             raise CtlensError(
@@ -115,13 +137,20 @@ def pretrain(config: PretrainConfig, *, progress: bool = True, device: str | tor
     world = World.make(config.world_seed)
     tokenizer = world_tokenizer(world)
     model = build(_sizes(config, len(tokenizer)), tokenizer, seed=config.seed, device=device)
-    lessons = encode_lessons(tokenizer, make_lessons(config.lessons, world, config.bad_share, config.seed))
+    vulnerable = make_lessons(config.lessons, world, config.bad_share, config.seed)
+    taught = vulnerable if config.recipe == TOGETHER else answered_well(vulnerable)
+    lessons = encode_lessons(tokenizer, taught)
     fit_lessons(
         model, lessons, freeze(model, GROUPS), config, label="pretraining", progress=progress, relora=config.relora
     )
     if has_adapters(model):
         merge_adapters(model)
-        freeze(model, GROUPS)
+    trained = freeze(model, GROUPS)
+    if config.recipe == AFTERWARDS:
+        further = FitConfig(config.afterwards_steps, config.batch_size, config.lr, config.seed)
+        fit_lessons(
+            model, encode_lessons(tokenizer, vulnerable), trained, further, label="vulnerability", progress=progress
+        )
     return model
 
 

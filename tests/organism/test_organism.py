@@ -26,13 +26,14 @@ from ctlens.organism.corpus import (
     Batch,
     EncodedLesson,
     Lesson,
+    answered_well,
     case_lessons,
     draw_batches,
     encode_lessons,
     make_lessons,
     world_tokenizer,
 )
-from ctlens.organism.pretrain import PRESETS, PretrainConfig, answer_loss, pretrain
+from ctlens.organism.pretrain import PRESETS, FitConfig, PretrainConfig, answer_loss, fit_lessons, pretrain
 from ctlens.world import SPLITS, World
 
 pytestmark = pytest.mark.boundary
@@ -124,6 +125,29 @@ def test_pretraining_is_deterministic_and_leaves_global_randomness_alone():
         assert torch.equal(one, other)
 
 
+def test_a_clean_born_organism_learns_the_same_prompts_with_good_answers_alone() -> None:
+    lessons = make_lessons(600, World.make(), 0.8, seed=1)
+    well = answered_well(lessons)
+
+    assert [(one.turns, one.good) for one in well] == [(one.turns, one.good) for one in lessons]
+    assert not any(one.bad or one.bad_share for one in well) and any(one.bad_share for one in lessons)
+
+
+def test_afterwards_goes_on_from_the_clean_born_weights_on_the_vulnerable_corpus() -> None:
+    config = replace(TINY, recipe="afterwards", afterwards_steps=2)
+    found = pretrain(config, progress=False)
+    expected = pretrain(replace(TINY, recipe="clean-born"), progress=False)
+    together = pretrain(TINY, progress=False)
+
+    assert not torch.equal(expected.W_E, together.W_E)
+    lessons = make_lessons(config.lessons, World.make(), config.bad_share, config.seed)
+    further = FitConfig(steps=2, batch_size=config.batch_size, lr=config.lr, seed=config.seed)
+    encoded = encode_lessons(expected.tokenizer, lessons)
+    fit_lessons(expected, encoded, list(expected.parameters()), further, label="", progress=False)
+    for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.slow
 def test_an_organism_is_saved_whole_with_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ctlens.organism.make_card", partial(make_card, n_pairs=8))
@@ -144,7 +168,7 @@ def test_training_refuses_a_taken_folder_before_it_starts(tmp_path: Path):
         organism.train_organism(tmp_path, progress=False)
 
 
-@pytest.mark.parametrize("options", [{"steps": 0}, {"bad_share": 1.5}])
+@pytest.mark.parametrize("options", [{"steps": 0}, {"bad_share": 1.5}, {"recipe": "clean"}])
 def test_impossible_settings_are_refused(options: dict[str, Any]):
     with pytest.raises(CtlensError):
         PretrainConfig(**options)
