@@ -14,7 +14,7 @@ NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 BENCHMARKS := $(filter-out gpu quote,$(patsubst benchmarks/%.py,%,$(sort $(wildcard benchmarks/*.py))))
 STRIP := --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
 
-.PHONY: install dev compare study smollm2 test test-all fuzz doctest test-4x check figures drawings benchmarks lab notebooks
+.PHONY: install dev compare study smollm2 real test test-all fuzz doctest test-4x check figures drawings benchmarks lab notebooks
 .PHONY: strip dist install-4x clean
 
 install: $(VENV)/installed
@@ -46,6 +46,10 @@ study: install
 smollm2: $(VENV)/gguf
 	$(BIN)/ctlens smollm2
 
+# The study of that model. It takes hours, goes on where it was stopped, and `drawings RUNS=runs` takes its figures.
+real: smollm2
+	$(BIN)/ctlens compare --model runs/models/smollm2 --threats facts,order,beginning --out runs/real --resume
+
 # The unit tier, the whole suite, and the examples in the docstrings; the markers are in pyproject.toml.
 test: dev
 	$(BIN)/pytest $(PARALLEL) -m "$(UNIT)"
@@ -70,9 +74,9 @@ figures: study dev
 	$(BIN)/python -c "from ctlens import compatibility; print(compatibility.support_page(compatibility.support()), end='')" > docs/models.md
 	$(BIN)/python figures/draw.py runs
 
-# The same pictures from figures/data, without a study.
+# The same pictures from figures/data, without a study; RUNS=runs first takes the data of the studies that lie there.
 drawings: dev
-	$(BIN)/python figures/draw.py
+	$(BIN)/python figures/draw.py $(RUNS)
 
 # The tables of benchmarks/ and their quotes, one after the other on one thread; BENCHMARKS names some.
 benchmarks: dev

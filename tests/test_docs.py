@@ -69,6 +69,7 @@ def test_every_make_target_that_the_documents_name_exists() -> None:
         "strip",
         "dist",
         "smollm2",
+        "real",
     }
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
 
@@ -89,13 +90,13 @@ def test_the_contributing_example_is_a_working_loss(tokenizer, monkeypatch) -> N
 
 sys.path.insert(0, str(ROOT / "figures"))
 draw = importlib.import_module("draw")
-CLAIMS = read_claims(ROOT / "figures/data/claims.csv")
+CLAIMS = read_claims(ROOT / "figures/data/study/claims.csv")
 SHOWN = ("base", "retention", *DEFAULT_METHODS)
 
 
 @pytest.fixture(scope="module")
 def results() -> pd.DataFrame:
-    return read_results(ROOT / "figures/data/results.csv")
+    return read_results(ROOT / "figures/data/study/results.csv")
 
 
 def findings() -> str:
