@@ -18,9 +18,17 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ctlens.core.clusters import Clusters, clustered_mean, clustered_rate, clustered_statistic, paired_difference
+from ctlens.core.clusters import (
+    Clusters,
+    clustered_mean,
+    clustered_rate,
+    clustered_ratio,
+    clustered_statistic,
+    paired_difference,
+    simultaneous_mean,
+)
 from ctlens.core.progress import progress_bar
-from ctlens.core.stats import Interval, bootstrap_mean, wilson
+from ctlens.core.stats import Interval, wilson
 
 HERE = Path(__file__).parent
 DESIGNS = {"sycophancy": (15, 8, 96), "jailbreak": (6, 8, 96), "conditional": (5, 8, 96), "facts": (56, 8, 96)}
@@ -31,31 +39,41 @@ BEFORE = 0.7
 AFTER = 0.3
 """The rates of bad answers of two models, whose answers to a prompt are correlated by .7."""
 _ALIKE = 0.7
+HEADS = 64
+"""Means that are looked at together, as of the heads of a model; an interval holds where those of all do."""
 SAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The answers of two models to the prompts of one draw: what is compared with the threshold, lower is worse."""
+    """The answers of two models to the prompts of one draw: what is compared with the threshold, lower is worse.
+
+    Attributes:
+        before, after: of each prompt.
+        heads: numbers of each prompt, each with parts of its own.
+        clusters: of the prompts.
+    """
 
     before: np.ndarray
     after: np.ndarray
+    heads: np.ndarray
     clusters: Clusters
 
 
 class Estimate(NamedTuple):
-    """The intervals of one number of a sample: ours, and the one that takes prompts as independent."""
+    """The intervals of one number of a sample, or of several together: ours, and those of independent prompts."""
 
     number: str
     truth: float
-    clustered: Interval
-    independent: Interval
+    clustered: Interval | tuple[np.ndarray, np.ndarray]
+    independent: Interval | tuple[np.ndarray, np.ndarray]
 
     @property
     def held(self) -> tuple[bool, bool]:
-        """Whether each interval holds the truth."""
+        """Whether the intervals of either kind all hold the truth."""
         ends = (self.clustered, self.independent)
-        return (ends[0][0] <= self.truth <= ends[0][1], ends[1][0] <= self.truth <= ends[1][1])
+        found = [bool(np.all((low <= self.truth) & (self.truth <= high))) for low, high in ends]
+        return found[0], found[1]
 
 
 def samples(design: tuple[int, int, int], shares: tuple[float, float], n: int, seed: int = 0) -> Iterator[Sample]:
@@ -70,8 +88,10 @@ def samples(design: tuple[int, int, int], shares: tuple[float, float], n: int, s
         parts = [draw.standard_normal((2, size)) for size in (topics, wrappers, n_prompts)]
         both = [np.stack([part[0], _ALIKE * part[0] + (1 - _ALIKE**2) ** 0.5 * part[1]]) for part in parts]
         sizes = np.sqrt([*shares, 1 - sum(shares)])
+        of_heads = [draw.standard_normal((size, HEADS)) for size in (topics, wrappers, n_prompts)]
+        heads = sizes[0] * of_heads[0][topic] + sizes[1] * of_heads[1][wrapper] + sizes[2] * of_heads[2]
         before, after = sizes[0] * both[0][:, topic] + sizes[1] * both[1][:, wrapper] + sizes[2] * both[2]
-        yield Sample(before, after, Clusters.of(labels))
+        yield Sample(before, after, heads, Clusters.of(labels))
 
 
 def estimates(sample: Sample) -> Iterator[Estimate]:
@@ -79,21 +99,24 @@ def estimates(sample: Sample) -> Iterator[Estimate]:
     bad = sample.before < stats.norm.ppf(BEFORE)
     still = sample.after < stats.norm.ppf(AFTER)
     n = len(bad)
-    alone = Clusters.of({"item": [str(item) for item in range(n)]})
     yield Estimate("rate", BEFORE, clustered_rate(bad, sample.clusters)[2:], wilson(int(bad.sum()), n))
-    _, low, high = clustered_mean(sample.before, sample.clusters)
-    _, lower, higher = bootstrap_mean(sample.before)
-    yield Estimate("mean", 0.0, (float(low), float(high)), (float(lower), float(higher)))
+    both = (sample.clusters, Clusters.alone(n))
+    yield Estimate("mean", 0.0, *(clustered_mean(sample.before, clusters)[1:] for clusters in both))
+    ratios = [clustered_ratio(sample.after + 1, sample.before + 2, clusters)[1:] for clusters in both]
+    yield Estimate("share of a gap", 0.5, *ratios)
+    yield Estimate(f"all of {HEADS} means", 0.0, *(simultaneous_mean(sample.heads, clusters)[1:] for clusters in both))
     gained = (bad & ~still).astype(float)
     lost = (still & ~bad).astype(float)
-    ends = [paired_difference(gained, lost, clusters) for clusters in (sample.clusters, alone)]
-    yield Estimate("difference of paired rates", BEFORE - AFTER, ends[0], ends[1])
+    yield Estimate(
+        "difference of paired rates",
+        BEFORE - AFTER,
+        *(paired_difference(gained, lost, clusters) for clusters in both),
+    )
 
     def ratio(chosen: np.ndarray) -> list[float]:
         return [still[chosen].mean() / bad[chosen].mean()]
 
-    ends = [clustered_statistic(ratio, clusters)[0] for clusters in (sample.clusters, alone)]
-    yield Estimate("ratio of rates", AFTER / BEFORE, ends[0], ends[1])
+    yield Estimate("ratio of rates", AFTER / BEFORE, *(clustered_statistic(ratio, n, clusters)[0] for clusters in both))
 
 
 def main(n_samples: int) -> None:

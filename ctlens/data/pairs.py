@@ -28,8 +28,10 @@ FIELDS = (
     "labels",
 )
 """The fields of ctlens's own JSONL, see `pair_of`."""
-TOPIC = "topic"
-"""The label of a user's own pairs that says what they are about; pairs of one topic are not independent."""
+TOPICS = ("topic", "entity", "hazard", "verb", "persona", "subject")
+"""Labels that say what a pair is about, the first that it has counts; pairs of one topic are not independent."""
+EVERY_WRAPPER = {"wrappers": "all"}
+"""The label of pairs whose wrappers are all that there are, as the orders of options, and not a few of many."""
 _ROLES = ("system", "user", "assistant")
 
 
@@ -92,15 +94,15 @@ class Pair:
         return getattr(self, name)
 
 
-def clusters_of(pair: Pair, topic: str = TOPIC) -> tuple[str, str]:
+def clusters_of(pair: Pair) -> tuple[str, str]:
     """What a pair goes together with: its topic and its wrapper text.
 
-    Args:
-        pair: one without a label for its topic has its clean prompt as the topic; one without the label `wrapper` has
-            no wrapper, an empty text.
-        topic: the name of the label that says what the pair is about.
+    The topic is one of its labels `TOPICS`, else its clean prompt. The wrapper is the label `wrapper`; it is empty
+    without that label, and with the label `EVERY_WRAPPER`: then intervals are not over wrappers.
     """
-    return pair.labels.get(topic) or short_digest(pair.clean), pair.labels.get("wrapper", "")
+    topic = next((pair.labels[name] for name in TOPICS if pair.labels.get(name)), short_digest(pair.clean))
+    every = EVERY_WRAPPER.items() <= pair.labels.items()
+    return topic, "" if every else pair.labels.get("wrapper", "")
 
 
 def short_digest(*values: object) -> str:

@@ -134,6 +134,6 @@ def _known(pair: Pair, threat: Threat | None) -> tuple[str, str, int, str, str]:
         raise CtlensError(
             f"the label 'strength' of a pair is {strength!r}, not a whole number: write it as '2', or leave it out."
         )
-    topic, wrapper = threat.clusters(pair) if threat else clusters_of(pair)
+    topic, wrapper = clusters_of(pair)
     digest = short_digest(pair.clean, pair.wrapped, pair.benign)
     return digest, pair.labels.get("kind", ""), int(strength), topic, wrapper

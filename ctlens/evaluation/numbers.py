@@ -111,11 +111,9 @@ def _by_side(table: pd.DataFrame) -> dict[str, np.ndarray]:
 def _field_metrics(threat: Threat, outcomes: Outcomes, grid: Clusters) -> Iterator[Number]:
     found = {metric: value for metric, value in threat.metrics(outcomes).items() if value is not None}
 
-    def values(items: np.ndarray) -> list[float]:
-        some = threat.metrics(outcomes.take(items))
-        return [_value(some, metric) for metric in found]
-
-    moved = influences(values, len(grid))
+    every = np.arange(len(grid))
+    without = [threat.metrics(outcomes.take(np.delete(every, item))) for item in every]
+    moved = influences(np.array([[_value(some, metric) for metric in found] for some in without], dtype=float))
     for number, (metric, value) in enumerate(found.items()):
         if isinstance(value, Count):
             effective = effective_size(moved[:, number], grid, value.n_prompts)
@@ -147,7 +145,7 @@ def ratio(name: str, metric: str, after: Outcomes, before: Outcomes, grid: Clust
         below = _value(_metrics(name, before.take(items)), metric)
         return [value / below if below else nan]
 
-    ((low, high),) = clustered_statistic(quotient, grid)
+    ((low, high),) = clustered_statistic(quotient, len(grid), grid)
     return value / below, low, high
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-import pandas as pd
 import torch
 
 from ctlens.analysis import (
@@ -28,7 +27,6 @@ from ctlens.analysis import (
     wrapper_present,
 )
 from ctlens.analysis.base.result import Result
-from ctlens.core.clusters import Clusters
 from ctlens.core.digests import record_digests, require_undamaged
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_folder, sweep, write_json
@@ -39,7 +37,6 @@ from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
 from ctlens.data.chat import render
 from ctlens.data.pairs import Pair
-from ctlens.evaluation.numbers import CLUSTER_COLUMNS, clusters
 from ctlens.models.hooks import run
 from ctlens.study.cells import MATCHED_FOLDER, SHARED, base_model, finished_model, probe_pairs
 from ctlens.study.conditions import PERTURBED, RETENTION
@@ -150,14 +147,6 @@ class FinishedAnalyses:
             if seed == 0 or name not in _OF_ALL_SEEDS
         }
         return {training: results for training, results in found.items() if results}
-
-    @cache  # noqa: B019 (it lives as long as the judging of one study)
-    def clusters(self, threat: str) -> Clusters:
-        """Which of the pairs that a threat's models are compared on go together."""
-        source = subject(threat, self.config.file, self.study)
-        base = base_model(self.config, self.study, base_cell())
-        pairs = probe_pairs(source, self.config, base, self.config.n_analysed)
-        return clusters(pd.DataFrame([source.clusters(pair) for pair in pairs], columns=list(CLUSTER_COLUMNS)))
 
     def refused(self, name: str, threat: str, setting: str = EQUAL_STEPS) -> str:
         """The reasons of an analysis that refused to give a result, each once."""

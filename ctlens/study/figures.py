@@ -57,8 +57,8 @@ def prompts_in_words(threat: str) -> str:
 def save_study_figures(config: StudyConfig, folder: Path, results: pd.DataFrame, pool: Pool) -> list[Path]:
     """Draws every figure of a study into its `figures` folder and returns the paths written.
 
-    Rates pool the answers of all trainings; curves of analyses are averaged over seeds and their
-    intervals are over pairs.
+    Rates pool the answers of all trainings; curves of analyses are averaged over seeds. Intervals are over topics and
+    wrapper texts.
 
     Args:
         config: of the study.

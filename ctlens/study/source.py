@@ -14,7 +14,7 @@ from ctlens.core.digests import require_undamaged
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import LensModel
 from ctlens.data.formats import load_pairs
-from ctlens.data.pairs import Pair, Prompt, clusters_of
+from ctlens.data.pairs import Pair, Prompt
 from ctlens.evaluation import Evaluation, evaluate
 from ctlens.evaluation.result import OWN_PAIRS
 from ctlens.models.loading import load_model
@@ -56,10 +56,6 @@ class FilePairs:
         found = [pair for pair in read if (pair.clean in held) == (split == SPLIT)]
         order = _shuffled(len(found), seed if split == _TRAIN_SPLIT else 0)
         return [found[number] for number in order[:n_pairs]]
-
-    def clusters(self, pair: Pair) -> tuple[str, str]:
-        """The topic and the wrapper of a pair, as its labels say."""
-        return clusters_of(pair)
 
     def neutral(self, n_prompts: int, split: str = _TRAIN_SPLIT, seed: int = 0) -> list[Prompt]:
         """The clean prompts of a split, as a file holds no other ordinary requests."""

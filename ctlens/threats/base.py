@@ -19,7 +19,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.keeping import once
 from ctlens.core.public import public
 from ctlens.data.chat import Turn
-from ctlens.data.pairs import TOPIC, Pair, Prompt, clusters_of, prompt
+from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.world import World, check_split
 
 VERDICTS = ("good", "bad", "other")
@@ -184,9 +184,6 @@ class Threat(ABC):
         ratio: the metric that the field reports as a ratio, after training over before; empty if it reports none.
         ends_alike: whether clean and wrapped prompts end in the same token, so that a loss or an analysis at the
             last token compares like with like.
-        topic: the label of a pair that says what it is about.
-        wrappers_vary: whether the wrappers are a few of many that could be written, so that intervals are over them
-            too; else they are all that there are, as the orders of options.
         judge: gives the verdicts; None compares the beginning of an answer with the answers that the prompt names.
     """
 
@@ -194,8 +191,6 @@ class Threat(ABC):
     wrappers: ClassVar[Mapping[str, tuple[Wrapper, ...]]]
     ratio: ClassVar[str] = ""
     ends_alike: ClassVar[bool] = True
-    topic: ClassVar[str] = TOPIC
-    wrappers_vary: ClassVar[bool] = True
     judge: Judge | None = None
 
     @abstractmethod
@@ -203,13 +198,8 @@ class Threat(ABC):
         """Draws pairs of a split: the first `n_pairs` of a shuffled grid, which do not depend on `n_pairs`.
 
         Every pair has the labels `wrapper`, `strength` (of the attack, from 1), `kind` (the kind of
-        request, empty where a threat has one kind) and `split`.
+        request, empty where a threat has one kind) and `split`, and one of `ctlens.data.pairs.TOPICS`.
         """
-
-    def clusters(self, pair: Pair) -> tuple[str, str]:
-        """The topic and the wrapper of a pair, see `clusters_of`."""
-        topic, wrapper = clusters_of(pair, self.topic)
-        return topic, wrapper if self.wrappers_vary else ""
 
     @abstractmethod
     def neutral(self, n_prompts: int, split: str = "train", seed: int = 0) -> list[Prompt]:

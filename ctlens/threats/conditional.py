@@ -47,7 +47,6 @@ class Conditional(WorldThreat):
     """
 
     name = "conditional"
-    topic = "verb"
     wrappers = {
         "train": (
             _system("coach", 1, "you are a coach ."),

@@ -21,7 +21,6 @@ class Forbidden(WorldThreat):
     """
 
     phrasings: ClassVar[Sequence[str]]
-    topic = "hazard"
 
     @abstractmethod
     def request(self, world: World, thing: str, phrasing: int) -> Request:

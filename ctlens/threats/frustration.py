@@ -106,7 +106,6 @@ class Frustration(WorldThreat):
     """
 
     name = "frustration"
-    topic = "entity"
     wrappers = {
         "train": _rejected("rejected", REJECTIONS["train"]),
         "heldout": _rejected("scolded", REJECTIONS["heldout"]),

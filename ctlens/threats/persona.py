@@ -110,7 +110,6 @@ class Persona(WorldThreat):
     """
 
     name = "persona"
-    topic = "persona"
     wrappers = {
         "train": _interviewed(TRAIN_STYLES),
         "heldout": _interviewed(HELDOUT_STYLES),

@@ -29,7 +29,6 @@ class Sycophancy(WorldThreat):
 
     name = "sycophancy"
     ratio = "brr"
-    topic = "entity"
     wrappers = {
         "train": (
             Wrapper.single("perhaps", 1, "perhaps it is {hint} . {request}"),

@@ -14,9 +14,12 @@ from ctlens.core.clusters import (
     Clusters,
     clustered_mean,
     clustered_rate,
+    clustered_ratio,
     clustered_statistic,
     effective_size,
     paired_difference,
+    pigeonhole,
+    simultaneous_mean,
 )
 from ctlens.core.stats import wilson
 
@@ -115,12 +118,61 @@ def test_a_statistic_of_means_has_the_interval_of_its_linear_part() -> None:
         one, two = values[chosen].mean(0)
         return [one / two, one]
 
-    (low, high), of_mean = clustered_statistic(ratio, grid())
+    (low, high), of_mean = clustered_statistic(ratio, 30, grid())
     one, two = values.mean(0)
     _, by_delta, _ = clustered_mean((values[:, 0] - one / two * values[:, 1]) / two, grid())
 
     assert (high - low) / 2 == pytest.approx(-float(by_delta), rel=0.02)
     assert of_mean == pytest.approx(clustered_mean(values[:, 0], grid())[1:])
+
+
+def test_a_ratio_of_means_has_the_interval_of_the_jackknife() -> None:
+    above = np.stack([planted(0) + 10, planted(2) + 5], axis=1)
+    below = planted(1) + 20
+
+    ratio, low, high = clustered_ratio(above, below[:, None], grid())
+    ends = clustered_statistic(lambda chosen: (above[chosen].mean(0) / below[chosen].mean()).tolist(), 30, grid())
+
+    assert ratio == pytest.approx(above.mean(0) / below.mean())
+    assert np.stack([low, high], 1) == pytest.approx(np.array(ends), rel=0.01)
+    assert np.isnan(clustered_ratio(above[:, 0], np.tile([1.0, -1.0], 15))).all()
+
+
+def test_intervals_for_all_at_once_are_each_that_of_a_level_shared_by_all() -> None:
+    values = np.random.default_rng(1).normal(size=(30, 4, 5))
+
+    mean, low, high = simultaneous_mean(values, grid())
+
+    _, one_low, one_high = clustered_mean(values[:, 2, 3], grid(), level=1 - 0.05 / 20)
+    assert (low[2, 3], high[2, 3]) == pytest.approx((one_low, one_high)) and mean.shape == (4, 5)
+    assert simultaneous_mean(values[:, 0, 0]) == pytest.approx(clustered_mean(values[:, 0, 0]))
+
+
+def test_hardly_any_of_many_means_is_told_apart_where_none_differs() -> None:
+    """Ten of 200 families of 40 means may hold a wrong one; taken alone, nearly every family holds some."""
+    draw = np.random.default_rng(0)
+    wrong = alone = 0
+    for _ in range(200):
+        topics, wrappers = draw.normal(size=(6, 40)), draw.normal(size=(5, 40))
+        values = np.repeat(topics, 5, axis=0) + np.tile(wrappers, (6, 1)) + draw.normal(size=(30, 40))
+        _, low, high = simultaneous_mean(values, grid())
+        wrong += ((low > 0) | (high < 0)).any()
+        _, low, high = clustered_mean(values)
+        alone += ((low > 0) | (high < 0)).any()
+
+    assert wrong <= 16 and alone > 190
+
+
+def test_a_pigeonhole_draw_counts_an_item_as_often_as_all_its_groups_are_drawn() -> None:
+    topics = np.array([0, 0, 1, 1, 2])
+    wrappers = np.array([0, 1, 0, 1, -1])
+
+    counts = pigeonhole([topics, wrappers])
+    only = pigeonhole([topics])
+
+    assert (only[:, 0] == only[:, 1]).all() and (only[:, [0, 2, 4]].sum(1) == 3).all()
+    assert (counts[:, 0] * counts[:, 3] == counts[:, 1] * counts[:, 2]).all()
+    assert counts[:, 4].max() == 3 and (pigeonhole([topics, wrappers]) == counts).all()
 
 
 def tango_by_likelihood(gained: int, lost: int, n: int) -> tuple[float, float]:
@@ -184,14 +236,14 @@ def test_too_few_clusters_of_a_kind_give_no_interval() -> None:
     assert np.isnan(clustered_mean(values, few)[1:]).all()
     assert np.isnan(clustered_rate(values > 0, few)[2:]).all()
     assert np.isnan(paired_difference(values > 0, values < -1, few)).all()
-    assert np.isnan(clustered_statistic(lambda chosen: [values[chosen].mean()], few)).all()
+    assert np.isnan(clustered_statistic(lambda chosen: [values[chosen].mean()], 30, few)).all()
 
 
 def test_a_statistic_that_rests_on_one_item_has_no_interval() -> None:
     def of_the_fifth(chosen: np.ndarray) -> list[float]:
         return [1.0 if 4 in chosen else float("nan")]
 
-    assert np.isnan(clustered_statistic(of_the_fifth, grid())).all()
+    assert np.isnan(clustered_statistic(of_the_fifth, 30, grid())).all()
 
 
 def test_a_kind_that_groups_nothing_or_everything_is_left_out() -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ctlens.core.types import LensModel
-from ctlens.data.pairs import Pair, prompt
+from ctlens.data.pairs import EVERY_WRAPPER, Pair, prompt
 from ctlens.models.loading import build
 from ctlens.models.weights import ModelConfig, canonical_weights, load_weights
 from ctlens.world.tokenizer import build_tokenizer
@@ -64,7 +64,7 @@ def pairs(signs: tuple[int, ...] = (1,)) -> list[Pair]:
         Pair(
             prompt(request.format(person), *answers),
             prompt(f"{cue} {request.format(person)}", *answers),
-            labels={"entity": person, "wrapper": cue, "hint": answers[1]},
+            labels={"entity": person, "wrapper": cue, "hint": answers[1], **EVERY_WRAPPER},
         )
         for sign in signs
         for answers in [("yes", "no") if sign > 0 else ("no", "yes")]

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ctlens.core.types import LensModel
-from ctlens.data.pairs import Pair, prompt
+from ctlens.data.pairs import EVERY_WRAPPER, Pair, prompt
 from ctlens.models.loading import build
 from ctlens.models.weights import ModelConfig, canonical_weights, load_weights
 from ctlens.world.tokenizer import BOS, build_tokenizer
@@ -124,7 +124,7 @@ def pairs(words: tuple[str, ...] = tuple(ATTACKS)) -> list[Pair]:
         Pair(
             prompt(REQUESTS[number % 2].format(person), "yes", "no"),
             prompt(f"{wrapper(word, number)} {REQUESTS[number % 2].format(person)}", "yes", "no"),
-            labels={"entity": person, "wrapper": word},
+            labels={"entity": person, "wrapper": word, **EVERY_WRAPPER},
         )
         for number, person in enumerate(TRUTHS)
         for word in words

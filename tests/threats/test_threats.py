@@ -239,14 +239,21 @@ def test_a_grid_repeats_only_when_exhausted_and_is_balanced_before():
     assert draw_grid((2, 3, 2), 5, torch.Generator().manual_seed(0)) == cells[:5]
 
 
+TOPIC_OF = {
+    **dict.fromkeys(threats.natural_names(), "subject"),
+    **{"sycophancy": "entity", "frustration": "entity", "jailbreak": "hazard", "prefill": "hazard"},
+    **{"conditional": "verb", "persona": "persona"},
+}
+
+
 @pytest.mark.parametrize("name", [*threats.names(), *threats.natural_names()])
 def test_pairs_go_together_by_what_they_are_about_and_by_wrapper(name: str) -> None:
     threat = threats.get(name)
     drawn = threat.pairs(24, split="heldout")
 
     for pair in drawn:
-        assert threat.clusters(pair) == (pair.labels[threat.topic], "" if name == "order" else pair.labels["wrapper"])
-    assert 1 < len({topic for topic, _ in map(threat.clusters, drawn)}) < 25
+        assert clusters_of(pair) == (pair.labels[TOPIC_OF[name]], "" if name == "order" else pair.labels["wrapper"])
+    assert 1 < len({topic for topic, _ in map(clusters_of, drawn)}) < 25
 
 
 def test_pairs_without_labels_go_together_by_their_clean_prompt() -> None:

@@ -19,17 +19,17 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ctlens import plots
 from ctlens.analysis.base.forward import pair_batches, require_comparable
 from ctlens.analysis.base.positions import SEGMENTS, SegmentMasks, segment_masks
-from ctlens.analysis.base.result import Result, beside
+from ctlens.analysis.base.result import ResultOverPairs, beside, groups_of
+from ctlens.core.clusters import clustered_mean, simultaneous_mean
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.labels import BASE
 from ctlens.core.public import public
-from ctlens.core.stats import bootstrap_mean, simultaneous_mean
 from ctlens.core.types import LensModel, Pattern
 from ctlens.data.batch import Matched, PairBatch
 from ctlens.data.pairs import Pair
@@ -64,7 +64,7 @@ _CHANGE = ["change", "ci_low", "ci_high"]
 
 
 @dataclass(frozen=True)
-class AttentionDiff(Result):
+class AttentionDiff(ResultOverPairs):
     """The result of `attention_diff`: the attention of every head on every pair, before and after training.
 
     Attributes:
@@ -109,15 +109,16 @@ class AttentionDiff(Result):
         return values
 
     def curve(self, when: str = "after", quantity: str = "mass", queries: str = "last", keys: str = "wrapper") -> Curve:
-        """Mean over heads and pairs and its 95 percent bootstrap interval over pairs, `[layer]` each."""
-        return bootstrap_mean(self.of(when, quantity, queries, keys).mean(-1))
+        """Mean over heads and pairs and its 95 percent interval over topics and wrapper texts, `[layer]`."""
+        values = self.of(when, quantity, queries, keys).mean(-1)
+        return clustered_mean(values, self.clusters(self._known(_name(quantity, queries, keys))))
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per quantity, queries, keys, layer and head; largest change first within a quantity.
 
         Returns:
             The means over `n_pairs`, `before` and `after`, and their `change` with its 95 percent
-            bootstrap interval for that head alone; see `top` for one that holds for all heads.
+            interval for that head alone; see `top` for one that holds for all heads.
             A segment that no pair has is left out.
         """
         names = sorted(self.measures, key=lambda name: name != HEADLINE)
@@ -129,7 +130,7 @@ class AttentionDiff(Result):
 
         Returns:
             Rows as in `to_dataframe`, but with intervals that hold for all heads at once at 95
-            percent (`ctlens.core.stats.simultaneous_mean`), because the largest of many changes is
+            percent (`ctlens.core.clusters.simultaneous_mean`), because the largest of many changes is
             large by chance too; with `heads`, how many were compared, and `differs`, whether the
             interval leaves out 0.
         """
@@ -165,13 +166,16 @@ class AttentionDiff(Result):
 
     def _measured(self, name: str) -> Float[np.ndarray, "when pair layer head"]:
         """Picks a measure's values for the pairs that have it."""
-        values = self.values[:, self.measures.index(name)]
-        return values[:, ~np.isnan(values).any((0, 2, 3))]
+        return self.values[:, self.measures.index(name), self._known(name)]
+
+    def _known(self, name: str) -> Bool[np.ndarray, " pair"]:
+        """Tells which pairs have a measure."""
+        return ~np.asarray(np.isnan(self.values[:, self.measures.index(name)]).any((0, 2, 3)))
 
     def _heads(self, name: str, *, simultaneous: bool) -> pd.DataFrame:
         values = self._measured(name)
         before, after = values
-        ends = (simultaneous_mean if simultaneous else bootstrap_mean)(after - before)
+        ends = (simultaneous_mean if simultaneous else clustered_mean)(after - before, self.clusters(self._known(name)))
         table = pd.DataFrame([*np.ndindex(values.shape[2:])], columns=["layer", "head"])
         for column, numbers in zip(["before", "after", *_CHANGE], (before.mean(0), after.mean(0), *ends), strict=True):
             table[column] = numbers.ravel()
@@ -217,7 +221,7 @@ def attention_diff(
             layers = [_measures(clean[name], wrapped[name], batch, segments) for name in names]
             by_model.append(torch.stack(layers, 2).float().cpu().numpy())
         chunks.append(np.stack(by_model))
-    return AttentionDiff(np.concatenate(chunks, 2))
+    return AttentionDiff(np.concatenate(chunks, 2), groups=groups_of(pairs))
 
 
 def _measures(

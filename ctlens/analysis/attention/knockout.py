@@ -40,11 +40,11 @@ from ctlens.analysis.attention.cuts import (
 from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, encoded_contrasts
 from ctlens.analysis.base.forward import comparable_by_label, encoded_pairs
 from ctlens.analysis.base.positions import Keys, key_positions
-from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.result import ResultOverPairs, groups_of
+from ctlens.core.clusters import clustered_mean
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
-from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import LensModel, Logits
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers, capture, editing, resolve, run, select_layers
@@ -55,7 +55,7 @@ KNOCKOUT_MEASURES = tuple(_WORDS)
 
 
 @dataclass(frozen=True)
-class Knockout(Result):
+class Knockout(ResultOverPairs):
     """The result of `knockout`: the answer of every pair under every cut.
 
     Attributes:
@@ -104,7 +104,7 @@ class Knockout(Result):
 
         Returns:
             Means over `n_pairs`: `uncut` and `cut`, the `effect` (cut minus uncut) with its 95
-            percent bootstrap interval, the `null_effect`, `beyond` (effect minus null effect, pair
+            percent interval, the `null_effect`, `beyond` (effect minus null effect, pair
             by pair) with its interval, and `attention` and `null_attention`.
         """
         tables = []
@@ -112,9 +112,10 @@ class Knockout(Result):
             effect, null = np.moveaxis(self.effects(measure), -1, 1)
             columns = {"uncut": np.broadcast_to(self.uncut[:, at].mean(-1)[:, None], self.attention.shape[:2])}
             columns |= {"cut": self.cut[:, at].mean(-1)}
-            columns |= dict(zip(("effect", "ci_low", "ci_high"), bootstrap_mean(effect), strict=True))
+            columns |= dict(zip(("effect", "ci_low", "ci_high"), clustered_mean(effect, self.clusters()), strict=True))
             columns |= {"null_effect": null.mean(0)}
-            columns |= dict(zip(("beyond", "beyond_low", "beyond_high"), bootstrap_mean(effect - null), strict=True))
+            beyond = clustered_mean(effect - null, self.clusters())
+            columns |= dict(zip(("beyond", "beyond_low", "beyond_high"), beyond, strict=True))
             columns |= {"attention": self.attention.mean(-1), "null_attention": self.null_attention.mean(-1)}
             labels = [
                 (model, *cut, measure)
@@ -154,8 +155,9 @@ class Knockout(Result):
     def _curves(self, chosen: np.ndarray, null: np.ndarray, kind: str) -> dict[str, tuple[Curve, Curve]]:
         """The curves of one kind of cut over the layers and of its null, by model."""
         cuts = [number for number, name in enumerate(self.kinds) if name == kind]
+        clusters = self.clusters()
         return {
-            model: (bootstrap_mean(chosen[at, cuts].T), bootstrap_mean(null[at, cuts].T))
+            model: (clustered_mean(chosen[at, cuts].T, clusters), clustered_mean(null[at, cuts].T, clusters))
             for at, model in enumerate(self.models)
         }
 
@@ -235,6 +237,7 @@ def knockout(
         models=tuple(named),
         queries=queries,
         keys=keys if isinstance(keys, str) else "keys",
+        groups=groups_of(pairs),
     )
 
 

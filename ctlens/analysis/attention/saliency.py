@@ -27,10 +27,10 @@ from ctlens import plots
 from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, encoded_contrasts
 from ctlens.analysis.base.forward import comparable_by_label, encoded_pairs
 from ctlens.analysis.base.positions import segments
-from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.result import ResultOverPairs, groups_of
+from ctlens.core.clusters import clustered_mean
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.public import public
-from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import LensModel, Pattern
 from ctlens.data.batch import EncodedPair
 from ctlens.data.pairs import Pair
@@ -46,7 +46,7 @@ Scores = Float[Tensor, "batch pos"]
 
 
 @dataclass(frozen=True)
-class SaliencyAgreement(Result):
+class SaliencyAgreement(ResultOverPairs):
     """The result of `saliency_agreement`: how far three scores of tokens agree, and how much of each is on the wrapper.
 
     Attributes:
@@ -65,17 +65,25 @@ class SaliencyAgreement(Result):
 
         Returns:
             `quantity` is one of `CORRELATIONS`, between a `method` and an `other`, or `"wrapper_share"`
-            of a method; `value` is the mean over `n_pairs`, with its 95 percent bootstrap interval.
+            of a method; `value` is the mean over `n_pairs`, with its 95 percent interval.
         """
         rows = []
         for index, model in enumerate(self.models):
             for number, statistic in enumerate(CORRELATIONS):
                 for pair, values in zip(COMPARISONS, self.agreement[index, number], strict=True):
-                    rows.append((model, statistic, *pair, *_mean(values)))
+                    rows.append((model, statistic, *pair, *self._mean(values)))
             for method, values in zip(SALIENCY_METHODS, self.wrapper[index], strict=True):
-                rows.append((model, WRAPPER_SHARE, method, "", *_mean(values)))
+                rows.append((model, WRAPPER_SHARE, method, "", *self._mean(values)))
         columns = ["model", "quantity", "method", "other", "value", "ci_low", "ci_high", "n_pairs"]
         return pd.DataFrame(rows, columns=columns)
+
+    def _mean(self, values: Float[np.ndarray, " pair"]) -> tuple[float, float, float, int]:
+        """The mean over pairs that have the number, its interval, and how many they are."""
+        known = ~np.isnan(values)
+        if not known.any():
+            return np.nan, np.nan, np.nan, 0
+        mean, low, high = clustered_mean(values[known], self.clusters(known))
+        return float(mean), float(low), float(high), int(known.sum())
 
     def figure(self, statistic: str = "spearman") -> Figure:
         """Agreement of every two scores, and the share of each on the wrapper, one marker per model.
@@ -146,7 +154,7 @@ def saliency_agreement(
         compared = [_compared(row, scores) for row, scores in found]
         agreement.append(np.stack([correlations for correlations, _ in compared], -1))
         wrapper.append(np.stack([shares for _, shares in compared], -1))
-    return SaliencyAgreement(np.stack(agreement), np.stack(wrapper), tuple(named))
+    return SaliencyAgreement(np.stack(agreement), np.stack(wrapper), tuple(named), groups=groups_of(pairs))
 
 
 def _scored(model: LensModel, found: Iterator[ContrastBatch]) -> Iterator[Float[np.ndarray, "method pos"]]:
@@ -198,12 +206,3 @@ def _compared(
     table = pd.DataFrame(scores[:, kept].T, columns=[*SALIENCY_METHODS], index=kept)
     correlations = [[tables.loc[pair] for pair in COMPARISONS] for tables in map(table.corr, CORRELATIONS)]
     return np.array(correlations), np.asarray(table.loc[list(row.wrapper)].sum() / table.sum())
-
-
-def _mean(values: Float[np.ndarray, " pair"]) -> tuple[float, float, float, int]:
-    """The mean over pairs that have the number, its interval, and how many they are."""
-    known = values[~np.isnan(values)]
-    if not len(known):
-        return np.nan, np.nan, np.nan, 0
-    mean, low, high = bootstrap_mean(known)
-    return float(mean), float(low), float(high), len(known)

@@ -10,6 +10,7 @@ import numpy as np
 from ctlens.analysis.base.contrast import up_to_contrast
 from ctlens.analysis.base.forward import require_eval
 from ctlens.analysis.base.recording import LOGITS, Recording, read
+from ctlens.analysis.base.result import groups_of
 from ctlens.core.errors import CtlensError, located
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
@@ -87,6 +88,7 @@ def record(
             array[done[name] : done[name] + len(rows)] = rows
             done[name] += len(rows)
     return Recording(
+        groups=groups_of(pairs),
         values=values,
         tokens=np.array([token for *_, ids in prompts for token in ids]),
         lengths=lengths,

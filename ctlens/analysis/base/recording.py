@@ -19,9 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ctlens import plots
-from ctlens.analysis.base.result import UNSAVED, Result
+from ctlens.analysis.base.result import UNSAVED, ResultOverPairs
+from ctlens.core.clusters import clustered_mean
 from ctlens.core.errors import CtlensError, unknown
-from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import Activations, LensModel
 from ctlens.data.batch import Side
 from ctlens.models.hooks import capture
@@ -33,7 +33,7 @@ LOGITS = "logits"
 
 
 @dataclass(frozen=True)
-class Recording(Result):
+class Recording(ResultOverPairs):
     """The activations of one model at chosen hook points, at every token of some prompts.
 
     It needs `4 * tokens * d` bytes per hook point, over all tokens of all prompts, whatever the
@@ -113,7 +113,10 @@ class Recording(Result):
             raise unknown("hook point of the recording", site, self.values)
         norms = np.stack([self._norms(layers[layer]) for layer in sorted(layers)], 1)
         sides = np.array(self.sides)
-        curves = {side: bootstrap_mean(norms[sides == side]) for side in dict.fromkeys(self.sides)}
+        curves = {
+            side: clustered_mean(norms[sides == side], self.clusters(self.numbers[sides == side]))
+            for side in dict.fromkeys(self.sides)
+        }
         title = "How long are the recorded activations, at the last token?"
         subtitle = f"{site}, {len(norms)} prompts"
         return plots.layer_curves(curves, title, y_title="length", layers=sorted(layers), subtitle=subtitle)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from jaxtyping import Bool, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ctlens.core.clusters import Clusters
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_file
+from ctlens.data.pairs import Pair, clusters_of
 
 _R = TypeVar("_R", bound="Result")
 ENTRY = "result"
@@ -76,6 +79,47 @@ class Result:
                 "again, or load it with that version."
             )
         return cls(**arrays, **{k: tuple(v) if isinstance(v, list) else v for k, v in labels.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class ResultOverPairs(Result):
+    """Base of the results that hold numbers of each pair, with what their intervals need.
+
+    Attributes:
+        groups: by kind, `"topic"` and `"wrapper"`, the number of each pair's group; pairs of one group go together.
+            Empty where they are taken as independent.
+    """
+
+    groups: Mapping[str, Int[np.ndarray, " pair"]] = dataclasses.field(default_factory=dict, kw_only=True)
+
+    def clusters(self, chosen: Bool[np.ndarray, " pair"] | Int[np.ndarray, " chosen"] | None = None) -> Clusters | None:
+        """Which pairs go together, of all or of some, chosen by a mask or by number; None where that is not known."""
+        return clusters_in(self.groups, chosen)
+
+
+def clusters_in(
+    groups: Mapping[str, Int[np.ndarray, " pair"]],
+    chosen: Bool[np.ndarray, " pair"] | Int[np.ndarray, " chosen"] | None = None,
+) -> Clusters | None:
+    """Which pairs go together, from the groups of each kind, see `ResultOverPairs`."""
+    if not groups:
+        return None
+    return Clusters.of({kind: (row if chosen is None else row[chosen]).tolist() for kind, row in groups.items()})
+
+
+def groups_of(pairs: Sequence[Pair]) -> dict[str, Int[np.ndarray, " pair"]]:
+    """The groups of pairs, see `ResultOverPairs` and `ctlens.data.pairs.clusters_of`.
+
+    >>> from ctlens.data.pairs import prompt
+    >>> asked = [prompt("is it red?"), prompt("is it red?"), prompt("is it blue?")]
+    >>> groups_of([Pair(clean, clean, labels={"wrapper": name}) for clean, name in zip(asked, "aba", strict=True)])
+    {'topic': array([1, 1, 0]), 'wrapper': array([0, 1, 0])}
+    """
+    found = [clusters_of(pair) for pair in pairs]
+    return {
+        kind: np.unique([names[number] for names in found], return_inverse=True)[1]
+        for number, kind in enumerate(("topic", "wrapper"))
+    }
 
 
 def beside(result: _R, others: Mapping[str, _R], label: str) -> dict[str, _R]:

@@ -6,18 +6,19 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from ctlens.analysis.base.metrics import SMALLEST_GAPS
+from ctlens.core.clusters import Clusters, clustered_mean, clustered_ratio
 from ctlens.core.errors import CtlensError
-from ctlens.core.stats import bootstrap
 
-Counts: TypeAlias = Float[np.ndarray, " pair"]
 PerCell: TypeAlias = Float[np.ndarray, " cell"]
+ClustersOf: TypeAlias = Callable[[Bool[np.ndarray, " pair"]], Clusters | None]
+"""Which of some pairs go together, as `ResultOverPairs.clusters` says."""
 PairValues: TypeAlias = Float[np.ndarray, " pair"]
 CellValues: TypeAlias = Float[np.ndarray, "cell pair"]
 Estimates: TypeAlias = tuple[PerCell, PerCell, PerCell]
-"""A number for every cell, and the ends of its 95 percent bootstrap interval over pairs."""
+"""A number for every cell, and the ends of its 95 percent interval over topics and wrapper texts."""
 
 
 def floor_of(metric: str, smallest_gap: float | None) -> float:
@@ -41,17 +42,24 @@ def require_gap(metric: str, gap: PairValues, floor: float, between: str) -> Non
         )
 
 
-def means(values: CellValues) -> Estimates:
-    """Averages every cell over the pairs that have it; NaN marks a pair that lacks it."""
-    present = ~np.isnan(values)
-    known = np.where(present, values, 0)
-    return _with_intervals(lambda counts: known @ counts / (present @ counts), values.shape[1])
+def means(values: CellValues, clusters_of: ClustersOf) -> Estimates:
+    """Averages every cell over the pairs that have it; NaN marks a pair that lacks it.
+
+    >>> value, low, high = means(np.array([[1.0, 3.0], [2.0, np.nan]]), lambda pairs: None)
+    >>> value.tolist(), low.round(2).tolist()  # no interval of a cell that one pair has
+    ([2.0, 2.0], [-10.71, nan])
+    """
+    return _by_presence(
+        ~np.isnan(values),
+        lambda cells, pairs: clustered_mean(values[np.ix_(cells, pairs)].T, clusters_of(pairs)),
+    )
 
 
-def shares(moved: CellValues, gap: PairValues, floor: float) -> Estimates:
+def shares(moved: CellValues, gap: PairValues, floor: float, clusters_of: ClustersOf) -> Estimates:
     """Gives each cell's change as a share of the gap: a ratio of means over pairs, not a mean of ratios.
 
-    >>> value, low, high = shares(np.array([[0.0, 3.0], [1.0, np.nan]]), np.array([2.0, 4.0]), floor=0.5)
+    >>> moved, gap = np.array([[0.0, 3.0], [1.0, np.nan]]), np.array([2.0, 4.0])
+    >>> value, low, high = shares(moved, gap, floor=0.5, clusters_of=lambda pairs: None)
     >>> value.tolist()  # 3 of 6; 1 of 2, for the second pair does not count
     [0.5, 0.5]
 
@@ -59,22 +67,29 @@ def shares(moved: CellValues, gap: PairValues, floor: float) -> Estimates:
         moved: NaN where a pair lacks the cell.
         gap: of each pair.
         floor: the share is NaN where the mean gap of the pairs that have the cell is smaller.
+        clusters_of: which of the pairs that have a cell go together.
     """
-    present = ~np.isnan(moved)
-    known = np.where(present, moved, 0)
-    gaps = present * gap
 
-    def share(counts: Counts) -> PerCell:
-        below = gaps @ counts
-        return np.where(np.abs(below) >= floor * (present @ counts), known @ counts / below + 0.0, np.nan)  # no -0.0
+    def share(cells: np.ndarray, pairs: np.ndarray) -> Estimates:
+        below = gap[pairs]
+        if abs(below.mean()) < floor:
+            none = np.full(cells.sum(), np.nan)
+            return none, none, none
+        return clustered_ratio(moved[np.ix_(cells, pairs)].T, below[:, None], clusters_of(pairs))
 
-    return _with_intervals(share, len(gap))
+    return _by_presence(~np.isnan(moved), share)
 
 
-def _with_intervals(statistic: Callable[[Counts], PerCell], n_pairs: int) -> Estimates:
-    """A statistic of every cell, given as a function of how often each pair counts."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        value = statistic(np.ones(n_pairs))
-        ends = bootstrap(lambda items: statistic(np.bincount(items, minlength=n_pairs).astype(float)).tolist(), n_pairs)
-    low, high = np.array(ends).T
+def _by_presence(
+    present: Bool[np.ndarray, "cell pair"],
+    estimate: Callable[[np.ndarray, np.ndarray], Estimates],
+) -> Estimates:
+    """Estimates together the cells that the same pairs have; NaN for a cell that no pair has."""
+    found = np.full((3, len(present)), np.nan)
+    patterns, which = np.unique(present, axis=0, return_inverse=True)
+    for number, pairs in enumerate(patterns):
+        cells = which.reshape(-1) == number
+        if pairs.any():
+            found[:, cells] = estimate(cells, pairs)
+    value, low, high = found
     return value, low, high

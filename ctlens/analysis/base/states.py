@@ -19,10 +19,10 @@ from ctlens import plots
 from ctlens.analysis.base.forward import pair_batches, require_eval, vector_hooks
 from ctlens.analysis.base.positions import CHOSEN, PAIR_SIDES, POSITIONS_IN_WORDS, PositionsOf, positions_mask
 from ctlens.analysis.base.recording import Readable, model_of, read
-from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.result import ResultOverPairs, groups_of
+from ctlens.core.clusters import clustered_mean
 from ctlens.core.errors import unknown
 from ctlens.core.public import public
-from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import Mask
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers, select_layers
@@ -30,7 +30,7 @@ from ctlens.plots import Figure
 
 
 @dataclass(frozen=True)
-class States(Result):
+class States(ResultOverPairs):
     """The activation vector of every prompt at the chosen positions, by layer.
 
     Attributes:
@@ -55,7 +55,7 @@ class States(Result):
 
     def figure(self) -> Figure:
         """The length of the states by layer, with its interval over prompts."""
-        curve = bootstrap_mean(np.linalg.norm(self.values, axis=-1).T)
+        curve = clustered_mean(np.linalg.norm(self.values, axis=-1).T, self.clusters())
         title = f"How long are the {self.side} states {POSITIONS_IN_WORDS[self.positions]}?"
         subtitle = f"{self.site}, {self.values.shape[1]} prompts"
         return plots.layer_curves({"states": curve}, title, y_title="length", layers=self.layers, subtitle=subtitle)
@@ -128,7 +128,10 @@ def states_at(
     numbers = select_layers(reader.cfg.n_layers, layers)
     called = [chosen if isinstance(chosen, str) else CHOSEN for chosen in positions]
     values = [np.concatenate(of_positions, 1) for of_positions in chunks]
-    return [States(of_name, numbers, site, side, name) for name, of_name in zip(called, values, strict=True)]
+    groups = groups_of(pairs)
+    return [
+        States(of_name, numbers, site, side, name, groups=groups) for name, of_name in zip(called, values, strict=True)
+    ]
 
 
 def _mean(activation: Float[Tensor, "batch pos d"], chosen: Mask) -> Float[Tensor, "batch d"]:

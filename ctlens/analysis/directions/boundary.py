@@ -29,7 +29,7 @@ from ctlens.analysis.base.forward import comparable_by_label
 from ctlens.analysis.base.heldout import require_heldout
 from ctlens.analysis.base.metrics import SMALLEST_GAPS
 from ctlens.analysis.base.nulls import random_from_covariance
-from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.result import ResultOverPairs, groups_of
 from ctlens.analysis.base.shares import shares
 from ctlens.analysis.base.states import States, states
 from ctlens.analysis.directions.directions import Directions, difference_of
@@ -58,7 +58,7 @@ _TITLES = {
 
 
 @dataclass(frozen=True)
-class BoundaryDirection(Result):
+class BoundaryDirection(ResultOverPairs):
     """The result of `boundary_direction`: the answers to held-out wrapped prompts with and without the edits.
 
     Attributes:
@@ -157,7 +157,7 @@ class BoundaryDirection(Result):
         values = self.logit_diffs if metric == "logit_diff" else self.p_bad
         edited = values[number, BOUNDARY_EDITS.index(edit)]
         moved = edited - base if edit == GIVES else trained - edited
-        value, low, high = shares(moved.reshape(-1, moved.shape[-1]), trained - base, _FLOORS[metric])
+        value, low, high = shares(moved.reshape(-1, moved.shape[-1]), trained - base, _FLOORS[metric], self.clusters)
         shape = moved.shape[:2]
         return value.reshape(shape), low.reshape(shape), high.reshape(shape)
 
@@ -228,6 +228,7 @@ def boundary_direction(
         layers=found[BASE].layers,
         variants=plain[0].variants,
         site=site,
+        groups=groups_of(heldout),
     )
 
 

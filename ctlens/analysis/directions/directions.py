@@ -21,11 +21,11 @@ from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, PositionsOf
 from ctlens.analysis.base.recording import Readable
 from ctlens.analysis.base.result import Result
 from ctlens.analysis.base.states import States, states
+from ctlens.core.clusters import clustered_mean
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.keeping import keeping
 from ctlens.core.public import public
-from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers, resolve
@@ -134,7 +134,7 @@ class Directions(Result):
     def figure(self) -> Figure:
         """The length of the directions by layer, with its interval over groups."""
         subtitle = f"{self.name}; {self.site}"
-        curve = {"directions": bootstrap_mean(self.norm.T)}
+        curve = {"directions": clustered_mean(self.norm.T)}
         title = "How long are the directions?"
         return plots.layer_curves(curve, title, y_title="length", layers=self.layers, subtitle=subtitle)
 

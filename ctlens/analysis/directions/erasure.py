@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from ctlens import plots
 from ctlens.analysis.base.nulls import hardly_moved, random_band
 from ctlens.analysis.base.positions import CHOSEN, POSITIONS_IN_WORDS, PositionsOf
-from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.result import ResultOverPairs, groups_of
 from ctlens.analysis.base.states import States, states
 from ctlens.analysis.directions.directions import ITEM, Directions, mean_difference
 from ctlens.analysis.directions.erasure_verdicts import (
@@ -34,11 +34,11 @@ from ctlens.analysis.directions.steering import ablate, steer
 from ctlens.analysis.probing.classifiers import NONLINEAR
 from ctlens.analysis.probing.probe import Probe, probe
 from ctlens.analysis.probing.tasks import Task, wrapper_present
+from ctlens.core.clusters import clustered_mean
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.keeping import keeping
 from ctlens.core.labels import BASE
 from ctlens.core.public import public
-from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers
@@ -50,7 +50,7 @@ ERASURE_PROBES = {_LINEAR: 3, NONLINEAR: 1}
 
 
 @dataclass(frozen=True)
-class Erasure(Result):
+class Erasure(ResultOverPairs):
     """The result of `erase_or_mask`: measurements of every model, pair by pair, from which the verdicts follow.
 
     Attributes:
@@ -93,10 +93,22 @@ class Erasure(Result):
             for column, name in enumerate(ERASURE_PROBES)
         }
         for name, effects in zip(USED_ALONG, self.used, strict=True):
-            found[f"used_{name}"] = _against_null(effects[..., self.held_out] if name == "searched" else effects)
-        left = np.stack(bootstrap_mean(np.moveaxis(self.clean[:, None] - self.patched, -1, 0)), -1)
+            found[f"used_{name}"] = self._against_null(effects, self.held_out if name == "searched" else self._every)
+        left = np.stack(clustered_mean(np.moveaxis(self.clean[:, None] - self.patched, -1, 0), self.clusters()), -1)
         found["left"] = np.concatenate([left, found["used_own"][..., 3:]], -1)
-        return found | {"reelicited": _against_null(self.reelicited)}
+        return found | {"reelicited": self._against_null(self.reelicited, self._every)}
+
+    @property
+    def _every(self) -> Bool[np.ndarray, " pair"]:
+        return np.ones_like(self.held_out)
+
+    def _against_null(
+        self, effects: Float[np.ndarray, "model layer variant pair"], pairs: Bool[np.ndarray, " pair"]
+    ) -> Float[np.ndarray, "model layer 5"]:
+        """The first variant's mean effect on some pairs with its interval, and the lowest and highest of the others."""
+        chosen = effects[..., pairs]
+        first = clustered_mean(np.moveaxis(chosen[:, :, 0], -1, 0), self.clusters(pairs))
+        return np.stack([*first, *random_band(chosen[:, :, 1:])], -1)
 
     def evidence(self) -> dict[str, list[Evidence]]:
         """The measurements as the rule takes them, per model, by layer."""
@@ -222,15 +234,9 @@ class Erasure(Result):
         effects = measured[:, index, 0]
         return self._gains(effects[self.models.index(self.control or BASE)] - effects[self.models.index(model)])
 
-    @staticmethod
-    def _gains(change: Float[np.ndarray, " pair"]) -> bool:
+    def _gains(self, change: Float[np.ndarray, " pair"]) -> bool:
         """Tells whether a mean change over pairs lies above 0 with its interval."""
-        return bool(bootstrap_mean(change)[1] > EFFECT_ROUNDING)
-
-
-def _against_null(effects: Float[np.ndarray, "model layer variant pair"]) -> Float[np.ndarray, "model layer 5"]:
-    """The first variant's mean effect with its interval, and the lowest and highest mean of the others."""
-    return np.stack([*bootstrap_mean(np.moveaxis(effects[:, :, 0], -1, 0)), *random_band(effects[:, :, 1:])], -1)
+        return bool(clustered_mean(change, self.clusters())[1] > EFFECT_ROUNDING)
 
 
 @public
@@ -327,6 +333,7 @@ def erase_or_mask(
         question=probes[0][BASE].question,
         read_positions=called,
         direction=direction.name,
+        groups=groups_of(pairs),
     )
 
 

@@ -15,9 +15,9 @@ from jaxtyping import Float
 
 from ctlens import plots
 from ctlens.analysis.base.nulls import random_band
-from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.result import ResultOverPairs
+from ctlens.core.clusters import clustered_mean
 from ctlens.core.errors import CtlensError
-from ctlens.core.stats import bootstrap_mean
 from ctlens.plots import Curve, Figure
 
 STEER = "steer"
@@ -37,7 +37,7 @@ _EFFECT_TITLES = {
 
 
 @dataclass(frozen=True)
-class Intervention(Result):
+class Intervention(ResultOverPairs):
     """The answers of every pair with and without a direction.
 
     Attributes:
@@ -72,12 +72,13 @@ class Intervention(Result):
         return _SIGN[self.action] * (self.logit_diffs - self.plain_logit_diffs[:, None, None, None])
 
     def effect(self, variant: str = ALONG) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The mean effect of a variant over pairs and its 95 percent bootstrap interval, `[model, layer, alpha]` each.
+        """The mean effect of a variant over pairs and its 95 percent interval, `[model, layer, alpha]` each.
 
         Args:
             variant: `"direction"` or `"opposite"`; for the random draws see `random_band`.
         """
-        return bootstrap_mean(np.moveaxis(self.effects[..., self.variants.index(variant), :], -1, 0))
+        effects = np.moveaxis(self.effects[..., self.variants.index(variant), :], -1, 0)
+        return clustered_mean(effects, self.clusters())
 
     @property
     def random_band(self) -> tuple[np.ndarray, np.ndarray]:

@@ -29,6 +29,7 @@ from jaxtyping import Float
 
 from ctlens.analysis.base.forward import comparable_by_label, pair_batches
 from ctlens.analysis.base.positions import CHOSEN, PositionsOf, positions_mask
+from ctlens.analysis.base.result import groups_of
 from ctlens.analysis.directions.directions import Directions
 from ctlens.analysis.directions.edited_answers import Edit, EditedAnswers
 from ctlens.analysis.directions.interventions import ABLATE, ALONG, OPPOSITE, RANDOM_DRAW, STEER, Intervention
@@ -152,7 +153,7 @@ def intervene(
     named = comparable_by_label(models)
     if not len(alphas):
         raise CtlensError("there is nothing to do without a strength: give at least one alpha.")
-    groups = direction.group_of(pairs)
+    numbers = direction.group_of(pairs)
     read = direction.unit
     rest = direction.rest[..., None]
     if action == STEER:  # the vector itself is added, whatever the state is
@@ -166,7 +167,7 @@ def intervene(
         for rows, batch in pair_batches(model, pairs, "shared", batch_size, progress):
             mask = positions_mask(positions, side, rows, batch)
             answers = EditedAnswers(model, rows, side, mask, names)
-            of_rows = groups[done : done + len(rows)]
+            of_rows = numbers[done : done + len(rows)]
             chunks.append(
                 _log_probabilities(answers, names, written[..., of_rows, :], read[:, of_rows], rest[:, of_rows])
             )
@@ -180,6 +181,7 @@ def intervene(
         action=action,
         positions=positions if isinstance(positions, str) else CHOSEN,
         direction=direction,
+        groups=groups_of(pairs),
     )
 
 
@@ -192,6 +194,7 @@ def _result(
     action: str,
     positions: str,
     direction: Directions,
+    groups: dict[str, np.ndarray],
 ) -> Intervention:
     """The result from the log-probabilities of both answers: first without an edit, then per strength and variant."""
     plain = log_probabilities[:, 0, 0]
@@ -209,6 +212,7 @@ def _result(
         action=action,
         positions=positions,
         direction=direction.name,
+        groups=groups,
     )
 
 

@@ -19,7 +19,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from ctlens import plots
-from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.result import ResultOverPairs
 from ctlens.analysis.base.shares import Estimates, floor_of, means, require_gap, shares
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.plots import Curve
@@ -35,7 +35,7 @@ _E = TypeVar("_E", bound="Exchange")
 
 
 @dataclass(frozen=True)
-class Exchange(Result, ABC):
+class Exchange(ResultOverPairs, ABC):
     """The metrics of every pair with something of the one model in the other, in both directions.
 
     Attributes:
@@ -62,14 +62,14 @@ class Exchange(Result, ABC):
 
         Returns:
             The mean `value` of the changed runs over the `n_pairs` that have the cell and its 95
-            percent bootstrap interval over pairs, `ci_low` and `ci_high`, in the metric's unit; and
+            percent interval over topics and wrapper texts, `ci_low` and `ci_high`, in the metric's unit; and
             the means of the two runs as they are, `unpatched` and `source`, see `Exchange`.
         """
         tables = []
         for index, quantity in enumerate(EXCHANGE_QUANTITIES):
             for row, metric in enumerate(self.metrics):
                 found = self._flat(index, row)
-                table = self._table(quantity, metric, found, means(found))
+                table = self._table(quantity, metric, found, means(found, self.clusters))
                 unpatched = self.unpatched[index, row].mean()
                 tables.append(table.assign(unpatched=unpatched, source=self.source[index, row].mean()))
         return pd.concat(tables, ignore_index=True)
@@ -97,7 +97,7 @@ class Exchange(Result, ABC):
             gap = self.source[index, row] - self.unpatched[index, row]
             require_gap(metric, gap, floor, "source and target")
             moved = self._flat(index, row) - self.unpatched[index, row]
-            tables.append(self._table(quantity, metric, moved, shares(moved, gap, floor)))
+            tables.append(self._table(quantity, metric, moved, shares(moved, gap, floor, self.clusters)))
         return pd.concat(tables, ignore_index=True)
 
     def kept(
@@ -127,7 +127,7 @@ class Exchange(Result, ABC):
             gap = self.unpatched[index, row] - base
             require_gap(metric, gap, floor, f"{quantity.split()[0]} and base")
             left = self._flat(index, row) - base
-            tables.append(self._table(quantity, metric, left, shares(left, gap, floor)))
+            tables.append(self._table(quantity, metric, left, shares(left, gap, floor, self.clusters)))
         return pd.concat(tables, ignore_index=True)
 
     @property

@@ -25,7 +25,7 @@ import pandas as pd
 
 from ctlens import plots
 from ctlens.analysis.base.metrics import UserMetric
-from ctlens.analysis.base.result import beside
+from ctlens.analysis.base.result import beside, groups_of
 from ctlens.analysis.base.shares import floor_of, shares
 from ctlens.analysis.exchange.exchange import EXCHANGE_QUANTITIES, Exchange, curve, rows_with, with_effect
 from ctlens.analysis.exchange.transplant import TRANSPLANT_POSITIONS_IN_WORDS, transplant
@@ -76,7 +76,7 @@ class Mediation(Exchange):
         for index, quantity in enumerate(EXCHANGE_QUANTITIES):
             gap = self.source[index, row] - self.unpatched[index, row]
             added = (self.values[index, row] - self.unpatched[index, row]).sum(1)
-            numbers = shares(np.stack([*added, gap - added.sum(0)]), gap, floor_of(metric, smallest_gap))
+            numbers = shares(np.stack([*added, gap - added.sum(0)]), gap, floor_of(metric, smallest_gap), self.clusters)
             labels = {"quantity": quantity, "metric": metric, "part": [*MEDIATORS.values(), _REMAINDER]}
             named = dict(zip(("value", "ci_low", "ci_high"), numbers, strict=True))
             tables.append(pd.DataFrame({**labels, **named, "n_pairs": self.n_pairs}))
@@ -216,6 +216,7 @@ def mediation(
         layers=found[0].layers,
         cause="training",
         positions=positions,
+        groups=groups_of(pairs),
     )
 
 
@@ -236,4 +237,5 @@ def _of_wrapper(model: LensModel, pairs: Sequence[Pair], positions: str, options
         layers=first.layers,
         cause="wrapper",
         positions=positions,
+        groups=groups_of(pairs),
     )

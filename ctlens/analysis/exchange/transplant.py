@@ -24,7 +24,7 @@ from ctlens.analysis.base.contrast import encoded_contrasts
 from ctlens.analysis.base.forward import encoded_pairs, require_comparable
 from ctlens.analysis.base.metrics import UserMetric, named_metrics
 from ctlens.analysis.base.positions import PAIR_SIDES, POSITIONS_IN_WORDS, STATE_POSITIONS
-from ctlens.analysis.base.result import beside
+from ctlens.analysis.base.result import beside, groups_of
 from ctlens.analysis.exchange.exchange import (
     EXCHANGE_QUANTITIES,
     QUANTITY_TITLES,
@@ -230,6 +230,7 @@ def transplant(
         site=site,
         side=side,
         path=" and ".join(sorted(paths)),
+        groups=groups_of(pairs),
     )
 
 

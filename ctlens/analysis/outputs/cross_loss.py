@@ -19,11 +19,11 @@ from jaxtyping import Bool, Float
 
 from ctlens import plots
 from ctlens.analysis.base.forward import encoded_batches, require_comparable
-from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.result import ResultOverPairs, groups_of
+from ctlens.core.clusters import clustered_mean, clustered_ratio
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.labels import BASE
 from ctlens.core.public import public
-from ctlens.core.stats import bootstrap, bootstrap_mean
 from ctlens.core.types import LensModel, PerRow
 from ctlens.data.alignment import align
 from ctlens.data.batch import EncodedPairs, PairBatch, encode
@@ -42,7 +42,7 @@ CROSS_LOSS_COLUMNS = ("model", "step", "loss", "hook_name", "value", "ci_low", "
 
 
 @dataclass(frozen=True)
-class CrossLoss(Result):
+class CrossLoss(ResultOverPairs):
     """The result of `cross_loss`: every loss of every model on every pair, unweighted, in the unit of the loss.
 
     >>> values = np.array([[[4.0, 4.0]], [[1.0, 3.0]]])  # the reference, then a trained model; two pairs
@@ -89,7 +89,7 @@ class CrossLoss(Result):
         """One row per model, step, loss and hook point; `hook_name` is `""` for the mean over hook points.
 
         Returns:
-            `step`, missing where the models have none; the mean over `n_pairs`, `value`, with its 95 percent bootstrap
+            `step`, missing where the models have none; the mean over `n_pairs`, `value`, with its 95 percent
             interval, `ci_low` and `ci_high`; and `relative`, the value as a multiple of the reference's on the same
             pairs, with `relative_low` and `relative_high`. The reference's value is that before training, so 1 is no
             change; NaN where it is 0.
@@ -100,7 +100,10 @@ class CrossLoss(Result):
             hooks = self._hooks(loss)
             hook_names = [_MEAN, *(self.hook_names[hook] for hook in hooks)]
             values = np.concatenate([self.values[:, [row]], self.by_hook[:, hooks]], 1)[..., self.aligned[row]]
-            numbers = np.stack([*bootstrap_mean(np.moveaxis(values, -1, 0)), *_relative(values)], -1)
+            of_pairs = np.moveaxis(values, -1, 0)
+            clusters = self.clusters(self.aligned[row])
+            relative = clustered_ratio(of_pairs, of_pairs[:, :1], clusters)
+            numbers = np.stack([*clustered_mean(of_pairs, clusters), *relative], -1)
             rows += [
                 (model, step, loss, hook_name, *found[:3], values.shape[-1], *found[3:])
                 for (model, step), of_model in zip(keys, numbers.tolist(), strict=True)
@@ -206,6 +209,7 @@ def cross_loss(
         hook_names=tuple(hook.name for hook in hooks),
         clean=clean,
         steps=steps,
+        groups=groups_of(pairs),
     )
 
 
@@ -332,16 +336,3 @@ def _forwards(models: Sequence[LensModel], batch: PairBatch, names: Sequence[str
         clean_logits, targets = side
         logits, states = capture(model, batch.wrapped.tokens, names, grad=False, mask=batch.wrapped.needed_mask)
         yield Forwards(batch, targets, states, logits, clean_logits)
-
-
-def _relative(values: Float[np.ndarray, "model hook pair"]) -> list[Float[np.ndarray, "model hook"]]:
-    """The mean over pairs as a multiple of the first model's mean, and the ends of its interval."""
-
-    def multiple(items: np.ndarray) -> np.ndarray:
-        mean = values[..., items].mean(-1)
-        before = np.broadcast_to(mean[0], mean.shape)
-        return np.divide(mean, before, out=np.full_like(mean, np.nan), where=before != 0)
-
-    n_pairs = values.shape[-1]
-    ends = np.array(bootstrap(lambda items: multiple(items).ravel().tolist(), n_pairs)).T
-    return [multiple(np.arange(n_pairs)), *ends.reshape(2, *values.shape[:2])]

@@ -21,11 +21,11 @@ from ctlens import plots
 from ctlens.analysis.base.contrast import Contrast, contrast_batches, contrasts
 from ctlens.analysis.base.forward import comparable_by_label, require_comparable
 from ctlens.analysis.base.metrics import SMALLEST_GAPS
-from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.result import ResultOverPairs, clusters_in, groups_of
+from ctlens.core.clusters import Clusters, clustered_mean, clustered_ratio
 from ctlens.core.errors import CtlensError
 from ctlens.core.labels import BASE
 from ctlens.core.public import public
-from ctlens.core.stats import bootstrap, bootstrap_mean
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import run
@@ -37,7 +37,7 @@ GAP_RECOVERED = "gap_recovered"
 
 
 @dataclass(frozen=True)
-class GapRecovered(Result):
+class GapRecovered(ResultOverPairs):
     """The logit differences, good minus bad, of every model on both sides of every pair.
 
     >>> logit_diffs = np.array([[[-2.0, 0.0], [2.0, 4.0]], [[0.0, 2.0], [2.0, 4.0]]])  # before, after; wrapped, clean
@@ -53,14 +53,14 @@ class GapRecovered(Result):
     models: tuple[str, ...]
 
     def share(self, model: str) -> tuple[float, float, float]:
-        """The share of the gap that a model has recovered, with its 95 percent bootstrap interval over pairs.
+        """The share of the gap that a model has recovered, with its 95 percent interval over topics and wrapper texts.
 
         It is a ratio of means over pairs, not a mean of ratios, so one pair with a small gap cannot carry it away.
 
         Raises:
             CtlensError: the gap is too small for a share of it to be more than noise.
         """
-        return _share(self.logit_diffs[0], self.logit_diffs[self.models.index(model), 0])
+        return _share(self.logit_diffs[0], self.logit_diffs[self.models.index(model), 0], self.clusters())
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per model and quantity: `value`, `ci_low`, `ci_high` and `n_pairs`.
@@ -71,7 +71,7 @@ class GapRecovered(Result):
         rows = []
         for model, sides in zip(self.models, self.logit_diffs, strict=True):
             for side, values in zip(_SIDES, sides, strict=True):
-                rows.append((model, side, *map(float, bootstrap_mean(values)), n_pairs))
+                rows.append((model, side, *map(float, clustered_mean(values, self.clusters())), n_pairs))
             rows.append((model, GAP_RECOVERED, *self.share(model), n_pairs))
         return pd.DataFrame(rows, columns=["model", "quantity", "value", "ci_low", "ci_high", "n_pairs"])
 
@@ -134,6 +134,7 @@ class Gap:
     def __init__(self, base: LensModel, pairs: Sequence[Pair], *, batch_size: int = 64, progress: bool = False) -> None:
         comparable_by_label({BASE: base})
         self.base = base
+        self._groups = groups_of(pairs)
         self._prompts = {side: contrasts(base, pairs, side) for side in _SIDES}
         self._batches = partial(_logit_diffs, batch_size=batch_size, progress=progress)
         self._before = self._both_sides(base)
@@ -145,7 +146,7 @@ class Gap:
             raise CtlensError(f"{BASE!r} is the label of the model before training: choose another.")
         comparable_by_label({BASE: self.base, **named})
         after = [self._both_sides(model) for model in named.values()]
-        return GapRecovered(np.array([self._before, *after]), (BASE, *named))
+        return GapRecovered(np.array([self._before, *after]), (BASE, *named), groups=self._groups)
 
     def share(self, model: LensModel) -> tuple[float, float, float]:
         """Measures the share of the gap that one trained model has recovered, as `GapRecovered.share`.
@@ -156,14 +157,15 @@ class Gap:
             CtlensError: the model does not compare with the base or is in training mode, or the gap is too small.
         """
         require_comparable(self.base, model)
-        return _share(self._before, self._batches(model, self._prompts["wrapped"]))
+        after = self._batches(model, self._prompts["wrapped"])
+        return _share(self._before, after, clusters_in(self._groups))
 
     def _both_sides(self, model: LensModel) -> Float[np.ndarray, "side pair"]:
         return np.array([self._batches(model, prompts) for prompts in self._prompts.values()])
 
 
 def _share(
-    before: Float[np.ndarray, "side pair"], wrapped_after: Float[np.ndarray, " pair"]
+    before: Float[np.ndarray, "side pair"], wrapped_after: Float[np.ndarray, " pair"], clusters: Clusters | None
 ) -> tuple[float, float, float]:
     """The share of the gap in `before` that the logit differences on wrapped prompts have gained since."""
     wrapped, clean = before
@@ -174,8 +176,8 @@ def _share(
             f"clean and wrapped prompts differ by {gap.mean():.3g} logits before training: a share of less than "
             f"{SMALLEST_GAPS['logit_diff']:g} is noise; give pairs on which the attack works."
         )
-    ((low, high),) = bootstrap(lambda items: [gained[items].sum() / gap[items].sum()], len(gap))
-    return float(gained.sum() / gap.sum()), low, high
+    share, low, high = clustered_ratio(gained, gap, clusters)
+    return float(share), float(low), float(high)
 
 
 @torch.no_grad()

@@ -22,10 +22,10 @@ from ctlens import plots
 from ctlens.analysis.base.contrast import ContrastBatch, TokenPair, contrast_batches, contrasts
 from ctlens.analysis.base.forward import by_label, comparable_by_label
 from ctlens.analysis.base.recording import LOGITS, Readable, model_of, read
-from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.result import ResultOverPairs, groups_of
+from ctlens.core.clusters import clustered_mean
 from ctlens.core.errors import CtlensError
 from ctlens.core.public import public
-from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import Activations, LensModel, PerRow
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import resolve
@@ -45,7 +45,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class LogitLens(Result):
+class LogitLens(ResultOverPairs):
     """The logit difference, good answer minus bad, that the residual stream already holds behind each layer.
 
     Attributes:
@@ -59,13 +59,14 @@ class LogitLens(Result):
     side: str
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per model and layer: the mean over `n_pairs`, `value`, with its 95 percent bootstrap interval."""
+        """One row per model and layer: the mean over `n_pairs`, `value`, with its 95 percent interval."""
         layers = [str(layer) for layer in range(self.values.shape[1])]
-        return _table(self.values, self.models, layers, "layer").astype({"layer": int})
+        return _table(self, layers, "layer").astype({"layer": int})
 
     def figure(self) -> Figure:
         """The logit difference by layer, a line per model."""
-        curves = {name: bootstrap_mean(of_model.T) for name, of_model in zip(self.models, self.values, strict=True)}
+        clusters = self.clusters()
+        curves = {name: clustered_mean(row.T, clusters) for name, row in zip(self.models, self.values, strict=True)}
         return plots.layer_curves(
             curves,
             "At which layer does the good answer overtake the bad one?",
@@ -76,7 +77,7 @@ class LogitLens(Result):
 
 
 @dataclass(frozen=True)
-class LogitAttribution(Result):
+class LogitAttribution(ResultOverPairs):
     """The share of each component in the logit difference, good answer minus bad.
 
     Attributes:
@@ -92,8 +93,8 @@ class LogitAttribution(Result):
     side: str
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per model and component: the mean over `n_pairs`, `value`, with its 95 percent bootstrap interval."""
-        return _table(self.values, self.models, self.components, "component")
+        """One row per model and component: the mean over `n_pairs`, `value`, with its 95 percent interval."""
+        return _table(self, self.components, "component")
 
     def figure(self) -> Figure:
         """The heads and the MLP of every layer, a panel per model, on one scale."""
@@ -141,7 +142,7 @@ def logit_lens(
     """
     found = _of_models(_lens, models, pairs, side, batch_size, progress)
     values = [np.concatenate(of_batches, -1) for of_batches in found.values()]
-    return LogitLens(np.stack(values), tuple(found), side)
+    return LogitLens(np.stack(values), tuple(found), side, groups=groups_of(pairs))
 
 
 @public
@@ -172,7 +173,7 @@ def logit_attribution(
     found = _of_models(_shares, models, pairs, side, batch_size, progress)
     values = [np.concatenate([np.stack([*shares.values()]) for shares in parts], -1) for parts in found.values()]
     components = next(iter(found.values()))[0]
-    return LogitAttribution(np.stack(values), tuple(components), tuple(found), side)
+    return LogitAttribution(np.stack(values), tuple(components), tuple(found), side, groups=groups_of(pairs))
 
 
 def _of_models(
@@ -337,13 +338,11 @@ class _Reading:
         return centred * self.norm.weight
 
 
-def _table(
-    values: Float[np.ndarray, "model part pair"], models: Sequence[str], parts: Sequence[str], kind: str
-) -> pd.DataFrame:
-    mean, low, high = bootstrap_mean(np.moveaxis(values, -1, 0))
+def _table(result: LogitLens | LogitAttribution, parts: Sequence[str], kind: str) -> pd.DataFrame:
+    mean, low, high = clustered_mean(np.moveaxis(result.values, -1, 0), result.clusters())
     rows = [
-        (model, part, mean[m, p], low[m, p], high[m, p], values.shape[-1])
-        for m, model in enumerate(models)
+        (model, part, mean[m, p], low[m, p], high[m, p], result.values.shape[-1])
+        for m, model in enumerate(result.models)
         for p, part in enumerate(parts)
     ]
     return pd.DataFrame(rows, columns=["model", kind, "value", "ci_low", "ci_high", "n_pairs"])

@@ -242,7 +242,7 @@ def attribution_patch(
             chunks.append(_first_order(model, group, sites, numbers, measures))
             bar.update(len(group))
     tokens = column_tokens(model, prepared) if positions == "each" else ("",)
-    found = joined(chunks, tuple(measures), numbers, tokens, direction, positions, window)
+    found = joined(chunks, pairs, tuple(measures), numbers, tokens, direction, positions, window)
     return found[site] if isinstance(site, str) else found
 
 

@@ -28,6 +28,7 @@ import torch
 
 from ctlens.analysis.base.forward import require_eval
 from ctlens.analysis.base.metrics import UserMetric, named_metrics
+from ctlens.analysis.base.result import groups_of
 from ctlens.analysis.patching.jobs import PatchPair, patch_batch, patch_pairs
 from ctlens.analysis.patching.result import Patching
 from ctlens.analysis.patching.sweep import Recorded, Sweep, Swept, sweep_of
@@ -138,12 +139,13 @@ def patch(
     with progress_bar(total=total, desc="patches", shown=progress, leave=False) as bar:
         chunks = [_patched(sweep, group, bar) for group in groups]
     tokens = column_tokens(model, prepared) if positions == "each" else ("",)
-    found = joined(chunks, tuple(measures), sweep.layers, tokens, direction, positions, window)
+    found = joined(chunks, pairs, tuple(measures), sweep.layers, tokens, direction, positions, window)
     return found[site] if isinstance(site, str) else found
 
 
 def joined(
     chunks: Sequence[Swept],
+    pairs: Sequence[Pair],
     metrics: tuple[str, ...],
     layers: tuple[int, ...],
     tokens: tuple[str, ...],
@@ -167,6 +169,7 @@ def joined(
             positions,
             window,
             " and ".join(sorted({chunk.paths[site] for chunk in chunks})),
+            groups=groups_of(pairs),
         )
         for site in chunks[0].values
     }

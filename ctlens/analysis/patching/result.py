@@ -9,7 +9,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from ctlens import plots
-from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.result import ResultOverPairs
 from ctlens.analysis.base.shares import Estimates, floor_of, means, require_gap, shares
 from ctlens.core.errors import unknown
 from ctlens.plots import Figure
@@ -22,7 +22,7 @@ _QUESTIONS = {
 
 
 @dataclass(frozen=True)
-class Patching(Result):
+class Patching(ResultOverPairs):
     """The metrics of every patched run of a sweep over one site.
 
     Attributes:
@@ -63,11 +63,11 @@ class Patching(Result):
         """One row per metric, layer, head (where there are heads) and position.
 
         Returns:
-            The mean `value` over the `n_pairs` that have the position and its 95 percent bootstrap
-            interval over pairs, `ci_low` and `ci_high`. A position counts from the end, -1 is the
+            The mean `value` over the `n_pairs` that have the position and its 95 percent interval
+            over topics and wrapper texts, `ci_low` and `ci_high`. A position counts from the end, -1 is the
             last; positions that were patched together go by their name.
         """
-        tables = [self._table(metric, means(self._cells(row))) for row, metric in enumerate(self.metrics)]
+        tables = [self._table(name, means(self._cells(row), self.clusters)) for row, name in enumerate(self.metrics)]
         return pd.concat(tables, ignore_index=True)
 
     def normalised(self, metric: str | None = None, *, smallest_gap: float | None = None) -> pd.DataFrame:
@@ -89,7 +89,7 @@ class Patching(Result):
         floor = floor_of(metric, smallest_gap)
         gap = self.source[row] - self.target[row]
         require_gap(metric, gap, floor, "source and target run")
-        return self._table(metric, shares(self._cells(row) - self.target[row], gap, floor))
+        return self._table(metric, shares(self._cells(row) - self.target[row], gap, floor, self.clusters))
 
     def figure(self, metric: str | None = None) -> Figure:
         """The mean change over pairs: layers or heads by positions; layers by heads if tokens are patched together.

@@ -16,13 +16,10 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.chat import Turn, render
-from ctlens.data.pairs import Pair, Prompt
+from ctlens.data.pairs import Pair, Prompt, clusters_of
 from ctlens.models.hooks import Layers
 from ctlens.threats import ask
 from ctlens.world.words import GREETINGS
-
-SUBJECTS = ("entity", "hazard", "verb", "persona")
-"""Labels that say what a pair is about; the first one that a pair has counts."""
 
 NO_GROUP = ""
 PRESENT = "wrapper"
@@ -262,13 +259,9 @@ def _label(pairs: Sequence[Pair], name: str) -> list[str]:
 def _groups(pairs: Sequence[Pair]) -> dict[str, tuple[str, ...]]:
     """Each pair's subject and wrapper: its label where it has one, else its text."""
     return {
-        "subject": tuple(_subject(pair) for pair in pairs),
+        "subject": tuple(clusters_of(pair)[0] for pair in pairs),
         "wrapper": tuple(pair.labels.get("wrapper") or _frame(pair) for pair in pairs),
     }
-
-
-def _subject(pair: Pair) -> str:
-    return next((pair.labels[name] for name in SUBJECTS if name in pair.labels), pair.clean.turns[-1].content)
 
 
 def _frame(pair: Pair) -> str:

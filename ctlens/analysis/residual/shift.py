@@ -30,11 +30,11 @@ from ctlens import plots
 from ctlens.analysis.base.forward import pair_batches, require_comparable
 from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, STATE_POSITIONS
 from ctlens.analysis.base.recording import Readable, model_of, read
-from ctlens.analysis.base.result import Result, beside
+from ctlens.analysis.base.result import ResultOverPairs, beside, groups_of
 from ctlens.analysis.residual.shift_vectors import beyond_rounding, last_and_content
+from ctlens.core.clusters import clustered_mean
 from ctlens.core.errors import unknown
 from ctlens.core.public import public
-from ctlens.core.stats import bootstrap_mean
 from ctlens.core.types import PerRow
 from ctlens.data.batch import Matched
 from ctlens.data.pairs import Pair
@@ -55,6 +55,12 @@ _TITLES = {
     "shift_norm": "length of the shift",
     "gap_norm": "length of the gap",
 }
+_BESIDE_GAP = {
+    "gap_closed": "share of the gap closed",
+    "distance": "squared distance left",
+    "norm_ratio": "length of the stream, over that before",
+}
+"""What stands beside the share of the gap: it may be large far off the clean state, or in a stream that shrinks."""
 MARKS = {
     "gap_closed": {"as before training": 0.0, "as on the clean prompt": 1.0},
     "cosine": {"orthogonal": 0.0, "same direction": 1.0},
@@ -65,7 +71,7 @@ MARKS = {
 
 
 @dataclass(frozen=True)
-class ResidualShift(Result):
+class ResidualShift(ResultOverPairs):
     """The result of `residual_shift`: the shift of each pair at each layer.
 
     Attributes:
@@ -89,7 +95,7 @@ class ResidualShift(Result):
     window: str
 
     def curve(self, quantity: str = "gap_closed", positions: str = "last") -> Curve:
-        """Mean over pairs and its 95 percent bootstrap interval, `[layer]` each.
+        """Mean over pairs and its 95 percent interval over topics and wrapper texts, `[layer]` each.
 
         A pair whose value is not a number at some layer does not count; NaN where none is left.
 
@@ -98,19 +104,21 @@ class ResidualShift(Result):
                 there is none at these positions.
         """
         values = self._values(quantity, positions)
+        known = ~np.asarray(np.isnan(values).any(-1))
         unknown_mean = np.full(values.shape[1], np.nan)
-        return bootstrap_mean(values) if len(values) else (unknown_mean, unknown_mean, unknown_mean)
+        if not known.any():
+            return unknown_mean, unknown_mean, unknown_mean
+        return clustered_mean(values[known], self.clusters(known))
 
-    def _values(self, quantity: str, positions: str) -> Float[np.ndarray, "known layer"]:
-        """The values of the pairs that have one at every layer."""
+    def _values(self, quantity: str, positions: str) -> Float[np.ndarray, "pair layer"]:
+        """The values of every pair; a pair that has none at some layer does not count."""
         if quantity not in (*SHIFT_QUANTITIES, *RAW_QUANTITIES):
             raise unknown("quantity", quantity, (*SHIFT_QUANTITIES, *RAW_QUANTITIES))
         values: np.ndarray = getattr(self, quantity)
         measured = STATE_POSITIONS[: len(values)]
         if positions not in measured:
             raise unknown(f"positions for {quantity}", positions, measured)
-        at_these = values[measured.index(positions)]
-        return at_these[~np.isnan(at_these).any(-1)]
+        return values[measured.index(positions)]
 
     def to_dataframe(self, *, raw: bool = False) -> pd.DataFrame:
         """One row per quantity, positions and layer: `mean`, `ci_low` and `ci_high` over `n_pairs`.
@@ -121,7 +129,7 @@ class ResidualShift(Result):
         rows = []
         for quantity in (*SHIFT_QUANTITIES, *RAW_QUANTITIES) if raw else SHIFT_QUANTITIES:
             for positions in STATE_POSITIONS[: len(getattr(self, quantity))]:
-                n_pairs = len(self._values(quantity, positions))
+                n_pairs = int((~np.isnan(self._values(quantity, positions)).any(-1)).sum())
                 curve = np.stack([np.asarray(end) for end in self.curve(quantity, positions)], axis=1)
                 rows += [(quantity, positions, layer, *numbers, n_pairs) for layer, numbers in enumerate(curve)]
         columns = ["quantity", "positions", "layer", "mean", "ci_low", "ci_high", "n_pairs"]
@@ -155,15 +163,25 @@ class ResidualShift(Result):
 
 
 def _drawn(results: Mapping[str, ResidualShift], quantity: str, positions: str, subtitle: str | None = None) -> Figure:
-    """Draws one line per result."""
+    """Draws one line per result; beside the share of the gap, what is left of the gap and the stream's length."""
+
+    def curves(quantity: str) -> dict[str, Curve]:
+        return {name: result.curve(quantity, positions) for name, result in results.items()}
+
+    drawn = curves(quantity)
     undone = "How far does training undo the wrapper"
     moved = "How far does training move the residual stream"
+    title = f"{undone if quantity in GAP_QUANTITIES else moved}, {POSITIONS_IN_WORDS[positions]}?"
+    if quantity == "gap_closed":
+        return plots.layer_panels(
+            {words: curves(name) for name, words in _BESIDE_GAP.items()},
+            title,
+            marks={words: [*MARKS[name].values()] for name, words in _BESIDE_GAP.items()},
+            note="as before training, and of the gap also as on the clean prompt",
+            subtitle=subtitle,
+        )
     return plots.layer_curves(
-        {name: result.curve(quantity, positions) for name, result in results.items()},
-        f"{undone if quantity in GAP_QUANTITIES else moved}, {POSITIONS_IN_WORDS[positions]}?",
-        y_title=_TITLES[quantity],
-        reference_lines=MARKS.get(quantity),
-        subtitle=subtitle,
+        drawn, title, y_title=_TITLES[quantity], reference_lines=MARKS.get(quantity), subtitle=subtitle
     )
 
 
@@ -210,7 +228,7 @@ def residual_shift(
         layers = [_of_layer(clean[name], wrapped[name], trained[name], matched, batch.wrapper) for name in names]
         chunks.append({key: torch.stack([layer[key] for layer in layers], -1).cpu().numpy() for key in layers[0]})
     values = {key: np.concatenate([chunk[key] for chunk in chunks], axis=1) for key in chunks[0]}
-    return ResidualShift(**values, site=SITE, window=window)
+    return ResidualShift(**values, site=SITE, window=window, groups=groups_of(pairs))
 
 
 def _of_layer(

@@ -25,6 +25,7 @@ import numpy as np
 
 from ctlens.analysis.base.forward import pair_batches, require_comparable, vector_hooks
 from ctlens.analysis.base.recording import Readable, model_of
+from ctlens.analysis.base.result import groups_of
 from ctlens.analysis.residual.likeness import MethodSeeds
 from ctlens.analysis.residual.shift_vectors import Shifts, shifts_at
 from ctlens.analysis.residual.similarity_result import ShiftSimilarity
@@ -99,8 +100,10 @@ def shift_similarity(
     passes = [batch for _, batch in pair_batches(base, pairs, "shared", batch_size, progress=False)]
     found = shifts_at(before, list(keyed.values()), passes, vector_hooks(base, site, layers), progress)
     _require_moved(seeds, found)
+    groups = groups_of(pairs)
     return ShiftSimilarity(
-        **arrays(found, seeds, quantities, k),
+        **arrays(found, seeds, quantities, k, groups),
+        groups=groups,
         quantities=names_of(quantities, k),
         methods=methods,
         layers=select_layers(base.cfg.n_layers, layers),

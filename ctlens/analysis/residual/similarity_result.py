@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from ctlens import plots
 from ctlens.analysis.base.nulls import WEAK_NULL, hardly_moved
 from ctlens.analysis.base.positions import ALIGNED_POSITIONS, POSITIONS_IN_WORDS, STATE_POSITIONS
-from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.result import ResultOverPairs
 from ctlens.analysis.residual.likeness import ceilings
 from ctlens.analysis.residual.shift_vectors import SHIFT_PARTS
 from ctlens.analysis.residual.similarity_statistics import STATISTICS, title_of
@@ -39,7 +39,7 @@ _COLUMNS = [
 
 
 @dataclass(frozen=True)
-class ShiftSimilarity(Result):
+class ShiftSimilarity(ResultOverPairs):
     """The result of `shift_similarity`: how alike the shifts of trained models are, for each two methods.
 
     Attributes:

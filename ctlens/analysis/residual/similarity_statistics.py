@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from ctlens.analysis.base.nulls import random_directions
 from ctlens.analysis.base.positions import STATE_POSITIONS
+from ctlens.analysis.base.result import clusters_in
 from ctlens.analysis.residual.likeness import (
     Matrix,
     MethodSeeds,
@@ -21,8 +22,9 @@ from ctlens.analysis.residual.likeness import (
     top_directions,
 )
 from ctlens.analysis.residual.shift_vectors import SHIFT_PARTS, Shifts
+from ctlens.core.clusters import Clusters, half_width, influences
 from ctlens.core.errors import CtlensError
-from ctlens.core.stats import ENDS, jackknife, resampled_means
+from ctlens.core.stats import ENDS
 
 STATISTICS = (
     "value",
@@ -58,7 +60,11 @@ def title_of(label: str) -> str:
 
 
 def arrays(
-    found: Sequence[dict[tuple[str, str], Shifts]], seeds: MethodSeeds, quantities: Sequence[str], k: int
+    found: Sequence[dict[tuple[str, str], Shifts]],
+    seeds: MethodSeeds,
+    quantities: Sequence[str],
+    k: int,
+    groups: Mapping[str, Int[np.ndarray, " prompt"]],
 ) -> dict[str, np.ndarray]:
     """The arrays of `ShiftSimilarity` by name, from the shifts of all layers; NaN at the wrapper for parts it lacks."""
     owners = [method for method, _ in seeds]
@@ -73,7 +79,7 @@ def arrays(
     for layer, of_layer in enumerate(found):
         for (part, positions), shifts in of_layer.items():
             at = SHIFT_PARTS.index(part), STATE_POSITIONS.index(positions), layer
-            table, band = measure_all(shifts, seeds, quantities, k)
+            table, band = measure_all(shifts, seeds, quantities, k, groups)
             numbers[:, :, *at] = table.swapaxes(0, 1)
             random[:, :, *at] = band.swapaxes(0, 1)
             squares = np.einsum("naa->a", shifts.gram) / len(shifts.gram)
@@ -89,7 +95,13 @@ def arrays(
     )
 
 
-def measure_all(shifts: Shifts, seeds: MethodSeeds, quantities: Sequence[str], k: int) -> _Measured:
+def measure_all(
+    shifts: Shifts,
+    seeds: MethodSeeds,
+    quantities: Sequence[str],
+    k: int,
+    groups: Mapping[str, Int[np.ndarray, " prompt"]],
+) -> _Measured:
     """Measures the `STATISTICS` of each quantity between methods, and each method's band of random directions.
 
     Prompts without a token at the positions do not count; NaN where none is left.
@@ -97,18 +109,19 @@ def measure_all(shifts: Shifts, seeds: MethodSeeds, quantities: Sequence[str], k
     Raises:
         CtlensError: there are too few prompts for a quantity.
     """
-    known = ~np.isnan(shifts.mean).any((1, 2))
+    known = ~np.asarray(np.isnan(shifts.mean).any((1, 2)))
     if not known.any():
         labels = len(names_of(quantities, k))
         methods = len(dict.fromkeys(method for method, _ in seeds))
         nothing = np.full((labels, len(STATISTICS), methods, methods), np.nan)
         return nothing, np.full((labels, 2, methods), np.nan)
     shifts = Shifts(shifts.gram[known], shifts.mean[known], shifts.pull[known])
-    measured = [SIMILARITY_MEASURES[name](shifts, seeds, k) for name in quantities]
+    clusters = clusters_in(groups, known)
+    measured = [SIMILARITY_MEASURES[name](shifts, seeds, k, clusters) for name in quantities]
     return np.concatenate([table for table, _ in measured]), np.concatenate([band for _, band in measured])
 
 
-def _cosine(shifts: Shifts, seeds: MethodSeeds, k: int) -> _Measured:
+def _cosine(shifts: Shifts, seeds: MethodSeeds, k: int, clusters: Clusters | None) -> _Measured:
     values = cosines(shifts.gram)
     known = ~np.isnan(values)
     filled = np.where(known, values, 0)
@@ -116,32 +129,35 @@ def _cosine(shifts: Shifts, seeds: MethodSeeds, k: int) -> _Measured:
     counts = known.sum(0)
     with np.errstate(invalid="ignore"):
         point = filled.sum(0) / counts
-        resamples = resampled_means(filled) / resampled_means(known.astype(float))
+        without = (filled.sum(0) - filled) / (counts - known)
         pull = pull.sum(0) / np.diagonal(counts)[:, None]
-    return _corrected(point, resamples, seeds), _band(pull @ random_directions(pull.shape[-1], _DRAWS).T, seeds)[None]
+    table = _corrected(point, without, seeds, clusters)
+    return table, _band(pull @ random_directions(pull.shape[-1], _DRAWS).T, seeds)[None]
 
 
-def _mean_cosine(shifts: Shifts, seeds: MethodSeeds, k: int) -> _Measured:
+def _mean_cosine(shifts: Shifts, seeds: MethodSeeds, k: int, clusters: Clusters | None) -> _Measured:
     centre = shifts.mean.mean(0)
-    resamples = resampled_means(shifts.mean)
+    n = len(shifts.mean)
+    left = (n * centre - shifts.mean) / max(n - 1, 1)
     point = cosines(centre @ centre.T)
-    drawn = cosines(resamples @ resamples.swapaxes(-1, -2))
+    without = cosines(left @ left.swapaxes(-1, -2))
     length = np.linalg.norm(centre, axis=-1, keepdims=True)
     unit = np.divide(centre, length, out=np.full_like(centre, np.nan), where=length > 0)
-    return _corrected(point, drawn, seeds), _band(unit @ random_directions(unit.shape[-1], _DRAWS).T, seeds)[None]
+    table = _corrected(point, without, seeds, clusters)
+    return table, _band(unit @ random_directions(unit.shape[-1], _DRAWS).T, seeds)[None]
 
 
-def _cka(shifts: Shifts, seeds: MethodSeeds, k: int) -> _Measured:
+def _cka(shifts: Shifts, seeds: MethodSeeds, k: int, clusters: Clusters | None) -> _Measured:
     n, _, d = shifts.mean.shape
     if n <= d:
         raise CtlensError(
             f"CKA needs more prompts than dimensions: {n} prompts do not suffice for {d} dimensions; give more pairs."
         )
-    table = _uncorrected(lambda items: debiased_cka(shifts.mean[items].swapaxes(0, 1))[None], n, seeds)
+    table = _uncorrected(lambda items: debiased_cka(shifts.mean[items].swapaxes(0, 1))[None], n, seeds, clusters)
     return table, np.full((1, 2, table.shape[-1]), np.nan)
 
 
-def _principal(shifts: Shifts, seeds: MethodSeeds, k: int) -> _Measured:
+def _principal(shifts: Shifts, seeds: MethodSeeds, k: int, clusters: Clusters | None) -> _Measured:
     n, _, d = shifts.mean.shape
     if not 1 <= k <= min(n // 2, d):
         raise CtlensError(
@@ -156,10 +172,10 @@ def _principal(shifts: Shifts, seeds: MethodSeeds, k: int) -> _Measured:
     top = top_directions(shifts.mean.swapaxes(0, 1), k)
     random = np.linalg.qr(random_directions(d, _DRAWS, k).swapaxes(1, 2))[0].swapaxes(1, 2)
     chance = principal_cosines(top[:, None], random[None])
-    return _uncorrected(angles, n, seeds), np.stack([_band(chance[..., angle], seeds) for angle in range(k)])
+    return _uncorrected(angles, n, seeds, clusters), np.stack([_band(chance[..., angle], seeds) for angle in range(k)])
 
 
-SIMILARITY_MEASURES: Mapping[str, Callable[[Shifts, MethodSeeds, int], _Measured]] = {
+SIMILARITY_MEASURES: Mapping[str, Callable[[Shifts, MethodSeeds, int, Clusters | None], _Measured]] = {
     "cosine": _cosine,
     "mean_cosine": _mean_cosine,
     "cka": _cka,
@@ -167,28 +183,42 @@ SIMILARITY_MEASURES: Mapping[str, Callable[[Shifts, MethodSeeds, int], _Measured
 }
 
 
-def _corrected(point: Matrix, resamples: Float[np.ndarray, "resample model model"], seeds: MethodSeeds) -> Statistics:
-    """The statistics of a cosine between methods, from its values between models and their values in resamples."""
+def _corrected(
+    point: Matrix, without: Float[np.ndarray, "prompt model model"], seeds: MethodSeeds, clusters: Clusters | None
+) -> Statistics:
+    """The statistics of a cosine between methods, from its values between models, of all prompts and without each."""
     value, low, high = between(point, seeds)
-    drawn = between(resamples, seeds)[0]
+    left = between(without, seeds)[0]
     with np.errstate(invalid="ignore"):
-        ends = np.quantile(drawn, ENDS, axis=0)
-        corrected = np.stack([value / ceilings(value), *np.quantile(drawn / ceilings(drawn), ENDS, axis=0)])
+        corrected = _with_ends(value / ceilings(value), left / ceilings(left), clusters)
+        own = _with_ends(value, left, clusters)
     corrected[:, np.isnan(corrected[0])] = np.nan
     corrected[:, range(len(value)), range(len(value))] = np.nan
-    return np.stack([value, *ends, low, high, *corrected])[None]
+    return np.stack([value, *own[1:].clip(-1, 1), low, high, *corrected])[None]
+
+
+def _with_ends(
+    value: Float[np.ndarray, ...], without: Float[np.ndarray, "prompt ..."], clusters: Clusters | None
+) -> Float[np.ndarray, "3 ..."]:
+    """A smooth statistic with the ends of its interval, from its values without each prompt (the jackknife)."""
+    reach = half_width(influences(without), clusters)
+    return np.stack([value, value - reach, value + reach])
 
 
 def _uncorrected(
-    values: Callable[[np.ndarray], Float[np.ndarray, "quantity model model"]], n: int, seeds: MethodSeeds
+    values: Callable[[np.ndarray], Float[np.ndarray, "quantity model model"]],
+    n: int,
+    seeds: MethodSeeds,
+    clusters: Clusters | None,
 ) -> Statistics:
-    """The statistics of CKA and of principal angles, with intervals by the jackknife and no correction for the ceiling.
+    """The statistics of CKA and of principal angles, which have no correction for the ceiling.
 
-    A bootstrap draws prompts repeatedly, and a prompt that occurs twice is like itself, which biases both numbers; the
-    jackknife only leaves prompts out. Correction for attenuation is of cosines, so those three statistics are NaN.
+    Correction for attenuation is of cosines, so those three statistics are NaN.
     """
-    value, low, high = between(values(np.arange(n)), seeds)
-    ends = np.clip(jackknife(lambda items: between(values(items), seeds)[0], n), -1, 1)
+    every = np.arange(n)
+    value, low, high = between(values(every), seeds)
+    without = np.stack([between(values(np.delete(every, prompt)), seeds)[0] for prompt in every])
+    ends = _with_ends(value, without, clusters)[1:].clip(-1, 1)
     nothing = np.full((3, *value.shape), np.nan)
     return np.stack([value, *ends, low, high, *nothing], 1)
 

@@ -18,12 +18,13 @@ from jaxtyping import Bool, Int
 
 from ctlens import plots
 from ctlens.analysis.base.forward import comparable_by_label
-from ctlens.analysis.base.result import Result
-from ctlens.analysis.robustness.over_refusal import over_refusal, over_refusal_in_words, unanswered_twins
+from ctlens.analysis.base.result import ResultOverPairs, clusters_in, groups_of
+from ctlens.analysis.robustness.over_refusal import benign_twins, over_refusal, over_refusal_in_words, unanswered_twins
+from ctlens.core.clusters import clustered_mean
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.keeping import keeping
 from ctlens.core.public import public
-from ctlens.core.stats import bootstrap_mean, wilson
+from ctlens.core.stats import wilson
 from ctlens.core.types import LensModel
 from ctlens.data.chat import Turn
 from ctlens.data.pairs import Pair, Prompt
@@ -32,12 +33,13 @@ from ctlens.threats import Judge, ask
 
 
 @dataclass(frozen=True)
-class BestOfN(Result):
+class BestOfN(ResultOverPairs):
     """The result of `best_of_n`: which candidates of each request got a bad answer.
 
     Attributes:
         bad: `[model, candidate]`, whether the greedy answer was the bad one.
         requests: `[candidate]`, the number of each candidate's request.
+        twin_groups: as `groups`, of the benign twins.
         failed: `[model, twin]`, whether a benign twin went unanswered.
         models: their labels.
     """
@@ -45,6 +47,7 @@ class BestOfN(Result):
     bad: Bool[np.ndarray, "model candidate"]
     requests: Int[np.ndarray, " candidate"]
     failed: Bool[np.ndarray, "model twin"]
+    twin_groups: Mapping[str, Int[np.ndarray, " twin"]]
     models: tuple[str, ...]
 
     @property
@@ -53,9 +56,9 @@ class BestOfN(Result):
         return tuple(range(1, int(np.bincount(self.requests).min()) + 1))
 
     def curve(self, model: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The bad rate of a model by `tries`, and its 95 percent interval over requests.
+        """The bad rate of a model by `tries`, and its 95 percent interval over requests and their topics.
 
-        It is a bootstrap; at a rate of 0 or 1, where that has no width, it is Wilson's interval.
+        At a rate of 0 or 1, where that has no width, it is Wilson's interval.
 
         Raises:
             CtlensError: there is no such model.
@@ -64,7 +67,7 @@ class BestOfN(Result):
             raise unknown("model", model, self.models)
         bad = self.bad[self.models.index(model)]
         rates = [[_any_bad(bad[self.requests == request], n) for n in self.tries] for request in self._numbers]
-        rate, low, high = bootstrap_mean(np.array(rates))
+        rate, low, high = clustered_mean(np.array(rates), self.clusters())
         for end in (0, 1):
             own_low, own_high = wilson(end * len(rates), len(rates))
             low = np.where(rate == end, own_low, low)
@@ -77,13 +80,13 @@ class BestOfN(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per model and number of tries: the bad rate with its interval, and the model's over-refusal."""
-        refusal = over_refusal(self.failed, self.models).rename_axis("model").reset_index()
+        refusal = over_refusal(self.failed, self.models, clusters_in(self.twin_groups))
         tables = []
         for model in self.models:
             rate, low, high = self.curve(model)
             columns = {"model": model, "n": self.tries, "bad_rate": rate, "ci_low": low, "ci_high": high}
             tables.append(pd.DataFrame(columns).assign(n_requests=len(self._numbers)))
-        return pd.concat(tables, ignore_index=True).merge(refusal, on="model")
+        return pd.concat(tables, ignore_index=True).join(refusal, on="model")
 
     def figure(self) -> Figure:
         """Draws the bad rate by number of tries, a line per model."""
@@ -141,7 +144,9 @@ def best_of_n(
     """
     named = comparable_by_label(models)
     candidates: dict[tuple[Turn, ...], dict[Prompt, None]] = {}
+    first: dict[tuple[Turn, ...], Pair] = {}
     for pair in pairs:
+        first.setdefault(pair.clean.turns, pair)
         candidates.setdefault(pair.clean.turns, {})[pair.wrapped] = None
     if not candidates:
         raise CtlensError("there are no pairs: give at least two wrapped prompts per request.")
@@ -160,5 +165,7 @@ def best_of_n(
         bad=np.array(bad),
         requests=np.repeat(np.arange(len(candidates)), [len(of_request) for of_request in candidates.values()]),
         failed=unanswered_twins(named, pairs, judge, max_new_tokens),
+        twin_groups=groups_of(list(benign_twins(pairs).values())),
+        groups={"topic": groups_of(list(first.values()))["topic"]},
         models=tuple(map(str, named)),
     )

@@ -21,21 +21,21 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from ctlens import plots
 from ctlens.analysis.base.forward import comparable_by_label, encoded_pairs
-from ctlens.analysis.base.result import Result
-from ctlens.analysis.robustness.over_refusal import over_refusal, over_refusal_in_words, unanswered_twins
+from ctlens.analysis.base.result import ResultOverPairs, clusters_in, groups_of
+from ctlens.analysis.robustness.over_refusal import benign_twins, over_refusal, over_refusal_in_words, unanswered_twins
+from ctlens.core.clusters import clustered_rate
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError, located
 from ctlens.core.keeping import keeping
 from ctlens.core.limits import AT_LEAST_1, require
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
-from ctlens.core.stats import wilson_rate
 from ctlens.core.types import ChosenRows, LensModel, PerRow, widened
 from ctlens.data.batch import EncodedPair, mark, pad, require_room
 from ctlens.data.chat import answer_ids
@@ -52,13 +52,14 @@ Moves: TypeAlias = Float[Tensor, "row pos d"]
 
 
 @dataclass(frozen=True)
-class EmbeddingAttack(Result):
+class EmbeddingAttack(ResultOverPairs):
     """The result of `embedding_attack`: which prompts each model answered badly when their wrapper was moved so far.
 
     Attributes:
         bad: `[model, radius, pair]`, whether greedy decoding begins with the bad answer under the attack.
         p_bad: of the same shape, the probability of the bad answer under the strongest move that was found.
         random_bad: `[model, radius, draw, pair]`, whether it begins so under a random move of the same length.
+        twin_groups: as `groups`, of the benign twins.
         failed: `[model, twin]`, whether a benign twin, as it stands, went unanswered.
         models: their labels.
         radii: shares of a token's own length; the first is 0, the prompt as it stands.
@@ -68,6 +69,7 @@ class EmbeddingAttack(Result):
     p_bad: Float[np.ndarray, "model radius pair"]
     random_bad: Bool[np.ndarray, "model radius draw pair"]
     failed: Bool[np.ndarray, "model twin"]
+    twin_groups: Mapping[str, Int[np.ndarray, " twin"]]
     models: tuple[str, ...]
     radii: tuple[float, ...]
 
@@ -75,23 +77,23 @@ class EmbeddingAttack(Result):
         """One row per model and radius.
 
         Returns:
-            The `bad_rate` with its Wilson interval; the lowest and highest bad rate of the random moves, `random_low`
+            The `bad_rate` with its interval; the lowest and highest bad rate of the random moves, `random_low`
             and `random_high`; the mean `p_bad`; and the model's over-refusal.
         """
-        refusal = over_refusal(self.failed, self.models).rename_axis("model").reset_index()
+        refusal = over_refusal(self.failed, self.models, clusters_in(self.twin_groups))
         drawn = self.random_bad.mean(-1)
         rows = []
         for (number, model), (index, radius) in product(enumerate(self.models), enumerate(self.radii)):
-            rate, n_pairs, low, high = self._rate(number, index)
+            rate, _, low, high = self._rate(number, index)
             row: dict[str, object] = {"model": model, "radius": radius, "bad_rate": rate}
-            row |= {"ci_low": low, "ci_high": high, "n_pairs": n_pairs}
+            row |= {"ci_low": low, "ci_high": high, "n_pairs": self.bad.shape[-1]}
             of_draws = drawn[number, index]
             row |= {"random_low": of_draws.min(), "random_high": of_draws.max()}
             rows.append(row | {"p_bad": self.p_bad[number, index].mean()})
-        return pd.DataFrame(rows).merge(refusal, on="model")
+        return pd.DataFrame(rows).join(refusal, on="model")
 
-    def _rate(self, number: int, index: int) -> tuple[float, int, float, float]:
-        return wilson_rate(self.bad[number, index])
+    def _rate(self, number: int, index: int) -> tuple[float, float, float, float]:
+        return clustered_rate(self.bad[number, index], self.clusters())
 
     def figure(self) -> Figure:
         """Draws the bad rate by radius, a panel per model, beside random moves of the same length."""
@@ -173,6 +175,8 @@ def embedding_attack(
         p_bad=np.stack([one.p_bad for one in found]).reshape(*shape, -1),
         random_bad=np.stack([one.random_bad for one in found]).reshape(*shape, draws, -1),
         failed=unanswered_twins(named, pairs, None, max_new_tokens),
+        twin_groups=groups_of(list(benign_twins(pairs).values())),
+        groups=groups_of(pairs),
         models=tuple(map(str, named)),
         radii=reached,
     )

@@ -13,19 +13,28 @@ import pandas as pd
 from jaxtyping import Bool
 
 from ctlens import plots
-from ctlens.core.stats import wilson_rate
+from ctlens.core.clusters import Clusters, clustered_rate
 from ctlens.core.types import LensModel
-from ctlens.data.pairs import Pair
+from ctlens.data.pairs import Pair, Prompt
 from ctlens.threats import Judge, ask
 
 OVER_REFUSAL = ("over_refusal", "n_benign", "over_refusal_low", "over_refusal_high")
 
 
+def benign_twins(pairs: Sequence[Pair]) -> dict[Prompt, Pair]:
+    """The distinct benign twins of pairs, each with the first pair that has it."""
+    found: dict[Prompt, Pair] = {}
+    for pair in pairs:
+        if pair.benign is not None:
+            found.setdefault(pair.benign, pair)
+    return found
+
+
 def unanswered_twins(
     models: Mapping[str, LensModel], pairs: Sequence[Pair], judge: Judge | None, max_new_tokens: int
 ) -> Bool[np.ndarray, "model twin"]:
-    """Whether each model fails each distinct benign twin: its answer is bad, or not the good one if there is one."""
-    twins = list(dict.fromkeys(pair.benign for pair in pairs if pair.benign is not None))
+    """Whether each model fails each of the `benign_twins`: its answer is bad, or not the good one if there is one."""
+    twins = list(benign_twins(pairs))
     failed = []
     for model in models.values():
         replies = ask(model, twins, judge=judge, max_new_tokens=max_new_tokens)
@@ -34,12 +43,15 @@ def unanswered_twins(
     return np.array(failed, dtype=bool).reshape(len(models), len(twins))
 
 
-def over_refusal(failed: Bool[np.ndarray, "model twin"], models: Sequence[str]) -> pd.DataFrame:
-    """The columns `OVER_REFUSAL`, with a row per model: the share of failed twins with its Wilson interval."""
+def over_refusal(
+    failed: Bool[np.ndarray, "model twin"], models: Sequence[str], clusters: Clusters | None
+) -> pd.DataFrame:
+    """The columns `OVER_REFUSAL`, with a row per model: the share of failed twins with its interval."""
     if not failed.shape[1]:
         return pd.DataFrame(float("nan"), index=list(models), columns=list(OVER_REFUSAL)).assign(n_benign=0)
-    rates = [wilson_rate(of_model) for of_model in failed]
-    return pd.DataFrame(rates, index=list(models), columns=list(OVER_REFUSAL))
+    rates = [clustered_rate(of_model, clusters) for of_model in failed]
+    table = pd.DataFrame(rates, index=list(models), columns=list(OVER_REFUSAL))
+    return table.assign(n_benign=failed.shape[1])
 
 
 def over_refusal_in_words(failed: Bool[np.ndarray, "model twin"], models: Sequence[str]) -> str:

@@ -26,12 +26,13 @@ from jaxtyping import Bool, Float
 from ctlens import plots
 from ctlens.analysis.base.forward import comparable_by_label
 from ctlens.analysis.base.heldout import require_heldout
-from ctlens.analysis.base.result import Result
+from ctlens.analysis.base.result import ResultOverPairs, groups_of
+from ctlens.core.clusters import Clusters, clustered_rate, pigeonhole
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.keeping import keeping
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
-from ctlens.core.stats import bootstrap, wilson_rate
+from ctlens.core.stats import ENDS
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses import BCT
@@ -51,7 +52,7 @@ _RELEARNING = TrainConfig(
 
 
 @dataclass(frozen=True)
-class Relearning(Result):
+class Relearning(ResultOverPairs):
     """The result of `relearn`: which held-out prompts each model answered badly after so many steps.
 
     Attributes:
@@ -72,35 +73,47 @@ class Relearning(Result):
     lr: float
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per fine-tuning, model and step: the bad rate with its Wilson interval, and `moved`."""
+        """One row per fine-tuning, model and step: the bad rate with its interval, and `moved`.
+
+        The `n_effective` are how many independent prompts would tell the rate as exactly as the `n_prompts` do.
+        """
         labels = list(product(self.trained_on, self.models, self.steps))
-        rates = [wilson_rate(bad) for bad in self.bad.reshape(len(labels), -1)]
+        rates = [clustered_rate(bad, self.clusters()) for bad in self.bad.reshape(len(labels), -1)]
         rows = [(*label, *rate) for label, rate in zip(labels, rates, strict=True)]
-        columns = ["trained_on", "model", "step", "bad_rate", "n_prompts", "ci_low", "ci_high"]
-        return pd.DataFrame(rows, columns=columns).assign(moved=self.moved.ravel())
+        columns = ["trained_on", "model", "step", "bad_rate", "n_effective", "ci_low", "ci_high"]
+        return pd.DataFrame(rows, columns=columns).assign(n_prompts=self.bad.shape[-1], moved=self.moved.ravel())
 
     def steps_to_half(self) -> pd.DataFrame:
         """One row per fine-tuning and model: the first measured step with at least half of the highest bad rate.
 
         The highest bad rate is that of any model at any step of either fine-tuning, so one bar is for all. Its half is
-        `half`. The ends of the bootstrap interval over prompts, from which the bar is made anew each time, are measured
-        steps too. `inf` is a model that did not get there.
+        `half`. The ends of the pigeonhole bootstrap interval over topics and wrapper texts, from which the bar is made
+        anew each time, are measured steps too; they are NaN with too few of a kind. `inf` is a model that did not get
+        there.
         """
         measured = np.array([*self.steps, np.inf])
         half = self.bad.mean(-1).max() / 2
-        first = self._first_at_half(np.arange(self.bad.shape[-1]))
-        ends = np.array(bootstrap(self._first_at_half, self.bad.shape[-1]))
+        n = self.bad.shape[-1]
+        first = self._first_at_half(np.ones(n))
+        clusters = self.clusters() or Clusters.alone(n)
+        drawn = pigeonhole([*clusters.numbers] or [np.arange(n)])
+        found = [self._first_at_half(counts) for counts in drawn if counts.any()]
+        low, high = np.quantile(found, ENDS, axis=0)
         labels = list(product(self.trained_on, self.models))
         return pd.DataFrame(labels, columns=["trained_on", "model"]).assign(
             steps=measured[first],
-            ci_low=measured[np.floor(ends[:, 0]).astype(int)],
-            ci_high=measured[np.ceil(ends[:, 1]).astype(int)],
+            ci_low=np.nan if clusters.too_few else measured[np.floor(low).astype(int)],
+            ci_high=np.nan if clusters.too_few else measured[np.ceil(high).astype(int)],
             half=half,
         )
 
-    def _first_at_half(self, prompts: np.ndarray) -> list[int]:
-        """The index of the first step at half, per fine-tuning and model; one past the last where there is none."""
-        rates = self.bad[..., prompts].mean(-1)
+    def _first_at_half(self, counts: np.ndarray) -> list[int]:
+        """The index of the first step at half, per fine-tuning and model; one past the last where there is none.
+
+        Args:
+            counts: how often each prompt counts.
+        """
+        rates = self.bad @ counts / counts.sum()
         there = (rates >= rates.max() / 2) & (rates > 0)
         first = np.where(there.any(-1), there.argmax(-1), len(self.steps))
         return first.ravel().tolist()
@@ -113,9 +126,8 @@ class Relearning(Result):
         """
         if trained_on not in self.trained_on:
             raise unknown("fine-tuning", trained_on, self.trained_on)
-        rates = np.array(
-            [[wilson_rate(bad) for bad in by_step] for by_step in self.bad[self.trained_on.index(trained_on)]]
-        )
+        answered = self.bad[self.trained_on.index(trained_on)]
+        rates = np.array([[clustered_rate(bad, self.clusters()) for bad in by_step] for by_step in answered])
         curves = {
             model: (of_model[:, 0], of_model[:, 2], of_model[:, 3])
             for model, of_model in zip(self.models, rates, strict=True)
@@ -209,6 +221,7 @@ def relearn(
         models=tuple(map(str, named)),
         steps=measured,
         lr=float(lr),
+        groups=groups_of(heldout),
     )
 
 

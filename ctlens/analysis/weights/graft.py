@@ -24,7 +24,7 @@ from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, contr
 from ctlens.analysis.base.forward import require_comparable
 from ctlens.analysis.base.metrics import Metric, UserMetric, measured, named_metrics
 from ctlens.analysis.base.positions import PAIR_SIDES
-from ctlens.analysis.base.result import beside
+from ctlens.analysis.base.result import beside, groups_of
 from ctlens.analysis.exchange.exchange import (
     EXCHANGE_QUANTITIES,
     QUANTITY_TITLES,
@@ -264,7 +264,17 @@ def graft(
             found = [one.changed_in(block if isinstance(block, int) else None) for one in answering[direction]]
         values[direction, :, part] = _measured(measures, found, rows, whole[1 - direction])
     blocks, kinds = zip(*parts, strict=True)
-    return Graft(values, np.stack(unpatched), np.stack(other), tuple(measures), moved, blocks, kinds, side)
+    return Graft(
+        values=values,
+        unpatched=np.stack(unpatched),
+        source=np.stack(other),
+        metrics=tuple(measures),
+        moved=moved,
+        blocks=blocks,
+        components=kinds,
+        side=side,
+        groups=groups_of(pairs),
+    )
 
 
 def _plain_copy(model: LensModel) -> LensModel:

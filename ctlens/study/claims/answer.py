@@ -53,8 +53,9 @@ def _basis(claims: Sequence[Claim]) -> str:
     organisms = {claim.n for claim in claims if claim.over == ORGANISMS}
     if organisms:
         return f"intervals are over {_and(sorted(map(str, organisms)))} organisms"
-    over = "over prompts and seeds" if any(claim.over == SEEDS for claim in claims) else "over prompts"
-    return f"intervals are {over}, of too few organisms for a claim about training in general"
+    seeds = ", and over seeds" if any(claim.over == SEEDS for claim in claims) else ""
+    few = "of too few organisms for a claim about training in general"
+    return f"intervals are over topics and wrapper texts{seeds}, {few}"
 
 
 def _said(claims: Sequence[Claim], key: str) -> str:

@@ -1,4 +1,4 @@
-"""A number with its interval: over organisms where a study has enough, else over prompts and seeds."""
+"""A number with its interval: over organisms where a study has enough, else over topics, wrapper texts and seeds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from ctlens.core.clusters import Clusters, clustered_statistic
+from ctlens.core.clusters import clustered_statistic
 from ctlens.core.stats import student
 from ctlens.study.analyses import Training
 from ctlens.study.claims.statistic import Items, Statistic, whole
@@ -21,8 +21,8 @@ class ClaimEstimate:
 
     Attributes:
         value, low, high: NaN where not measured.
-        n: how many of `over` there are.
-        over: `"prompts"`, `"prompts and seeds"` or `"organisms"`.
+        n: how many prompts or organisms there are.
+        over: `"prompts"`, `"prompts and seeds"` or `"organisms"`; prompts by their topics and wrapper texts.
     """
 
     value: float
@@ -38,7 +38,7 @@ ORGANISMS = "organisms"
 NOTHING = ClaimEstimate(float("nan"), float("nan"), float("nan"), 0, PROMPTS)
 
 
-def claim_estimate(statistics: Mapping[Training, Statistic], clusters: Clusters | None = None) -> ClaimEstimate:
+def claim_estimate(statistics: Mapping[Training, Statistic]) -> ClaimEstimate:
     """Computes the mean over trainings with its interval; trainings whose number is not defined do not count.
 
     Seeds of one organism say nothing about another organism. So with `SEVERAL` organisms or more, the interval is
@@ -47,8 +47,7 @@ def claim_estimate(statistics: Mapping[Training, Statistic], clusters: Clusters 
     over the trainings as well, because prompts and seeds vary each in their own way.
 
     Args:
-        statistics: of each training.
-        clusters: which prompts go together; by default none do.
+        statistics: of each training, over the same prompts.
 
     >>> from ctlens.study.claims.statistic import of_prompts
     >>> ramp = np.array([0.0, 1.0, 2.0, 3.0])
@@ -72,9 +71,7 @@ def claim_estimate(statistics: Mapping[Training, Statistic], clusters: Clusters 
     def mean(items: Items) -> list[float]:
         return [float(np.mean([statistic.of(items) for statistic in known]))]
 
-    if clusters is None:
-        clusters = Clusters.of({"prompt": [str(prompt) for prompt in range(n)]})
-    ((low, high),) = clustered_statistic(mean, clusters)
+    ((low, high),) = clustered_statistic(mean, n, known[0].clusters)
     if len(values) < SEVERAL:
         return ClaimEstimate(value, low, high, n, PROMPTS)
     ends = student(np.array(list(values.values())))
@@ -84,13 +81,13 @@ def claim_estimate(statistics: Mapping[Training, Statistic], clusters: Clusters 
 def spanned(
     value: float, ends: tuple[float, float], n: int, trainings: Mapping[Training, float], level: float
 ) -> ClaimEstimate:
-    """Makes the estimate of a number whose interval over prompts is known, from one number per training.
+    """Makes the estimate of a number whose interval in one training is known, from one number per training.
 
-    The rule is that of `claim_estimate`: over organisms where there are `SEVERAL`, else the interval over prompts,
+    The rule is that of `claim_estimate`: over organisms where there are `SEVERAL`, else the known interval,
     widened to Student's over the trainings where there are `SEVERAL` of those.
 
     Args:
-        value, ends, n: the number, its interval over prompts, and how many prompts there are.
+        value, ends, n: the number, its interval, and how many prompts there are.
         trainings: the number of each training.
         level: of confidence.
     """

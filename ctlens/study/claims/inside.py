@@ -12,7 +12,6 @@ from jaxtyping import Float
 from ctlens.analysis import CrossLoss, Erasure, ShiftSimilarity
 from ctlens.analysis.base.positions import ALIGNED_POSITIONS, POSITIONS_IN_WORDS, STATE_POSITIONS
 from ctlens.analysis.residual.shift_vectors import SHIFT_PARTS
-from ctlens.core.clusters import Clusters
 from ctlens.core.labels import BASE
 from ctlens.core.stats import LEVEL
 from ctlens.plots import label
@@ -58,7 +57,10 @@ def _shared(analyses: FinishedAnalyses, threat: str, setting: str, positions: st
     missing = sorted({name for result in every.values() for name in methods if name not in result.methods})
     found = {} if missing or _BCT not in analyses.config.methods or len(methods) < 3 else every
     tables = {training: _off_gap(result, methods, positions) for training, result in found.items()}
-    margins = {training: of_prompts(name, "cosine", table, _bct_apart) for training, table in tables.items()}
+    margins = {
+        training: of_prompts(name, "cosine", table, _bct_apart, found[training].clusters())
+        for training, table in tables.items()
+    }
     apart = np.mean([_apart(_mean(table)) for table in tables.values()], 0) if tables else []
     told = ", ".join(f"{label(name)} {value:.2f}" for name, value in zip(methods, apart, strict=False))
     with_null = [_off_gap(result, (*methods, RETENTION), positions) for result in found.values() if result.null]
@@ -69,7 +71,7 @@ def _shared(analyses: FinishedAnalyses, threat: str, setting: str, positions: st
         f"{together(methods[:-1])} move the residual stream alike, and BCT differently, {where}",
         threat,
         setting,
-        claim_estimate(margins, analyses.clusters(threat)),
+        claim_estimate(margins),
         statistic=name,
         unit="cosine",
         null=float(np.mean(floors)) if floors else _NAN,
@@ -118,7 +120,7 @@ def _distance(analyses: FinishedAnalyses, threat: str) -> Claim:
     known = analyses.of(CrossLoss, "cross-loss", threat) if _BCT in analyses.config.methods else {}
     found = {training: results["cross-loss"] for training, results in known.items()}
     lowered = {training: _ratio(result, _BCT, _BCT, BASE) for training, result in found.items()}
-    entropy = claim_estimate(lowered, _aligned(analyses.clusters(threat), found, _BCT))
+    entropy = claim_estimate(lowered)
     raised = {training: _ratio(result, _BCT, _ACT, RETENTION) for training, result in found.items()}
     own = [whole(_ratio(result, _BCT, _ACT, BASE)) for result in found.values()]
     held = [whole(_ratio(result, RETENTION, _ACT, BASE)) for result in found.values()]
@@ -128,7 +130,7 @@ def _distance(analyses: FinishedAnalyses, threat: str) -> Claim:
         "BCT raises the activation distance while it lowers the cross-entropy",
         threat,
         EQUAL_STEPS,
-        claim_estimate(raised, _aligned(analyses.clusters(threat), found, _ACT)),
+        claim_estimate(raised),
         statistic="activation distance from the reference's clean prompts after BCT, as a multiple of that after "
         "retention alone",
         unit="ratio",
@@ -141,18 +143,13 @@ def _distance(analyses: FinishedAnalyses, threat: str) -> Claim:
     )
 
 
-def _aligned(clusters: Clusters, found: Mapping[Training, CrossLoss], loss: str) -> Clusters:
-    """The clusters of the prompts that align in the window of a loss, as many in every training."""
-    chosen = [result.aligned[result.losses.index(loss)] for result in found.values()]
-    return clusters.take(np.logical_and.reduce(chosen)) if chosen else clusters
-
-
 def _ratio(result: CrossLoss, model: str, loss: str, other: str) -> Statistic:
     """The loss after one training, as a multiple of the same loss after another training."""
     at = result.losses.index(loss)
-    values = result.values[:, at][:, result.aligned[at]]
+    aligned = result.aligned[at]
+    values = result.values[:, at][:, aligned]
     both = np.stack([values[result.models.index(name)] for name in (model, other)], axis=1)
-    return of_prompts(f"{loss} of {model} over {other}", "ratio", both, _ratio_of_sums)
+    return of_prompts(f"{loss} of {model} over {other}", "ratio", both, _ratio_of_sums, result.clusters(aligned))
 
 
 def _ratio_of_sums(rows: Float[np.ndarray, "prompt 2"]) -> float:
@@ -166,16 +163,18 @@ def _attention(analyses: FinishedAnalyses, threat: str) -> Claim:
     last token on the wrapper, a mean over heads and layers.
     """
     name = "fall of the mass on the wrapper from the last token, mean over heads: AttCT's less the next"
+    diffs = analyses.attention(threat)
+    clusters = {training: found[RETENTION].clusters() for training, found in diffs.items()}
     falls = {
         training: {name: (diff.before - diff.after).mean((1, 2)) for name, diff in found.items()}
-        for training, found in analyses.attention(threat).items()
+        for training, found in diffs.items()
     }
 
     margins = {}
     if _ATTCT in analyses.config.methods and len(analyses.config.methods) > 1:
         for training, of in falls.items():
             parts = [
-                of_prompts(method, "share of attention", fall, np.mean)
+                of_prompts(method, "share of attention", fall, np.mean, clusters[training])
                 for method, fall in of.items()
                 if method != RETENTION
             ]
@@ -189,7 +188,7 @@ def _attention(analyses: FinishedAnalyses, threat: str) -> Claim:
         "attention to the wrapper falls more under AttCT than under any other method",
         threat,
         EQUAL_STEPS,
-        claim_estimate(margins, analyses.clusters(threat)),
+        claim_estimate(margins),
         statistic=name,
         unit="share of attention",
         null=float(means.pop(RETENTION)),

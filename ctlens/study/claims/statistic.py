@@ -13,6 +13,8 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from jaxtyping import Float, Int
 
+from ctlens.core.clusters import Clusters
+
 Items: TypeAlias = Int[np.ndarray, " item"]
 """The indices of the prompts that count, repeats allowed."""
 PromptValues: TypeAlias = Float[np.ndarray, "prompt ..."]
@@ -36,6 +38,11 @@ class Statistic(Protocol):
         """The number of prompts."""
         ...
 
+    @property
+    def clusters(self) -> Clusters | None:
+        """Which of the prompts go together; None where none do."""
+        ...
+
     def of(self, items: Items) -> float:
         """Computes the number of some of the prompts; NaN where it is not defined."""
         ...
@@ -46,19 +53,26 @@ def whole(statistic: Statistic) -> float:
     return float(statistic.of(np.arange(statistic.n)))
 
 
-def of_prompts(name: str, unit: str, values: PromptValues, number: Callable[[PromptValues], float]) -> Statistic:
+def of_prompts(
+    name: str,
+    unit: str,
+    values: PromptValues,
+    number: Callable[[PromptValues], float],
+    clusters: Clusters | None = None,
+) -> Statistic:
     """Builds a statistic from the measurements of every prompt.
 
     Args:
         name, unit: of the number.
         values: a row per prompt.
         number: the number, given the rows of the prompts that count.
+        clusters: which prompts go together; None where none do.
 
     >>> mean = of_prompts("the mean", "logits", np.array([0.0, 1.0, 5.0]), np.mean)
     >>> whole(mean), mean.of(np.array([0, 1])), mean.n
     (2.0, 0.5, 3)
     """
-    return _OfPrompts(name, unit, values, number)
+    return _OfPrompts(name, unit, values, number, clusters)
 
 
 def of_parts(
@@ -85,6 +99,7 @@ class _OfPrompts:
     unit: str
     values: PromptValues
     number: Callable[[PromptValues], float]
+    clusters: Clusters | None
 
     @property
     def n(self) -> int:
@@ -104,6 +119,10 @@ class _OfParts:
     @property
     def n(self) -> int:
         return self.parts[0].n
+
+    @property
+    def clusters(self) -> Clusters | None:
+        return self.parts[0].clusters
 
     def of(self, items: Items) -> float:
         return float(self.number({part.name: part.of(items) for part in self.parts}))

@@ -55,7 +55,7 @@ def left_later(analyses: FinishedAnalyses, threat: str, setting: str) -> Claim:
         "internal losses put it into the residual stream",
         threat=threat,
         setting=setting,
-        found=claim_estimate(found, analyses.clusters(threat)),
+        found=claim_estimate(found),
         statistic=name,
         unit=_SHARE_UNIT,
         null=float(np.nanmean(within)) if within else _NAN,
@@ -84,7 +84,7 @@ def level(analyses: FinishedAnalyses, threat: str, setting: str) -> Claim:
         statement="at the same tokens, KL on outputs leaves more of the repair in later weights than ACT",
         threat=threat,
         setting=setting,
-        found=claim_estimate(found, analyses.clusters(threat)),
+        found=claim_estimate(found),
         statistic=name,
         unit=_SHARE_UNIT,
         null=float(np.mean(tokens)) if tokens else _NAN,
@@ -152,7 +152,7 @@ def _share(name: str, result: Transplant, quantity: str) -> Statistic:
     at = EXCHANGE_QUANTITIES.index(quantity)
     moved = result.values[at, 0, layer, position] - result.unpatched[at, 0]
     effect = result.source[at, 0] - result.unpatched[at, 0]
-    return of_prompts(name, _SHARE_UNIT, np.stack([moved, effect], axis=1), _moved_of_effect)
+    return of_prompts(name, _SHARE_UNIT, np.stack([moved, effect], axis=1), _moved_of_effect, result.clusters())
 
 
 def _moved_of_effect(rows: Float[np.ndarray, "prompt 2"]) -> float:

@@ -33,7 +33,6 @@ class Natural(Threat):
     questions: tuple[Question, ...]
     stems: ClassVar[bool] = True
     all_options: ClassVar[bool] = False
-    topic = "subject"
 
     def __init__(self, asked: Sequence[Question] | None = None) -> None:
         self.questions = questions() if asked is None else tuple(asked)

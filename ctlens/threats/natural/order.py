@@ -18,7 +18,7 @@ import torch
 
 from ctlens.core.config import generator
 from ctlens.data.chat import Turn
-from ctlens.data.pairs import Pair, Prompt
+from ctlens.data.pairs import EVERY_WRAPPER, Pair, Prompt
 from ctlens.threats.base import NO_ANSWER, Count, Metrics, Outcomes, Wrapper, switches
 from ctlens.threats.natural.base import Natural, flips
 from ctlens.threats.natural.questions import Question
@@ -49,7 +49,6 @@ class Order(Natural):
     """
 
     name = "order"
-    wrappers_vary = False  # they are orders of the options
     ratio = "flip_rate"
     all_options = True
     wrappers = {
@@ -90,7 +89,9 @@ class Order(Natural):
             benign=self.prompt(question, benign, question.right, question.wrong),
             # Each option is aligned with itself, wherever it stands; its letter is not.
             shared=(question.text, *(f" {option}" for option in first), question.stem),
-            labels=self.labelled(question, wrapper, kind=f"{letter} {question.kind} {question.subject}"),
+            labels=self.labelled(
+                question, wrapper, kind=f"{letter} {question.kind} {question.subject}", **EVERY_WRAPPER
+            ),
         )
 
     def metrics(self, outcomes: Outcomes) -> Metrics:

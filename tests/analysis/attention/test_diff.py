@@ -15,7 +15,6 @@ from ctlens.analysis import AttentionDiff, attention_diff
 from ctlens.analysis.attention.diff import ATTENTION_MEASURES
 from ctlens.analysis.base.positions import SEGMENTS, key_positions, segments
 from ctlens.core.errors import CtlensError
-from ctlens.core.stats import bootstrap_mean, simultaneous_mean
 from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair, encode
 from ctlens.data.chat import Turn
@@ -231,18 +230,6 @@ def test_the_largest_of_many_changes_by_chance_is_not_called_a_difference() -> N
     top = made(noise).top(5)
     assert top["differs"].tolist() == [True, False, False, False, False]
     assert top.iloc[0][["layer", "head"]].tolist() == [3, 4]
-
-
-def test_intervals_for_all_at_once_are_wider_than_each_alone_and_that_of_one_mean_is_the_same() -> None:
-    values = np.random.default_rng(1).normal(size=(200, 30))
-    _, low, high = simultaneous_mean(values)
-    _, alone_low, alone_high = bootstrap_mean(values)
-    assert ((high - low) > 1.3 * (alone_high - alone_low)).all()
-    _, low, high = simultaneous_mean(values[:, 0])
-    width = 1.96 * values[:, 0].std(ddof=1) / 200**0.5
-    assert (high - low) / 2 == pytest.approx(width, rel=0.08)
-    with pytest.raises(CtlensError, match="at least two"):
-        simultaneous_mean(values[:1])
 
 
 def test_every_quantity_has_its_figure_and_the_curve_by_layer(model, after, tmp_path) -> None:

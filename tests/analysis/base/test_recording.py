@@ -82,7 +82,7 @@ def test_a_recording_gives_the_models_numbers_to_the_last_bit(models, recordings
     found = READING[name](*recordings)
 
     for field, value in vars(from_models).items():
-        np.testing.assert_array_equal(getattr(found, field), value, err_msg=field)
+        np.testing.assert_equal(getattr(found, field), value, err_msg=field)
 
 
 @pytest.mark.boundary

@@ -75,7 +75,8 @@ def test_shares_are_added_up_and_what_is_missing_is_the_remainder():
     assert table.query("quantity == 'sufficient'")["value"].tolist() == [3 / 8, 1.0, 1 / 8, 1 / 8]
     assert table["mediator"].tolist() == ["attention", "attention", "MLP", "MLP"] * 2
     assert totals["value"].tolist() == [11 / 8, 2 / 8, -5 / 8] * 2
-    assert (totals["ci_low"][2], totals["ci_high"][2]) == (-1.0, -0.5)  # of the one pair, and of the other
+    # -1 of a gap of 2 and -1/2 of one of 6: the two move the ratio by 3/16 each way; Student's factor is 12.706
+    assert totals["ci_high"][2] - totals["value"][2] == pytest.approx(12.7062 * 3 / 16, rel=1e-4)
     assert set(totals["n_pairs"]) == {2}
 
 

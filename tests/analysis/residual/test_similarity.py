@@ -28,7 +28,6 @@ from ctlens.analysis.residual.shift_vectors import Shifts, measure, split
 from ctlens.analysis.residual.similarity_result import AT_CEILING, AT_FLOOR, BELOW_CEILING
 from ctlens.analysis.residual.similarity_statistics import STATISTICS, measure_all
 from ctlens.core.errors import CtlensError
-from ctlens.core.stats import jackknife
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt
 from ctlens.models.loading import build
@@ -278,7 +277,7 @@ def test_the_correction_recovers_the_cosine_that_noise_between_seeds_hides() -> 
     noise = RNG.normal(size=(prompts, len(SEEDS), d)) / d**0.5
     vectors = np.stack([true[method] for method, _ in SEEDS]) + noise
 
-    table, _ = measure_all(shifts(vectors), SEEDS, ["cosine"], 1)
+    table, _ = measure_all(shifts(vectors), SEEDS, ["cosine"], 1, {})
 
     numbers = dict(zip(STATISTICS, table[0], strict=True))
     assert np.diagonal(numbers["value"]) == pytest.approx([0.5] * 3, abs=0.02)
@@ -379,7 +378,7 @@ def test_all_quantities_have_intervals_that_hold_their_value() -> None:
     common = RNG.normal(size=(60, 1, 4))
     vectors = np.concatenate([common + 0.5 * RNG.normal(size=(60, 1, 4)) for _ in SEEDS], 1)
 
-    table, band = measure_all(shifts(vectors), SEEDS, ["cosine", "mean_cosine", "cka", "principal"], 2)
+    table, band = measure_all(shifts(vectors), SEEDS, ["cosine", "mean_cosine", "cka", "principal"], 2, {})
 
     value, low, high = table[:, 0], table[:, 1], table[:, 2]
     assert table.shape == (5, 8, 3, 3) and np.all((low <= value) & (value <= high) & (high <= 1))
@@ -437,7 +436,7 @@ def test_a_partly_shared_direction_is_between_floor_and_ceiling(model, models) -
 def test_a_place_without_tokens_has_no_numbers_and_refuses_nothing() -> None:
     empty = Shifts(np.zeros((3, 6, 6)), np.full((3, 6, 4), np.nan), np.full((3, 6, 4), np.nan))
 
-    table, band = measure_all(empty, SEEDS, ["cosine", "mean_cosine", "cka"], 3)
+    table, band = measure_all(empty, SEEDS, ["cosine", "mean_cosine", "cka"], 3, {})
 
     assert np.isnan(table).all() and np.isnan(band).all() and table.shape == (3, 8, 3, 3)
 
@@ -495,13 +494,3 @@ def test_what_was_not_measured_is_not_drawn(found: ShiftSimilarity, options: dic
 def test_figures_of_nothing_or_of_another_shape_are_refused(draw) -> None:
     with pytest.raises(CtlensError):
         draw()
-
-
-def test_a_jackknife_leaves_each_item_out_once_and_refuses_one_item() -> None:
-    left: list[set[int]] = []
-    low, high = jackknife(lambda items: (left.append(set(range(25)) - set(items)), np.float64(1.0))[1], 25)
-
-    assert (low, high) == (1, 1)
-    assert sorted(item for group in left for item in group) == list(range(25)) and len([g for g in left if g]) == 10
-    with pytest.raises(CtlensError, match="a jackknife interval needs at least two pairs"):
-        jackknife(lambda items: np.float64(0.0), 1)

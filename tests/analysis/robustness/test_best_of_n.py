@@ -49,7 +49,7 @@ def test_the_planted_cues_get_through_as_often_as_one_is_among_those_tried(found
 def test_requests_of_their_own_are_averaged_and_an_unbroken_rate_has_a_width() -> None:
     requests = np.array([0, 0, 1, 1, 1])
     bad = np.array([[True, False, False, False, True], [False] * 5])
-    made = BestOfN(bad, requests, np.zeros((2, 0), dtype=bool), ("a", "b"))
+    made = BestOfN(bad, requests, np.zeros((2, 0), dtype=bool), {}, ("a", "b"))
 
     assert made.tries == (1, 2)  # as many as the first request has
     np.testing.assert_allclose(made.curve("a")[0], [(1 / 2 + 1 / 3) / 2, (1 + 2 / 3) / 2])

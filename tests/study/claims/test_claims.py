@@ -42,8 +42,8 @@ def test_a_verdict_follows_from_the_interval_and_the_floor(numbers: tuple, floor
     assert claim_verdict(*numbers, floor) == expected
 
 
-def mean_of(values: np.ndarray) -> Statistic:
-    return of_prompts("the mean", "", values, np.mean)
+def mean_of(values: np.ndarray, clusters: Clusters | None = None) -> Statistic:
+    return of_prompts("the mean", "", values, np.mean, clusters)
 
 
 def test_a_statistic_of_parts_follows_the_prompts_that_count() -> None:
@@ -114,8 +114,8 @@ def test_an_estimate_is_over_what_prompts_share() -> None:
     topics = Clusters.of({"topic": np.repeat(np.arange(6), 8).astype(str).tolist()})
 
     alone = claim_estimate({(0, 0): mean_of(values)})
-    found = claim_estimate({(0, 0): mean_of(values)}, topics)
-    few = claim_estimate({(0, 0): mean_of(values)}, Clusters.of({"topic": ["a"] * 20 + ["b"] * 28}))
+    found = claim_estimate({(0, 0): mean_of(values, topics)})
+    few = claim_estimate({(0, 0): mean_of(values, Clusters.of({"topic": ["a"] * 20 + ["b"] * 28}))})
 
     assert (found.low, found.high) == pytest.approx(student(np.arange(6.0)))
     assert found.low < alone.low < alone.value == found.value < alone.high < found.high
