@@ -13,7 +13,7 @@ _ON_BEHAVIOUR = {
 }
 _ON_MECHANISM = {
     "shared": "internal methods move the residual stream alike at the last token, and BCT differently",
-    "left_later": "losses on outputs leave part of the repair in later weights",
+    "left_later": "losses on outputs leave part of the repair in later weights at the last token",
     "level": "KL on outputs leaves more there than ACT at the same tokens",
 }
 _VERDICT_WORDS = {HOLDS: "holds", FAILS: "does not hold", OPEN: "stays open"}

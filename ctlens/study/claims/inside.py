@@ -185,7 +185,7 @@ def _attention(analyses: FinishedAnalyses, threat: str) -> Claim:
     }
     return make_claim(
         "attention",
-        "attention to the wrapper falls more under AttCT than under any other method",
+        "attention from the last token to the wrapper falls more under AttCT than under any other method",
         threat,
         EQUAL_STEPS,
         claim_estimate(margins),
@@ -225,7 +225,7 @@ def _cue(analyses: FinishedAnalyses, threat: str, method: str) -> Claim:
     shuffled = max((float(values[4]) for values in own.values()), default=0.0)
     return make_claim(
         f"cue_{method}",
-        f"the cue can still be read after {label(method)}",
+        f"the cue can still be read at the last token after {label(method)}",
         threat,
         EQUAL_STEPS,
         accuracy,

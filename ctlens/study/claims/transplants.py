@@ -52,7 +52,7 @@ def left_later(analyses: FinishedAnalyses, threat: str, setting: str) -> Claim:
     return make_claim(
         key="left_later",
         statement="losses on outputs leave part of the repair in later weights, "
-        "internal losses put it into the residual stream",
+        "internal losses put it into the residual stream, at the last token",
         threat=threat,
         setting=setting,
         found=claim_estimate(found),
@@ -81,7 +81,8 @@ def level(analyses: FinishedAnalyses, threat: str, setting: str) -> Claim:
     tokens = [abs(whole(of_parts("tokens", _SHARE_UNIT, shares, _token_contrast))) for shares in lost.values()]
     return make_claim(
         key="level",
-        statement="at the same tokens, KL on outputs leaves more of the repair in later weights than ACT",
+        statement="with the same window, KL on outputs leaves more of the repair in later weights than ACT, "
+        "at the last token",
         threat=threat,
         setting=setting,
         found=claim_estimate(found),
