@@ -95,6 +95,16 @@ def probe_pairs(source: Subject, config: StudyConfig, model: LensModel, n_pairs:
     return aligned(source, n_pairs, model, config, split=SPLIT)
 
 
+def gap_pairs(source: Subject, config: StudyConfig, model: LensModel) -> list[Pair]:
+    """The held-out pairs on which the gap is measured, and by it the matched step chosen.
+
+    They are others than those whose activations are compared, as many of each; a file that has no more has the same.
+    """
+    compared = probe_pairs(source, config, model, config.n_analysed)
+    both = probe_pairs(source, config, model, 2 * config.n_analysed)
+    return [pair for pair in both[len(compared) :] if pair not in compared] or compared
+
+
 def aligned(
     source: Subject, n_pairs: int, model: LensModel, config: StudyConfig, *, split: str, seed: int = 0
 ) -> list[Pair]:
@@ -135,13 +145,18 @@ class CellTraining:
 
     @cached_property
     def probes(self) -> list[Pair]:
-        """The held-out pairs on which the gap is measured and activations are compared."""
+        """The held-out pairs on which activations are compared."""
         return probe_pairs(self.subject, self.config, self.base, self.config.n_analysed)
 
     @cached_property
     def gap(self) -> Gap:
         """The gap of the model before training, which every measurement on the way is a share of."""
-        return Gap(self.base, self.probes)
+        return Gap(self.base, self.gap_pairs)
+
+    @cached_property
+    def gap_pairs(self) -> list[Pair]:
+        """The held-out pairs on which the gap is measured."""
+        return gap_pairs(self.subject, self.config, self.base)
 
     def run(self) -> None:
         """Trains and writes the folder."""
@@ -181,7 +196,7 @@ class CellTraining:
     def _measure_recovery(self, step: int, model: LensModel) -> None:
         """Measures how much of the gap is recovered, and keeps the model that is nearest to the matched share."""
         share, low, high = _recovered(lambda: self.gap, model)
-        self.tables.append(_row(self.cell, step, GAP_RECOVERED, share, low, high, len(self.probes)))
+        self.tables.append(_row(self.cell, step, GAP_RECOVERED, share, low, high, len(self.gap_pairs)))
         off = abs(share - self.config.matched)
         if off <= min([_NEAR_MATCHED, *(held for held, _ in self.matched.values())]):
             self.matched = {step: (off, self._copied(model))}
@@ -247,8 +262,9 @@ def _perturb(config: StudyConfig, study: Path, cell: Cell) -> None:
     model = perturbed(base, [finished_model(config, base, folder) for folder in folders], cell.seed)
     source = subject(cell.threat, config.file, study)
     probes = probe_pairs(source, config, base, config.n_analysed)
+    measured = gap_pairs(source, config, base)
     final = evaluated(model, [source], [SPLIT], config.n_prompts)
-    share = _row(cell, 0, GAP_RECOVERED, *_recovered(lambda: Gap(base, probes), model), len(probes))
+    share = _row(cell, 0, GAP_RECOVERED, *_recovered(lambda: Gap(base, measured), model), len(measured))
     with atomic_folder(cell.path(study)) as work:
         save_model(model, work / "model")
         final.save(work / OUTCOMES_FILE)

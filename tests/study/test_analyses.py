@@ -19,7 +19,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.reading import read_json
 from ctlens.data.pairs import save_pairs
 from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Analysis, analyses_of, run_analyses, run_analysis
-from ctlens.study.cells import CellTraining, base_model, probe_pairs
+from ctlens.study.cells import CellTraining, base_model, gap_pairs, probe_pairs
 from ctlens.study.claims import read_claims
 from ctlens.study.config import Cell, StudyConfig, base_cell, full_study, study_of_size
 from ctlens.study.runner import Study, StudyResult, seconds
@@ -78,7 +78,10 @@ def test_the_effect_in_logits_is_followed_by_step(small: StudyResult) -> None:
     assert rows["step"].tolist() == [1, 2, 3, 4, 5, 6, 8, 10, 13, 16] and set(rows["n_prompts"]) == {SMALL.n_analysed}
     base = base_model(SMALL, small.folder, base_cell())
     model = load_model(small.folder / "runs" / "jailbreak-act-seed0")
-    pairs = probe_pairs(subject("jailbreak"), SMALL, base, SMALL.n_analysed)
+    pairs = gap_pairs(subject("jailbreak"), SMALL, base)
+    compared = probe_pairs(subject("jailbreak"), SMALL, base, SMALL.n_analysed)
+    assert len(pairs) == len(compared)
+    assert not [pair for pair in pairs if pair in compared]  # what picks a step is not what is compared
     expected = gap_recovered(base, {"act": model}, pairs, progress=False).share("act")
     assert tuple(rows.iloc[-1][["value", "ci_low", "ci_high"]]) == pytest.approx(expected, abs=1e-5)
 
@@ -92,7 +95,7 @@ def test_the_matched_model_is_that_of_the_step_nearest_to_the_effect(small: Stud
 
     place = small.folder / "runs" / "jailbreak-act-seed0" / "matched"
     base = base_model(SMALL, small.folder, base_cell())
-    pairs = probe_pairs(subject("jailbreak"), SMALL, base, SMALL.n_analysed)
+    pairs = gap_pairs(subject("jailbreak"), SMALL, base)
     share, *_ = gap_recovered(base, {"act": load_model(place)}, pairs, progress=False).share("act")
 
     assert read_json(place / "step.json") == {"step": nearest, "gap_recovered": rows[nearest]}
