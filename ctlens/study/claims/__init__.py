@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ctlens.study.analyses import FinishedAnalyses
 from ctlens.study.claims.answer import answer
 from ctlens.study.claims.behaviour import behaviour_claims
 from ctlens.study.claims.claim import CLAIM_VERDICTS, Claim, claim_verdict, read_claims, write_claims
@@ -23,4 +24,4 @@ def judge_claims(config: StudyConfig, study: Path, results: pd.DataFrame) -> lis
         study: its folder, with every cell and analysis.
         results: its rows.
     """
-    return [*behaviour_claims(config, study, results), *inside_claims(config, study)]
+    return [*behaviour_claims(config, study, results), *inside_claims(FinishedAnalyses(config, study))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
@@ -21,7 +20,6 @@ from ctlens.study.claims.estimates import NOTHING, claim_estimate, spanned
 from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
 from ctlens.study.claims.transplants import left_later, level
 from ctlens.study.conditions import INTERNAL_LEVEL, RETENTION, condition_named
-from ctlens.study.config import StudyConfig
 
 _NAN = float("nan")
 _ACT = "act"
@@ -29,9 +27,9 @@ _ATTCT = "attct"
 _BCT = "bct"
 
 
-def inside_claims(config: StudyConfig, study: Path) -> Iterator[Claim]:
+def inside_claims(analyses: FinishedAnalyses) -> Iterator[Claim]:
     """Judges every claim about the mechanism on every analysed threat."""
-    analyses = FinishedAnalyses(config, study)
+    config = analyses.config
     for threat in config.analysed_threats:
         for setting in SETTINGS:
             yield from (_shared(analyses, threat, setting, positions) for positions in ALIGNED_POSITIONS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from ctlens.analysis.attention.diff import ATTENTION_MEASURES, HEADLINE
 from ctlens.analysis.base.positions import STATE_POSITIONS
 from ctlens.analysis.base.result import Result
 from ctlens.analysis.residual.shift_vectors import SHIFT_PARTS
-from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Analysis
+from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Analysis, FinishedAnalyses
 from ctlens.study.claims import Claim
 from ctlens.study.claims.inside import inside_claims
 from ctlens.study.config import Cell, StudyConfig
@@ -54,7 +55,7 @@ def study(tmp_path: Path) -> Path:
 
 
 def claims(study: Path, config: StudyConfig = CONFIG) -> dict[tuple[str, str], Claim]:
-    return {(claim.key, claim.setting): claim for claim in inside_claims(config, study)}
+    return {(claim.key, claim.setting): claim for claim in inside_claims(FinishedAnalyses(config, study))}
 
 
 def similarity(cosines: np.ndarray, methods: tuple[str, ...] = METHODS, seeds: int = 1) -> ShiftSimilarity:
@@ -63,7 +64,7 @@ def similarity(cosines: np.ndarray, methods: tuple[str, ...] = METHODS, seeds: i
     by_prompt = np.full((len(SHIFT_PARTS), len(STATE_POSITIONS), LAYERS, PROMPTS, m, m), -0.9)
     by_prompt[SHIFT_PARTS.index("off"), STATE_POSITIONS.index("last")] = cosines
     two = np.zeros((1, len(SHIFT_PARTS), len(STATE_POSITIONS), LAYERS, m, m))
-    arrays = {
+    arrays: dict[str, Any] = {
         f.name: two
         for f in dataclasses.fields(ShiftSimilarity)
         if f.name.split("_")[0] in ("value", "ci", "seed", "corrected")
