@@ -12,6 +12,7 @@ from ctlens.cli.common import (
     Methods,
     ModelSource,
     Quiet,
+    Recipe,
     SeedCount,
     Steps,
     ThreatNames,
@@ -47,13 +48,7 @@ def train_organism_command(
     relora_every: Annotated[
         int | None, typer.Option(help="Merge the adapters and start new ones every so many steps.")
     ] = None,
-    recipe: Annotated[
-        str,
-        typer.Option(
-            help="Where the vulnerability comes from: learnt together with all else, put afterwards into a clean-born "
-            "model, or left out (clean-born)."
-        ),
-    ] = "together",
+    recipe: Recipe = "together",
     device: Device = "cpu",
     quiet: Quiet = False,
 ) -> None:

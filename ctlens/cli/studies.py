@@ -19,6 +19,7 @@ from ctlens.cli.common import (
     Methods,
     PairsFile,
     Quiet,
+    Recipe,
     Resume,
     SeedCount,
     Steps,
@@ -47,6 +48,7 @@ def compare_command(
     methods: Methods = "",
     seeds: Annotated[int | None, typer.Option(help="Number of seeds: 1, or 3 with --size full.")] = None,
     organisms: Annotated[int | None, typer.Option(help="Number of organisms: 1, or 3 with --size full.")] = None,
+    recipe: Recipe = "together",
     steps: Annotated[int | None, typer.Option(help="Training steps: 100, or 20 with --size natural.")] = None,
     window: Annotated[
         str,
@@ -110,6 +112,7 @@ def compare_command(
         "file": str(pairs or ""),
         "device": str(chosen_device(device)),
         "dtype": dtype,
+        "recipe": recipe,
     }
     chosen |= {name: value for name, value in (("seeds", seeds), ("organisms", organisms)) if value is not None}
     config = study_of_size(size, **chosen)

@@ -63,7 +63,7 @@ def run_cell(config: StudyConfig, study: Path, cell: Cell) -> None:
     """
     with one_thread(), keeping(SHARED):
         if cell.condition == ORGANISM:
-            train_organism(cell.path(study), seed=cell.organism, progress=False)
+            train_organism(cell.path(study), seed=cell.organism, recipe=config.recipe, progress=False)
         elif cell.condition == SCREENING:
             threat = cast(Natural, get(cell.threat))
             screen(base_model(config, study, cell), threat, progress=False).save(cell.path(study))
@@ -79,7 +79,7 @@ def run_cell(config: StudyConfig, study: Path, cell: Cell) -> None:
 
 def base_model(config: StudyConfig, study: Path, cell: Cell) -> LensModel:
     """The model that a cell starts from."""
-    trained = organism_cell(cell.organism).path(study) if cell.organism else None
+    trained = organism_cell(cell.organism).path(study) if cell.organism in config.pretrained else None
     return start_model(config.model, trained, config.device, config.dtype)
 
 

@@ -13,6 +13,8 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.labels import BASE
 from ctlens.evaluation.result import OWN_PAIRS
 from ctlens.models.lora import LoRA
+from ctlens.organism import RECIPES
+from ctlens.organism.pretrain import TOGETHER
 from ctlens.study import conditions
 from ctlens.study.conditions import (
     ABLATED,
@@ -78,7 +80,9 @@ class StudyConfig:
         ceiling_seeds: the fewest seeds of the methods on the analysed threats. Those beyond `seeds` are trained for the
             analyses alone: how alike two seeds of one method are is the ceiling of how alike two methods can be. 1
             does without that ceiling.
-        organisms: how many; those behind the first are pretrained for the study.
+        organisms: how many; the first is the shipped one, and the others are pretrained for the study.
+        recipe: how the organisms' vulnerability comes in, one of `ctlens.organism.RECIPES`; with one that is not the
+            shipped organism's, the first is pretrained too.
         matched: the share of the gap in the logit difference at which methods are compared again, 0 to 1.
         model: the model to train, as `ct.load_model` takes it from disk, instead of the shipped organism.
         file: JSONL pairs to train and evaluate on, instead of threats.
@@ -98,6 +102,7 @@ class StudyConfig:
     extra_conditions: tuple[str, ...] | None = None
     ceiling_seeds: int = CEILING_SEEDS
     organisms: int = 1
+    recipe: str = TOGETHER
     matched: float = 0.5
     model: str = ""
     file: str = ""
@@ -131,8 +136,10 @@ class StudyConfig:
                 raise CtlensError(f"{name} must be at least 1, not {number}.")
         if not 0 < self.matched < 1:
             raise CtlensError(f"methods are matched at a share between 0 and 1, not {self.matched}.")
-        if self.organisms > 1 and (self.model or self.file):
-            raise CtlensError("several organisms are trained from the micro-world: leave out the model and the file.")
+        if self.recipe not in RECIPES:
+            raise unknown("recipe", self.recipe, RECIPES)
+        if self.pretrained and (self.model or self.file):
+            raise CtlensError("organisms are pretrained in the micro-world: leave out the model and the file.")
         if self.natural and not self.model:
             raise CtlensError(
                 f"the organism has not the words of {', '.join(self.natural)}: name a model that speaks English."
@@ -167,6 +174,11 @@ class StudyConfig:
     def analysed_threats(self) -> tuple[str, ...]:
         """The threats whose models are analysed."""
         return self.analysed or ()
+
+    @property
+    def pretrained(self) -> range:
+        """The numbers of the organisms that are pretrained for the study."""
+        return range(1 if self.recipe == TOGETHER else 0, self.organisms)
 
     def compares_inside(self, threat: str) -> bool:
         """Whether every model trained on a threat is evaluated on the way and compared with the base inside.

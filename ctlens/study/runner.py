@@ -117,16 +117,15 @@ class Study:
     def _waves(self) -> list[list[Cell]]:
         """The cells in parts that need only earlier parts.
 
-        Natural threats are screened before all else; the base is evaluated and organisms are pretrained beside the
-        first trainings.
+        Natural threats are screened before all else. Organisms are pretrained beside the trainings of one that is
+        there, and each is evaluated before its trainings are compared with it.
         """
-        cells = self.config.cells()
-        others = range(1, self.config.organisms)
-        first = [cell for cell in cells if not cell.organism]
-        rest = [cell for cell in cells if cell.organism]
-        made = [organism_cell(organism) for organism in others]
-        bases = [base_cell(organism) for organism in others]
-        return [self.config.screenings(), [base_cell(), *first, *made], bases, rest, self.config.derived()]
+        pretrained = self.config.pretrained
+        made = [organism_cell(organism) for organism in pretrained]
+        every = [*(base_cell(organism) for organism in range(self.config.organisms)), *self.config.cells()]
+        first = [cell for cell in every if cell.organism not in pretrained]
+        rest = [cell for cell in every if cell.organism in pretrained]
+        return [self.config.screenings(), [*first, *made], rest, self.config.derived()]
 
     def _run(self, cells: Sequence[Cell]) -> Iterator[Cell]:
         """Runs the missing cells and yields every cell once it is done."""
@@ -250,7 +249,7 @@ def seconds(config: StudyConfig, pool: Pool) -> float:
     step = (time.perf_counter() - began) / _STEPS_TIMED
     training = _TRAINING_COST * step * config.training.steps
     analyses = _ANALYSIS_COST * len(analyses_of(config))
-    organisms = _ORGANISM_COST * (config.organisms - 1)
+    organisms = _ORGANISM_COST * len(config.pretrained)
     return training * (len(config.cells()) + analyses + organisms) / pool.workers
 
 

@@ -19,9 +19,9 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.reading import read_json
 from ctlens.data.pairs import save_pairs
 from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Analysis, analyses_of, run_analyses, run_analysis
-from ctlens.study.cells import CellTraining, base_model, gap_pairs, probe_pairs
+from ctlens.study.cells import CellTraining, base_model, gap_pairs, probe_pairs, run_cell
 from ctlens.study.claims import read_claims
-from ctlens.study.config import Cell, StudyConfig, base_cell, full_study, study_of_size
+from ctlens.study.config import Cell, StudyConfig, base_cell, full_study, organism_cell, study_of_size
 from ctlens.study.runner import Study, StudyResult, seconds
 from ctlens.study.source import subject
 from ctlens.study.workers import Pool
@@ -352,12 +352,27 @@ def test_a_study_says_beforehand_how_long_it_takes() -> None:
         ({"organisms": 0}, "organisms must be at least 1"),
         ({"matched": 1.0}, "between 0 and 1"),
         ({"organisms": 2, "file": "pairs.jsonl"}, "leave out the model and the file"),
+        ({"recipe": "clean-born", "model": "somewhere"}, "leave out the model and the file"),
+        ({"recipe": "later"}, "unknown recipe 'later'"),
         ({"threats": ("jailbreak",), "file": "pairs.jsonl"}, "unknown threat 'jailbreak'"),
     ],
 )
 def test_plans_that_make_no_sense_are_refused(options: dict, message: str) -> None:
     with pytest.raises(CtlensError, match=message):
         StudyConfig(**options)
+
+
+def test_with_another_recipe_the_first_organism_is_made_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = replace(SMALL, recipe="afterwards", analysed=())
+    made: list[tuple[int, str]] = []
+    monkeypatch.setattr(
+        "ctlens.study.cells.train_organism", lambda out, seed, recipe, progress: made.append((seed, recipe))
+    )
+    first, second, *_ = [wave for wave in Study(config, tmp_path / "study", progress=False)._waves() if wave]
+
+    assert first == [organism_cell(0)] and second[0] == base_cell(0)
+    run_cell(config, tmp_path, first[0])
+    assert made == [(0, "afterwards")]
 
 
 def test_organisms_are_made_beside_the_firsts_trainings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
