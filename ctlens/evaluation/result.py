@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ctlens import plots
+from ctlens.core.clusters import clustered_ratio
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import atomic_file
 from ctlens.core.labels import BASE
@@ -23,6 +24,7 @@ from ctlens.evaluation.numbers import (
     RATES,
     by,
     by_pair,
+    clusters,
     clusters_by_pair,
     difference_with_interval,
     numbers,
@@ -49,7 +51,7 @@ OUTCOME_COLUMNS = (
 RATE_COLUMNS = (*_GROUPS, "prompt_side", "metric", "value", "n_prompts", "n_effective", "ci_low", "ci_high")
 OWN_PAIRS = "pairs"
 """A table gives this as the threat of a user's own pairs."""
-_OTHER_PAIRS = "a {} needs two evaluations of the same pairs: take equal splits, n_prompts and seed."
+_OTHER_PAIRS = "a {} needs evaluations of the same pairs: take equal splits, n_prompts and seed."
 # Tables of an earlier ctlens have these names of columns.
 _RENAMED_COLUMNS = {"arm": "prompt_side", "method": "condition", "n": "n_prompts", "pairs": "n_pairs"}
 
@@ -165,6 +167,41 @@ class Evaluation:
         if _asked(one) != _asked(two):
             raise CtlensError(_OTHER_PAIRS.format("difference"))
         return difference_with_interval([one], [two], metric)
+
+    def share_repaired(
+        self,
+        before: Evaluation,
+        clean_born: Evaluation,
+        threat: str,
+        split: str | None = None,
+        *,
+        metric: str = "bad_rate",
+        prompt_side: str = "wrapped",
+    ) -> tuple[float, float, float]:
+        """The share of a vulnerability that is gone: 0 as before training, 1 as in the twin that never had it.
+
+        It is `(before - this) / (before - clean-born)` of a rate, with the ends of its interval over topics and wrapper
+        texts; all three models have answered the same prompts. Beyond 1 a model gives fewer such answers than the twin.
+
+        Args:
+            before: the evaluation of the model before training.
+            clean_born: that of its twin, see `ctlens organism train --recipe clean-born`.
+            threat, split, metric, prompt_side: as of `difference`.
+
+        Raises:
+            CtlensError: as `difference`, or the rates before training and of the twin are equal.
+        """
+        _check_rate(metric)
+        rows = [one.answers(threat, split, prompt_side) for one in (self, before, clean_born)]
+        if not _asked(rows[0]) == _asked(rows[1]) == _asked(rows[2]):
+            raise CtlensError(_OTHER_PAIRS.format("share of a vulnerability"))
+        own, vulnerable, twin = [(of["verdict"] == RATES[metric]).to_numpy(dtype=float) for of in rows]
+        if vulnerable.mean() == twin.mean():
+            raise CtlensError(
+                f"the twin's {metric} is that before training, so there is no vulnerability to share out."
+            )
+        share, low, high = clustered_ratio(vulnerable - own, vulnerable - twin, clusters(rows[0]))
+        return float(share), float(low), float(high)
 
     def answers(self, threat: str, split: str | None = None, prompt_side: str = "wrapped") -> pd.DataFrame:
         """The outcomes of one threat, split and prompt side, in the order of the pairs.

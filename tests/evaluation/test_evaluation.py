@@ -287,11 +287,26 @@ def test_the_difference_of_two_models_is_of_paired_answers() -> None:
     assert low > 0 and after.difference(before, "pairs", "heldout") == pytest.approx((-found, -high, -low))
 
 
+def test_the_share_of_a_vulnerability_that_is_gone_is_of_what_the_twin_lacks() -> None:
+    before = outcomes("pairs", wrapped=["bad"] * 40 + ["good"] * 10)
+    after = outcomes("pairs", wrapped=["bad"] * 10 + ["good"] * 40)
+    twin = outcomes("pairs", wrapped=["good"] * 48 + ["bad"] * 2)
+
+    share, low, high = after.share_repaired(before, twin, "pairs")
+
+    assert share == pytest.approx((0.8 - 0.2) / (0.8 - 0.04)) and low < share < high
+    assert before.share_repaired(before, twin, "pairs")[0] == 0 and twin.share_repaired(before, twin, "pairs")[0] == 1
+    with pytest.raises(CtlensError, match="there is no vulnerability to share out"):
+        after.share_repaired(before, before, "pairs")
+    with pytest.raises(CtlensError, match="needs evaluations of the same pairs"):
+        after.share_repaired(before, outcomes("pairs", wrapped=["good"] * 49), "pairs")
+
+
 def test_a_difference_of_other_prompts_is_refused() -> None:
     one = outcomes("pairs", wrapped=["bad"] * 10)
     other = outcomes("pairs", wrapped=["bad"] * 9)
 
-    with pytest.raises(CtlensError, match="a difference needs two evaluations of the same pairs"):
+    with pytest.raises(CtlensError, match="a difference needs evaluations of the same pairs"):
         one.difference(other, "pairs")
     with pytest.raises(CtlensError, match="did you mean 'bad_rate'"):
         one.difference(one, "pairs", metric="badrate")
@@ -538,7 +553,7 @@ def test_a_ratio_does_not_depend_on_the_order_of_rows(toy: Toy) -> None:
         ({"metric": "brr"}, "unknown metric 'brr'"),
         ({"metric": "good_rate"}, "it is 0 before training and 0.5 after it"),
         ({"metric": "at_three"}, "it is nan before training"),
-        ({"before": outcomes("toy", wrapped=["bad"])}, "two evaluations of the same pairs"),
+        ({"before": outcomes("toy", wrapped=["bad"])}, "evaluations of the same pairs"),
     ],
 )
 def test_a_ratio_that_makes_no_sense_is_refused(toy: Toy, options: dict[str, Any], message: str) -> None:
@@ -555,7 +570,7 @@ def test_a_ratio_of_other_pairs_is_refused() -> None:
     other = evaluate(model, ["sycophancy"], n_prompts=3, seed=1)
 
     assert one.ratio(one, "brr", "sycophancy")[0] == 1
-    with pytest.raises(CtlensError, match="two evaluations of the same pairs"):
+    with pytest.raises(CtlensError, match="evaluations of the same pairs"):
         one.ratio(other, "brr", "sycophancy")
 
 
