@@ -30,6 +30,8 @@ FIELDS = (
 """The fields of ctlens's own JSONL, see `pair_of`."""
 TOPICS = ("topic", "entity", "hazard", "verb", "persona", "subject")
 """Labels that say what a pair is about, the first that it has counts; pairs of one topic are not independent."""
+CLUSTER_KINDS = ("topic", "wrapper")
+"""What `clusters_of` tells of a pair."""
 EVERY_WRAPPER = {"wrappers": "all"}
 """The label of pairs whose wrappers are all that there are, as the orders of options, and not a few of many."""
 _ROLES = ("system", "user", "assistant")

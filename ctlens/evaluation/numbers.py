@@ -22,13 +22,11 @@ from ctlens.core.clusters import (
 )
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.stats import LEVEL, wilson_of_share
+from ctlens.data.pairs import CLUSTER_KINDS
 from ctlens.threats.base import NO_ANSWER, UNPARSED, Count, Metrics, Outcomes, Threat
 
 RATES = {"bad_rate": "bad", "good_rate": "good", "other_rate": "other", "unparsed_rate": UNPARSED}
 PROBABILITIES = ("good_probability", "bad_probability")
-
-CLUSTER_COLUMNS = ("topic", "wrapper")
-"""The columns of the outcomes that say which pairs go together in an interval."""
 
 Number = tuple[str, str, float, int, float, float, float]
 """A number is a row: prompt side, metric, value, prompts, of a rate how many independent ones, ends of its interval."""
@@ -78,7 +76,7 @@ def difference_with_interval(
 
 def clusters(answers: pd.DataFrame) -> Clusters:
     """Which of some answers go together: those about one topic, and those under one wrapper text."""
-    return Clusters.of({name: answers[name].tolist() for name in CLUSTER_COLUMNS})
+    return Clusters.of({name: answers[name].tolist() for name in CLUSTER_KINDS})
 
 
 def clusters_by_pair(rows: pd.DataFrame) -> Clusters:

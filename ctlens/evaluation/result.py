@@ -18,8 +18,8 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import atomic_file
 from ctlens.core.labels import BASE
 from ctlens.core.reading import number_or_nan, read_columns, typed, whole_number
+from ctlens.data.pairs import CLUSTER_KINDS
 from ctlens.evaluation.numbers import (
-    CLUSTER_COLUMNS,
     PROBABILITIES,
     RATES,
     by,
@@ -321,7 +321,7 @@ def require_columns_of_today(table: Iterable[str], path: str | Path) -> None:
     if renames:
         base = f", and write {BASE} for the method none" if "method" in table else ""
         raise CtlensError(f"{path} was written by an earlier ctlens: rename its column {', '.join(renames)}{base}.")
-    if {"verdict", "metric"} & set(table) and not {"n_effective", *CLUSTER_COLUMNS} & set(table):
+    if {"verdict", "metric"} & set(table) and not {"n_effective", *CLUSTER_KINDS} & set(table):
         raise CtlensError(
             f"{path} was written by an earlier ctlens, which did not say which prompts go together: evaluate again."
         )

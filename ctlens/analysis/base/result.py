@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from ctlens.core.clusters import Clusters
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_file
-from ctlens.data.pairs import Pair, clusters_of
+from ctlens.data.pairs import CLUSTER_KINDS, Pair, clusters_of
 
 _R = TypeVar("_R", bound="Result")
 ENTRY = "result"
@@ -86,8 +86,8 @@ class ResultOverPairs(Result):
     """Base of the results that hold numbers of each pair, with what their intervals need.
 
     Attributes:
-        groups: by kind, `"topic"` and `"wrapper"`, the number of each pair's group; pairs of one group go together.
-            Empty where they are taken as independent.
+        groups: the number of each pair's group, by kind as in `ctlens.data.pairs.CLUSTER_KINDS`; pairs of one group go
+            together. Empty where they are taken as independent.
     """
 
     groups: Mapping[str, Int[np.ndarray, " pair"]] = dataclasses.field(default_factory=dict, kw_only=True)
@@ -118,7 +118,7 @@ def groups_of(pairs: Sequence[Pair]) -> dict[str, Int[np.ndarray, " pair"]]:
     found = [clusters_of(pair) for pair in pairs]
     return {
         kind: np.unique([names[number] for names in found], return_inverse=True)[1]
-        for number, kind in enumerate(("topic", "wrapper"))
+        for number, kind in enumerate(CLUSTER_KINDS)
     }
 
 

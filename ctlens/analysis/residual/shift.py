@@ -164,24 +164,22 @@ class ResidualShift(ResultOverPairs):
 
 def _drawn(results: Mapping[str, ResidualShift], quantity: str, positions: str, subtitle: str | None = None) -> Figure:
     """Draws one line per result; beside the share of the gap, what is left of the gap and the stream's length."""
-
-    def curves(quantity: str) -> dict[str, Curve]:
-        return {name: result.curve(quantity, positions) for name, result in results.items()}
-
-    drawn = curves(quantity)
+    shown = [*_BESIDE_GAP] if quantity == "gap_closed" else [quantity]
+    curves = {name: {label: result.curve(name, positions) for label, result in results.items()} for name in shown}
     undone = "How far does training undo the wrapper"
     moved = "How far does training move the residual stream"
     title = f"{undone if quantity in GAP_QUANTITIES else moved}, {POSITIONS_IN_WORDS[positions]}?"
-    if quantity == "gap_closed":
-        return plots.layer_panels(
-            {words: curves(name) for name, words in _BESIDE_GAP.items()},
-            title,
-            marks={words: [*MARKS[name].values()] for name, words in _BESIDE_GAP.items()},
-            note="as before training, and of the gap also as on the clean prompt",
-            subtitle=subtitle,
+    if len(shown) == 1:
+        lines = MARKS.get(quantity)
+        return plots.layer_curves(
+            curves[quantity], title, y_title=_TITLES[quantity], reference_lines=lines, subtitle=subtitle
         )
-    return plots.layer_curves(
-        drawn, title, y_title=_TITLES[quantity], reference_lines=MARKS.get(quantity), subtitle=subtitle
+    return plots.layer_panels(
+        {words: curves[name] for name, words in _BESIDE_GAP.items()},
+        title,
+        marks={words: [*MARKS[name].values()] for name, words in _BESIDE_GAP.items()},
+        note="as before training, and of the gap also as on the clean prompt",
+        subtitle=subtitle,
     )
 
 
