@@ -26,6 +26,8 @@ from ctlens.analysis.directions.from_probe import probe_direction as probe_direc
 from ctlens.analysis.directions.interventions import Intervention as Intervention
 from ctlens.analysis.directions.steering import ablate as ablate
 from ctlens.analysis.directions.steering import steer as steer
+from ctlens.analysis.exchange.head_curve import HeadCurve as HeadCurve
+from ctlens.analysis.exchange.head_curve import head_curve as head_curve
 from ctlens.analysis.exchange.mediation import Mediation as Mediation
 from ctlens.analysis.exchange.mediation import mediation as mediation
 from ctlens.analysis.exchange.transplant import Transplant as Transplant
@@ -62,5 +64,7 @@ from ctlens.analysis.robustness.relearn import Relearning as Relearning
 from ctlens.analysis.robustness.relearn import relearn as relearn
 from ctlens.analysis.weights.graft import Graft as Graft
 from ctlens.analysis.weights.graft import graft as graft
+from ctlens.analysis.weights.interpolation import Interpolation as Interpolation
+from ctlens.analysis.weights.interpolation import interpolation as interpolation
 from ctlens.analysis.weights.update_rank import UpdateRank as UpdateRank
 from ctlens.analysis.weights.update_rank import update_rank as update_rank

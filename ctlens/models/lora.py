@@ -29,7 +29,7 @@ from ctlens.core.limits import POSITIVE, require
 from ctlens.core.reading import read_json
 from ctlens.core.types import LensModel, widened
 from ctlens.models.matrices import MATRICES, Slot, slots
-from ctlens.models.parameters import fingerprint, same_fingerprint
+from ctlens.models.parameters import copy_model, fingerprint, same_fingerprint
 from ctlens.models.weights import copy_weights
 
 CONFIG_FILE = "adapters.json"
@@ -158,6 +158,14 @@ def merge_adapters(model: LensModel) -> None:
         _own_class(slot.module)
         parametrize.remove_parametrizations(slot.module, slot.name, leave_parametrized=False)
         weight.data = merged.clone()  # and not written in place: a model may share its frozen weights with another
+
+
+def merged_copy(model: LensModel) -> LensModel:
+    """A copy in eval mode whose adapters, if there are any, are in its weights; `model` is left as it is."""
+    copied = copy_model(model)
+    if has_adapters(copied):
+        merge_adapters(copied)
+    return copied
 
 
 def adapter_tensors(model: LensModel) -> tuple[LoRA, dict[str, Tensor]]:

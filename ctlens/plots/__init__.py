@@ -8,6 +8,8 @@ A name imported as itself (`from ... import X as X`) is public to type checkers;
 from plotly.graph_objects import Figure as Figure
 
 from ctlens.plots.agreement import agreement as agreement
+from ctlens.plots.curve_panels import CurvePanel as CurvePanel
+from ctlens.plots.curve_panels import curve_panels as curve_panels
 from ctlens.plots.curves import dose_curves as dose_curves
 from ctlens.plots.curves import layer_curves as layer_curves
 from ctlens.plots.evidence import Measurement as Measurement

@@ -209,7 +209,7 @@ def transplant(
     """
     require_comparable(target, source)
     chosen = (positions,) if isinstance(positions, str) else tuple(positions)
-    prepared = _prompts(target, pairs, side, chosen)
+    prepared = same_prompts(target, pairs, side, chosen)
     measures = named_metrics(metrics)
     into = [
         sweep_of(model, prepared, (site,), layers, measures, max_batch, skip_unchanged=False)
@@ -242,19 +242,25 @@ def _joined(groups: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
 def _both_ways(into: Sequence[Sweep], group: Sequence[PatchPair], bar: ProgressBar) -> list[Swept]:
     """Sweeps a group of prompts in each model, with the other model's run as the source."""
     batch = patch_batch(group, next(into[0].model.parameters()).device)
-    runs = [_recorded(sweep, batch) for sweep in into]
+    runs = [recorded(sweep.model, batch, sweep.needed) for sweep in into]
     return [
         sweep.values(group, batch, other, own, bar) for sweep, other, own in zip(into, runs[::-1], runs, strict=True)
     ]
 
 
-def _recorded(sweep: Sweep, batch: PatchBatch) -> Recorded:
-    logits, found = capture(sweep.model, batch.target.side.tokens, sweep.needed, grad=False)
+def recorded(model: LensModel, batch: PatchBatch, names: Sequence[str]) -> Recorded:
+    """Runs the prompts of a batch and keeps the last logits and the activations at some full hook names."""
+    logits, found = capture(model, batch.target.side.tokens, names, grad=False)
     return Recorded(batch.target.at_last(logits), found)
 
 
-def _prompts(model: LensModel, pairs: Sequence[Pair], side: str, positions: Sequence[str]) -> list[PatchPair]:
-    """Builds every prompt as source and target of itself, with a column for each name in `positions`."""
+def same_prompts(model: LensModel, pairs: Sequence[Pair], side: str, positions: Sequence[str]) -> list[PatchPair]:
+    """Builds every prompt as source and target of itself, with a column for each name in `positions`.
+
+    Raises:
+        CtlensError: the side or a choice of positions is unknown or named twice, or a pair does not align, has no
+            answers or no token at a position.
+    """
     if side not in PAIR_SIDES:
         raise unknown("side", side, PAIR_SIDES)
     for name in positions:

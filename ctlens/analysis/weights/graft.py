@@ -39,9 +39,9 @@ from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
-from ctlens.models.lora import has_adapters, merge_adapters
+from ctlens.models.lora import merged_copy
 from ctlens.models.matrices import COMPONENTS, TIED, components
-from ctlens.models.parameters import copy_model, present_parameters
+from ctlens.models.parameters import present_parameters
 from ctlens.models.weights import copy_weights
 from ctlens.plots import Figure
 
@@ -246,7 +246,7 @@ def graft(
     if side not in PAIR_SIDES:
         raise unknown("side", side, PAIR_SIDES)
     measures = named_metrics(metrics)
-    copies = [_plain_copy(model) for model in (target, source)]
+    copies = [merged_copy(model) for model in (target, source)]
     weights = [{name: value.data for name, value in present_parameters(model).items()} for model in copies]
     parts = _parts(copies, (by,) if isinstance(by, str) else tuple(by))
     moved = np.array([_distance(weights[0], weights[1], names) for names in parts.values()])
@@ -275,14 +275,6 @@ def graft(
         side=side,
         groups=groups_of(pairs),
     )
-
-
-def _plain_copy(model: LensModel) -> LensModel:
-    """A copy whose adapters, if there are any, are in its weights."""
-    copied = copy_model(model)
-    if has_adapters(copied):
-        merge_adapters(copied)
-    return copied
 
 
 def _parts(models: Sequence[LensModel], by: Sequence[str]) -> dict[WeightPart, list[str]]:
