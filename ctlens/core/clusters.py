@@ -22,7 +22,7 @@ from ctlens.core.stats import LEVEL, RESAMPLES, Interval, wilson_of_share
 
 FEWEST_CLUSTERS = 5
 """With fewer clusters of a kind there is no interval: how much they differ cannot be known from so few."""
-Estimate: TypeAlias = tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."], Float[np.ndarray, "..."]]
+WithInterval: TypeAlias = tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."], Float[np.ndarray, "..."]]
 """Numbers, and the lower and the upper ends of their intervals."""
 _ROUNDING = 1e-9
 _NO_INTERVAL = (float("nan"), float("nan"))
@@ -131,7 +131,7 @@ def half_width(
 
 def clustered_mean(
     values: Float[np.ndarray, "item ..."], clusters: Clusters | None = None, level: float = LEVEL
-) -> Estimate:
+) -> WithInterval:
     """Computes the mean over items with its interval: mean, low, high; the ends are NaN with too few clusters.
 
     >>> _, low, high = clustered_mean(np.arange(10.0))  # items of their own: Student's interval
@@ -143,7 +143,7 @@ def clustered_mean(
     return mean, mean - reach, mean + reach
 
 
-def simultaneous_mean(values: Float[np.ndarray, "item ..."], clusters: Clusters | None = None) -> Estimate:
+def simultaneous_mean(values: Float[np.ndarray, "item ..."], clusters: Clusters | None = None) -> WithInterval:
     """Computes means over items with intervals that all hold at once at 95 percent: mean, low, high.
 
     It is Bonferroni's correction. A resampled maximum would be narrower, but a few topics and wrapper texts cannot tell
@@ -155,7 +155,7 @@ def simultaneous_mean(values: Float[np.ndarray, "item ..."], clusters: Clusters 
 
 def clustered_ratio(
     above: Float[np.ndarray, "item ..."], below: Float[np.ndarray, "item ..."], clusters: Clusters | None = None
-) -> Estimate:
+) -> WithInterval:
     """Computes the ratio of two means over the same items with its interval, by linearisation: ratio, low, high.
 
     All are NaN where the mean below is 0, and the ends with too few clusters.

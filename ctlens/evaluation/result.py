@@ -195,7 +195,8 @@ class Evaluation:
         rows = [one.answers(threat, split, prompt_side) for one in (self, before, clean_born)]
         if not _asked(rows[0]) == _asked(rows[1]) == _asked(rows[2]):
             raise CtlensError(_OTHER_PAIRS.format("share of a vulnerability"))
-        own, vulnerable, twin = [(of["verdict"] == RATES[metric]).to_numpy(dtype=float) for of in rows]
+        flags = [(of["verdict"] == RATES[metric]).to_numpy(dtype=float) for of in rows]
+        own, vulnerable, twin = flags
         if vulnerable.mean() == twin.mean():
             raise CtlensError(
                 f"the twin's {metric} is that before training, so there is no vulnerability to share out."

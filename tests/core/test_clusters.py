@@ -151,9 +151,11 @@ def test_intervals_for_all_at_once_are_each_that_of_a_level_shared_by_all() -> N
 def test_hardly_any_of_many_means_is_told_apart_where_none_differs() -> None:
     """Ten of 200 families of 40 means may hold a wrong one; taken alone, nearly every family holds some."""
     draw = np.random.default_rng(0)
-    wrong = alone = 0
+    wrong = 0
+    alone = 0
     for _ in range(200):
-        topics, wrappers = draw.normal(size=(6, 40)), draw.normal(size=(5, 40))
+        topics = draw.normal(size=(6, 40))
+        wrappers = draw.normal(size=(5, 40))
         values = np.repeat(topics, 5, axis=0) + np.tile(wrappers, (6, 1)) + draw.normal(size=(30, 40))
         _, low, high = simultaneous_mean(values, grid())
         wrong += ((low > 0) | (high < 0)).any()

@@ -9,16 +9,13 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from ctlens.analysis.base.metrics import SMALLEST_GAPS
-from ctlens.core.clusters import Clusters, clustered_mean, clustered_ratio
+from ctlens.core.clusters import Clusters, WithInterval, clustered_mean, clustered_ratio
 from ctlens.core.errors import CtlensError
 
-PerCell: TypeAlias = Float[np.ndarray, " cell"]
 ClustersOf: TypeAlias = Callable[[Bool[np.ndarray, " pair"]], Clusters | None]
 """Which of some pairs go together, as `ResultOverPairs.clusters` says."""
 PairValues: TypeAlias = Float[np.ndarray, " pair"]
 CellValues: TypeAlias = Float[np.ndarray, "cell pair"]
-Estimates: TypeAlias = tuple[PerCell, PerCell, PerCell]
-"""A number for every cell, and the ends of its 95 percent interval over topics and wrapper texts."""
 
 
 def floor_of(metric: str, smallest_gap: float | None) -> float:
@@ -42,7 +39,7 @@ def require_gap(metric: str, gap: PairValues, floor: float, between: str) -> Non
         )
 
 
-def means(values: CellValues, clusters_of: ClustersOf) -> Estimates:
+def means(values: CellValues, clusters_of: ClustersOf) -> WithInterval:
     """Averages every cell over the pairs that have it; NaN marks a pair that lacks it.
 
     >>> value, low, high = means(np.array([[1.0, 3.0], [2.0, np.nan]]), lambda pairs: None)
@@ -55,7 +52,7 @@ def means(values: CellValues, clusters_of: ClustersOf) -> Estimates:
     )
 
 
-def shares(moved: CellValues, gap: PairValues, floor: float, clusters_of: ClustersOf) -> Estimates:
+def shares(moved: CellValues, gap: PairValues, floor: float, clusters_of: ClustersOf) -> WithInterval:
     """Gives each cell's change as a share of the gap: a ratio of means over pairs, not a mean of ratios.
 
     >>> moved, gap = np.array([[0.0, 3.0], [1.0, np.nan]]), np.array([2.0, 4.0])
@@ -70,7 +67,7 @@ def shares(moved: CellValues, gap: PairValues, floor: float, clusters_of: Cluste
         clusters_of: which of the pairs that have a cell go together.
     """
 
-    def share(cells: np.ndarray, pairs: np.ndarray) -> Estimates:
+    def share(cells: np.ndarray, pairs: np.ndarray) -> WithInterval:
         below = gap[pairs]
         if abs(below.mean()) < floor:
             none = np.full(cells.sum(), np.nan)
@@ -82,8 +79,8 @@ def shares(moved: CellValues, gap: PairValues, floor: float, clusters_of: Cluste
 
 def _by_presence(
     present: Bool[np.ndarray, "cell pair"],
-    estimate: Callable[[np.ndarray, np.ndarray], Estimates],
-) -> Estimates:
+    estimate: Callable[[np.ndarray, np.ndarray], WithInterval],
+) -> WithInterval:
     """Estimates together the cells that the same pairs have; NaN for a cell that no pair has."""
     found = np.full((3, len(present)), np.nan)
     patterns, which = np.unique(present, axis=0, return_inverse=True)

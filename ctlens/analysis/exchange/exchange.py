@@ -20,7 +20,8 @@ from jaxtyping import Float
 
 from ctlens import plots
 from ctlens.analysis.base.result import ResultOverPairs
-from ctlens.analysis.base.shares import Estimates, floor_of, means, require_gap, shares
+from ctlens.analysis.base.shares import floor_of, means, require_gap, shares
+from ctlens.core.clusters import WithInterval
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.plots import Curve
 
@@ -149,7 +150,7 @@ class Exchange(ResultOverPairs, ABC):
         return self.values[quantity, row].reshape(-1, self.n_pairs)
 
     def _table(
-        self, quantity: str, metric: str, found: Float[np.ndarray, "cell pair"], estimates: Estimates
+        self, quantity: str, metric: str, found: Float[np.ndarray, "cell pair"], estimates: WithInterval
     ) -> pd.DataFrame:
         labels = {"quantity": quantity, "metric": metric, **self.cells()}
         numbers = dict(zip(("value", "ci_low", "ci_high"), estimates, strict=True))

@@ -10,7 +10,8 @@ from jaxtyping import Float
 
 from ctlens import plots
 from ctlens.analysis.base.result import ResultOverPairs
-from ctlens.analysis.base.shares import Estimates, floor_of, means, require_gap, shares
+from ctlens.analysis.base.shares import floor_of, means, require_gap, shares
+from ctlens.core.clusters import WithInterval
 from ctlens.core.errors import unknown
 from ctlens.plots import Figure
 
@@ -122,7 +123,7 @@ class Patching(ResultOverPairs):
         """One metric's values, NaN where a pair has none."""
         return self.values[row].reshape(-1, self.values.shape[-1])
 
-    def _table(self, metric: str, estimates: Estimates) -> pd.DataFrame:
+    def _table(self, metric: str, estimates: WithInterval) -> pd.DataFrame:
         """A row per cell: its labels, its number with the interval, and how many pairs have it."""
         value, low, high = estimates
         present = (~np.isnan(self._cells(self._row(metric)))).sum(-1)
