@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -33,7 +33,7 @@ from ctlens.analysis.base.shares import floor_of
 from ctlens.analysis.exchange.exchange import EXCHANGE_QUANTITIES, QUANTITY_TITLES, Exchange, curve, rows_with
 from ctlens.analysis.exchange.transplant import TRANSPLANT_POSITIONS_IN_WORDS, recorded, same_prompts
 from ctlens.analysis.patching.hooked import write_of
-from ctlens.analysis.patching.jobs import Jobs, PatchBatch, patch_batch
+from ctlens.analysis.patching.jobs import Jobs, PatchBatch, PatchPair, patch_batch
 from ctlens.analysis.patching.sweep import Recorded, fitting
 from ctlens.core.clusters import Clusters, pigeonhole
 from ctlens.core.errors import CtlensError
@@ -126,7 +126,7 @@ class HeadCurve(Exchange):
         names = ("n_heads", "ci_low", "ci_high", "random_low", "random_median", "random_high", "p_random")
         if abs(whole) < floor or whole == 0:
             return dict.fromkeys(names, np.nan) | {"whole": whole}
-        counts = np.array(self.counts)
+        counts = np.array(self.counts, dtype=float)
         ranked, *random = counts[_first_there(moved.mean(-1), share)].tolist()
         clusters = self.clusters() or Clusters.alone(self.n_pairs)
         low = np.nan
@@ -134,7 +134,7 @@ class HeadCurve(Exchange):
         if not clusters.too_few:
             drawn = pigeonhole([*clusters.numbers] or [np.arange(self.n_pairs)])
             resampled = np.moveaxis(moved[0] @ drawn.T, 0, -1)[drawn.any(-1)]
-            low, high = np.quantile(counts[_first_there(resampled, share)], ENDS, method="closest_observation")
+            low, high = np.quantile(counts[_first_there(resampled, share)], ENDS, method="closest_observation").tolist()
         beaten = (1 + sum(other <= ranked for other in random)) / (1 + self.draws)
         found = (ranked, low, high, min(random), float(np.median(random)), max(random), beaten)
         return dict(zip(names, found, strict=True)) | {"whole": whole}
@@ -232,23 +232,15 @@ def head_curve(
     size = max_batch or fitting(target, max(len(pair.target) for pair in prepared))
     groups = [prepared[start : start + size] for start in range(0, len(prepared), size)]
     subsets = list(dict.fromkeys(frozenset(heads[:count]) for heads in orders for count in numbers if count))
-    names = resolve(target, _SITE)
-    values, unpatched, others = [], [], []
     with progress_bar(total=2 * len(groups) * len(subsets), desc="head curve", shown=progress, leave=False) as bar:
-        for group in groups:
-            batch = patch_batch(group, next(target.parameters()).device)
-            runs = [recorded(model, batch, names) for model in (target, source)]
-            ways = [
-                _into(model, batch, names, measures, subsets, own, other, bar)
-                for model, own, other in zip((target, source), runs, runs[::-1], strict=True)
-            ]
-            values.append([[[of[frozenset(heads[:n])] for n in numbers] for heads in orders] for of in ways])
-            unpatched.append([of[frozenset()] for of in ways])
-            others.append([_numbers(measures, run.last, batch, run) for run in runs[::-1]])
+        found = [_both_ways((target, source), group, measures, subsets, bar) for group in groups]
+    none = frozenset[HeadOfLayer]()
+    cells = [[frozenset(heads[:count]) for count in numbers] for heads in orders]
+    values = [[[[way.of[cell] for cell in row] for row in cells] for way in ways] for ways in found]
     return HeadCurve(
         values=np.moveaxis(np.concatenate(values, -1), 3, 1),
-        unpatched=np.concatenate(unpatched, -1),
-        source=np.concatenate(others, -1),
+        unpatched=np.concatenate([[way.of[none] for way in ways] for ways in found], -1),
+        source=np.concatenate([[way.source for way in ways] for ways in found], -1),
         metrics=tuple(measures),
         layers=tuple(layer for layer, _ in order),
         heads=tuple(head for _, head in order),
@@ -305,31 +297,58 @@ def _shuffled(order: Sequence[HeadOfLayer], draws: int, seed: int) -> Iterator[l
         yield [heads[number] for number in draw.permutation(len(heads))]
 
 
+class _Way(NamedTuple):
+    """One direction, of a group of pairs: the metrics of every subset of heads and of none, and of the other model."""
+
+    of: dict[_Subset, Float[np.ndarray, "metric pair"]]
+    source: Float[np.ndarray, "metric pair"]
+
+
+def _both_ways(
+    models: Sequence[LensModel],
+    group: Sequence[PatchPair],
+    measures: dict[str, Metric],
+    subsets: Sequence[_Subset],
+    bar: ProgressBar,
+) -> list[_Way]:
+    """The metrics of each of two models with outputs of the other."""
+    batch = patch_batch(group, next(models[0].parameters()).device)
+    runs = [recorded(model, batch, resolve(model, _SITE)) for model in models]
+    return [
+        _into(model, batch, measures, subsets, own, other, bar)
+        for model, own, other in zip(models, runs, runs[::-1], strict=True)
+    ]
+
+
 @torch.no_grad()
 def _into(
     model: LensModel,
     batch: PatchBatch,
-    names: Sequence[str],
     measures: dict[str, Metric],
     subsets: Sequence[_Subset],
     own: Recorded,
     other: Recorded,
     bar: ProgressBar,
-) -> dict[_Subset, Float[np.ndarray, "metric pair"]]:
-    """The metrics of a model with the other's outputs of every subset of heads, and of none."""
-    found = {frozenset[HeadOfLayer](): _numbers(measures, own.last, batch, other)}
+) -> _Way:
+    """The metrics of one model with the other's outputs."""
+
+    def numbers(last: Tensor) -> Float[np.ndarray, "metric pair"]:
+        return measured(measures, last, batch.target, other.last).cpu().numpy()
+
+    found = {frozenset[HeadOfLayer](): numbers(own.last)}
+    names = resolve(model, _SITE)
     side = batch.target.side
     for subset in subsets:
-        with editing(model, _edits(batch, names, subset, other)):
+        with editing(model, _edits(batch, subset, names, other)):
             last = batch.target.at_last(run(model, side.tokens, side.needed_mask))
         require_finite(last, "a run with another model's heads")
-        found[subset] = _numbers(measures, last, batch, other)
+        found[subset] = numbers(last)
         bar.update()
-    return found
+    return _Way(found, numbers(other.last))
 
 
 def _edits(
-    batch: PatchBatch, names: Sequence[str], subset: _Subset, other: Recorded
+    batch: PatchBatch, subset: _Subset, names: Sequence[str], other: Recorded
 ) -> Mapping[str, Callable[[Tensor], Tensor]]:
     """Per hook name, what writes the other model's outputs of the heads of that layer."""
     by_layer: dict[int, list[int]] = {}
@@ -347,9 +366,3 @@ def _written(batch: PatchBatch, heads: Sequence[int], source: Tensor, activation
     edited = activation.clone()
     write_of(_SITE)(batch, Jobs(nothing, pair, nothing, nothing, head), source, edited, pair, 0)
     return edited
-
-
-def _numbers(
-    measures: dict[str, Metric], last: Tensor, batch: PatchBatch, source: Recorded
-) -> Float[np.ndarray, "metric pair"]:
-    return measured(measures, last, batch.target, source.last).cpu().numpy()

@@ -92,7 +92,8 @@ def test_by_default_the_heads_come_by_their_change_of_attention(models: tuple[Le
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_the_curve_steps_at_the_rank_of_the_one_head_that_carries_everything(rank: int):
-    repaired, base = edited("W_K"), planted.model()  # the head of layer 1 no longer finds the cue
+    repaired = edited("W_K")  # the head of layer 1 no longer finds the cue
+    base = planted.model()
     pairs = planted.pairs()
     others = [(0, 0), (2, 0)]
     ranking = [*others[: rank - 1], (1, 0), *others[rank - 1 :]]
@@ -163,7 +164,7 @@ def test_the_heads_needed_are_counted_against_what_all_heads_bring():
 def test_the_interval_of_the_heads_needed_holds_what_single_pairs_need():
     fast = [0, 4, 4, 4]
     late = [0, 0, 0, 4]
-    curves = np.array([fast] * 5 + [late] * 5).T  # the mean reaches 0.8 with the third head alone
+    curves = np.array([*[fast] * 5, *[late] * 5]).T  # the mean reaches 0.8 with the third head alone
     table = by_hand([curves, curves], source=4.0).heads_needed(0.8)
 
     assert table[["n_heads", "ci_low", "ci_high"]].to_numpy().tolist() == [[3, 1, 3]] * 2  # all fast in 2.5% or more
@@ -174,7 +175,7 @@ def test_what_all_heads_do_not_bring_is_not_counted():
     table = by_hand([still, still], source=10.0).heads_needed()
 
     assert table["whole"].tolist() == pytest.approx([0.2, 0.2])
-    assert table.drop(columns=["quantity", "metric", "share", "whole", "n_pairs"]).isna().all(None)
+    assert table.drop(columns=["quantity", "metric", "share", "whole", "n_pairs"]).isna().to_numpy().all()
 
 
 def test_the_result_survives_saving_and_its_figure_holds_its_numbers(tmp_path: Any):
