@@ -29,7 +29,6 @@ from ctlens.plots.knockout import knockout_heads as knockout_heads
 from ctlens.plots.knockout import knockout_layers as knockout_layers
 from ctlens.plots.lines import costs as costs
 from ctlens.plots.lines import cross_loss_steps as cross_loss_steps
-from ctlens.plots.lines import layer_panels as layer_panels
 from ctlens.plots.lines import update_ranks as update_ranks
 from ctlens.plots.maps import LabelledMap as LabelledMap
 from ctlens.plots.maps import labelled_maps as labelled_maps

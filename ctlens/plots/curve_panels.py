@@ -9,10 +9,10 @@ import numpy as np
 import plotly.graph_objects as go
 
 from ctlens.plots.arrays import require_some
-from ctlens.plots.curves import draw_curve
+from ctlens.plots.curves import draw_curve, layer_ticks
 from ctlens.plots.intervals import Curve, NullBand, checked_intervals, draw_null
 from ctlens.plots.panels import PanelLayout, fit_panels, panel_grid, subplots
-from ctlens.plots.theme import MUTED, finish, ordered
+from ctlens.plots.theme import METHOD_STYLES, MUTED, finish, ordered, style
 
 _LAYOUT = PanelLayout(height=240, gap=60, below=54, side=0.075)
 _WIDTH = 1100  # pixels, chosen by eye
@@ -48,8 +48,10 @@ def curve_panels(
 ) -> go.Figure:
     """How do several quantities go with one amount? One panel per quantity.
 
+    Methods have their looks; curves of other things go from dark to light in their order.
+
     Args:
-        x: the amounts.
+        x: the amounts, such as layers.
         panels: per name of a panel, what it holds.
         title: the question or the answer.
         x_title: what the amounts are.
@@ -64,7 +66,8 @@ def curve_panels(
     require_some("amounts", x)
     figure = panel_grid(list(panels), _LAYOUT)
     at_x = np.asarray(x, dtype=float)
-    looks = ordered(list(dict.fromkeys(name for panel in panels.values() for name in panel.curves)))
+    names = list(dict.fromkeys(name for panel in panels.values() for name in panel.curves))
+    looks = {name: style(name) for name in names} if set(names) & set(METHOD_STYLES) else ordered(names)
     listed: set[str] = set()
     for subplot, (panel_name, panel) in zip(subplots(len(panels)), panels.items(), strict=True):
         require_some(f"curves of {panel_name!r}", panel.curves)
@@ -82,6 +85,8 @@ def curve_panels(
         for amount in marked:
             figure.add_vline(amount, **_DOTTED, **subplot.at)
     finish(figure, title, subtitle, kind="curve_panels", caption=caption)
+    if np.array_equal(at_x, at_x[0] + np.arange(len(at_x))):  # layers, or numbers of heads
+        figure.update_xaxes(**layer_ticks(len(at_x), most=8, first=int(at_x[0])))
     for subplot, panel in zip(subplots(len(panels)), panels.values(), strict=True):
         figure.update_xaxes(title_text=x_title if subplot.lowest else None, showgrid=False, **subplot.at)
         figure.update_yaxes(title_text=panel.y_title, **subplot.at)

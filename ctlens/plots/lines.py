@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from ctlens.plots.arrays import checked, require_some
 from ctlens.plots.curves import draw_curve, draw_line, layer_ticks
-from ctlens.plots.intervals import Curve, CurveWithX, Intervals, checked_intervals, checked_with_x
+from ctlens.plots.intervals import CurveWithX, Intervals, checked_with_x
 from ctlens.plots.panels import PanelLayout, fit_panels, panel_grid, subplots
 from ctlens.plots.theme import MUTED, finish, label, ordered
 
@@ -52,41 +52,6 @@ def cross_loss_steps(
     _mark_level(figure, 1)
     figure.update_yaxes(type="log", dtick="D2", tickformat="~g", matches="y")
     return _labelled(figure, len(curves), "training step", "times before training")
-
-
-def layer_panels(
-    panels: Mapping[str, Mapping[str, Curve]],
-    title: str,
-    *,
-    marks: Mapping[str, Sequence[float]],
-    note: str,
-    subtitle: str | None = None,
-) -> go.Figure:
-    """At which depth do several measures of one change stand where, and for which method?
-
-    Args:
-        panels: per measure and per method, the mean and its interval `[layer]`.
-        title: the question or the answer.
-        marks: of a measure, the values with a meaning; dotted lines.
-        note: what the dotted lines are.
-        subtitle: one line under the title.
-
-    Raises:
-        CtlensError: no measure, no method, or methods of different depth.
-    """
-    figure = _empty(list(panels))
-    for number, (subplot, (measure, curves)) in enumerate(zip(subplots(len(panels)), panels.items(), strict=True)):
-        require_some(f"panels[{measure!r}]", curves)
-        layers = np.arange(np.size(next(iter(curves.values()))[0]))
-        for method, curve in curves.items():
-            numbers = checked_intervals(f"{method!r} of {measure!r}", curve, len(layers))
-            draw_curve(figure, method, layers, numbers, size=_MARKER, listed=number == 0, **subplot.at)
-        for value in marks.get(measure, ()):
-            figure.add_hline(value, line={"color": MUTED, "dash": "dot", "width": 1.2}, **subplot.at)
-        figure.update_xaxes(**layer_ticks(len(layers), most=8), **subplot.at)
-    caption = f"Lines are means, bands their 95% intervals. Dotted: {note}. Layer 0 is the first layer."
-    finish(figure, title, subtitle, kind="layer_panels", caption=caption)
-    return _labelled(figure, len(panels), "layer", None)
 
 
 def update_ranks(
@@ -159,7 +124,7 @@ def _mark_level(figure: go.Figure, level: float) -> None:
     figure.add_hline(level, line={"color": MUTED, "dash": "dot", "width": 1.2}, **everywhere)
 
 
-def _labelled(figure: go.Figure, n_panels: int, x_title: str, y_title: str | None) -> go.Figure:
+def _labelled(figure: go.Figure, n_panels: int, x_title: str, y_title: str) -> go.Figure:
     """Names the axes at the edges, and gives the finished figure its height."""
     for subplot in subplots(n_panels):
         figure.update_xaxes(title_text=x_title if subplot.lowest else None, showgrid=False, **subplot.at)

@@ -272,21 +272,3 @@ def test_many_methods_have_slanted_names_under_their_similarity():
 def test_panels_that_do_not_fit_and_empty_input_are_refused(draw):
     with pytest.raises(CtlensError):
         draw()
-
-
-def test_panels_by_layer_have_their_own_marks_and_one_legend() -> None:
-    line = (np.array([0.1, 0.5]), np.array([0.0, np.nan]), np.array([0.2, np.nan]))
-    figure = plots.layer_panels(
-        {"closed": {"act": line, "bct": line}, "left": {"act": line}},
-        "?",
-        marks={"closed": [0.0, 1.0]},
-        note="before and after",
-    )
-
-    listed = [trace.name for trace in figure.data if trace.showlegend]
-    assert listed == ["ACT", "BCT"]
-    assert [shape.y0 for shape in figure.layout.shapes] == [0.0, 1.0]
-    assert {shape.yref for shape in figure.layout.shapes} == {"y"}
-    assert "Dotted: before and after" in figure.layout.meta["caption"]
-    with pytest.raises(CtlensError):
-        plots.layer_panels({"closed": {}}, "?", marks={}, note="")

@@ -40,7 +40,7 @@ from ctlens.data.batch import Matched
 from ctlens.data.pairs import Pair
 from ctlens.losses.base import at_positions
 from ctlens.models.hooks import resolve
-from ctlens.plots import Curve, Figure
+from ctlens.plots import Curve, CurvePanel, Figure
 
 GAP_QUANTITIES = ("gap_closed", "cosine", "distance")  # they need a clean counterpart of each token
 SHIFT_QUANTITIES = (*GAP_QUANTITIES, "relative", "norm_ratio")
@@ -174,13 +174,15 @@ def _drawn(results: Mapping[str, ResidualShift], quantity: str, positions: str, 
         return plots.layer_curves(
             curves[quantity], title, y_title=_TITLES[quantity], reference_lines=lines, subtitle=subtitle
         )
-    return plots.layer_panels(
-        {words: curves[name] for name, words in _BESIDE_GAP.items()},
-        title,
-        marks={words: [*MARKS[name].values()] for name, words in _BESIDE_GAP.items()},
-        note="as before training, and of the gap also as on the clean prompt",
-        subtitle=subtitle,
+    panels = {
+        words: CurvePanel(curves[name], "", levels=[*MARKS[name].values()]) for name, words in _BESIDE_GAP.items()
+    }
+    caption = (
+        "Lines are means, bands their 95% intervals. Dotted: as before training, and of the gap also as on the clean "
+        "prompt. Layer 0 is the first layer."
     )
+    layers = range(len(next(iter(curves["gap_closed"].values()))[0]))
+    return plots.curve_panels(layers, panels, title, x_title="layer", caption=caption, subtitle=subtitle)
 
 
 @public

@@ -21,7 +21,7 @@ _PARTS = {
 }
 _OTHER_PART = "mechanism"
 _MECHANISM_ORDER = (
-    "layer_panels",
+    "curve_panels",
     "layer_curves",
     "points",
     "similarity",
