@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from ctlens import plots
@@ -10,7 +12,7 @@ from ctlens.plots import CurvePanel
 
 CURVE = ([0.0, 0.5, 0.9], [0.0, 0.4, 0.8], [0.0, 0.6, 1.0])
 BAND = ([0.0, 0.1, 0.2], [0.1, 0.3, 0.4])
-WORDS = {"title": "?", "x_title": "heads", "caption": "read it so"}
+WORDS: dict[str, Any] = {"title": "?", "x_title": "heads", "caption": "read it so"}
 
 
 def test_every_panel_has_its_curves_its_band_and_its_marks():
@@ -18,7 +20,7 @@ def test_every_panel_has_its_curves_its_band_and_its_marks():
         "there": CurvePanel({"ranked": CURVE}, "share", ("random orders", BAND), levels=(0, 1)),
         "back": CurvePanel({"ranked": CURVE, "other": CURVE}, "rate", ("random orders", BAND)),
     }
-    figure = plots.curve_panels([0, 1, 4], shown, marked=(1,), subtitle="16 pairs", **WORDS)
+    figure: Any = plots.curve_panels([0, 1, 4], shown, marked=(1,), subtitle="16 pairs", **WORDS)
 
     lines = [trace for trace in figure.data if trace.mode == "lines+markers"]
     assert [(line.name, line.xaxis, list(line.x), list(line.y)) for line in lines] == [

@@ -153,8 +153,8 @@ class HeadCurve(Exchange):
         panels = {}
         for quantity in EXCHANGE_QUANTITIES:
             of_quantity = rows_with(table, quantity=quantity)
-            random = rows_with(of_quantity, order=RANDOM).groupby("n_heads")["value"]
-            null = ("random orders", (random.min().to_numpy(), random.max().to_numpy()))
+            random = rows_with(of_quantity, order=RANDOM)["value"].to_numpy().reshape(self.draws, -1)
+            null = ("random orders", (random.min(0), random.max(0)))
             ranked = {"ranked heads": curve(rows_with(of_quantity, order=RANKED))}
             panels[QUANTITY_TITLES[quantity]] = CurvePanel(ranked, "share of the effect", null, levels=(0, 1))
         where = TRANSPLANT_POSITIONS_IN_WORDS[self.positions]

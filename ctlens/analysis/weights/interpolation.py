@@ -140,7 +140,7 @@ class Interpolation(ResultOverPairs):
         """
         layer = self.layers[-1] if layer is None else layer
         if layer not in self.layers:
-            raise unknown("layer that was read", layer, self.layers)
+            raise unknown("layer that was read", str(layer), map(str, self.layers))
         at = self.layers.index(layer)
         probed = {"probe": (self.readable[:, at], self.readable_low[:, at], self.readable_high[:, at])}
         panels = {
@@ -168,7 +168,7 @@ class Interpolation(ResultOverPairs):
         """Tells which pairs have a measure."""
         if (quantity, side) not in INTERPOLATED:
             raise unknown("measure", f"{quantity} of {side}", [f"{name} of {of}" for name, of in INTERPOLATED])
-        return ~np.isnan(self.values[:, INTERPOLATED.index((quantity, side))]).any(0)
+        return ~np.asarray(np.isnan(self.values[:, INTERPOLATED.index((quantity, side))]).any(0))
 
     def _curves(self, quantity: str) -> dict[str, Curve]:
         """The curves of a quantity by name, on the sides that some pair has."""
@@ -280,7 +280,7 @@ def _measured(
     model: LensModel, pairs: Sequence[Pair], batches: _Batches, judge: Judge | None, max_new_tokens: int
 ) -> Float[np.ndarray, "measure pair"]:
     """Every measure of one model, in the order of `INTERPOLATED`."""
-    found = dict.fromkeys(INTERPOLATED)
+    found: dict[tuple[str, str], np.ndarray] = {}
     for side, (chosen, rows) in batches.items():
         found[LOGIT_DIFF, side] = _with_gaps(len(pairs), chosen, _logit_diffs(model, rows))
     replies = ask(model, [pair.wrapped for pair in pairs], max_new_tokens=max_new_tokens, judge=judge)
@@ -289,7 +289,7 @@ def _measured(
     of_twin = dict(zip(benign_twins(pairs), failed.astype(float).tolist(), strict=True))
     unanswered = {number: of_twin[pair.benign] for number, pair in enumerate(pairs) if pair.benign is not None}
     found[UNANSWERED, "benign"] = _with_gaps(len(pairs), [*unanswered], [*unanswered.values()])
-    return np.stack([*found.values()])
+    return np.stack([found[measure] for measure in INTERPOLATED])
 
 
 def _with_gaps(n: int, chosen: Sequence[int], numbers: Sequence[float]) -> Float[np.ndarray, " pair"]:

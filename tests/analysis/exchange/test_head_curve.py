@@ -183,7 +183,8 @@ def test_the_result_survives_saving_and_its_figure_holds_its_numbers(tmp_path: A
     found.save(tmp_path / "curve.safetensors")
 
     assert HeadCurve.load(tmp_path / "curve.safetensors").normalised().equals(found.normalised())
-    drawn: list[Any] = [trace for trace in found.figure().data if trace.name == "ranked heads"]
+    figure: Any = found.figure()
+    drawn = [trace for trace in figure.data if trace.name == "ranked heads"]
     table = found.normalised().query("order == 'ranked'")
     for trace, quantity in zip(drawn, ("sufficient", "lost"), strict=True):
         np.testing.assert_allclose(trace.y, table.query(f"quantity == '{quantity}'")["value"])

@@ -29,7 +29,7 @@ READ = Task(
     parts=((tuple(PAIRS), "wrapped"), (tuple(PAIRS), "clean")),
 )
 AMOUNTS = (-0.5, 0.0, 0.25, 1.0, 1.5)
-TRUE = planted.pairs((1, -1))
+TRUE = planted.pairs()
 
 
 @pytest.fixture(scope="module", params=CHAT_MODELS)
@@ -117,8 +117,8 @@ def test_pairs_in_another_order_and_alone_give_equal_answers(models: tuple[LensM
 @pytest.mark.parametrize("variant", ["erased", "masked"])
 def test_a_planted_direction_is_written_or_read_in_proportion(variant: str):
     base = planted.model()
-    task = wrapper_present(TRUE, base.tokenizer, negatives=planted.neutral((1, -1)))
-    at = (-0.5, 0.0, 0.5, 1.0, 1.5)
+    task = wrapper_present(TRUE, base.tokenizer, negatives=planted.neutral())
+    at = (-0.5, 0.0, 0.51, 1.0, 1.5)  # at 0.5 some would tie
     found = interpolation(base, planted.model(variant), TRUE, at=at, task=task, max_new_tokens=1, progress=False)
 
     for row, amount in enumerate(at):
@@ -134,7 +134,7 @@ def test_a_planted_direction_is_written_or_read_in_proportion(variant: str):
     bad = found.to_dataframe().query("quantity == 'bad_rate'")["value"].tolist()
     assert bad == [1, 1, bad[2], 0, 0] and 0 < bad[2] < 1
     behind = found.readability().query("layer == 2").set_index("amount")
-    assert (behind.loc[[-0.5, 0.0, 0.5, 1.5], "score"] == 1).all()  # half of the direction is as easily read
+    assert (behind.loc[[-0.5, 0.0, 0.51, 1.5], "score"] == 1).all()  # a part of the direction is as easily read
     assert behind.loc[1.0, "score"] == pytest.approx(1 if variant == "masked" else 0.5, abs=0.15)
     assert (behind["n_prompts"] == 2 * len(TRUE)).all()
 
@@ -163,7 +163,8 @@ def test_the_result_survives_saving_and_its_figure_holds_its_numbers(models: tup
     again = Interpolation.load(tmp_path / "line.safetensors")
 
     assert again.to_dataframe().equals(found.to_dataframe()) and again.readability().equals(found.readability())
-    drawn: dict[str, Any] = {trace.name: trace for trace in found.figure(layer=0).data if trace.name}
+    figure: Any = found.figure(layer=0)
+    drawn = {trace.name: trace for trace in figure.data if trace.name}
     assert set(drawn) == {"wrapped", "clean", "bad, wrapped", "probe"}
     table = found.to_dataframe().query("quantity == 'logit_diff' and prompt_side == 'clean'")
     np.testing.assert_allclose(drawn["clean"].y, table["value"])
