@@ -119,8 +119,8 @@ def pooled(counts: Sequence[Counted]) -> Rate:
     low, high = wilson_of_share(value, n_effective)
     if len(counts) >= SEVERAL:
         ends = student(np.array([one.share for one in counts]))
-        low = max(0.0, min(low, ends[0]))
-        high = min(1.0, max(high, ends[1]))
+        low = float(np.clip(np.minimum(low, ends[0]), 0, 1))  # NaN stays, where there are too few topics or wrappers
+        high = float(np.clip(np.maximum(high, ends[1]), 0, 1))
     return Rate(value, low, high, round(n_answers / len(counts)), n_effective)
 
 

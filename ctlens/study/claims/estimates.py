@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ctlens.core.clusters import clustered_statistic
-from ctlens.core.stats import student
+from ctlens.core.stats import Interval, student
 from ctlens.study.analyses import Training
 from ctlens.study.claims.statistic import Items, Statistic, whole
 from ctlens.study.results import SEVERAL
@@ -75,7 +75,7 @@ def claim_estimate(statistics: Mapping[Training, Statistic]) -> ClaimEstimate:
     if len(values) < SEVERAL:
         return ClaimEstimate(value, low, high, n, PROMPTS)
     ends = student(np.array(list(values.values())))
-    return ClaimEstimate(value, min(low, ends[0]), max(high, ends[1]), n, SEEDS)
+    return ClaimEstimate(value, *_both((low, high), ends), n, SEEDS)
 
 
 def spanned(
@@ -97,7 +97,12 @@ def spanned(
     if len(trainings) < SEVERAL:
         return ClaimEstimate(value, *ends, n, PROMPTS)
     others = student(np.array(list(trainings.values())), level)
-    return ClaimEstimate(value, min(ends[0], others[0]), max(ends[1], others[1]), n, SEEDS)
+    return ClaimEstimate(value, *_both(ends, others), n, SEEDS)
+
+
+def _both(one: Interval, other: Interval) -> Interval:
+    """The interval that spans two; none where one has too few clusters to be known."""
+    return float(np.minimum(one[0], other[0])), float(np.maximum(one[1], other[1]))
 
 
 def by_organism(values: Mapping[Training, float]) -> Float[np.ndarray, " organism"]:

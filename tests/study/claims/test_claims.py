@@ -21,6 +21,7 @@ from ctlens.study.claims.estimates import NOTHING, claim_estimate
 from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
 from ctlens.study.conditions import CROSSED_CONDITIONS
 from ctlens.study.config import Cell, StudyConfig
+from ctlens.study.results import Counted, pooled
 
 METHODS = ("act", "mlpct", "attct", "bct")
 NAN = float("nan")
@@ -343,3 +344,14 @@ def test_the_crossed_conditions_cross_two_levels_and_two_windows() -> None:
         ("output", "last"),
         ("internal", "last"),
     }
+
+
+def test_several_trainings_make_no_interval_where_there_are_too_few_clusters() -> None:
+    few = Clusters.of({"topic": ["a"] * 20 + ["b"] * 28})
+    values = np.arange(48.0)
+
+    found = claim_estimate({(0, seed): mean_of(values + seed, few) for seed in range(3)})
+    rate = pooled([Counted(10 + seed, 24, NAN) for seed in range(3)])
+
+    assert found.value == pytest.approx(24.5) and np.isnan([found.low, found.high]).all()
+    assert rate.value == pytest.approx(11 / 24) and np.isnan([rate.low, rate.high]).all()
