@@ -15,10 +15,11 @@ from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ctlens.analysis.base.forward import encoded_batches
 from ctlens.analysis.base.positions import ALIGNED_POSITIONS
 from ctlens.analysis.base.recording import Readable, model_of, read
 from ctlens.core.progress import progress_bar
-from ctlens.data.batch import Matched, PairBatch
+from ctlens.data.batch import EncodedPair, Matched, PairBatch
 from ctlens.losses.base import at_positions
 
 SHIFT_PARTS = ("all", "along", "off")
@@ -65,16 +66,21 @@ def last_and_content(matched: Matched) -> tuple[Where, Where]:
 def shifts_at(
     before: Readable,
     models: Sequence[Readable],
-    passes: Sequence[PairBatch],
+    rows: Sequence[EncodedPair],
     hook_names: Sequence[str],
+    batch_size: int,
     progress: bool,
 ) -> list[dict[tuple[str, str], Shifts]]:
     """The shifts of models at hook points, each by part and positions; the wrapper has no gap, hence one part.
 
-    Hook points share forward passes as far as a batch at all of them fits into `_HELD`.
+    As many prompts share a batch as fit into `_HELD` at all hook points; where not even one fits, models run again for
+    other hook points.
     """
-    tokens = max(batch.wrapped.tokens.numel() for batch in passes)
-    together = max(1, _HELD // (tokens * model_of(before).cfg.d_model * (len(models) + 2)))
+    base = model_of(before)
+    of_row = max(len(row.wrapped.ids) for row in rows) * base.cfg.d_model * (len(models) + 2)
+    size = min(batch_size, max(1, _HELD // (of_row * len(hook_names))))
+    passes = [batch for _, batch in encoded_batches(base, rows, size, progress=False)]
+    together = max(1, _HELD // (of_row * size))
     parts = [hook_names[start : start + together] for start in range(0, len(hook_names), together)]
     return [of_hook for names in parts for of_hook in _at_hooks(before, models, passes, names, progress)]
 

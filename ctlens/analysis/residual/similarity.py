@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ctlens.analysis.base.forward import pair_batches, require_comparable, vector_hooks
+from ctlens.analysis.base.forward import encoded_pairs, require_comparable, vector_hooks
 from ctlens.analysis.base.recording import Readable, model_of
 from ctlens.analysis.base.result import groups_of
 from ctlens.analysis.residual.likeness import MethodSeeds
@@ -77,8 +77,8 @@ def shift_similarity(
         k: how many directions span a shift, for `principal`.
         site: a hook point with one vector per token, see `ctlens.models.hooks.SHORTHANDS`.
         layers: which ones, see `ctlens.models.hooks.select_layers`.
-        batch_size: prompts per forward pass; only one batch is held with all its tokens, at as many hook points
-            as fit into 256 MiB. If they do not all fit, models run again.
+        batch_size: prompts per forward pass at most; as many as fit with all their tokens and hook points into 256 MiB.
+            If not even one does, models run again.
         progress: show a progress bar.
 
     Raises:
@@ -97,8 +97,8 @@ def shift_similarity(
             raise unknown("quantity", name, list(SIMILARITY_MEASURES))
     if null is not None and null not in methods:
         raise unknown("null", null, methods)
-    passes = [batch for _, batch in pair_batches(base, pairs, "shared", batch_size, progress=False)]
-    found = shifts_at(before, list(keyed.values()), passes, vector_hooks(base, site, layers), progress)
+    rows = encoded_pairs(base, pairs, ("shared",))
+    found = shifts_at(before, list(keyed.values()), rows, vector_hooks(base, site, layers), batch_size, progress)
     _require_moved(seeds, found)
     groups = groups_of(pairs)
     return ShiftSimilarity(
