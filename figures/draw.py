@@ -1,8 +1,7 @@
 """The gallery: every figure here is drawn from the files in `data`, and a test draws them again.
 
 `python figures/draw.py` draws anew from these data, and `python figures/draw.py runs` first takes them
-from those studies that lie there; `make figures` runs the organism's studies and then that. The study of a real
-chat model takes hours and has a command of its own, `make real`. What was drawn is
+from those studies that lie there; `make figures` runs the organism's studies and then that. What was drawn is
 noted in `manifest.json`, so that `stale` can tell when the code has moved on.
 """
 
@@ -90,8 +89,8 @@ class ShownStudy:
         yield f"{self.prefix}{first}-residual-last", compared
 
 
-STUDIES = (ShownStudy("study", ANALYSED_THREATS), ShownStudy("real", ("facts",), "real-"))
-"""The study of the organism, and that of a real chat model."""
+STUDIES = (ShownStudy("study", ANALYSED_THREATS),)
+"""The study of the organism."""
 TAKEN = {
     "doses.csv": "doses/doses.csv",
     "leak.csv": "leak/leak.csv",
@@ -138,24 +137,6 @@ def claims_table(claims: Sequence[Claim]) -> str:
     for (statement, threat), cells in rows.items():
         found = " | ".join(cells.get(setting, "–") for setting in SETTINGS)
         lines.append(f"| {statement[0].upper()}{statement[1:]} | {threat} | {found} |")
-    return "\n".join(lines)
-
-
-def compared_table(claims: Mapping[str, Sequence[Claim]]) -> str:
-    """Writes the claims of several studies side by side as a Markdown table, a row per claim and setting.
-
-    Args:
-        claims: by the name of the study.
-    """
-    rows: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for study, found in claims.items():
-        for claim in found:
-            row = rows.setdefault((claim.statement, claim.setting), {name: [] for name in claims})
-            row[study].append(f"{claim.threat}: {_verdict(claim)}")
-    lines = [f"| claim | setting | {' | '.join(claims)} |", "|---|---|" + "---|" * len(claims)]
-    for (statement, setting), by_study in rows.items():
-        cells = " | ".join("<br>".join(verdicts) or "–" for verdicts in by_study.values())
-        lines.append(f"| {statement[0].upper()}{statement[1:]} | {setting} | {cells} |")
     return "\n".join(lines)
 
 
