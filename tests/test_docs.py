@@ -181,11 +181,10 @@ def test_the_findings_on_the_mechanism_hold() -> None:
     for key in ("shared", "shared_content"):
         assert judged(key, "sycophancy", "matched effect").verdict == "holds"
     assert judged("shared", "jailbreak", "matched effect").verdict == "inconclusive"
-    assert judged("shared", "jailbreak", "matched effect").reason.endswith("AttCT 0.06, BCT 0.07")
+    assert judged("shared", "jailbreak", "matched effect").reason.endswith("AttCT 0.09, BCT 0.05")
     assert judged("shared_content", "jailbreak", "matched effect").verdict == "inconclusive"
+    assert judged("shared_content", "jailbreak", "matched effect").reason.endswith("AttCT 0.13, BCT 0.10")
     assert (judged("level", "sycophancy").verdict, judged("level", "jailbreak").verdict) == ("holds", "inconclusive")
-    at_content = [judged("shared_content", "jailbreak", setting).value for setting in ("equal steps", "matched effect")]
-    assert 0.08 < at_content[1] / at_content[0] < 0.12
     assert 0 < judged("left_later", "sycophancy").value < 0.1
     assert judged("left_later", "sycophancy", "matched effect").verdict == "inconclusive"
     assert judged("left_later", "jailbreak").verdict == "inconclusive"
