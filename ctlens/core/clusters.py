@@ -146,11 +146,19 @@ def clustered_mean(
 def simultaneous_mean(values: Float[np.ndarray, "item ..."], clusters: Clusters | None = None) -> WithInterval:
     """Computes means over items with intervals that all hold at once at 95 percent: mean, low, high.
 
-    It is Bonferroni's correction. A resampled maximum would be narrower, but a few topics and wrapper texts cannot tell
-    the tail of many correlated numbers.
+    It is Bonferroni's correction, with as many degrees of freedom as the kind with the fewest clusters leaves. Some of
+    many variances are far too small by chance, and Satterthwaite's freedom trusts them: with it, in
+    `benchmarks/coverage.py`, only 79 to 87 in 100 families of 64 held. The ends are NaN with too few clusters.
     """
-    n_means = max(1, int(np.prod(values.shape[1:])))
-    return clustered_mean(values, clusters, 1 - (1 - LEVEL) / n_means)
+    clusters = Clusters.alone(len(values)) if clusters is None else clusters
+    mean = values.mean(0)
+    if clusters.too_few or len(values) < 2:
+        return mean, np.full(mean.shape, np.nan), np.full(mean.shape, np.nan)
+    n_means = max(1, int(np.prod(mean.shape)))
+    freedom = min([len(values), *(len(set(row.tolist())) for row in clusters.numbers)]) - 1
+    quantile = stats.t.ppf(1 - (1 - LEVEL) / 2 / n_means, freedom)
+    reach = quantile * np.sqrt(clusters.spread(values - mean).variance)
+    return mean, mean - reach, mean + reach
 
 
 def clustered_ratio(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -18,6 +19,7 @@ SCRIPT = Path(__file__).parents[2] / "figures" / "draw.py"
 spec = spec_from_file_location("draw", SCRIPT)
 assert spec and spec.loader
 draw = module_from_spec(spec)
+sys.modules[spec.name] = draw  # where its dataclasses look for their module
 spec.loader.exec_module(draw)
 
 
