@@ -181,7 +181,7 @@ def _drawn(results: Mapping[str, ResidualShift], quantity: str, positions: str, 
         "Lines are means, bands their 95% intervals. Dotted: as before training, and of the gap also as on the clean "
         "prompt. Layer 0 is the first layer."
     )
-    layers = range(len(next(iter(curves["gap_closed"].values()))[0]))
+    layers = range(next(iter(results.values())).gap_closed.shape[-1])
     return plots.curve_panels(layers, panels, title, x_title="layer", caption=caption, subtitle=subtitle)
 
 
