@@ -46,7 +46,7 @@ study: install
 smollm2: $(VENV)/gguf
 	$(BIN)/ctlens smollm2
 
-# The study of that model. It takes hours, goes on where it was stopped, and `drawings RUNS=runs` takes its figures.
+# The study of that model. It takes hours and goes on where it was stopped.
 real: smollm2
 	$(BIN)/ctlens compare --model runs/models/smollm2 --threats facts,order,beginning --out runs/real --resume
 

@@ -1,7 +1,7 @@
 """The gallery: every figure here is drawn from the files in `data`, and a test draws them again.
 
 `python figures/draw.py` draws anew from these data, and `python figures/draw.py runs` first takes them
-from those studies that lie there; `make figures` runs the organism's studies and then that. What was drawn is
+from those studies that lie there; `make figures` runs the studies and then that. What was drawn is
 noted in `manifest.json`, so that `stale` can tell when the code has moved on.
 """
 
@@ -14,7 +14,6 @@ import shutil
 import sys
 from base64 import b64decode
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,63 +45,45 @@ SHOWN = (RETENTION, *DEFAULT_METHODS)
 EXCHANGED = (*DEFAULT_METHODS, *CROSSED_CONDITIONS)
 
 
-@dataclass(frozen=True)
-class ShownStudy:
-    """A study of the gallery.
-
-    Attributes:
-        folder: with its data, under `DATA` and under the folder of the runs.
-        analysed: the threats whose models were compared inside.
-        prefix: of the names of its figures.
-    """
-
-    folder: str
-    analysed: tuple[str, ...]
-    prefix: str = ""
-
-    def taken(self) -> dict[str, str]:
-        """What is taken from the study: the file under `DATA`, and where it lies under the folder of the runs."""
-        found = {f"{name}.csv": f"{name}.csv" for name in ("results", "claims", "base")}
-        for threat in self.analysed:
-            analyses = f"analyses/{threat}"
-            found[f"{threat}-similarity.safetensors"] = f"{analyses}/similarity/similarity.safetensors"
-            for name in EXCHANGED:
-                found[f"{threat}-transplant-{name}.safetensors"] = f"{analyses}/transplant-seed0/{name}.safetensors"
-        for name in SHOWN:
-            residual = f"runs/{self.analysed[0]}-{name}-seed0/residual.safetensors"
-            found[f"{self.analysed[0]}-residual-{name}.safetensors"] = residual
-        return {f"{self.folder}/{name}": f"{self.folder}/{source}" for name, source in found.items()}
-
-    def drawings(self, data: Path) -> Iterator[tuple[str, plots.Figure]]:
-        """Draws the figures of the study from `DATA` or a folder like it, each with its name."""
-        own = data / self.folder
-        results = read_results(own / "results.csv")
-        for threat in self.analysed:
-            yield from ((f"{self.prefix}{name}", figure) for name, figure in _inside(own, results, threat))
-        across = study_figures.cross_threat_figure(results[results["condition"].isin((BASE, *SHOWN))])
-        yield f"{self.prefix}cross-threat", across
-        yield f"{self.prefix}attack-strength", Evaluation.load(own / "base.csv").strength_figure()
-        first = self.analysed[0]
-        shifts = {name: ResidualShift.load(own / f"{first}-residual-{name}.safetensors") for name in SHOWN}
-        words = study_figures.prompts_in_words(first)
-        compared = shifts[RETENTION].compare(shifts, label=RETENTION, subtitle=words)
-        yield f"{self.prefix}{first}-residual-last", compared
-
-
-STUDIES = (ShownStudy("study", ANALYSED_THREATS),)
-"""The study of the organism."""
+STUDY = "study"
+"""The folder of the organism's study, under `DATA` and under the folder of the runs."""
+RESIDUAL_THREAT = ANALYSED_THREATS[0]
+OF_STUDY = {
+    **{f"{name}.csv": f"{name}.csv" for name in ("results", "claims", "base")},
+    **{
+        f"{RESIDUAL_THREAT}-residual-{name}.safetensors": f"runs/{RESIDUAL_THREAT}-{name}-seed0/residual.safetensors"
+        for name in SHOWN
+    },
+    **{
+        f"{threat}-similarity.safetensors": f"analyses/{threat}/similarity/similarity.safetensors"
+        for threat in ANALYSED_THREATS
+    },
+    **{
+        f"{threat}-transplant-{name}.safetensors": f"analyses/{threat}/transplant-seed0/{name}.safetensors"
+        for threat in ANALYSED_THREATS
+        for name in EXCHANGED
+    },
+}
 TAKEN = {
     "doses.csv": "doses/doses.csv",
     "leak.csv": "leak/leak.csv",
-    **{name: source for study in STUDIES for name, source in study.taken().items()},
+    **{f"{STUDY}/{name}": f"{STUDY}/{source}" for name, source in OF_STUDY.items()},
 }
 
 
 def drawings(data: Path) -> dict[str, plots.Figure]:
     """The figures of the gallery by name, drawn by today's code from the data in a folder."""
     doses = DoseResult(data, pd.read_csv(data / "doses.csv", keep_default_na=False))
+    study = data / STUDY
+    shifts = {name: ResidualShift.load(study / f"{RESIDUAL_THREAT}-residual-{name}.safetensors") for name in SHOWN}
+    results = read_results(study / "results.csv")
     return {
-        **{name: figure for study in STUDIES for name, figure in study.drawings(data)},
+        **{name: figure for threat in ANALYSED_THREATS for name, figure in _inside(study, results, threat)},
+        "cross-threat": study_figures.cross_threat_figure(results[results["condition"].isin((BASE, *SHOWN))]),
+        "attack-strength": Evaluation.load(study / "base.csv").strength_figure(),
+        f"{RESIDUAL_THREAT}-residual-last": shifts[RETENTION].compare(
+            shifts, label=RETENTION, subtitle=study_figures.prompts_in_words(RESIDUAL_THREAT)
+        ),
         "doses-pairs": doses.figure("pairs"),
         "doses-steps": doses.figure("steps"),
         "leak": Leak(pd.read_csv(data / "leak.csv"), {}).figure(),

@@ -162,10 +162,7 @@ class Evaluation:
             CtlensError: the metric or the prompt side is unknown, or the evaluations are of different pairs.
         """
         _check_rate(metric)
-        one = self.answers(threat, split, prompt_side)
-        two = other.answers(threat, split, prompt_side)
-        if _asked(one) != _asked(two):
-            raise CtlensError(_OTHER_PAIRS.format("difference"))
+        one, two = _paired("difference", self, other, threat=threat, split=split, prompt_side=prompt_side)
         return difference_with_interval([one], [two], metric)
 
     def share_repaired(
@@ -192,9 +189,8 @@ class Evaluation:
             CtlensError: as `difference`, or the rates before training and of the twin are equal.
         """
         _check_rate(metric)
-        rows = [one.answers(threat, split, prompt_side) for one in (self, before, clean_born)]
-        if not _asked(rows[0]) == _asked(rows[1]) == _asked(rows[2]):
-            raise CtlensError(_OTHER_PAIRS.format("share of a vulnerability"))
+        prompts = {"threat": threat, "split": split, "prompt_side": prompt_side}
+        rows = _paired("share of a vulnerability", self, before, clean_born, **prompts)
         flags = [(of["verdict"] == RATES[metric]).to_numpy(dtype=float) for of in rows]
         own, vulnerable, twin = flags
         if vulnerable.mean() == twin.mean():
@@ -331,6 +327,14 @@ def require_columns_of_today(table: Iterable[str], path: str | Path) -> None:
 def _check_rate(metric: str) -> None:
     if metric not in RATES:
         raise unknown("rate", metric, RATES)
+
+
+def _paired(what: str, *evaluations: Evaluation, **prompts: Any) -> list[pd.DataFrame]:
+    """The answers of several models to the same prompts, see `Evaluation.answers`; refuses those to others."""
+    rows = [evaluation.answers(**prompts) for evaluation in evaluations]
+    if any(_asked(of_other) != _asked(rows[0]) for of_other in rows[1:]):
+        raise CtlensError(_OTHER_PAIRS.format(what))
+    return rows
 
 
 def _asked(rows: pd.DataFrame) -> set[tuple[str, ...]]:

@@ -87,7 +87,7 @@ class PretrainConfig(FitConfig):
         n_layers, n_heads, d_model, d_mlp: sizes of the model.
         relora: trains low-rank adapters that are merged and started again; None trains all weights at every step.
         recipe: how the vulnerability comes in, one of `RECIPES`.
-        afterwards_steps: further steps of the recipe `"afterwards"`, of all weights.
+        afterwards_steps: further steps of the recipe `"afterwards"`, of all weights; not tried on a whole organism yet.
     """
 
     seed: int = 0

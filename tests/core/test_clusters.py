@@ -180,6 +180,17 @@ def test_a_pigeonhole_draw_counts_an_item_as_often_as_all_its_groups_are_drawn()
     assert counts[:, 4].max() == 3 and (pigeonhole([topics, wrappers]) == counts).all()
 
 
+def test_a_resample_draws_whole_topics_and_one_without_any_item_is_left_out() -> None:
+    topics = Clusters.of({"topic": ["a", "a", "b", "b", "c"]})
+
+    counts = topics.resamples()
+
+    assert (counts[:, 0] == counts[:, 1]).all() and (counts[:, [0, 2, 4]].sum(1) == 3).all()
+    assert (Clusters.alone(4).resamples().sum(1) == 4).all()
+    apart = Clusters(("topic", "wrapper"), np.array([[0, 1], [0, 1]]))  # drawn apart, no item is in both
+    assert 0 < len(apart.resamples()) < 999 and apart.resamples().any(-1).all()
+
+
 def tango_by_likelihood(gained: int, lost: int, n: int) -> tuple[float, float]:
     """Tango's interval from its definition: the score of a difference at the likeliest shares that have it."""
 

@@ -8,11 +8,12 @@ token at which they part. `steer` and `ablate` judge by the log-probabilities of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -24,6 +25,7 @@ from ctlens.data.batch import EncodedPair, RowPositions, Side, pad, require_room
 from ctlens.data.chat import Rendered, answer_ids, render
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.models.generation import Ids
+from ctlens.models.hooks import run
 
 TokenPair = Int[Tensor, "batch 2"]
 
@@ -146,6 +148,16 @@ class ContrastBatch:
         """The good token's logit minus the bad one's."""
         good, bad = logits.gather(-1, self.answers).unbind(-1)
         return good - bad
+
+
+@torch.no_grad()
+def logit_diffs(model: LensModel, batches: Iterable[ContrastBatch]) -> Float[np.ndarray, " prompt"]:
+    """The logit difference, good answer minus bad, behind every prompt of some batches, from one pass over each."""
+    found: list[np.ndarray] = []
+    for batch in batches:
+        logits = batch.at_last(run(model, batch.side.tokens, batch.side.needed_mask))
+        found.append(batch.logit_diff(logits).float().cpu().numpy())
+    return np.concatenate(found) if found else np.empty(0)
 
 
 def contrast_batches(

@@ -35,7 +35,7 @@ from ctlens.analysis.exchange.transplant import TRANSPLANT_POSITIONS_IN_WORDS, r
 from ctlens.analysis.patching.hooked import write_of
 from ctlens.analysis.patching.jobs import Jobs, PatchBatch, PatchPair, patch_batch
 from ctlens.analysis.patching.sweep import Recorded, fitting
-from ctlens.core.clusters import Clusters, pigeonhole
+from ctlens.core.clusters import Clusters
 from ctlens.core.errors import CtlensError
 from ctlens.core.limits import PROBABILITY, require
 from ctlens.core.progress import ProgressBar, progress_bar
@@ -132,8 +132,7 @@ class HeadCurve(Exchange):
         low = np.nan
         high = np.nan
         if not clusters.too_few:
-            drawn = pigeonhole([*clusters.numbers] or [np.arange(self.n_pairs)])
-            resampled = np.moveaxis(moved[0] @ drawn.T, 0, -1)[drawn.any(-1)]
+            resampled = (moved[0] @ clusters.resamples().T).T
             low, high = np.quantile(counts[_first_there(resampled, share)], ENDS, method="closest_observation").tolist()
         beaten = (1 + sum(other <= ranked for other in random)) / (1 + self.draws)
         found = (ranked, low, high, min(random), float(np.median(random)), max(random), beaten)

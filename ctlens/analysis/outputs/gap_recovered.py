@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 
 from ctlens import plots
-from ctlens.analysis.base.contrast import Contrast, contrast_batches, contrasts
+from ctlens.analysis.base.contrast import contrast_batches, contrasts, logit_diffs
 from ctlens.analysis.base.forward import comparable_by_label, require_comparable
 from ctlens.analysis.base.metrics import SMALLEST_GAPS
 from ctlens.analysis.base.result import ResultOverPairs, clusters_in, groups_of
@@ -28,7 +26,6 @@ from ctlens.core.labels import BASE
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
-from ctlens.models.hooks import run
 from ctlens.plots import Figure
 
 _SIDES = ("wrapped", "clean")
@@ -136,7 +133,7 @@ class Gap:
         self.base = base
         self._groups = groups_of(pairs)
         self._prompts = {side: contrasts(base, pairs, side) for side in _SIDES}
-        self._batches = partial(_logit_diffs, batch_size=batch_size, progress=progress)
+        self._batching = {"batch_size": batch_size, "progress": progress}
         self._before = self._both_sides(base)
 
     def recovered_by(self, models: LensModel | Mapping[str, LensModel]) -> GapRecovered:
@@ -157,11 +154,14 @@ class Gap:
             CtlensError: the model does not compare with the base or is in training mode, or the gap is too small.
         """
         require_comparable(self.base, model)
-        after = self._batches(model, self._prompts["wrapped"])
+        after = self._logit_diffs(model, "wrapped")
         return _share(self._before, after, clusters_in(self._groups))
 
     def _both_sides(self, model: LensModel) -> Float[np.ndarray, "side pair"]:
-        return np.array([self._batches(model, prompts) for prompts in self._prompts.values()])
+        return np.array([self._logit_diffs(model, side) for side in _SIDES])
+
+    def _logit_diffs(self, model: LensModel, side: str) -> Float[np.ndarray, " pair"]:
+        return logit_diffs(model, contrast_batches(model, self._prompts[side], **self._batching))
 
 
 def _share(
@@ -178,14 +178,3 @@ def _share(
         )
     share, low, high = clustered_ratio(gained, gap, clusters)
     return float(share), float(low), float(high)
-
-
-@torch.no_grad()
-def _logit_diffs(
-    model: LensModel, prompts: Sequence[Contrast], batch_size: int, progress: bool
-) -> Float[np.ndarray, " pair"]:
-    found = []
-    for batch in contrast_batches(model, prompts, batch_size, progress):
-        logits = batch.at_last(run(model, batch.side.tokens))
-        found.append(batch.logit_diff(logits).float().cpu().numpy())
-    return np.concatenate(found)

@@ -39,7 +39,8 @@ class BestOfN(ResultOverPairs):
     Attributes:
         bad: `[model, candidate]`, whether the greedy answer was the bad one.
         requests: `[candidate]`, the number of each candidate's request.
-        twin_groups: as `groups`, of the benign twins.
+        groups: of the requests, their topics alone.
+        twin_groups: of the benign twins.
         failed: `[model, twin]`, whether a benign twin went unanswered.
         models: their labels.
     """

@@ -59,7 +59,7 @@ class EmbeddingAttack(ResultOverPairs):
         bad: `[model, radius, pair]`, whether greedy decoding begins with the bad answer under the attack.
         p_bad: of the same shape, the probability of the bad answer under the strongest move that was found.
         random_bad: `[model, radius, draw, pair]`, whether it begins so under a random move of the same length.
-        twin_groups: as `groups`, of the benign twins.
+        twin_groups: the same as `groups`, of the benign twins.
         failed: `[model, twin]`, whether a benign twin, as it stands, went unanswered.
         models: their labels.
         radii: shares of a token's own length; the first is 0, the prompt as it stands.

@@ -27,7 +27,7 @@ from ctlens import plots
 from ctlens.analysis.base.forward import comparable_by_label
 from ctlens.analysis.base.heldout import require_heldout
 from ctlens.analysis.base.result import ResultOverPairs, groups_of
-from ctlens.core.clusters import Clusters, clustered_rate, pigeonhole
+from ctlens.core.clusters import Clusters, clustered_rate
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.keeping import keeping
 from ctlens.core.progress import progress_bar
@@ -96,8 +96,7 @@ class Relearning(ResultOverPairs):
         n = self.bad.shape[-1]
         first = self._first_at_half(np.ones(n))
         clusters = self.clusters() or Clusters.alone(n)
-        drawn = pigeonhole([*clusters.numbers] or [np.arange(n)])
-        found = [self._first_at_half(counts) for counts in drawn if counts.any()]
+        found = [self._first_at_half(counts) for counts in clusters.resamples()]
         low, high = np.quantile(found, ENDS, axis=0)
         labels = list(product(self.trained_on, self.models))
         return pd.DataFrame(labels, columns=["trained_on", "model"]).assign(

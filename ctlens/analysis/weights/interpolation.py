@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ctlens import plots
-from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, contrasts
+from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, contrasts, logit_diffs
 from ctlens.analysis.base.forward import require_comparable
 from ctlens.analysis.base.result import ResultOverPairs, groups_of
 from ctlens.analysis.probing.probe import probe
@@ -34,7 +33,7 @@ from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.types import LensModel, widened
 from ctlens.data.pairs import Pair
-from ctlens.models.hooks import Layers, run
+from ctlens.models.hooks import Layers
 from ctlens.models.lora import merged_copy
 from ctlens.models.parameters import present_parameters, saved_tensors, state_buffers
 from ctlens.models.weights import copy_weights
@@ -282,7 +281,7 @@ def _measured(
     """Every measure of one model, in the order of `INTERPOLATED`."""
     found: dict[tuple[str, str], np.ndarray] = {}
     for side, (chosen, rows) in batches.items():
-        found[LOGIT_DIFF, side] = _with_gaps(len(pairs), chosen, _logit_diffs(model, rows))
+        found[LOGIT_DIFF, side] = _with_gaps(len(pairs), chosen, logit_diffs(model, rows).tolist())
     replies = ask(model, [pair.wrapped for pair in pairs], max_new_tokens=max_new_tokens, judge=judge)
     found[BAD_RATE, "wrapped"] = np.array([reply.verdict == "bad" for reply in replies], dtype=float)
     (failed,) = unanswered_twins({"": model}, pairs, judge, max_new_tokens)
@@ -296,13 +295,4 @@ def _with_gaps(n: int, chosen: Sequence[int], numbers: Sequence[float]) -> Float
     """The numbers of some pairs among all, NaN for the others."""
     found = np.full(n, np.nan)
     found[list(chosen)] = numbers
-    return found
-
-
-@torch.no_grad()
-def _logit_diffs(model: LensModel, rows: Sequence[ContrastBatch]) -> list[float]:
-    found: list[float] = []
-    for batch in rows:
-        last = batch.at_last(run(model, batch.side.tokens, batch.side.needed_mask)).float()
-        found += batch.logit_diff(last).tolist()
     return found
