@@ -90,26 +90,36 @@ def first_order(
 
 
 def patched_heads(
-    changes: ArrayLike, layers: Sequence[int], title: str, *, unit: str, subtitle: str | None = None
+    changes: ArrayLike,
+    layers: Sequence[int],
+    title: str,
+    *,
+    unit: str,
+    subtitle: str | None = None,
+    mlps: bool = False,
 ) -> go.Figure:
-    """Which heads change the answer when they are patched?
+    """Which heads, and MLPs beside them, change the answer when they are patched?
 
     Args:
-        changes: the change by a patch `[layer, head]`.
+        changes: the change by a patch `[layer, head]`; NaN where not measured, drawn empty.
         layers: the number of each layer.
         title: the question or the answer.
         unit: what a change counts.
         subtitle: one line under the title.
+        mlps: whether the last column is that of the MLPs.
 
     Raises:
         CtlensError: the grid does not fit its labels, or is empty.
     """
-    heads = (*np.shape(changes), 0, 0)[1]
-    grid = checked("changes", changes, len(layers), heads)
-    figure = _heatmap(grid, [[f"L{layer}H{head}" for head in range(heads)] for layer in layers], unit)
+    columns = (*np.shape(changes), 0, 0)[1]
+    heads = columns - mlps
+    grid = checked("changes", changes, len(layers), columns)
+    kinds = [*(f"H{head}" for head in range(heads)), *([" MLP"] if mlps else [])]
+    figure = _heatmap(grid, [[f"L{layer}{kind}" for kind in kinds] for layer in layers], unit)
     finish(figure, title, subtitle, x_title="head", y_title="layer", kind="patched_heads", caption=_CAPTION)
     figure.update_yaxes(tickvals=list(range(len(layers))), ticktext=[str(layer) for layer in layers])
-    figure.update_xaxes(tickmode="linear", tick0=0, dtick=max(1, heads // 16))
+    shown = [*range(0, heads, max(1, heads // 16)), *range(heads, columns)]
+    figure.update_xaxes(tickvals=shown, ticktext=[kinds[number].strip(" H") for number in shown])
     return _sized(figure.update_yaxes(autorange="reversed"), len(layers), _UNDER)
 
 

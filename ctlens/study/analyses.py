@@ -12,6 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
+import numpy as np
 import torch
 
 from ctlens.analysis import (
@@ -57,6 +58,10 @@ _ROUNDINGS = 32
 """Units of rounding of the largest logit below which two models do not differ; chosen by eye."""
 _OF_ALL_SEEDS = ("similarity",)
 """The analyses that take the models of all seeds at once; every other one runs seed by seed."""
+_MOST_ERASURE_LAYERS = 10
+"""The most layers on which models are asked whether a cue is erased: each costs a search with its null; not tuned."""
+_GRAFTED = ("block", "component")
+"""The parts whose weights are swapped, those that the study's figure shows."""
 _REFUSALS_FILE = "refused.json"
 """The file in the folder of an analysis with the reasons of the results that were refused, by name."""
 
@@ -281,7 +286,7 @@ def _transplants(scene: Scene) -> NamedResults:
 def _grafts(scene: Scene) -> NamedResults:
     pairs = scene.pairs()
     for name, model in scene.models(scene.conditions, scene.analysis.seed).items():
-        yield name, partial(graft, model, scene.base, pairs, progress=False)
+        yield name, partial(graft, model, scene.base, pairs, by=_GRAFTED, progress=False)
 
 
 def _erasure(scene: Scene) -> NamedResults:
@@ -290,9 +295,15 @@ def _erasure(scene: Scene) -> NamedResults:
 
     def analyse() -> Erasure:
         cue = _cue(scene, pairs)
-        return erase_or_mask(scene.base, models, pairs, cue=cue, control=RETENTION, progress=False)
+        layers = _spread_over(scene.base.cfg.n_layers, _MOST_ERASURE_LAYERS)
+        return erase_or_mask(scene.base, models, pairs, cue=cue, layers=layers, control=RETENTION, progress=False)
 
     yield "erasure", analyse
+
+
+def _spread_over(n_layers: int, at_most: int) -> list[int]:
+    """Layers from the first to the last, evenly apart, every one of them where there are few."""
+    return np.linspace(0, n_layers - 1, min(n_layers, at_most)).round().astype(int).tolist()
 
 
 def _cue(scene: Scene, pairs: Sequence[Pair]) -> Task | None:

@@ -51,6 +51,7 @@ MADE: dict[str, Callable[[tuple[LensModel, LensModel]], ResultOverPairs]] = {
     "gap_recovered": lambda m: look.gap_recovered(m[0], m[1], PAIRS, **QUIET),
     "cross_loss": lambda m: look.cross_loss(m[0], {"moved": m[1]}, PAIRS, ["act", "attct"], **QUIET),
     "patch": lambda m: _patched(m[0], PAIRS),
+    "path_patch": lambda m: look.path_patch(m[0], PAIRS, direction="denoising", layers=[1], **QUIET),
     "transplant": lambda m: look.transplant(*m, PAIRS, **QUIET),
     "graft": lambda m: look.graft(*m, PAIRS, **QUIET),
     "mediation": lambda m: look.mediation(m[0], PAIRS, **QUIET),

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from ctlens.analysis import Patching, patch
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt
+from ctlens.models.loading import HAS_HOOKED_TRANSFORMER
 from helpers.models import byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer(chat=True)
@@ -18,6 +20,33 @@ TEXTS = (("Is 1?", "no. Is 1?"), ("Is it right?", "I, no: no. Is it right?"), ("
 PAIRS = [Pair(prompt(clean, "the", "a"), prompt(wrapped, "the", "a")) for clean, wrapped in TEXTS]
 EQUAL = Pair(prompt("7 1 5 2?", "the", "a"), prompt("7 3 5 4?", "the", "a"))
 VECTORS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_post")
+
+
+BLOCK_KINDS: dict[str, dict[str, Any]] = {
+    "learned positions": {"normalization_type": "LN", "act_fn": "gelu_new"},
+    "grouped queries": {"n_key_value_heads": 2, "gated_mlp": True},
+    "side by side": {"normalization_type": "LN", "act_fn": "gelu", "parallel_attn_mlp": True, "rotary_dim": 4},
+    "unscaled": {"use_attn_scale": False, "act_fn": "relu"},
+}
+_ROTARY = {"positional_embedding_type": "rotary", "rotary_dim": 8}
+
+
+def hooked(kind: str) -> LensModel:
+    """A random `HookedTransformer`; no weight, norm or bias is left at a value that hides a mistake."""
+    if not HAS_HOOKED_TRANSFORMER:
+        pytest.skip("TransformerLens 4 has no HookedTransformer")
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    sizes = {"d_vocab": 400, "n_layers": 3, "n_heads": 4, "d_model": 32, "d_head": 8, "d_mlp": 48, "n_ctx": 128}
+    options = sizes | {"act_fn": "silu", "normalization_type": "RMS"} | BLOCK_KINDS[kind]
+    if kind != "learned positions":
+        options = _ROTARY | options
+    model: Any = HookedTransformer(HookedTransformerConfig(**options, seed=0)).eval()
+    draw = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
+    model.tokenizer = TOKENIZER
+    return model
 
 
 def logit_diff(model: LensModel, ids: tuple[int, ...], hooks: list[Any]) -> float:

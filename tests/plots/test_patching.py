@@ -40,6 +40,15 @@ def test_heads_are_named_by_the_layers_that_were_patched():
     assert figure.data[0].text[1][2] == "L7H2" and figure.layout.yaxis.ticktext == ("3", "7")
 
 
+def test_the_mlps_stand_behind_the_heads():
+    figure = plots.patched_heads(CHANGES, [3, 7], "?", unit="logits", mlps=True)
+    assert list(figure.data[0].text[1]) == ["L7H0", "L7H1", "L7 MLP"] and figure.layout.xaxis.ticktext == (
+        "0",
+        "1",
+        "MLP",
+    )
+
+
 def test_many_rows_are_named_in_steps():
     rows = [f"L{layer}H{head}" for layer in range(12) for head in range(8)]
     figure = plots.patched_positions(np.ones((96, 1)), rows, ["a"], "?", unit="logits")

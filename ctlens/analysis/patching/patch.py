@@ -24,19 +24,18 @@ from collections.abc import Sequence
 from typing import overload
 
 import numpy as np
-import torch
 
 from ctlens.analysis.base.forward import require_eval
 from ctlens.analysis.base.metrics import UserMetric, named_metrics
 from ctlens.analysis.base.result import groups_of
 from ctlens.analysis.patching.jobs import PatchPair, patch_batch, patch_pairs
 from ctlens.analysis.patching.result import Patching
-from ctlens.analysis.patching.sweep import Recorded, Sweep, Swept, sweep_of
+from ctlens.analysis.patching.sweep import Sweep, Swept, source_and_target, sweep_of
 from ctlens.core.progress import ProgressBar, progress_bar
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
-from ctlens.models.hooks import Layers, capture
+from ctlens.models.hooks import Layers
 
 
 @overload
@@ -176,15 +175,9 @@ def joined(
 
 
 def _patched(sweep: Sweep, group: Sequence[PatchPair], bar: ProgressBar) -> Swept:
-    """Sweeps a group of pairs; the source and the target run of the model are one forward pass."""
+    """Sweeps a group of pairs."""
     batch = patch_batch(group, next(sweep.model.parameters()).device)
-    tokens = torch.cat([batch.source.side.tokens, batch.target.side.tokens])
-    logits, found = capture(sweep.model, tokens, sweep.needed, grad=False)
-    half = len(tokens) // 2
-    source_states = {name: state[:half] for name, state in found.items()}
-    target_states = {name: state[half:] for name, state in found.items()}
-    source = Recorded(batch.source.at_last(logits[:half]), source_states)
-    target = Recorded(batch.target.at_last(logits[half:]), target_states)
+    source, target = source_and_target(sweep.model, batch, sweep.needed)
     return sweep.values(group, batch, source, target, bar)
 
 

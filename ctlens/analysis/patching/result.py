@@ -15,7 +15,7 @@ from ctlens.core.clusters import WithInterval
 from ctlens.core.errors import unknown
 from ctlens.plots import Figure
 
-_UNITS = {"logit_diff": "logits, good minus bad", "probability": "probability of the good token", "kl": "nats"}
+PATCH_UNITS = {"logit_diff": "logits, good minus bad", "probability": "probability of the good token", "kl": "nats"}
 _QUESTIONS = {
     "denoising": "Where do the clean run's activations repair the wrapped run?",
     "noising": "Where do the wrapped run's activations break the clean run?",
@@ -105,7 +105,7 @@ class Patching(ResultOverPairs):
         row = self._row(metric)
         grid = np.nanmean(self._cells(row) - self.target[row], -1).reshape(self.values.shape[1:-1])
         subtitle = f"{self.site}, {self.values.shape[-1]} pairs; a cell is the change of the patched run's {metric}"
-        words = {"unit": _UNITS.get(metric, metric), "subtitle": subtitle}
+        words = {"unit": PATCH_UNITS.get(metric, metric), "subtitle": subtitle}
         if self.has_heads and self.positions != "each":
             return plots.patched_heads(grid[..., 0], self.layers, _QUESTIONS[self.direction], **words)
         rows = [f"L{layer}" for layer in self.layers]

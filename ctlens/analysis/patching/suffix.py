@@ -149,7 +149,7 @@ class Suffix:
         middle = self.batch.target.last // 2
         for start, at in ((0, torch.zeros_like(pairs)), (0, middle), (len(self.blocks) - 1, middle)):
             rows = self.stream[start][pairs, at][:, None]
-            found = self._logits(self._run(start, pairs, at[:, None], rows))
+            found = self.logits(self.run_from(start, pairs, at[:, None], rows))
             if not torch.allclose(found, expected, atol=_TOLERANCE, rtol=_TOLERANCE):
                 return False
         layer = self.layers[0]
@@ -173,16 +173,17 @@ class Suffix:
         rows: list[LastRows] = []
         for numbers, last in self._finished(jobs, max_batch):
             if sum(map(len, done)) + len(numbers) > max_batch and done:
-                yield torch.cat(done), self._logits(torch.cat(rows))
+                yield torch.cat(done), self.logits(torch.cat(rows))
                 done = []
                 rows = []
             done.append(numbers)
             rows.append(last)
         if done:
-            yield torch.cat(done), self._logits(torch.cat(rows))
+            yield torch.cat(done), self.logits(torch.cat(rows))
 
     @torch.inference_mode()
-    def _logits(self, rows: LastRows) -> JobLogits:
+    def logits(self, rows: LastRows) -> JobLogits:
+        """The logits of rows of the last stream."""
         return self.read_out(rows)
 
     def _finished(self, jobs: Jobs, max_batch: int) -> Iterator[tuple[JobNumbers, LastRows]]:
@@ -199,7 +200,7 @@ class Suffix:
             if start >= len(self.blocks) - 1:  # computed for the last row alone, wherever the patch is
                 first = torch.full_like(first, len(self.hidden) // 2)
             for part in chunks(first, len(self.hidden), max_batch, self.most_rows, ENOUGH_ROWS):
-                yield chosen[part], self._run(start, pairs[part], positions[part], rows[part])
+                yield chosen[part], self.run_from(start, pairs[part], positions[part], rows[part])
 
     @torch.inference_mode()
     def _rows(self, jobs: Jobs, here: JobPositions, there: JobPositions) -> JobRows:
@@ -250,7 +251,7 @@ class Suffix:
         return self.target[SHORTHANDS[site].format(layer=layer)]
 
     @torch.inference_mode()
-    def _run(self, start: int, pairs: JobNumbers, there: JobPositions, rows: JobRows) -> LastRows:
+    def run_from(self, start: int, pairs: JobNumbers, there: JobPositions, rows: JobRows) -> LastRows:
         """Puts rows into the stream in front of layer `start`, and gives the last row behind the last block."""
         at = SuffixRows.of(pairs, there, self.batch.target.last[pairs])
         final = len(self.blocks) - 1

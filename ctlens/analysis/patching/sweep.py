@@ -19,7 +19,7 @@ from ctlens.analysis.patching.suffix import SUFFIX_SITES, Suffix, needed
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import Activations, LensModel
 from ctlens.models.finite import require_finite
-from ctlens.models.hooks import SHORTHANDS, Layers, resolve, select_layers
+from ctlens.models.hooks import SHORTHANDS, Layers, capture, resolve, select_layers
 
 SWEEP_BYTES = 2**28  # 256 MiB, chosen by eye
 """Bytes that one forward pass, or the activations held of one group of pairs, may take by default."""
@@ -36,6 +36,17 @@ class Recorded:
 
     last: Tensor
     states: Activations
+
+
+def source_and_target(model: LensModel, batch: PatchBatch, names: Sequence[str]) -> tuple[Recorded, Recorded]:
+    """Runs the source and the target prompts of a batch in one forward pass, and keeps activations by hook name."""
+    tokens = torch.cat([batch.source.side.tokens, batch.target.side.tokens])
+    logits, found = capture(model, tokens, names, grad=False)
+    half = len(tokens) // 2
+    source_states = {name: state[:half] for name, state in found.items()}
+    target_states = {name: state[half:] for name, state in found.items()}
+    source = Recorded(batch.source.at_last(logits[:half]), source_states)
+    return source, Recorded(batch.target.at_last(logits[half:]), target_states)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import SIZES, hf_model, made, random_model
-from helpers.patching import CLOSE, EQUAL, PAIRS, TOKENIZER, swept
+from helpers.patching import BLOCK_KINDS, CLOSE, EQUAL, PAIRS, TOKENIZER, hooked, swept
 from helpers.tiers import unit_first
 from torch import Tensor
 
@@ -17,41 +17,14 @@ from ctlens.analysis.patching import hooked as patching_hooks
 from ctlens.analysis.patching import sweep as ours
 from ctlens.analysis.patching.blocks import Block
 from ctlens.analysis.patching.suffix import SUFFIX_SITES, Suffix
-from ctlens.core.types import LensModel
 from ctlens.models.loading import HAS_HOOKED_TRANSFORMER, load_model
 from ctlens.models.parameters import copy_model
 
 pytestmark = pytest.mark.boundary
 
-KINDS: dict[str, dict[str, Any]] = {
-    "learned positions": {"normalization_type": "LN", "act_fn": "gelu_new"},
-    "grouped queries": {"n_key_value_heads": 2, "gated_mlp": True},
-    "side by side": {"normalization_type": "LN", "act_fn": "gelu", "parallel_attn_mlp": True, "rotary_dim": 4},
-    "unscaled": {"use_attn_scale": False, "act_fn": "relu"},
-}
-ROTARY = {"positional_embedding_type": "rotary", "rotary_dim": 8}
-
-
-def hooked(kind: str) -> LensModel:
-    """A random `HookedTransformer`; no weight, norm or bias is left at a value that hides a mistake."""
-    if not HAS_HOOKED_TRANSFORMER:
-        pytest.skip("TransformerLens 4 has no HookedTransformer")
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-    sizes = {"d_vocab": 400, "n_layers": 3, "n_heads": 4, "d_model": 32, "d_head": 8, "d_mlp": 48, "n_ctx": 128}
-    options = sizes | {"act_fn": "silu", "normalization_type": "RMS"} | KINDS[kind]
-    if kind != "learned positions":
-        options = ROTARY | options
-    model: Any = HookedTransformer(HookedTransformerConfig(**options, seed=0)).eval()
-    draw = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
-    model.tokenizer = TOKENIZER
-    return model
-
 
 @pytest.mark.parametrize("site", unit_first(SUFFIX_SITES))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BLOCK_KINDS)
 def test_both_ways_agree_on_every_kind_of_block(kind: str, site: str, monkeypatch: pytest.MonkeyPatch):
     if kind == "side by side" and site == "resid_mid":
         pytest.skip("there is no stream between attention and MLP")
