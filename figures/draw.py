@@ -1,7 +1,8 @@
 """The gallery: every figure here is drawn from the files in `data`, and a test draws them again.
 
 `python figures/draw.py` draws anew from these data, and `python figures/draw.py runs` first takes them
-from those studies that lie there; `make figures` runs the studies and then that. What was drawn is
+from those studies that lie there; `make figures` runs the organism's studies and then that. The study of a real
+chat model takes hours and has a command of its own, `make real`. What was drawn is
 noted in `manifest.json`, so that `stale` can tell when the code has moved on.
 """
 
@@ -14,6 +15,7 @@ import shutil
 import sys
 from base64 import b64decode
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,47 +45,66 @@ KINDS = ("json", "html", "png")
 LIBRARY = "plotly.min.js"
 SHOWN = (RETENTION, *DEFAULT_METHODS)
 EXCHANGED = (*DEFAULT_METHODS, *CROSSED_CONDITIONS)
+SIMILARITY = "-similarity.safetensors"
 
 
-STUDY = "study"
-"""The folder of the organism's study, under `DATA` and under the folder of the runs."""
-RESIDUAL_THREAT = ANALYSED_THREATS[0]
-OF_STUDY = {
-    **{f"{name}.csv": f"{name}.csv" for name in ("results", "claims", "base")},
-    **{
-        f"{RESIDUAL_THREAT}-residual-{name}.safetensors": f"runs/{RESIDUAL_THREAT}-{name}-seed0/residual.safetensors"
-        for name in SHOWN
-    },
-    **{
-        f"{threat}-similarity.safetensors": f"analyses/{threat}/similarity/similarity.safetensors"
-        for threat in ANALYSED_THREATS
-    },
-    **{
-        f"{threat}-transplant-{name}.safetensors": f"analyses/{threat}/transplant-seed0/{name}.safetensors"
-        for threat in ANALYSED_THREATS
-        for name in EXCHANGED
-    },
-}
+@dataclass(frozen=True)
+class ShownStudy:
+    """A study of the gallery.
+
+    Attributes:
+        folder: with its data, under `DATA` and under the folder of the runs.
+        analysed: the threats whose models were compared inside.
+        prefix: of the names of its figures.
+    """
+
+    folder: str
+    analysed: tuple[str, ...]
+    prefix: str = ""
+
+    def taken(self) -> dict[str, str]:
+        """What is taken from the study: the file under `DATA`, and where it lies under the folder of the runs."""
+        found = {f"{name}.csv": f"{name}.csv" for name in ("results", "claims", "base")}
+        for threat in self.analysed:
+            analyses = f"analyses/{threat}"
+            found[f"{threat}{SIMILARITY}"] = f"{analyses}/similarity/similarity.safetensors"
+            for name in EXCHANGED:
+                found[f"{threat}-transplant-{name}.safetensors"] = f"{analyses}/transplant-seed0/{name}.safetensors"
+        for name in SHOWN:
+            residual = f"runs/{self.analysed[0]}-{name}-seed0/residual.safetensors"
+            found[f"{self.analysed[0]}-residual-{name}.safetensors"] = residual
+        return {f"{self.folder}/{name}": f"{self.folder}/{source}" for name, source in found.items()}
+
+    def drawings(self, data: Path) -> Iterator[tuple[str, plots.Figure]]:
+        """Draws the figures of the study from `DATA` or a folder like it, each with its name."""
+        own = data / self.folder
+        results = read_results(own / "results.csv")
+        for threat in self.analysed:
+            yield from ((f"{self.prefix}{name}", figure) for name, figure in _inside(own, results, threat))
+        across = study_figures.cross_threat_figure(results[results["condition"].isin((BASE, *SHOWN))])
+        yield f"{self.prefix}cross-threat", across
+        yield f"{self.prefix}attack-strength", Evaluation.load(own / "base.csv").strength_figure()
+        first = self.analysed[0]
+        shifts = {name: ResidualShift.load(own / f"{first}-residual-{name}.safetensors") for name in SHOWN}
+        words = study_figures.prompts_in_words(first)
+        compared = shifts[RETENTION].compare(shifts, label=RETENTION, subtitle=words)
+        yield f"{self.prefix}{first}-residual-last", compared
+
+
+STUDIES = (ShownStudy("study", ANALYSED_THREATS), ShownStudy("real", ("facts",), "real-"))
+"""The study of the organism, and that of a real chat model."""
 TAKEN = {
     "doses.csv": "doses/doses.csv",
     "leak.csv": "leak/leak.csv",
-    **{f"{STUDY}/{name}": f"{STUDY}/{source}" for name, source in OF_STUDY.items()},
+    **{name: source for study in STUDIES for name, source in study.taken().items()},
 }
 
 
 def drawings(data: Path) -> dict[str, plots.Figure]:
     """The figures of the gallery by name, drawn by today's code from the data in a folder."""
     doses = DoseResult(data, pd.read_csv(data / "doses.csv", keep_default_na=False))
-    study = data / STUDY
-    shifts = {name: ResidualShift.load(study / f"{RESIDUAL_THREAT}-residual-{name}.safetensors") for name in SHOWN}
-    results = read_results(study / "results.csv")
     return {
-        **{name: figure for threat in ANALYSED_THREATS for name, figure in _inside(study, results, threat)},
-        "cross-threat": study_figures.cross_threat_figure(results[results["condition"].isin((BASE, *SHOWN))]),
-        "attack-strength": Evaluation.load(study / "base.csv").strength_figure(),
-        f"{RESIDUAL_THREAT}-residual-last": shifts[RETENTION].compare(
-            shifts, label=RETENTION, subtitle=study_figures.prompts_in_words(RESIDUAL_THREAT)
-        ),
+        **{name: figure for study in STUDIES for name, figure in study.drawings(data)},
         "doses-pairs": doses.figure("pairs"),
         "doses-steps": doses.figure("steps"),
         "leak": Leak(pd.read_csv(data / "leak.csv"), {}).figure(),
@@ -93,8 +114,18 @@ def drawings(data: Path) -> dict[str, plots.Figure]:
 def take(runs: Path) -> None:
     """Copies what the gallery shows from those studies that lie in a folder of runs, of each all or none."""
     for name, source in TAKEN.items():
-        if (runs / Path(source).parts[0]).is_dir():
+        if not (runs / Path(source).parts[0]).is_dir():
+            continue
+        (DATA / name).parent.mkdir(exist_ok=True)
+        if name.endswith(SIMILARITY):  # every seed and condition by every other, at every layer
+            _shown(ShiftSimilarity.load(runs / source)).save(DATA / name)
+        else:
             shutil.copyfile(runs / source, DATA / name)
+
+
+def _shown(found: ShiftSimilarity) -> ShiftSimilarity:
+    """The methods that the figure shows; a control that moved nothing was not compared."""
+    return found.among([name for name in SHOWN if name in found.methods])
 
 
 def _inside(data: Path, results: pd.DataFrame, threat: str) -> Iterator[tuple[str, plots.Figure]]:
@@ -102,7 +133,7 @@ def _inside(data: Path, results: pd.DataFrame, threat: str) -> Iterator[tuple[st
     words = study_figures.prompts_in_words(threat)
     transplants = {name: Transplant.load(data / f"{threat}-transplant-{name}.safetensors") for name in EXCHANGED}
     yield f"{threat}-gap-dose", study_figures.gap_figure(results[results["trained_threat"] == threat], words)
-    yield f"{threat}-similarity", ShiftSimilarity.load(data / f"{threat}-similarity.safetensors").among(SHOWN).figure()
+    yield f"{threat}-similarity", _shown(ShiftSimilarity.load(data / f"{threat}{SIMILARITY}")).figure()
     first = EXCHANGED[0]
     subtitle = f"{words}; at equal steps"
     figure = transplants[first].compare(transplants, label=first, positions="last", subtitle=subtitle)
@@ -118,6 +149,24 @@ def claims_table(claims: Sequence[Claim]) -> str:
     for (statement, threat), cells in rows.items():
         found = " | ".join(cells.get(setting, "–") for setting in SETTINGS)
         lines.append(f"| {statement[0].upper()}{statement[1:]} | {threat} | {found} |")
+    return "\n".join(lines)
+
+
+def compared_table(claims: Mapping[str, Sequence[Claim]]) -> str:
+    """Writes the claims of several studies side by side as a Markdown table, a row per claim and setting.
+
+    Args:
+        claims: by the name of the study.
+    """
+    rows: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for study, found in claims.items():
+        for claim in found:
+            row = rows.setdefault((claim.statement, claim.setting), {name: [] for name in claims})
+            row[study].append(f"{claim.threat}: {_verdict(claim)}")
+    lines = [f"| claim | setting | {' | '.join(claims)} |", "|---|---|" + "---|" * len(claims)]
+    for (statement, setting), by_study in rows.items():
+        cells = " | ".join("<br>".join(verdicts) or "–" for verdicts in by_study.values())
+        lines.append(f"| {statement[0].upper()}{statement[1:]} | {setting} | {cells} |")
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ from ctlens.analysis.base.states import States as States
 from ctlens.analysis.base.states import states as states
 from ctlens.analysis.directions.boundary import BoundaryDirection as BoundaryDirection
 from ctlens.analysis.directions.boundary import boundary_direction as boundary_direction
+from ctlens.analysis.directions.concepts import concept_directions as concept_directions
 from ctlens.analysis.directions.directions import Directions as Directions
 from ctlens.analysis.directions.directions import mean_difference as mean_difference
 from ctlens.analysis.directions.erasure import Erasure as Erasure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 import plotly.graph_objects as go
@@ -23,6 +24,8 @@ INTERVENTION_STYLES = {
     "opposite": Style("its opposite", "#cf4a86", "circle-open", "dot"),
     "attack": Style("the attack", "#8e2f9e", "circle", "solid"),
 }
+_CONCEPT_MARKERS = ("square", "square-open", "diamond", "diamond-open", "triangle-up", "triangle-up-open")
+"""Of concepts, each beside its other sign."""
 
 
 def against_random(
@@ -37,8 +40,8 @@ def against_random(
     """Is the effect of a direction larger than that of random ones, and in which model?
 
     Args:
-        shown: per model, its curves (`"direction"`, `"opposite"`, `"attack"`), the mean and its interval, and
-            the random band; all on one scale.
+        shown: per model, its curves (`"direction"`, `"opposite"`, `"attack"`, or a concept's name), the mean and its
+            interval, and the random band; all on one scale.
         x: the layers, the strengths or the radii.
         title: the question or the answer.
         x_title: what `x` counts.
@@ -52,12 +55,15 @@ def against_random(
     require_some(x_title, x)
     figure = panel_grid([label(name) for name in shown], _LAYOUT)
     at_x = np.asarray(x)
+    concepts = dict.fromkeys(kind for curves, _ in shown.values() for kind in curves if kind not in INTERVENTION_STYLES)
+    looks = {name: Style(name, MUTED, marker, "dash") for name, marker in zip(concepts, cycle(_CONCEPT_MARKERS))}
+    looks |= INTERVENTION_STYLES
     for number, (subplot, (model, (curves, band))) in enumerate(zip(subplots(len(shown)), shown.items(), strict=True)):
         listed = number == 0
         draw_null(figure, at_x, band, "random directions", listed=listed, **subplot.at)
         for kind, curve in curves.items():
             numbers = checked_intervals(f"curve {kind!r}", curve, len(x))
-            options = {"look": INTERVENTION_STYLES[kind], "listed": listed, "error_y": whiskers(numbers)}
+            options = {"look": looks[kind], "listed": listed, "error_y": whiskers(numbers)}
             draw_line(figure, kind, at_x, numbers.value, **options, **subplot.at)
         figure.update_traces(meta=drawn_for(model), **subplot.at)
         figure.add_hline(0, line={"color": MUTED, "width": 1}, layer="below", **subplot.at)

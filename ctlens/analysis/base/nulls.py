@@ -5,8 +5,10 @@ Any training changes a model and any edit changes an answer, so an effect says l
 - *retention alone*, a training without consistency loss, is the floor of `shift_similarity` and the control of
   `erase_or_mask`. It is a null only as far as it moved the model at all, which `hardly_moved` tells;
 - *random directions* as long as the real one are the null of `steer`, `ablate` and `shift_similarity`: an effect of the
-  first two must lie above the `random_band`. `boundary_direction` has both evenly drawn ones and ones drawn from the
-  covariance of the states;
+  first two must lie above the `random_band`. These and `boundary_direction` have both evenly drawn ones and ones drawn
+  from the covariance of the states;
+- *concepts* that are no attack, such as a prompt's length, are a null of `steer` and `ablate` too, see
+  `ctlens.analysis.directions.concepts`;
 - *random keys*, as many as the real ones, are the null of `knockout`, see `ctlens.analysis.attention.cuts`;
 - *shuffled labels* and random features are those of `probe`, see `ctlens.analysis.probing.classifiers`.
 """

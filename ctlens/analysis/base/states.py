@@ -134,6 +134,11 @@ def states_at(
     ]
 
 
+def centred(*of_models: States) -> Float[np.ndarray, "layer state d"]:
+    """The states of some models, each less its model's mean, so that what the models differ by is no variance."""
+    return np.concatenate([one.values - one.values.mean(1, keepdims=True) for one in of_models], 1)
+
+
 def _mean(activation: Float[Tensor, "batch pos d"], chosen: Mask) -> Float[Tensor, "batch d"]:
     """The mean over the chosen tokens of each row."""
     return (activation * chosen[..., None]).sum(1) / chosen.sum(1, keepdim=True)

@@ -31,9 +31,9 @@ from ctlens.analysis.base.metrics import SMALLEST_GAPS
 from ctlens.analysis.base.nulls import random_from_covariance
 from ctlens.analysis.base.result import ResultOverPairs, groups_of
 from ctlens.analysis.base.shares import shares
-from ctlens.analysis.base.states import States, states
+from ctlens.analysis.base.states import States, centred, states
 from ctlens.analysis.directions.directions import Directions, difference_of
-from ctlens.analysis.directions.interventions import ABLATE, ALONG, STEER, Intervention
+from ctlens.analysis.directions.interventions import ABLATE, ALONG, COVARIANCE, ISOTROPIC, STEER, Intervention
 from ctlens.analysis.directions.steering import intervene, random_units
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.keeping import keeping
@@ -47,8 +47,6 @@ from ctlens.plots import Figure
 GIVES = "gives"
 TAKES = "takes"
 BOUNDARY_EDITS = (GIVES, TAKES)
-ISOTROPIC = "isotropic"
-COVARIANCE = "covariance"
 # The metrics of a share, with the smallest gap of which one is more than noise.
 _FLOORS = {"logit_diff": SMALLEST_GAPS["logit_diff"], "p_bad": SMALLEST_GAPS["probability"]}
 _TITLES = {
@@ -213,7 +211,7 @@ def boundary_direction(
     labels = tuple(list(named)[1:])
     directions = {label: _direction(found[label], found[BASE], label) for label in labels}
     edited = [
-        _edited(named, label, heldout, directions[label], _centred(found[BASE], found[label]), **editing)
+        _edited(named, label, heldout, directions[label], centred(found[BASE], found[label]), **editing)
         for label in labels
     ]
     plain = [edited[0][0], *(taken for _, taken in edited)]  # the base, then every trained model
@@ -238,24 +236,19 @@ def _direction(trained: States, base: States, label: str) -> Directions:
     return difference_of(trained, base, everyone, source="trained minus base at the last token", model=label)
 
 
-def _centred(*of_models: States) -> Float[np.ndarray, "layer state d"]:
-    """The states of some models, each less its model's mean, so that what the models differ by is no variance."""
-    return np.concatenate([one.values - one.values.mean(1, keepdims=True) for one in of_models], 1)
-
-
 def _edited(
     named: Mapping[str, LensModel],
     label: str,
     heldout: Sequence[Pair],
     direction: Directions,
-    centred: Float[np.ndarray, "layer state d"],
+    about_means: Float[np.ndarray, "layer state d"],
     *,
     draws: int,
     seed: int,
     **running: Any,
 ) -> tuple[Intervention, Intervention]:
     """The base with the direction added, and the trained model without it, each beside both nulls."""
-    drawn = random_from_covariance(centred, draws, seed)[:, :, None]
+    drawn = random_from_covariance(about_means, draws, seed)[:, :, None]
     units = np.concatenate([direction.unit[None], random_units(direction, draws, seed), drawn])[None]
     variants = (ALONG, *(ISOTROPIC,) * draws, *(COVARIANCE,) * draws)
     written = units * direction.norm[..., None]

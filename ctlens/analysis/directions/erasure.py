@@ -28,7 +28,7 @@ from ctlens.analysis.directions.erasure_verdicts import (
     erasure_verdict,
     readout,
 )
-from ctlens.analysis.directions.interventions import OPPOSITE, Intervention
+from ctlens.analysis.directions.interventions import ISOTROPIC, OPPOSITE, Intervention
 from ctlens.analysis.directions.own_use import OwnUse, held_out_of_search, own_use
 from ctlens.analysis.directions.steering import ablate, steer
 from ctlens.analysis.probing.classifiers import NONLINEAR
@@ -310,8 +310,8 @@ def erase_or_mask(
         probes = _probes(named, cue or wrapper_present(pairs, base.tokenizer), read_positions, at | running)
     readable = _readable(probes, direction, called)
     drawing = {"positions": positions, "draws": draws, "seed": seed, **running}
-    ablated = ablate(named, pairs, direction, **drawing)
-    steered = steer(named, pairs, direction, alphas=[1.0], **drawing)
+    ablated = ablate(named, pairs, direction, nulls=(ISOTROPIC,), **drawing)
+    steered = steer(named, pairs, direction, nulls=(ISOTROPIC,), alphas=[1.0], **drawing)
     held_out = held_out_of_search(pairs, seed)
     own = [
         own_use(

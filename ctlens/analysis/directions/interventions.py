@@ -1,11 +1,13 @@
-"""The result of adding a direction or taking it out: the answers of every pair, beside those with random directions.
+"""The result of adding a direction or taking it out: the answers of every pair, beside those with other directions.
 
-The random band reaches from the lowest to the highest of the random directions' means over pairs:
-with the default of 19 draws, one more random direction lies above it once in 20 times.
+The random band reaches from the lowest to the highest of the random directions' means over pairs: with the default of
+19 draws of a kind, one more of that kind lies above them once in 20 times. Directions of concepts that are no attack
+have rows of their own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -24,7 +26,10 @@ STEER = "steer"
 ABLATE = "ablate"
 ALONG = "direction"
 OPPOSITE = "opposite"
-RANDOM_DRAW = "random"
+ISOTROPIC = "isotropic"
+COVARIANCE = "covariance"
+RANDOM_KINDS = (ISOTROPIC, COVARIANCE)
+"""Random directions drawn evenly over the sphere, and from the covariance of the states."""
 _SIGN = {STEER: -1, ABLATE: 1}
 _TITLES = {
     STEER: "Does adding the direction to clean prompts bring the bad answer back?",
@@ -48,7 +53,8 @@ class Intervention(ResultOverPairs):
         models: their labels.
         layers: where the intervention was made, one at a time.
         alphas: its strengths; 1 is the direction's own norm, or all of its component.
-        variants: `"direction"`, for `steer` `"opposite"`, and each of the random draws, `"random"`.
+        variants: `"direction"`; for `steer` `"opposite"`; each of the random draws, `"isotropic"` or `"covariance"`;
+            and of every concept its name, and `"not NAME"` for the other sign.
         action: `"steer"`, on clean prompts, or `"ablate"`, on wrapped ones.
         positions: the tokens whose state was changed.
         direction: what it is, in words.
@@ -75,7 +81,7 @@ class Intervention(ResultOverPairs):
         """The mean effect of a variant over pairs and its 95 percent interval, `[model, layer, alpha]` each.
 
         Args:
-            variant: `"direction"` or `"opposite"`; for the random draws see `random_band`.
+            variant: `"direction"`, `"opposite"` or that of a concept; for the random draws see `random_band`.
         """
         effects = np.moveaxis(self.effects[..., self.variants.index(variant), :], -1, 0)
         return clustered_mean(effects, self.clusters())
@@ -83,36 +89,55 @@ class Intervention(ResultOverPairs):
     @property
     def random_band(self) -> tuple[np.ndarray, np.ndarray]:
         """The lowest and the highest mean over pairs of the random directions, `[model, layer, alpha]` each."""
-        return random_band(self.effects[..., self._drawn, :])
+        return self._band(RANDOM_KINDS)
 
     @property
-    def _drawn(self) -> list[int]:
-        return [number for number, variant in enumerate(self.variants) if variant == RANDOM_DRAW]
+    def concepts(self) -> tuple[str, ...]:
+        """The variants of concepts."""
+        return tuple(dict.fromkeys(name for name in self.variants if name not in (ALONG, OPPOSITE, *RANDOM_KINDS)))
+
+    def _band(self, variants: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The lowest and the highest mean over pairs of some variants; not a number where there are none."""
+        of_them = self._of(variants)
+        if not of_them:
+            nothing = np.full(self.effects.shape[:3], np.nan)
+            return nothing, nothing
+        return random_band(self.effects[..., of_them, :])
+
+    def _of(self, variants: Sequence[str]) -> list[int]:
+        return [number for number, variant in enumerate(self.variants) if variant in variants]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per model, layer, alpha and variant: the direction, and for `steer` its opposite.
+        """One row per model, layer, alpha and variant: the direction, for `steer` its opposite, and concepts.
 
         Returns:
-            The mean `effect` over `n_pairs` in nats, with `ci_low` and `ci_high`; the random band,
-            `random_low` and `random_high`; `beyond_random`, whether the interval lies above the
-            band and 0; and the mean probability of the bad answer, `p_bad`, without intervention
-            `plain_p_bad` and under the random directions `random_p_bad`.
+            The mean `effect` over `n_pairs` in nats, with `ci_low` and `ci_high`; the lowest and the highest of the
+            random directions of each kind (`isotropic_low` and so on) and of the concepts (`concepts_low`); not a
+            number where there are none. `beyond_random`, whether the interval lies above all random directions and 0;
+            `beyond_concepts`, whether also above the concepts. The mean probability of the bad answer, `p_bad`,
+            without intervention `plain_p_bad` and under the random directions `random_p_bad`.
         """
-        low, high = self.random_band
+        bands = {**{kind: self._band([kind]) for kind in RANDOM_KINDS}, "concepts": self._band(self.concepts)}
+        ends = {
+            f"{name}_{end}": band
+            for name, both in bands.items()
+            for end, band in zip(("low", "high"), both, strict=True)
+        }
+        random = np.fmax(self.random_band[1], 0)
         p_bad = self.p_bad.mean(-1)
         tables = []
-        for variant in dict.fromkeys(name for name in self.variants if name != RANDOM_DRAW):
+        for variant in dict.fromkeys(name for name in self.variants if name not in RANDOM_KINDS):
             effect, ci_low, ci_high = self.effect(variant)
             columns = {
                 "effect": effect,
                 "ci_low": ci_low,
                 "ci_high": ci_high,
-                "random_low": low,
-                "random_high": high,
-                "beyond_random": ci_low > np.maximum(high, 0),
+                **ends,
+                "beyond_random": ci_low > random,
+                "beyond_concepts": ci_low > np.fmax(random, bands["concepts"][1]),
                 "p_bad": p_bad[..., self.variants.index(variant)],
                 "plain_p_bad": np.broadcast_to(self.plain_p_bad.mean(-1)[:, None, None], effect.shape),
-                "random_p_bad": p_bad[..., self._drawn].mean(-1),
+                "random_p_bad": p_bad[..., self._of(RANDOM_KINDS)].mean(-1),
             }
             labels = [(*label, variant) for label in product(self.models, self.layers, self.alphas)]
             table = pd.DataFrame(labels, columns=["model", "layer", "alpha", "variant"])
@@ -142,7 +167,7 @@ class Intervention(ResultOverPairs):
         def taken(array: np.ndarray, model: int) -> np.ndarray:
             return array[model].take(index, axis=fixed_axis)
 
-        effects = {name: self.effect(name) for name in (ALONG, OPPOSITE) if name in self.variants}
+        effects = {name: self.effect(name) for name in (ALONG, OPPOSITE, *self.concepts) if name in self.variants}
         low, high = self.random_band
         panels = {}
         for model, label in enumerate(self.models):

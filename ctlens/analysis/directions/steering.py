@@ -10,9 +10,11 @@ difference `rest` is the component of the clean states, because a state without 
 unusual as one with too much; for other directions it is 0, a plain projection. How far the logit difference
 recovers says whether the behaviour rests on the direction there.
 
-Any change of a state lowers the logit difference, so every effect stands beside random directions: for `steer`
-of equal norm, for `ablate` the change `-(x . u - rest) r` along a random unit vector `r`, as long
-as that along `u`.
+Any change of a state lowers the logit difference, so every effect stands beside other directions: for `steer`
+of equal norm, for `ablate` the change `-(x . u - rest) r` along another unit vector `r`, as long as that along `u`.
+Random ones are *isotropic*, evenly over the sphere, or drawn from the *covariance* of the first model's states where
+they are edited, and so point where states vary anyway. Directions of *concepts* that are no attack, as
+`concept_directions` makes them, take both signs.
 
 An edit changes all that comes after it, so the models must run and no recording can stand for them. Only the
 direction can come from a recording, by `mean_difference` or `probe_direction`. The answers without an edit come
@@ -28,12 +30,23 @@ import numpy as np
 from jaxtyping import Float
 
 from ctlens.analysis.base.forward import comparable_by_label, pair_batches
+from ctlens.analysis.base.nulls import random_from_covariance
 from ctlens.analysis.base.positions import CHOSEN, PositionsOf, positions_mask
 from ctlens.analysis.base.result import groups_of
-from ctlens.analysis.directions.directions import Directions
+from ctlens.analysis.base.states import centred, states
+from ctlens.analysis.directions.directions import SAME, Directions
 from ctlens.analysis.directions.edited_answers import Edit, EditedAnswers
-from ctlens.analysis.directions.interventions import ABLATE, ALONG, OPPOSITE, RANDOM_DRAW, STEER, Intervention
-from ctlens.core.errors import CtlensError
+from ctlens.analysis.directions.interventions import (
+    ABLATE,
+    ALONG,
+    COVARIANCE,
+    ISOTROPIC,
+    OPPOSITE,
+    RANDOM_KINDS,
+    STEER,
+    Intervention,
+)
+from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.keeping import keeping
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
@@ -50,6 +63,8 @@ def steer(
     alphas: Sequence[int | float] = (0.5, 1.0, 2.0),
     layers: str | int | Sequence[int] = "all",
     positions: str | PositionsOf = "last",
+    concepts: Mapping[str, Directions] | None = None,
+    nulls: Sequence[str] = RANDOM_KINDS,
     draws: int = 19,
     seed: int = 0,
     batch_size: int = 64,
@@ -71,7 +86,10 @@ def steer(
         alphas: strengths; 1 is the direction's own norm.
         layers: those of the direction, or some of them by number.
         positions: the tokens whose state changes, see `ctlens.analysis.base.states`.
-        draws: how many random directions.
+        concepts: directions of one group that are no attack's, by name, at the same site and layers at least.
+        nulls: which kinds of random directions, `"isotropic"` and `"covariance"`; the second takes prompts whose states
+            differ, and is left out where there are none.
+        draws: how many random directions of each kind.
         seed: of the random directions.
         batch_size: pairs per batch.
         progress: show a progress bar.
@@ -81,12 +99,11 @@ def steer(
             has no direction, a pair has no direction or no two answers, or there is nothing to do.
     """
     chosen = direction.at(layers)
-    units = np.concatenate([[chosen.unit, -chosen.unit], random_units(chosen, draws, seed)])
-    strengths = np.reshape(alphas, (-1, 1, 1, 1, 1))
-    written = strengths * units * chosen.norm[..., None]
-    variants = (ALONG, OPPOSITE, *(RANDOM_DRAW,) * draws)
     at: dict[str, Any] = {"side": "clean", "positions": positions, "batch_size": batch_size, "progress": progress}
-    return intervene(STEER, models, pairs, chosen, written, variants, alphas=alphas, **at)
+    variants, others = _others(models, pairs, chosen, concepts or {}, nulls, draws, seed, at)
+    units = np.concatenate([[chosen.unit, -chosen.unit], others])
+    written = np.reshape(alphas, (-1, 1, 1, 1, 1)) * units * chosen.norm[..., None]
+    return intervene(STEER, models, pairs, chosen, written, (ALONG, OPPOSITE, *variants), alphas=alphas, **at)
 
 
 @public
@@ -98,6 +115,8 @@ def ablate(
     *,
     layers: str | int | Sequence[int] = "all",
     positions: str | PositionsOf = "last",
+    concepts: Mapping[str, Directions] | None = None,
+    nulls: Sequence[str] = RANDOM_KINDS,
     draws: int = 19,
     seed: int = 0,
     batch_size: int = 64,
@@ -109,15 +128,76 @@ def ablate(
     >>> pairs, model = ct.threats.get("jailbreak").pairs(8, split="heldout"), ct.load_organism()
     >>> direction = ct.analysis.mean_difference(model, pairs, name="base", layers=[2], progress=False)
     >>> ct.analysis.ablate({"base": model}, pairs, direction, draws=4, progress=False).logit_diffs.shape
-    (1, 1, 1, 5, 8)
+    (1, 1, 1, 9, 8)
 
     Arguments and errors are those of `steer`; the wrapped prompts are used.
     """
     chosen = direction.at(layers)
-    written = np.concatenate([[chosen.unit], random_units(chosen, draws, seed)])[None]
-    variants = (ALONG, *(RANDOM_DRAW,) * draws)
     at: dict[str, Any] = {"side": "wrapped", "positions": positions, "batch_size": batch_size, "progress": progress}
-    return intervene(ABLATE, models, pairs, chosen, written, variants, **at)
+    variants, others = _others(models, pairs, chosen, concepts or {}, nulls, draws, seed, at)
+    written = np.concatenate([[chosen.unit], others])[None]
+    return intervene(ABLATE, models, pairs, chosen, written, (ALONG, *variants), **at)
+
+
+def _others(
+    models: LensModel | Mapping[str, LensModel],
+    pairs: Sequence[Pair],
+    direction: Directions,
+    concepts: Mapping[str, Directions],
+    nulls: Sequence[str],
+    draws: int,
+    seed: int,
+    at: dict[str, Any],
+) -> tuple[list[str], Float[np.ndarray, "variant layer group d"]]:
+    """The other directions that stand beside one: the name of each, and its unit vectors.
+
+    Raises:
+        CtlensError: a kind of random direction is unknown, there are fewer than two draws, no null at all, or a concept
+            does not fit.
+    """
+    for kind in nulls:
+        if kind not in RANDOM_KINDS:
+            raise unknown("kind of random direction", kind, RANDOM_KINDS)
+    if not nulls:
+        raise CtlensError("an effect says nothing without a null: name at least one kind of random direction.")
+    drawn = {}
+    if ISOTROPIC in nulls:
+        drawn[ISOTROPIC] = random_units(direction, draws, seed)
+    if COVARIANCE in nulls:
+        first = next(iter(comparable_by_label(models).values()))
+        direction.hook_names(first)  # refuses one of another size before states are read
+        found = states(first, pairs, site=direction.site, layers=direction.layers, **at)
+        spread = centred(found)
+        if np.linalg.norm(spread, axis=-1).max(1).min() > SAME * np.linalg.norm(found.values, axis=-1).mean():
+            of_layers = random_from_covariance(spread, draws, seed)[:, :, None]
+            drawn[COVARIANCE] = np.broadcast_to(of_layers, (draws, *direction.unit.shape))
+    names = [kind for kind, units in drawn.items() for _ in units]
+    signed = []
+    for name, concept in concepts.items():
+        unit = _unit_of(name, concept, direction)
+        signed += [unit, -unit]
+        names += [name, f"not {name}"]
+    if not names:
+        raise CtlensError(
+            "the states of these prompts do not differ, so there is no covariance to draw from: name 'isotropic' too."
+        )
+    return names, np.concatenate([*drawn.values(), *([signed] if signed else [])])
+
+
+def _unit_of(name: str, concept: Directions, direction: Directions) -> Float[np.ndarray, "layer group d"]:
+    """The unit vectors of a concept, one per group of the direction.
+
+    Raises:
+        CtlensError: it is of another site, lacks a layer or has several groups, or its name stands for something else.
+    """
+    if name in (ALONG, OPPOSITE, *RANDOM_KINDS):
+        raise CtlensError(f"{name!r} is the name of another variant: call the concept something else.")
+    if concept.site != direction.site or len(concept.groups) > 1:
+        raise CtlensError(
+            f"the concept {name!r} is at {concept.site} for {len(concept.groups)} groups, and the direction at "
+            f"{direction.site}: make it there, for all pairs together."
+        )
+    return np.broadcast_to(concept.at(direction.layers).unit, direction.unit.shape)
 
 
 def random_units(direction: Directions, draws: int, seed: int) -> Float[np.ndarray, "draw layer group d"]:

@@ -12,10 +12,12 @@ import torch
 from helpers import planted
 from helpers.models import byte_level_tokenizer, hf_model
 
-from ctlens.analysis import Directions, Intervention, ablate, mean_difference, steer
+from ctlens.analysis import Directions, Intervention, ablate, mean_difference, states, steer
+from ctlens.analysis.base.nulls import random_from_covariance
 from ctlens.analysis.directions import edited_rows
 from ctlens.analysis.directions.directions import DIRECTION_SITES
 from ctlens.analysis.directions.edited_answers import EditedAnswers
+from ctlens.analysis.directions.steering import intervene
 from ctlens.analysis.patching.blocks import Block
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
@@ -119,7 +121,11 @@ def test_the_table_holds_means_and_the_band_from_the_lowest_to_the_highest_draw(
     )
     drops = found.plain_logit_diffs[2] - found.logit_diffs[2, 1, 2]
     assert row["effect"] == pytest.approx(drops[0].mean())
-    assert (row["random_low"], row["random_high"]) == (drops[2:].mean(-1).min(), drops[2:].mean(-1).max())
+    isotropic, covariance = drops[2:7].mean(-1), drops[7:].mean(-1)
+    assert found.variants[2:] == ("isotropic",) * 5 + ("covariance",) * 5
+    assert (row["isotropic_low"], row["isotropic_high"]) == (isotropic.min(), isotropic.max())
+    assert (row["covariance_low"], row["covariance_high"]) == (covariance.min(), covariance.max())
+    assert np.isnan(row["concepts_low"]) and np.isnan(row["concepts_high"])
     assert row["ci_low"] <= row["effect"] <= row["ci_high"] and row["n_pairs"] == 36
     assert row["p_bad"] == pytest.approx(found.p_bad[2, 1, 2, 0].mean())
 
@@ -130,7 +136,70 @@ def test_an_effect_below_zero_is_not_beyond_random_ones_that_do_worse(models, di
         [found.logit_diffs[:, :, :, [1, 0]], found.logit_diffs[:, :, :, 2:] + 40], -2
     )  # the opposite as the direction
     table = dataclasses.replace(found, logit_diffs=worse).to_dataframe().query("variant == 'direction'")
-    assert (table["ci_low"] > table["random_high"]).all() and not table["beyond_random"].any()
+    assert (table["ci_low"] > table["isotropic_high"]).all() and not table["beyond_random"].any()
+
+
+@pytest.mark.parametrize("act", [steer, ablate])
+def test_a_random_direction_of_the_covariance_does_what_that_direction_does(models, direction: Directions, act):
+    base, pairs = models["base"], planted.pairs()
+    one = direction.at([1])
+    found = act({"base": base}, pairs, one, nulls=("covariance",), draws=3, seed=4, progress=False)
+    side = "clean" if act is steer else "wrapped"
+    read = states(base, pairs, side=side, layers=[1], progress=False).values
+    drawn = random_from_covariance(read - read.mean(1, keepdims=True), 3, seed=4)
+    if act is steer:
+        given = Directions.from_vectors(drawn[1] * one.norm, [1])
+        expected = steer({"base": base}, pairs, given, alphas=[0.5, 1, 2], draws=2, progress=False).logit_diffs[
+            ..., 0, :
+        ]
+    else:
+        written = drawn[1][:, None][None, None]
+        expected = intervene("ablate", base, pairs, one, written, ("direction",), side="wrapped").logit_diffs[..., 0, :]
+    place = found.variants.index("covariance") + 1
+    np.testing.assert_allclose(found.logit_diffs[..., place, :], expected, atol=1e-4)
+
+
+def test_a_concept_stands_beside_the_direction_with_both_signs(models, direction: Directions):
+    base, pairs = models["base"], planted.pairs()
+    same = Directions.from_vectors(7 * direction.unit, [1, 2])
+    unread = Directions.from_vectors([planted.AXES["constant"].tolist()] * 2, [1, 2])
+    found = steer({"base": base}, pairs, direction, concepts={"unread": unread}, draws=2, progress=False)
+    assert found.concepts == ("unread", "not unread")
+    table = found.to_dataframe().query("variant == 'direction'")
+    assert table["beyond_random"].all() and table["beyond_concepts"].all()
+    both = [found.effect(name)[0].ravel() for name in ("unread", "not unread")]
+    np.testing.assert_allclose(table["concepts_high"], np.max(both, 0))
+    np.testing.assert_allclose(table["concepts_low"], np.min(both, 0))
+
+    found = steer({"base": base}, pairs, direction, concepts={"same": same}, draws=2, progress=False)
+    one, other = (found.effect(name)[0] for name in ("same", "not same"))
+    np.testing.assert_allclose(one, found.effect()[0], rtol=1e-6)  # at the direction's length, not its own
+    np.testing.assert_allclose(other, found.effect("opposite")[0], rtol=1e-6)
+    table = found.to_dataframe().query("variant == 'direction'")
+    assert table["beyond_random"].all() and not table["beyond_concepts"].any()
+    assert {trace.name for trace in found.figure().data} >= {"the direction", "same", "not same"}
+
+    taken = ablate({"base": base}, pairs, direction, concepts={"same": same}, draws=2, progress=False)
+    np.testing.assert_allclose(taken.effect("same")[0], taken.effect()[0], rtol=1e-6)
+
+
+def test_concepts_serve_every_group_of_a_direction(base: LensModel):
+    pairs = planted.pairs(signs=(1, -1))
+    each = mean_difference(base, pairs, name="base", per="item", layers=[1], progress=False)
+    along = Directions.from_vectors([planted.DIRECTION.tolist()], [1])
+    found = steer({"base": base}, pairs, each, alphas=[1], concepts={"along": along}, draws=2, progress=False)
+    lengths = each.norm[0, each.group_of(pairs)]
+    place = found.variants.index("along")
+    expected = [planted.margin(pair, length) for pair, length in zip(pairs, lengths, strict=True)]
+    np.testing.assert_allclose(found.logit_diffs[0, 0, 0, place], expected, rtol=1e-3)
+
+
+def test_one_prompt_has_no_covariance_to_draw_from(base: LensModel, direction: Directions):
+    one = planted.pairs()[:1]
+    found = steer({"base": base}, one, direction, draws=2, progress=False)
+    assert "covariance" not in found.variants and np.isnan(found.to_dataframe()["covariance_high"]).all()
+    with pytest.raises(CtlensError, match="no covariance to draw from"):
+        steer({"base": base}, one, direction, nulls=["covariance"], draws=2, progress=False)
 
 
 # Other models: as one prompt at a time.
@@ -306,6 +375,11 @@ def test_results_round_trip_through_a_file_and_are_drawn(models, direction: Dire
         ({"positions": lambda row, side: []}, "no token at these positions"),
         ({"draws": 1}, "at least 2 random directions"),
         ({"alphas": []}, "nothing to do"),
+        ({"nulls": ["uniform"]}, "unknown kind of random direction 'uniform'"),
+        ({"nulls": []}, "says nothing without a null"),
+        ({"concepts": {"opposite": Directions.from_vectors(np.ones((2, 24)), [1, 2])}}, "name of another variant"),
+        ({"concepts": {"x": Directions.from_vectors(np.ones((1, 24)), [1])}}, "no direction at layer 2"),
+        ({"concepts": {"x": Directions.from_vectors(np.ones((2, 24)), [1, 2], site="attn_out")}}, "is at attn_out"),
         ({"models": {}}, "no models"),
         ({"pairs": [Pair(prompt("ada ?"), prompt("never ada ?"))]}, "no good and bad answer that differ"),
         ({"pairs": [Pair(prompt("ada ?", "yes", "yes"), prompt("never ada ?"))]}, "no good and bad answer that differ"),
