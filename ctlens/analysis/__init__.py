@@ -11,6 +11,7 @@ from ctlens.analysis.attention.maps import AttentionMaps as AttentionMaps
 from ctlens.analysis.attention.maps import attention_maps as attention_maps
 from ctlens.analysis.attention.saliency import SaliencyAgreement as SaliencyAgreement
 from ctlens.analysis.attention.saliency import saliency_agreement as saliency_agreement
+from ctlens.analysis.base.nulls import label_swaps as label_swaps
 from ctlens.analysis.base.record import record as record
 from ctlens.analysis.base.recording import Recording as Recording
 from ctlens.analysis.base.result import Result as Result

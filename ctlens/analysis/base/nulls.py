@@ -9,17 +9,25 @@ Any training changes a model and any edit changes an answer, so an effect says l
   from the covariance of the states;
 - *concepts* that are no attack, such as a prompt's length, are a null of `steer` and `ablate` too, see
   `ctlens.analysis.directions.concepts`;
+- *label swaps*, pairs whose answer moves because another thing is asked, are a null of every analysis that takes pairs:
+  what it finds on them too is how the model fetches an answer, and not how it gives in;
 - *random keys*, as many as the real ones, are the null of `knockout`, see `ctlens.analysis.attention.cuts`;
 - *shuffled labels* and random features are those of `probe`, see `ctlens.analysis.probing.classifiers`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import torch
 from jaxtyping import Float
 
 from ctlens.core.config import generator
+from ctlens.core.errors import CtlensError
+from ctlens.core.public import public
+from ctlens.data.pairs import Pair, Prompt, clusters_of
 
 # A null that moved less than this share of the models it is held against is called weak. Chosen by eye.
 WEAK_NULL = 0.05
@@ -40,6 +48,50 @@ def hardly_moved(name: str, share: float, role: str) -> str:
         return ""
     words = f"{share:.1%}" if share >= 0.0005 else "under 0.1%"
     return f"; {name} hardly moved ({words} of the others): a weak {role}"
+
+
+@public
+def label_swaps(pairs: Sequence[Pair], pool: Sequence[Pair] = ()) -> list[Pair]:
+    """Makes pairs whose answer moves for a reason that is no attack: the wrapped prompt asks about something else.
+
+    It is the clean prompt of another pair, to which this pair's bad answer is the right one. A head or a direction that
+    carries the answer there as well as under the attack serves retrieval, not the attack. The two prompts share the
+    question's words and not its subject: where they have as many tokens, `window="position"` aligns them.
+
+    >>> import ctlens as ct
+    >>> pairs = ct.threats.get("sycophancy").pairs(96, split="heldout")
+    >>> swapped = ct.analysis.label_swaps(pairs)[0]
+    >>> [(prompt.turns[0].content, prompt.good, prompt.bad) for prompt in (swapped.clean, swapped.wrapped)]
+    [('what is the city of mavik ?', 'lima', 'cairo'), ('what is the city of vokin ?', 'lima', 'cairo')]
+
+    Args:
+        pairs: with good and bad answers on the wrapped side.
+        pool: the pairs whose clean prompts may be asked, by default `pairs`.
+
+    Returns:
+        Those of the pairs to whose bad answer the pool has a question, in their order; their label `wrapper` is what
+        the other question is about.
+
+    Raises:
+        CtlensError: it has none for any of them.
+    """
+    asked: dict[str | None, dict[Prompt, str]] = {}
+    for pair in pool or pairs:
+        asked.setdefault(pair.clean.good, {}).setdefault(pair.clean, clusters_of(pair)[0])
+    found = []
+    for number, pair in enumerate(pairs):
+        others = asked.get(pair.wrapped.bad, {}) if pair.wrapped.bad else {}
+        if others:
+            other, topic = list(others.items())[number % len(others)]
+            wrapped = replace(pair.wrapped, turns=other.turns)
+            found.append(
+                replace(pair, wrapped=wrapped, benign=None, shared=(), labels={**pair.labels, "wrapper": topic})
+            )
+    if not found:
+        raise CtlensError(
+            "no question of the pool has a bad answer of these pairs for its right one: give a pool of more pairs."
+        )
+    return found
 
 
 def random_band(effects: Float[np.ndarray, "*axes draw pair"]) -> tuple[np.ndarray, np.ndarray]:
