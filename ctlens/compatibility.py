@@ -53,7 +53,7 @@ _PREFACE = f"""# The architectures, side by side
 - *logits* are HuggingFace's, on prompts of unequal lengths, padded on either side and longer than the window;
   *resid*, *mlp* and *attn*, what ACT, MLPCT and AttCT train on, are HuggingFace's at every layer and carry gradients;
   *mid*: `resid_mid` adds up, and an edit of it reaches the skip path.
-- *losses*: a step of each of the losses but RMCT changes the attention that is trained, and nothing else.
+- *losses*: a step of each of the losses but those on rollouts changes the attention that is trained, and nothing else.
 - *lora*: adapters on every matrix train and merge. *export*: `transformers` loads the trained model with equal logits.
   *peft*: the adapters, written as PEFT's, are loaded onto the model again and give equal logits.
 - *probe*, *maps* (attention difference) and *patch* run; a patch of everything gives the other run's values.

@@ -44,7 +44,8 @@ def train_command(
     loss: Annotated[
         list[str],
         typer.Option(
-            help="act, mlpct, attct, bct, rmct, f2c, klct, attout, attmass, or as published: act:stack; repeatable."
+            help="act, mlpct, attct, bct, rmct, opct, f2c, klct, attout, attmass, or as published: act:stack; "
+            "repeatable."
         ),
     ],
     model: ModelSource = None,

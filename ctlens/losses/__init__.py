@@ -25,10 +25,12 @@ from ctlens.losses.bct import BCT as BCT
 from ctlens.losses.f2c import F2C as F2C
 from ctlens.losses.klct import KLCT as KLCT
 from ctlens.losses.mlpct import MLPCT as MLPCT
+from ctlens.losses.opct import OPCT as OPCT
 from ctlens.losses.presets import OURS, PUBLISHED, described
 from ctlens.losses.rmct import RMCT as RMCT
 
-LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in (ACT, MLPCT, AttCT, BCT, RMCT, F2C, KLCT, AttOut, AttMass)}
+_KINDS = (ACT, MLPCT, AttCT, BCT, RMCT, OPCT, F2C, KLCT, AttOut, AttMass)
+LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in _KINDS}
 MEASURED = ("act", "mlpct", "attct", "bct", "klct")
 """The losses that analyses measure by default: all that they need of a pair is that it aligns."""
 

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
 
 from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError
@@ -27,7 +25,7 @@ from ctlens.core.limits import POSITIVE, PROBABILITY, require
 from ctlens.core.types import LensModel, PerRow, widened
 from ctlens.data.batch import Matched, PairBatch
 from ctlens.losses.base import OUTPUT, Forwards, Loss, check_option
-from ctlens.losses.outputs import output_distance
+from ctlens.losses.outputs import before_the_answer, output_distance, steps_within
 
 TARGETS = ("greedy", "sampled", "soft", "prefill")
 DISTRIBUTIONS = ("soft", "prefill")
@@ -123,7 +121,7 @@ class BCT(Loss):
         if not forwards.batch.answer.any(-1).all():
             raise CtlensError("BCT needs an answer for every pair: give targets, or let the trainer generate them.")
         if self.targets == "soft":
-            return {OUTPUT: self._divergence(forwards, _before_the_answer(forwards.batch))}
+            return {OUTPUT: self._divergence(forwards, before_the_answer("BCT with soft targets", forwards.batch))}
         return {OUTPUT: self._surprise(forwards)}
 
     def _divergence(self, forwards: Forwards, matched: Matched) -> PerRow:
@@ -135,15 +133,6 @@ class BCT(Loss):
         log_p = widened(forwards.wrapped_logits[:, :-1]).log_softmax(-1)
         surprise = -log_p.gather(-1, batch.wrapped.tokens[:, 1:, None]).squeeze(-1)
         return torch.where(trained, surprise, 0.0).sum(-1) / trained.sum(-1)
-
-
-def _before_the_answer(batch: PairBatch) -> Matched:
-    """Matches the tokens that predict the answer: from each prompt's last token to the answer's last but one."""
-    lengths = batch.answer.sum(-1)
-    if not torch.equal(lengths, batch.clean_answer.sum(-1)):
-        raise CtlensError("soft targets need the answer behind the clean prompts too: encode it on both sides.")
-    steps, valid = _steps(lengths)
-    return Matched((batch.last_clean[:, None] + steps) * valid, (batch.last_prompt[:, None] + steps) * valid, valid)
 
 
 def _behind_the_prompt(batch: PairBatch, earlier: int = 0) -> Matched:
@@ -161,11 +150,5 @@ def _behind_the_prompt(batch: PairBatch, earlier: int = 0) -> Matched:
             "BCT with prefill targets needs tokens of the attack behind the clean prompt, and a pair has none: "
             "its wrapped prompt must end in a prefill."
         )
-    steps, valid = _steps(lengths)
+    steps, valid = steps_within(lengths)
     return Matched(batch.last_clean[:, None] * valid, (last_kept[:, None] + 1 - earlier + steps) * valid, valid)
-
-
-def _steps(lengths: Int[Tensor, " batch"]) -> tuple[Int[Tensor, " width"], Bool[Tensor, "batch width"]]:
-    """Counts `0, 1, ...` up to the longest length, and marks the numbers within each row's own length."""
-    steps = torch.arange(int(lengths.max()), device=lengths.device)
-    return steps, steps < lengths[:, None]

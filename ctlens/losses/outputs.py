@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import PerRow
-from ctlens.data.batch import Matched
+from ctlens.data.batch import Matched, PairBatch
 from ctlens.losses.base import Distance, Forwards, at_positions
 from ctlens.losses.distances import kl_divergence
 
@@ -50,3 +51,26 @@ def output_distance(
     clean = at_positions(forwards.clean_logits, matched.clean).detach() / temperature
     wrapped = at_positions(forwards.wrapped_logits, matched.wrapped) / temperature
     return temperature**2 * matched.row_mean(OUTPUT_DISTANCES[distance](clean, wrapped))
+
+
+def before_the_answer(loss: str, batch: PairBatch) -> Matched:
+    """Matches the tokens that predict the answer: from each prompt's last token to the answer's last but one.
+
+    Args:
+        loss: its name, for an error.
+        batch: with the same answer behind both prompts.
+
+    Raises:
+        CtlensError: the answer is not behind the clean prompts.
+    """
+    lengths = batch.answer.sum(-1)
+    if not torch.equal(lengths, batch.clean_answer.sum(-1)):
+        raise CtlensError(f"{loss} needs the answer behind the clean prompts too: encode it on both sides.")
+    steps, valid = steps_within(lengths)
+    return Matched((batch.last_clean[:, None] + steps) * valid, (batch.last_prompt[:, None] + steps) * valid, valid)
+
+
+def steps_within(lengths: Int[Tensor, " batch"]) -> tuple[Int[Tensor, " width"], Bool[Tensor, "batch width"]]:
+    """Counts `0, 1, ...` up to the longest length, and marks the numbers within each row's own length."""
+    steps = torch.arange(int(lengths.max()), device=lengths.device)
+    return steps, steps < lengths[:, None]

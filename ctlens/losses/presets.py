@@ -22,6 +22,7 @@ from ctlens.losses.base import OUTPUT, InternalLoss, Loss
 from ctlens.losses.bct import BCT, DISTRIBUTIONS
 from ctlens.losses.klct import KLCT
 from ctlens.losses.mlpct import MLPCT
+from ctlens.losses.opct import OPCT
 from ctlens.losses.rmct import RMCT
 
 OURS = "ctlens"
@@ -32,6 +33,8 @@ SOURCES: Mapping[str, str] = MappingProxyType(
         "stack": "*Consistency Training Along the Transformer Stack* (arXiv 2606.05817), by its code (c-wei/AttCT)",
         "ctm": "the code of rate-matching consistency training (sohaibimran7/consistency-training-methods), with the "
         "options that it has by default",
+        "opct": "*On-Policy Consistency Training* (arXiv 2605.21834), by its code "
+        "(kristinafuji/on-policy-consistency-training)",
         "aisi": "*Consistency Training Can Entrench Misalignment* (arXiv 2606.03810), by its code "
         "(AI-Safety-Institute/consistency-misalignment)",
         OURS: "the defaults of this package; [docs/divergences.md](divergences.md) says why",
@@ -47,7 +50,12 @@ _LAST_TOKENS = (
     "over the tokens of a batch."
 )
 _POST_NORM = "HuggingFace's hidden_states, whose last is after the final norm."
-_SAID_BY_NO_OPTION = {"rmct": "squared gap of rates", "f2c": "cross_entropy and kl", "attmass": "mass"}
+_SAID_BY_NO_OPTION = {
+    "rmct": "squared gap of rates",
+    "opct": "kl, reversed",
+    "f2c": "cross_entropy and kl",
+    "attmass": "mass",
+}
 _OTHER_COLUMNS = ("weight", "window", "layers", "final_norm", "layer_weights", "gap", "clean", "distance", "site")
 
 
@@ -140,6 +148,15 @@ PUBLISHED: Mapping[tuple[str, str], Published] = MappingProxyType(
             RMCT(weight=1.0, rollouts=128, standardise="per_item", clean="own"),
             "The sum over tokens is divided by all answer tokens of a batch; 4 prompts per step, and a KL to the base "
             "of weight 0.05. Its options of an anchor, a gate on the gap's error and PPO are left out.",
+        ),
+        ("opct", "opct"): Published(
+            OPCT(temperature=0.7),
+            "64 prompts of 4 answers, up to 2,048 tokens. The code corrects for earlier steps' answers by importance "
+            "sampling or PPO; here each batch of answers serves one step. Whether it corrects for the sampling "
+            "temperature could not be established: not here.",
+        ),
+        ("opct", "ctm"): Published(
+            OPCT(weight=1.0, temperature=0.7), "As in `opct`, with half its factor of the advantages."
         ),
         ("attmass", "stack"): Published(
             AttMass(window="content", weight=1.0, per_key=True, outside=True),

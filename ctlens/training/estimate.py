@@ -18,7 +18,7 @@ from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.types import LensModel, dtype_named
 from ctlens.data.batch import require_room
-from ctlens.losses import RMCT, Loss, require_distinct
+from ctlens.losses import Loss, require_distinct
 from ctlens.models.lora import LoRA
 from ctlens.models.outline import outline
 from ctlens.models.parameters import present_parameters
@@ -161,11 +161,12 @@ def _require_possible(
         raise CtlensError(f"a prompt of {length} tokens has no room for a wrapper of {wrapper_length}: make it longer.")
     if processes > config.batch_size:
         raise CtlensError(f"{config.batch_size} pairs are too few for {processes} processes: raise batch_size.")
-    if any(isinstance(loss, RMCT) for loss in losses):
-        raise CtlensError(
-            "RMCT trains on answers that the model samples, and a model without weights samples none: estimate BCT, "
-            "with as many pairs as there are answers in a step."
-        )
+    for loss in losses:
+        if loss.answers == "rollouts":
+            raise CtlensError(
+                f"{loss.name} trains on answers that the model samples, and a model without weights samples none: "
+                "estimate BCT, with as many pairs as there are answers in a step."
+            )
 
 
 def _shallow(whole: LensModel, described: PretrainedConfig) -> dict[int, LensModel]:

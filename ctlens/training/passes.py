@@ -11,13 +11,13 @@ import torch
 
 from ctlens.core.types import Activations, CleanLogits, LensModel
 from ctlens.data.batch import EncodedPairs, PairBatch, collate
-from ctlens.losses import RMCT, Forwards, Loss
+from ctlens.losses import Forwards, Loss
 from ctlens.models.hooks import capture, visiting
 from ctlens.models.parameters import evaluating
 from ctlens.training.config import TrainConfig
 from ctlens.training.layerwise import Layerwise, blocks_again, is_layerwise
 from ctlens.training.order import homes
-from ctlens.training.rollouts import Rollouts
+from ctlens.training.rollouts import Rollouts, rollouts_of
 from ctlens.training.targets import CleanTargets, Fetch, fetch_from
 
 
@@ -42,7 +42,7 @@ class Passes:
         folder: keeps the reference's clean side on disk; None keeps it in memory.
 
     Raises:
-        CtlensError: as `Rollouts`.
+        CtlensError: as `rollouts_of`.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class Passes:
         self.memory = config.memory
         self.rollouts: dict[str, Rollouts] = {}
         for key, term in terms.items():
-            if isinstance(term.loss, RMCT):
-                self.rollouts[key] = Rollouts(reference, pairs.rows, term.loss, config)
+            if drawing := rollouts_of(term.loss, reference, pairs.rows, config):
+                self.rollouts[key] = drawing
         names, logits = _clean_needs(self.on_pairs(terms).values(), "reference")
         self.targets = CleanTargets(
             reference, pairs, homes(units, config), names, logits=logits, cache=config.cache, folder=folder

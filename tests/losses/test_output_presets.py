@@ -149,5 +149,28 @@ def test_rate_matching_has_its_source_s_gradient() -> None:
     assert value.item() == pytest.approx((2 / 3 - clean_rate) ** 2 / 2, rel=1e-6)
 
 
+@pytest.mark.parametrize(("source", "factor"), [("opct", 2.0), ("ctm", 1.0)])
+def test_on_policy_consistency_has_its_source_s_gradient(source: str, factor: float) -> None:
+    """Three answers of two tokens, behind a wrapped prompt of two and a clean one of one."""
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, 9, generator=draw, dtype=torch.float64, requires_grad=True)
+    theirs = torch.randn(3, 3, 9, generator=draw, dtype=torch.float64)
+    ids = torch.randint(9, (3, 4), generator=draw)
+    answer = torch.tensor([[False, False, True, True]] * 3)
+    nothing = torch.zeros_like(answer)
+    wrapped = Side(ids, torch.ones_like(answer), "right")
+    clean = Side(ids[:, 1:], torch.ones_like(answer[:, 1:]), "right")
+    batch = PairBatch(clean, wrapped, answer, {}, torch.zeros(3, dtype=torch.long), nothing, answer[:, 1:])
+    value = losses.preset("opct", source).compute(Forwards(batch, {}, {}, logits, theirs), {}).total
+
+    def of_answers(given: torch.Tensor, start: int) -> list[torch.Tensor]:
+        log_p = given.log_softmax(-1)
+        return [torch.stack([log_p[n, start, ids[n, 2]], log_p[n, start + 1, ids[n, 3]]]) for n in range(3)]
+
+    plain = ctm.opct(of_answers(logits, 1), of_answers(theirs, 0), factor)
+    torch.testing.assert_close(*(torch.autograd.grad(total, logits)[0] for total in (value, plain)), rtol=1e-6, atol=0)
+
+
 def test_every_published_definition_is_restated() -> None:
-    assert {*presets.RESTATED, *RESTATED, ("attmass", "stack"), ("rmct", "ctm")} == set(PUBLISHED)
+    by_gradient = {("attmass", "stack"), ("rmct", "ctm"), ("opct", "opct"), ("opct", "ctm")}
+    assert {*presets.RESTATED, *RESTATED, *by_gradient} == set(PUBLISHED)

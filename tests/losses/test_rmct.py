@@ -21,7 +21,7 @@ from ctlens.organism import load_organism
 from ctlens.threats import get
 from ctlens.threats.base import judge
 from ctlens.training import TrainConfig, Trainer, train
-from ctlens.training.rollouts import Rollouts
+from ctlens.training.rollouts import GradedRollouts
 
 PAIRS = get("sycophancy").pairs(12)
 QUICK = TrainConfig(steps=4, batch_size=4, max_new_tokens=4)
@@ -34,8 +34,10 @@ def model() -> LensModel:
     return load_organism()
 
 
-def rollouts(model: LensModel, loss: RMCT, pairs: Sequence[Pair] = PAIRS, config: TrainConfig = QUICK) -> Rollouts:
-    return Rollouts(model, encode(pairs, model.tokenizer, windows=(), n_ctx=model.cfg.n_ctx).rows, loss, config)
+def rollouts(
+    model: LensModel, loss: RMCT, pairs: Sequence[Pair] = PAIRS, config: TrainConfig = QUICK
+) -> GradedRollouts:
+    return GradedRollouts(model, encode(pairs, model.tokenizer, windows=(), n_ctx=model.cfg.n_ctx).rows, loss, config)
 
 
 def one_token(logit: torch.Tensor, answers: Sequence[int], loss: RMCT, clean_rate: float) -> torch.Tensor:

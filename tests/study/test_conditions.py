@@ -35,6 +35,7 @@ def test_levels_are_those_of_the_losses() -> None:
         "bct": "output",
         "klct": "output",
         "rmct": "output",
+        "opct": "output",
         "f2c": "output",
     }
 

@@ -1,4 +1,4 @@
-"""Cross-entropy and rate matching as in the code of rate-matching consistency training; else it is as `stack`."""
+"""Cross-entropy, rate matching and on-policy consistency as in the code of rate matching; else it is as `stack`."""
 
 from __future__ import annotations
 
@@ -20,4 +20,10 @@ def rmct(log_ps: list[Tensor], bad: list[float], clean_rate: float) -> Tensor:
     mean = sum(rewards) / len(rewards)
     spread = (sum((reward - mean) ** 2 for reward in rewards) / len(rewards)) ** 0.5
     terms = [-(reward - mean) / spread * log_p.sum() for reward, log_p in zip(rewards, log_ps, strict=True)]
+    return torch.stack(terms).mean()
+
+
+def opct(log_ps: list[Tensor], theirs: list[Tensor], factor: float) -> Tensor:
+    """The policy's surrogate for answers: the advantage of a token is minus the factor times its log-ratio."""
+    terms = [-(-factor * (own - other).detach() * own).sum() for own, other in zip(log_ps, theirs, strict=True)]
     return torch.stack(terms).mean()
