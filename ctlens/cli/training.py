@@ -44,7 +44,7 @@ def train_command(
     loss: Annotated[
         list[str],
         typer.Option(
-            help="act, mlpct, attct, bct, rmct, opct, f2c, klct, attout, attmass, or as published: act:stack; "
+            help="act, mlpct, attct, bct, rmct, opct, f2c, klct, attout, attmass, subact, or as published: act:stack; "
             "repeatable."
         ),
     ],

@@ -28,8 +28,9 @@ from ctlens.losses.mlpct import MLPCT as MLPCT
 from ctlens.losses.opct import OPCT as OPCT
 from ctlens.losses.presets import OURS, PUBLISHED, described
 from ctlens.losses.rmct import RMCT as RMCT
+from ctlens.losses.subact import SubACT as SubACT
 
-_KINDS = (ACT, MLPCT, AttCT, BCT, RMCT, OPCT, F2C, KLCT, AttOut, AttMass)
+_KINDS = (ACT, MLPCT, AttCT, BCT, RMCT, OPCT, F2C, KLCT, AttOut, AttMass, SubACT)
 LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in _KINDS}
 MEASURED = ("act", "mlpct", "attct", "bct", "klct")
 """The losses that analyses measure by default: all that they need of a pair is that it aligns."""

@@ -45,6 +45,7 @@ class Forwards:
         advantages: for a loss on rollouts, the advantage of each row's sampled answer; else None.
         gaps: for a loss on rollouts, the gap that it closes on each row's prompt; else None.
         known: losses of each row, by hook point, that were already computed during the forward passes.
+        subspaces: orthonormal bases `[rank, d]` of the subspaces that a loss asked for, by hook point.
     """
 
     batch: PairBatch
@@ -55,6 +56,7 @@ class Forwards:
     advantages: PerRow | None = None
     gaps: PerRow | None = None
     known: Mapping[str, PerRow] = field(default_factory=dict)
+    subspaces: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,16 @@ class Loss(ABC):
     @property
     def relative_to_gap(self) -> bool:
         """True if the value at each hook point is divided by its value before training."""
+        return False
+
+    @property
+    def subspace_rank(self) -> int:
+        """The rank of the subspaces that the loss is given by hook point; 0 if it takes the whole stream."""
+        return 0
+
+    @property
+    def subspace_is_random(self) -> bool:
+        """True if these subspaces are drawn, and not those of the shifts that wrappers make before training."""
         return False
 
     @property

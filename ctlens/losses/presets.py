@@ -24,6 +24,7 @@ from ctlens.losses.klct import KLCT
 from ctlens.losses.mlpct import MLPCT
 from ctlens.losses.opct import OPCT
 from ctlens.losses.rmct import RMCT
+from ctlens.losses.subact import SubACT
 
 OURS = "ctlens"
 SOURCES: Mapping[str, str] = MappingProxyType(
@@ -35,6 +36,7 @@ SOURCES: Mapping[str, str] = MappingProxyType(
         "options that it has by default",
         "opct": "*On-Policy Consistency Training* (arXiv 2605.21834), by its code "
         "(kristinafuji/on-policy-consistency-training)",
+        "trasn": "Cao 2026, trait-invariant refusal (arXiv 2608.11705)",
         "aisi": "*Consistency Training Can Entrench Misalignment* (arXiv 2606.03810), by its code "
         "(AI-Safety-Institute/consistency-misalignment)",
         OURS: "the defaults of this package; [docs/divergences.md](divergences.md) says why",
@@ -55,6 +57,7 @@ _SAID_BY_NO_OPTION = {
     "opct": "kl, reversed",
     "f2c": "cross_entropy and kl",
     "attmass": "mass",
+    "subact": "squared, over the clean norm",
 }
 _OTHER_COLUMNS = ("weight", "window", "layers", "final_norm", "layer_weights", "gap", "clean", "distance", "site")
 
@@ -95,6 +98,12 @@ PUBLISHED: Mapping[tuple[str, str], Published] = MappingProxyType(
         ("act", "aisi"): Published(
             ACT(distance="mse", window="suffix", weight=1e-4, clean="own"),
             f"{_LAST_TOKENS} Earlier versions took hidden_states, the embedding included.",
+        ),
+        ("subact", "trasn"): Published(
+            SubACT(layers="middle"),
+            "At one layer; which one could not be established: the middle one here. The subspace is that of mean "
+            "shifts per trait on harmful prompts; as many benign prompts are trained at equal weight, and adapters of "
+            "rank 16.",
         ),
         ("mlpct", "stack"): Published(
             MLPCT(window="content", weight=1.0),

@@ -40,6 +40,7 @@ class Layerwise:
         losses: layerwise losses (see `is_layerwise`) with their hook points, each by a key.
         batch: the pairs.
         fetch: for each clean side (see `ctlens.losses.base.CLEAN_SIDES`), the function that gets its activations.
+        subspaces: of each loss, by its key, the bases that it asked for by hook point.
         grad: keep the graph.
 
     Attributes:
@@ -51,12 +52,14 @@ class Layerwise:
         losses: Mapping[str, tuple[Loss, Sequence[str]]],
         batch: PairBatch,
         fetch: dict[str, Fetch],
+        subspaces: Mapping[str, Mapping[str, Tensor]],
         *,
         grad: bool,
     ) -> None:
         self.losses = losses
         self.batch = batch
         self.fetch = fetch
+        self.subspaces = subspaces
         self.grad = grad
         self.values: dict[str, dict[str, PerRow]] = {key: {} for key in losses}
 
@@ -73,32 +76,34 @@ class Layerwise:
     def _visit(self, name: str, activation: Tensor) -> None:
         if IN_FORCE.get() is not self:
             return
-        for key, (loss, names) in self.losses.items():
+        for key, (_, names) in self.losses.items():
             if name in names:
-                value = self._at_layer(loss, name, activation)
+                value = self._at_layer(key, name, activation)
                 self.values[key].setdefault(
                     name, value
                 )  # a block that runs again must not replace it: its value would keep activations
 
-    def _at_layer(self, loss: Loss, name: str, activation: Tensor) -> PerRow:
+    def _at_layer(self, key: str, name: str, activation: Tensor) -> PerRow:
         """Computes one layer's loss, head by head if it is a mean over heads: patterns are the largest activations."""
-        if not loss.mean_over_heads:
-            return self._value(loss, name, EVERY, activation)
+        if not self.losses[key][0].mean_over_heads:
+            return self._value(key, name, EVERY, activation)
         heads = [slice(head, head + 1) for head in range(activation.shape[1])]
         parts = activation.split(1, dim=1)
-        values = [self._value(loss, name, head, part) for head, part in zip(heads, parts, strict=True)]
+        values = [self._value(key, name, head, part) for head, part in zip(heads, parts, strict=True)]
         return torch.stack(values).mean(0)
 
-    def _value(self, loss: Loss, name: str, heads: slice, activation: Tensor) -> PerRow:
-        work = partial(self._worked_out, loss, name, heads)
+    def _value(self, key: str, name: str, heads: slice, activation: Tensor) -> PerRow:
+        work = partial(self._worked_out, key, name, heads)
         if not self.grad:
             return work(activation)
         return cast(PerRow, checkpoint(work, activation, use_reentrant=False, preserve_rng_state=False))
 
-    def _worked_out(self, loss: Loss, name: str, heads: slice, activation: Tensor) -> PerRow:
+    def _worked_out(self, key: str, name: str, heads: slice, activation: Tensor) -> PerRow:
+        loss, _ = self.losses[key]
         clean = {name: self.fetch[loss.clean_side](name, heads)} if loss.needs_clean_activations else {}
         no_logits = activation.new_empty(len(activation), 0, 0)
-        return loss.row_values(Forwards(self.batch, clean, {name: activation}, no_logits), [name])[name]
+        seen = Forwards(self.batch, clean, {name: activation}, no_logits, subspaces=self.subspaces.get(key, {}))
+        return loss.row_values(seen, [name])[name]
 
 
 def _again(forward: Callable[..., Any], *given: Any, **options: Any) -> Any:

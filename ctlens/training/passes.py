@@ -18,6 +18,7 @@ from ctlens.training.config import TrainConfig
 from ctlens.training.layerwise import Layerwise, blocks_again, is_layerwise
 from ctlens.training.order import homes
 from ctlens.training.rollouts import Rollouts, rollouts_of
+from ctlens.training.subspaces import subspaces_of
 from ctlens.training.targets import CleanTargets, Fetch, fetch_from
 
 
@@ -42,7 +43,7 @@ class Passes:
         folder: keeps the reference's clean side on disk; None keeps it in memory.
 
     Raises:
-        CtlensError: as `rollouts_of`.
+        CtlensError: as `rollouts_of` and `subspaces_of`.
     """
 
     def __init__(
@@ -62,6 +63,10 @@ class Passes:
         for key, term in terms.items():
             if drawing := rollouts_of(term.loss, reference, pairs.rows, config):
                 self.rollouts[key] = drawing
+        self.subspaces = {
+            key: subspaces_of(term.loss, list(term.factors), reference, pairs.rows, config.seed)
+            for key, term in terms.items()
+        }
         names, logits = _clean_needs(self.on_pairs(terms).values(), "reference")
         self.targets = CleanTargets(
             reference, pairs, homes(units, config), names, logits=logits, cache=config.cache, folder=folder
@@ -125,7 +130,7 @@ class OpenPasses:
         rest = [term for key, term in terms.items() if key not in on_the_way]
         fetch = {side: self._fetch(side, rows, batch, on_the_way.values()) for side in _sides(on_the_way.values())}
         reading = {key: (term.loss, list(term.factors)) for key, term in on_the_way.items()}
-        layerwise = Layerwise(reading, batch, fetch, grad=grad)
+        layerwise = Layerwise(reading, batch, fetch, self.passes.subspaces, grad=grad)
         self._hooks.enter_context(visiting(self.model, layerwise.visits()))
         names = list(dict.fromkeys(name for term in rest for name in term.factors))
         tokens, mask = batch.wrapped.tokens, batch.wrapped.needed_mask
@@ -137,7 +142,11 @@ class OpenPasses:
             clean, clean_logits = self._clean(side, rows, batch, rest)
             sides[side] = Forwards(batch, clean, wrapped, logits, clean_logits)
         return {
-            key: replace(sides[term.loss.clean_side], known=layerwise.values.get(key, {}))
+            key: replace(
+                sides[term.loss.clean_side],
+                known=layerwise.values.get(key, {}),
+                subspaces=self.passes.subspaces[key],
+            )
             for key, term in terms.items()
         }
 

@@ -32,6 +32,7 @@ def test_levels_are_those_of_the_losses() -> None:
         "attct": "internal",
         "attout": "internal",
         "attmass": "internal",
+        "subact": "internal",
         "bct": "output",
         "klct": "output",
         "rmct": "output",
