@@ -113,6 +113,11 @@ class Loss(ABC):
         return False
 
     @property
+    def keeps_variants(self) -> bool:
+        """True if the pairs of one clean prompt, its variants, must come in one batch."""
+        return self.answers == "consensus"
+
+    @property
     def subspace_rank(self) -> int:
         """The rank of the subspaces that the loss is given by hook point; 0 if it takes the whole stream."""
         return 0

@@ -7,6 +7,11 @@ and 0 elsewhere, `p = mean_i t_i`, and `p_clean` the rate on the clean prompt:
 gap, `(p - p_clean)^2 / 2`; with `n` of them it is `(1 - 1/n) (p - p_clean + (1 - 2p)/n) grad p` in
 expectation, which adds a small pull towards the commoner behaviour. Each batch of answers serves one step,
 so the ratio of importance sampling is 1, and clipping it (PPO) would change nothing.
+
+With `reward="agreement"` no answer is judged: that of an answer is its mean similarity to the answers that the model
+gives to the other variants of the prompt, wrapped prompts with the same clean one, and `L` is the policy gradient on
+it, less its mean over the variant's own answers (PS-GRPO, arXiv 2510.04392, without its term for labelled answers). It
+is the label-free control: agreement alone may as well settle on the bad answer.
 """
 
 from __future__ import annotations
@@ -28,6 +33,8 @@ from ctlens.losses.base import CLEAN_SIDES, OUTPUT, Forwards, Loss, check_option
 PerRollout: TypeAlias = Float[Tensor, "prompt rollout"]
 PerPrompt: TypeAlias = Float[Tensor, " prompt"]
 STANDARDISE = ("none", "per_item")
+REWARDS = ("rates", "agreement")
+SIMILARITIES = ("exact", "f1")
 # If all answers to a prompt get the same verdict, their rewards have no spread. Below this spread they count as 0.
 SPREAD_FLOOR = 1e-8
 
@@ -43,6 +50,10 @@ class RMCT(Loss):
             deviation 1, as published. The size of the gap is then lost; only its sign is left.
         clean: the model whose rate on the clean prompts is matched: the `"reference"`, estimated once, or
             `"own"` for the trained model, estimated from new answers at every step, as published.
+        reward: `"rates"`, or `"agreement"` with the answers to the other variants of the prompt, which needs several
+            pairs with one clean prompt.
+        similarity: of two answers, for the agreement: `"exact"`, 1 where both are the same text, or `"f1"`, that of
+            their words.
     """
 
     name: ClassVar[str] = "rmct"
@@ -52,12 +63,20 @@ class RMCT(Loss):
     rollouts: int = 8
     standardise: str = "none"
     clean: str = "reference"
+    reward: str = "rates"
+    similarity: str = "exact"
 
     def __post_init__(self) -> None:
         require_types(self)
         require(POSITIVE, weight=self.weight)
         check_option("standardisation", self.standardise, STANDARDISE)
         check_option("clean side", self.clean, CLEAN_SIDES)
+        check_option("reward of RMCT", self.reward, REWARDS)
+        check_option("similarity of answers", self.similarity, SIMILARITIES)
+        if self.reward == "agreement" and self.clean == "own":
+            raise CtlensError("agreement among variants reads no clean prompt: leave clean at 'reference'.")
+        if self.reward == "rates" and self.similarity != "exact":
+            raise CtlensError(f"similarity {self.similarity!r} has no effect on rates: leave it at 'exact'.")
         if self.rollouts < 2:
             raise CtlensError(
                 f"rollouts must be at least 2, not {self.rollouts}: one answer cannot differ from a mean."
@@ -72,6 +91,11 @@ class RMCT(Loss):
     def answers(self) -> str:
         """The trained model answers anew at every step."""
         return "rollouts"
+
+    @property
+    def keeps_variants(self) -> bool:
+        """True where the answers to the variants of a prompt are compared with each other."""
+        return self.reward == "agreement"
 
     def hook_names(self, model: LensModel) -> list[str]:
         """Lists no hook point: the loss reads the logits."""
@@ -88,17 +112,26 @@ class RMCT(Loss):
             clean_rates: the rate to match, for each prompt.
         """
         rates = bad.mean(-1, keepdim=True)
-        rewards = -(rates - clean_rates[:, None]) * (bad - rates)
+        return self._standardised(-(rates - clean_rates[:, None]) * (bad - rates))
+
+    def centred(self, agreement: PerRollout) -> PerRollout:
+        """Computes the advantage of each answer from its agreement with those to the other variants.
+
+        >>> RMCT(rollouts=2, reward="agreement").centred(torch.tensor([[0.5, 1.0]]))
+        tensor([[-0.2500,  0.2500]])
+        """
+        return self._standardised(agreement - agreement.mean(-1, keepdim=True))
+
+    def _standardised(self, rewards: PerRollout) -> PerRollout:
         if self.standardise == "none":
             return rewards
         spread = rewards.std(-1, correction=0, keepdim=True)
         return torch.where(spread < SPREAD_FLOOR, 0.0, rewards / spread.clamp(min=SPREAD_FLOOR))
 
     def row_values(self, forwards: Forwards, hook_names: Sequence[str]) -> dict[str, PerRow]:
-        """Measures half the squared gap between the measured rates, with the policy gradient as its gradient.
+        """Measures half the squared gap of the rates, or what agreement lacks, with the policy gradient as gradient.
 
-        The value of a policy gradient's surrogate means nothing, so the value is that of the squared gap, on which
-        the gradient descends.
+        The value of a policy gradient's surrogate means nothing, so the value is that on which the gradient descends.
 
         Raises:
             CtlensError: the batch has no sampled answers.
@@ -109,4 +142,5 @@ class RMCT(Loss):
         answer = forwards.batch.answer[:, 1:]
         log_p = widened(forwards.wrapped_logits[:, :-1]).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
         surrogate = -forwards.advantages * torch.where(answer, log_p, 0.0).sum(-1)
-        return {OUTPUT: forwards.gaps.square() / 2 + (surrogate - surrogate.detach())}
+        value = forwards.gaps if self.reward == "agreement" else forwards.gaps.square() / 2
+        return {OUTPUT: value + (surrogate - surrogate.detach())}

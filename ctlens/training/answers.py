@@ -60,8 +60,8 @@ def answer_tail(losses: Sequence[Loss], tokenizer: Any) -> Ids:
 
 
 def drawn_together(pairs: EncodedPairs, losses: Sequence[Loss]) -> list[list[int]]:
-    """Groups the rows that batches keep together: for a consensus a prompt's variants, else each row alone."""
-    if answers_kind(losses) != "consensus":
+    """Groups the rows that batches keep together: a prompt's variants if a loss compares them, else each row alone."""
+    if not any(loss.keeps_variants for loss in losses):
         return [[number] for number in range(len(pairs))]
     together: dict[Ids, list[int]] = {}
     for number, row in enumerate(pairs.rows):

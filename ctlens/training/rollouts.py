@@ -6,11 +6,14 @@ RMCT grades the answers by a judge; OPCT lets the reference read them behind the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError
@@ -22,6 +25,24 @@ from ctlens.models.generation import Ids, Sampling, end_tokens, generate
 from ctlens.models.hooks import run
 from ctlens.threats.base import judge
 from ctlens.training.config import TrainConfig
+
+
+def words_f1(one: str, other: str) -> float:
+    """The harmonic mean of the shares of each text's words that the other has, case aside.
+
+    >>> words_f1("It is Paris", "paris it was"), words_f1("a a b", "a"), words_f1("", "")
+    (0.6666666666666666, 0.5, 1.0)
+    """
+    here, there = Counter(one.lower().split()), Counter(other.lower().split())
+    total = here.total() + there.total()
+    return 2 * (here & there).total() / total if total else 1.0
+
+
+SIMILARITY: Mapping[str, Callable[[str, str], float]] = {
+    "exact": lambda one, other: float(one.split() == other.split()),
+    "f1": words_f1,
+}
+"""How alike two answers are, 0 to 1, by the names of `RMCT.similarity`."""
 
 
 class Answered(Protocol):
@@ -40,7 +61,8 @@ class Drawn:
         batch: one row per answer, which stands behind its wrapped prompt; the answers to one prompt are
             neighbours.
         advantages: the advantage of each row's answer.
-        gaps: for each row, the rate of bad answers to its wrapped prompt minus the rate on its clean prompt.
+        gaps: for each row, the rate of bad answers to its wrapped prompt minus the rate on its clean prompt; or one
+            minus its answers' agreement with those to the other variants.
     """
 
     batch: PairBatch
@@ -175,17 +197,24 @@ class GradedRollouts(Rollouts):
         config: as of `Rollouts`.
 
     Raises:
-        CtlensError: as `Rollouts`, or a pair names no bad answer.
+        CtlensError: as `Rollouts`; or a pair names no bad answer, or for agreement no two share a clean prompt.
     """
 
     def __init__(self, reference: LensModel, pairs: Sequence[EncodedPair], loss: RMCT, config: TrainConfig) -> None:
         super().__init__(reference, pairs, loss.rollouts, config)
         self.loss = loss
         self.tokenizer = reference.tokenizer
+        self._clean_rates: dict[tuple[Ids, Prompt], float] = {}
+        if loss.reward == "agreement":
+            if len({row.clean.ids for row in pairs}) == len({row.wrapped.ids for row in pairs}):
+                raise CtlensError(
+                    "no two pairs share a clean prompt, so no answers can agree: give several wrapped prompts per "
+                    "clean prompt."
+                )
+            return
         for row in pairs:
             if row.pair.wrapped.bad is None or row.pair.clean.bad is None:
                 raise CtlensError("RMCT counts bad answers, and a pair names none: give every pair a bad answer.")
-        self._clean_rates: dict[tuple[Ids, Prompt], float] = {}
         if loss.clean == "reference":
             draw = generator(config.seed, "rollouts", "reference")
             self._clean_rates = self._measured(reference, pairs, draw)
@@ -194,18 +223,46 @@ class GradedRollouts(Rollouts):
         """Draws the answers of one step, see `Rollouts.draw`."""
         draw = self.of_step(step, *part)
         answers = self.sampled(model, [row.wrapped.ids for row in rows], draw)
-        bad = torch.stack([self._bad(row.pair.wrapped, given) for row, given in zip(rows, answers, strict=True)])
-        clean = self._measured(model, rows, draw) if self.loss.clean == "own" else self._clean_rates
-        clean_rates = torch.tensor([clean[row.clean.ids, row.pair.clean] for row in rows])
-        gaps = (bad.mean(-1) - clean_rates).repeat_interleave(self.loss.rollouts)
+        advantages, gaps = self._rewarded(model, rows, answers, draw)
         answered = [
             replace(row, answer=answer, clean_answer=(), alignments={})
             for row, given in zip(rows, answers, strict=True)
             for answer in given
         ]
         device = next(model.parameters()).device
-        advantages = self.loss.advantages(bad, clean_rates).flatten()
-        return Drawn(collate(answered).to(device), advantages.to(device), gaps.to(device))
+        gaps = gaps.repeat_interleave(self.count)
+        return Drawn(collate(answered).to(device), advantages.flatten().to(device), gaps.to(device))
+
+    def _rewarded(
+        self, model: LensModel, rows: Sequence[EncodedPair], answers: Sequence[Sequence[Ids]], draw: torch.Generator
+    ) -> tuple[Float[Tensor, "prompt rollout"], Float[Tensor, " prompt"]]:
+        """The advantage of each answer, and the gap of each prompt."""
+        if self.loss.reward == "agreement":
+            agreement = self._agreement(rows, answers)
+            return self.loss.centred(agreement), 1 - agreement.mean(-1)
+        bad = torch.stack([self._bad(row.pair.wrapped, given) for row, given in zip(rows, answers, strict=True)])
+        clean = self._measured(model, rows, draw) if self.loss.clean == "own" else self._clean_rates
+        clean_rates = torch.tensor([clean[row.clean.ids, row.pair.clean] for row in rows])
+        return self.loss.advantages(bad, clean_rates), bad.mean(-1) - clean_rates
+
+    def _agreement(
+        self, rows: Sequence[EncodedPair], answers: Sequence[Sequence[Ids]]
+    ) -> Float[Tensor, "prompt rollout"]:
+        """The mean similarity of each answer to all answers to other variants; 1 where the step has no other."""
+        alike = SIMILARITY[self.loss.similarity]
+        texts = [self.tokenizer.batch_decode(given, skip_special_tokens=True) for given in answers]
+        found = torch.ones(len(rows), self.count)
+        for number, row in enumerate(rows):
+            others = [
+                text
+                for other, given in zip(rows, texts, strict=True)
+                if other.clean.ids == row.clean.ids and other.wrapped.ids != row.wrapped.ids
+                for text in given
+            ]
+            if others:
+                own = [sum(alike(text, other) for other in others) / len(others) for text in texts[number]]
+                found[number] = torch.tensor(own)
+        return found
 
     def _measured(
         self, model: LensModel, rows: Sequence[EncodedPair], draw: torch.Generator

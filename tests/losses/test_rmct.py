@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -21,7 +22,7 @@ from ctlens.organism import load_organism
 from ctlens.threats import get
 from ctlens.threats.base import judge
 from ctlens.training import TrainConfig, Trainer, train
-from ctlens.training.rollouts import GradedRollouts
+from ctlens.training.rollouts import Drawn, GradedRollouts
 
 PAIRS = get("sycophancy").pairs(12)
 QUICK = TrainConfig(steps=4, batch_size=4, max_new_tokens=4)
@@ -237,3 +238,81 @@ def test_what_it_cannot_grade_or_measure_is_refused(model) -> None:
     batch = rollouts(model, RMCT()).draw(model, Trainer(model, PAIRS, RMCT(), QUICK).pairs.rows[:2], 1).batch
     with pytest.raises(CtlensError, match="needs sampled answers"):
         RMCT().row_values(Forwards(batch, {}, {}, torch.zeros(*batch.wrapped.tokens.shape, 5)), [])
+
+
+# Agreement among the variants of a prompt, in place of a judge.
+
+VARIANTS = [
+    replace(pair, clean=PAIRS[number // 3].clean) for number, pair in enumerate(PAIRS[:6])
+]  # two prompts of three variants each
+
+
+def agreeing(model: LensModel, loss: RMCT, texts: Sequence[Sequence[str]]) -> Drawn:
+    """A step whose answers are these."""
+    rows = encode(VARIANTS, model.tokenizer, windows=(), n_ctx=model.cfg.n_ctx).rows
+    drawing = GradedRollouts(model, rows, loss, QUICK)
+    ids = [[tuple(model.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in given] for given in texts]
+    drawing.sampled = lambda *given: ids
+    return drawing.draw(model, rows, 1)
+
+
+def test_an_answer_is_worth_its_agreement_with_those_to_other_variants(model) -> None:
+    loss = RMCT(rollouts=2, reward="agreement", weight=1.0)
+    texts = [["red", "blue"], ["red", "red"], ["blue", "green"], *[["red", "red"]] * 3]
+    drawn = agreeing(model, loss, texts)
+    # "red" to the first variant: 2 of the 4 other answers; "blue": 1 of 4
+    first = [0.5 - 0.375, 0.25 - 0.375]
+    assert drawn.advantages[:2].tolist() == pytest.approx(first)
+    assert drawn.advantages[2:4].tolist() == [0.0, 0.0]  # both agree with 1 of 4
+    assert drawn.advantages[4:6].tolist() == pytest.approx([0.125, -0.125])
+    assert drawn.advantages[6:].tolist() == [0.0] * 6
+    assert drawn.gaps.tolist() == pytest.approx([1 - 0.375] * 2 + [0.75] * 2 + [1 - 0.125] * 2 + [0.0] * 6)
+    unit = agreeing(model, replace(loss, standardise="per_item"), texts)
+    assert unit.advantages[:2].tolist() == pytest.approx([1, -1])
+    value = loss.compute(drawn.seen_by(model), {})
+    assert value.total.item() == pytest.approx(drawn.gaps.mean().item())
+
+
+def test_words_in_common_agree_in_part(model) -> None:
+    loss = RMCT(rollouts=2, reward="agreement", similarity="f1")
+    texts = [["red and blue", "green"], *[["red", "red"]] * 5]
+    drawn = agreeing(model, loss, texts)
+    assert drawn.advantages[:2].tolist() == pytest.approx([0.25, -0.25])  # one word of three and one: 2 / 4
+
+
+def test_variants_come_in_one_batch_and_need_no_bad_answer(model) -> None:
+    pairs = [
+        replace(p, clean=replace(p.clean, good=None, bad=None), wrapped=replace(p.wrapped, good=None, bad=None))
+        for p in VARIANTS
+    ]
+    loss = RMCT(rollouts=2, reward="agreement")
+    trainer = Trainer(model, pairs, loss, replace(QUICK, batch_size=3))
+    for _ in range(4):
+        rows = next(trainer._batches)
+        assert len({trainer.pairs.rows[row].clean.ids for row in rows}) == 1
+    with pytest.raises(CtlensError, match="no two pairs share a clean prompt"):
+        Trainer(model, [pairs[0], pairs[3]], loss, QUICK)
+
+
+@pytest.mark.slow
+def test_the_answers_come_to_agree(model) -> None:
+    every = get("sycophancy").pairs(600)
+    (first, _), (second, _) = Counter(pair.clean for pair in every).most_common(2)
+    pairs = [pair for pair in every if pair.clean in (first, second)][:8]
+    config = TrainConfig(steps=30, batch_size=8, max_new_tokens=4, lr=1e-3)
+    gaps = train(model, pairs, RMCT(reward="agreement"), config=config, progress=False).history.series("rmct")
+    assert sum(gaps[-3:]) < 0.6 * sum(gaps[:3])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reward": "votes"}, "reward of RMCT"),
+        ({"reward": "agreement", "clean": "own"}, "reads no clean prompt"),
+        ({"reward": "agreement", "similarity": "bleu"}, "similarity of answers"),
+        ({"similarity": "f1"}, "has no effect on rates"),
+    ],
+)
+def test_rewards_that_make_no_sense_are_refused(options, message) -> None:
+    with pytest.raises(CtlensError, match=message):
+        RMCT(**options)
