@@ -21,7 +21,7 @@ import torch
 
 from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError
-from ctlens.core.limits import POSITIVE, PROBABILITY, require
+from ctlens.core.limits import POSITIVE, PROBABILITY, SHARE_OF_ALL, require
 from ctlens.core.types import LensModel, PerRow, widened
 from ctlens.data.batch import Matched, PairBatch
 from ctlens.losses.base import OUTPUT, Forwards, Loss, check_option
@@ -48,6 +48,9 @@ class BCT(Loss):
             templates, as code does that trains on whole rendered conversations; not for prefill targets.
         early: for prefill targets, take every position one earlier, from the prompt's last token to the
             prefill's last but one (the stack paper's code).
+        confidence: for soft and prefill targets, leave out tokens whose target gives no answer this probability, see
+            `ctlens.losses.outputs.output_distance`.
+        sharpen: for soft and prefill targets, divides the target's logits alone.
     """
 
     name: ClassVar[str] = "bct"
@@ -58,6 +61,8 @@ class BCT(Loss):
     top_p: float = 1.0
     tail: bool = False
     early: bool = False
+    confidence: float = 0.0
+    sharpen: float = 1.0
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -77,6 +82,13 @@ class BCT(Loss):
             )
         if self.tail and self.targets == "prefill":
             raise CtlensError("BCT with prefill targets trains on no answer, so none has a tail: leave tail off.")
+        require(SHARE_OF_ALL, confidence=self.confidence)
+        require(POSITIVE, sharpen=self.sharpen)
+        if (self.confidence or self.sharpen != 1) and self.targets not in DISTRIBUTIONS:
+            raise CtlensError(
+                f"confidence and sharpen have no effect on the {self.targets} targets of BCT, which are no "
+                "distributions: leave them off."
+            )
         if self.early and self.targets != "prefill":
             raise CtlensError(f"early has no effect on the {self.targets} targets of BCT: leave it off.")
 
@@ -125,7 +137,14 @@ class BCT(Loss):
         return {OUTPUT: self._surprise(forwards)}
 
     def _divergence(self, forwards: Forwards, matched: Matched) -> PerRow:
-        return output_distance("BCT", forwards, matched, temperature=self.temperature)
+        return output_distance(
+            "BCT",
+            forwards,
+            matched,
+            temperature=self.temperature,
+            confidence=self.confidence,
+            sharpen=self.sharpen,
+        )
 
     def _surprise(self, forwards: Forwards) -> PerRow:
         batch = forwards.batch

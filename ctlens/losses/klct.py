@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ctlens.core.arguments import require_types
-from ctlens.core.limits import POSITIVE, require
+from ctlens.core.limits import POSITIVE, SHARE_OF_ALL, require
 from ctlens.core.types import LensModel, PerRow
 from ctlens.data.alignment import WINDOWS
 from ctlens.losses.base import CLEAN_SIDES, OUTPUT, Forwards, Loss, check_option
@@ -34,6 +34,8 @@ class KLCT(Loss):
         temperature: divides the logits of both sides; the loss is multiplied by its square.
         clean: the model whose predictions on the clean prompts are the target: the `"reference"`, or
             `"own"` for the trained model, whose predictions move as it is trained.
+        confidence: leave out tokens whose target gives no answer this probability, see `output_distance`.
+        sharpen: divides the target's logits alone, see `output_distance`.
     """
 
     name: ClassVar[str] = "klct"
@@ -42,6 +44,8 @@ class KLCT(Loss):
     distance: str = "kl"
     temperature: float = 1.0
     clean: str = "reference"
+    confidence: float = 0.0
+    sharpen: float = 1.0
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -50,6 +54,8 @@ class KLCT(Loss):
         check_option("clean side", self.clean, CLEAN_SIDES)
         require(POSITIVE, temperature=self.temperature)
         require(POSITIVE, weight=self.weight)
+        require(SHARE_OF_ALL, confidence=self.confidence)
+        require(POSITIVE, sharpen=self.sharpen)
 
     @property
     def windows(self) -> tuple[str, ...]:
@@ -77,5 +83,13 @@ class KLCT(Loss):
             CtlensError: `forwards` lacks the logits on the clean prompts.
         """
         matched = forwards.batch.matched[self.window]
-        values = output_distance("KLCT", forwards, matched, distance=self.distance, temperature=self.temperature)
+        values = output_distance(
+            "KLCT",
+            forwards,
+            matched,
+            distance=self.distance,
+            temperature=self.temperature,
+            confidence=self.confidence,
+            sharpen=self.sharpen,
+        )
         return {OUTPUT: values}

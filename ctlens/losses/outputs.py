@@ -31,9 +31,18 @@ OUTPUT_DISTANCES: Mapping[str, Distance] = {"kl": kl_divergence, "cross_entropy"
 
 
 def output_distance(
-    loss: str, forwards: Forwards, matched: Matched, *, distance: str = "kl", temperature: float = 1.0
+    loss: str,
+    forwards: Forwards,
+    matched: Matched,
+    *,
+    distance: str = "kl",
+    temperature: float = 1.0,
+    confidence: float = 0.0,
+    sharpen: float = 1.0,
 ) -> PerRow:
     """Compares next-token distributions in nats, averaged over each pair's tokens; the clean side is detached.
+
+    The last two options are those of unsupervised data augmentation (Xie et al., arXiv 1904.12848).
 
     Args:
         loss: the name of the loss, for an error.
@@ -42,15 +51,20 @@ def output_distance(
         distance: a name from `OUTPUT_DISTANCES`, whose functions take the clean side first.
         temperature: both sides' logits are divided by it. The distance is multiplied by its
             square, so that the size of the gradient stays (Hinton et al. 2015, arXiv 1503.02531).
+        confidence: tokens to which the clean side gives no answer of at least this probability count as 0.
+        sharpen: the clean side's logits alone are divided by it; below 1 the target is sharper than the prediction.
 
     Raises:
         CtlensError: `forwards` lacks the logits on the clean prompts.
     """
     if forwards.clean_logits is None:
         raise CtlensError(f"{loss} needs the logits on the clean prompts: give clean_logits to Forwards.")
-    clean = at_positions(forwards.clean_logits, matched.clean).detach() / temperature
+    clean = at_positions(forwards.clean_logits, matched.clean).detach()
     wrapped = at_positions(forwards.wrapped_logits, matched.wrapped) / temperature
-    return temperature**2 * matched.row_mean(OUTPUT_DISTANCES[distance](clean, wrapped))
+    values = OUTPUT_DISTANCES[distance](clean / (temperature * sharpen), wrapped)
+    if confidence:
+        values = torch.where(clean.softmax(-1).amax(-1) >= confidence, values, 0.0)
+    return temperature**2 * matched.row_mean(values)
 
 
 def before_the_answer(loss: str, batch: PairBatch) -> Matched:

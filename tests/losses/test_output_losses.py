@@ -155,6 +155,42 @@ def test_a_temperature_divides_both_sides_and_its_square_multiplies(reference, t
     torch.testing.assert_close(warm, 4 * plain.row_values(halved, [])["logits"])
 
 
+def test_a_sharper_target_leaves_the_predictions_as_they_are(reference, trained, hinted) -> None:
+    """The reference's probabilities to the power of 2, made to sum to 1, against those of the trained model."""
+    both = forwards(trained, KLCT(), collate(hinted), reference)
+    values = KLCT(window="content", sharpen=0.5).row_values(both, [])["logits"]
+    for value, row in zip(values, hinted, strict=True):
+        target, predicted = shares(reference, row.clean.ids, 0.5), shares(trained, row.wrapped.ids)
+        aligned = row.alignments["content"]
+        each = [kl(target[c], predicted[w]) for c, w in zip(aligned.clean, aligned.wrapped, strict=True)]
+        assert value.item() == pytest.approx(sum(each) / len(each), rel=1e-3)
+
+
+@pytest.mark.parametrize("loss", [KLCT(window="answer"), BCT(targets="soft")], ids=repr)
+def test_targets_below_the_confidence_count_nothing(reference, trained, hinted, loss) -> None:
+    both = forwards(trained, loss, collate(hinted), reference)
+    tops = [
+        max(shares(reference, row.clean.ids + row.answer)[len(row.clean.ids) - 1 + step])
+        for row in hinted
+        for step in range(len(row.answer))
+    ]
+    floor = sorted(tops)[len(tops) // 2]
+    values = dataclasses.replace(loss, confidence=floor - 1e-6).row_values(both, [])["logits"]
+    kept = 0
+    for value, row in zip(values, hinted, strict=True):
+        clean, wrapped = shares(reference, row.clean.ids + row.answer), shares(trained, row.wrapped.ids + row.answer)
+        each = []
+        for step in range(len(row.answer)):
+            target = clean[len(row.clean.ids) - 1 + step]
+            sure = max(target) >= floor - 1e-6
+            kept += sure
+            each.append(kl(target, wrapped[len(row.wrapped.ids) - 1 + step]) if sure else 0.0)
+        assert value.item() == pytest.approx(sum(each) / len(each), rel=1e-3, abs=1e-7)
+    assert 0 < kept < len(tops)
+    nothing = dataclasses.replace(loss, confidence=1.0).row_values(both, [])["logits"]
+    assert nothing.tolist() == [0.0] * len(hinted)
+
+
 def test_only_the_tokens_of_the_prefill_are_trained_by_the_prefill_form(reference, forced) -> None:
     both = forwards(reference, KLCT(), collate(forced))
     logits = both.wrapped_logits.detach().requires_grad_()
@@ -298,6 +334,10 @@ def test_a_loss_survives_its_config(loss) -> None:
         ("klct", {"temperature": float("inf")}, "positive number"),
         ("klct", {"distance": "jsd"}, "distance of KLCT"),
         ("klct", {"clean": "trained"}, "clean side"),
+        ("klct", {"confidence": 1.5}, "confidence is a share, 0 to 1"),
+        ("klct", {"sharpen": 0.0}, "positive number"),
+        ("bct", {"confidence": 0.5}, "confidence and sharpen have no effect on the greedy targets"),
+        ("bct", {"targets": "sampled", "sharpen": 0.5}, "have no effect on the sampled targets"),
     ],
 )
 def test_options_that_are_unknown_or_contradict_are_refused(name, options, message) -> None:
