@@ -33,8 +33,8 @@ from ctlens.training import Run, TrainConfig, train
 # The names of the last matrix of an MLP, whose input MLPCT trains on.
 _DOWN = (".mlp.down_proj", ".mlp.c_proj", ".mlp.dense_4h_to_h")
 _TOLERANCE = 1e-4  # chosen by eye, well above the rounding of float32
-# A random model's sampled answers are never judged bad, so that rate matching has nothing to train.
-_TRAINED = tuple(name for name in losses.names() if losses.get(name).answers != "rollouts")
+# A random model's sampled answers are never judged bad, and these pairs name no bad answer to train away from.
+_TRAINED = tuple(name for name in losses.names() if not losses.get(name).makes_rows)
 SOURCE_KINDS = {
     "a HuggingFace folder, or a name on the hub": "read from safetensors alone; quantised weights are refused",
     "a `.gguf` file": "of any architecture that `transformers` reads; quantised weights become plain ones",
@@ -53,7 +53,7 @@ _PREFACE = f"""# The architectures, side by side
 - *logits* are HuggingFace's, on prompts of unequal lengths, padded on either side and longer than the window;
   *resid*, *mlp* and *attn*, what ACT, MLPCT and AttCT train on, are HuggingFace's at every layer and carry gradients;
   *mid*: `resid_mid` adds up, and an edit of it reaches the skip path.
-- *losses*: a step of each of the losses but those on rollouts changes the attention that is trained, and nothing else.
+- *losses*: a step of each of the losses but RMCT, OPCT and DPO changes the attention that is trained, and nothing else.
 - *lora*: adapters on every matrix train and merge. *export*: `transformers` loads the trained model with equal logits.
   *peft*: the adapters, written as PEFT's, are loaded onto the model again and give equal logits.
 - *probe*, *maps* (attention difference) and *patch* run; a patch of everything gives the other run's values.

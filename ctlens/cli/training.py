@@ -44,8 +44,8 @@ def train_command(
     loss: Annotated[
         list[str],
         typer.Option(
-            help="act, mlpct, attct, bct, rmct, opct, f2c, klct, attout, attmass, subact, or as published: act:stack; "
-            "repeatable."
+            help="act, mlpct, attct, bct, rmct, opct, f2c, klct, attout, attmass, subact, dpo, or as published: "
+            "act:stack; repeatable."
         ),
     ],
     model: ModelSource = None,

@@ -22,6 +22,7 @@ from ctlens.losses.base import Loss as Loss
 from ctlens.losses.base import LossValue as LossValue
 from ctlens.losses.base import require_distinct as require_distinct
 from ctlens.losses.bct import BCT as BCT
+from ctlens.losses.dpo import DPO as DPO
 from ctlens.losses.f2c import F2C as F2C
 from ctlens.losses.klct import KLCT as KLCT
 from ctlens.losses.mlpct import MLPCT as MLPCT
@@ -30,7 +31,7 @@ from ctlens.losses.presets import OURS, PUBLISHED, described
 from ctlens.losses.rmct import RMCT as RMCT
 from ctlens.losses.subact import SubACT as SubACT
 
-_KINDS = (ACT, MLPCT, AttCT, BCT, RMCT, OPCT, F2C, KLCT, AttOut, AttMass, SubACT)
+_KINDS = (ACT, MLPCT, AttCT, BCT, RMCT, OPCT, F2C, KLCT, AttOut, AttMass, SubACT, DPO)
 LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in _KINDS}
 MEASURED = ("act", "mlpct", "attct", "bct", "klct")
 """The losses that analyses measure by default: all that they need of a pair is that it aligns."""

@@ -44,6 +44,7 @@ class Forwards:
         clean_logits: logits on the clean prompts; None if no loss needs them.
         advantages: for a loss on rollouts, the advantage of each row's sampled answer; else None.
         gaps: for a loss on rollouts, the gap that it closes on each row's prompt; else None.
+        reference_log_p: for a preference, the reference's log-probability of each row's answer; else None.
         known: losses of each row, by hook point, that were already computed during the forward passes.
         subspaces: orthonormal bases `[rank, d]` of the subspaces that a loss asked for, by hook point.
     """
@@ -55,6 +56,7 @@ class Forwards:
     clean_logits: CleanLogits | None = None
     advantages: PerRow | None = None
     gaps: PerRow | None = None
+    reference_log_p: PerRow | None = None
     known: Mapping[str, PerRow] = field(default_factory=dict)
     subspaces: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -110,6 +112,11 @@ class Loss(ABC):
     @property
     def relative_to_gap(self) -> bool:
         """True if the value at each hook point is divided by its value before training."""
+        return False
+
+    @property
+    def makes_rows(self) -> bool:
+        """True if the loss runs on rows of its own making, such as sampled answers, and not on the pairs themselves."""
         return False
 
     @property

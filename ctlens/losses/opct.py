@@ -88,6 +88,11 @@ class OPCT(Loss):
         """The trained model answers anew at every step."""
         return "rollouts"
 
+    @property
+    def makes_rows(self) -> bool:
+        """True: the rows are the sampled answers."""
+        return True
+
     def hook_names(self, model: LensModel) -> list[str]:
         """Lists no hook point: the loss reads the logits."""
         return []

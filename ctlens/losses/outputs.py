@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ctlens.core.errors import CtlensError
-from ctlens.core.types import PerRow
+from ctlens.core.types import Logits, PerRow, widened
 from ctlens.data.batch import Matched, PairBatch
 from ctlens.losses.base import Distance, Forwards, at_positions
 from ctlens.losses.distances import kl_divergence
@@ -88,3 +88,9 @@ def steps_within(lengths: Int[Tensor, " batch"]) -> tuple[Int[Tensor, " width"],
     """Counts `0, 1, ...` up to the longest length, and marks the numbers within each row's own length."""
     steps = torch.arange(int(lengths.max()), device=lengths.device)
     return steps, steps < lengths[:, None]
+
+
+def answer_log_p(logits: Logits, batch: PairBatch) -> PerRow:
+    """The log-probability of each row's answer behind its wrapped prompt, summed over its tokens, in nats."""
+    log_p = widened(logits[:, :-1]).log_softmax(-1).gather(-1, batch.wrapped.tokens[:, 1:, None]).squeeze(-1)
+    return torch.where(batch.answer[:, 1:], log_p, 0.0).sum(-1)

@@ -55,6 +55,7 @@ _POST_NORM = "HuggingFace's hidden_states, whose last is after the final norm."
 _SAID_BY_NO_OPTION = {
     "rmct": "squared gap of rates",
     "opct": "kl, reversed",
+    "dpo": "preference",
     "f2c": "cross_entropy and kl",
     "attmass": "mass",
     "subact": "squared, over the clean norm",

@@ -27,8 +27,9 @@ from torch import Tensor
 from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError
 from ctlens.core.limits import POSITIVE, require
-from ctlens.core.types import LensModel, PerRow, widened
+from ctlens.core.types import LensModel, PerRow
 from ctlens.losses.base import CLEAN_SIDES, OUTPUT, Forwards, Loss, check_option
+from ctlens.losses.outputs import answer_log_p
 
 PerRollout: TypeAlias = Float[Tensor, "prompt rollout"]
 PerPrompt: TypeAlias = Float[Tensor, " prompt"]
@@ -97,6 +98,11 @@ class RMCT(Loss):
         """True where the answers to the variants of a prompt are compared with each other."""
         return self.reward == "agreement"
 
+    @property
+    def makes_rows(self) -> bool:
+        """True: the rows are the sampled answers."""
+        return True
+
     def hook_names(self, model: LensModel) -> list[str]:
         """Lists no hook point: the loss reads the logits."""
         return []
@@ -138,9 +144,6 @@ class RMCT(Loss):
         """
         if forwards.advantages is None or forwards.gaps is None:
             raise CtlensError("RMCT needs sampled answers, which only a training draws: use ct.train or a Trainer.")
-        tokens = forwards.batch.wrapped.tokens[:, 1:]
-        answer = forwards.batch.answer[:, 1:]
-        log_p = widened(forwards.wrapped_logits[:, :-1]).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
-        surrogate = -forwards.advantages * torch.where(answer, log_p, 0.0).sum(-1)
+        surrogate = -forwards.advantages * answer_log_p(forwards.wrapped_logits, forwards.batch)
         value = forwards.gaps if self.reward == "agreement" else forwards.gaps.square() / 2
         return {OUTPUT: value + (surrogate - surrogate.detach())}

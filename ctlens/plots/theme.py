@@ -60,6 +60,7 @@ METHOD_STYLES = {
     "attout": Style("AttOut", "#66c5ab", "bowtie", "dash"),
     "attmass": Style("AttMass", "#00523c", "hourglass", "dot"),
     "subact": Style("SubACT", "#5e9ed6", "star-square", "dash"),
+    "dpo": Style("DPO", "#b2593f", "hourglass-open", "longdash"),
     "opct": Style("OPCT", "#cc79a7", "star-diamond", "solid"),
     "rmct": Style("RMCT", "#8c564b", "pentagon", "solid"),
     "f2c": Style("F2C", "#8a9a00", "hexagon", "solid"),

@@ -162,10 +162,10 @@ def _require_possible(
     if processes > config.batch_size:
         raise CtlensError(f"{config.batch_size} pairs are too few for {processes} processes: raise batch_size.")
     for loss in losses:
-        if loss.answers == "rollouts":
+        if loss.makes_rows:
             raise CtlensError(
-                f"{loss.name} trains on answers that the model samples, and a model without weights samples none: "
-                "estimate BCT, with as many pairs as there are answers in a step."
+                f"{loss.name} trains on rows of its own making, such as answers that the model samples, and a model "
+                "without weights makes none: estimate BCT, with as many pairs as there are rows in a step."
             )
 
 

@@ -11,12 +11,13 @@ import torch
 
 from ctlens.core.types import Activations, CleanLogits, LensModel
 from ctlens.data.batch import EncodedPairs, PairBatch, collate
-from ctlens.losses import Forwards, Loss
+from ctlens.losses import DPO, Forwards, Loss
 from ctlens.models.hooks import capture, visiting
 from ctlens.models.parameters import evaluating
 from ctlens.training.config import TrainConfig
 from ctlens.training.layerwise import Layerwise, blocks_again, is_layerwise
 from ctlens.training.order import homes
+from ctlens.training.preferences import Preferences
 from ctlens.training.rollouts import Rollouts, rollouts_of
 from ctlens.training.subspaces import subspaces_of
 from ctlens.training.targets import CleanTargets, Fetch, fetch_from
@@ -43,7 +44,7 @@ class Passes:
         folder: keeps the reference's clean side on disk; None keeps it in memory.
 
     Raises:
-        CtlensError: as `rollouts_of` and `subspaces_of`.
+        CtlensError: as `rollouts_of`, `Preferences` and `subspaces_of`.
     """
 
     def __init__(
@@ -59,10 +60,12 @@ class Passes:
         self.model = model
         self.pairs = pairs
         self.memory = config.memory
-        self.rollouts: dict[str, Rollouts] = {}
+        self.own_rows: dict[str, Rollouts | Preferences] = {}
         for key, term in terms.items():
-            if drawing := rollouts_of(term.loss, reference, pairs.rows, config):
-                self.rollouts[key] = drawing
+            if isinstance(term.loss, DPO):
+                self.own_rows[key] = Preferences(reference, pairs.rows)
+            elif drawing := rollouts_of(term.loss, reference, pairs.rows, config):
+                self.own_rows[key] = drawing
         self.subspaces = {
             key: subspaces_of(term.loss, list(term.factors), reference, pairs.rows, config.seed)
             for key, term in terms.items()
@@ -73,8 +76,8 @@ class Passes:
         )
 
     def on_pairs(self, terms: Mapping[str, Term]) -> dict[str, Term]:
-        """Takes the losses that run on the pairs; a loss that samples its own answers runs elsewhere."""
-        return {key: term for key, term in terms.items() if key not in self.rollouts}
+        """Takes the losses that run on the pairs; a loss that makes its own rows runs elsewhere."""
+        return {key: term for key, term in terms.items() if key not in self.own_rows}
 
     @contextmanager
     def open(self) -> Iterator[OpenPasses]:
@@ -112,12 +115,12 @@ class OpenPasses:
         """
         on_pairs = self.passes.on_pairs(terms)
         found = self._on_pairs(rows, on_pairs, grad=grad) if on_pairs else {}
-        return {key: found[key] if key in found else self._sampled(rows, key, step) for key in terms}
+        return {key: found[key] if key in found else self._of_its_own(rows, key, step) for key in terms}
 
-    def _sampled(self, rows: Sequence[int], key: str, step: int) -> Forwards:
+    def _of_its_own(self, rows: Sequence[int], key: str, step: int) -> Forwards:
         pairs = [self.passes.pairs.rows[row] for row in rows]
         with evaluating(self.model):
-            drawn = self.passes.rollouts[key].draw(self.model, pairs, step, *rows[:1])
+            drawn = self.passes.own_rows[key].draw(self.model, pairs, step, *rows[:1])
         return drawn.seen_by(self.model)
 
     def _on_pairs(self, rows: Sequence[int], terms: Mapping[str, Term], *, grad: bool) -> dict[str, Forwards]:

@@ -233,7 +233,7 @@ def test_what_it_cannot_grade_or_measure_is_refused(model) -> None:
         Trainer(model, [*PAIRS, ungraded], RMCT(), QUICK)
     with pytest.raises(CtlensError, match="a prompt with its answer"):
         Trainer(model, PAIRS, RMCT(), replace(QUICK, max_new_tokens=120, retention=0))
-    with pytest.raises(CtlensError, match="rmct trains on answers that it draws itself"):
+    with pytest.raises(CtlensError, match="rmct trains on answers that it draws or chooses itself"):
         cross_loss(model, {"x": model}, PAIRS, [ACT(), RMCT()], progress=False)
     batch = rollouts(model, RMCT()).draw(model, Trainer(model, PAIRS, RMCT(), QUICK).pairs.rows[:2], 1).batch
     with pytest.raises(CtlensError, match="needs sampled answers"):

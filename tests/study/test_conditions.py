@@ -38,6 +38,7 @@ def test_levels_are_those_of_the_losses() -> None:
         "rmct": "output",
         "opct": "output",
         "f2c": "output",
+        "dpo": "output",
     }
 
 

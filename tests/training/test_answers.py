@@ -24,7 +24,7 @@ from ctlens.models.loading import load_model
 from ctlens.training import TrainConfig
 from ctlens.training.answers import reference_answers
 from ctlens.training.retention import Retention
-from ctlens.training.rollouts import Rollouts
+from ctlens.training.rollouts import GradedRollouts
 
 PAIRS = [Pair(prompt("what is it?", "it", "no"), prompt("I say no. what is it?", "it", "no"))]
 NEW = 12
@@ -57,7 +57,7 @@ def test_every_answer_ends_at_any_end_token_of_the_model_as_with_huggingface() -
     assert list(target) == theirs == list(held.answers[0])
 
     loss = RMCT(rollouts=16)
-    drawn = Rollouts(model, rows.rows, loss, TrainConfig(max_new_tokens=NEW)).draw(model, rows.rows, 1)
+    drawn = GradedRollouts(model, rows.rows, loss, TrainConfig(max_new_tokens=NEW)).draw(model, rows.rows, 1)
     for ids, real, answer in zip(drawn.batch.wrapped.tokens, drawn.batch.wrapped.mask, drawn.batch.answer, strict=True):
         given = ids[real & answer].tolist()
         assert not set(given[:-1]) & set(end_tokens(model))

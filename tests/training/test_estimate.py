@@ -292,7 +292,7 @@ def test_what_is_no_configuration_is_refused(settings: Mapping[str, Any], senten
         ({"length": 7}, "a prompt of 7 tokens has no room for a wrapper of 6"),
         ({"length": 60}, "has 76 tokens, but the model's context is 64"),
         ({"dtype": "bfloat16"}, "half precision are too coarse to train"),
-        ({"losses": RMCT()}, "rmct trains on answers that the model samples"),
+        ({"losses": RMCT()}, "rmct trains on rows of its own making"),
         ({"losses": ["act", "act"]}, "a loss is given twice"),
     ],
 )

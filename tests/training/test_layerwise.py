@@ -17,7 +17,7 @@ from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt, save_pairs
-from ctlens.losses import ACT, BCT, F2C, KLCT, MLPCT, OPCT, RMCT, AttCT, AttMass, AttOut, Loss, SubACT
+from ctlens.losses import ACT, BCT, DPO, F2C, KLCT, MLPCT, OPCT, RMCT, AttCT, AttMass, AttOut, Loss, SubACT
 from ctlens.models.counting import Counting
 from ctlens.models.loading import load_model
 from ctlens.models.lora import LoRA
@@ -52,6 +52,7 @@ EVERY: list[Loss] = [
     F2C(),
     RMCT(),
     OPCT(),
+    DPO(),
     SubACT(rank=2),
     SubACT(rank=2, part="rest"),
 ]

@@ -34,7 +34,6 @@ from ctlens.plots import Figure
 from ctlens.training.answers import answer_tail, answers_kind, drawn_at, reference_answers
 
 _CLEAN_SIDES = {"reference": "the reference's clean prompts", "own": "each model's own clean prompts"}
-_ANSWERS_OF_ITS_OWN = ("rollouts", "consensus")
 _MEAN = ""
 _RELATIVE = ("relative", "relative_low", "relative_high")
 _OVER = ("losses", "steps")
@@ -188,8 +187,8 @@ def cross_loss(
     Raises:
         CtlensError: a model does not compare with the reference or is in training mode, there are
             no models, no losses or no pairs, a label or loss is given twice, a key is no label or
-            step, the clean side is unknown, no pair aligns for some loss, or a loss is on rollouts
-            or a consensus.
+            step, the clean side is unknown, no pair aligns for some loss, or a loss makes its own
+            rows or targets.
     """
     chosen = _chosen(losses, clean)
     labels, steps = _labels(models)
@@ -229,8 +228,8 @@ def _chosen(losses: Loss | str | Sequence[Loss | str] | None, clean: str) -> tup
         raise CtlensError("there is nothing to measure by: give a loss, or None for `ctlens.losses.MEASURED`.")
     require_distinct(chosen)
     for loss in chosen:
-        if loss.answers in _ANSWERS_OF_ITS_OWN:
-            raise CtlensError(f"{loss.name} trains on answers that it draws itself ({loss.answers}): leave it out.")
+        if loss.makes_rows or loss.keeps_variants:
+            raise CtlensError(f"{loss.name} trains on answers that it draws or chooses itself: leave it out.")
     return chosen
 
 
