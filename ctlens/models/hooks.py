@@ -212,7 +212,7 @@ def _seeing(visit: Callable[[Tensor], None]) -> HookFunction:
 
 
 @contextmanager
-def editing(model: LensModel, edits: Mapping[str, HookFunction]) -> Iterator[None]:
+def editing(model: LensModel, edits: Mapping[str, HookFunction], *, required: bool = True) -> Iterator[None]:
     """Replaces activations during the forward passes inside the block.
 
     On a `TransformerBridge` an edit of `hook_resid_mid` alone would not reach the skip path; it
@@ -221,6 +221,7 @@ def editing(model: LensModel, edits: Mapping[str, HookFunction]) -> Iterator[Non
     Args:
         model: any `LensModel`.
         edits: per full hook name, a function of the activation that returns its replacement.
+        required: refuse a block in which a hook did not fire; False where the block may run no pass.
 
     Raises:
         CtlensError: a name does not exist, its hook did not fire, or an edit of it would reach nothing.
@@ -240,7 +241,8 @@ def editing(model: LensModel, edits: Mapping[str, HookFunction]) -> Iterator[Non
     # Rerouted hooks run last, so that they see the edits made upstream of hook_resid_mid.
     with hooked(model, [(known[name], hook) for name, hook in direct + rerouted]):
         yield
-    _require_fired(edits, fired)
+    if required:
+        _require_fired(edits, fired)
 
 
 def _replacing(name: str, edit: HookFunction, fired: dict[str, Any]) -> HookFunction:

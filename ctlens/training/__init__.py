@@ -6,6 +6,7 @@ A name imported as itself (`from ... import X as X`) is public to type checkers;
 from ctlens.training.config import Phase as Phase
 from ctlens.training.config import TrainConfig as TrainConfig
 from ctlens.training.config import Until as Until
+from ctlens.training.edits import TrainingEdits as TrainingEdits
 from ctlens.training.history import History as History
 from ctlens.training.live import Live as Live
 from ctlens.training.loggers import Logger as Logger

@@ -30,6 +30,7 @@ from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses import Loss
 from ctlens.models.parameters import fingerprint, same_fingerprint
 from ctlens.training.config import TrainConfig
+from ctlens.training.edits import TrainingEdits
 from ctlens.training.history import History
 from ctlens.training.prepare import in_window
 
@@ -58,11 +59,13 @@ def identity(
     losses: Sequence[Loss],
     track: Sequence[Loss],
     config: TrainConfig,
+    edits: TrainingEdits | None = None,
 ) -> dict[str, Any]:
     """Describes all that a training follows from, ready for JSON; arguments as of `Trainer`, before any preparation.
 
-    A training goes on only from a checkpoint of an equal identity (`require_same`), and has finished only as a run of
-    an equal one. The reference's answers are not part of it: they follow from the rest.
+    `edits` is there where the stream is edited. A training goes on only from a checkpoint of an equal identity
+    (`require_same`), and has finished only as a run of an equal one. The reference's answers are not part of it: they
+    follow from the rest.
     """
     trained = [in_window(loss, config.window) for loss in losses]
     tracked = [in_window(loss, config.window) for loss in track]
@@ -79,7 +82,13 @@ def identity(
             "tracked": [loss_registry.to_config(loss) for loss in tracked],
         },
         "settings": to_dict(config),
+        **({"edits": _digest_of_edits(edits)} if edits else {}),
     }
+
+
+def _digest_of_edits(edits: TrainingEdits) -> str:
+    parts = {"project_out": edits.project_out, "add": edits.add}
+    return digest_of({part: {name: value.tolist() for name, value in given.items()} for part, given in parts.items()})
 
 
 _OTHER = {
@@ -87,6 +96,7 @@ _OTHER = {
     "pairs": "other pairs or other prompts to hold",
     "losses": "other losses",
     "settings": "other settings",
+    "edits": "other edits of the stream",
 }
 
 
@@ -105,7 +115,7 @@ def require_same(there: Mapping[str, Any], here: Mapping[str, Any], subject: str
     if same_fingerprint(there.get("reference"), here["reference"]):
         there = {**there, "reference": here["reference"]}
     for part, words in _OTHER.items():
-        if found := first_difference(there.get(part), here[part], part):
+        if found := first_difference(there.get(part), here.get(part), part):
             raise CtlensError(f"{subject} is of {words} ({found}): {advice}")
 
 

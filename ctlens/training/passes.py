@@ -15,6 +15,7 @@ from ctlens.losses import DPO, Forwards, Loss
 from ctlens.models.hooks import capture, visiting
 from ctlens.models.parameters import evaluating
 from ctlens.training.config import TrainConfig
+from ctlens.training.edits import TrainingEdits
 from ctlens.training.layerwise import Layerwise, blocks_again, is_layerwise
 from ctlens.training.order import homes
 from ctlens.training.preferences import Preferences
@@ -42,6 +43,7 @@ class Passes:
         units: rows that stay together in a batch.
         config: the settings of the training.
         folder: keeps the reference's clean side on disk; None keeps it in memory.
+        edits: of the trained model's stream, in every pass; None for none.
 
     Raises:
         CtlensError: as `rollouts_of`, `Preferences` and `subspaces_of`.
@@ -56,7 +58,9 @@ class Passes:
         units: Sequence[Sequence[int]],
         config: TrainConfig,
         folder: Path | None = None,
+        edits: TrainingEdits | None = None,
     ) -> None:
+        self.edits = edits
         self.model = model
         self.pairs = pairs
         self.memory = config.memory
@@ -87,7 +91,8 @@ class Passes:
         the hooks must still be on them.
         """
         again = blocks_again(self.model) if self.memory == "blocks" else nullcontext()
-        with again, ExitStack() as hooks:
+        edited = self.edits.on(self.model) if self.edits else nullcontext()
+        with edited, again, ExitStack() as hooks:
             yield OpenPasses(self, hooks)
 
 

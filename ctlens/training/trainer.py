@@ -32,6 +32,7 @@ from ctlens.training.answers import drawn_together
 from ctlens.training.calibrate import calibrate
 from ctlens.training.checkpoint import identity, read_checkpoint, write_checkpoint
 from ctlens.training.config import TrainConfig
+from ctlens.training.edits import TrainingEdits
 from ctlens.training.history import History
 from ctlens.training.interrupts import uninterrupted
 from ctlens.training.loggers import Logger, Loggers
@@ -64,6 +65,7 @@ class Trainer:
         loggers: receive every number of the history as it comes, see `ctlens.training.loggers`.
         cache_folder: keeps the reference's answers and its activations on clean prompts on disk, for
             this training and the next; None keeps the activations in memory and no answers.
+        edits: of the trained model's stream while it is trained, and only then; None for none.
         progress: show a progress bar when the reference's answers take more than two seconds.
 
     Raises:
@@ -84,6 +86,7 @@ class Trainer:
         track: Sequence[Loss | str] = (),
         loggers: Sequence[Logger] = (),
         cache_folder: str | Path | None = None,
+        edits: TrainingEdits | None = None,
         progress: bool = False,
     ) -> None:
         self.config = config or TrainConfig()
@@ -92,7 +95,7 @@ class Trainer:
         self.track = tuple(in_window(loss, self.config.window) for loss in loss_registry.built(track))
         require_distinct(self.losses)
         require_distinct(self.track)
-        self._described = partial(identity, model, pairs, retain, self.losses, self.track, self.config)
+        self._described = partial(identity, model, pairs, retain, self.losses, self.track, self.config, edits)
         self.config.require_phases_of(loss.name for loss in self.losses)
         if not self.losses and not self.config.retention:
             raise CtlensError("there is nothing to train: give a loss, or a retention weight above zero.")
@@ -110,7 +113,7 @@ class Trainer:
             held = held_prompts(pairs, retain)
             self.retention = Retention(model, held, self.config) if self.config.retention and held else None
             terms = {**self._terms, **self._tracked}
-            self._passes = Passes(model, self.model, self.pairs, terms, self._units, self.config, folder)
+            self._passes = Passes(model, self.model, self.pairs, terms, self._units, self.config, folder, edits)
             first = parts(next(batches(self._units, self.config)), self.config.accumulate)[0]
             self._terms, self.calibration = calibrate(self._terms, self._passes, first, self.parameters, self.config)
         self.losses = tuple(term.loss for term in self._terms.values())
@@ -280,6 +283,7 @@ def train(
     track: Sequence[Loss | str] = (),
     loggers: Sequence[Logger] = (),
     cache_folder: str | Path | None = None,
+    edits: TrainingEdits | None = None,
     progress: bool = True,
 ) -> Run:
     """Trains a copy of `model` so that the wrapper of the pairs no longer matters.
@@ -287,7 +291,7 @@ def train(
     An interrupt from the keyboard or a notebook ends the training after the step it is in, with a warning.
 
     Args:
-        model, pairs, losses, config, retain, track, loggers, cache_folder: as in `Trainer`.
+        model, pairs, losses, config, retain, track, loggers, cache_folder, edits: as in `Trainer`.
         steps, seed: replace the steps and the seed of the config.
         progress: show a progress bar.
 
@@ -299,7 +303,8 @@ def train(
     """
     changes = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
     config = replace(fitted("config", config, TrainConfig | None) or TrainConfig(), **changes)
-    options: dict[str, Any] = {"retain": retain, "track": track, "loggers": loggers, "cache_folder": cache_folder}
+    options: dict[str, Any] = {"retain": retain, "track": track, "loggers": loggers}
+    options |= {"cache_folder": cache_folder, "edits": edits}
     trainer = Trainer(model, pairs, losses, config, progress=progress, **options)
     try:
         with progress_bar(total=len(trainer), desc=method_name(trainer.losses), shown=progress, leave=False) as bar:
