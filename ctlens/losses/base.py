@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from ctlens.models.hooks import Layers, resolve, select_layers
 Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 OUTPUT = "logits"
 CLEAN_SIDES = ("reference", "own")
+_MOVING = re.compile(r"ema\((?P<alpha>[\d.]+)\)|refresh\((?P<every>\d+)(?P<gated>, gated)?\)")
 ANSWERS = ("greedy", "sampled", "consensus", "rollouts")
 LAYER_WEIGHTS: Mapping[str, Callable[[int, int], float]] = {
     "uniform": lambda layer, n_layers: 1.0,
@@ -62,6 +64,45 @@ class Forwards:
 
 
 @dataclass(frozen=True)
+class MovingTarget:
+    """MovingTarget says how a copy of the trained model follows it, see `ctlens.training.moving`.
+
+    Attributes:
+        alpha: the share of itself that the copy keeps at a step; of no meaning where it is refreshed.
+        every: it becomes the trained model behind so many steps; 0 if it follows at every step.
+        gated: only where the trained model answers the clean prompts no worse.
+    """
+
+    alpha: float = 0.0
+    every: int = 0
+    gated: bool = False
+
+
+def moving_target(clean: str) -> MovingTarget | None:
+    """Reads a clean side that moves; None for one of `CLEAN_SIDES`.
+
+    >>> moving_target("ema(0.99)"), moving_target("refresh(8, gated)")
+    (MovingTarget(alpha=0.99, every=0, gated=False), MovingTarget(alpha=0.0, every=8, gated=True))
+
+    Raises:
+        CtlensError: it is none, or it would never move.
+    """
+    if clean in CLEAN_SIDES:
+        return None
+    found = _MOVING.fullmatch(clean)
+    if found is None:
+        raise unknown("clean side", clean, (*CLEAN_SIDES, "ema(0.99)", "refresh(8)", "refresh(8, gated)"))
+    if found["alpha"] is None:
+        if int(found["every"]) < 1:
+            raise CtlensError(f"{clean} is never refreshed: name how many steps lie between two refreshes.")
+        return MovingTarget(every=int(found["every"]), gated=bool(found["gated"]))
+    alpha = float(found["alpha"])
+    if not 0 <= alpha < 1:
+        raise CtlensError(f"{clean} never moves: the share that it keeps is at least 0 and less than 1.")
+    return MovingTarget(alpha=alpha)
+
+
+@dataclass(frozen=True)
 class LossValue:
     """LossValue is the value of a loss on one batch.
 
@@ -91,7 +132,7 @@ class Loss(ABC):
 
     @property
     def clean_side(self) -> str:
-        """The loss compares with the clean side of this model: the reference or the trained one (`CLEAN_SIDES`)."""
+        """The loss compares with the clean side of this model: one of `CLEAN_SIDES`, or a `moving_target`."""
         return "reference"
 
     @property
@@ -199,7 +240,8 @@ class InternalLoss(Loss):
         weight: factor of the total.
         layer_weights: one of `LAYER_WEIGHTS`, the factors in the mean over layers.
         clean: the model whose activations on the clean prompts are the target: the `"reference"`, or
-            `"own"` for the trained model, whose activations move as it is trained.
+            `"own"` for the trained model, whose activations move as it is trained; or a copy that follows it,
+            `"ema(0.99)"`, `"refresh(8)"` or `"refresh(8, gated)"`, see `ctlens.training.moving`.
         gap: divide each layer's term by its value before training, which a trainer measures, so that
             every layer starts at the same value and no layer dominates by its scale.
     """
@@ -219,7 +261,7 @@ class InternalLoss(Loss):
         if isinstance(self.layers, str):
             select_layers(1, self.layers)
         check_option("layer weights", self.layer_weights, tuple(LAYER_WEIGHTS))
-        check_option("clean side", self.clean, CLEAN_SIDES)
+        moving_target(self.clean)
         require(POSITIVE, weight=self.weight)
 
     @property

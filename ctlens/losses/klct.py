@@ -17,7 +17,7 @@ from ctlens.core.arguments import require_types
 from ctlens.core.limits import POSITIVE, SHARE_OF_ALL, require
 from ctlens.core.types import LensModel, PerRow
 from ctlens.data.alignment import WINDOWS
-from ctlens.losses.base import CLEAN_SIDES, OUTPUT, Forwards, Loss, check_option
+from ctlens.losses.base import OUTPUT, Forwards, Loss, check_option, moving_target
 from ctlens.losses.outputs import OUTPUT_DISTANCES, output_distance
 
 
@@ -33,7 +33,8 @@ class KLCT(Loss):
             the same gradient (arXiv 2606.03810).
         temperature: divides the logits of both sides; the loss is multiplied by its square.
         clean: the model whose predictions on the clean prompts are the target: the `"reference"`, or
-            `"own"` for the trained model, whose predictions move as it is trained.
+            `"own"` for the trained model, whose predictions move as it is trained; or a copy that follows it, as of
+            losses on activations.
         confidence: leave out tokens whose target gives no answer this probability, see `output_distance`.
         sharpen: divides the target's logits alone, see `output_distance`.
     """
@@ -51,7 +52,7 @@ class KLCT(Loss):
         require_types(self)
         check_option("alignment window", self.window, WINDOWS)
         check_option("distance of KLCT", self.distance, tuple(OUTPUT_DISTANCES))
-        check_option("clean side", self.clean, CLEAN_SIDES)
+        moving_target(self.clean)
         require(POSITIVE, temperature=self.temperature)
         require(POSITIVE, weight=self.weight)
         require(SHARE_OF_ALL, confidence=self.confidence)

@@ -8,15 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from ctlens.core.errors import CtlensError
 from ctlens.core.types import Activations, CleanLogits, LensModel
 from ctlens.data.batch import EncodedPairs, PairBatch, collate
 from ctlens.losses import DPO, Forwards, Loss
+from ctlens.losses.base import moving_target
 from ctlens.models.hooks import capture, visiting
 from ctlens.models.parameters import evaluating
 from ctlens.training.config import TrainConfig
 from ctlens.training.edits import TrainingEdits
 from ctlens.training.layerwise import Layerwise, blocks_again, is_layerwise
+from ctlens.training.moving import Follower
 from ctlens.training.order import homes
 from ctlens.training.preferences import Preferences
 from ctlens.training.rollouts import Rollouts, rollouts_of
@@ -46,7 +50,7 @@ class Passes:
         edits: of the trained model's stream, in every pass; None for none.
 
     Raises:
-        CtlensError: as `rollouts_of`, `Preferences` and `subspaces_of`.
+        CtlensError: as `rollouts_of`, `Preferences` and `subspaces_of`; or moving targets are to be kept on disk.
     """
 
     def __init__(
@@ -74,6 +78,15 @@ class Passes:
             key: subspaces_of(term.loss, list(term.factors), reference, pairs.rows, config.seed)
             for key, term in terms.items()
         }
+        sides = _sides(self.on_pairs(terms).values())
+        self.followers = {
+            side: Follower(reference, model, side, pairs.rows) for side in sides if moving_target(side) is not None
+        }
+        if self.followers and folder is not None:
+            raise CtlensError(
+                f"the targets of {', '.join(self.followers)} move, so they cannot be kept on disk: leave out the cache "
+                "folder."
+            )
         names, logits = _clean_needs(self.on_pairs(terms).values(), "reference")
         self.targets = CleanTargets(
             reference, pairs, homes(units, config), names, logits=logits, cache=config.cache, folder=folder
@@ -82,6 +95,24 @@ class Passes:
     def on_pairs(self, terms: Mapping[str, Term]) -> dict[str, Term]:
         """Takes the losses that run on the pairs; a loss that makes its own rows runs elsewhere."""
         return {key: term for key, term in terms.items() if key not in self.own_rows}
+
+    def model_of(self, side: str) -> LensModel:
+        """The model whose clean side is computed anew at every step: the trained one, or one that follows it."""
+        return self.followers[side].model if side in self.followers else self.model
+
+    def measured(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """How far moving targets are from the first one on some pairs, by name; of several, with their side."""
+        chosen = [self.pairs.rows[row] for row in rows]
+        return {
+            name if len(self.followers) == 1 else f"{name} {side}": value
+            for side, follower in self.followers.items()
+            for name, value in follower.measured(chosen).items()
+        }
+
+    def follow(self, step: int) -> None:
+        """Moves the moving targets behind a step."""
+        for follower in self.followers.values():
+            follower.follow(step)
 
     @contextmanager
     def open(self) -> Iterator[OpenPasses]:
@@ -171,9 +202,10 @@ class OpenPasses:
             return {}, None
         if side == "reference":
             return self.passes.targets.of(rows, batch, names)
-        with evaluating(self.model):
+        model = self.passes.model_of(side)
+        with evaluating(model):
             clean = batch.clean
-            seen, states = capture(self.model, clean.tokens, names, grad=False, mask=clean.needed_mask, logits=logits)
+            seen, states = capture(model, clean.tokens, names, grad=False, mask=clean.needed_mask, logits=logits)
         return states, seen if logits else None
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ctlens import losses as loss_registry
 from ctlens.core.arguments import fitted
@@ -22,7 +23,7 @@ from ctlens.core.progress import progress_bar
 from ctlens.core.public import at_work, public
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, Prompt
-from ctlens.losses import Loss, require_distinct
+from ctlens.losses import Loss, LossValue, require_distinct
 from ctlens.models.adopt import adopt
 from ctlens.models.finite import what_is_not_finite
 from ctlens.models.lora import LoRA
@@ -204,6 +205,7 @@ class Trainer:
         lr = float(self.schedule.get_last_lr()[0])
         norm = clipped_update(self.optimizer, self.parameters, self.config.clip)
         self.schedule.step()
+        self._passes.follow(index)
         return seen.step(index, lr, float(norm))
 
     def _learn_from(self, rows: Sequence[int], share: float, index: int, seen: Seen) -> None:
@@ -216,6 +218,8 @@ class Trainer:
             with torch.no_grad():
                 for key, term in self._tracked.items():
                     seen.add(key, term.loss.measure(found[key], term.factors), share)
+                for key, value in self._passes.measured(rows).items():
+                    seen.add(TRACKED + key, LossValue(value, {}), share)
             values = {name: term.loss.compute(found[name], term.factors) for name, term in active.items()}
             for name, value in values.items():
                 seen.add(name, value, share)
@@ -243,7 +247,13 @@ class Trainer:
 
     def checkpoint(self, folder: str | Path) -> None:
         """Writes a checkpoint for `restore` into a folder; it replaces an earlier checkpoint there."""
-        write_checkpoint(folder, self.parameters, self.optimizer, self.history, self._identity)
+        write_checkpoint(folder, self._kept, self.optimizer, self.history, self._identity)
+
+    @property
+    def _kept(self) -> list[nn.Parameter]:
+        """What a checkpoint holds: the trained parameters, and those of the targets that follow them."""
+        followers = self._passes.followers.values()
+        return [*self.parameters, *(parameter for follower in followers for parameter in follower.parameters)]
 
     def restore(self, folder: str | Path) -> None:
         """Takes the training back to a checkpoint, from which it goes on as if it had never stopped.
@@ -256,7 +266,7 @@ class Trainer:
         """
         saved = read_checkpoint(folder, self._described())  # anew: the reference may have been changed meanwhile
         with torch.no_grad():
-            for parameter, value in zip(self.parameters, saved.parameters, strict=True):
+            for parameter, value in zip(self._kept, saved.parameters, strict=True):
                 parameter.copy_(value)
         self._start(saved.history)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": saved.moments})

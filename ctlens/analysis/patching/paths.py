@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -165,7 +165,7 @@ class PathPatching(ResultOverPairs):
         title = _QUESTIONS[self.direction].format("the logits" if receiver == _LOGITS else receiver)
         subtitle = f"{self.n_pairs} pairs; a cell is the change of the patched run's {metric}"
         layers = [layer for layer, kept in zip(self.layers, there, strict=True) if kept]
-        words = {"unit": PATCH_UNITS.get(metric, metric), "subtitle": subtitle}
+        words: dict[str, Any] = {"unit": PATCH_UNITS.get(metric, metric), "subtitle": subtitle}
         return plots.patched_heads(change[there], layers, title, mlps=True, **words)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -105,7 +106,7 @@ class Patching(ResultOverPairs):
         row = self._row(metric)
         grid = np.nanmean(self._cells(row) - self.target[row], -1).reshape(self.values.shape[1:-1])
         subtitle = f"{self.site}, {self.values.shape[-1]} pairs; a cell is the change of the patched run's {metric}"
-        words = {"unit": PATCH_UNITS.get(metric, metric), "subtitle": subtitle}
+        words: dict[str, Any] = {"unit": PATCH_UNITS.get(metric, metric), "subtitle": subtitle}
         if self.has_heads and self.positions != "each":
             return plots.patched_heads(grid[..., 0], self.layers, _QUESTIONS[self.direction], **words)
         rows = [f"L{layer}" for layer in self.layers]
