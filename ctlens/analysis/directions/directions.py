@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 from ctlens import plots
 from ctlens.analysis.base.positions import POSITIONS_IN_WORDS, PositionsOf
@@ -190,6 +191,19 @@ class Directions(Result):
                 "make it from a model of this size."
             )
         return resolve(model, self.site, self.layers)
+
+    def by_hook(self, model: LensModel) -> dict[str, Float[Tensor, " d"]]:
+        """The direction of each layer at its own length, by hook name, for example for `ctlens.training.TrainingEdits`.
+
+        Raises:
+            CtlensError: there are several groups, or as `hook_names`.
+        """
+        if len(self.groups) > 1:
+            raise CtlensError(
+                f"there is a direction for each of {len(self.groups)} groups: make one for all pairs together."
+            )
+        vectors = torch.from_numpy(self.unit[:, 0] * self.norm).float()
+        return dict(zip(self.hook_names(model), vectors, strict=True))
 
     def random(self, draws: int, seed: int = 0) -> Float[np.ndarray, "draw layer group d"]:
         """The unit vectors turned at random, each draw and layer as a whole: evenly over the sphere, angles kept.

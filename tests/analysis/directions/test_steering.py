@@ -329,6 +329,15 @@ def test_a_pair_does_not_depend_on_its_batch_mates(act):
     np.testing.assert_allclose(together.logit_diffs, apart.logit_diffs[..., ::-1], atol=1e-3)
 
 
+def test_a_direction_goes_to_a_training_at_its_own_length(base: LensModel, direction: Directions):
+    by_hook = direction.by_hook(base)
+    assert list(by_hook) == ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]
+    np.testing.assert_allclose(by_hook[NAME], direction.unit[0, 0] * direction.norm[0, 0], rtol=1e-6)
+    both = Directions.from_vectors(np.ones((1, 2, 24)), [1], per="item", groups="ab")
+    with pytest.raises(CtlensError, match="each of 2 groups"):
+        both.by_hook(base)
+
+
 def test_random_directions_keep_norms_and_angles_and_depend_on_the_seed():
     vectors = np.random.default_rng(0).normal(size=(2, 5, 8)) + 1
     given = Directions.from_vectors(vectors, [0, 1], per="item", groups="abcde")
