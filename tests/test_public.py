@@ -102,7 +102,8 @@ def test_importing_loads_nothing_heavy() -> None:
 
 def test_threats_and_losses_are_listed_by_name() -> None:
     assert {"sycophancy", "jailbreak"} <= set(ct.threats.names())
-    assert ct.losses.names() == ["act", "mlpct", "attct", "bct", "rmct", "f2c", "klct", "attout", "attmass"]
+    consistency = ["act", "mlpct", "attct", "bct", "rmct", "opct", "f2c", "klct", "attout", "attmass", "subact"]
+    assert ct.losses.names() == [*consistency, "dpo"]
     assert all(ct.threats.get(name).name == name for name in ct.threats.names())
 
 

@@ -36,8 +36,8 @@ from ctlens.losses.distances import kl_divergence
 from ctlens.losses.outputs import before_the_answer
 
 PerToken: TypeAlias = Float[Tensor, "batch width"]
-ESTIMATORS = ("sampled", "full")
-CORRECTIONS = ("none", "ratio", "clip")
+_ESTIMATORS = ("sampled", "full")
+_CORRECTIONS = ("none", "ratio", "clip")
 _CLIPPED_BY = 0.2  # PPO's usual range of the ratio, on either side of 1; not tuned
 
 
@@ -68,8 +68,8 @@ class OPCT(Loss):
         require_types(self)
         require(POSITIVE, weight=self.weight)
         require(POSITIVE, temperature=self.temperature)
-        check_option("estimator of OPCT", self.estimator, ESTIMATORS)
-        check_option("correction of OPCT", self.correction, CORRECTIONS)
+        check_option("estimator of OPCT", self.estimator, _ESTIMATORS)
+        check_option("correction of OPCT", self.correction, _CORRECTIONS)
         if self.rollouts < 1:
             raise CtlensError(f"rollouts must be at least 1, not {self.rollouts}.")
         require(SHARE_OF_ALL, discount=self.discount)

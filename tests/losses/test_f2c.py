@@ -223,7 +223,7 @@ def test_what_makes_no_sense_is_refused(organism, model, rows) -> None:
     pairs = get("jailbreak").pairs(20)
     with pytest.raises(CtlensError, match="want different answers"):
         Trainer(organism, pairs, [F2C(), BCT()], QUICK)
-    with pytest.raises(CtlensError, match="f2c trains on answers that it draws itself"):
+    with pytest.raises(CtlensError, match="f2c trains on answers that it draws or chooses itself"):
         cross_loss(organism, {"x": organism}, pairs, F2C(), progress=False)
     with pytest.raises(CtlensError, match="needs an answer for every pair"):
         row_values(model, F2C(), [replace(row, answer=()) for row in rows])

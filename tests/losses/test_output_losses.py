@@ -160,7 +160,8 @@ def test_a_sharper_target_leaves_the_predictions_as_they_are(reference, trained,
     both = forwards(trained, KLCT(), collate(hinted), reference)
     values = KLCT(window="content", sharpen=0.5).row_values(both, [])["logits"]
     for value, row in zip(values, hinted, strict=True):
-        target, predicted = shares(reference, row.clean.ids, 0.5), shares(trained, row.wrapped.ids)
+        target = shares(reference, row.clean.ids, 0.5)
+        predicted = shares(trained, row.wrapped.ids)
         aligned = row.alignments["content"]
         each = [kl(target[c], predicted[w]) for c, w in zip(aligned.clean, aligned.wrapped, strict=True)]
         assert value.item() == pytest.approx(sum(each) / len(each), rel=1e-3)

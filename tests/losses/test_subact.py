@@ -61,8 +61,8 @@ def test_a_subspace_is_that_of_the_wrappers_mean_shifts(model: LensModel) -> Non
             shifts = []
             for row in encoded(model):
                 if row.pair.labels["wrapper"] == wrapper:
-                    both = [torch.tensor([side.ids]) for side in (row.wrapped, row.clean)]
-                    there, here = [capture(model, ids, [name], grad=False)[1][name][0] for ids in both]
+                    there = capture(model, torch.tensor([row.wrapped.ids]), [name], grad=False)[1][name][0]
+                    here = capture(model, torch.tensor([row.clean.ids]), [name], grad=False)[1][name][0]
                     aligned = row.alignments["shared"]
                     shifts.append((there[list(aligned.wrapped)] - here[list(aligned.clean)]).mean(0))
             means.append(torch.stack(shifts).mean(0))
@@ -124,7 +124,9 @@ def test_padding_and_batch_mates_change_nothing(model: LensModel) -> None:
 
 def test_a_random_subspace_is_orthonormal_and_decided_by_the_seed(model: LensModel) -> None:
     loss = SubACT(rank=3, part="random")
-    one, again, other = [subspaces_of(loss, NAMES, model, [], seed=seed) for seed in (0, 0, 1)]
+    one = subspaces_of(loss, NAMES, model, [], seed=0)
+    again = subspaces_of(loss, NAMES, model, [], seed=0)
+    other = subspaces_of(loss, NAMES, model, [], seed=1)
     for name in NAMES:
         torch.testing.assert_close(one[name] @ one[name].T, torch.eye(3, dtype=torch.float64))
         assert torch.equal(one[name], again[name]) and not torch.allclose(one[name], other[name])
@@ -160,7 +162,8 @@ def test_the_published_one_is_its_formula(model: LensModel) -> None:
     basis = seen.subspaces[NAMES[1]].float()
     terms = []
     for there, here in zip(row.alignments["shared"].wrapped, row.alignments["shared"].clean, strict=True):
-        wrapped, clean = seen.wrapped[NAMES[1]][0, there].detach(), seen.clean[NAMES[1]][0, here]
+        wrapped = seen.wrapped[NAMES[1]][0, there].detach()
+        clean = seen.clean[NAMES[1]][0, here]
         terms.append(float((basis @ (wrapped - clean)).norm() ** 2 / (clean.norm() ** 2 + 1e-6)))
     assert loss.row_values(seen, [NAMES[1]])[NAMES[1]].item() == pytest.approx(np.mean(terms), rel=1e-4)
 

@@ -100,7 +100,8 @@ def test_the_history_says_how_far_the_target_went(model: LensModel) -> None:
     bad = []
     for row in rows:
         ids = torch.tensor([row.clean.ids])
-        before, after = [run(m, ids)[0, -1].detach().log_softmax(-1) for m in (model, found.model)]
+        before = run(model, ids)[0, -1].detach().log_softmax(-1)
+        after = run(found.model, ids)[0, -1].detach().log_softmax(-1)
         each.append(float((before.exp() * (before - after)).sum()))
         token = {
             kind: model.tokenizer(f" {text}", add_special_tokens=False)["input_ids"][0]
@@ -133,7 +134,8 @@ def test_with_adapters_the_target_follows_the_adapters(model: LensModel) -> None
     for _ in range(3):
         next(trainer)
     tokens = torch.tensor([[5, 7, 11]])
-    target, trained = run(follower(trainer).model, tokens), run(trainer.model, tokens)
+    target = run(follower(trainer).model, tokens)
+    trained = run(trainer.model, tokens)
     assert not torch.allclose(target, run(model, tokens), atol=1e-5) and not torch.allclose(target, trained, atol=1e-5)
     torch.testing.assert_close(run(trainer.reference, tokens), run(model, tokens))  # which shares the weights
 

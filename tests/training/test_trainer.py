@@ -183,8 +183,8 @@ def distance(before: LensModel, after: LensModel) -> float:
 
 
 def test_retention_is_the_divergence_on_the_references_own_answers(model) -> None:
-    trainer = Trainer(model, PAIRS[:1], ACT(), TrainConfig(steps=3, batch_size=1, max_new_tokens=3))
-    for _ in trainer:
+    trainer = Trainer(model, PAIRS[:1], ACT(), TrainConfig(steps=3, batch_size=1, max_new_tokens=3, lr=0.02))
+    for _ in trainer:  # at this rate the divergence is well above the rounding of its terms
         pass
     prompt_length = len(trainer.pairs.rows[0].clean.ids)
     ids = torch.tensor([trainer.retention.prompts[0] + trainer.retention.answers[0]])

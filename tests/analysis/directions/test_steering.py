@@ -121,7 +121,8 @@ def test_the_table_holds_means_and_the_band_from_the_lowest_to_the_highest_draw(
     )
     drops = found.plain_logit_diffs[2] - found.logit_diffs[2, 1, 2]
     assert row["effect"] == pytest.approx(drops[0].mean())
-    isotropic, covariance = drops[2:7].mean(-1), drops[7:].mean(-1)
+    isotropic = drops[2:7].mean(-1)
+    covariance = drops[7:].mean(-1)
     assert found.variants[2:] == ("isotropic",) * 5 + ("covariance",) * 5
     assert (row["isotropic_low"], row["isotropic_high"]) == (isotropic.min(), isotropic.max())
     assert (row["covariance_low"], row["covariance_high"]) == (covariance.min(), covariance.max())
@@ -141,7 +142,8 @@ def test_an_effect_below_zero_is_not_beyond_random_ones_that_do_worse(models, di
 
 @pytest.mark.parametrize("act", [steer, ablate])
 def test_a_random_direction_of_the_covariance_does_what_that_direction_does(models, direction: Directions, act):
-    base, pairs = models["base"], planted.pairs()
+    base = models["base"]
+    pairs = planted.pairs()
     one = direction.at([1])
     found = act({"base": base}, pairs, one, nulls=("covariance",), draws=3, seed=4, progress=False)
     side = "clean" if act is steer else "wrapped"
@@ -160,7 +162,8 @@ def test_a_random_direction_of_the_covariance_does_what_that_direction_does(mode
 
 
 def test_a_concept_stands_beside_the_direction_with_both_signs(models, direction: Directions):
-    base, pairs = models["base"], planted.pairs()
+    base = models["base"]
+    pairs = planted.pairs()
     same = Directions.from_vectors(7 * direction.unit, [1, 2])
     unread = Directions.from_vectors([planted.AXES["constant"].tolist()] * 2, [1, 2])
     found = steer({"base": base}, pairs, direction, concepts={"unread": unread}, draws=2, progress=False)
@@ -172,9 +175,8 @@ def test_a_concept_stands_beside_the_direction_with_both_signs(models, direction
     np.testing.assert_allclose(table["concepts_low"], np.min(both, 0))
 
     found = steer({"base": base}, pairs, direction, concepts={"same": same}, draws=2, progress=False)
-    one, other = (found.effect(name)[0] for name in ("same", "not same"))
-    np.testing.assert_allclose(one, found.effect()[0], rtol=1e-6)  # at the direction's length, not its own
-    np.testing.assert_allclose(other, found.effect("opposite")[0], rtol=1e-6)
+    np.testing.assert_allclose(found.effect("same")[0], found.effect()[0], rtol=1e-6)  # at the direction's length
+    np.testing.assert_allclose(found.effect("not same")[0], found.effect("opposite")[0], rtol=1e-6)
     table = found.to_dataframe().query("variant == 'direction'")
     assert table["beyond_random"].all() and not table["beyond_concepts"].any()
     assert {trace.name for trace in found.figure().data} >= {"the direction", "same", "not same"}
