@@ -23,7 +23,7 @@ from ctlens.models.hooks import Layers, resolve, select_layers
 Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 OUTPUT = "logits"
 CLEAN_SIDES = ("reference", "own")
-_MOVING = re.compile(r"ema\((?P<alpha>[\d.]+)\)|refresh\((?P<every>\d+)(?P<gated>, gated)?\)")
+_MOVING = re.compile(r"ema\((?P<alpha>\d*\.?\d+)\)|refresh\((?P<every>\d+)(?P<gated>, gated)?\)")
 ANSWERS = ("greedy", "sampled", "consensus", "rollouts")
 LAYER_WEIGHTS: Mapping[str, Callable[[int, int], float]] = {
     "uniform": lambda layer, n_layers: 1.0,

@@ -80,9 +80,10 @@ class Follower:
         prompts = [row.clean.ids for row in rows]
         before, after = _next(self.reference, prompts), _next(self.model, prompts)
         found = {DRIFT: kl_divergence(before, after).mean()}
-        known = [self._answers[ids] for ids in prompts if ids in self._answers]
-        if known:
-            found[BAD_TARGETS] = (_bad_shares(self.model, known) > 0.5).float().mean()
+        if self._answers:
+            known = [self._answers[ids] for ids in prompts if ids in self._answers]
+            bad = (_bad_shares(self.model, known) > 0.5).sum() if known else before.new_zeros(())
+            found[BAD_TARGETS] = bad / len(prompts)
         return found
 
     def _is_no_worse(self) -> bool:

@@ -113,6 +113,16 @@ def test_the_history_says_how_far_the_target_went(model: LensModel) -> None:
     assert not same(weights(target), weights(model))
 
 
+def test_prompts_without_two_answers_count_as_not_bad(model: LensModel) -> None:
+    pairs = [replace(p, clean=replace(p.clean, good=p.clean.bad, bad=p.clean.good)) for p in PAIRS[:4]]  # all "bad"
+    mixed = [*pairs, *(replace(p, clean=replace(p.clean, good=None, bad=None)) for p in PAIRS[4:8])]
+    for some, share in ((pairs, 1.0), (mixed, 0.5)):
+        trainer = Trainer(model, some, ACT(clean="ema(0.5)"), replace(CONFIG, batch_size=8, accumulate=4))
+        assert next(trainer).tracked["tracked/bad_targets"] == pytest.approx(share)
+    none = Trainer(model, mixed[4:], ACT(clean="ema(0.5)"), CONFIG)
+    assert "tracked/bad_targets" not in next(none).tracked
+
+
 def test_the_gate_lets_no_worse_model_through(model: LensModel) -> None:
     """The right answers count as bad, so that training towards anything else is better, and damage is not worse."""
     swapped = [replace(p, clean=replace(p.clean, good=p.clean.bad, bad=p.clean.good)) for p in PAIRS]
@@ -168,6 +178,7 @@ def test_two_targets_are_told_apart(model: LensModel) -> None:
         ("ema(1.5)", "never moves"),
         ("ema", "unknown clean side 'ema'"),
         ("ema(x)", "unknown clean side"),
+        ("ema(0.9.9)", "unknown clean side"),
         ("refresh(0)", "never refreshed"),
         ("refresh(-1)", "unknown clean side"),
         ("refresh(2, sometimes)", "unknown clean side"),
