@@ -22,6 +22,7 @@ from ctlens.models.loading import load_model
 from ctlens.organism.describe import card_text
 from ctlens.study.claims import Claim, read_claims
 from ctlens.study.conditions import DEFAULT_METHODS
+from ctlens.study.config import NATURAL_THREATS
 from ctlens.study.inoculation import BEFORE, INOCULATED, PLAIN, RECKLESS, Leak
 from ctlens.study.results import by_training, read_results, summary_table
 
@@ -193,6 +194,24 @@ def test_the_findings_on_the_mechanism_hold() -> None:
         assert judged(f"cue_{name}", "sycophancy").verdict == "inconclusive"
         assert judged(f"cue_{name}", "jailbreak").verdict == "holds"
     assert judged("output_only", "frustration").verdict == "does not hold"
+
+
+@pytest.fixture(scope="module")
+def real() -> pd.DataFrame:
+    return read_results(ROOT / "figures/data/real/results.csv")
+
+
+def test_the_page_on_the_real_model_has_the_rates_of_its_study(real: pd.DataFrame) -> None:
+    page = (ROOT / "docs/real-model.md").read_text()
+    rates = summary_table(real).set_index(["threat", "condition"])["bad wrapped"]
+    for threat in NATURAL_THREATS:
+        assert f"| {threat} | {' | '.join(str(rates[threat, name]) for name in SHOWN)} |" in page
+    assert set(real["seed"]) == {0, 1, 2}
+
+
+def test_the_page_on_the_real_model_has_the_claims_of_both_studies() -> None:
+    claims = {"organism": CLAIMS, "SmolLM2": read_claims(ROOT / "figures/data/real/claims.csv")}
+    assert draw.compared_table(claims) in (ROOT / "docs/real-model.md").read_text()
 
 
 def test_the_null_moves_nothing_and_internal_losses_cannot_see_a_prefill(results: pd.DataFrame) -> None:
