@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 
@@ -207,6 +208,39 @@ def test_the_page_on_the_real_model_has_the_rates_of_its_study(real: pd.DataFram
     for threat in NATURAL_THREATS:
         assert f"| {threat} | {' | '.join(str(rates[threat, name]) for name in SHOWN)} |" in page
     assert set(real["seed"]) == {0, 1, 2}
+
+
+def test_the_page_on_the_real_model_says_what_its_rates_are(real: pd.DataFrame) -> None:
+    page = re.sub(r"\s+", " ", (ROOT / "docs/real-model.md").read_text())
+    rates = summary_table(real).set_index(["threat", "condition"])
+    structure = summary_table(real, "structure").set_index(["threat", "condition"])["bad wrapped"]
+    across = by_training(real)
+    internal = ("act", "mlpct", "attct")
+
+    def span(threat: str, names: Sequence[str], of: pd.Series) -> str:
+        found = sorted((of[threat, name].percent for name in names), key=number)
+        return f"{found[0]} to {found[-1]}"
+
+    bad = rates["bad wrapped"]
+    assert (
+        f"BCT leaves {bad['beginning', 'bct'].percent} and the internal losses {span('beginning', internal, bad)}"
+        in page
+    )
+    assert f"in the new order ({span('order', DEFAULT_METHODS, bad)})" in page
+    remain = f"{span('facts', DEFAULT_METHODS, structure)} of `facts` remain with every method"
+    assert f"{remain}, and {structure['facts', 'base'].percent} do before training" in page
+    carried = f"({structure['beginning', 'base'].percent} to {structure['beginning', 'bct'].percent})"
+    assert f"{carried}, the internal losses hardly ({span('beginning', internal, structure)})" in page
+    least = min(rate.value for side in ("clean", "benign") for rate in rates[f"good {side}"])
+    assert f"stay right in {least:.0%} of answers or more" in page
+    over = across["beginning", "bct", "facts"].rate("bad_rate", "wrapped")
+    assert f"takes `facts` to {over.percent}, as low as BCT against hints" in page
+    assert over.value == bad["facts", "bct"].value
+    clear = real.query("metric == 'bad_rate_vs_retention' and split == 'heldout'")
+    widest = clear.loc[clear["value"].idxmin()]
+    assert not (clear["ci_high"] < 0).any()
+    ends = f"[−{100 * widest['ci_high']:.0f}, {-100 * widest['ci_low']:.0f}]"
+    assert widest["condition"] == "bct" and f"{-100 * widest['value']:.0f} points {ends}" in page
 
 
 def test_the_page_on_the_real_model_has_the_claims_of_both_studies() -> None:
