@@ -57,7 +57,9 @@ class Follower:
         self.reference = reference
         self.trained = trained
         self.model = copy_model(trained)
-        self.parameters = [value.requires_grad_(False) for value in _parameters(self.model).values()]
+        self.parameters = list(_parameters(self.model).values())
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
         self._followed = list(_parameters(trained).values())
         answers = [_answers(reference, row) for row in pairs]
         self._answers = {row.clean.ids: found for row, found in zip(pairs, answers, strict=True) if found}
