@@ -56,7 +56,8 @@ def losses() -> dict[str, Loss | None]:
     on_passes: dict[str, Loss | None] = {
         name: loss
         for name, loss in registered.items()
-        if loss.answers in ("", "greedy") and loss.clean_side == "reference"
+        if loss.answers in ("", "greedy") and loss.clean_side == "reference" and not loss.makes_rows
+        if not loss.subspace_rank
     }
     return {BARE: None, **on_passes, "attct, lifted": ct.AttCT(keys="lifted")}
 

@@ -25,7 +25,7 @@ def test_the_wrapper_is_the_cause_and_the_clean_run_without_it(kind: str, positi
         for mediator, site in enumerate(("attn_out", "mlp_out")):
             expected = patch(model, PAIRS, site=site, direction=direction, **options)
             # Both sites share the batches of one sweep, and a row may round otherwise among other rows.
-            np.testing.assert_allclose(found.values[quantity, :, mediator], expected.values[:, :, 0], rtol=0, atol=1e-6)
+            np.testing.assert_allclose(found.values[quantity, :, mediator], expected.values[:, :, 0], rtol=0, atol=1e-5)
             np.testing.assert_array_equal(found.unpatched[quantity], expected.target)
             np.testing.assert_array_equal(found.source[quantity], expected.source)
     assert found.cause == "wrapper" and not np.allclose(found.values[0], found.values[1])
