@@ -171,16 +171,16 @@ def _others(
         if np.linalg.norm(spread, axis=-1).max(1).min() > SAME * np.linalg.norm(found.values, axis=-1).mean():
             of_layers = random_from_covariance(spread, draws, seed)[:, :, None]
             drawn[COVARIANCE] = np.broadcast_to(of_layers, (draws, *direction.unit.shape))
+    if not drawn:
+        raise CtlensError(
+            "the states of these prompts do not differ, so there is no covariance to draw from: name 'isotropic' too."
+        )
     names = [kind for kind, units in drawn.items() for _ in units]
     signed = []
     for name, concept in concepts.items():
         unit = _unit_of(name, concept, direction)
         signed += [unit, -unit]
         names += [name, f"not {name}"]
-    if not names:
-        raise CtlensError(
-            "the states of these prompts do not differ, so there is no covariance to draw from: name 'isotropic' too."
-        )
     return names, np.concatenate([*drawn.values(), *([signed] if signed else [])])
 
 
