@@ -46,7 +46,7 @@ from ctlens.analysis.patching.attribution import AttributionAgreement as Attribu
 from ctlens.analysis.patching.attribution import attribution_agreement as attribution_agreement
 from ctlens.analysis.patching.attribution import attribution_patch as attribution_patch
 from ctlens.analysis.patching.patch import patch as patch
-from ctlens.analysis.patching.paths import PathPatching as PathPatching
+from ctlens.analysis.patching.path_result import PathPatching as PathPatching
 from ctlens.analysis.patching.paths import path_patch as path_patch
 from ctlens.analysis.patching.result import Patching as Patching
 from ctlens.analysis.probing.probe import Probe as Probe

@@ -16,7 +16,8 @@ is the label-free control: agreement alone may as well settle on the bad answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
@@ -35,9 +36,26 @@ PerRollout: TypeAlias = Float[Tensor, "prompt rollout"]
 PerPrompt: TypeAlias = Float[Tensor, " prompt"]
 STANDARDISE = ("none", "per_item")
 REWARDS = ("rates", "agreement")
-SIMILARITIES = ("exact", "f1")
 # If all answers to a prompt get the same verdict, their rewards have no spread. Below this spread they count as 0.
 SPREAD_FLOOR = 1e-8
+
+
+def words_f1(one: str, other: str) -> float:
+    """The harmonic mean of the shares of each text's words that the other has, case aside.
+
+    >>> words_f1("It is Paris", "paris it was"), words_f1("a a b", "a"), words_f1("", "")
+    (0.6666666666666666, 0.5, 1.0)
+    """
+    here, there = Counter(one.lower().split()), Counter(other.lower().split())
+    total = here.total() + there.total()
+    return 2 * (here & there).total() / total if total else 1.0
+
+
+SIMILARITIES: Mapping[str, Callable[[str, str], float]] = {
+    "exact": lambda one, other: float(one.split() == other.split()),
+    "f1": words_f1,
+}
+"""How alike two answers are, 0 to 1, by the names of `RMCT.similarity`."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +91,7 @@ class RMCT(Loss):
         check_option("standardisation", self.standardise, STANDARDISE)
         check_option("clean side", self.clean, CLEAN_SIDES)
         check_option("reward of RMCT", self.reward, REWARDS)
-        check_option("similarity of answers", self.similarity, SIMILARITIES)
+        check_option("similarity of answers", self.similarity, tuple(SIMILARITIES))
         if self.reward == "agreement" and self.clean == "own":
             raise CtlensError("agreement among variants reads no clean prompt: leave clean at 'reference'.")
         if self.reward == "rates" and self.similarity != "exact":

@@ -6,8 +6,7 @@ RMCT grades the answers by a judge; OPCT lets the reference read them behind the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -21,28 +20,11 @@ from ctlens.core.types import CleanLogits, LensModel, Logits, PerRow, Tokens
 from ctlens.data.batch import EncodedPair, PairBatch, collate, require_room
 from ctlens.data.pairs import Prompt
 from ctlens.losses import OPCT, RMCT, Forwards, Loss
+from ctlens.losses.rmct import SIMILARITIES
 from ctlens.models.generation import Ids, Sampling, end_tokens, generate
 from ctlens.models.hooks import run
 from ctlens.threats.base import judge
 from ctlens.training.config import TrainConfig
-
-
-def words_f1(one: str, other: str) -> float:
-    """The harmonic mean of the shares of each text's words that the other has, case aside.
-
-    >>> words_f1("It is Paris", "paris it was"), words_f1("a a b", "a"), words_f1("", "")
-    (0.6666666666666666, 0.5, 1.0)
-    """
-    here, there = Counter(one.lower().split()), Counter(other.lower().split())
-    total = here.total() + there.total()
-    return 2 * (here & there).total() / total if total else 1.0
-
-
-SIMILARITY: Mapping[str, Callable[[str, str], float]] = {
-    "exact": lambda one, other: float(one.split() == other.split()),
-    "f1": words_f1,
-}
-"""How alike two answers are, 0 to 1, by the names of `RMCT.similarity`."""
 
 
 class Answered(Protocol):
@@ -249,7 +231,7 @@ class GradedRollouts(Rollouts):
         self, rows: Sequence[EncodedPair], answers: Sequence[Sequence[Ids]]
     ) -> Float[Tensor, "prompt rollout"]:
         """The mean similarity of each answer to all answers to other variants; 1 where the step has no other."""
-        alike = SIMILARITY[self.loss.similarity]
+        alike = SIMILARITIES[self.loss.similarity]
         texts = [self.tokenizer.batch_decode(given, skip_special_tokens=True) for given in answers]
         found = torch.ones(len(rows), self.count)
         for number, row in enumerate(rows):
