@@ -23,13 +23,6 @@ Methods = Annotated[
 ]
 SeedCount = Annotated[int, typer.Option(help="Number of seeds; every training is repeated with each.")]
 Steps = Annotated[int, typer.Option(help="Training steps.")]
-Recipe = Annotated[
-    str,
-    typer.Option(
-        help="Where an organism's vulnerability comes from: learnt together with all else, put afterwards into a "
-        "clean-born model, or left out (clean-born)."
-    ),
-]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue the study in the folder instead of starting a new one.")
 ]

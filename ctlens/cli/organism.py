@@ -12,7 +12,6 @@ from ctlens.cli.common import (
     Methods,
     ModelSource,
     Quiet,
-    Recipe,
     SeedCount,
     Steps,
     ThreatNames,
@@ -48,7 +47,17 @@ def train_organism_command(
     relora_every: Annotated[
         int | None, typer.Option(help="Merge the adapters and start new ones every so many steps.")
     ] = None,
-    recipe: Recipe = "together",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="Where the vulnerability comes from: learnt together with all else, put afterwards into a clean-born "
+            "model, or left out (clean-born)."
+        ),
+    ] = "together",
+    clean_born: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the clean-born twin for --recipe afterwards; without it one is pretrained first."),
+    ] = None,
     device: Device = "cpu",
     quiet: Quiet = False,
 ) -> None:
@@ -56,7 +65,7 @@ def train_organism_command(
     from ctlens.organism import train_organism
 
     relora = _relora(rank=relora_rank, every=relora_every)
-    options = {"preset": preset, "relora": relora, "recipe": recipe}
+    options = {"preset": preset, "relora": relora, "recipe": recipe, "clean_born": clean_born}
     train_organism(out, seed=seed, steps=steps, **options, device=chosen_device(device), progress=not quiet)
     say(f"Organism: {out}")
 

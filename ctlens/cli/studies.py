@@ -19,7 +19,6 @@ from ctlens.cli.common import (
     Methods,
     PairsFile,
     Quiet,
-    Recipe,
     Resume,
     SeedCount,
     Steps,
@@ -46,9 +45,7 @@ def compare_command(
         str, typer.Option(help="Comma-separated: the threats to train against; by default those of the size.")
     ] = "",
     methods: Methods = "",
-    seeds: Annotated[int | None, typer.Option(help="Number of seeds: 1, or 3 with --size full.")] = None,
-    organisms: Annotated[int | None, typer.Option(help="Number of organisms: 1, or 3 with --size full.")] = None,
-    recipe: Recipe = "together",
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds: 1 with --size first or matrix, else 3.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps: 100, or 20 with --size natural.")] = None,
     window: Annotated[
         str,
@@ -68,13 +65,18 @@ def compare_command(
             "organism.",
         ),
     ] = "",
+    clean_born: Annotated[
+        str,
+        typer.Option(help="Folder of the organism's clean-born twin, to say how much of the way to it a repair went."),
+    ] = "",
     pairs: PairsFile = None,
     size: Annotated[
         str,
         typer.Option(
             help="first: two threats and their controls; matrix: every threat, and what crosses the losses; full: all "
-            "of it on every threat, three seeds and three organisms; natural: a real model, with adapters, three seeds "
-            "and few pairs. By default natural for natural threats, and first for others."
+            "of it on every threat, three seeds; replicated: two threats, three seeds, one of several studies that "
+            "ctlens replicate pools; natural: a real model, with adapters, three seeds and few pairs. By default "
+            "natural for natural threats, and first for others."
         ),
     ] = "",
     estimate: Annotated[
@@ -112,9 +114,10 @@ def compare_command(
         "file": str(pairs or ""),
         "device": str(chosen_device(device)),
         "dtype": dtype,
-        "recipe": recipe,
+        "clean_born": clean_born,
     }
-    chosen |= {name: value for name, value in (("seeds", seeds), ("organisms", organisms)) if value is not None}
+    if seeds is not None:
+        chosen["seeds"] = seeds
     config = study_of_size(size, **chosen)
     pool = Pool(workers, backend, scheduler)
     if size == "full" or estimate:
@@ -193,8 +196,7 @@ def _announce(cell: Cell, rows: pd.DataFrame, dose: str = "") -> None:
     """Prints one line as soon as a cell is done, above the progress bar."""
     from tqdm.auto import tqdm
 
-    organism = f", organism {cell.organism}" if cell.organism else ""
-    name = f"{cell.threat}, {dose}{cell.condition}, seed {cell.seed}{organism}"
+    name = f"{cell.threat}, {dose}{cell.condition}, seed {cell.seed}"
     own = (
         "metric == 'bad_rate' and prompt_side == 'wrapped' and split == 'heldout' and evaluated_threat == @cell.threat"
     )

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ctlens.core.errors import unknown
+from ctlens.core.config import first_difference, to_dict
+from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import atomic_folder, write_json
+from ctlens.core.labels import CLEAN_BORN
 from ctlens.core.public import public
 from ctlens.core.reading import read_json
 from ctlens.core.types import LensModel
@@ -69,6 +71,7 @@ def train_organism(
     preset: str = "small",
     relora: ReLoRA | None = None,
     recipe: str = TOGETHER,
+    clean_born: str | Path | None = None,
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> LensModel:
@@ -81,17 +84,30 @@ def train_organism(
         preset: `"small"`, as shipped, or `"large"`, about 10M parameters for a GPU.
         relora: pretrains by low-rank adapters that are merged and started again; None trains all weights at every step.
         recipe: how the vulnerability comes in, one of `ctlens.organism.RECIPES`.
+        clean_born: for the recipe `"afterwards"`, the folder of the clean-born twin that gets the vulnerability; None
+            pretrains one first, which comes out the same.
         device: the device that trains the organism and keeps it.
         progress: whether to show a progress bar.
 
     Raises:
-        CtlensError: `out` is not empty, the preset or the recipe is unknown, or `steps` is below 1.
+        CtlensError: `out` is not empty, the preset or the recipe is unknown, `steps` is below 1, or `clean_born` was
+            made with other settings.
     """
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
     length = {} if steps is None else {"steps": steps}
     config = replace(PRESETS[preset], seed=seed, relora=relora, recipe=recipe, **length)
+    twin = None if clean_born is None else _clean_born(Path(clean_born), config, device)
     with atomic_folder(out) as folder:
-        model = pretrain(config, progress=progress, device=device)
+        model = pretrain(config, clean_born=twin, progress=progress, device=device)
         save_organism(model, config, folder)
     return model
+
+
+def _clean_born(folder: Path, config: PretrainConfig, device: str | torch.device) -> LensModel:
+    """Loads the clean-born twin of an organism; a `CtlensError` if its card says that it is not the twin."""
+    expected = to_dict(replace(config, recipe=CLEAN_BORN))
+    made = {"relora": None, "recipe": TOGETHER, **card(folder)["pretraining"]}
+    if other := first_difference({**made, "afterwards_steps": config.afterwards_steps}, expected):
+        raise CtlensError(f"{folder} is not the clean-born twin of this organism ({other}): name the one that is.")
+    return load_model(folder, device=device)

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ctlens import threats
+from ctlens.core.labels import CLEAN_BORN
 from ctlens.data.pairs import PROMPT_SIDES, Prompt
-from ctlens.organism.pretrain import AFTERWARDS, CLEAN_BORN
+from ctlens.organism.pretrain import AFTERWARDS
 from ctlens.threats import Case
 from ctlens.world import World
 

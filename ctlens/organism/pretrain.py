@@ -11,6 +11,7 @@ from torch import nn
 
 from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.labels import CLEAN_BORN
 from ctlens.core.limits import AT_LEAST_1, SHARE_OF_ALL, require
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
@@ -19,11 +20,12 @@ from ctlens.models.hooks import run
 from ctlens.models.loading import build
 from ctlens.models.lora import has_adapters, merge_adapters
 from ctlens.models.optimisation import adamw, clipped_update, linear_rate
-from ctlens.models.parameters import GROUPS, freeze
+from ctlens.models.parameters import GROUPS, copy_model, freeze
 from ctlens.models.weights import ModelConfig
 from ctlens.organism.corpus import (
     Batch,
     EncodedLesson,
+    Lesson,
     answered_well,
     draw_batches,
     encode_lessons,
@@ -37,9 +39,8 @@ TOGETHER = "together"
 """The recipe of one pretraining for capability and vulnerability, as the shipped organism was made."""
 AFTERWARDS = "afterwards"
 """The recipe that puts the vulnerability into a clean-born model, by further steps on the whole corpus."""
-CLEAN_BORN = "clean-born"
-"""The recipe of the same corpus and steps, but with good answers to every attack: the twin without vulnerability."""
 RECIPES = (TOGETHER, AFTERWARDS, CLEAN_BORN)
+"""Where a vulnerability comes from; a clean-born model has none, though the corpus and the steps are the same."""
 
 # Not tuned: no comparison of these three is recorded. The shipped weights were made with them.
 WARMUP_SHARE = 0.05
@@ -87,7 +88,7 @@ class PretrainConfig(FitConfig):
         n_layers, n_heads, d_model, d_mlp: sizes of the model.
         relora: trains low-rank adapters that are merged and started again; None trains all weights at every step.
         recipe: how the vulnerability comes in, one of `RECIPES`.
-        afterwards_steps: further steps of the recipe `"afterwards"`, of all weights; not tried on a whole organism yet.
+        afterwards_steps: further steps of the recipe `"afterwards"`, of all weights.
     """
 
     seed: int = 0
@@ -126,18 +127,47 @@ PRESETS = {
 
 
 @public
-def pretrain(config: PretrainConfig, *, progress: bool = True, device: str | torch.device = "cpu") -> LensModel:
+def pretrain(
+    config: PretrainConfig,
+    *,
+    clean_born: LensModel | None = None,
+    progress: bool = True,
+    device: str | torch.device = "cpu",
+) -> LensModel:
     """Trains an organism from scratch and returns it in eval mode, with its tokenizer.
 
     Args:
         config: the settings; equal settings give an equal model on one machine.
+        clean_born: for the recipe `"afterwards"`, the clean-born model of the same settings, which stays as it is; None
+            trains that first.
         progress: whether to show a progress bar.
-        device: the device that trains the organism and keeps it.
+        device: the device that trains the organism and keeps it; after a clean-born model it is that one's.
+
+    Raises:
+        CtlensError: there is a clean-born model, and the recipe is another.
     """
+    if clean_born is not None and config.recipe != AFTERWARDS:
+        raise CtlensError(f"only {AFTERWARDS!r} starts from a clean-born model, not {config.recipe!r}: leave it out.")
     world = World.make(config.world_seed)
+    vulnerable = make_lessons(config.lessons, world, config.bad_share, config.seed)
+    model = copy_model(clean_born) if clean_born else _from_scratch(config, world, vulnerable, progress, device)
+    if config.recipe == AFTERWARDS:
+        lessons = encode_lessons(model.tokenizer, vulnerable)
+        further = FitConfig(config.afterwards_steps, config.batch_size, config.lr, config.seed)
+        fit_lessons(model, lessons, freeze(model, GROUPS), further, label="vulnerability", progress=progress)
+    return model
+
+
+def _from_scratch(
+    config: PretrainConfig,
+    world: World,
+    vulnerable: Sequence[Lesson],
+    progress: bool,
+    device: str | torch.device,
+) -> LensModel:
+    """The model after the one pretraining that every recipe has, taught all answers or the good ones alone."""
     tokenizer = world_tokenizer(world)
     model = build(_sizes(config, len(tokenizer)), tokenizer, seed=config.seed, device=device)
-    vulnerable = make_lessons(config.lessons, world, config.bad_share, config.seed)
     taught = vulnerable if config.recipe == TOGETHER else answered_well(vulnerable)
     lessons = encode_lessons(tokenizer, taught)
     fit_lessons(
@@ -145,12 +175,7 @@ def pretrain(config: PretrainConfig, *, progress: bool = True, device: str | tor
     )
     if has_adapters(model):
         merge_adapters(model)
-    trained = freeze(model, GROUPS)
-    if config.recipe == AFTERWARDS:
-        further = FitConfig(config.afterwards_steps, config.batch_size, config.lr, config.seed)
-        fit_lessons(
-            model, encode_lessons(tokenizer, vulnerable), trained, further, label="vulnerability", progress=progress
-        )
+    freeze(model, GROUPS)
     return model
 
 

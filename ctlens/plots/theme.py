@@ -13,7 +13,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from ctlens.core.labels import BASE
+from ctlens.core.labels import BASE, CLEAN_BORN
 
 INK = "#1f2933"
 MUTED = "#6b7280"
@@ -45,6 +45,7 @@ class Style:
 # colour-blind readers.
 METHOD_STYLES = {
     BASE: Style("base", "#666666", "x", "solid"),
+    CLEAN_BORN: Style("clean-born twin", "#b5b5b5", "cross-thin-open", "longdash"),
     "retention": Style("retention only", "#a3a3a3", "cross", "dash"),
     "sft": Style("SFT on other prompts", "#808080", "star", "dashdot"),
     "harmless_act": Style("ACT, harmless wrapper", "#7b868f", "diamond-tall", "longdash"),

@@ -1,1 +1,1 @@
-"""A study: threats, conditions, seeds and organisms in one folder, from training to the report."""
+"""A study: threats, conditions and seeds in one folder, from training to the report."""

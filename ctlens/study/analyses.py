@@ -1,6 +1,6 @@
 """The analyses of a study: each compares the finished models of one threat and lies in a folder of its own.
 
-`run_analyses` runs those that are missing; `FinishedAnalyses` loads them, by training, for claims and figures.
+`run_analyses` runs those that are missing; `FinishedAnalyses` loads them, by seed, for claims and figures.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from ctlens.data.pairs import Pair
 from ctlens.models.hooks import run
 from ctlens.study.cells import MATCHED_FOLDER, SHARED, base_model, finished_model, probe_pairs
 from ctlens.study.conditions import PERTURBED, RETENTION
-from ctlens.study.config import Cell, StudyConfig, base_cell
+from ctlens.study.config import Cell, StudyConfig
 from ctlens.study.source import subject
 from ctlens.study.workers import Pool, run_in_order
 
@@ -66,34 +66,29 @@ _REFUSALS_FILE = "refused.json"
 """The file in the folder of an analysis with the reasons of the results that were refused, by name."""
 
 ResultT = TypeVar("ResultT", bound=Result)
-Training: TypeAlias = tuple[int, int]
-"""A training by the numbers of its organism and of its seed."""
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """One analysis of the models that were trained on one threat, from one organism.
+    """One analysis of the models that were trained on one threat.
 
     Attributes:
         name: a key of `ANALYSES`.
         threat: trained on.
-        organism: that they started from.
         setting: one of `SETTINGS`: the models at the end of the training, or at the effect of the study's `matched`.
         seed: of the trainings; of an analysis of all seeds at once 0.
     """
 
     name: str
     threat: str
-    organism: int
     setting: str
     seed: int = 0
 
     def path(self, study: Path) -> Path:
         """The folder of the analysis, inside that of a study."""
-        organism = f"organism{self.organism}-" if self.organism else ""
         matched = "-matched" if self.setting == MATCHED else ""
         seed = f"-seed{self.seed}" if self.name not in _OF_ALL_SEEDS else ""
-        return study / "analyses" / f"{organism}{self.threat}" / f"{self.name}{matched}{seed}"
+        return study / "analyses" / self.threat / f"{self.name}{matched}{seed}"
 
     def load(self, study: Path, kind: type[ResultT]) -> dict[str, ResultT]:
         """Loads the results of the analysis, by name; none where it has not run.
@@ -114,19 +109,16 @@ class Analysis:
 def analyses_of(config: StudyConfig) -> list[Analysis]:
     """Lists every analysis of a study."""
     found = []
-    for organism in range(config.organisms):
-        for threat in config.analysed_threats:
-            for name in ANALYSES:
-                for setting in SETTINGS if name in _AT_BOTH_SETTINGS else SETTINGS[:1]:
-                    seeds = range(
-                        1 if name in _OF_ALL_SEEDS else min(config.analysed_seeds or config.seeds, config.seeds)
-                    )
-                    found += [Analysis(name, threat, organism, setting, seed) for seed in seeds]
+    for threat in config.analysed_threats:
+        for name in ANALYSES:
+            for setting in SETTINGS if name in _AT_BOTH_SETTINGS else SETTINGS[:1]:
+                seeds = range(1 if name in _OF_ALL_SEEDS else min(config.analysed_seeds or config.seeds, config.seeds))
+                found += [Analysis(name, threat, setting, seed) for seed in seeds]
     return found
 
 
 class FinishedAnalyses:
-    """The finished analyses of a study, by training.
+    """The finished analyses of a study, by the seed of the training.
 
     Args:
         config: of the study.
@@ -137,36 +129,28 @@ class FinishedAnalyses:
         self.config = config
         self.study = study
 
-    @property
-    def trainings(self) -> list[Training]:
-        """Organism and seed of every training that has analyses of its own."""
-        return [(organism, seed) for organism in range(self.config.organisms) for seed in range(self.config.seeds)]
-
     def of(
         self, kind: type[ResultT], name: str, threat: str, setting: str = EQUAL_STEPS
-    ) -> dict[Training, dict[str, ResultT]]:
-        """Loads the results of an analysis by training and name; one that all seeds share stands at seed 0 alone."""
-        found = {
-            (organism, seed): Analysis(name, threat, organism, setting, seed).load(self.study, kind)
-            for organism, seed in self.trainings
-            if seed == 0 or name not in _OF_ALL_SEEDS
-        }
-        return {training: results for training, results in found.items() if results}
+    ) -> dict[int, dict[str, ResultT]]:
+        """Loads the results of an analysis by seed and name; one that all seeds share stands at seed 0 alone."""
+        seeds = range(1 if name in _OF_ALL_SEEDS else self.config.seeds)
+        found = {seed: Analysis(name, threat, setting, seed).load(self.study, kind) for seed in seeds}
+        return {seed: results for seed, results in found.items() if results}
 
     def refused(self, name: str, threat: str, setting: str = EQUAL_STEPS) -> str:
         """The reasons of an analysis that refused to give a result, each once."""
-        analyses = [Analysis(name, threat, organism, setting, seed) for organism, seed in self.trainings]
+        analyses = [Analysis(name, threat, setting, seed) for seed in range(self.config.seeds)]
         reasons = [reason for analysis in analyses for reason in analysis.refusals(self.study).values()]
         return "; ".join(dict.fromkeys(reasons))
 
-    def attention(self, threat: str) -> dict[Training, dict[str, AttentionDiff]]:
-        """Loads what each method did to attention, by training."""
+    def attention(self, threat: str) -> dict[int, dict[str, AttentionDiff]]:
+        """Loads what each method did to attention, by seed."""
         return {
-            (organism, seed): {
-                name: AttentionDiff.load(Cell(threat, name, seed, organism).path(self.study) / "attention.safetensors")
+            seed: {
+                name: AttentionDiff.load(Cell(threat, name, seed).path(self.study) / "attention.safetensors")
                 for name in (RETENTION, *self.config.methods)
             }
-            for organism, seed in self.trainings
+            for seed in range(self.config.seeds)
         }
 
 
@@ -215,7 +199,7 @@ class Scene:
     @cached_property
     def base(self) -> LensModel:
         """The model before training."""
-        return base_model(self.config, self.study, base_cell(self.analysis.organism))
+        return base_model(self.config)
 
     def pairs(self, times: int = 1) -> list[Pair]:
         """Draws held-out pairs: up to as many as the study analyses, or some times as many."""
@@ -226,7 +210,7 @@ class Scene:
         """The trained models of a seed by condition, without those that never came near the matched effect."""
         found = {}
         for name in names:
-            path = Cell(self.analysis.threat, name, seed, self.analysis.organism).path(self.study)
+            path = Cell(self.analysis.threat, name, seed).path(self.study)
             if self.analysis.setting == MATCHED:
                 path /= MATCHED_FOLDER
             if path.exists():

@@ -16,7 +16,7 @@ from ctlens.core.digests import record_digests
 from ctlens.core.errors import CtlensError, NotFinite
 from ctlens.core.files import atomic_folder, write_json
 from ctlens.core.keeping import KeptResults, keeping
-from ctlens.core.labels import BASE
+from ctlens.core.labels import BASE, CLEAN_BORN
 from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
 from ctlens.data.batch import encode
@@ -25,9 +25,8 @@ from ctlens.evaluation import Evaluation
 from ctlens.models.loading import load_model, save_model
 from ctlens.models.lora import adapter_tensors, attach_adapters, has_adapters, save_adapters
 from ctlens.models.parameters import copy_model
-from ctlens.organism import train_organism
 from ctlens.study.conditions import LAST_TOKEN, PERTURBED, RETENTION, condition_named, perturbed
-from ctlens.study.config import ORGANISM, SCREENING, Cell, StudyConfig, organism_cell
+from ctlens.study.config import SCREENING, Cell, StudyConfig
 from ctlens.study.results import RESULT_COLUMNS, SPLIT
 from ctlens.study.source import Subject, evaluated, splits_of, start_model, subject
 from ctlens.threats import Natural, get, screen
@@ -62,14 +61,14 @@ def run_cell(config: StudyConfig, study: Path, cell: Cell) -> None:
         CtlensError: as `Trainer` and `evaluate`.
     """
     with one_thread(), keeping(SHARED):
-        if cell.condition == ORGANISM:
-            train_organism(cell.path(study), seed=cell.organism, recipe=config.recipe, progress=False)
-        elif cell.condition == SCREENING:
+        if cell.condition == SCREENING:
             threat = cast(Natural, get(cell.threat))
-            screen(base_model(config, study, cell), threat, progress=False).save(cell.path(study))
-        elif cell.condition == BASE:
-            asked = [subject(name, config.file, study) for name in config.threats]
-            answers = evaluated(base_model(config, study, cell), asked, splits_of(config.file), config.n_prompts)
+            screen(base_model(config), threat, progress=False).save(cell.path(study))
+        elif cell.condition in (BASE, CLEAN_BORN):
+            asked = [subject(name, config.file, study) for name in config.asked]
+            model = config.clean_born if cell.condition == CLEAN_BORN else config.model
+            answering = start_model(model, config.device, config.dtype)
+            answers = evaluated(answering, asked, splits_of(config.file), config.n_prompts)
             answers.save(cell.path(study))
         elif cell.condition == PERTURBED:
             _perturb(config, study, cell)
@@ -77,10 +76,9 @@ def run_cell(config: StudyConfig, study: Path, cell: Cell) -> None:
             CellTraining(config, study, cell).run()
 
 
-def base_model(config: StudyConfig, study: Path, cell: Cell) -> LensModel:
-    """The model that a cell starts from."""
-    trained = organism_cell(cell.organism).path(study) if cell.organism in config.pretrained else None
-    return start_model(config.model, trained, config.device, config.dtype)
+def base_model(config: StudyConfig) -> LensModel:
+    """The model that every training starts from."""
+    return start_model(config.model, config.device, config.dtype)
 
 
 def finished_model(config: StudyConfig, base: LensModel, folder: Path) -> LensModel:
@@ -133,7 +131,7 @@ class CellTraining:
         self.study = study
         self.cell = cell
         self.condition = condition_named(cell.condition)
-        self.base = base_model(config, study, cell)
+        self.base = base_model(config)
         self.subject: Subject = source or subject(cell.threat, config.file, study)
         self.analysed = cell.threat in config.analysed_threats
         self.ceiling = cell.seed >= config.seeds
@@ -231,7 +229,7 @@ class CellTraining:
     def _final(self, model: LensModel) -> Evaluation:
         """Evaluates the trained model: a method on every threat and its own on every split, an extra one on its own."""
         own = [self.cell.threat]
-        asked = [(list(self.config.threats) if self.main else own, [SPLIT])]
+        asked = [(list(self.config.asked) if self.main else own, [SPLIT])]
         if self.main and (others := [split for split in splits_of(self.config.file) if split != SPLIT]):
             asked.append((own, others))
         found = [self._answers(model, names, splits).outcomes for names, splits in asked]
@@ -257,7 +255,7 @@ def _recovered(gap: Callable[[], Gap], model: LensModel) -> tuple[float, float, 
 
 def _perturb(config: StudyConfig, study: Path, cell: Cell) -> None:
     """Makes and measures the base with noise of the norm, per matrix, that the methods' updates have on average."""
-    base = base_model(config, study, cell)
+    base = base_model(config)
     folders = [replace(cell, condition=name).path(study) for name in config.methods]
     model = perturbed(base, [finished_model(config, base, folder) for folder in folders], cell.seed)
     source = subject(cell.threat, config.file, study)
@@ -297,6 +295,5 @@ def _labels(cell: Cell, step: int) -> dict[str, object]:
         "trained_threat": cell.threat,
         "condition": cell.condition,
         "seed": cell.seed,
-        "organism": cell.organism,
         "step": step,
     }

@@ -10,11 +10,9 @@ from typing import Any
 from ctlens import threats
 from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError, unknown
-from ctlens.core.labels import BASE
+from ctlens.core.labels import BASE, CLEAN_BORN
 from ctlens.evaluation.result import OWN_PAIRS
 from ctlens.models.lora import LoRA
-from ctlens.organism import RECIPES
-from ctlens.organism.pretrain import TOGETHER
 from ctlens.study import conditions
 from ctlens.study.conditions import (
     ABLATED,
@@ -31,7 +29,6 @@ from ctlens.study.conditions import (
 from ctlens.study.source import screening_file
 from ctlens.training import TrainConfig
 
-ORGANISM = "organism"
 SCREENING = "screening"
 ANALYSED_THREATS = ("sycophancy", "jailbreak")
 """The threats whose models a study analyses by default: the two of the pilot on a prototype organism."""
@@ -39,8 +36,8 @@ NATURAL_THREATS = ("facts", "order", "beginning")
 """The threats of a study of a real model where none are named: a hint, an order of options and a begun answer."""
 CEILING_SEEDS = 2
 """The fewest seeds of an analysed method, two: how alike they are is the ceiling of how alike two methods can be."""
-FULL_STUDY_COUNT = 3
-"""Seeds and organisms of a full study: the fewest whose spread Student's interval shows, see `results.SEVERAL`."""
+FULL_STUDY_SEEDS = 3
+"""Seeds of a full study: the fewest whose spread Student's interval shows, see `results.SEVERAL`."""
 SHARED_TRAINING = TrainConfig(batch_size=16, lr=1e-3, trainable=("attn",))
 """The settings that every condition shares.
 
@@ -72,6 +69,7 @@ class StudyConfig:
             is replaced by the cell's. By default attention alone is trained.
         analysed: the threats whose models are analysed, with the extra conditions and a second seed; by default those
             of `ANALYSED_THREATS` among the threats.
+        asked: further threats whose prompts every method's model answers at its end, beside those trained on.
         extra_conditions: names of the crossed conditions and controls that are trained beside the methods on the
             analysed threats, see `ctlens.study.conditions`; by default `EXTRA_CONDITIONS` without the methods. For a
             file and natural threats it is the crossed conditions, as neutral words are those of the micro-world.
@@ -80,11 +78,10 @@ class StudyConfig:
         ceiling_seeds: the fewest seeds of the methods on the analysed threats. Those beyond `seeds` are trained for the
             analyses alone: how alike two seeds of one method are is the ceiling of how alike two methods can be. 1
             does without that ceiling.
-        organisms: how many; the first is the shipped one, and the others are pretrained for the study.
-        recipe: how the organisms' vulnerability comes in, one of `ctlens.organism.RECIPES`; with one that is not the
-            shipped organism's, the first is pretrained too.
         matched: the share of the gap in the logit difference at which methods are compared again, 0 to 1.
         model: the model to train, as `ct.load_model` takes it from disk, instead of the shipped organism.
+        clean_born: folder of the organism's twin without vulnerability; with it the results say how much of the way to
+            the twin a repair went.
         file: JSONL pairs to train and evaluate on, instead of threats.
         device: where models live, for example `"cuda"`.
         dtype: of their weights, for example `"bfloat16"`; adapters are then what is trained.
@@ -99,12 +96,12 @@ class StudyConfig:
     analysed_seeds: int | None = None
     training: TrainConfig = SHARED_TRAINING
     analysed: tuple[str, ...] | None = None
+    asked: tuple[str, ...] = ()
     extra_conditions: tuple[str, ...] | None = None
     ceiling_seeds: int = CEILING_SEEDS
-    organisms: int = 1
-    recipe: str = TOGETHER
     matched: float = 0.5
     model: str = ""
+    clean_born: str = ""
     file: str = ""
     device: str = "cpu"
     dtype: str = "float32"
@@ -123,6 +120,7 @@ class StudyConfig:
             possible = CROSSED_CONDITIONS if no_neutral_words else EXTRA_CONDITIONS
             extra = [name for name in possible if name not in methods]
         settled = {"threats": chosen, "methods": methods, "analysed": analysed, "extra_conditions": extra}
+        settled["asked"] = tuple(dict.fromkeys((*chosen, *self.asked)))
         for name, values in settled.items():
             object.__setattr__(self, name, tuple(values))
         if self.training.window is None:
@@ -131,32 +129,28 @@ class StudyConfig:
 
     def _check(self, known: Sequence[str]) -> None:
         self._check_names(known)
-        for name in ("seeds", "n_pairs", "n_prompts", "n_analysed", "analysed_seeds", "ceiling_seeds", "organisms"):
+        for name in ("seeds", "n_pairs", "n_prompts", "n_analysed", "analysed_seeds", "ceiling_seeds"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise CtlensError(f"{name} must be at least 1, not {number}.")
         if not 0 < self.matched < 1:
             raise CtlensError(f"methods are matched at a share between 0 and 1, not {self.matched}.")
-        if self.recipe not in RECIPES:
-            raise unknown("recipe", self.recipe, RECIPES)
-        if self.pretrained and (self.model or self.file):
-            raise CtlensError("organisms are pretrained in the micro-world: leave out the model and the file.")
         if self.natural and not self.model:
             raise CtlensError(
                 f"the organism has not the words of {', '.join(self.natural)}: name a model that speaks English."
             )
-        if self.natural and len(self.natural) < len(self.threats):
+        if self.natural and len(self.natural) < len(self.asked):
             raise CtlensError(
                 f"{', '.join(self.natural)} are for real models and the other threats for organisms: run two studies."
             )
 
     def _check_names(self, known: Sequence[str]) -> None:
         """Refuses threats, methods and conditions that are unknown, named twice or not of this study."""
-        for name, allowed in (("threats", known), ("analysed", self.threats)):
+        for name, allowed in (("threats", known), ("asked", known), ("analysed", self.threats)):
             for value in getattr(self, name):
                 if value not in allowed:
                     raise unknown("threat", value, allowed)
         conditions.require_methods(self.methods)
-        for name in ("threats", "analysed", "extra_conditions"):
+        for name in ("threats", "asked", "analysed", "extra_conditions"):
             values = getattr(self, name) or ()
             if len(set(values)) < len(values):
                 raise CtlensError(f"{name} names one of its entries twice ({', '.join(values)}): name each once.")
@@ -168,17 +162,12 @@ class StudyConfig:
     @property
     def natural(self) -> tuple[str, ...]:
         """Those of the threats that are natural."""
-        return tuple(name for name in self.threats if not self.file and name in threats.natural_names())
+        return tuple(name for name in self.asked if not self.file and name in threats.natural_names())
 
     @property
     def analysed_threats(self) -> tuple[str, ...]:
         """The threats whose models are analysed."""
         return self.analysed or ()
-
-    @property
-    def pretrained(self) -> range:
-        """The numbers of the organisms that are pretrained for the study."""
-        return range(1 if self.recipe == TOGETHER else 0, self.organisms)
 
     def compares_inside(self, threat: str) -> bool:
         """Whether every model trained on a threat is evaluated on the way and compared with the base inside.
@@ -196,19 +185,22 @@ class StudyConfig:
         """Every training of the study, in their order: the methods, then the extra conditions, then other seeds."""
         compared = (RETENTION, *self.methods)
         found = [
-            Cell(threat, condition, seed, organism)
-            for organism in range(self.organisms)
+            Cell(threat, condition, seed)
             for seed in range(self.seeds)
             for threat in self.threats
             for condition in compared
         ]
-        for organism in range(self.organisms):
-            for threat in self.analysed_threats:
-                extra = self.extra_conditions_of(threat)
-                found += [Cell(threat, condition, seed, organism) for seed in range(self.seeds) for condition in extra]
-                further = range(self.seeds, self.ceiling_seeds)
-                found += [Cell(threat, condition, seed, organism) for seed in further for condition in compared]
+        for threat in self.analysed_threats:
+            extra = self.extra_conditions_of(threat)
+            found += [Cell(threat, condition, seed) for seed in range(self.seeds) for condition in extra]
+            further = range(self.seeds, self.ceiling_seeds)
+            found += [Cell(threat, condition, seed) for seed in further for condition in compared]
         return found
+
+    @property
+    def answering(self) -> list[Cell]:
+        """The models that answer without being trained: the base, and its twin where there is one."""
+        return [BASE_CELL, TWIN_CELL] if self.clean_born else [BASE_CELL]
 
     def screenings(self) -> list[Cell]:
         """What has to be there before everything else: the questions of natural threats that the base answers right."""
@@ -216,12 +208,7 @@ class StudyConfig:
 
     def derived(self) -> list[Cell]:
         """The models that are made from finished trainings: weights perturbed as far as training moves them."""
-        return [
-            Cell(threat, PERTURBED, seed, organism)
-            for organism in range(self.organisms)
-            for threat in self.analysed_threats
-            for seed in range(self.seeds)
-        ]
+        return [Cell(threat, PERTURBED, seed) for threat in self.analysed_threats for seed in range(self.seeds)]
 
 
 def first_study(**settings: Any) -> StudyConfig:
@@ -252,7 +239,7 @@ def natural_study(**settings: Any) -> StudyConfig:
         settings: of a `StudyConfig`; those given are kept.
     """
     known = {
-        "seeds": FULL_STUDY_COUNT,
+        "seeds": FULL_STUDY_SEEDS,
         "n_pairs": 96,
         "n_prompts": 24,
         "n_analysed": 16,
@@ -266,16 +253,30 @@ def natural_study(**settings: Any) -> StudyConfig:
     return StudyConfig(**known)
 
 
-def full_study(**settings: Any) -> StudyConfig:
-    """The study with every condition and analysis, several seeds and organisms, and all parameters as an ablation.
+def replicated_study(**settings: Any) -> StudyConfig:
+    """The study that is run on one organism after the other, for `ctlens.study.replication`.
+
+    It trains on the two analysed threats, with three seeds, and asks every model about all threats. The crossed losses
+    are trained beside the methods, but no control except retention alone.
 
     Args:
         settings: of a `StudyConfig`; those given are kept.
     """
-    known = {"seeds": FULL_STUDY_COUNT, **settings}
-    if not (known.get("model") or known.get("file")):
-        known = {"organisms": FULL_STUDY_COUNT, **known}
-    config = StudyConfig(**known)
+    known = {"seeds": FULL_STUDY_SEEDS, **settings}
+    known["threats"] = tuple(known.get("threats") or ANALYSED_THREATS)
+    if known.get("extra_conditions") is None:
+        known["extra_conditions"] = tuple(CROSSED_CONDITIONS)
+    known["asked"] = tuple(known.get("asked") or threats.names())
+    return StudyConfig(**known)
+
+
+def full_study(**settings: Any) -> StudyConfig:
+    """The study with every condition and analysis, several seeds, and all parameters as an ablation.
+
+    Args:
+        settings: of a `StudyConfig`; those given are kept.
+    """
+    config = StudyConfig(**{"seeds": FULL_STUDY_SEEDS, **settings})
     extra = config.extra_conditions or ()
     if settings.get("extra_conditions") is None:
         trained = (RETENTION, *config.methods)
@@ -287,6 +288,7 @@ STUDY_SIZES: Mapping[str, Callable[..., StudyConfig]] = {
     "first": first_study,
     "matrix": StudyConfig,
     "natural": natural_study,
+    "replicated": replicated_study,
     "full": full_study,
 }
 """How much a study runs, from a newcomer's first study to every condition on every threat."""
@@ -320,43 +322,35 @@ class Cell:
     Attributes:
         threat: trained on; empty for a model that was not trained on one.
         condition: what it was trained with, see `ctlens.study.conditions`; `"base"` for the model before training,
-            `"organism"` for its pretraining, `"screening"` for the choice of a natural threat's questions.
+            `"clean-born"` for its twin without vulnerability, `"screening"` for the choice of a natural threat's
+            questions.
         seed: of the training.
-        organism: the number of the model it started from.
     """
 
     threat: str
     condition: str
     seed: int
-    organism: int = 0
 
     @property
     def name(self) -> str:
         """The name of the cell's folder."""
-        start = f"organism{self.organism}-" if self.organism else ""
-        return f"{start}{self.threat}-{self.condition}-seed{self.seed}"
+        return f"{self.threat}-{self.condition}-seed{self.seed}"
 
     @property
     def trained(self) -> bool:
         """Whether it is a model that training made, or that is made of such models."""
-        return self.condition not in (ORGANISM, BASE, SCREENING)
+        return self.condition not in (BASE, CLEAN_BORN, SCREENING)
 
     def path(self, study: Path) -> Path:
         """The path that exists once the cell is done: its folder, or the file of the base's answers or questions."""
         if self.condition == SCREENING:
             return screening_file(study, self.threat)
-        if self.condition == ORGANISM:
-            return study / "organisms" / f"organism{self.organism}"
-        if self.condition == BASE:
-            return study / (f"base-organism{self.organism}.csv" if self.organism else "base.csv")
+        if self.condition in (BASE, CLEAN_BORN):
+            return study / f"{self.condition}.csv"
         return study / "runs" / self.name
 
 
-def base_cell(organism: int = 0) -> Cell:
-    """The model that an organism's cells start from, which answers but is not trained."""
-    return Cell("", BASE, 0, organism)
-
-
-def organism_cell(organism: int) -> Cell:
-    """The pretraining of an organism, from 1; organism 0 is shipped."""
-    return Cell("", ORGANISM, organism, organism)
+BASE_CELL = Cell("", BASE, 0)
+"""The model that all trainings start from, which answers but is not trained."""
+TWIN_CELL = Cell("", CLEAN_BORN, 0)
+"""The twin of that model without vulnerability, which answers too."""

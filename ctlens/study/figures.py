@@ -234,7 +234,7 @@ def gap_figure(results: pd.DataFrame, subtitle: str) -> Figure:
 
 
 def analysis_figures(config: StudyConfig, folder: Path, threat: str) -> Iterator[tuple[str, Figure]]:
-    """Draws the analyses of one threat's models, of the first organism and seed, each with its name.
+    """Draws the analyses of one threat's models, of the first seed, each with its name.
 
     Args:
         config: of the study.
@@ -283,7 +283,7 @@ def figures_at_setting(config: StudyConfig, folder: Path, threat: str, setting: 
 def _load(
     kind: type[ResultT], analysis: str, folder: Path, threat: str, setting: str = EQUAL_STEPS
 ) -> dict[str, ResultT]:
-    found = Analysis(analysis, threat, 0, setting).load(folder, kind)
+    found = Analysis(analysis, threat, setting).load(folder, kind)
     return {name: found[name] for name in in_order(found)}
 
 
@@ -296,7 +296,7 @@ def _with_effect(found: Mapping[str, ExchangeT]) -> dict[str, ExchangeT]:
 def _over_seeds(
     kind: type[ResultT], analysis: str, config: StudyConfig, folder: Path, threat: str, conditions: Iterable[str]
 ) -> dict[str, ResultT]:
-    """An analysis that every cell holds, by condition: its mean over the seeds of the first organism, pair by pair."""
+    """An analysis that every cell holds, by condition: its mean over the seeds, pair by pair."""
     return {
         name: _mean(
             [

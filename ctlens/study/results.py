@@ -20,13 +20,13 @@ from ctlens.plots.theme import METHOD_STYLES
 VERDICT_RATES = ("bad_rate", "good_rate", "other_rate")
 SPLIT = "heldout"
 """The split that every headline number is of: new entities under new wrapper texts."""
-TRAINING_COLUMNS = ("trained_threat", "condition", "seed", "organism")
+TRAINING_COLUMNS = ("trained_threat", "condition", "seed")
 """The columns of `results.csv` that tell trainings apart."""
 RESULT_COLUMNS = (*TRAINING_COLUMNS, "step", *RATE_COLUMNS)
 """The columns of `results.csv`, in their order."""
 _RESULT_KINDS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(RESULT_COLUMNS, str),
-    **dict.fromkeys(("organism", "step", "n_prompts"), whole_number),
+    **dict.fromkeys(("step", "n_prompts"), whole_number),
     **dict.fromkeys(("seed", "value", "n_effective", "ci_low", "ci_high"), number_or_nan),
 }
 
@@ -173,7 +173,7 @@ def _require_possible(results: pd.DataFrame, path: Path) -> None:
 def summary_table(results: pd.DataFrame, split: str = SPLIT) -> pd.DataFrame:
     """Tabulates how often each condition answers badly and how often well, on the threat that it was trained on.
 
-    Each training counts at its last step; seeds and organisms are pooled, see `pooled`.
+    Each training counts at its last step; seeds are pooled, see `pooled`.
 
     Args:
         results: rows as in `results.csv`; the base model is the condition `base`, without a trained threat.
@@ -277,14 +277,14 @@ def _last_rows(results: pd.DataFrame, split: str) -> list[ResultRow]:
 def _pooled(rows: Iterable[ResultRow], key: Callable[[ResultRow], Any]) -> dict[Any, ConditionRates]:
     """Pools the rates over all trainings, by key."""
     counts: dict[Any, dict[tuple[str, str], list[Counted]]] = defaultdict(lambda: defaultdict(list))
-    trainings: dict[Any, set[tuple[int, int]]] = defaultdict(set)
+    seeds: dict[Any, set[int]] = defaultdict(set)
     for row in rows:
         if row["metric"] in VERDICT_RATES and row["n_prompts"] > 0:
             counts[key(row)][row["metric"], row["prompt_side"]].append(counted(row))
             if not pd.isna(row["seed"]):
-                trainings[key(row)].add((int(row["organism"]), int(row["seed"])))
+                seeds[key(row)].add(int(row["seed"]))
     return {
-        name: ConditionRates({metric: pooled(of) for metric, of in found.items()}, len(trainings[name]))
+        name: ConditionRates({metric: pooled(of) for metric, of in found.items()}, len(seeds[name]))
         for name, found in counts.items()
     }
 

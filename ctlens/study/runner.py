@@ -1,4 +1,4 @@
-"""A study: threats x methods x seeds x organisms with their controls, in one folder, resumable cell by cell."""
+"""A study: threats x methods x seeds with their controls, in one folder, resumable cell by cell."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from ctlens.core.config import environment, first_difference, to_dict
 from ctlens.core.digests import record_digests, require_undamaged
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import alone, atomic_file, digest, require_free, sweep, sweep_folder, write_json, writing
-from ctlens.core.labels import BASE
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.reading import read_json
@@ -28,7 +27,7 @@ from ctlens.study.analyses import analyses_of, run_analyses
 from ctlens.study.cells import OUTCOMES_FILE, CellTraining, result_rows, run_cell
 from ctlens.study.claims import Claim, judge_claims, write_claims
 from ctlens.study.conditions import RETENTION
-from ctlens.study.config import SCREENING, Cell, StudyConfig, base_cell, organism_cell, size_for, study_of_size
+from ctlens.study.config import BASE_CELL, TWIN_CELL, Cell, StudyConfig, size_for, study_of_size
 from ctlens.study.figures import save_study_figures
 from ctlens.study.report import write_report
 from ctlens.study.results import RESULT_COLUMNS, SPLIT, read_results
@@ -42,8 +41,6 @@ _TRAINING_COST = 2.2
 """The time of a training over that of its steps alone: it is evaluated on the way, and workers slow each other."""
 _ANALYSIS_COST = 1.0
 """The time of an analysis over that of a training."""
-_ORGANISM_COST = 45.0
-"""The time of a pretraining over that of a training."""
 
 
 @dataclass(frozen=True)
@@ -117,15 +114,10 @@ class Study:
     def _waves(self) -> list[list[Cell]]:
         """The cells in parts that need only earlier parts.
 
-        Natural threats are screened before all else. Organisms are pretrained beside the trainings of one that is
-        there, and each is evaluated before its trainings are compared with it.
+        Natural threats are screened before all else, and the base answers before trainings are compared with it.
         """
-        pretrained = self.config.pretrained
-        made = [organism_cell(organism) for organism in pretrained]
-        every = [*(base_cell(organism) for organism in range(self.config.organisms)), *self.config.cells()]
-        first = [cell for cell in every if cell.organism not in pretrained]
-        rest = [cell for cell in every if cell.organism in pretrained]
-        return [self.config.screenings(), [*first, *made], rest, self.config.derived()]
+        config = self.config
+        return [config.screenings(), [*config.answering, *config.cells()], config.derived()]
 
     def _run(self, cells: Sequence[Cell]) -> Iterator[Cell]:
         """Runs the missing cells and yields every cell once it is done."""
@@ -136,14 +128,15 @@ class Study:
                 for cell in cells:
                     if cell in missing:
                         next(done)
-                        if cell.condition in (BASE, SCREENING):  # a file in the study's folder, which workers share
+                        if not cell.trained:  # a file in the study's folder, which workers share
                             record_digests(self.folder, [cell.path(self.folder)])
                     yield cell
         finally:
             sweep(cell.path(self.folder) for cell in missing)
 
-    def _base(self, organism: int) -> Evaluation:
-        path = base_cell(organism).path(self.folder)
+    def _answers(self, cell: Cell) -> Evaluation:
+        """What a model answered that is not trained."""
+        path = cell.path(self.folder)
         require_undamaged(self.folder, path.name)
         return Evaluation.load(path)
 
@@ -162,9 +155,10 @@ class Study:
         own = Evaluation.load(folder / OUTCOMES_FILE)
         control = Evaluation.load(replace(cell, condition=RETENTION).path(self.folder) / OUTCOMES_FILE)
         step = max(found["step"].tolist())
-        labels = (cell.threat, cell.condition, cell.seed, cell.organism, step, cell.threat)
         ratio = subject(cell.threat, self.config.file, self.folder).ratio
-        added = [(*labels, *row) for row in _comparisons(cell, own, self._base(cell.organism), control, ratio)]
+        twin = self._answers(TWIN_CELL) if self.config.clean_born else None
+        labels = (cell.threat, cell.condition, cell.seed, step)
+        added = [(*labels, *row) for row in _comparisons(cell, own, self._answers(BASE_CELL), control, twin, ratio)]
         return pd.concat([found, pd.DataFrame(added, columns=list(RESULT_COLUMNS))], ignore_index=True)
 
     def finish(self) -> StudyResult:
@@ -174,8 +168,8 @@ class Study:
 
     def _finish(self) -> StudyResult:
         every = [*self.config.cells(), *self.config.derived()]
-        bases = [result_rows(base_cell(number), 0, self._base(number)) for number in range(self.config.organisms)]
-        results = pd.concat([*bases, *(self._compared(cell) for cell in every)], ignore_index=True)
+        before = [result_rows(cell, 0, self._answers(cell)) for cell in self.config.answering]
+        results = pd.concat([*before, *(self._compared(cell) for cell in every)], ignore_index=True)
         with atomic_file(self.folder / "results.csv") as temporary:
             results.to_csv(temporary, index=False)
         write_json(self.folder / "environment.json", environment())
@@ -190,8 +184,8 @@ class Study:
     def _record(self, figures: Sequence[Path]) -> None:
         """Writes down the digests of what the report shows and a resume reads, once all of it is there."""
         names = ("config.json", "environment.json", "results.csv", "claims.csv")
-        bases = [base_cell(organism).path(self.folder) for organism in range(self.config.organisms)]
-        record_digests(self.folder, [*(self.folder / name for name in names), *bases, *figures])
+        answers = [cell.path(self.folder) for cell in self.config.answering]
+        record_digests(self.folder, [*(self.folder / name for name in names), *answers, *figures])
 
 
 def claim_folder(folder: Path, settings: dict[str, Any], resume: bool, model: str = "") -> None:
@@ -249,8 +243,7 @@ def seconds(config: StudyConfig, pool: Pool) -> float:
     step = (time.perf_counter() - began) / _STEPS_TIMED
     training = _TRAINING_COST * step * config.training.steps
     analyses = _ANALYSIS_COST * len(analyses_of(config))
-    organisms = _ORGANISM_COST * len(config.pretrained)
-    return training * (len(config.cells()) + analyses + organisms) / pool.workers
+    return training * (len(config.cells()) + analyses) / pool.workers
 
 
 @public
@@ -272,8 +265,9 @@ def compare(
         threats, methods: what to run; those of the size when none are given.
         seeds: number of seeds; by default 1, or 3 in a full study.
         size: `"first"`, a newcomer's two threats with their controls; `"matrix"`, every threat, with the crossed
-            conditions and a second seed; `"full"`, several organisms and all of it on every threat; `"natural"`, a
-            real model, few pairs and three seeds. By default natural for natural threats, and first for others.
+            conditions and a second seed; `"full"`, three seeds and all of it on every threat; `"replicated"`, two
+            threats with three seeds, one of several such studies that `ct.replicate` pools; `"natural"`, a real model,
+            few pairs and three seeds. By default natural for natural threats, and first for others.
         out: a new folder, or with `resume` the folder of the same study.
         resume: finish a study that was interrupted.
         progress: show progress bars.
@@ -301,6 +295,7 @@ def _writing_alone(folder: Path) -> Iterator[None]:
 class _Comparison(NamedTuple):
     """A number of a trained model against another model: the last columns of a row of the results."""
 
+    evaluated_threat: str
     split: str
     prompt_side: str
     metric: str
@@ -312,28 +307,35 @@ class _Comparison(NamedTuple):
 
 
 def _comparisons(
-    cell: Cell, own: Evaluation, base: Evaluation, control: Evaluation, ratio: str
+    cell: Cell, own: Evaluation, base: Evaluation, control: Evaluation, twin: Evaluation | None, ratio: str
 ) -> Iterator[_Comparison]:
-    """Compares a trained model on its own threat with the base and with retention alone.
+    """Compares a trained model with retention alone on every threat, and on its own with the base and the twin.
 
     Args:
         cell: of the trained model.
         own, base, control: the evaluations of the three.
+        twin: that of the clean-born twin, if there is one.
         ratio: a metric whose ratio to the base's is wanted; empty for none.
     """
-    for split in dict.fromkeys(own.outcomes["split"]):
-        wrapped = own.answers(cell.threat, split)
+    asked = own.outcomes[["threat", "split"]].drop_duplicates().itertuples(index=False)
+    for threat, split in asked:
+        wrapped = own.answers(threat, split)
         bad, n_prompts, n_effective, low, high = rate_with_interval(wrapped, "bad_rate")
-        before, *_ = rate_with_interval(base.answers(cell.threat, split), "bad_rate")
-        if before:
+        before, *_ = rate_with_interval(base.answers(threat, split), "bad_rate")
+        if before and threat == cell.threat:
             reduction = (1 - bad / before, n_prompts, n_effective, 1 - high / before, 1 - low / before)
-            yield _Comparison(split, "wrapped", "bad_rate_reduction", *reduction)
+            yield _Comparison(threat, split, "wrapped", "bad_rate_reduction", *reduction)
         if cell.condition != RETENTION:
-            gap, *ends = own.difference(control, cell.threat, split)
-            yield _Comparison(split, "wrapped", "bad_rate_vs_retention", gap, n_prompts, float("nan"), *ends)
+            gap, *ends = own.difference(control, threat, split)
+            yield _Comparison(threat, split, "wrapped", "bad_rate_vs_retention", gap, n_prompts, float("nan"), *ends)
+        if twin and threat == cell.threat and before != rate_with_interval(twin.answers(threat, split), "bad_rate")[0]:
+            share, *ends = own.share_repaired(base, twin, threat, split)
+            yield _Comparison(threat, split, "wrapped", "share_repaired", share, n_prompts, float("nan"), *ends)
     if ratio:
         numbers = base.to_dataframe().query("metric == @ratio and evaluated_threat == @cell.threat and split == @SPLIT")
         if any(numbers["value"]):
             value, low, high = own.ratio(base, ratio, cell.threat, SPLIT)
             n_prompts = int(numbers["n_prompts"].iloc[0])
-            yield _Comparison(SPLIT, "wrapped", f"{ratio}_ratio", value, n_prompts, float("nan"), low, high)
+            yield _Comparison(
+                cell.threat, SPLIT, "wrapped", f"{ratio}_ratio", value, n_prompts, float("nan"), low, high
+            )

@@ -145,12 +145,11 @@ def evaluated(model: LensModel, subjects: Sequence[Subject], splits: Sequence[st
 
 
 @cache
-def start_model(model: str, trained: Path | None = None, device: str = "cpu", dtype: str = "float32") -> LensModel:
+def start_model(model: str, device: str = "cpu", dtype: str = "float32") -> LensModel:
     """A model that trainings start from, loaded once per process and never changed.
 
     Args:
         model: a folder; the shipped organism if empty.
-        trained: the folder of an organism made for the study, in its place.
         device, dtype: where it lives, and of its weights.
     """
-    return load_model(trained or model or SHIPPED, device=device, dtype=dtype)
+    return load_model(model or SHIPPED, device=device, dtype=dtype)

@@ -23,7 +23,6 @@ def rows_of(condition: str, seed: float, step: int, bad: tuple[int, int, int], s
     common = {"trained_threat": "" if condition == "base" else THREAT, "condition": condition}
     common |= {"seed": seed, "step": step}
     common |= {
-        "organism": 0,
         "evaluated_threat": THREAT,
         "split": split,
         "n_prompts": 50,

@@ -148,6 +148,29 @@ def test_afterwards_goes_on_from_the_clean_born_weights_on_the_vulnerable_corpus
         assert torch.equal(one, other)
 
 
+def test_a_clean_born_twin_that_is_there_is_not_trained_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "small", replace(TINY, afterwards_steps=2))
+    monkeypatch.setattr("ctlens.organism.make_card", partial(make_card, n_pairs=2))
+    twin = organism.train_organism(tmp_path / "twin", recipe="clean-born", progress=False)
+    before = [value.clone() for value in twin.parameters()]
+    whole = organism.train_organism(tmp_path / "whole", recipe="afterwards", progress=False)
+    found = organism.train_organism(
+        tmp_path / "found", recipe="afterwards", clean_born=tmp_path / "twin", progress=False
+    )
+
+    for one, other in zip(found.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(load_model(tmp_path / "twin").parameters(), before, strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(CtlensError, match="not the clean-born twin of this organism .seed is 0 there and 1 here"):
+        organism.train_organism(tmp_path / "no", 1, recipe="afterwards", clean_born=tmp_path / "twin", progress=False)
+    with pytest.raises(CtlensError, match="not the clean-born twin of this organism .recipe is 'afterwards'"):
+        organism.train_organism(tmp_path / "no", recipe="afterwards", clean_born=tmp_path / "whole", progress=False)
+    with pytest.raises(CtlensError, match="only 'afterwards' starts from a clean-born model, not 'together'"):
+        organism.train_organism(tmp_path / "no", clean_born=tmp_path / "twin", progress=False)
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.slow
 def test_an_organism_is_saved_whole_with_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ctlens.organism.make_card", partial(make_card, n_pairs=8))

@@ -10,7 +10,6 @@ from html import unescape
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from ctlens import load_model, threats
@@ -19,9 +18,9 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.reading import read_json
 from ctlens.data.pairs import save_pairs
 from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Analysis, analyses_of, run_analyses, run_analysis
-from ctlens.study.cells import CellTraining, base_model, gap_pairs, probe_pairs, run_cell
+from ctlens.study.cells import CellTraining, base_model, gap_pairs, probe_pairs
 from ctlens.study.claims import read_claims
-from ctlens.study.config import Cell, StudyConfig, base_cell, full_study, organism_cell, study_of_size
+from ctlens.study.config import Cell, StudyConfig, full_study, replicated_study, study_of_size
 from ctlens.study.runner import Study, StudyResult, seconds
 from ctlens.study.source import subject
 from ctlens.study.workers import Pool
@@ -76,7 +75,7 @@ def test_the_effect_in_logits_is_followed_by_step(small: StudyResult) -> None:
     rows = small.results.query("metric == 'gap_recovered' and condition == 'act' and seed == 0")
 
     assert rows["step"].tolist() == [1, 2, 3, 4, 5, 6, 8, 10, 13, 16] and set(rows["n_prompts"]) == {SMALL.n_analysed}
-    base = base_model(SMALL, small.folder, base_cell())
+    base = base_model(SMALL)
     model = load_model(small.folder / "runs" / "jailbreak-act-seed0")
     pairs = gap_pairs(subject("jailbreak"), SMALL, base)
     compared = probe_pairs(subject("jailbreak"), SMALL, base, SMALL.n_analysed)
@@ -94,7 +93,7 @@ def test_the_matched_model_is_that_of_the_step_nearest_to_the_effect(small: Stud
     nearest = int((rows - SMALL.matched).abs().idxmin())
 
     place = small.folder / "runs" / "jailbreak-act-seed0" / "matched"
-    base = base_model(SMALL, small.folder, base_cell())
+    base = base_model(SMALL)
     pairs = gap_pairs(subject("jailbreak"), SMALL, base)
     share, *_ = gap_recovered(base, {"act": load_model(place)}, pairs, progress=False).share("act")
 
@@ -145,12 +144,12 @@ def test_every_look_is_there_with_its_models(small: StudyResult) -> None:
     for analysis in analyses_of(SMALL):
         assert analysis.path(small.folder).is_dir()
     of = {
-        setting: Analysis("transplant", "jailbreak", 0, setting).load(small.folder, Transplant)
+        setting: Analysis("transplant", "jailbreak", setting).load(small.folder, Transplant)
         for setting in (EQUAL_STEPS, MATCHED)
     }
     assert set(of[EQUAL_STEPS]) == {"act", "bct", "klct", "sft"}
     assert set(of[MATCHED]) <= {"act", "bct", "klct"} and "act" in of[MATCHED]
-    (similarity,) = Analysis("similarity", "jailbreak", 0, EQUAL_STEPS).load(small.folder, ShiftSimilarity).values()
+    (similarity,) = Analysis("similarity", "jailbreak", EQUAL_STEPS).load(small.folder, ShiftSimilarity).values()
     assert (
         similarity.methods == ("retention", "perturbed", "act", "bct", "klct", "sft") and similarity.null == "retention"
     )
@@ -202,7 +201,7 @@ def test_figures_of_the_looks_are_drawn_and_reported(small: StudyResult) -> None
 @pytest.mark.slow
 def test_a_lost_look_is_taken_again_and_nothing_changes(small: StudyResult, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(small.folder, tmp_path / "study"))
-    shutil.rmtree(Analysis("graft", "jailbreak", 0, EQUAL_STEPS).path(folder))
+    shutil.rmtree(Analysis("graft", "jailbreak", EQUAL_STEPS).path(folder))
     (folder / "claims.csv").unlink()
 
     finished(SMALL, folder, resume=True)
@@ -214,7 +213,7 @@ def test_a_lost_look_is_taken_again_and_nothing_changes(small: StudyResult, tmp_
 @pytest.mark.slow
 def test_a_look_that_is_refused_leaves_its_reason(small: StudyResult, tmp_path: Path, monkeypatch) -> None:
     folder = Path(shutil.copytree(small.folder, tmp_path / "study"))
-    analysis = Analysis("erasure", "jailbreak", 0, EQUAL_STEPS)
+    analysis = Analysis("erasure", "jailbreak", EQUAL_STEPS)
     shutil.rmtree(analysis.path(folder))
 
     def refuse(*_: object, **__: object) -> None:
@@ -233,7 +232,7 @@ def broken(*_: object, **__: object) -> None:
 @pytest.mark.slow
 def test_a_mistake_in_the_code_of_a_look_is_no_refusal(small: StudyResult, tmp_path: Path, monkeypatch) -> None:
     folder = Path(shutil.copytree(small.folder, tmp_path / "study"))
-    analysis = Analysis("graft", "jailbreak", 0, EQUAL_STEPS)
+    analysis = Analysis("graft", "jailbreak", EQUAL_STEPS)
     shutil.rmtree(analysis.path(folder))
     monkeypatch.setattr("ctlens.study.analyses.graft", broken)
 
@@ -265,7 +264,7 @@ def test_a_file_of_which_nothing_aligns_is_a_sentence(tmp_path: Path) -> None:
     config = StudyConfig(methods=("bct",), file=str(tmp_path / "apart.jsonl"), training=training)
 
     with pytest.raises(CtlensError, match="none of the 1 pairs aligns"):
-        probe_pairs(subject("pairs", config.file), config, base_model(config, tmp_path, base_cell()), 8)
+        probe_pairs(subject("pairs", config.file), config, base_model(config), 8)
 
 
 def test_the_first_study_trains_a_part_of_the_matrix_on_two_threats() -> None:
@@ -297,7 +296,7 @@ def test_an_unknown_size_is_named_with_those_there_are() -> None:
 def test_a_full_study_has_every_condition_for_every_threat() -> None:
     config = full_study()
 
-    assert config.analysed_threats == config.threats and (config.seeds, config.organisms) == (3, 3)
+    assert config.analysed_threats == config.threats and config.seeds == 3
     conditions = {cell.condition for cell in config.cells()}
     assert {
         "act_last",
@@ -309,7 +308,7 @@ def test_a_full_study_has_every_condition_for_every_threat() -> None:
         "act_all",
         "retention_all",
     } <= conditions
-    assert {cell.organism for cell in config.derived()} == {0, 1, 2}
+    assert {cell.seed for cell in config.derived()} == {0, 1, 2}
     assert full_study(seeds=1, threats=("prefill",)).seeds == 1
     narrow = full_study(methods=("act",), analysed=("jailbreak",))
     assert (
@@ -322,7 +321,7 @@ def test_a_full_study_has_every_condition_for_every_threat() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("threat", threats.names())
 def test_every_condition_of_a_full_study_can_be_trained_on_every_threat(threat: str) -> None:
-    config = full_study(threats=(threat,), seeds=1, organisms=1, n_pairs=8)
+    config = full_study(threats=(threat,), seeds=1, n_pairs=8)
 
     for cell in config.cells():
         assert len(CellTraining(config, Path(), cell).trainer().pairs) == (128 if cell.condition == "sft" else 8)
@@ -349,11 +348,9 @@ def test_a_study_says_beforehand_how_long_it_takes() -> None:
         ({"extra_conditions": ("act",)}, "act is trained already"),
         ({"extra_conditions": ("klct_lost",)}, "unknown method or condition"),
         ({"extra_conditions": ("klct", "klct")}, "each once"),
-        ({"organisms": 0}, "organisms must be at least 1"),
         ({"matched": 1.0}, "between 0 and 1"),
-        ({"organisms": 2, "file": "pairs.jsonl"}, "leave out the model and the file"),
-        ({"recipe": "clean-born", "model": "somewhere"}, "leave out the model and the file"),
-        ({"recipe": "later"}, "unknown recipe 'later'"),
+        ({"asked": ("flattery",)}, "unknown threat 'flattery'"),
+        ({"threats": ("jailbreak",), "asked": ("facts",)}, "the organism has not the words of facts"),
         ({"threats": ("jailbreak",), "file": "pairs.jsonl"}, "unknown threat 'jailbreak'"),
     ],
 )
@@ -362,39 +359,33 @@ def test_plans_that_make_no_sense_are_refused(options: dict, message: str) -> No
         StudyConfig(**options)
 
 
-def test_with_another_recipe_the_first_organism_is_made_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config = replace(SMALL, recipe="afterwards", analysed=())
-    made: list[tuple[int, str]] = []
-    monkeypatch.setattr(
-        "ctlens.study.cells.train_organism", lambda out, seed, recipe, progress: made.append((seed, recipe))
-    )
-    first, second, *_ = [wave for wave in Study(config, tmp_path / "study", progress=False)._waves() if wave]
+def test_a_replicated_study_asks_every_model_about_every_threat() -> None:
+    config = replicated_study()
 
-    assert first == [organism_cell(0)] and second[0] == base_cell(0)
-    run_cell(config, tmp_path, first[0])
-    assert made == [(0, "afterwards")]
+    assert config.threats == ("sycophancy", "jailbreak") == config.analysed_threats and config.seeds == 3
+    assert set(config.asked) == set(threats.names()) and config.asked[:2] == config.threats
+    assert {cell.condition for cell in config.cells()} == {
+        *("retention", "act", "mlpct", "attct", "bct"),
+        *("klct", "klct_last", "act_last"),
+    }
+    assert replicated_study(threats=("persona",), asked=("prefill",)).asked == ("persona", "prefill")
 
 
-def test_organisms_are_made_beside_the_firsts_trainings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config = replace(SMALL, organisms=2, analysed=())
-    ran: list[Cell] = []
-    monkeypatch.setattr(
-        "ctlens.study.runner.run_in_order", lambda function, tasks, pool: iter(ran.append(task[2]) for task in tasks)
-    )
-    monkeypatch.setattr(Study, "_compared", lambda self, cell: pd.DataFrame())
-    monkeypatch.setattr("ctlens.study.runner.record_digests", lambda folder, files: None)  # of what nobody wrote here
+@pytest.mark.slow
+def test_with_a_twin_the_results_say_how_much_of_the_way_to_it_a_repair_went(tmp_path: Path) -> None:
+    config = replace(SMALL, methods=("bct",), extra_conditions=(), analysed=(), asked=("sycophancy",), clean_born="")
+    alone = finished(config, tmp_path / "alone").results
+    twin = str(tmp_path / "alone" / "runs" / "jailbreak-bct-seed0")  # any model that is not vulnerable will do
+    found = finished(replace(config, clean_born=twin), tmp_path / "with").results
 
-    seen = [cell for cell, _ in Study(config, tmp_path / "study", progress=False)]
-
-    assert [(cell.condition, cell.organism) for cell in ran] == [
-        ("base", 0),
-        ("retention", 0),
-        ("act", 0),
-        ("bct", 0),
-        ("organism", 1),
-        ("base", 1),
-        ("retention", 1),
-        ("act", 1),
-        ("bct", 1),
-    ]
-    assert [cell.organism for cell in seen] == [0, 0, 0, 1, 1, 1]
+    assert "share_repaired" not in set(alone["metric"]) and "clean-born" not in set(alone["condition"])
+    bad = found.query("metric == 'bad_rate' and prompt_side == 'wrapped' and evaluated_threat == 'jailbreak'")
+    bad = bad.query("split == 'heldout'").groupby("condition")["value"].last()
+    shares = found.query("metric == 'share_repaired' and split == 'heldout'").set_index("condition")["value"]
+    assert bad["clean-born"] == bad["bct"] < bad["base"]
+    assert shares["bct"] == pytest.approx(1.0)
+    assert shares["retention"] == pytest.approx((bad["base"] - bad["retention"]) / (bad["base"] - bad["bct"]))
+    across = found.query("metric == 'bad_rate_vs_retention' and evaluated_threat == 'sycophancy'")
+    other = found.query("metric == 'bad_rate' and prompt_side == 'wrapped' and evaluated_threat == 'sycophancy'")
+    other = other[other["split"] == "heldout"].groupby("condition")["value"].last()
+    assert across["value"].tolist() == pytest.approx([other["bct"] - other["retention"]])

@@ -105,7 +105,7 @@ def test_a_cell_holds_adapters_alone_and_its_model_shares_the_rest_with_the_base
 @pytest.mark.slow
 def test_every_analysis_runs_and_claims_are_judged(study: StudyResult) -> None:
     for name in ("similarity", "cross-loss", "transplant", "graft", "erasure"):
-        analysis = Analysis(name, "facts", 0, "equal steps")
+        analysis = Analysis(name, "facts", "equal steps")
         assert analysis.path(study.folder).is_dir() and not analysis.refusals(study.folder)
     assert {claim.threat for claim in study.claims} >= {"facts", "order"}
     switches = study.results.query("metric == 'switch_to_bad' and trained_threat == 'facts'")

@@ -44,7 +44,6 @@ ROW = [
     "trained_threat",
     "condition",
     "seed",
-    "organism",
     "step",
     "evaluated_threat",
     "split",

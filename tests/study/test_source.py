@@ -73,4 +73,4 @@ def test_pairs_that_cannot_be_compared_are_refused(rows: list, message: str, tmp
 
 def test_a_start_is_loaded_once() -> None:
     assert start_model("") is start_model("")
-    assert next(start_model("", None, "cpu", "bfloat16").parameters()).dtype == torch.bfloat16
+    assert next(start_model("", "cpu", "bfloat16").parameters()).dtype == torch.bfloat16

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ctlens.study.claims.claim import FAILS, HOLDS, OPEN, UNMEASURED, Claim
-from ctlens.study.claims.estimates import ORGANISMS, SEEDS
+from ctlens.study.claims.estimates import SEEDS
 
 _ON_BEHAVIOUR = {
     "repair": "Every method leaves fewer bad answers than retention alone",
@@ -50,12 +50,9 @@ def _cue(claims: Sequence[Claim]) -> str:
 
 def _basis(claims: Sequence[Claim]) -> str:
     """Says what the intervals are over."""
-    organisms = {claim.n for claim in claims if claim.over == ORGANISMS}
-    if organisms:
-        return f"intervals are over {_and(sorted(map(str, organisms)))} organisms"
     seeds = ", and over seeds" if any(claim.over == SEEDS for claim in claims) else ""
-    few = "of too few organisms for a claim about training in general"
-    return f"intervals are over topics and wrapper texts{seeds}, {few}"
+    one = "of one model, which supports no claim about training in general"
+    return f"intervals are over topics and wrapper texts{seeds}, {one}"
 
 
 def _said(claims: Sequence[Claim], key: str) -> str:

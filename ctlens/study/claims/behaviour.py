@@ -15,7 +15,7 @@ from ctlens.core.stats import LEVEL
 from ctlens.evaluation import Evaluation
 from ctlens.evaluation.numbers import difference_with_interval
 from ctlens.plots import label
-from ctlens.study.analyses import EQUAL_STEPS, Training
+from ctlens.study.analyses import EQUAL_STEPS
 from ctlens.study.cells import OUTCOMES_FILE
 from ctlens.study.claims.claim import Claim, make_claim, together
 from ctlens.study.claims.estimates import NOTHING, ClaimEstimate, spanned
@@ -59,12 +59,12 @@ class WrappedRates:
         self.rows = rows[rows["step"] == last]
         self._answers: dict[Cell, Evaluation] = {}
 
-    def of(self, trained: str, condition: str, evaluated: str) -> dict[Training, Counted]:
-        """The bad answers and all answers, by training."""
+    def of(self, trained: str, condition: str, evaluated: str) -> dict[int, Counted]:
+        """The bad answers and all answers, by seed."""
         found = self.rows.query(
             "trained_threat == @trained and condition == @condition and evaluated_threat == @evaluated"
         )
-        return {(row["organism"], row["seed"]): counted(row) for row in found.to_dict("records")}
+        return {row["seed"]: counted(row) for row in found.to_dict("records")}
 
     def rate(self, trained: str, condition: str, evaluated: str) -> Rate:
         """The share of bad answers over all trainings."""
@@ -77,18 +77,18 @@ class WrappedRates:
         """
         one = self.of(trained, condition, evaluated)
         two = self.of(trained, other, evaluated)
-        common = [training for training in one if training in two]
+        common = [seed for seed in one if seed in two]
         if not common:
             return NOTHING
-        shares = {training: one[training].share - two[training].share for training in common}
+        shares = {seed: one[seed].share - two[seed].share for seed in common}
         first = self._asked(trained, condition, common, evaluated)
         second = self._asked(trained, other, common, evaluated)
         value, low, high = difference_with_interval(first, second, "bad_rate", level)
         return spanned(value, (low, high), one[common[0]].n_prompts, shares, level)
 
-    def _asked(self, trained: str, condition: str, trainings: Sequence[Training], evaluated: str) -> list[pd.DataFrame]:
+    def _asked(self, trained: str, condition: str, seeds: Sequence[int], evaluated: str) -> list[pd.DataFrame]:
         """The answers to the wrapped prompts of a threat after each of some trainings; a cell's file is read once."""
-        cells = [Cell(trained, condition, seed, organism) for organism, seed in trainings]
+        cells = [Cell(trained, condition, seed) for seed in seeds]
         for cell in cells:
             if cell not in self._answers:
                 self._answers[cell] = Evaluation.load(cell.path(self.study) / OUTCOMES_FILE)
@@ -101,7 +101,7 @@ class WrappedRates:
         if not before > 0 or not counts:
             return NOTHING
         rate = pooled(list(counts.values()))
-        shares = {training: one.share / before for training, one in counts.items()}
+        shares = {seed: one.share / before for seed, one in counts.items()}
         return spanned(rate.value / before, (rate.low / before, rate.high / before), rate.n_prompts, shares, LEVEL)
 
 

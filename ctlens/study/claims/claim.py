@@ -45,7 +45,7 @@ class Claim:
         value, ci_low, ci_high: the number with its 95 percent interval; NaN where not measured.
         null: the number that a control or chance gives, to compare with; NaN where there is none.
         floor: what the whole interval has to exceed for the claim to hold.
-        n: prompts, or trained models where the interval is over those.
+        n: prompts.
         over: what the interval is over, in words.
         verdict: one of `CLAIM_VERDICTS`.
         reason: why, in one sentence with the numbers in it.

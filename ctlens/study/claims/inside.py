@@ -14,7 +14,7 @@ from ctlens.analysis.residual.shift_vectors import SHIFT_PARTS
 from ctlens.core.labels import BASE
 from ctlens.core.stats import LEVEL
 from ctlens.plots import label
-from ctlens.study.analyses import EQUAL_STEPS, SETTINGS, FinishedAnalyses, Training
+from ctlens.study.analyses import EQUAL_STEPS, SETTINGS, FinishedAnalyses
 from ctlens.study.claims.claim import Claim, make_claim, together
 from ctlens.study.claims.estimates import NOTHING, claim_estimate, spanned
 from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
@@ -208,7 +208,7 @@ def _cue(analyses: FinishedAnalyses, threat: str, method: str) -> Claim:
     readable = {training: result.measured()["readable_last_ridge"] for training, result in found.items()}
     layers = {training: int(by_layer[0, :, 0].argmax()) for training, by_layer in readable.items()}
 
-    def read(name: str) -> dict[Training, Float[np.ndarray, " 5"]]:
+    def read(name: str) -> dict[int, Float[np.ndarray, " 5"]]:
         return {t: readable[t][result.models.index(name), layers[t]] for t, result in found.items()}
 
     own = read(method)

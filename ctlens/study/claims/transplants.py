@@ -17,7 +17,7 @@ from ctlens.analysis import Transplant
 from ctlens.analysis.base.metrics import SMALLEST_GAPS
 from ctlens.analysis.exchange.exchange import EXCHANGE_QUANTITIES
 from ctlens.plots import label
-from ctlens.study.analyses import FinishedAnalyses, Training
+from ctlens.study.analyses import FinishedAnalyses
 from ctlens.study.claims.claim import Claim, make_claim
 from ctlens.study.claims.estimates import claim_estimate
 from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
@@ -126,7 +126,7 @@ def _of_level(shares: Mapping[str, float], side: str) -> list[float]:
     return [share for name, share in shares.items() if condition_named(name).level == side]
 
 
-def _shares(analyses: FinishedAnalyses, threat: str, setting: str, quantity: str) -> dict[Training, Shares]:
+def _shares(analyses: FinishedAnalyses, threat: str, setting: str, quantity: str) -> dict[int, Shares]:
     """A share per condition, by training; a control has none, nor has a condition whose effect is too small."""
     found = {}
     for training, results in analyses.of(Transplant, "transplant", threat, setting).items():
@@ -161,7 +161,7 @@ def _moved_of_effect(rows: Float[np.ndarray, "prompt 2"]) -> float:
     return rows[:, 0].sum() / rows[:, 1].sum()
 
 
-def _told(words: str, found: Mapping[Training, Shares]) -> str:
+def _told(words: str, found: Mapping[int, Shares]) -> str:
     """The share of each condition in words, a mean over trainings; nothing where there is none."""
     by_name: dict[str, list[float]] = {}
     for shares in found.values():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from ctlens.core.labels import BASE
+from ctlens.core.labels import BASE, CLEAN_BORN
 from ctlens.study import conditions
 from ctlens.study.conditions import PERTURBED
 from ctlens.study.results import (
@@ -22,7 +22,12 @@ from ctlens.study.results import (
     in_order,
 )
 
-_BESIDE_METHODS = {BASE, PERTURBED, *conditions.CONTROLS, *conditions.CROSSED_CONDITIONS, *conditions.ABLATED}
+_BESIDE_METHODS = {
+    *(BASE, CLEAN_BORN, PERTURBED),
+    *conditions.CONTROLS,
+    *conditions.CROSSED_CONDITIONS,
+    *conditions.ABLATED,
+}
 _REFERENCES = {"retention": "retention-only training", BASE: "the base model"}
 COMPARISON_WORDS = {
     "lower than": "lower",

@@ -59,7 +59,7 @@ def test_a_statistic_of_parts_follows_the_prompts_that_count() -> None:
 def test_of_one_training_the_interval_is_over_prompts() -> None:
     values = np.arange(40.0)
 
-    found = claim_estimate({(0, 0): mean_of(values)})
+    found = claim_estimate({0: mean_of(values)})
 
     assert (found.value, found.n, found.over) == (19.5, 40, "prompts")
     assert 19.5 - 2.2 * 11.7 / 40**0.5 < found.low < 19.5 < found.high < 19.5 + 2.2 * 11.7 / 40**0.5
@@ -68,7 +68,7 @@ def test_of_one_training_the_interval_is_over_prompts() -> None:
 def test_two_seeds_share_their_resamples() -> None:
     values = np.arange(40.0)
 
-    opposite = claim_estimate({(0, 0): mean_of(values), (0, 1): mean_of(-values)})
+    opposite = claim_estimate({0: mean_of(values), 1: mean_of(-values)})
 
     assert (opposite.value, opposite.low, opposite.high, opposite.over) == (0.0, 0.0, 0.0, "prompts")
 
@@ -77,33 +77,22 @@ def constant(value: float) -> Statistic:
     return of_prompts("constant", "", np.full(8, value), np.mean)
 
 
-def test_three_seeds_of_one_organism_widen_the_interval_and_never_narrow_it() -> None:
-    found = claim_estimate({(0, seed): constant(value) for seed, value in enumerate((1.0, 2.0, 3.0))})
-    alike = claim_estimate({(0, seed): mean_of(np.arange(40.0)) for seed in range(3)})
+def test_three_seeds_widen_the_interval_and_never_narrow_it() -> None:
+    found = claim_estimate({seed: constant(value) for seed, value in enumerate((1.0, 2.0, 3.0))})
+    alike = claim_estimate({seed: mean_of(np.arange(40.0)) for seed in range(3)})
 
     reach = 4.302652729911275 / 3**0.5  # Student's t with two degrees of freedom, standard deviation 1
     assert (found.value, found.n, found.over) == (2.0, 8, "prompts and seeds")
     assert (found.low, found.high) == pytest.approx((2 - reach, 2 + reach))
-    alone = claim_estimate({(0, 0): mean_of(np.arange(40.0))})
+    alone = claim_estimate({0: mean_of(np.arange(40.0))})
     assert (alike.low, alike.high) == pytest.approx((alone.low, alone.high))
 
 
 def test_a_training_whose_number_is_not_defined_does_not_count() -> None:
-    found = claim_estimate({(0, 0): constant(1.0), (0, 1): constant(NAN)})
+    found = claim_estimate({0: constant(1.0), 1: constant(NAN)})
 
     assert (found.value, found.over) == (1.0, "prompts")
-    assert claim_estimate({(0, 0): constant(NAN)}) is NOTHING
-
-
-def test_from_three_organisms_on_seeds_of_one_organism_count_once() -> None:
-    by_organism = {0: (1.0, 1.0), 1: (2.0, 2.0), 2: (2.0, 4.0)}
-    samples = {(o, s): constant(v) for o, values in by_organism.items() for s, v in enumerate(values)}
-
-    found = claim_estimate(samples)
-
-    reach = 4.302652729911275 / 3**0.5
-    assert (found.value, found.n, found.over) == (2.0, 3, "organisms")
-    assert (found.low, found.high) == pytest.approx((2 - reach, 2 + reach))
+    assert claim_estimate({0: constant(NAN)}) is NOTHING
 
 
 def test_nothing_measured_is_nothing() -> None:
@@ -114,9 +103,9 @@ def test_an_estimate_is_over_what_prompts_share() -> None:
     values = np.repeat(np.arange(6.0), 8)
     topics = Clusters.of({"topic": np.repeat(np.arange(6), 8).astype(str).tolist()})
 
-    alone = claim_estimate({(0, 0): mean_of(values)})
-    found = claim_estimate({(0, 0): mean_of(values, topics)})
-    few = claim_estimate({(0, 0): mean_of(values, Clusters.of({"topic": ["a"] * 20 + ["b"] * 28}))})
+    alone = claim_estimate({0: mean_of(values)})
+    found = claim_estimate({0: mean_of(values, topics)})
+    few = claim_estimate({0: mean_of(values, Clusters.of({"topic": ["a"] * 20 + ["b"] * 28}))})
 
     assert (found.low, found.high) == pytest.approx(student(np.arange(6.0)))
     assert found.low < alone.low < alone.value == found.value < alone.high < found.high
@@ -126,7 +115,6 @@ def test_an_estimate_is_over_what_prompts_share() -> None:
 def results(rates: dict[tuple[str, str, str], tuple[int, ...]], n: int = 100) -> pd.DataFrame:
     """Bad answers to wrapped prompts by (trained, method, evaluated), one number a seed."""
     place = {
-        "organism": 0,
         "step": 100,
         "split": "heldout",
         "prompt_side": "wrapped",
@@ -309,13 +297,13 @@ def test_the_answer_says_of_each_threat_what_holds() -> None:
     assert "BCT differently” does not hold on sycophancy;" in told[1]
     assert "holds on jailbreak at equal steps, stays open on jailbreak at matched effect" in told[1]
     assert "at the same tokens" not in told[1]
-    assert "in 1 of 2 cases" in told[2] and "too few organisms for a claim about training in general" in told[2]
+    assert "in 1 of 2 cases" in told[2] and "of one model, which supports no claim about training in general" in told[2]
 
 
 def test_the_answer_says_what_intervals_are_over() -> None:
-    several = [claim("repair", "sycophancy", "holds", over="organisms", n=3)]
+    several = [claim("repair", "sycophancy", "holds", over="prompts and seeds", n=96)]
 
-    assert answer(several)[2].endswith("intervals are over 3 organisms.") and "too few" not in answer(several)[2]
+    assert "topics and wrapper texts, and over seeds, of one model" in answer(several)[2]
     assert answer([claim("shared", "prefill", "not measured")])[1] == "What changed inside was not measured."
 
 
@@ -350,7 +338,7 @@ def test_several_trainings_make_no_interval_where_there_are_too_few_clusters() -
     few = Clusters.of({"topic": ["a"] * 20 + ["b"] * 28})
     values = np.arange(48.0)
 
-    found = claim_estimate({(0, seed): mean_of(values + seed, few) for seed in range(3)})
+    found = claim_estimate({seed: mean_of(values + seed, few) for seed in range(3)})
     rate = pooled([Counted(10 + seed, 24, NAN) for seed in range(3)])
 
     assert found.value == pytest.approx(24.5) and np.isnan([found.low, found.high]).all()

@@ -28,22 +28,20 @@ NAN = float("nan")
 CONFIG = StudyConfig(("sycophancy",), METHODS, n_analysed=PROMPTS)
 
 
-def write(
-    study: Path, analysis: str, results: Mapping[str, Result], setting: str = EQUAL_STEPS, organism: int = 0
-) -> None:
-    folder = Analysis(analysis, "sycophancy", organism, setting).path(study)
+def write(study: Path, analysis: str, results: Mapping[str, Result], setting: str = EQUAL_STEPS) -> None:
+    folder = Analysis(analysis, "sycophancy", setting).path(study)
     folder.mkdir(parents=True)
     for name, result in results.items():
         result.save(folder / f"{name}.safetensors")
 
 
-def attention(falls: Mapping[str, float], study: Path, organism: int = 0, seed: int = 0) -> None:
+def attention(falls: Mapping[str, float], study: Path, seed: int = 0) -> None:
     """Every cell's attention, which `FinishedAnalyses` reads from the cells themselves."""
     for name, fall in falls.items():
         values = np.zeros((2, len(ATTENTION_MEASURES), PROMPTS, LAYERS, 2))
         values[0, ATTENTION_MEASURES.index(HEADLINE)] = 0.5 + np.linspace(-0.1, 0.1, PROMPTS)[:, None, None]
         values[1, ATTENTION_MEASURES.index(HEADLINE)] = values[0, ATTENTION_MEASURES.index(HEADLINE)] - fall
-        place = Cell("sycophancy", name, seed, organism).path(study)
+        place = Cell("sycophancy", name, seed).path(study)
         place.mkdir(parents=True)
         AttentionDiff(values).save(place / "attention.safetensors")
 
@@ -135,7 +133,7 @@ def test_each_choice_of_positions_is_judged_by_itself(study: Path) -> None:
     assert found["shared_content", EQUAL_STEPS].verdict != "holds"
 
 
-def test_seeds_of_one_organism_are_no_organisms(study: Path) -> None:
+def test_an_analysis_of_all_seeds_is_one_number(study: Path) -> None:
     write(study, "similarity", {"similarity": similarity(table(0.9, 0.7, 0.4))})
     for seed in (1, 2):
         attention(dict.fromkeys(("retention", *METHODS), 0.1), study, seed=seed)
@@ -143,19 +141,6 @@ def test_seeds_of_one_organism_are_no_organisms(study: Path) -> None:
     found = claims(study, dataclasses.replace(CONFIG, seeds=3))["shared", EQUAL_STEPS]
 
     assert (found.n, found.over) == (PROMPTS, "prompts")
-
-
-def test_three_organisms_give_an_interval_over_organisms(study: Path) -> None:
-    for organism, bct in enumerate((0.3, 0.4, 0.5)):
-        write(study, "similarity", {"similarity": similarity(table(0.9, 0.9, bct))}, organism=organism)
-        if organism:
-            attention(dict.fromkeys(("retention", *METHODS), 0.1), study, organism)
-
-    found = claims(study, dataclasses.replace(CONFIG, organisms=3))["shared", EQUAL_STEPS]
-
-    margins = [0.9 - bct - ((0.9 + 2 * bct) / 3 - (1.8 + bct) / 3) for bct in (0.3, 0.4, 0.5)]
-    assert (found.n, found.over) == (3, "organisms") and found.value == pytest.approx(np.mean(margins), abs=1e-6)
-    assert found.ci_high - found.value == pytest.approx(4.302652729911275 * np.std(margins, ddof=1) / 3**0.5, rel=1e-4)
 
 
 def transplant(lost: float, effect: float = 4.0) -> Transplant:
@@ -299,9 +284,7 @@ def test_a_cue_is_readable_where_a_refitted_probe_beats_shuffled_labels(study: P
 
 def test_a_refusal_is_the_reason(study: Path) -> None:
     write(study, "erasure", {})
-    (Analysis("erasure", "sycophancy", 0, EQUAL_STEPS).path(study) / "refused.json").write_text(
-        '{"erasure": "too few."}'
-    )
+    (Analysis("erasure", "sycophancy", EQUAL_STEPS).path(study) / "refused.json").write_text('{"erasure": "too few."}')
 
     found = claims(study)["cue_act", EQUAL_STEPS]
 
