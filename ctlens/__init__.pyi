@@ -39,6 +39,8 @@ from ctlens.study.dose_response import DoseResult as DoseResult
 from ctlens.study.dose_response import dose_response as dose_response
 from ctlens.study.inoculation import Leak as Leak
 from ctlens.study.inoculation import leak as leak
+from ctlens.study.replication import Replication as Replication
+from ctlens.study.replication import replicate as replicate
 from ctlens.study.runner import StudyResult as StudyResult
 from ctlens.study.runner import compare as compare
 from ctlens.training import Live as Live

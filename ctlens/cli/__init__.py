@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 _COMMANDS = {
     "compare": studies.compare_command,
+    "replicate": studies.replicate_command,
     "doses": studies.doses,
     "train": training.train_command,
     "evaluate": training.evaluate_command,

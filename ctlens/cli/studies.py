@@ -1,4 +1,4 @@
-"""`ctlens compare | doses | report`."""
+"""`ctlens compare | replicate | doses | report`."""
 
 from __future__ import annotations
 
@@ -135,6 +135,31 @@ def compare_command(
     for sentence in answer(result.claims):
         say(textwrap.fill(sentence, shutil.get_terminal_size().columns))
     say(f"Report: {out / 'report.html'}")
+
+
+def replicate_command(
+    studies: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of finished studies, each of another model; those that lie in one are a group."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the pooled claims and the figures.")] = Path("runs/replicated"),
+) -> None:
+    """Pools the claims of several studies, to see which hold again in other models."""
+    from ctlens import plots
+    from ctlens.study.claims.claim import UNMEASURED
+    from ctlens.study.replication import replicate
+
+    found = replicate(studies)
+    table = found.to_dataframe()
+    found.save(out / "claims.csv")
+    measured = table[table["verdict"] != UNMEASURED]
+    cases = measured[["threat", "setting"]].drop_duplicates().itertuples(index=False)
+    named = {f"{threat}-{setting.replace(' ', '-')}": found.figure(threat, setting) for threat, setting in cases}
+    plots.write_figures({out / "figures" / name: figure for name, figure in named.items()})
+    shown = table.filter(["key", "threat", "setting", "group"])
+    shown["holds on"] = [f"{holds} of {n}" for holds, n in zip(table["holds"], table["n"], strict=True)]
+    print_table("Claims over models", shown.assign(**{name: table[name] for name in ("value", "ci_low", "ci_high")}))
+    say(f"Claims and figures: {out}")
 
 
 def doses(

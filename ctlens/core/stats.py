@@ -53,6 +53,35 @@ def student(values: Float[np.ndarray, " item"], level: float = LEVEL) -> Interva
     return float(values.mean() - reach), float(values.mean() + reach)
 
 
+def over_models(
+    values: Float[np.ndarray, " model"],
+    low: Float[np.ndarray, " model"],
+    high: Float[np.ndarray, " model"],
+    level: float = LEVEL,
+) -> Interval:
+    """Computes the interval of a mean over models, each of whose numbers has an interval over the same prompts.
+
+    What is special about the prompts does not average out over models: it is taken to move all of them alike, as far as
+    their intervals reach on average, which is cautious. Models differ as well, as far as Student's interval reaches.
+    Both vary each in its own way, so each side is the root of the sum of their squares (Zou and Donner, 2008).
+
+    Args:
+        values: of each model.
+        low, high: the ends of each one's interval, at 95 percent.
+        level: of confidence of the interval that is made.
+
+    >>> low, high = over_models(np.arange(10.0), np.arange(10.0) - 3, np.arange(10.0))
+    >>> round(low, 3), round(high, 3)  # Student's reach of 2.166, with 3 below and nothing above
+    (0.8, 6.666)
+    """
+    value = float(values.mean())
+    ends = student(values, level)
+    wider = float(stats.norm.ppf((1 + level) / 2) / stats.norm.ppf((1 + LEVEL) / 2))
+    below = np.hypot(value - ends[0], wider * (values - low).mean())
+    above = np.hypot(ends[1] - value, wider * (high - values).mean())
+    return float(value - below), float(value + above)
+
+
 def difference(share: float, ends: Interval, other: float, other_ends: Interval) -> Interval:
     """Computes the interval of a difference of two independent proportions (Newcombe's hybrid score, 1998, method 10).
 

@@ -112,9 +112,13 @@ def analyses_of(config: StudyConfig) -> list[Analysis]:
     for threat in config.analysed_threats:
         for name in ANALYSES:
             for setting in SETTINGS if name in _AT_BOTH_SETTINGS else SETTINGS[:1]:
-                seeds = range(1 if name in _OF_ALL_SEEDS else min(config.analysed_seeds or config.seeds, config.seeds))
-                found += [Analysis(name, threat, setting, seed) for seed in seeds]
+                found += [Analysis(name, threat, setting, seed) for seed in _seeds_of(config, name)]
     return found
+
+
+def _seeds_of(config: StudyConfig, name: str) -> range:
+    """The seeds that have an analysis of their own."""
+    return range(1 if name in _OF_ALL_SEEDS else min(config.analysed_seeds or config.seeds, config.seeds))
 
 
 class FinishedAnalyses:
@@ -133,13 +137,13 @@ class FinishedAnalyses:
         self, kind: type[ResultT], name: str, threat: str, setting: str = EQUAL_STEPS
     ) -> dict[int, dict[str, ResultT]]:
         """Loads the results of an analysis by seed and name; one that all seeds share stands at seed 0 alone."""
-        seeds = range(1 if name in _OF_ALL_SEEDS else self.config.seeds)
+        seeds = _seeds_of(self.config, name)
         found = {seed: Analysis(name, threat, setting, seed).load(self.study, kind) for seed in seeds}
         return {seed: results for seed, results in found.items() if results}
 
     def refused(self, name: str, threat: str, setting: str = EQUAL_STEPS) -> str:
         """The reasons of an analysis that refused to give a result, each once."""
-        analyses = [Analysis(name, threat, setting, seed) for seed in range(self.config.seeds)]
+        analyses = [Analysis(name, threat, setting, seed) for seed in _seeds_of(self.config, name)]
         reasons = [reason for analysis in analyses for reason in analysis.refusals(self.study).values()]
         return "; ".join(dict.fromkeys(reasons))
 

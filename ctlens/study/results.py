@@ -267,11 +267,16 @@ def final_rows(results: pd.DataFrame, split: str) -> list[ResultRow]:
     ]
 
 
+def last_step(results: pd.DataFrame) -> pd.DataFrame:
+    """The rows of every training at its last step, of those given."""
+    last = results.groupby(list(TRAINING_COLUMNS), dropna=False)["step"].transform("max")
+    return pd.DataFrame(results[results["step"] == last])
+
+
 def _last_rows(results: pd.DataFrame, split: str) -> list[ResultRow]:
-    """The rows of every training on one split, at its last step."""
-    chosen = results[results["split"] == split].fillna({"trained_threat": ""})
-    last = chosen.groupby(list(TRAINING_COLUMNS), dropna=False)["step"].transform("max")
-    return [*chosen.loc[chosen["step"] == last].to_dict("records")]
+    """The rows of every training on one split, at its last step there."""
+    chosen = pd.DataFrame(results[results["split"] == split]).fillna({"trained_threat": ""})
+    return [*last_step(chosen).to_dict("records")]
 
 
 def _pooled(rows: Iterable[ResultRow], key: Callable[[ResultRow], Any]) -> dict[Any, ConditionRates]:

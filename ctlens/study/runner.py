@@ -317,7 +317,7 @@ def _comparisons(
         twin: that of the clean-born twin, if there is one.
         ratio: a metric whose ratio to the base's is wanted; empty for none.
     """
-    asked = own.outcomes[["threat", "split"]].drop_duplicates().itertuples(index=False)
+    asked = own.outcomes[["evaluated_threat", "split"]].drop_duplicates().itertuples(index=False)
     for threat, split in asked:
         wrapped = own.answers(threat, split)
         bad, n_prompts, n_effective, low, high = rate_with_interval(wrapped, "bad_rate")

@@ -21,7 +21,7 @@ from ctlens.study.claims.claim import Claim, make_claim, together
 from ctlens.study.claims.estimates import NOTHING, ClaimEstimate, spanned
 from ctlens.study.conditions import INTERNAL_LEVEL, RETENTION, condition_named
 from ctlens.study.config import Cell, StudyConfig
-from ctlens.study.results import SPLIT, TRAINING_COLUMNS, Counted, Rate, counted, pooled
+from ctlens.study.results import SPLIT, Counted, Rate, counted, last_step, pooled
 
 _NAN = float("nan")
 _BCT = "bct"
@@ -55,8 +55,7 @@ class WrappedRates:
         self.study = study
         rows = results[(results["split"] == SPLIT) & (results["trained_threat"] != "")]
         rows = rows.query("metric == 'bad_rate' and prompt_side == 'wrapped'")
-        last = rows.groupby(list(TRAINING_COLUMNS))["step"].transform("max")
-        self.rows = rows[rows["step"] == last]
+        self.rows = last_step(rows)
         self._answers: dict[Cell, Evaluation] = {}
 
     def of(self, trained: str, condition: str, evaluated: str) -> dict[int, Counted]:
