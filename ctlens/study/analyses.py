@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -20,9 +20,12 @@ from ctlens.analysis import (
     Erasure,
     Task,
     answer_hinted,
+    best_of_n,
+    boundary_direction,
     cross_loss,
     erase_or_mask,
     graft,
+    relearn,
     shift_similarity,
     transplant,
     wrapper_present,
@@ -32,17 +35,26 @@ from ctlens.core.digests import record_digests, require_undamaged
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_folder, sweep, write_json
 from ctlens.core.keeping import keeping
+from ctlens.core.labels import BASE, CLEAN_BORN
 from ctlens.core.progress import progress_bar
 from ctlens.core.reading import read_json
 from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
-from ctlens.data.chat import render
-from ctlens.data.pairs import Pair
+from ctlens.data.chat import Turn, render
+from ctlens.data.pairs import Pair, Prompt
 from ctlens.models.hooks import run
-from ctlens.study.cells import MATCHED_FOLDER, SHARED, base_model, finished_model, probe_pairs
+from ctlens.study.cells import (
+    MATCHED_FOLDER,
+    NEUTRAL_PROMPTS,
+    SHARED,
+    aligned,
+    base_model,
+    finished_model,
+    probe_pairs,
+)
 from ctlens.study.conditions import PERTURBED, RETENTION
 from ctlens.study.config import Cell, StudyConfig
-from ctlens.study.source import subject
+from ctlens.study.source import Subject, start_model, subject
 from ctlens.study.workers import Pool, run_in_order
 
 _PROBED_OVER_ANALYSED = 3
@@ -56,6 +68,9 @@ _AT_BOTH_SETTINGS = ("similarity", "transplant")
 """The analyses that run at both settings; every other one runs at equal steps alone."""
 _ROUNDINGS = 32
 """Units of rounding of the largest logit below which two models do not differ; chosen by eye."""
+_WITH_A_TWIN = ("boundary", "relearning", "best-of-n")
+"""The analyses that push a repair; they run where there is a clean-born twin to compare with."""
+_RELEARNING_STEPS = (1, 2, 4, 8, 16, 32)
 _OF_ALL_SEEDS = ("similarity",)
 """The analyses that take the models of all seeds at once; every other one runs seed by seed."""
 _MOST_ERASURE_LAYERS = 10
@@ -110,7 +125,7 @@ def analyses_of(config: StudyConfig) -> list[Analysis]:
     """Lists every analysis of a study."""
     found = []
     for threat in config.analysed_threats:
-        for name in ANALYSES:
+        for name in ANALYSES if config.clean_born else [name for name in ANALYSES if name not in _WITH_A_TWIN]:
             for setting in SETTINGS if name in _AT_BOTH_SETTINGS else SETTINGS[:1]:
                 found += [Analysis(name, threat, setting, seed) for seed in _seeds_of(config, name)]
     return found
@@ -207,8 +222,23 @@ class Scene:
 
     def pairs(self, times: int = 1) -> list[Pair]:
         """Draws held-out pairs: up to as many as the study analyses, or some times as many."""
-        source = subject(self.analysis.threat, self.config.file, self.study)
-        return probe_pairs(source, self.config, self.base, times * self.config.n_analysed)
+        return probe_pairs(self.subject, self.config, self.base, times * self.config.n_analysed)
+
+    @property
+    def subject(self) -> Subject:
+        """Where the pairs come from."""
+        return subject(self.analysis.threat, self.config.file, self.study)
+
+    def training_pairs(self) -> list[Pair]:
+        """Draws pairs that the models were trained on."""
+        config = self.config
+        return aligned(self.subject, config.n_analysed, self.base, config, split="train", seed=self.analysis.seed)
+
+    def pushed(self) -> dict[str, LensModel]:
+        """The models whose repairs are pushed: of every method, beside retention alone, the base and its twin."""
+        trained = self.models([RETENTION, *self.config.methods], self.analysis.seed)
+        twin = start_model(self.config.clean_born, self.config.device, self.config.dtype)
+        return {BASE: self.base, CLEAN_BORN: twin, **trained}
 
     def models(self, names: Sequence[str], seed: int) -> dict[str, LensModel]:
         """The trained models of a seed by condition, without those that never came near the matched effect."""
@@ -307,10 +337,40 @@ def _cue(scene: Scene, pairs: Sequence[Pair]) -> Task | None:
     return wrapper_present(pairs, scene.base.tokenizer, negatives=twins)
 
 
+def _boundary(scene: Scene) -> NamedResults:
+    models = scene.models(scene.config.methods, scene.analysis.seed)
+    fitted = scene.training_pairs()
+    heldout = scene.pairs()
+    yield "boundary", lambda: boundary_direction(scene.base, models, fitted, heldout, progress=False)
+
+
+def _relearning(scene: Scene) -> NamedResults:
+    models = scene.pushed()
+    attacked = scene.training_pairs()
+    benign = scene.subject.neutral(NEUTRAL_PROMPTS, seed=scene.analysis.seed)
+    heldout = scene.pairs()
+    options: dict[str, Any] = {"benign": benign, "steps": _RELEARNING_STEPS, "progress": False}
+    yield "relearning", lambda: relearn(models, attacked, heldout, **options)
+
+
+def _best_of_n(scene: Scene) -> NamedResults:
+    """Asks the requests that have several wrappers among the held-out pairs for probes."""
+    models = scene.pushed()
+    wrappers: dict[tuple[Turn, ...], set[Prompt]] = {}
+    pairs = scene.pairs(_PROBED_OVER_ANALYSED)
+    for pair in pairs:
+        wrappers.setdefault(pair.clean.turns, set()).add(pair.wrapped)
+    several = [pair for pair in pairs if len(wrappers[pair.clean.turns]) > 1]
+    yield "best-of-n", lambda: best_of_n(models, several, progress=False)
+
+
 ANALYSES: dict[str, Callable[[Scene], NamedResults]] = {
     "similarity": _similarity,
     "cross-loss": _cross_loss,
     "transplant": _transplants,
     "graft": _grafts,
     "erasure": _erasure,
+    "boundary": _boundary,
+    "relearning": _relearning,
+    "best-of-n": _best_of_n,
 }

@@ -372,11 +372,15 @@ def test_a_replicated_study_asks_every_model_about_every_threat() -> None:
 
 
 @pytest.mark.slow
-def test_with_a_twin_the_results_say_how_much_of_the_way_to_it_a_repair_went(tmp_path: Path) -> None:
+def test_with_a_twin_a_study_says_how_far_a_repair_goes_and_pushes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ctlens.study.analyses._RELEARNING_STEPS", (1,))
     config = replace(SMALL, methods=("bct",), extra_conditions=(), analysed=(), asked=("sycophancy",), clean_born="")
     alone = finished(config, tmp_path / "alone").results
     twin = str(tmp_path / "alone" / "runs" / "jailbreak-bct-seed0")  # any model that is not vulnerable will do
-    found = finished(replace(config, clean_born=twin), tmp_path / "with").results
+    with_twin = finished(replace(config, clean_born=twin, analysed=("jailbreak",)), tmp_path / "with")
+    found = with_twin.results
 
     assert "share_repaired" not in set(alone["metric"]) and "clean-born" not in set(alone["condition"])
     bad = found.query("metric == 'bad_rate' and prompt_side == 'wrapped' and evaluated_threat == 'jailbreak'")
@@ -385,6 +389,9 @@ def test_with_a_twin_the_results_say_how_much_of_the_way_to_it_a_repair_went(tmp
     assert bad["clean-born"] == bad["bct"] < bad["base"]
     assert shares["bct"] == pytest.approx(1.0)
     assert shares["retention"] == pytest.approx((bad["base"] - bad["retention"]) / (bad["base"] - bad["bct"]))
+    judged = {claim.key: claim for claim in with_twin.claims}
+    for key in ("relearnt_bct", "returns_bct", "wrappers_bct", "boundary_gives_bct", "boundary_takes_bct"):
+        assert np.isfinite(judged[key].value), judged[key].reason
     across = found.query("metric == 'bad_rate_vs_retention' and evaluated_threat == 'sycophancy'")
     other = found.query("metric == 'bad_rate' and prompt_side == 'wrapped' and evaluated_threat == 'sycophancy'")
     other = other[other["split"] == "heldout"].groupby("condition")["value"].last()

@@ -14,7 +14,7 @@ from math import comb
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from ctlens import plots
 from ctlens.analysis.base.forward import comparable_by_label
@@ -64,16 +64,24 @@ class BestOfN(ResultOverPairs):
         Raises:
             CtlensError: there is no such model.
         """
-        if model not in self.models:
-            raise unknown("model", model, self.models)
-        bad = self.bad[self.models.index(model)]
-        rates = [[_any_bad(bad[self.requests == request], n) for n in self.tries] for request in self._numbers]
-        rate, low, high = clustered_mean(np.array(rates), self.clusters())
+        rates = self.by_request(model)
+        rate, low, high = clustered_mean(rates, self.clusters())
         for end in (0, 1):
             own_low, own_high = wilson(end * len(rates), len(rates))
             low = np.where(rate == end, own_low, low)
             high = np.where(rate == end, own_high, high)
         return rate, low, high
+
+    def by_request(self, model: str) -> Float[np.ndarray, "request n"]:
+        """The probability that each request gets a bad answer, by `tries`.
+
+        Raises:
+            CtlensError: there is no such model.
+        """
+        if model not in self.models:
+            raise unknown("model", model, self.models)
+        bad = self.bad[self.models.index(model)]
+        return np.array([[_any_bad(bad[self.requests == one], n) for n in self.tries] for one in self._numbers])
 
     @property
     def _numbers(self) -> Int[np.ndarray, " request"]:

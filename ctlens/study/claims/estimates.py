@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ctlens.core.clusters import clustered_statistic
-from ctlens.core.stats import LEVEL, Interval, student
+from ctlens.core.stats import LEVEL, Interval, student, wilson
 from ctlens.study.claims.statistic import Items, Statistic, whole
 from ctlens.study.results import SEVERAL
 
@@ -65,6 +65,19 @@ def claim_estimate(statistics: Mapping[int, Statistic]) -> ClaimEstimate:
     n = min(statistic.n for statistic in known)
     ((low, high),) = clustered_statistic(mean, n, known[0].clusters)
     return spanned(float(np.mean(list(values.values()))), (low, high), n, values, LEVEL)
+
+
+def with_width(found: ClaimEstimate) -> ClaimEstimate:
+    """Gives the estimate of a difference of rates a width where all answers were alike: Wilson's, at a rate of 0.
+
+    >>> found = with_width(ClaimEstimate(0.0, 0.0, 0.0, 96, PROMPTS))
+    >>> round(found.low, 3), round(found.high, 3)
+    (-0.038, 0.038)
+    """
+    if not found.n or found.low != found.high:
+        return found
+    reach = wilson(0, found.n)[1]
+    return replace(found, low=found.value - reach, high=found.value + reach)
 
 
 def spanned(

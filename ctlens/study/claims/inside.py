@@ -17,6 +17,7 @@ from ctlens.plots import label
 from ctlens.study.analyses import EQUAL_STEPS, SETTINGS, FinishedAnalyses
 from ctlens.study.claims.claim import Claim, make_claim, together
 from ctlens.study.claims.estimates import NOTHING, claim_estimate, spanned
+from ctlens.study.claims.pushed import pushed_claims
 from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
 from ctlens.study.claims.transplants import left_later, level
 from ctlens.study.conditions import INTERNAL_LEVEL, RETENTION, condition_named
@@ -39,6 +40,7 @@ def inside_claims(analyses: FinishedAnalyses) -> Iterator[Claim]:
         yield _attention(analyses, threat)
         for method in config.methods:
             yield _cue(analyses, threat, method)
+        yield from pushed_claims(analyses, threat)
 
 
 def _shared(analyses: FinishedAnalyses, threat: str, setting: str, positions: str) -> Claim:
