@@ -33,6 +33,7 @@ _CHOSEN_ANEW = ("transfer",)
 """Claims about the clearest of many cases, another one in every study; `Replication.transfers` has all cases."""
 _NAN = float("nan")
 _ENDS = ("value", "ci_low", "ci_high")
+_OF_PROMPTS = ("value", "prompts_low", "prompts_high")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def pooled_over_models(
 
     Args:
         values: of each model; NaN for a model that has none.
-        low, high: the ends of each one's interval over prompts and seeds, at 95 percent.
+        low, high: the ends of each one's interval over prompts alone, at 95 percent.
         level: of confidence of the interval that is made.
 
     >>> pooled_over_models(np.array([1.0, 2.0, np.nan]), np.zeros(3), np.full(3, 3.0))
@@ -114,7 +115,7 @@ class Replication:
             for group, of_group in self._by_group(rows):
                 floors = np.array([row["floor"] for row in of_group])
                 # A floor such as that of shuffled labels is each model's own, so what is pooled is what lies above it.
-                value, low, high = np.array([[row[end] for end in _ENDS] for row in of_group]).T - floors
+                value, low, high = np.array([[row[end] for end in _OF_PROMPTS] for row in of_group]).T - floors
                 above = pooled_over_models(value, low, high)
                 floor = float(floors[[not np.isnan(row["value"]) for row in of_group]].mean()) if above.n else _NAN
                 judged = [row["verdict"] for row in of_group]

@@ -61,7 +61,23 @@ def claims() -> list[Claim]:
         (THREAT, "matched effect", 0.125, -0.25, 0.5, OPEN),
     ]
     found = [
-        Claim(*share[:2], threat, setting, *share[2:], value, low, high, 0.0625, 0.0, 64, "prompts", word, f"it {word}")
+        Claim(
+            *share[:2],
+            threat,
+            setting,
+            *share[2:],
+            value,
+            low,
+            high,
+            low,
+            high,
+            0.0625,
+            0.0,
+            64,
+            "prompts",
+            word,
+            f"it {word}",
+        )
         for threat, setting, value, low, high, word in lines
     ]
     cue = Claim(
@@ -71,7 +87,7 @@ def claims() -> list[Claim]:
         "equal steps",
         "accuracy",
         "share",
-        *[NAN] * 4,
+        *[NAN] * 6,
         0.0,
         0,
         "none",

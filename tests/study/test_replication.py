@@ -31,7 +31,7 @@ T2 = 4.302652729911275  # Student's with two degrees of freedom
 def claim(key: str, value: float, threat: str = "sycophancy", floor: float = FLOOR) -> Claim:
     low = value - REACH
     high = value + REACH
-    numbers = ("statistic", "share", value, low, high, NAN, floor, 96, "prompts")
+    numbers = ("statistic", "share", value, low - 0.5, high + 0.5, low, high, NAN, floor, 96, "prompts and seeds")
     verdict = claim_verdict(value, low, high, floor)
     return Claim(key, f"the {key} is there", threat, "equal steps", *numbers, verdict, "as measured")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -159,8 +158,8 @@ def _output_only(config: StudyConfig, wrapped: WrappedRates, threat: str) -> Cla
 
 def _shifted(found: ClaimEstimate, sign: int) -> ClaimEstimate:
     """Measures how far a share lies above one half, or below it for a sign of -1."""
-    ends = sorted((sign * (found.low - _HALF), sign * (found.high - _HALF)))
-    return replace(found, value=sign * (found.value - _HALF), low=ends[0], high=ends[1])
+    above = found.less(_HALF)
+    return above if sign > 0 else above.turned()
 
 
 def _clearness(found: ClaimEstimate) -> float:
@@ -177,7 +176,7 @@ def _transfer(config: StudyConfig, wrapped: WrappedRates) -> Claim:
     trained, method, evaluated = clearest
     found = gaps[clearest]
     if found.value < 0:
-        found = ClaimEstimate(-found.value, -found.high, -found.low, found.n, found.over)
+        found = found.turned()
     clear = sum(gap.low > 0 or gap.high < 0 for gap in gaps.values())
     means = {m: 100 * np.mean([gap.value for case, gap in gaps.items() if case[1] == m]) for m in config.methods}
     return make_claim(

@@ -43,6 +43,7 @@ class Claim:
         statistic: what the number is, in words.
         unit: of the number.
         value, ci_low, ci_high: the number with its 95 percent interval; NaN where not measured.
+        prompts_low, prompts_high: the ends of the interval over prompts alone, which is narrower where there are seeds.
         null: the number that a control or chance gives, to compare with; NaN where there is none.
         floor: what the whole interval has to exceed for the claim to hold.
         n: prompts.
@@ -60,6 +61,8 @@ class Claim:
     value: float
     ci_low: float
     ci_high: float
+    prompts_low: float
+    prompts_high: float
     null: float
     floor: float
     n: int
@@ -154,6 +157,8 @@ def make_claim(
         value=found.value,
         ci_low=found.low,
         ci_high=found.high,
+        prompts_low=found.prompts_low,
+        prompts_high=found.prompts_high,
         null=null,
         floor=floor,
         n=found.n,

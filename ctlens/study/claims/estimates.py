@@ -19,6 +19,7 @@ class ClaimEstimate:
 
     Attributes:
         value, low, high: NaN where not measured.
+        prompts_low, prompts_high: the ends of the interval over prompts alone, which all seeds share.
         n: how many prompts there are.
         over: `"prompts"` or `"prompts and seeds"`; prompts by their topics and wrapper texts.
     """
@@ -26,13 +27,38 @@ class ClaimEstimate:
     value: float
     low: float
     high: float
+    prompts_low: float
+    prompts_high: float
     n: int
     over: str
+
+    def less(self, number: float) -> ClaimEstimate:
+        """The estimate of the number less a known one."""
+        return replace(
+            self,
+            value=self.value - number,
+            low=self.low - number,
+            high=self.high - number,
+            prompts_low=self.prompts_low - number,
+            prompts_high=self.prompts_high - number,
+        )
+
+    def turned(self) -> ClaimEstimate:
+        """The estimate of minus the number."""
+        return replace(
+            self,
+            value=-self.value,
+            low=-self.high,
+            high=-self.low,
+            prompts_low=-self.prompts_high,
+            prompts_high=-self.prompts_low,
+        )
 
 
 PROMPTS = "prompts"
 SEEDS = "prompts and seeds"
-NOTHING = ClaimEstimate(float("nan"), float("nan"), float("nan"), 0, PROMPTS)
+_NAN = float("nan")
+NOTHING = ClaimEstimate(_NAN, _NAN, _NAN, _NAN, _NAN, 0, PROMPTS)
 
 
 def claim_estimate(statistics: Mapping[int, Statistic]) -> ClaimEstimate:
@@ -50,8 +76,9 @@ def claim_estimate(statistics: Mapping[int, Statistic]) -> ClaimEstimate:
     >>> found = claim_estimate({0: of_prompts("ramp", "", ramp, np.mean)})
     >>> found.value, found.n, found.over
     (1.5, 4, 'prompts')
-    >>> claim_estimate({seed: of_prompts("constant", "", np.full(4, float(seed)), np.mean) for seed in range(3)})
-    ClaimEstimate(value=1.0, low=-1.484..., high=3.484..., n=4, over='prompts and seeds')
+    >>> found = claim_estimate({n: of_prompts("constant", "", np.full(4, float(n)), np.mean) for n in range(3)})
+    >>> found.value, round(found.low, 3), found.prompts_low, found.over
+    (1.0, -1.484, 1.0, 'prompts and seeds')
     """
     values = {seed: whole(statistic) for seed, statistic in statistics.items()}
     values = {seed: value for seed, value in values.items() if not np.isnan(value)}
@@ -70,14 +97,16 @@ def claim_estimate(statistics: Mapping[int, Statistic]) -> ClaimEstimate:
 def with_width(found: ClaimEstimate) -> ClaimEstimate:
     """Gives the estimate of a difference of rates a width where all answers were alike: Wilson's, at a rate of 0.
 
-    >>> found = with_width(ClaimEstimate(0.0, 0.0, 0.0, 96, PROMPTS))
+    >>> found = with_width(ClaimEstimate(0.0, 0.0, 0.0, 0.0, 0.0, 96, PROMPTS))
     >>> round(found.low, 3), round(found.high, 3)
     (-0.038, 0.038)
     """
     if not found.n or found.low != found.high:
         return found
     reach = wilson(0, found.n)[1]
-    return replace(found, low=found.value - reach, high=found.value + reach)
+    low = found.value - reach
+    high = found.value + reach
+    return replace(found, low=low, high=high, prompts_low=low, prompts_high=high)
 
 
 def spanned(
@@ -93,9 +122,9 @@ def spanned(
         level: of confidence.
     """
     if len(trainings) < SEVERAL:
-        return ClaimEstimate(value, *ends, n, PROMPTS)
+        return ClaimEstimate(value, *ends, *ends, n, PROMPTS)
     others = student(np.array(list(trainings.values())), level)
-    return ClaimEstimate(value, *_both(ends, others), n, SEEDS)
+    return ClaimEstimate(value, *_both(ends, others), *ends, n, SEEDS)
 
 
 def _both(one: Interval, other: Interval) -> Interval:

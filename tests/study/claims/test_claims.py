@@ -271,7 +271,7 @@ def test_a_rise_is_a_change_too() -> None:
 
 
 def claim(key: str, threat: str, judged: str, setting: str = "equal steps", **changes: object) -> Claim:
-    made = Claim(key, key, threat, setting, "", "", 0.5, 0.1, 0.9, NAN, 0.0, 64, "prompts", judged, "")
+    made = Claim(key, key, threat, setting, "", "", 0.5, 0.1, 0.9, 0.1, 0.9, NAN, 0.0, 64, "prompts", judged, "")
     return replace(made, **changes)
 
 
