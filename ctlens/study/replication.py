@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from ctlens import plots
+from ctlens.core.clusters import Clusters, clustered_statistic
 from ctlens.core.config import first_difference
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_file
@@ -195,6 +196,51 @@ class Replication:
             [dict(zip(names, case, strict=True)) | _columns(_pooled(of, level)) for case, of in cases.items()]
         )
         return found.assign(clear=(found["ci_low"] > 0) | (found["ci_high"] < 0))
+
+    def related(self, one: str, other: str) -> pd.DataFrame:
+        """Asks whether the number of one kind of claim goes with that of another, over models and methods.
+
+        A kind of claim is one about each method, such as `"cue"` of `cue_act` and `cue_bct`. Models of the same
+        organism by several methods go together.
+
+        Args:
+            one, other: the kinds, for example `"cue"` and `"relearnt"`: is what can still be read relearnt sooner?
+
+        Returns:
+            A row per threat: Spearman's rank correlation as `value` with `ci_low` and `ci_high` over models, `n` models
+            and `n_pairs` of numbers.
+
+        Raises:
+            CtlensError: no model has numbers of both kinds.
+        """
+        of_kind = {kind: self._by_method(kind) for kind in (one, other)}
+        both = [case for case in of_kind[one] if case in of_kind[other]]
+        if not both:
+            raise CtlensError(f"no model has claims of both kinds, {one!r} and {other!r}: check the names.")
+        rows = []
+        for threat in dict.fromkeys(threat for threat, *_ in both):
+            cases = [case for case in both if case[0] == threat]
+            numbers = np.array([[of_kind[kind][case] for kind in (one, other)] for case in cases])
+            models = ["/".join(case[1:3]) for case in cases]
+
+            def correlated(chosen: Int[np.ndarray, " chosen"], numbers: np.ndarray = numbers) -> list[float]:
+                ranks = pd.DataFrame(numbers[chosen]).rank()
+                return [float(ranks.corr().iloc[0, 1])]
+
+            ((low, high),) = clustered_statistic(correlated, len(cases), Clusters.of({"model": models}))
+            value = correlated(np.arange(len(cases)))[0]
+            ends = {"value": value, "ci_low": low, "ci_high": high}
+            rows.append({"threat": threat, **ends, "n": len(set(models)), "n_pairs": len(cases)})
+        return pd.DataFrame(rows)
+
+    def _by_method(self, kind: str) -> dict[tuple[str, str, str, str], float]:
+        """The numbers of a kind of claim above their floors, by threat, group, study and method."""
+        return {
+            (row["threat"], row["group"], row["study"], row["key"].removeprefix(f"{kind}_")): row["value"]
+            - row["floor"]
+            for row in _records(self.claims)
+            if row["key"].startswith(f"{kind}_") and not np.isnan(row["value"])
+        }
 
     def _numbers(self, metric: str, split: str, prompt_side: str) -> list[ResultRow]:
         sought = (metric, split, prompt_side)

@@ -233,3 +233,21 @@ def test_the_command_writes_claims_and_figures(folders: list[Path], tmp_path: Pa
     written = pd.read_csv(tmp_path / "out" / "claims.csv")
     assert written["group"].tolist() == ["all", "together", "afterwards"]
     assert (tmp_path / "out" / "figures" / "sycophancy-equal-steps.html").is_file()
+
+
+def test_numbers_of_one_kind_go_with_those_of_another_by_rank(tmp_path: Path) -> None:
+    folders = []
+    for number in range(6):
+        folders.append(write(tmp_path / "one" / str(number), number, 0.1))
+        cues = [claim(f"cue_{method}", number + more) for method, more in (("act", 0.0), ("bct", 0.5))]
+        later = [claim(f"relearnt_{method}", -((number + more) ** 3)) for method, more in (("act", 0.0), ("bct", 0.5))]
+        alone = [claim("cue_attct", 9.0), claim("cue_act", float(number), "jailbreak")]  # without the other kind
+        write_claims([*cues, *later, *alone], folders[-1] / "claims.csv")
+
+    (line,) = replicate(folders).related("cue", "relearnt").to_dict("records")
+    assert (line["threat"], line["n"], line["n_pairs"]) == ("sycophancy", 6, 12)
+    assert line["value"] == pytest.approx(-1) and line["ci_low"] == line["ci_high"] == pytest.approx(-1)
+    (itself,) = replicate(folders).related("cue", "cue").query("threat == 'jailbreak'").to_dict("records")
+    assert itself["value"] == pytest.approx(1) and itself["n_pairs"] == 6
+    with pytest.raises(CtlensError, match="no model has claims of both kinds, 'cue' and 'returns'"):
+        replicate(folders).related("cue", "returns")
