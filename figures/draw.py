@@ -37,7 +37,8 @@ from ctlens.study.conditions import CROSSED_CONDITIONS, DEFAULT_METHODS, RETENTI
 from ctlens.study.config import ANALYSED_THREATS
 from ctlens.study.dose_response import DoseResult
 from ctlens.study.inoculation import Leak
-from ctlens.study.results import read_results
+from ctlens.study.replication import ALL_MODELS, Replication, replicate
+from ctlens.study.results import SPLIT, in_order, last_step, read_results
 
 HERE = Path(__file__).parent
 DATA = HERE / "data"
@@ -46,6 +47,9 @@ LIBRARY = "plotly.min.js"
 SHOWN = (RETENTION, *DEFAULT_METHODS)
 EXCHANGED = (*DEFAULT_METHODS, *CROSSED_CONDITIONS)
 SIMILARITY = "-similarity.safetensors"
+POOLED = ("bad_rate", "good_rate", "bad_rate_vs_retention", "share_repaired")
+MECHANISM = ("repair", "shared", "shared_content", "left_later", "level", "distance", "attention")
+PUSHED = ("relearnt", "returns", "wrappers")
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,40 @@ class ShownStudy:
         yield f"{self.prefix}{first}-residual-last", compared
 
 
+@dataclass(frozen=True)
+class ShownReplication:
+    """The studies of several organisms in the gallery, pooled.
+
+    Attributes:
+        folder: with a folder per recipe, in it a study per organism, under `DATA` and under the folder of the runs.
+    """
+
+    folder: str = "replication"
+
+    def studies(self, root: Path) -> list[Path]:
+        """The folders of the studies under a root."""
+        return sorted(path.parent for path in (root / self.folder).glob("*/*/claims.csv"))
+
+    def take(self, runs: Path) -> None:
+        """Copies what is pooled from the studies of a folder of runs: config, claims, and rates at the last step."""
+        for study in self.studies(runs):
+            held = DATA / study.relative_to(runs)
+            held.mkdir(parents=True, exist_ok=True)
+            for name in ("config.json", "claims.csv"):
+                shutil.copyfile(study / name, held / name)
+            results = last_step(read_results(study / "results.csv"))
+            results[results["metric"].isin(POOLED)].to_csv(held / "results.csv", index=False)
+
+    def drawings(self, data: Path) -> Iterator[tuple[str, plots.Figure]]:
+        """Draws the figures of the replication, each with its name."""
+        found = replicate(self.studies(data))
+        for threat in ANALYSED_THREATS:
+            yield f"{threat}-replicated", found.figure(threat, SETTINGS[0], MECHANISM)
+            pushed = [f"{kind}_{method}" for kind in PUSHED for method in DEFAULT_METHODS]
+            yield f"{threat}-replicated-pushed", found.figure(threat, SETTINGS[0], pushed)
+
+
+REPLICATION = ShownReplication()
 STUDIES = (ShownStudy("study", ANALYSED_THREATS), ShownStudy("real", ("facts",), "real-"))
 """The study of the organism, and that of a real chat model."""
 TAKEN = {
@@ -104,7 +142,7 @@ def drawings(data: Path) -> dict[str, plots.Figure]:
     """The figures of the gallery by name, drawn by today's code from the data in a folder."""
     doses = DoseResult(data, pd.read_csv(data / "doses.csv", keep_default_na=False))
     return {
-        **{name: figure for study in STUDIES for name, figure in study.drawings(data)},
+        **{name: figure for study in (*STUDIES, REPLICATION) for name, figure in study.drawings(data)},
         "doses-pairs": doses.figure("pairs"),
         "doses-steps": doses.figure("steps"),
         "leak": Leak(pd.read_csv(data / "leak.csv"), {}).figure(),
@@ -121,6 +159,7 @@ def take(runs: Path) -> None:
             _shown(ShiftSimilarity.load(runs / source)).save(DATA / name)
         else:
             shutil.copyfile(runs / source, DATA / name)
+    REPLICATION.take(runs)
 
 
 def _shown(found: ShiftSimilarity) -> ShiftSimilarity:
@@ -172,11 +211,69 @@ def compared_table(claims: Mapping[str, Sequence[Claim]]) -> str:
 
 def _verdict(claim: Claim) -> str:
     """The verdict on a claim, with its number and interval where there is one."""
-    if math.isnan(claim.value):
-        return claim.verdict
-    ends = "too few" if math.isnan(claim.ci_low) else f"{claim.ci_low:.2f}, {claim.ci_high:.2f}"
-    number = f"{claim.value:.2f} [{ends}]".replace("-", "−")
-    return f"**{claim.verdict}**, {number}"
+    return _judged(claim.verdict, claim.value, claim.ci_low, claim.ci_high)
+
+
+def _judged(verdict: str, value: float, low: float, high: float) -> str:
+    if math.isnan(value):
+        return verdict
+    ends = "too few" if math.isnan(low) else f"{low:.2f}, {high:.2f}"
+    return f"**{verdict}**, {value:.2f} [{ends}]".replace("-", "−")
+
+
+def replicated_table(found: Replication) -> str:
+    """Writes the pooled claims that are not about one method as a Markdown table, a row per claim and case."""
+    groups = [ALL_MODELS, *found.groups]
+    lines = [f"| claim | threat | setting | {' | '.join(groups)} |", "|---|---|---|" + "---|" * len(groups)]
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in found.to_dataframe().to_dict("records"):
+        if row["key"] in MECHANISM:
+            case = (row["statement"], row["threat"], row["setting"])
+            rows.setdefault(case, {})[row["group"]] = _pooled_verdict(row)
+    for (statement, threat, setting), cells in rows.items():
+        told = " | ".join(cells.get(group, "–") for group in groups)
+        lines.append(f"| {statement[0].upper()}{statement[1:]} | {threat} | {setting} | {told} |")
+    return "\n".join(lines)
+
+
+def by_method_table(found: Replication, kinds: Sequence[str]) -> str:
+    """Writes the pooled claims about each method as a Markdown table, a row per kind and threat, over all models."""
+    lines = [f"| claim | threat | {' | '.join(map(plots.label, DEFAULT_METHODS))} |"]
+    lines.append("|---|---|" + "---|" * len(DEFAULT_METHODS))
+    table = found.to_dataframe().query("group == @ALL_MODELS").set_index(["key", "threat"])
+    for kind in kinds:
+        for threat in ANALYSED_THREATS:
+            rows = {method: table.loc[(f"{kind}_{method}", threat)] for method in DEFAULT_METHODS}
+            first = DEFAULT_METHODS[0]
+            statement = rows[first]["statement"].replace(plots.label(first), "training")
+            told = " | ".join(_pooled_verdict(row) for row in rows.values())
+            lines.append(f"| {statement[0].upper()}{statement[1:]} | {threat} | {told} |")
+    return "\n".join(lines)
+
+
+def _pooled_verdict(row: Mapping[Any, Any]) -> str:
+    """The verdict on a pooled claim, its number and interval, and on how many of the models it holds alone."""
+    told = _judged(row["verdict"], row["value"], row["ci_low"], row["ci_high"])
+    return f"{told}; {row['holds']} of {row['n']}" if row["n"] else told
+
+
+def pooled_rates_table(found: Replication, metric: str, split: str = SPLIT) -> str:
+    """Writes a number of every method on its own threat, pooled over models, as a Markdown table."""
+    rates = found.rates(metric, split).set_index(["threat", "group", "condition"])
+    conditions = in_order(set(rates.index.get_level_values("condition")))
+    lines = [
+        f"| threat | organisms | {' | '.join(map(plots.label, conditions))} |",
+        "|---|---|" + "---|" * len(conditions),
+    ]
+    for threat in ANALYSED_THREATS:
+        for group in (ALL_MODELS, *found.groups):
+            told = []
+            for condition in conditions:
+                row = rates.loc[(threat, group, condition)]
+                ends = "too few" if math.isnan(row["ci_low"]) else f"{row['ci_low']:.0%}, {row['ci_high']:.0%}"
+                told.append(f"{row['value']:.0%} [{ends}]".replace("-", "−"))
+            lines.append(f"| {threat} | {group} | {' | '.join(told)} |")
+    return "\n".join(lines)
 
 
 def write(folder: Path, drawn: Mapping[str, plots.Figure]) -> None:

@@ -249,17 +249,22 @@ class Replication:
             raise CtlensError(f"the studies have no {metric} of {prompt_side} prompts on {split!r}: check the names.")
         return rows
 
-    def figure(self, threat: str, setting: str) -> Figure:
-        """Draws every claim on one threat: each model's number above the claim's floor, and the pooled ones.
+    def figure(self, threat: str, setting: str, keys: Sequence[str] = ()) -> Figure:
+        """Draws the claims on one threat: each model's number above the claim's floor, and the pooled ones.
+
+        Args:
+            threat, setting: of the claims.
+            keys: which of them; all by default.
 
         Raises:
-            CtlensError: no claim was measured there.
+            CtlensError: no such claim was measured there.
         """
         single = [
             row
             for row in _records(self.claims)
             if (row["threat"], row["setting"]) == (threat, setting)
             and row["key"] not in _CHOSEN_ANEW
+            and (not keys or row["key"] in keys)
             and not np.isnan(row["value"])
         ]
         if not single:
