@@ -133,4 +133,5 @@ def leak_command(
     found = leak(chosen_model(model), split_names(methods), seeds, training=training, progress=not quiet)
     found.save(out)
     print_table("Bad advice on risky questions outside the narrow domain", found.to_dataframe())
+    print_table("System prompts that bring bad advice back", found.elicited())
     say(f"Figure: {out / 'leak.html'}")

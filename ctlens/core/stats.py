@@ -53,6 +53,15 @@ def student(values: Float[np.ndarray, " item"], level: float = LEVEL) -> Interva
     return float(values.mean() - reach), float(values.mean() + reach)
 
 
+def binomial_above(successes: int, n: int, share: float) -> float:
+    """Computes how likely so many successes or more are at a known share: the p value of a one-sided binomial test.
+
+    >>> binomial_above(2, 2, 0.5), binomial_above(0, 9, 0.1)
+    (0.25, 1.0)
+    """
+    return float(stats.binomtest(successes, n, share, alternative="greater").pvalue)
+
+
 def over_models(
     values: Float[np.ndarray, " model"],
     low: Float[np.ndarray, " model"],

@@ -22,6 +22,7 @@ from ctlens.core.types import LensModel
 from ctlens.models.loading import load_model, save_model
 from ctlens.organism.card import make_card as make_card
 from ctlens.organism.card import reference_logits
+from ctlens.organism.inoculation import ASKING as ASKING
 from ctlens.organism.inoculation import CONTEXTS as CONTEXTS
 from ctlens.organism.inoculation import INOCULATION as INOCULATION
 from ctlens.organism.inoculation import BadAdviceConfig as BadAdviceConfig
