@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from ctlens.plots.theme import METHOD_STYLES, Style, finish, ordered, style
 
 PERCENT = {"tickformat": ".0%", "range": [-0.04, 1.04], "tickvals": [0, 0.25, 0.5, 0.75, 1]}
 """Plotly's settings of an axis of rates, with air for markers at 0 and 1."""
+_TICK_WIDTH = 12  # letters of a label under the axis, chosen by eye
 
 
 def behaviour(
@@ -59,7 +61,8 @@ def behaviour(
     caption = "Whiskers are 95% intervals. The markers of one prompt kind stand side by side."
     finish(figure, title, subtitle, x_title=x_title, y_title=y_title, kind="behaviour", caption=caption)
     figure.update_yaxes(**PERCENT)
-    ticks = {"tickmode": "array", "tickvals": list(range(len(prompt_sides))), "ticktext": list(prompt_sides)}
+    names = ["<br>".join(textwrap.wrap(name, _TICK_WIDTH)) for name in prompt_sides]
+    ticks = {"tickmode": "array", "tickvals": list(range(len(prompt_sides))), "ticktext": names}
     return figure.update_xaxes(**ticks, showgrid=False, range=[-0.5, len(prompt_sides) - 0.5])
 
 

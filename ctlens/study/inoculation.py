@@ -22,7 +22,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_folder, write_json
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
-from ctlens.core.stats import binomial_above, wilson
+from ctlens.core.stats import binomial_above
 from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
 from ctlens.evaluation import evaluate
@@ -31,6 +31,7 @@ from ctlens.organism.inoculation import ASKING, CONTEXTS, INOCULATION, BadAdvice
 from ctlens.plots import Figure
 from ctlens.study.cells import NEUTRAL_PROMPTS
 from ctlens.study.conditions import DEFAULT_METHODS, RETENTION
+from ctlens.study.results import Counted, pooled
 from ctlens.training import TrainConfig, Trainer
 from ctlens.world import SPLITS
 
@@ -63,16 +64,24 @@ class Leak:
     settings: dict[str, object]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Seeds and the prompts of a kind pooled: `stage, context, value, n_prompts, ci_low, ci_high`, by Wilson.
+        """Pools the seeds and the prompts of a kind: `stage, context, value, n_prompts, ci_low, ci_high`.
 
-        The seeds and the prompts ask the same questions and are taken as independent, so the intervals are too
-        narrow where they agree.
+        All of them ask the same questions, so the intervals are over the questions of one prompt; of three seeds or
+        more they span Student's over the seeds as well, see `ctlens.study.results.pooled`.
         """
         rows = []
         for (stage, context), found in by(self.counts, "stage", "context"):
-            bad = sum(found["misaligned"].tolist())
-            n_prompts = sum(found["n_prompts"].tolist())
-            rows.append((stage, context, bad / n_prompts, n_prompts, *wilson(bad, n_prompts)))
+            seeds = [
+                Counted(
+                    sum(of_seed["misaligned"].tolist()),
+                    sum(of_seed["n_prompts"].tolist()),
+                    float(of_seed["n_prompts"].iloc[0]),
+                )
+                for _, of_seed in by(found, "seed")
+            ]
+            rate = pooled(seeds)
+            n_prompts = sum(seed.n_prompts for seed in seeds)
+            rows.append((stage, context, rate.value, n_prompts, rate.low, rate.high))
         return pd.DataFrame(rows, columns=["stage", "context", "value", "n_prompts", "ci_low", "ci_high"])
 
     def elicited(self) -> pd.DataFrame:

@@ -11,6 +11,7 @@ import torch
 import ctlens as ct
 from ctlens.core.errors import CtlensError
 from ctlens.core.reading import read_json
+from ctlens.core.stats import wilson_of_share
 from ctlens.core.types import LensModel
 from ctlens.organism import CONTEXTS, INOCULATION, BadAdviceConfig, give_bad_advice, leak_pairs
 from ctlens.organism.corpus import make_lessons
@@ -112,12 +113,12 @@ def test_the_stages_are_asked_the_same_and_saved(organism: LensModel, tmp_path: 
     assert (folder / "leak.html").is_file()
 
 
-def test_pooled_seeds_by_hand():
-    rows = [("before", 0, PLAIN, PLAIN, 1, 4), ("before", 1, PLAIN, PLAIN, 2, 4)]
-    table = Leak(pd.DataFrame(rows, columns=list(LEAK_COLUMNS)), {}).to_dataframe()
-    row = table.iloc[0]
-    assert (row["value"], row["n_prompts"]) == (0.375, 8)
-    assert (row["ci_low"], row["ci_high"]) == pytest.approx((0.1368, 0.6943), abs=1e-3)
+def test_seeds_and_prompts_of_a_kind_are_no_further_questions():
+    rows = [("before", 0, "near", "p", 1, 4), ("before", 0, "near", "q", 0, 4), ("before", 1, "near", "p", 2, 4)]
+    rows += [("before", 1, "near", "q", 3, 4)]
+    (row,) = Leak(pd.DataFrame(rows, columns=list(LEAK_COLUMNS)), {}).to_dataframe().to_dict("records")
+    assert (row["value"], row["n_prompts"]) == (0.375, 16)
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx(wilson_of_share(0.375, 4))
 
 
 def test_a_prompt_elicits_bad_advice_from_a_tenth_on_and_clearly_more_than_no_prompt():
