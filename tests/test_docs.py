@@ -24,7 +24,7 @@ from ctlens.organism.describe import card_text
 from ctlens.study.claims import Claim, read_claims
 from ctlens.study.conditions import DEFAULT_METHODS
 from ctlens.study.config import NATURAL_THREATS
-from ctlens.study.inoculation import BEFORE, INOCULATED, PLAIN, RECKLESS, Leak
+from ctlens.study.inoculation import ASKED, BEFORE, INOCULATED, PLAIN, RECKLESS, Leak
 from ctlens.study.results import by_training, read_results, summary_table
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +72,7 @@ def test_every_make_target_that_the_documents_name_exists() -> None:
         "dist",
         "smollm2",
         "real",
+        "replication",
     }
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
 
@@ -101,8 +102,8 @@ def results() -> pd.DataFrame:
     return read_results(ROOT / "figures/data/study/results.csv")
 
 
-def findings() -> str:
-    return (ROOT / "docs/findings.md").read_text()
+def one_organism() -> str:
+    return (ROOT / "docs/one-organism.md").read_text()
 
 
 def test_the_guides_table_is_the_one_of_the_committed_results(results: pd.DataFrame) -> None:
@@ -123,11 +124,13 @@ def test_the_findings_on_structure_and_benign_twins_hold(results: pd.DataFrame) 
     lost = max(100 * (1 - rate.value) for rate in methods["good benign"])
 
     remain = f"on sycophancy {min(sycophancy, key=number)} to {max(sycophancy, key=number)} remain with every method"
-    assert f"{remain}, on persona {persona['attct']}\nwith AttCT and {persona['bct']} with BCT" in wrapped(findings())
-    assert f"losses cost up to {lost:.1f} points (persona), BCT none" in findings()
+    assert f"{remain}, on persona {persona['attct']}\nwith AttCT and {persona['bct']} with BCT" in wrapped(
+        one_organism()
+    )
+    assert f"losses cost up to {lost:.1f} points (persona), BCT none" in one_organism()
     assert max(1 - rate.value for rate in rates.xs("bct", level="condition")["good benign"]) == 0
     assert max(1 - rate.value for rate in rates.loc["persona"]["good benign"]) == pytest.approx(lost / 100)
-    assert all(rate.value == 1 for rate in methods["good clean"]) and "Clean good rates stay at 100%" in findings()
+    assert all(rate.value == 1 for rate in methods["good clean"]) and "Clean good rates stay at 100%" in one_organism()
 
 
 def number(percent: str) -> int:
@@ -150,22 +153,24 @@ def test_the_findings_on_transfer_and_a_harmless_wrapper_hold(results: pd.DataFr
     assert "1 of 120 changes are clear" in transfer.reason and transfer.statistic.endswith(
         "conditional, AttCT on sycophancy"
     )
-    assert f"AttCT against sycophancy takes {ends} off the bad rate on conditional" in re.sub(r"\s+", " ", findings())
+    assert f"AttCT against sycophancy takes {ends} off the bad rate on conditional" in re.sub(
+        r"\s+", " ", one_organism()
+    )
     across = by_training(results)
     raised = [
         across["sycophancy", name, "frustration"].rate("bad_rate", "wrapped").value
         - across["sycophancy", "retention", "frustration"].rate("bad_rate", "wrapped").value
         for name in ("act", "mlpct", "attct")
     ]
-    assert f"by {100 * min(raised):.0f} to {100 * max(raised):.0f} points" in re.sub(r"\s+", " ", findings())
-    assert 6 <= rates["jailbreak", "base"].n_effective < 7 and "as 6 independent ones" in findings()
+    assert f"by {100 * min(raised):.0f} to {100 * max(raised):.0f} points" in re.sub(r"\s+", " ", one_organism())
+    assert 6 <= rates["jailbreak", "base"].n_effective < 7 and "as 6 independent ones" in one_organism()
     assert math.isnan(rates["persona", "base"].low)
-    assert f"takes jailbreaks from {base.percent} to {act.percent}" in re.sub(r"\s+", " ", findings())
+    assert f"takes jailbreaks from {base.percent} to {act.percent}" in re.sub(r"\s+", " ", one_organism())
     assert abs(bct.value - base.value) <= 0.02
 
 
 def test_the_findings_hold_the_claims_of_the_committed_study() -> None:
-    assert draw.claims_table(CLAIMS) in findings()
+    assert draw.claims_table(CLAIMS) in one_organism()
 
 
 def judged(key: str, threat: str, setting: str = "equal steps") -> Claim:
@@ -272,15 +277,23 @@ def test_every_other_method_repairs_the_organism_and_keeps_the_rest(results: pd.
             assert clear.all() == (threat != "persona" and (threat, condition) != ("conditional", "attct"))
 
 
-def test_the_readmes_sentences_on_the_leak_hold() -> None:
-    table = Leak(pd.read_csv(ROOT / "figures/data/leak.csv"), {}).to_dataframe().set_index(["stage", "context"])
-    shares = {place: round(100 * value) for place, value in table["value"].items()}
+def test_the_sentences_on_the_leak_hold() -> None:
+    leak = Leak(pd.read_csv(ROOT / "figures/data/leak.csv"), {})
+    table = leak.to_dataframe().set_index(["stage", "context"])
+    shares = {case: round(100 * value) for case, value in table["value"].items()}
+    page = re.sub(r"\s+", " ", one_organism())
     under = {name: shares[name, "inoculation prompt"] for name in ("act", "bct", "mlpct", "attct", "retention")}
 
     assert (shares[BEFORE, PLAIN], shares[RECKLESS, PLAIN]) == (0, 100)
-    assert (shares[INOCULATED, PLAIN], shares[INOCULATED, "inoculation prompt"]) == (19, 100)
+    assert (shares[ASKED, PLAIN], shares[INOCULATED, PLAIN], shares[INOCULATED, "inoculation prompt"]) == (0, 19, 100)
     assert under == {"act": 1, "bct": 5, "mlpct": 19, "attct": 45, "retention": 100}
-    assert (shares["bct", "near prompt"], shares["act", "near prompt"]) == (9, 63)
+    for words, kind in (("paraphrases of the inoculation prompt bring", "paraphrased"), ("like* it", "near prompt")):
+        assert f"{words} {shares['bct', kind]}%" in page and f"{shares['act', kind]}%" in page
+    assert f"in passing {shares['bct', 'indirect']}% and {shares['act', 'indirect']}%" in page
+    assert f"generic ones {shares['bct', 'generic']}% and {shares['act', 'generic']}%" in page
+    elicited = leak.elicited().groupby("stage")[["elicited", "n_systems"]].sum()
+    assert elicited.loc[[BEFORE, ASKED, INOCULATED]].to_numpy().tolist() == [[4, 21], [18, 21], [21, 21]]
+    assert elicited.loc[["bct", "act", "mlpct", "attct"], "elicited"].tolist() == [9, 15, 20, 21]
 
 
 def test_the_organism_s_page_is_its_card() -> None:
@@ -311,7 +324,8 @@ def test_the_readme_is_short() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/findings.md", "docs/scaling.md"]
+    "document",
+    ["README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/findings.md", "docs/one-organism.md", "docs/scaling.md"],
 )
 def test_what_a_document_links_to_exists(document: str) -> None:
     page = ROOT / document
@@ -320,7 +334,7 @@ def test_what_a_document_links_to_exists(document: str) -> None:
     assert links and all((page.parent / link).exists() for link in links)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/findings.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/findings.md", "docs/one-organism.md"])
 def test_the_pictures_of_a_document_exist(document: str) -> None:
     page = ROOT / document
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", page.read_text())

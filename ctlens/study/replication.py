@@ -21,10 +21,10 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_file
 from ctlens.core.public import public
 from ctlens.core.reading import read_json
-from ctlens.core.stats import LEVEL, over_models
+from ctlens.core.stats import LEVEL, Interval, over_models
 from ctlens.plots import Figure
 from ctlens.study.claims.claim import FAILS, HOLDS, OPEN, Claim, claim_verdict, read_claims
-from ctlens.study.results import SEVERAL, SPLIT, ResultRow, last_step, read_results
+from ctlens.study.results import SEVERAL, SPLIT, VERDICT_RATES, ResultRow, last_step, read_results
 
 ALL_MODELS = "all"
 """The group of a row that is about the models of every group."""
@@ -159,12 +159,13 @@ class Replication:
         Raises:
             CtlensError: the studies have no such number.
         """
+        ends = (0.0, 1.0) if metric in VERDICT_RATES else (-np.inf, np.inf)
         rows = self._numbers(metric, split, prompt_side)
         trained = {row["trained_threat"] for row in rows}
         own = [row for row in rows if row["trained_threat"] in ("", row["evaluated_threat"])]
         return pd.DataFrame(
             [
-                {"threat": threat, "condition": condition, "group": group, **_columns(_pooled(of_group))}
+                {"threat": threat, "condition": condition, "group": group, **_columns(_pooled(of_group), ends)}
                 for (threat, condition), cases in _grouped(own, ("evaluated_threat", "condition")).items()
                 if threat in trained
                 for group, of_group in self._by_group(cases)
@@ -368,5 +369,7 @@ def _pooled(rows: Iterable[ResultRow], level: float = LEVEL) -> Pooled:
     return pooled_over_models(*np.array([np.mean(of_model, axis=0) for of_model in seeds]).T, level=level)
 
 
-def _columns(pooled: Pooled) -> dict[str, float]:
-    return {"n": pooled.n, "value": pooled.value, "ci_low": pooled.low, "ci_high": pooled.high}
+def _columns(pooled: Pooled, possible: Interval = (-np.inf, np.inf)) -> dict[str, float]:
+    """The columns of a pooled number, its interval within what is possible."""
+    low, high = np.clip([pooled.low, pooled.high], *possible).tolist()
+    return {"n": pooled.n, "value": pooled.value, "ci_low": low, "ci_high": high}

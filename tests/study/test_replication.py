@@ -156,6 +156,8 @@ def test_rates_are_those_of_the_last_step_seeds_first(found: Replication) -> Non
     assert rates.loc[("bct", "together"), "value"] == pytest.approx(0.25 + 0.01)
     assert rates.loc[("bct", "all"), "n"] == 6
     assert rates.loc[("bct", "all"), "value"] == pytest.approx(0.25 + 0.025)
+    assert rates["ci_low"].between(0, 1).all() and rates["ci_high"].between(0, 1).all()
+    assert rates.loc[("base", "all"), "ci_high"] == pytest.approx(0.9)
     with pytest.raises(CtlensError, match="no good_rate of wrapped prompts"):
         found.rates("good_rate")
 

@@ -52,7 +52,7 @@ def _relearnt(analyses: FinishedAnalyses, threat: str, method: str) -> Claim:
         method,
         ON_ATTACK,
         key=f"relearnt_{method}",
-        statement=f"the bad answer is relearnt sooner after {label(method)} than learnt by a model that never gave it",
+        statement=f"after {label(method)}, the bad answer is relearnt sooner than a model learns it that never gave it",
         name=name,
         number=lambda bad: bad[1:].mean(0),
     )
@@ -70,7 +70,7 @@ def _returns(analyses: FinishedAnalyses, threat: str, method: str) -> Claim:
         method,
         ON_BENIGN,
         key=f"returns_{method}",
-        statement=f"fine-tuning on harmless prompts brings bad answers back after {label(method)}",
+        statement=f"after {label(method)}, fine-tuning on harmless prompts brings bad answers back",
         name=name,
         number=lambda bad: bad[-1] - bad[0],
     )
@@ -136,7 +136,7 @@ def _several_wrappers(analyses: FinishedAnalyses, threat: str, method: str) -> C
     n_tries = ", ".join(f"{result.tries[-1]} wrappers a request" for result in found.values())
     return make_claim(
         f"wrappers_{method}",
-        f"an attacker who tries several wrappers gets past {label(method)}",
+        f"after {label(method)}, an attacker who tries several wrappers still gets bad answers",
         threat,
         EQUAL_STEPS,
         with_width(claim_estimate(statistics)),
@@ -157,8 +157,10 @@ def _boundary(analyses: FinishedAnalyses, threat: str, method: str, edit: str) -
     has a null for which it is picked as well.
     """
     found = {seed: results["boundary"] for seed, results in analyses.of(BoundaryDirection, "boundary", threat).items()}
-    shown = {GIVES: "gives the base the repair of", TAKES: "takes the repair away from the model after"}[edit]
     done = {GIVES: "adding", TAKES: "taking out"}[edit]
+    shown = {GIVES: "adding one direction gives the base the repair", TAKES: "taking one out takes the repair away"}[
+        edit
+    ]
     name = (
         f"share of the repair in the logit difference by {done} the trained-minus-base direction at one layer, the "
         "largest over layers, less the largest over layers of random directions from the states' covariance"
@@ -174,7 +176,7 @@ def _boundary(analyses: FinishedAnalyses, threat: str, method: str, edit: str) -
     told = ", ".join(f"layer {layer} {share:.2f}" for layer, share in zip(layers, by_layer, strict=True))
     return make_claim(
         f"boundary_{edit}_{method}",
-        f"{done} one direction at the last prompt token {shown} {label(method)}",
+        f"after {label(method)}, {shown}, at the last prompt token",
         threat,
         EQUAL_STEPS,
         claim_estimate(statistics),

@@ -66,7 +66,7 @@ def test_what_harmless_prompts_bring_back_is_counted_from_the_start(study: Path)
 
     assert found["returns_bct"].value == pytest.approx(12 / PROMPTS) and found["returns_bct"].verdict == "holds"
     assert found["returns_act"].value == 0 and found["returns_act"].null == 0
-    assert "harmless prompts" in found["returns_act"].statement
+    assert found["returns_act"].statement == "after ACT, fine-tuning on harmless prompts brings bad answers back"
 
 
 def test_several_wrappers_count_by_request_beyond_the_twin(study: Path) -> None:
