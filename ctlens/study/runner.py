@@ -91,6 +91,7 @@ class Study:
         self.progress = progress
         self.pool = pool or Pool()
         self._rows: dict[Cell, pd.DataFrame] = {}
+        self._untrained: dict[Cell, Evaluation] = {}
         if config.file:
             subject(OWN_PAIRS, config.file).pairs(1)  # refuses a file that is none before the folder is made
         pairs = {"pairs_digest": digest(config.file)} if config.file else {}
@@ -135,10 +136,12 @@ class Study:
             sweep(cell.path(self.folder) for cell in missing)
 
     def _answers(self, cell: Cell) -> Evaluation:
-        """What a model answered that is not trained."""
-        path = cell.path(self.folder)
-        require_undamaged(self.folder, path.name)
-        return Evaluation.load(path)
+        """What a model answered that is not trained, read once."""
+        if cell not in self._untrained:
+            path = cell.path(self.folder)
+            require_undamaged(self.folder, path.name)
+            self._untrained[cell] = Evaluation.load(path)
+        return self._untrained[cell]
 
     def _compared(self, cell: Cell) -> pd.DataFrame:
         """The rows of a finished cell, with its bad rates against the base's and against the control's, found once."""
