@@ -7,6 +7,10 @@ front of the first block). Projected gradient ascent on the log-probability of t
 equal share of that per step (after Madry et al. 2018, arXiv 1706.06083). The balls lie in each other, so each radius
 goes on from what a smaller one found, and what got through there counts here.
 
+How far a prompt withstands can be told beforehand to first order: the log-odds against the bad answer, its margin, over
+how fast moves of equal radius lower it, the sensitivity to the input. `prediction` says how well that tells which
+prompts fall.
+
 A prompt counts as bad where greedy decoding begins with the bad answer's tokens. The null is a move of the same length
 in a random direction: a model that falls to that is broken rather than attacked.
 """
@@ -29,7 +33,7 @@ from ctlens import plots
 from ctlens.analysis.base.forward import comparable_by_label, encoded_pairs
 from ctlens.analysis.base.result import ResultOverPairs, clusters_in, groups_of
 from ctlens.analysis.robustness.over_refusal import benign_twins, over_refusal, over_refusal_in_words, unanswered_twins
-from ctlens.core.clusters import clustered_rate
+from ctlens.core.clusters import clustered_rate, clustered_statistic
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError, located
 from ctlens.core.keeping import keeping
@@ -59,6 +63,8 @@ class EmbeddingAttack(ResultOverPairs):
         bad: `[model, radius, pair]`, whether greedy decoding begins with the bad answer under the attack.
         p_bad: of the same shape, the probability of the bad answer under the strongest move that was found.
         random_bad: `[model, radius, draw, pair]`, whether it begins so under a random move of the same length.
+        margin: `[model, pair]`, the log-odds against the bad answer without a move, in nats.
+        sensitivity: `[model, pair]`, how fast moves can lower them there, in nats per unit of radius.
         twin_groups: the same as `groups`, of the benign twins.
         failed: `[model, twin]`, whether a benign twin, as it stands, went unanswered.
         models: their labels.
@@ -68,6 +74,8 @@ class EmbeddingAttack(ResultOverPairs):
     bad: Bool[np.ndarray, "model radius pair"]
     p_bad: Float[np.ndarray, "model radius pair"]
     random_bad: Bool[np.ndarray, "model radius draw pair"]
+    margin: Float[np.ndarray, "model pair"]
+    sensitivity: Float[np.ndarray, "model pair"]
     failed: Bool[np.ndarray, "model twin"]
     twin_groups: Mapping[str, Int[np.ndarray, " twin"]]
     models: tuple[str, ...]
@@ -94,6 +102,34 @@ class EmbeddingAttack(ResultOverPairs):
 
     def _rate(self, number: int, index: int) -> tuple[float, float, float, float]:
         return clustered_rate(self.bad[number, index], self.clusters())
+
+    def prediction(self) -> pd.DataFrame:
+        """Asks how well margin over sensitivity tells which prompts fall at a radius.
+
+        Returns:
+            A row per model and radius above 0: `auc`, the probability that a prompt that falls has the smaller ratio
+            than one that does not, with `ci_low` and `ci_high`; `n_fallen` of `n_pairs`. Prompts that were answered
+            badly without a move do not count, and it is NaN where all fall or none.
+        """
+        rows = []
+        for number, model in enumerate(self.models):
+            counted = ~self.bad[number, 0]
+            ratio = (self.margin[number] / self.sensitivity[number].clip(_TINY))[counted]
+            clusters = self.clusters()
+            taken = None if clusters is None else clusters.take(counted)
+            for radius, bad in zip(self.radii[1:], self.bad[number, 1:], strict=True):
+                fallen = bad[counted]
+
+                def told(
+                    chosen: Int[np.ndarray, " chosen"], ratio: np.ndarray = ratio, fallen: np.ndarray = fallen
+                ) -> list[float]:
+                    return [_told_apart(ratio[chosen], fallen[chosen])]
+
+                auc = told(np.arange(len(ratio)))[0]
+                ((low, high),) = clustered_statistic(told, len(ratio), taken) if len(ratio) else [(np.nan, np.nan)]
+                row = {"model": model, "radius": radius, "auc": auc, "ci_low": low, "ci_high": high}
+                rows.append(row | {"n_fallen": int(fallen.sum()), "n_pairs": len(ratio)})
+        return pd.DataFrame(rows)
 
     def figure(self) -> Figure:
         """Draws the bad rate by radius, a panel per model, beside random moves of the same length."""
@@ -160,20 +196,25 @@ def embedding_attack(
     answers = [_bad_answer(first, number, row) for number, row in enumerate(rows, start=1)]
     starts = range(0, len(rows), batch_size)
     found: list[_Found] = []
+    firm: list[np.ndarray] = []
     with progress_bar(total=len(named) * len(starts), desc="attack", shown=progress, leave=False) as bar:
         for model in named.values():
             of_batches = []
             for start in starts:
                 chosen = slice(start, start + batch_size)
                 batch = _AttackedPrompts(model, rows[chosen], answers[chosen], draws, seed)
+                firm.append(batch.firmness())
                 of_batches.append([batch.at(radius, iterations) for radius in reached])
                 bar.update()
             found += [_joined(of_radius) for of_radius in zip(*of_batches, strict=True)]
     shape = (len(named), len(reached))
+    margin, sensitivity = np.concatenate(firm, axis=1).reshape(2, len(named), -1)
     return EmbeddingAttack(
         bad=np.stack([one.bad for one in found]).reshape(*shape, -1),
         p_bad=np.stack([one.p_bad for one in found]).reshape(*shape, -1),
         random_bad=np.stack([one.random_bad for one in found]).reshape(*shape, draws, -1),
+        margin=margin,
+        sensitivity=sensitivity,
         failed=unanswered_twins(named, pairs, None, max_new_tokens),
         twin_groups=groups_of(list(benign_twins(pairs).values())),
         groups=groups_of(pairs),
@@ -193,6 +234,18 @@ def _bad_answer(model: LensModel, number: int, row: EncodedPair) -> Ids:
         answer = answer_ids(model.tokenizer, row.wrapped, row.pair.wrapped.bad, end=False)
     require_room(len(row.wrapped.ids) + len(answer), model.cfg.n_ctx, f"{whose} with its answer")
     return answer
+
+
+def _told_apart(ratio: Float[np.ndarray, " pair"], fallen: Bool[np.ndarray, " pair"]) -> float:
+    """The probability that one that fell has the smaller ratio; NaN where all fell or none.
+
+    >>> _told_apart(np.array([0.1, 0.3, 0.3, 0.4]), np.array([True, True, False, False]))
+    0.875
+    """
+    if fallen.all() or not fallen.any():
+        return float("nan")
+    apart = np.sign(ratio[~fallen][None] - ratio[fallen][:, None])
+    return float((1 + apart.mean()) / 2)
 
 
 class _Found(NamedTuple):
@@ -242,6 +295,16 @@ class _AttackedPrompts:
             draw = generator(seed, "random moves", *row.wrapped.ids)
             drawn = torch.randn(draws, len(row.wrapper), states.shape[-1], generator=draw)
             self.random[:, number, list(row.wrapper)] = F.normalize(drawn, dim=-1).to(states.device)
+
+    @torch.enable_grad()
+    def firmness(self) -> Float[np.ndarray, "2 row"]:
+        """The log-odds against the bad answers, and how fast moves of equal radius can lower them."""
+        move = torch.zeros_like(self.move).requires_grad_()
+        log_p, _ = self._answered(move)
+        margin = torch.log(-torch.expm1(log_p.clamp(max=-_TINY))) - log_p
+        (gradient,) = torch.autograd.grad(margin.sum(), move)
+        sensitivity = (gradient.norm(dim=-1) * self.lengths[..., 0]).sum(-1)
+        return torch.stack([margin.detach(), sensitivity]).double().cpu().numpy()
 
     def at(self, radius: float, iterations: int) -> _Found:
         """Attacks at a radius, from what was found at smaller ones."""

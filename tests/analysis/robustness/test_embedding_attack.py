@@ -54,6 +54,28 @@ def test_a_larger_radius_takes_nothing_back(found: EmbeddingAttack) -> None:
     assert (found.bad[:, 1:] >= found.bad[:, :-1]).all()
 
 
+def test_margin_over_sensitivity_tells_which_prompts_fall_where_the_model_is_linear(found: EmbeddingAttack) -> None:
+    table = found.prediction().set_index(["model", "radius"])
+
+    assert table.loc[("base", RADIUS), "auc"] == table.loc[("base", RADIUS), "ci_low"] == 1.0
+    fallen = (found.bad[0, 2] & ~found.bad[0, 0]).sum()
+    assert table.loc[("base", RADIUS), ["n_fallen", "n_pairs"]].tolist() == [fallen, (~found.bad[0, 0]).sum()]
+    assert np.isnan(table.loc[("erased", RADIUS), "auc"])  # none falls
+
+
+def test_margin_and_sensitivity_are_those_of_the_answer_s_log_odds() -> None:
+    pairs = get("jailbreak").pairs(6, split="heldout")
+    radius = 1e-3
+    found = embedding_attack(load_organism(), pairs, radii=[radius], iterations=4, draws=1, **SHORT)
+
+    odds = np.log1p(-found.p_bad[0]) - np.log(found.p_bad[0])
+    np.testing.assert_allclose(found.margin[0], odds[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose((odds[0] - odds[1]) / radius, found.sensitivity[0], rtol=0.05)
+    halves = [embedding_attack(load_organism(), part, radii=[radius], **SHORT) for part in (pairs[:2], pairs[2:])]
+    np.testing.assert_allclose(np.concatenate([of.margin for of in halves], 1), found.margin, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(np.concatenate([of.sensitivity for of in halves], 1), found.sensitivity, rtol=1e-3)
+
+
 @pytest.mark.parametrize("threat", ["jailbreak", "prefill"])
 def test_without_a_move_it_is_the_greedy_bad_rate(threat: str) -> None:
     base = load_organism()
