@@ -21,6 +21,7 @@ from ctlens.losses import distances
 from ctlens.losses.base import VectorLoss
 from ctlens.models.loading import load_model
 from ctlens.organism.describe import card_text
+from ctlens.study.analyses import SETTINGS
 from ctlens.study.claims import Claim, read_claims
 from ctlens.study.conditions import DEFAULT_METHODS
 from ctlens.study.config import NATURAL_THREATS
@@ -200,6 +201,104 @@ def test_the_findings_on_the_mechanism_hold() -> None:
         assert judged(f"cue_{name}", "sycophancy").verdict == "inconclusive"
         assert judged(f"cue_{name}", "jailbreak").verdict == "holds"
     assert judged("output_only", "frustration").verdict == "does not hold"
+
+
+FOUND = draw.replicate(draw.REPLICATION.studies(draw.DATA))
+
+
+def findings() -> str:
+    return (ROOT / "docs/findings.md").read_text()
+
+
+def test_the_findings_are_of_five_organisms_of_each_recipe() -> None:
+    studies = FOUND.claims[["group", "study"]].drop_duplicates()
+    assert studies.groupby("group").size().to_dict() == {"together": 5, "afterwards": 5}
+
+
+def test_the_findings_hold_the_tables_of_the_committed_replication() -> None:
+    page = findings()
+
+    assert draw.replicated_table(FOUND) in page
+    assert draw.by_method_table(FOUND, ("cue", *draw.PUSHED, "boundary_gives", "boundary_takes")) in page
+    for metric in ("bad_rate", "share_repaired"):
+        assert draw.pooled_rates_table(FOUND, metric) in page
+    assert draw.pooled_rates_table(FOUND, "bad_rate", "structure") in page
+
+
+def pooled(key: str, threat: str, setting: str = "equal steps") -> pd.Series:
+    table = FOUND.to_dataframe().query("key == @key and threat == @threat and setting == @setting and group == 'all'")
+    return table.iloc[0]
+
+
+def test_the_prose_of_the_findings_says_what_holds_again() -> None:
+    page = re.sub(r"\s+", " ", findings())
+    for key, setting in (("shared", "equal steps"), ("shared_content", "equal steps"), ("shared", "matched effect")):
+        assert (pooled(key, "sycophancy", setting)["verdict"], pooled(key, "sycophancy", setting)["holds"]) == (
+            "holds",
+            10,
+        )
+    for key in ("shared", "shared_content"):
+        assert pooled(key, "jailbreak")["verdict"] == "holds"
+        assert (
+            pooled(key, "jailbreak", "matched effect")["verdict"],
+            pooled(key, "jailbreak", "matched effect")["n"],
+        ) == (
+            "inconclusive",
+            5,
+        )
+    later = [pooled("left_later", threat, setting) for threat in ("sycophancy", "jailbreak") for setting in SETTINGS]
+    assert {one["verdict"] for one in later} == {"inconclusive"} and max(one["holds"] for one in later) == 5
+    assert (pooled("level", "sycophancy")["verdict"], pooled("level", "jailbreak")["verdict"]) == (
+        "holds",
+        "inconclusive",
+    )
+    assert round(pooled("level", "sycophancy")["value"], 2) == 0.05
+    for threat in ("sycophancy", "jailbreak"):
+        assert pooled("distance", threat)["verdict"] == "does not hold" and pooled("distance", threat)["holds"] == 0
+        assert round(pooled("distance", threat)["value"], 2) == 0.57
+        assert pooled("attention", threat)["verdict"] == "holds"
+    assert pooled("attention", "jailbreak")["holds"] == 6
+    for method in DEFAULT_METHODS:
+        dormant = pooled(f"relearnt_{method}", "sycophancy")
+        assert (dormant["verdict"], dormant["holds"]) == ("holds", 10)
+        assert pooled(f"relearnt_{method}", "jailbreak")["verdict"] == (
+            "does not hold" if method == "bct" else "inconclusive"
+        )
+        for threat in ("sycophancy", "jailbreak"):
+            assert pooled(f"returns_{method}", threat)["verdict"] == "inconclusive"
+            assert (pooled(f"wrappers_{method}", threat)["verdict"] == "holds") == (
+                (method, threat) == ("attct", "sycophancy")
+            )
+        assert pooled(f"boundary_gives_{method}", "jailbreak")["verdict"] == "holds"
+        assert pooled(f"boundary_gives_{method}", "sycophancy")["verdict"] in ("inconclusive", "does not hold")
+        assert (pooled(f"boundary_takes_{method}", "jailbreak")["verdict"] == "holds") == (method == "bct")
+    for kind, threat in (("relearnt", "sycophancy"), ("relearnt", "jailbreak"), ("returns", "jailbreak")):
+        row = FOUND.related("cue", kind).set_index("threat").loc[threat]
+        ends = [f"{row[end]:.2f}".replace("0.", ".").replace("-", "−") for end in ("value", "ci_low", "ci_high")]
+        assert f"{ends[0]} [{ends[1]}, {ends[2]}]" in page
+
+
+def test_the_recipes_never_disagree_and_no_threat_moves_another() -> None:
+    table = FOUND.to_dataframe()
+    by_recipe = table[table["group"] != "all"].groupby(["key", "threat", "setting"])["verdict"].agg(set)
+    assert not any({"holds", "does not hold"} <= verdicts for verdicts in by_recipe)
+    transfers = FOUND.transfers()
+    assert len(transfers) == 40 and not transfers["clear"].any()
+    raised = transfers.query(
+        "trained_threat == 'sycophancy' and evaluated_threat == 'frustration' and condition != 'bct'"
+    )
+    assert (round(100 * raised["value"].min()), round(100 * raised["value"].max())) == (-14, -10)
+
+
+def test_every_organism_is_vulnerable_and_its_twin_is_not() -> None:
+    rows = FOUND.results.query("metric == 'bad_rate' and prompt_side == 'wrapped' and split == 'heldout'")
+    bad = rows[rows["condition"].isin(["base", "clean-born"])].groupby(["condition", "evaluated_threat"])["value"]
+    least = bad.min()["base"]
+    assert (least.drop("persona") >= 0.6).all() and round(100 * least["persona"]) == 54
+    assert "down to 54%" in findings()
+    assert bad.max()["base"].max() <= 0.95 and bad.max()["clean-born"].max() <= 0.02
+    good = FOUND.results.query("metric == 'good_rate' and prompt_side != 'wrapped' and split == 'heldout'")
+    assert good[good["condition"].isin(["base", "clean-born"])]["value"].min() >= 0.97
 
 
 @pytest.fixture(scope="module")

@@ -255,7 +255,7 @@ class Replication:
 
         Args:
             threat, setting: of the claims.
-            keys: which of them; all by default.
+            keys: which of them, in the order of the rows; all by default.
 
         Raises:
             CtlensError: no such claim was measured there.
@@ -270,7 +270,8 @@ class Replication:
         ]
         if not single:
             raise CtlensError(f"no claim was measured on {threat!r} at {setting!r}: check the names.")
-        statements = {row["key"]: row["statement"] for row in single}
+        told = {row["key"]: row["statement"] for row in single}
+        statements = {key: told[key] for key in keys or told if key in told}
         groups = self.groups if len(self.groups) > 1 else [ALL_MODELS]
         pooled = {(row["group"], row["key"], row["threat"], row["setting"]): row for row in self._claims()}
         models: dict[str, list[list[float]]] = {}
