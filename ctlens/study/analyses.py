@@ -230,7 +230,7 @@ class Scene:
         return subject(self.analysis.threat, self.config.file, self.study)
 
     def training_pairs(self) -> list[Pair]:
-        """Draws pairs that the models were trained on."""
+        """Draws pairs of the split that the models were trained on."""
         config = self.config
         return aligned(self.subject, config.n_analysed, self.base, config, split="train", seed=self.analysis.seed)
 

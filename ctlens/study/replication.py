@@ -28,7 +28,7 @@ from ctlens.study.results import SEVERAL, SPLIT, VERDICT_RATES, ResultRow, last_
 
 ALL_MODELS = "all"
 """The group of a row that is about the models of every group."""
-_OF_THE_MODEL = ("model", "clean_born", "weights")
+_OF_THE_MODEL = ("model", "weights", "clean_born", "clean_born_weights")
 """The settings by which two studies of a replication may differ."""
 _CHOSEN_ANEW = ("transfer",)
 """Claims about the clearest of many cases, another one in every study; `Replication.transfers` has all cases."""

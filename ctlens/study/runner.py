@@ -94,8 +94,10 @@ class Study:
         self._untrained: dict[Cell, Evaluation] = {}
         if config.file:
             subject(OWN_PAIRS, config.file).pairs(1)  # refuses a file that is none before the folder is made
-        pairs = {"pairs_digest": digest(config.file)} if config.file else {}
-        claim_folder(self.folder, {**to_dict(config), **pairs}, resume, config.model)
+        beside = {"pairs_digest": digest(config.file)} if config.file else {}
+        if config.clean_born:  # as with the pairs, a folder that is no model is refused first
+            beside["clean_born_weights"] = fingerprint(start_model(config.clean_born))
+        claim_folder(self.folder, {**to_dict(config), **beside}, resume, config.model)
 
     def __len__(self) -> int:
         return len(self.config.cells()) + len(self.config.derived())

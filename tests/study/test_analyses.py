@@ -11,18 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from ctlens import load_model, threats
+from ctlens import load_model, load_organism, threats
 from ctlens.analysis import ShiftSimilarity, Transplant, gap_recovered
 from ctlens.core.errors import CtlensError
 from ctlens.core.reading import read_json
 from ctlens.data.pairs import save_pairs
+from ctlens.models.loading import save_model
 from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Analysis, analyses_of, run_analyses, run_analysis
 from ctlens.study.cells import CellTraining, base_model, gap_pairs, probe_pairs
 from ctlens.study.claims import read_claims
 from ctlens.study.config import Cell, StudyConfig, full_study, replicated_study, study_of_size
 from ctlens.study.runner import Study, StudyResult, seconds
-from ctlens.study.source import subject
+from ctlens.study.source import start_model, subject
 from ctlens.study.workers import Pool
 from ctlens.training import TrainConfig
 
@@ -369,6 +371,25 @@ def test_a_replicated_study_asks_every_model_about_every_threat() -> None:
         *("klct", "klct_last", "act_last"),
     }
     assert replicated_study(threats=("persona",), asked=("prefill",)).asked == ("persona", "prefill")
+
+
+def test_another_twin_is_another_study_and_one_that_is_not_there_is_refused_first(tmp_path: Path) -> None:
+    with pytest.raises(CtlensError, match="nowhere"):
+        Study(replace(SMALL, clean_born=str(tmp_path / "nowhere")), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+    save_model(load_organism(), tmp_path / "twin")
+    config = replace(SMALL, clean_born=str(tmp_path / "twin"))
+    Study(config, tmp_path / "study")
+    start_model.cache_clear()
+    shutil.rmtree(tmp_path / "twin")
+    other = load_organism()
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    save_model(other, tmp_path / "twin")
+    with pytest.raises(CtlensError, match="holds another study .clean_born_weights is"):
+        Study(config, tmp_path / "study", resume=True)
+    start_model.cache_clear()
 
 
 @pytest.mark.slow
