@@ -4,7 +4,9 @@ The heads of all layers are put in an order, by default by how much the training
 wrapper. Then the outputs (`z`) of the first `k` of one model are put into the other together, for `k` from none to all.
 Into the base from the trained model, the curve says with how many heads the repair appears; the other way, with how
 many it is lost. The same curve over heads in random order is the null: heads that carry the repair no more than others
-do rise no faster, however much of it all heads carry.
+do rise no faster, however much of it all heads carry. A head whose output changed much moves the answer more than one
+whose output hardly did, whatever it carries; so `matched` orders swap each head of the ranking for one of those whose
+outputs changed about as much.
 
 What is put in was computed by the other model as it is, so a later head's output is its own and not what it would have
 become behind the earlier ones.
@@ -15,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -55,6 +57,7 @@ RANDOM = "random"
 _SITE = "z"
 _BY_ATTENTION = "change of attention to the wrapper"
 _GIVEN = "given"
+_ALIKE_HEADS = 4  # in a set of heads that changed about as much; fewer leave nothing to swap, not tuned
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class HeadCurve(Exchange):
         layers, heads: of the heads in the order of the ranking.
         counts: how many heads were put in together.
         ranked_by: in words, what the ranking follows.
+        matched: whether the random orders swap heads whose outputs changed about as much.
         positions: the tokens at which the outputs were put in.
         side: `"wrapped"` or `"clean"`, the side of the pairs whose prompts both models read.
     """
@@ -75,6 +79,7 @@ class HeadCurve(Exchange):
     heads: tuple[int, ...]
     counts: tuple[int, ...]
     ranked_by: str
+    matched: bool
     positions: str
     side: str
 
@@ -153,7 +158,8 @@ class HeadCurve(Exchange):
         for quantity in EXCHANGE_QUANTITIES:
             of_quantity = rows_with(table, quantity=quantity)
             random = rows_with(of_quantity, order=RANDOM)["value"].to_numpy().reshape(self.draws, -1)
-            null = ("random orders", (random.min(0), random.max(0)))
+            name = "orders of heads that changed as much" if self.matched else "random orders"
+            null = (name, (random.min(0), random.max(0)))
             ranked = {"ranked heads": curve(rows_with(of_quantity, order=RANKED))}
             panels[QUANTITY_TITLES[quantity]] = CurvePanel(ranked, "share of the effect", null, levels=(0, 1))
         where = TRANSPLANT_POSITIONS_IN_WORDS[self.positions]
@@ -184,6 +190,7 @@ def head_curve(
     ranking: Sequence[tuple[int, int]] | None = None,
     counts: Sequence[int] | None = None,
     draws: int = 19,
+    matched: bool = False,
     positions: str = "all",
     side: str = "wrapped",
     metrics: Sequence[str | UserMetric] = ("logit_diff",),
@@ -211,6 +218,8 @@ def head_curve(
         counts: how many heads are put in together; none and all are always measured. By default every number, which
             costs two forward passes per head and order: name a few for a large model.
         draws: how many random orders of the heads there are.
+        matched: swap, in each random order, every head of the ranking for one of the four or so whose outputs differ
+            between the models by about as much, in place of any head.
         positions: `"last"`, `"content"`, `"wrapper"` or `"all"`, see `transplant`.
         side: `"wrapped"` or `"clean"`: the prompt of each pair that both models read.
         metrics: see `patch`; `"kl"` is measured from the model whose outputs are put in.
@@ -227,9 +236,12 @@ def head_curve(
     numbers = _checked_counts(counts, len(order))
     measures = named_metrics(metrics)
     prepared = same_prompts(target, pairs, side, (positions,))
-    orders = [order, *_shuffled(order, draws, seed)]
     size = max_batch or fitting(target, max(len(pair.target) for pair in prepared))
     groups = [prepared[start : start + size] for start in range(0, len(prepared), size)]
+    others = (
+        _swapped(order, _alike((target, source), groups), draws, seed) if matched else _shuffled(order, draws, seed)
+    )
+    orders = [order, *others]
     subsets = list(dict.fromkeys(frozenset(heads[:count]) for heads in orders for count in numbers if count))
     with progress_bar(total=2 * len(groups) * len(subsets), desc="head curve", shown=progress, leave=False) as bar:
         found = [_both_ways((target, source), group, measures, subsets, bar) for group in groups]
@@ -245,6 +257,7 @@ def head_curve(
         heads=tuple(head for _, head in order),
         counts=numbers,
         ranked_by=_BY_ATTENTION if ranking is None else _GIVEN,
+        matched=matched,
         positions=positions,
         side=side,
         groups=groups_of(pairs),
@@ -294,6 +307,41 @@ def _shuffled(order: Sequence[HeadOfLayer], draws: int, seed: int) -> Iterator[l
     draw = np.random.default_rng(seed)
     for _ in range(draws):
         yield [heads[number] for number in draw.permutation(len(heads))]
+
+
+def _swapped(
+    order: Sequence[HeadOfLayer], alike: Sequence[Sequence[HeadOfLayer]], draws: int, seed: int
+) -> Iterator[list[HeadOfLayer]]:
+    """The ranking with each head swapped at random for one of its set."""
+    draw = np.random.default_rng(seed)
+    for _ in range(draws):
+        swaps = {}
+        for heads in alike:
+            swaps |= {heads[one]: heads[other] for one, other in enumerate(draw.permutation(len(heads)))}
+        yield [swaps[head] for head in order]
+
+
+@torch.no_grad()
+def _alike(models: Sequence[LensModel], groups: Sequence[Sequence[PatchPair]]) -> list[list[HeadOfLayer]]:
+    """The heads in sets of about four whose outputs at the edited tokens differ by about as much between two models."""
+    names = [resolve(model, _SITE) for model in models]
+    squares = np.zeros((models[0].cfg.n_layers, models[0].cfg.n_heads))
+    for group in groups:
+        batch = patch_batch(group, next(models[0].parameters()).device)
+        edited = torch.zeros_like(batch.target.side.mask).scatter(1, batch.target_at[:, 0], True)
+        runs = [recorded(model, batch, named) for model, named in zip(models, names, strict=True)]
+        for layer in range(len(squares)):
+            states = [run.states[named[layer]] for run, named in zip(runs, names, strict=True)]
+            moved = (states[0] - states[1]).double().square().sum(-1) * edited[..., None]
+            squares[layer] += moved.sum((0, 1)).cpu().numpy()
+    heads = sorted(_heads(models[0]), key=lambda head: squares[head])
+    return [list(part) for part in _parts(heads, max(1, len(heads) // _ALIKE_HEADS))]
+
+
+def _parts(heads: Sequence[HeadOfLayer], n: int) -> list[Sequence[HeadOfLayer]]:
+    """Heads cut into parts of about equal size, in their order."""
+    ends = np.linspace(0, len(heads), n + 1).round().astype(int).tolist()
+    return [heads[start:end] for start, end in pairwise(ends)]
 
 
 class _Way(NamedTuple):

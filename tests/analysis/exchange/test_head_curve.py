@@ -15,6 +15,8 @@ from helpers.patching import CLOSE, logit_diff
 from helpers.transplants import PAIRS, edited, moved
 
 from ctlens.analysis import HeadCurve, attention_diff, head_curve, transplant
+from ctlens.analysis.exchange import head_curve as head_curve_module
+from ctlens.analysis.exchange.transplant import same_prompts
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.batch import encode
@@ -116,6 +118,34 @@ def test_the_curve_steps_at_the_rank_of_the_one_head_that_carries_everything(ran
     assert (default.layers[0], default.heads[0]) == (1, 0)
 
 
+def test_matched_orders_swap_heads_whose_outputs_changed_about_as_much(models: tuple[LensModel, LensModel]):
+    source, target = models
+    ids = [row.wrapped.ids for row in encode(PAIRS, target.tokenizer, n_ctx=256).rows]
+    changes = np.zeros((2, 4))
+    for tokens in ids:
+        runs = [model.run_with_cache(torch.tensor([tokens]))[1] for model in models]
+        for layer in range(2):
+            states = [run[f"blocks.{layer}.attn.hook_z"] for run in runs]
+            changes[layer] += (states[0] - states[1]).detach().square().sum((0, 1, 3)).numpy()
+    by_change = sorted(product(range(2), range(4)), key=lambda head: changes[head])
+    sets = [set(by_change[:4]), set(by_change[4:])]
+
+    assert head_curve_module._alike((target, source), [same_prompts(target, PAIRS, "wrapped", ("all",))]) == [
+        by_change[:4],
+        by_change[4:],
+    ]
+    for order in head_curve_module._swapped(RANKING, [list(one) for one in sets], 5, 0):
+        assert sorted(order) == sorted(RANKING)
+        assert [next(n for n, of in enumerate(sets) if head in of) for head in order] == [
+            next(n for n, of in enumerate(sets) if head in of) for head in RANKING
+        ]
+    found = curve_of(models, ranking=RANKING, matched=True)
+    plain = curve_of(models, ranking=RANKING)
+    assert found.matched and not plain.matched
+    np.testing.assert_allclose(found.values[:, :, 0], plain.values[:, :, 0], **CLOSE)
+    assert np.abs(found.values[:, :, 1:] - plain.values[:, :, 1:]).max() > 1e-4
+
+
 def test_pairs_in_another_order_and_in_groups_give_equal_answers(models: tuple[LensModel, LensModel]):
     together = curve_of(models, metrics=("logit_diff", "kl"))
     turned = curve_of(models, PAIRS[::-1], metrics=("logit_diff", "kl"), max_batch=2)
@@ -140,7 +170,7 @@ def by_hand(values: Any, source: float) -> HeadCurve:
     ends = np.zeros((2, 1, found.shape[-1]))
     counts = tuple(range(found.shape[3]))
     where = {"layers": (0, 0, 1), "heads": (0, 1, 0), "ranked_by": "given", "positions": "all", "side": "wrapped"}
-    return HeadCurve(found, ends, ends + source, ("logit_diff",), counts=counts, **where)
+    return HeadCurve(found, ends, ends + source, ("logit_diff",), counts=counts, matched=False, **where)
 
 
 def test_the_heads_needed_are_counted_against_what_all_heads_bring():
