@@ -47,6 +47,7 @@ study: install
 ORGANISMS ?= 0 1 2 3 4
 replication: $(foreach seed,$(ORGANISMS),runs/replication/together/$(seed)/claims.csv \
 	runs/replication/afterwards/$(seed)/claims.csv)
+	rm -rf runs/replicated
 	$(BIN)/ctlens replicate runs/replication/*/* --out runs/replicated
 
 runs/replication/%/claims.csv: runs/organisms/%/card.json

@@ -142,20 +142,24 @@ def replicate_command(
         list[Path],
         typer.Argument(help="Folders of finished studies, each of another model; those that lie in one are a group."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the pooled claims and the figures.")] = Path("runs/replicated"),
+    out: Annotated[Path, typer.Option(help="New folder for the pooled claims and the figures.")] = Path(
+        "runs/replicated"
+    ),
 ) -> None:
     """Pools the claims of several studies, to see which hold again in other models."""
     from ctlens import plots
+    from ctlens.core.files import atomic_folder
     from ctlens.study.claims.claim import UNMEASURED
     from ctlens.study.replication import replicate
 
     found = replicate(studies)
     table = found.to_dataframe()
-    found.save(out / "claims.csv")
     measured = table[table["verdict"] != UNMEASURED]
     cases = measured[["threat", "setting"]].drop_duplicates().itertuples(index=False)
     named = {f"{threat}-{setting.replace(' ', '-')}": found.figure(threat, setting) for threat, setting in cases}
-    plots.write_figures({out / "figures" / name: figure for name, figure in named.items()})
+    with atomic_folder(out) as work:
+        found.save(work / "claims.csv")
+        plots.write_figures({work / "figures" / name: figure for name, figure in named.items()})
     shown = table.filter(["key", "threat", "setting", "group"])
     shown["holds on"] = [f"{holds} of {n}" for holds, n in zip(table["holds"], table["n"], strict=True)]
     print_table("Claims over models", shown.assign(**{name: table[name] for name in ("value", "ci_low", "ci_high")}))

@@ -31,6 +31,7 @@ Options = dict[str, tuple[str, ...]]
 
 BASES: dict[str, Options] = {
     "compare": {"--out": ("new",), "--threats": ("sycophancy",), "--methods": ("act",), "--quiet": ()},
+    "replicate": {"studies": ("study", "other"), "--out": ("new",)},
     "doses": {"--threat": ("sycophancy",), "--methods": ("act",), "--n-pairs": ("4",), "--out": ("new",)},
     "train": {"--model": ("hf",), "--pairs": ("good.jsonl",), "--loss": ("act",), "--out": ("new",)},
     "evaluate": {"--model": ("hf",), "--pairs": ("good.jsonl",), "--n-prompts": ("2",)},
@@ -147,7 +148,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("options")
     hf_model("llama").save_pretrained(folder / "hf")
     byte_level_tokenizer().save_pretrained(folder / "hf")
-    write_study(folder / "study")
+    for name in ("study", "other"):
+        write_study(folder / name)
+        config = {"threats": ["sycophancy"], "methods": ["act", "bct"], "weights": name}
+        (folder / name / "config.json").write_text(json.dumps(config))
     (folder / "good.jsonl").write_text(f"{json.dumps(PAIR)}\n" * 2)
     (folder / "prompts.jsonl").write_text('{"prompt": "Why?"}\n{"prompt": "How?"}\n')
     (folder / "broken.jsonl").write_text('{"clean": "Is it')
@@ -245,7 +249,7 @@ def test_random_options_end_with_code_0_or_2_and_leave_no_halves(
     clear(place)
 
 
-KEPT = ("hf", "study", "good.jsonl", "prompts.jsonl", "broken.jsonl", "table.csv", "file", "empty", "folder")
+KEPT = ("hf", "study", "other", "good.jsonl", "prompts.jsonl", "broken.jsonl", "table.csv", "file", "empty", "folder")
 
 
 def clear(place: Path) -> None:

@@ -235,6 +235,10 @@ def test_the_command_writes_claims_and_figures(folders: list[Path], tmp_path: Pa
     written = pd.read_csv(tmp_path / "out" / "claims.csv")
     assert written["group"].tolist() == ["all", "together", "afterwards"]
     assert (tmp_path / "out" / "figures" / "sycophancy-equal-steps.html").is_file()
+    again = CliRunner().invoke(app, ["replicate", *map(str, folders), "--out", str(folders[0])])
+    assert isinstance(again.exception, CtlensError) and "exists already" in str(
+        again.exception
+    )  # a study is not overwritten
 
 
 def test_numbers_of_one_kind_go_with_those_of_another_by_rank(tmp_path: Path) -> None:
