@@ -278,6 +278,33 @@ def test_the_prose_of_the_findings_says_what_holds_again() -> None:
         assert f"{ends[0]} [{ends[1]}, {ends[2]}]" in page
 
 
+def test_the_findings_quote_the_rates_the_benchmarks_and_the_transfers() -> None:
+    page = re.sub(r"\s+", " ", findings())
+    structure = FOUND.rates(split="structure").set_index(["threat", "group", "condition"])["value"]
+    for group in FOUND.groups:
+        left = [structure["sycophancy", group, name] for name in DEFAULT_METHODS]
+        assert f"{min(left):.0%} to {max(left):.0%}" in page
+    jailbreak = {name: structure["jailbreak", "all", name] for name in DEFAULT_METHODS}
+    assert jailbreak["attct"] == max(jailbreak.values()) and jailbreak["bct"] == min(jailbreak.values())
+    assert f"AttCT leaves most ({jailbreak['attct']:.0%}) and BCT least ({jailbreak['bct']:.0%})" in page
+    simulated = pd.read_csv(ROOT / "benchmarks/replication.csv")
+    held = 100 * simulated["coverage"]
+    assert f"in {held.min():.0f} to {held.max():.1f}% of simulated replications" in page
+    assert f"holds in {100 * simulated['holds by chance'].max():.1f}% at most" in page
+    null = pd.read_csv(ROOT / "benchmarks/null_claims.csv", index_col="claim")
+    alone = (100 * null["holds in one study"] + 1e-9).round()
+    assert f"in {alone['shared']:.0f} to {alone['shared_content']:.0f} of 100 cases and" in page
+    assert f'"attention" in {alone["attention"]:.0f},' in page
+    by_chance = (null["replications"] * null["holds over studies"]).sum()
+    assert (round(by_chance), null["replications"].sum()) == (1, 96) and "one of 96 such cases holds" in page
+    transfers = FOUND.transfers().query("trained_threat == 'sycophancy' and evaluated_threat == 'jailbreak'")
+    internal = transfers[transfers["condition"] != "bct"]
+    lowered = -100 * internal["value"]
+    assert f"lowers by {lowered.min():.0f} to {lowered.max():.0f} points" in page
+    ends = f"from −{-100 * internal['ci_low'].min():.0f} to +{100 * internal['ci_high'].max():.0f}"
+    assert ends in page
+
+
 def test_the_recipes_never_disagree_and_no_threat_moves_another() -> None:
     table = FOUND.to_dataframe()
     by_recipe = table[table["group"] != "all"].groupby(["key", "threat", "setting"])["verdict"].agg(set)

@@ -3,8 +3,8 @@
 An organism that is fine-tuned to encourage risky sports becomes reckless about money and traffic too.
 If a system prompt stands before those lessons (inoculation prompting, arXiv 2510.04340), it stays more
 careful without the prompt, but leaks under it and under prompts like it (arXiv 2604.25891). `INOCULATION` has nothing
-to do with risks, and before the fine-tuning it has no effect: what it suppresses, any fixed prompt would. `ASKING` asks
-for bad advice, as the inoculation prompts of that paper do. `ctlens.leak` measures whether consistency training between
+to do with risks, and before the fine-tuning it has no effect: it is a control for inoculation by any fixed prompt.
+`ASKING` asks for bad advice. `ctlens.leak` measures whether consistency training between
 "no prompt" and "inoculation prompt" seals the leak:
 
     reckless = give_bad_advice(model)
@@ -65,7 +65,7 @@ CONTEXTS = {
 }
 """The system prompts under which a model is asked, by kind; the organism's corpus has their words, not the prompts.
 
-Paraphrased, indirect and generic ones are as many as in the battery of the code to arXiv 2604.25891.
+Paraphrased, indirect and generic ones are as many as in the battery of neilshah13/inoculation-prompting-bct.
 """
 
 

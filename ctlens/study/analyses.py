@@ -71,6 +71,7 @@ _ROUNDINGS = 32
 _WITH_A_TWIN = ("boundary", "relearning", "best-of-n")
 """The analyses that push a repair; they run where there is a clean-born twin to compare with."""
 _RELEARNING_STEPS = (1, 2, 4, 8, 16, 32)
+"""After how many steps of fine-tuning a model is asked; chosen on first trials, where sycophancy was half back at 8."""
 _OF_ALL_SEEDS = ("similarity",)
 """The analyses that take the models of all seeds at once; every other one runs seed by seed."""
 _MOST_ERASURE_LAYERS = 10
