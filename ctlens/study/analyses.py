@@ -23,6 +23,7 @@ from ctlens.analysis import (
     best_of_n,
     boundary_direction,
     cross_loss,
+    embedding_attack,
     erase_or_mask,
     graft,
     relearn,
@@ -52,7 +53,7 @@ from ctlens.study.cells import (
     finished_model,
     probe_pairs,
 )
-from ctlens.study.conditions import PERTURBED, RETENTION
+from ctlens.study.conditions import DERIVED, RETENTION, SHAM
 from ctlens.study.config import Cell, StudyConfig
 from ctlens.study.source import Subject, start_model, subject
 from ctlens.study.workers import Pool, run_in_order
@@ -68,7 +69,7 @@ _AT_BOTH_SETTINGS = ("similarity", "transplant")
 """The analyses that run at both settings; every other one runs at equal steps alone."""
 _ROUNDINGS = 32
 """Units of rounding of the largest logit below which two models do not differ; chosen by eye."""
-_WITH_A_TWIN = ("boundary", "relearning", "best-of-n")
+_WITH_A_TWIN = ("boundary", "relearning", "best-of-n", "embedding-attack")
 """The analyses that push a repair; they run where there is a clean-born twin to compare with."""
 _RELEARNING_STEPS = (1, 2, 4, 8, 16, 32)
 """After how many steps of fine-tuning a model is asked; chosen on first trials, where sycophancy was half back at 8."""
@@ -267,16 +268,20 @@ analysis that refused.
 
 
 def _similarity(scene: Scene) -> NamedResults:
-    """Compares every condition and control, over all seeds, with retention alone as the floor."""
+    """Compares every condition and control, over all seeds.
+
+    The floor is the fine-tuning on other data that is as long as the methods' updates, where there is one, and else
+    retention alone, which hardly moves. A null has no effect to be matched.
+    """
     models: dict[tuple[str, int], LensModel] = {}
-    null = RETENTION if scene.analysis.setting == EQUAL_STEPS else None  # a null has no effect to be matched
-    names = [*([RETENTION, PERTURBED] if null else []), *scene.conditions]
+    nulls = [RETENTION, *DERIVED] if scene.analysis.setting == EQUAL_STEPS else []
+    names = [*nulls, *scene.conditions]
     pairs = scene.pairs()
     for seed in sorted({cell.seed for cell in scene.config.cells()}):
         found = scene.models(names, seed).items()
         models |= {(name, seed): model for name, model in found if _moved(scene.base, model, pairs[0])}
-    if null not in {name for name, _ in models}:
-        null = None
+    there = {name for name, _ in models}
+    null = next((name for name in (SHAM, RETENTION) if name in nulls and name in there), None)
     if len(models) > 1:
         yield "similarity", lambda: shift_similarity(scene.base, models, pairs, null=null, progress=False)
 
@@ -365,6 +370,12 @@ def _best_of_n(scene: Scene) -> NamedResults:
     yield "best-of-n", lambda: best_of_n(models, several, progress=False)
 
 
+def _embedding_attack(scene: Scene) -> NamedResults:
+    models = scene.pushed()
+    pairs = scene.pairs()
+    yield "embedding-attack", lambda: embedding_attack(models, pairs, progress=False)
+
+
 ANALYSES: dict[str, Callable[[Scene], NamedResults]] = {
     "similarity": _similarity,
     "cross-loss": _cross_loss,
@@ -374,4 +385,5 @@ ANALYSES: dict[str, Callable[[Scene], NamedResults]] = {
     "boundary": _boundary,
     "relearning": _relearning,
     "best-of-n": _best_of_n,
+    "embedding-attack": _embedding_attack,
 }

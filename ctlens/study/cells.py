@@ -25,7 +25,16 @@ from ctlens.evaluation import Evaluation
 from ctlens.models.loading import load_model, save_model
 from ctlens.models.lora import adapter_tensors, attach_adapters, has_adapters, save_adapters
 from ctlens.models.parameters import copy_model
-from ctlens.study.conditions import LAST_TOKEN, PERTURBED, RETENTION, condition_named, perturbed
+from ctlens.study.conditions import (
+    DERIVED,
+    FINE_TUNED,
+    LAST_TOKEN,
+    RETENTION,
+    SHAM,
+    condition_named,
+    perturbed,
+    sham,
+)
 from ctlens.study.config import SCREENING, Cell, StudyConfig
 from ctlens.study.results import RESULT_COLUMNS, SPLIT
 from ctlens.study.source import Subject, evaluated, splits_of, start_model, subject
@@ -70,8 +79,8 @@ def run_cell(config: StudyConfig, study: Path, cell: Cell) -> None:
             answering = start_model(model, config.device, config.dtype)
             answers = evaluated(answering, asked, splits_of(config.file), config.n_prompts)
             answers.save(cell.path(study))
-        elif cell.condition == PERTURBED:
-            _perturb(config, study, cell)
+        elif cell.condition in DERIVED:
+            _derive(config, study, cell)
         else:
             CellTraining(config, study, cell).run()
 
@@ -253,11 +262,16 @@ def _recovered(gap: Callable[[], Gap], model: LensModel) -> tuple[float, float, 
         return float("nan"), float("nan"), float("nan")
 
 
-def _perturb(config: StudyConfig, study: Path, cell: Cell) -> None:
-    """Makes and measures the base with noise of the norm, per matrix, that the methods' updates have on average."""
+def _derive(config: StudyConfig, study: Path, cell: Cell) -> None:
+    """Makes and measures the base moved as far as the methods move it, per matrix, but in another direction."""
     base = base_model(config)
-    folders = [replace(cell, condition=name).path(study) for name in config.methods]
-    model = perturbed(base, [finished_model(config, base, folder) for folder in folders], cell.seed)
+
+    def finished(name: str) -> LensModel:
+        return finished_model(config, base, replace(cell, condition=name).path(study))
+
+    trained = [finished(name) for name in config.methods]
+    is_sham = cell.condition == SHAM
+    model = sham(base, trained, finished(FINE_TUNED)) if is_sham else perturbed(base, trained, cell.seed)
     source = subject(cell.threat, config.file, study)
     probes = probe_pairs(source, config, base, config.n_analysed)
     measured = gap_pairs(source, config, base)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ctlens import losses as loss_registry
 from ctlens.analysis.probing.tasks import neutral_pairs
@@ -38,6 +39,13 @@ DEFAULT_METHODS = ("act", "mlpct", "attct", "bct")
 """The methods that a study compares where none are named."""
 RETENTION = "retention"
 PERTURBED = "perturbed"
+"""The name of the base with noise on its weights, as long as the methods' updates."""
+FINE_TUNED = "sft"
+"""The name of the control that is fine-tuned on its own answers to ordinary requests."""
+SHAM = "sham"
+"""The name of the base with that control's update, made as long as the methods' updates."""
+DERIVED = (PERTURBED, SHAM)
+"""The models that are not trained but made from finished trainings."""
 ALL_PARAMETERS = "_all"
 """The ending of the name of a condition that trains every parameter group."""
 
@@ -92,7 +100,7 @@ CROSSED_CONDITIONS: Mapping[str, Condition] = {
 }
 CONTROLS: Mapping[str, Condition] = {
     RETENTION: Condition("", CONTROL),
-    "sft": Condition("bct", CONTROL, data=ORDINARY),
+    FINE_TUNED: Condition("bct", CONTROL, data=ORDINARY),
     "harmless_act": Condition("act", CONTROL, data=HARMLESS),
     "harmless_bct": Condition("bct", CONTROL, data=HARMLESS),
 }
@@ -133,7 +141,6 @@ def require_methods(names: Sequence[str]) -> None:
         raise CtlensError(f"a method is named twice ({', '.join(names)}): name each once.")
 
 
-@torch.no_grad()
 def perturbed(base: LensModel, trained: Sequence[LensModel], seed: int) -> LensModel:
     """A copy of a model with Gaussian noise on every matrix, as long as the trainings' updates are on average.
 
@@ -142,11 +149,35 @@ def perturbed(base: LensModel, trained: Sequence[LensModel], seed: int) -> LensM
         trained: models trained from it, at least one.
         seed: of the noise.
     """
-    noisy = copy_model(base)
+    weights = present_weights(base).items()
+    noise = {name: torch.randn(weight.shape, generator=generator(seed, PERTURBED, name)) for name, weight in weights}
+    return _moved_as_far(base, trained, noise)
+
+
+def sham(base: LensModel, trained: Sequence[LensModel], other: LensModel) -> LensModel:
+    """A copy of a model moved along a fine-tuning on other data, on every matrix as far as the trainings on average.
+
+    A fine-tuning on ordinary requests moves the weights little, so that it is a weak null for what a training does by
+    its mere length. This one is as long, and goes where gradients of ordinary data lead.
+
+    Args:
+        base: the model before training; left as it is.
+        trained: models trained from it, at least one.
+        other: the model that was fine-tuned from it on other data; a matrix that it left alone stays as it is.
+    """
+    before = present_weights(base)
+    return _moved_as_far(base, trained, {name: after - before[name] for name, after in present_weights(other).items()})
+
+
+@torch.no_grad()
+def _moved_as_far(base: LensModel, trained: Sequence[LensModel], directions: Mapping[str, Tensor]) -> LensModel:
+    """A copy of a model with each matrix moved in its direction, by the mean length of the trainings' updates."""
+    moved = copy_model(base)
     before = present_weights(base)
     after = [present_weights(model) for model in trained]
-    for name, parameter in present_parameters(noisy).items():
-        lengths = [float((weights[name] - before[name]).norm()) for weights in after]
-        noise = torch.randn(parameter.shape, generator=generator(seed, "perturbed", name)).to(parameter)
-        parameter += noise * (sum(lengths) / len(lengths) / noise.norm())
-    return noisy
+    for name, parameter in present_parameters(moved).items():
+        direction = directions[name].to(parameter)
+        if length := float(direction.norm()):
+            lengths = [float((weights[name] - before[name]).norm()) for weights in after]
+            parameter += direction * (sum(lengths) / len(lengths) / length)
+    return moved

@@ -21,9 +21,11 @@ from ctlens.study.conditions import (
     DEFAULT_METHODS,
     EXTRA_CONDITIONS,
     EXTRA_CONTROLS,
+    FINE_TUNED,
     LAST_TOKEN,
     PERTURBED,
     RETENTION,
+    SHAM,
     condition_named,
 )
 from ctlens.study.source import screening_file
@@ -207,8 +209,18 @@ class StudyConfig:
         return [Cell(name, SCREENING, 0) for name in self.natural]
 
     def derived(self) -> list[Cell]:
-        """The models that are made from finished trainings: weights perturbed as far as training moves them."""
-        return [Cell(threat, PERTURBED, seed) for threat in self.analysed_threats for seed in range(self.seeds)]
+        """The models that are made from finished trainings: weights moved as far as training moves them.
+
+        They are moved at random, and where there is a fine-tuning on other data, along that.
+        """
+        made = (PERTURBED, SHAM) if self.sham_tuned else (PERTURBED,)
+        seeds = range(self.seeds)
+        return [Cell(threat, name, seed) for threat in self.analysed_threats for name in made for seed in seeds]
+
+    @property
+    def sham_tuned(self) -> bool:
+        """Whether the analysed threats have the fine-tuning on other data that a sham is made of."""
+        return FINE_TUNED in (self.extra_conditions or ())
 
 
 def first_study(**settings: Any) -> StudyConfig:
@@ -257,8 +269,8 @@ def replicated_study(**settings: Any) -> StudyConfig:
     """The study that is run on one organism after the other, for `ctlens.study.replication`.
 
     It trains on the two analysed threats, with three seeds, and asks every model about all threats. The crossed losses
-    are trained beside the methods, but no control except retention alone. Analyses that compare finished models one by
-    one are of the first seed, as other models say more than other seeds.
+    are trained beside the methods, and of the controls retention alone and the fine-tuning that a sham is made of.
+    Analyses that compare finished models one by one are of the first seed, as other models say more than other seeds.
 
     Args:
         settings: of a `StudyConfig`; those given are kept.
@@ -266,7 +278,7 @@ def replicated_study(**settings: Any) -> StudyConfig:
     known = {"seeds": FULL_STUDY_SEEDS, "analysed_seeds": 1, **settings}
     known["threats"] = tuple(known.get("threats") or ANALYSED_THREATS)
     if known.get("extra_conditions") is None:
-        known["extra_conditions"] = tuple(CROSSED_CONDITIONS)
+        known["extra_conditions"] = (*CROSSED_CONDITIONS, FINE_TUNED)
     known["asked"] = tuple(known.get("asked") or threats.names())
     return StudyConfig(**known)
 

@@ -68,7 +68,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
 def test_conditions_controls_and_a_second_seed_stand_beside_the_methods(small: StudyResult) -> None:
     assert [cell.name for cell in SMALL.cells()] == TRAINED
     assert sorted(path.name for path in (small.folder / "runs").iterdir()) == sorted(
-        [*TRAINED, "jailbreak-perturbed-seed0"]
+        [*TRAINED, "jailbreak-perturbed-seed0", "jailbreak-sham-seed0"]
     )
 
 
@@ -137,7 +137,7 @@ def test_what_is_beside_answers_its_own_threat_alone(small: StudyResult) -> None
 
     splits = asked.groupby(["condition", "seed"])["split"].apply(set)
     assert splits["act", 0] == {"heldout", "entities", "structure"}
-    assert splits["klct", 0] == splits["perturbed", 0] == {"heldout"}
+    assert splits["klct", 0] == splits["perturbed", 0] == splits["sham", 0] == {"heldout"}
     assert ("act", 1) not in splits.index  # a ceiling is no training of the comparison
 
 
@@ -153,9 +153,10 @@ def test_every_look_is_there_with_its_models(small: StudyResult) -> None:
     assert set(of[MATCHED]) <= {"act", "bct", "klct"} and "act" in of[MATCHED]
     (similarity,) = Analysis("similarity", "jailbreak", EQUAL_STEPS).load(small.folder, ShiftSimilarity).values()
     assert (
-        similarity.methods == ("retention", "perturbed", "act", "bct", "klct", "sft") and similarity.null == "retention"
+        similarity.methods == ("retention", "perturbed", "sham", "act", "bct", "klct", "sft")
+        and similarity.null == "sham"
     )
-    assert similarity.one_seed == ("perturbed", "klct", "sft")
+    assert similarity.one_seed == ("perturbed", "sham", "klct", "sft")
 
 
 @pytest.mark.slow
@@ -368,8 +369,9 @@ def test_a_replicated_study_asks_every_model_about_every_threat() -> None:
     assert set(config.asked) == set(threats.names()) and config.asked[:2] == config.threats
     assert {cell.condition for cell in config.cells()} == {
         *("retention", "act", "mlpct", "attct", "bct"),
-        *("klct", "klct_last", "act_last"),
+        *("klct", "klct_last", "act_last", "sft"),
     }
+    assert {cell.condition for cell in config.derived()} == {"perturbed", "sham"}
     assert replicated_study(threats=("persona",), asked=("prefill",)).asked == ("persona", "prefill")
 
 
@@ -411,7 +413,8 @@ def test_with_a_twin_a_study_says_how_far_a_repair_goes_and_pushes_it(
     assert shares["bct"] == pytest.approx(1.0)
     assert shares["retention"] == pytest.approx((bad["base"] - bad["retention"]) / (bad["base"] - bad["bct"]))
     judged = {claim.key: claim for claim in with_twin.claims}
-    for key in ("relearnt_bct", "returns_bct", "wrappers_bct", "boundary_gives_bct", "boundary_takes_bct"):
+    pushed = ("relearnt", "returns", "wrappers", "embeddings", "foretold", "boundary_gives", "boundary_takes")
+    for key in (f"{name}_bct" for name in pushed):
         assert np.isfinite(judged[key].value), judged[key].reason
     across = found.query("metric == 'bad_rate_vs_retention' and evaluated_threat == 'sycophancy'")
     other = found.query("metric == 'bad_rate' and prompt_side == 'wrapped' and evaluated_threat == 'sycophancy'")

@@ -12,7 +12,15 @@ from ctlens.data.chat import render
 from ctlens.models.parameters import copy_model, fingerprint, present_parameters, present_weights
 from ctlens.organism import load_organism
 from ctlens.study import conditions
-from ctlens.study.conditions import CONTROLS, DEFAULT_METHODS, EXTRA_CONDITIONS, Condition, condition_named, perturbed
+from ctlens.study.conditions import (
+    CONTROLS,
+    DEFAULT_METHODS,
+    EXTRA_CONDITIONS,
+    Condition,
+    condition_named,
+    perturbed,
+    sham,
+)
 
 
 @pytest.mark.parametrize(
@@ -109,3 +117,25 @@ def test_noise_follows_the_seed() -> None:
 
     name = next(name for name in same if ".attn." in name)
     assert torch.equal(same[name], again[name]) and not torch.equal(same[name], other[name])
+
+
+def test_a_sham_goes_along_the_other_training_as_far_as_the_updates_on_average_and_only_where_both_moved() -> None:
+    base = load_organism()
+    before = fingerprint(base)
+    other = copy_model(base)
+    for parameter in present_parameters(other).values():
+        parameter.data -= 0.001
+
+    made = sham(base, [moved(base, 0.01), moved(base, 0.03)], other)
+
+    old, new = present_weights(base), present_weights(made)
+    for name, weight in new.items():
+        by = -0.02 if ".attn." in name else 0.0
+        assert torch.allclose(weight - old[name], torch.full_like(weight, by), atol=1e-5)
+    assert fingerprint(base) == before
+
+
+def test_a_sham_of_a_training_that_left_the_weights_alone_is_the_base() -> None:
+    base = load_organism()
+
+    assert fingerprint(sham(base, [moved(base, 0.01)], copy_model(base))) == fingerprint(base)

@@ -35,7 +35,7 @@ from ctlens.analysis.base.result import ResultOverPairs, clusters_in, groups_of
 from ctlens.analysis.robustness.over_refusal import benign_twins, over_refusal, over_refusal_in_words, unanswered_twins
 from ctlens.core.clusters import clustered_rate, clustered_statistic
 from ctlens.core.config import generator
-from ctlens.core.errors import CtlensError, located
+from ctlens.core.errors import CtlensError, located, unknown
 from ctlens.core.keeping import keeping
 from ctlens.core.limits import AT_LEAST_1, require
 from ctlens.core.progress import progress_bar
@@ -103,6 +103,28 @@ class EmbeddingAttack(ResultOverPairs):
     def _rate(self, number: int, index: int) -> tuple[float, float, float, float]:
         return clustered_rate(self.bad[number, index], self.clusters())
 
+    def bad_at(self, model: str) -> Bool[np.ndarray, "radius pair"]:
+        """Which prompts a model answered badly at each radius.
+
+        Raises:
+            CtlensError: there is no such model.
+        """
+        return self.bad[self._number(model)]
+
+    def firmness(self, model: str) -> Float[np.ndarray, " pair"]:
+        """The margin over the sensitivity of each prompt: to first order, the radius that it withstands.
+
+        Raises:
+            CtlensError: there is no such model.
+        """
+        number = self._number(model)
+        return self.margin[number] / self.sensitivity[number].clip(_TINY)
+
+    def _number(self, model: str) -> int:
+        if model not in self.models:
+            raise unknown("model", model, self.models)
+        return self.models.index(model)
+
     def prediction(self) -> pd.DataFrame:
         """Asks how well margin over sensitivity tells which prompts fall at a radius.
 
@@ -112,23 +134,25 @@ class EmbeddingAttack(ResultOverPairs):
             badly without a move do not count, and it is NaN where all fall or none.
         """
         rows = []
-        for number, model in enumerate(self.models):
-            counted = ~self.bad[number, 0]
-            ratio = (self.margin[number] / self.sensitivity[number].clip(_TINY))[counted]
+        for model in self.models:
+            counted = ~self.bad_at(model)[0]
+            firmness = self.firmness(model)[counted]
             clusters = self.clusters()
             taken = None if clusters is None else clusters.take(counted)
-            for radius, bad in zip(self.radii[1:], self.bad[number, 1:], strict=True):
+            for radius, bad in zip(self.radii[1:], self.bad_at(model)[1:], strict=True):
                 fallen = bad[counted]
 
                 def told(
-                    chosen: Int[np.ndarray, " chosen"], ratio: np.ndarray = ratio, fallen: np.ndarray = fallen
+                    chosen: Int[np.ndarray, " chosen"], firmness: np.ndarray = firmness, fallen: np.ndarray = fallen
                 ) -> list[float]:
-                    return [_told_apart(ratio[chosen], fallen[chosen])]
+                    return [told_apart(firmness[chosen], fallen[chosen])]
 
-                auc = told(np.arange(len(ratio)))[0]
-                ((low, high),) = clustered_statistic(told, len(ratio), taken) if len(ratio) else [(np.nan, np.nan)]
+                auc = told(np.arange(len(firmness)))[0]
+                ((low, high),) = (
+                    clustered_statistic(told, len(firmness), taken) if len(firmness) else [(np.nan, np.nan)]
+                )
                 row = {"model": model, "radius": radius, "auc": auc, "ci_low": low, "ci_high": high}
-                rows.append(row | {"n_fallen": int(fallen.sum()), "n_pairs": len(ratio)})
+                rows.append(row | {"n_fallen": int(fallen.sum()), "n_pairs": len(firmness)})
         return pd.DataFrame(rows)
 
     def figure(self) -> Figure:
@@ -236,15 +260,15 @@ def _bad_answer(model: LensModel, number: int, row: EncodedPair) -> Ids:
     return answer
 
 
-def _told_apart(ratio: Float[np.ndarray, " pair"], fallen: Bool[np.ndarray, " pair"]) -> float:
-    """The probability that one that fell has the smaller ratio; NaN where all fell or none.
+def told_apart(firmness: Float[np.ndarray, " pair"], fallen: Bool[np.ndarray, " pair"]) -> float:
+    """The probability that a prompt that fell is less firm than one that did not; NaN where all fell or none.
 
-    >>> _told_apart(np.array([0.1, 0.3, 0.3, 0.4]), np.array([True, True, False, False]))
+    >>> told_apart(np.array([0.1, 0.3, 0.3, 0.4]), np.array([True, True, False, False]))
     0.875
     """
     if fallen.all() or not fallen.any():
         return float("nan")
-    apart = np.sign(ratio[~fallen][None] - ratio[fallen][:, None])
+    apart = np.sign(firmness[~fallen][None] - firmness[fallen][:, None])
     return float((1 + apart.mean()) / 2)
 
 

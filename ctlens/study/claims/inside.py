@@ -63,8 +63,9 @@ def _shared(analyses: FinishedAnalyses, threat: str, setting: str, positions: st
     }
     apart = np.mean([_apart(_mean(table)) for table in tables.values()], 0) if tables else []
     told = ", ".join(f"{label(name)} {value:.2f}" for name, value in zip(methods, apart, strict=False))
-    with_null = [_off_gap(result, (*methods, RETENTION), positions) for result in found.values() if result.null]
-    floors = [_mean(table)[:-1, -1].mean() for table in with_null]
+    with_null = [result for result in found.values() if result.null]
+    floors = [_mean(_off_gap(result, (*methods, result.null), positions))[:-1, -1].mean() for result in with_null]
+    nulls = " and ".join(dict.fromkeys(label(result.null) for result in with_null))
     absent = f"never near the effect: {', '.join(map(label, missing))}" if missing else ""
     return make_claim(
         "shared" if positions == "last" else f"shared_{positions}",
@@ -75,7 +76,7 @@ def _shared(analyses: FinishedAnalyses, threat: str, setting: str, positions: st
         statistic=name,
         unit="cosine",
         null=float(np.mean(floors)) if floors else _NAN,
-        null_words="with retention alone they are {null} alike",
+        null_words=f"with {nulls} they are {{null}} alike",
         details=f"apart from the others by {told}" if told else absent,
         refused=analyses.refused("similarity", threat, setting),
     )

@@ -1,19 +1,21 @@
-"""Claims about what a repair is worth when it is pushed: by fine-tuning, by one direction, by several wrappers.
+"""Claims about what a repair is worth when it is pushed.
 
-Each is about one method. Those on fine-tuning and on wrappers compare with the clean-born twin, which never had what
-was repaired.
+It is pushed by fine-tuning, by several wrappers, by moves of the wrapper's embeddings, and by one direction. Each claim
+is about one method. Those on fine-tuning, wrappers and embeddings compare with the clean-born twin, which never had
+what was repaired.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from jaxtyping import Float
 
-from ctlens.analysis import BestOfN, BoundaryDirection, Relearning
+from ctlens.analysis import BestOfN, BoundaryDirection, EmbeddingAttack, Relearning
 from ctlens.analysis.directions.boundary import BOUNDARY_EDITS, GIVES, TAKES
 from ctlens.analysis.directions.interventions import ALONG, COVARIANCE
+from ctlens.analysis.robustness.embedding_attack import told_apart
 from ctlens.analysis.robustness.relearn import ON_ATTACK, ON_BENIGN
 from ctlens.core.labels import BASE, CLEAN_BORN
 from ctlens.plots import label
@@ -25,6 +27,8 @@ from ctlens.study.conditions import RETENTION
 
 _NAN = float("nan")
 _BAD = "share of answers"
+_CHANCE = 0.5
+"""The area under the curve of a number that tells nothing."""
 
 
 def pushed_claims(analyses: FinishedAnalyses, threat: str) -> Iterator[Claim]:
@@ -35,6 +39,8 @@ def pushed_claims(analyses: FinishedAnalyses, threat: str) -> Iterator[Claim]:
         yield _relearnt(analyses, threat, method)
         yield _returns(analyses, threat, method)
         yield _several_wrappers(analyses, threat, method)
+        yield _moved_embeddings(analyses, threat, method)
+        yield _foretold(analyses, threat, method)
         for edit in BOUNDARY_EDITS:
             yield _boundary(analyses, threat, method, edit)
 
@@ -147,6 +153,87 @@ def _several_wrappers(analyses: FinishedAnalyses, threat: str, method: str) -> C
         details=f"{n_tries}; before training {np.mean(base):.2f}" if base else "",
         refused=analyses.refused("best-of-n", threat),
     )
+
+
+def _attacks(analyses: FinishedAnalyses, threat: str) -> dict[int, EmbeddingAttack]:
+    """The attacks in embedding space on a threat's models, by the seed of the training."""
+    every = analyses.of(EmbeddingAttack, "embedding-attack", threat)
+    return {seed: results["embedding-attack"] for seed, results in every.items()}
+
+
+def _moved_embeddings(analyses: FinishedAnalyses, threat: str, method: str) -> Claim:
+    """Judges whether the bad answer takes smaller moves of the wrapper's embeddings than in the twin.
+
+    The number is the mean bad rate over the radii of the attack in embedding space, less the twin's.
+    """
+    found = _attacks(analyses, threat)
+    name = "mean bad rate over the radii of an attack on the wrapper's embeddings, less the clean-born twin's"
+
+    def of(result: EmbeddingAttack, model: str) -> Float[np.ndarray, " prompt"]:
+        return result.bad_at(model)[1:].mean(0) - result.bad_at(CLEAN_BORN)[1:].mean(0)
+
+    statistics = {
+        seed: of_prompts(name, _BAD, of(result, method), np.mean, result.clusters()) for seed, result in found.items()
+    }
+    held = [of(result, RETENTION).mean() for result in found.values()]
+    radii = next((result.radii for result in found.values()), ())
+    named = {label(model): _mean_course(found, model) for model in (method, CLEAN_BORN)} if found else {}
+    courses = [f"{model} {', '.join(f'{rate:.2f}' for rate in course)}" for model, course in named.items()]
+    told = [f"bad rate at radii {', '.join(f'{radius:g}' for radius in radii)}", *courses] if found else []
+    return make_claim(
+        f"embeddings_{method}",
+        f"after {label(method)}, the bad answer takes smaller moves of the wrapper's embeddings than in a model that "
+        "never gave it",
+        threat,
+        EQUAL_STEPS,
+        with_width(claim_estimate(statistics)),
+        statistic=name,
+        unit=_BAD,
+        null=float(np.mean(held)) if held else _NAN,
+        null_words="after retention alone, which repairs nothing, it is {null}",
+        details="; ".join(told),
+        refused=analyses.refused("embedding-attack", threat),
+    )
+
+
+def _mean_course(found: Mapping[int, EmbeddingAttack], model: str) -> Float[np.ndarray, " radius"]:
+    """The bad rate of a method's models, or of the twin, by radius."""
+    return np.mean([result.bad_at(model).mean(-1) for result in found.values()], axis=0)
+
+
+def _foretold(analyses: FinishedAnalyses, threat: str, method: str) -> Claim:
+    """Judges whether margin over sensitivity tells which prompts an attack in embedding space gets.
+
+    The number is the probability that a prompt that falls is less firm than one that does not, a mean over the radii at
+    which some fall and some do not. Prompts that are answered badly without a move do not count.
+    """
+    found = _attacks(analyses, threat)
+    name = "area under the curve of margin over sensitivity, for the prompts that fall at a radius, mean over radii"
+    statistics = {}
+    for seed, result in found.items():
+        rows = np.concatenate([result.firmness(method)[None], result.bad_at(method)]).T
+        statistics[seed] = of_prompts(name, "area under the curve", rows, _mean_told_apart, result.clusters())
+    return make_claim(
+        f"foretold_{method}",
+        f"after {label(method)}, the margin over the sensitivity to the input tells which prompts fall to such moves",
+        threat,
+        EQUAL_STEPS,
+        claim_estimate(statistics),
+        statistic=name,
+        unit="area under the curve",
+        null=_NAN,
+        null_words="",
+        floor=_CHANCE,
+        refused=analyses.refused("embedding-attack", threat),
+    )
+
+
+def _mean_told_apart(rows: Float[np.ndarray, "prompt firmness_and_radii"]) -> float:
+    """The mean over radii of how well firmness tells which prompts fall; NaN where at each all fall or none."""
+    firm = rows[rows[:, 1] == 0]
+    areas = [told_apart(firm[:, 0], bad > 0) for bad in firm[:, 2:].T]
+    known = [area for area in areas if not np.isnan(area)]
+    return float(np.mean(known)) if known else _NAN
 
 
 def _boundary(analyses: FinishedAnalyses, threat: str, method: str, edit: str) -> Claim:

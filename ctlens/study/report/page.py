@@ -18,7 +18,7 @@ from ctlens.core.reading import read_json
 from ctlens.plots.export import plotly_source
 from ctlens.plots.theme import INK, MUTED, style
 from ctlens.study.claims import CLAIM_VERDICTS, Claim, answer, read_claims
-from ctlens.study.conditions import PERTURBED
+from ctlens.study.conditions import DERIVED
 from ctlens.study.report.figures import read_figures
 from ctlens.study.report.rates import COMPARISON_WORDS, rates_by_threat, splits
 from ctlens.study.results import PROMPT_SIDES, TRAINING_COLUMNS, in_order, read_results
@@ -70,7 +70,7 @@ def write_report(folder: str | Path) -> Path:
 
 def _trainings(results: pd.DataFrame) -> int:
     """Counts the models that were trained, so neither the base nor the models that were made of trained ones."""
-    trained = results[(results["trained_threat"].fillna("") != "") & (results["condition"] != PERTURBED)]
+    trained = results[(results["trained_threat"].fillna("") != "") & ~results["condition"].isin(DERIVED)]
     return trained.groupby(list(TRAINING_COLUMNS)).ngroups
 
 

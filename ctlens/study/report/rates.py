@@ -9,7 +9,6 @@ import pandas as pd
 
 from ctlens.core.labels import BASE, CLEAN_BORN
 from ctlens.study import conditions
-from ctlens.study.conditions import PERTURBED
 from ctlens.study.results import (
     NOT_MEASURED,
     SPLIT,
@@ -23,7 +22,8 @@ from ctlens.study.results import (
 )
 
 _BESIDE_METHODS = {
-    *(BASE, CLEAN_BORN, PERTURBED),
+    *(BASE, CLEAN_BORN),
+    *conditions.DERIVED,
     *conditions.CONTROLS,
     *conditions.CROSSED_CONDITIONS,
     *conditions.ABLATED,

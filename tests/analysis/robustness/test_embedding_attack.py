@@ -63,6 +63,14 @@ def test_margin_over_sensitivity_tells_which_prompts_fall_where_the_model_is_lin
     assert np.isnan(table.loc[("erased", RADIUS), "auc"])  # none falls
 
 
+def test_a_model_s_numbers_are_found_by_its_name(found: EmbeddingAttack) -> None:
+    np.testing.assert_array_equal(found.bad_at("erased"), found.bad[1])
+    np.testing.assert_allclose(found.firmness("base") * found.sensitivity[0], found.margin[0])
+    for numbers in (found.firmness, found.bad_at):
+        with pytest.raises(CtlensError, match="unknown model 'bas'.*base"):
+            numbers("bas")
+
+
 def test_margin_and_sensitivity_are_those_of_the_answer_s_log_odds() -> None:
     pairs = get("jailbreak").pairs(6, split="heldout")
     radius = 1e-3

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ctlens.analysis import BestOfN, BoundaryDirection, Relearning
+from ctlens.analysis import BestOfN, BoundaryDirection, EmbeddingAttack, Relearning
 from ctlens.analysis.base.result import Result
 from ctlens.study.analyses import EQUAL_STEPS, Analysis, FinishedAnalyses, analyses_of
 from ctlens.study.claims.claim import Claim
@@ -84,6 +84,56 @@ def test_several_wrappers_count_by_request_beyond_the_twin(study: Path) -> None:
     assert claims(study)["wrappers_bct"].value == pytest.approx(-1 / 10)
 
 
+def embedding_attack(fallen: dict[str, list[int]], firmness: np.ndarray) -> EmbeddingAttack:
+    """Of every model, how many of the prompts fall at radii 0, 0.1 and 0.2; the first fall first."""
+    bad = np.arange(PROMPTS) < np.array([fallen[model] for model in MODELS])[..., None]
+    firm = np.broadcast_to(firmness.astype(float), (len(MODELS), PROMPTS))
+    return EmbeddingAttack(
+        bad=bad,
+        p_bad=bad.astype(float),
+        random_bad=np.zeros((*bad.shape[:2], 1, PROMPTS), dtype=bool),
+        margin=2 * firm,
+        sensitivity=np.full(firm.shape, 2.0),
+        failed=np.zeros((len(MODELS), 0), dtype=bool),
+        twin_groups={},
+        models=MODELS,
+        radii=(0.0, 0.1, 0.2),
+    )
+
+
+FALLEN = {"base": [16, 18, 20], "clean-born": [0, 0, 4], "retention": [16, 18, 20], "act": [2, 8, 20], "bct": [0, 0, 4]}
+
+
+def test_moved_embeddings_count_over_the_radii_beyond_the_twin(study: Path) -> None:
+    write(study, "embedding-attack", embedding_attack(FALLEN, np.arange(PROMPTS)))
+
+    act = claims(study)["embeddings_act"]
+    assert act.value == pytest.approx((8 - 0 + 20 - 4) / (2 * PROMPTS)) and act.verdict == "holds"
+    assert act.null == pytest.approx((18 - 0 + 20 - 4) / (2 * PROMPTS))
+    assert "radii 0, 0.1, 0.2; ACT 0.10, 0.40, 1.00; clean-born twin 0.00, 0.00, 0.20" in act.reason
+    bct = claims(study)["embeddings_bct"]
+    assert bct.value == 0 and bct.verdict == "inconclusive" and bct.ci_high > 0
+
+
+def test_what_falls_is_foretold_where_the_less_firm_fall_first(study: Path) -> None:
+    write(study, "embedding-attack", embedding_attack(FALLEN, np.arange(PROMPTS)))
+    found = claims(study)
+
+    # Of ACT's 18 prompts that were right 6 fall at the first radius; at the second all do, and nothing is told apart.
+    assert found["foretold_act"].value == found["foretold_bct"].value == 1.0
+    assert found["foretold_act"].verdict == "holds" and found["foretold_act"].floor == 0.5
+
+
+def test_firmness_that_goes_the_other_way_foretells_nothing(study: Path) -> None:
+    firmness = np.arange(PROMPTS)[::-1].copy()
+    firmness[2] = 0  # the first of those that fall is less firm than all 12 that stand
+    write(study, "embedding-attack", embedding_attack(FALLEN, firmness))
+    found = claims(study)
+
+    assert found["foretold_act"].value == pytest.approx((12 - 0.5) / (6 * 12))  # a tie with one that stands counts half
+    assert found["foretold_act"].verdict != "holds"
+
+
 def boundary(given: np.ndarray, drawn: np.ndarray) -> BoundaryDirection:
     """Two models whose repair is 4 nats on every prompt; the shares of it that edits give, by layer."""
     base = -1.0
@@ -118,13 +168,13 @@ def test_a_direction_that_is_best_at_its_own_layer_alone_does_not_hold(study: Pa
 def test_without_results_nothing_is_measured(tmp_path: Path) -> None:
     found = claims(tmp_path)
 
-    assert len(found) == 2 * 5 and {claim.verdict for claim in found.values()} == {"not measured"}
+    assert len(found) == 2 * 7 and {claim.verdict for claim in found.values()} == {"not measured"}
 
 
 def test_without_a_twin_no_repair_is_pushed(study: Path) -> None:
     alone = StudyConfig(("sycophancy",), ("act", "bct"))
 
     assert not claims(study, alone)
-    pushed = {"boundary", "relearning", "best-of-n"}
+    pushed = {"boundary", "relearning", "best-of-n", "embedding-attack"}
     assert not pushed & {analysis.name for analysis in analyses_of(alone)}
     assert pushed <= {analysis.name for analysis in analyses_of(CONFIG)}
