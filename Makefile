@@ -42,13 +42,19 @@ compare: install
 study: install
 	$(BIN)/ctlens compare --size matrix --out runs/study --resume
 
-# The study of several organisms: five of each recipe, with their clean-born twins. It takes hours and goes on where it
-# was stopped. The first organism is the shipped one.
+# The study of several organisms: five of each recipe, with their clean-born twins, and of three of each on the threats
+# that are not analysed. It takes hours and goes on where it was stopped. The first organism is the shipped one.
 ORGANISMS ?= 0 1 2 3 4
-replication: $(foreach seed,$(ORGANISMS),runs/replication/together/$(seed)/claims.csv \
-	runs/replication/afterwards/$(seed)/claims.csv)
-	rm -rf runs/replicated
+RECIPES := together afterwards
+replication: $(foreach recipe,$(RECIPES),$(ORGANISMS:%=runs/replication/$(recipe)/%/claims.csv) \
+	$(patsubst %,runs/other-threats/$(recipe)/%/claims.csv,$(wordlist 1,3,$(ORGANISMS))))
+	rm -rf runs/replicated runs/replicated-others
 	$(BIN)/ctlens replicate runs/replication/*/* --out runs/replicated
+	$(BIN)/ctlens replicate runs/other-threats/*/* --out runs/replicated-others
+
+runs/other-threats/%/claims.csv: runs/organisms/%/card.json
+	$(BIN)/ctlens compare --size replicated --threats persona,prefill,frustration,conditional \
+		--organism runs/organisms/$* --clean-born runs/organisms/clean-born/$(notdir $*) --out $(dir $@) --resume
 
 runs/replication/%/claims.csv: runs/organisms/%/card.json
 	$(BIN)/ctlens compare --size replicated --organism runs/organisms/$* \

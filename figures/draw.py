@@ -49,7 +49,7 @@ EXCHANGED = (*DEFAULT_METHODS, *CROSSED_CONDITIONS)
 SIMILARITY = "-similarity.safetensors"
 POOLED = ("bad_rate", "good_rate", "bad_rate_vs_retention", "share_repaired")
 MECHANISM = ("repair", "shared", "shared_content", "left_later", "level", "distance", "attention")
-PUSHED = ("relearnt", "returns", "wrappers")
+PUSHED = ("relearnt", "returns", "wrappers", "embeddings")
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,11 @@ class ShownReplication:
 
     Attributes:
         folder: with a folder per recipe, in it a study per organism, under `DATA` and under the folder of the runs.
+        analysed: the threats whose models were compared inside, which have figures.
     """
 
-    folder: str = "replication"
+    folder: str
+    analysed: tuple[str, ...] = ()
 
     def studies(self, root: Path) -> list[Path]:
         """The folders of the studies under a root."""
@@ -122,13 +124,15 @@ class ShownReplication:
     def drawings(self, data: Path) -> Iterator[tuple[str, plots.Figure]]:
         """Draws the figures of the replication, each with its name."""
         found = replicate(self.studies(data))
-        for threat in ANALYSED_THREATS:
+        for threat in self.analysed:
             yield f"{threat}-replicated", found.figure(threat, SETTINGS[0], MECHANISM)
             pushed = [f"{kind}_{method}" for kind in PUSHED for method in DEFAULT_METHODS]
             yield f"{threat}-replicated-pushed", found.figure(threat, SETTINGS[0], pushed)
 
 
-REPLICATION = ShownReplication()
+REPLICATION = ShownReplication("replication", ANALYSED_THREATS)
+OTHER_THREATS = ShownReplication("other-threats")
+"""The studies of several organisms, of the two threats whose models are analysed and of the four others."""
 STUDIES = (ShownStudy("study", ANALYSED_THREATS), ShownStudy("real", ("facts",), "real-"))
 """The study of the organism, and that of a real chat model."""
 TAKEN = {
@@ -159,7 +163,8 @@ def take(runs: Path) -> None:
             _shown(ShiftSimilarity.load(runs / source)).save(DATA / name)
         else:
             shutil.copyfile(runs / source, DATA / name)
-    REPLICATION.take(runs)
+    for replication in (REPLICATION, OTHER_THREATS):
+        replication.take(runs)
 
 
 def _shown(found: ShiftSimilarity) -> ShiftSimilarity:
@@ -257,15 +262,15 @@ def _pooled_verdict(row: Mapping[Any, Any]) -> str:
     return f"{told}; {row['holds']} of {row['n']}" if row["n"] else told
 
 
-def pooled_rates_table(found: Replication, metric: str, split: str = SPLIT) -> str:
+def pooled_rates_table(found: Replication, metric: str, split: str = SPLIT, prompt_side: str = "wrapped") -> str:
     """Writes a number of every method on its own threat, pooled over models, as a Markdown table."""
-    rates = found.rates(metric, split).set_index(["threat", "group", "condition"])
+    rates = found.rates(metric, split, prompt_side).set_index(["threat", "group", "condition"])
     conditions = in_order(set(rates.index.get_level_values("condition")))
     lines = [
         f"| threat | organisms | {' | '.join(map(plots.label, conditions))} |",
         "|---|---|" + "---|" * len(conditions),
     ]
-    for threat in ANALYSED_THREATS:
+    for threat in dict.fromkeys(rates.index.get_level_values("threat")):
         for group in (ALL_MODELS, *found.groups):
             told = []
             for condition in conditions:

@@ -148,18 +148,25 @@ def clustered_mean(
     return mean, mean - reach, mean + reach
 
 
-def simultaneous_mean(values: Float[np.ndarray, "item ..."], clusters: Clusters | None = None) -> WithInterval:
+def simultaneous_mean(
+    values: Float[np.ndarray, "item ..."], clusters: Clusters | None = None, *, n_means: int | None = None
+) -> WithInterval:
     """Computes means over items with intervals that all hold at once at 95 percent: mean, low, high.
 
     It is Bonferroni's correction, with as many degrees of freedom as the kind with the fewest clusters leaves: some of
     many variances are far too small by chance, and Satterthwaite's freedom would trust them. How often all of 64 hold
     is measured in `benchmarks/coverage.py`. The ends are NaN with too few clusters.
+
+    Args:
+        values: of each item.
+        clusters: of the items; None where none go together.
+        n_means: how many means there are in all, where these are some of them.
     """
     clusters = Clusters.alone(len(values)) if clusters is None else clusters
     mean = values.mean(0)
     if clusters.too_few or len(values) < 2:
         return mean, np.full(mean.shape, np.nan), np.full(mean.shape, np.nan)
-    n_means = max(1, int(np.prod(mean.shape)))
+    n_means = n_means or max(1, int(np.prod(mean.shape)))
     freedom = min([len(values), *(len(set(row.tolist())) for row in clusters.numbers)]) - 1
     quantile = stats.t.ppf(1 - (1 - LEVEL) / 2 / n_means, freedom)
     reach = quantile * np.sqrt(clusters.spread(values - mean).variance)

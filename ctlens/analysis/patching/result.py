@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from ctlens import plots
 from ctlens.analysis.base.result import ResultOverPairs
-from ctlens.analysis.base.shares import floor_of, means, require_gap, shares
+from ctlens.analysis.base.shares import floor_of, means, require_gap, shares, simultaneous_means
 from ctlens.core.clusters import WithInterval
 from ctlens.core.errors import unknown
 from ctlens.plots import Figure
@@ -71,6 +71,30 @@ class Patching(ResultOverPairs):
         """
         tables = [self._table(name, means(self._cells(row), self.clusters)) for row, name in enumerate(self.metrics)]
         return pd.concat(tables, ignore_index=True)
+
+    def top(self, k: int = 10, metric: str | None = None) -> pd.DataFrame:
+        """Lists the `k` cells whose patch moves the run most, with intervals that hold for all cells at once.
+
+        Args:
+            k: how many.
+            metric: by default the first.
+
+        Returns:
+            Rows as in `to_dataframe`, of which `value` is the change of the patched run, with intervals that hold for
+            all cells at once (`ctlens.core.clusters.simultaneous_mean`), because the largest of many changes is large
+            by chance too; with `cells`, how many were compared, and `differs`, whether the interval leaves out 0.
+
+        Raises:
+            CtlensError: the metric was not measured.
+        """
+        metric = self.metrics[0] if metric is None else metric
+        row = self._row(metric)
+        moved = self._cells(row) - self.target[row]
+        table = self._table(metric, simultaneous_means(moved, self.clusters))
+        table = table.loc[table["value"].abs().sort_values(ascending=False, kind="stable").index].head(k)
+        cells = int((~np.isnan(moved)).any(-1).sum())
+        differs = (table["ci_low"] > 0) | (table["ci_high"] < 0)
+        return table.assign(cells=cells, differs=differs).reset_index(drop=True)
 
     def normalised(self, metric: str | None = None, *, smallest_gap: float | None = None) -> pd.DataFrame:
         """The same table of one metric as a share of the gap: 0 is the unpatched run, 1 the source run.

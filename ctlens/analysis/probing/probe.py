@@ -30,7 +30,7 @@ from ctlens.analysis.base.recording import Readable, model_of
 from ctlens.analysis.base.result import Result
 from ctlens.analysis.base.states import States
 from ctlens.analysis.probing.classifiers import NONLINEAR, group_splits, hits, hits_of_models, make_probe
-from ctlens.analysis.probing.scores import balanced, curves, deals_apart
+from ctlens.analysis.probing.scores import balanced, curves, deals_apart, surely_above
 from ctlens.analysis.probing.tasks import Task
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.keeping import keeping
@@ -54,6 +54,7 @@ class Probe(Result):
         score, ci_low, ci_high: balanced accuracy and its 95 percent interval over groups.
         seed_low, seed_high: its lowest and highest value in one deal of the groups into folds.
         shuffled, shuffled_low, shuffled_high: the same with labels shuffled in training.
+        selectivity_low: the lower end of the score above that of shuffled labels, at all layers at once.
         random_features: per estimator, the score on random vectors in place of states.
         fitted_on, read_on: per reading, the model's name.
         positions, estimators, layers: the other axes.
@@ -73,6 +74,7 @@ class Probe(Result):
     shuffled: Float[np.ndarray, "reading positions estimator layer"]
     shuffled_low: Float[np.ndarray, "reading positions estimator layer"]
     shuffled_high: Float[np.ndarray, "reading positions estimator layer"]
+    selectivity_low: Float[np.ndarray, "reading positions estimator layer"]
     random_features: Float[np.ndarray, " estimator"]
     fitted_on: tuple[str, ...]
     read_on: tuple[str, ...]
@@ -93,8 +95,8 @@ class Probe(Result):
     def to_dataframe(self) -> pd.DataFrame:
         """One row per model fitted on, model read on, positions, estimator and layer.
 
-        `selectivity` is the score above that of shuffled labels; `uninformative` marks a task that
-        is at ceiling in every model and layer.
+        `selectivity` is the score above that of shuffled labels, and `selectivity_low` its lower end at all layers at
+        once; `uninformative` marks a task that is at ceiling in every model and layer.
         """
         axes = product(range(len(self.fitted_on)), self.positions, self.estimators, self.layers)
         names = [(self.fitted_on[row], self.read_on[row], *rest) for row, *rest in axes]
@@ -102,6 +104,7 @@ class Probe(Result):
         for column in ("score", "ci_low", "ci_high", "seed_low", "seed_high", "shuffled"):
             table[column] = getattr(self, column).ravel()
         table["selectivity"] = table["score"] - table["shuffled"]
+        table["selectivity_low"] = self.selectivity_low.ravel()
         random = dict(zip(self.estimators, self.random_features.tolist(), strict=True))
         rows = zip(table["positions"], table["estimator"], strict=True)
         return table.assign(
@@ -111,6 +114,18 @@ class Probe(Result):
             n_test=self.n_test,
             uninformative=[self.at_ceiling(positions, estimator) for positions, estimator in rows],
         )
+
+    def peak(self) -> pd.DataFrame:
+        """Lists for each reading, positions and estimator the layer that is most above shuffled labels.
+
+        Returns:
+            Rows as in `to_dataframe`, with `layers_compared`, and whether the peak `stands_out`: the best of many
+            layers is good by chance too, so `selectivity_low`, which holds at all layers at once, has to lie above 0.
+        """
+        table = self.to_dataframe()
+        best = table.groupby(["fitted_on", "read_on", "positions", "estimator"], sort=False)["selectivity"].idxmax()
+        found = table.loc[best.to_numpy()].reset_index(drop=True)
+        return found.assign(layers_compared=len(self.layers), stands_out=found["selectivity_low"] > 0)
 
     def curve(self, fitted_on: str, read_on: str, positions: str, estimator: str) -> Curve:
         """Score and its interval by layer.
@@ -238,6 +253,7 @@ def probe(
         *curves(real.mean(3), task),
         *deals_apart(real, task),
         *curves(null.mean(3), task),
+        selectivity_low=surely_above(real.mean(3), null.mean(3), task),
         random_features=balanced(random, task)[0],
         fitted_on=tuple(fitted for fitted, _ in readings),
         read_on=tuple(read for _, read in readings),

@@ -12,6 +12,7 @@ from helpers.models import hf_model, made
 from helpers.pairwise import pairwise
 from helpers.patching import CLOSE, EQUAL, PAIRS, TOKENIZER, logit_diff, one_site, swept
 from helpers.tiers import unit_first, unit_first_rows
+from scipy.stats import t
 from torch import Tensor
 from transformer_lens import patching as tl_patching
 
@@ -281,6 +282,20 @@ def test_a_share_is_the_ratio_of_the_means_over_the_pairs_that_have_the_position
 def test_shares_of_no_gap_are_refused(result: Patching, options: dict, message: str):
     with pytest.raises(CtlensError, match=message):
         result.normalised(**options)
+
+
+def test_the_top_cells_have_intervals_that_hold_for_all_cells_at_once():
+    found = one_site([[9.0, np.nan, np.nan], [1.0, 2.0, 3.0], [-3.0, -4.0, -5.0]], [0.0] * 3, [9.0] * 3)
+    table = found.top(2)
+    alone = found.to_dataframe()
+
+    assert table["position"].tolist() == [-3, -1] and table["value"].tolist() == [9.0, -4.0]
+    assert set(table["cells"]) == {3} and np.isnan(table["ci_low"][0]) and not table["differs"][0]
+    reach = t.ppf(1 - 0.025 / 3, 2) * 1 / 3**0.5  # deviation 1, three pairs, three cells
+    assert (table["ci_low"][1], table["ci_high"][1]) == pytest.approx((-4 - reach, -4 + reach))
+    assert alone["ci_high"][2] < 0 < table["ci_high"][1]  # clear alone, but not as the largest of three
+    with pytest.raises(CtlensError, match="unknown measured metric 'kl'"):
+        found.top(metric="kl")
 
 
 def test_pairs_without_a_gap_at_a_position_have_no_share_there():

@@ -20,7 +20,7 @@ from ctlens.analysis import Probe, States, Task, answer_hinted, labelled, probe,
 from ctlens.analysis.base.recording import read
 from ctlens.analysis.base.states import states
 from ctlens.analysis.probing.classifiers import ESTIMATORS, MassMean, group_splits, make_probe, weights
-from ctlens.analysis.probing.scores import balanced, interval
+from ctlens.analysis.probing.scores import balanced, curves, interval, surely_above
 from ctlens.analysis.probing.tasks import NO_GROUP
 from ctlens.core.errors import CtlensError
 from ctlens.data.chat import Turn, render
@@ -266,6 +266,47 @@ def test_the_interval_counts_groups_and_not_prompts() -> None:
     assert score == same == pytest.approx(2 / 3)
     assert low < low_many < 2 / 3 < high_many < high
     assert (high - low)[0] > 3 * (high_many - low_many)[0]  # sqrt(240 / 6) is 6.3
+
+
+def chances(right: float, layers: int, seed: int, prompts: int = 240) -> np.ndarray:
+    """Random hits, `[positions, estimator, layer, reading, prompt]`."""
+    return (np.random.default_rng(seed).random((1, 1, layers, 1, prompts)) < right).astype(float)
+
+
+IN_GROUPS = Task("?", ("a", "b") * 120, {"item": tuple(f"g{number // 2 % 30}" for number in range(240))})
+
+
+def test_of_a_single_layer_nothing_is_picked_and_the_bound_is_that_of_the_difference() -> None:
+    real = chances(0.8, 1, seed=1)
+    never = np.zeros_like(real)
+
+    ((score,), (low,), (high,)) = (end.ravel() for end in curves(real, IN_GROUPS))
+    assert surely_above(real, never, IN_GROUPS).item() == pytest.approx(2 * score - high)  # the reach, taken off below
+    assert 2 * score - high == pytest.approx(low, abs=0.02)
+    assert surely_above(real, real, IN_GROUPS).item() == 0  # no more than shuffled labels, whatever is resampled
+
+
+def test_the_best_of_many_layers_stands_out_by_chance_no_more_often_than_one() -> None:
+    found = [
+        float(surely_above(chances(0.5, 12, 2 * seed), chances(0.5, 12, 2 * seed + 1), IN_GROUPS).max() > 0)
+        for seed in range(60)
+    ]
+
+    assert np.mean(found) <= 0.1  # 2.5 percent, or one or two of sixty; of single bounds a quarter would stand out
+    strong = surely_above(chances(0.75, 12, 7), chances(0.5, 12, 8), IN_GROUPS)
+    assert (strong > 0).all()
+
+
+def test_the_peak_is_the_layer_most_above_shuffled_labels() -> None:
+    values = noise()
+    values[1] += 2 * SIGNS[:, None]
+    found = probe({"base": held(values), "act": held(noise(3))}, TASK, seeds=1, progress=False)
+    peaks = found.peak().query("positions == 'last'").set_index(["fitted_on", "read_on"])
+
+    base = peaks.loc[("base", "base")]
+    assert (base["layer"], base["stands_out"], base["layers_compared"]) == (1, True, LAYERS)
+    assert base["selectivity_low"] == found.selectivity_low[0, 0, 0, 1] > 0
+    assert not peaks.loc[("act", "act"), "stands_out"]
 
 
 def test_the_range_over_seeds_is_that_of_single_deals_and_the_score_their_mean() -> None:
