@@ -33,7 +33,7 @@ from ctlens.data.batch import EncodedPair, EncodedPairs, PairBatch, collate
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import Loss
 from ctlens.models.counting import Counting, bytes_of
-from ctlens.models.hooks import capture
+from ctlens.models.hooks import run_capturing
 from ctlens.study.config import NATURAL_TRAINING
 from ctlens.training.passes import OpenPasses, Passes, Term
 
@@ -86,8 +86,8 @@ def measured(size: dict[str, int], loss: Loss | None, memory: str, targets: str)
 
 def passes_alone(reference: LensModel, model: LensModel, pairs: PairBatch) -> torch.Tensor:
     """Both forward passes, and a scalar of the logits."""
-    capture(reference, pairs.clean.tokens, [], grad=False)
-    return capture(model, pairs.wrapped.tokens, [], grad=True)[0].square().mean()
+    run_capturing(reference, pairs.clean.tokens, [], grad=False)
+    return run_capturing(model, pairs.wrapped.tokens, [], grad=True)[0].square().mean()
 
 
 def with_loss(forwards: OpenPasses, terms: dict[str, Term]) -> torch.Tensor:

@@ -43,7 +43,7 @@ import ctlens as ct
 from ctlens.core.config import generator
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, Prompt, prompt
-from ctlens.models.hooks import SHORTHANDS, capture
+from ctlens.models.hooks import SHORTHANDS, run_capturing
 
 VOCABULARY = 512
 SITES = ("resid_pre", "mlp_out", "z")
@@ -213,7 +213,7 @@ def theirs(model: LensModel, pairs: list[Pair], setting: Setting) -> dict[str, n
     """TransformerLens's sweep, on some layers and positions, `[patch]` by site."""
     clean, wrapped = tokens(pairs, "clean"), tokens(pairs, "wrapped")
     names = [SHORTHANDS[site].format(layer=layer) for site in SITES for layer in range(setting.n_layers)]
-    cache: Any = capture(model, clean, names, grad=False)[1]
+    cache: Any = run_capturing(model, clean, names, grad=False)[1]
     found = {}
     for site in SITES:
         setter = patching.layer_pos_head_vector_patch_setter if site == "z" else patching.layer_pos_patch_setter

@@ -41,7 +41,7 @@ import ctlens as ct
 from ctlens.core.config import generator
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, Prompt
-from ctlens.models.hooks import SHORTHANDS, capture
+from ctlens.models.hooks import SHORTHANDS, run_capturing
 from ctlens.models.smollm2 import has_smollm2
 
 SITES = ("resid_pre", "attn_out", "mlp_out")
@@ -163,7 +163,7 @@ def by_huggingface(hf: Any, pair: Plain, site: str, layer: int, back: int) -> fl
 def by_transformer_lens(model: LensModel, pair: Plain, site: str, layers: Sequence[int]) -> np.ndarray:
     """TransformerLens's sweep over some layers and the shared tokens, `[layer, place]`, the last token last."""
     names = [SHORTHANDS[site].format(layer=layer) for layer in layers]
-    cache: Any = capture(model, torch.tensor([pair.clean]), names, grad=False)[1]
+    cache: Any = run_capturing(model, torch.tensor([pair.clean]), names, grad=False)[1]
     places = list(itertools.product(layers, range(pair.shared, 0, -1)))
 
     def put(wrapped: Tensor, place: Sequence[int], clean: Any) -> Tensor:

@@ -28,7 +28,7 @@ from ctlens.data.batch import EncodedPair, PairBatch, collate
 from ctlens.data.chat import Rendered
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import LOSSES, Forwards, Loss
-from ctlens.models.hooks import capture
+from ctlens.models.hooks import run_capturing
 from ctlens.models.lora import add_adapters
 from ctlens.models.parameters import copy_model
 from ctlens.study.config import NATURAL_TRAINING
@@ -89,8 +89,8 @@ def rendered(ids: tuple[int, ...]) -> Rendered:
 def step(reference: LensModel, model: LensModel, pairs: PairBatch, loss: Loss | None) -> None:
     """Both forward passes and one backward pass from the logits, with or without a loss beside them."""
     factors = loss.factors(model) if loss else {}
-    clean_logits, clean = capture(reference, pairs.clean.tokens, factors, grad=False)
-    logits, wrapped = capture(model, pairs.wrapped.tokens, factors, grad=True)
+    clean_logits, clean = run_capturing(reference, pairs.clean.tokens, factors, grad=False)
+    logits, wrapped = run_capturing(model, pairs.wrapped.tokens, factors, grad=True)
     total = logits.square().mean()
     if loss:
         held = clean_logits if loss.needs_clean_logits else None

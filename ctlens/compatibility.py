@@ -20,7 +20,7 @@ from ctlens.core.labels import BASE
 from ctlens.core.progress import progress_bar
 from ctlens.models.architectures import ARCHITECTURES, COMPUTED_OTHERWISE, tiny_model
 from ctlens.models.export import export_huggingface, export_peft
-from ctlens.models.hooks import capture, editing, resolve
+from ctlens.models.hooks import editing, resolve, run_capturing
 from ctlens.models.huggingface import quiet_huggingface
 from ctlens.models.loading import load_model
 from ctlens.models.lora import LoRA, merge_adapters
@@ -128,7 +128,7 @@ def _hook(site: str) -> Callable[[CheckedModel], None]:
     def check(checked: CheckedModel) -> None:
         names = resolve(checked.model, site)
         expected = checked.original()
-        _, found = capture(checked.model, checked.tokens, names, grad=True)
+        _, found = run_capturing(checked.model, checked.tokens, names, grad=True)
         for name in names:
             _require_close(name, found[name], expected[name])
         cast(nn.Module, checked.model).zero_grad(set_to_none=True)
@@ -146,10 +146,10 @@ def _resid_mid(checked: CheckedModel) -> None:
     middle = resolve(checked.model, "resid_mid", 0)[0]
     out = resolve(checked.model, "mlp_out", 0)[0]
     after = resolve(checked.model, "resid_post", 0)[0]
-    _, found = capture(checked.model, checked.tokens, [before, attention, middle, out, after], grad=False)
+    _, found = run_capturing(checked.model, checked.tokens, [before, attention, middle, out, after], grad=False)
     _require_close(middle, found[middle], found[before] + found[attention])
     with torch.no_grad(), editing(checked.model, {middle: torch.zeros_like}):
-        _, edited = capture(checked.model, checked.tokens, [out, after], grad=False)
+        _, edited = run_capturing(checked.model, checked.tokens, [out, after], grad=False)
     _require_close("an edit of resid_mid", edited[after], edited[out])
 
 

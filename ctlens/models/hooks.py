@@ -99,7 +99,7 @@ def require_hooks(model: LensModel, names: Iterable[str]) -> dict[str, Any]:
     return known
 
 
-def capture(
+def run_capturing(
     model: LensModel,
     tokens: Tokens,
     names: Iterable[str],
@@ -135,7 +135,7 @@ def capture(
 def run(
     model: LensModel, tokens: Tokens, mask: Mask | None = None, *, logits_at: Mask | None = None
 ) -> Logits | ChosenLogits:
-    """The logits of one forward pass; `mask` as in `capture`, `logits_at` and errors as of `forward`."""
+    """The logits of one forward pass; `mask` as in `run_capturing`, `logits_at` and errors as of `forward`."""
     options: dict[str, Any] = {} if mask is None else {"attention_mask": mask.long()}
     if huggingface_config(model) is not None:
         options["use_cache"] = False  # no one reads the cache, and a block that is run again would add to it

@@ -15,7 +15,7 @@ from ctlens.core.types import Activations, CleanLogits, LensModel
 from ctlens.data.batch import EncodedPairs, PairBatch, collate
 from ctlens.losses import DPO, Forwards, Loss
 from ctlens.losses.base import moving_target
-from ctlens.models.hooks import capture, visiting
+from ctlens.models.hooks import run_capturing, visiting
 from ctlens.models.parameters import evaluating
 from ctlens.training.config import TrainConfig
 from ctlens.training.edits import TrainingEdits
@@ -175,7 +175,7 @@ class OpenPasses:
         tokens, mask = batch.wrapped.tokens, batch.wrapped.needed_mask
         read = not all(is_layerwise(term.loss) for term in terms.values())
         with layerwise.in_force():
-            logits, wrapped = capture(self.model, tokens, names, grad=grad, mask=mask, logits=read)
+            logits, wrapped = run_capturing(self.model, tokens, names, grad=grad, mask=mask, logits=read)
         sides = {}
         for side in _sides(terms.values()):
             clean, clean_logits = self._clean(side, rows, batch, rest)
@@ -205,7 +205,7 @@ class OpenPasses:
         model = self.passes.model_of(side)
         with evaluating(model):
             clean = batch.clean
-            seen, states = capture(model, clean.tokens, names, grad=False, mask=clean.needed_mask, logits=logits)
+            seen, states = run_capturing(model, clean.tokens, names, grad=False, mask=clean.needed_mask, logits=logits)
         return states, seen if logits else None
 
 

@@ -14,7 +14,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair, collate
 from ctlens.losses.base import Loss, at_positions
-from ctlens.models.hooks import capture
+from ctlens.models.hooks import run_capturing
 
 Basis: TypeAlias = Float[Tensor, "rank d"]
 _AT_ONCE = 32
@@ -63,8 +63,8 @@ def mean_shifts(
     for start in range(0, len(pairs), _AT_ONCE):
         batch = collate(pairs[start : start + _AT_ONCE]).to(device)
         matched = batch.matched[window]
-        _, wrapped = capture(model, batch.wrapped.tokens, names, grad=False, mask=batch.wrapped.needed_mask)
-        _, clean = capture(model, batch.clean.tokens, names, grad=False, mask=batch.clean.needed_mask)
+        _, wrapped = run_capturing(model, batch.wrapped.tokens, names, grad=False, mask=batch.wrapped.needed_mask)
+        _, clean = run_capturing(model, batch.clean.tokens, names, grad=False, mask=batch.clean.needed_mask)
         counted = matched.valid.sum(-1, keepdim=True)
         for name in names:
             shift = at_positions(wrapped[name], matched.wrapped) - at_positions(clean[name], matched.clean)

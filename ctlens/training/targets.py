@@ -14,7 +14,7 @@ from ctlens.core.files import digest_of
 from ctlens.core.types import Activations, CleanLogits, LensModel
 from ctlens.data.batch import EncodedPair, EncodedPairs, PairBatch, collate
 from ctlens.losses.base import OUTPUT
-from ctlens.models.hooks import capture
+from ctlens.models.hooks import run_capturing
 from ctlens.models.parameters import fingerprint
 from ctlens.training.stores import EVERY, InMemory, OnDisk, Store
 
@@ -98,7 +98,7 @@ class CleanTargets:
 
     def _seen(self, batch: PairBatch) -> Activations:
         clean = batch.clean
-        logits, states = capture(
+        logits, states = run_capturing(
             self.reference, clean.tokens, self.names, grad=False, mask=clean.needed_mask, logits=self.logits
         )
         return {**states, OUTPUT: logits} if self.logits else states

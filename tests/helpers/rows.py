@@ -7,7 +7,7 @@ import torch
 from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair, PairBatch
 from ctlens.losses import Forwards, Loss
-from ctlens.models.hooks import capture
+from ctlens.models.hooks import run_capturing
 
 QUESTIONS = ("Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?")
 HINT = "I may be in the minority here. "
@@ -16,8 +16,8 @@ HINT = "I may be in the minority here. "
 def forwards(model: LensModel, loss: Loss, batch: PairBatch, other: LensModel | None = None) -> Forwards:
     names = loss.hook_names(model)
     reference = other or model
-    target, clean = capture(reference, batch.clean.tokens, names, grad=False, mask=batch.clean.needed_mask)
-    logits, wrapped = capture(model, batch.wrapped.tokens, names, grad=True, mask=batch.wrapped.needed_mask)
+    target, clean = run_capturing(reference, batch.clean.tokens, names, grad=False, mask=batch.clean.needed_mask)
+    logits, wrapped = run_capturing(model, batch.wrapped.tokens, names, grad=True, mask=batch.wrapped.needed_mask)
     return Forwards(batch, clean, wrapped, logits, target)
 
 
@@ -30,6 +30,6 @@ def one_pair(model: LensModel, row: EncodedPair, name: str) -> tuple[torch.Tenso
     alignment = row.alignments["shared"]
     sides = []
     for prompt_, positions in ((row.clean, alignment.clean), (row.wrapped, alignment.wrapped)):
-        activation = capture(model, torch.tensor([prompt_.ids]), [name], grad=False)[1][name][0]
+        activation = run_capturing(model, torch.tensor([prompt_.ids]), [name], grad=False)[1][name][0]
         sides.append(activation[list(positions)] if activation.ndim == 2 else activation[:, positions][:, :, positions])
     return sides[0], sides[1]

@@ -18,7 +18,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair, collate, encode
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import AttMass, AttOut, Loss
-from ctlens.models.hooks import capture
+from ctlens.models.hooks import run_capturing
 from ctlens.models.loading import load_model
 from ctlens.training import TrainConfig, Trainer
 
@@ -37,7 +37,7 @@ def rows(tokenizer) -> list[EncodedPair]:
 
 
 def one(model: LensModel, ids: tuple[int, ...], name: str) -> torch.Tensor:
-    return capture(model, torch.tensor([ids]), [name], grad=False)[1][name][0]
+    return run_capturing(model, torch.tensor([ids]), [name], grad=False)[1][name][0]
 
 
 def vector_distance(distance: str, wrapped: list[float], clean: list[float]) -> float:

@@ -31,7 +31,7 @@ from ctlens.losses.distances import (
     smooth_l1,
     squared_error,
 )
-from ctlens.models.hooks import FINAL_NORM, capture
+from ctlens.models.hooks import FINAL_NORM, run_capturing
 from ctlens.models.loading import load_model
 
 ALL = [
@@ -142,7 +142,7 @@ def published_jsd(clean: torch.Tensor, wrapped: torch.Tensor) -> float:
 
 
 def full_pattern(model: LensModel, ids: tuple[int, ...], name: str) -> torch.Tensor:
-    return capture(model, torch.tensor([ids]), [name], grad=False)[1][name][0]
+    return run_capturing(model, torch.tensor([ids]), [name], grad=False)[1][name][0]
 
 
 @pytest.mark.parametrize("distance", ["jsd", "l2", "kl_clean_wrapped"])

@@ -18,7 +18,7 @@ from ctlens.data.chat import Turn
 from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.losses import Forwards
 from ctlens.losses.presets import PUBLISHED
-from ctlens.models.hooks import capture
+from ctlens.models.hooks import run_capturing
 from ctlens.models.loading import load_model
 
 CONTENT, HINT = presets.CONTENT, presets.HINT
@@ -114,7 +114,7 @@ def test_the_mass_on_the_wrapper_is_its_source_s_formula(hinted) -> None:
     model = load_model(hf_model("llama"), dtype=torch.float64)
     loss = losses.preset("attmass", "stack")
     names = loss.hook_names(model)
-    patterns = capture(model, torch.tensor([hinted.wrapped.ids]), names, grad=False)[1]
+    patterns = run_capturing(model, torch.tensor([hinted.wrapped.ids]), names, grad=False)[1]
     begin = hinted.wrapped.text.index(CONTENT)
     every = range(len(hinted.wrapped.ids))
     spans = hinted.wrapped.offsets

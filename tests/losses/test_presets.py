@@ -19,7 +19,7 @@ from ctlens.data.batch import EncodedPair, collate, encode
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import Forwards, Loss
 from ctlens.losses.presets import PUBLISHED, SOURCES, page
-from ctlens.models.hooks import FINAL_NORM, capture, resolve
+from ctlens.models.hooks import FINAL_NORM, resolve, run_capturing
 from ctlens.models.loading import load_model
 from ctlens.models.weights import canonical_weights
 
@@ -129,8 +129,8 @@ def test_a_preset_is_its_source_s_formula_on_huggingface_s_own_states(row, llama
 
     bridges = [load_model(model, dtype=torch.float64) for model in (clean_model, trained)]
     names = loss.hook_names(bridges[0])
-    clean = capture(bridges[0], torch.tensor([row.clean.ids]), names, grad=False)[1]
-    wrapped = capture(bridges[1], torch.tensor([row.wrapped.ids]), names, grad=False)[1]
+    clean = run_capturing(bridges[0], torch.tensor([row.clean.ids]), names, grad=False)[1]
+    wrapped = run_capturing(bridges[1], torch.tensor([row.wrapped.ids]), names, grad=False)[1]
 
     assert total(loss, bridges[0], row, clean, wrapped) == pytest.approx(RESTATED[key](raw), rel=1e-6)
     if FINAL_NORM in names:
@@ -147,7 +147,7 @@ def test_a_preset_is_its_source_s_formula_on_a_model_made_here(row, key) -> None
     names = [name for point in points for name in resolve(model, point)]
     sides = []
     for side in (row.clean, row.wrapped):
-        states = capture(model, torch.tensor([side.ids]), names, grad=False)[1]
+        states = run_capturing(model, torch.tensor([side.ids]), names, grad=False)[1]
         blocks = [states[name][0] for name in resolve(model, "resid_post")]
         mlp = [states[name][0] for name in resolve(model, "mlp_post")]
         attention = [states[name][0] for name in resolve(model, "pattern")]
@@ -156,8 +156,8 @@ def test_a_preset_is_its_source_s_formula_on_a_model_made_here(row, key) -> None
         sides.append((blocks, [*blocks[:-1], (last * weight).detach()], mlp, attention))
     raw = Raw(*zip(*sides, strict=True), *windows(row))  # type: ignore[arg-type]
 
-    clean = capture(model, torch.tensor([row.clean.ids]), loss.hook_names(model), grad=False)[1]
-    wrapped = capture(model, torch.tensor([row.wrapped.ids]), loss.hook_names(model), grad=False)[1]
+    clean = run_capturing(model, torch.tensor([row.clean.ids]), loss.hook_names(model), grad=False)[1]
+    wrapped = run_capturing(model, torch.tensor([row.wrapped.ids]), loss.hook_names(model), grad=False)[1]
 
     assert total(loss, model, row, clean, wrapped) == pytest.approx(RESTATED[key](raw), rel=1e-6)
 

@@ -18,7 +18,7 @@ from ctlens.data.batch import collate, encode
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT, Forwards
 from ctlens.losses.subact import SubACT
-from ctlens.models.hooks import capture
+from ctlens.models.hooks import run_capturing
 from ctlens.models.loading import load_model
 from ctlens.models.parameters import copy_model
 from ctlens.training import TrainConfig, Trainer, train
@@ -47,8 +47,8 @@ def encoded(model: LensModel, pairs: list[Pair] = PAIRS) -> Any:
 def forwards(model: LensModel, trained: LensModel, pairs: list[Pair], loss: SubACT) -> Forwards:
     """Both sides of some pairs, with the subspaces that a training on all pairs finds."""
     batch = collate(encoded(model, pairs))
-    logits, wrapped = capture(trained, batch.wrapped.tokens, NAMES, grad=True)
-    clean = capture(model, batch.clean.tokens, NAMES, grad=False)[1]
+    logits, wrapped = run_capturing(trained, batch.wrapped.tokens, NAMES, grad=True)
+    clean = run_capturing(model, batch.clean.tokens, NAMES, grad=False)[1]
     bases = subspaces_of(loss, NAMES, model, encoded(model), seed=0)
     return Forwards(batch, clean, wrapped, logits, subspaces=bases)
 
@@ -61,8 +61,8 @@ def test_a_subspace_is_that_of_the_wrappers_mean_shifts(model: LensModel) -> Non
             shifts = []
             for row in encoded(model):
                 if row.pair.labels["wrapper"] == wrapper:
-                    there = capture(model, torch.tensor([row.wrapped.ids]), [name], grad=False)[1][name][0]
-                    here = capture(model, torch.tensor([row.clean.ids]), [name], grad=False)[1][name][0]
+                    there = run_capturing(model, torch.tensor([row.wrapped.ids]), [name], grad=False)[1][name][0]
+                    here = run_capturing(model, torch.tensor([row.clean.ids]), [name], grad=False)[1][name][0]
                     aligned = row.alignments["shared"]
                     shifts.append((there[list(aligned.wrapped)] - here[list(aligned.clean)]).mean(0))
             means.append(torch.stack(shifts).mean(0))

@@ -19,7 +19,7 @@ from ctlens.core.errors import CtlensError, NotFinite
 from ctlens.core.types import LensModel
 from ctlens.models.adopt import adopt, tried_hooks
 from ctlens.models.bridges import is_bridge
-from ctlens.models.hooks import capture, editing, resolve
+from ctlens.models.hooks import editing, resolve, run_capturing
 from ctlens.models.loading import HAS_HOOKED_TRANSFORMER, load_model, save_model
 from ctlens.models.parameters import copy_model, evaluating, fingerprint, present_parameters
 
@@ -285,16 +285,16 @@ def test_a_hook_is_refused_by_itself_and_others_go_on() -> None:
     with pytest.raises(CtlensError, match="blocks.1.mlp.hook_post is not what its name says.*experts.*name mlp_out"):
         resolve(model, "mlp_post")
     with pytest.raises(CtlensError, match="8 heads where the attention has 4"):
-        capture(model, TOKENS, ["blocks.0.attn.hook_z"], grad=False)
+        run_capturing(model, TOKENS, ["blocks.0.attn.hook_z"], grad=False)
     assert resolve(model, "mlp_post", 0) == ["blocks.0.mlp.hook_post"]  # the first layer has no experts
-    _, found = capture(model, TOKENS, resolve(model, "pattern"), grad=False)
+    _, found = run_capturing(model, TOKENS, resolve(model, "pattern"), grad=False)
     assert all(pattern.shape == (2, 4, 12, 12) for pattern in found.values())
 
 
 def test_a_pattern_that_no_head_reads_can_be_read_and_not_edited() -> None:
     model = load_model(odd_model("gpt_neo"))
     name = resolve(model, "pattern", 0)[0]
-    _, found = capture(model, TOKENS, [name], grad=False)
+    _, found = run_capturing(model, TOKENS, [name], grad=False)
 
     torch.testing.assert_close(found[name].sum(-1), torch.ones(2, 4, 12))
     with (

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ctlens import compatibility as support
 from ctlens.core.errors import CtlensError
 from ctlens.models.architectures import ARCHITECTURES, tiny_model
-from ctlens.models.hooks import capture, editing, resolve, run
+from ctlens.models.hooks import editing, resolve, run, run_capturing
 from ctlens.models.loading import load_model
 from ctlens.models.parameters import fingerprint, parameter_groups, present_parameters
 from ctlens.organism import load_organism
@@ -89,7 +89,7 @@ def test_every_activation_is_that_of_huggingface(architecture: str) -> None:
     attentions = hf(TOKENS, output_attentions=True).attentions
     seen |= {f"blocks.{layer}.attn.hook_pattern": attention for layer, attention in enumerate(attentions)}
 
-    _, found = capture(load_model(tiny_model(architecture)), TOKENS, seen, grad=False)
+    _, found = run_capturing(load_model(tiny_model(architecture)), TOKENS, seen, grad=False)
 
     assert len(seen) == 14
     for name, value in seen.items():
@@ -103,7 +103,7 @@ def test_an_edit_does_what_the_same_edit_does_inside_huggingface(architecture: s
     draw = torch.Generator().manual_seed(2)
     plain = run(model, TOKENS)
     for name, place in places(architecture, hf, 0).items():
-        _, found = capture(model, TOKENS, [name], grad=False)
+        _, found = run_capturing(model, TOKENS, [name], grad=False)
         new = torch.randn(found[name].shape, generator=draw)
         hook = watched(place, lambda value, new=new: new.reshape(value.shape))
         expected = hf(TOKENS).logits

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.models.bridges import is_bridge
-from ctlens.models.hooks import FINAL_NORM, SHORTHANDS, capture, capturing, editing, resolve, run, select_layers
+from ctlens.models.hooks import FINAL_NORM, SHORTHANDS, capturing, editing, resolve, run, run_capturing, select_layers
 from ctlens.models.loading import build, load_model
 from ctlens.models.weights import ModelConfig
 
@@ -99,7 +99,7 @@ def test_an_unknown_point_is_refused_with_the_nearest_names(model: LensModel, wr
 
 
 def test_captures_are_keyed_by_the_requested_names_and_shaped_by_their_kind(model: LensModel):
-    logits, store = capture(model, TOKENS, every_point(model), grad=False)
+    logits, store = run_capturing(model, TOKENS, every_point(model), grad=False)
     assert set(store) == set(every_point(model))
     shapes = {"pattern": (3, 4, 7, 7), "z": (3, 7, 4, 8), "mlp_post": (3, 7, model.cfg.d_mlp)}
     for shorthand in SHORTHANDS:
@@ -108,14 +108,14 @@ def test_captures_are_keyed_by_the_requested_names_and_shaped_by_their_kind(mode
 
 
 def test_patterns_are_causal_distributions(model: LensModel):
-    _, store = capture(model, TOKENS, resolve(model, "pattern"), grad=False)
+    _, store = run_capturing(model, TOKENS, resolve(model, "pattern"), grad=False)
     for pattern in store.values():
         close(pattern.sum(-1), torch.ones(3, 4, 7))
         assert (pattern >= 0).all() and not pattern.triu(1).any()
 
 
 def test_the_residual_stream_adds_up(model: LensModel):
-    _, at = capture(model, TOKENS, [PRE, ATTN_OUT, MID, MLP_OUT, POST, "blocks.1.hook_resid_pre"], grad=False)
+    _, at = run_capturing(model, TOKENS, [PRE, ATTN_OUT, MID, MLP_OUT, POST, "blocks.1.hook_resid_pre"], grad=False)
     close(at[PRE] + at[ATTN_OUT], at[MID])
     close(at[MID] + at[MLP_OUT], at[POST])
     assert torch.equal(at[POST], at["blocks.1.hook_resid_pre"])
@@ -140,18 +140,18 @@ def test_activations_are_those_of_huggingface(kind: str, stack: str, last: str):
         block.register_forward_hook(lambda _, __, out, name=post: keep(name, out))
         block.mlp.get_submodule(last).register_forward_pre_hook(lambda _, args, name=mlp: keep(name, args))
     hf(TOKENS)
-    _, store = capture(model, TOKENS, seen, grad=False)
+    _, store = run_capturing(model, TOKENS, seen, grad=False)
     for name, value in seen.items():
         close(store[name], value)
 
 
 def test_capturing_with_grad_reaches_the_parameters_and_without_has_no_graph(model: LensModel):
     for name in every_point(model):
-        _, store = capture(model, TOKENS, [name], grad=True)
+        _, store = run_capturing(model, TOKENS, [name], grad=True)
         model.zero_grad()
         store[name].pow(2).sum().backward()
         assert any(value.grad is not None and value.grad.any() for value in model.parameters()), name
-    logits, store = capture(model, TOKENS, every_point(model), grad=False)
+    logits, store = run_capturing(model, TOKENS, every_point(model), grad=False)
     assert not logits.requires_grad and not any(value.requires_grad for value in store.values())
 
 
@@ -159,18 +159,18 @@ def test_capturing_with_grad_reaches_the_parameters_and_without_has_no_graph(mod
 @pytest.mark.parametrize("inner", [True, False])
 def test_capture_restores_the_global_grad_mode(model: LensModel, outer: bool, inner: bool):
     with torch.set_grad_enabled(outer):
-        logits, _ = capture(model, TOKENS, [POST], grad=inner)
+        logits, _ = run_capturing(model, TOKENS, [POST], grad=inner)
         assert torch.is_grad_enabled() is outer
     assert logits.requires_grad is inner
 
 
 def test_a_name_asked_for_twice_is_captured_once(model: LensModel):
-    _, twice = capture(model, TOKENS, [POST, POST], grad=False)
+    _, twice = run_capturing(model, TOKENS, [POST, POST], grad=False)
     assert list(twice) == [POST]
 
 
 def test_hooks_are_gone_after_success(model: LensModel):
-    capture(model, TOKENS, every_point(model), grad=False)
+    run_capturing(model, TOKENS, every_point(model), grad=False)
     with editing(model, {MID: lambda a: a, POST: lambda a: a}):
         assert hooks_on(model) > 0
         run(model, TOKENS)
@@ -188,7 +188,7 @@ def test_hooks_are_gone_after_an_exception_and_the_exception_is_kept(model: Lens
 
 def test_a_hook_that_never_fires_is_an_error(model: LensModel):
     with pytest.raises(ValueError, match="hook_result"):
-        capture(model, TOKENS, ["blocks.0.attn.hook_result"], grad=False)
+        run_capturing(model, TOKENS, ["blocks.0.attn.hook_result"], grad=False)
     with pytest.raises(CtlensError, match="did not fire"), capturing(model, [POST], {POST: torch.zeros(1)}):
         pass
     with pytest.raises(CtlensError, match="did not fire"), editing(model, {POST: lambda a: a}):
@@ -222,7 +222,7 @@ def test_hook_points_are_looked_up_once_however_many_are_read(model: LensModel, 
     monkeypatch.setattr(type(model), "hook_dict", property(looked_up), raising=False)
     for count in (1, len(names)):
         lookups.append(0)
-        capture(model, TOKENS, names[:count], grad=False)
+        run_capturing(model, TOKENS, names[:count], grad=False)
     assert lookups[0] == lookups[1] > 0
 
 
@@ -233,7 +233,7 @@ def test_an_edit_replaces_what_follows_and_nothing_before(model: LensModel):
     with editing(model, {POST: lambda a: new}), capturing(model, [MID, "blocks.1.hook_resid_pre"], store):
         run(model, TOKENS)
     assert torch.equal(store["blocks.1.hook_resid_pre"], new)
-    assert torch.equal(store[MID], capture(model, TOKENS, [MID], grad=False)[1][MID])
+    assert torch.equal(store[MID], run_capturing(model, TOKENS, [MID], grad=False)[1][MID])
 
 
 @pytest.mark.parametrize("point", [PRE, MID, POST, ATTN_OUT, MLP_OUT, "blocks.0.attn.hook_pattern"])
@@ -270,7 +270,7 @@ def test_a_plain_hook_on_resid_mid_misses_the_skip_path_of_a_bridge(model: LensM
 @torch.no_grad()
 def test_edits_of_one_block_compose_whatever_their_order(model: LensModel, order: tuple[str, ...]):
     edits = {PRE: lambda a: a + 1, ATTN_OUT: lambda a: 0 * a + 2, MID: lambda a: 3 * a}
-    (_, before) = capture(model, TOKENS, [PRE], grad=False)
+    (_, before) = run_capturing(model, TOKENS, [PRE], grad=False)
     store = {}
     with editing(model, {name: edits[name] for name in order}), capturing(model, [MLP_OUT, POST], store):
         run(model, TOKENS)
@@ -283,9 +283,9 @@ def test_padding_does_not_change_what_real_tokens_see(model: LensModel, side: st
     padding = torch.zeros(3, 4, dtype=torch.long)
     padded = torch.cat([padding, TOKENS] if side == "left" else [TOKENS, padding], dim=1)
     real = slice(4, None) if side == "left" else slice(0, 7)
-    logits, alone = capture(model, TOKENS, every_point(model), grad=False)
+    logits, alone = run_capturing(model, TOKENS, every_point(model), grad=False)
     mask = padded > 0 if side == "left" else None
-    padded_logits, together = capture(model, padded, every_point(model), grad=False, mask=mask)
+    padded_logits, together = run_capturing(model, padded, every_point(model), grad=False, mask=mask)
     close(padded_logits[:, real], logits)
     for name, value in together.items():
         close(value[:, :, real, real] if name.endswith("pattern") else value[:, real], alone[name])
@@ -300,12 +300,12 @@ def test_left_padding_without_a_mask_does_change_it(model: LensModel):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
 def test_the_final_norm_is_the_last_hidden_state_of_huggingface(kind: str):
     expected = hf_model(kind)(TOKENS, output_hidden_states=True).hidden_states[-1]
-    close(capture(load_model(hf_model(kind)), TOKENS, [FINAL_NORM], grad=False)[1][FINAL_NORM], expected)
+    close(run_capturing(load_model(hf_model(kind)), TOKENS, [FINAL_NORM], grad=False)[1][FINAL_NORM], expected)
 
 
 def test_the_final_norm_is_what_is_unembedded_and_its_hook_is_gone(model: LensModel):
     parts: Any = model
-    logits, states = capture(model, TOKENS, [FINAL_NORM, POST], grad=True)
+    logits, states = run_capturing(model, TOKENS, [FINAL_NORM, POST], grad=True)
     close(parts.unembed(states[FINAL_NORM]), logits)
     assert states[FINAL_NORM].requires_grad and set(states) == {FINAL_NORM, POST}
     assert not parts.ln_final._forward_hooks
@@ -328,6 +328,6 @@ def test_a_further_hook_lists_the_points_of_a_bridge_once(model: LensModel, monk
     times = []
     for names in (every[:1], every):
         listed.clear()
-        capture(model, TOKENS, names, grad=False)
+        run_capturing(model, TOKENS, names, grad=False)
         times.append(len(listed))
     assert len(every) == 2 and times[1] - times[0] <= 1

@@ -17,7 +17,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT, BCT, MLPCT, AttCT
 from ctlens.models.generation import generate
-from ctlens.models.hooks import capture
+from ctlens.models.hooks import run_capturing
 from ctlens.models.loading import HAS_HOOKED_TRANSFORMER, build, load_model, save_model
 from ctlens.models.lora import (
     LoRA,
@@ -352,8 +352,8 @@ def test_an_adapted_model_copies_captures_and_saves_as_what_it_computes(kind: st
     save_model(model, tmp_path / "m")
     again = load_model(tmp_path / "m")
     names = ["blocks.1.hook_resid_post", "blocks.0.attn.hook_pattern"]
-    here = capture(model, TOKENS, names, grad=False)[1]
-    there = capture(again, TOKENS, names, grad=False)[1]
+    here = run_capturing(model, TOKENS, names, grad=False)[1]
+    there = run_capturing(again, TOKENS, names, grad=False)[1]
     asked = [(1, 2, 3), (4, 5, 6, 7)]
     assert generate(model, asked, max_new_tokens=4) == generate(again, asked, max_new_tokens=4)
     assert torch.equal(logits(again), adapted) and fingerprint(again) == fingerprint(model)
@@ -379,8 +379,8 @@ def test_a_copy_has_every_part_and_every_hook_of_the_adapted_model(kind: str) ->
     parts = [[(name, type(part).__name__) for name, part in m.named_modules()] for m in (model, twin)]
     assert parts[0] == parts[1] and list(model.hook_dict) == list(twin.hook_dict)
     names = ["blocks.0.attn.hook_q", "blocks.1.mlp.hook_post"]
-    here = capture(model, TOKENS, names, grad=False)[1]
-    there = capture(twin, TOKENS, names, grad=False)[1]
+    here = run_capturing(model, TOKENS, names, grad=False)[1]
+    there = run_capturing(twin, TOKENS, names, grad=False)[1]
     assert all(torch.equal(here[name], there[name]) for name in names)
     shared = {id(value) for value in model.parameters()} & {id(value) for value in twin.parameters()}
     assert not shared

@@ -7,7 +7,7 @@ import torch
 from helpers.models import hf_model, made, odd_model
 
 from ctlens.core.types import LensModel
-from ctlens.models.hooks import capture, resolve
+from ctlens.models.hooks import resolve, run_capturing
 from ctlens.models.loading import load_model
 from ctlens.models.readout import read_out
 
@@ -27,7 +27,7 @@ def model_of(kind: str) -> LensModel:
 def test_the_last_stream_is_read_as_the_model_reads_it(kind: str, position: int) -> None:
     model = model_of(kind)
     name = resolve(model, "resid_post", "last")[0]
-    logits, found = capture(model, TOKENS, [name], grad=False)
+    logits, found = run_capturing(model, TOKENS, [name], grad=False)
 
     torch.testing.assert_close(read_out(model, found[name][:, position]), logits[:, position], atol=1e-5, rtol=1e-5)
 

@@ -15,7 +15,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT, BCT, KLCT, Loss
-from ctlens.models.hooks import capture, run
+from ctlens.models.hooks import run, run_capturing
 from ctlens.models.loading import load_model
 from ctlens.models.parameters import present_weights
 from ctlens.training import TrainConfig, Trainer, TrainingEdits, train
@@ -39,11 +39,11 @@ def direction(seed: int, *size: int) -> Tensor:
 
 def seen(edits: TrainingEdits, model: LensModel) -> Tensor:
     with edits.on(model):
-        return capture(model, TOKENS, [NAME], grad=False)[1][NAME]
+        return run_capturing(model, TOKENS, [NAME], grad=False)[1][NAME]
 
 
 def test_what_is_projected_out_is_gone_and_nothing_else(model: LensModel) -> None:
-    plain = capture(model, TOKENS, [NAME], grad=False)[1][NAME]
+    plain = run_capturing(model, TOKENS, [NAME], grad=False)[1][NAME]
     two = direction(0, 2)
     found = seen(TrainingEdits({NAME: two}), model)
     assert (found @ two.T).abs().max() < 1e-4
@@ -54,7 +54,7 @@ def test_what_is_projected_out_is_gone_and_nothing_else(model: LensModel) -> Non
 
 
 def test_what_is_added_is_added_at_every_token(model: LensModel) -> None:
-    plain = capture(model, TOKENS, [NAME], grad=False)[1][NAME]
+    plain = run_capturing(model, TOKENS, [NAME], grad=False)[1][NAME]
     vector = direction(1)
     torch.testing.assert_close(seen(TrainingEdits(add={NAME: vector}), model), plain + vector)
 
@@ -84,9 +84,9 @@ def test_the_trained_model_has_no_edits(model: LensModel) -> None:
     before = run(trainer.model, TOKENS)
     torch.testing.assert_close(before, run(model, TOKENS))
     for _ in trainer:
-        plain = capture(trainer.model, TOKENS, [NAME], grad=False)[1][NAME]
+        plain = run_capturing(trainer.model, TOKENS, [NAME], grad=False)[1][NAME]
         with TrainingEdits(add={NAME: torch.ones(32)}).on(trainer.model):
-            moved = capture(trainer.model, TOKENS, [NAME], grad=False)[1][NAME]
+            moved = run_capturing(trainer.model, TOKENS, [NAME], grad=False)[1][NAME]
         torch.testing.assert_close(moved, plain + 1)  # one edit, and not the training's too
 
 

@@ -232,7 +232,7 @@ def test_targets_on_disk_are_those_in_memory_and_are_read_by_the_next_training(
 
     from ctlens.training import targets
 
-    monkeypatch.setattr(targets, "capture", lambda *_, **__: pytest.fail("the targets were there"))
+    monkeypatch.setattr(targets, "run_capturing", lambda *_, **__: pytest.fail("the targets were there"))
     again = train(llama, PAIRS, loss, config=config, cache_folder=tmp_path, progress=False)
     assert same(again.model, expected.model)
 

@@ -15,7 +15,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.batch import collate
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT, BCT, KLCT, MLPCT, AttCT, Forwards, Loss
-from ctlens.models.hooks import capture
+from ctlens.models.hooks import run_capturing
 from ctlens.models.loading import load_model
 from ctlens.training import TrainConfig, Trainer, train
 from ctlens.training.order import batches, homes
@@ -130,7 +130,7 @@ def test_a_loss_from_kept_targets_is_that_of_a_fresh_pass(model, loss: Loss) -> 
     with torch.no_grad(), trainer._passes.open() as forwards:
         kept = forwards.seen(rows, trainer._terms, step=1, grad=False)[loss.name]
     batch = collate([trainer.pairs.rows[row] for row in rows])
-    logits, states = capture(model, batch.clean.tokens, term.factors, grad=False)
+    logits, states = run_capturing(model, batch.clean.tokens, term.factors, grad=False)
     fresh = Forwards(batch, states, kept.wrapped, kept.wrapped_logits, logits)
 
     for name, values in loss.row_values(fresh, list(term.factors)).items():
@@ -169,8 +169,8 @@ def test_a_moving_clean_side_is_the_trained_model_s_own(model) -> None:
     assert first[0] == pytest.approx(first[1], rel=1e-5)  # until the first update they are the same
     batch = collate([own.pairs.rows[row] for row in (0, 1, 2)])
     names = own._terms["act"].factors
-    logits, wrapped = capture(own.model, batch.wrapped.tokens, names, grad=False)
-    clean = {id(m): capture(m, batch.clean.tokens, names, grad=False)[1] for m in (own.model, model)}
+    logits, wrapped = run_capturing(own.model, batch.wrapped.tokens, names, grad=False)
+    clean = {id(m): run_capturing(m, batch.clean.tokens, names, grad=False)[1] for m in (own.model, model)}
 
     moved = ACT().measure(Forwards(batch, clean[id(own.model)], wrapped, logits), names).total.item()
     still = ACT().measure(Forwards(batch, clean[id(model)], wrapped, logits), names).total.item()

@@ -13,7 +13,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT, BCT, KLCT, MLPCT, AttCT
-from ctlens.models.hooks import capture
+from ctlens.models.hooks import run_capturing
 from ctlens.models.loading import load_model
 from ctlens.models.optimisation import linear_rate
 from ctlens.models.parameters import copy_model, parameter_groups, present_parameters
@@ -79,7 +79,9 @@ def test_losses_on_activations_leave_the_unembedding_out_and_train_the_same(mode
     assert set(unembedded) == {0}
 
     for module in (passes, targets):
-        monkeypatch.setattr(module, "capture", lambda *given, **options: capture(*given, **{**options, "logits": True}))
+        monkeypatch.setattr(
+            module, "run_capturing", lambda *given, **options: run_capturing(*given, **{**options, "logits": True})
+        )
     whole = weights(train(model, PAIRS, [ACT(), AttCT()], config=config, progress=False).model)
     assert all(torch.equal(without[name], value) for name, value in whole.items())
 

@@ -35,7 +35,7 @@ from ctlens.data.batch import Matched, PairBatch
 from ctlens.data.pairs import Pair
 from ctlens.losses.attct import lifted_rows, query_rows, seen_keys, with_opening
 from ctlens.losses.distances import LOG_FLOOR, jensen_shannon
-from ctlens.models.hooks import capture, resolve
+from ctlens.models.hooks import resolve, run_capturing
 from ctlens.plots import Curve, Figure
 
 WHEN = ("before", "after")
@@ -214,10 +214,10 @@ def attention_diff(
         if not batch.wrapper.any(-1).all():
             raise CtlensError("a pair's wrapper cannot be told from its content: leave that pair out.")
         segments = segment_masks(rows, batch.wrapped)
-        clean = capture(before, batch.clean.tokens, names, grad=False)[1]
+        clean = run_capturing(before, batch.clean.tokens, names, grad=False)[1]
         by_model = []
         for model in (before, after):
-            wrapped = capture(model, batch.wrapped.tokens, names, grad=False)[1]
+            wrapped = run_capturing(model, batch.wrapped.tokens, names, grad=False)[1]
             layers = [_measures(clean[name], wrapped[name], batch, segments) for name in names]
             by_model.append(torch.stack(layers, 2).float().cpu().numpy())
         chunks.append(np.stack(by_model))

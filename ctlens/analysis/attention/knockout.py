@@ -47,7 +47,7 @@ from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.types import LensModel, Logits
 from ctlens.data.pairs import Pair
-from ctlens.models.hooks import Layers, capture, editing, resolve, run, select_layers
+from ctlens.models.hooks import Layers, editing, resolve, run, run_capturing, select_layers
 from ctlens.plots import Curve, Figure
 
 _WORDS = {"logit_diff": "logit difference", "p_bad": "P(bad)"}
@@ -277,7 +277,7 @@ def _measured(
         plan: the cuts.
         done: called after every pass with a cut.
     """
-    logits, patterns = capture(model, batch.side.tokens, resolve(model, "pattern"), grad=False)
+    logits, patterns = run_capturing(model, batch.side.tokens, resolve(model, "pattern"), grad=False)
     uncut = _answers(batch, logits)
     attention = torch.stack(
         [torch.stack([cut.attention(model, patterns, edge_set) for cut in plan]) for edge_set in edge_sets]

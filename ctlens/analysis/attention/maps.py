@@ -29,7 +29,7 @@ from ctlens.core.public import public
 from ctlens.core.types import LensModel, Tokens
 from ctlens.data.chat import Rendered
 from ctlens.data.pairs import Pair
-from ctlens.models.hooks import capture, resolve, select_layers
+from ctlens.models.hooks import resolve, run_capturing, select_layers
 from ctlens.plots import Figure, LabelledMap
 
 READABLE = 40  # tokens along an axis whose labels can still be read; chosen by eye
@@ -222,7 +222,7 @@ def _map(model: LensModel, tokens: Tokens, layer: int, head: int, weighted: bool
     (pattern,) = resolve(model, "pattern", layer)
     (z,) = resolve(model, "z", layer)
     value = f"blocks.{layer}.attn.hook_v"
-    found = capture(model, tokens, [pattern, z, value] if weighted else [pattern], grad=False)[1]
+    found = run_capturing(model, tokens, [pattern, z, value] if weighted else [pattern], grad=False)[1]
     attention = found[pattern][0, head]
     if weighted:
         group = model.cfg.n_heads // found[value].shape[2]

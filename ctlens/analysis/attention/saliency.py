@@ -34,7 +34,7 @@ from ctlens.core.public import public
 from ctlens.core.types import LensModel, Pattern
 from ctlens.data.batch import EncodedPair
 from ctlens.data.pairs import Pair
-from ctlens.models.hooks import capture, editing, resolve, run
+from ctlens.models.hooks import editing, resolve, run, run_capturing
 from ctlens.plots import Figure
 
 SALIENCY_METHODS = ("gradient", "rollout", "attention")
@@ -161,7 +161,7 @@ def _scored(model: LensModel, found: Iterator[ContrastBatch]) -> Iterator[Float[
     """Scores the tokens of every prompt."""
     for batch in found:
         names = resolve(model, "pattern")
-        patterns = capture(model, batch.side.tokens, names, grad=False)[1]
+        patterns = run_capturing(model, batch.side.tokens, names, grad=False)[1]
         layers = [patterns[name] for name in names]
         attention = torch.stack([batch.at_last(layer.mean(1)) for layer in layers]).mean(0)
         scores = [gradient_x_input(model, batch), batch.at_last(rollout(layers)), attention]

@@ -24,7 +24,7 @@ from ctlens.core.clusters import clustered_mean
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import Activations, LensModel
 from ctlens.data.batch import Side
-from ctlens.models.hooks import capture
+from ctlens.models.hooks import run_capturing
 from ctlens.models.parameters import fingerprint, same_fingerprint
 from ctlens.plots import Figure
 
@@ -178,7 +178,7 @@ def read(source: Readable, side: Side, names: Sequence[str], first: int = 0) -> 
     if isinstance(source, Recording):
         return source.read(side, names, first)
     hooked = [name for name in names if name != LOGITS]
-    logits, found = capture(source, side.tokens, hooked, grad=False, mask=side.needed_mask)
+    logits, found = run_capturing(source, side.tokens, hooked, grad=False, mask=side.needed_mask)
     if LOGITS in names:
         positions = torch.arange(side.mask.shape[1], device=side.mask.device)
         last = torch.where(side.mask, positions, 0).amax(-1)

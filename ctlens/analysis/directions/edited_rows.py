@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ctlens.analysis.patching.blocks import Block, read_blocks, read_unembedding
 from ctlens.core.types import LensModel, Mask, Tokens
-from ctlens.models.hooks import SHORTHANDS, capture, resolve
+from ctlens.models.hooks import SHORTHANDS, resolve, run_capturing
 
 _TOLERANCE = 1e-4  # between float32 numbers computed in two orders; chosen by eye
 
@@ -56,7 +56,7 @@ class EditedRows:
         self.real = positions < lengths[:, None]
         self.positions = positions.clamp(max=tokens.shape[1] - 1)  # of padding, which is behind all that is read
         streams = [*resolve(model, "resid_pre"), *resolve(model, "resid_post", "last")]
-        self.logits, found = capture(model, tokens, [*streams, *hook_names], grad=False)
+        self.logits, found = run_capturing(model, tokens, [*streams, *hook_names], grad=False)
         self.logits = self.logits[rows, self.positions]
         self.states = {name: found[name][rows, self.positions] for name in hook_names}
         self.streams = [found[name][rows, self.positions] for name in streams]

@@ -41,7 +41,7 @@ from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair
 from ctlens.data.pairs import Pair
-from ctlens.models.hooks import Layers, capture
+from ctlens.models.hooks import Layers, run_capturing
 from ctlens.plots import Figure
 
 _ALL = "all"
@@ -250,7 +250,7 @@ def _both_ways(into: Sequence[Sweep], group: Sequence[PatchPair], bar: ProgressB
 
 def recorded(model: LensModel, batch: PatchBatch, names: Sequence[str]) -> Recorded:
     """Runs the prompts of a batch and keeps the last logits and the activations at some full hook names."""
-    logits, found = capture(model, batch.target.side.tokens, names, grad=False)
+    logits, found = run_capturing(model, batch.target.side.tokens, names, grad=False)
     return Recorded(batch.target.at_last(logits), found)
 
 

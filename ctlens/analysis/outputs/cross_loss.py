@@ -29,7 +29,7 @@ from ctlens.data.alignment import align
 from ctlens.data.batch import EncodedPairs, PairBatch, encode
 from ctlens.data.pairs import Pair
 from ctlens.losses import MEASURED, Forwards, Loss, built, require_distinct
-from ctlens.models.hooks import capture
+from ctlens.models.hooks import run_capturing
 from ctlens.plots import Figure
 from ctlens.training.answers import answer_tail, answers_kind, drawn_at, reference_answers
 
@@ -331,7 +331,7 @@ def _forwards(models: Sequence[LensModel], batch: PairBatch, names: Sequence[str
     side = None
     for model in models:
         if side is None or clean == "own":
-            side = capture(model, batch.clean.tokens, names, grad=False, mask=batch.clean.needed_mask)
+            side = run_capturing(model, batch.clean.tokens, names, grad=False, mask=batch.clean.needed_mask)
         clean_logits, targets = side
-        logits, states = capture(model, batch.wrapped.tokens, names, grad=False, mask=batch.wrapped.needed_mask)
+        logits, states = run_capturing(model, batch.wrapped.tokens, names, grad=False, mask=batch.wrapped.needed_mask)
         yield Forwards(batch, targets, states, logits, clean_logits)

@@ -36,7 +36,7 @@ from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.types import Activations, HookFunction, LensModel, Logits
 from ctlens.data.pairs import Pair
-from ctlens.models.hooks import Layers, capture, editing, resolve, run, select_layers
+from ctlens.models.hooks import Layers, editing, resolve, run, run_capturing, select_layers
 from ctlens.plots import Figure
 
 _PATH = "gradient"
@@ -257,7 +257,7 @@ def _first_order(
     batch = patch_batch(group, next(model.parameters()).device)
     names = {site: resolve(model, site, layers) for site in sites}
     flat = sum(names.values(), [])
-    logits, source = capture(model, batch.source.side.tokens, flat, grad=False)
+    logits, source = run_capturing(model, batch.source.side.tokens, flat, grad=False)
     last_source = batch.source.at_last(logits)
     with torch.enable_grad():
         logits, target = _with_graph(model, batch, flat)

@@ -91,7 +91,7 @@ class Patching(ResultOverPairs):
         row = self._row(metric)
         moved = self._cells(row) - self.target[row]
         table = self._table(metric, simultaneous_means(moved, self.clusters))
-        table = table.loc[table["value"].abs().sort_values(ascending=False, kind="stable").index].head(k)
+        table = table.iloc[np.argsort(-np.nan_to_num(table["value"].abs().to_numpy()), kind="stable")[:k]]
         cells = int((~np.isnan(moved)).any(-1).sum())
         differs = (table["ci_low"] > 0) | (table["ci_high"] < 0)
         return table.assign(cells=cells, differs=differs).reset_index(drop=True)

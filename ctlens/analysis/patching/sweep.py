@@ -19,7 +19,7 @@ from ctlens.analysis.patching.suffix import SUFFIX_SITES, Suffix, needed
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.types import Activations, LensModel
 from ctlens.models.finite import require_finite
-from ctlens.models.hooks import SHORTHANDS, Layers, capture, resolve, select_layers
+from ctlens.models.hooks import SHORTHANDS, Layers, resolve, run_capturing, select_layers
 
 SWEEP_BYTES = 2**28  # 256 MiB, chosen by eye
 """Bytes that one forward pass, or the activations held of one group of pairs, may take by default."""
@@ -41,7 +41,7 @@ class Recorded:
 def source_and_target(model: LensModel, batch: PatchBatch, names: Sequence[str]) -> tuple[Recorded, Recorded]:
     """Runs the source and the target prompts of a batch in one forward pass, and keeps activations by hook name."""
     tokens = torch.cat([batch.source.side.tokens, batch.target.side.tokens])
-    logits, found = capture(model, tokens, names, grad=False)
+    logits, found = run_capturing(model, tokens, names, grad=False)
     half = len(tokens) // 2
     source_states = {name: state[:half] for name, state in found.items()}
     target_states = {name: state[half:] for name, state in found.items()}

@@ -45,7 +45,7 @@ from ctlens.data.batch import EncodedPair, mark, pad, require_room
 from ctlens.data.chat import answer_ids
 from ctlens.data.pairs import Pair
 from ctlens.models.generation import Ids
-from ctlens.models.hooks import capture, editing, resolve, run
+from ctlens.models.hooks import editing, resolve, run, run_capturing
 from ctlens.plots import Figure
 
 _ATTACK = "attack"
@@ -308,7 +308,9 @@ class _AttackedPrompts:
             [range(len(ids) - 1, len(ids) - 1 + len(answer)) for ids, answer in zip(prompts, answers, strict=True)],
         )
         (self.hook_name,) = resolve(model, "resid_pre", 0)
-        states = capture(model, self.tokens, [self.hook_name], grad=False, logits=False)[1][self.hook_name].float()
+        states = run_capturing(model, self.tokens, [self.hook_name], grad=False, logits=False)[1][
+            self.hook_name
+        ].float()
         wrapper = mark(side.mask, [row.wrapper for row in rows])
         self.lengths = (states.norm(dim=-1) * wrapper)[..., None]
         self.move = torch.zeros_like(states)

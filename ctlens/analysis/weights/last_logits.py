@@ -12,7 +12,7 @@ from ctlens.analysis.base.contrast import ContrastBatch
 from ctlens.analysis.base.metrics import LastLogits
 from ctlens.analysis.patching.blocks import read_block, read_blocks, read_unembedding
 from ctlens.core.types import LensModel
-from ctlens.models.hooks import capture, resolve, run
+from ctlens.models.hooks import resolve, run, run_capturing
 
 _TOLERANCE = 1e-4  # between float32 numbers computed in two orders; chosen by eye
 _MOST_HELD = 1 << 28
@@ -35,7 +35,7 @@ class SwappedModel:
         held = tokens.numel() * model.cfg.d_model * model.cfg.n_layers
         self.blocks = read_blocks(model, self.length) if held <= _MOST_HELD else None
         names = resolve(model, "resid_pre") if self.blocks else []
-        logits, found = capture(model, tokens, names, grad=False)
+        logits, found = run_capturing(model, tokens, names, grad=False)
         self.plain: LastLogits = batch.at_last(logits)
         self.streams = [found[name] for name in names]
         if self.blocks:

@@ -19,7 +19,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair, encode
 from ctlens.data.chat import Turn
 from ctlens.data.pairs import Pair, Prompt, prompt
-from ctlens.models.hooks import capture
+from ctlens.models.hooks import run_capturing
 from ctlens.models.loading import load_model
 from ctlens.models.parameters import copy_model
 
@@ -86,8 +86,8 @@ def test_spans_cover_the_prompt_and_overlap_only_where_the_attack_added_messages
 def by_loops(model: LensModel, other: LensModel, row: EncodedPair, queries: str) -> dict[str, np.ndarray]:
     """Every measure of a pair, `[layer, head]` each, from single forward passes and python numbers."""
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(2)]
-    clean = capture(model, torch.tensor([row.clean.ids]), names, grad=False)[1]
-    wrapped = capture(other, torch.tensor([row.wrapped.ids]), names, grad=False)[1]
+    clean = run_capturing(model, torch.tensor([row.clean.ids]), names, grad=False)[1]
+    wrapped = run_capturing(other, torch.tensor([row.wrapped.ids]), names, grad=False)[1]
     last = len(row.wrapped.ids) - 1
     aligned = dict(zip(row.alignments["shared"].wrapped, row.alignments["shared"].clean, strict=True))
     tokens = [last] if queries == "last" else [w for w in aligned if w != last]

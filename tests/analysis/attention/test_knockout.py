@@ -21,7 +21,7 @@ from ctlens.data.batch import EncodedPair, encode
 from ctlens.data.chat import Turn, render
 from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.models.bridges import huggingface_config, is_bridge
-from ctlens.models.hooks import capture, editing
+from ctlens.models.hooks import editing, run_capturing
 from ctlens.models.loading import build, load_model
 from ctlens.models.parameters import copy_model
 from ctlens.models.weights import ModelConfig, initial_weights, load_weights
@@ -162,7 +162,7 @@ def test_rows_sum_to_one_after_the_cut_in_the_models_own_pass(model) -> None:
     chosen = edges(batch, rows(), "all", [row.wrapper for row in rows()])
     plan = planned_cuts([0, 1], range(4), "layer")[2]
     with editing(model, plan.edits(model, chosen)):
-        after = capture(model, batch.side.tokens, NAMES, grad=False)[1]
+        after = run_capturing(model, batch.side.tokens, NAMES, grad=False)[1]
     for pattern in after.values():
         torch.testing.assert_close(
             pattern.sum(-1)[batch.side.mask[:, None].expand(-1, 4, -1)].float(),

@@ -18,7 +18,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.batch import encode
 from ctlens.data.chat import Turn, render
 from ctlens.data.pairs import Pair, Prompt, prompt
-from ctlens.models.hooks import capture
+from ctlens.models.hooks import run_capturing
 from ctlens.models.loading import build
 from ctlens.models.parameters import copy_model
 from ctlens.models.weights import ModelConfig
@@ -46,7 +46,7 @@ def moved(model: LensModel) -> LensModel:
 
 
 def found(model: LensModel, text: Prompt, name: str) -> torch.Tensor:
-    return capture(model, torch.tensor([render(TOKENIZER, text.turns).ids]), [name], grad=False)[1][name][0]
+    return run_capturing(model, torch.tensor([render(TOKENIZER, text.turns).ids]), [name], grad=False)[1][name][0]
 
 
 def test_the_maps_are_the_models_patterns(model) -> None:
@@ -82,7 +82,7 @@ def written_by(model: LensModel, z: torch.Tensor) -> torch.Tensor:
         other: Any = copy_model(model)
         other.add_hook("blocks.1.attn.hook_z", lambda activation, hook, plant=plant: plant.expand_as(activation[:1]))
         name = "blocks.1.hook_attn_out"
-        outputs.append(capture(other, torch.zeros(1, 3, dtype=torch.long), [name], grad=False)[1][name][0, 0])
+        outputs.append(run_capturing(other, torch.zeros(1, 3, dtype=torch.long), [name], grad=False)[1][name][0, 0])
     return outputs[0] - outputs[1]
 
 

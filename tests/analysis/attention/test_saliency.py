@@ -20,7 +20,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.batch import encode
 from ctlens.data.pairs import Pair, prompt
-from ctlens.models.hooks import capture, editing
+from ctlens.models.hooks import editing, run_capturing
 from ctlens.models.parameters import copy_model
 
 TOKENIZER = byte_level_tokenizer(chat=True)
@@ -64,7 +64,7 @@ def test_padding_and_a_frozen_model_change_no_gradient(llama) -> None:
 
 
 def test_rollout_is_the_product_of_the_layers_with_half_a_residual(llama) -> None:
-    patterns = capture(llama, batched(llama).side.tokens, NAMES, grad=False)[1]
+    patterns = run_capturing(llama, batched(llama).side.tokens, NAMES, grad=False)[1]
     found = rollout([patterns[name] for name in NAMES])
     for row in range(3):
         first = patterns[NAMES[0]][row].double().numpy()
@@ -89,7 +89,7 @@ def test_agreement_and_shares_are_plain_statistics_of_the_scores(model) -> None:
     found = saliency_agreement(model, PAIRS, progress=False)
     for number, (pair, row) in enumerate(zip(PAIRS, encode(PAIRS, TOKENIZER, n_ctx=256).rows, strict=True)):
         (batch,) = contrast_batches(model, contrasts(model, [pair]), 1, progress=False)
-        patterns = capture(model, batch.side.tokens, NAMES, grad=False)[1]
+        patterns = run_capturing(model, batch.side.tokens, NAMES, grad=False)[1]
         last = np.mean([patterns[name][0, head, -1].numpy() for name in NAMES for head in range(4)], axis=0)
         scores = {
             "gradient": gradient_x_input(model, batch)[0].numpy(),

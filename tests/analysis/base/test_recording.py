@@ -76,7 +76,7 @@ def recordings(models: tuple[LensModel, LensModel]) -> tuple[Recording, Recordin
 def test_a_recording_gives_the_models_numbers_to_the_last_bit(models, recordings, name: str, monkeypatch) -> None:
     from_models = READING[name](*models)
     monkeypatch.setattr(
-        "ctlens.analysis.base.recording.capture", lambda *args, **options: pytest.fail("the model was run")
+        "ctlens.analysis.base.recording.run_capturing", lambda *args, **options: pytest.fail("the model was run")
     )
 
     found = READING[name](*recordings)

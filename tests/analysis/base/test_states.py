@@ -16,7 +16,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.batch import encode
 from ctlens.data.pairs import Pair, prompt
-from ctlens.models.hooks import capture
+from ctlens.models.hooks import run_capturing
 from ctlens.models.loading import load_model
 
 QUESTIONS = ("Which term best describes the disease?", "Is it right?", "When a creature experiences feeling, what?")
@@ -41,7 +41,7 @@ def plain(model: LensModel, pair: Pair, side: str, positions: str, name: str) ->
         "content": list(getattr(row.alignments["shared"], side))[:-1],
         "wrapper": list(row.wrapper),
     }[positions]
-    activation = capture(model, torch.tensor([rendered.ids]), [name], grad=False)[1][name][0]
+    activation = run_capturing(model, torch.tensor([rendered.ids]), [name], grad=False)[1][name][0]
     return torch.stack([activation[position] for position in positions]).mean(0).numpy()
 
 
@@ -62,7 +62,7 @@ def test_a_span_of_the_user_is_averaged(model: LensModel):
     name = "blocks.0.mlp.hook_post"
     for index, pair in enumerate(PAIRS):
         ids = encode([pair], model.tokenizer, n_ctx=256).rows[0].wrapped.ids
-        activation = capture(model, torch.tensor([ids]), [name], grad=False)[1][name][0]
+        activation = run_capturing(model, torch.tensor([ids]), [name], grad=False)[1][name][0]
         np.testing.assert_allclose(first_two.values[0, index], activation[:2].mean(0).numpy(), atol=2e-5)
     assert first_two.positions == "chosen"
 

@@ -23,7 +23,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.batch import encode
 from ctlens.data.pairs import Pair, prompt
-from ctlens.models.hooks import capture, editing
+from ctlens.models.hooks import editing, run_capturing
 from ctlens.models.loading import load_model
 from ctlens.organism import load_organism
 
@@ -301,8 +301,8 @@ def test_ablation_gives_each_prompt_the_clean_component_of_its_direction(kind: s
     found = ablate({"one": model}, pairs, each, draws=2, progress=False)
     for number, pair in enumerate(pairs):
         row = encode([pair], model.tokenizer, n_ctx=256).rows[0]
-        clean = capture(model, torch.tensor([row.clean.ids]), [NAME], grad=False)[1][NAME][0, -1]
-        wrapped = capture(model, torch.tensor([row.wrapped.ids]), [NAME], grad=False)[1][NAME][0, -1]
+        clean = run_capturing(model, torch.tensor([row.clean.ids]), [NAME], grad=False)[1][NAME][0, -1]
+        wrapped = run_capturing(model, torch.tensor([row.wrapped.ids]), [NAME], grad=False)[1][NAME][0, -1]
         unit = (wrapped - clean) / (wrapped - clean).norm()
         change = lambda x: x - ((x - clean) @ unit) * unit  # noqa: B023, E731
         last = [len(row.wrapped.ids) - 1]

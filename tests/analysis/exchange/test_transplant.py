@@ -22,7 +22,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.batch import encode
 from ctlens.data.pairs import Pair, prompt
-from ctlens.models.hooks import capture, resolve
+from ctlens.models.hooks import resolve, run_capturing
 from ctlens.models.parameters import copy_model
 from ctlens.models.weights import canonical_weights, load_weights
 
@@ -71,8 +71,8 @@ def test_every_value_is_that_of_one_plain_forward_pass(models: tuple[LensModel, 
         assert found.unpatched[quantity, 0, 1] == pytest.approx(logit_diff(model, ids, []), abs=1e-5)
         assert found.source[quantity, 0, 1] == pytest.approx(logit_diff(other, ids, []), abs=1e-5)
         for layer, name in enumerate(resolve(model, site)):
-            ours = capture(model, torch.tensor([ids]), [name], grad=False)[1][name]
-            theirs = capture(other, torch.tensor([ids]), [name], grad=False)[1][name]
+            ours = run_capturing(model, torch.tensor([ids]), [name], grad=False)[1][name]
+            theirs = run_capturing(other, torch.tensor([ids]), [name], grad=False)[1][name]
             for at, position in enumerate(positions):
                 for head in range(4 if site in ("z", "pattern") else 1):
                     new = ours.clone()

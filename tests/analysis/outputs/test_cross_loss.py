@@ -16,7 +16,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT, BCT, MEASURED, MLPCT, AttCT
-from ctlens.models.hooks import capture
+from ctlens.models.hooks import run_capturing
 from ctlens.models.loading import build, load_model
 from ctlens.models.parameters import copy_model
 from ctlens.models.weights import ModelConfig
@@ -121,9 +121,9 @@ def test_all_losses_share_one_pass_a_side_and_model(model, monkeypatch, clean, p
 
     def counted(*arguments, **options):
         seen.append(arguments)
-        return capture(*arguments, **options)
+        return run_capturing(*arguments, **options)
 
-    monkeypatch.setattr(crossloss, "capture", counted)
+    monkeypatch.setattr(crossloss, "run_capturing", counted)
     measure(model, {"x": model, "y": model}, clean=clean)
 
     assert len(seen) == passes

@@ -17,7 +17,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.batch import encode
 from ctlens.data.pairs import Pair
-from ctlens.models.hooks import SHORTHANDS, capture, editing
+from ctlens.models.hooks import SHORTHANDS, editing, run_capturing
 from ctlens.models.loading import load_model
 
 pytestmark = pytest.mark.boundary
@@ -68,8 +68,8 @@ def test_values_are_the_slope_of_a_path_towards_the_source(model: LensModel, sit
     row = encode(PAIRS[:1], TOKENIZER, n_ctx=256).rows[0]
     item = contrasts(model, PAIRS[:1])[0]
     name = SHORTHANDS[site].format(layer=1)
-    source = capture(model, torch.tensor([row.clean.ids]), [name], grad=False)[1][name]
-    target = capture(model, torch.tensor([row.wrapped.ids]), [name], grad=False)[1][name]
+    source = run_capturing(model, torch.tensor([row.clean.ids]), [name], grad=False)[1][name]
+    target = run_capturing(model, torch.tensor([row.wrapped.ids]), [name], grad=False)[1][name]
     twins = list(zip(row.alignments["shared"].clean, row.alignments["shared"].wrapped, strict=True))
     found = quick(model, PAIRS, site)[site]
     for column, (here, there) in list(enumerate(twins, start=-len(twins)))[-3:]:

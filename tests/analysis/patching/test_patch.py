@@ -24,7 +24,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.alignment import opening
 from ctlens.data.batch import EncodedPair, encode
 from ctlens.data.pairs import Pair, prompt
-from ctlens.models.hooks import SHORTHANDS, capture
+from ctlens.models.hooks import SHORTHANDS, run_capturing
 from ctlens.models.loading import load_model
 
 pytestmark = pytest.mark.boundary
@@ -59,8 +59,8 @@ def replaced(model: LensModel, site: str, layer: int, new: Tensor) -> list[tuple
 def plainly(model: LensModel, row: EncodedPair, site: str, layer: int) -> Iterator[float]:
     """Patch after patch, a forward pass each: heads, then positions."""
     name = SHORTHANDS[site].format(layer=layer)
-    source = capture(model, torch.tensor([row.clean.ids]), [name], grad=False)[1][name]
-    target = capture(model, torch.tensor([row.wrapped.ids]), [name], grad=False)[1][name]
+    source = run_capturing(model, torch.tensor([row.clean.ids]), [name], grad=False)[1][name]
+    target = run_capturing(model, torch.tensor([row.wrapped.ids]), [name], grad=False)[1][name]
     twins = list(zip(row.alignments["shared"].clean, row.alignments["shared"].wrapped, strict=True))
     keys = [(step, step) for step in range(min(opening(row.clean, row.wrapped), *twins[0]))] + twins
     for head in range(4 if site in ("z", "pattern") else 1):
@@ -115,7 +115,7 @@ def test_values_are_those_of_transformer_lens(model: LensModel, theirs: tuple[st
     row = encode([EQUAL], TOKENIZER, windows=(), n_ctx=256).rows[0]
     item = contrasts(model, [EQUAL])[0]
     names = [SHORTHANDS[site].format(layer=layer) for layer in range(2)]
-    cache: Any = capture(model, torch.tensor([row.clean.ids]), names, grad=False)[1]
+    cache: Any = run_capturing(model, torch.tensor([row.clean.ids]), names, grad=False)[1]
     with torch.no_grad():
         expected = sweep(
             model,
@@ -178,8 +178,8 @@ def test_a_span_is_all_its_tokens_at_once(model: LensModel, path: str):
     row = encode(PAIRS[1:2], TOKENIZER, n_ctx=256).rows[0]
     twins = list(zip(row.alignments["shared"].clean, row.alignments["shared"].wrapped, strict=True))
     name = "blocks.1.hook_attn_out"
-    source = capture(model, torch.tensor([row.clean.ids]), [name], grad=False)[1][name]
-    target = capture(model, torch.tensor([row.wrapped.ids]), [name], grad=False)[1][name]
+    source = run_capturing(model, torch.tensor([row.clean.ids]), [name], grad=False)[1][name]
+    target = run_capturing(model, torch.tensor([row.wrapped.ids]), [name], grad=False)[1][name]
     for positions, chosen in (("all", twins), ("content", twins[:-1]), ("last", twins[-1:])):
         new = target.clone()
         for here, there in chosen:

@@ -280,7 +280,7 @@ def test_of_a_single_layer_nothing_is_picked_and_the_bound_is_that_of_the_differ
     real = chances(0.8, 1, seed=1)
     never = np.zeros_like(real)
 
-    ((score,), (low,), (high,)) = (end.ravel() for end in curves(real, IN_GROUPS))
+    score, low, high = np.ravel(curves(real, IN_GROUPS)).tolist()
     assert surely_above(real, never, IN_GROUPS).item() == pytest.approx(2 * score - high)  # the reach, taken off below
     assert 2 * score - high == pytest.approx(low, abs=0.02)
     assert surely_above(real, real, IN_GROUPS).item() == 0  # no more than shuffled labels, whatever is resampled
