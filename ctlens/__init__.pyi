@@ -5,6 +5,11 @@ from ctlens import losses as losses
 from ctlens import organism as organism
 from ctlens import plots as plots
 from ctlens import threats as threats
+from ctlens.analysis.hook_points.activations import Captured as Captured
+from ctlens.analysis.hook_points.activations import OnePatch as OnePatch
+from ctlens.analysis.hook_points.activations import capture as capture
+from ctlens.analysis.hook_points.activations import patch_one as patch_one
+from ctlens.analysis.hook_points.table import hook_table as hook_table
 from ctlens.core.errors import CtlensError as CtlensError
 from ctlens.data.formats import load_facts as load_facts
 from ctlens.data.formats import load_pairs as load_pairs

@@ -1,0 +1,179 @@
+"""Activations at any hook points of any prompts, and what one patch of one of them does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ctlens.analysis.base.forward import require_eval
+from ctlens.analysis.patching.patch import patch
+from ctlens.core.errors import CtlensError
+from ctlens.core.public import public
+from ctlens.core.types import LensModel
+from ctlens.data.chat import render
+from ctlens.data.pairs import Pair, Prompt, prompt
+from ctlens.models.adopt import adopt
+from ctlens.models.hooks import resolve, run_capturing
+
+PromptLike: TypeAlias = str | Prompt | Sequence[int] | Tensor
+"""A user's message, a prompt, or token ids."""
+
+
+@dataclass(frozen=True)
+class Captured(Mapping[str, list[Tensor]]):
+    """Captured holds activations by full hook name: of each prompt one tensor `[pos, ...]`, without padding.
+
+    Attributes:
+        activations: by full hook name, one tensor per prompt.
+        tokens: of each prompt, the text of every token.
+    """
+
+    activations: Mapping[str, list[Tensor]]
+    tokens: tuple[tuple[str, ...], ...]
+
+    def __getitem__(self, name: str) -> list[Tensor]:
+        return self.activations[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.activations)
+
+    def __len__(self) -> int:
+        return len(self.activations)
+
+    def __repr__(self) -> str:
+        return f"Captured({len(self.tokens)} prompts at {', '.join(self.activations)})"
+
+
+@public
+@torch.no_grad()
+def capture(model: LensModel, prompts: PromptLike | Sequence[PromptLike], names: str | Sequence[str]) -> Captured:
+    """Captures the activations at any hook points, as tensors.
+
+    >>> import ctlens as ct
+    >>> model = ct.load_organism()
+    >>> found = ct.capture(model, ct.threats.get("jailbreak").pairs(2)[0].wrapped, ["resid_post", "hook_embed"])
+    >>> len(found), found["hook_embed"][0].shape[1], len(found.tokens[0]) == len(found["hook_embed"][0])
+    (5, 96, True)
+
+    Args:
+        model: in eval mode.
+        prompts: one, or several: texts, which are the user's message, `Prompt`s, or token ids, which are taken as they
+            are, in a list or a tensor of one or two axes.
+        names: full hook names, which `hook_table` lists, or short ones such as `"resid_post"` for all layers.
+
+    Raises:
+        CtlensError: there is no prompt or no name, a name does not exist, or the model has no tokenizer for a text.
+    """
+    adopt(model)
+    require_eval(model)
+    asked = [name for given in ([names] if isinstance(names, str) else names) for name in resolve(model, given)]
+    rows = [_ids(model, given) for given in _listed(prompts)]
+    if not asked or not rows:
+        raise CtlensError("there is nothing to capture: give at least one prompt and one name of a hook point.")
+    device = next(model.parameters()).device
+    found: dict[str, list[Tensor]] = {name: [] for name in asked}
+    for ids in rows:
+        _, seen = run_capturing(model, torch.tensor([ids], device=device), asked, grad=False, logits=False)
+        for name, activation in seen.items():
+            found[name].append(activation[0])
+    return Captured(found, tuple(_words(model, ids) for ids in rows))
+
+
+def _listed(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
+    """The prompts in a list, also if one is given alone."""
+    if isinstance(prompts, str | Prompt):
+        return [prompts]
+    if isinstance(prompts, Tensor):
+        return [prompts] if prompts.ndim == 1 else list(prompts)
+    given = list(prompts)
+    tokens = [item for item in given if isinstance(item, int)]
+    return [tokens] if tokens else [item for item in given if not isinstance(item, int)]
+
+
+def _ids(model: LensModel, given: PromptLike) -> list[int]:
+    if isinstance(given, str | Prompt):
+        if model.tokenizer is None:
+            raise CtlensError("the model has no tokenizer for a text: give token ids, or load it with a tokenizer.")
+        turns = (prompt(given) if isinstance(given, str) else given).turns
+        return list(render(model.tokenizer, turns).ids)
+    ids = [int(token) for token in given]
+    if not ids:
+        raise CtlensError("a prompt has no tokens: leave it out.")
+    return ids
+
+
+def _words(model: LensModel, ids: Sequence[int]) -> tuple[str, ...]:
+    """The text of every token; its number where there is no tokenizer."""
+    if model.tokenizer is None:
+        return tuple(map(str, ids))
+    return tuple(model.tokenizer.decode([token]) for token in ids)
+
+
+class OnePatch(NamedTuple):
+    """One patch in logit differences: of the run as it is, of the patched one, and of the run that was copied from.
+
+    Attributes:
+        target: without the patch.
+        patched: with it.
+        source: of the run whose activation was taken.
+    """
+
+    target: float
+    patched: float
+    source: float
+
+    @property
+    def share(self) -> float:
+        """The share of the way from target to source that the patch goes; NaN where they do not differ."""
+        gap = self.source - self.target
+        return (self.patched - self.target) / gap if gap else float("nan")
+
+
+@public
+def patch_one(
+    model: LensModel,
+    pair: Pair,
+    site: str,
+    layer: int,
+    position: int = -1,
+    *,
+    head: int | None = None,
+    direction: str = "denoising",
+) -> OnePatch:
+    """Patches one activation of one pair: the clean run's into the wrapped run, or the other way round.
+
+    >>> import ctlens as ct
+    >>> model, (pair, *_) = ct.load_organism(), ct.threats.get("sycophancy").pairs(1, split="heldout")
+    >>> ct.patch_one(model, pair, "resid_post", layer=-1).share  # the last token's last stream is the whole answer
+    1.0
+
+    Args:
+        model: in eval mode.
+        pair: whose prompts name a good and a bad answer.
+        site: as of `ct.analysis.patch`, which does the work.
+        layer: its number, negative ones from the last.
+        position: among the aligned tokens, -1 for the last.
+        head: of `"z"` and `"pattern"`, and of no other site.
+        direction: `"denoising"` or `"noising"`.
+
+    Raises:
+        CtlensError: as `ct.analysis.patch`; or there is no such position or head.
+    """
+    found = patch(model, [pair], site=site, direction=direction, layers=[layer], progress=False)
+    cells: Float[Tensor, ...] = torch.from_numpy(found.values[0, 0, ..., 0])
+    if found.has_heads != (head is not None):
+        raise CtlensError(f"{site} {'has heads: name one' if found.has_heads else 'has no heads: leave head out'}.")
+    if head is not None:
+        if not 0 <= head < len(cells):
+            raise CtlensError(f"head {head} does not exist: {site} has heads 0 to {len(cells) - 1}.")
+        cells = cells[head]
+    if not -len(cells) <= position < len(cells):
+        raise CtlensError(
+            f"there are {len(cells)} aligned tokens, and none at {position}: count from the last one, -1."
+        )
+    return OnePatch(float(found.target[0, 0]), float(cells[position]), float(found.source[0, 0]))
