@@ -49,6 +49,7 @@ EXCHANGED = (*DEFAULT_METHODS, *CROSSED_CONDITIONS)
 SIMILARITY = "-similarity.safetensors"
 POOLED = ("bad_rate", "good_rate", "bad_rate_vs_retention", "share_repaired")
 MECHANISM = ("repair", "shared", "shared_content", "left_later", "level", "distance", "attention")
+BEHAVIOUR = ("repair", "output_only")
 PUSHED = ("relearnt", "returns", "wrappers", "embeddings")
 
 
@@ -226,13 +227,13 @@ def _judged(verdict: str, value: float, low: float, high: float) -> str:
     return f"**{verdict}**, {value:.2f} [{ends}]".replace("-", "−")
 
 
-def replicated_table(found: Replication) -> str:
-    """Writes the pooled claims that are not about one method as a Markdown table, a row per claim and case."""
+def replicated_table(found: Replication, keys: Sequence[str] = MECHANISM) -> str:
+    """Writes pooled claims that are not about one method as a Markdown table, a row per claim and case."""
     groups = [ALL_MODELS, *found.groups]
     lines = [f"| claim | threat | setting | {' | '.join(groups)} |", "|---|---|---|" + "---|" * len(groups)]
     rows: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in found.to_dataframe().to_dict("records"):
-        if row["key"] in MECHANISM:
+        if row["key"] in keys:
             case = (row["statement"], row["threat"], row["setting"])
             rows.setdefault(case, {})[row["group"]] = _pooled_verdict(row)
     for (statement, threat, setting), cells in rows.items():
