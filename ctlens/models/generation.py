@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ctlens.core.errors import CtlensError
@@ -23,6 +23,7 @@ from ctlens.models.bridges import generation_config
 from ctlens.models.kv_cache import MAX_BATCH_TOKENS, Ids, NextLogits, Sequences, batches_by_length
 
 NextTokens: TypeAlias = Int[Tensor, " batch"]
+NextShares: TypeAlias = Float[Tensor, "batch d_vocab"]
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,18 @@ class Sampling:
 
     def draw(self, logits: NextLogits) -> NextTokens:
         """Draws one token per row."""
-        shares = (logits.float() / self.temperature).softmax(-1).cpu()
-        if self.top_p < 1:
-            ranked, tokens = shares.sort(-1, descending=True)
-            likelier = ranked.cumsum(-1) - ranked
-            shares = torch.zeros_like(shares).scatter(-1, tokens, ranked.where(likelier < self.top_p, 0.0))
+        shares = next_shares(logits, self.temperature, self.top_p)
         return torch.multinomial(shares, 1, generator=self.generator)[:, 0].to(logits.device)
+
+
+def next_shares(logits: NextLogits, temperature: float, top_p: float) -> NextShares:
+    """The shares, on the CPU, by which the next token is drawn; those of a nucleus sum to less than 1."""
+    shares = (logits.float() / temperature).softmax(-1).cpu()
+    if top_p == 1:
+        return shares
+    ranked, tokens = shares.sort(-1, descending=True)
+    likelier = ranked.cumsum(-1) - ranked
+    return torch.zeros_like(shares).scatter(-1, tokens, ranked.where(likelier < top_p, 0.0))
 
 
 @dataclass(frozen=True)
