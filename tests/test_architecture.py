@@ -24,7 +24,7 @@ FLOORS = (
     ("organism", "evaluation"),
     ("training",),
     ("analysis",),
-    ("study", "compatibility"),
+    ("study", "auditing", "compatibility"),
     ("cli",),
     ("__main__",),
 )

@@ -1,0 +1,18 @@
+"""An audit of label-then-train methods: do they amplify a model's misbehaviour or suppress it? Exact on an organism.
+
+A name imported as itself (`from ... import X as X`) is public to type checkers; no other list of them is kept.
+"""
+
+from __future__ import annotations
+
+from ctlens.auditing.labels import Label as Label
+from ctlens.auditing.labels import draw_labels as draw_labels
+from ctlens.auditing.labels import load_labels as load_labels
+from ctlens.auditing.labels import save_labels as save_labels
+from ctlens.auditing.selectors import SELECTORS as SELECTORS
+from ctlens.auditing.selectors import Selector as Selector
+from ctlens.auditing.selectors import decodings as decodings
+from ctlens.auditing.selectors import refined as refined
+from ctlens.auditing.selectors import rewarded as rewarded
+from ctlens.auditing.selectors import selected as selected
+from ctlens.auditing.selectors import selector_named as selector_named
