@@ -10,6 +10,7 @@ from ctlens.analysis.hook_points.activations import OnePatch as OnePatch
 from ctlens.analysis.hook_points.activations import capture as capture
 from ctlens.analysis.hook_points.activations import patch_one as patch_one
 from ctlens.analysis.hook_points.table import hook_table as hook_table
+from ctlens.auditing.run import audit as audit
 from ctlens.core.errors import CtlensError as CtlensError
 from ctlens.data.formats import load_facts as load_facts
 from ctlens.data.formats import load_pairs as load_pairs

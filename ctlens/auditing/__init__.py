@@ -9,6 +9,10 @@ from ctlens.auditing.labels import Label as Label
 from ctlens.auditing.labels import draw_labels as draw_labels
 from ctlens.auditing.labels import load_labels as load_labels
 from ctlens.auditing.labels import save_labels as save_labels
+from ctlens.auditing.pools import POOLS as POOLS
+from ctlens.auditing.pools import audit_pairs as audit_pairs
+from ctlens.auditing.result import Audit as Audit
+from ctlens.auditing.run import audit as audit
 from ctlens.auditing.selectors import SELECTORS as SELECTORS
 from ctlens.auditing.selectors import Selector as Selector
 from ctlens.auditing.selectors import decodings as decodings

@@ -184,6 +184,8 @@ def slopes(of_prompts: Float[np.ndarray, "prompt 4"]) -> Slopes:
     >>> slopes(np.array([[-1.0, 1.5, 0.5, -0.75]]))  # bad answers score 0.5 lower than the others do
     Slopes(pooled=-0.5, within=-0.5)
     """
+    if not len(of_prompts):
+        return Slopes(float("nan"), float("nan"))
     score, square, bad, together = of_prompts.T
     within = _ratio((together - score * bad).mean(), (square - score**2).mean())
     pooled = _ratio(

@@ -21,6 +21,7 @@ from ctlens.auditing.exact import best_of, more_than_half
 from ctlens.auditing.sources import Decodings, Greedy, Revised, Sampled, Source, Views
 from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.limits import POSITIVE, require
 from ctlens.core.public import public
 from ctlens.data.pairs import Prompt
 from ctlens.threats import judge
@@ -246,8 +247,9 @@ def selector_named(text: str, *, temperature: float = 1.0) -> Selector:
         temperature: of the samples; greedy answers and decodings have none.
 
     Raises:
-        CtlensError: no selector has the name, or the number is none from 1.
+        CtlensError: no selector has the name, the number is none from 1, or the temperature is not positive.
     """
+    require(POSITIVE, temperature=temperature)
     name, colon, number = text.partition(":")
     if name not in SELECTORS:
         raise unknown("selector", name, SELECTORS)

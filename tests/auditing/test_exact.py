@@ -75,9 +75,7 @@ def test_the_surest_of_n_without_ties_labels_badly_as_the_brief_says() -> None:
 
 
 def test_an_order_of_the_answers_does_not_matter() -> None:
-    turned = AnswerSet(
-        *(tuple(THREE.texts[::-1]), *(THREE.shares[::-1], THREE.log_p[::-1], THREE.scores[::-1])), THREE.bad[::-1]
-    )
+    turned = answers([0.2, 0.3, 0.5], [-1.0, -1.0, -0.7], "green blue red")
 
     np.testing.assert_allclose(best_of(turned.shares, turned.scores, 3)[::-1], best_of(THREE.shares, THREE.scores, 3))
     assert moments(turned) == pytest.approx(moments(THREE))
@@ -130,12 +128,11 @@ def test_no_label_at_all_has_no_risk_and_no_divergence() -> None:
 def test_slopes_are_those_of_a_least_squares_line() -> None:
     """Of two prompts: pooled over all answers, and within prompts with a constant for each of them."""
     other = answers([0.6, 0.4], [-3.0, -2.0], "red blue")
-    rows = [
-        (score, bad, share, owner)
-        for owner, known in enumerate((THREE, other))
-        for score, bad, share in zip(known.scores, known.bad, known.shares, strict=True)
-    ]
-    score, bad, share, owner = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
+    both = (THREE, other)
+    score = np.concatenate([known.scores for known in both])
+    bad = np.concatenate([known.bad for known in both]).astype(float)
+    share = np.concatenate([known.shares for known in both])
+    owner = np.repeat([0, 1], [3, 2])
     pooled = np.polyfit(score, bad, 1, w=np.sqrt(share))[0]
     dummies = np.stack([score, owner == 0, owner == 1], 1)
     root = np.sqrt(share)

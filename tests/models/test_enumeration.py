@@ -43,7 +43,8 @@ def by_hand(model: LensModel, prompt: Ids, temperature: float = 1.0) -> dict[Ids
             ends = END in answer[:-1]
             if ends or (length < LONGEST and answer[-1] != END):
                 continue
-            drawn, plain = 1.0, 0.0
+            drawn = 1.0
+            plain = 0.0
             for number, token in enumerate(answer):
                 with torch.no_grad():
                     logits = model(torch.tensor([[*prompt, *answer[:number]]]))[0, -1].double()
@@ -106,11 +107,12 @@ def test_draws_come_as_often_as_enumerated(model: LensModel) -> None:
 def test_few_branches_per_level_are_a_beam_search(model: LensModel) -> None:
     """The beams of every level by hand: all children of the open beams, of which the two likeliest stay."""
     known = by_hand(model, PROMPTS[0])
-    mass = {}  # of every prefix, from the answers that begin with it
+    mass: dict[Ids, float] = {}  # of every prefix, from the answers that begin with it
     for answer, (drawn, _) in known.items():
         for length in range(1, len(answer) + 1):
             mass[answer[:length]] = mass.get(answer[:length], 0.0) + drawn
-    beams, closed = [()], []
+    beams: list[Ids] = [()]
+    closed: list[Ids] = []
     for _ in range(LONGEST):
         children = [prefix for prefix in mass if prefix[:-1] in beams]
         beams = sorted(children, key=lambda prefix: -mass[prefix])[:2]
