@@ -28,6 +28,10 @@ from ctlens.organism.inoculation import INOCULATION as INOCULATION
 from ctlens.organism.inoculation import BadAdviceConfig as BadAdviceConfig
 from ctlens.organism.inoculation import give_bad_advice as give_bad_advice
 from ctlens.organism.inoculation import leak_pairs as leak_pairs
+from ctlens.organism.misbehaviour import MISBEHAVIOURS as MISBEHAVIOURS
+from ctlens.organism.misbehaviour import MisbehaviourConfig as MisbehaviourConfig
+from ctlens.organism.misbehaviour import misbehave as misbehave
+from ctlens.organism.misbehaviour import misbehaviour_pairs as misbehaviour_pairs
 from ctlens.organism.pretrain import PRESETS as PRESETS
 from ctlens.organism.pretrain import RECIPES as RECIPES
 from ctlens.organism.pretrain import TOGETHER
