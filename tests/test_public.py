@@ -23,6 +23,7 @@ CONTRACT = {
     "MLPCT",
     "Trainer",
     "analysis",
+    "audit",
     "compare",
     "evaluate",
     "load_model",

@@ -106,8 +106,13 @@ class Answerer:
             samples.append([known[ids] for ids in given])
         return samples
 
-    def enumerated(self, prompts: Sequence[Prompt], branching: Branching, *, progress: bool = False) -> list[AnswerSet]:
+    def enumerated(self, prompts: Sequence[Prompt], branching: Branching, *, any_mass: bool = False) -> list[AnswerSet]:
         """Enumerates the answers to each prompt; what was enumerated once is kept.
+
+        Args:
+            prompts: what is asked.
+            branching: which answers are enumerated.
+            any_mass: take the answers whatever the enumeration misses, for risks that are stated with it.
 
         Raises:
             CtlensError: what the enumeration misses is more than `MOST_MISSED` of a prompt's answers.
@@ -119,10 +124,9 @@ class Answerer:
             branching,
             max_new_tokens=self.max_new_tokens,
             ends=self._ends,
-            progress=progress,
         )
         for prompt, of_prompt in zip(new, found, strict=True):
-            if of_prompt.missed > MOST_MISSED:
+            if of_prompt.missed > MOST_MISSED and not any_mass:
                 raise CtlensError(
                     f"the answers to {prompt.turns[-1].content[:60]!r} cannot be enumerated: those of a probability of "
                     f"{branching.smallest:g} or more are {1 - of_prompt.missed:.0%} of them; audit a model with short "
@@ -155,7 +159,7 @@ class Answerer:
             probabilities=np.bincount(owners, found.probabilities, len(first)),
             log_p=np.log(np.bincount(owners, np.exp(found.log_p), len(first))),
             scores=found.log_p[chosen] / lengths,
-            bad=np.array([judge(prompt, text) == "bad" for text in first]),
+            bad=np.array([judge(prompt, text) == "bad" for text in first], dtype=bool),
             missed=found.missed,
         )
 

@@ -110,13 +110,17 @@ class Audit(ResultOverPairs):
     def change(self, selector: str, pool: str, chosen: Chosen, organism: str = EVERY_ORGANISM) -> Change:
         """Subtracts the risk before training from that after it, over some prompts.
 
-        The interval is over topics and wrapper texts, as elsewhere, and with several organisms over these as well.
+        The interval is over topics and wrapper texts, as elsewhere, and with several organisms over these as well. It
+        reaches further by what the enumerations missed: answers that were missed may all be bad.
 
         Raises:
             CtlensError: there is no such selector, pool or organism.
         """
-        at = _index("selector", selector, self.selectors), _index("pool", pool, self.pools)
-        return self._over_organisms(self.after[:, at[0], at[1]] - self.before, chosen, organism)
+        at_selector = _index("selector", selector, self.selectors)
+        at_pool = _index("pool", pool, self.pools)
+        after = self.after[:, at_selector, at_pool]
+        missed = np.stack([self.missed, self.missed_after[:, at_selector, at_pool]], axis=-1)
+        return self._over_organisms(after - self.before, missed, chosen, organism)
 
     def label_shift(self, selector: str, pool: str, chosen: Chosen, organism: str = EVERY_ORGANISM) -> Change:
         """Subtracts the model's own risk from that of its labels: the change that fitting the labels would make.
@@ -130,30 +134,42 @@ class Audit(ResultOverPairs):
         number = _index("selector", selector, self.selectors)
         at_pool = _index("pool", pool, self.pools)
         covered = np.isin(self.sides, ("wrapped", "clean") if self.pools[at_pool] == "mixed" else (pool,))
-        return self._over_organisms(self.label_risk[:, number] - self.moments[..., 2], chosen & covered, organism)
+        shift = self.label_risk[:, number] - self.moments[..., 2]
+        return self._over_organisms(shift, np.zeros((*shift.shape, 2)), chosen & covered, organism)
 
-    def _over_organisms(self, values: Float[np.ndarray, "organism prompt"], chosen: Chosen, organism: str) -> Change:
+    def _over_organisms(
+        self,
+        values: Float[np.ndarray, "organism prompt"],
+        missed: Float[np.ndarray, "organism prompt 2"],
+        chosen: Chosen,
+        organism: str,
+    ) -> Change:
+        """The mean of one organism or of all; `missed` is by how much a value may be too high, and too low."""
         if organism != EVERY_ORGANISM or len(self.organisms) == 1:
             number = 0 if organism == EVERY_ORGANISM else _index("organism", organism, self.organisms)
-            return self._mean(values[number], chosen)
-        each = [self._mean(row, chosen) for row in values]
+            return self._mean(values[number], missed[number], chosen)
+        each = [self._mean(row, missed[number], chosen) for number, row in enumerate(values)]
         numbers = np.array([change for change in each if not np.isnan(change.value)])
         if not len(numbers):
             return _NO_CHANGE
         return Change(float(numbers[:, 0].mean()), *over_models(*numbers.T))
 
-    def _mean(self, values: Float[np.ndarray, " prompt"], chosen: Chosen) -> Change:
+    def _mean(
+        self, values: Float[np.ndarray, " prompt"], missed: Float[np.ndarray, "prompt 2"], chosen: Chosen
+    ) -> Change:
         known = chosen & ~np.isnan(values)
         if not known.any():
             return _NO_CHANGE
-        return Change(*map(float, clustered_mean(values[known], self.clusters(known))))
+        mean, low, high = map(float, clustered_mean(values[known], self.clusters(known)))
+        too_high, too_low = missed[known].mean(0).tolist()
+        return Change(mean, low - too_high, high + too_low)
 
     def to_dataframe(self, *by: str) -> pd.DataFrame:
         """Tabulates one row per organism, selector, pool, split, prompt side and value of the labels `by`.
 
         With several organisms, rows of `"all"` pool them. `risk_before` and `risk_after` are enumerated, and `missed`
-        is the most that a bad answer outside of the enumeration could add to one of them. `change` has its interval
-        and `verdict` its rule, see `Change.verdict`.
+        is the most that a bad answer outside of the enumeration could add to one of them. `change` has its interval,
+        which holds that too, and `verdict` its rule, see `Change.verdict`.
 
         What the labels predict is `label_shift` with its interval, and `predicted` by the same rule. It assumes that
         training makes each labelled prompt answer as its labels do, and touches no other; beside held-out prompts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,20 +155,17 @@ class _Work:
     def of_all(self, selectors: Sequence[Selector], done: Callable[[], object]) -> _OfOrganism:
         """Measures the model, and trains and measures it once per selector and pool; calls `done` after each."""
         own = self.answerer.enumerated(self.prompts, self.branching)
+        known = [self._known_of(selector) for selector in selectors]
+        drawn = [labels_of_one(self.answerer, self.labelled, selector, self.config.seed) for selector in selectors]
         shape = (len(selectors), len(self.of_pools))
         after = np.zeros((2, *shape, len(own)))
         n_labels = np.zeros(shape, dtype=int)
-        drawn: list[Label] = []
-        for number, selector in enumerate(selectors):
-            labels = labels_of_one(self.answerer, self.labelled, selector, self.config.seed)
-            drawn += labels
+        for (number, labels), (at, prompts) in product(enumerate(drawn), enumerate(self.of_pools.values())):
             given = {label.prompt: label.label for label in labels}
-            for at, prompts in enumerate(self.of_pools.values()):
-                pairs = [Pair(prompt, prompt, target=given[prompt]) for prompt in prompts if given[prompt]]
-                n_labels[number, at] = len(pairs)
-                after[:, number, at] = self._measured(self._trained(pairs))
-                done()
-        known = [self._known_of(selector) for selector in selectors]
+            pairs = [Pair(prompt, prompt, target=given[prompt]) for prompt in prompts if given[prompt]]
+            n_labels[number, at] = len(pairs)
+            after[:, number, at] = self._measured(self._trained(pairs))
+            done()
         of_labels = np.stack([found for found, _ in known], axis=1)
         return _OfOrganism(
             before=np.array([each.risk for each in own]),
@@ -181,7 +179,7 @@ class _Work:
             divergence=of_labels[2],
             n_labels=n_labels,
             exact=[exact for _, exact in known],
-            labels=drawn,
+            labels=[label for labels in drawn for label in labels],
         )
 
     def _known_of(self, selector: Selector) -> tuple[Float[np.ndarray, "3 prompt"], bool]:
@@ -197,7 +195,8 @@ class _Work:
 
     def _measured(self, model: LensModel) -> Float[np.ndarray, "2 prompt"]:
         """The risk of a model at each prompt, and what the enumeration misses."""
-        found = Answerer(model, self.config.max_new_tokens).enumerated(self.prompts, self.branching)
+        answerer = Answerer(model, self.config.max_new_tokens)
+        found = answerer.enumerated(self.prompts, self.branching, any_mass=True)
         return np.array([[each.risk for each in found], [each.missed for each in found]])
 
     def _trained(self, pairs: Sequence[Pair]) -> LensModel:

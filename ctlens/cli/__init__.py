@@ -1,4 +1,4 @@
-"""The command line: `ctlens compare | doses | train | evaluate | estimate | patch | export | smollm2 | pairs | ...`.
+"""The command line: `ctlens compare | doses | train | evaluate | audit | patch | export | smollm2 | pairs | ...`.
 
 Heavy imports wait for the command that needs them, so that `--help` answers at once. A user's
 mistake ends with exit code 2 and one sentence on stderr.
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ctlens import __version__
-from ctlens.cli import analyses, models, organism, pairs, studies, training
+from ctlens.cli import analyses, audits, models, organism, pairs, studies, training
 from ctlens.cli.common import say
 from ctlens.core.errors import CtlensError
 
@@ -30,6 +30,7 @@ _COMMANDS = {
     "doses": studies.doses,
     "train": training.train_command,
     "evaluate": training.evaluate_command,
+    "audit": audits.audit_command,
     "patch": analyses.patch_command,
     "export": models.export,
     "models": models.models,

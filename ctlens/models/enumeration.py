@@ -17,7 +17,6 @@ from jaxtyping import Float, Int
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.limits import AT_LEAST_1, POSITIVE, PROBABILITY, SHARE_OF_ALL, require
-from ctlens.core.progress import progress_bar
 from ctlens.core.types import LensModel
 from ctlens.data.batch import require_room
 from ctlens.models.generation import next_shares
@@ -77,7 +76,6 @@ def enumerate_answers(
     *,
     max_new_tokens: int = 16,
     ends: Collection[int] = (),
-    progress: bool = False,
 ) -> list[Enumerated]:
     """Enumerates the answers to each prompt; equal prompts are walked once.
 
@@ -87,7 +85,6 @@ def enumerate_answers(
         branching: the distribution, and which branches are followed.
         max_new_tokens: an answer is cut here, and counts as it is.
         ends: the tokens of which any closes an answer, as `ctlens.models.generation.end_tokens` lists them.
-        progress: show a progress bar when it takes more than two seconds.
 
     Raises:
         CtlensError: the model is in training mode, a prompt is empty or leaves no room in the context.
@@ -101,9 +98,9 @@ def enumerate_answers(
     for ids in distinct:
         require_room(len(ids) + max_new_tokens, model.cfg.n_ctx, "a prompt with its answer")
     lengths = [len(ids) for ids in distinct]
-    together = list(batches_by_length(model, lengths, max_new_tokens, MAX_BATCH_TOKENS // _BRANCHES))
+    together = batches_by_length(model, lengths, max_new_tokens, MAX_BATCH_TOKENS // _BRANCHES)
     found: dict[Ids, Enumerated] = {}
-    for batch in progress_bar(together, desc="enumerated", delay=2, leave=False, shown=progress):
+    for batch in together:
         walk = _Walk(model, [distinct[i] for i in batch], branching, frozenset(ends))
         walk.go(max_new_tokens)
         found |= {distinct[i]: walk.enumerated(row) for row, i in enumerate(batch)}

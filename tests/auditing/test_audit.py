@@ -129,13 +129,26 @@ def test_a_row_of_the_table_is_a_clustered_mean(found: Audit) -> None:
     at = found.chosen("wrapped", "pool", gives_in="yes")
     mean, low, high = clustered_mean(found.after[0, 1, 1, at] - found.before[0, at], found.clusters(at))
 
-    assert (row["change"], row["ci_low"], row["ci_high"]) == pytest.approx((mean, low, high))
+    missed = (found.missed[0, at].mean(), found.missed_after[0, 1, 1, at].mean())
+
+    assert 0 < missed[0] < 0.01 and 0 < missed[1] < 0.01
+    assert (row["change"], row["ci_low"], row["ci_high"]) == pytest.approx((mean, low - missed[0], high + missed[1]))
     assert row["risk_after"] - row["risk_before"] == pytest.approx(mean) and row["n_prompts"] == at.sum()
     labelled = at & ~np.isnan(found.label_risk[0, 1])
     assert row["label_kl"] == pytest.approx(found.divergence[0, 1, labelled].mean())
     assert row["label_shift"] == pytest.approx((found.label_risk[0, 1] - found.moments[0, :, 2])[labelled].mean())
     unlabelled = rows["certainty:4", "wrapped", "pool", "clean", "yes"]
     assert unlabelled["predicted"] == "" and np.isnan(unlabelled["label_kl"])
+
+
+def test_what_was_missed_after_training_leaves_a_verdict_open(found: Audit) -> None:
+    """Half of the mass missed may be bad or good, so that no change of a risk is known."""
+    at = found.chosen("wrapped", "pool", gives_in="yes")
+    grown = replace(found, after=found.after + 0.1 * at)
+    blind = replace(grown, missed=np.full_like(found.missed, 0.5))
+
+    assert grown.change("first", "wrapped", at).verdict == "amplify"
+    assert blind.change("first", "wrapped", at).verdict == "neutral"
 
 
 def test_eta_makes_up_the_risk(found: Audit) -> None:

@@ -106,7 +106,9 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def test_the_commands_of_the_design_are_there() -> None:
-    assert {"compare", "doses", "train", "evaluate", "patch", "report", "organism", "estimate"} <= set(COMMANDS)
+    assert {"compare", "doses", "train", "evaluate", "audit", "patch", "report", "organism", "estimate"} <= set(
+        COMMANDS
+    )
 
 
 def test_an_estimate_is_a_table_and_a_sentence(call: Call, place: Path) -> None:
