@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from ctlens.data.chat import render
 from ctlens.data.pairs import Prompt
 from ctlens.models.enumeration import Branching, Enumerated, enumerate_answers
 from ctlens.models.generation import Ids, Sampling, end_tokens, generate
+from ctlens.models.parameters import fingerprint
 from ctlens.models.scoring import continuation_logprobs
 from ctlens.threats import judge
 
@@ -79,6 +81,11 @@ class Answerer:
         self.max_new_tokens = max_new_tokens
         self._ends = end_tokens(model)
         self._known: dict[tuple[Prompt, Branching], AnswerSet] = {}
+
+    @cached_property
+    def weights(self) -> str:
+        """The fingerprint of the model's weights."""
+        return fingerprint(self.model)
 
     def _ids(self, prompts: Sequence[Prompt]) -> list[Ids]:
         return [render(self.model.tokenizer, prompt.turns).ids for prompt in prompts]

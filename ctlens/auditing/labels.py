@@ -20,7 +20,6 @@ from ctlens.core.types import LensModel
 from ctlens.data.pairs import Prompt, turns_of
 from ctlens.models.adopt import adopt
 from ctlens.models.enumeration import Branching
-from ctlens.models.parameters import fingerprint
 
 _FIELDS = ("model", "selector", "source", "seed", "prompt", "good", "bad", "samples", "scores", "label")
 
@@ -105,13 +104,14 @@ def draw_labels(
 
 def labels_of_one(answerer: Answerer, prompts: Sequence[Prompt], selector: Selector, seed: int) -> list[Label]:
     """Draws the labels of one selector; the prompts are distinct."""
-    weights = fingerprint(answerer.model)
     labels = []
     for prompt, samples in zip(prompts, selector.source.draw(answerer, prompts, seed), strict=True):
         texts = tuple(sample.text for sample in samples)
         scores = tuple(sample.score for sample in samples)
         chosen = selector.label(prompt, texts, scores)
-        labels.append(Label(prompt, selector.name, selector.source.described(), seed, weights, texts, scores, chosen))
+        labels.append(
+            Label(prompt, selector.name, selector.source.described(), seed, answerer.weights, texts, scores, chosen)
+        )
     return labels
 
 

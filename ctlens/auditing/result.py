@@ -24,7 +24,10 @@ NEUTRAL_BELOW = 0.02
 """A change of risk up to this is neutral whatever its interval: the epsilon of arXiv 2606.03810, chosen by eye here."""
 EVERY_ORGANISM = "all"
 
-Chosen = Bool[np.ndarray, " prompt"]
+BAD_LIKELIER = "bad_likelier"
+"""The label of prompts by the model itself: `"yes"` where more than half of its answers are bad, else `"no"`."""
+
+Chosen = Bool[np.ndarray, "*organism prompt"]
 
 
 class Change(NamedTuple):
@@ -101,10 +104,11 @@ class Audit(ResultOverPairs):
     settings: Mapping[str, Any]
 
     def chosen(self, prompt_side: str, split: str, **labels: str) -> Chosen:
-        """Marks the prompts of a side and a split whose pairs have these labels."""
+        """Marks the prompts of a side and a split whose pairs have these labels; with `bad_likelier` per organism."""
         found = (np.array(self.sides) == prompt_side) & (np.array(self.splits) == split)
         for name, value in labels.items():
-            found &= np.array(self._labels_of(name)) == value
+            has = (self.before > 0.5) == (value == "yes") if name == BAD_LIKELIER else self._labels_of(name) == value
+            found = found & has
         return found
 
     def change(self, selector: str, pool: str, chosen: Chosen, organism: str = EVERY_ORGANISM) -> Change:
@@ -132,8 +136,8 @@ class Audit(ResultOverPairs):
             CtlensError: as `change`.
         """
         number = _index("selector", selector, self.selectors)
-        at_pool = _index("pool", pool, self.pools)
-        covered = np.isin(self.sides, ("wrapped", "clean") if self.pools[at_pool] == "mixed" else (pool,))
+        _index("pool", pool, self.pools)
+        covered = self._covered(pool)
         shift = self.label_risk[:, number] - self.moments[..., 2]
         return self._over_organisms(shift, np.zeros((*shift.shape, 2)), chosen & covered, organism)
 
@@ -145,10 +149,11 @@ class Audit(ResultOverPairs):
         organism: str,
     ) -> Change:
         """The mean of one organism or of all; `missed` is by how much a value may be too high, and too low."""
+        of_each = np.broadcast_to(chosen, values.shape)
         if organism != EVERY_ORGANISM or len(self.organisms) == 1:
             number = 0 if organism == EVERY_ORGANISM else _index("organism", organism, self.organisms)
-            return self._mean(values[number], missed[number], chosen)
-        each = [self._mean(row, missed[number], chosen) for number, row in enumerate(values)]
+            return self._mean(values[number], missed[number], of_each[number])
+        each = [self._mean(row, missed[number], of_each[number]) for number, row in enumerate(values)]
         numbers = np.array([change for change in each if not np.isnan(change.value)])
         if not len(numbers):
             return _NO_CHANGE
@@ -166,6 +171,9 @@ class Audit(ResultOverPairs):
 
     def to_dataframe(self, *by: str) -> pd.DataFrame:
         """Tabulates one row per organism, selector, pool, split, prompt side and value of the labels `by`.
+
+        A label is one of the pairs', such as `strength`, or `bad_likelier`, which is the model's own: whether more than
+        half of its answers to the prompt are bad.
 
         With several organisms, rows of `"all"` pool them. `risk_before` and `risk_after` are enumerated, and `missed`
         is the most that a bad answer outside of the enumeration could add to one of them. `change` has its interval,
@@ -195,18 +203,20 @@ class Audit(ResultOverPairs):
 
     def _numbers(self, organism: str, selector: str, pool: str, group: _Group) -> dict[str, Any]:
         """The numbers of one row of the table."""
-        own = slice(None) if organism == EVERY_ORGANISM else self.organisms.index(organism)
+        number = None if organism == EVERY_ORGANISM else self.organisms.index(organism)
+        own = slice(None) if number is None else slice(number, number + 1)
         at = self.selectors.index(selector), self.pools.index(pool)
         change = self.change(selector, pool, group.prompts, organism)
         shift = self.label_shift(selector, pool, group.labelled, organism)
-        after, missed = self.after[own, at[0], at[1]], self.missed_after[own, at[0], at[1]]
-        most = np.maximum(missed, self.missed[own])[..., group.prompts]
-        of_labels = group.labelled if shift.verdict else np.zeros_like(group.labelled)
+        prompts = np.broadcast_to(group.prompts, self.before.shape)[own]
+        labelled = np.broadcast_to(group.labelled, self.before.shape)[own]
+        of_labels = labelled if shift.verdict else np.zeros_like(labelled)
+        most = np.maximum(self.missed, self.missed_after[:, at[0], at[1]])[own]
         return {
-            "n_prompts": int(group.prompts.sum()),
-            "risk_before": float(self.before[own][..., group.prompts].mean()),
-            "risk_after": float(after[..., group.prompts].mean()),
-            "missed": float(most.mean()),
+            "n_prompts": round(float(prompts.sum(-1).mean())),
+            "risk_before": _averaged(self.before[own], prompts),
+            "risk_after": _averaged(self.after[own, at[0], at[1]], prompts),
+            "missed": _averaged(most, prompts),
             "change": change.value,
             "ci_low": change.low,
             "ci_high": change.high,
@@ -215,10 +225,39 @@ class Audit(ResultOverPairs):
             "label_low": shift.low,
             "label_high": shift.high,
             "predicted": shift.verdict,
-            "label_kl": _mean_known(self.divergence[own, at[0]][..., of_labels]),
-            "kept": _mean_known(self.kept[own, at[0]][..., of_labels]),
-            "slope": slopes(self.moments[own][..., group.labelled, :].reshape(-1, 4)).within,
+            "label_kl": _averaged(self.divergence[own, at[0]], of_labels),
+            "kept": _averaged(self.kept[own, at[0]], of_labels),
+            "slope": slopes(self.moments[own][labelled]).within,
         }
+
+    def signs(self) -> pd.DataFrame:
+        """Tabulates how often a labelled prompt goes where its labels lead: per organism, selector, pool and side.
+
+        Of `n_prompts` labelled prompts whose labels shift risk by more than `NEUTRAL_BELOW`, `agree` is the share whose
+        measured change has the predicted sign, and `correlation` that of change and shift. Pools that label no such
+        prompt of a side have no row.
+        """
+        rows = []
+        axes = product(enumerate(self.organisms), enumerate(self.selectors), enumerate(self.pools))
+        for (one, organism), (number, selector), (at, pool) in axes:
+            shift = self.label_risk[one, number] - self.moments[one, :, 2]
+            change = self.after[one, number, at] - self.before[one]
+            for side in dict.fromkeys(self.sides):
+                told = self.chosen(side, LABELLED) & (np.abs(shift) > NEUTRAL_BELOW) & self._covered(pool)
+                if not told.any():
+                    continue
+                agree = float((np.sign(shift[told]) == np.sign(change[told])).mean())
+                rows.append(
+                    {"organism": organism, "selector": selector, "pool": pool, "prompt_side": side}
+                    | {"n_prompts": int(told.sum()), "agree": agree}
+                    | {"correlation": _correlation(shift[told], change[told])}
+                )
+        columns = ["organism", "selector", "pool", "prompt_side", "n_prompts", "agree", "correlation"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def _covered(self, pool: str) -> Bool[np.ndarray, " prompt"]:
+        """Marks the prompts of the sides that a pool labels."""
+        return np.isin(self.sides, ("wrapped", "clean") if pool == "mixed" else (pool,))
 
     def eta(self, *by: str) -> pd.DataFrame:
         """Tabulates eta, the share of bad answers by their score, before training.
@@ -232,8 +271,11 @@ class Audit(ResultOverPairs):
         """
         rows = []
         for group, (number, organism) in product(list(self._groups(by)), enumerate(self.organisms)):
-            found = slopes(self.moments[number, group.prompts])
-            share, bad = self.histogram[number, group.prompts].mean(0)
+            prompts = np.broadcast_to(group.prompts, self.before.shape)[number]
+            if not prompts.any():
+                continue
+            found = slopes(self.moments[number, prompts])
+            share, bad = self.histogram[number, prompts].mean(0)
             for low, high, in_bin, bad_in_bin in zip(EDGES, EDGES[1:], share, bad, strict=False):
                 if in_bin > 0:
                     rows.append(
@@ -257,7 +299,7 @@ class Audit(ResultOverPairs):
             CtlensError: the pool is unknown, no pair has the label, or it is no number.
         """
         pool = self.pools[_index("pool", self.pools[0] if pool is None else pool, self.pools)]
-        values = sorted({value for value in self._labels_of(by) if value}, key=_number)
+        values = sorted({str(value) for value in self._labels_of(by) if value}, key=_number)
         kinds: list[dict[str, str]] = [{"gives_in": given} for given in ("yes", "no")]
         panels: dict[str, CurvePanel] = {}
         for kind in kinds if set(self.labels.get("gives_in", ())) >= {"yes", "no"} else [{}]:
@@ -276,14 +318,15 @@ class Audit(ResultOverPairs):
             panels,
             "Does training on a model's own labels amplify its misbehaviour or suppress it?",
             x_title=by,
-            caption="Of labels: their risk less the model's own, which is the change if training fits them. Bands are "
-            "95% intervals; none where there are too few topics or wrapper texts.",
+            caption="Of labels: their risk less the model's own, which is the change if training makes every labelled "
+            "prompt answer as its labels do and touches no other. Bands are 95% intervals; none with too few "
+            "topics or wrapper texts.",
             subtitle=f"{prompt_side} prompts; the pool that is labelled is {pool}",
         )
 
     def _groups(self, by: tuple[str, ...]) -> Iterator[_Group]:
         """The groups of prompts by split, side and labels, without empty ones."""
-        values = [list(dict.fromkeys(self._labels_of(name))) for name in by]
+        values = [("yes", "no") if name == BAD_LIKELIER else dict.fromkeys(self._labels_of(name)) for name in by]
         for split, side, *given in product((LABELLED, HELDOUT), dict.fromkeys(self.sides), *values):
             named = dict(zip(by, given, strict=True))
             prompts = self.chosen(side, split, **named)
@@ -291,10 +334,11 @@ class Audit(ResultOverPairs):
                 columns = {"split": split, "prompt_side": side, **named}
                 yield _Group(columns, prompts, self.chosen(side, LABELLED, **named))
 
-    def _labels_of(self, name: str) -> list[str]:
+    def _labels_of(self, name: str) -> np.ndarray:
+        """A label of each prompt's pair."""
         if name not in self.labels:
-            raise unknown("label of the pairs", name, self.labels)
-        return self.labels[name]
+            raise unknown("label of the pairs", name, (*self.labels, BAD_LIKELIER))
+        return np.array(self.labels[name], dtype=str)
 
 
 class _Group(NamedTuple):
@@ -311,9 +355,17 @@ def _index(kind: str, name: str, known: tuple[str, ...]) -> int:
     return known.index(name)
 
 
-def _mean_known(values: Float[np.ndarray, ...]) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else float("nan")
+def _averaged(values: Float[np.ndarray, "organism prompt"], chosen: Bool[np.ndarray, "organism prompt"]) -> float:
+    """The mean over organisms of each one's mean over its chosen prompts, without NaN; NaN where nothing is known."""
+    known = chosen & ~np.isnan(values)
+    means = [row[at].mean() for row, at in zip(values, known, strict=True) if at.any()]
+    return float(np.mean(means)) if means else float("nan")
+
+
+def _correlation(one: Float[np.ndarray, " prompt"], other: Float[np.ndarray, " prompt"]) -> float:
+    """Pearson's correlation; NaN where a side does not vary."""
+    varies = len(one) > 1 and one.std() > 0 and other.std() > 0
+    return float(np.corrcoef(one, other)[0, 1]) if varies else float("nan")
 
 
 def _curve(changes: list[Change]) -> Curve:

@@ -64,13 +64,17 @@ def audit_command(
             progress=not quiet,
         )
         tables = {"audit": found.to_dataframe("gives_in"), "strength": found.to_dataframe("strength", "gives_in")}
-        for name, table in {**tables, "eta": found.eta("gives_in")}.items():
+        for name, table in {**tables, "eta": found.eta("gives_in"), "signs": found.signs()}.items():
             table.to_csv(work / f"{name}.csv", index=False)
         plots.write_figures({work / "figures" / kind: found.figure(kind) for kind in found.pools})
     wrapped = tables["audit"].query("prompt_side == 'wrapped'")
     whose = ["organism"] if len(models) > 1 else []
     columns = ["selector", "pool", "split", "gives_in", "change", "verdict", "label_shift", "predicted"]
     print_table("Change of the risk of wrapped prompts, and of the labels", wrapped.filter([*whose, *columns]))
+    say(
+        "Predicted is the change if training makes every labelled prompt answer as its labels do and touches no other: "
+        "the theory is of one score and fixed prompts, and held-out prompts are not fixed."
+    )
     say(f"Labels, tables and figures: {out}")
 
 

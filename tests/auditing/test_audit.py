@@ -151,6 +151,35 @@ def test_what_was_missed_after_training_leaves_a_verdict_open(found: Audit) -> N
     assert blind.change("first", "wrapped", at).verdict == "neutral"
 
 
+def test_prompts_stand_apart_by_the_models_own_answers(found: Audit) -> None:
+    table = found.to_dataframe("bad_likelier").to_dict("records")
+    rows = {
+        (row["selector"], row["bad_likelier"]): row
+        for row in table
+        if row["split"] == "pool" and row["pool"] == "wrapped" and row["prompt_side"] == "wrapped"
+    }
+    at = found.chosen("wrapped", "pool", bad_likelier="yes")
+
+    assert at.shape == found.before.shape and (found.before[at] > 0.5).all()
+    assert rows["certainty:4", "yes"]["n_prompts"] == at.sum()
+    assert rows["certainty:4", "yes"]["risk_before"] == pytest.approx(found.before[at].mean())
+    assert rows["certainty:4", "yes"]["label_shift"] > 0 > rows["certainty:4", "no"]["label_shift"]
+    assert set(found.eta("bad_likelier")["bad_likelier"]) == {"yes", "no"}
+
+
+def test_signs_are_counted_prompt_by_prompt(found: Audit) -> None:
+    rows = {(row["selector"], row["pool"], row["prompt_side"]): row for row in found.signs().to_dict("records")}
+    shift = found.label_risk[0, 1] - found.moments[0, :, 2]
+    change = found.after[0, 1, 0] - found.before[0]
+    told = found.chosen("wrapped", "pool") & (np.abs(shift) > NEUTRAL_BELOW)
+    row = rows["certainty:4", "wrapped", "wrapped"]
+
+    assert row["n_prompts"] == told.sum() > 10
+    assert row["agree"] == pytest.approx(np.mean(shift[told] * change[told] > 0))
+    assert row["correlation"] == pytest.approx(np.corrcoef(shift[told], change[told])[0, 1])
+    assert ("first", "wrapped", "wrapped") not in rows and ("certainty:4", "wrapped", "clean") not in rows
+
+
 def test_eta_makes_up_the_risk(found: Audit) -> None:
     at = found.chosen("wrapped", "heldout")
     rows = [

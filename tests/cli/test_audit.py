@@ -28,7 +28,9 @@ def test_an_audit_leaves_labels_tables_and_figures(call: Call, place: Path) -> N
     table = pd.read_csv(place / "new/audit.csv")
     assert found.pools == ("wrapped", "mixed") and len(table) == len(found.to_dataframe("gives_in"))
     assert {label.selector for label in load_labels(place / "new/audit/labels.jsonl")} == {"greedy", "certainty:2"}
-    assert (place / "new/figures/mixed.html").is_file() and (place / "new/eta.csv").is_file()
+    assert (place / "new/figures/mixed.html").is_file() and {"eta.csv", "signs.csv", "strength.csv"} <= {
+        path.name for path in (place / "new").iterdir()
+    }
 
 
 @pytest.mark.parametrize(
