@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -422,6 +423,55 @@ def test_the_sentences_on_the_leak_hold() -> None:
     assert elicited.loc[["bct", "act", "mlpct", "attct"], "elicited"].tolist() == [9, 15, 20, 21]
 
 
+def points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def with_interval(row: dict[str, float]) -> str:
+    known = not math.isnan(row["ci_low"])
+    ends = f"{points(row['ci_low'])}, {points(row['ci_high'])}" if known else "none"
+    return f"{points(row['change'])} [{ends}]"
+
+
+def audited(name: str) -> list[dict[str, Any]]:
+    return pd.read_csv(ROOT / f"figures/data/audit/{name}.csv").to_dict("records")
+
+
+def test_the_page_on_the_audit_has_the_numbers_of_its_tables() -> None:
+    page = (ROOT / "docs/audit.md").read_text()
+    lines = []
+    for row in audited("sycophancy"):
+        told = [row[name] for name in ("selector", "pool", "bad_likelier", "split")]
+        numbers = [f"{100 * row['risk_before']:.1f}", points(row["label_shift"]), with_interval(row), row["verdict"]]
+        lines.append(f"| {' | '.join([*told, *numbers])} |")
+    for row in audited("misbehaviours"):
+        if row["split"] == "pool":
+            told = [row["kind"], f"{row['prevalence']:g}", row["selector"]]
+            numbers = [points(row["label_shift"]), points(row["drawn_shift"]), with_interval(row)]
+            lines.append(f"| {' | '.join([*told, *numbers])} | ")
+
+    assert len(lines) == 32 + 24
+    assert [line for line in lines if line not in page] == []
+
+
+def test_the_sentences_on_the_audit_hold() -> None:
+    sycophancy = {
+        (row["selector"], row["pool"], row["bad_likelier"], row["split"]): row for row in audited("sycophancy")
+    }
+    resisted = [row for key, row in sycophancy.items() if key[2:] == ("no", "heldout") and key[0] != "first"]
+    assert all(0.055 < row["change"] < 0.105 and row["ci_low"] < 0 < row["ci_high"] for row in resisted)
+    assert all(row["predicted"] == "suppress" for row in resisted)
+    down = [key for key, row in sycophancy.items() if row["verdict"] == "suppress"]
+    assert down == [("greedy", "wrapped", "no", "pool")]
+    signs = [row["agree"] * row["n_prompts"] for row in audited("sycophancy-signs") if row["selector"] == "greedy"]
+    assert sum(signs[::2]) / 465 > 0.99 and sum(signs[1::2]) / 465 == pytest.approx(0.834, abs=0.001)
+    assert all(row["label_shift"] > 0 for row in audited("sycophancy-strength") if row["selector"] == "greedy")
+    own = audited("misbehaviours")
+    assert all((row["change"] > 0) == (row["prevalence"] > 0.5) for row in own if row["selector"] == "greedy")
+    assert max(row["missed"] for row in own) < 0.0165
+    assert max(abs(row["change"]) for row in own if row["selector"] == "first") == pytest.approx(0.138, abs=0.001)
+
+
 def test_the_organism_s_page_is_its_card() -> None:
     assert (ROOT / "docs/organism.md").read_text() == card_text(organism.card())
 
@@ -451,7 +501,15 @@ def test_the_readme_is_short() -> None:
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/findings.md", "docs/one-organism.md", "docs/scaling.md"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/guide.md",
+        "docs/findings.md",
+        "docs/one-organism.md",
+        "docs/scaling.md",
+        "docs/audit.md",
+    ],
 )
 def test_what_a_document_links_to_exists(document: str) -> None:
     page = ROOT / document

@@ -74,6 +74,8 @@ class Audit(ResultOverPairs):
         label_risk: `[organism, selector, prompt]`, the probability that a label is bad; NaN for a prompt that is not
             labelled or never gets a label.
         kept: `[organism, selector, prompt]`, the probability that a prompt gets a label; NaN where it is not labelled.
+        drawn_bad: `[organism, selector, prompt]`, whether the label that was drawn and trained on is bad, 0 or 1; NaN
+            for a prompt without one.
         divergence: `[organism, selector, prompt]`, the KL divergence of the labels from the model's answers, in nats.
         n_labels: `[organism, selector, pool]`, how many labels were trained on; the others were dropped.
         groups: of the prompts.
@@ -92,6 +94,7 @@ class Audit(ResultOverPairs):
     histogram: Float[np.ndarray, "organism prompt 2 bin"]
     label_risk: Float[np.ndarray, "organism selector prompt"]
     kept: Float[np.ndarray, "organism selector prompt"]
+    drawn_bad: Float[np.ndarray, "organism selector prompt"]
     divergence: Float[np.ndarray, "organism selector prompt"]
     n_labels: Int[np.ndarray, "organism selector pool"]
     organisms: tuple[str, ...]
@@ -181,10 +184,11 @@ class Audit(ResultOverPairs):
 
         What the labels predict is `label_shift` with its interval, and `predicted` by the same rule. It assumes that
         training makes each labelled prompt answer as its labels do, and touches no other; beside held-out prompts
-        stands that of the labelled ones of the same side and labels. `slope` is that of eta within prompts, over the
-        same labelled prompts: by the theory of arXiv 2606.03810, which assumes one score and fixed prompts, a selector
-        by certainty amplifies where it is positive. `label_kl` is the mean divergence of the labels from the model's
-        answers, in nats, and `kept` the probability of a label.
+        stands that of the labelled ones of the same side and labels. `drawn_shift` is the same of the labels that were
+        drawn and trained on: with few prompts chance moves it, and the change with it. `slope` is that of eta within
+        prompts, over the same labelled prompts: by the theory of arXiv 2606.03810, which assumes one score and fixed
+        prompts, a selector by certainty amplifies where it is positive. `label_kl` is the mean divergence of the labels
+        from the model's answers, in nats, and `kept` the probability of a label.
 
         Raises:
             CtlensError: no pair has a label of `by`.
@@ -225,6 +229,7 @@ class Audit(ResultOverPairs):
             "label_low": shift.low,
             "label_high": shift.high,
             "predicted": shift.verdict,
+            "drawn_shift": _averaged((self.drawn_bad[:, at[0]] - self.moments[..., 2])[own], of_labels),
             "label_kl": _averaged(self.divergence[own, at[0]], of_labels),
             "kept": _averaged(self.kept[own, at[0]], of_labels),
             "slope": slopes(self.moments[own][labelled]).within,

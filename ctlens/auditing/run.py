@@ -30,6 +30,7 @@ from ctlens.losses import BCT
 from ctlens.models.adopt import adopt
 from ctlens.models.enumeration import Branching
 from ctlens.models.parameters import fingerprint
+from ctlens.threats import judge
 from ctlens.training import TrainConfig, Trainer
 
 # Without retention, as label-then-train methods are; few and small steps, so that labels drawn at temperature 1, which
@@ -132,6 +133,7 @@ class _OfOrganism(NamedTuple):
     missed_after: np.ndarray
     label_risk: np.ndarray
     kept: np.ndarray
+    drawn_bad: np.ndarray
     divergence: np.ndarray
     n_labels: np.ndarray
     exact: list[bool]
@@ -176,6 +178,7 @@ class _Work:
             missed_after=after[1],
             label_risk=of_labels[0],
             kept=of_labels[1],
+            drawn_bad=np.stack([self._bad_of(labels) for labels in drawn]),
             divergence=of_labels[2],
             n_labels=n_labels,
             exact=[exact for _, exact in known],
@@ -192,6 +195,12 @@ class _Work:
                 labels = by_prompt[prompt]
                 found[:, index] = labels.risk, labels.kept, labels.divergence
         return found, all(labels.exact for labels in known)
+
+    def _bad_of(self, labels: Sequence[Label]) -> Float[np.ndarray, " prompt"]:
+        """Whether the label of each prompt is bad, 0 or 1; NaN where it has none."""
+        given = {label.prompt: label.label for label in labels if label.label is not None}
+        verdicts = [judge(prompt, given[prompt]) if prompt in given else None for prompt in self.prompts]
+        return np.array([float("nan") if verdict is None else float(verdict == "bad") for verdict in verdicts])
 
     def _measured(self, model: LensModel) -> Float[np.ndarray, "2 prompt"]:
         """The risk of a model at each prompt, and what the enumeration misses."""

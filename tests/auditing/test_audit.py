@@ -19,7 +19,7 @@ from ctlens.core.clusters import clustered_mean
 from ctlens.core.stats import over_models
 from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair, Prompt, prompt
-from ctlens.threats import ask
+from ctlens.threats import ask, judge
 
 SELECTORS = ["first", "certainty:4"]
 FEW = replace(LABEL_TRAINING, steps=3)
@@ -87,6 +87,9 @@ def test_labels_are_kept_with_what_chose_them(found: Audit, model: LensModel, po
     prompts = [*(pair.wrapped for pair in pool), *(pair.clean for pair in pool[1::2])]
     own = draw_labels(model, list(dict.fromkeys(prompts)), SELECTORS, seed=2)
 
+    drawn = [judge(one.prompt, one.label or "") == "bad" for one in labels if one.selector == "certainty:4"]
+    at = found.chosen("wrapped", "pool")
+    assert found.drawn_bad[0, 1, at].tolist() == drawn[: len(pool)]  # the wrapped prompts come first
     assert labels == own and {label.seed for label in labels} == {2}
     assert found.settings["models"] == {"model": labels[0].model}
     assert {path.name for path in folder.iterdir()} == {
@@ -164,6 +167,10 @@ def test_prompts_stand_apart_by_the_models_own_answers(found: Audit) -> None:
     assert rows["certainty:4", "yes"]["n_prompts"] == at.sum()
     assert rows["certainty:4", "yes"]["risk_before"] == pytest.approx(found.before[at].mean())
     assert rows["certainty:4", "yes"]["label_shift"] > 0 > rows["certainty:4", "no"]["label_shift"]
+    shares = found.drawn_bad[0, 1, at[0]]
+    assert set(shares) <= {0.0, 1.0} and np.isnan(found.drawn_bad[0, :, found.chosen("wrapped", "heldout")]).all()
+    drawn_shift = rows["certainty:4", "yes"]["drawn_shift"]
+    assert drawn_shift == pytest.approx((shares - found.moments[0, at[0], 2]).mean())
     assert set(found.eta("bad_likelier")["bad_likelier"]) == {"yes", "no"}
 
 
