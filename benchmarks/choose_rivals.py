@@ -1,15 +1,17 @@
 """Which weight, target and schedule does each rival of the four methods take into a study?
 
 Run `python benchmarks/choose_rivals.py`; it keeps every training in `choose_rivals.csv` and goes on where it stopped.
-Each candidate trains the shipped organism as a study does (its settings, 256 pairs, 100 steps) on sycophancy and on
-jailbreak, from a seed that no study has, and answers the prompts of `entities` alone: new entities in the wrapper texts
-of training. The headline splits are not looked at.
+Each candidate trains the shipped organism as a study does (its settings, 256 pairs, 100 steps) on sycophancy, from a
+seed that no study has, and answers the prompts of `entities` alone: new entities in the wrapper texts of training. The
+headline splits are not looked at, nor is jailbreak.
 
 The rule, which was written down before any number: of an arm's candidates those stay whose rates of good answers on
 clean and on benign prompts are at most 2 points below retention alone (KL to the reference on prompts that must not
-change), each a mean over the two threats; of these the one with the highest mean probability of the good answer on
-wrapped prompts is taken. Where none stays, the one that loses least is. The methods of the shipped defaults stand
-beside them for their times: `seconds` are of the processor, for a whole training without its evaluation.
+change); of these the one with the highest mean probability of the good answer on wrapped prompts is taken. Where none
+stays, the one that loses least is. One sentence was added when the first numbers of SubACT were there: a weight that is
+best at the upper end of its grid gets larger ones beside it. Two arms are not searched and take the weight of their
+plain form: OPCT by the full sum, and the rest of the stream for SubACT. The methods with their defaults stand beside
+for their times: `seconds` are of the processor, for a whole training without its evaluation.
 """
 
 from __future__ import annotations
@@ -28,12 +30,13 @@ from ctlens import losses
 from ctlens.core.threads import one_thread
 from ctlens.study.cells import NEUTRAL_PROMPTS, CellTraining, aligned
 from ctlens.study.conditions import DEFAULT_METHODS, RETENTION
-from ctlens.study.config import ANALYSED_THREATS, Cell, StudyConfig
+from ctlens.study.config import Cell, StudyConfig
 from ctlens.study.source import evaluated
 from ctlens.training import Trainer
 from ctlens.training.retention import held_prompts
 
 TABLE = Path(__file__).with_suffix(".csv")
+THREAT = "sycophancy"
 SPLIT = "entities"
 SEED = 10
 MOST_LOST = 0.02
@@ -49,16 +52,13 @@ def _weighted(weight: float, **options: Any) -> list[dict[str, Any]]:
 ARMS: Mapping[str, tuple[str, Sequence[Mapping[str, Any]]]] = {
     **{name: (name, [{}]) for name in (*DEFAULT_METHODS, "klct")},
     "opct": ("opct", _weighted(2.0)),
-    "opct_full": ("opct", _weighted(2.0, estimator="full")),
-    "subact": ("subact", _weighted(4.0)),
-    "subact_random": ("subact", _weighted(16.0, part="random")),
-    "subact_rest": ("subact", _weighted(4.0, part="rest")),
-    "dpo": ("dpo", [*_weighted(4.0), {"weight": 1.0, "beta": 0.5}]),
-    "rmct": ("rmct", _weighted(10.0)),
+    "subact": ("subact", [*_weighted(4.0), *_weighted(256.0)[:2]]),
+    "subact_random": ("subact", [*_weighted(16.0, part="random"), {"part": "random", "weight": 256.0}]),
+    "dpo": ("dpo", _weighted(4.0)),
+    "rmct": ("rmct", [*_weighted(10.0), {"weight": 160.0}]),
     "rmct_agreement": ("rmct", _weighted(10.0, reward="agreement")),
     "act_ema": ("act", [{"clean": "ema(0.9)"}, {"clean": "ema(0.99)"}]),
-    "act_refresh": ("act", [{"clean": "refresh(4)"}, {"clean": "refresh(16)"}]),
-    "klct_confident": (
+    "klct_sharp": (
         "klct",
         [{"confidence": 0.8, "sharpen": 0.4}, {"confidence": 0.8}, {"sharpen": 0.4}],
     ),
@@ -66,16 +66,15 @@ ARMS: Mapping[str, tuple[str, Sequence[Mapping[str, Any]]]] = {
 """The loss of each arm and its candidates: the options that are not the loss's own."""
 
 
-def trained(threat: str, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def trained(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Trains one candidate and asks it; retention alone has no loss.
 
     Args:
-        threat: trained on and asked about.
         name: of the loss; empty for retention alone.
         options: of the loss.
     """
-    config = StudyConfig(threats=ANALYSED_THREATS, seeds=1)
-    cell = CellTraining(config, Path(), Cell(threat, RETENTION, SEED))
+    config = StudyConfig(threats=(THREAT,))
+    cell = CellTraining(config, Path(), Cell(THREAT, RETENTION, SEED))
     began = time.process_time()
     pairs = aligned(cell.subject, config.n_pairs, cell.base, config, split="train", seed=SEED)
     retain = held_prompts(pairs, cell.subject.neutral(NEUTRAL_PROMPTS, seed=SEED))
@@ -94,22 +93,15 @@ def trained(threat: str, name: str, options: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def over_threats(table: pd.DataFrame) -> pd.DataFrame:
-    """The mean over threats of every candidate, in the order of the table."""
-    numbers = ["bad", "good", "clean", "benign", "seconds"]
-    return table.groupby(["arm", "options"], sort=False)[numbers].mean().reset_index()
-
-
 def chosen(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """The options of each arm by the rule above.
 
     Args:
-        table: a row per arm, candidate and threat.
+        table: a row per arm and candidate.
     """
-    means = over_threats(table)
-    control = means[means["arm"] == RETENTION].iloc[0]
+    control = table[table["arm"] == RETENTION].iloc[0]
     found = {}
-    for arm, rows in means.groupby("arm", sort=False):
+    for arm, rows in table.groupby("arm", sort=False):
         lost = (control[["clean", "benign"]] - rows[["clean", "benign"]]).max(axis=1).astype(float)
         kept = rows[lost <= MOST_LOST + 1e-9]
         best = kept.sort_values("good", kind="stable").iloc[-1] if len(kept) else rows.loc[lost.idxmin()]
@@ -120,23 +112,17 @@ def chosen(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
 def main() -> None:
     """Trains the candidates that are missing and prints the choice."""
     done = pd.read_csv(TABLE).to_dict("records") if TABLE.is_file() else []
-    known = {(row["arm"], row["options"], row["threat"]) for row in done}
+    known = {(row["arm"], row["options"]) for row in done}
     arms = {RETENTION: ("", [{}]), **ARMS}
-    asked = [
-        (arm, name, options, threat)
-        for arm, (name, candidates) in arms.items()
-        for options in candidates
-        for threat in ANALYSED_THREATS
-    ]
+    asked = [(arm, name, options) for arm, (name, candidates) in arms.items() for options in candidates]
     with one_thread():
-        for arm, name, options, threat in tqdm(asked, desc="candidates"):
-            key = {"arm": arm, "options": json.dumps(options), "threat": threat}
-            if tuple(key.values()) in known:
-                continue
-            done.append(key | trained(threat, name, options))
-            pd.DataFrame(done).to_csv(TABLE, index=False, float_format="%.4g")
+        for arm, name, options in tqdm(asked, desc="candidates"):
+            key = {"arm": arm, "options": json.dumps(options)}
+            if tuple(key.values()) not in known:
+                done.append(key | trained(name, options))
+                pd.DataFrame(done).to_csv(TABLE, index=False, float_format="%.4g")
     table = pd.DataFrame(done)
-    tqdm.write(over_threats(table).to_string(index=False))
+    tqdm.write(table.to_string(index=False))
     tqdm.write(json.dumps(chosen(table), indent=1))
 
 

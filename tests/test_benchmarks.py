@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import ctlens as ct
 from ctlens.losses import LOSSES
 from ctlens.models.counting import Counting
+from ctlens.study.conditions import condition_named
 from ctlens.training.order import batches
 
 ROOT = Path(__file__).parents[1]
@@ -133,6 +135,43 @@ def test_the_published_loop_and_ctlens_start_at_the_same_loss(modules, name: str
 
     assert ours.take_step().losses["total"] == pytest.approx(theirs[0], rel=1e-5)
     assert theirs[-1] < theirs[0]  # the restatement trains
+
+
+@pytest.fixture
+def choose_rivals(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import choose_rivals
+
+    return choose_rivals
+
+
+def test_the_best_candidate_that_keeps_clean_and_benign_prompts_is_chosen(choose_rivals) -> None:
+    rows = [
+        ("retention", "{}", 0.3, 1.0, 0.99),
+        ("dpo", '{"weight": 1.0}', 0.8, 0.98, 0.97),  # two points are lost, which is the most
+        ("dpo", '{"weight": 4.0}', 0.7, 1.0, 1.0),
+        ("dpo", '{"weight": 16.0}', 0.9, 1.0, 0.96),
+        ("rmct", '{"weight": 2.5}', 0.6, 0.9, 0.9),
+        ("rmct", '{"weight": 10.0}', 0.5, 0.95, 0.95),  # neither keeps them: this loses less
+    ]
+    table = pd.DataFrame(rows, columns=["arm", "options", "good", "clean", "benign"])
+
+    assert choose_rivals.chosen(table) == {"retention": {}, "dpo": {"weight": 1.0}, "rmct": {"weight": 10.0}}
+
+
+def test_the_conditions_of_a_study_are_the_choice(choose_rivals) -> None:
+    table = pd.read_csv(BENCHMARKS / "choose_rivals.csv")
+    candidates = {arm: [json.dumps(options) for options in of] for arm, (_, of) in choose_rivals.ARMS.items()}
+    assert {arm: list(of["options"]) for arm, of in table.groupby("arm", sort=False)} == {
+        "retention": ["{}"],
+        **candidates,
+    }
+    for arm, options in choose_rivals.chosen(table).items():
+        loss = choose_rivals.ARMS[arm][0] if arm in choose_rivals.ARMS else ""
+        assert condition_named(arm).losses() == ([ct.losses.get(loss, **options)] if loss else [])
+    for arm in ("opct_full", "subact_rest"):
+        (loss,) = condition_named(arm).losses()
+        assert loss.weight == ct.losses.get(loss.name).weight
 
 
 def index() -> str:
