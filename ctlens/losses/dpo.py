@@ -28,7 +28,7 @@ class DPO(Loss):
     """DPO is a preference for one answer over another, see `ctlens.training.preferences`.
 
     Attributes:
-        weight: factor of the total.
+        weight: factor of the total; the default was chosen by `benchmarks/choose_rivals.py`.
         beta: of the difference of log-ratios; the larger, the nearer the model stays to its reference. The default is
             the usual one and was not searched for.
     """

@@ -101,7 +101,7 @@ PUBLISHED: Mapping[tuple[str, str], Published] = MappingProxyType(
             f"{_LAST_TOKENS} Earlier versions took hidden_states, the embedding included.",
         ),
         ("subact", "trasn"): Published(
-            SubACT(layers="middle"),
+            SubACT(layers="middle", weight=1.0),
             "At one layer; which one could not be established: the middle one here. The subspace is that of mean "
             "shifts per trait on harmful prompts; as many benign prompts are trained at equal weight, and adapters of "
             "rank 16.",

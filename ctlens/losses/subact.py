@@ -26,7 +26,7 @@ class SubACT(InternalLoss):
     """SubACT is activation consistency in a part of the stream, which a trainer finds on its pairs before training.
 
     Attributes:
-        weight: factor of the total; no search was made.
+        weight: factor of the total; the default was chosen by `benchmarks/choose_rivals.py`.
         rank: how many singular vectors, or as many as there are wrappers; published are 4, which held 78% of the
             variance there.
         part: `"leading"`, the subspace of the leading vectors; `"random"`, one of equal rank drawn by the training's
@@ -34,6 +34,7 @@ class SubACT(InternalLoss):
     """
 
     name: ClassVar[str] = "subact"
+    weight: float = 256.0
     rank: int = 4
     part: str = "leading"
 

@@ -8,7 +8,8 @@ outputs at the same tokens as ACT, and both at the last token alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,7 @@ class Condition:
         data: `"attacked"`: the pairs of the threat; `"harmless"`: these with neutral words in place of
             the attack, as many tokens; `"ordinary"`: requests of other kinds, on both sides of a pair.
         trainable: parameter groups, where they are not the study's.
+        options: of the loss, those that are not its own.
     """
 
     loss: str
@@ -70,10 +72,11 @@ class Condition:
     window: str | None = None
     data: str = ATTACKED
     trainable: tuple[str, ...] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def losses(self) -> list[Loss]:
         """The loss in a list; an empty one for retention alone."""
-        return [loss_registry.get(self.loss)] if self.loss else []
+        return [loss_registry.get(self.loss, **self.options)] if self.loss else []
 
     def pairs(self, attacked: Sequence[Pair], ordinary: Sequence[Prompt], tokenizer: object) -> list[Pair]:
         """The pairs that the condition trains on.
@@ -98,6 +101,15 @@ CROSSED_CONDITIONS: Mapping[str, Condition] = {
     "klct_last": Condition("klct", CROSSED, OUTPUT_LEVEL, LAST_TOKEN),
     "act_last": Condition("act", CROSSED, INTERNAL_LEVEL, LAST_TOKEN),
 }
+VARIANTS: Mapping[str, Condition] = {
+    "opct_full": Condition("opct", METHOD, OUTPUT_LEVEL, options={"estimator": "full"}),
+    "subact_random": Condition("subact", METHOD, INTERNAL_LEVEL, options={"part": "random"}),
+    "subact_rest": Condition("subact", METHOD, INTERNAL_LEVEL, options={"part": "rest"}),
+    "rmct_agreement": Condition("rmct", METHOD, OUTPUT_LEVEL, options={"reward": "agreement", "weight": 2.5}),
+    "act_ema": Condition("act", METHOD, INTERNAL_LEVEL, options={"clean": "ema(0.99)"}),
+    "klct_sharp": Condition("klct", METHOD, OUTPUT_LEVEL, options={"sharpen": 0.4}),
+}
+"""Further methods: a loss with options that are not its own, chosen by `benchmarks/choose_rivals.py`."""
 CONTROLS: Mapping[str, Condition] = {
     RETENTION: Condition("", CONTROL),
     FINE_TUNED: Condition("bct", CONTROL, data=ORDINARY),
@@ -116,7 +128,7 @@ EXTRA_CONDITIONS = (*CROSSED_CONDITIONS, *EXTRA_CONTROLS)
 
 
 def condition_named(name: str) -> Condition:
-    """The condition with this name: a crossed condition, a control, or any loss, which is a method.
+    """The condition with this name: a crossed condition, a control, a variant, or any loss, which is a method.
 
     >>> condition_named("bct").level, condition_named("klct_last").window, condition_named("harmless_act").data
     ('output', 'last', 'harmless')
@@ -124,7 +136,7 @@ def condition_named(name: str) -> Condition:
     Raises:
         CtlensError: nothing is called that.
     """
-    known = {**CROSSED_CONDITIONS, **CONTROLS, **ABLATED}
+    known = {**CROSSED_CONDITIONS, **VARIANTS, **CONTROLS, **ABLATED}
     if name in known:
         return known[name]
     if name not in loss_registry.names():
@@ -134,9 +146,10 @@ def condition_named(name: str) -> Condition:
 
 
 def require_methods(names: Sequence[str]) -> None:
-    """Checks that every name is that of a loss and is given once; raises a `CtlensError` if not."""
+    """Checks that every name is that of a loss or a variant and is given once; raises a `CtlensError` if not."""
     for name in names:
-        loss_registry.get(name)
+        if name not in VARIANTS and name not in loss_registry.names():
+            raise unknown("loss", name, [*loss_registry.names(), *VARIANTS])
     if len(set(names)) < len(names):
         raise CtlensError(f"a method is named twice ({', '.join(names)}): name each once.")
 

@@ -200,7 +200,7 @@ def test_equal_seeds_give_equal_runs_and_the_gap_falls(model) -> None:
     assert first.history.to_dataframe().equals(second.history.to_dataframe())
     gaps = first.history.series("rmct")
     assert 0 < gaps[-1] < 0.5 * gaps[0]
-    assert [10 * value for value in first.history.by_hook("rmct")["logits"]] == pytest.approx(gaps)
+    assert [RMCT().weight * value for value in first.history.by_hook("rmct")["logits"]] == pytest.approx(gaps)
 
 
 def test_beside_other_losses_it_leaves_theirs_as_they_are(model) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ctlens import losses, threats
+from ctlens import losses, plots, threats
 from ctlens.analysis.probing.tasks import neutral_pairs
 from ctlens.core.errors import CtlensError
 from ctlens.data.chat import render
@@ -24,7 +24,8 @@ from ctlens.study.conditions import (
 
 
 @pytest.mark.parametrize(
-    "name", [*DEFAULT_METHODS, *EXTRA_CONDITIONS, "retention", *conditions.ABLATED, "rmct", "attout"]
+    "name",
+    [*DEFAULT_METHODS, *EXTRA_CONDITIONS, "retention", *conditions.ABLATED, *conditions.VARIANTS, "rmct", "attout"],
 )
 def test_every_condition_is_known_by_its_name(name: str) -> None:
     condition = condition_named(name)
@@ -48,6 +49,16 @@ def test_levels_are_those_of_the_losses() -> None:
         "f2c": "output",
         "dpo": "output",
     }
+
+
+def test_a_variant_is_a_method_with_options_of_its_loss_and_a_name_of_its_own() -> None:
+    assert condition_named("subact_random").losses() == [losses.SubACT(part="random")]
+    assert condition_named("act_ema").losses() == [losses.ACT(clean="ema(0.99)")]
+    for name, variant in conditions.VARIANTS.items():
+        assert variant.role == conditions.METHOD and variant.level == condition_named(variant.loss).level
+        assert variant.losses() != condition_named(variant.loss).losses()
+        assert name not in losses.names() and plots.label(name) != plots.label(variant.loss)
+    conditions.require_methods([*losses.names(), *conditions.VARIANTS])
 
 
 def test_a_name_that_nothing_has_suggests_the_nearest() -> None:
