@@ -47,6 +47,8 @@ from ctlens.plots.strength import attack_strength as attack_strength
 from ctlens.plots.theme import finish as finish
 from ctlens.plots.theme import label as label
 from ctlens.plots.theme import style as style
+from ctlens.plots.tradeoff import TradeoffPanel as TradeoffPanel
+from ctlens.plots.tradeoff import tradeoff as tradeoff
 from ctlens.plots.training import history as history
 from ctlens.plots.training import hook_history as hook_history
 from ctlens.plots.training import progress as progress
