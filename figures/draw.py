@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import rivals
 
 import ctlens
 from ctlens import plots
@@ -134,6 +135,7 @@ class ShownReplication:
 REPLICATION = ShownReplication("replication", ANALYSED_THREATS)
 OTHER_THREATS = ShownReplication("other-threats")
 """The studies of several organisms, of the two threats whose models are analysed and of the four others."""
+TIMES = HERE.parent / "benchmarks" / "choose_rivals.csv"
 STUDIES = (ShownStudy("study", ANALYSED_THREATS), ShownStudy("real", ("facts",), "real-"))
 """The study of the organism, and that of a real chat model."""
 TAKEN = {
@@ -151,6 +153,7 @@ def drawings(data: Path) -> dict[str, plots.Figure]:
         "doses-pairs": doses.figure("pairs"),
         "doses-steps": doses.figure("steps"),
         "leak": Leak(pd.read_csv(data / "leak.csv"), {}).figure(),
+        rivals.FOLDER: rivals.Rivals(data / rivals.FOLDER, TIMES).figure(),
     }
 
 
@@ -166,6 +169,8 @@ def take(runs: Path) -> None:
             shutil.copyfile(runs / source, DATA / name)
     for replication in (REPLICATION, OTHER_THREATS):
         replication.take(runs)
+    if (runs / rivals.FOLDER).is_dir():
+        rivals.take(runs / rivals.FOLDER, DATA / rivals.FOLDER)
 
 
 def _shown(found: ShiftSimilarity) -> ShiftSimilarity:

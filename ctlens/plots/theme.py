@@ -65,12 +65,12 @@ METHOD_STYLES = {
     "dpo": Style("DPO", "#b2593f", "hourglass-open", "longdash"),
     "opct": Style("OPCT", "#cc79a7", "star-diamond", "solid"),
     "rmct": Style("RMCT", "#8c564b", "pentagon", "solid"),
-    "opct_full": Style("OPCT, full sum", "#a45485", "circle-cross", "dash"),
-    "subact_random": Style("SubACT, random", "#3f7fb8", "square-x", "dot"),
-    "subact_rest": Style("SubACT, the rest", "#2d618f", "square-cross", "dashdot"),
-    "rmct_agreement": Style("RMCT, agreement", "#b08075", "diamond-x", "dash"),
-    "act_ema": Style("ACT, moving target", "#0090e0", "circle-x", "dashdot"),
-    "klct_sharp": Style("KLCT, sharpened", "#8ccdf2", "diamond-cross", "dot"),
+    "opct_full": Style("OPCT, full sum", "#a45485", "triangle-right", "dash"),
+    "subact_random": Style("SubACT, random", "#3f7fb8", "triangle-ne", "dot"),
+    "subact_rest": Style("SubACT, the rest", "#2d618f", "triangle-se", "dashdot"),
+    "rmct_agreement": Style("RMCT, agreement", "#b08075", "star-triangle-up", "dash"),
+    "act_ema": Style("ACT, moving target", "#0090e0", "star-triangle-down", "dashdot"),
+    "klct_sharp": Style("KLCT, sharpened", "#8ccdf2", "diamond-open", "dot"),
     "f2c": Style("F2C", "#8a9a00", "hexagon", "solid"),
 }
 # For stages and other things in an order, which are no methods: dark to light, in hues that no method has.

@@ -13,7 +13,7 @@ from ctlens.plots.intervals import Curve, Intervals, checked_intervals, whiskers
 from ctlens.plots.panels import PanelLayout, fit_panels, panel_grid, subplots
 from ctlens.plots.theme import drawn_for, finish, style
 
-_LAYOUT = PanelLayout(height=330, gap=70, below=60, side=0.075)
+_LAYOUT = PanelLayout(height=330, gap=70, below=60, side=0.09)
 _WIDTH = 1100  # pixels, chosen by eye
 _HOVER = (
     "%{text}: %{x:.3g} [%{customdata[0]:.3g}, %{customdata[1]:.3g}], "
