@@ -34,7 +34,7 @@ from ctlens.evaluation import Evaluation
 from ctlens.study import figures as study_figures
 from ctlens.study.analyses import SETTINGS
 from ctlens.study.claims import Claim
-from ctlens.study.conditions import CROSSED_CONDITIONS, DEFAULT_METHODS, RETENTION
+from ctlens.study.conditions import CROSSED_CONDITIONS, DEFAULT_METHODS, FINE_TUNED, RETENTION
 from ctlens.study.config import ANALYSED_THREATS
 from ctlens.study.dose_response import DoseResult
 from ctlens.study.inoculation import Leak
@@ -268,16 +268,29 @@ def _pooled_verdict(row: Mapping[Any, Any]) -> str:
     return f"{told}; {row['holds']} of {row['n']}" if row["n"] else told
 
 
-def pooled_rates_table(found: Replication, metric: str, split: str = SPLIT, prompt_side: str = "wrapped") -> str:
-    """Writes a number of every method on its own threat, pooled over models, as a Markdown table."""
+def pooled_rates_table(
+    found: Replication,
+    metric: str,
+    split: str = SPLIT,
+    prompt_side: str = "wrapped",
+    groups: Sequence[str] | None = None,
+) -> str:
+    """Writes a number of every method on its own threat, pooled over models, as a Markdown table.
+
+    Args:
+        found: the studies.
+        metric, split, prompt_side: as of `Replication.rates`.
+        groups: of the studies that have rows; by default all together, and each.
+    """
     rates = found.rates(metric, split, prompt_side).set_index(["threat", "group", "condition"])
-    conditions = in_order(set(rates.index.get_level_values("condition")))
+    # Of the fine-tuning on other data the sham stands there, which moves as far as the methods.
+    conditions = in_order(set(rates.index.get_level_values("condition")) - {FINE_TUNED})
     lines = [
         f"| threat | organisms | {' | '.join(map(plots.label, conditions))} |",
         "|---|---|" + "---|" * len(conditions),
     ]
     for threat in dict.fromkeys(rates.index.get_level_values("threat")):
-        for group in (ALL_MODELS, *found.groups):
+        for group in groups or (ALL_MODELS, *found.groups):
             told = []
             for condition in conditions:
                 row = rates.loc[(threat, group, condition)]
