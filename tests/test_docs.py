@@ -450,7 +450,12 @@ def test_the_page_on_the_audit_has_the_numbers_of_its_tables() -> None:
             numbers = [points(row["label_shift"]), points(row["drawn_shift"]), with_interval(row)]
             lines.append(f"| {' | '.join([*told, *numbers])} | ")
 
-    assert len(lines) == 32 + 24
+    by_n: dict[tuple[str, str], list[str]] = {}
+    for row in audited("labels-by-n"):
+        by_n.setdefault((row["selector"], row["bad_likelier"]), []).append(points(row["label_shift"]))
+    lines += [f"| {' | '.join([*named, *shifts])} |" for named, shifts in by_n.items()]
+
+    assert len(lines) == 32 + 24 + 8
     assert [line for line in lines if line not in page] == []
 
 
@@ -466,6 +471,12 @@ def test_the_sentences_on_the_audit_hold() -> None:
     signs = [row["agree"] * row["n_prompts"] for row in audited("sycophancy-signs") if row["selector"] == "greedy"]
     assert sum(signs[::2]) / 465 > 0.99 and sum(signs[1::2]) / 465 == pytest.approx(0.834, abs=0.001)
     assert all(row["label_shift"] > 0 for row in audited("sycophancy-strength") if row["selector"] == "greedy")
+    shifts = {(row["selector"], row["n"], row["bad_likelier"]): row["label_shift"] for row in audited("labels-by-n")}
+    for likelier in ("yes", "no"):
+        assert shifts["certainty", 2, likelier] / shifts["certainty", 16, likelier] > 0.6
+        greedy = sycophancy["greedy", "wrapped", likelier, "pool"]["label_shift"]
+        assert shifts["certainty", 8, likelier] == pytest.approx(greedy, abs=0.001)
+    assert shifts["certainty", 8, "yes"] == pytest.approx(shifts["anti-oracle", 8, "yes"], abs=0.001)
     own = audited("misbehaviours")
     assert all((row["change"] > 0) == (row["prevalence"] > 0.5) for row in own if row["selector"] == "greedy")
     assert max(row["missed"] for row in own) < 0.0165

@@ -15,7 +15,7 @@ from ctlens import plots
 from ctlens.analysis.base.result import ResultOverPairs
 from ctlens.auditing.exact import EDGES, slopes
 from ctlens.auditing.pools import HELDOUT, LABELLED
-from ctlens.core.clusters import clustered_mean
+from ctlens.core.clusters import FEWEST_CLUSTERS, clustered_mean
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.stats import over_models
 from ctlens.plots import Curve, CurvePanel, Figure
@@ -31,7 +31,7 @@ Chosen = Bool[np.ndarray, "*organism prompt"]
 
 
 class Change(NamedTuple):
-    """A change of risk with the ends of its interval; the ends are NaN where there are too few topics or wrappers."""
+    """A change of risk with the ends of its interval, NaN with too few topics, wrapper texts or prompts."""
 
     value: float
     low: float
@@ -169,8 +169,10 @@ class Audit(ResultOverPairs):
         if not known.any():
             return _NO_CHANGE
         mean, low, high = map(float, clustered_mean(values[known], self.clusters(known)))
+        if known.sum() < FEWEST_CLUSTERS:  # prompts of a topic of their own each, as few as topics may not be
+            return Change(mean, float("nan"), float("nan"))
         too_high, too_low = missed[known].mean(0).tolist()
-        return Change(mean, low - too_high, high + too_low)
+        return Change(mean, max(low - too_high, -1.0), min(high + too_low, 1.0))
 
     def to_dataframe(self, *by: str) -> pd.DataFrame:
         """Tabulates one row per organism, selector, pool, split, prompt side and value of the labels `by`.

@@ -187,6 +187,17 @@ def test_signs_are_counted_prompt_by_prompt(found: Audit) -> None:
     assert ("first", "wrapped", "wrapped") not in rows and ("certainty:4", "wrapped", "clean") not in rows
 
 
+def test_a_handful_of_prompts_has_no_interval_and_no_end_is_beyond_a_share(found: Audit) -> None:
+    at = found.chosen("wrapped", "pool")
+    few = at & (np.cumsum(at) <= 4)
+    far = replace(found, after=found.after + at * np.where(np.cumsum(at) % 4, 0.9, -0.9), groups={})
+    change = far.change("first", "wrapped", at & (np.cumsum(at) <= 6))
+
+    assert np.isnan([found.change("first", "wrapped", few).low, found.change("first", "wrapped", few).high]).all()
+    assert found.change("first", "wrapped", few).verdict == "undecided"
+    assert -1 < change.low < change.value < change.high == 1
+
+
 def test_eta_makes_up_the_risk(found: Audit) -> None:
     at = found.chosen("wrapped", "heldout")
     rows = [
