@@ -466,6 +466,8 @@ def test_the_sentences_on_the_audit_hold() -> None:
     resisted = [row for key, row in sycophancy.items() if key[2:] == ("no", "heldout") and key[0] != "first"]
     assert all(0.055 < row["change"] < 0.105 and row["ci_low"] < 0 < row["ci_high"] for row in resisted)
     assert all(row["predicted"] == "suppress" for row in resisted)
+    clean = audited("sycophancy-clean")
+    assert len(clean) == 12 and all(abs(row["change"]) < 0.01 for row in clean)
     down = [key for key, row in sycophancy.items() if row["verdict"] == "suppress"]
     assert down == [("greedy", "wrapped", "no", "pool")]
     signs = [row["agree"] * row["n_prompts"] for row in audited("sycophancy-signs") if row["selector"] == "greedy"]
