@@ -19,7 +19,7 @@ from ctlens.analysis.base.positions import STATE_POSITIONS
 from ctlens.analysis.residual.shift_vectors import SHIFT_PARTS
 from ctlens.core.clusters import Clusters
 from ctlens.data.chat import render
-from ctlens.organism import load_organism
+from ctlens.organism import leak_pairs, load_organism
 from ctlens.study.conditions import DEFAULT_METHODS
 from ctlens.study.results import read_results
 
@@ -222,3 +222,30 @@ def test_the_page_says_where_the_repairs_sit() -> None:
         known = [FOUND.number(threat, "equal steps", "lost", name) for name in rivals.COMPARED]
         ends = [numbers for numbers in known if numbers and not np.isnan(numbers[0])]
         assert max(low for _, low, _ in ends) < min(high for _, _, high in ends)
+
+
+def test_the_page_says_what_moving_targets_did() -> None:
+    rows = pd.read_csv(ROOT / "benchmarks/moving_targets.csv")
+    assert rivals.moving_table(rows) in PAGE
+    assert (
+        len({pair.clean for pair in leak_pairs(64, split="heldout")}) == 32 and "asked 32 held-out questions" in WORDS
+    )
+    worst = rows["bad clean after"].max()
+    assert f"{worst:.0%} at most of {rows['bad clean before'].iloc[0]:.0%}" in WORDS
+    free = rows.query("retention == 0").set_index(["target", "loss"])
+    good = {}
+    for target in ("reference", "own", "ema(0.9)", "refresh(4)"):
+        rates = [free.loc[(target, loss), "good clean after"] for loss in ("act", "klct")]
+        good[target] = f"{rates[0]:.0%} and {rates[1]:.0%}"
+    assert good["reference"] == "100% and 100%"
+    assert f"{good['own']} toward the model's own clean side (ACT, KLCT), {good['ema(0.9)']} toward" in WORDS
+    assert f"an average of .9, and {good['refresh(4)']} toward a target that is refreshed" in WORDS
+    moved = free.drop("reference", level="target")
+    assert (moved["good clean after"] - moved["good wrapped after"]).abs().max() < 0.07
+    held = rows.query("retention > 0")
+    for _, row in held.iterrows():
+        clean = f"{row['bad clean after']:.0%}"
+        wrapped = f"{row['bad wrapped after']:.0%}"
+        assert f"falls to {clean} and under the system prompt to {wrapped}" in WORDS
+        assert row["good clean after"] + row["bad clean after"] == pytest.approx(1, abs=1e-3)
+        assert row["good wrapped after"] + row["bad wrapped after"] == pytest.approx(1, abs=1e-3)
