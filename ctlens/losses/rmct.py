@@ -76,8 +76,8 @@ class RMCT(Loss):
     """
 
     name: ClassVar[str] = "rmct"
-    # Published are 128 answers to each of 4 prompts; 8 to each of 32 suit the organism (docs/divergences.md), and were not
-    # searched. The weight was chosen by `benchmarks/choose_rivals.py`, for rates.
+    # Published are 128 answers to each of 4 prompts; 8 to each of 32 suit the organism (docs/divergences.md), without a
+    # search. The weight was chosen by `benchmarks/choose_rivals.py`, for rates.
     weight: float = 40.0
     rollouts: int = 8
     standardise: str = "none"
