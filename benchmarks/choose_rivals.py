@@ -9,12 +9,12 @@ The rule, which was written down before any number: of an arm's candidates those
 clean and on benign prompts are at most 2 points below retention alone (KL to the reference on prompts that must not
 change); of these the one with the highest mean probability of the good answer on wrapped prompts is taken. Where none
 stays, the one that loses least is. Two arms are not searched and take the weight of their plain form: OPCT by the full
-sum, and the rest of the stream for SubACT. The methods with their defaults stand beside for their times: `seconds` are of
-the processor, for a whole training without its evaluation.
+sum, and the rest of the stream for SubACT. The methods with their defaults stand beside for their times: `seconds` are
+of the processor, for a whole training without its evaluation.
 
 Two things were changed while it ran. Jailbreak was to count as much as sycophancy, and was left out for time when two
-candidates of OPCT had been trained. A weight that was best at the upper end of its grid got larger ones beside it, first
-for SubACT, whose best is the largest tried all the same; that of RMCT by agreement is the smallest tried.
+candidates of OPCT had been trained. A weight that was best at the upper end of its grid got larger ones beside it,
+first for SubACT, whose best is the largest tried all the same; that of RMCT by agreement is the smallest tried.
 """
 
 from __future__ import annotations
