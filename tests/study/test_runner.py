@@ -543,7 +543,7 @@ def test_compare_runs_the_study_its_arguments_name(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_rivals_are_methods_of_a_study_too(tmp_path: Path) -> None:
     settings = {"training": TrainConfig(steps=2, calibrate=1.0), "workers": 1, "n_pairs": 8, "n_prompts": 6, **OUTSIDE}
-    rivals = ["opct", "rmct", "dpo", "subact", "klct"]
+    rivals = ["opct", "rmct", "dpo", "subact", "klct", "subact_random", "act_ema"]
     result = compare(["sycophancy"], rivals, out=tmp_path / "study", progress=False, **settings)
 
     assert set(result.results["condition"]) == {"base", "retention", *rivals}
