@@ -220,7 +220,7 @@ def test_the_findings_hold_the_tables_of_the_committed_replication() -> None:
     page = findings()
 
     assert draw.replicated_table(FOUND) in page
-    assert draw.by_method_table(FOUND, ("cue", *draw.PUSHED, "boundary_gives", "boundary_takes")) in page
+    assert draw.by_method_table(FOUND, ("cue", *draw.PUSHED, "foretold", "boundary_gives", "boundary_takes")) in page
     for metric in ("bad_rate", "share_repaired"):
         assert draw.pooled_rates_table(FOUND, metric) in page
     assert draw.pooled_rates_table(FOUND, "bad_rate", "structure") in page
@@ -304,6 +304,37 @@ def test_the_findings_quote_the_rates_the_benchmarks_and_the_transfers() -> None
     assert f"lowers by {lowered.min():.0f} to {lowered.max():.0f} points" in page
     ends = f"from −{-100 * internal['ci_low'].min():.0f} to +{100 * internal['ci_high'].max():.0f}"
     assert ends in page
+
+
+def of_sham(metric: str, threat: str) -> pd.Series:
+    """A number of the sham on its own threat by organism, a mean over seeds."""
+    rows = FOUND.results.query("condition == 'sham' and metric == @metric and trained_threat == @threat")
+    return rows[rows["prompt_side"] == "wrapped"].groupby(["group", "study"])["value"].mean()
+
+
+def test_the_findings_on_the_sham_and_on_moved_embeddings_hold() -> None:
+    page = re.sub(r"\s+", " ", findings())
+    shares = FOUND.rates("share_repaired").query("condition == 'sham' and group == 'all'").set_index("threat")
+    gone = {threat: 100 * row["value"] for threat, row in shares.iterrows()}
+    assert f"That is {gone['sycophancy']:.0f}% and {gone['jailbreak']:.0f}% of the way to the twin" in page
+    assert ((shares["ci_low"] < 0) & (shares["ci_high"] > 0)).all()
+    jailbreak = of_sham("bad_rate", "jailbreak").sort_values()
+    before = FOUND.results.query("condition == 'base' and metric == 'bad_rate' and evaluated_threat == 'jailbreak'")
+    before = before.query("prompt_side == 'wrapped' and split == 'heldout'").set_index(["group", "study"])["value"]
+    fallen = [f"from {before[case]:.0%} to {jailbreak[case]:.0%}" for case in jailbreak.index[:2]]
+    assert set(jailbreak.index[:2].get_level_values("group")) == {"afterwards"}
+    assert f"goes {fallen[0]} by it, and another {fallen[1]}" in page and jailbreak.iloc[2] > 0.55
+    good = FOUND.results.query("condition == 'sham' and metric == 'good_rate' and prompt_side == 'clean'")["value"]
+    assert f"clean prompts fall to {good.min():.0%} right" in page
+    null = FOUND.claims.query("key == 'shared' and setting == 'equal steps'")["null"]
+    ends = [f"{end:.2f}".replace("0.", ".").replace("-", "−") for end in (null.min(), null.max())]
+    assert f"the methods are {ends[0]} to {ends[1]} alike" in page
+    for method in DEFAULT_METHODS:
+        moved = pooled(f"embeddings_{method}", "sycophancy")
+        assert (moved["verdict"], moved["holds"]) == ("holds", 10)
+        assert pooled(f"embeddings_{method}", "jailbreak")["verdict"] == "inconclusive"
+        foretold = [pooled(f"foretold_{method}", threat) for threat in ("sycophancy", "jailbreak")]
+        assert {one["verdict"] for one in foretold} == {"holds"} and min(one["value"] for one in foretold) > 0.9
 
 
 def test_the_recipes_never_disagree_and_no_threat_moves_another() -> None:
