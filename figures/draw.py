@@ -34,7 +34,7 @@ from ctlens.evaluation import Evaluation
 from ctlens.study import figures as study_figures
 from ctlens.study.analyses import SETTINGS
 from ctlens.study.claims import Claim
-from ctlens.study.conditions import CROSSED_CONDITIONS, DEFAULT_METHODS, FINE_TUNED, RETENTION
+from ctlens.study.conditions import CROSSED_CONDITIONS, DEFAULT_METHODS, FINE_TUNED, RETENTION, SHAM
 from ctlens.study.config import ANALYSED_THREATS
 from ctlens.study.dose_response import DoseResult
 from ctlens.study.inoculation import Leak
@@ -174,8 +174,8 @@ def take(runs: Path) -> None:
 
 
 def _shown(found: ShiftSimilarity) -> ShiftSimilarity:
-    """The methods that the figure shows; a control that moved nothing was not compared."""
-    return found.among([name for name in SHOWN if name in found.methods])
+    """The methods that the figure shows, with the floor; a control that moved nothing was not compared."""
+    return found.among([name for name in (SHAM, *SHOWN) if name in found.methods])
 
 
 def _inside(data: Path, results: pd.DataFrame, threat: str) -> Iterator[tuple[str, plots.Figure]]:

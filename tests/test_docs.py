@@ -337,6 +337,65 @@ def test_the_findings_on_the_sham_and_on_moved_embeddings_hold() -> None:
         assert {one["verdict"] for one in foretold} == {"holds"} and min(one["value"] for one in foretold) > 0.9
 
 
+OTHERS = draw.replicate(draw.OTHER_THREATS.studies(draw.DATA))
+INTERNAL = ("act", "mlpct", "attct")
+
+
+def test_the_findings_hold_the_tables_of_the_other_four_threats() -> None:
+    page = findings()
+    studies = OTHERS.claims[["group", "study"]].drop_duplicates()
+
+    assert studies.groupby("group").size().to_dict() == {"together": 3, "afterwards": 3}
+    assert draw.replicated_table(OTHERS, draw.BEHAVIOUR) in page
+    for split in ("heldout", "structure"):
+        assert draw.pooled_rates_table(OTHERS, "bad_rate", split, groups=["all"]) in page
+    assert draw.pooled_rates_table(OTHERS, "good_rate", prompt_side="benign", groups=["all"]) in page
+
+
+def over_six(metric: str, split: str = "heldout", prompt_side: str = "wrapped") -> pd.Series:
+    """A number of the studies on the other four threats by threat and condition, over all organisms."""
+    rates = OTHERS.rates(metric, split, prompt_side).query("group == 'all'")
+    return rates.set_index(["threat", "condition"])["value"]
+
+
+def test_the_prose_on_the_other_four_threats_holds() -> None:
+    page = re.sub(r"\s+", " ", findings())
+    held = over_six("bad_rate")
+    alone = OTHERS.results.query("metric == 'bad_rate' and prompt_side == 'wrapped' and split == 'heldout'")
+    prefill = alone.query("trained_threat == evaluated_threat == 'prefill'").groupby(["condition", "group", "study"])
+    left = prefill["value"].mean().unstack("condition")
+    assert (left["bct"] <= 0.02).all() and all((left[name] - left["retention"]).abs().max() < 0.03 for name in INTERNAL)
+    by_key = OTHERS.to_dataframe().query("group == 'all'").set_index(["key", "threat"])
+    assert (by_key.loc[("output_only", "prefill")]["verdict"], by_key.loc[("output_only", "prefill")]["holds"]) == (
+        "holds",
+        3,
+    )
+    assert by_key.loc[("output_only", "frustration")]["fails"] == 6
+    assert max(held["frustration", name] for name in DEFAULT_METHODS) < 0.05
+    new = over_six("bad_rate", "structure")
+    for threat in ("persona", "conditional", "frustration"):
+        assert max(DEFAULT_METHODS, key=lambda name, threat=threat: new[threat, name]) == "attct"
+        assert f"{new[threat, 'attct']:.0%} of {threat}" in page
+    acts = [new["persona", "act"], new["persona", "mlpct"]]
+    assert f"BCT leaves {new['persona', 'bct']:.0%} of persona, where ACT and MLPCT leave {min(acts):.0%}" in page
+    assert f"to {max(acts):.0%}. There are three personas" in page
+    lost = 100 * (1 - over_six("good_rate", prompt_side="benign"))
+    internal = {threat: [lost[threat, name] for name in INTERNAL] for threat in ("persona", "frustration")}
+    ends = {threat: f"{min(values):.0f} to {max(values):.0f}" for threat, values in internal.items()}
+    assert f"internal losses lose {ends['persona']} points of 100" in page
+    assert f"on those of frustration {ends['frustration']}. BCT loses" in page
+    assert f"BCT loses {lost['persona', 'bct']:.0f} and {lost['frustration', 'bct']:.0f}." in page
+    benign = OTHERS.results.query("metric == 'good_rate' and prompt_side == 'benign' and split == 'heldout'")
+    own = benign.query("trained_threat == evaluated_threat == 'persona'").groupby(["condition", "group", "study"])
+    worst = 100 * (1 - own["value"].mean().loc[list(INTERNAL)].min())
+    assert f"in the worst organism {worst:.0f}, and" in page
+    assert max(lost[threat, name] for threat in ("prefill", "conditional") for name in DEFAULT_METHODS) == 0
+    kept = FOUND.rates("good_rate", prompt_side="benign").query("condition in @DEFAULT_METHODS")["value"]
+    assert kept.min() >= 0.99
+    transfers = OTHERS.transfers()
+    assert len(transfers) == 80 and not transfers["clear"].any() and "any of the 80 changes" in page
+
+
 def test_the_recipes_never_disagree_and_no_threat_moves_another() -> None:
     table = FOUND.to_dataframe()
     by_recipe = table[table["group"] != "all"].groupby(["key", "threat", "setting"])["verdict"].agg(set)
