@@ -294,10 +294,13 @@ def test_the_findings_quote_the_rates_the_benchmarks_and_the_transfers() -> None
     assert f"holds in {100 * simulated['holds by chance'].max():.1f}% at most" in page
     null = pd.read_csv(ROOT / "benchmarks/null_claims.csv", index_col="claim")
     alone = (100 * null["holds in one study"] + 1e-9).round()
-    assert f"in {alone['shared']:.0f} to {alone['shared_content']:.0f} of 100 cases and" in page
-    assert f'"attention" in {alone["attention"]:.0f},' in page
+    assert f"in {alone['shared']:.0f} to {alone['shared_content']:.0f} of 100 cases, " in page
+    assert (
+        f'"attention" in {alone["attention"]:.0f}, and "smaller moves of embeddings" in {alone["embeddings"]:.0f},'
+        in page
+    )
     by_chance = (null["replications"] * null["holds over studies"]).sum()
-    assert (round(by_chance), null["replications"].sum()) == (1, 96) and "one of 96 such cases holds" in page
+    assert (round(by_chance), null["replications"].sum()) == (1, 474) and "one of 474 such cases holds" in page
     transfers = FOUND.transfers().query("trained_threat == 'sycophancy' and evaluated_threat == 'jailbreak'")
     internal = transfers[transfers["condition"] != "bct"]
     lowered = -100 * internal["value"]

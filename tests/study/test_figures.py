@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,8 @@ import pytest
 import ctlens
 from ctlens import plots
 
-SCRIPT = Path(__file__).parents[2] / "figures" / "draw.py"
-spec = spec_from_file_location("draw", SCRIPT)
-assert spec and spec.loader
-draw = module_from_spec(spec)
-sys.modules[spec.name] = draw  # where its dataclasses look for their module
-spec.loader.exec_module(draw)
+sys.path.insert(0, str(Path(__file__).parents[2] / "figures"))
+draw = importlib.import_module("draw")
 
 
 def figure(value: float = 0.25) -> go.Figure:
