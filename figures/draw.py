@@ -27,6 +27,7 @@ import rivals
 import ctlens
 from ctlens import plots
 from ctlens.analysis import ResidualShift, ShiftSimilarity, Transplant
+from ctlens.analysis.outputs.gap_recovered import GAP_RECOVERED
 from ctlens.core.files import write_json
 from ctlens.core.labels import BASE
 from ctlens.core.reading import read_json
@@ -34,7 +35,7 @@ from ctlens.evaluation import Evaluation
 from ctlens.study import figures as study_figures
 from ctlens.study.analyses import SETTINGS
 from ctlens.study.claims import Claim
-from ctlens.study.conditions import CROSSED_CONDITIONS, DEFAULT_METHODS, FINE_TUNED, RETENTION, SHAM
+from ctlens.study.conditions import CROSSED_CONDITIONS, DEFAULT_METHODS, FINE_TUNED, PERTURBED, RETENTION, SHAM
 from ctlens.study.config import ANALYSED_THREATS
 from ctlens.study.dose_response import DoseResult
 from ctlens.study.inoculation import Leak
@@ -297,6 +298,37 @@ def pooled_rates_table(
                 ends = "too few" if math.isnan(row["ci_low"]) else f"{row['ci_low']:.0%}, {row['ci_high']:.0%}"
                 told.append(f"{row['value']:.0%} [{ends}]".replace("-", "−"))
             lines.append(f"| {threat} | {group} | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def one_seed_table(results: pd.DataFrame, threat: str) -> str:
+    """Writes what each condition of the first seed does to a threat as a Markdown table, with its intervals.
+
+    Args:
+        results: of trainings at their last step.
+        threat: trained on, and asked.
+    """
+    own = results.query("trained_threat == @threat == evaluated_threat and seed == 0")
+    numbers = own.set_index(["condition", "metric", "split", "prompt_side"])[["value", "ci_low", "ci_high"]]
+    heads = {
+        "bad": ("bad_rate", SPLIT, "wrapped"),
+        "bad, new structure": ("bad_rate", "structure", "wrapped"),
+        "share of the gap": (GAP_RECOVERED, SPLIT, "wrapped"),
+        "clean right": ("good_rate", SPLIT, "clean"),
+    }
+    lines = [f"| method | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    for condition in in_order(set(own["condition"]) - {PERTURBED}):
+        cells = []
+        for case in heads.values():
+            if (condition, *case) not in numbers.index or (condition, case[0]) == (RETENTION, GAP_RECOVERED):
+                cells.append("–")
+                continue
+            value, low, high = numbers.loc[(condition, *case)]
+            if case[0] == GAP_RECOVERED:
+                cells.append(f"{value:.2f} [{low:.2f}, {high:.2f}]".replace("-", "−"))
+            else:
+                cells.append(f"{value:.0%} [{100 * low:.0f}–{100 * high:.0f}]")
+        lines.append(f"| {plots.label(condition)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ from ctlens.study.claims import Claim, read_claims
 from ctlens.study.conditions import DEFAULT_METHODS
 from ctlens.study.config import NATURAL_THREATS
 from ctlens.study.inoculation import ASKED, BEFORE, INOCULATED, PLAIN, RECKLESS, Leak
-from ctlens.study.results import by_training, read_results, summary_table
+from ctlens.study.results import by_training, last_step, read_results, summary_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -466,6 +466,16 @@ def test_the_page_on_the_real_model_says_what_its_rates_are(real: pd.DataFrame) 
     assert not (clear["ci_high"] < 0).any()
     ends = f"[−{100 * widest['ci_high']:.0f}, {-100 * widest['ci_low']:.0f}]"
     assert widest["condition"] == "bct" and f"{-100 * widest['value']:.0f} points {ends}" in page
+
+
+def test_the_page_on_the_real_model_has_the_methods_of_the_field(real: pd.DataFrame) -> None:
+    page = (ROOT / "docs/real-model.md").read_text()
+    rivals = read_results(ROOT / "figures/data/real/rivals.csv")
+    closed = rivals.query("metric == 'gap_recovered'").set_index("condition")["value"]
+
+    assert draw.one_seed_table(pd.concat([last_step(real), rivals]), "facts") in page
+    assert set(rivals["seed"]) == {0}
+    assert [round(closed[name], 2) for name in ("dpo", "opct", "subact")] == [0.61, 0.45, 0.28]
 
 
 def test_the_page_on_the_real_model_has_the_claims_of_both_studies() -> None:
