@@ -55,8 +55,8 @@ def hook_table(model: LensModel) -> pd.DataFrame:
     device = next(model.parameters()).device
     tokens = torch.arange(_TOKENS, device=device)[None] % model.cfg.d_vocab
     with evaluating(model), warnings.catch_warnings():
-        # A bridge says that an edited norm is computed again, with other rounding.
-        warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
+        # A bridge says that an edited norm is computed again, with other rounding, and that an edit is discarded.
+        warnings.filterwarnings("ignore", message="A forward hook edited hook_scale|A hook on .* returned a modified")
         seen = _read(model, tokens)
         plain = run(model, tokens)
         edited = _tried_edits(model, tokens, plain, seen)
