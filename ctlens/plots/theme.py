@@ -51,7 +51,7 @@ METHOD_STYLES = {
     "harmless_act": Style("ACT, harmless wrapper", "#7b868f", "diamond-tall", "longdash"),
     "harmless_bct": Style("BCT, harmless wrapper", "#8f857b", "diamond-wide", "longdashdot"),
     "perturbed": Style("noise on the weights", "#949494", "hexagram", "dot"),
-    "sham": Style("SFT, as long as the methods", "#8a8a8a", "hexagram-open", "longdashdot"),
+    "sham": Style("sham SFT", "#8a8a8a", "hexagram-open", "longdashdot"),
     "act": Style("ACT", "#0072b2", "circle", "solid"),
     "mlpct": Style("MLPCT", "#e69f00", "square", "solid"),
     "attct": Style("AttCT", "#009e73", "diamond", "solid"),

@@ -24,7 +24,7 @@ from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.evaluation import Evaluation
 from ctlens.plots import Figure
 from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Analysis, ResultT
-from ctlens.study.conditions import RETENTION
+from ctlens.study.conditions import RETENTION, SHAM
 from ctlens.study.config import Cell, StudyConfig
 from ctlens.study.results import (
     NOT_MEASURED,
@@ -265,7 +265,7 @@ def analysis_figures(config: StudyConfig, folder: Path, threat: str) -> Iterator
 
 def figures_at_setting(config: StudyConfig, folder: Path, threat: str, setting: str) -> Iterator[tuple[str, Figure]]:
     """Draws the analyses that compare at equal steps and again at a matched effect."""
-    methods = (RETENTION, *config.methods)
+    methods = (RETENTION, SHAM, *config.methods)
     for result in _load(ShiftSimilarity, "similarity", folder, threat, setting).values():
         shown = [name for name in (*methods, *config.extra_conditions_of(threat)) if name in result.methods]
         compared = [name for name in shown if name in methods]
