@@ -213,14 +213,9 @@ class StudyConfig:
 
         They are moved at random, and where there is a fine-tuning on other data, along that.
         """
-        made = (PERTURBED, SHAM) if self.sham_tuned else (PERTURBED,)
+        made = (PERTURBED, SHAM) if FINE_TUNED in (self.extra_conditions or ()) else (PERTURBED,)
         seeds = range(self.seeds)
         return [Cell(threat, name, seed) for threat in self.analysed_threats for name in made for seed in seeds]
-
-    @property
-    def sham_tuned(self) -> bool:
-        """Whether the analysed threats have the fine-tuning on other data that a sham is made of."""
-        return FINE_TUNED in (self.extra_conditions or ())
 
 
 def first_study(**settings: Any) -> StudyConfig:

@@ -7,7 +7,7 @@ what was repaired.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from ctlens.analysis.directions.boundary import BOUNDARY_EDITS, GIVES, TAKES
 from ctlens.analysis.directions.interventions import ALONG, COVARIANCE
 from ctlens.analysis.robustness.embedding_attack import told_apart
 from ctlens.analysis.robustness.relearn import ON_ATTACK, ON_BENIGN
+from ctlens.core.clusters import Clusters
 from ctlens.core.labels import BASE, CLEAN_BORN
 from ctlens.plots import label
 from ctlens.study.analyses import EQUAL_STEPS, FinishedAnalyses
@@ -100,11 +101,41 @@ def _fine_tuned(
         bad = result.bad[result.trained_on.index(trained_on)].astype(float)
         return number(bad[result.models.index(model)]) - number(bad[result.models.index(CLEAN_BORN)])
 
+    return _beyond_twin(
+        key,
+        statement,
+        threat,
+        name,
+        {seed: (of(result, method), result.clusters()) for seed, result in found.items()},
+        [of(result, RETENTION).mean() for result in found.values()],
+        details="; ".join(_course(result, trained_on, method) for result in found.values()),
+        refused=analyses.refused("relearning", threat),
+    )
+
+
+def _beyond_twin(
+    key: str,
+    statement: str,
+    threat: str,
+    name: str,
+    margins: Mapping[int, tuple[Float[np.ndarray, " prompt"], Clusters | None]],
+    held: Sequence[float],
+    *,
+    details: str,
+    refused: str,
+) -> Claim:
+    """Judges the mean of bad answers less the twin's.
+
+    Args:
+        key, statement, threat: of the claim.
+        name: the number in words.
+        margins: of each training, by seed, the number of every prompt, and which prompts go together.
+        held: the same number after retention alone, of each training.
+        details, refused: as of `make_claim`.
+    """
     statistics = {
-        seed: of_prompts(name, _BAD, of(result, method), np.mean, result.clusters()) for seed, result in found.items()
+        seed: of_prompts(name, _BAD, margin, np.mean, clusters) for seed, (margin, clusters) in margins.items()
     }
-    held = [of(result, RETENTION).mean() for result in found.values()]
-    told = [_course(result, trained_on, method) for result in found.values()]
     return make_claim(
         key,
         statement,
@@ -115,8 +146,8 @@ def _fine_tuned(
         unit=_BAD,
         null=float(np.mean(held)) if held else _NAN,
         null_words="after retention alone, which repairs nothing, it is {null}",
-        details="; ".join(told),
-        refused=analyses.refused("relearning", threat),
+        details=details,
+        refused=refused,
     )
 
 
@@ -172,25 +203,18 @@ def _moved_embeddings(analyses: FinishedAnalyses, threat: str, method: str) -> C
     def of(result: EmbeddingAttack, model: str) -> Float[np.ndarray, " prompt"]:
         return result.bad_at(model)[1:].mean(0) - result.bad_at(CLEAN_BORN)[1:].mean(0)
 
-    statistics = {
-        seed: of_prompts(name, _BAD, of(result, method), np.mean, result.clusters()) for seed, result in found.items()
-    }
-    held = [of(result, RETENTION).mean() for result in found.values()]
     radii = next((result.radii for result in found.values()), ())
     named = {label(model): _mean_course(found, model) for model in (method, CLEAN_BORN)} if found else {}
     courses = [f"{model} {', '.join(f'{rate:.2f}' for rate in course)}" for model, course in named.items()]
     told = [f"bad rate at radii {', '.join(f'{radius:g}' for radius in radii)}", *courses] if found else []
-    return make_claim(
+    return _beyond_twin(
         f"embeddings_{method}",
         f"after {label(method)}, the bad answer takes smaller moves of the wrapper's embeddings than in a model that "
         "never gave it",
         threat,
-        EQUAL_STEPS,
-        with_width(claim_estimate(statistics)),
-        statistic=name,
-        unit=_BAD,
-        null=float(np.mean(held)) if held else _NAN,
-        null_words="after retention alone, which repairs nothing, it is {null}",
+        name,
+        {seed: (of(result, method), result.clusters()) for seed, result in found.items()},
+        [of(result, RETENTION).mean() for result in found.values()],
         details="; ".join(told),
         refused=analyses.refused("embedding-attack", threat),
     )

@@ -292,7 +292,7 @@ def test_the_best_of_many_layers_stands_out_by_chance_no_more_often_than_one() -
         for seed in range(60)
     ]
 
-    assert np.mean(found) <= 0.1  # 2.5 percent, or one or two of sixty; of single bounds a quarter would stand out
+    assert np.mean(found) <= 0.1  # 2.5 percent are meant, one or two of sixty
     strong = surely_above(chances(0.75, 12, 7), chances(0.5, 12, 8), IN_GROUPS)
     assert (strong > 0).all()
 
