@@ -136,6 +136,8 @@ class ShownReplication:
 REPLICATION = ShownReplication("replication", ANALYSED_THREATS)
 OTHER_THREATS = ShownReplication("other-threats")
 """The studies of several organisms, of the two threats whose models are analysed and of the four others."""
+REAL_RIVALS = "real-rivals"
+"""The folder of the study of the methods of the field on a real chat model, under the folder of the runs."""
 TIMES = HERE.parent / "benchmarks" / "choose_rivals.csv"
 STUDIES = (ShownStudy("study", ANALYSED_THREATS), ShownStudy("real", ("facts",), "real-"))
 """The study of the organism, and that of a real chat model."""
@@ -170,6 +172,12 @@ def take(runs: Path) -> None:
             shutil.copyfile(runs / source, DATA / name)
     for replication in (REPLICATION, OTHER_THREATS):
         replication.take(runs)
+    if (runs / REAL_RIVALS).is_dir():
+        results = last_step(read_results(runs / REAL_RIVALS / "results.csv"))
+        kept = results["metric"].isin(("bad_rate", "good_rate", GAP_RECOVERED)) & results["condition"].isin(
+            rivals.FIELD
+        )
+        results[kept & (results["seed"] == 0)].to_csv(DATA / "real" / "rivals.csv", index=False)
     if (runs / rivals.FOLDER).is_dir():
         rivals.take(runs / rivals.FOLDER, DATA / rivals.FOLDER)
 
