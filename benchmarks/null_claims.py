@@ -4,6 +4,8 @@ Run `python benchmarks/null_claims.py runs/replication/*/*` on finished studies 
 by the code that judges studies:
 
 - one method: three seeds of a method play the parts of ACT, AttCT and BCT, in three orders;
+- nine seeds: so do three times three seeds of a method, as a study of several seeds has; six of the nine are trained
+  for it, into `runs/null-seeds`, on the first two models of each group;
 - a sham: a fine-tuning on other data, as long as the methods, plays the method that repairs;
 - another twin: clean-born models of other seeds play the methods, beside the organism's own twin;
 - a random draw: each random direction plays the one that the training made, among the others;
@@ -46,7 +48,7 @@ from ctlens.core.progress import progress_bar
 from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
 from ctlens.study.analyses import ANALYSES, EQUAL_STEPS, Analysis, FinishedAnalyses, Scene
-from ctlens.study.cells import base_model, finished_model, probe_pairs
+from ctlens.study.cells import base_model, finished_model, probe_pairs, run_cell
 from ctlens.study.claims.behaviour import WrappedRates
 from ctlens.study.claims.claim import HOLDS, Claim, claim_verdict
 from ctlens.study.claims.inside import inside_claims
@@ -62,11 +64,19 @@ PARTS = ("act", "attct", "bct")
 ORDERS = ((0, 1, 2), (1, 2, 0), (2, 0, 1))
 """Which seed plays which of the parts."""
 ONE_METHOD = "one method"
+NINE_SEEDS = "one method, nine seeds"
+N_SEEDS = 9
+PARTITIONS = (((0, 1, 2), (3, 4, 5), (6, 7, 8)), ((0, 3, 6), (1, 4, 7), (2, 5, 8)))
+"""Two ways of giving each part three of the nine seeds."""
+MODELS_OF_NINE = 2
+"""How many models of each group have nine seeds."""
 OTHER_TWIN = "another twin"
 DRAW = "a random draw"
 SHUFFLED = "shuffled labels"
-CONTRASTS = ("shared", "shared_content", "left_later", "attention")
-"""The claims that tell one part from the others."""
+OVER_SEEDS = ("shared", "shared_content", "attention")
+"""The claims that tell one part from the others, with seeds in their interval where there are several."""
+CONTRASTS = (*OVER_SEEDS, "left_later")
+"""These, and one that is of the first seed alone."""
 BEYOND_TWIN = ("relearnt", "returns", "wrappers", "embeddings")
 """The claims whose number is less the clean-born twin's."""
 FROM_TWIN = ("relearning", "best-of-n", "embedding-attack")
@@ -83,6 +93,7 @@ class Case(NamedTuple):
         case: what tells it from the other cases of the same study.
         value, low, high: the number above its floor, and its interval in one study.
         prompts_low, prompts_high: the interval over prompts alone.
+        holds: whether it holds in this study.
     """
 
     key: str
@@ -93,6 +104,7 @@ class Case(NamedTuple):
     high: float
     prompts_low: float
     prompts_high: float
+    holds: bool
 
 
 @dataclass(frozen=True)
@@ -112,11 +124,13 @@ class NullStudy:
     Args:
         folder: of the study.
         twins: the folders of other clean-born models, which play the methods; none if another study asked its twin.
+        nine: the folder of its further seeds; none if it has no more.
     """
 
-    def __init__(self, folder: Path, twins: Sequence[str]) -> None:
+    def __init__(self, folder: Path, twins: Sequence[str], nine: Path | None) -> None:
         self.folder = folder
         self.twins = twins
+        self.nine = nine
         self.config = _config(folder)
 
     @cached_property
@@ -127,6 +141,8 @@ class NullStudy:
     def cases(self, threat: str) -> Iterator[Case]:
         """Judges every kind of claim on a threat."""
         yield from self.one_method(threat)
+        if self.nine:
+            yield from self.nine_seeds(threat)
         yield self.sham(threat)
         if self.twins:
             yield from self.other_twins(threat)
@@ -151,23 +167,60 @@ class NullStudy:
                     moves.mkdir()
                     for part, seed in named.items():
                         moved[seed].save(moves / f"{part}.safetensors")
-                    attention = {part: folders[seed] for part, seed in named.items()}
-                    attention[RETENTION] = Cell(threat, RETENTION, 0).path(self.folder)
-                    for part, folder in attention.items():
-                        there = Cell(threat, part, 0).path(Path(work))
-                        there.mkdir(parents=True)
-                        shutil.copyfile(folder / "attention.safetensors", there / "attention.safetensors")
+                    self._show_attention(Path(work), threat, 0, {part: folders[seed] for part, seed in named.items()})
                     played = StudyConfig((threat,), PARTS, analysed=(threat,), extra_conditions=(), ceiling_seeds=1)
                     for claim in inside_claims(FinishedAnalyses(played, Path(work))):
                         if claim.key in CONTRASTS and claim.setting == EQUAL_STEPS:
                             yield _case(claim, claim.key, ONE_METHOD, threat, method, *order)
+
+    def nine_seeds(self, threat: str) -> Iterator[Case]:
+        """Judges the claims whose intervals hold seeds where each part is three of nine seeds of one method."""
+        pairs = probe_pairs(subject(threat), self.config, self.base, self.config.n_analysed)
+        for method in PARTS:
+            folders = [self._seed(threat, method, seed) for seed in range(N_SEEDS)]
+            models = [finished_model(self.config, self.base, folder) for folder in folders]
+            for number, partition in enumerate(PARTITIONS):
+                keyed = {(part, n): models[of[n]] for part, of in zip(PARTS, partition, strict=True) for n in range(3)}
+                alike = shift_similarity(self.base, keyed, pairs, progress=False)
+                for order in ORDERS:
+                    methods = tuple(PARTS[at] for at in order)
+                    named = dict(zip(methods, partition, strict=True))
+                    with TemporaryDirectory() as work:
+                        found = Analysis("similarity", threat, EQUAL_STEPS).path(Path(work))
+                        found.mkdir(parents=True)
+                        replace(alike, methods=methods).save(found / "similarity.safetensors")
+                        for seed in range(3):
+                            attention = {part: folders[of[seed]] for part, of in named.items()}
+                            self._show_attention(Path(work), threat, seed, attention)
+                        played = StudyConfig((threat,), PARTS, 3, analysed=(threat,), extra_conditions=())
+                        for claim in inside_claims(FinishedAnalyses(played, Path(work))):
+                            if claim.key in OVER_SEEDS and claim.setting == EQUAL_STEPS:
+                                yield _case(claim, claim.key, NINE_SEEDS, threat, method, number, *order)
+
+    def _seed(self, threat: str, method: str, seed: int) -> Path:
+        """The folder of a training; one of a further seed is trained if it is not there."""
+        cell = Cell(threat, method, seed)
+        if seed < self.config.seeds:
+            return cell.path(self.folder)
+        assert self.nine is not None
+        if not (found := cell.path(self.nine)).exists():
+            run_cell(self.config, self.nine, cell)
+        return found
+
+    def _show_attention(self, work: Path, threat: str, seed: int, folders: Mapping[str, Path]) -> None:
+        """Puts what trainings did to attention where a study has it, beside that of retention alone."""
+        retention = Cell(threat, RETENTION, 0).path(self.folder)
+        for part, folder in {RETENTION: retention, **folders}.items():
+            there = Cell(threat, part, seed).path(work)
+            there.mkdir(parents=True)
+            shutil.copyfile(folder / "attention.safetensors", there / "attention.safetensors")
 
     def sham(self, threat: str) -> Case:
         """Judges whether the sham leaves fewer bad answers than retention alone."""
         wrapped = WrappedRates(self.folder, read_results(self.folder / "results.csv"))
         found = wrapped.gap(threat, RETENTION, SHAM, threat)
         ends = (found.low, found.high, found.prompts_low, found.prompts_high)
-        return Case("repair", "a sham", (threat,), found.value, *ends)
+        return Case("repair", "a sham", (threat,), found.value, *ends, _above(found.value, found.low, found.high))
 
     def other_twins(self, threat: str) -> Iterator[Case]:
         """Judges the claims on pushed repairs where other clean-born models play the methods."""
@@ -218,7 +271,8 @@ class NullStudy:
             layer = int(accuracy.argmax())
             floor = float(np.max(found.null("last", name)[1]))
             ends = float(low[layer]) - floor, float(high[layer]) - floor
-            yield Case("cue", SHUFFLED, (threat, number), float(accuracy[layer]) - floor, *ends, *ends)
+            value = float(accuracy[layer]) - floor
+            yield Case("cue", SHUFFLED, (threat, number), value, *ends, *ends, _above(value, *ends))
 
 
 def _shuffled(task: Task, draw: np.random.Generator) -> Task:
@@ -239,7 +293,8 @@ def _config(folder: Path) -> StudyConfig:
 
 def _case(claim: Claim, key: str, null: str, *case: str | int) -> Case:
     numbers = (claim.value, claim.ci_low, claim.ci_high, claim.prompts_low, claim.prompts_high)
-    return Case(key, null, case, *(number - claim.floor for number in numbers))
+    above = [number - claim.floor for number in numbers]
+    return Case(key, null, case, *above, holds=claim.verdict == HOLDS)
 
 
 def main(studies: Sequence[Path]) -> None:
@@ -251,7 +306,10 @@ def main(studies: Sequence[Path]) -> None:
     with one_thread(), progress_bar(total=len(studies) * len(threats), desc="null studies", shown=True) as bar:
         for folder in studies:
             own = _config(folder).clean_born
-            study = NullStudy(folder, [] if own in asked else [twin for twin in every if twin != own])
+            others = [] if own in asked else [twin for twin in every if twin != own]
+            group = [one for one in studies if one.parent == folder.parent]
+            nine = Path("runs/null-seeds") / folder.parent.name / folder.name
+            study = NullStudy(folder, others, nine if folder in group[:MODELS_OF_NINE] else None)
             asked.add(own)
             for threat in threats:
                 found += study.cases(threat)
@@ -267,7 +325,7 @@ def main(studies: Sequence[Path]) -> None:
                 "claim": key,
                 "null": null,
                 "studies": len(cases),
-                "holds in one study": f"{np.mean([_holds(case.value, case.low, case.high) for case in cases]):.3f}",
+                "holds in one study": f"{np.mean([case.holds for case in cases]):.3f}",
                 "replications": len(pooled),
                 "holds over studies": f"{np.mean([_holds_over_models(of) for of in pooled.values()]):.3f}",
             }
@@ -275,7 +333,7 @@ def main(studies: Sequence[Path]) -> None:
     pd.DataFrame(rows).to_csv(HERE / "null_claims.csv", index=False)
 
 
-def _holds(value: float, low: float, high: float) -> bool:
+def _above(value: float, low: float, high: float) -> bool:
     return claim_verdict(value, low, high) == HOLDS
 
 
@@ -283,7 +341,7 @@ def _holds_over_models(cases: Sequence[Case]) -> bool:
     """Whether the claim holds by its number over the models of all studies."""
     numbers = np.array([(case.value, case.prompts_low, case.prompts_high) for case in cases])
     over = pooled_over_models(*numbers.T)
-    return _holds(over.value, over.low, over.high)
+    return _above(over.value, over.low, over.high)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,29 @@ def between(values: Matrix, seeds: MethodSeeds) -> Float[np.ndarray, "ends ... m
     return tables
 
 
+def without_each_seed(values: Matrix, seeds: MethodSeeds) -> Float[np.ndarray, "seed ... method method"]:
+    """Averages numbers between models to numbers between methods, each time without the models of one seed.
+
+    NaN for a method that has no other model.
+
+    >>> seeds = [("act", 0), ("act", 1), ("bct", 0), ("bct", 1)]
+    >>> alike = np.array([[1.0, 0.8, 0.1, 0.2], [0.8, 1.0, 0.3, 0.4], [0.1, 0.3, 1.0, 0.9], [0.2, 0.4, 0.9, 1.0]])
+    >>> without_each_seed(alike, seeds)[:, 0, 1].tolist()  # ACT with BCT: what is left has one seed
+    [0.4, 0.1]
+    """
+    methods = list(dict.fromkeys(method for method, _ in seeds))
+    numbers = sorted({seed for _, seed in seeds})
+    tables = np.full((len(numbers), *values.shape[:-2], len(methods), len(methods)), np.nan)
+    for table, left_out in zip(tables, numbers, strict=True):
+        others = [number for number, (_, seed) in enumerate(seeds) if seed != left_out]
+        kept = sorted(others, key=lambda number: methods.index(seeds[number][0]))
+        left = [seeds[number] for number in kept]
+        there = np.array([name in dict(left) for name in methods])
+        averaged = between(values[..., kept, :][..., kept], left)[0]
+        table[..., np.outer(there, there)] = averaged.reshape(*averaged.shape[:-2], -1)
+    return tables
+
+
 def ceilings(table: Table) -> Table:
     """The largest number that noise between seeds leaves to two methods: `sqrt(ceiling_a ceiling_b)`.
 

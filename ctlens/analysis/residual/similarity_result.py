@@ -29,7 +29,7 @@ BELOW_CEILING = "between floor and ceiling"
 AT_CEILING = "at the ceiling"
 SIMILARITY_VERDICTS = (UNDECIDED, AT_FLOOR, ABOVE_FLOOR, BELOW_CEILING, AT_CEILING)
 _OF_ONE = ("random_low", "random_high", "length")
-_OF_TWO = (*STATISTICS, "n_prompts", "by_prompt")
+_OF_TWO = (*STATISTICS, "n_prompts", "by_prompt", "without_seed")
 _COLUMNS = [
     *("quantity", "part", "positions", "layer", "a", "b"),
     *STATISTICS,
@@ -57,6 +57,8 @@ class ShiftSimilarity(ResultOverPairs):
         n_prompts: `[part, positions, layer, a, b]`, the prompts with a shift.
         by_prompt: `[part, positions, layer, prompt, a, b]`, the cosine of each prompt, the mean over pairs of
             different seeds, for intervals of what is made of several; NaN without a shift.
+        without_seed: the same without the models of each seed in turn, for intervals over seeds (the jackknife); NaN
+            for a method without another.
         quantities: labels of the first axis.
         methods: labels of the last axes.
         layers: the number of each layer.
@@ -78,6 +80,7 @@ class ShiftSimilarity(ResultOverPairs):
     length: Float[np.ndarray, "part positions layer a"]
     n_prompts: Int[np.ndarray, "part positions layer a b"]
     by_prompt: Float[np.ndarray, "part positions layer prompt a b"]
+    without_seed: Float[np.ndarray, "seed part positions layer prompt a b"]
     quantities: tuple[str, ...]
     methods: tuple[str, ...]
     layers: tuple[int, ...]

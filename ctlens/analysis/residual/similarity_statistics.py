@@ -20,6 +20,7 @@ from ctlens.analysis.residual.likeness import (
     debiased_cka,
     principal_cosines,
     top_directions,
+    without_each_seed,
 )
 from ctlens.analysis.residual.shift_vectors import SHIFT_PARTS, Shifts
 from ctlens.core.clusters import Clusters, half_width, influences
@@ -69,6 +70,7 @@ def arrays(
     """The arrays of `ShiftSimilarity` by name, from the shifts of all layers; NaN at the wrapper for parts it lacks."""
     owners = [method for method, _ in seeds]
     methods = len(dict.fromkeys(owners))
+    n_seeds = len({seed for _, seed in seeds})
     shape = (len(names_of(quantities, k)), len(SHIFT_PARTS), len(STATE_POSITIONS), len(found), methods)
     numbers = np.full((len(STATISTICS), *shape, methods), np.nan)
     random = np.full((2, *shape), np.nan)
@@ -76,6 +78,7 @@ def arrays(
     n_prompts = np.zeros((*shape[1:], methods), dtype=np.int64)
     given = len(next(iter(found[0].values())).gram)
     by_prompt = np.full((*shape[1:4], given, methods, methods), np.nan, dtype=np.float32)
+    without_seed = np.full((n_seeds, *by_prompt.shape), np.nan, dtype=np.float32)
     for layer, of_layer in enumerate(found):
         for (part, positions), shifts in of_layer.items():
             at = SHIFT_PARTS.index(part), STATE_POSITIONS.index(positions), layer
@@ -85,13 +88,15 @@ def arrays(
             squares = np.einsum("naa->a", shifts.gram) / len(shifts.gram)
             of_methods = [squares[[owner == name for owner in owners]] for name in dict.fromkeys(owners)]
             length[at] = [np.sqrt(of_method.mean()) for of_method in of_methods]
-            by_prompt[at] = between(cosines(shifts.gram), seeds)[0]
+            alike = cosines(shifts.gram)
+            by_prompt[at] = between(alike, seeds)[0]
+            without_seed[:, *at] = without_each_seed(alike, seeds)
             n_prompts[at] = np.nan_to_num(between(shifts.moved.sum(0).astype(float), seeds)[1])
     bands = {"random_low": random[0], "random_high": random[1]}
     return (
         dict(zip(STATISTICS, numbers, strict=True))
         | bands
-        | {"length": length, "n_prompts": n_prompts, "by_prompt": by_prompt}
+        | {"length": length, "n_prompts": n_prompts, "by_prompt": by_prompt, "without_seed": without_seed}
     )
 
 

@@ -16,11 +16,12 @@ from ctlens.core.stats import LEVEL
 from ctlens.plots import label
 from ctlens.study.analyses import EQUAL_STEPS, SETTINGS, FinishedAnalyses
 from ctlens.study.claims.claim import Claim, make_claim, together
-from ctlens.study.claims.estimates import NOTHING, claim_estimate, spanned
+from ctlens.study.claims.estimates import NOTHING, SEEDS, ClaimEstimate, claim_estimate, spanned
 from ctlens.study.claims.pushed import pushed_claims
 from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
 from ctlens.study.claims.transplants import left_later, level
 from ctlens.study.conditions import INTERNAL_LEVEL, RETENTION, condition_named
+from ctlens.study.results import SEVERAL
 
 _NAN = float("nan")
 _ACT = "act"
@@ -52,39 +53,63 @@ def _shared(analyses: FinishedAnalyses, threat: str, setting: str, positions: st
     where = POSITIONS_IN_WORDS[positions]
     name = f"cosine off the gap, {where}: how far BCT stands apart, less the furthest internal method"
     methods = (*_internal(analyses.config.methods), _BCT)
-    known = analyses.of(ShiftSimilarity, "similarity", threat, setting)
-    every = {training: results["similarity"] for training, results in known.items()}
-    missing = sorted({name for result in every.values() for name in methods if name not in result.methods})
-    found = {} if missing or _BCT not in analyses.config.methods or len(methods) < 3 else every
-    tables = {training: _off_gap(result, methods, positions) for training, result in found.items()}
-    margins = {
-        training: of_prompts(name, "cosine", table, _bct_apart, found[training].clusters())
-        for training, table in tables.items()
-    }
-    apart = np.mean([_apart(_mean(table)) for table in tables.values()], 0) if tables else []
-    told = ", ".join(f"{label(name)} {value:.2f}" for name, value in zip(methods, apart, strict=False))
-    with_null = [result for result in found.values() if result.null]
-    floors = [_mean(_off_gap(result, (*methods, result.null), positions))[:-1, -1].mean() for result in with_null]
-    nulls = " and ".join(dict.fromkeys(label(result.null) for result in with_null))
+    known = [results["similarity"] for results in analyses.of(ShiftSimilarity, "similarity", threat, setting).values()]
+    missing = sorted({name for result in known for name in methods if name not in result.methods})
+    asked = _BCT in analyses.config.methods and len(methods) > 2
+    found = known[0] if known and not missing and asked else None  # of all seeds at once
+    estimate = NOTHING if found is None else _over_seeds(name, found, methods, positions)
+    told = ""
+    floor = _NAN
+    if found is not None:
+        apart = zip(methods, _apart(_mean(_off_gap(found.by_prompt, found, methods, positions))), strict=True)
+        told = "apart from the others by " + ", ".join(f"{label(method)} {value:.2f}" for method, value in apart)
+        if found.null:
+            floor = float(_mean(_off_gap(found.by_prompt, found, (*methods, found.null), positions))[:-1, -1].mean())
     absent = f"never near the effect: {', '.join(map(label, missing))}" if missing else ""
     return make_claim(
         "shared" if positions == "last" else f"shared_{positions}",
         f"{together(methods[:-1])} move the residual stream alike, and BCT differently, {where}",
         threat,
         setting,
-        claim_estimate(margins),
+        estimate,
         statistic=name,
         unit="cosine",
-        null=float(np.mean(floors)) if floors else _NAN,
-        null_words=f"with {nulls} they are {{null}} alike",
-        details=f"apart from the others by {told}" if told else absent,
+        null=floor,
+        null_words=f"with {label(found.null)} they are {{null}} alike" if found and found.null else "",
+        details=told or absent,
+        unmet=_seeds_unmet(estimate),
         refused=analyses.refused("similarity", threat, setting),
     )
 
 
-def _off_gap(result: ShiftSimilarity, methods: Sequence[str], positions: str) -> Float[np.ndarray, "prompt a b"]:
+def _over_seeds(name: str, result: ShiftSimilarity, methods: Sequence[str], positions: str) -> ClaimEstimate:
+    """How far BCT stands apart, with its interval over prompts and, by the jackknife, over seeds."""
+
+    def margin(cosines: Float[np.ndarray, "part positions layer prompt a b"]) -> Statistic:
+        table = _off_gap(cosines, result, methods, positions)
+        return of_prompts(name, "cosine", table, _bct_apart, result.clusters())
+
+    every = margin(result.by_prompt)
+    found = claim_estimate({0: every})
+    left = np.array([whole(margin(cosines)) for cosines in result.without_seed])
+    trainings = dict(enumerate(len(left) * whole(every) - (len(left) - 1) * left))
+    ends = (found.prompts_low, found.prompts_high)
+    return found if np.isnan(left).any() else spanned(found.value, ends, found.n, trainings, LEVEL)
+
+
+def _seeds_unmet(found: ClaimEstimate) -> str:
+    """Why a claim that tells methods apart stays open where seeds are no part of its interval, in words."""
+    return "" if found.over == SEEDS else f"whether seeds of one method differ by less takes {SEVERAL} of each to tell"
+
+
+def _off_gap(
+    cosines: Float[np.ndarray, "part positions layer prompt a b"],
+    result: ShiftSimilarity,
+    methods: Sequence[str],
+    positions: str,
+) -> Float[np.ndarray, "prompt method method"]:
     """The cosines of each prompt off the gap at some positions, means over layers, between these methods."""
-    values = _mean(result.by_prompt[SHIFT_PARTS.index("off"), STATE_POSITIONS.index(positions)])
+    values = _mean(cosines[SHIFT_PARTS.index("off"), STATE_POSITIONS.index(positions)])
     at = [result.methods.index(name) for name in methods]
     return values[:, at][:, :, at]
 
@@ -184,17 +209,19 @@ def _attention(analyses: FinishedAnalyses, threat: str) -> Claim:
         condition: np.mean([of[condition].mean() for of in falls.values()])
         for condition in (RETENTION, *analyses.config.methods)
     }
+    estimate = claim_estimate(margins)
     return make_claim(
         "attention",
         "attention from the last token to the wrapper falls more under AttCT than under any other method",
         threat,
         EQUAL_STEPS,
-        claim_estimate(margins),
+        estimate,
         statistic=name,
         unit="share of attention",
         null=float(means.pop(RETENTION)),
         null_words="under retention alone it falls by {null}",
         details="fall: " + ", ".join(f"{label(condition)} {value:.3f}" for condition, value in means.items()),
+        unmet=_seeds_unmet(estimate),
     )
 
 

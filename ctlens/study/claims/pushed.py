@@ -123,6 +123,7 @@ def _beyond_twin(
     *,
     details: str,
     refused: str,
+    unmet: str = "",
 ) -> Claim:
     """Judges the mean of bad answers less the twin's.
 
@@ -131,7 +132,7 @@ def _beyond_twin(
         name: the number in words.
         margins: of each training, by seed, the number of every prompt, and which prompts go together.
         held: the same number after retention alone, of each training.
-        details, refused: as of `make_claim`.
+        details, refused, unmet: as of `make_claim`.
     """
     statistics = {
         seed: of_prompts(name, _BAD, margin, np.mean, clusters) for seed, (margin, clusters) in margins.items()
@@ -147,6 +148,7 @@ def _beyond_twin(
         null=float(np.mean(held)) if held else _NAN,
         null_words="after retention alone, which repairs nothing, it is {null}",
         details=details,
+        unmet=unmet,
         refused=refused,
     )
 
@@ -195,7 +197,8 @@ def _attacks(analyses: FinishedAnalyses, threat: str) -> dict[int, EmbeddingAtta
 def _moved_embeddings(analyses: FinishedAnalyses, threat: str, method: str) -> Claim:
     """Judges whether the bad answer takes smaller moves of the wrapper's embeddings than in the twin.
 
-    The number is the mean bad rate over the radii of the attack in embedding space, less the twin's.
+    The number is the mean bad rate over the radii of the attack in embedding space, less the twin's. Other clean-born
+    models are as far from the twin in a quarter of cases (`benchmarks/null_claims.py`), so one study leaves it open.
     """
     found = _attacks(analyses, threat)
     name = "mean bad rate over the radii of an attack on the wrapper's embeddings, less the clean-born twin's"
@@ -217,6 +220,7 @@ def _moved_embeddings(analyses: FinishedAnalyses, threat: str, method: str) -> C
         [of(result, RETENTION).mean() for result in found.values()],
         details="; ".join(told),
         refused=analyses.refused("embedding-attack", threat),
+        unmet="models that never gave it differ among themselves, which takes several studies to tell",
     )
 
 

@@ -23,6 +23,7 @@ from ctlens.analysis.residual.likeness import (
     debiased_cka,
     principal_cosines,
     top_directions,
+    without_each_seed,
 )
 from ctlens.analysis.residual.shift_vectors import Shifts, measure, split
 from ctlens.analysis.residual.similarity_result import AT_CEILING, AT_FLOOR, BELOW_CEILING
@@ -303,6 +304,36 @@ def test_numbers_between_methods_come_from_different_seeds() -> None:
     assert (low[0, 1], high[0, 1]) == (3, 6)
     alone = between(values[1:3, 1:3], [("x", 0), ("y", 0)])[0]
     assert alone[0, 1] == 6 and np.isnan(alone[0, 0])
+
+
+def test_what_is_left_without_a_seed_is_the_comparison_of_the_other_models(model, models) -> None:
+    three = models | {("x", 2): trained(model, 0.6, {SHARED: A, 30: B})}
+    found = shift_similarity(model, three, PAIRS, null="null", progress=False)
+    left = {key: one for key, one in three.items() if key[1] != 1}
+
+    alone = shift_similarity(model, left, PAIRS, null="null", progress=False)
+
+    assert found.without_seed.shape == (3, *found.by_prompt.shape)
+    np.testing.assert_allclose(found.without_seed[1], alone.by_prompt, atol=1e-6)
+
+
+def test_a_method_of_one_seed_has_nothing_without_it() -> None:
+    values = np.arange(16.0).reshape(4, 4)
+    seeds = [("x", 0), ("y", 1), ("y", 0), ("y", 2)]
+
+    first, second, _ = without_each_seed(values, seeds)
+
+    assert np.isnan(first[0]).all() and np.isnan(first[:, 0]).all()
+    assert first[1, 1] == (values[1, 3] + values[3, 1]) / 2
+    assert (second[0, 1], second[1, 0]) == (values[0, 3], values[3, 0])  # the only pair of different seeds
+
+
+def test_methods_keep_their_order_where_a_seed_is_left_out() -> None:
+    values = np.arange(16.0).reshape(4, 4)
+
+    first, _ = without_each_seed(values, [("x", 0), ("y", 0), ("y", 1), ("x", 1)])
+
+    assert (first[0, 1], first[1, 0]) == (values[3, 2], values[2, 3])
 
 
 def test_a_missing_or_small_ceiling_corrects_nothing() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,21 @@ def claims(study: Path, config: StudyConfig = CONFIG) -> dict[tuple[str, str], C
     return {(claim.key, claim.setting): claim for claim in inside_claims(FinishedAnalyses(config, study))}
 
 
-def similarity(cosines: np.ndarray, methods: tuple[str, ...] = METHODS, seeds: int = 1) -> ShiftSimilarity:
-    """The same cosines at every prompt and layer off the gap at the last token, and nothing like them elsewhere."""
+def similarity(
+    cosines: np.ndarray, methods: tuple[str, ...] = METHODS, without: Sequence[np.ndarray] = ()
+) -> ShiftSimilarity:
+    """The same cosines at every prompt and layer off the gap at the last token, and nothing like them elsewhere.
+
+    Those without each seed are `without`; where there are none, the models are of one seed.
+    """
     m = len(methods)
+    where = SHIFT_PARTS.index("off"), STATE_POSITIONS.index("last")
     by_prompt = np.full((len(SHIFT_PARTS), len(STATE_POSITIONS), LAYERS, PROMPTS, m, m), -0.9)
-    by_prompt[SHIFT_PARTS.index("off"), STATE_POSITIONS.index("last")] = cosines
+    by_prompt[where] = cosines
+    left = without or [np.full_like(cosines, NAN)]
+    without_seed = np.full((len(left), *by_prompt.shape), -0.9)
+    for of_seed, table_left in zip(without_seed, left, strict=True):
+        of_seed[where] = table_left
     two = np.zeros((1, len(SHIFT_PARTS), len(STATE_POSITIONS), LAYERS, m, m))
     arrays: dict[str, Any] = {
         f.name: two
@@ -73,15 +83,15 @@ def similarity(cosines: np.ndarray, methods: tuple[str, ...] = METHODS, seeds: i
         "length": 1 + two[0, ..., 0],
         "n_prompts": two[0].astype(int),
     }
-    alone = methods if seeds == 1 else ()
     return ShiftSimilarity(
         **arrays,
         by_prompt=by_prompt,
+        without_seed=without_seed,
         quantities=("cosine",),
         methods=methods,
         layers=(0, 1, 2, 3),
         null="",
-        one_seed=alone,
+        one_seed=() if without else methods,
         site="resid_post",
     )
 
@@ -104,8 +114,26 @@ def test_bct_stands_apart_beyond_the_furthest_internal_method(study: Path) -> No
     bct = (0.9 + 0.7 + 0.7) / 3 - 0.4
     attct = (0.9 + 0.4 + 0.4) / 3 - (0.7 + 0.7 + 0.4) / 3  # the furthest internal method
     assert found.value == pytest.approx(bct - attct, abs=1e-6)
-    assert (found.verdict, found.n, found.over) == ("holds", PROMPTS, "prompts")
+    assert (found.verdict, found.n, found.over) == ("inconclusive", PROMPTS, "prompts")
+    assert "seeds of one method differ by less takes 3 of each" in found.reason
     assert "AttCT -0.03" in found.reason and "BCT 0.37" in found.reason
+
+
+def test_methods_are_told_apart_beyond_what_seeds_differ_by(study: Path) -> None:
+    """BCT's cosine with the others is b = .4 over all seeds; then the claim's number is 14/15 - 4b/3."""
+    alike = [table(0.9, 0.7, 0.4)] * 3
+    unlike = [table(0.9, 0.7, bct) for bct in (0.3, 0.4, 0.5)]
+    write(study, "similarity", {"similarity": similarity(table(0.9, 0.7, 0.4), without=alike)})
+    write(study, "similarity", {"similarity": similarity(table(0.9, 0.7, 0.4), without=unlike)}, MATCHED)
+
+    found = claims(study)
+
+    equal = found["shared", EQUAL_STEPS]
+    assert (equal.verdict, equal.over) == ("holds", "prompts and seeds")
+    matched = found["shared", MATCHED]
+    reach = 4.302653 * (4 / 15) / 3**0.5  # Student's, of the pseudo-values 2/15, 6/15 and 10/15
+    assert (matched.value, matched.ci_low, matched.ci_high) == pytest.approx((0.4, 0.4 - reach, 0.4 + reach), abs=1e-5)
+    assert (matched.verdict, matched.prompts_low) == ("inconclusive", pytest.approx(0.4, abs=1e-6))
 
 
 def test_where_attct_stands_further_apart_the_claim_does_not_hold(study: Path) -> None:
@@ -124,23 +152,14 @@ def test_the_null_of_likeness_is_retention_alone(study: Path) -> None:
 
 
 def test_each_choice_of_positions_is_judged_by_itself(study: Path) -> None:
-    write(study, "similarity", {"similarity": similarity(table(0.9, 0.7, 0.4))})
+    cosines = table(0.9, 0.7, 0.4)
+    write(study, "similarity", {"similarity": similarity(cosines, without=[cosines] * 3)})
 
     found = claims(study)
 
     assert found["shared", EQUAL_STEPS].verdict == "holds"
     assert found["shared_content", EQUAL_STEPS].value == pytest.approx(0.0, abs=1e-6)
     assert found["shared_content", EQUAL_STEPS].verdict != "holds"
-
-
-def test_an_analysis_of_all_seeds_is_one_number(study: Path) -> None:
-    write(study, "similarity", {"similarity": similarity(table(0.9, 0.7, 0.4))})
-    for seed in (1, 2):
-        attention(dict.fromkeys(("retention", *METHODS), 0.1), study, seed=seed)
-
-    found = claims(study, dataclasses.replace(CONFIG, seeds=3))["shared", EQUAL_STEPS]
-
-    assert (found.n, found.over) == (PROMPTS, "prompts")
 
 
 def transplant(lost: float, effect: float = 4.0) -> Transplant:
@@ -236,7 +255,19 @@ def test_attention_falls_beyond_the_next(study: Path) -> None:
     found = claims(study)["attention", EQUAL_STEPS]
 
     assert found.value == pytest.approx(0.2 - 0.12) and found.null == pytest.approx(0.0, abs=1e-12)
-    assert found.verdict == "holds" and "MLPCT 0.120" in found.reason
+    assert "MLPCT 0.120" in found.reason
+    assert found.verdict == "inconclusive" and "takes 3 of each" in found.reason
+
+
+def test_attention_is_judged_over_three_seeds(study: Path) -> None:
+    for seed, fall in ((1, 0.21), (2, 0.22)):
+        attention({"retention": 0.0, "act": 0.1, "mlpct": 0.12, "attct": fall, "bct": 0.05}, study, seed=seed)
+
+    found = claims(study, dataclasses.replace(CONFIG, seeds=3))["attention", EQUAL_STEPS]
+
+    reach = 4.302653 * 0.01 / 3**0.5
+    assert (found.value, found.ci_low, found.ci_high) == pytest.approx((0.09, 0.09 - reach, 0.09 + reach), abs=1e-6)
+    assert (found.verdict, found.over) == ("holds", "prompts and seeds")
 
 
 def erasure(read: Mapping[str, float]) -> Erasure:

@@ -108,7 +108,8 @@ def test_moved_embeddings_count_over_the_radii_beyond_the_twin(study: Path) -> N
     write(study, "embedding-attack", embedding_attack(FALLEN, np.arange(PROMPTS)))
 
     act = claims(study)["embeddings_act"]
-    assert act.value == pytest.approx((8 - 0 + 20 - 4) / (2 * PROMPTS)) and act.verdict == "holds"
+    assert act.value == pytest.approx((8 - 0 + 20 - 4) / (2 * PROMPTS)) and act.ci_low > 0
+    assert act.verdict == "inconclusive" and "takes several studies" in act.reason  # other twins differ as well
     assert act.null == pytest.approx((18 - 0 + 20 - 4) / (2 * PROMPTS))
     assert "radii 0, 0.1, 0.2; ACT 0.10, 0.40, 1.00; clean-born twin 0.00, 0.00, 0.20" in act.reason
     bct = claims(study)["embeddings_bct"]
