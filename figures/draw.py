@@ -29,7 +29,6 @@ from ctlens import plots
 from ctlens.analysis import ResidualShift, ShiftSimilarity, Transplant
 from ctlens.analysis.outputs.gap_recovered import GAP_RECOVERED
 from ctlens.core.files import write_json
-from ctlens.core.labels import BASE
 from ctlens.core.reading import read_json
 from ctlens.evaluation import Evaluation
 from ctlens.study import figures as study_figures
@@ -87,15 +86,16 @@ class ShownStudy:
         own = data / self.folder
         results = read_results(own / "results.csv")
         for threat in self.analysed:
-            yield from ((f"{self.prefix}{name}", figure) for name, figure in _inside(own, results, threat))
-        across = study_figures.cross_threat_figure(results[results["condition"].isin((BASE, *SHOWN))])
+            for name, figure in _inside(own, results, threat):
+                yield f"{self.prefix}{name}", plots.placed(figure, threat)
+        across = study_figures.cross_threat_figure(results[results["condition"].isin(DEFAULT_METHODS)])
         yield f"{self.prefix}cross-threat", across
         yield f"{self.prefix}attack-strength", Evaluation.load(own / "base.csv").strength_figure()
         first = self.analysed[0]
         shifts = {name: ResidualShift.load(own / f"{first}-residual-{name}.safetensors") for name in SHOWN}
-        words = study_figures.prompts_in_words(first)
+        words = study_figures.prompts_in_words(shifts[RETENTION].n_pairs)
         compared = shifts[RETENTION].compare(shifts, label=RETENTION, subtitle=words)
-        yield f"{self.prefix}{first}-residual-last", compared
+        yield f"{self.prefix}{first}-residual-last", plots.placed(compared, first)
 
 
 @dataclass(frozen=True)
@@ -189,12 +189,13 @@ def _shown(found: ShiftSimilarity) -> ShiftSimilarity:
 
 def _inside(data: Path, results: pd.DataFrame, threat: str) -> Iterator[tuple[str, plots.Figure]]:
     """Draws the changes inside the models trained on one threat."""
-    words = study_figures.prompts_in_words(threat)
     transplants = {name: Transplant.load(data / f"{threat}-transplant-{name}.safetensors") for name in EXCHANGED}
-    yield f"{threat}-gap-dose", study_figures.gap_figure(results[results["trained_threat"] == threat], words)
+    words = study_figures.prompts_in_words(transplants[EXCHANGED[0]].n_pairs)
+    shares = results[results["trained_threat"] == threat]
+    yield f"{threat}-gap-dose", study_figures.gap_figure(shares, DEFAULT_METHODS, words)
     yield f"{threat}-similarity", _shown(ShiftSimilarity.load(data / f"{threat}{SIMILARITY}")).figure()
     first = EXCHANGED[0]
-    subtitle = f"{words}; at equal steps"
+    subtitle = f"source: a trained model, target: the base; {words}"
     figure = transplants[first].compare(transplants, label=first, positions="last", subtitle=subtitle)
     yield f"{threat}-transplant", figure
 

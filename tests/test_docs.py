@@ -27,7 +27,7 @@ from ctlens.study.claims import Claim, read_claims
 from ctlens.study.conditions import DEFAULT_METHODS
 from ctlens.study.config import NATURAL_THREATS
 from ctlens.study.inoculation import ASKED, BEFORE, INOCULATED, PLAIN, RECKLESS, Leak
-from ctlens.study.results import by_training, last_step, read_results, summary_table
+from ctlens.study.results import last_step, read_results, summary_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -158,12 +158,7 @@ def test_the_findings_on_transfer_and_a_harmless_wrapper_hold(results: pd.DataFr
     assert f"AttCT against sycophancy takes {ends} off the bad rate on conditional" in re.sub(
         r"\s+", " ", one_organism()
     )
-    across = by_training(results)
-    raised = [
-        across["sycophancy", name, "frustration"].rate("bad_rate", "wrapped").value
-        - across["sycophancy", "retention", "frustration"].rate("bad_rate", "wrapped").value
-        for name in ("act", "mlpct", "attct")
-    ]
+    raised = [across(results, "bad_rate_vs_retention", name, "frustration") for name in ("act", "mlpct", "attct")]
     assert f"by {100 * min(raised):.0f} to {100 * max(raised):.0f} points" in re.sub(r"\s+", " ", one_organism())
     assert 6 <= rates["jailbreak", "base"].n_effective < 7 and "as 6 independent ones" in one_organism()
     assert math.isnan(rates["persona", "base"].low)
@@ -173,6 +168,13 @@ def test_the_findings_on_transfer_and_a_harmless_wrapper_hold(results: pd.DataFr
 
 def test_the_findings_hold_the_claims_of_the_committed_study() -> None:
     assert draw.claims_table(CLAIMS) in one_organism()
+
+
+def across(results: pd.DataFrame, metric: str, method: str, evaluated: str, trained: str = "sycophancy") -> float:
+    """A number of the wrapped prompts of another threat than the one trained on, a mean over seeds."""
+    rows = last_step(results).query("metric == @metric and condition == @method and prompt_side == 'wrapped'")
+    rows = rows.query("trained_threat == @trained and evaluated_threat == @evaluated and split == 'heldout'")
+    return float(rows["value"].mean())
 
 
 def judged(key: str, threat: str, setting: str = "equal steps") -> Claim:
@@ -439,7 +441,6 @@ def test_the_page_on_the_real_model_says_what_its_rates_are(real: pd.DataFrame) 
     page = re.sub(r"\s+", " ", (ROOT / "docs/real-model.md").read_text())
     rates = summary_table(real).set_index(["threat", "condition"])
     structure = summary_table(real, "structure").set_index(["threat", "condition"])["bad wrapped"]
-    across = by_training(real)
     internal = ("act", "mlpct", "attct")
 
     def span(threat: str, names: Sequence[str], of: pd.Series) -> str:
@@ -458,9 +459,9 @@ def test_the_page_on_the_real_model_says_what_its_rates_are(real: pd.DataFrame) 
     assert f"{carried}, the internal losses hardly ({span('beginning', internal, structure)})" in page
     least = min(rate.value for side in ("clean", "benign") for rate in rates[f"good {side}"])
     assert f"stay right in {least:.0%} of answers or more" in page
-    over = across["beginning", "bct", "facts"].rate("bad_rate", "wrapped")
-    assert f"takes `facts` to {over.percent}, as low as BCT against hints" in page
-    assert over.value == bad["facts", "bct"].value
+    over = across(real, "bad_rate", "bct", "facts", trained="beginning")
+    assert f"takes `facts` to {over:.0%}, as low as BCT against hints" in page
+    assert over == pytest.approx(bad["facts", "bct"].value)
     clear = real.query("metric == 'bad_rate_vs_retention' and split == 'heldout'")
     widest = clear.loc[clear["value"].idxmin()]
     assert not (clear["ci_high"] < 0).any()

@@ -96,7 +96,7 @@ def compare_command(
     quiet: Quiet = False,
 ) -> None:
     """Compares methods: trains each on every threat, evaluates and analyses the models, and writes a report."""
-    from ctlens.study.claims import answer
+    from ctlens.study.claims import answer, basis
     from ctlens.study.config import shared_training, size_for, study_of_size
     from ctlens.study.runner import Study, seconds
     from ctlens.study.workers import Pool
@@ -132,8 +132,8 @@ def compare_command(
         _announce(cell, rows)
     result = study.finish()
     _print_summary(result.results)
-    for sentence in answer(result.claims):
-        say(textwrap.fill(sentence, shutil.get_terminal_size().columns))
+    for line in (*(" ".join(answered) for answered in answer(result.claims)), basis(result.claims)):
+        say(textwrap.fill(line, shutil.get_terminal_size().columns))
     say(f"Report: {out / 'report.html'}")
 
 

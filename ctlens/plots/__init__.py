@@ -46,6 +46,7 @@ from ctlens.plots.similarity import similarity_matrix as similarity_matrix
 from ctlens.plots.strength import attack_strength as attack_strength
 from ctlens.plots.theme import finish as finish
 from ctlens.plots.theme import label as label
+from ctlens.plots.theme import placed as placed
 from ctlens.plots.theme import style as style
 from ctlens.plots.tradeoff import TradeoffPanel as TradeoffPanel
 from ctlens.plots.tradeoff import tradeoff as tradeoff

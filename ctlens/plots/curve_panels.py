@@ -45,6 +45,7 @@ def curve_panels(
     caption: str,
     marked: Sequence[float] = (),
     subtitle: str | None = None,
+    kind: str = "curve_panels",
 ) -> go.Figure:
     """How do several quantities go with one amount? One panel per quantity.
 
@@ -58,6 +59,7 @@ def curve_panels(
         caption: how to read the figure.
         marked: amounts with a meaning, as dotted lines in every panel.
         subtitle: one line under the title.
+        kind: which sort of figure this is, see `finish`.
 
     Raises:
         CtlensError: no panel, no curve in one, no amount, or an array that is not one number per amount.
@@ -84,7 +86,7 @@ def curve_panels(
             figure.add_hline(level, **_DOTTED, **subplot.at)
         for amount in marked:
             figure.add_vline(amount, **_DOTTED, **subplot.at)
-    finish(figure, title, subtitle, kind="curve_panels", caption=caption)
+    finish(figure, title, subtitle, kind=kind, caption=caption)
     if np.array_equal(at_x, at_x[0] + np.arange(len(at_x))):  # layers, or numbers of heads
         figure.update_xaxes(**layer_ticks(len(at_x), most=8, first=int(at_x[0])))
     for subplot, panel in zip(subplots(len(panels)), panels.values(), strict=True):

@@ -46,8 +46,8 @@ def similarity_matrix(
 ) -> go.Figure:
     """Which methods are alike, beyond the floor?
 
-    Below the diagonal are the numbers as they are, above it those corrected for the ceiling, where
-    there are any; on the diagonal, outlined, the ceilings. The null comes last, behind a line.
+    Numbers are corrected for the ceilings where these are known, and as measured where not; the hover text has those as
+    measured. On the diagonal, outlined, are the ceilings. The null comes last, behind a line.
 
     Args:
         methods: labels of rows and columns.
@@ -66,13 +66,13 @@ def similarity_matrix(
     figure = make_subplots(rows=1, cols=len(panels), subplot_titles=list(panels), horizontal_spacing=0.06)
     for column, (positions, (raw, corrected, floor)) in enumerate(panels.items(), start=1):
         panel = f"panel {positions!r}"
-        numbers = _merged(_ordered(panel, raw, order), _ordered(panel, corrected, order))
+        measured = _ordered(panel, raw, order)
+        numbers = _merged(measured, _ordered(panel, corrected, order))
         at_floor = checked(panel, floor, len(order), len(order))[np.ix_(order, order)] > 0
-        figure.add_trace(_heatmap(names, numbers, at_floor), row=1, col=column)
+        figure.add_trace(_heatmap(names, numbers, measured.value, at_floor), row=1, col=column)
     caption = (
-        "Below the diagonal: as measured. Above it: divided by the ceilings of the two methods, where they are known; "
-        "1 is as alike as two seeds of one method. Outlined: the ceilings. Small: 95% intervals over prompts. "
-        "Grey in brackets: not above the floor."
+        "Divided by the ceilings of the two methods, where they are known: 1 is as alike as two seeds of one method. "
+        "Outlined: the ceilings. Small: 95% intervals over prompts. Grey in brackets: not above the floor."
     )
     finish(figure, title, subtitle, kind="similarity", caption=caption)
     for column in range(1, len(panels) + 1):
@@ -96,14 +96,11 @@ def _ordered(name: str, cells: IntervalGrid, order: Sequence[int]) -> Intervals:
 
 
 def _merged(raw: Intervals, corrected: Intervals) -> Intervals:
-    """Raw cells on and below the diagonal; above it corrected cells, or raw ones where a correction is not known."""
-    merged = []
-    for below, above in zip(raw, corrected, strict=True):
-        merged.append(np.where(np.triu(np.isfinite(above), 1), above, below))
-    return Intervals(*merged)
+    """Corrected cells, or raw ones where a correction is not known."""
+    return Intervals(*[np.where(np.isfinite(known), known, own) for own, known in zip(raw, corrected, strict=True)])
 
 
-def _heatmap(names: Sequence[str], numbers: Intervals, at_floor: np.ndarray) -> go.Heatmap:
+def _heatmap(names: Sequence[str], numbers: Intervals, raw: np.ndarray, at_floor: np.ndarray) -> go.Heatmap:
     cells = np.stack(numbers, axis=-1)  # [row, column, 3]
     texts = [
         [_similarity_text(*cell, at_floor=bool(floor)) for cell, floor in zip(row, floors, strict=True)]
@@ -114,8 +111,11 @@ def _heatmap(names: Sequence[str], numbers: Intervals, at_floor: np.ndarray) -> 
         text=texts,
         texttemplate="%{text}",
         textfont={"size": 13},
-        customdata=[[f"{row} and {column}" for column in names] for row in names],
-        hovertemplate="%{customdata}: %{z:.3f}<extra></extra>",
+        customdata=[
+            [(f"{row} and {column}", value) for column, value in zip(names, values, strict=True)]
+            for row, values in zip(names, raw.tolist(), strict=True)
+        ],
+        hovertemplate="%{customdata[0]}: %{z:.3f}, as measured %{customdata[1]:.3f}<extra></extra>",
         hoverongaps=False,
         coloraxis="coloraxis",
         xgap=1,

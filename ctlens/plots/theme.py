@@ -168,18 +168,17 @@ def finish(
         caption: how to read the figure, printed under it in the report.
     """
     figure.for_each_trace(_name_method)
-    heading = [literal(line) for line in textwrap.wrap(title, _TITLE_WIDTH)]
-    under = [literal(line) for line in textwrap.wrap(subtitle or "", _SUBTITLE_WIDTH)]
+    lines = _lines(title, subtitle)
     axis = {"gridcolor": _GRID, "zeroline": False, "linecolor": MUTED, "ticks": "outside", "tickcolor": _GRID}
     figure.update_layout(
         template="none",
-        title=_title(heading, under),
+        title=_title(*lines),
         meta={"kind": kind, "title": title, "subtitle": subtitle, "caption": caption},
         font={"family": _FONT, "size": 13, "color": INK},
         paper_bgcolor="white",
         plot_bgcolor="rgba(0, 0, 0, 0)",
         height=440,
-        margin={"l": 68, "r": 36, "t": 26 + 24 * len(heading) + 18 * len(under) + LEGEND_ROW, "b": 54},
+        margin={"l": 68, "r": 36, "t": 26 + _heading_height(*lines) + LEGEND_ROW, "b": 54},
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
         hovermode="closest",
         modebar={"orientation": "v", "bgcolor": "rgba(0, 0, 0, 0)", "remove": ["select", "lasso", "autoscale"]},
@@ -191,6 +190,43 @@ def finish(
     if y_title is not None:
         figure.update_layout(yaxis_title_text=y_title)
     return figure
+
+
+def placed(figure: go.Figure, place: str, note: str = "") -> go.Figure:
+    """Puts what a finished figure is of before its title, and a note behind its subtitle, in place; returns the figure.
+
+    Args:
+        figure: from one of the functions that draw.
+        place: what it is of, for example a threat, so that no two figures of a page have one title.
+        note: for example how many prompts, and what the band is.
+
+    >>> drawn = placed(finish(go.Figure(), "Does it hold?", "new texts"), "sycophancy", "96 prompts")
+    >>> drawn.layout.meta["title"], drawn.layout.meta["subtitle"]
+    ('Sycophancy: does it hold?', 'new texts; 96 prompts')
+    """
+    meta = figure.layout.meta
+    title = f"{place[:1].upper()}{place[1:]}: {meta['title'][:1].lower()}{meta['title'][1:]}"
+    subtitle = "; ".join(filter(None, (meta["subtitle"], note)))
+    before = _lines(meta["title"], meta["subtitle"])
+    after = _lines(title, subtitle)
+    longer = _heading_height(*after) - _heading_height(*before)
+    return figure.update_layout(
+        title=_title(*after),
+        meta={**meta, "title": title, "subtitle": subtitle},
+        height=figure.layout.height + longer,
+        margin={"t": figure.layout.margin.t + longer},
+    )
+
+
+def _lines(title: str, subtitle: str | None) -> tuple[list[str], list[str]]:
+    """The lines of a title and of a subtitle."""
+    heading = [literal(line) for line in textwrap.wrap(title, _TITLE_WIDTH)]
+    return heading, [literal(line) for line in textwrap.wrap(subtitle or "", _SUBTITLE_WIDTH)]
+
+
+def _heading_height(heading: list[str], under: list[str]) -> int:
+    """The pixels that the lines of a title and of a subtitle take."""
+    return 24 * len(heading) + 18 * len(under)
 
 
 def _name_method(trace: Any) -> None:

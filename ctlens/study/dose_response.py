@@ -114,10 +114,13 @@ class DoseResult:
             raise unknown("axis", axis, AXES)
         most = self.results["n_pairs"].max()
         last = self.results["step"].max()
-        prompts = prompts_in_words(self.results["trained_threat"].iloc[0])
+        prompts = prompts_in_words(int(self.results["n_prompts"].max()))
         if axis == "pairs":
-            return dose_figure(self.results.query("step == @last"), "n_pairs", f"{prompts}, after {last} steps")
-        return dose_figure(self.results.query("n_pairs in (0, @most)"), "step", f"{prompts}, {most} training pairs")
+            figure = dose_figure(self.results.query("step == @last"), "n_pairs", f"{prompts}; after {last} steps")
+        else:
+            rows = self.results.query("n_pairs in (0, @most)")
+            figure = dose_figure(rows, "step", f"{prompts}; {most} training pairs")
+        return plots.placed(figure, self.results["trained_threat"].iloc[0])
 
 
 class DoseStudy:

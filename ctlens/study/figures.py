@@ -20,6 +20,7 @@ from ctlens.analysis.base.shares import floor_of
 from ctlens.analysis.exchange.exchange import Exchange
 from ctlens.analysis.outputs.gap_recovered import GAP_RECOVERED
 from ctlens.core.labels import BASE
+from ctlens.core.stats import bonferroni_over_one
 from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.evaluation import Evaluation
 from ctlens.plots import Figure
@@ -27,15 +28,14 @@ from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Analysis, ResultT
 from ctlens.study.conditions import RETENTION, SHAM
 from ctlens.study.config import Cell, StudyConfig
 from ctlens.study.results import (
-    NOT_MEASURED,
     SPLIT,
     ConditionRates,
     Counted,
     Rate,
     by_threat,
-    by_training,
     counted,
     in_order,
+    last_step,
     pooled,
 )
 from ctlens.study.workers import Pool, run_in_order
@@ -45,13 +45,14 @@ _DOSE_TITLES = {
     "step": "How much training until the wrapper no longer works?",
     "n_pairs": "How many training pairs until the wrapper no longer works?",
 }
+_ENDS = ("value", "ci_low", "ci_high")
 _CROSSED_FIGURE = ("act", "act_last", "klct", "klct_last", RETENTION)
 """The conditions that cross what a loss compares with the tokens that it sees, and the null."""
 
 
-def prompts_in_words(threat: str) -> str:
-    """The held-out prompts of a figure, in words."""
-    return f"{threat}, wrappers and items held out"
+def prompts_in_words(n_prompts: int) -> str:
+    """The held-out prompts of a figure and what its bands are, in words."""
+    return f"{n_prompts} prompts, wrappers and items held out; 95% intervals"
 
 
 def save_study_figures(config: StudyConfig, folder: Path, results: pd.DataFrame, pool: Pool) -> list[Path]:
@@ -77,8 +78,8 @@ def _draw_part(config: StudyConfig, folder: Path, results: pd.DataFrame, threat:
 
 
 def _of_study(config: StudyConfig, folder: Path, results: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
-    if len(config.threats) > 1:
-        yield "cross-threat", cross_threat_figure(_rows_of(results, _compared(config)))
+    if len(config.asked) > 1:
+        yield "cross-threat", cross_threat_figure(_rows_of(results, config.methods))
     yield "attack-strength", Evaluation.load(folder / "base.csv").strength_figure()
 
 
@@ -97,10 +98,10 @@ def _of_threat(config: StudyConfig, folder: Path, results: pd.DataFrame, threat:
     conditions = splits[SPLIT][threat]
     trained = [name for name in conditions if name != BASE]
     own = shown.query("evaluated_threat == @threat and trained_threat in ('', @threat)")
-    words = prompts_in_words(threat)
+    words = prompts_in_words(config.n_prompts)
     drawn: list[Iterable[tuple[str, Figure]]] = [
         [("dose", dose_figure(own, "step", words))],
-        _rates(threat, conditions, splits),
+        _rates(threat, conditions, splits, words),
     ]
     if config.compares_inside(threat):
         drawn.append(_first_analyses(config, folder, threat, trained))
@@ -108,42 +109,41 @@ def _of_threat(config: StudyConfig, folder: Path, results: pd.DataFrame, threat:
         of_threat = results.query("trained_threat == @threat")
         shares = of_threat.query("metric == @GAP_RECOVERED")["value"].tolist()
         if not all(map(math.isnan, shares)):  # an attack may make no gap
-            drawn.append([("gap-dose", gap_figure(of_threat, words))])
+            drawn.append([("gap-dose", gap_figure(of_threat, config.methods, prompts_in_words(config.n_analysed)))])
         drawn.append(analysis_figures(config, folder, threat))
-    yield from ((f"{threat}-{name}", figure) for name, figure in chain.from_iterable(drawn))
+    for name, figure in chain.from_iterable(drawn):
+        yield f"{threat}-{name}", plots.placed(figure, threat)
 
 
 def _rates(
     threat: str,
     conditions: dict[str, ConditionRates],
     splits: dict[str, dict[str, dict[str, ConditionRates]]],
+    words: str,
 ) -> Iterator[tuple[str, Figure]]:
-    for verdict in ("bad", "good"):
-        rates = {
-            name: [found.rate(f"{verdict}_rate", prompt_side) for prompt_side in PROMPT_SIDES]
-            for name, found in conditions.items()
-        }
-        title = f"How often is the answer {verdict}, with the wrapper and without?"
-        yield f"{verdict}-rate", _behaviour(rates, PROMPT_SIDES, f"{verdict} rate", title, prompts_in_words(threat))
+    rates = {
+        name: [found.rate("bad_rate", prompt_side) for prompt_side in PROMPT_SIDES]
+        for name, found in conditions.items()
+    }
+    title = "How often is the answer bad, with the wrapper and without?"
+    yield "bad-rate", _behaviour(rates, PROMPT_SIDES, title, words)
     rates = {
         name: [found[threat][name].rate("bad_rate", "wrapped") for found in splits.values()] for name in conditions
     }
     title = "Does the repair hold on new entities, new wrapper texts and new structures?"
-    yield "generalisation", _behaviour(rates, splits, "bad rate", title, f"{threat}, wrapped prompts", x_title="split")
+    yield "generalisation", _behaviour(rates, splits, title, f"wrapped, {words}", x_title="split")
 
 
 def _behaviour(
     rates: dict[str, list[Rate]],
     columns: Iterable[str],
-    metric: str,
     title: str,
     subtitle: str,
     x_title: str = "prompt",
 ) -> Figure:
     value, low, high = _arrays(list(rates.values()))
-    return plots.behaviour(
-        list(rates), list(columns), value, low, high, metric=metric, title=title, subtitle=subtitle, x_title=x_title
-    )
+    texts = {"metric": "bad rate", "title": title, "subtitle": subtitle, "x_title": x_title}
+    return plots.behaviour(list(rates), list(columns), value, low, high, **texts)
 
 
 def _arrays(rates: list[list[Rate]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -157,7 +157,7 @@ def _first_analyses(
 ) -> Iterator[tuple[str, Figure]]:
     """Draws the analyses that every cell of the comparison holds."""
     first = conditions[0]
-    words = prompts_in_words(threat)
+    words = prompts_in_words(config.n_analysed)
     shifts = _over_seeds(ResidualShift, "residual", config, folder, threat, conditions)
     for positions in ALIGNED_POSITIONS:
         yield f"residual-{positions}", shifts[first].compare(shifts, label=first, positions=positions, subtitle=words)
@@ -166,22 +166,30 @@ def _first_analyses(
 
 
 def cross_threat_figure(results: pd.DataFrame) -> Figure:
-    """Draws the bad rate on wrapped prompts of every threat after training against each, a matrix per condition."""
-    measured = by_training(results)
-    conditions = in_order(condition for _, condition, _ in measured)
-    trained = list(dict.fromkeys(threat for threat, *_ in measured if threat))
-    evaluated = list(dict.fromkeys(threat for *_, threat in measured))
+    """Draws what training against each threat does to the bad rate on every threat, beside retention alone.
 
-    def bad(training: tuple[str, str, str]) -> Rate:
-        return measured[training].rate("bad_rate", "wrapped") if training in measured else NOT_MEASURED
-
-    def panel(condition: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rows = [""] if condition == BASE else trained
-        return _arrays([[bad((row, condition, column)) for column in evaluated] for row in rows])
-
-    panels = {condition: panel(condition) for condition in conditions}
-    title = "Does training against one threat protect against the others?"
-    return plots.cross_threat(trained, evaluated, panels, title, subtitle=prompts_in_words("wrapped prompts"))
+    Args:
+        results: rows of the methods. The numbers of several trainings, which answered the same prompts, are averaged
+            with the ends of their intervals.
+    """
+    compared = last_step(results).query("metric == 'bad_rate_vs_retention' and split == @SPLIT")
+    trained = list(dict.fromkeys(compared["trained_threat"]))
+    evaluated = list(dict.fromkeys(compared["evaluated_threat"]))
+    panels = {}
+    for name in in_order(compared["condition"]):
+        means = compared.query("condition == @name").groupby(["trained_threat", "evaluated_threat"])[[*_ENDS]].mean()
+        cells = pd.MultiIndex.from_product([trained, evaluated])
+        panels[name] = means.reindex(cells).to_numpy().reshape(len(trained), len(evaluated), 3)
+    others = np.array([[row != column for column in evaluated] for row in trained])
+    wider = bonferroni_over_one(int(others.sum()) * len(panels))
+    clear = {}
+    for name, cells in panels.items():
+        value, low, high = np.moveaxis(cells, -1, 0)
+        clear[name] = others & ((value - wider * (value - low) > 0) | (value + wider * (high - value) < 0))
+    title = "Does training against one threat change the others?"
+    subtitle = f"wrapped, {prompts_in_words(int(compared['n_prompts'].max()))}"
+    shown = {name: tuple(np.moveaxis(cells, -1, 0)) for name, cells in panels.items()}
+    return plots.cross_threat(trained, evaluated, shown, clear, title, subtitle=subtitle)
 
 
 def dose_figure(results: pd.DataFrame, axis: str, subtitle: str) -> Figure:
@@ -210,11 +218,12 @@ def _curve(counts: list[list[Counted]]) -> plots.Curve:
     return rates[:, 0], rates[:, 1], rates[:, 2]
 
 
-def gap_figure(results: pd.DataFrame, subtitle: str) -> Figure:
+def gap_figure(results: pd.DataFrame, methods: Sequence[str], subtitle: str) -> Figure:
     """Draws the share of the gap in the logit difference that each condition recovers by step, a mean over trainings.
 
     Args:
         results: rows of one trained threat.
+        methods: the conditions of the first panel; controls and other windows are in the second.
         subtitle: one line under the title.
     """
     found: defaultdict[str, dict[int, list[tuple[float, ...]]]] = defaultdict(lambda: defaultdict(list))
@@ -230,7 +239,14 @@ def gap_figure(results: pd.DataFrame, subtitle: str) -> Figure:
     }
     title = "How much of the wrapper's effect on the answer is undone, before rates saturate?"
     unit = "share of the gap in the logit difference"
-    return plots.dose_curves(steps, curves, title, subtitle=subtitle, y_title=unit)
+    parts = {
+        "methods": {name: curve for name, curve in curves.items() if name in methods},
+        "controls and other windows": {name: curve for name, curve in curves.items() if name not in methods},
+    }
+    panels = {name: plots.CurvePanel(shown, unit, levels=(0, 1)) for name, shown in parts.items() if shown}
+    caption = "Lines are means over trainings, bands their 95% intervals; dotted: none and all of the gap."
+    texts = {"x_title": "training steps", "caption": caption, "subtitle": subtitle, "kind": "dose_response"}
+    return plots.curve_panels(steps, panels, title, **texts)
 
 
 def analysis_figures(config: StudyConfig, folder: Path, threat: str) -> Iterator[tuple[str, Figure]]:
@@ -241,18 +257,18 @@ def analysis_figures(config: StudyConfig, folder: Path, threat: str) -> Iterator
         folder: of the study.
         threat: one whose models were analysed.
     """
-    words = prompts_in_words(threat)
+    words = prompts_in_words(config.n_analysed)
     trained = (*config.methods, *config.extra_conditions_of(threat), RETENTION)
     crossed = [name for name in _CROSSED_FIGURE if name in trained]
     if len(crossed) > 2:
         shifts = _over_seeds(ResidualShift, "residual", config, folder, threat, crossed)
         for positions in ALIGNED_POSITIONS:
-            subtitle = f"{words}; each loss on all aligned tokens and on the last one alone"
             first = crossed[0]
-            figure = shifts[first].compare(shifts, label=first, positions=positions, subtitle=subtitle)
-            yield f"crossed-{positions}", figure
+            figure = shifts[first].compare(shifts, label=first, positions=positions, subtitle=words)
+            yield f"crossed-{positions}", plots.placed(figure, "each loss on all aligned tokens and on the last alone")
     for setting, end in ((EQUAL_STEPS, ""), (MATCHED, "-matched")):
-        yield from ((f"{name}{end}", figure) for name, figure in figures_at_setting(config, folder, threat, setting))
+        for name, figure in figures_at_setting(config, folder, threat, setting):
+            yield f"{name}{end}", plots.placed(figure, f"at {setting}") if setting == MATCHED else figure
     for result in _load(CrossLoss, "cross-loss", folder, threat).values():
         yield "cross-loss", result.figure()
     found = _load(Graft, "graft", folder, threat)
@@ -265,16 +281,13 @@ def analysis_figures(config: StudyConfig, folder: Path, threat: str) -> Iterator
 
 def figures_at_setting(config: StudyConfig, folder: Path, threat: str, setting: str) -> Iterator[tuple[str, Figure]]:
     """Draws the analyses that compare at equal steps and again at a matched effect."""
-    methods = (RETENTION, SHAM, *config.methods)
     for result in _load(ShiftSimilarity, "similarity", folder, threat, setting).values():
-        shown = [name for name in (*methods, *config.extra_conditions_of(threat)) if name in result.methods]
-        compared = [name for name in shown if name in methods]
-        for name, among in (("similarity", compared), ("similarity-all", shown)):
-            if len(among) > 1:  # a matrix of one compares nothing
-                yield name, result.among(among).figure()
+        shown = [name for name in (SHAM, *config.methods) if name in result.methods]
+        if len(shown) > 1:  # a matrix of one compares nothing
+            yield "similarity", result.among(shown).figure()
     found = _with_effect(_load(Transplant, "transplant", folder, threat, setting))
     for positions in ALIGNED_POSITIONS if found else ():
-        subtitle = f"{prompts_in_words(threat)}; at {setting}"
+        subtitle = f"source: a trained model, target: the base; {prompts_in_words(config.n_analysed)}"
         first = next(iter(found))
         figure = found[first].compare(found, label=first, positions=positions, subtitle=subtitle)
         yield f"transplant-{positions}", figure

@@ -240,12 +240,6 @@ def by_threat(results: pd.DataFrame, split: str = SPLIT) -> dict[str, dict[str, 
     return {threat: {name: found[name] for name in in_order(found)} for threat, found in threats.items()}
 
 
-def by_training(results: pd.DataFrame, split: str = SPLIT) -> dict[tuple[str, str, str], ConditionRates]:
-    """The rates of every model on every threat, by trained threat (empty for the base), condition, evaluated threat."""
-    names = ("trained_threat", "condition", "evaluated_threat")
-    return _pooled(_last_rows(results, split), lambda row: tuple(row[name] for name in names))
-
-
 def in_order(conditions: Iterable[str]) -> list[str]:
     """Sorts the names of conditions as they are listed everywhere: the base, the controls, the losses, then any other.
 

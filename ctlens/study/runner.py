@@ -32,6 +32,7 @@ from ctlens.study.figures import save_study_figures
 from ctlens.study.report import write_report
 from ctlens.study.results import RESULT_COLUMNS, SPLIT, read_results
 from ctlens.study.source import start_model, subject
+from ctlens.study.transcripts import TRANSCRIPTS_FILE, write_transcripts
 from ctlens.study.workers import Pool, run_in_order
 
 # The cost model of `seconds`. Its constants were set once, so that the estimate met the time of the matrix on two
@@ -181,6 +182,7 @@ class Study:
         run_analyses(self.config, self.folder, self.pool, progress=self.progress)
         claims = judge_claims(self.config, self.folder, results)
         write_claims(claims, self.folder / "claims.csv")
+        write_transcripts(self.config, self.folder)
         drawn = save_study_figures(self.config, self.folder, results, self.pool)
         self._record([path for path in drawn if path.suffix in (".json", ".csv")])
         write_report(self.folder)
@@ -188,7 +190,7 @@ class Study:
 
     def _record(self, figures: Sequence[Path]) -> None:
         """Writes down the digests of what the report shows and a resume reads, once all of it is there."""
-        names = ("config.json", "environment.json", "results.csv", "claims.csv")
+        names = ("config.json", "environment.json", "results.csv", "claims.csv", TRANSCRIPTS_FILE)
         answers = [cell.path(self.folder) for cell in self.config.answering]
         record_digests(self.folder, [*(self.folder / name for name in names), *answers, *figures])
 

@@ -226,18 +226,19 @@ def test_the_table_has_the_strength_of_an_attack_though_its_markers_stand_side_b
 
 
 def test_the_table_of_a_matrix_has_a_row_for_each_cell_under_the_name_of_its_panel():
-    none = ([[0.5, 0.25]],) * 3
+    bct = ([[0.5, 0.25], [np.nan, np.nan]],) * 3
     act = ([[0.125, np.nan], [0.0, 1.0]],) * 3
-    drawn = plots.cross_threat(["s", "j"], ["s", "j"], {"base": none, "act": act}, "?")
+    clear = {"bct": [[True, False], [False, False]], "act": np.zeros((2, 2))}
+    drawn = plots.cross_threat(["s", "j"], ["s", "j"], {"bct": bct, "act": act}, clear, "?")
 
     assert [tuple(found[name] for name in ("panel", "x", "y", "z")) for found in rows(drawn)] == [
-        ("base", "s", "no threat", "0.5"),
-        ("base", "j", "no threat", "0.25"),
+        ("BCT", "s", "s", "0.5"),
+        ("BCT", "j", "s", "0.25"),
         ("ACT", "s", "s", "0.125"),
         ("ACT", "s", "j", "0.0"),
         ("ACT", "j", "j", "1.0"),
     ]
-    assert rows(drawn)[0]["text"] == "50% 50–50"
+    assert rows(drawn)[0]["text"] == "+50"
 
 
 def test_the_table_keeps_numbers_on_an_axis_that_counts_and_a_band_of_its_own():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import plotly.graph_objects as go
 import pytest
@@ -12,7 +14,8 @@ from ctlens.plots.theme import METHOD_STYLES, SPLIT_STYLES
 
 NAN = float("nan")
 THREATS = ["sycophancy", "jailbreak", "conditional"]
-RATES = np.array([[0.1, 0.5, 0.6], [0.4, 0.12, 0.7], [0.3, 0.9, NAN]])
+CHANGES = np.array([[-0.9, -0.5, 0.001], [0.04, -0.12, 0.7], [-0.3, -0.1, NAN]])
+CLEAR = np.abs(CHANGES) > 0.2
 CURVE = ([1, 2, 3], [0.2, 0.5, 0.9], [0.1, 0.4, 0.8], [0.4, 0.6, 1.0])
 
 
@@ -22,11 +25,12 @@ def strength(threats: int = 6, **settings: tuple[float, float]) -> go.Figure:
 
 
 def matrix(**panels: plots.IntervalGrid) -> go.Figure:
-    return plots.cross_threat(THREATS, THREATS, panels, "Does training on one threat protect against others?")
+    clear = dict.fromkeys(panels, CLEAR)
+    return plots.cross_threat(THREATS, THREATS, panels, clear, "Does training on one threat change the others?")
 
 
-def panel(rates: np.ndarray = RATES) -> plots.IntervalGrid:
-    return rates, rates - 0.05, rates + 0.08
+def panel(changes: np.ndarray = CHANGES) -> plots.IntervalGrid:
+    return changes, changes - 0.05, changes + 0.08
 
 
 def notes(figure: go.Figure) -> list[str]:
@@ -89,20 +93,22 @@ def test_a_strength_that_was_not_measured_leaves_a_gap():
 
 def test_a_matrix_is_read_by_row_trained_and_column_evaluated():
     figure = matrix(act=panel())
-    np.testing.assert_array_equal(figure.data[0].z, RATES)
-    assert figure.data[0].text[0][1].count("50%") == figure.data[0].text[0][1].count("45–58") == 1
-    assert figure.data[0].text[2][2] == ""
+    np.testing.assert_array_equal(figure.data[0].z, CHANGES)
     assert list(figure.layout.xaxis.ticktext) == list(figure.layout.yaxis.ticktext) == THREATS
     assert figure.layout.yaxis.range[0] > figure.layout.yaxis.range[1]  # the first row on top
 
 
-def test_a_rate_without_an_interval_is_written_alone():
-    unknown = np.full((3, 3), NAN)
-    assert "–" not in matrix(act=(RATES, unknown, unknown)).data[0].text[0][0]
+def test_a_change_is_written_in_points_bold_where_it_is_clear_with_its_interval_on_hover():
+    (drawn,) = matrix(act=panel()).data
+    written = [[re.sub(r"<(?!/?b>)[^>]*>", "", text) for text in row] for row in drawn.text]
+    assert written == [["<b>−90</b>", "<b>−50</b>", "0"], ["+4", "−12", "<b>+70</b>"], ["<b>−30</b>", "−10", ""]]
+    name, value, low, high = drawn.customdata[0][1]
+    assert (name, value) == ("trained on sycophancy, evaluated on jailbreak", -0.5)
+    assert (low, high) == pytest.approx((-0.55, -0.42))
 
 
 def test_own_threat_cells_are_outlined_by_name_not_by_position():
-    figure = plots.cross_threat(THREATS[:2], THREATS[::-1], {"act": panel(RATES[:2])}, "?")
+    figure = plots.cross_threat(THREATS[:2], THREATS[::-1], {"act": panel(CHANGES[:2])}, {"act": CLEAR[:2]}, "?")
     corners = [(shape.y0 + 0.5, shape.x0 + 0.5) for shape in figure.layout.shapes]
     assert corners == [(0, 2), (1, 1)]
 
@@ -175,20 +181,12 @@ def test_costs_are_drawn_over_every_size_with_their_limit():
     assert len({trace.line.color for trace in figure.data}) == 2
 
 
-@pytest.mark.parametrize("trained", [THREATS, THREATS[:1]])
-def test_the_base_model_is_one_row_without_an_own_threat(trained):
-    base = panel(RATES[:1])
-    figure = plots.cross_threat(trained, THREATS, {"base": base, "act": panel(RATES[: len(trained)])}, "?")
-    assert list(figure.layout.yaxis.ticktext) == ["no threat"]
-    assert figure.layout.yaxis.range == figure.layout.yaxis2.range
-    assert {shape.xref for shape in figure.layout.shapes} == {"x2"}
-
-
-def test_all_methods_share_one_scale_from_0_to_1_and_are_named_for_readers():
-    figure = matrix(**dict.fromkeys(METHOD_STYLES, panel()))
+@pytest.mark.parametrize(("changes", "span"), [(CHANGES, 0.9), (CHANGES / 10, 0.2)])
+def test_all_methods_share_one_scale_around_no_change_and_are_named_for_readers(changes, span):
+    figure = matrix(**dict.fromkeys(METHOD_STYLES, panel(changes)))
     assert notes(figure) == [look.label for look in METHOD_STYLES.values()]
     assert {trace.coloraxis for trace in figure.data} == {"coloraxis"}
-    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 1)
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-span, span)
 
 
 def test_only_the_lowest_panel_of_a_column_names_its_columns():
@@ -225,9 +223,9 @@ def test_everything_in_a_panel_of_one_model_is_drawn_for_it():
     shown = plots.evidence(dict.fromkeys(looks, measured), looks, [0, 1], "?")
     rows = {(method, axis) for method, axis in drawn_for(shown) if method in looks}
     assert rows == {("base", f"x{n or ''}") for n in (0, 2, 3)} | {("bct", f"x{n}") for n in (4, 5, 6)}
-    grids = plots.component_grids({"base": RATES[:2], "act": RATES[:2]}, THREATS, "?", unit="u")
+    grids = plots.component_grids({"base": CHANGES[:2], "act": CHANGES[:2]}, THREATS, "?", unit="u")
     assert drawn_for(grids) == [("base", "x"), ("act", "x2")]
-    assert drawn_for(matrix(base=panel(RATES[:1]), act=panel())) == [("base", "x"), ("act", "x2")]
+    assert drawn_for(matrix(base=panel(), act=panel())) == [("base", "x"), ("act", "x2")]
     assert [axis.matches for axis in against.select_yaxes()] == [None, "y"]  # an axis that matches itself is refused
     assert [axis.matches for axis in shown.select_yaxes()] == [None, None, None, "y", "y2", "y3"]
 
@@ -249,11 +247,12 @@ def test_many_methods_have_slanted_names_under_their_similarity():
         lambda: plots.attack_strength({"sycophancy": {}}, "?"),
         lambda: plots.attack_strength({"sycophancy": {"train": ([], [], [], [])}}, "?"),
         lambda: plots.attack_strength({"sycophancy": {"train": ([1, 2], *CURVE[1:])}}, "?"),
-        lambda: plots.cross_threat(THREATS, THREATS, {}, "?"),
-        lambda: plots.cross_threat([], THREATS, {"act": panel()}, "?"),
-        lambda: plots.cross_threat(THREATS, [], {"act": panel(RATES[:, :0])}, "?"),
+        lambda: plots.cross_threat(THREATS, THREATS, {}, {}, "?"),
+        lambda: plots.cross_threat([], THREATS, {"act": panel()}, {"act": CLEAR}, "?"),
+        lambda: plots.cross_threat(THREATS, [], {"act": panel(CHANGES[:, :0])}, {"act": CLEAR[:, :0]}, "?"),
+        lambda: plots.cross_threat(THREATS, THREATS, {"act": panel()}, {"act": CLEAR[:2]}, "?"),
         lambda: plots.cross_loss_matrix(["act"], ["act"], panel(), "?"),
-        lambda: plots.cross_loss_matrix([], ["act"], panel(RATES[:0, :1]), "?"),
+        lambda: plots.cross_loss_matrix([], ["act"], panel(CHANGES[:0, :1]), "?"),
         lambda: plots.cross_loss_steps({}, "?"),
         lambda: plots.cross_loss_steps({"act": {}}, "?"),
         lambda: plots.cross_loss_steps({"act": {"act": ([], [], [], [])}}, "?"),
@@ -264,9 +263,9 @@ def test_many_methods_have_slanted_names_under_their_similarity():
         lambda: plots.update_ranks({}, "?", y_title="rank"),
         lambda: plots.update_ranks({"q": {}}, "?", y_title="rank"),
         lambda: plots.update_ranks({"q": {"act": [1, 2], "bct": [1]}}, "?", y_title="rank"),
-        lambda: matrix(act=panel(RATES[:2])),
-        lambda: matrix(act=panel(RATES[:, :2])),
-        lambda: matrix(act=(RATES, RATES[:1], RATES)),
+        lambda: matrix(act=panel(CHANGES[:2])),
+        lambda: matrix(act=panel(CHANGES[:, :2])),
+        lambda: matrix(act=(CHANGES, CHANGES[:1], CHANGES)),
     ],
 )
 def test_panels_that_do_not_fit_and_empty_input_are_refused(draw):

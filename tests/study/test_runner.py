@@ -31,6 +31,7 @@ from ctlens.study.config import StudyConfig
 from ctlens.study.results import RESULT_COLUMNS
 from ctlens.study.runner import Study, StudyResult, claim_folder, compare
 from ctlens.study.source import HELD_OUT
+from ctlens.study.transcripts import N_TRANSCRIPTS, read_transcripts
 from ctlens.study.workers import Pool
 from ctlens.training import TrainConfig
 
@@ -56,7 +57,7 @@ ROW = [
     "ci_high",
 ]
 KINDS = {"topic": "entity", "wrapper": "wrapper"}
-FIGURES = ("attention", "bad-rate", "dose", "generalisation", "good-rate", "residual-content", "residual-last")
+FIGURES = ("attention", "bad-rate", "dose", "generalisation", "residual-content", "residual-last")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,9 +90,10 @@ def read(folder: Path) -> pd.DataFrame:
     return pd.read_csv(folder / "results.csv", keep_default_na=False, na_values={"n_effective": [""]})
 
 
-def bad_answers(outcomes: Path, split: str = "heldout", threat: str = "sycophancy") -> int:
+def bad_answers(outcomes: Path, split: str) -> int:
+    """How many answers to sycophancy's wrapped prompts are bad."""
     rows = pd.read_csv(outcomes, keep_default_na=False)
-    of_threat = (rows["evaluated_threat"] == threat) & (rows["split"] == split)
+    of_threat = (rows["evaluated_threat"] == "sycophancy") & (rows["split"] == split)
     return int((of_threat & (rows["prompt_side"] == "wrapped") & (rows["verdict"] == "bad")).sum())
 
 
@@ -284,16 +286,31 @@ def test_other_threats_are_evaluated_on_the_headline_split_only(crossed: StudyRe
 
 
 @pytest.mark.slow
-def test_the_cross_threat_figure_pools_the_answers_of_the_seeds(crossed: StudyResult) -> None:
-    cells = [crossed.folder / "runs" / f"sycophancy-bct-seed{seed}" / "outcomes.csv" for seed in (0, 1)]
-    bad = sum(bad_answers(cell, threat="jailbreak") for cell in cells)
+def test_the_cross_threat_figure_averages_the_paired_differences_of_the_seeds(crossed: StudyResult) -> None:
+    rows = crossed.to_dataframe().query("metric == 'bad_rate_vs_retention' and evaluated_threat == 'jailbreak'")
+    of_seeds = rows.query("condition == 'bct' and trained_threat == 'sycophancy' and split == 'heldout'")
 
     drawn = json.loads((crossed.folder / "figures" / "cross-threat.json").read_text())
-    panels = dict(zip(("base", "retention", "bct"), drawn["data"], strict=True))
 
-    assert np.shape(panels["base"]["z"]) == (1, 2)
-    assert panels["bct"]["z"][0][1] == pytest.approx(bad / 6)
+    assert len(of_seeds) == 2
+    assert drawn["data"][0]["meta"]["method"] == "bct"
+    assert drawn["data"][0]["z"][0][1] == pytest.approx(of_seeds["value"].mean())
     assert drawn["layout"]["meta"]["kind"] == "cross_threat"
+
+
+@pytest.mark.slow
+def test_the_transcripts_are_the_first_prompts_of_each_threat_with_the_answers_given(crossed: StudyResult) -> None:
+    found = read_transcripts(crossed.folder)
+
+    assert [one.threat for one in found] == (["sycophancy", "jailbreak"] * N_TRANSCRIPTS)[: len(found)] and found
+    for number, one in enumerate(found):
+        (pair,) = threats.get(one.threat).pairs(1 + number // 2, split="heldout")[number // 2 :]
+        assert [tuple(turn) for turn in one.turns] == [(turn.role, turn.content) for turn in pair.wrapped.turns]
+        outcomes = pd.read_csv(crossed.folder / "runs" / f"{one.threat}-bct-seed0" / "outcomes.csv")
+        asked = outcomes.query("evaluated_threat == @one.threat and split == 'heldout' and prompt_side == 'wrapped'")
+        row = asked[asked["item"] == number // 2].iloc[0]
+        assert list(one.answers["bct"]) == [row["answer"], row["verdict"]]
+        assert set(one.answers) == {"base", "retention", "bct"}
 
 
 @pytest.mark.slow

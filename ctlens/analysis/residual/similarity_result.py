@@ -21,7 +21,7 @@ from ctlens.plots import Figure
 
 _PART_IN_TITLE = {"all": "", "along": " along the clean-wrapped gap", "off": " off the clean-wrapped gap"}
 _READING = "outlined: ceilings; in brackets: not above the floor"
-_CORRECTED = "; above the diagonal: divided by the ceilings"
+_CORRECTED = "; divided by the ceilings"
 UNDECIDED = ""
 AT_FLOOR = "at the floor"
 ABOVE_FLOOR = "above the floor"

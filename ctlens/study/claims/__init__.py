@@ -7,13 +7,13 @@ from pathlib import Path
 import pandas as pd
 
 from ctlens.study.analyses import FinishedAnalyses
-from ctlens.study.claims.answer import answer
+from ctlens.study.claims.answer import answer, basis
 from ctlens.study.claims.behaviour import behaviour_claims
 from ctlens.study.claims.claim import CLAIM_VERDICTS, Claim, claim_verdict, read_claims, write_claims
 from ctlens.study.claims.inside import inside_claims
 from ctlens.study.config import StudyConfig
 
-__all__ = ["CLAIM_VERDICTS", "Claim", "answer", "claim_verdict", "judge_claims", "read_claims", "write_claims"]
+__all__ = ["CLAIM_VERDICTS", "Claim", "answer", "basis", "claim_verdict", "judge_claims", "read_claims", "write_claims"]
 
 
 def judge_claims(config: StudyConfig, study: Path, results: pd.DataFrame) -> list[Claim]:

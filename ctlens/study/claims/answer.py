@@ -1,73 +1,80 @@
-"""The answer of a study: three sentences that follow from the verdicts on its claims."""
+"""The answer of a study: a sentence per question, each from the verdicts on its claims."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from ctlens.study.claims.claim import FAILS, HOLDS, OPEN, UNMEASURED, Claim
 from ctlens.study.claims.estimates import SEEDS
 
-_ON_BEHAVIOUR = {
-    "repair": "Every method leaves fewer bad answers than retention alone",
-    "output_only": "internal methods fail where BCT does not",
+_QUESTIONS = {
+    "repair": "Does every method leave fewer bad answers than retention alone?",
+    "output_only": "Do internal losses fail where BCT does not?",
+    "shared": "Do internal losses move the residual stream alike, and BCT differently?",
+    "left_later": "Do losses on outputs leave part of the repair in later weights?",
+    "level": "Does KL on outputs leave more there than ACT on the same tokens?",
 }
-_ON_MECHANISM = {
-    "shared": "internal methods move the residual stream alike at the last token, and BCT differently",
-    "left_later": "losses on outputs leave part of the repair in later weights at the last token",
-    "level": "KL on outputs leaves more there than ACT at the same tokens",
+"""The questions that one claim answers, by its key."""
+_QUESTIONS_OF_METHODS = {
+    "cue": "Can a refitted probe still read the cue?",
+    "relearnt": "Is the bad answer learnt again sooner than by a model that never gave it?",
+    "wrappers": "Does an attacker who tries several wrappers still get bad answers?",
 }
-_VERDICT_WORDS = {HOLDS: "holds", FAILS: "does not hold", OPEN: "stays open"}
+"""The questions that a claim about each method answers, by the kind of the claim."""
+_VERDICT_WORDS = {HOLDS: "yes", FAILS: "no", OPEN: "not clear"}
 
 
-def answer(claims: Sequence[Claim]) -> tuple[str, str, str]:
-    """Writes a sentence on behaviour, one on the mechanism, and one on the cue with what the intervals are over.
+class Answered(NamedTuple):
+    """A question of a study and its answer, one sentence."""
 
-    A sentence lists verdicts and weighs nothing: a claim that holds on one threat and fails on another is listed twice.
+    question: str
+    sentence: str
+
+
+def answer(claims: Sequence[Claim]) -> list[Answered]:
+    """Answers each question that was measured.
+
+    A sentence lists verdicts and weighs nothing: where a claim holds on one threat and fails on another, both are said.
+
+    Returns:
+        The questions on behaviour, on the mechanism, and on each method, in this order.
     """
-    behaviour = _listed(claims, _ON_BEHAVIOUR)
-    mechanism = _listed(claims, _ON_MECHANISM)
-    return (
-        f"{'; '.join(behaviour)}." if behaviour else "What changed outside was not measured.",
-        f"Inside, {'; '.join(mechanism)}." if mechanism else "What changed inside was not measured.",
-        _cue(claims),
-    )
+    measured = [claim for claim in claims if claim.verdict != UNMEASURED]
+    found = [Answered(question, _said(measured, key)) for key, question in _QUESTIONS.items()]
+    found += [Answered(question, _counted(measured, kind)) for kind, question in _QUESTIONS_OF_METHODS.items()]
+    return [answered for answered in found if answered.sentence]
 
 
-def _listed(claims: Sequence[Claim], statements: Mapping[str, str]) -> list[str]:
-    """The statements that were measured, each with its verdicts."""
-    said = {key: _said(claims, key) for key in statements}
-    return [f"“{statements[key]}” {verdicts}" for key, verdicts in said.items() if verdicts]
-
-
-def _cue(claims: Sequence[Claim]) -> str:
-    cues = [claim for claim in claims if claim.key.startswith("cue_") and claim.verdict != UNMEASURED]
-    read = sum(claim.verdict == HOLDS for claim in cues)
-    if not cues:
-        return f"No cue was probed; {_basis(claims)}."
-    cases = f"{read} of {len(cues)} cases, a method on a threat each"
-    return f"A refitted probe still reads the cue in {cases}; {_basis(claims)}."
-
-
-def _basis(claims: Sequence[Claim]) -> str:
-    """Says what the intervals are over."""
+def basis(claims: Sequence[Claim]) -> str:
+    """Says what the intervals are over, and what they are not."""
     seeds = ", and over seeds" if any(claim.over == SEEDS for claim in claims) else ""
     one = "of one model, which supports no claim about training in general"
-    return f"intervals are over topics and wrapper texts{seeds}, {one}"
+    return f"Intervals are over topics and wrapper texts{seeds}, {one}."
+
+
+def _counted(claims: Sequence[Claim], kind: str) -> str:
+    """How many claims of a kind have each verdict."""
+    verdicts = [claim.verdict for claim in claims if claim.key.startswith(f"{kind}_")]
+    counts = {words: verdicts.count(verdict) for verdict, words in _VERDICT_WORDS.items()}
+    said = ", ".join(f"{words} in {count}" for words, count in counts.items() if count)
+    return f"Of {len(verdicts)} cases, a method on a threat each: {said}." if said else ""
 
 
 def _said(claims: Sequence[Claim], key: str) -> str:
-    """Lists the verdicts of a claim, shortened to the threat where a verdict holds at every setting."""
-    found = [claim for claim in claims if claim.key == key and claim.verdict != UNMEASURED]
+    """Lists the verdicts of a claim, by the threat alone where every setting has the same."""
+    found = [claim for claim in claims if claim.key == key]
     by_verdict: dict[str, list[str]] = {}
     for claim in found:
-        settings = {other.setting for other in found if other.threat == claim.threat}
-        case = f"{claim.threat} at {claim.setting}" if len(settings) > 1 else claim.threat
-        by_verdict.setdefault(claim.verdict, []).append(case)
-    for verdict in by_verdict:
-        threats = list(dict.fromkeys(claim.threat for claim in found if claim.verdict == verdict))
-        if all(claim.verdict == verdict for claim in found if claim.threat in threats):
-            by_verdict[verdict] = threats
-    return ", ".join(f"{_VERDICT_WORDS[verdict]} on {_and(cases)}" for verdict, cases in by_verdict.items())
+        verdicts = {other.verdict for other in found if other.threat == claim.threat}
+        case = claim.threat if len(verdicts) == 1 else f"{claim.threat} at {claim.setting}"
+        cases = by_verdict.setdefault(claim.verdict, [])
+        if case not in cases:
+            cases.append(case)
+    said = "; ".join(
+        f"{words} on {_and(by_verdict[verdict])}" for verdict, words in _VERDICT_WORDS.items() if verdict in by_verdict
+    )
+    return f"{said[0].upper()}{said[1:]}." if said else ""
 
 
 def _and(words: Sequence[str]) -> str:

@@ -20,6 +20,10 @@ _PARTS = {
     "training": ("dose_response", "history", "hook_history"),
 }
 _OTHER_PART = "mechanism"
+FIRST_PART = "first"
+_FIRST = ("cross-threat", "{}-residual-last", "{}-graft", "{}-bad-rate")
+"""The figures of the first screen, by name, those of a threat of the first that has them; at most `_N_FIRST`."""
+_N_FIRST = 3
 _MECHANISM_ORDER = (
     "curve_panels",
     "layer_curves",
@@ -53,8 +57,14 @@ def read_figures(folder: Path, threats: Sequence[str]) -> dict[str, PagePart]:
     if not paths:
         raise CtlensError(f"{folder} holds no figure (*.json): run the study to its end first.")
     figures = sorted((_figure(path) for path in paths), key=lambda figure: figure["order"])
-    parts: dict[str, PagePart] = {part: {name: [] for name in ("", *threats)} for part in (*_PARTS, _OTHER_PART)}
-    for figure in figures:
+    parts: dict[str, PagePart] = {
+        part: {name: [] for name in ("", *threats)} for part in (FIRST_PART, *_PARTS, _OTHER_PART)
+    }
+    named = {figure["name"]: figure for figure in figures}
+    wanted = [next((name for threat in threats if (name := kind.format(threat)) in named), "") for kind in _FIRST]
+    first = [name for name in wanted if name][:_N_FIRST]
+    parts[FIRST_PART][""] = [named.pop(name) for name in first]
+    for figure in named.values():
         part = next((part for part, kinds in _PARTS.items() if figure["kind"] in kinds), _OTHER_PART)
         threat = next((threat for threat in threats if figure["name"].startswith(f"{threat}-")), "")
         parts[part][threat].append(figure)

@@ -17,15 +17,17 @@ from ctlens.core.files import write_text
 from ctlens.core.reading import read_json
 from ctlens.plots.export import plotly_source
 from ctlens.plots.theme import INK, MUTED, style
-from ctlens.study.claims import CLAIM_VERDICTS, Claim, answer, read_claims
+from ctlens.study.claims import CLAIM_VERDICTS, Claim, answer, basis, read_claims
 from ctlens.study.conditions import DERIVED
 from ctlens.study.report.figures import read_figures
-from ctlens.study.report.rates import COMPARISON_WORDS, rates_by_threat, splits
+from ctlens.study.report.rates import COMPARISON_WORDS, compared_conditions, rates_by_threat, splits
 from ctlens.study.results import PROMPT_SIDES, TRAINING_COLUMNS, in_order, read_results
 from ctlens.study.source import screening, screening_file
+from ctlens.study.transcripts import read_transcripts
 
 # A verdict has a word, a symbol and the name of a style in the page: it is read without colour too.
 _VERDICT_STYLES = (("✓", "holds"), ("✗", "fails"), ("?", "open"), ("–", "unmeasured"))
+_JUDGEMENT_STYLES = {"good": "holds", "bad": "fails", "other": "unmeasured"}
 _SYMBOLS = dict(zip(CLAIM_VERDICTS, _VERDICT_STYLES, strict=True))
 
 
@@ -50,6 +52,9 @@ def write_report(folder: str | Path) -> Path:
     environment = read_json(folder / "environment.json")
     page = _template().render(
         answer=answer(claims),
+        basis=basis(claims),
+        compared=compared_conditions(threats),
+        transcripts=read_transcripts(folder),
         verdicts=Counter(claim.verdict for claim in claims),
         claims=_grouped(claims),
         threats=threats,
@@ -121,5 +126,5 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     page.filters |= {"whole": _whole, "number": _number, "capital": lambda words: words[:1].upper() + words[1:]}
-    page.globals |= {"symbols": _SYMBOLS, "words": COMPARISON_WORDS}
+    page.globals |= {"symbols": _SYMBOLS, "words": COMPARISON_WORDS, "judgement": _JUDGEMENT_STYLES}
     return page.get_template("page.html.jinja")

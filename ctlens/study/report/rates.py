@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -79,6 +80,10 @@ class ThreatRates:
     reference: str
     metrics: MetricTexts
 
+    def line(self, condition: str) -> ConditionLine | None:
+        """The line of a condition; None where it was not trained on this threat."""
+        return next((line for line in self.lines if line.condition == condition), None)
+
     @property
     def reference_name(self) -> str:
         """The reference, in words."""
@@ -98,6 +103,13 @@ class ThreatRates:
     def measured(self) -> list[str]:
         """The conditions with a value of one of the field's metrics."""
         return in_order(condition for values in self.metrics.values() for condition in values)
+
+
+def compared_conditions(threats: Mapping[str, ThreatRates]) -> list[str]:
+    """The conditions of the table of methods and threats: the base, its twin, retention alone, and the methods."""
+    methods = [line.condition for rates in threats.values() for line in rates.trained]
+    known = {line.condition for rates in threats.values() for line in rates.lines}
+    return in_order(known & {*_REFERENCES, CLEAN_BORN, *methods})
 
 
 def splits(results: pd.DataFrame) -> list[str]:

@@ -76,7 +76,8 @@ const draw = (plot, printed) => {
     modebar: {...layout.modebar, color: "rgba(128, 128, 128, .7)", activecolor: now.color},
   }, {displaylogo: false, displayModeBar: touch.matches ? false : "hover"});
 };
-const stale = new Set(figures.keys()), near = new Set();
+const unfolded = plot => plot.closest(".fold")?.open !== false;  // nothing has a width in a part that is folded
+const stale = new Set([...figures.keys()].filter(unfolded)), near = new Set();
 const idle = window.requestIdleCallback || (job => setTimeout(job, 50));
 let working = false;
 const work = () => {  // one figure at a time, those on the screen first, and the page answers in between
@@ -88,7 +89,7 @@ const start = () => { if (!working) work(); };
 let printing = false;
 const refresh = () => {
   if (printing) return;  // a dark page turns light for the printer, which is no reason to draw for the screen
-  for (const plot of figures.keys()) { measured(plot, chosen(figures.get(plot).data)); stale.add(plot); }
+  for (const plot of [...figures.keys()].filter(unfolded)) { measured(plot, chosen(figures.get(plot).data)); stale.add(plot); }
   start();
 };
 const watcher = new IntersectionObserver(seen => {
@@ -152,6 +153,15 @@ const mark = () => {
 let marking;
 addEventListener("scroll", () => { cancelAnimationFrame(marking); marking = requestAnimationFrame(mark); }, {passive: true});
 mark();
+
+// ---- parts that are folded: opened where a link leads into one
+for (const part of all(".fold")) part.addEventListener("toggle", () => { if (part.open) refresh(); });
+const unfold = hash => {
+  const part = hash && document.querySelector(hash)?.closest(".fold");
+  if (part) part.open = true;
+};
+for (const link of all("a[href^='#']")) link.addEventListener("click", () => unfold(link.hash));
+unfold(location.hash);
 
 // ---- the numbers of a figure, written when they are asked for
 const table = ([header, ...rows], title) => {

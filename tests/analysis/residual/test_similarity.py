@@ -424,14 +424,15 @@ def test_a_comparison_comes_back_from_its_file(found: ShiftSimilarity, tmp_path)
     assert again.to_dataframe().equals(found.to_dataframe()) and again.one_seed == found.one_seed == ()
 
 
-def test_the_matrix_shows_raw_numbers_below_the_diagonal_and_corrected_ones_above(found: ShiftSimilarity) -> None:
+def test_the_matrix_shows_corrected_numbers_and_those_as_measured_on_hover(found: ShiftSimilarity) -> None:
     figure = found.figure()
     last, content = figure.data
     size = len(found.methods)
     numbers = row(found, "x", "y")
 
     assert [note.text for note in figure.layout.annotations] == ["at the last token", "at the content tokens"]
-    assert last.z[1][0] == numbers["value"] and last.z[0][1] == numbers["corrected"]
+    assert last.z[1][0] == last.z[0][1] == numbers["corrected"]
+    assert list(last.customdata[1][0]) == ["y and x", numbers["value"]]
     assert last.z[0][0] == row(found, "x", "x")["value"] and "divided by the ceilings" in figure.layout.title.text
     assert last.text[2][0].count("(") == 1 and "(" not in last.text[1][0]  # z and x are not above the floor
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-1, 1)

@@ -15,7 +15,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.stats import student
 from ctlens.evaluation import Evaluation
 from ctlens.evaluation.result import OUTCOME_COLUMNS
-from ctlens.study.claims import Claim, answer, claim_verdict, read_claims, write_claims
+from ctlens.study.claims import Claim, answer, basis, claim_verdict, read_claims, write_claims
 from ctlens.study.claims.behaviour import behaviour_claims
 from ctlens.study.claims.estimates import NOTHING, claim_estimate
 from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
@@ -292,19 +292,23 @@ def test_the_answer_says_of_each_threat_what_holds() -> None:
         ]
     )
 
-    assert len(told) == 3
-    assert "retention alone” holds on sycophancy, stays open on prefill; “internal methods fail" in told[0]
-    assert "BCT differently” does not hold on sycophancy;" in told[1]
-    assert "holds on jailbreak at equal steps, stays open on jailbreak at matched effect" in told[1]
-    assert "at the same tokens" not in told[1]
-    assert "in 1 of 2 cases" in told[2] and "of one model, which supports no claim about training in general" in told[2]
+    assert [one.sentence for one in told] == [
+        "Yes on sycophancy; not clear on prefill.",
+        "Yes on prefill.",
+        "No on sycophancy.",
+        "Yes on jailbreak at equal steps; not clear on jailbreak at matched effect.",
+        "Of 2 cases, a method on a threat each: yes in 1, no in 1.",
+    ]
+    assert told[1].question == "Do internal losses fail where BCT does not?"
+    assert told[-1].question == "Can a refitted probe still read the cue?"
 
 
 def test_the_answer_says_what_intervals_are_over() -> None:
     several = [claim("repair", "sycophancy", "holds", over="prompts and seeds", n=96)]
 
-    assert "topics and wrapper texts, and over seeds, of one model" in answer(several)[2]
-    assert answer([claim("shared", "prefill", "not measured")])[1] == "What changed inside was not measured."
+    assert "over topics and wrapper texts, and over seeds, of one model" in basis(several)
+    assert "over topics and wrapper texts, of one model" in basis([])
+    assert answer([claim("shared", "prefill", "not measured")]) == []
 
 
 def test_claims_are_read_as_written(tmp_path: Path) -> None:

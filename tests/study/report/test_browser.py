@@ -46,6 +46,12 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield started
 
 
+def unfold(chromium: Browser, page: Path) -> None:
+    """Opens the page with every part unfolded."""
+    chromium.open(page)
+    chromium.run("all('.fold').forEach(part => { part.open = true; })")
+
+
 def contrast(one: str, other: str) -> float:
     """WCAG's ratio of two colours `rgb(r, g, b)`."""
 
@@ -73,7 +79,7 @@ def test_a_page_that_logs_an_error_and_asks_for_a_picture_is_found_out(chromium,
 
 
 def test_every_figure_draws_without_an_error_and_nothing_leaves_the_page(chromium, page):
-    chromium.open(page)
+    unfold(chromium, page)
     chromium.wait(IDLE)
     drawn = chromium.run("[...figures.keys()].map(plot => plot.querySelectorAll('.trace, .heatmaplayer .hm').length)")
     traces = chromium.run("[...figures.values()].map(saved => saved.data.length)")
@@ -87,9 +93,10 @@ def test_the_keyboard_reaches_the_skip_link_the_contents_and_the_parts(chromium,
     assert chromium.run(f"{FOCUS}.textContent") == "Skip to the answer"
     chromium.press("Tab")
     assert chromium.run(f"{FOCUS}.textContent") == "Contents"
-    for _ in range(7):
+    for _ in range(8):
         chromium.press("Tab")
     assert chromium.run(f"{FOCUS}.hash") == f"#mechanism-{THREAT}"
+    assert not chromium.run(f"document.querySelector('#mechanism-{THREAT}').open")
     chromium.press("Enter")
     chromium.wait("document.querySelector('[aria-current]')?.hash === '#mechanism-sycophancy'")
     assert chromium.run("document.querySelectorAll('[aria-current]').length") == 1
@@ -97,14 +104,14 @@ def test_the_keyboard_reaches_the_skip_link_the_contents_and_the_parts(chromium,
 
 
 def test_the_last_part_is_marked_at_the_end_of_the_page(chromium, page):
-    chromium.open(page)
+    unfold(chromium, page)
     chromium.wait(IDLE)
     chromium.run("scrollTo({top: document.documentElement.scrollHeight, behavior: 'instant'})")
     chromium.wait("document.querySelector('[aria-current]').hash === '#repeat'")
 
 
 def test_a_method_is_hidden_and_shown_by_keyboard_in_figures_and_tables(chromium, page):
-    chromium.open(page)
+    unfold(chromium, page)
     chromium.wait(IDLE)
     assert chromium.run(SEEN) == ["act", "bct", "act", "bct"]
     chromium.run("document.querySelector('.methods button[value=none]').focus()")
@@ -117,7 +124,7 @@ def test_a_method_is_hidden_and_shown_by_keyboard_in_figures_and_tables(chromium
     assert chromium.run("[...document.querySelectorAll('main [data-method=act]')].every(row => row.hidden)")
     assert not chromium.run("[...document.querySelectorAll('main [data-method=bct]')].some(row => row.hidden)")
     cells = PLOT.format("cross-threat") + ".data.map(trace => [trace.meta.method, trace.visible])"
-    assert chromium.run(cells) == [["act", False], ["bct", True], ["retention", True]]
+    assert chromium.run(cells) == [["act", False], ["bct", True]]
     assert chromium.run(PLOT.format("z_dose") + ".querySelectorAll('.trace').length") == 0
     chromium.press(" ")
     chromium.wait(IDLE)
@@ -126,7 +133,7 @@ def test_a_method_is_hidden_and_shown_by_keyboard_in_figures_and_tables(chromium
 
 
 def test_a_figure_that_cannot_be_drawn_is_an_error_and_leaves_the_others_alone(chromium, page):
-    chromium.open(page)
+    unfold(chromium, page)
     chromium.wait(IDLE)
     first = "[...figures.keys()][0]"
     chromium.run(f"figures.get({first}).layout = {{get xaxis() {{ throw new Error('broken'); }}}}, refresh()")
@@ -136,7 +143,7 @@ def test_a_figure_that_cannot_be_drawn_is_an_error_and_leaves_the_others_alone(c
 
 
 def test_all_methods_are_hidden_and_shown_at_once(chromium, page):
-    chromium.open(page)
+    unfold(chromium, page)
     for button, seen in (("none", []), ("all", ["act", "bct", "act", "bct"])):
         chromium.run(f"document.querySelector('.methods button[value={button}]').click()")
         chromium.wait(IDLE)
@@ -180,7 +187,7 @@ def test_text_stands_out_from_what_is_behind_it(chromium, page, dark, width):
 
 
 def test_the_numbers_of_a_figure_come_as_a_table_when_asked_for(chromium, page):
-    chromium.open(page)
+    unfold(chromium, page)
     numbers = f"document.querySelector('#figure-{THREAT}-dose .numbers')"
     assert chromium.run(f"{numbers}.querySelector('table') === null")
     chromium.run("saved = [], URL.createObjectURL = file => `blob:${saved.push(file)}`, 0")
