@@ -93,7 +93,7 @@ class ShownStudy:
         yield f"{self.prefix}attack-strength", Evaluation.load(own / "base.csv").strength_figure()
         first = self.analysed[0]
         shifts = {name: ResidualShift.load(own / f"{first}-residual-{name}.safetensors") for name in SHOWN}
-        words = study_figures.prompts_in_words(shifts[RETENTION].n_pairs)
+        words = study_figures.prompts_in_words(int(shifts[RETENTION].to_dataframe()["n_pairs"].max()))
         compared = shifts[RETENTION].compare(shifts, label=RETENTION, subtitle=words)
         yield f"{self.prefix}{first}-residual-last", plots.placed(compared, first)
 

@@ -184,13 +184,14 @@ def judged(key: str, threat: str, setting: str = "equal steps") -> Claim:
 
 def test_the_findings_on_the_mechanism_hold() -> None:
     for threat in ("sycophancy", "jailbreak"):
-        assert judged("shared", threat).verdict == judged("shared_content", threat).verdict == "holds"
-        assert abs(judged("shared", threat).null) < 0.05
+        for key in ("shared", "shared_content"):
+            assert judged(key, threat).ci_low > 0 and judged(key, threat).verdict == "inconclusive"  # of two seeds
+        assert abs(judged("shared", threat).null) < 0.2
         assert judged("level", threat, "matched effect").verdict == "holds" and judged("level", threat).value < 0.1
         assert judged("distance", threat).verdict == "does not hold"
         assert judged("cue_bct", threat).verdict == "holds"
     for key in ("shared", "shared_content"):
-        assert judged(key, "sycophancy", "matched effect").verdict == "holds"
+        assert judged(key, "sycophancy", "matched effect").ci_low > 0
     assert judged("shared", "jailbreak", "matched effect").verdict == "inconclusive"
     assert judged("shared", "jailbreak", "matched effect").reason.endswith("AttCT 0.09, BCT 0.05")
     assert judged("shared_content", "jailbreak", "matched effect").verdict == "inconclusive"
@@ -236,10 +237,8 @@ def pooled(key: str, threat: str, setting: str = "equal steps") -> pd.Series:
 def test_the_prose_of_the_findings_says_what_holds_again() -> None:
     page = re.sub(r"\s+", " ", findings())
     for key, setting in (("shared", "equal steps"), ("shared_content", "equal steps"), ("shared", "matched effect")):
-        assert (pooled(key, "sycophancy", setting)["verdict"], pooled(key, "sycophancy", setting)["holds"]) == (
-            "holds",
-            10,
-        )
+        again = pooled(key, "sycophancy", setting)
+        assert again["verdict"] == "holds" and again["holds"] >= 9
     for key in ("shared", "shared_content"):
         assert pooled(key, "jailbreak")["verdict"] == "holds"
         assert (
@@ -294,13 +293,8 @@ def test_the_findings_quote_the_rates_the_benchmarks_and_the_transfers() -> None
     held = 100 * simulated["coverage"]
     assert f"in {held.min():.0f} to {held.max():.1f}% of simulated replications" in page
     assert f"holds in {100 * simulated['holds by chance'].max():.1f}% at most" in page
-    null = pd.read_csv(ROOT / "benchmarks/null_claims.csv", index_col="claim")
-    alone = (100 * null["holds in one study"] + 1e-9).round()
-    assert f"in {alone['shared']:.0f} to {alone['shared_content']:.0f} of 100 cases, " in page
-    assert (
-        f'"attention" in {alone["attention"]:.0f}, and "smaller moves of embeddings" in {alone["embeddings"]:.0f},'
-        in page
-    )
+    null = pd.read_csv(ROOT / "benchmarks/null_claims.csv")
+    assert null["holds in one study"].max() == 0.05 and "no claim holds in more than 5 of 100 such cases" in page
     by_chance = (null["replications"] * null["holds over studies"]).sum()
     assert (round(by_chance), null["replications"].sum()) == (1, 474) and "one of 474 such cases holds" in page
     transfers = FOUND.transfers().query("trained_threat == 'sycophancy' and evaluated_threat == 'jailbreak'")
@@ -336,7 +330,7 @@ def test_the_findings_on_the_sham_and_on_moved_embeddings_hold() -> None:
     assert f"the methods are {ends[0]} to {ends[1]} alike" in page
     for method in DEFAULT_METHODS:
         moved = pooled(f"embeddings_{method}", "sycophancy")
-        assert (moved["verdict"], moved["holds"]) == ("holds", 10)
+        assert (moved["verdict"], moved["holds"], moved["open"]) == ("holds", 0, 10)
         assert pooled(f"embeddings_{method}", "jailbreak")["verdict"] == "inconclusive"
         foretold = [pooled(f"foretold_{method}", threat) for threat in ("sycophancy", "jailbreak")]
         assert {one["verdict"] for one in foretold} == {"holds"} and min(one["value"] for one in foretold) > 0.9
@@ -502,7 +496,7 @@ def test_every_other_method_repairs_the_organism_and_keeps_the_rest(results: pd.
             assert row["good benign"].value >= rates.loc[(threat, "base"), "good benign"].value - 0.05
         if condition in DEFAULT_METHODS and (threat != "prefill" or condition == "bct"):
             assert row["bad wrapped"].value <= 0.2 * rates.loc[(threat, "base"), "bad wrapped"].value
-            own = against_control.query("trained_threat == @threat and condition == @condition")
+            own = against_control.query("trained_threat == evaluated_threat == @threat and condition == @condition")
             assert len(own) == 1 and (own["value"] < -0.6).all()
             clear = own["ci_high"] < 0
             assert clear.all() == (threat != "persona" and (threat, condition) != ("conditional", "attct"))
