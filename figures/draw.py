@@ -34,6 +34,7 @@ from ctlens.evaluation import Evaluation
 from ctlens.study import figures as study_figures
 from ctlens.study.analyses import SETTINGS
 from ctlens.study.claims import Claim
+from ctlens.study.claims.behaviour import TRANSFERS_FILE
 from ctlens.study.conditions import CROSSED_CONDITIONS, DEFAULT_METHODS, FINE_TUNED, PERTURBED, RETENTION, SHAM
 from ctlens.study.config import ANALYSED_THREATS
 from ctlens.study.dose_response import DoseResult
@@ -70,7 +71,7 @@ class ShownStudy:
 
     def taken(self) -> dict[str, str]:
         """What is taken from the study: the file under `DATA`, and where it lies under the folder of the runs."""
-        found = {f"{name}.csv": f"{name}.csv" for name in ("results", "claims", "base")}
+        found = {name: name for name in ("results.csv", "claims.csv", "base.csv", TRANSFERS_FILE)}
         for threat in self.analysed:
             analyses = f"analyses/{threat}"
             found[f"{threat}{SIMILARITY}"] = f"{analyses}/similarity/similarity.safetensors"
@@ -88,8 +89,7 @@ class ShownStudy:
         for threat in self.analysed:
             for name, figure in _inside(own, results, threat):
                 yield f"{self.prefix}{name}", plots.placed(figure, threat)
-        across = study_figures.cross_threat_figure(results[results["condition"].isin(DEFAULT_METHODS)])
-        yield f"{self.prefix}cross-threat", across
+        yield f"{self.prefix}cross-threat", study_figures.cross_threat_figure(pd.read_csv(own / TRANSFERS_FILE))
         yield f"{self.prefix}attack-strength", Evaluation.load(own / "base.csv").strength_figure()
         first = self.analysed[0]
         shifts = {name: ResidualShift.load(own / f"{first}-residual-{name}.safetensors") for name in SHOWN}

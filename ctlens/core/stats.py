@@ -91,16 +91,6 @@ def over_models(
     return float(value - below), float(value + above)
 
 
-def bonferroni_over_one(n_numbers: int) -> float:
-    """Computes how many times wider a normal interval is that holds for so many numbers at once than one for one.
-
-    >>> bonferroni_over_one(1), round(bonferroni_over_one(20), 2)
-    (1.0, 1.54)
-    """
-    level = 1 - (1 - LEVEL) / n_numbers
-    return float(stats.norm.ppf((1 + level) / 2) / stats.norm.ppf((1 + LEVEL) / 2))
-
-
 def difference(share: float, ends: Interval, other: float, other_ends: Interval) -> Interval:
     """Computes the interval of a difference of two independent proportions (Newcombe's hybrid score, 1998, method 10).
 

@@ -70,8 +70,8 @@ def cross_threat(
         matrix = _matrix(numbers, names, hover, _difference, bold)
         figure.add_trace(matrix.update(meta=drawn_for(method)), **subplot.at)
     caption = (
-        "Cells are points of bad rate above the control's, a paired difference; bold: clear of 0 with Bonferroni's "
-        "correction for all cells on other threats; outlined: the threat trained on."
+        "Cells are points of bad rate above the control's, a paired difference; bold: clear of 0 where intervals hold "
+        "for all cells on other threats at once; outlined: the threat trained on."
     )
     finish(figure, title, subtitle, kind="cross_threat", caption=caption)
     for subplot in subplots(len(panels)):

@@ -20,11 +20,11 @@ from ctlens.analysis.base.shares import floor_of
 from ctlens.analysis.exchange.exchange import Exchange
 from ctlens.analysis.outputs.gap_recovered import GAP_RECOVERED
 from ctlens.core.labels import BASE
-from ctlens.core.stats import bonferroni_over_one
 from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.evaluation import Evaluation
 from ctlens.plots import Figure
 from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Analysis, ResultT
+from ctlens.study.claims.behaviour import TRANSFERS_FILE
 from ctlens.study.conditions import RETENTION, SHAM
 from ctlens.study.config import Cell, StudyConfig
 from ctlens.study.results import (
@@ -35,7 +35,6 @@ from ctlens.study.results import (
     by_threat,
     counted,
     in_order,
-    last_step,
     pooled,
 )
 from ctlens.study.workers import Pool, run_in_order
@@ -73,13 +72,13 @@ def save_study_figures(config: StudyConfig, folder: Path, results: pd.DataFrame,
 
 def _draw_part(config: StudyConfig, folder: Path, results: pd.DataFrame, threat: str) -> list[Path]:
     """Draws the figures of one threat, or with an empty name those of the whole study."""
-    of_part = _of_threat(config, folder, results, threat) if threat else _of_study(config, folder, results)
+    of_part = _of_threat(config, folder, results, threat) if threat else _of_study(config, folder)
     return plots.write_figures({folder / "figures" / name: figure for name, figure in of_part})
 
 
-def _of_study(config: StudyConfig, folder: Path, results: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
+def _of_study(config: StudyConfig, folder: Path) -> Iterator[tuple[str, Figure]]:
     if len(config.asked) > 1:
-        yield "cross-threat", cross_threat_figure(_rows_of(results, config.methods))
+        yield "cross-threat", cross_threat_figure(pd.read_csv(folder / TRANSFERS_FILE))
     yield "attack-strength", Evaluation.load(folder / "base.csv").strength_figure()
 
 
@@ -165,31 +164,24 @@ def _first_analyses(
     yield "attention", masses[first].compare(masses, label=first, subtitle=words)
 
 
-def cross_threat_figure(results: pd.DataFrame) -> Figure:
+def cross_threat_figure(transfers: pd.DataFrame) -> Figure:
     """Draws what training against each threat does to the bad rate on every threat, beside retention alone.
 
     Args:
-        results: rows of the methods. The numbers of several trainings, which answered the same prompts, are averaged
-            with the ends of their intervals.
+        transfers: the rows of a `transfers.csv`.
     """
-    compared = last_step(results).query("metric == 'bad_rate_vs_retention' and split == @SPLIT")
-    trained = list(dict.fromkeys(compared["trained_threat"]))
-    evaluated = list(dict.fromkeys(compared["evaluated_threat"]))
+    trained = list(dict.fromkeys(transfers["trained_threat"]))
+    evaluated = list(dict.fromkeys(transfers["evaluated_threat"]))
     panels = {}
-    for name in in_order(compared["condition"]):
-        means = compared.query("condition == @name").groupby(["trained_threat", "evaluated_threat"])[[*_ENDS]].mean()
-        cells = pd.MultiIndex.from_product([trained, evaluated])
-        panels[name] = means.reindex(cells).to_numpy().reshape(len(trained), len(evaluated), 3)
-    others = np.array([[row != column for column in evaluated] for row in trained])
-    wider = bonferroni_over_one(int(others.sum()) * len(panels))
     clear = {}
-    for name, cells in panels.items():
-        value, low, high = np.moveaxis(cells, -1, 0)
-        clear[name] = others & ((value - wider * (value - low) > 0) | (value + wider * (high - value) < 0))
+    for name in in_order(transfers["condition"]):
+        cells = transfers.query("condition == @name")  # a row per trained and evaluated threat, in this order
+        value, low, high = cells[[*_ENDS]].to_numpy().T.reshape(3, len(trained), len(evaluated))
+        panels[name] = (value, low, high)
+        clear[name] = cells["clear"].to_numpy().reshape(value.shape)
     title = "Does training against one threat change the others?"
-    subtitle = f"wrapped, {prompts_in_words(int(compared['n_prompts'].max()))}"
-    shown = {name: tuple(np.moveaxis(cells, -1, 0)) for name, cells in panels.items()}
-    return plots.cross_threat(trained, evaluated, shown, clear, title, subtitle=subtitle)
+    subtitle = f"wrapped prompts, {int(transfers['n_prompts'].max())} of each threat, wrappers and items held out"
+    return plots.cross_threat(trained, evaluated, panels, clear, title, subtitle=subtitle)
 
 
 def dose_figure(results: pd.DataFrame, axis: str, subtitle: str) -> Figure:

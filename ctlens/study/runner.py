@@ -26,6 +26,7 @@ from ctlens.models.parameters import fingerprint, same_fingerprint
 from ctlens.study.analyses import analyses_of, run_analyses
 from ctlens.study.cells import OUTCOMES_FILE, CellTraining, result_rows, run_cell
 from ctlens.study.claims import Claim, judge_claims, write_claims
+from ctlens.study.claims.behaviour import TRANSFERS_FILE, write_transfers
 from ctlens.study.conditions import RETENTION
 from ctlens.study.config import BASE_CELL, TWIN_CELL, Cell, StudyConfig, size_for, study_of_size
 from ctlens.study.figures import save_study_figures
@@ -182,6 +183,7 @@ class Study:
         run_analyses(self.config, self.folder, self.pool, progress=self.progress)
         claims = judge_claims(self.config, self.folder, results)
         write_claims(claims, self.folder / "claims.csv")
+        write_transfers(self.config, self.folder, results)
         write_transcripts(self.config, self.folder)
         drawn = save_study_figures(self.config, self.folder, results, self.pool)
         self._record([path for path in drawn if path.suffix in (".json", ".csv")])
@@ -190,7 +192,7 @@ class Study:
 
     def _record(self, figures: Sequence[Path]) -> None:
         """Writes down the digests of what the report shows and a resume reads, once all of it is there."""
-        names = ("config.json", "environment.json", "results.csv", "claims.csv", TRANSCRIPTS_FILE)
+        names = ("config.json", "environment.json", "results.csv", "claims.csv", TRANSFERS_FILE, TRANSCRIPTS_FILE)
         answers = [cell.path(self.folder) for cell in self.config.answering]
         record_digests(self.folder, [*(self.folder / name for name in names), *answers, *figures])
 

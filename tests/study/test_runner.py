@@ -292,7 +292,11 @@ def test_the_cross_threat_figure_averages_the_paired_differences_of_the_seeds(cr
 
     drawn = json.loads((crossed.folder / "figures" / "cross-threat.json").read_text())
 
-    assert len(of_seeds) == 2
+    moved = pd.read_csv(crossed.folder / "transfers.csv")
+    (row,) = moved.query("trained_threat == 'sycophancy' and evaluated_threat == 'jailbreak'").to_dict("records")
+    assert len(of_seeds) == 2 and len(moved) == 4
+    assert row["value"] == pytest.approx(of_seeds["value"].mean())
+    assert (moved["clear"] == ((moved["ci_low"] > 0) | (moved["ci_high"] < 0))).all()
     assert drawn["data"][0]["meta"]["method"] == "bct"
     assert drawn["data"][0]["z"][0][1] == pytest.approx(of_seeds["value"].mean())
     assert drawn["layout"]["meta"]["kind"] == "cross_threat"

@@ -25,14 +25,14 @@ _QUESTIONS_OF_METHODS = {
 _VERDICT_WORDS = {HOLDS: "yes", FAILS: "no", OPEN: "not clear"}
 
 
-class Answered(NamedTuple):
+class Finding(NamedTuple):
     """A question of a study and its answer, one sentence."""
 
     question: str
     sentence: str
 
 
-def answer(claims: Sequence[Claim]) -> list[Answered]:
+def answer(claims: Sequence[Claim]) -> list[Finding]:
     """Answers each question that was measured.
 
     A sentence lists verdicts and weighs nothing: where a claim holds on one threat and fails on another, both are said.
@@ -41,8 +41,8 @@ def answer(claims: Sequence[Claim]) -> list[Answered]:
         The questions on behaviour, on the mechanism, and on each method, in this order.
     """
     measured = [claim for claim in claims if claim.verdict != UNMEASURED]
-    found = [Answered(question, _said(measured, key)) for key, question in _QUESTIONS.items()]
-    found += [Answered(question, _counted(measured, kind)) for kind, question in _QUESTIONS_OF_METHODS.items()]
+    found = [Finding(question, _said(measured, key)) for key, question in _QUESTIONS.items()]
+    found += [Finding(question, _counted(measured, kind)) for kind, question in _QUESTIONS_OF_METHODS.items()]
     return [answered for answered in found if answered.sentence]
 
 

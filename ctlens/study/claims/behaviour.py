@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ctlens.core.files import atomic_file
 from ctlens.core.stats import LEVEL
 from ctlens.evaluation import Evaluation
 from ctlens.evaluation.numbers import difference_with_interval
@@ -28,6 +29,7 @@ _HALF = 0.5
 _BEYOND_INTERNAL = ("prefill", "frustration")
 """The threats on which the stack paper's code and cards say that internal methods fail and BCT does not."""
 _ALL_THREATS = "all"
+TRANSFERS_FILE = "transfers.csv"
 
 
 def behaviour_claims(config: StudyConfig, study: Path, results: pd.DataFrame) -> Iterator[Claim]:
@@ -168,10 +170,33 @@ def _clearness(found: ClaimEstimate) -> float:
     return abs(found.value) / reach if found.value and reach > 0 else 0.0
 
 
+def write_transfers(config: StudyConfig, study: Path, results: pd.DataFrame) -> None:
+    """Writes `transfers.csv`: what each method changes on every threat that its models were asked about.
+
+    A row has the bad rate on wrapped prompts less that after retention alone, a paired difference, with an interval
+    that holds for all rows on other threats at once (Bonferroni), and whether it is clear of 0.
+    """
+    wrapped = WrappedRates(study, results)
+    cases = list(product(config.threats, config.methods, config.asked))
+    level = _for_all(sum(trained != evaluated for trained, _, evaluated in cases))
+    rows = []
+    for trained, method, evaluated in cases:
+        gap = wrapped.gap(trained, method, RETENTION, evaluated, level)
+        rows.append((trained, method, evaluated, gap.n, gap.value, gap.low, gap.high, gap.low > 0 or gap.high < 0))
+    columns = ["trained_threat", "condition", "evaluated_threat", "n_prompts", "value", "ci_low", "ci_high", "clear"]
+    with atomic_file(study / TRANSFERS_FILE) as temporary:
+        pd.DataFrame(rows, columns=columns).to_csv(temporary, index=False)
+
+
+def _for_all(n_cases: int) -> float:
+    """The level of confidence of an interval that is one of several which hold at once."""
+    return 1 - (1 - LEVEL) / max(1, n_cases)
+
+
 def _transfer(config: StudyConfig, wrapped: WrappedRates) -> Claim:
     """Judges the clearest change on a threat that was not trained on, with Bonferroni's correction for the choice."""
     cases = [(t, m, e) for t, m, e in product(config.threats, config.methods, config.threats) if t != e]
-    gaps = {(t, m, e): wrapped.gap(t, RETENTION, m, e, level=1 - (1 - LEVEL) / len(cases)) for t, m, e in cases}
+    gaps = {(t, m, e): wrapped.gap(t, RETENTION, m, e, level=_for_all(len(cases))) for t, m, e in cases}
     clearest = max(gaps, key=lambda case: _clearness(gaps[case]))
     trained, method, evaluated = clearest
     found = gaps[clearest]
