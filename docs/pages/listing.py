@@ -75,3 +75,9 @@ def returned(function: Exported) -> str:
     """What a function returns, as it says; empty for anything else."""
     found = getattr(definition(function), "returns", None)
     return ast.unparse(found) if found else ""
+
+
+def arguments(function: Exported) -> list[ast.arg]:
+    """The arguments of a function; none of anything else."""
+    found = definition(function)
+    return [*found.args.args, *found.args.kwonlyargs] if isinstance(found, ast.FunctionDef) else []

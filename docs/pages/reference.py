@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from executed import cells_with, markdown, title
-from listing import ROOT, Exported, definition, docstring, exported, imported, returned
+from listing import ROOT, Exported, arguments, definition, docstring, exported, imported, returned
 from nbformat import NotebookNode
 from plotted import computed
 
@@ -20,6 +20,8 @@ LOSSES = "ctlens.losses"
 THREATS = "ctlens.threats"
 BASE = f"{LOSSES}.base"
 NULLS = f"{ANALYSIS}.base.nulls"
+EVERY = "every analysis that takes pairs"
+"""How the list of nulls says which null is one of all analyses."""
 FIGURES = {
     "residual_shift": "sycophancy-residual-last",
     "shift_similarity": "sycophancy-similarity",
@@ -128,7 +130,7 @@ def _analysis(module: str, names: list[Exported]) -> Page:
     parts = [f"# {heading}"]
     parts += [f'!!! question "What it answers"\n\n    {answer[0].upper()}{answer[1:]}.' for answer in answers]
     parts.append(_docstring(module))
-    if module != NULLS and (nulls := [null for null in _nulls() if any(f"`{name}`" in null for name in functions)]):
+    if module != NULLS and (nulls := _nulls_of(names)):
         parts += ["## Its null", "\n".join(nulls)]
     if figures := [FIGURES[name] for name in functions if name in FIGURES]:
         parts += ["## Its figure", *(f"![{heading}](../../figures/{figure}.png)" for figure in figures)]
@@ -165,10 +167,14 @@ def _answers() -> Mapping[str, str]:
     return {name: answer for names, answer in rows for name in re.findall(r"`(\w+)`", names)}
 
 
-@cache
-def _nulls() -> list[str]:
-    """The list of nulls, each of which names its analyses."""
-    return [f"- {null.strip().rstrip('.;')}." for null in re.split(r"^- ", docstring(NULLS), flags=re.MULTILINE)[1:]]
+def _nulls_of(names: Iterable[Exported]) -> list[str]:
+    """What some analyses are held against: the nulls that name one of them, and that of all that take pairs."""
+    functions = [one for one in names if returned(one)]
+    pairs = any(argument.arg == "pairs" for one in functions for argument in arguments(one))
+    listed = [null.strip().rstrip(".;") for null in re.split(r"^- ", docstring(NULLS), flags=re.MULTILINE)[1:]]
+    named = [null for null in listed if any(f"`{one.name}`" in null for one in functions)]
+    general = [null for null in listed if pairs and EVERY in null]
+    return [f"- {null}." for null in (*named, *general)]
 
 
 def _published(method: str) -> str:
