@@ -620,7 +620,9 @@ def test_the_readme_is_short() -> None:
     [
         "README.md",
         "CONTRIBUTING.md",
+        "docs/first-hour.md",
         "docs/guide.md",
+        "docs/extending.md",
         "docs/findings.md",
         "docs/one-organism.md",
         "docs/scaling.md",
