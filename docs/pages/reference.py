@@ -28,7 +28,7 @@ FIGURES = {
     "transplant": "sycophancy-transplant",
     "gap_recovered": "sycophancy-gap-dose",
 }
-"""The committed figure of each analysis that has one; the others have theirs in a notebook."""
+"""The committed figure of each analysis that has one."""
 
 
 @dataclass(frozen=True)
