@@ -12,10 +12,11 @@ PARALLEL := --numprocesses logical --maxprocesses 8 --dist worksteal
 UNIT := not slow and not browser and not processes and not fuzz
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 BENCHMARKS := $(filter-out gpu quote null_claims,$(patsubst benchmarks/%.py,%,$(sort $(wildcard benchmarks/*.py))))
+EXECUTED := build/notebooks
 STRIP := --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
 
 .PHONY: install dev compare study replication smollm2 real test test-all fuzz doctest test-4x check figures drawings benchmarks lab notebooks
-.PHONY: strip dist install-4x clean
+.PHONY: docs strip dist install-4x clean
 
 install: $(VENV)/installed
 
@@ -27,7 +28,7 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "import ctlens.study.runner"
 	touch $@
 
-# What the tests, checks and pictures need, what the notebooks need, and what reads GGUF files, on top.
+# What the tests, checks, pictures and pages need, what the notebooks need, and what reads GGUF files, on top.
 dev: $(VENV)/dev
 
 $(VENV)/dev $(VENV)/notebook $(VENV)/gguf: $(VENV)/%: $(VENV)/installed
@@ -130,9 +131,14 @@ install-4x: .venv-4x.txt
 lab: $(VENV)/notebook
 	$(BIN)/jupyter lab notebooks
 
-# Two at a time, one thread each; three minutes are the most that a notebook may take.
+# Two at a time, one thread each; three minutes are the most that a notebook may take. The executed copies are for `docs`.
 notebooks: dev $(VENV)/notebook
-	printf '%s\n' $(NOTEBOOKS) | OMP_NUM_THREADS=1 xargs -n 1 -P 2 timeout 180 $(BIN)/pytest --nbmake --durations=1 -p no:cacheprovider
+	printf '%s\n' $(NOTEBOOKS) | OMP_NUM_THREADS=1 xargs -n 1 -P 2 timeout 180 $(BIN)/jupyter nbconvert --log-level WARN \
+		--to notebook --execute --output-dir $(EXECUTED)
+
+# The site in site/, which needs no server; a warning is an error. Notebooks have their outputs where they were executed.
+docs: dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Takes outputs and counts out of notebooks that were run and saved.
 strip: $(VENV)/notebook
@@ -149,4 +155,4 @@ dist: dev
 	$(BIN)/python -m build --outdir dist .
 
 clean:
-	rm -rf $(VENV) .venv-4x .venv-4x.txt runs dist
+	rm -rf $(VENV) .venv-4x .venv-4x.txt runs dist build site

@@ -46,9 +46,10 @@ def hf_folder(tmp_path: Path) -> Path:
     return folder
 
 
-# Files whose tests train for minutes in all, or look at trainings that one fixture of theirs makes. Run first, they are
-# all in the first worker's share, and the others, who take over from the end of it, never train the same again.
-LONG = ("tests/study/", "tests/training/test_processes.py", "tests/test_docs.py")
+# Files whose tests train for minutes in all, or look at trainings, or at a site, that one fixture of theirs makes. Run
+# first, they are all in the first worker's share, and the others, who take over from the end of it, never make the same
+# again.
+LONG = ("tests/study/", "tests/training/test_processes.py", "tests/test_docs.py", "tests/test_site.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -433,7 +433,7 @@ def test_plain_code_is_no_trick(source: str) -> None:
 
 
 def test_the_code_has_no_tricks() -> None:
-    places = [ROOT.parent / name for name in ("ctlens", "tests", "figures", "benchmarks")]
+    places = [ROOT.parent / name for name in ("ctlens", "tests", "docs", "figures", "benchmarks")]
     found = {path: idioms(path.read_text()) for place in places for path in sorted(place.rglob("*.py"))}
 
     assert {str(path.relative_to(ROOT.parent)): tricks for path, tricks in found.items() if tricks} == {}

@@ -1,4 +1,4 @@
-"""The code that the README and CONTRIBUTING show is run as it stands."""
+"""What the documents show is run as it stands, and what they quote is what committed tables hold."""
 
 from __future__ import annotations
 
@@ -14,13 +14,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
-from helpers.models import hf_model
+from helpers.documents import blocks
+from helpers.models import Call
 
-from ctlens import losses, organism, threats
-from ctlens.losses import distances
-from ctlens.losses.base import VectorLoss
-from ctlens.models.loading import load_model
+from ctlens import organism, threats
 from ctlens.organism.describe import card_text
 from ctlens.study.analyses import SETTINGS
 from ctlens.study.claims import Claim, read_claims
@@ -30,10 +27,6 @@ from ctlens.study.inoculation import ASKED, BEFORE, INOCULATED, PLAIN, RECKLESS,
 from ctlens.study.results import last_step, read_results, summary_table
 
 ROOT = Path(__file__).parents[1]
-
-
-def blocks(document: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
 
 
 @pytest.mark.slow
@@ -46,17 +39,37 @@ def test_the_readme_example_runs_and_its_claim_holds() -> None:
     assert len(names["run"].history) == 100  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
+def test_the_first_hour_runs_and_its_claims_hold(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+
+    for example in blocks("docs/first-hour.md", "python"):
+        exec(example, names)
+
+    assert {path.name for path in tmp_path.iterdir()} == {"before.html", "inside.html"}
+
+
+def test_the_commands_of_the_first_hour_run(call: Call) -> None:
+    commands = [line for block in blocks("docs/first-hour.md", "bash") for line in block.splitlines()]
+    own = [line.removeprefix(".venv/bin/ctlens ") for line in commands if not line.startswith("make ")]
+
+    assert [line.split()[0] for line in own] == ["organism"]
+    assert all(call(line).code == 0 for line in own)
+
+
 def test_every_make_target_that_the_documents_name_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
     commands = [
         line
-        for name in ("README.md", "CONTRIBUTING.md", "docs/guide.md")
+        for name in ("README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/first-hour.md")
         for block in blocks(name, "bash")
         for line in block.splitlines()
     ]
     targets = {shlex.split(line, comments=True)[1] for line in commands if line.startswith("make ")}
 
     assert targets == {
+        "install",
         "compare",
         "dev",
         "test",
@@ -70,6 +83,7 @@ def test_every_make_target_that_the_documents_name_exists() -> None:
         "benchmarks",
         "lab",
         "notebooks",
+        "docs",
         "strip",
         "dist",
         "smollm2",
@@ -77,20 +91,6 @@ def test_every_make_target_that_the_documents_name_exists() -> None:
         "replication",
     }
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
-
-
-def test_the_contributing_example_is_a_working_loss(tokenizer, monkeypatch) -> None:
-    distance, loss, registration, _ = blocks("CONTRIBUTING.md", "python")
-    names = {**vars(losses), **vars(distances), **vars(__import__("ctlens.losses.base", fromlist=["*"]))}
-
-    exec(f"from dataclasses import dataclass\n{distance}\n{loss}\n{registration}", names)
-    monkeypatch.setattr(losses, "LOSSES", names["LOSSES"])
-    made = losses.get("l1act", layers="last")
-
-    assert isinstance(made, VectorLoss)
-    assert made.hook_names(load_model(hf_model("llama"), tokenizer=tokenizer)) == ["blocks.1.hook_resid_post"]
-    x, y = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1.0])
-    assert made.distances["l1"](x, y) == 3
 
 
 sys.path.insert(0, str(ROOT / "figures"))
@@ -615,7 +615,9 @@ def test_the_readme_is_short() -> None:
     [
         "README.md",
         "CONTRIBUTING.md",
+        "docs/first-hour.md",
         "docs/guide.md",
+        "docs/extending.md",
         "docs/findings.md",
         "docs/one-organism.md",
         "docs/scaling.md",

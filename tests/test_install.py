@@ -101,6 +101,7 @@ def test_a_study_is_one_pass_without_the_packages_of_tests_and_notebooks(uv: str
         ("test", ["dev"]),
         ("check", ["dev"]),
         ("drawings", ["dev"]),
+        ("docs", ["dev"]),
         ("lab", ["notebook"]),
         ("notebooks", ["dev", "notebook"]),
     ],

@@ -192,27 +192,24 @@ def finish(
     return figure
 
 
-def placed(figure: go.Figure, place: str, note: str = "") -> go.Figure:
-    """Puts what a finished figure is of before its title, and a note behind its subtitle, in place; returns the figure.
+def placed(figure: go.Figure, subject: str) -> go.Figure:
+    """Puts what a finished figure is of before its title, in the figure itself, and returns it.
 
     Args:
         figure: from one of the functions that draw.
-        place: what it is of, for example a threat, so that no two figures of a page have one title.
-        note: for example how many prompts, and what the band is.
+        subject: for example a threat, so that no two figures of a page have one title.
 
-    >>> drawn = placed(finish(go.Figure(), "Does it hold?", "new texts"), "sycophancy", "96 prompts")
-    >>> drawn.layout.meta["title"], drawn.layout.meta["subtitle"]
-    ('Sycophancy: does it hold?', 'new texts; 96 prompts')
+    >>> placed(finish(go.Figure(), "Does it hold?"), "sycophancy").layout.meta["title"]
+    'Sycophancy: does it hold?'
     """
     meta = figure.layout.meta
-    title = f"{place[:1].upper()}{place[1:]}: {meta['title'][:1].lower()}{meta['title'][1:]}"
-    subtitle = "; ".join(filter(None, (meta["subtitle"], note)))
+    title = f"{subject[:1].upper()}{subject[1:]}: {meta['title'][:1].lower()}{meta['title'][1:]}"
     before = _lines(meta["title"], meta["subtitle"])
-    after = _lines(title, subtitle)
+    after = _lines(title, meta["subtitle"])
     longer = _heading_height(*after) - _heading_height(*before)
     return figure.update_layout(
         title=_title(*after),
-        meta={**meta, "title": title, "subtitle": subtitle},
+        meta={**meta, "title": title},
         height=figure.layout.height + longer,
         margin={"t": figure.layout.margin.t + longer},
     )

@@ -23,7 +23,27 @@ SPLIT = "heldout"
 TRAINING_COLUMNS = ("trained_threat", "condition", "seed")
 """The columns of `results.csv` that tell trainings apart."""
 RESULT_COLUMNS = (*TRAINING_COLUMNS, "step", *RATE_COLUMNS)
-"""The columns of `results.csv`, in their order."""
+"""The columns of `results.csv`, one row per number, in their order.
+
+- `trained_threat`: the threat that the model was trained on; empty for a model that was not trained.
+- `condition`: what it was trained with: the name of a loss or of a control, see `ctlens.study.conditions`; `base` for
+  the model before training, `clean-born` for its twin.
+- `seed`: of the training.
+- `step`: after how many steps it was measured.
+- `evaluated_threat`: the threat that it was asked; `pairs` for pairs from a file.
+- `split`: of the prompts: `heldout`, new items under new wrapper texts; `entities`, new items; `structure`, wrappers
+  of another structure too.
+- `prompt_side`: `wrapped`, `clean` or `benign`.
+- `metric`: `bad_rate`, `good_rate` and `other_rate`, shares of the answers; `good_probability` and `bad_probability`,
+  means; the threat's own metrics. After a training also `gap_recovered`, the share of the wrapper's effect in logits
+  that is undone; `bad_rate_vs_retention`, the bad rate less that of retention alone; on the threat trained on
+  `bad_rate_reduction`, the share of the base's bad rate that is gone; `share_repaired`, the share of the way from the
+  base's bad rate to the twin's; and the ratio of a metric to the base's, `<metric>_ratio`.
+- `value`: the number.
+- `n_prompts`: how many prompts it is of, or of `gap_recovered` pairs.
+- `n_effective`: how many independent prompts would tell a share as exactly; empty for other numbers.
+- `ci_low`, `ci_high`: the ends of its 95 percent interval over topics and wrapper texts; empty where there is none.
+"""
 _RESULT_KINDS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(RESULT_COLUMNS, str),
     **dict.fromkeys(("step", "n_prompts"), whole_number),

@@ -1,4 +1,26 @@
-"""A study: threats x methods x seeds with their controls, in one folder, resumable cell by cell."""
+"""A study: threats x methods x seeds with their controls, in one folder, resumable cell by cell.
+
+The folder holds:
+
+- `report.html`, all of it on one page; it opens with a sentence per question.
+- `results.csv`, one row per number, see `ctlens.study.results.RESULT_COLUMNS`.
+- `claims.csv`, one row per claim, threat and setting, see `ctlens.study.claims.claim.Claim`.
+- `transfers.csv`, what each method changes on every threat, see `ctlens.study.claims.behaviour.write_transfers`.
+- `transcripts.jsonl`, five prompts with what every model answered, see `ctlens.study.transcripts.Transcript`.
+- `base.csv`, every answer of the model before training, and `clean-born.csv`, those of its clean-born twin, where the
+  study has one; both as `ctlens.evaluation.Evaluation` saves them.
+- `config.json` and `environment.json`: the settings with what tells the model, its pairs and the version of ctlens,
+  and what it ran on.
+- `digests.csv`, a digest of each of these files: one that was damaged since is refused.
+- `figures/`: each figure as `.html`, as `.json`, and its numbers as `.data.csv`; with the extra `export` also as
+  `.png` and `.svg`.
+- `screened/`, for natural threats: which questions the model answers right without an attack.
+- `runs/`, a folder per training, `<threat>-<condition>-seed<n>`: a run (`ctlens.load_run`) with its own
+  `results.csv`, its answers (`outcomes.csv`), two analyses (`residual.safetensors`, `attention.safetensors`) and in
+  `matched/` the model at the step of matched effect. The conditions that are made from trainings lie beside them.
+- `analyses/<threat>/`, a folder per analysis, with `-matched` in its name at matched effect: a `.safetensors` file
+  per result, and in `refused.json` why there is none.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from ctlens.core.reading import read_json
 from ctlens.evaluation import Evaluation
 from ctlens.organism import load_organism
 from ctlens.plots.export import plotly_source
+from ctlens.study import results, runner
 from ctlens.study.config import StudyConfig
 from ctlens.study.results import RESULT_COLUMNS
 from ctlens.study.runner import Study, StudyResult, claim_folder, compare
@@ -116,6 +118,22 @@ def test_the_folder_holds_what_the_contract_says(unbroken: StudyResult) -> None:
     assert {f"figures/sycophancy-{name}.{end}" for name in FIGURES for end in ("html", "json")} <= files
     assert sorted(path.name for path in (unbroken.folder / "runs").iterdir()) == sorted(CELLS)
     assert not [name for name in files if "/." in f"/{name}"]
+
+
+@pytest.mark.slow
+def test_the_docstring_names_what_lies_in_the_folder(unbroken: StudyResult) -> None:
+    told = set(re.findall(r"`([\w.-]+)/?`", runner.__doc__ or ""))
+
+    assert {path.name for path in unbroken.folder.iterdir() if path.name != "analyses"} <= told
+    assert "`analyses/<threat>/`" in (runner.__doc__ or "")
+
+
+def test_the_docstring_of_the_columns_names_each_in_its_order() -> None:
+    source = Path(results.__file__).read_text()
+    (told,) = re.findall(r'^RESULT_COLUMNS = [^\n]*\n"""(.*?)"""', source, flags=re.MULTILINE | re.DOTALL)
+    items = re.findall(r"^- (.*?):", told, flags=re.MULTILINE)
+
+    assert [name for item in items for name in re.findall(r"`(\w+)`", item)] == list(RESULT_COLUMNS)
 
 
 @pytest.mark.slow

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.documents import blocks
 
 from ctlens.core.clusters import Clusters, paired_difference
 from ctlens.core.errors import CtlensError
@@ -16,7 +18,7 @@ from ctlens.core.stats import student
 from ctlens.evaluation import Evaluation
 from ctlens.evaluation.result import OUTCOME_COLUMNS
 from ctlens.study.claims import Claim, answer, basis, claim_verdict, read_claims, write_claims
-from ctlens.study.claims.behaviour import behaviour_claims
+from ctlens.study.claims.behaviour import WrappedRates, behaviour_claims
 from ctlens.study.claims.estimates import NOTHING, claim_estimate
 from ctlens.study.claims.statistic import Statistic, of_parts, of_prompts, whole
 from ctlens.study.conditions import CROSSED_CONDITIONS
@@ -231,6 +233,17 @@ def test_three_seeds_widen_the_interval_of_a_repair() -> None:
     reach = 4.302652729911275 * 0.1 / 3**0.5
     assert (found.n, found.over, found.value) == (100, "prompts and seeds", pytest.approx(0.7))
     assert (found.ci_low, found.ci_high) == pytest.approx((0.7 - reach, 0.7 + reach))
+
+
+def test_the_claim_that_the_documents_add_is_judged(tmp_path: Path) -> None:
+    names = vars(import_module("ctlens.study.claims.behaviour")).copy()
+    exec(blocks("docs/extending.md", "python")[-1], names)
+    rates = own("jailbreak", retention=80, act=40, bct=10)
+
+    found = names["_outputs_repair_more"](WrappedRates(answered(tmp_path, rates), results(rates)), "jailbreak")
+
+    assert (found.value, found.verdict) == (pytest.approx(0.3), "holds")
+    assert (found.ci_low, found.ci_high) == pytest.approx(fewer(30))
 
 
 def transferred(bad: int) -> Claim:
