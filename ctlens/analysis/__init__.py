@@ -17,6 +17,9 @@ from ctlens.analysis.base.recording import Recording as Recording
 from ctlens.analysis.base.result import Result as Result
 from ctlens.analysis.base.states import States as States
 from ctlens.analysis.base.states import states as states
+from ctlens.analysis.change.line import WeightLine as WeightLine
+from ctlens.analysis.change.trajectory import Trajectory as Trajectory
+from ctlens.analysis.change.trajectory import trajectory as trajectory
 from ctlens.analysis.directions.boundary import BoundaryDirection as BoundaryDirection
 from ctlens.analysis.directions.boundary import boundary_direction as boundary_direction
 from ctlens.analysis.directions.concepts import concept_directions as concept_directions
