@@ -18,6 +18,8 @@ from ctlens.analysis.base.result import Result as Result
 from ctlens.analysis.base.states import States as States
 from ctlens.analysis.base.states import states as states
 from ctlens.analysis.change.line import WeightLine as WeightLine
+from ctlens.analysis.change.text_diff import TextDiff as TextDiff
+from ctlens.analysis.change.text_diff import text_diff as text_diff
 from ctlens.analysis.change.trajectory import Trajectory as Trajectory
 from ctlens.analysis.change.trajectory import trajectory as trajectory
 from ctlens.analysis.directions.boundary import BoundaryDirection as BoundaryDirection
