@@ -39,6 +39,12 @@ from ctlens.analysis.exchange.mediation import Mediation as Mediation
 from ctlens.analysis.exchange.mediation import mediation as mediation
 from ctlens.analysis.exchange.transplant import Transplant as Transplant
 from ctlens.analysis.exchange.transplant import transplant as transplant
+from ctlens.analysis.features.patch import FeaturePatching as FeaturePatching
+from ctlens.analysis.features.patch import feature_patch as feature_patch
+from ctlens.analysis.features.readout import Features as Features
+from ctlens.analysis.features.readout import feature_direction as feature_direction
+from ctlens.analysis.features.shift import FeatureShift as FeatureShift
+from ctlens.analysis.features.shift import feature_shift as feature_shift
 from ctlens.analysis.outputs.cross_loss import CrossLoss as CrossLoss
 from ctlens.analysis.outputs.cross_loss import cross_loss as cross_loss
 from ctlens.analysis.outputs.gap_recovered import GapRecovered as GapRecovered
