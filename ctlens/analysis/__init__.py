@@ -39,6 +39,8 @@ from ctlens.analysis.exchange.mediation import Mediation as Mediation
 from ctlens.analysis.exchange.mediation import mediation as mediation
 from ctlens.analysis.exchange.transplant import Transplant as Transplant
 from ctlens.analysis.exchange.transplant import transplant as transplant
+from ctlens.analysis.features.crosscoder import Crosscoder as Crosscoder
+from ctlens.analysis.features.crosscoder import crosscoder as crosscoder
 from ctlens.analysis.features.patch import FeaturePatching as FeaturePatching
 from ctlens.analysis.features.patch import feature_patch as feature_patch
 from ctlens.analysis.features.readout import Features as Features

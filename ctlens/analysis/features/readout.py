@@ -110,7 +110,7 @@ def feature_direction(model: LensModel, features: Features, number: int, *, acti
     n_features = features.count(model)
     if not 0 <= number < n_features:
         raise CtlensError(f"there is no feature {number}: the dictionary has features 0 to {n_features - 1}.")
-    site, layer = _site_of(features.written_at)
+    site, layer = site_of(features.written_at)
     active = torch.zeros(2, n_features, device=next(model.parameters()).device)
     active[1, number] = activation
     nothing, written = features.decode(active)
@@ -119,7 +119,7 @@ def feature_direction(model: LensModel, features: Features, number: int, *, acti
     )
 
 
-def _site_of(hook_name: str) -> tuple[str, int]:
+def site_of(hook_name: str) -> tuple[str, int]:
     """The site and the layer of a full hook name at which there are directions."""
     layer = hook_name.split(".")[1] if hook_name.startswith("blocks.") else ""
     for site in DIRECTION_SITES:
