@@ -5,6 +5,7 @@ from ctlens import losses as losses
 from ctlens import organism as organism
 from ctlens import plots as plots
 from ctlens import threats as threats
+from ctlens.analysis.change.trajectory import trajectory as trajectory
 from ctlens.analysis.hook_points.activations import Captured as Captured
 from ctlens.analysis.hook_points.activations import OnePatch as OnePatch
 from ctlens.analysis.hook_points.activations import capture as capture

@@ -17,6 +17,11 @@ from ctlens.analysis.base.recording import Recording as Recording
 from ctlens.analysis.base.result import Result as Result
 from ctlens.analysis.base.states import States as States
 from ctlens.analysis.base.states import states as states
+from ctlens.analysis.change.line import WeightLine as WeightLine
+from ctlens.analysis.change.text_diff import TextDiff as TextDiff
+from ctlens.analysis.change.text_diff import text_diff as text_diff
+from ctlens.analysis.change.trajectory import Trajectory as Trajectory
+from ctlens.analysis.change.trajectory import trajectory as trajectory
 from ctlens.analysis.directions.boundary import BoundaryDirection as BoundaryDirection
 from ctlens.analysis.directions.boundary import boundary_direction as boundary_direction
 from ctlens.analysis.directions.concepts import concept_directions as concept_directions
@@ -34,6 +39,14 @@ from ctlens.analysis.exchange.mediation import Mediation as Mediation
 from ctlens.analysis.exchange.mediation import mediation as mediation
 from ctlens.analysis.exchange.transplant import Transplant as Transplant
 from ctlens.analysis.exchange.transplant import transplant as transplant
+from ctlens.analysis.features.crosscoder import Crosscoder as Crosscoder
+from ctlens.analysis.features.crosscoder import crosscoder as crosscoder
+from ctlens.analysis.features.patch import FeaturePatching as FeaturePatching
+from ctlens.analysis.features.patch import feature_patch as feature_patch
+from ctlens.analysis.features.readout import Features as Features
+from ctlens.analysis.features.readout import feature_direction as feature_direction
+from ctlens.analysis.features.shift import FeatureShift as FeatureShift
+from ctlens.analysis.features.shift import feature_shift as feature_shift
 from ctlens.analysis.outputs.cross_loss import CrossLoss as CrossLoss
 from ctlens.analysis.outputs.cross_loss import cross_loss as cross_loss
 from ctlens.analysis.outputs.gap_recovered import GapRecovered as GapRecovered

@@ -41,6 +41,7 @@ from ctlens.plots.points import points as points
 from ctlens.plots.probes import probe_curves as probe_curves
 from ctlens.plots.rates import behaviour as behaviour
 from ctlens.plots.replicated import replicated as replicated
+from ctlens.plots.scattered import scattered as scattered
 from ctlens.plots.similarity import similarity_curves as similarity_curves
 from ctlens.plots.similarity import similarity_matrix as similarity_matrix
 from ctlens.plots.strength import attack_strength as attack_strength

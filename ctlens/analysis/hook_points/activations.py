@@ -72,7 +72,7 @@ def capture(model: LensModel, prompts: PromptLike | Sequence[PromptLike], names:
     adopt(model)
     require_eval(model)
     asked = [name for given in ([names] if isinstance(names, str) else names) for name in resolve(model, given)]
-    rows = [_ids(model, given) for given in _listed(prompts)]
+    rows = [prompt_ids(model, given) for given in _listed(prompts)]
     if not asked or not rows:
         raise CtlensError("there is nothing to capture: give at least one prompt and one name of a hook point.")
     device = next(model.parameters()).device
@@ -95,7 +95,12 @@ def _listed(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
     return [tokens] if tokens else [item for item in given if not isinstance(item, int)]
 
 
-def _ids(model: LensModel, given: PromptLike) -> list[int]:
+def prompt_ids(model: LensModel, given: PromptLike) -> list[int]:
+    """The token ids of a prompt: a text is the user's message, rendered; ids are taken as they are.
+
+    Raises:
+        CtlensError: it has no tokens, or it is a text and the model has no tokenizer.
+    """
     if isinstance(given, str | Prompt):
         if model.tokenizer is None:
             raise CtlensError("the model has no tokenizer for a text: give token ids, or load it with a tokenizer.")

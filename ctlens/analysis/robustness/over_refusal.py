@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from ctlens import plots
 from ctlens.core.clusters import Clusters, clustered_rate
@@ -41,6 +41,15 @@ def unanswered_twins(
         of_twins = zip(replies, twins, strict=True)
         failed += [reply.verdict == "bad" or (reply.verdict == "other" and bool(twin.good)) for reply, twin in of_twins]
     return np.array(failed, dtype=bool).reshape(len(models), len(twins))
+
+
+def unanswered_by_pair(
+    model: LensModel, pairs: Sequence[Pair], judge: Judge | None, max_new_tokens: int
+) -> Float[np.ndarray, " pair"]:
+    """1 for each pair whose benign twin a model fails, 0 where it answers it; NaN for a pair without one."""
+    (failed,) = unanswered_twins({"": model}, pairs, judge, max_new_tokens)
+    of_twin = dict(zip(benign_twins(pairs), failed.tolist(), strict=True))
+    return np.array([np.nan if pair.benign is None else of_twin[pair.benign] for pair in pairs], dtype=float)
 
 
 def over_refusal(

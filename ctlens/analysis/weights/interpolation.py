@@ -9,34 +9,30 @@ benign twins. The models between are models of their own: what they do need not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from torch import Tensor
 
 from ctlens import plots
 from ctlens.analysis.base.contrast import ContrastBatch, contrast_batches, contrasts, logit_diffs
-from ctlens.analysis.base.forward import require_comparable
 from ctlens.analysis.base.result import ResultOverPairs, groups_of
+from ctlens.analysis.change.line import WeightLine
 from ctlens.analysis.probing.probe import probe
 from ctlens.analysis.probing.tasks import Task, wrapper_present
-from ctlens.analysis.robustness.over_refusal import benign_twins, unanswered_twins
+from ctlens.analysis.robustness.over_refusal import unanswered_by_pair
 from ctlens.core.clusters import clustered_mean, clustered_rate
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.keeping import keeping
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
-from ctlens.core.types import LensModel, widened
+from ctlens.core.types import LensModel
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers
-from ctlens.models.lora import merged_copy
-from ctlens.models.parameters import present_parameters, saved_tensors, state_buffers
-from ctlens.models.weights import copy_weights
 from ctlens.plots import Curve, CurvePanel, Figure
 from ctlens.threats import Judge, ask
 
@@ -217,16 +213,13 @@ def interpolation(
         CtlensError: the models do not compare, are in training mode or keep their weights under different names, the
             amounts do not rise, a pair has no answers, or as `wrapper_present` and `ctlens.analysis.probe`.
     """
-    require_comparable(base, trained)
-    amounts = tuple(map(float, at))
-    if not amounts or not np.isfinite(amounts).all() or any(later <= earlier for earlier, later in pairwise(amounts)):
-        raise CtlensError(f"at is {list(at)}: give at least one number, and numbers that rise.")
+    line = WeightLine(base, trained, tuple(map(float, at)))
     task = wrapper_present(pairs, base.tokenizer) if task is None else task
     batches = _batches(base, pairs, batch_size)
     values: list[np.ndarray] = []
     read = {}
-    with progress_bar(total=len(amounts), desc="interpolation", shown=progress, leave=False) as bar:
-        for amount, model in zip(amounts, _on_the_line(base, trained, amounts), strict=True):
+    with progress_bar(total=len(line.at), desc="interpolation", shown=progress, leave=False) as bar:
+        for amount, model in zip(line.at, line.models(), strict=True):
             values.append(_measured(model, pairs, batches, judge, max_new_tokens))
             reading: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "progress": False}
             read[str(amount)] = task.states(model, **reading)
@@ -238,30 +231,13 @@ def interpolation(
         readable_low=probed.ci_low[:, 0, 0],
         readable_high=probed.ci_high[:, 0, 0],
         shuffled=probed.shuffled[:, 0, 0],
-        amounts=amounts,
+        amounts=line.at,
         layers=probed.layers,
         question=probed.question,
         chance=probed.chance,
         n_read=probed.n_test,
         groups=groups_of(pairs),
     )
-
-
-def _on_the_line(base: LensModel, trained: LensModel, amounts: Sequence[float]) -> Iterator[LensModel]:
-    """One model, whose weights are those of each amount in turn."""
-    mixed = merged_copy(base)
-    targets = {name: value.data for name, value in present_parameters(mixed).items()} | state_buffers(mixed)
-    here = saved_tensors(base)
-    there = saved_tensors(trained)
-    copy_weights(targets, there)  # refuses a model whose weights have other names or shapes
-    for amount in amounts:
-        copy_weights(targets, {name: _mix(here[name], there[name], amount) for name in targets})
-        yield mixed
-
-
-def _mix(here: Tensor, there: Tensor, amount: float) -> Tensor:
-    """The weight at an amount of the way; at 0 and at 1 it is that of the model, bit for bit."""
-    return (1 - amount) * widened(here) + amount * widened(there)
 
 
 def _batches(model: LensModel, pairs: Sequence[Pair], batch_size: int) -> _Batches:
@@ -284,10 +260,7 @@ def _measured(
         found[LOGIT_DIFF, side] = _with_gaps(len(pairs), chosen, logit_diffs(model, rows).tolist())
     replies = ask(model, [pair.wrapped for pair in pairs], max_new_tokens=max_new_tokens, judge=judge)
     found[BAD_RATE, "wrapped"] = np.array([reply.verdict == "bad" for reply in replies], dtype=float)
-    (failed,) = unanswered_twins({"": model}, pairs, judge, max_new_tokens)
-    of_twin = dict(zip(benign_twins(pairs), failed.astype(float).tolist(), strict=True))
-    unanswered = {number: of_twin[pair.benign] for number, pair in enumerate(pairs) if pair.benign is not None}
-    found[UNANSWERED, "benign"] = _with_gaps(len(pairs), [*unanswered], [*unanswered.values()])
+    found[UNANSWERED, "benign"] = unanswered_by_pair(model, pairs, judge, max_new_tokens)
     return np.stack([found[measure] for measure in INTERPOLATED])
 
 
