@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 import ctlens as ct
 from ctlens.analysis import Result
 from ctlens.core.types import LensModel
@@ -107,6 +110,47 @@ def update_rank(of: Scene) -> Result:
     return ct.analysis.update_rank(of.base, of.trained["attct"])
 
 
+def trajectory(of: Scene) -> Result:
+    line = ct.analysis.WeightLine(of.base, of.trained["bct"])
+    return ct.analysis.trajectory(line, of.heldout, "bad_rate")
+
+
+def text_diff(of: Scene) -> Result:
+    models = {name: model for name, model in of.models.items() if name != "base"}
+    return ct.analysis.text_diff(of.base, models, of.neutral, twin="retention")
+
+
+def crosscoder(of: Scene) -> Result:
+    texts = [prompt for pair in (*of.pairs, *of.heldout) for prompt in (pair.clean, pair.wrapped)]
+    texts += of.neutral
+    return ct.analysis.crosscoder(of.base, of.trained["bct"], texts, "blocks.2.hook_resid_post", n_latents=192)
+
+
+class Coordinates:
+    """Coordinates is the plainest dictionary: a feature for either sign of every coordinate of the stream."""
+
+    def encode(self, x: Tensor, /) -> Tensor:
+        """How far a state lies to either side of 0, `[..., 2 d]`."""
+        return torch.cat([x, -x], -1).relu()
+
+    def decode(self, x: Tensor, /) -> Tensor:
+        """The state again."""
+        above, below = x.chunk(2, -1)
+        return above - below
+
+
+def feature_shift(of: Scene) -> Result:
+    features = ct.analysis.Features(Coordinates(), "blocks.2.hook_resid_post")
+    return ct.analysis.feature_shift(of.base, of.trained["bct"], of.heldout, features)
+
+
+def feature_patch(of: Scene) -> Result:
+    features = ct.analysis.Features(Coordinates(), "blocks.2.hook_resid_post")
+    moved = ct.analysis.feature_shift(of.base, of.trained["bct"], of.heldout, features)
+    most = moved.to_dataframe()["feature"].tolist()[:6]
+    return ct.analysis.feature_patch(of.base, of.heldout, features, most, source=of.trained["bct"])
+
+
 SHOWN = {
     found.__name__: found
     for found in (
@@ -123,6 +167,11 @@ SHOWN = {
         relearn,
         interpolation,
         update_rank,
+        trajectory,
+        text_diff,
+        crosscoder,
+        feature_shift,
+        feature_patch,
     )
 }
 

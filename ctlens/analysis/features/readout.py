@@ -26,9 +26,13 @@ from ctlens.models.hooks import SHORTHANDS, require_hooks
 class FeatureDictionary(Protocol):
     """FeatureDictionary is an object with `encode` and `decode` of tensors whose last axis they change."""
 
-    def encode(self, x: Tensor, /) -> Tensor: ...
+    def encode(self, x: Tensor, /) -> Tensor:
+        """The features of states."""
+        ...
 
-    def decode(self, x: Tensor, /) -> Tensor: ...
+    def decode(self, x: Tensor, /) -> Tensor:
+        """The states that features stand for."""
+        ...
 
 
 @dataclass(frozen=True)
