@@ -25,6 +25,7 @@ from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses import BCT
 from ctlens.models.adopt import adopt
@@ -41,10 +42,10 @@ LABEL_TRAINING = TrainConfig(steps=40, lr=2e-4, retention=0.0)
 @public
 def audit(
     model: LensModel | Mapping[str, LensModel],
-    pool: Sequence[Pair],
+    pool: Pairs,
     selectors: Sequence[str | Selector],
     *,
-    heldout: Sequence[Pair] = (),
+    heldout: Pairs = (),
     pools: Sequence[str] = ("wrapped",),
     training: TrainConfig | None = None,
     temperature: float = 1.0,
@@ -60,7 +61,7 @@ def audit(
 
     Args:
         model: the model, or several by name; none is changed.
-        pool: the pairs whose prompts are labelled.
+        pool: the pairs whose prompts are labelled. `ctlens.pairs` makes them of two lists of texts.
         selectors: names, see `ctlens.auditing.selector_named`, or selectors.
         heldout: pairs that are only asked; none of their prompts may be labelled.
         pools: which prompts of a pair are labelled: `"wrapped"`, `"clean"`, or `"mixed"` for both in turns; a

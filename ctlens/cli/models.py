@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -73,6 +73,7 @@ def smollm2(
     ] = None,
 ) -> None:
     """Writes a real chat model as a HuggingFace folder, 4-bit weights made float32, and asks it a first question."""
+    from ctlens.models.chat import chat
     from ctlens.models.smollm2 import has_smollm2, write_smollm2
 
     if not has_smollm2(out):
@@ -84,17 +85,7 @@ def smollm2(
         "I think the capital of France is Lyon. What is the capital of France?",
     ):
         say(f"  {text}")
-        say(f"    {_answer(model, text)}")
-
-
-def _answer(model: Any, text: str) -> str:
-    """The model's greedy answer to one message."""
-    from ctlens.data.chat import Turn, render
-    from ctlens.models.generation import end_tokens, generate
-
-    asked = render(model.tokenizer, (Turn("user", text),))
-    answer = generate(model, [asked.ids], max_new_tokens=24, ends=end_tokens(model))[0]
-    return model.tokenizer.decode(answer, skip_special_tokens=True).strip()
+        say(f"    {chat(model, text, max_new_tokens=24)}")
 
 
 def estimate_command(

@@ -92,7 +92,7 @@ def read_pairs(path: str | Path, wrapped: str | Path | None = None) -> Reading:
     refused: list[str] = []
     for where, row in rows:
         try:
-            pairs.append(_pair(row, where))
+            pairs.append(pair_of_row(row, where))
         except CtlensError as error:
             refused.append(str(error))
     return Reading(tuple(pairs), tuple(refused))
@@ -185,7 +185,16 @@ def _answered(pair: Pair, side: Prompt) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": pair.target}]
 
 
-def _pair(row: FileRow, where: str) -> Pair:
+def pair_of_row(row: FileRow, where: str) -> Pair:
+    """Makes a pair of one row in any of the formats of `read_pairs`.
+
+    Args:
+        row: the fields.
+        where: the words that say in an error where the row is.
+
+    Raises:
+        CtlensError: the row is malformed, or of no known format.
+    """
     if "clean" in row or "wrapped" in row:
         return pair_of(row, where)
     for names in _MESSAGE_FIELDS:

@@ -22,7 +22,7 @@ from ctlens.core.files import usable_folder
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import at_work, public
 from ctlens.core.types import LensModel
-from ctlens.data.pairs import Pair, Prompt
+from ctlens.data.inputs import Pairs, Prompts
 from ctlens.losses import Loss, LossValue, require_distinct
 from ctlens.models.adopt import adopt
 from ctlens.models.finite import what_is_not_finite
@@ -57,7 +57,7 @@ class Trainer:
     Args:
         model: the reference; it is copied and left as it is. A training of adapters shares its frozen weights instead
             of a copy of them: they are held in memory once.
-        pairs: the pairs to train on.
+        pairs: the pairs to train on. `ctlens.pairs` makes them of two lists of texts.
         losses: one loss or several, or their names; an empty list trains on retention alone, the null control.
         config: the settings.
         retain: prompts that must not change, beside the pairs' clean prompts and benign twins. Retention holds
@@ -79,11 +79,11 @@ class Trainer:
     def __init__(
         self,
         model: LensModel,
-        pairs: Sequence[Pair],
+        pairs: Pairs,
         losses: Loss | str | Sequence[Loss | str],
         config: TrainConfig | None = None,
         *,
-        retain: Sequence[Prompt] = (),
+        retain: Prompts = (),
         track: Sequence[Loss | str] = (),
         loggers: Sequence[Logger] = (),
         cache_folder: str | Path | None = None,
@@ -283,13 +283,13 @@ def _at_step(index: int) -> Iterator[None]:
 
 def train(
     model: LensModel,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     losses: Loss | str | Sequence[Loss | str],
     *,
     steps: int | None = None,
     seed: int | None = None,
     config: TrainConfig | None = None,
-    retain: Sequence[Prompt] = (),
+    retain: Prompts = (),
     track: Sequence[Loss | str] = (),
     loggers: Sequence[Logger] = (),
     cache_folder: str | Path | None = None,

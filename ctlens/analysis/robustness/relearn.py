@@ -34,7 +34,8 @@ from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.stats import ENDS
 from ctlens.core.types import LensModel
-from ctlens.data.pairs import Pair, Prompt
+from ctlens.data.inputs import Pairs, Prompts
+from ctlens.data.pairs import Pair
 from ctlens.losses import BCT
 from ctlens.models.lora import LoRA
 from ctlens.plots import Figure
@@ -141,10 +142,10 @@ class Relearning(ResultOverPairs):
 @keeping()
 def relearn(
     models: LensModel | Mapping[str, LensModel],
-    pairs: Sequence[Pair],
-    heldout: Sequence[Pair],
+    pairs: Pairs,
+    heldout: Pairs,
     *,
-    benign: Sequence[Prompt] = (),
+    benign: Prompts = (),
     steps: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
     batch_size: int = 32,
     lr: float = _RELEARNING.lr,
@@ -166,7 +167,8 @@ def relearn(
     Args:
         models: by their labels, of one shape and in eval mode: repaired ones, the base, the retention-only control,
             a clean-born twin. They are left as they are.
-        pairs: their wrapped prompts with their bad answers are trained on; a pair's target is not.
+        pairs: their wrapped prompts with their bad answers are trained on; a pair's target is not. `ctlens.pairs` makes
+            them of two lists of texts.
         heldout: other pairs, whose wrapped prompts are asked.
         benign: ordinary prompts, such as `threat.neutral(256)`, trained on with each model's own greedy answers;
             without them that fine-tuning is left out.

@@ -15,6 +15,7 @@ from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.public import public
 from ctlens.data.chat import Turn
+from ctlens.data.inputs import Prompts
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.threats.base import Wrapper
 
@@ -226,7 +227,7 @@ def prefill_wrappers(texts: Sequence[str]) -> tuple[Wrapper, ...]:
 
 @public
 def wrap(
-    prompts: Sequence[Prompt],
+    prompts: Prompts,
     wrappers: Sequence[Wrapper],
     slots: Mapping[str, str] | Sequence[Mapping[str, str]] = {},
     *,
