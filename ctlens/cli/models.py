@@ -11,13 +11,15 @@ from ctlens.cli.common import (
     Dtype,
     LoraRank,
     LoraTargetModules,
+    LossNames,
     Quiet,
-    chosen_lora,
+    Trainable,
+    chosen_loss,
     chosen_model,
-    print_table,
-    say,
+    chosen_trainable,
     split_names,
 )
+from ctlens.cli.output import print_table, say
 from ctlens.core.errors import CtlensError
 
 
@@ -89,15 +91,18 @@ def smollm2(
 
 
 def estimate_command(
-    config: Annotated[
+    model: Annotated[
         str,
-        typer.Option(help="HuggingFace's config.json, a folder with one, or a model type such as llama. No weights."),
+        typer.Option(
+            help="HuggingFace's config.json of a model, a folder with one, or a model type such as llama. No weights."
+        ),
     ],
-    loss: Annotated[list[str], typer.Option(help="act, mlpct, attct, bct, f2c, klct, attout or attmass; repeatable.")],
-    batch_size: Annotated[int, typer.Option(help="Pairs per training step.")] = 32,
+    loss: LossNames = None,
+    batch_size: Annotated[int, typer.Option(help="Pairs per training step.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens of a wrapped prompt.")] = 256,
     wrapper_length: Annotated[int, typer.Option(help="How many of them the clean prompt lacks.")] = 64,
     retention: Annotated[float, typer.Option(help="Weight of retention; with 0 a step has none.")] = 10.0,
+    trainable: Trainable = "",
     lora_rank: LoraRank = None,
     lora_target_modules: LoraTargetModules = "",
     accumulate: Annotated[int, typer.Option(help="Split each batch into this many parts.")] = 1,
@@ -116,11 +121,13 @@ def estimate_command(
     from ctlens.training.estimate import estimate
 
     settings = TrainConfig(batch_size=batch_size, retention=retention, accumulate=accumulate, memory=memory)
-    if lora := chosen_lora(lora_rank, split_names(lora_target_modules)):
-        settings = replace(settings, trainable=lora)
+    if trained := chosen_trainable(trainable, lora_rank, lora_target_modules):
+        settings = replace(settings, trainable=trained)
+    if not loss:
+        raise CtlensError("nothing says what to train with: give --loss NAME.")
     found = estimate(
-        config,
-        loss,
+        model,
+        [chosen_loss(name) for name in loss],
         config=settings,
         length=length,
         wrapper_length=wrapper_length,

@@ -20,6 +20,7 @@ from ctlens.analysis.base.shares import floor_of
 from ctlens.analysis.exchange.exchange import Exchange
 from ctlens.analysis.outputs.gap_recovered import GAP_RECOVERED
 from ctlens.core.labels import BASE
+from ctlens.core.rates import NOT_MEASURED, Rate
 from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.evaluation import Evaluation
 from ctlens.plots import Figure
@@ -27,11 +28,9 @@ from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Analysis, ResultT
 from ctlens.study.conditions import RETENTION, SHAM
 from ctlens.study.config import Cell, StudyConfig
 from ctlens.study.results import (
-    NOT_MEASURED,
     SPLIT,
     ConditionRates,
     Counted,
-    Rate,
     by_threat,
     by_training,
     counted,

@@ -48,7 +48,14 @@ TRAINED_ON = (ON_ATTACK, ON_BENIGN)
 # AdamW's eps is near torch's own: an attacker's steps are of full size, also where the loss is small already, as it is
 # on a model's own answers. The default of a training would damp them, see `TrainConfig`.
 _RELEARNING = TrainConfig(
-    warmup=0.0, schedule="ConstantLR", schedule_options={"factor": 1.0}, relative_eps=1e-5, retention=0.0
+    batch_size=32,
+    lr=5e-4,
+    warmup=0.0,
+    schedule="ConstantLR",
+    schedule_options={"factor": 1.0},
+    relative_eps=1e-5,
+    retention=0.0,
+    trainable=("attn", "mlp"),
 )
 
 
