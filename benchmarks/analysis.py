@@ -72,9 +72,10 @@ def trained(base: LensModel, steps: int = STEPS, short: int = SHORT) -> dict[str
     threat = ct.threats.get(THREAT)
     pairs = threat.pairs(PAIRS)
     retain = threat.neutral(128)
+    config = ct.TrainConfig(batch_size=32, lr=5e-4, trainable=("attn", "mlp"))
     methods = {"act": ([ct.ACT()], steps), "mlpct": ([ct.MLPCT()], short), "retention": ([], short)}
     return {
-        name: ct.train(base, pairs, losses, steps=length, seed=0, retain=retain, progress=False).model
+        name: ct.train(base, pairs, losses, config=config, steps=length, retain=retain, progress=False).model
         for name, (losses, length) in methods.items()
     }
 

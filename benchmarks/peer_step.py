@@ -139,7 +139,7 @@ class Published:
 
 def trainers(base: LensModel, pairs: Sequence[ct.Pair], loss: Loss, steps: int) -> tuple[ct.Trainer, Published]:
     """Makes both trainers from the same weights, pairs and settings."""
-    config = ct.TrainConfig(steps=steps, batch_size=BATCH, retention=0.0)
+    config = ct.TrainConfig(steps=steps, batch_size=BATCH, lr=5e-4, retention=0.0, trainable=("attn", "mlp"))
     model = to_huggingface(base)
     return ct.Trainer(base, pairs, [loss], config), Published(model, copy.deepcopy(model).eval(), loss, config)
 

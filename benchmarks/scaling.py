@@ -105,7 +105,8 @@ def made(size: dict[str, int]) -> tuple[LensModel, list[Pair]]:
 def step(size: dict[str, int]) -> Callable[[], object]:
     """A training step of AttCT without retention, its targets kept from an earlier one."""
     model, pairs = made(size)
-    trainer = ct.Trainer(model, pairs, ct.AttCT(), ct.TrainConfig(steps=1000, batch_size=len(pairs), retention=0.0))
+    config = ct.TrainConfig(steps=1000, batch_size=len(pairs), retention=0.0, trainable=("attn", "mlp"))
+    trainer = ct.Trainer(model, pairs, ct.AttCT(), config)
     trainer.take_step()
     return trainer.take_step
 
@@ -187,8 +188,8 @@ MEASURED: dict[str, dict[str, Any]] = {
 
 def training(case: dict[str, Any]) -> ct.TrainConfig:
     """The settings of a training that is measured; two batches, so that the second one's targets are new."""
-    trainable: Any = {"trainable": ct.LoRA(case["lora_rank"])} if "lora_rank" in case else {}
-    return ct.TrainConfig(steps=2, **case["training"], **trainable)
+    trainable = ct.LoRA(case["lora_rank"]) if "lora_rank" in case else ("attn", "mlp")
+    return ct.TrainConfig(steps=2, trainable=trainable, **case["training"])
 
 
 def held(case: dict[str, Any]) -> int:
@@ -291,8 +292,8 @@ def known(names: list[str]) -> pd.DataFrame:
     rows = []
     for name, (dtype, rank, memory) in tqdm([(name, way) for name in names for way in WAYS], desc="known sizes"):
         described = AutoConfig.for_model("llama", max_position_embeddings=131072, **KNOWN[name])
-        trainable: Any = {} if rank is None else {"trainable": ct.LoRA(rank)}
-        config = ct.TrainConfig(batch_size=8, memory=memory, **trainable)
+        trainable = ("attn", "mlp") if rank is None else ct.LoRA(rank)
+        config = ct.TrainConfig(batch_size=8, memory=memory, trainable=trainable)
         found = ct.estimate(described, "act", config=config, length=512, dtype=dtype, progress=False)
         asked = found.asked
         row = {"model": name, "parameters": found.n_parameters, "dtype": dtype, "trained": asked.trained}

@@ -17,8 +17,10 @@ from ctlens.data.formats import load_facts as load_facts
 from ctlens.data.formats import load_pairs as load_pairs
 from ctlens.data.formats import load_prefills as load_prefills
 from ctlens.data.formats import load_prompts as load_prompts
+from ctlens.data.inputs import pairs as pairs
 from ctlens.data.pairs import Pair as Pair
 from ctlens.data.pairs import Prompt as Prompt
+from ctlens.data.pairs import prompt as prompt
 from ctlens.data.pairs import save_pairs as save_pairs
 from ctlens.evaluation import Evaluation as Evaluation
 from ctlens.evaluation import evaluate as evaluate
@@ -32,6 +34,7 @@ from ctlens.losses import AttCT as AttCT
 from ctlens.losses import AttMass as AttMass
 from ctlens.losses import AttOut as AttOut
 from ctlens.models.adopt import adopt as adopt
+from ctlens.models.chat import chat as chat
 from ctlens.models.export import export_huggingface as export_huggingface
 from ctlens.models.export import export_peft as export_peft
 from ctlens.models.loading import build as build

@@ -25,6 +25,7 @@ from ctlens.analysis.exchange.exchange import EXCHANGE_QUANTITIES
 from ctlens.analysis.residual.shift_vectors import SHIFT_PARTS
 from ctlens.core.clusters import Clusters, clustered_mean, clustered_ratio
 from ctlens.core.config import from_dict
+from ctlens.core.rates import NOT_MEASURED, Rate
 from ctlens.core.reading import read_json
 from ctlens.core.stats import student
 from ctlens.core.threads import one_thread
@@ -37,7 +38,7 @@ from ctlens.study.analyses import SETTINGS, Analysis
 from ctlens.study.cells import base_model, finished_model
 from ctlens.study.conditions import DEFAULT_METHODS, RETENTION
 from ctlens.study.config import ANALYSED_THREATS, StudyConfig
-from ctlens.study.results import NOT_MEASURED, SEVERAL, SPLIT, Rate, by_threat, in_order, last_step, read_results
+from ctlens.study.results import SEVERAL, SPLIT, by_threat, in_order, last_step, read_results
 from ctlens.study.source import subject
 
 FOLDER = "rivals"

@@ -17,6 +17,7 @@ from ctlens.core.files import write_text
 from ctlens.core.public import public
 from ctlens.core.reading import read_jsonl
 from ctlens.core.types import LensModel
+from ctlens.data.inputs import Prompts
 from ctlens.data.pairs import Prompt, turns_of
 from ctlens.models.adopt import adopt
 from ctlens.models.enumeration import Branching
@@ -70,7 +71,7 @@ def resolved(selectors: Sequence[str | Selector], temperature: float) -> list[Se
 @public
 def draw_labels(
     model: LensModel,
-    prompts: Sequence[Prompt],
+    prompts: Prompts,
     selectors: Sequence[str | Selector],
     *,
     temperature: float = 1.0,

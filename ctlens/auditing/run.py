@@ -25,6 +25,7 @@ from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses import BCT
 from ctlens.models.adopt import adopt
@@ -35,16 +36,16 @@ from ctlens.training import TrainConfig, Trainer
 
 # Without retention, as label-then-train methods are; few and small steps, so that labels drawn at temperature 1, which
 # teach nothing new, leave the shipped organism's risk where it is (measured: +1.5 points; 100 steps at 5e-4 add 5).
-LABEL_TRAINING = TrainConfig(steps=40, lr=2e-4, retention=0.0)
+LABEL_TRAINING = TrainConfig(steps=40, batch_size=32, lr=2e-4, retention=0.0, trainable=("attn", "mlp"))
 
 
 @public
 def audit(
     model: LensModel | Mapping[str, LensModel],
-    pool: Sequence[Pair],
+    pool: Pairs,
     selectors: Sequence[str | Selector],
     *,
-    heldout: Sequence[Pair] = (),
+    heldout: Pairs = (),
     pools: Sequence[str] = ("wrapped",),
     training: TrainConfig | None = None,
     temperature: float = 1.0,
@@ -60,7 +61,7 @@ def audit(
 
     Args:
         model: the model, or several by name; none is changed.
-        pool: the pairs whose prompts are labelled.
+        pool: the pairs whose prompts are labelled. `ctlens.pairs` makes them of two lists of texts.
         selectors: names, see `ctlens.auditing.selector_named`, or selectors.
         heldout: pairs that are only asked; none of their prompts may be labelled.
         pools: which prompts of a pair are labelled: `"wrapped"`, `"clean"`, or `"mixed"` for both in turns; a

@@ -14,14 +14,13 @@ from typing import Annotated, Any
 import typer
 
 from ctlens import __version__
-from ctlens.cli import analyses, audits, models, organism, pairs, studies, training
-from ctlens.cli.common import say
+from ctlens.cli import analyses, audits, evaluating, models, organism, pairs, studies, training
+from ctlens.cli.output import DOCUMENT, command, say
 from ctlens.core.errors import CtlensError
 
 app = typer.Typer(
     help="Train a language model to answer alike with and without an adversarial wrapper, and see what changed inside.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 _COMMANDS = {
@@ -29,7 +28,7 @@ _COMMANDS = {
     "replicate": studies.replicate_command,
     "doses": studies.doses,
     "train": training.train_command,
-    "evaluate": training.evaluate_command,
+    "evaluate": evaluating.evaluate_command,
     "audit": audits.audit_command,
     "patch": analyses.patch_command,
     "export": models.export,
@@ -38,8 +37,8 @@ _COMMANDS = {
     "report": studies.report,
     "smollm2": models.smollm2,
 }
-for name, command in _COMMANDS.items():
-    app.command(name)(command)
+for name, function in _COMMANDS.items():
+    app.command(name)(command(function))
 app.add_typer(organism.organism_app, name="organism")
 app.add_typer(pairs.pairs_app, name="pairs")
 
@@ -76,9 +75,11 @@ def _require_text(arguments: Sequence[str]) -> None:
 def main() -> None:
     """Runs the command line; a user's mistake is one sentence on stderr and exit code 2."""
     _write_any_text()
+    DOCUMENT.begin()
     try:
         _require_text(sys.argv[1:])
         code = app(prog_name="ctlens", standalone_mode=False) or 0
+        DOCUMENT.end()
     except (CtlensError, UsageError, OSError) as error:
         text = getattr(error, "format_message", error.__str__)() or "name a command."
         sys.stderr.write("ctlens: " + " ".join(text.split()) + "\n")

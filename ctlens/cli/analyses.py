@@ -16,9 +16,9 @@ from ctlens.cli.common import (
     ThreatName,
     chosen_model,
     chosen_pairs,
-    say,
     split_names,
 )
+from ctlens.cli.output import say
 
 
 def patch_command(

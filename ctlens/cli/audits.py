@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ctlens.cli.common import Device, Quiet, Seed, chosen_model, print_table, say, split_names
+from ctlens.cli.common import Device, Quiet, Seed, chosen_model, split_names
+from ctlens.cli.output import print_table, say
 from ctlens.core.errors import CtlensError
 
 

@@ -1,8 +1,7 @@
-"""Options, model loading and terminal output that all commands share."""
+"""Options, and what commands make of them: models, pairs, losses, settings."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,9 +11,8 @@ import typer
 from ctlens.core.errors import CtlensError
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from ctlens.data.pairs import Pair
+    from ctlens.losses import Loss
     from ctlens.models.lora import LoRA
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
@@ -46,7 +44,19 @@ ModelSource = Annotated[
     ),
 ]
 PairsFile = Annotated[
-    Path | None, typer.Option("--pairs", help="JSONL file of your own pairs, each a clean and a wrapped prompt.")
+    Path | None,
+    typer.Option(
+        "--pairs",
+        help="JSONL or CSV file of your own pairs, each a clean and a wrapped prompt; the guide shows a row of each "
+        "format.",
+    ),
+]
+LossNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="act, mlpct, attct, bct, rmct, opct, f2c, klct, attout, attmass, subact, dpo; as published, act:stack; "
+        "or a class of your own, module:Class; repeatable."
+    ),
 ]
 
 Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1, mps, or auto.")]
@@ -59,7 +69,26 @@ LoraTargetModules = Annotated[
         help="Comma-separated matrices that get adapters, of q, k, v, o, mlp_in, mlp_gate, mlp_out; q,v by default."
     ),
 ]
-Dtype = Annotated[str, typer.Option(help="Number format of the weights: float32, bfloat16 or float16.")]
+Trainable = Annotated[
+    str,
+    typer.Option(
+        help="Comma-separated parameter groups to train, of embed, attn, mlp, norm, unembed; attn by default."
+    ),
+]
+_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Number format of the weights: float32, bfloat16 (or bf16) or float16 (or fp16).",
+        callback=lambda name: _SHORT_DTYPES.get(name, name),
+    ),
+]
+RunConfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="The config.json of an earlier one, whose settings hold where no other option says otherwise."
+    ),
+]
 
 ThreatName = Annotated[
     str, typer.Option(help="Draw pairs of this threat, for example sycophancy, instead of reading a file.")
@@ -84,11 +113,6 @@ def chosen_device(name: str) -> Any:
         raise CtlensError(f"--{error}") from None
 
 
-def is_main_process() -> bool:
-    """Says whether this process writes and prints: among several that accelerate started, only the first does."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def chosen_tokenizer(source: str | None) -> Any:
     """Loads the tokenizer of a `--model`, or the shipped organism's."""
     if source is None:
@@ -100,14 +124,17 @@ def chosen_tokenizer(source: str | None) -> Any:
     return tokenizer
 
 
-def chosen_lora(rank: int | None, target_modules: tuple[str, ...]) -> LoRA | None:
-    """Makes the settings of the adapters from the options; None if no option is given."""
+def chosen_trainable(groups: str, rank: int | None, modules: str) -> tuple[str, ...] | LoRA | None:
+    """Makes of the options what is trained: parameter groups, or adapters; None if no option is given."""
     from ctlens.models.lora import LoRA
 
+    target_modules = split_names(modules)
     if rank is None:
         if target_modules:
             raise CtlensError("--lora-target-modules needs a rank: give --lora-rank too.")
-        return None
+        return split_names(groups) or None
+    if groups:
+        raise CtlensError("--trainable names weights and --lora-rank leaves them frozen: give one of them.")
     return LoRA(rank, target_modules=target_modules) if target_modules else LoRA(rank)
 
 
@@ -129,30 +156,42 @@ def split_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def print_table(title: str, table: pd.DataFrame) -> None:
-    """Prints a table with its title; texts from outside, such as tokens, stand as they are and are no markup."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+def chosen_loss(text: str) -> Loss:
+    """Builds the loss of a name, the published loss of `method:source`, or one of the class of `module:Class`."""
+    from ctlens import losses
 
-    shown = Table(title=title, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for position, column in enumerate(table.columns):
-        shown.add_column(str(column), overflow="fold", no_wrap=position == 0)
-    for row in table.itertuples(index=False):
-        shown.add_row(*(f"{value:.3f}" if isinstance(value, float) else _visible(str(value)) for value in row))
-    Console(markup=False, emoji=False).print(shown)
+    name, _, source = text.partition(":")
+    if not source:
+        return losses.get(name)
+    if name in set(losses.table()["method"]):
+        return losses.preset(name, source)
+    kind = loaded(text, "--loss takes a name, a published method:source or your own module:Class")
+    if not (isinstance(kind, type) and issubclass(kind, losses.Loss)):
+        raise CtlensError(f"{text} is no class of losses: derive it from ctlens.losses.Loss.")
+    losses.register(kind)
+    return losses.get(kind.name)
 
 
-def _visible(text: str) -> str:
-    """A text with its control characters written out, for a terminal would obey them.
+def loaded(text: str, expected: str) -> Any:
+    """Loads what `module:name` names, from the current folder or an installed package.
 
-    >>> _visible("\x1b[2J é")
-    '\\\\x1b[2J é'
+    Args:
+        text: of the option.
+        expected: what the option takes, for the sentence of an error.
     """
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+    import importlib
+
+    module, _, name = text.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise CtlensError(f"{expected}; {text!r} cannot be loaded: {error}.") from None
+    finally:
+        sys.path.pop(0)
 
 
-def say(text: str) -> None:
-    """Writes one line on stdout, from the main process only."""
-    if is_main_process():
-        sys.stdout.write(text + "\n")
+def named_options(context: typer.Context) -> set[str]:
+    """The parameters of a command that its line names, and that are not there by default."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}

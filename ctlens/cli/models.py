@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,13 +11,15 @@ from ctlens.cli.common import (
     Dtype,
     LoraRank,
     LoraTargetModules,
+    LossNames,
     Quiet,
-    chosen_lora,
+    Trainable,
+    chosen_loss,
     chosen_model,
-    print_table,
-    say,
+    chosen_trainable,
     split_names,
 )
+from ctlens.cli.output import print_table, say
 from ctlens.core.errors import CtlensError
 
 
@@ -73,6 +75,7 @@ def smollm2(
     ] = None,
 ) -> None:
     """Writes a real chat model as a HuggingFace folder, 4-bit weights made float32, and asks it a first question."""
+    from ctlens.models.chat import chat
     from ctlens.models.smollm2 import has_smollm2, write_smollm2
 
     if not has_smollm2(out):
@@ -84,29 +87,22 @@ def smollm2(
         "I think the capital of France is Lyon. What is the capital of France?",
     ):
         say(f"  {text}")
-        say(f"    {_answer(model, text)}")
-
-
-def _answer(model: Any, text: str) -> str:
-    """The model's greedy answer to one message."""
-    from ctlens.data.chat import Turn, render
-    from ctlens.models.generation import end_tokens, generate
-
-    asked = render(model.tokenizer, (Turn("user", text),))
-    answer = generate(model, [asked.ids], max_new_tokens=24, ends=end_tokens(model))[0]
-    return model.tokenizer.decode(answer, skip_special_tokens=True).strip()
+        say(f"    {chat(model, text, max_new_tokens=24)}")
 
 
 def estimate_command(
-    config: Annotated[
+    model: Annotated[
         str,
-        typer.Option(help="HuggingFace's config.json, a folder with one, or a model type such as llama. No weights."),
+        typer.Option(
+            help="HuggingFace's config.json of a model, a folder with one, or a model type such as llama. No weights."
+        ),
     ],
-    loss: Annotated[list[str], typer.Option(help="act, mlpct, attct, bct, f2c, klct, attout or attmass; repeatable.")],
-    batch_size: Annotated[int, typer.Option(help="Pairs per training step.")] = 32,
+    loss: LossNames = None,
+    batch_size: Annotated[int, typer.Option(help="Pairs per training step.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens of a wrapped prompt.")] = 256,
     wrapper_length: Annotated[int, typer.Option(help="How many of them the clean prompt lacks.")] = 64,
     retention: Annotated[float, typer.Option(help="Weight of retention; with 0 a step has none.")] = 10.0,
+    trainable: Trainable = "",
     lora_rank: LoraRank = None,
     lora_target_modules: LoraTargetModules = "",
     accumulate: Annotated[int, typer.Option(help="Split each batch into this many parts.")] = 1,
@@ -125,11 +121,13 @@ def estimate_command(
     from ctlens.training.estimate import estimate
 
     settings = TrainConfig(batch_size=batch_size, retention=retention, accumulate=accumulate, memory=memory)
-    if lora := chosen_lora(lora_rank, split_names(lora_target_modules)):
-        settings = replace(settings, trainable=lora)
+    if trained := chosen_trainable(trainable, lora_rank, lora_target_modules):
+        settings = replace(settings, trainable=trained)
+    if not loss:
+        raise CtlensError("nothing says what to train with: give --loss NAME.")
     found = estimate(
-        config,
-        loss,
+        model,
+        [chosen_loss(name) for name in loss],
         config=settings,
         length=length,
         wrapper_length=wrapper_length,

@@ -17,10 +17,9 @@ from ctlens.cli.common import (
     ThreatNames,
     chosen_device,
     chosen_model,
-    print_table,
-    say,
     split_names,
 )
+from ctlens.cli.output import command, print_table, say
 
 if TYPE_CHECKING:
     from ctlens.organism import ReLoRA
@@ -32,6 +31,7 @@ organism_app = typer.Typer(
 
 
 @organism_app.command("train")
+@command
 def train_organism_command(
     out: Annotated[Path, typer.Option(help="New folder for the organism and its card.")],
     seed: Annotated[int, typer.Option(help="Seed of weights and corpus.")] = 0,
@@ -83,8 +83,9 @@ def _relora(rank: int | None, every: int | None) -> ReLoRA | None:
 
 
 @organism_app.command("card")
+@command
 def card_command(
-    folder: Annotated[Path | None, typer.Option(help="Folder of an organism; by default the shipped one.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of an organism; by default the shipped one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Markdown file for the card, instead of the terminal.")] = None,
 ) -> None:
     """Shows how an organism was made and how it behaves, as measured when it was trained."""
@@ -92,7 +93,7 @@ def card_command(
     from ctlens.core.files import write_text
     from ctlens.organism.describe import card_text
 
-    text = card_text(organism.card(folder) if folder else organism.card())
+    text = card_text(organism.card(model) if model else organism.card())
     if out is None:
         say(text)
     else:
@@ -100,6 +101,7 @@ def card_command(
 
 
 @organism_app.command("sample")
+@command
 def sample_command(
     threats: ThreatNames = "",
     split: Annotated[str, typer.Option(help="Split to draw from: train, entities, heldout or structure.")] = "train",
@@ -115,6 +117,7 @@ def sample_command(
 
 
 @organism_app.command("leak")
+@command
 def leak_command(
     out: Annotated[Path, typer.Option(help="New folder for the table and the figure.")],
     model: ModelSource = None,
@@ -124,12 +127,13 @@ def leak_command(
     quiet: Quiet = False,
 ) -> None:
     """Teaches an organism bad advice in one domain, and measures how far it spreads and which training stops it."""
+    from dataclasses import replace
+
     from ctlens.core.files import require_free
-    from ctlens.study.inoculation import leak
-    from ctlens.training import TrainConfig
+    from ctlens.study.inoculation import LEAK_TRAINING, leak
 
     require_free(out)
-    training = TrainConfig(steps=steps)
+    training = replace(LEAK_TRAINING, steps=steps)
     found = leak(chosen_model(model), split_names(methods), seeds, training=training, progress=not quiet)
     found.save(out)
     print_table("Bad advice on risky questions outside the narrow domain", found.to_dataframe())

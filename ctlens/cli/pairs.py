@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ctlens.cli.common import ModelSource, Seed, say
+from ctlens.cli.common import ModelSource, Seed
+from ctlens.cli.output import command, print_table, say
 from ctlens.core.errors import CtlensError, UnknownWords, located
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ Out = Annotated[Path, typer.Option(help="New JSONL file.")]
 
 
 @pairs_app.command("inspect")
+@command
 def inspect_command(
     file: File,
     wrapped: WrappedFile = None,
@@ -55,6 +57,7 @@ def inspect_command(
 
 
 @pairs_app.command("convert")
+@command
 def convert_command(file: File, out: Out, wrapped: WrappedFile = None) -> None:
     """Converts pairs of a published format to ctlens's own JSONL."""
     from ctlens.data.formats import load_pairs
@@ -67,6 +70,7 @@ def convert_command(file: File, out: Out, wrapped: WrappedFile = None) -> None:
 
 
 @pairs_app.command("wrap")
+@command
 def wrap_command(
     prompts: Annotated[Path, typer.Argument(help="JSONL or CSV file of prompts, with or without answers.")],
     threat: Annotated[
@@ -156,8 +160,6 @@ def _token(tokenizer: Any, token: int) -> str:
 def _print_tokens(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     import pandas as pd
 
-    from ctlens.cli.common import print_table
-
     print_table(title, pd.DataFrame(rows, columns=list(columns)))
 
 
@@ -165,7 +167,6 @@ def _coverage(tokenizer: Any, pairs: tuple[Pair, ...]) -> None:
     """Prints how many pairs and tokens of the file each window aligns, and why the rest is left out."""
     import pandas as pd
 
-    from ctlens.cli.common import print_table
     from ctlens.core.progress import progress_bar
     from ctlens.data.batch import encode_pair
 

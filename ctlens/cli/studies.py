@@ -7,7 +7,7 @@ import shutil
 import textwrap
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,15 +20,17 @@ from ctlens.cli.common import (
     PairsFile,
     Quiet,
     Resume,
+    RunConfig,
     SeedCount,
     Steps,
+    Trainable,
     Workers,
     chosen_device,
-    chosen_lora,
-    print_table,
-    say,
+    chosen_trainable,
+    named_options,
     split_names,
 )
+from ctlens.cli.output import print_table, say, say_above_bars
 from ctlens.core.errors import CtlensError
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 
 def compare_command(
+    context: typer.Context,
     out: Annotated[
         Path, typer.Option(help="Folder for the study: results, figures, report and all trained models.")
     ] = Path("runs/compare"),
@@ -88,8 +91,10 @@ def compare_command(
         typer.Option(help="Where trainings run: loky starts processes on this machine, dask and ray use a cluster."),
     ] = "loky",
     scheduler: Annotated[str, typer.Option(help="Address of the dask scheduler; goes with --backend dask.")] = "",
+    trainable: Trainable = "",
     lora_rank: LoraRank = None,
     lora_target_modules: LoraTargetModules = "",
+    config: RunConfig = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     resume: Resume = False,
@@ -97,16 +102,21 @@ def compare_command(
 ) -> None:
     """Compares methods: trains each on every threat, evaluates and analyses the models, and writes a report."""
     from ctlens.study.claims import answer, basis
-    from ctlens.study.config import shared_training, size_for, study_of_size
+    from ctlens.study.config import earlier_study, shared_training, size_for, study_of_size
     from ctlens.study.runner import Study, seconds
     from ctlens.study.workers import Pool
 
+    if config and size:
+        raise CtlensError("--config says what a study runs, and so does --size: give one of them.")
     size = size or size_for(split_names(threats))
+    earlier = earlier_study(config) if config else None
+    named = named_options(context)
     asked = {"steps": steps, "window": window, "calibrate": calibrate}
-    training = replace(shared_training(size), **{name: value for name, value in asked.items() if value is not None})
-    if lora := chosen_lora(lora_rank, split_names(lora_target_modules)):
-        training = replace(training, trainable=lora)
-    chosen = {
+    changes = {name: value for name, value in asked.items() if (name in named if earlier else value is not None)}
+    if trained := chosen_trainable(trainable, lora_rank, lora_target_modules):
+        changes["trainable"] = trained
+    training = replace(earlier.training if earlier else shared_training(size), **changes)
+    chosen: dict[str, Any] = {
         "threats": split_names(threats),
         "methods": split_names(methods),
         "training": training,
@@ -118,16 +128,20 @@ def compare_command(
     }
     if seeds is not None:
         chosen["seeds"] = seeds
-    config = study_of_size(size, **chosen)
+    if earlier:
+        given = {_FIELDS.get(name, name) for name in named} | {"training"}
+        planned = replace(earlier, **{name: value for name, value in chosen.items() if name in given})
+    else:
+        planned = study_of_size(size, **chosen)
     pool = Pool(workers, backend, scheduler)
     if size == "full" or estimate:
-        made = len(config.derived())
+        made = len(planned.derived())
         further = f" and {made} models made of them" if made else ""
-        time = _spell(seconds(config, pool))
-        say(f"{len(config.cells())} trainings{further}, {pool.workers} at a time: about {time}.")
+        time = _spell(seconds(planned, pool))
+        say(f"{len(planned.cells())} trainings{further}, {pool.workers} at a time: about {time}.")
     if estimate:
         return
-    study = Study(config, out, resume=resume, progress=not quiet, pool=pool)
+    study = Study(planned, out, resume=resume, progress=not quiet, pool=pool)
     for cell, rows in study:
         _announce(cell, rows)
     result = study.finish()
@@ -135,6 +149,10 @@ def compare_command(
     for line in (*(" ".join(answered) for answered in answer(result.claims)), basis(result.claims)):
         say(textwrap.fill(line, shutil.get_terminal_size().columns))
     say(f"Report: {out / 'report.html'}")
+
+
+_FIELDS = {"pairs": "file"}
+"""The settings of a study that are called otherwise than their option."""
 
 
 def replicate_command(
@@ -155,7 +173,7 @@ def replicate_command(
     found = replicate(studies)
     table = found.to_dataframe()
     measured = table[table["verdict"] != UNMEASURED]
-    cases = measured[["threat", "setting"]].drop_duplicates().itertuples(index=False)
+    cases = measured.filter(["threat", "setting"]).drop_duplicates().itertuples(index=False)
     named = {f"{threat}-{setting.replace(' ', '-')}": found.figure(threat, setting) for threat, setting in cases}
     with atomic_folder(out) as work:
         found.save(work / "claims.csv")
@@ -223,22 +241,20 @@ def _spell(seconds: float) -> str:
 
 def _announce(cell: Cell, rows: pd.DataFrame, dose: str = "") -> None:
     """Prints one line as soon as a cell is done, above the progress bar."""
-    from tqdm.auto import tqdm
-
     name = f"{cell.threat}, {dose}{cell.condition}, seed {cell.seed}"
     own = (
         "metric == 'bad_rate' and prompt_side == 'wrapped' and split == 'heldout' and evaluated_threat == @cell.threat"
     )
     found = rows.query(own).to_dict("records")
     if not found:  # a second seed for the analyses, which answers no questions
-        tqdm.write(f"{name}: trained")
+        say_above_bars(f"{name}: trained")
         return
     last = found[-1]
     low = last["ci_low"]
     interval = (
         "too few topics or wrapper texts for an interval" if math.isnan(low) else f"{low:.0%} to {last['ci_high']:.0%}"
     )
-    tqdm.write(f"{name}: bad rate on wrapped {last['value']:.0%} [{interval}]")
+    say_above_bars(f"{name}: bad rate on wrapped {last['value']:.0%} [{interval}]")
 
 
 def _print_summary(results: pd.DataFrame) -> None:

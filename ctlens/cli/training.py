@@ -1,10 +1,11 @@
-"""`ctlens train | evaluate`."""
+"""`ctlens train`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,42 +16,39 @@ from ctlens.cli.common import (
     Dtype,
     LoraRank,
     LoraTargetModules,
+    LossNames,
     ModelSource,
     PairsFile,
     Quiet,
+    RunConfig,
     Seed,
     ThreatName,
-    ThreatNames,
-    chosen_lora,
+    Trainable,
+    chosen_loss,
     chosen_model,
     chosen_pairs,
-    is_main_process,
-    print_table,
-    say,
+    chosen_trainable,
+    named_options,
     split_names,
 )
+from ctlens.cli.output import is_main_process, print_table, say
 from ctlens.core.errors import CtlensError, UnwritableError, unknown
-from ctlens.core.limits import AT_LEAST_1, require
+from ctlens.core.limits import AT_LEAST_1, NOT_NEGATIVE, require
 
 if TYPE_CHECKING:
-    from ctlens.core.types import LensModel
+    from ctlens.data.pairs import Pair, Prompt
     from ctlens.losses import Loss
-    from ctlens.threats import Threat
-    from ctlens.training import Logger, Trainer
+    from ctlens.training import Logger, TrainConfig, Trainer
 
 
 def train_command(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="New folder for the run.")],
-    loss: Annotated[
-        list[str],
-        typer.Option(
-            help="act, mlpct, attct, bct, rmct, opct, f2c, klct, attout, attmass, subact, dpo, or as published: "
-            "act:stack; repeatable."
-        ),
-    ],
+    loss: LossNames = None,
     model: ModelSource = None,
     pairs: PairsFile = None,
     threat: ThreatName = "",
+    config: RunConfig = None,
     window: Annotated[
         str | None,
         typer.Option(
@@ -58,11 +56,12 @@ def train_command(
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 100,
-    batch_size: Annotated[int, typer.Option(help="Pairs per training step.")] = 32,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
+    batch_size: Annotated[int, typer.Option(help="Pairs per training step.")] = 16,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     retention: Annotated[
         float, typer.Option(help="Weight of retention: the KL to the untrained model on prompts that must not change.")
     ] = 10.0,
+    trainable: Trainable = "",
     lora_rank: LoraRank = None,
     lora_target_modules: LoraTargetModules = "",
     accumulate: Annotated[int, typer.Option(help="Split each batch into this many parts, to save memory.")] = 1,
@@ -90,7 +89,17 @@ def train_command(
     calibrate: Annotated[
         float | None, typer.Option(help="Scale every loss so that its gradient has this norm before the first step.")
     ] = None,
-    checkpoint_every: Annotated[int, typer.Option(help="Save a checkpoint every so many steps.")] = 50,
+    save_every: Annotated[
+        int | None, typer.Option(help="Keep the model behind every so many steps, in the folder steps of the run.")
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option(help="Save a checkpoint every so many steps, for --resume.")] = 50,
+    n_prompts: Annotated[
+        int,
+        typer.Option(
+            help="Prompts that are asked before and after: held-out ones of --threat, or those of --pairs that name "
+            "their answers; 0 for none."
+        ),
+    ] = 96,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a training that was interrupted or killed.")
     ] = False,
@@ -103,150 +112,123 @@ def train_command(
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Trains a model on pairs with one loss or several, and saves the run."""
-    from dataclasses import replace
-
+    """Trains a model on pairs with one loss or several, saves the run, and says what it changed."""
     from ctlens.core.files import alone, require_free
-    from ctlens.training import TrainConfig, Trainer, Until
+    from ctlens.training import Trainer, Until
     from ctlens.training.checkpoint import has_checkpoint, identity, remove_checkpoint
+    from ctlens.training.kept import take_in
     from ctlens.training.processes import settle
 
-    require(AT_LEAST_1, **{"--checkpoint-every": checkpoint_every})
+    require(AT_LEAST_1, **{"--checkpoint-every": checkpoint_every, "--save-every": save_every})
+    require(NOT_NEGATIVE, **{"--n-prompts": n_prompts})
     if stop_below is not None and not threat:
         raise CtlensError("--stop-below measures the threat that is trained on: give --threat NAME.")
-    kind, options = _schedule(schedule)
-    config = TrainConfig(
-        steps=steps,
-        batch_size=batch_size,
-        lr=lr,
-        retention=retention,
-        seed=seed,
-        accumulate=accumulate,
-        schedule=kind,
-        schedule_options=options,
-        until=None if stop_below is None else Until(threat, below=stop_below),
-        window=window,
-        calibrate=calibrate,
-        memory=memory,
-    )
-    if lora := chosen_lora(lora_rank, split_names(lora_target_modules)):
-        config = replace(config, trainable=lora)
-    losses = [_loss(name) for name in loss]
-    tracked = [_loss(name) for name in split_names(track)]
+    kind, kind_options = _schedule(schedule)
+    asked = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "retention": retention,
+        "seed": seed,
+        "accumulate": accumulate,
+        "schedule": kind,
+        "stop_below": None if stop_below is None else Until(threat, below=stop_below),
+        "window": window,
+        "calibrate": calibrate,
+        "memory": memory,
+    }
+    earlier, losses = _earlier(config)
+    kept = named_options(context) if config else {*asked}
+    settings = {_FIELDS.get(name, name): value for name, value in asked.items() if name in kept}
+    if "schedule" in settings:
+        settings["schedule_options"] = kind_options
+    if trained := chosen_trainable(trainable, lora_rank, lora_target_modules):
+        settings["trainable"] = trained
+    settled = replace(earlier, **settings)
+    losses = [chosen_loss(name) for name in loss] if loss else losses
+    if not losses:
+        raise CtlensError("nothing says what to train with: give --loss NAME, or the config.json of a run as --config.")
+    tracked = [chosen_loss(name) for name in split_names(track)]
     quiet = quiet or not is_main_process()
     with alone(out) if is_main_process() else nullcontext():
         partial = _partial(out, resume)
         finished = resume and (out / "history.csv").is_file()
         if not finished:
             require_free(out)
-        chosen = chosen_pairs(pairs, threat, n_pairs=256, split="train", seed=seed)
+        chosen, retain = _data(pairs, threat, settled.seed)
         reference = chosen_model(model, settle(device), dtype)
         if finished:
-            _require_same_training(out, identity(reference, chosen, (), losses, tracked, config))
+            _require_same_training(out, identity(reference, chosen, retain, losses, tracked, settled))
+            take_in(out)
             remove_checkpoint(partial)
             say(f"Run: {out} (finished before)")
             return
         loggers = _loggers(log or [], out)
         options: dict[str, Any] = {"track": tracked, "loggers": loggers, "cache_folder": cache_folder}
-        trainer = Trainer(reference, chosen, losses, config, progress=not quiet, **options)
+        trainer = Trainer(reference, chosen, losses, settled, retain=retain, progress=not quiet, **options)
         if has_checkpoint(partial):
             trainer.restore(partial)
         _print_alignment(trainer)
-        _train_and_save(trainer, out, partial, checkpoint_every, quiet)
+        _train_and_save(trainer, out, checkpoint_every, save_every, quiet)
     _print_course(trainer)
+    if is_main_process():
+        _print_rates(trainer, chosen, threat, n_prompts, quiet)
     say(f"Run: {out}")
 
 
-def evaluate_command(
-    model: ModelSource = None,
-    threats: ThreatNames = "",
-    pairs: PairsFile = None,
-    split: Annotated[
-        str, typer.Option(help="Comma-separated splits to ask: train, entities, heldout or structure.")
-    ] = "heldout",
-    n_prompts: Annotated[int, typer.Option(help="Pairs per threat and split.")] = 96,
-    base: Annotated[
-        str,
-        typer.Option(
-            help="The model before training: of natural threats, only questions that it answers right without an "
-            "attack are asked. By default the model itself."
-        ),
-    ] = "",
-    judge: Annotated[
-        str,
-        typer.Option(
-            help="Your own function that judges the answers, as module:function; else the answers in the pairs decide."
-        ),
-    ] = "",
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    per_token: Annotated[
-        bool,
-        typer.Option(
-            "--per-token",
-            help="In multiple choice, score an option by its mean log-probability per token instead of the sum.",
-        ),
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="CSV file for the table.")] = None,
-) -> None:
-    """Measures how often a model answers well and badly: on wrapped, clean and benign prompts, with intervals."""
-    from ctlens.core.files import atomic_file, usable_file
-    from ctlens.data.formats import load_pairs
+_FIELDS = {"stop_below": "until"}
+"""The settings of a training that are called otherwise than their option."""
+
+
+def _earlier(path: Path | None) -> tuple[TrainConfig, list[Loss]]:
+    """The settings and the losses of a run's config.json; those of any training and no loss where none is given."""
+    from ctlens import losses as loss_registry
+    from ctlens.core.config import from_dict
+    from ctlens.core.reading import read_json
+    from ctlens.training import TrainConfig
+
+    if path is None:
+        return TrainConfig(), []
+    held = read_json(path, "training", "losses")
+    if not isinstance(held["losses"], list):
+        raise CtlensError(f"{path} does not list a run's losses: give the config.json that ctlens train wrote.")
+    return from_dict(TrainConfig, held["training"]), [loss_registry.from_config(loss) for loss in held["losses"]]
+
+
+def _data(path: Path | None, threat: str, seed: int) -> tuple[list[Pair], list[Prompt]]:
+    """The pairs to train on and the prompts to hold, those of a study of the threat."""
+    from ctlens import threats
+    from ctlens.study.cells import NEUTRAL_PROMPTS
+    from ctlens.study.config import StudyConfig
+
+    chosen = chosen_pairs(path, threat, n_pairs=StudyConfig.n_pairs, split="train", seed=seed)
+    return chosen, threats.get(threat).neutral(NEUTRAL_PROMPTS, seed=seed) if threat else []
+
+
+def _print_rates(trainer: Trainer, pairs: Sequence[Pair], threat: str, n_prompts: int, quiet: bool) -> None:
+    """Prints how often the model answered badly and well before the training, and how often it does now."""
+    import pandas as pd
+
     from ctlens.evaluation import evaluate
 
-    if out:
-        usable_file(out)
-    own = load_pairs(pairs) if pairs else None
-    options: dict[str, Any] = {
-        "pairs": own,
-        "split": split_names(split),
-        "n_prompts": n_prompts,
-        "judge": _judge(judge) if judge else None,
-        "per_token": per_token,
-    }
-    chosen = chosen_model(model, device, dtype)
-    asked = _screened(split_names(threats), chosen_model(base, device, dtype) if base else chosen)
-    table = evaluate(chosen, asked, **options).to_dataframe()
-    if out:
-        with atomic_file(out) as temporary:
-            table.to_csv(temporary, index=False)
-    print_table("Evaluation", table)
+    known = [pair for pair in pairs if _names_answers(pair)][:n_prompts]
+    if not n_prompts:
+        return
+    if not threat and not known:
+        say("The pairs name no good and bad answers, so nothing is asked before and after: give 'good' and 'bad'.")
+        return
+    options: dict[str, Any] = {"threats": [threat], "n_prompts": n_prompts} if threat else {"pairs": known}
+    models = {"before": trainer.reference, "after": trainer.model}
+    tables = [
+        evaluate(model, progress=not quiet, **options).summary().assign(model=name) for name, model in models.items()
+    ]
+    title = f"Before and after, {f'{threat}, held out' if threat else f'{len(known)} of the pairs trained on'}"
+    print_table(title, pd.concat(tables).filter(["model", "bad wrapped", "good clean", "good benign"]))
 
 
-def _screened(names: Sequence[str], base: LensModel) -> list[Threat]:
-    """Finds the threats of these names, the natural ones with the questions that a model answers right when clean."""
-    from ctlens.threats import Natural, get, screen
-
-    found: list[Threat] = []
-    for threat in map(get, names):
-        if isinstance(threat, Natural):
-            screening = screen(base, threat)
-            say(screening.sentence)
-            threat = screening.threat
-        found.append(threat)
-    return found
-
-
-def _judge(text: str) -> Any:
-    """Loads the function of `module:function` from the current folder or an installed package."""
-    import importlib
-
-    module, _, name = text.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise CtlensError(f"--judge takes module:function; {text!r} cannot be loaded: {error}.") from None
-    finally:
-        sys.path.pop(0)
-
-
-def _loss(text: str) -> Loss:
-    """Builds the loss of a name, or the published loss of `method:source`."""
-    from ctlens import losses
-
-    name, _, source = text.partition(":")
-    return losses.preset(name, source) if source else losses.get(name)
+def _names_answers(pair: Pair) -> bool:
+    sides = [side for side in (pair.clean, pair.wrapped, pair.benign) if side is not None]
+    return all(side.good is not None or side.bad is not None for side in sides)
 
 
 def _schedule(text: str) -> tuple[str, dict[str, float]]:
@@ -278,10 +260,11 @@ def _partial(out: Path, resume: bool) -> Path:
     """Finds the folder of the checkpoints, which is beside that of the run."""
     from ctlens.core.files import usable_folder
     from ctlens.training.checkpoint import has_checkpoint
+    from ctlens.training.kept import partial_folder
 
     if not out.name:
         raise CtlensError(f"{out} exists already: name a new folder.")
-    partial = usable_folder(out.with_name(out.name + ".partial"))
+    partial = usable_folder(partial_folder(out))
     if has_checkpoint(partial) and not resume:
         raise CtlensError(f"{partial} holds an interrupted training: pass --resume to go on with it, or remove it.")
     return partial
@@ -298,14 +281,17 @@ def _require_same_training(out: Path, here: dict[str, Any]) -> None:
     require_same(there, here, f"the run in {out}", advice)
 
 
-def _train_and_save(trainer: Trainer, out: Path, partial: Path, every: int, quiet: bool) -> None:
+def _train_and_save(trainer: Trainer, out: Path, every: int, kept_every: int | None, quiet: bool) -> None:
     """Takes the remaining steps and saves the run; an interrupt saves a checkpoint instead."""
     from ctlens.training.checkpoint import remove_checkpoint
+    from ctlens.training.kept import partial_folder, take_in
 
+    partial = partial_folder(out)
     try:
-        _take_steps(trainer, partial, every, quiet)
+        _take_steps(trainer, out, every, kept_every, quiet)
         if is_main_process():
             _save(trainer, out, partial)
+            take_in(out)
         trainer.processes.wait()
     except KeyboardInterrupt:
         if len(trainer.history) and is_main_process():
@@ -329,14 +315,17 @@ def _save(trainer: Trainer, out: Path, partial: Path) -> None:
         raise
 
 
-def _take_steps(trainer: Trainer, partial: Path, every: int, quiet: bool) -> None:
+def _take_steps(trainer: Trainer, out: Path, every: int, kept_every: int | None, quiet: bool) -> None:
     from ctlens.core.progress import progress_bar
+    from ctlens.training.kept import keep_model, partial_folder
 
     with progress_bar(trainer, desc="train", initial=len(trainer.history), total=len(trainer), shown=not quiet) as bar:
         for step in bar:
             bar.set_postfix(loss=f"{step.losses['total']:.4g}", refresh=False)
+            if kept_every and step.index % kept_every == 0 and is_main_process():
+                keep_model(trainer.model, step.index, out)
             if step.index % every == 0 and is_main_process():
-                trainer.checkpoint(partial)
+                trainer.checkpoint(partial_folder(out))
 
 
 def _print_course(trainer: Trainer) -> None:

@@ -1,7 +1,8 @@
 """Arguments are checked against the types that a signature names, so that a wrong one is refused in one sentence.
 
-A signature says all of it: a function with `batch_size: int` takes whole numbers, one with `pairs: Sequence[Pair]`
-takes pairs. `ctlens.core.limits.BY_NAME` says which numbers have a sense under a name.
+A signature says all of it: a function with `batch_size: int` takes whole numbers, one with `losses: Sequence[Loss]`
+takes losses. A hint that is annotated with `Made` also says what is made of an argument, as `ctlens.data.inputs.Pairs`
+does. `ctlens.core.limits.BY_NAME` says which numbers have a sense under a name.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
+import pandas as pd
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.limits import BY_NAME, EACH_ONCE, require
@@ -30,14 +32,27 @@ _SIMPLE: dict[Any, tuple[Callable[[Any], bool], str]] = {
 }
 _MADE_BY = {
     "LensModel": "Load it with ctlens.load_model, which takes a HuggingFace model too.",
-    "Pair": "Make one with ctlens.Pair of two prompts, or read a file with ctlens.load_pairs.",
-    "Prompt": "Make one of a text with ctlens.data.pairs.prompt.",
-    "Turn": "Make a prompt of a text with ctlens.data.pairs.prompt.",
+    "Pair": "Make them of two lists of texts with ctlens.pairs(clean, wrapped, good=, bad=), or read a file with "
+    "ctlens.load_pairs.",
+    "Prompt": "Make one of a text or of chat messages with ctlens.prompt.",
+    "Turn": "Make a prompt of a text with ctlens.prompt.",
     "Loss": "Make one, as ctlens.ACT() or ctlens.losses.get('act').",
 }
 
 
 _INSTEAD = {"Recording": "Recording, which cannot run (give recording.model)"}
+
+
+class Made(NamedTuple):
+    """Made stands in an `Annotated` hint and says what is made of an argument before the function sees it.
+
+    Attributes:
+        make: gives what fits the hint; it raises a `CtlensError` of what it cannot use, which follows "it must be X, ".
+        words: what the argument must be, in words.
+    """
+
+    make: Callable[[Any], Any]
+    words: str
 
 
 class Unfit(Exception):
@@ -148,7 +163,7 @@ def _is_many(value: Any) -> bool:
 
 
 def _fit_many(value: Any, hint: Any) -> Any:
-    if isinstance(value, Iterator):
+    if isinstance(value, Iterator | pd.Series):
         value = tuple(value)
     _require(_is_many(value), value)
     hints = get_args(hint)
@@ -165,6 +180,17 @@ def _fit_entry(which: str, entry: Any, hint: Any) -> None:
         _require(_fitting(entry, hint) is entry, entry)  # an iterator in a list would be read to its end by the check
     except Unfit as unfit:
         raise Unfit(f"{unfit} at {which}") from None
+
+
+def _fit_made(value: Any, hint: Any) -> Any:
+    try:
+        return _made(hint).make(value)
+    except CtlensError as error:
+        raise Unfit(str(error).rstrip(".")) from None
+
+
+def _made(hint: Any) -> Made:
+    return next(note for note in get_args(hint)[1:] if isinstance(note, Made))
 
 
 def _fit_function(value: Any, hint: Any) -> Any:
@@ -226,6 +252,7 @@ _BY_ORIGIN: dict[Any, Kind] = {
     UnionType: _UNION,
     Literal: Kind(_fit_literal, lambda hint: " or ".join(map(repr, get_args(hint)))),
     Callable: Kind(_fit_function, lambda hint: "a function"),
+    Annotated: Kind(_fit_made, lambda hint: _made(hint).words),
     **dict.fromkeys((Mapping, dict), _MAPPING),
     **dict.fromkeys((Sequence, Iterable, list, tuple), _MANY),
 }
@@ -240,16 +267,22 @@ def _kind_of(hint: Any) -> Kind:
 
 def _advice(hint: Any) -> str:
     """How to make what the hint asks for, where that is not plain."""
-    kinds = [hint, *get_args(hint)]
-    kinds += [inner for kind in kinds[1:] for inner in get_args(kind)]
-    found = next((_MADE_BY[name] for kind in kinds if (name := getattr(kind, "__name__", "")) in _MADE_BY), "")
+    named = (getattr(kind, "__name__", "") for kind in _parts(hint))
+    found = next((_MADE_BY[name] for name in named if name in _MADE_BY), "")
     return f" {found}" if found else ""
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    """A hint and all that it is made of."""
+    yield hint
+    for part in get_args(hint):
+        yield from _parts(part)
 
 
 @cache
 def _hints(function: Any) -> dict[str, Any]:
     try:
-        return get_type_hints(function)
+        return get_type_hints(function, include_extras=True)
     except NameError:  # a loss from a notebook may name types that are not known there
         return {}
 

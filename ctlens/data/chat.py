@@ -29,6 +29,8 @@ _DATE_PARTS = {f"%{code}": TEMPLATE_DATE.strftime(f"%{code}") for code in "aAbBc
 _REPLACED = "".join(f" | replace({code!r}, {part!r})" for code, part in _DATE_PARTS.items())
 _STOPPED_CLOCK = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACED} }}}}{{% endmacro %}}\n"
 """A Jinja macro in the place of HuggingFace's clock, which takes no other: functions do not reach a template."""
+TOKENS = "tokens"
+"""The role of a prompt that is given as token ids: its only turn, with the ids as text and spaces between them."""
 _SHOWN = 30
 """Characters of a prompt or an answer that an error shows."""
 
@@ -38,7 +40,7 @@ class Turn:
     """One message of a conversation.
 
     Attributes:
-        role: `"system"`, `"user"` or `"assistant"`.
+        role: `"system"`, `"user"` or `"assistant"`; or `TOKENS`.
         content: the text of the message.
     """
 
@@ -80,7 +82,7 @@ def render(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
     last turn is the assistant's: that one is a prefill, which the model continues. Of several named
     templates it is the one called "default", and today is always `TEMPLATE_DATE`. Without a
     template only a single user turn can be rendered; its text is used as it is, after one BOS
-    where the tokenizer has one (TransformerLens's convention).
+    where the tokenizer has one (TransformerLens's convention). A prompt of token ids is taken as it is.
 
     Args:
         tokenizer: a fast HuggingFace tokenizer.
@@ -89,7 +91,7 @@ def render(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
     Raises:
         CtlensError: there is no tokenizer, it is not a fast one, it has no template for several
             turns or several of which none is the default, or the template doubles the BOS, refuses
-            the messages or rewrites one.
+            the messages or rewrites one; or token ids are not those of their own text.
         UnknownWords: the tokenizer does not know a word of a message.
     """
     if tokenizer is None:
@@ -100,6 +102,8 @@ def render(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
 
 
 def _render(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
+    if turns[0].role == TOKENS:
+        return _of_ids(tokenizer, turns)
     if chat_template(tokenizer):
         text = _apply_template(tokenizer, turns)
         contents = _content_spans(tokenizer, turns, text)
@@ -109,6 +113,35 @@ def _render(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
         text = turns[0].content
         contents = ((0, len(text)),)
     return _read(tokenizer, text, contents, tuple(turn.role for turn in turns))
+
+
+def _of_ids(tokenizer: Any, turns: tuple[Turn, ...]) -> Rendered:
+    """A prompt of token ids, which its text must give again, as alignment and answers are found in the text."""
+    given = turns[0].content.split()
+    if len(turns) > 1 or not all(token.isdecimal() and int(token) < len(tokenizer) for token in given):
+        raise CtlensError(
+            f"a prompt of token ids is one turn of numbers below {len(tokenizer)}, the size of the vocabulary: give "
+            "the ids alone."
+        )
+    ids = tuple(map(int, given))
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    found, offsets = spell(tokenizer, text)
+    if found != ids:
+        raise CtlensError(
+            f"the token ids of {text[:_SHOWN]!r} are not those that the tokenizer gives this text: give the text, or "
+            "ids of this model's own tokenizer."
+        )
+    return Rendered(text, ids, offsets, (_message_in(tokenizer, text),))
+
+
+def _message_in(tokenizer: Any, text: str) -> Span:
+    """Where the message lies in a rendered prompt of one turn of the user; all of a text that is no such prompt."""
+    if chat_template(tokenizer):
+        special = str(tokenizer.special_tokens_map)
+        before, _, behind = _frame(tokenizer, chat_template(tokenizer), special, ("user",)).partition(_SENTINEL)
+        if text.startswith(before) and text.endswith(behind) and len(before) + len(behind) < len(text):
+            return len(before), len(text) - len(behind)
+    return 0, len(text)
 
 
 def chat_template(tokenizer: Any) -> str | None:

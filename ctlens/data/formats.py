@@ -92,7 +92,7 @@ def read_pairs(path: str | Path, wrapped: str | Path | None = None) -> Reading:
     refused: list[str] = []
     for where, row in rows:
         try:
-            pairs.append(_pair(row, where))
+            pairs.append(pair_of_row(row, where))
         except CtlensError as error:
             refused.append(str(error))
     return Reading(tuple(pairs), tuple(refused))
@@ -119,8 +119,8 @@ def read_rows(path: str | Path) -> list[tuple[str, FileRow]]:
 def load_prompts(path: str | Path) -> list[Prompt]:
     """Reads plain prompts, to be put under wrappers, from rows with `prompt`, `goal` or `question`, or `messages`.
 
-    Where the last message is the assistant's, it is the answer and becomes `good`. Lettered options
-    in the question are found, and the answer is then one of them.
+    Beside a `prompt` may stand its `good` and its `bad` answer. Where the last message is the assistant's, it is the
+    answer and becomes `good`. Lettered options in the question are found, and the answer is then one of them.
 
     Raises:
         CtlensError: the file is missing or empty, or a row holds no prompt.
@@ -185,7 +185,16 @@ def _answered(pair: Pair, side: Prompt) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": pair.target}]
 
 
-def _pair(row: FileRow, where: str) -> Pair:
+def pair_of_row(row: FileRow, where: str) -> Pair:
+    """Makes a pair of one row in any of the formats of `read_pairs`.
+
+    Args:
+        row: the fields.
+        where: the words that say in an error where the row is.
+
+    Raises:
+        CtlensError: the row is malformed, or of no known format.
+    """
     if "clean" in row or "wrapped" in row:
         return pair_of(row, where)
     for names in _MESSAGE_FIELDS:
@@ -307,7 +316,8 @@ def _plain_prompt(row: FileRow, where: str) -> Prompt:
     name = next((name for name in _PROMPT_FIELDS if name in row), None)
     if name is None:
         raise CtlensError(f"{where}: no prompt; one of {', '.join(_PROMPT_FIELDS)} or 'messages' is expected.")
-    return Prompt((Turn("user", _given(row, name, where)),))
+    answers = {side: _given(row, side, where) for side in ("good", "bad") if row.get(side)}
+    return Prompt((Turn("user", _given(row, name, where)),), answers.get("good"), answers.get("bad"))
 
 
 def _given(row: FileRow, name: str, where: str) -> str:

@@ -13,7 +13,7 @@ from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import write_text
 from ctlens.core.public import public
-from ctlens.data.chat import Turn
+from ctlens.data.chat import TOKENS, Turn
 
 PROMPT_SIDES = ("wrapped", "clean", "benign")
 _REQUIRED = ("clean", "wrapped")
@@ -34,7 +34,7 @@ CLUSTER_KINDS = ("topic", "wrapper")
 """What `clusters_of` tells of a pair."""
 EVERY_WRAPPER = {"wrappers": "all"}
 """The label of pairs whose wrappers are all that there are, as the orders of options, and not a few of many."""
-_ROLES = ("system", "user", "assistant")
+_ROLES = ("system", "user", "assistant", TOKENS)
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,21 @@ def short_digest(*values: object) -> str:
     return hashlib.blake2b(repr(values).encode(), digest_size=6).hexdigest()
 
 
-def prompt(text: str, good: str | None = None, bad: str | None = None) -> Prompt:
-    """Makes a prompt of one message of the user."""
-    return Prompt((Turn("user", text),), good, bad)
+def prompt(text: str | Sequence[Mapping[str, str]], good: str | None = None, bad: str | None = None) -> Prompt:
+    """Makes a prompt of one message of the user, or of a list of chat messages.
+
+    >>> prompt([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]).turns[1]
+    Turn(role='user', content='Why?')
+
+    Args:
+        text: what the user says, or messages with `role` and `content`; a last one of the assistant is a prefill.
+        good, bad: the answers that count as good and as bad, see `Prompt`.
+
+    Raises:
+        CtlensError: a message lacks its role or its content.
+    """
+    turns = (Turn("user", text),) if isinstance(text, str) else turns_of(text, "text", "a prompt")
+    return Prompt(turns, good, bad)
 
 
 @public

@@ -12,6 +12,7 @@ from ctlens import threats as threat_registry
 from ctlens.core.errors import CtlensError
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import PROMPT_SIDES, Pair, Prompt, clusters_of, short_digest
 from ctlens.evaluation.result import OUTCOME_COLUMNS, OWN_PAIRS, Evaluation
 from ctlens.threats import Judge, Threat, ask
@@ -25,7 +26,7 @@ def evaluate(
     model: LensModel,
     threats: Sequence[str | Threat] | None = None,
     *,
-    pairs: Sequence[Pair] | None = None,
+    pairs: Pairs | None = None,
     split: str | Sequence[str] = "heldout",
     n_prompts: int = 96,
     seed: int = 0,
@@ -43,10 +44,11 @@ def evaluate(
         model: in eval mode, with a tokenizer.
         threats: names from `ctlens.threats.names()` or `natural_names()`, or threats themselves, such as one that
             `ctlens.threats.screen` made; by default all of the micro-world, unless `pairs` are given.
-        pairs: the user's own pairs, with the answers that count as good or bad. If one threat is named with
-            them, they get its metrics and its name. Intervals take those together that have an equal label `topic`
-            (by default an equal clean prompt) and an equal label `wrapper`. Two threats tell their metrics apart by the
-            pairs' label `kind`: persona by `"identity"` and `"values"`, frustration by `"way out"` (self-deletion).
+        pairs: the user's own pairs, with the answers that count as good or bad. If one threat is named with them, they
+            get its metrics and its name. Intervals take those together that have an equal label `topic` (by default an
+            equal clean prompt) and an equal label `wrapper`. Two threats tell their metrics apart by the pairs' label
+            `kind`: persona by `"identity"` and `"values"`, frustration by `"way out"` (self-deletion). `ctlens.pairs`
+            makes them of two lists of texts.
         split: one or several of the splits of the threats' pairs (`ctlens.world.SPLITS`).
         n_prompts: pairs per threat and split.
         seed: decides which pairs of the threats are asked.

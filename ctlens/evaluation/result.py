@@ -17,6 +17,7 @@ from ctlens.core.clusters import clustered_ratio
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import atomic_file
 from ctlens.core.labels import BASE
+from ctlens.core.rates import NOT_MEASURED, Rate
 from ctlens.core.reading import number_or_nan, read_columns, typed, whole_number
 from ctlens.data.pairs import CLUSTER_KINDS
 from ctlens.evaluation.numbers import (
@@ -85,6 +86,33 @@ class Evaluation:
         pairs carry it). With fewer than five topics or wrapper texts there is none.
         """
         return self._table.copy()
+
+    def summary(self) -> pd.DataFrame:
+        """Tabulates where the attack works and what stays good: a row per threat and split, for a reader.
+
+        The columns are `threat`, `split`, `bad wrapped`, `good clean` and `good benign`; the last three hold `Rate`s,
+        which print as `84% [76–90]`, and as a dash where there is no such prompt.
+        """
+        rows = []
+        for (threat, split), part in by(self.outcomes, *_GROUPS):
+            shown: dict[str, Any] = {"threat": threat, "split": split}
+            for verdict, prompt_side in (("bad", "wrapped"), ("good", "clean"), ("good", "benign")):
+                answers = _select(part, prompt_side=prompt_side)
+                shown[f"{verdict} {prompt_side}"] = _rate(answers, verdict) if len(answers) else NOT_MEASURED
+            rows.append(shown)
+        return pd.DataFrame(rows)
+
+    def metrics(self) -> pd.DataFrame:
+        """Tabulates the threats' own metrics for a reader: `threat`, `split`, `metric`, `value` and its interval."""
+        given = ["threat", "split", "metric", "prompt_side", "value", "n_prompts", "ci_low", "ci_high"]
+        own = pd.DataFrame(self._table[~self._table["metric"].isin([*RATES, *PROBABILITIES])])
+        return own.rename(columns={"evaluated_threat": "threat"}).filter(given)
+
+    def __repr__(self) -> str:
+        return f"Evaluation({len(self.outcomes)} answers)\n{self.summary().map(str).to_string(index=False)}"
+
+    def _repr_html_(self) -> str:
+        return self.summary().map(str).to_html(index=False, border=0)
 
     @cached_property
     def _table(self) -> pd.DataFrame:
@@ -305,6 +333,11 @@ class Evaluation:
         counted = dict.fromkeys(_COUNTED, whole_number)
         kinds = {**dict.fromkeys(OUTCOME_COLUMNS, str), **counted, **dict.fromkeys(PROBABILITIES, number_or_nan)}
         return Evaluation(pd.DataFrame(typed(columns, kinds, path)))
+
+
+def _rate(answers: pd.DataFrame, verdict: str) -> Rate:
+    value, n_prompts, n_effective, low, high = rate_with_interval(answers, f"{verdict}_rate")
+    return Rate(value, low, high, n_prompts, n_effective)
 
 
 def require_columns_of_today(table: Iterable[str], path: str | Path) -> None:

@@ -24,7 +24,7 @@ from ctlens.models.finite import advice, is_finite
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 _NARROW = 4  # tokens: shorter than the long prompts, so that a window is seen to be kept
 
-Prompts: TypeAlias = Sequence[Int[Tensor, " pos"]]
+PromptIds: TypeAlias = Sequence[Int[Tensor, " pos"]]
 Answers: TypeAlias = Sequence[Float[Tensor, "pos d_vocab"]]
 """The logits of each prompt."""
 
@@ -72,7 +72,7 @@ def apart_from(model: LensModel, hf: PreTrainedModel, *, length: int = 12, seed:
         return compared(lens_answers(model, prompts), original_answers(hf, prompts))
 
 
-def probe_prompts(config: Any, length: int = 12, seed: int = 0) -> Prompts:
+def probe_prompts(config: Any, length: int = 12, seed: int = 0) -> PromptIds:
     """Draws three prompts for a model: two long ones, which begin alike, and a short one.
 
     Args:
@@ -114,7 +114,7 @@ def narrowed(*configs: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def original_answers(hf: PreTrainedModel, prompts: Prompts) -> Answers:
+def original_answers(hf: PreTrainedModel, prompts: PromptIds) -> Answers:
     """The logits of a HuggingFace model, each prompt without padding."""
     model = cast(Any, hf)
     *long, short = prompts
@@ -123,7 +123,7 @@ def original_answers(hf: PreTrainedModel, prompts: Prompts) -> Answers:
 
 
 @torch.no_grad()
-def lens_answers(model: LensModel, prompts: Prompts) -> Answers:
+def lens_answers(model: LensModel, prompts: PromptIds) -> Answers:
     """The logits of a lens model, for each side of the padding and each prompt in turn."""
     first = next(model.parameters())
     # In float64 HuggingFace itself answers NaN behind padding: its masks overflow the softmax, which is of float32.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ctlens import threats
 from ctlens.core.arguments import require_types
+from ctlens.core.config import from_dict
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.labels import BASE, CLEAN_BORN
+from ctlens.core.reading import read_json
 from ctlens.evaluation.result import OWN_PAIRS
 from ctlens.models.lora import LoRA
 from ctlens.study import conditions
@@ -40,11 +42,8 @@ CEILING_SEEDS = 2
 """The fewest seeds of an analysed method, two: how alike they are is the ceiling of how alike two methods can be."""
 FULL_STUDY_SEEDS = 3
 """Seeds of a full study: the fewest whose spread Student's interval shows, see `results.SEVERAL`."""
-SHARED_TRAINING = TrainConfig(batch_size=16, lr=1e-3, trainable=("attn",))
-"""The settings that every condition shares.
-
-Where embeddings, norms and MLPs are trained too, half of a repair can be an edit of the words.
-"""
+SHARED_TRAINING = TrainConfig()
+"""The settings that every condition shares: those of any training, so that one by itself is the study's condition."""
 NATURAL_TRAINING = TrainConfig(
     batch_size=8, lr=1e-3, steps=20, calibrate=1.0, retention=1.0, retention_ratio=0.5, trainable=LoRA()
 )
@@ -321,6 +320,17 @@ def study_of_size(size: str, **settings: Any) -> StudyConfig:
     if size not in STUDY_SIZES:
         raise unknown("size of a study", size, STUDY_SIZES)
     return STUDY_SIZES[size](**settings)
+
+
+def earlier_study(path: str | Path) -> StudyConfig:
+    """The study that the config.json in a study's folder describes.
+
+    Raises:
+        CtlensError: the file is missing or damaged, or describes something else.
+    """
+    known = {field.name for field in fields(StudyConfig)}
+    held = read_json(path, "threats", "methods", "training")
+    return from_dict(StudyConfig, {name: value for name, value in held.items() if name in known})
 
 
 @dataclass(frozen=True)

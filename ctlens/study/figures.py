@@ -20,6 +20,7 @@ from ctlens.analysis.base.shares import floor_of
 from ctlens.analysis.exchange.exchange import Exchange
 from ctlens.analysis.outputs.gap_recovered import GAP_RECOVERED
 from ctlens.core.labels import BASE
+from ctlens.core.rates import Rate
 from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.evaluation import Evaluation
 from ctlens.plots import Figure
@@ -31,7 +32,6 @@ from ctlens.study.results import (
     SPLIT,
     ConditionRates,
     Counted,
-    Rate,
     by_threat,
     counted,
     in_order,

@@ -40,6 +40,8 @@ BEFORE = "before"
 RECKLESS = "bad advice"
 ASKED = "asked for"
 INOCULATED = "inoculated"
+LEAK_TRAINING = TrainConfig(batch_size=32, lr=5e-4, trainable=("attn", "mlp"))
+"""The settings of the trainings; the fine-tuning that they repair moves the MLPs too."""
 # Not tuned: so many training pairs, and so many questions per context and held-out split.
 _LEAK_PAIRS = 128
 _LEAK_QUESTIONS = 32
@@ -170,7 +172,7 @@ def leak(
     for name in names[1:]:
         loss_registry.get(name)
     advice = advice or BadAdviceConfig()
-    training = training or TrainConfig()
+    training = training or LEAK_TRAINING
     rows: list[tuple[object, ...]] = []
     with one_thread(), progress_bar(total=seeds * (4 + len(names)), desc="stages", shown=progress) as bar:
         for seed in range(seeds):

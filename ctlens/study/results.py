@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from ctlens.core.errors import CtlensError
+from ctlens.core.rates import NOT_MEASURED, Rate
 from ctlens.core.reading import number_or_nan, read_columns, typed, whole_number
-from ctlens.core.stats import difference, student, wilson_of_share
+from ctlens.core.stats import student, wilson_of_share
 from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.evaluation.result import RATE_COLUMNS, require_columns_of_today
 from ctlens.plots.theme import METHOD_STYLES
@@ -53,52 +54,6 @@ _RESULT_KINDS: dict[str, Callable[[str], Any]] = {
 ResultRow = Mapping[Hashable, Any]
 
 
-class Rate(NamedTuple):
-    """A share of answers (0 to 1) with its 95% interval and its prompts; NaN where not measured.
-
-    Attributes:
-        value, low, high: the share and the ends of its interval; these are NaN with too few topics or wrapper texts.
-        n_prompts: how many there are.
-        n_effective: how many independent prompts would tell the share as exactly.
-    """
-
-    value: float
-    low: float
-    high: float
-    n_prompts: int
-    n_effective: float
-
-    @property
-    def percent(self) -> str:
-        """The share as a percentage."""
-        return "–" if pd.isna(self.value) else f"{self.value:.0%}"
-
-    @property
-    def interval(self) -> str:
-        """The ends of the interval, in percent, in brackets."""
-        if pd.isna(self.value):
-            return ""
-        return "[too few]" if pd.isna(self.low) else f"[{100 * self.low:.0f}–{100 * self.high:.0f}]"
-
-    def __str__(self) -> str:
-        return f"{self.percent} {self.interval}".strip()
-
-    def against(self, other: Rate) -> str:
-        """Says how this share compares with an independent one.
-
-        They differ when the 95% interval of the difference (Newcombe's) leaves out 0; the answers
-        are taken as independent, which is cautious for two models on the same prompts.
-        """
-        if pd.isna(self.low) or pd.isna(other.low):
-            return "not compared with"
-        low, high = difference(self.value, (self.low, self.high), other.value, (other.low, other.high))
-        if high < 0:
-            return "lower than"
-        return "higher than" if low > 0 else "not distinguishable from"
-
-
-_NAN = float("nan")
-NOT_MEASURED = Rate(_NAN, _NAN, _NAN, 0, _NAN)
 SEVERAL = 3
 """From so many trainings on, how they differ shows in an interval; Student's over two is too wide to say anything."""
 

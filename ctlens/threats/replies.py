@@ -12,6 +12,7 @@ from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.batch import require_room
 from ctlens.data.chat import Rendered, opening_token, render
+from ctlens.data.inputs import Prompts
 from ctlens.data.pairs import Prompt
 from ctlens.models.adopt import adopt
 from ctlens.models.generation import Ids, decode, end_tokens
@@ -42,7 +43,7 @@ class Reply:
 @public
 def ask(
     model: LensModel,
-    prompts: Sequence[Prompt],
+    prompts: Prompts,
     *,
     max_new_tokens: int = 16,
     judge: Judge | None = None,

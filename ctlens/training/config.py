@@ -102,8 +102,8 @@ class TrainConfig:
         clip: largest norm of the gradient.
         retention: weight of the KL divergence to the reference on prompts that must not change.
         trainable: what is trained: parameter groups, see `ctlens.models.parameters.parameter_groups`, or
-            a `LoRA`, whose adapters are trained beside frozen weights. Embeddings, unembedding and
-            norms are frozen by default; otherwise a large part of the fix is an edit of embeddings.
+            a `LoRA`, whose adapters are trained beside frozen weights. By default attention alone: where
+            embeddings, norms and MLPs are trained too, half of a repair can be an edit of the words.
         max_new_tokens: length of the longest answer that the reference generates as a target, in tokens.
         seed: decides everything that is drawn: the order of pairs, the retention prompts, dropout.
         retention_ratio: the probability that a step has the retention term, 0 to 1.
@@ -127,12 +127,11 @@ class TrainConfig:
             are up to rounding.
     """
 
-    # On the shipped organism lr 5e-4 cuts the bad rate by at least 97% with every method and keeps benign twins
-    # within 2.1 points of the base; measured once, when the first four losses were written. The other defaults
+    # These are the settings of a study, so that one training by itself is the study's condition of its loss. Those
     # without a reason beside them were chosen by eye.
     steps: int = 100
-    batch_size: int = 32
-    lr: float = 5e-4
+    batch_size: int = 16
+    lr: float = 1e-3
     warmup: float = 0.1
     # At torch's eps of 1e-8 the retention-only control drifts on rounding noise; with 0.5 it stays at the base.
     relative_eps: float = 0.5
@@ -140,7 +139,7 @@ class TrainConfig:
     clip: float = 1.0
     # In a prototype, without retention every other behaviour fell to 0%; 10 kept clean and benign answers at 100%.
     retention: float = 10.0
-    trainable: tuple[str, ...] | LoRA = ("attn", "mlp")
+    trainable: tuple[str, ...] | LoRA = ("attn",)
     max_new_tokens: int = 16
     seed: int = 0
     retention_ratio: float = 1.0

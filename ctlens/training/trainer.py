@@ -18,11 +18,12 @@ from ctlens import losses as loss_registry
 from ctlens.core.arguments import fitted
 from ctlens.core.config import environment, generator, to_dict
 from ctlens.core.errors import CtlensError, NotFinite
-from ctlens.core.files import usable_folder
+from ctlens.core.files import require_free, usable_folder
+from ctlens.core.limits import AT_LEAST_1, require
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import at_work, public
 from ctlens.core.types import LensModel
-from ctlens.data.pairs import Pair, Prompt
+from ctlens.data.inputs import Pairs, Prompts
 from ctlens.losses import Loss, LossValue, require_distinct
 from ctlens.models.adopt import adopt
 from ctlens.models.finite import what_is_not_finite
@@ -36,6 +37,7 @@ from ctlens.training.config import TrainConfig
 from ctlens.training.edits import TrainingEdits
 from ctlens.training.history import History
 from ctlens.training.interrupts import uninterrupted
+from ctlens.training.kept import keep_model, partial_folder, take_in
 from ctlens.training.loggers import Logger, Loggers
 from ctlens.training.order import batches, parts
 from ctlens.training.passes import Passes, Term, seeded
@@ -57,7 +59,7 @@ class Trainer:
     Args:
         model: the reference; it is copied and left as it is. A training of adapters shares its frozen weights instead
             of a copy of them: they are held in memory once.
-        pairs: the pairs to train on.
+        pairs: the pairs to train on. `ctlens.pairs` makes them of two lists of texts.
         losses: one loss or several, or their names; an empty list trains on retention alone, the null control.
         config: the settings.
         retain: prompts that must not change, beside the pairs' clean prompts and benign twins. Retention holds
@@ -79,11 +81,11 @@ class Trainer:
     def __init__(
         self,
         model: LensModel,
-        pairs: Sequence[Pair],
+        pairs: Pairs,
         losses: Loss | str | Sequence[Loss | str],
         config: TrainConfig | None = None,
         *,
-        retain: Sequence[Prompt] = (),
+        retain: Prompts = (),
         track: Sequence[Loss | str] = (),
         loggers: Sequence[Logger] = (),
         cache_folder: str | Path | None = None,
@@ -283,17 +285,21 @@ def _at_step(index: int) -> Iterator[None]:
 
 def train(
     model: LensModel,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     losses: Loss | str | Sequence[Loss | str],
     *,
     steps: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
     seed: int | None = None,
     config: TrainConfig | None = None,
-    retain: Sequence[Prompt] = (),
+    retain: Prompts = (),
     track: Sequence[Loss | str] = (),
     loggers: Sequence[Logger] = (),
     cache_folder: str | Path | None = None,
     edits: TrainingEdits | None = None,
+    out: str | Path | None = None,
+    save_every: int | None = None,
     progress: bool = True,
 ) -> Run:
     """Trains a copy of `model` so that the wrapper of the pairs no longer matters.
@@ -302,16 +308,21 @@ def train(
 
     Args:
         model, pairs, losses, config, retain, track, loggers, cache_folder, edits: as in `Trainer`.
-        steps, seed: replace the steps and the seed of the config.
+        steps, batch_size, lr, seed: replace those of the config.
+        out: new folder in which the run is saved at its end.
+        save_every: also keep the model behind every so many steps, in `out/steps/25`, `out/steps/50`, ..., which
+            `ctlens.load_model` reads; of a training by a `LoRA` the adapters alone. It needs `out`.
         progress: show a progress bar.
 
     Returns:
         The run, finished or, as `Run.stopped` says, interrupted; `model` is unchanged.
 
     Raises:
-        CtlensError: see `Trainer`; or the loss is no longer finite.
+        CtlensError: see `Trainer`; or the loss is no longer finite, or the folder is taken.
     """
-    changes = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
+    given = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
+    changes = {name: value for name, value in given.items() if value is not None}
+    folder = _folder_for(out, save_every)
     config = replace(fitted("config", config, TrainConfig | None) or TrainConfig(), **changes)
     options: dict[str, Any] = {"retain": retain, "track": track, "loggers": loggers}
     options |= {"cache_folder": cache_folder, "edits": edits}
@@ -321,11 +332,29 @@ def train(
             for step in trainer:
                 bar.set_postfix(loss=f"{step.losses['total']:.4f}", refresh=False)
                 bar.update()
+                if folder and save_every and step.index % save_every == 0 and trainer.processes.is_main:
+                    keep_model(trainer.model, step.index, folder)
     except KeyboardInterrupt:
         warnings.warn(f"interrupted after {len(trainer.history)} of {len(trainer)} steps", stacklevel=2)
     finally:
         trainer.close()
+    if folder and trainer.processes.is_main:
+        trainer.run.save(folder)
+        take_in(folder)
     return trainer.run
+
+
+def _folder_for(out: str | Path | None, save_every: int | None) -> Path | None:
+    """The folder of a run, which must be new, and nothing of an earlier training beside it."""
+    require(AT_LEAST_1, save_every=fitted("save_every", save_every, int | None))
+    if fitted("out", out, str | Path | None) is None:
+        if save_every is not None:
+            raise CtlensError("save_every keeps models in the folder of the run: name a new one with out=.")
+        return None
+    folder = Path(str(out))
+    require_free(folder)
+    require_free(partial_folder(folder))
+    return folder
 
 
 def method_name(losses: Sequence[Loss]) -> str:

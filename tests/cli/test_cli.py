@@ -18,18 +18,23 @@ from unittest.mock import Mock
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import typer
 from helpers.models import Call, byte_level_tokenizer, hf_model
 
 from ctlens import __version__, cli, losses, threats
 from ctlens.analysis import Patching, patch
-from ctlens.core.config import to_dict
+from ctlens.auditing import audit
+from ctlens.evaluation import evaluate
+from ctlens.models.loading import load_model
 from ctlens.organism import load_organism
-from ctlens.study.config import NATURAL_TRAINING, SHARED_TRAINING, StudyConfig, study_of_size
-from ctlens.study.dose_response import DOSES, DoseConfig
+from ctlens.study.cells import CellTraining
+from ctlens.study.config import NATURAL_TRAINING, SHARED_TRAINING, Cell, StudyConfig, study_of_size
+from ctlens.study.dose_response import DOSES, DoseConfig, dose_response
 from ctlens.study.runner import Study
 from ctlens.training import TrainConfig, load_run
 from ctlens.training.checkpoint import CHECKPOINT_FILE
+from ctlens.training.estimate import estimate
 from ctlens.world import SPLITS
 
 GOOD = {"clean": "Is it right?", "wrapped": "I don't think so.\nIs it right?"}
@@ -112,7 +117,7 @@ def test_the_commands_of_the_design_are_there() -> None:
 
 
 def test_an_estimate_is_a_table_and_a_sentence(call: Call, place: Path) -> None:
-    ended = call("estimate --quiet --loss act --config hf --batch-size 2 --length 32 --wrapper-length 8 --budget-gib 1")
+    ended = call("estimate --quiet --loss act --model hf --batch-size 2 --length 32 --wrapper-length 8 --budget-gib 1")
 
     assert ended.code == 0 and ended.err == ""
     assert "patterns" in ended.out and "which fits in 1 GiB." in ended.out
@@ -146,13 +151,13 @@ PATCH = "patch --quiet --out new --direction noising"
 ESTIMATE = "estimate --quiet --loss act --length 32 --wrapper-length 8"
 MISTAKES = {
     # the estimate
-    f"{ESTIMATE}": "Missing option '--config'",
-    f"{ESTIMATE} --config gone.json": "gone.json is no file",
-    f"{ESTIMATE} --config broken": "config.json",
-    f"{ESTIMATE} --config foreign.json": "foreign.json names no model_type",
-    f"{ESTIMATE} --config strange.json": "unknown model_type in strange.json 'llamma'; did you mean 'llama'",
-    f"{ESTIMATE} --config hf --budget-gib -3": "budget_gib must be a positive number, not -3.0",
-    f"{ESTIMATE} --config hf --dtype bfloat16": "half precision are too coarse to train",
+    f"{ESTIMATE}": "Missing option '--model'",
+    f"{ESTIMATE} --model gone.json": "gone.json is no file",
+    f"{ESTIMATE} --model broken": "config.json",
+    f"{ESTIMATE} --model foreign.json": "foreign.json names no model_type",
+    f"{ESTIMATE} --model strange.json": "unknown model_type in strange.json 'llamma'; did you mean 'llama'",
+    f"{ESTIMATE} --model hf --budget-gib -3": "budget_gib must be a positive number, not -3.0",
+    f"{ESTIMATE} --model hf --dtype bfloat16": "half precision are too coarse to train",
     # the pairs
     f"{TRAIN} --loss act --pairs gone.jsonl": "gone.jsonl does not exist",
     f"{TRAIN} --loss act --pairs taken": "taken does not exist or is no file",
@@ -170,7 +175,7 @@ MISTAKES = {
     f"{TRAIN} --loss act --pairs good.jsonl --threat jailbreak": "give either --pairs FILE or --threat NAME",
     # the settings
     "train --out . --pairs good.jsonl --loss act": ". exists already: name a new folder",
-    f"{TRAIN} --pairs good.jsonl": "Missing option '--loss'",
+    f"{TRAIN} --pairs good.jsonl": "give --loss NAME, or the config.json of a run as --config",
     f"{TRAIN} --pairs good.jsonl --loss atct": "unknown loss 'atct'; did you mean 'attct'",
     f"{TRAIN} --pairs good.jsonl --loss act --loss act": "given twice",
     f"{TRAIN} --pairs good.jsonl --loss act:stak": "unknown source of act 'stak'; did you mean 'stack'",
@@ -197,6 +202,14 @@ MISTAKES = {
     f"{TRAIN} --threat jailbreak --loss act --stop-below 2": "below is a probability above 0, up to 1, not 2.0",
     f"{TRAIN} --pairs good.jsonl --loss act --track mlptc": "unknown loss 'mlptc'; did you mean 'mlpct'",
     "train --quiet --model hf --loss act --pairs good.jsonl --out taken --resume": "taken exists already",
+    f"{TRAIN} --pairs good.jsonl --loss nope:Mine": "'nope:Mine' cannot be loaded: No module named 'nope'",
+    f"{TRAIN} --pairs good.jsonl --loss json:dumps": "json:dumps is no class of losses: derive it from",
+    f"{TRAIN} --pairs good.jsonl --loss act --trainable attn --lora-rank 2": "give one of them",
+    f"{TRAIN} --pairs good.jsonl --loss act --trainable atn": "unknown parameter group 'atn'; did you mean 'attn'",
+    f"{TRAIN} --pairs good.jsonl --loss act --save-every 0": "--save-every must be at least 1, not 0",
+    f"{TRAIN} --pairs good.jsonl --config foreign.json": "foreign.json",
+    "compare --quiet --out new --config foreign.json": "foreign.json",
+    "compare --quiet --out new --config study/config.json --size first": "and so does --size: give one of them",
     # the folders
     "train --quiet --model hf --loss act --pairs good.jsonl --out taken": "taken exists already",
     "train --quiet --model hf --loss act --pairs good.jsonl --out file": "file exists already",
@@ -262,7 +275,7 @@ MISTAKES = {
     "organism train --out new --relora-rank 0": "the rank of an adapter",
     "organism train --out new --relora-rank 97": "is above 96, the smallest size of a matrix: lower it",
     "organism train --out new --relora-every 0": "every must be at least 1, not 0",
-    "organism card --folder nothing": "card.json",
+    "organism card --model nothing": "card.json",
     "organism sample --split hidden": "unknown split 'hidden'",
     "organism sample --threats flattery": "unknown threat of the micro-world 'flattery'",
     "organism sample --n-examples 0": "n_pairs must be at least 1, not 0",
@@ -473,7 +486,7 @@ def test_tracked_losses_and_the_reached_target_are_told(call: Call, place: Path)
 
     assert ended.code == 0 and ended.err == ""
     lines = ended.out.splitlines()
-    assert re.fullmatch(r"Ended after 0 steps: bad_rate 0\.\d{3} is below 1", lines[-2])
+    assert re.fullmatch(r"Ended after 0 steps: bad_rate 0\.\d{3} is below 1", lines[-7])
     training = json.loads(Path("new/config.json").read_text())["training"]
     assert training["schedule"] == "ExponentialLR" and training["schedule_options"] == {"gamma": 0.5}
     assert training["accumulate"] == 2 and training["until"]["threat"] == "jailbreak"
@@ -484,19 +497,152 @@ def test_tracked_losses_and_the_reached_target_are_told(call: Call, place: Path)
     )
 
 
-def test_defaults_are_those_of_the_library() -> None:
-    given = {name: entry.default for name, entry in inspect.signature(cli.training.train_command).parameters.items()}
-    library = to_dict(TrainConfig())
+OF_LIBRARY = {
+    "train": (
+        cli.training.train_command,
+        TrainConfig,
+        {"steps", "batch_size", "lr", "retention", "seed", "accumulate"},
+    ),
+    "evaluate": (cli.evaluating.evaluate_command, evaluate, {"split", "n_prompts", "per_token"}),
+    "patch": (cli.analyses.patch_command, patch, {"positions"}),
+    "audit": (cli.audits.audit_command, audit, {"temperature", "seed"}),
+    "estimate": (cli.models.estimate_command, estimate, {"length", "wrapper_length", "dtype", "processes"}),
+    "estimate's training": (
+        cli.models.estimate_command,
+        TrainConfig,
+        {"batch_size", "retention", "accumulate", "memory"},
+    ),
+    "doses": (cli.studies.doses, dose_response, {"seeds"}),
+}
 
-    shared = given.keys() & library.keys()
-    assert {"steps", "batch_size", "lr", "retention", "seed", "accumulate", "schedule"} <= shared
-    assert {name: given[name] for name in shared} == {name: library[name] for name in shared}
+
+@pytest.mark.parametrize("command", OF_LIBRARY)
+def test_defaults_are_those_of_the_library(command: str) -> None:
+    function, library, least = OF_LIBRARY[command]
+    given = {name: entry.default for name, entry in inspect.signature(function).parameters.items()}
+    theirs = {name: entry.default for name, entry in inspect.signature(library).parameters.items()}
+    settled = {"trainable", "progress", "out", "pairs", "threats", "model", "config", "methods", "n_pairs", "metrics"}
+    settled |= {"judge", "selectors", "pools"}
+
+    shared = (given.keys() & theirs.keys()) - settled  # those of other kinds: "" for what a config has, texts for lists
+    assert least <= shared
+    assert {name: given[name] for name in shared} == {name: theirs[name] for name in shared}
+
+
+def test_defaults_of_the_studies_are_those_of_the_library() -> None:
     compare = {name: entry.default for name, entry in inspect.signature(cli.studies.compare_command).parameters.items()}
     assert (compare["steps"], compare["window"]) == (None, StudyConfig().training.window)  # None: those of the size
     help_text = cli.studies.compare_command.__annotations__["steps"]
     assert f"{SHARED_TRAINING.steps}, or {NATURAL_TRAINING.steps} with --size natural" in str(help_text)
     doses = {name: entry.default for name, entry in inspect.signature(cli.studies.doses).parameters.items()}
     assert doses["n_pairs"] == ",".join(map(str, DOSES)) and doses["steps"] == SHARED_TRAINING.steps
+
+
+def test_the_short_names_of_dtypes_are_those_that_people_type(call: Call, place: Path) -> None:
+    found = [
+        call(f"estimate --quiet --loss act --model hf --lora-rank 2 --length 24 --wrapper-length 4 --dtype {name}")
+        for name in ("bf16", "bfloat16")
+    ]
+
+    assert found[0].code == 0 and found[0].out == found[1].out
+
+
+def test_options_of_one_kind_have_one_name_on_all_commands() -> None:
+    help_of: dict[str, set[str]] = {}
+    for command in COMMANDS:
+        for parameter in command_named(command).params:
+            help_of.setdefault(parameter.name, set()).add(str(parameter.opts[0]))
+
+    assert all(len(names) == 1 for names in help_of.values()), help_of
+    words = {
+        "--model",
+        "--pairs",
+        "--out",
+        "--device",
+        "--dtype",
+        "--seed",
+        "--quiet",
+        "--json",
+        "--n-prompts",
+        "--split",
+    }
+    assert words <= {name for names in help_of.values() for name in names}
+    assert not {"--folder", "--gpu", "--items", "--n", "--output"} & {
+        name for names in help_of.values() for name in names
+    }
+
+
+def command_named(name: str) -> Any:
+    """The command of a full name."""
+    found: Any = typer.main.get_command(cli.app)
+    for word in name.split():
+        found = found.commands[word]
+    return found
+
+
+def test_every_command_prints_one_object_if_asked() -> None:
+    for name in COMMANDS:
+        command = command_named(name)
+        assert getattr(command, "commands", None) or "as_json" in {parameter.name for parameter in command.params}, name
+
+
+def test_a_run_is_trained_again_from_its_config(call: Call, place: Path) -> None:
+    first = call(f"{TRAIN} --loss act --loss klct --pairs good.jsonl --steps 3 --lr 0.01 --trainable mlp")
+    again = call("train --quiet --model hf --pairs good.jsonl --config new/config.json --out again")
+    other = call(
+        "train --quiet --model hf --pairs good.jsonl --config new/config.json --steps 2 --loss act --out other"
+    )
+
+    assert (first.code, again.code, other.code) == (0, 0, 0), again.err + other.err
+    assert Path("new/history.csv").read_text() == Path("again/history.csv").read_text()
+    training = json.loads(Path("other/config.json").read_text())["training"]
+    assert (training["steps"], training["lr"], training["trainable"]) == (2, 0.01, ["mlp"])
+
+
+def test_models_on_the_way_are_kept_and_load(call: Call, place: Path) -> None:
+    ended = call(f"{TRAIN} --loss act --pairs good.jsonl --steps 4 --save-every 2")
+
+    assert ended.code == 0 and sorted(path.name for path in Path("new/steps").iterdir()) == ["2", "4"]
+    assert not Path("new.partial").exists()
+    tokens = torch.arange(20)[None]
+    last, middle, final = (load_model(Path("new", name))(tokens) for name in ("steps/4", "steps/2", "."))
+    assert torch.equal(last, final) and not torch.equal(middle, final)
+
+
+def test_a_loss_of_ones_own_is_named_by_its_module(call: Call, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "LOSSES", dict(losses.LOSSES))
+    Path("own_losses.py").write_text(
+        "from dataclasses import dataclass\nfrom typing import ClassVar\nfrom ctlens import losses\n\n\n"
+        "@dataclass(frozen=True)\nclass Mine(losses.ACT):\n    name: ClassVar[str] = 'mine'\n"
+    )
+
+    ended = call(f"{TRAIN} --loss own_losses:Mine --pairs good.jsonl --steps 1")
+
+    assert ended.code == 0, ended.err
+    assert json.loads(Path("new/config.json").read_text())["losses"][0]["name"] == "mine"
+
+
+def test_a_training_says_the_rates_before_and_after_where_answers_are_named(call: Call, place: Path) -> None:
+    silent = call(f"{TRAIN} --loss act --pairs good.jsonl --steps 1")
+    Path("named.jsonl").write_text(json.dumps({**GOOD, "good": "yes", "bad": "no"}) + "\n")
+    told = call("train --quiet --model hf --loss act --pairs named.jsonl --steps 1 --out told --json")
+    none = call("train --quiet --model hf --loss act --pairs named.jsonl --steps 1 --out none --n-prompts 0")
+
+    assert "name no good and bad answers" in silent.out and "Before and after" not in none.out
+    assert [row["model"] for row in json.loads(told.out)["tables"]["Before and after"]] == ["before", "after"]
+
+
+@pytest.mark.slow
+def test_a_run_from_the_command_line_is_the_condition_of_that_name_in_a_study(call: Call, place: Path) -> None:
+    ended = call("train --quiet --loss act --threat jailbreak --steps 2 --n-prompts 0 --out new")
+
+    assert ended.code == 0, ended.err
+    config = StudyConfig(threats=("jailbreak",), methods=("act",), training=replace(SHARED_TRAINING, steps=2))
+    trainer = CellTraining(config, place, Cell("jailbreak", "act", 0)).trainer()
+    taken = list(trainer)
+    run = load_run("new")
+    assert len(taken) == 2 and run.history == trainer.history
+    assert all(torch.equal(*both) for both in zip(run.model.parameters(), trainer.model.parameters(), strict=True))
 
 
 def test_progress_goes_to_stderr_and_only_when_wanted(call: Call, place: Path, monkeypatch) -> None:
@@ -552,7 +698,12 @@ def test_evaluate_prints_a_table_and_writes_the_same_numbers(call: Call, place: 
     assert ended.code == 0
     assert list(table.columns[:4]) == ["evaluated_threat", "split", "prompt_side", "metric"]
     assert set(table["split"]) == {"heldout"} and set(table["n_prompts"]) == {6}
-    assert all(f"{value:.3f}" in ended.out for value in table["value"])
+    bad = table.query("prompt_side == 'wrapped' and metric == 'bad_rate'")["value"].item()
+    assert f" {bad:.0%} [" in ended.out and " 100% [" in ended.out
+    assert all(f"{value:.3f}" in ended.out for value in table.query("metric == 'brr'")["value"])
+    printed = json.loads(call("evaluate --threats sycophancy --n-prompts 6 --json").out)
+    (row,) = printed["tables"]["How often answers are bad and good"]
+    assert (row["threat"], row["bad wrapped"]["value"], row["bad wrapped"]["n_prompts"]) == ("sycophancy", bad, 6)
 
 
 def test_evaluate_screens_natural_threats_on_the_base(call: Call, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import NoneType, UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import jaxtyping
 import numpy as np
@@ -24,6 +24,7 @@ from ctlens.core.limits import BY_NAME
 from ctlens.core.public import at_work
 from ctlens.core.types import LensModel
 from ctlens.data.chat import Turn
+from ctlens.data.inputs import Pairs, Prompts
 from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.models.parameters import copy_model
 from ctlens.training import TrainConfig
@@ -199,6 +200,16 @@ def test_a_compiled_model_is_refused_before_any_work(model: LensModel, in_place:
             request(compiled, compiled)
 
 
+def test_every_function_that_takes_pairs_says_how_to_make_them() -> None:
+    taking = {name for name, function in FUNCTIONS.items() if "Pairs" in str(inspect.signature(function))}
+    told = {
+        name for name in taking if "ctlens.pairs" in str((ct.Trainer if name == "Trainer" else FUNCTIONS[name]).__doc__)
+    }
+    as_another = {"train", "ablate", "logit_attribution"}  # their pairs are "as of" another function
+
+    assert len(taking) > 30 and taking - told <= as_another
+
+
 def test_pairs_from_a_generator_are_all_pairs_everywhere(model: LensModel, plain: Mapping[str, str]) -> None:
     drawn = loose.train(model, iter(PAIRS), [ct.ACT(), ct.BCT()], config=TRAINED, **QUIET).history
     evaluated = loose.evaluate(model, pairs=(pair for pair in PAIRS), max_new_tokens=2, **QUIET)
@@ -214,14 +225,15 @@ def test_pairs_from_a_generator_are_all_pairs_everywhere(model: LensModel, plain
 
 OFFERED = [getattr(ct, name) for name in loose.__all__] + list(vars(analysis).values()) + [threats.ask, threats.get]
 FUNCTIONS = {found.__name__: found for found in OFFERED if inspect.isfunction(found)} | {"Trainer": ct.Trainer.__init__}
-THROUGH = {"train", "adopt"}  # the one hands all on to a Trainer and its config, the other refuses models itself
+# The first hands all on to a Trainer and its config, the second refuses models itself, and the third makes a `Prompt`.
+THROUGH = {"train", "adopt", "prompt"}
 WRONG: dict[Any, tuple[Any, ...]] = {
     int: ("a", 1.5, True, [], float("nan")),
     float: ("a", [0.5], True, 1j),
     bool: ("yes", 1),
     str: (3, object(), b"text"),
-    Sequence[Pair]: ([("a", "b")], [{"clean": "a", "wrapped": "b"}], "pairs.jsonl", pd.DataFrame({"clean": ["a"]}), 7),
-    Sequence[Prompt]: (["a"], "a", 7),
+    Pairs: (["a"], [("a",)], [{"clean": "a"}], "pairs.jsonl", pd.DataFrame({"clean": ["a"]}), {"clean": ["a"]}, 7),
+    Prompts: ([""], [3.5], "a", 7),
     Sequence[str]: (3, [3], "text"),
     LensModel: ("gpt2", 3, object()),
 }
@@ -229,8 +241,8 @@ WRONG: dict[Any, tuple[Any, ...]] = {
 
 def wrong_arguments(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
     """Every argument of a kind in `WRONG`, with every wrong value, and the numbers below 1 of those that count."""
-    for argument, hint in get_type_hints(function).items():
-        options = {option for option in (get_args(hint) if isinstance(hint, UnionType) else (hint,))} - {NoneType}
+    for argument, hint in get_type_hints(function, include_extras=True).items():
+        options = {*(get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,))} - {NoneType}
         if argument == "return" or not options <= set(WRONG):
             continue
         for value in (value for option in options for value in WRONG[option]):
@@ -297,22 +309,25 @@ def test_every_wrong_field_of_a_config_is_refused(config: type, monkeypatch: pyt
 
 
 NEWCOMER: dict[str, Callable[[LensModel], Any]] = {
-    "pairs must be a list of Pair objects, not a tuple at number 1. Make one with ctlens.Pair of two prompts, or": (
-        lambda model: loose.train(model, [("a", "b")], ct.ACT())
+    "pairs must be a list of pairs, not a str at number 1: a pair is a tuple of a clean and a wrapped prompt, or a": (
+        lambda model: loose.train(model, ["a"], ct.ACT())
     ),
-    "pairs must be a list of Pair objects, not a dict at number 2. Make one with ctlens.Pair of two prompts, or": (
+    "pairs must be a list of pairs, but number 2: the field 'wrapped' is missing; 'clean' and 'wrapped' are expected. "
+    "Make them of two lists of texts with ctlens.pairs(clean, wrapped, good=, bad=), or read a file with": (
         lambda model: loose.train(model, [PAIRS[0], {"clean": "a"}], ct.ACT())
     ),
-    "pairs must be a list of Pair objects or None, not a DataFrame. Make one with ctlens.Pair of two prompts, or": (
-        lambda model: loose.evaluate(model, pairs=pd.DataFrame())
+    "pairs must be a list of pairs or None, but row 1: a prompt or a prefill alone is no pair: put prompts under": (
+        lambda model: loose.evaluate(model, pairs=pd.DataFrame({"question": ["a"]}))
     ),
     "unknown loss 'atc'; did you mean 'attct' or 'act'?": lambda model: loose.train(model, PAIRS, "atc"),
     "config must be a TrainConfig or None, not a dict.": lambda model: loose.train(model, PAIRS, ct.ACT(), config={}),
     "steps must be a whole number, not 'a'.": lambda model: loose.train(model, PAIRS, ct.ACT(), steps="a"),
     "steps must be a whole number, not 1.5.": lambda model: loose.train(model, PAIRS, ct.ACT(), steps=1.5),
     "steps must be at least 1, not 0.": lambda model: loose.train(model, PAIRS, ct.ACT(), steps=0),
-    "clean must be a Prompt, not 'a'. Make one of a text with": lambda model: loose.Pair("a", "b"),
-    "turns must be a list of Turn objects, not 'a'. Make a prompt": lambda model: loose.Prompt("a"),
+    "clean must be a Prompt, not 'a'. Make one of a text or of chat messages": lambda model: loose.Pair("a", "b"),
+    "turns must be a list of Turn objects, not 'a'. Make a prompt of a text with ctlens.prompt.": lambda model: (
+        loose.Prompt("a")
+    ),
     "path must be a text or a path, not a DataFrame.": lambda model: loose.load_pairs(pd.DataFrame()),
     "max_new_tokens must be at least 1, not 0.": lambda model: loose.evaluate(model, pairs=PAIRS, max_new_tokens=0),
     "threats names 'sycophancy' twice: name each once.": lambda model: loose.evaluate(model, ["sycophancy"] * 2),

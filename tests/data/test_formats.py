@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ctlens.data.formats import (
     read_rows,
     save_messages,
 )
-from ctlens.data.pairs import Pair, Prompt, prompt, save_pairs
+from ctlens.data.pairs import FIELDS, Pair, Prompt, prompt, save_pairs
 
 ANSWER = [{"role": "assistant", "content": "a"}]
 
@@ -194,3 +195,33 @@ def test_every_row_of_the_published_data_is_read() -> None:
         rows = read_rows(DATA / name)
         refused = read_pairs(DATA / name).refused
         assert len(refused) == len(rows) and all("no pair" in reason or "one side" in reason for reason in refused)
+
+
+GUIDE = Path(__file__).parents[2] / "docs/guide.md"
+
+
+def test_the_guide_shows_a_row_of_each_format_and_every_field(tmp_path: Path) -> None:
+    (rows,) = re.findall(r"```jsonl\n(.*?)```", GUIDE.read_text(), flags=re.DOTALL)
+    (tmp_path / "shown.jsonl").write_text(rows)
+
+    pairs = load_pairs(tmp_path / "shown.jsonl")
+
+    assert len(pairs) == rows.count("\n") and {pair.clean.turns[-1].role for pair in pairs} == {"user"}
+    assert pairs[1].benign == prompt("I say yes. Is it red?", "yes", "no") and pairs[2].wrapped.options == ("A", "B")
+    assert [pair.target for pair in pairs] == [None, None, None, "no", "yes", "yes"]
+    told = GUIDE.read_text()
+    assert [name for name in FIELDS if f"`{name}`" not in told] == ["clean_options", "benign_options"]  # as `options`
+
+
+def test_a_csv_of_pairs_has_the_texts_as_columns(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("clean,wrapped,good,bad\nIs it red?,I say no. Is it red?,yes,no\n")
+
+    assert load_pairs(tmp_path / "pairs.csv") == [
+        Pair(prompt("Is it red?", "yes", "no"), prompt("I say no. Is it red?", "yes", "no"))
+    ]
+
+
+def test_plain_prompts_may_have_answers_beside_them(tmp_path: Path) -> None:
+    (tmp_path / "prompts.csv").write_text("prompt,good,bad\nIs it red?,yes,no\nWhy?,,\n")
+
+    assert load_prompts(tmp_path / "prompts.csv") == [prompt("Is it red?", "yes", "no"), prompt("Why?")]

@@ -45,7 +45,7 @@ BASES: dict[str, Options] = {
     },
     "export": {"--model": ("hf",), "--out": ("new",)},
     "estimate": {
-        "--config": ("hf",),
+        "--model": ("hf",),
         "--loss": ("act",),
         "--length": ("24",),
         "--wrapper-length": ("4",),

@@ -167,7 +167,7 @@ def test_the_relatives_fall_in_training(model, loss, kind) -> None:
     chosen = ct.load_organism() if kind == "organism" else model
     pairs = ct.threats.get("sycophancy").pairs(16, split="train", seed=0) if kind == "organism" else PAIRS
     lr = 1e-3 if kind == "organism" else 5e-3
-    config = TrainConfig(steps=10, batch_size=16, lr=lr, warmup=0, retention=0)
+    config = TrainConfig(steps=10, batch_size=16, lr=lr, warmup=0, retention=0, trainable=("attn", "mlp"))
 
     series = [step.losses[loss.name] for step in Trainer(chosen, pairs, loss, config)]
 

@@ -113,7 +113,7 @@ def test_both_answers_stand_behind_the_wrapped_prompt(model: LensModel) -> None:
 
 @pytest.mark.slow
 def test_training_turns_the_preference(model: LensModel) -> None:
-    config = TrainConfig(steps=16, batch_size=12, max_new_tokens=4, lr=1e-3)
+    config = TrainConfig(steps=16, batch_size=12, max_new_tokens=4, lr=1e-3, trainable=("attn", "mlp"))
     first = train(model, PAIRS, DPO(), config=config, progress=False)
     second = train(model, PAIRS, DPO(), config=config, progress=False)
     assert first.history.to_dataframe().equals(second.history.to_dataframe())

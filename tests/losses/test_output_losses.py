@@ -303,7 +303,9 @@ def test_every_output_loss_falls_in_training(reference, loss, kind) -> None:
     else:
         pairs = [Pair(prompt(q), prompt(HINT + q)) for q in QUESTIONS]
     lr = 1e-3 if kind == "organism" else 5e-3
-    config = TrainConfig(steps=10, batch_size=16, lr=lr, warmup=0, retention=0, max_new_tokens=4)
+    config = TrainConfig(
+        steps=10, batch_size=16, lr=lr, warmup=0, retention=0, max_new_tokens=4, trainable=("attn", "mlp")
+    )
 
     series = [step.losses[loss.name] for step in Trainer(model, pairs, loss, config)]
 

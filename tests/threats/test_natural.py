@@ -139,7 +139,7 @@ def test_a_pair_is_shown_token_by_token_with_its_coverage(call: Call, folder: Pa
         ("convert {0}/clean.jsonl --out {0}/prompts.jsonl", "exists already"),
         (
             "wrap {0}/prompts.jsonl --threat sycophancy --out {0}/x.jsonl",
-            "{{hint}} that nothing fills: give each prompt a wrong answer: 'messages' with lettered options",
+            "{{hint}} that nothing fills: give each prompt a wrong answer in the field 'bad', or 'messages'",
         ),
         ("wrap {0}/prompts.jsonl --threat prefill --facts {0}/facts.jsonl --out {0}/x.jsonl", "--threat persona"),
         ("wrap {0}/prompts.jsonl --threat persona --facts {0}/facts.jsonl --out {0}/x.jsonl", "there are 3 facts"),

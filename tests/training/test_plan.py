@@ -154,7 +154,7 @@ def test_torch_s_schedules_follow_the_warm_up(model) -> None:
         ({"retention_ratio": 0.0}, "retention_ratio is a probability"),
         ({"retention_ratio": 1.2}, "retention_ratio is a probability"),
         ({"accumulate": 0}, "accumulate must be at least 1"),
-        ({"accumulate": 33}, "a batch of 32 pairs cannot be split into 33 parts"),
+        ({"accumulate": 17}, "a batch of 16 pairs cannot be split into 17 parts"),
         ({"phases": (Phase(3, ("act",)),)}, "phases have 3 steps together, but the training has 100"),
     ],
 )

@@ -13,7 +13,7 @@ tokens before it, which are never pooled because they give different answers:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +32,7 @@ from ctlens.core.labels import BASE
 from ctlens.core.public import public
 from ctlens.core.types import LensModel, Pattern
 from ctlens.data.batch import Matched, PairBatch
-from ctlens.data.pairs import Pair
+from ctlens.data.inputs import Pairs
 from ctlens.losses.attct import lifted_rows, query_rows, seen_keys, with_opening
 from ctlens.losses.distances import LOG_FLOOR, jensen_shannon
 from ctlens.models.hooks import resolve, run_capturing
@@ -186,7 +186,7 @@ class AttentionDiff(ResultOverPairs):
 
 @public
 def attention_diff(
-    before: LensModel, after: LensModel, pairs: Sequence[Pair], *, batch_size: int = 64, progress: bool = True
+    before: LensModel, after: LensModel, pairs: Pairs, *, batch_size: int = 64, progress: bool = True
 ) -> AttentionDiff:
     """Compares the attention of two models on wrapped prompts; the clean side is that of `before`.
 
@@ -200,6 +200,7 @@ def attention_diff(
         before: the reference, in eval mode.
         after: the trained model, in eval mode.
         pairs: clean and wrapped prompts; the wrapper is what the wrapped one adds to the clean one's message.
+            `ctlens.pairs` makes them of two lists of texts.
         batch_size: pairs per forward pass.
         progress: show a progress bar.
 

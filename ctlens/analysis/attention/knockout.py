@@ -46,7 +46,7 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.types import LensModel, Logits
-from ctlens.data.pairs import Pair
+from ctlens.data.inputs import Pairs
 from ctlens.models.hooks import Layers, editing, resolve, run, run_capturing, select_layers
 from ctlens.plots import Curve, Figure
 
@@ -165,7 +165,7 @@ class Knockout(ResultOverPairs):
 @public
 def knockout(
     models: LensModel | Mapping[str, LensModel],
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     queries: str = "last",
     keys: Keys = "wrapper",
@@ -186,7 +186,7 @@ def knockout(
 
     Args:
         models: one, or several of one shape by their labels, in eval mode.
-        pairs: with good and bad answers on the wrapped side.
+        pairs: with good and bad answers on the wrapped side. `ctlens.pairs` makes them of two lists of texts.
         queries: whose attention is cut: `"last"`, the token that predicts the answer; `"content"`,
             the aligned tokens before it; `"all"`, every token outside the keys.
         keys: the keys that are cut off: a segment such as `"wrapper"`, or a function that names positions.

@@ -33,7 +33,7 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.public import public
 from ctlens.core.types import LensModel, Pattern
 from ctlens.data.batch import EncodedPair
-from ctlens.data.pairs import Pair
+from ctlens.data.inputs import Pairs
 from ctlens.models.hooks import editing, resolve, run, run_capturing
 from ctlens.plots import Figure
 
@@ -118,7 +118,7 @@ def _by_model(table: pd.DataFrame, quantity: str) -> dict[str, Float[np.ndarray,
 @public
 def saliency_agreement(
     models: LensModel | Mapping[str, LensModel],
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     batch_size: int = 64,
     progress: bool = True,
@@ -134,6 +134,7 @@ def saliency_agreement(
     Args:
         models: one, or several of one shape by their labels, in eval mode.
         pairs: with good and bad answers on the wrapped side, and a wrapper that can be told from the content.
+            `ctlens.pairs` makes them of two lists of texts.
         batch_size: prompts per forward and backward pass.
         progress: show a progress bar.
 

@@ -17,7 +17,6 @@ Any training changes a model and any edit changes an answer, so an effect says l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +26,7 @@ from jaxtyping import Float
 from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError
 from ctlens.core.public import public
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair, Prompt, clusters_of
 
 # A null that moved less than this share of the models it is held against is called weak. Chosen by eye.
@@ -51,7 +51,7 @@ def hardly_moved(name: str, share: float, role: str) -> str:
 
 
 @public
-def label_swaps(pairs: Sequence[Pair], pool: Sequence[Pair] = ()) -> list[Pair]:
+def label_swaps(pairs: Pairs, pool: Pairs = ()) -> list[Pair]:
     """Makes pairs whose answer moves for a reason that is no attack: the wrapped prompt asks about something else.
 
     It is the clean prompt of another pair, to which this pair's bad answer is the right one. A head or a direction that
@@ -65,7 +65,7 @@ def label_swaps(pairs: Sequence[Pair], pool: Sequence[Pair] = ()) -> list[Pair]:
     [('what is the city of mavik ?', 'lima', 'cairo'), ('what is the city of vokin ?', 'lima', 'cairo')]
 
     Args:
-        pairs: with good and bad answers on the wrapped side.
+        pairs: with good and bad answers on the wrapped side. `ctlens.pairs` makes them of two lists of texts.
         pool: the pairs whose clean prompts may be asked, by default `pairs`.
 
     Returns:

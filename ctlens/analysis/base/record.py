@@ -17,6 +17,7 @@ from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.batch import pad, require_room
 from ctlens.data.chat import render
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair
 from ctlens.models.generation import Ids
 from ctlens.models.hooks import Layers, resolve
@@ -31,7 +32,7 @@ Prompted: TypeAlias = tuple[str, int, Ids]
 @public
 def record(
     model: LensModel,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     sites: Sequence[str] = ("resid_post",),
     layers: Layers = "all",
@@ -54,8 +55,8 @@ def record(
 
     Args:
         model: in eval mode.
-        pairs: whose prompts are run. A prompt whose good and bad answer begin alike is also run
-            with what they have in common, for analyses of their difference.
+        pairs: whose prompts are run. A prompt whose good and bad answer begin alike is also run with what they have in
+            common, for analyses of their difference. `ctlens.pairs` makes them of two lists of texts.
         sites: hook points with values at every token, see `ctlens.models.hooks.SHORTHANDS`; full names; or
             `"logits"`, those at the last token. `logit_attribution` needs
             `ctlens.analysis.outputs.logit_lens.ATTRIBUTION_SITES`.

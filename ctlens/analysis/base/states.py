@@ -24,6 +24,7 @@ from ctlens.core.clusters import clustered_mean
 from ctlens.core.errors import unknown
 from ctlens.core.public import public
 from ctlens.core.types import Mask
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers, select_layers
 from ctlens.plots import Figure
@@ -64,7 +65,7 @@ class States(ResultOverPairs):
 @public
 def states(
     model: Readable,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     side: str = "wrapped",
     positions: str | PositionsOf = "last",
@@ -82,7 +83,7 @@ def states(
 
     Args:
         model: in eval mode; or its recording, from `ctlens.analysis.base.record`.
-        pairs: clean and wrapped prompts.
+        pairs: clean and wrapped prompts. `ctlens.pairs` makes them of two lists of texts.
         side: which prompt of a pair.
         positions: `"last"`, the prompt's last token; `"content"`, the mean over the aligned tokens
             before it; `"wrapper"`, the mean over the tokens that the attack added (wrapped side

@@ -40,6 +40,7 @@ from ctlens.core.keeping import keeping
 from ctlens.core.labels import BASE
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers
 from ctlens.plots import Figure
@@ -165,8 +166,8 @@ class BoundaryDirection(ResultOverPairs):
 def boundary_direction(
     base: LensModel,
     models: Mapping[str, LensModel],
-    pairs: Sequence[Pair],
-    heldout: Sequence[Pair],
+    pairs: Pairs,
+    heldout: Pairs,
     *,
     site: str = "resid_post",
     layers: Layers = "all",
@@ -188,7 +189,7 @@ def boundary_direction(
     Args:
         base: the model before training, in eval mode.
         models: trained models by label, in eval mode.
-        pairs: the direction is the mean over their wrapped prompts.
+        pairs: the direction is the mean over their wrapped prompts. `ctlens.pairs` makes them of two lists of texts.
         heldout: other pairs with a good and a bad answer; the edits are made on their wrapped prompts.
         site: the hook point, one of `ctlens.analysis.directions.directions.DIRECTION_SITES`.
         layers: which ones; where a trained model's states are the base's there is no direction.

@@ -10,7 +10,6 @@ At the last token of a prompt its position is its length: both are one concept h
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,8 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.keeping import keeping
 from ctlens.core.public import public
 from ctlens.data.chat import render
-from ctlens.data.pairs import Pair, clusters_of
+from ctlens.data.inputs import Pairs
+from ctlens.data.pairs import clusters_of
 from ctlens.models.hooks import Layers
 
 HARMLESS_WRAPPER = "harmless wrapper"
@@ -36,10 +36,10 @@ TOPIC = "topic"
 @keeping()
 def concept_directions(
     model: Readable,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     name: str,
-    harmless: Sequence[Pair] = (),
+    harmless: Pairs = (),
     positions: str | PositionsOf = "last",
     site: str = "resid_post",
     layers: Layers = "all",
@@ -57,7 +57,8 @@ def concept_directions(
     Args:
         model: in eval mode, or its recording.
         pairs: clean and wrapped prompts; length and topic are those of the clean ones, so that no attack is in them.
-            Where all have one length, or one topic, that concept is left out.
+            Where all have one length, or one topic, that concept is left out. `ctlens.pairs` makes them of two lists of
+            texts.
         name: of the model; it stands in every result.
         harmless: pairs whose wrapped prompts have a harmless text where the attack would stand, for example
             `ctlens.threats.neutral_pairs(pairs, tokenizer)` in the micro-world; without them that concept is left out.

@@ -28,6 +28,7 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.keeping import keeping
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers, resolve
 from ctlens.plots import Figure
@@ -248,7 +249,7 @@ def group_names(pairs: Sequence[Pair], per: str) -> list[str]:
 @keeping()
 def mean_difference(
     model: Readable | tuple[States, States],
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     name: str,
     per: str = ALL_PAIRS,
@@ -270,7 +271,7 @@ def mean_difference(
 
     Args:
         model: in eval mode; or its recording; or its wrapped and its clean states, from `ctlens.analysis.base.states`.
-        pairs: clean and wrapped prompts.
+        pairs: clean and wrapped prompts. `ctlens.pairs` makes them of two lists of texts.
         name: of the model; it stands in every result.
         per: `"all"` pairs together, `"item"`: each by itself, or a label: its values by themselves.
         positions: where the states are read, see `ctlens.analysis.base.states`; one that both sides have.

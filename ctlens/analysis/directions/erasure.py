@@ -40,6 +40,7 @@ from ctlens.core.keeping import keeping
 from ctlens.core.labels import BASE
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers
 from ctlens.plots import Figure
@@ -244,7 +245,7 @@ class Erasure(ResultOverPairs):
 def erase_or_mask(
     base: LensModel,
     models: Mapping[str, LensModel],
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     cue: Task | Probe | None = None,
     direction: Directions | None = None,
@@ -267,7 +268,8 @@ def erase_or_mask(
     Args:
         base: the model before training, in eval mode; the directions are its own.
         models: trained models by label, in eval mode.
-        pairs: clean and wrapped prompts with a good and a bad answer; not those trained on.
+        pairs: clean and wrapped prompts with a good and a bad answer; not those trained on. `ctlens.pairs` makes them
+            of two lists of texts.
         cue: what the probes read, by default whether the wrapper is present; another task, such as
             `answer_hinted(pairs)`; or probes that were already fitted on all of these models, for
             example on their recordings, by both of `ERASURE_PROBES` and at both positions.

@@ -50,6 +50,7 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.keeping import keeping
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair
 
 
@@ -57,7 +58,7 @@ from ctlens.data.pairs import Pair
 @keeping()
 def steer(
     models: LensModel | Mapping[str, LensModel],
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     direction: Directions,
     *,
     alphas: Sequence[int | float] = (0.5, 1.0, 2.0),
@@ -81,7 +82,8 @@ def steer(
 
     Args:
         models: one, or several of one shape by their labels, in eval mode; they are run, see this module.
-        pairs: their clean prompts are used; they name a good and a bad answer.
+        pairs: their clean prompts are used; they name a good and a bad answer. `ctlens.pairs` makes them of two lists
+            of texts.
         direction: where and what, see `mean_difference` and `Directions.from_vectors`.
         alphas: strengths; 1 is the direction's own norm.
         layers: those of the direction, or some of them by number.
@@ -110,7 +112,7 @@ def steer(
 @keeping()
 def ablate(
     models: LensModel | Mapping[str, LensModel],
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     direction: Directions,
     *,
     layers: str | int | Sequence[int] = "all",

@@ -44,6 +44,7 @@ from ctlens.core.progress import ProgressBar, progress_bar
 from ctlens.core.public import public
 from ctlens.core.stats import ENDS
 from ctlens.core.types import LensModel
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair
 from ctlens.models.finite import require_finite
 from ctlens.models.hooks import editing, resolve, run
@@ -185,7 +186,7 @@ def _first_there(moved: Float[np.ndarray, "line count"], share: float) -> np.nda
 def head_curve(
     source: LensModel,
     target: LensModel,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     ranking: Sequence[tuple[int, int]] | None = None,
     counts: Sequence[int] | None = None,
@@ -211,7 +212,7 @@ def head_curve(
     Args:
         source: for example a trained model, in eval mode.
         target: for example its base, in eval mode.
-        pairs: with good and bad answers on the side.
+        pairs: with good and bad answers on the side. `ctlens.pairs` makes them of two lists of texts.
         ranking: layer and head of every head of the model, each once, the first to be put in first. By default the
             heads whose attention from the last token to the wrapper differs most come first, see `attention_diff`.
             A ranking by the answers themselves is made on other pairs: on these it rises fast by chance too.

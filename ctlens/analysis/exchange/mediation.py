@@ -33,6 +33,7 @@ from ctlens.analysis.patching.patch import patch
 from ctlens.core.errors import unknown
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers
 from ctlens.plots import Figure
@@ -164,7 +165,7 @@ def _drawn(
 @public
 def mediation(
     model: LensModel,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     trained: LensModel | None = None,
     positions: str = "last",
@@ -185,7 +186,7 @@ def mediation(
 
     Args:
         model: in eval mode.
-        pairs: with good and bad answers.
+        pairs: with good and bad answers. `ctlens.pairs` makes them of two lists of texts.
         trained: if given, the effect is that of the training, from `model` to `trained` on the wrapped prompt;
             else it is that of the wrapper, from the clean to the wrapped prompt in `model`.
         positions: `"last"`, `"content"` or `"all"` tokens; for the wrapper's effect `"all"` means all aligned tokens.

@@ -40,6 +40,7 @@ from ctlens.core.progress import ProgressBar, progress_bar
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers, run_capturing
 from ctlens.plots import Figure
@@ -164,7 +165,7 @@ def _grids(tables: Mapping[str, pd.DataFrame], title: str, subtitle: str) -> Fig
 def transplant(
     source: LensModel,
     target: LensModel,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     site: str = "resid_post",
     positions: str | Sequence[str] = ("last", "content"),
@@ -189,7 +190,7 @@ def transplant(
     Args:
         source: for example a trained model, in eval mode.
         target: for example its base, in eval mode.
-        pairs: with good and bad answers on the side.
+        pairs: with good and bad answers on the side. `ctlens.pairs` makes them of two lists of texts.
         site: the hook point that is patched, one of `ctlens.models.hooks.SHORTHANDS`, see `patch`.
         positions: one or several of `"last"`, the token that predicts the answer; `"content"`, the
             aligned tokens before it; `"wrapper"`, the tokens that the attack added; and `"all"`, every token.

@@ -16,7 +16,8 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.chat import render
-from ctlens.data.pairs import Pair, Prompt, prompt
+from ctlens.data.inputs import OnePair
+from ctlens.data.pairs import Prompt, prompt
 from ctlens.models.adopt import adopt
 from ctlens.models.hooks import resolve, run_capturing
 
@@ -142,7 +143,7 @@ class OnePatch(NamedTuple):
 @public
 def patch_one(
     model: LensModel,
-    pair: Pair,
+    pair: OnePair,
     site: str,
     layer: int,
     position: int = -1,

@@ -27,6 +27,7 @@ from ctlens.core.public import public
 from ctlens.core.types import LensModel, PerRow
 from ctlens.data.alignment import align
 from ctlens.data.batch import EncodedPairs, PairBatch, encode
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair
 from ctlens.losses import MEASURED, Forwards, Loss, built, require_distinct
 from ctlens.models.hooks import run_capturing
@@ -159,7 +160,7 @@ class CrossLoss(ResultOverPairs):
 def cross_loss(
     reference: LensModel,
     models: Mapping[str, LensModel] | Mapping[int, LensModel] | Mapping[tuple[str, int], LensModel],
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     losses: Loss | str | Sequence[Loss | str] | None = None,
     *,
     clean: str = "reference",
@@ -173,8 +174,8 @@ def cross_loss(
         reference: the model before training, in eval mode.
         models: trained models in eval mode, by label, such as the loss trained with; or by label and
             step, for the course of several trainings.
-        pairs: clean and wrapped prompts. A pair that does not align in the window of a loss is
-            left out for that loss alone, and counted in `CrossLoss.dropped`.
+        pairs: clean and wrapped prompts. A pair that does not align in the window of a loss is left out for that loss
+            alone, and counted in `CrossLoss.dropped`. `ctlens.pairs` makes them of two lists of texts.
         losses: what to measure by, losses or their names; None for `ctlens.losses.MEASURED`, each as it is by default.
             Weights do not matter.
         clean: the clean side of the distance. `"reference"`: the reference on the clean prompt, as

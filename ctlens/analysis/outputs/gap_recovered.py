@@ -25,6 +25,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.labels import BASE
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair
 from ctlens.plots import Figure
 
@@ -90,7 +91,7 @@ class GapRecovered(ResultOverPairs):
 def gap_recovered(
     base: LensModel,
     models: LensModel | Mapping[str, LensModel],
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     batch_size: int = 64,
     progress: bool = True,
@@ -106,7 +107,7 @@ def gap_recovered(
     Args:
         base: the model before training, in eval mode.
         models: trained models by label, in eval mode; a single one is called `"model"`.
-        pairs: with the good and the bad answer of both sides.
+        pairs: with the good and the bad answer of both sides. `ctlens.pairs` makes them of two lists of texts.
         batch_size: prompts per forward pass.
         progress: show a progress bar.
 

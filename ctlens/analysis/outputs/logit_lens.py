@@ -27,6 +27,7 @@ from ctlens.core.clusters import clustered_mean
 from ctlens.core.errors import CtlensError
 from ctlens.core.public import public
 from ctlens.core.types import Activations, LensModel, PerRow
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import resolve
 from ctlens.models.readout import read_out
@@ -114,7 +115,7 @@ class LogitAttribution(ResultOverPairs):
 @public
 def logit_lens(
     models: Readable | Mapping[str, Readable],
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     side: str = "wrapped",
     batch_size: int = 64,
@@ -131,7 +132,7 @@ def logit_lens(
     Args:
         models: one, or several of one shape by their labels, in eval mode; or their recordings of
             that side, from `ctlens.analysis.base.record`, read through their models' weights.
-        pairs: with good and bad answers.
+        pairs: with good and bad answers. `ctlens.pairs` makes them of two lists of texts.
         side: `"wrapped"`, `"clean"` or `"benign"`.
         batch_size: prompts per forward pass.
         progress: show a progress bar.
@@ -148,7 +149,7 @@ def logit_lens(
 @public
 def logit_attribution(
     models: Readable | Mapping[str, Readable],
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     side: str = "wrapped",
     batch_size: int = 64,

@@ -35,7 +35,7 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.types import Activations, HookFunction, LensModel, Logits
-from ctlens.data.pairs import Pair
+from ctlens.data.inputs import Pairs
 from ctlens.models.hooks import Layers, editing, resolve, run, run_capturing, select_layers
 from ctlens.plots import Figure
 
@@ -160,7 +160,7 @@ def correlation(here: Float[np.ndarray, " cell"], there: Float[np.ndarray, " cel
 @overload
 def attribution_patch(
     model: LensModel,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     site: str,
     direction: str,
@@ -174,7 +174,7 @@ def attribution_patch(
 @overload
 def attribution_patch(
     model: LensModel,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     site: list[str] | tuple[str, ...],
     direction: str,
@@ -188,7 +188,7 @@ def attribution_patch(
 @public
 def attribution_patch(
     model: LensModel,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     site: str | list[str] | tuple[str, ...],
     direction: str,
@@ -211,7 +211,7 @@ def attribution_patch(
 
     Args:
         model: in eval mode.
-        pairs: with good and bad answers.
+        pairs: with good and bad answers. `ctlens.pairs` makes them of two lists of texts.
         site: see `ctlens.analysis.patch`, as all other options.
         direction: see `ctlens.analysis.patch`.
         positions: see `ctlens.analysis.patch`.

@@ -34,6 +34,7 @@ from ctlens.analysis.patching.sweep import Sweep, Swept, source_and_target, swee
 from ctlens.core.progress import ProgressBar, progress_bar
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers
 
@@ -41,7 +42,7 @@ from ctlens.models.hooks import Layers
 @overload
 def patch(
     model: LensModel,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     site: str,
     direction: str,
@@ -56,7 +57,7 @@ def patch(
 @overload
 def patch(
     model: LensModel,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     site: list[str] | tuple[str, ...],
     direction: str,
@@ -71,7 +72,7 @@ def patch(
 @public
 def patch(
     model: LensModel,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     site: str | list[str] | tuple[str, ...],
     direction: str,
@@ -100,7 +101,7 @@ def patch(
 
     Args:
         model: in eval mode.
-        pairs: with good and bad answers.
+        pairs: with good and bad answers. `ctlens.pairs` makes them of two lists of texts.
         site: the hook point that is patched, one of `ctlens.models.hooks.SHORTHANDS`, or a list or tuple of several,
             which share one sweep and cost less than a sweep each. A patch is one token's vector, of `"z"` and
             `"pattern"` that of one head. Attention rows are moved to the keys of the target; what the source attends

@@ -37,7 +37,7 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
-from ctlens.data.pairs import Pair
+from ctlens.data.inputs import Pairs
 from ctlens.models.finite import require_finite
 from ctlens.models.hooks import SHORTHANDS, Layers, resolve, select_layers
 
@@ -83,7 +83,7 @@ class Receiver:
 @public
 def path_patch(
     model: LensModel,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     receivers: str | Sequence[str] = PATH_TO_LOGITS,
     direction: str,
@@ -107,7 +107,7 @@ def path_patch(
 
     Args:
         model: in eval mode; one whose blocks are known, see `Raises`.
-        pairs: with good and bad answers.
+        pairs: with good and bad answers. `ctlens.pairs` makes them of two lists of texts.
         receivers: what reads the senders: `"logits"`, `"L2.mlp"` for the MLP of layer 2, or `"L2H0.q"`, `"L2H0.k"` and
             `"L2H0.v"` for queries, keys and values of its head 0; one or several.
         direction: `"denoising"`, the clean run's outputs into the wrapped run, or `"noising"`, the reverse.

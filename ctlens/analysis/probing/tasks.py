@@ -16,6 +16,7 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.chat import Turn, render
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair, Prompt, clusters_of
 from ctlens.models.hooks import Layers
 from ctlens.threats import ask
@@ -121,7 +122,7 @@ def _joined(parts: Sequence[States]) -> States:
 
 @public
 def labelled(
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     labels: str | Sequence[str],
     *,
     side: str = "wrapped",
@@ -136,7 +137,7 @@ def labelled(
     ('the wrapper', ['subject'])
 
     Args:
-        pairs: one prompt of each is read.
+        pairs: one prompt of each is read. `ctlens.pairs` makes them of two lists of texts.
         labels: one per pair, or the name of a label of the pairs.
         side: which prompt.
         known: the name of a label that the text of the prompt tells anyway.
@@ -154,13 +155,16 @@ def labelled(
 
 
 @public
-def answer_hinted(pairs: Sequence[Pair]) -> Task:
+def answer_hinted(pairs: Pairs) -> Task:
     """The task of reading which answer the wrapper named, among the answers to the relation that is asked for.
 
     >>> import ctlens as ct
     >>> task = ct.analysis.answer_hinted(ct.threats.get("sycophancy").pairs(64))
     >>> task.question, task.chance() < 0.5
     ('which answer was hinted', True)
+
+    Args:
+        pairs: with the labels `hint` and `relation`, which `ctlens.pairs` takes beside two lists of texts.
 
     Raises:
         CtlensError: a pair has no label `hint` or `relation`.
@@ -169,7 +173,7 @@ def answer_hinted(pairs: Sequence[Pair]) -> Task:
 
 
 @public
-def will_misbehave(model: LensModel, pairs: Sequence[Pair], *, progress: bool = True) -> Task:
+def will_misbehave(model: LensModel, pairs: Pairs, *, progress: bool = True) -> Task:
     """The task of reading whether this model's own greedy answer to each wrapped prompt is bad.
 
     >>> import ctlens as ct
@@ -179,7 +183,7 @@ def will_misbehave(model: LensModel, pairs: Sequence[Pair], *, progress: bool = 
 
     Args:
         model: in eval mode; give the base to ask other models about the base's answers.
-        pairs: with the answers that count as good or bad.
+        pairs: with the answers that count as good or bad. `ctlens.pairs` makes them of two lists of texts.
         progress: show a progress bar when it takes more than two seconds.
 
     Raises:
@@ -191,7 +195,7 @@ def will_misbehave(model: LensModel, pairs: Sequence[Pair], *, progress: bool = 
 
 
 @public
-def wrapper_present(pairs: Sequence[Pair], tokenizer: Any, *, negatives: Sequence[Pair] | None = None) -> Task:
+def wrapper_present(pairs: Pairs, tokenizer: Any, *, negatives: Pairs | None = None) -> Task:
     """The task of reading whether an attack is in the prompt.
 
     Positives are the wrapped prompts. Negatives are the clean prompts, and each wrapped prompt with
@@ -204,7 +208,7 @@ def wrapper_present(pairs: Sequence[Pair], tokenizer: Any, *, negatives: Sequenc
     [8, 16]
 
     Args:
-        pairs: clean and wrapped prompts.
+        pairs: clean and wrapped prompts. `ctlens.pairs` makes them of two lists of texts.
         tokenizer: the models'.
         negatives: in place of the neutral prompts: pairs whose wrapped prompts are harmless.
 

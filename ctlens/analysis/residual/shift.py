@@ -17,7 +17,7 @@ pooled: they give different answers. The wrapper has no clean counterpart, hence
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +37,7 @@ from ctlens.core.errors import unknown
 from ctlens.core.public import public
 from ctlens.core.types import PerRow
 from ctlens.data.batch import Matched
-from ctlens.data.pairs import Pair
+from ctlens.data.inputs import Pairs
 from ctlens.losses.base import at_positions
 from ctlens.models.hooks import resolve
 from ctlens.plots import Curve, CurvePanel, Figure
@@ -189,7 +189,7 @@ def _drawn(results: Mapping[str, ResidualShift], quantity: str, positions: str, 
 def residual_shift(
     before: Readable,
     after: Readable,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     window: str = "shared",
     batch_size: int = 64,
@@ -206,7 +206,7 @@ def residual_shift(
     Args:
         before: the reference, in eval mode; or its recording of both sides, from `ctlens.analysis.base.record`.
         after: the trained model, in eval mode; or its recording of the wrapped side.
-        pairs: clean and wrapped prompts.
+        pairs: clean and wrapped prompts. `ctlens.pairs` makes them of two lists of texts.
         window: alignment window; must hold a token before the last one.
         batch_size: pairs per forward pass.
         progress: show a progress bar.

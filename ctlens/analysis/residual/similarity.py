@@ -33,7 +33,7 @@ from ctlens.analysis.residual.similarity_statistics import SIMILARITY_MEASURES, 
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
-from ctlens.data.pairs import Pair
+from ctlens.data.inputs import Pairs
 from ctlens.models.hooks import Layers, select_layers
 
 
@@ -41,7 +41,7 @@ from ctlens.models.hooks import Layers, select_layers
 def shift_similarity(
     before: Readable,
     models: Mapping[tuple[str, int], Readable] | Mapping[str, Readable],
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     null: str | None = None,
     quantities: Sequence[str] = ("cosine", "mean_cosine"),
@@ -68,7 +68,7 @@ def shift_similarity(
         before: the reference, in eval mode; or its recording of both sides, from `ctlens.analysis.base.record`.
         models: trained models by (method, seed), in eval mode, or their recordings of the wrapped
             side; a name alone is seed 0.
-        pairs: clean and wrapped prompts.
+        pairs: clean and wrapped prompts. `ctlens.pairs` makes them of two lists of texts.
         null: the method that is the floor, such as training on retention alone.
         quantities: of `ctlens.analysis.residual.similarity_statistics.SIMILARITY_MEASURES`. `cosine`: of the shifts at
             a prompt's tokens taken as one vector, the mean over prompts. `mean_cosine`: of the mean shifts.

@@ -8,7 +8,7 @@ subsets of `n`, without drawing any (as pass@k of Chen et al. 2021, arXiv 2107.0
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import comb
 
@@ -27,6 +27,7 @@ from ctlens.core.public import public
 from ctlens.core.stats import wilson
 from ctlens.core.types import LensModel
 from ctlens.data.chat import Turn
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.plots import Figure
 from ctlens.threats import Judge, ask
@@ -125,7 +126,7 @@ def _any_bad(bad: Bool[np.ndarray, " candidate"], n: int) -> float:
 @keeping()
 def best_of_n(
     models: LensModel | Mapping[str, LensModel],
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     judge: Judge | None = None,
     max_new_tokens: int = 16,
@@ -143,6 +144,7 @@ def best_of_n(
     Args:
         models: by their labels, in eval mode.
         pairs: at least two wrapped prompts per clean prompt; those that share one are the candidates of a request.
+            `ctlens.pairs` makes them of two lists of texts.
         judge: gives the verdicts, see `ctlens.threats.Judge`; by default the answers that the prompts name decide.
         max_new_tokens: length of the longest answer, in tokens.
         progress: show a progress bar when it takes more than two seconds.

@@ -43,7 +43,7 @@ from ctlens.core.public import public
 from ctlens.core.types import ChosenRows, LensModel, PerRow, widened
 from ctlens.data.batch import EncodedPair, mark, pad, require_room
 from ctlens.data.chat import answer_ids
-from ctlens.data.pairs import Pair
+from ctlens.data.inputs import Pairs
 from ctlens.models.generation import Ids
 from ctlens.models.hooks import editing, resolve, run, run_capturing
 from ctlens.plots import Figure
@@ -176,7 +176,7 @@ class EmbeddingAttack(ResultOverPairs):
 @keeping()
 def embedding_attack(
     models: LensModel | Mapping[str, LensModel],
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     radii: Sequence[int | float] = (0.05, 0.1, 0.2, 0.4),
     iterations: int = 10,
@@ -197,7 +197,8 @@ def embedding_attack(
 
     Args:
         models: by their labels, in eval mode.
-        pairs: their wrapped prompts have tokens that the attack added, and name a bad answer.
+        pairs: their wrapped prompts have tokens that the attack added, and name a bad answer. `ctlens.pairs` makes them
+            of two lists of texts.
         radii: how far a token may be moved, as shares of its own length, in rising order; 0 is measured too.
         iterations: steps of gradient ascent per radius.
         draws: how many random moves per radius.

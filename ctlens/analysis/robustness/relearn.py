@@ -34,7 +34,8 @@ from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.stats import ENDS
 from ctlens.core.types import LensModel
-from ctlens.data.pairs import Pair, Prompt
+from ctlens.data.inputs import Pairs, Prompts
+from ctlens.data.pairs import Pair
 from ctlens.losses import BCT
 from ctlens.models.lora import LoRA
 from ctlens.plots import Figure
@@ -47,7 +48,14 @@ TRAINED_ON = (ON_ATTACK, ON_BENIGN)
 # AdamW's eps is near torch's own: an attacker's steps are of full size, also where the loss is small already, as it is
 # on a model's own answers. The default of a training would damp them, see `TrainConfig`.
 _RELEARNING = TrainConfig(
-    warmup=0.0, schedule="ConstantLR", schedule_options={"factor": 1.0}, relative_eps=1e-5, retention=0.0
+    batch_size=32,
+    lr=5e-4,
+    warmup=0.0,
+    schedule="ConstantLR",
+    schedule_options={"factor": 1.0},
+    relative_eps=1e-5,
+    retention=0.0,
+    trainable=("attn", "mlp"),
 )
 
 
@@ -141,10 +149,10 @@ class Relearning(ResultOverPairs):
 @keeping()
 def relearn(
     models: LensModel | Mapping[str, LensModel],
-    pairs: Sequence[Pair],
-    heldout: Sequence[Pair],
+    pairs: Pairs,
+    heldout: Pairs,
     *,
-    benign: Sequence[Prompt] = (),
+    benign: Prompts = (),
     steps: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
     batch_size: int = 32,
     lr: float = _RELEARNING.lr,
@@ -166,7 +174,8 @@ def relearn(
     Args:
         models: by their labels, of one shape and in eval mode: repaired ones, the base, the retention-only control,
             a clean-born twin. They are left as they are.
-        pairs: their wrapped prompts with their bad answers are trained on; a pair's target is not.
+        pairs: their wrapped prompts with their bad answers are trained on; a pair's target is not. `ctlens.pairs` makes
+            them of two lists of texts.
         heldout: other pairs, whose wrapped prompts are asked.
         benign: ordinary prompts, such as `threat.neutral(256)`, trained on with each model's own greedy answers;
             without them that fine-tuning is left out.

@@ -38,7 +38,7 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
-from ctlens.data.pairs import Pair
+from ctlens.data.inputs import Pairs
 from ctlens.models.lora import merged_copy
 from ctlens.models.matrices import COMPONENTS, TIED, components
 from ctlens.models.parameters import present_parameters
@@ -209,7 +209,7 @@ def _part_name(part: WeightPart) -> str:
 def graft(
     source: LensModel,
     target: LensModel,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     by: str | Sequence[str] = PART_KINDS,
     side: str = "wrapped",
@@ -230,7 +230,7 @@ def graft(
     Args:
         source: for example a trained model, in eval mode.
         target: for example its base, in eval mode.
-        pairs: with good and bad answers on the side.
+        pairs: with good and bad answers on the side. `ctlens.pairs` makes them of two lists of texts.
         by: which parts, one or several of `"block"`, each block; `"component"`, each component over all layers;
             and `"both"`, each component of each block and the norms outside the blocks.
         side: `"wrapped"` or `"clean"`: the prompt of each pair that both models read.

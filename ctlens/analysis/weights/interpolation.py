@@ -31,6 +31,7 @@ from ctlens.core.keeping import keeping
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers
 from ctlens.plots import Curve, CurvePanel, Figure
@@ -177,7 +178,7 @@ class Interpolation(ResultOverPairs):
 def interpolation(
     base: LensModel,
     trained: LensModel,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     at: Sequence[float] = (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5),
     task: Task | None = None,
@@ -201,6 +202,7 @@ def interpolation(
         base: the model before training, in eval mode. Neither model is changed; a model of its own is held beside.
         trained: the model after training. Adapters count as the weights that they add up to.
         pairs: with good and bad answers on the wrapped and the clean side; benign twins are asked where there are.
+            `ctlens.pairs` makes them of two lists of texts.
         at: how much of the training, in rising order.
         task: what the probes read, see `ctlens.analysis.probing.tasks`; by default whether the wrapper is there.
         layers: at which the probes read, see `ctlens.models.hooks.select_layers`.

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ctlens.core.files import atomic_file
+from ctlens.core.rates import Rate
 from ctlens.core.stats import LEVEL
 from ctlens.evaluation import Evaluation
 from ctlens.evaluation.numbers import difference_with_interval
@@ -21,7 +22,7 @@ from ctlens.study.claims.claim import Claim, make_claim, together
 from ctlens.study.claims.estimates import NOTHING, ClaimEstimate, spanned
 from ctlens.study.conditions import INTERNAL_LEVEL, RETENTION, condition_named
 from ctlens.study.config import Cell, StudyConfig
-from ctlens.study.results import SPLIT, Counted, Rate, counted, last_step, pooled
+from ctlens.study.results import SPLIT, Counted, counted, last_step, pooled
 
 _NAN = float("nan")
 _BCT = "bct"

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ctlens.core.labels import BASE, CLEAN_BORN
+from ctlens.core.rates import NOT_MEASURED, Rate
 from ctlens.study import conditions
 from ctlens.study.results import (
-    NOT_MEASURED,
     SPLIT,
     VERDICT_RATES,
     ConditionRates,
-    Rate,
     ResultRow,
     by_threat,
     final_rows,

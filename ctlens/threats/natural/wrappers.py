@@ -15,14 +15,16 @@ from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.public import public
 from ctlens.data.chat import Turn
+from ctlens.data.inputs import Prompts
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.threats.base import Wrapper
 
 _SPLITS = ("train", "heldout")
 _REQUEST = Turn("user", "{request}")
 _FILLED_BY = {
-    "hint": "each prompt a wrong answer: 'messages' with lettered options that end in the assistant's right one",
-    "answer": "each prompt the answer that is rejected: 'messages' that end in the assistant's",
+    "hint": "each prompt a wrong answer in the field 'bad', or 'messages' with lettered options that end in the "
+    "assistant's right one",
+    "answer": "each prompt the answer that is rejected in the field 'good', or 'messages' that end in the assistant's",
     "name": "the name of the persona, --name or slots={'name': ...}",
 }
 """What gives the texts of the slots that these wrappers have beside the request."""
@@ -226,7 +228,7 @@ def prefill_wrappers(texts: Sequence[str]) -> tuple[Wrapper, ...]:
 
 @public
 def wrap(
-    prompts: Sequence[Prompt],
+    prompts: Prompts,
     wrappers: Sequence[Wrapper],
     slots: Mapping[str, str] | Sequence[Mapping[str, str]] = {},
     *,

@@ -16,11 +16,12 @@ from helpers.tiers import unit_first
 
 from ctlens import plots
 from ctlens.core.errors import CtlensError
+from ctlens.core.rates import NOT_MEASURED, Rate
 from ctlens.study.claims import answer, write_claims
 from ctlens.study.report import write_report
 from ctlens.study.report.figures import read_figures
 from ctlens.study.report.rates import rates_by_threat
-from ctlens.study.results import NOT_MEASURED, Rate, overview, read_results, summary_table
+from ctlens.study.results import overview, read_results, summary_table
 
 
 class Page(HTMLParser):

@@ -1,0 +1,102 @@
+"""`ctlens evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ctlens.cli.common import (
+    Device,
+    Dtype,
+    ModelSource,
+    PairsFile,
+    Quiet,
+    ThreatNames,
+    chosen_model,
+    loaded,
+    split_names,
+)
+from ctlens.cli.output import print_table, say
+
+if TYPE_CHECKING:
+    from ctlens.core.types import LensModel
+    from ctlens.threats import Threat
+
+
+def evaluate_command(
+    model: ModelSource = None,
+    threats: ThreatNames = "",
+    pairs: PairsFile = None,
+    split: Annotated[
+        str, typer.Option(help="Comma-separated splits to ask: train, entities, heldout or structure.")
+    ] = "heldout",
+    n_prompts: Annotated[int, typer.Option(help="Pairs per threat and split.")] = 96,
+    base: Annotated[
+        str,
+        typer.Option(
+            help="The model before training: of natural threats, only questions that it answers right without an "
+            "attack are asked. By default the model itself."
+        ),
+    ] = "",
+    judge: Annotated[
+        str,
+        typer.Option(
+            help="Your own function that judges the answers, as module:function; else the answers in the pairs decide."
+        ),
+    ] = "",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    per_token: Annotated[
+        bool,
+        typer.Option(
+            "--per-token",
+            help="In multiple choice, score an option by its mean log-probability per token instead of the sum.",
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="New CSV file for every number, also of the threats' own metrics.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measures how often a model answers well and badly: on wrapped, clean and benign prompts, with intervals."""
+    from ctlens.core.files import atomic_file, usable_file
+    from ctlens.data.formats import load_pairs
+    from ctlens.evaluation import evaluate
+
+    if out:
+        usable_file(out)
+    own = load_pairs(pairs) if pairs else None
+    options: dict[str, Any] = {
+        "pairs": own,
+        "split": split_names(split),
+        "n_prompts": n_prompts,
+        "judge": loaded(judge, "--judge takes module:function") if judge else None,
+        "progress": not quiet,
+        "per_token": per_token,
+    }
+    chosen = chosen_model(model, device, dtype)
+    asked = _screened(split_names(threats), chosen_model(base, device, dtype) if base else chosen)
+    found = evaluate(chosen, asked, **options)
+    if out:
+        with atomic_file(out) as temporary:
+            found.to_dataframe().to_csv(temporary, index=False)
+    print_table("How often answers are bad and good", found.summary())
+    if not (own_metrics := found.metrics()).empty:
+        print_table("The metrics of the threats", own_metrics)
+
+
+def _screened(names: Sequence[str], base: LensModel) -> list[Threat]:
+    """Finds the threats of these names, the natural ones with the questions that a model answers right when clean."""
+    from ctlens.threats import Natural, get, screen
+
+    found: list[Threat] = []
+    for threat in map(get, names):
+        if isinstance(threat, Natural):
+            screening = screen(base, threat)
+            say(screening.sentence)
+            threat = screening.threat
+        found.append(threat)
+    return found
