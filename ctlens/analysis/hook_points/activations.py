@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from ctlens.analysis.base.forward import require_eval
-from ctlens.analysis.patching.patch import patch
+from ctlens.analysis.base.metrics import named_metrics
+from ctlens.analysis.patching.hooked import WITH_HEADS
+from ctlens.analysis.patching.jobs import patch_pairs
+from ctlens.analysis.patching.patch import patched
+from ctlens.analysis.patching.sweep import sweep_of
 from ctlens.core.errors import CtlensError
+from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.chat import render
@@ -164,16 +168,20 @@ def patch_one(
     Raises:
         CtlensError: as `ct.analysis.patch`; or there is no such position or head.
     """
-    found = patch(model, [pair], site=site, direction=direction, layers=[layer], progress=False)
-    cells: Float[Tensor, ...] = torch.from_numpy(found.values[0, 0, ..., 0])
-    if found.has_heads != (head is not None):
-        raise CtlensError(f"{site} {'has heads: name one' if found.has_heads else 'has no heads: leave head out'}.")
-    if head is not None:
-        if not 0 <= head < len(cells):
-            raise CtlensError(f"head {head} does not exist: {site} has heads 0 to {len(cells) - 1}.")
-        cells = cells[head]
-    if not -len(cells) <= position < len(cells):
+    require_eval(model)
+    (prepared,) = patch_pairs(model, [pair], direction, "each", "shared")
+    columns = prepared.columns
+    if not -len(columns) <= position < len(columns):
         raise CtlensError(
-            f"there are {len(cells)} aligned tokens, and none at {position}: count from the last one, -1."
+            f"there are {len(columns)} aligned tokens, and none at {position}: count from the last one, -1."
         )
-    return OnePatch(float(found.target[0, 0]), float(cells[position]), float(found.source[0, 0]))
+    alone = [replace(prepared, columns=(columns[position],))]
+    sweep = sweep_of(model, alone, (site,), [layer], named_metrics(("logit_diff",)), None, skip_unchanged=True)
+    if (site in WITH_HEADS) != (head is not None):
+        raise CtlensError(f"{site} {'has heads: name one' if head is None else 'has no heads: leave head out'}.")
+    with progress_bar(total=sweep.patches(alone), shown=False) as bar:
+        found = patched(sweep, alone, bar)
+    cells = found.values[site].reshape(-1)  # of every head, of one metric, layer, position and pair
+    if head is not None and not 0 <= head < len(cells):
+        raise CtlensError(f"head {head} does not exist: {site} has heads 0 to {len(cells) - 1}.")
+    return OnePatch(float(found.target[0, 0]), float(cells[head or 0]), float(found.source[0, 0]))
