@@ -131,9 +131,7 @@ def patch(
     require_eval(model)
     sites = (site,) if isinstance(site, str) else tuple(site)
     prepared = patch_pairs(model, pairs, direction, positions, window)
-    sweep = sweep_of(
-        model, prepared, sites, layers, named_metrics(metrics), max_batch, skip_unchanged=skip_unchanged
-    )
+    sweep = sweep_of(model, prepared, sites, layers, named_metrics(metrics), max_batch, skip_unchanged=skip_unchanged)
     groups = sweep.groups(prepared)
     total = sum(sweep.patches(group) for group in groups)
     with progress_bar(total=total, desc="patches", shown=progress, leave=False) as bar:
