@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctlens.core.public import at_work
-from ctlens.core.types import LensModel
-from ctlens.models.hooks import resolve, run_capturing
+from ctlens.core.types import Activations, LensModel
+from ctlens.models.hooks import capturing, resolve, run
 from ctlens.models.kv_cache import Ids
 
 _T = TypeVar("_T")
@@ -25,10 +25,12 @@ class PromptStates(NamedTuple):
     Attributes:
         patterns: the attention of every head.
         stream: the residual stream behind every layer.
+        last: the logits at the last token.
     """
 
     patterns: Float[Tensor, "layer head q k"]
     stream: Float[Tensor, "layer pos d"]
+    last: Float[Tensor, " d_vocab"]
 
     @property
     def n_bytes(self) -> int:
@@ -77,13 +79,17 @@ class Captures:
         """A model by its label and the changes that were made to its weights."""
         return label, sum(parameter._version for parameter in self.models[label].parameters())
 
+    @torch.no_grad()
     def _run(self, model: LensModel, ids: Ids) -> PromptStates:
-        patterns, stream = resolve(model, "pattern"), resolve(model, "resid_post")
-        with at_work(model):
+        patterns = resolve(model, "pattern")
+        stream = resolve(model, "resid_post")
+        found: Activations = {}
+        with at_work(model), capturing(model, [*patterns, *stream], found):
             tokens = torch.tensor([ids], device=next(model.parameters()).device)
-            _, found = run_capturing(model, tokens, [*patterns, *stream], grad=False, logits=False)
-        return PromptStates(_stack(found, patterns), _stack(found, stream))
+            at_last = torch.arange(len(ids), device=tokens.device)[None] == len(ids) - 1
+            logits = run(model, tokens, logits_at=at_last)
+        return PromptStates(_stack(found, patterns), _stack(found, stream), logits[0, 0].cpu())
 
 
-def _stack(found: Mapping[str, Tensor], names: list[str]) -> Tensor:
+def _stack(found: Activations, names: list[str]) -> Tensor:
     return torch.stack([found[name][0] for name in names]).cpu()

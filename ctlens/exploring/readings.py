@@ -167,7 +167,7 @@ class Readings:
         where = f"pair {number}, {WHAT_IF}" if text else f"pair {number}"
         first = next(iter(self.models.values()))
         with at_work(first), located(where):
-            shown = _edited(pair, encode_pair(pair, first.tokenizer, ()), text) if text else pair
+            shown = _edited(encode_pair(pair, first.tokenizer, ()), text) if text else pair
             row = encode_pair(shown, first.tokenizer, ("shared",))
         if refusal := row.alignments["shared"].refusal:
             raise CtlensError(f"{where} does not align ({refusal}): choose another pair or text.")
@@ -183,21 +183,28 @@ class Readings:
     @property
     def template(self) -> str:
         """The message of the chosen pair that an edit replaces, with `{request}` where it holds the clean request."""
-        pair = self.pairs[self._selection.pair]
-        row = self._row if pair is self._row.pair else self._encoded(self._selection.pair, "")
-        content = pair.wrapped.turns[_turn_of_wrapper(row)].content
-        request = pair.clean.turns[-1].content
-        return content.replace(request, REQUEST) if content.count(request) == 1 else content
+        row = self._as_given
+        turn = row.pair.wrapped.turns[_turn_of_wrapper(row)]
+        request = _request(row.pair, turn.role)
+        once = request and turn.content.count(request) == 1
+        return turn.content.replace(request, REQUEST) if once else turn.content
+
+    @property
+    def _as_given(self) -> EncodedPair:
+        """The chosen pair without its edit."""
+        return self._encoded(self._selection.pair, "") if self._selection.text else self._row
 
     @public
     def edited(self, text: str) -> Pair:
         """The chosen pair with another text in place of the wrapped prompt's message that holds the wrapper.
 
         Args:
-            text: the message; `{request}` in it stands for the clean request.
+            text: the message; `{request}` in it stands for the clean prompt's last message of the same role.
+
+        Raises:
+            CtlensError: it has `{request}`, and the clean prompt no such message.
         """
-        pair = self.pairs[self._selection.pair]
-        return _edited(pair, self._encoded(self._selection.pair, ""), text)
+        return _edited(self._as_given, text)
 
     @public
     def what_if(self, text: str) -> pd.DataFrame:
@@ -252,22 +259,25 @@ class Readings:
             prompts[WHAT_IF] = self.pair.wrapped
         rows = []
         for label in self._selection.models:
-            for name, prompt in prompts.items():
-                reply = self._reply(label, prompt)
-                rows.append((label, name, reply.answer, reply.verdict, *self._margins(label, prompt), reply))
-        table = pd.DataFrame(rows, columns=["model", "prompt", "answer", "verdict", "logit_diff", "reply"])
-        for name in ("good_probability", "bad_probability"):
-            table[name] = [getattr(reply, name) for reply in table["reply"]]
-        return table.drop(columns="reply")
+            replies = self._replies(label, (as_given.clean, as_given.wrapped))
+            if self._selection.text:
+                replies = [*replies, *self._replies(label, (self.pair.wrapped,))]
+            for (name, prompt), reply in zip(prompts.items(), replies, strict=True):
+                probabilities = reply.good_probability, reply.bad_probability
+                rows.append((label, name, reply.answer, reply.verdict, self._margin(label, prompt), *probabilities))
+        columns = ["model", "prompt", "answer", "verdict", "logit_diff", "good_probability", "bad_probability"]
+        return pd.DataFrame(rows, columns=columns)
 
-    def _reply(self, label: str, prompt: Prompt) -> Reply:
+    def _replies(self, label: str, prompts: tuple[Prompt, ...]) -> list[Reply]:
         options = {"max_new_tokens": self.max_new_tokens}
-        return self._captures.once(label, ("reply", prompt), lambda model: ask(model, [prompt], **options)[0])
+        return self._captures.once(label, ("replies", prompts), lambda model: ask(model, prompts, **options))
 
-    def _margins(self, label: str, prompt: Prompt) -> tuple[float]:
+    def _margin(self, label: str, prompt: Prompt) -> float:
         if not prompt.good or not prompt.bad:
-            return (float("nan"),)
-        return (float(self._lens(label, self._contrast(prompt)).logit_diff[-1]),)
+            return float("nan")
+        contrast = self._contrast(prompt)
+        logits = self._captures.of(label, contrast.prompt).last
+        return float(logits[contrast.good] - logits[contrast.bad])
 
     def heads(self) -> dict[str, Float[np.ndarray, "layer head"]]:
         """Attention mass on the wrapper from the chosen token, of every head of each chosen model.
@@ -335,7 +345,7 @@ class Readings:
         row = self._row
         first = next(iter(self.models.values()))
         rendered = {row.pair.clean: row.clean, row.pair.wrapped: row.wrapped}
-        asked = rendered.get(prompt) or self._encoded(self._selection.pair, "").wrapped
+        asked = rendered.get(prompt) or self._as_given.wrapped
         return contrast_of(first, prompt, asked, f"the prompt {prompt.turns[-1].content[:40]!r}")
 
     def _lens(self, label: str, contrast: Contrast, at: int | None = None) -> Lens:
@@ -383,9 +393,20 @@ def _turn_of_wrapper(row: EncodedPair) -> int:
     return max((number for number, found in enumerate(held) if found), default=len(held) - 1)
 
 
-def _edited(pair: Pair, row: EncodedPair, text: str) -> Pair:
-    turns = list(pair.wrapped.turns)
+def _request(pair: Pair, role: str) -> str:
+    """The clean prompt's last message of a role; empty where it has none."""
+    return next((turn.content for turn in reversed(pair.clean.turns) if turn.role == role), "")
+
+
+def _edited(row: EncodedPair, text: str) -> Pair:
+    """A pair with another text in the message of the wrapper."""
+    pair = row.pair
     number = _turn_of_wrapper(row)
-    content = text.replace(REQUEST, pair.clean.turns[-1].content)
-    turns[number] = replace(turns[number], content=content)
+    turns = list(pair.wrapped.turns)
+    request = _request(pair, turns[number].role)
+    if REQUEST in text and not request:
+        raise CtlensError(
+            f"the clean prompt has no {turns[number].role} message for {REQUEST} to stand for: leave it out."
+        )
+    turns[number] = replace(turns[number], content=text.replace(REQUEST, request))
     return replace(pair, wrapped=replace(pair.wrapped, turns=tuple(turns)))

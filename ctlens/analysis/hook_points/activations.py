@@ -10,19 +10,16 @@ import torch
 from torch import Tensor
 
 from ctlens.analysis.base.forward import require_eval
-from ctlens.analysis.base.metrics import named_metrics
-from ctlens.analysis.patching.hooked import WITH_HEADS
-from ctlens.analysis.patching.jobs import patch_pairs
-from ctlens.analysis.patching.patch import patched
-from ctlens.analysis.patching.sweep import sweep_of
+from ctlens.analysis.patching.hooked import WITH_HEADS, write_of
+from ctlens.analysis.patching.jobs import Jobs, patch_batch, patch_pairs
+from ctlens.analysis.patching.sweep import require_sites, source_and_target
 from ctlens.core.errors import CtlensError
-from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.chat import render
 from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.models.adopt import adopt
-from ctlens.models.hooks import resolve, run_capturing
+from ctlens.models.hooks import editing, resolve, run, run_capturing
 
 PromptLike: TypeAlias = str | Prompt | Sequence[int] | Tensor
 """A user's message, a prompt, or token ids."""
@@ -139,6 +136,7 @@ class OnePatch(NamedTuple):
 
 
 @public
+@torch.no_grad()
 def patch_one(
     model: LensModel,
     pair: Pair,
@@ -169,19 +167,31 @@ def patch_one(
         CtlensError: as `ct.analysis.patch`; or there is no such position or head.
     """
     require_eval(model)
+    require_sites([site], None)
+    (name,) = resolve(model, site, layer)
+    if (site in WITH_HEADS) != (head is not None):
+        raise CtlensError(f"{site} {'has heads: name one' if head is None else 'has no heads: leave head out'}.")
+    n_heads = model.cfg.n_heads
+    if head is not None and not 0 <= head < n_heads:
+        raise CtlensError(f"head {head} does not exist: {site} has heads 0 to {n_heads - 1}.")
     (prepared,) = patch_pairs(model, [pair], direction, "each", "shared")
     columns = prepared.columns
     if not -len(columns) <= position < len(columns):
         raise CtlensError(
             f"there are {len(columns)} aligned tokens, and none at {position}: count from the last one, -1."
         )
-    alone = [replace(prepared, columns=(columns[position],))]
-    sweep = sweep_of(model, alone, (site,), [layer], named_metrics(("logit_diff",)), None, skip_unchanged=True)
-    if (site in WITH_HEADS) != (head is not None):
-        raise CtlensError(f"{site} {'has heads: name one' if head is None else 'has no heads: leave head out'}.")
-    with progress_bar(total=sweep.patches(alone), shown=False) as bar:
-        found = patched(sweep, alone, bar)
-    cells = found.values[site].reshape(-1)  # of every head, of one metric, layer, position and pair
-    if head is not None and not 0 <= head < len(cells):
-        raise CtlensError(f"head {head} does not exist: {site} has heads 0 to {len(cells) - 1}.")
-    return OnePatch(float(found.target[0, 0]), float(cells[head or 0]), float(found.source[0, 0]))
+    device = next(model.parameters()).device
+    batch = patch_batch([replace(prepared, columns=(columns[position],))], device)
+    source, target = source_and_target(model, batch, [name])
+    first = torch.zeros(1, dtype=torch.long, device=device)
+    job = Jobs(site=first, pair=first, layer=first, column=first, head=first + (head or 0))
+
+    def patched(activation: Tensor) -> Tensor:
+        edited = activation.clone()
+        write_of(site)(batch, job, source.states[name], edited, first, 0)
+        return edited
+
+    with editing(model, {name: patched}):
+        logits = run(model, batch.target.side.tokens)
+    last = (target.last, batch.target.at_last(logits), source.last)
+    return OnePatch(*(float(batch.target.logit_diff(found)) for found in last))

@@ -130,14 +130,15 @@ def patch(
     """
     require_eval(model)
     sites = (site,) if isinstance(site, str) else tuple(site)
+    measures = named_metrics(metrics)
     prepared = patch_pairs(model, pairs, direction, positions, window)
-    sweep = sweep_of(model, prepared, sites, layers, named_metrics(metrics), max_batch, skip_unchanged=skip_unchanged)
+    sweep = sweep_of(model, prepared, sites, layers, measures, max_batch, skip_unchanged=skip_unchanged)
     groups = sweep.groups(prepared)
     total = sum(sweep.patches(group) for group in groups)
     with progress_bar(total=total, desc="patches", shown=progress, leave=False) as bar:
-        chunks = [patched(sweep, group, bar) for group in groups]
+        chunks = [_patched(sweep, group, bar) for group in groups]
     tokens = column_tokens(model, prepared) if positions == "each" else ("",)
-    found = joined(chunks, pairs, tuple(sweep.metrics), sweep.layers, tokens, direction, positions, window)
+    found = joined(chunks, pairs, tuple(measures), sweep.layers, tokens, direction, positions, window)
     return found[site] if isinstance(site, str) else found
 
 
@@ -173,8 +174,8 @@ def joined(
     }
 
 
-def patched(sweep: Sweep, group: Sequence[PatchPair], bar: ProgressBar) -> Swept:
-    """Makes the patches of a sweep in a group of pairs."""
+def _patched(sweep: Sweep, group: Sequence[PatchPair], bar: ProgressBar) -> Swept:
+    """Sweeps a group of pairs."""
     batch = patch_batch(group, next(sweep.model.parameters()).device)
     source, target = source_and_target(sweep.model, batch, sweep.needed)
     return sweep.values(group, batch, source, target, bar)
