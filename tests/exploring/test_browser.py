@@ -126,8 +126,8 @@ def test_a_panel_in_jupyterlab_draws_and_a_click_on_a_head_shows_its_attention(c
     chromium.call("Emulation.setDeviceMetricsOverride", width=1500, height=2000, deviceScaleFactor=1, mobile=False)
     chromium.call("Page.navigate", url=lab)
     wait(chromium, "window.jupyterapp && document.querySelector('.jp-Notebook .jp-CodeCell') !== null")
-    wait(chromium, "document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'")
-    chromium.run("jupyterapp.commands.execute('notebook:run-all-cells').then(() => 0)")
+    wait(chromium, "jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'")
+    chromium.run("void jupyterapp.commands.execute('notebook:run-all-cells')")
     wait(chromium, f"{DRAWN} >= 4")
     assert "L0H0" in chromium.run("document.querySelector('[data-view=attention]').textContent")
 

@@ -83,7 +83,7 @@ def test_the_lens_is_that_of_logit_lens_at_the_last_token_and_the_models_own_rea
     stream = capture(model, PAIRS[0].wrapped, "blocks.2.hook_resid_post")["blocks.2.hook_resid_post"][0][8]
     with torch.no_grad():
         logits = model.unembed(model.ln_final(stream[None, None]))[0, 0]  # type: ignore[attr-defined]
-    good, bad = (model.tokenizer.convert_tokens_to_ids(word) for word in (PAIRS[0].wrapped.good, PAIRS[0].wrapped.bad))
+    good, bad = model.tokenizer.convert_tokens_to_ids([PAIRS[0].wrapped.good, PAIRS[0].wrapped.bad])
     assert lens.logit_diff[2] == pytest.approx(float(logits[good] - logits[bad]), abs=1e-4)
     assert lens.likeliest[2] == model.tokenizer.decode(int(logits.argmax()))
     assert found.select(position=3).clean_lens() is None  # a token of the wrapper
@@ -117,7 +117,7 @@ def test_what_if_is_asking_another_prompt_by_hand_and_every_view_goes_on_with_it
         ids = render(model.tokenizer, asked.turns).ids
         with torch.no_grad():
             logits = model(torch.tensor([ids]))[0, -1]
-        good, bad = (model.tokenizer.convert_tokens_to_ids(word) for word in (asked.good, asked.bad))
+        good, bad = model.tokenizer.convert_tokens_to_ids([asked.good, asked.bad])
         row = table.loc[(label, "what if")]
         assert row["answer"] == ask(model, [asked])[0].answer
         assert row["logit_diff"] == pytest.approx(float(logits[good] - logits[bad]), abs=1e-4)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from helpers.exploring import PAIRS, explored
@@ -39,6 +41,17 @@ def test_the_code_of_a_view_makes_its_figure(view, options):
     assert (".select(" in begin) == bool(options)
     for line in rest:
         assert line.endswith("  # over all pairs") and eval(line, names)
+
+
+def test_the_guides_example_runs(tmp_path, monkeypatch):
+    guide = (Path(__file__).parents[2] / "docs/guide.md").read_text()
+    (example,) = re.findall(r"```python\n(explored = .*?)```", guide, flags=re.DOTALL)
+    models = explored().models
+    monkeypatch.chdir(tmp_path)
+
+    exec(example, {"ct": ct, "base": models["base"], "run": models["act"], "pairs": [*PAIRS, PAIRS[0]]})
+
+    assert (tmp_path / "pair-3.html").is_file()
 
 
 def test_a_figure_asks_one_question_and_says_whose_it_is():

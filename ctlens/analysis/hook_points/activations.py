@@ -193,5 +193,5 @@ def patch_one(
 
     with editing(model, {name: patched}):
         logits = run(model, batch.target.side.tokens)
-    last = (target.last, batch.target.at_last(logits), source.last)
-    return OnePatch(*(float(batch.target.logit_diff(found)) for found in last))
+    said = batch.target.logit_diff
+    return OnePatch(float(said(target.last)), float(said(batch.target.at_last(logits))), float(said(source.last)))
