@@ -269,8 +269,10 @@ class Readings:
         return pd.DataFrame(rows, columns=columns)
 
     def _replies(self, label: str, prompts: tuple[Prompt, ...]) -> list[Reply]:
-        options = {"max_new_tokens": self.max_new_tokens}
-        return self._captures.once(label, ("replies", prompts), lambda model: ask(model, prompts, **options))
+        length = self.max_new_tokens
+        return self._captures.once(
+            label, ("replies", prompts), lambda model: ask(model, prompts, max_new_tokens=length)
+        )
 
     def _margin(self, label: str, prompt: Prompt) -> float:
         if not prompt.good or not prompt.bad:

@@ -369,7 +369,7 @@ def _stacked(names: Sequence[str], heights: Sequence[int]) -> go.Figure:
     return figure.update_annotations(font_size=13, x=0, xanchor="left")
 
 
-def _fitted(figure: go.Figure, heights: int, n_panels: int, *, below: int, **layout: object) -> go.Figure:
+def _fitted(figure: go.Figure, heights: int, n_panels: int, *, below: int, **layout: Any) -> go.Figure:
     """Gives a figure of stacked panels its height, and lifts its legend over the name of the first."""
     drawn = heights + _GAP * (n_panels - 1)
     above = figure.layout.margin.t + _NAME

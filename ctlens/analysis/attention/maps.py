@@ -210,7 +210,7 @@ def attention_maps(
 def maps_of_pair(
     tokenizer: Any,
     row: EncodedPair,
-    clean: Map,
+    clean: Float[np.ndarray, "clean_q clean_k"],
     wrapped: Float[np.ndarray, "model q k"],
     models: tuple[str, ...],
     layer: int,
