@@ -24,6 +24,8 @@ from ctlens.data.pairs import prompt as prompt
 from ctlens.data.pairs import save_pairs as save_pairs
 from ctlens.evaluation import Evaluation as Evaluation
 from ctlens.evaluation import evaluate as evaluate
+from ctlens.exploring import Exploration as Exploration
+from ctlens.exploring import explore as explore
 from ctlens.losses import ACT as ACT
 from ctlens.losses import BCT as BCT
 from ctlens.losses import F2C as F2C

@@ -24,7 +24,7 @@ FLOORS = (
     ("organism", "evaluation"),
     ("training",),
     ("analysis",),
-    ("study", "auditing", "compatibility"),
+    ("study", "auditing", "exploring", "compatibility"),
     ("cli",),
     ("__main__",),
 )
@@ -33,12 +33,14 @@ OWNERS = {
     "plotly": ("plots/",),
     "typer": ("cli/",),
     "rich": ("cli/",),
-    "jinja2": ("data/chat.py", "study/report/"),
+    "jinja2": ("data/chat.py", "study/report/", "exploring/page.py"),
     # intervals; and the solver that scikit-learn calls
     "scipy": ("core/stats.py", "core/clusters.py", "analysis/probing/classifiers.py"),
     "sklearn": ("analysis/probing/classifiers.py",),
     "joblib": ("study/workers.py",),
     "IPython": ("training/live.py",),
+    "ipywidgets": ("exploring/panel.py",),
+    "anywidget": ("exploring/panel.py",),
 }
 PLOTS_MAY_USE = {"numpy", "plotly", "jaxtyping", "ctlens"}
 

@@ -26,6 +26,7 @@ CONTRACT = {
     "audit",
     "compare",
     "evaluate",
+    "explore",
     "load_model",
     "load_organism",
     "load_pairs",

@@ -16,6 +16,15 @@ from ctlens.plots.evidence import Measurement as Measurement
 from ctlens.plots.evidence import evidence as evidence
 from ctlens.plots.exchange import exchange_curves as exchange_curves
 from ctlens.plots.exchange import graft_bars as graft_bars
+from ctlens.plots.exploring import AnswerRow as AnswerRow
+from ctlens.plots.exploring import LensLine as LensLine
+from ctlens.plots.exploring import TokenRow as TokenRow
+from ctlens.plots.exploring import answer_margins as answer_margins
+from ctlens.plots.exploring import head_grids as head_grids
+from ctlens.plots.exploring import layer_tokens as layer_tokens
+from ctlens.plots.exploring import lens_lines as lens_lines
+from ctlens.plots.exploring import patched_margins as patched_margins
+from ctlens.plots.exploring import token_grid as token_grid
 from ctlens.plots.export import save_figure as save_figure
 from ctlens.plots.export import write_figures as write_figures
 from ctlens.plots.heads import attention_heads as attention_heads

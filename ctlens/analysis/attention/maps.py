@@ -27,6 +27,7 @@ from ctlens.analysis.base.result import Result
 from ctlens.core.errors import CtlensError
 from ctlens.core.public import public
 from ctlens.core.types import LensModel, Tokens
+from ctlens.data.batch import EncodedPair
 from ctlens.data.chat import Rendered
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import resolve, run_capturing, select_layers
@@ -201,17 +202,34 @@ def attention_maps(
     read = partial(_map, layer=layer, head=head, weighted=weighted)
     length = len(row.wrapped.ids)
     clean_length = len(row.clean.ids)
-    twins = np.full(length, -1)
+    clean = read(first, batch.clean.tokens)[:clean_length, :clean_length]
+    wrapped = np.stack([read(model, batch.wrapped.tokens)[:length, :length] for model in named.values()])
+    return maps_of_pair(first.tokenizer, row, clean, wrapped, tuple(named), layer, head, weighted=weighted)
+
+
+def maps_of_pair(
+    tokenizer: Any,
+    row: EncodedPair,
+    clean: Float[np.ndarray, "clean_q clean_k"],
+    wrapped: Float[np.ndarray, "model q k"],
+    models: tuple[str, ...],
+    layer: int,
+    head: int,
+    *,
+    weighted: bool = False,
+) -> AttentionMaps:
+    """Labels one head's attention on an encoded pair, aligned in the window `shared`; see `AttentionMaps`."""
+    twins = np.full(len(row.wrapped.ids), -1)
     twins[list(row.alignments["shared"].wrapped)] = row.alignments["shared"].clean
     return AttentionMaps(
-        read(first, batch.clean.tokens)[:clean_length, :clean_length],
-        np.stack([read(model, batch.wrapped.tokens)[:length, :length] for model in named.values()]),
+        clean,
+        wrapped,
         twins,
-        _texts(first, row.clean),
-        _texts(first, row.wrapped),
+        token_texts(tokenizer, row.clean),
+        token_texts(tokenizer, row.wrapped),
         token_segments(row, "clean"),
         token_segments(row, "wrapped"),
-        tuple(named),
+        models,
         layer,
         head,
         weighted,
@@ -242,8 +260,8 @@ def _written(model: LensModel, values: Float[Tensor, "k d_head"], layer: int, he
     return torch.linalg.vector_norm(values @ cast(Any, model).blocks[layer].attn.W_O[head], dim=-1)
 
 
-def _texts(model: LensModel, prompt: Rendered) -> tuple[str, ...]:
+def token_texts(tokenizer: Any, prompt: Rendered) -> tuple[str, ...]:
     """The text of every token; its name in the vocabulary where it covers no text."""
-    names = model.tokenizer.convert_ids_to_tokens(list(prompt.ids))
+    names = tokenizer.convert_ids_to_tokens(list(prompt.ids))
     found = (prompt.text[slice(*ends)].replace("\n", "⏎") for ends in prompt.offsets)
     return tuple(text or name for text, name in zip(found, names, strict=True))

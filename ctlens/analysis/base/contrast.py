@@ -86,19 +86,20 @@ def contrasts(model: LensModel, pairs: Sequence[Pair], side: str = "wrapped") ->
             raise CtlensError(f"pair {number} has no {side} prompt: give one, or leave it out.")
         with located(whose):
             asked = render(model.tokenizer, prompt.turns)
-        found.append(_contrast(model, prompt, asked, whose))
+        found.append(contrast_of(model, prompt, asked, whose))
     return found
 
 
 def encoded_contrasts(model: LensModel, rows: Sequence[EncodedPair], side: str = "wrapped") -> list[Contrast]:
     """Finds the contrast of every encoded pair on one side, `"clean"` or `"wrapped"`; raises as `contrasts`."""
     return [
-        _contrast(model, getattr(row.pair, side), getattr(row, side), f"the {side} prompt of pair {number}")
+        contrast_of(model, getattr(row.pair, side), getattr(row, side), f"the {side} prompt of pair {number}")
         for number, row in enumerate(rows, start=1)
     ]
 
 
-def _contrast(model: LensModel, prompt: Prompt, asked: Rendered, whose: str) -> Contrast:
+def contrast_of(model: LensModel, prompt: Prompt, asked: Rendered, whose: str) -> Contrast:
+    """The contrast of one rendered prompt, which `whose` names in a refusal; raises as `contrasts`."""
     good, bad = two_answers(model.tokenizer, prompt, asked, whose, end=True)
     alike = _alike(good, bad)
     if alike == min(len(good), len(bad)):

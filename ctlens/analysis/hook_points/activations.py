@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from ctlens.analysis.base.forward import require_eval
-from ctlens.analysis.patching.patch import patch
+from ctlens.analysis.patching.hooked import WITH_HEADS, write_of
+from ctlens.analysis.patching.jobs import Jobs, patch_batch, patch_pairs
+from ctlens.analysis.patching.sweep import require_sites, source_and_target
 from ctlens.core.errors import CtlensError
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
@@ -19,7 +20,7 @@ from ctlens.data.chat import render
 from ctlens.data.inputs import OnePair
 from ctlens.data.pairs import Prompt, prompt
 from ctlens.models.adopt import adopt
-from ctlens.models.hooks import resolve, run_capturing
+from ctlens.models.hooks import editing, resolve, run, run_capturing
 
 PromptLike: TypeAlias = str | Prompt | Sequence[int] | Tensor
 """A user's message, a prompt, or token ids."""
@@ -141,6 +142,7 @@ class OnePatch(NamedTuple):
 
 
 @public
+@torch.no_grad()
 def patch_one(
     model: LensModel,
     pair: OnePair,
@@ -170,16 +172,32 @@ def patch_one(
     Raises:
         CtlensError: as `ct.analysis.patch`; or there is no such position or head.
     """
-    found = patch(model, [pair], site=site, direction=direction, layers=[layer], progress=False)
-    cells: Float[Tensor, ...] = torch.from_numpy(found.values[0, 0, ..., 0])
-    if found.has_heads != (head is not None):
-        raise CtlensError(f"{site} {'has heads: name one' if found.has_heads else 'has no heads: leave head out'}.")
-    if head is not None:
-        if not 0 <= head < len(cells):
-            raise CtlensError(f"head {head} does not exist: {site} has heads 0 to {len(cells) - 1}.")
-        cells = cells[head]
-    if not -len(cells) <= position < len(cells):
+    require_eval(model)
+    require_sites([site], None)
+    (name,) = resolve(model, site, layer)
+    if (site in WITH_HEADS) != (head is not None):
+        raise CtlensError(f"{site} {'has heads: name one' if head is None else 'has no heads: leave head out'}.")
+    n_heads = model.cfg.n_heads
+    if head is not None and not 0 <= head < n_heads:
+        raise CtlensError(f"head {head} does not exist: {site} has heads 0 to {n_heads - 1}.")
+    (prepared,) = patch_pairs(model, [pair], direction, "each", "shared")
+    columns = prepared.columns
+    if not -len(columns) <= position < len(columns):
         raise CtlensError(
-            f"there are {len(cells)} aligned tokens, and none at {position}: count from the last one, -1."
+            f"there are {len(columns)} aligned tokens, and none at {position}: count from the last one, -1."
         )
-    return OnePatch(float(found.target[0, 0]), float(cells[position]), float(found.source[0, 0]))
+    device = next(model.parameters()).device
+    batch = patch_batch([replace(prepared, columns=(columns[position],))], device)
+    source, target = source_and_target(model, batch, [name])
+    first = torch.zeros(1, dtype=torch.long, device=device)
+    job = Jobs(site=first, pair=first, layer=first, column=first, head=first + (head or 0))
+
+    def patched(activation: Tensor) -> Tensor:
+        edited = activation.clone()
+        write_of(site)(batch, job, source.states[name], edited, first, 0)
+        return edited
+
+    with editing(model, {name: patched}):
+        logits = run(model, batch.target.side.tokens)
+    said = batch.target.logit_diff
+    return OnePatch(float(said(target.last)), float(said(batch.target.at_last(logits))), float(said(source.last)))
