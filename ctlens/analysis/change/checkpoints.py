@@ -1,7 +1,8 @@
 """Checkpoints: models by the number of steps that they were trained, loaded one at a time.
 
 They are folders, of ctlens, HuggingFace or PEFT, or models in memory. The step is the number at the end of a folder's
-name, as in `checkpoint-500`; of a run it is how many steps its history has.
+name, as in `checkpoint-500`; of a run it is how many steps its history has. A run that kept models on its way has them
+in `steps/25`, `steps/50`, ..., whole or as adapters alone.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from ctlens.core.types import LensModel
 from ctlens.models.loading import load_model
 from ctlens.models.sources import is_peft
 from ctlens.training.history import History
-from ctlens.training.run import ADAPTERS_FOLDER, load_run
+from ctlens.training.run import ADAPTERS_FOLDER, trained_model
 
 CheckpointSource: TypeAlias = str | PathLike[str] | LensModel
+_KEPT_IN_RUN = "steps"
+_HISTORY = "history.csv"
 Checkpoints: TypeAlias = str | PathLike[str] | Sequence[str | PathLike[str]] | Mapping[int, CheckpointSource]
-"""A folder of checkpoints, several folders, or sources of models by step."""
+"""A run or a folder of checkpoints, several folders, or sources of models by step."""
 
 
 class KeptModel(NamedTuple):
@@ -60,10 +63,14 @@ def kept(checkpoints: Checkpoints, base: LensModel | None, device: str) -> list[
 
 
 def _inside(folder: Path) -> list[Path]:
-    """The folders in a folder whose names end in a number."""
+    """The folders in a folder whose names end in a number; of a run those of the steps that it kept, and its end."""
     if not folder.is_dir():
         raise CtlensError(f"{folder} is no folder: name one that holds checkpoints.")
-    found = [path for path in folder.iterdir() if path.is_dir() and _number(path)]
+    is_run = (folder / _HISTORY).is_file()
+    held = folder / _KEPT_IN_RUN if is_run and (folder / _KEPT_IN_RUN).is_dir() else folder
+    found = [path for path in held.iterdir() if path.is_dir() and _number(path)]
+    if is_run and _step_of(folder) not in map(_step_of, found):
+        found.append(folder)
     if not found:
         raise CtlensError(f"{folder} holds no checkpoints: folders whose names end in a step are expected.")
     return found
@@ -75,8 +82,8 @@ def _number(folder: Path) -> str:
 
 
 def _step_of(folder: Path) -> int:
-    if (folder / "history.csv").is_file():
-        return len(History.load(folder / "history.csv"))
+    if (folder / _HISTORY).is_file():
+        return len(History.load(folder / _HISTORY))
     if not _number(folder):
         raise CtlensError(f"{folder} does not end in a step: give the checkpoints by step, in a dictionary.")
     return int(_number(folder))
@@ -86,6 +93,8 @@ def _loaded(source: CheckpointSource, base: LensModel | None, device: str) -> Le
     if isinstance(source, LensModel):
         return source
     folder = Path(source)
-    if base is not None and not (folder / "model").is_dir() and (folder / ADAPTERS_FOLDER).is_dir():
-        return load_run(folder, base=base).model
+    if not (folder / "model").is_dir() and (folder / ADAPTERS_FOLDER).is_dir():
+        if base is None:
+            raise CtlensError(f"{folder} holds adapters alone: give the model that they belong to with base=.")
+        return trained_model(folder, base)
     return load_model(source, base=base if is_peft(folder) else None, device=device)

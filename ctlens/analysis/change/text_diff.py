@@ -9,7 +9,9 @@ tell what the training was about. So models are read on ordinary text, where no 
 
 Any training shifts something, and two of one topic shift alike whatever they teach. So each number stands beside that
 of a *twin*, trained alike but for the method: the retention-only control. `less_twin` is what a training has beyond it,
-text by text, and the lens reads the mean shift less the twin's too.
+text by text, and the lens reads the mean shift less the twin's too. Retention is 0 before the first step and may stay
+so: a twin that hardly moved is `weak_twin`, and takes nothing off. Then a *sham*, moved along a fine-tuning on other
+data, is the twin to give.
 
 A text's first token is left out: it sees only itself, and models rest idle attention on it.
 """
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from ctlens import plots
 from ctlens.analysis.base.forward import comparable_by_label
+from ctlens.analysis.base.nulls import WEAK_NULL, hardly_moved
 from ctlens.analysis.base.result import ResultOverPairs
 from ctlens.analysis.directions.directions import Directions
 from ctlens.analysis.hook_points.activations import PromptLike, prompt_ids
@@ -79,7 +82,7 @@ class TextDiff(ResultOverPairs):
 
         Returns:
             The mean `value` over `n_texts` with `ci_low` and `ci_high`, and what is beyond the twin, text by text:
-            `less_twin` with `twin_low` and `twin_high`.
+            `less_twin` with `twin_low` and `twin_high`. `weak_twin` says that the twin hardly moved.
         """
         twin = self.models.index(self.twin)
         rows: list[dict[str, object]] = []
@@ -90,7 +93,8 @@ class TextDiff(ResultOverPairs):
                 row |= {"value": value, "ci_low": low, "ci_high": high}
                 value, low, high = clustered_mean(values - of_twin, self.clusters())
                 rows.append(row | {"less_twin": value, "twin_low": low, "twin_high": high})
-        return pd.DataFrame(rows).astype({"layer": "Int64"}).assign(n_texts=self.kl.shape[1])
+        weak = self._twin_moved() < WEAK_NULL
+        return pd.DataFrame(rows).astype({"layer": "Int64"}).assign(n_texts=self.kl.shape[1], weak_twin=weak)
 
     def lens(self) -> pd.DataFrame:
         """One row per model, layer, vector that is read and rank: the `token` that it raises, and its `score`.
@@ -132,8 +136,15 @@ class TextDiff(ResultOverPairs):
             "How far does training move the states of unrelated text?",
             y_title="length of a text's mean shift, over that of its states",
             reference_lines={"as before training": 0.0},
-            subtitle=f"{self.kl.shape[1]} texts; KL to the base in nats per token: {shown}",
+            subtitle=f"{self.kl.shape[1]} texts; KL to the base in nats per token: {shown}"
+            + hardly_moved(self.twin, self._twin_moved(), "control"),
         )
+
+    def _twin_moved(self) -> float:
+        """How far the twin shifted, as a share of the model that shifted least of the others; NaN if that did not."""
+        moved = dict(zip(self.models, self.shift.mean((1, 2)).tolist(), strict=True))
+        least = min(length for model, length in moved.items() if model != self.twin)
+        return moved[self.twin] / least if least else np.nan
 
     def _quantities(self, number: int, twin: int) -> Iterator[tuple[str, int | None, np.ndarray, np.ndarray]]:
         """Each quantity of a model with its layer, its values and the twin's."""
@@ -171,7 +182,7 @@ def text_diff(
         models: trained models by label, in eval mode, with the twin among them.
         texts: which no training is about, and which no training retained: texts, which are the user's message, prompts,
             or token ids, which are taken as they are. Each has two tokens at least.
-        twin: the label of the model that was trained alike but for the method, the retention-only control.
+        twin: the label of the model that was trained alike but for the method: the retention-only control, or a sham.
         n_tokens: how many tokens the lens names.
         batch_size: texts per forward pass.
         progress: show a progress bar.

@@ -123,6 +123,15 @@ def test_the_table_compares_text_by_text_with_the_twin(found: TextDiff, tmp_path
     np.testing.assert_allclose(shown["ACT"], found.shift[0].mean(-1))
 
 
+def test_a_twin_that_hardly_moved_is_called_weak(found: TextDiff):
+    weak = diff({"ACT": shifted(0.5, 0.2), "retention": shifted(0.005, 0)})
+
+    assert set(weak.to_dataframe()["weak_twin"]) == {True} and set(found.to_dataframe()["weak_twin"]) == {False}
+    warning = "hardly moved (0.9% of the others): a weak control"
+    assert warning in str(weak.figure().to_json())
+    assert "hardly moved" not in str(found.figure().to_json())
+
+
 def test_what_does_not_fit_is_refused():
     base = shifted(0, 0)
     for models in ({}, {"retention": base}, {"a": base, "b": base}, {"base": base, "retention": base}):

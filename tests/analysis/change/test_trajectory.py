@@ -21,7 +21,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.batch import encode
 from ctlens.data.pairs import prompt
 from ctlens.models.loading import save_model
-from ctlens.models.lora import add_adapters
+from ctlens.models.lora import add_adapters, save_adapters
 from ctlens.models.parameters import copy_model, fingerprint
 
 TRUE = planted.pairs()
@@ -115,11 +115,20 @@ def test_a_run_and_its_adapters_are_read_by_the_steps_of_their_history(tmp_path:
     pairs = ct.threats.get("sycophancy").pairs(8)
     run = ct.train(base, pairs, "act", config=ct.TrainConfig(steps=2, trainable=ct.LoRA(2)), progress=False)
 
-    for folder in (run.save(tmp_path / "whole"), run.save(tmp_path / "adapters", adapters_only=True)):
-        one = track([folder], pairs=pairs, base=base)
+    whole = run.save(tmp_path / "whole")
+    alone = run.save(tmp_path / "adapters", adapters_only=True)
+    for folders in ([whole], whole, [alone], alone):
+        one = track(folders, pairs=pairs, base=base)
         assert one.x == (0.0, 2.0)
         expected = track({0: base, 2: run.model}, pairs=pairs)
         np.testing.assert_allclose(one.per_pair["logit_diff"], expected.per_pair["logit_diff"], atol=1e-4)
+    with pytest.raises(CtlensError, match="holds adapters alone: give the model that they belong to with base="):
+        track(alone, pairs=pairs)
+    # as a run keeps models on its way
+    save_adapters(run.model, whole / "steps" / "1" / "adapters")
+    kept = track(whole, pairs=pairs, base=base)
+    assert kept.x == (0.0, 1.0, 2.0)
+    np.testing.assert_allclose(kept.per_pair["logit_diff"][1], kept.per_pair["logit_diff"][2], atol=1e-4)
 
 
 def test_adapters_of_peft_are_put_onto_the_base(tmp_path: Path):
