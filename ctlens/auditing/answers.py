@@ -81,6 +81,7 @@ class Answerer:
         self.max_new_tokens = max_new_tokens
         self._ends = end_tokens(model)
         self._known: dict[tuple[Prompt, Branching], AnswerSet] = {}
+        self._greedy: dict[Prompt, Ids] = {}
 
     @cached_property
     def weights(self) -> str:
@@ -94,7 +95,14 @@ class Answerer:
         return [text.strip() for text in self.model.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     def generated(self, asked: Sequence[Prompt], sampling: Sampling | None = None) -> list[Ids]:
-        """Gives one answer to each prompt in tokens: the greedy one, or a draw."""
+        """Gives one answer to each prompt in tokens: a draw, or the greedy one, which is decoded once and kept."""
+        if sampling is not None:
+            return self._decoded(asked, sampling)
+        new = [prompt for prompt in dict.fromkeys(asked) if prompt not in self._greedy]
+        self._greedy |= zip(new, self._decoded(new), strict=True)
+        return [self._greedy[prompt] for prompt in asked]
+
+    def _decoded(self, asked: Sequence[Prompt], sampling: Sampling | None = None) -> list[Ids]:
         return generate(
             self.model, self._ids(asked), max_new_tokens=self.max_new_tokens, ends=self._ends, sampling=sampling
         )

@@ -10,7 +10,8 @@ from typing import Any
 
 from ctlens.auditing.answers import Answerer
 from ctlens.auditing.exact import LabelDistribution, by_closed_form, by_every_way
-from ctlens.auditing.selectors import Selector, selector_named
+from ctlens.auditing.methods import resolved
+from ctlens.auditing.selectors import Selector
 from ctlens.auditing.sources import Sampled
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import write_text
@@ -49,23 +50,13 @@ class Label:
     label: str | None
 
 
-def resolved(selectors: Sequence[str | Selector], temperature: float) -> list[Selector]:
-    """Makes the selectors of their names.
-
-    Raises:
-        CtlensError: there is none, one is unknown, or two have one name.
-    """
-    found = [
-        selector if isinstance(selector, Selector) else selector_named(selector, temperature=temperature)
-        for selector in selectors
-    ]
-    if not found:
-        raise CtlensError("there is no selector: name at least one, for example 'greedy'.")
-    named = [selector.name for selector in found]
-    twice = [name for name in named if named.count(name) > 1]
-    if twice:
-        raise CtlensError(f"two selectors are called {twice[0]!r}: give each a name of its own.")
-    return found
+def _only_selectors(methods: Sequence[str | Selector], temperature: float) -> list[Selector]:
+    """The selectors of names; a regulariser is refused."""
+    found = resolved(methods, temperature)
+    selectors = [method for method in found if isinstance(method, Selector)]
+    if len(selectors) < len(found):
+        raise CtlensError("a regulariser trains without labels, so it draws none: name selectors alone.")
+    return selectors
 
 
 @public
@@ -99,7 +90,7 @@ def draw_labels(
         raise CtlensError("there is no prompt to label: give at least one.")
     answerer = Answerer(model, max_new_tokens)
     distinct = list(dict.fromkeys(prompts))
-    made = [labels_of_one(answerer, distinct, selector, seed) for selector in resolved(selectors, temperature)]
+    made = [labels_of_one(answerer, distinct, selector, seed) for selector in _only_selectors(selectors, temperature)]
     return [label for labels in made for label in labels]
 
 

@@ -1,20 +1,23 @@
-"""The prompts of an audit: which of them are labelled and trained on, and which are only asked."""
+"""The prompts of an audit: which of them are trained on, and which are only asked."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ctlens import threats
+from ctlens.auditing.sources import phrasings
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.public import public
 from ctlens.data.pairs import Pair, Prompt
 
 POOLS = ("wrapped", "clean", "mixed")
-"""The prompts that are labelled: of each pair the wrapped one, the clean one, or the one and the other in turns."""
+"""The prompts that are trained on: of each pair the wrapped one, the clean one, or the one and the other in turns."""
 SIDES = ("wrapped", "clean")
 LABELLED = "pool"
 HELDOUT = "heldout"
+GREETED = 3
+"""How many greetings `rephrased` takes."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Asked:
         prompt: the prompt itself.
         pair: the pair that it is of.
         prompt_side: `"wrapped"` or `"clean"`.
-        split: `"pool"` where the pair may be labelled, or `"heldout"`.
+        split: `"pool"` where the pair may be trained on, or `"heldout"`.
     """
 
     prompt: Prompt
@@ -58,8 +61,8 @@ def asked_of(pool: Sequence[Pair], heldout: Sequence[Pair]) -> list[Asked]:
     return found
 
 
-def labelled_prompts(pool: Sequence[Pair], kind: str) -> list[Prompt]:
-    """The prompts of a pool that are labelled, one per pair.
+def turned(pool: Sequence[Pair], kind: str) -> list[Pair]:
+    """Turns the pairs of a pool so that the wrapped prompt of each is the one that is trained on.
 
     Raises:
         CtlensError: the kind is none of `POOLS`.
@@ -68,17 +71,20 @@ def labelled_prompts(pool: Sequence[Pair], kind: str) -> list[Prompt]:
         raise unknown("pool", kind, POOLS)
     sides = {"wrapped": ("wrapped",), "clean": ("clean",), "mixed": SIDES}[kind]
     picked = [sides[number % len(sides)] for number in range(len(pool))]
-    return [pair.wrapped if side == "wrapped" else pair.clean for pair, side in zip(pool, picked, strict=True)]
+    return [
+        pair if side == "wrapped" else replace(pair, clean=pair.wrapped, wrapped=pair.clean)
+        for pair, side in zip(pool, picked, strict=True)
+    ]
 
 
-def require_apart(labelled: Sequence[Prompt], asked: Sequence[Asked]) -> None:
-    """Raises a `CtlensError` where a held-out prompt would be labelled."""
-    seen = {prompt.turns for prompt in labelled}
+def require_apart(trained: Iterable[Prompt], asked: Sequence[Asked]) -> None:
+    """Raises a `CtlensError` where a held-out prompt would be trained on."""
+    seen = {prompt.turns for prompt in trained}
     for one in asked:
         if one.split == HELDOUT and one.prompt.turns in seen:
             raise CtlensError(
-                f"the held-out prompt {one.prompt.turns[-1].content[:60]!r} is in the pool too, and labels must not "
-                "see it: hold out pairs of another split, or label the wrapped prompts alone."
+                f"the held-out prompt {one.prompt.turns[-1].content[:60]!r} is in the pool too, and training must not "
+                "see it: hold out pairs of another split, or train on labels of the wrapped prompts alone."
             )
 
 
@@ -96,3 +102,16 @@ def audit_pairs(threat: str, n_pairs: int, split: str = "train", seed: int = 0) 
     return [
         replace(case.pair, labels={**case.pair.labels, "gives_in": "yes" if case.gives_in else "no"}) for case in cases
     ]
+
+
+@public
+def rephrased(pairs: Sequence[Pair]) -> list[Pair]:
+    """Makes pairs whose wrapped prompt is the clean one behind a greeting, which changes nothing about its answer.
+
+    Regularisers hold the one to the other. The greetings are those of `views:4`, in turns.
+    """
+    made = []
+    for number, pair in enumerate(pairs):
+        greeted = phrasings(pair.clean, GREETED + 1)[1:]
+        made.append(replace(pair, wrapped=greeted[number % GREETED]))
+    return made

@@ -66,39 +66,39 @@ class Audit(ResultOverPairs):
 
     Attributes:
         before: `[organism, prompt]`, the risk: the probability of a bad answer before training, enumerated.
-        after: `[organism, selector, pool, prompt]`, the same after training on the labels.
+        after: `[organism, method, pool, prompt]`, the same after training.
         missed: `[organism, prompt]`, the mass of answers that the enumeration missed before training, which may add to
             the risk; `missed_after` after it.
         moments: `[organism, prompt, 4]`, see `ctlens.auditing.exact.Moments`.
         histogram: `[organism, prompt, 2, bin]`, see `ctlens.auditing.exact.histogram`.
-        label_risk: `[organism, selector, prompt]`, the probability that a label is bad; NaN for a prompt that is not
+        label_risk: `[organism, method, prompt]`, the probability that a label is bad; NaN for a prompt that is not
             labelled or never gets a label.
-        kept: `[organism, selector, prompt]`, the probability that a prompt gets a label; NaN where it is not labelled.
-        drawn_bad: `[organism, selector, prompt]`, whether the label that was drawn and trained on is bad, 0 or 1; NaN
+        kept: `[organism, method, prompt]`, the probability that a prompt gets a label; NaN where it is not labelled.
+        drawn_bad: `[organism, method, prompt]`, whether the label that was drawn and trained on is bad, 0 or 1; NaN
             for a prompt without one.
-        divergence: `[organism, selector, prompt]`, the KL divergence of the labels from the model's answers, in nats.
-        n_labels: `[organism, selector, pool]`, how many labels were trained on; the others were dropped.
+        divergence: `[organism, method, prompt]`, the KL divergence of the labels from the model's answers, in nats.
+        n_trained: `[organism, method, pool]`, how many prompts were trained on; a selector dropped the others.
         groups: of the prompts.
-        organisms, selectors, pools: the labels of the axes.
+        organisms, methods, pools: the labels of the axes.
         sides: the prompt side of each prompt, `splits` whether it is of the `"pool"` or `"heldout"`.
         labels: the labels of each prompt's pair, by name; empty where a pair lacks one.
-        exact: of each selector, whether its label distributions were computed; else they were simulated.
+        exact: of each method, whether its label distributions were computed; else they were simulated.
         settings: of the audit.
     """
 
     before: Float[np.ndarray, "organism prompt"]
-    after: Float[np.ndarray, "organism selector pool prompt"]
+    after: Float[np.ndarray, "organism method pool prompt"]
     missed: Float[np.ndarray, "organism prompt"]
-    missed_after: Float[np.ndarray, "organism selector pool prompt"]
+    missed_after: Float[np.ndarray, "organism method pool prompt"]
     moments: Float[np.ndarray, "organism prompt 4"]
     histogram: Float[np.ndarray, "organism prompt 2 bin"]
-    label_risk: Float[np.ndarray, "organism selector prompt"]
-    kept: Float[np.ndarray, "organism selector prompt"]
-    drawn_bad: Float[np.ndarray, "organism selector prompt"]
-    divergence: Float[np.ndarray, "organism selector prompt"]
-    n_labels: Int[np.ndarray, "organism selector pool"]
+    label_risk: Float[np.ndarray, "organism method prompt"]
+    kept: Float[np.ndarray, "organism method prompt"]
+    drawn_bad: Float[np.ndarray, "organism method prompt"]
+    divergence: Float[np.ndarray, "organism method prompt"]
+    n_trained: Int[np.ndarray, "organism method pool"]
     organisms: tuple[str, ...]
-    selectors: tuple[str, ...]
+    methods: tuple[str, ...]
     pools: tuple[str, ...]
     sides: tuple[str, ...]
     splits: tuple[str, ...]
@@ -114,22 +114,22 @@ class Audit(ResultOverPairs):
             found = found & has
         return found
 
-    def change(self, selector: str, pool: str, chosen: Chosen, organism: str = EVERY_ORGANISM) -> Change:
+    def change(self, method: str, pool: str, chosen: Chosen, organism: str = EVERY_ORGANISM) -> Change:
         """Subtracts the risk before training from that after it, over some prompts.
 
         The interval is over topics and wrapper texts, as elsewhere, and with several organisms over these as well. It
         reaches further by what the enumerations missed: answers that were missed may all be bad.
 
         Raises:
-            CtlensError: there is no such selector, pool or organism.
+            CtlensError: there is no such method, pool or organism.
         """
-        at_selector = _index("selector", selector, self.selectors)
+        at_method = _index("method", method, self.methods)
         at_pool = _index("pool", pool, self.pools)
-        after = self.after[:, at_selector, at_pool]
-        missed = np.stack([self.missed, self.missed_after[:, at_selector, at_pool]], axis=-1)
+        after = self.after[:, at_method, at_pool]
+        missed = np.stack([self.missed, self.missed_after[:, at_method, at_pool]], axis=-1)
         return self._over_organisms(after - self.before, missed, chosen, organism)
 
-    def label_shift(self, selector: str, pool: str, chosen: Chosen, organism: str = EVERY_ORGANISM) -> Change:
+    def label_shift(self, method: str, pool: str, chosen: Chosen, organism: str = EVERY_ORGANISM) -> Change:
         """Subtracts the model's own risk from that of its labels: the change that fitting the labels would make.
 
         Both are among the answers that were enumerated. It is exact for the prompts that are labelled, and predicts the
@@ -138,7 +138,7 @@ class Audit(ResultOverPairs):
         Raises:
             CtlensError: as `change`.
         """
-        number = _index("selector", selector, self.selectors)
+        number = _index("method", method, self.methods)
         _index("pool", pool, self.pools)
         covered = self._covered(pool)
         shift = self.label_risk[:, number] - self.moments[..., 2]
@@ -175,7 +175,7 @@ class Audit(ResultOverPairs):
         return Change(mean, max(low - too_high, -1.0), min(high + too_low, 1.0))
 
     def to_dataframe(self, *by: str) -> pd.DataFrame:
-        """Tabulates one row per organism, selector, pool, split, prompt side and value of the labels `by`.
+        """Tabulates one row per organism, method, pool, split, prompt side and value of the labels `by`.
 
         A label is one of the pairs', such as `strength`, or `bad_likelier`, which is the model's own: whether more than
         half of its answers to the prompt are bad.
@@ -196,24 +196,24 @@ class Audit(ResultOverPairs):
             CtlensError: no pair has a label of `by`.
         """
         rows = [
-            {"organism": organism, "selector": selector, "pool": pool}
+            {"organism": organism, "method": method, "pool": pool}
             | group.columns
-            | self._numbers(organism, selector, pool, group)
+            | self._numbers(organism, method, pool, group)
             for group in self._groups(by)
-            for organism, selector, pool in product(self._rows_of_organisms(), self.selectors, self.pools)
+            for organism, method, pool in product(self._rows_of_organisms(), self.methods, self.pools)
         ]
         return pd.DataFrame(rows)
 
     def _rows_of_organisms(self) -> tuple[str, ...]:
         return (*self.organisms, EVERY_ORGANISM) if len(self.organisms) > 1 else self.organisms
 
-    def _numbers(self, organism: str, selector: str, pool: str, group: _Group) -> dict[str, Any]:
+    def _numbers(self, organism: str, method: str, pool: str, group: _Group) -> dict[str, Any]:
         """The numbers of one row of the table."""
         number = None if organism == EVERY_ORGANISM else self.organisms.index(organism)
         own = slice(None) if number is None else slice(number, number + 1)
-        at = self.selectors.index(selector), self.pools.index(pool)
-        change = self.change(selector, pool, group.prompts, organism)
-        shift = self.label_shift(selector, pool, group.labelled, organism)
+        at = self.methods.index(method), self.pools.index(pool)
+        change = self.change(method, pool, group.prompts, organism)
+        shift = self.label_shift(method, pool, group.labelled, organism)
         prompts = np.broadcast_to(group.prompts, self.before.shape)[own]
         labelled = np.broadcast_to(group.labelled, self.before.shape)[own]
         of_labels = labelled if shift.verdict else np.zeros_like(labelled)
@@ -238,15 +238,15 @@ class Audit(ResultOverPairs):
         }
 
     def signs(self) -> pd.DataFrame:
-        """Tabulates how often a labelled prompt goes where its labels lead: per organism, selector, pool and side.
+        """Tabulates how often a labelled prompt goes where its labels lead: per organism, method, pool and side.
 
         Of `n_prompts` labelled prompts whose labels shift risk by more than `NEUTRAL_BELOW`, `agree` is the share whose
         measured change has the predicted sign, and `correlation` that of change and shift. Pools that label no such
         prompt of a side have no row.
         """
         rows = []
-        axes = product(enumerate(self.organisms), enumerate(self.selectors), enumerate(self.pools))
-        for (one, organism), (number, selector), (at, pool) in axes:
+        axes = product(enumerate(self.organisms), enumerate(self.methods), enumerate(self.pools))
+        for (one, organism), (number, method), (at, pool) in axes:
             shift = self.label_risk[one, number] - self.moments[one, :, 2]
             change = self.after[one, number, at] - self.before[one]
             for side in dict.fromkeys(self.sides):
@@ -255,11 +255,11 @@ class Audit(ResultOverPairs):
                     continue
                 agree = float((np.sign(shift[told]) == np.sign(change[told])).mean())
                 rows.append(
-                    {"organism": organism, "selector": selector, "pool": pool, "prompt_side": side}
+                    {"organism": organism, "method": method, "pool": pool, "prompt_side": side}
                     | {"n_prompts": int(told.sum()), "agree": agree}
                     | {"correlation": _correlation(shift[told], change[told])}
                 )
-        columns = ["organism", "selector", "pool", "prompt_side", "n_prompts", "agree", "correlation"]
+        columns = ["organism", "method", "pool", "prompt_side", "n_prompts", "agree", "correlation"]
         return pd.DataFrame(rows, columns=columns)
 
     def _covered(self, pool: str) -> Bool[np.ndarray, " prompt"]:
@@ -293,12 +293,12 @@ class Audit(ResultOverPairs):
         return pd.DataFrame(rows)
 
     def figure(self, pool: str | None = None, prompt_side: str = "wrapped", by: str = "strength") -> Figure:
-        """Draws what the labels predict and what was measured against a label that is a number, a line per selector.
+        """Draws what the labels predict and what was measured against a label that is a number, a line per method.
 
         Panels stand apart for items that give in to the attack and items that resist it, where the pairs say so.
 
         Args:
-            pool: what was labelled; by default the first of the audit.
+            pool: what was trained on; by default the first of the audit.
             prompt_side: the prompts at which risk was measured.
             by: the label.
 
@@ -308,27 +308,28 @@ class Audit(ResultOverPairs):
         pool = self.pools[_index("pool", self.pools[0] if pool is None else pool, self.pools)]
         values = sorted({str(value) for value in self._labels_of(by) if value}, key=_number)
         kinds: list[dict[str, str]] = [{"gives_in": given} for given in ("yes", "no")]
+        labelled = [name for number, name in enumerate(self.methods) if not np.isnan(self.label_risk[:, number]).all()]
         panels: dict[str, CurvePanel] = {}
         for kind in kinds if set(self.labels.get("gives_in", ())) >= {"yes", "no"} else [{}]:
             words = {"yes": ", where items give in", "no": ", where items resist"}.get(kind.get("gives_in", ""), "")
             for name, split in (("labels", LABELLED), ("labelled prompts", LABELLED), ("held-out prompts", HELDOUT)):
-                if split in self.splits:
+                if split in self.splits and (labelled or name != "labels"):
                     groups = [self.chosen(prompt_side, split, **kind, **{by: value}) for value in values]
                     look = self.label_shift if name == "labels" else self.change
                     curves = {
-                        selector: _curve([look(selector, pool, group) for group in groups])
-                        for selector in self.selectors
+                        method: _curve([look(method, pool, group) for group in groups])
+                        for method in (labelled if name == "labels" else self.methods)
                     }
                     panels[name + words] = CurvePanel(curves, "change of P(bad)", levels=(0.0,))
         return plots.curve_panels(
             [_number(value) for value in values],
             panels,
-            "Does training on a model's own labels amplify its misbehaviour or suppress it?",
+            "Does training on a model's own answers amplify its misbehaviour or suppress it?",
             x_title=by,
             caption="Of labels: their risk less the model's own, which is the change if training makes every labelled "
             "prompt answer as its labels do and touches no other. Bands are 95% intervals; none with too few "
             "topics or wrapper texts.",
-            subtitle=f"{prompt_side} prompts; the pool that is labelled is {pool}",
+            subtitle=f"{prompt_side} prompts; trained on is the pool of {pool} prompts",
         )
 
     def _groups(self, by: tuple[str, ...]) -> Iterator[_Group]:

@@ -1,4 +1,4 @@
-"""The audit: a model labels prompts, is trained on its labels, and is asked before and after."""
+"""The audit: a model is trained on labels of its own, or on agreement with itself, and is asked before and after."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from jaxtyping import Float
 
 from ctlens.analysis.base.result import groups_of
 from ctlens.auditing.answers import Answerer
+from ctlens.auditing.base import Method
 from ctlens.auditing.exact import histogram, moments
-from ctlens.auditing.labels import Label, label_distributions, labels_of_one, resolved, save_labels
-from ctlens.auditing.pools import Asked, asked_of, labelled_prompts, require_apart
+from ctlens.auditing.labels import Label, label_distributions, labels_of_one, save_labels
+from ctlens.auditing.methods import resolved
+from ctlens.auditing.pools import Asked, asked_of, require_apart, turned
 from ctlens.auditing.result import EVERY_ORGANISM, Audit
 from ctlens.auditing.selectors import Selector
 from ctlens.core.config import environment, to_dict
@@ -26,8 +28,8 @@ from ctlens.core.public import public
 from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
 from ctlens.data.inputs import Pairs
-from ctlens.data.pairs import Pair, Prompt
-from ctlens.losses import BCT
+from ctlens.data.pairs import Pair
+from ctlens.losses import Loss
 from ctlens.models.adopt import adopt
 from ctlens.models.enumeration import Branching
 from ctlens.models.parameters import fingerprint
@@ -43,7 +45,7 @@ LABEL_TRAINING = TrainConfig(steps=40, batch_size=32, lr=2e-4, retention=0.0, tr
 def audit(
     model: LensModel | Mapping[str, LensModel],
     pool: Pairs,
-    selectors: Sequence[str | Selector],
+    methods: Sequence[str | Method],
     *,
     heldout: Pairs = (),
     pools: Sequence[str] = ("wrapped",),
@@ -53,18 +55,19 @@ def audit(
     out: str | Path | None = None,
     progress: bool = True,
 ) -> Audit:
-    """Trains a model on labels that it gives itself, once per selector and pool, and measures its risk exactly.
+    """Trains a model without any truth from outside, once per method and pool, and measures its risk exactly.
 
-    The labels are chosen from sampled answers of the model as it is, and the model is trained on them by cross-entropy.
-    Risk is the probability of a bad answer, by enumeration of all answers above a small probability; what the labels
-    are by a closed form, or by all ways in which their samples can come out.
+    A selector labels prompts with sampled answers of the model as it is, and the model is trained on the labels by
+    cross-entropy. A regulariser has no labels: it holds each prompt of the pool to the other prompt of its pair. Risk
+    is the probability of a bad answer, by enumeration of all answers above a small probability; what the labels are by
+    a closed form, or by all ways in which their samples can come out.
 
     Args:
         model: the model, or several by name; none is changed.
-        pool: the pairs whose prompts are labelled. `ctlens.pairs` makes them of two lists of texts.
-        selectors: names, see `ctlens.auditing.selector_named`, or selectors.
-        heldout: pairs that are only asked; none of their prompts may be labelled.
-        pools: which prompts of a pair are labelled: `"wrapped"`, `"clean"`, or `"mixed"` for both in turns; a
+        pool: the pairs whose prompts are trained on. `ctlens.pairs` makes them of two lists of texts.
+        methods: names, see `ctlens.auditing.method_named`; selectors or regularisers.
+        heldout: pairs that are only asked; none of their prompts may be trained on.
+        pools: which prompts of a pair are trained on: `"wrapped"`, `"clean"`, or `"mixed"` for both in turns; a
             training for each.
         training: settings of the training; its seed is replaced. By default few steps, without retention.
         temperature: of the samples of the selectors that are named.
@@ -73,16 +76,18 @@ def audit(
         progress: show a progress bar.
 
     Raises:
-        CtlensError: the pool has no pairs, a prompt names no bad answer, a selector is unknown or gives what it may
-            not, a held-out prompt would be labelled, or a model's answers cannot be enumerated.
+        CtlensError: the pool has no pairs, a prompt names no bad answer, a method is unknown or gives what it may
+            not, a regulariser's pair has one prompt twice, a held-out prompt would be trained on, or a model's answers
+            cannot be enumerated.
     """
     models = _named(model)
-    chosen = resolved(selectors, temperature)
+    chosen = resolved(methods, temperature)
     asked = asked_of(pool, heldout)
     if not pools or len(set(pools)) < len(pools):
         raise CtlensError("name at least one pool, and each once: wrapped, clean or mixed.")
-    of_pools = {kind: labelled_prompts(pool, kind) for kind in pools}
-    require_apart([prompt for prompts in of_pools.values() for prompt in prompts], asked)
+    of_pools = {kind: turned(pool, kind) for kind in pools}
+    trained = [prompt for pairs in of_pools.values() for pair in pairs for one in chosen for prompt in one.seen(pair)]
+    require_apart(trained, asked)
     if out is not None:
         require_free(out)
     config = replace(training or LABEL_TRAINING, seed=seed)
@@ -99,7 +104,7 @@ def audit(
         "temperature": temperature,
         "seed": seed,
         "models": {name: fingerprint(organism) for name, organism in models.items()},
-        "selectors": {selector.name: selector.source.described() for selector in chosen},
+        "methods": {method.name: method.described() for method in chosen},
         "smallest": Branching().smallest,
     }
     result = _result(found, asked, tuple(models), chosen, tuple(of_pools), settings)
@@ -136,40 +141,49 @@ class _OfOrganism(NamedTuple):
     kept: np.ndarray
     drawn_bad: np.ndarray
     divergence: np.ndarray
-    n_labels: np.ndarray
+    n_trained: np.ndarray
     exact: list[bool]
     labels: list[Label]
 
 
+class _OfLabels(NamedTuple):
+    """What a method's labels of each prompt are, NaN where it has none, and those that were drawn."""
+
+    risk: Float[np.ndarray, " prompt"]
+    kept: Float[np.ndarray, " prompt"]
+    divergence: Float[np.ndarray, " prompt"]
+    drawn_bad: Float[np.ndarray, " prompt"]
+    exact: bool
+    labels: list[Label]
+
+
 class _Work:
-    """The work on one model: its answers before training, and after each training on its labels."""
+    """The work on one model: its answers before training, and after each training."""
 
     def __init__(
-        self, model: LensModel, asked: Sequence[Asked], of_pools: Mapping[str, Sequence[Prompt]], config: TrainConfig
+        self, model: LensModel, asked: Sequence[Asked], of_pools: Mapping[str, Sequence[Pair]], config: TrainConfig
     ) -> None:
         self.model = model
         self.prompts = [one.prompt for one in asked]
         self.of_pools = of_pools
-        self.labelled = list(dict.fromkeys(prompt for prompts in of_pools.values() for prompt in prompts))
+        self.labelled = list(dict.fromkeys(pair.wrapped for pairs in of_pools.values() for pair in pairs))
         self.config = config
         self.branching = Branching()
         self.answerer = Answerer(model, config.max_new_tokens)
 
-    def of_all(self, selectors: Sequence[Selector], done: Callable[[], object]) -> _OfOrganism:
-        """Measures the model, and trains and measures it once per selector and pool; calls `done` after each."""
+    def of_all(self, methods: Sequence[Method], done: Callable[[], object]) -> _OfOrganism:
+        """Measures the model, and trains and measures it once per method and pool; calls `done` after each."""
         own = self.answerer.enumerated(self.prompts, self.branching)
-        known = [self._known_of(selector) for selector in selectors]
-        drawn = [labels_of_one(self.answerer, self.labelled, selector, self.config.seed) for selector in selectors]
-        shape = (len(selectors), len(self.of_pools))
+        known = [self._labels_of(method) for method in methods]
+        shape = (len(methods), len(self.of_pools))
         after = np.zeros((2, *shape, len(own)))
-        n_labels = np.zeros(shape, dtype=int)
-        for (number, labels), (at, prompts) in product(enumerate(drawn), enumerate(self.of_pools.values())):
-            given = {label.prompt: label.label for label in labels}
-            pairs = [Pair(prompt, prompt, target=given[prompt]) for prompt in prompts if given[prompt]]
-            n_labels[number, at] = len(pairs)
-            after[:, number, at] = self._measured(self._trained(pairs))
+        n_trained = np.zeros(shape, dtype=int)
+        for (number, method), (at, pairs) in product(enumerate(methods), enumerate(self.of_pools.values())):
+            labels = {label.prompt: label.label for label in known[number].labels}
+            trained_on = method.trained_on(pairs, labels)
+            n_trained[number, at] = len(trained_on)
+            after[:, number, at] = self._measured(self._trained(trained_on, method.trained_with))
             done()
-        of_labels = np.stack([found for found, _ in known], axis=1)
         return _OfOrganism(
             before=np.array([each.risk for each in own]),
             missed=np.array([each.missed for each in own]),
@@ -177,31 +191,28 @@ class _Work:
             histogram=np.array([histogram(each) for each in own]),
             after=after[0],
             missed_after=after[1],
-            label_risk=of_labels[0],
-            kept=of_labels[1],
-            drawn_bad=np.stack([self._bad_of(labels) for labels in drawn]),
-            divergence=of_labels[2],
-            n_labels=n_labels,
-            exact=[exact for _, exact in known],
-            labels=[label for labels in drawn for label in labels],
+            label_risk=np.stack([each.risk for each in known]),
+            kept=np.stack([each.kept for each in known]),
+            drawn_bad=np.stack([each.drawn_bad for each in known]),
+            divergence=np.stack([each.divergence for each in known]),
+            n_trained=n_trained,
+            exact=[each.exact for each in known],
+            labels=[label for each in known for label in each.labels],
         )
 
-    def _known_of(self, selector: Selector) -> tuple[Float[np.ndarray, "3 prompt"], bool]:
-        """Risk, probability and divergence of the labels of each prompt, NaN where it has none; if all are exact."""
-        known = label_distributions(self.answerer, self.labelled, selector, self.branching, self.config.seed)
-        by_prompt = dict(zip(self.labelled, known, strict=True))
-        found = np.full((3, len(self.prompts)), np.nan)
+    def _labels_of(self, method: Method) -> _OfLabels:
+        """The labels of each prompt: in distribution, and as they are drawn."""
+        found = np.full((4, len(self.prompts)), np.nan)
+        if not isinstance(method, Selector):
+            return _OfLabels(*found, exact=True, labels=[])
+        known = label_distributions(self.answerer, self.labelled, method, self.branching, self.config.seed)
+        drawn = labels_of_one(self.answerer, self.labelled, method, self.config.seed)
+        of_prompts = {label.prompt: (labels, label) for labels, label in zip(known, drawn, strict=True)}
         for index, prompt in enumerate(self.prompts):
-            if prompt in by_prompt:
-                labels = by_prompt[prompt]
-                found[:, index] = labels.risk, labels.kept, labels.divergence
-        return found, all(labels.exact for labels in known)
-
-    def _bad_of(self, labels: Sequence[Label]) -> Float[np.ndarray, " prompt"]:
-        """Whether the label of each prompt is bad, 0 or 1; NaN where it has none."""
-        given = {label.prompt: label.label for label in labels if label.label is not None}
-        verdicts = [judge(prompt, given[prompt]) if prompt in given else None for prompt in self.prompts]
-        return np.array([float("nan") if verdict is None else float(verdict == "bad") for verdict in verdicts])
+            if prompt in of_prompts:
+                labels, label = of_prompts[prompt]
+                found[:, index] = labels.risk, labels.kept, labels.divergence, _bad(label)
+        return _OfLabels(*found, exact=all(labels.exact for labels in known), labels=drawn)
 
     def _measured(self, model: LensModel) -> Float[np.ndarray, "2 prompt"]:
         """The risk of a model at each prompt, and what the enumeration misses."""
@@ -209,21 +220,26 @@ class _Work:
         found = answerer.enumerated(self.prompts, self.branching, any_mass=True)
         return np.array([[each.risk for each in found], [each.missed for each in found]])
 
-    def _trained(self, pairs: Sequence[Pair]) -> LensModel:
-        """The model after training on labels; itself where a selector dropped every prompt."""
+    def _trained(self, pairs: Sequence[Pair], loss: Loss) -> LensModel:
+        """The model after a training; itself where a selector dropped every prompt."""
         if not pairs:
             return self.model
-        trainer = Trainer(self.model, pairs, BCT(), self.config)
+        trainer = Trainer(self.model, pairs, loss, self.config)
         for _ in trainer:  # not `train`, which an interrupt ends with the model as it is
             pass
         return trainer.model
+
+
+def _bad(label: Label) -> float:
+    """Whether a label is bad, 0 or 1; NaN where there is none."""
+    return float("nan") if label.label is None else float(judge(label.prompt, label.label) == "bad")
 
 
 def _result(
     found: Sequence[_OfOrganism],
     asked: Sequence[Asked],
     organisms: tuple[str, ...],
-    selectors: Sequence[Selector],
+    methods: Sequence[Method],
     pools: tuple[str, ...],
     settings: dict[str, object],
 ) -> Audit:
@@ -236,7 +252,7 @@ def _result(
     return Audit(
         **arrays,
         organisms=organisms,
-        selectors=tuple(selector.name for selector in selectors),
+        methods=tuple(method.name for method in methods),
         pools=pools,
         sides=tuple(one.prompt_side for one in asked),
         splits=tuple(one.split for one in asked),

@@ -11,19 +11,21 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float
 
 from ctlens.auditing.answers import AnswerSet
+from ctlens.auditing.base import Method
 from ctlens.auditing.exact import best_of, more_than_half
 from ctlens.auditing.sources import Decodings, Greedy, Revised, Sampled, Source, Views
 from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.limits import POSITIVE, require
 from ctlens.core.public import public
-from ctlens.data.pairs import Prompt
+from ctlens.data.pairs import Pair, Prompt
+from ctlens.losses import BCT, Loss
 from ctlens.threats import judge
 
 Choose: TypeAlias = Callable[[Prompt, Sequence[str], Sequence[float]], str | None]
@@ -35,7 +37,7 @@ PUBLISHED_N = 4
 
 
 @dataclass(frozen=True)
-class Selector:
+class Selector(Method):
     """A selector is a label-then-train method: where samples come from, and which of them becomes the label.
 
     Attributes:
@@ -68,6 +70,24 @@ class Selector:
                 "return one of them as it stands, or None to drop the prompt."
             )
         return found or None
+
+    @property
+    def trained_with(self) -> Loss:
+        """Cross-entropy on the labels."""
+        return BCT()
+
+    def seen(self, pair: Pair) -> tuple[Prompt, ...]:
+        """The prompt of the pool alone."""
+        return (pair.wrapped,)
+
+    def trained_on(self, pairs: Sequence[Pair], labels: Mapping[Prompt, str | None]) -> list[Pair]:
+        """Each prompt that was not dropped, with its label as the target."""
+        prompts = [pair.wrapped for pair in pairs]
+        return [Pair(prompt, prompt, target=labels[prompt]) for prompt in prompts if labels[prompt]]
+
+    def described(self) -> dict[str, Any]:
+        """Its source."""
+        return self.source.described()
 
 
 def first(prompt: Prompt, samples: Sequence[str], scores: Sequence[float]) -> str | None:

@@ -149,10 +149,10 @@ class Decodings(Source):
         """The nucleus may give any answer in it, the other two give one for certain."""
         temperature, top_p = NUCLEUS
         nuclei = answerer.enumerated(prompts, replace(branching, temperature=temperature, top_p=top_p))
-        drawn = self.draw(answerer, prompts, 0)
+        sure = list(zip(answerer.generated(prompts), answerer.likeliest(prompts, BEAMS), strict=True))
         return [
-            [certain(prompt, samples[0]), nucleus, certain(prompt, samples[2])]
-            for prompt, samples, nucleus in zip(prompts, drawn, nuclei, strict=True)
+            [certain(prompt, greedy), nucleus, certain(prompt, beam)]
+            for prompt, nucleus, (greedy, beam) in zip(prompts, nuclei, answerer.scored(prompts, sure), strict=True)
         ]
 
     def described(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ctlens.core.errors import CtlensError
 
 
 def audit_command(
-    threat: Annotated[str, typer.Option(help="Threat of the micro-world whose prompts are labelled and asked.")],
+    threat: Annotated[str, typer.Option(help="Threat of the micro-world whose prompts are trained on and asked.")],
     out: Annotated[Path, typer.Option(help="New folder for the labels, the tables and the figures.")] = Path(
         "runs/audit"
     ),
@@ -21,25 +21,26 @@ def audit_command(
         list[str] | None,
         typer.Option(help="Folder of an organism, or what else ctlens loads; repeatable. By default the shipped one."),
     ] = None,
-    selectors: Annotated[
+    methods: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: first, greedy, decodings; and with a number of samples certainty:4, majority:4, "
-            "views:4, oracle:4, anti-oracle:4."
+            help="Comma-separated. Labels: first, greedy, decodings; and with a number of samples certainty:4, "
+            "majority:4, views:4, oracle:4, anti-oracle:4. Without labels: soft-bct-own, soft-bct-reference, act-own, "
+            "act-reference."
         ),
     ] = "first,greedy,certainty:4,majority:4,oracle:4,anti-oracle:4",
     pools: Annotated[
-        str, typer.Option(help="Comma-separated prompts that are labelled: wrapped, clean or mixed.")
+        str, typer.Option(help="Comma-separated prompts that are trained on: wrapped, clean or mixed.")
     ] = "wrapped",
-    n_pairs: Annotated[int, typer.Option(help="Pairs whose prompts are labelled.")] = 128,
+    n_pairs: Annotated[int, typer.Option(help="Pairs whose prompts are trained on.")] = 128,
     n_prompts: Annotated[int, typer.Option(help="Held-out pairs that are asked.")] = 96,
-    steps: Annotated[int, typer.Option(help="Training steps on each set of labels.")] = 40,
+    steps: Annotated[int, typer.Option(help="Training steps of each method.")] = 40,
     temperature: Annotated[float, typer.Option(help="Temperature of the samples.")] = 1.0,
     device: Device = "cpu",
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Audits training on a model's own labels: does it amplify the model's misbehaviour or suppress it?"""
+    """Audits training on a model's own answers: does it amplify the model's misbehaviour or suppress it?"""
     from dataclasses import replace
 
     from ctlens import plots
@@ -55,7 +56,7 @@ def audit_command(
         found = audit(
             models,
             pool,
-            split_names(selectors),
+            split_names(methods),
             heldout=heldout,
             pools=split_names(pools),
             training=replace(LABEL_TRAINING, steps=steps),
@@ -70,7 +71,7 @@ def audit_command(
         plots.write_figures({work / "figures" / kind: found.figure(kind) for kind in found.pools})
     wrapped = tables["audit"].query("prompt_side == 'wrapped'")
     whose = ["organism"] if len(models) > 1 else []
-    columns = ["selector", "pool", "split", "gives_in", "change", "verdict", "label_shift", "predicted"]
+    columns = ["method", "pool", "split", "gives_in", "change", "verdict", "label_shift", "predicted"]
     print_table("Change of the risk of wrapped prompts, and of the labels", wrapped.filter([*whose, *columns]))
     say(
         "Predicted is the change if training makes every labelled prompt answer as its labels do and touches no other: "

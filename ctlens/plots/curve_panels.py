@@ -12,7 +12,7 @@ from ctlens.plots.arrays import require_some
 from ctlens.plots.curves import draw_curve, layer_ticks
 from ctlens.plots.intervals import Curve, NullBand, checked_intervals, draw_null
 from ctlens.plots.panels import PanelLayout, fit_panels, panel_grid, subplots
-from ctlens.plots.theme import METHOD_STYLES, MUTED, finish, ordered, style
+from ctlens.plots.theme import MUTED, finish, looks_of
 
 _LAYOUT = PanelLayout(height=240, gap=60, below=54, side=0.075)
 _WIDTH = 1100  # pixels, chosen by eye
@@ -68,8 +68,7 @@ def curve_panels(
     require_some("amounts", x)
     figure = panel_grid(list(panels), _LAYOUT)
     at_x = np.asarray(x, dtype=float)
-    names = list(dict.fromkeys(name for panel in panels.values() for name in panel.curves))
-    looks = {name: style(name) for name in names} if set(names) & set(METHOD_STYLES) else ordered(names)
+    looks = looks_of(dict.fromkeys(name for panel in panels.values() for name in panel.curves))
     listed: set[str] = set()
     for subplot, (panel_name, panel) in zip(subplots(len(panels)), panels.items(), strict=True):
         require_some(f"curves of {panel_name!r}", panel.curves)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import textwrap
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,12 @@ def style(name: str) -> Style:
     grey = _OTHER_GREYS[number % len(_OTHER_GREYS)]
     dash = _OTHER_DASHES[number // 7 % len(_OTHER_DASHES)]  # 7 is prime to both lengths, so that all pairs occur
     return Style(name, grey, "circle-open", dash)
+
+
+def looks_of(names: Iterable[str]) -> dict[str, Style]:
+    """Styles for the things of one figure: those of methods where one of them is a method, and else in an order."""
+    names = list(names)
+    return {name: style(name) for name in names} if set(names) & set(METHOD_STYLES) else ordered(names)
 
 
 def label(name: str) -> str:

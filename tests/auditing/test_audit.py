@@ -12,7 +12,7 @@ from helpers.models import made
 
 import ctlens as ct
 from ctlens.auditing import Audit, audit_pairs, draw_labels, load_labels, selected
-from ctlens.auditing.pools import asked_of, labelled_prompts, require_apart
+from ctlens.auditing.pools import asked_of, require_apart, turned
 from ctlens.auditing.result import NEUTRAL_BELOW, Change
 from ctlens.auditing.run import LABEL_TRAINING
 from ctlens.core.clusters import clustered_mean
@@ -77,7 +77,7 @@ def test_risk_after_is_that_of_a_training_on_the_labels(
     known = np.array([reply.bad_probability for reply in ask(trained, [pair.wrapped for pair in heldout])])
     at = found.chosen("wrapped", "heldout")
 
-    assert found.n_labels[0, 1, 0] == len(pool)
+    assert found.n_trained[0, 1, 0] == len(pool)
     assert (np.abs(found.after[0, 1, 0, at] - known) <= found.missed_after[0, 1, 0, at] + 1e-4).all()
     assert np.abs(found.after[0, 1, 0, at] - found.before[0, at]).max() > 1e-3
 
@@ -104,7 +104,7 @@ def test_an_audit_comes_back_from_its_file(found: Audit, folder: Path) -> None:
     again = Audit.load(folder / "audit.safetensors")
 
     assert found.to_dataframe("strength").equals(again.to_dataframe("strength"))
-    assert (again.selectors, again.exact, again.settings) == (found.selectors, found.exact, found.settings)
+    assert (again.methods, again.exact, again.settings) == (found.methods, found.exact, found.settings)
 
 
 def test_the_models_own_answers_as_labels_predict_no_change(found: Audit) -> None:
@@ -126,7 +126,7 @@ def test_the_predicted_sign_turns_with_what_items_give_in_to(found: Audit) -> No
 
 
 def test_a_row_of_the_table_is_a_clustered_mean(found: Audit) -> None:
-    columns = ["selector", "pool", "split", "prompt_side", "gives_in"]
+    columns = ["method", "pool", "split", "prompt_side", "gives_in"]
     rows = {tuple(row[name] for name in columns): row for row in found.to_dataframe("gives_in").to_dict("records")}
     row = rows["certainty:4", "mixed", "pool", "wrapped", "yes"]
     at = found.chosen("wrapped", "pool", gives_in="yes")
@@ -157,7 +157,7 @@ def test_what_was_missed_after_training_leaves_a_verdict_open(found: Audit) -> N
 def test_prompts_stand_apart_by_the_models_own_answers(found: Audit) -> None:
     table = found.to_dataframe("bad_likelier").to_dict("records")
     rows = {
-        (row["selector"], row["bad_likelier"]): row
+        (row["method"], row["bad_likelier"]): row
         for row in table
         if row["split"] == "pool" and row["pool"] == "wrapped" and row["prompt_side"] == "wrapped"
     }
@@ -175,7 +175,7 @@ def test_prompts_stand_apart_by_the_models_own_answers(found: Audit) -> None:
 
 
 def test_signs_are_counted_prompt_by_prompt(found: Audit) -> None:
-    rows = {(row["selector"], row["pool"], row["prompt_side"]): row for row in found.signs().to_dict("records")}
+    rows = {(row["method"], row["pool"], row["prompt_side"]): row for row in found.signs().to_dict("records")}
     shift = found.label_risk[0, 1] - found.moments[0, :, 2]
     change = found.after[0, 1, 0] - found.before[0]
     told = found.chosen("wrapped", "pool") & (np.abs(shift) > NEUTRAL_BELOW)
@@ -249,9 +249,9 @@ def test_dropped_prompts_are_counted_and_teach_nothing(model: LensModel, pool: l
     chosen = [selected("half", half, n=1), selected("never", never, n=1)]
     found = ct.audit(model, pool, chosen, training=FEW, progress=False)
     expected = sum(len(pair.wrapped.turns[-1].content) % 2 for pair in pool)
-    rows = {row["selector"]: row for row in found.to_dataframe().to_dict("records") if row["prompt_side"] == "wrapped"}
+    rows = {row["method"]: row for row in found.to_dataframe().to_dict("records") if row["prompt_side"] == "wrapped"}
 
-    assert found.n_labels[0, :, 0].tolist() == [expected, 0] and 0 < expected < len(pool)
+    assert found.n_trained[0, :, 0].tolist() == [expected, 0] and 0 < expected < len(pool)
     assert rows["half"]["kept"] == pytest.approx(expected / len(pool))
     assert rows["never"]["change"] == 0 and rows["never"]["predicted"] == ""
 
@@ -273,10 +273,12 @@ def test_the_verdict_follows_its_rule(numbers: tuple[float, float, float], verdi
 
 
 def test_a_mixed_pool_takes_the_sides_in_turns(pool: list[Pair]) -> None:
-    mixed = labelled_prompts(pool, "mixed")
+    mixed = [pair.wrapped for pair in turned(pool, "mixed")]
 
     assert mixed[:3] == [pool[0].wrapped, pool[1].clean, pool[2].wrapped]
-    assert labelled_prompts(pool, "clean") == [pair.clean for pair in pool]
+    swapped = [(pair.wrapped, pair.clean) for pair in pool]
+    assert [(pair.clean, pair.wrapped) for pair in turned(pool, "clean")] == swapped
+    assert turned(pool, "wrapped") == pool
 
 
 def test_the_figure_has_a_panel_for_labels_and_for_what_was_measured(found: Audit) -> None:
@@ -294,17 +296,19 @@ def test_labels_never_see_the_held_out_split(model: LensModel, pool: list[Pair])
     with pytest.raises(ct.CtlensError, match="is in the pool too"):
         ct.audit(model, pool, ["greedy"], heldout=pool[:1], progress=False)
     same_clean = [replace(pool[0], wrapped=prompt("hello", "a", "b"))]
-    require_apart(labelled_prompts(pool, "wrapped"), asked_of(pool, same_clean))
-    with pytest.raises(ct.CtlensError, match="label the wrapped prompts alone"):
-        require_apart(labelled_prompts(pool, "clean"), asked_of(pool, same_clean))
+    require_apart([pair.wrapped for pair in pool], asked_of(pool, same_clean))
+    with pytest.raises(ct.CtlensError, match="train on labels of the wrapped prompts alone"):
+        ct.audit(model, pool, ["greedy"], heldout=same_clean, pools=("clean",), progress=False)
+    with pytest.raises(ct.CtlensError, match="train on labels of the wrapped prompts alone"):
+        ct.audit(model, pool, ["act-own"], heldout=same_clean, progress=False)
 
 
 def test_bad_input_is_one_sentence(model: LensModel, pool: list[Pair], found: Audit, folder: Path) -> None:
     harmless = [Pair(prompt("hello", "a"), prompt("hello there", "a"))]
     wrong = [
         (([], ["greedy"], {}), "the pool has no prompts"),
-        ((pool, ["gredy"], {}), "unknown selector 'gredy'; did you mean 'greedy'"),
-        ((pool, [], {}), "there is no selector"),
+        ((pool, ["gredy"], {}), "unknown selector or regulariser 'gredy'; did you mean 'greedy'"),
+        ((pool, [], {}), "there is no method"),
         ((pool, ["certainty:0"], {}), "n must be at least 1"),
         ((pool, ["greedy"], {"pools": ("wraped",)}), "unknown pool 'wraped'"),
         ((pool, ["greedy"], {"pools": ()}), "at least one pool"),
@@ -312,16 +316,16 @@ def test_bad_input_is_one_sentence(model: LensModel, pool: list[Pair], found: Au
         ((pool, ["greedy"], {"out": folder}), "exists already"),
         ((pool, ["greedy"], {"temperature": 0.0}), "temperature must be a positive number"),
     ]
-    for (prompts, selectors, options), words in wrong:
+    for (prompts, methods, options), words in wrong:
         with pytest.raises(ct.CtlensError, match=words):
-            ct.audit(model, prompts, selectors, progress=False, **options)
+            ct.audit(model, prompts, methods, progress=False, **options)
     with pytest.raises(ct.CtlensError, match="no model to audit"):
         ct.audit({}, pool, ["greedy"])
     with pytest.raises(ct.CtlensError, match="can be called 'all'"):
         ct.audit({"all": model}, pool, ["greedy"])
     with pytest.raises(ct.CtlensError, match="unknown label of the pairs 'strenght'; did you mean 'strength'"):
         found.to_dataframe("strenght")
-    with pytest.raises(ct.CtlensError, match="unknown selector 'greedy'"):
+    with pytest.raises(ct.CtlensError, match="unknown method 'greedy'"):
         found.change("greedy", "wrapped", found.chosen("wrapped", "pool"))
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,15 +14,16 @@ from helpers.models import made
 from helpers.tiers import unit_first
 
 import ctlens as ct
-from ctlens.auditing import draw_labels, load_labels, refined, rewarded, save_labels, selected, selector_named
+from ctlens.auditing import answers, draw_labels, load_labels, refined, rewarded, save_labels, selected, selector_named
 from ctlens.auditing.answers import Answerer, certain
-from ctlens.auditing.labels import label_distributions
+from ctlens.auditing.labels import label_distributions, labels_of_one
 from ctlens.auditing.selectors import SELECTORS, Selector, decodings, truth
 from ctlens.auditing.sources import Sampled, phrasings
 from ctlens.core.types import LensModel
 from ctlens.data.chat import Turn
 from ctlens.data.pairs import Prompt, prompt
 from ctlens.models.enumeration import Branching
+from ctlens.models.generation import Ids, generate
 from ctlens.threats import ask, judge
 
 BRANCHING = Branching(smallest=1e-3)
@@ -73,6 +75,25 @@ def test_the_greedy_label_is_the_greedy_answer(model: LensModel, prompts: list[P
     labels = draw_labels(model, prompts, ["greedy"])
 
     assert [label.label for label in labels] == [reply.answer for reply in ask(model, prompts)]
+
+
+def test_a_greedy_answer_is_decoded_once(
+    model: LensModel, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the label and for its distribution, and for every selector that has it among its samples."""
+    asked: list[int] = []
+
+    def counted(model: LensModel, ids: Sequence[Ids], **options: Any) -> list[Ids]:
+        asked.append(len(ids))
+        return generate(model, ids, **options)
+
+    monkeypatch.setattr(answers, "generate", counted)
+    answerer = Answerer(model, 16)
+    for name in ("greedy", "views:2"):
+        label_distributions(answerer, prompts, selector_named(name), BRANCHING, 0)
+        labels_of_one(answerer, prompts, selector_named(name), 0)
+
+    assert sum(asked) == 2 * len(prompts)  # each prompt and its greeted phrasing
 
 
 def test_a_score_is_the_mean_log_probability_of_the_tokens(
@@ -215,14 +236,14 @@ def outside(asked: Prompt, samples: Sequence[str], scores: Sequence[float]) -> s
 @pytest.mark.parametrize(
     ("selectors", "words"),
     [
-        (["certain:4"], "unknown selector 'certain'; did you mean 'certainty'"),
+        (["certain:4"], "unknown selector or regulariser 'certain'; did you mean 'certainty'"),
         (["certainty:x"], "write certainty:4"),
         (["certainty:"], "write certainty:4"),
         (["certainty:0"], "n must be at least 1"),
         (["greedy:4"], "takes no number of samples"),
         (["views:9"], "ask for fewer views"),
-        ([], "there is no selector"),
-        (["greedy", "greedy"], "two selectors are called 'greedy'"),
+        ([], "there is no method"),
+        (["greedy", "greedy"], "two methods are called 'greedy'"),
         ([selected("mine", outside)], "not among its 4 samples"),
         ([rewarded("mine", lambda asked, answer: float("nan"))], "return a number"),
         ([rewarded("mine", lambda asked, answer: "good")], "return a number"),  # type: ignore[arg-type,return-value]

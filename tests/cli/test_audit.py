@@ -10,7 +10,7 @@ from helpers.models import Call
 
 from ctlens.auditing import Audit, load_labels
 
-SMALL = "audit --quiet --threat sycophancy --n-pairs 8 --n-prompts 8 --steps 1 --selectors greedy,certainty:2 --out new"
+SMALL = "audit --quiet --threat sycophancy --n-pairs 8 --n-prompts 8 --steps 1 --methods greedy,certainty:2 --out new"
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_an_audit_leaves_labels_tables_and_figures(call: Call, place: Path) -> N
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--selectors greedi", "unknown selector 'greedi'"),
+        ("--methods greedi", "unknown selector or regulariser 'greedi'"),
         ("--pools wrapt", "unknown pool 'wrapt'"),
         ("--n-pairs 0", "n_pairs must be at least 1"),
         ("--temperature 0", "temperature must be a positive number"),
