@@ -139,7 +139,7 @@ def test_the_version_is_that_of_the_package(call: Call) -> None:
 
 @pytest.mark.processes
 def test_help_and_the_version_load_nothing_heavy() -> None:
-    lines = [*(f"{command} --help" for command in COMMANDS), "--version"]
+    lines = [f"{command} --help" for command in COMMANDS] + ["--version"]
 
     done = subprocess.run([sys.executable, "-c", HELP_PROGRAM, ",".join(lines)], capture_output=True, text=True)
 
