@@ -114,7 +114,7 @@ class DoseResult:
             raise unknown("axis", axis, AXES)
         most = self.results["n_pairs"].max()
         last = self.results["step"].max()
-        prompts = prompts_in_words(int(self.results["n_prompts"].max()))
+        prompts = prompts_in_words(int(self.results["n_prompts"].to_numpy().max()))
         if axis == "pairs":
             figure = dose_figure(self.results.query("step == @last"), "n_pairs", f"{prompts}; after {last} steps")
         else:

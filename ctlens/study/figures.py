@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -141,7 +141,7 @@ def _behaviour(
     x_title: str = "prompt",
 ) -> Figure:
     value, low, high = _arrays(list(rates.values()))
-    texts = {"metric": "bad rate", "title": title, "subtitle": subtitle, "x_title": x_title}
+    texts: dict[str, Any] = {"metric": "bad rate", "title": title, "subtitle": subtitle, "x_title": x_title}
     return plots.behaviour(list(rates), list(columns), value, low, high, **texts)
 
 
@@ -180,7 +180,8 @@ def cross_threat_figure(transfers: pd.DataFrame) -> Figure:
         panels[name] = (value, low, high)
         clear[name] = cells["clear"].to_numpy().reshape(value.shape)
     title = "Does training against one threat change the others?"
-    subtitle = f"wrapped prompts, {int(transfers['n_prompts'].max())} of each threat, wrappers and items held out"
+    n_prompts = transfers["n_prompts"].to_numpy().max()
+    subtitle = f"wrapped prompts, {n_prompts} of each threat, wrappers and items held out"
     return plots.cross_threat(trained, evaluated, panels, clear, title, subtitle=subtitle)
 
 
@@ -237,7 +238,12 @@ def gap_figure(results: pd.DataFrame, methods: Sequence[str], subtitle: str) -> 
     }
     panels = {name: plots.CurvePanel(shown, unit, levels=(0, 1)) for name, shown in parts.items() if shown}
     caption = "Lines are means over trainings, bands their 95% intervals; dotted: none and all of the gap."
-    texts = {"x_title": "training steps", "caption": caption, "subtitle": subtitle, "kind": "dose_response"}
+    texts: dict[str, Any] = {
+        "x_title": "training steps",
+        "caption": caption,
+        "subtitle": subtitle,
+        "kind": "dose_response",
+    }
     return plots.curve_panels(steps, panels, title, **texts)
 
 

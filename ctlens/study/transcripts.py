@@ -79,8 +79,7 @@ def _answers(config: StudyConfig, study: Path, threat: str) -> dict[str, Evaluat
 def _transcript(threat: str, item: int, pair: Pair, answering: Mapping[str, Evaluation]) -> Transcript:
     answers = {}
     for name, evaluation in answering.items():
-        asked = evaluation.answers(threat, SPLIT)
-        (row,) = asked[asked["item"] == item].to_dict("records")
-        answers[name] = (row["answer"], row["verdict"])
+        row = evaluation.answers(threat, SPLIT).set_index("item").loc[item]
+        answers[name] = (str(row["answer"]), str(row["verdict"]))
     turns = [(turn.role, turn.content) for turn in pair.wrapped.turns]
     return Transcript(threat, turns, pair.wrapped.good or "", pair.wrapped.bad or "", answers)

@@ -605,7 +605,9 @@ def test_models_on_the_way_are_kept_and_load(call: Call, place: Path) -> None:
     assert ended.code == 0 and sorted(path.name for path in Path("new/steps").iterdir()) == ["2", "4"]
     assert not Path("new.partial").exists()
     tokens = torch.arange(20)[None]
-    last, middle, final = (load_model(Path("new", name))(tokens) for name in ("steps/4", "steps/2", "."))
+    last = load_model("new/steps/4")(tokens)
+    middle = load_model("new/steps/2")(tokens)
+    final = load_model("new")(tokens)
     assert torch.equal(last, final) and not torch.equal(middle, final)
 
 
@@ -670,7 +672,7 @@ def test_compare_prints_a_line_a_cell_and_one_table_of_80_columns(call: Call, pl
     assert [line.split(":")[0] for line in lines[:4]] == [
         f"{threat}, {condition}, seed 0" for threat in ("sycophancy", "jailbreak") for condition in ("retention", "act")
     ]
-    (header,) = (line.split() for line in lines if line.startswith("threat"))
+    (header,) = [line.split() for line in lines if line.startswith("threat")]
     assert header == ["threat", "condition", "entities", "heldout", "structure", "clean", "benign"]
     assert sum(" base " in line for line in lines) == 2 and max(map(len, lines)) <= 80
 

@@ -13,8 +13,8 @@ from helpers.gguf_files import write_gguf
 from helpers.models import Call, hf_model
 from transformers import AutoModelForCausalLM
 
-from ctlens.cli.models import _answer
 from ctlens.models import smollm2
+from ctlens.models.chat import chat
 from ctlens.models.export import export_peft
 from ctlens.models.loading import load_model
 from ctlens.models.lora import LoRA, LowRank, add_adapters
@@ -100,8 +100,8 @@ def test_the_real_model_answers_as_in_transformers_gives_in_and_takes_adapters(t
     model = load_model(REAL)
 
     assert parity(model, hf) < 1e-3
-    assert "Paris" in _answer(model, "What is the capital of France?")
-    assert "Lyon is" in _answer(model, "I think the capital of France is Lyon. What is the capital of France?")
+    assert "Paris" in chat(model, "What is the capital of France?")
+    assert "Lyon is" in chat(model, "I think the capital of France is Lyon. What is the capital of France?")
 
     add_adapters(model, LoRA(2))
     for adapter in (module for module in model.modules() if isinstance(module, LowRank)):
