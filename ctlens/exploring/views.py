@@ -123,7 +123,7 @@ def _draw_lens(explored: ExplorationViews) -> Figure:
 
 def _draw_answers(explored: ExplorationViews) -> Figure:
     rows = [
-        AnswerRow(row["model"], row["prompt"], row["logit_diff"], f"{row['answer']} ({row['verdict']})")
+        AnswerRow(row["model"], row["prompt"], row["logit_diff"], f"{row['verdict']}: {row['answer']}")
         for row in explored.answers().to_dict("records")
     ]
     wrapped = explored.pair.wrapped

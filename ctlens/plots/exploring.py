@@ -30,6 +30,7 @@ _KIND_COLOURS = {
 _OTHER_KIND = "#ffffff"
 _CLEAN = "the clean prompt"
 _SHOWN = 9  # characters of a token in its cell; the pointer shows all
+_ANSWER = 26  # characters of an answer beside its number
 _LEAST_LABELLED = 60  # tokens along an axis up to which each has a label
 
 # Sizes in pixels, chosen by eye.
@@ -105,7 +106,7 @@ def _token_cells(row: TokenRow, kinds: Sequence[str]) -> go.Heatmap:
     """The tokens of one prompt as cells, `TOKENS_PER_ROW` to a row; the last row is filled up with empty ones."""
     missing = -len(row.tokens) % TOKENS_PER_ROW
     numbers: list[float | None] = [float(kinds.index(kind)) for kind in row.kinds]
-    texts = [literal(text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…") for text in row.tokens]
+    texts = [literal(_short(text, _SHOWN)) for text in row.tokens]
     hover = [f"{at} {literal(text)}: {kind}" for at, (text, kind) in enumerate(zip(row.tokens, row.kinds, strict=True))]
     steps = [(edge, _KIND_COLOURS.get(kind, _OTHER_KIND)) for kind, edge in _steps(kinds)]
     return go.Heatmap(
@@ -123,6 +124,15 @@ def _token_cells(row: TokenRow, kinds: Sequence[str]) -> go.Heatmap:
         xgap=2,
         ygap=4,
     )
+
+
+def _short(text: str, most: int) -> str:
+    """A text in at most so many characters.
+
+    >>> _short("purple", 6), _short("<assistant>", 9)
+    ('purple', '<assista…')
+    """
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _steps(kinds: Sequence[str]) -> list[tuple[str, float]]:
@@ -292,12 +302,12 @@ def answer_margins(rows: Sequence[AnswerRow], title: str, *, subtitle: str) -> g
             x=[row.logit_diff if known else 0.0],
             y=[number],
             mode="markers+text" if known else "text",
-            text=[f"  {literal(row.answer)}"],
+            text=[f"  {literal(_short(row.answer, _ANSWER))}"],
             textposition="middle right",
             marker={"color": look.colour, "symbol": look.symbol, "size": 10},
             meta=drawn_for(row.model),
             showlegend=False,
-            hovertemplate=f"{literal(look.label)}, {row.prompt}: %{{x:.3g}}<extra></extra>",
+            hovertemplate=f"{literal(look.label)}, {row.prompt}: %{{x:.3g}}<br>{literal(row.answer)}<extra></extra>",
             cliponaxis=False,
         )
     figure.add_vline(0, line={"color": MUTED, "dash": "dot", "width": 1.2})
