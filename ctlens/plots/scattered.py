@@ -32,7 +32,7 @@ def scattered(
         title: the question or the answer.
         x_title, y_title: what the numbers are.
         caption: how to read the figure.
-        corner: the upper right end of a corner with a meaning, whose lower left end is 0; drawn dotted.
+        corner: the numbers along x and along y below which both mean something, as dotted lines.
         subtitle: one line under the title.
 
     Raises:
@@ -52,6 +52,7 @@ def scattered(
         )
     if corner is not None:
         dotted = {"color": MUTED, "dash": "dot", "width": 1.2}
-        figure.add_shape(type="rect", x0=0, y0=0, x1=corner[0], y1=corner[1], line=dotted)
+        figure.add_vline(x=corner[0], line=dotted)
+        figure.add_hline(y=corner[1], line=dotted)
     finish(figure, title, subtitle, x_title=x_title, y_title=y_title, kind="scattered", caption=caption)
     return figure.update_layout(width=_WIDTH)

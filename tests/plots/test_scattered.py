@@ -18,8 +18,8 @@ def test_every_thing_has_its_two_numbers_and_the_corner_is_drawn() -> None:
     one, other = figure.data
     assert (one.x, one.y, other.x, other.y) == ((0.1, 0.2), (1, 2), (3,), (4,))
     assert one.marker.color != other.marker.color
-    (corner,) = figure.layout.shapes
-    assert (corner.x0, corner.y0, corner.x1, corner.y1) == (0, 0, 0.5, 0.2)
+    upright, level = figure.layout.shapes
+    assert (upright.x0, upright.x1, level.y0, level.y1) == (0.5, 0.5, 0.2, 0.2)
 
 
 @pytest.mark.parametrize("points_of", [{}, {"one": ([1.0, 2.0], [1.0])}, {"one": ([], [])}])

@@ -134,7 +134,7 @@ class TextDiff(ResultOverPairs):
         return plots.layer_curves(
             curves,
             "How far does training move the states of unrelated text?",
-            y_title="length of a text's mean shift, over that of its states",
+            y_title="mean shift, over the length of the states",
             reference_lines={"as before training": 0.0},
             subtitle=f"{self.kl.shape[1]} texts; KL to the base in nats per token: {shown}"
             + hardly_moved(self.twin, self._twin_moved(), "control"),

@@ -183,7 +183,7 @@ class Crosscoder(Result):
             corner=(NU_RECONSTRUCTION, NU_ERROR),
             subtitle=f"{self.hook_name}; variance explained: {explained}; {self.active:.1f} active per token; "
             f"{self.dead:.0%} dead",
-            caption="A point is a latent of the crosscoder. In the dotted corner, latent scaling calls it specific.",
+            caption="A point is a latent of the crosscoder. Below both dotted lines, latent scaling calls it specific.",
         )
 
     def _weights(self, like: Tensor) -> CrosscoderWeights:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ctlens.analysis.features.crosscoder_fit import Codes, CrosscoderWeights, PairedStates
@@ -29,6 +29,8 @@ NU_ERROR = 0.2
 NU_RECONSTRUCTION = 0.5
 _FEWEST = 20
 """With fewer tokens at which a latent is active its scale is not known; chosen by eye."""
+_USED = 0.1
+"""Where the owner's own number, about 1 in a good fit, is less than this, a ratio to it says nothing; chosen by eye."""
 
 
 class Checks(NamedTuple):
@@ -65,28 +67,27 @@ def checks(weights: CrosscoderWeights, states: PairedStates, codes: Codes) -> Ch
     # A latent's own part is in what all write; in its error it is missing, and put back.
     of_error = _product(own, codes, missed) + energy * (weights.decoder * own).sum(-1)
     of_all = _product(own, codes, weights.decoded(codes) - weights.decoder_bias)
+    size = energy * own.square().sum(-1)
     known = (codes > 0).sum(0) >= _FEWEST
     return Checks(
         explained=(1 - missed.square().sum((0, 2)) / spread).cpu().numpy(),
         frequency=(codes > 0).float().mean(0).cpu().numpy(),
         owner=owner.cpu().numpy(),
-        nu_error=_ratio(of_error, owner, known),
-        nu_reconstruction=_ratio(of_all, owner, known),
+        nu_error=_ratio(of_error / size, owner, known),
+        nu_reconstruction=_ratio(of_all / size, owner, known),
     )
 
 
 def _product(own: Float[Tensor, "latent d"], codes: Codes, there: PairedStates) -> Float[Tensor, "model latent"]:
-    """The product of each latent's part of the states, at its owner's decoder, with what stands in each model.
-
-    Divided by `sum f^2 |d|^2`, which cancels in a ratio, it is the number `b`.
-    """
+    """The product of each latent's part of the states, at its owner's decoder, with what stands in each model."""
     return torch.einsum("nl,nmd,ld->ml", codes, there, own)
 
 
 def _ratio(
-    products: Float[Tensor, "model latent"], owner: Int[Tensor, " latent"], known: Tensor
+    numbers: Float[Tensor, "model latent"], owner: Int[Tensor, " latent"], known: Bool[Tensor, " latent"]
 ) -> Float[np.ndarray, " latent"]:
+    """The other model's number over the owner's; NaN where it is not known."""
     index = torch.arange(len(owner), device=owner.device)
-    of_owner = products[owner, index]
-    ratio = products[1 - owner, index] / of_owner
-    return torch.where(known & (of_owner > 0), ratio, torch.nan).cpu().numpy()
+    of_owner = numbers[owner, index]
+    ratio = numbers[1 - owner, index] / of_owner
+    return torch.where(known & (of_owner >= _USED), ratio, torch.nan).cpu().numpy()

@@ -150,7 +150,7 @@ def feature_patch(
         model: the model whose wrapped prompts are edited, in eval mode.
         pairs: with good and bad answers on both sides.
         features: the dictionary, and what it reads.
-        numbers: of the features, such as `feature_shift(...).top()`.
+        numbers: of the features, such as `feature_shift(...).most_moved()`.
         source: the model whose features on the wrapped prompts are put in; None puts in those of `model` on the clean
             prompts.
         positions: the aligned tokens that are edited, `"last"` or `"content"`.

@@ -79,10 +79,12 @@ class FeatureShift(ResultOverPairs):
         """One row per kind of states: the share of variance `explained`, and the mean number of `active` features."""
         return pd.DataFrame({"states": STATE_KINDS, "explained": self.explained, "active": self.active})
 
-    def top(self, n: int = 10) -> tuple[int, ...]:
-        """The numbers of the features that moved most, among those whose interval excludes 0."""
-        table = self.to_dataframe()
-        return tuple(int(number) for number in table.loc[table["moved"], "feature"][:n])
+    def most_moved(self, n: int = 10) -> tuple[int, ...]:
+        """The numbers of the features whose mean changed most, whether or not the change stands out.
+
+        Where wrapper texts are few, intervals that hold for all features at once are wide: then ask `feature_patch`.
+        """
+        return tuple(int(number) for number in self.to_dataframe()["feature"][:n])
 
     def figure(self, n: int = 20) -> Figure:
         """Draws the change of the features that moved most, with the reconstruction in the subtitle.
@@ -132,8 +134,8 @@ def feature_shift(
     >>> base, pairs = ct.load_organism(), ct.threats.get("sycophancy").pairs(8, split="heldout")
     >>> read = ct.analysis.Features(Coordinates(), "blocks.2.hook_resid_post")
     >>> found = ct.analysis.feature_shift(base, base, pairs, read, progress=False)
-    >>> found.top(), found.explained.round(3).tolist()  # nothing moves in a model that was not trained
-    ((), [1.0, 1.0, 1.0])
+    >>> bool(found.to_dataframe()["moved"].any()), found.explained.round(3).tolist()  # the base beside itself
+    (False, [1.0, 1.0, 1.0])
 
     Args:
         before: the model before training, in eval mode, or its recording.
