@@ -32,7 +32,7 @@ from ctlens.core.files import write_json
 from ctlens.core.public import public
 from ctlens.core.reading import read_json
 from ctlens.core.types import ChosenRows, LensModel, RowNumbers, device_named, dtype_named
-from ctlens.models.adopt import adopt, marked
+from ctlens.models.adopt import adopt, marked, show_sizes
 from ctlens.models.bridges import generation_config, huggingface_config, is_bridge, plain_settings
 from ctlens.models.huggingface import first_line, pretrained, pretrained_tokenizer, reading, with_random_weights
 from ctlens.models.parameters import (
@@ -282,6 +282,7 @@ def _attach(model: LensModel, tokenizer: Any) -> LensModel:
         model.tokenizer = tokenizer
         model.cfg.tokenizer_prepends_bos = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
         model.cfg.default_prepend_bos = tokenizer.bos_token_id is not None
+    show_sizes(model)
     return model
 
 

@@ -14,6 +14,7 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import alone, atomic_file
 from ctlens.core.labels import BASE
 from ctlens.core.public import public
+from ctlens.core.shown import Shown
 from ctlens.plots import Figure
 from ctlens.study.config import SHARED_TRAINING, Cell, StudyConfig
 from ctlens.study.figures import dose_figure, prompts_in_words
@@ -85,7 +86,7 @@ class DoseConfig:
 
 
 @dataclass(frozen=True)
-class DoseResult:
+class DoseResult(Shown):
     """The result of a dose-response: the rows of its studies.
 
     Attributes:

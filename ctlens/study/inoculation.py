@@ -22,6 +22,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_folder, write_json
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
+from ctlens.core.shown import Shown
 from ctlens.core.stats import binomial_above
 from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
@@ -52,7 +53,7 @@ _SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
-class Leak:
+class Leak(Shown):
     """The result of `leak`: how often each stage gives bad advice in each context.
 
     Attributes:

@@ -40,6 +40,7 @@ from ctlens.core.files import alone, atomic_file, digest, require_free, sweep, s
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.reading import read_json
+from ctlens.core.shown import Shown
 from ctlens.core.threads import one_thread
 from ctlens.evaluation import Evaluation
 from ctlens.evaluation.numbers import rate_with_interval
@@ -68,7 +69,7 @@ _ANALYSIS_COST = 1.0
 
 
 @dataclass(frozen=True)
-class StudyResult:
+class StudyResult(Shown):
     """A finished study.
 
     Attributes:

@@ -18,6 +18,7 @@ from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError
 from ctlens.core.keeping import once
 from ctlens.core.public import public
+from ctlens.core.shown import table_of
 from ctlens.data.chat import Turn
 from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.world import World, check_split
@@ -192,6 +193,14 @@ class Threat(ABC):
     ratio: ClassVar[str] = ""
     ends_alike: ClassVar[bool] = True
     judge: Judge | None = None
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{len(wrappers)} in {split}" for split, wrappers in self.wrappers.items())
+        return f"{type(self).__name__}({self.name!r}, wrappers: {counts})"
+
+    def _repr_html_(self) -> str:
+        told = {split: " | ".join(one.template for one in wrappers) for split, wrappers in self.wrappers.items()}
+        return table_of(f"{self.name}: its wrappers by split", told)
 
     @abstractmethod
     def pairs(self, n_pairs: int, split: str = "train", seed: int = 0) -> list[Pair]:

@@ -10,12 +10,13 @@ from pathlib import Path
 import pandas as pd
 
 from ctlens.core.reading import number_or_nan, read_columns, typed, whole_number
+from ctlens.core.shown import Shown
 
 _COLUMNS = ("step", "name", "hook_name", "value")
 
 
 @dataclass
-class History:
+class History(Shown):
     """History holds a training's numbers by step: losses, learning rate, gradient norm, each loss at each hook point.
 
     Some numbers exist only at some steps: a loss in its phases, the retention term at the steps it was drawn
@@ -31,6 +32,11 @@ class History:
 
     def __len__(self) -> int:
         return self.steps
+
+    def described(self) -> dict[str, str]:
+        """Says how many steps there are, and the last value of every overall number."""
+        last = {name: value for _, name, hook, value in self.rows if not hook}
+        return {"steps": str(self.steps), **{name: f"{value:.4g}" for name, value in last.items()}}
 
     def add(
         self, step: int, overall: Mapping[str, float], by_hook: Mapping[str, Mapping[str, float]] | None = None

@@ -16,6 +16,7 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.files import atomic_folder, write_json
 from ctlens.core.public import public
 from ctlens.core.reading import read_json
+from ctlens.core.shown import Shown, shown
 from ctlens.core.types import LensModel
 from ctlens.losses import Loss
 from ctlens.models.loading import load_model, save_model
@@ -33,7 +34,7 @@ ADAPTERS_FOLDER = "adapters"
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Shown):
     """Run is the result of one training.
 
     Attributes:
@@ -62,6 +63,18 @@ class Run:
         if self.config.until and reached(self.config.until, self.history):
             return "target reached"
         return "all steps" if len(self.history) == self.config.steps else "interrupted"
+
+    def described(self) -> dict[str, str]:
+        """Says what was trained, how, how far, and the last value of every loss."""
+        last = self.history.described()
+        trained = self.config.trainable
+        return {
+            "losses": ", ".join(loss.name for loss in self.losses) or "retention alone",
+            "steps": f"{len(self.history)} of {self.config.steps} ({self.stopped})",
+            "last": ", ".join(f"{name} {value}" for name, value in last.items() if name not in ("steps", "lr")),
+            "trained": ", ".join(trained) if isinstance(trained, tuple) else f"LoRA of rank {trained.rank}",
+            "model": shown(self.model),
+        }
 
     def save(self, folder: str | Path, *, adapters_only: bool = False) -> Path:
         """Writes the run into a new folder, whole or not at all: config, history, environment and model.

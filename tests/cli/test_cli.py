@@ -139,7 +139,7 @@ def test_the_version_is_that_of_the_package(call: Call) -> None:
 
 @pytest.mark.processes
 def test_help_and_the_version_load_nothing_heavy() -> None:
-    lines = [f"{command} --help" for command in COMMANDS] + ["--version"]
+    lines = [*(f"{command} --help" for command in COMMANDS), "--version"]
 
     done = subprocess.run([sys.executable, "-c", HELP_PROGRAM, ",".join(lines)], capture_output=True, text=True)
 
@@ -605,10 +605,8 @@ def test_models_on_the_way_are_kept_and_load(call: Call, place: Path) -> None:
     assert ended.code == 0 and sorted(path.name for path in Path("new/steps").iterdir()) == ["2", "4"]
     assert not Path("new.partial").exists()
     tokens = torch.arange(20)[None]
-    last = load_model("new/steps/4")(tokens)
-    middle = load_model("new/steps/2")(tokens)
-    final = load_model("new")(tokens)
-    assert torch.equal(last, final) and not torch.equal(middle, final)
+    found = {name: load_model(Path("new", name))(tokens) for name in ("steps/4", "steps/2", ".")}
+    assert torch.equal(found["steps/4"], found["."]) and not torch.equal(found["steps/2"], found["."])
 
 
 def test_a_loss_of_ones_own_is_named_by_its_module(call: Call, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from ctlens.core.clusters import Clusters
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_file
+from ctlens.core.shown import Shown
 from ctlens.data.pairs import CLUSTER_KINDS, Pair, clusters_of
 
 _R = TypeVar("_R", bound="Result")
@@ -26,7 +27,7 @@ UNSAVED = {"saved": False}
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class Result(Shown):
     """Base of the results: a frozen dataclass of numpy arrays, arrays by name, and JSON-ready labels."""
 
     def save(self, path: str | Path) -> None:
