@@ -71,7 +71,7 @@ def test_a_planted_shift_moves_exactly_its_features(variant: str):
     table = found.to_dataframe().set_index("feature")
 
     expected = {"erased": (PLANTED,), "moved": (PLANTED, OTHER), "masked": ()}[variant]
-    assert set(table.index[table["moved"]]) == set(expected)
+    assert set(table.query("moved").index) == set(expected)
     assert set(found.most_moved(len(expected))) == set(expected)
     cue = np.mean([abs(planted.written(pair)) for pair in TRUE])
     row = table.loc[PLANTED, ["wrapped", "trained", "clean"]].to_numpy(dtype=float)
@@ -202,8 +202,8 @@ def test_what_does_not_fit_is_refused():
         shift(Features(Known(), "blocks.7.hook_resid_post"))
     with pytest.raises(CtlensError, match="cannot encode vectors of 24 numbers .*check that it is of this model"):
         shift(Features(Linear(7), FEATURES.hook_name))
-    with pytest.raises(CtlensError, match="dictionary must be"):
-        Features("sae", FEATURES.hook_name)  # type: ignore[arg-type]
+    with pytest.raises(CtlensError, match="features must be a Features, not 'sae'"):
+        shift("sae")
     with pytest.raises(CtlensError, match="no wrapper"):
         shift(positions="wrapper")
     silent = Known()
