@@ -57,7 +57,9 @@ class Panel:
         traits = {name: traitlets.Dict().tag(sync=True) for name in (*VIEWS, "clicked")}
         traits |= {name: traitlets.List(list(VIEWS)).tag(sync=True) for name in ("views", "visible")}
         files = {"_esm": f"{stage_module()}\nexport default {{render}};", "_css": stage_file("stage.css")}
-        self.stage: Any = type("Stage", (anywidget.AnyWidget,), {**files, **traits})()
+        # Drawn before it is opened: what is sent while a front end still loads it may be lost.
+        drawn = {view: self._drawn(view) for view in VIEWS}
+        self.stage: Any = type("Stage", (anywidget.AnyWidget,), {**files, **traits})(**drawn)
         self.widget = widgets.VBox([*self._rows(widgets), self.status, self.stage])
         self._wire()
         self._follow()
@@ -130,11 +132,18 @@ class Panel:
         """Draws the views whose call has changed, if they are on the screen; the others wait until they are."""
         for view in VIEWS:
             shown = getattr(self.stage, view)
-            idle = view == _PATCH and not self.patching.value
-            wanted = {"code": self.explored.code(view), "idle": idle}
-            if view in self.stage.visible and any(shown.get(name) != value for name, value in wanted.items()):
-                found = {"figure": None, "message": _NOT_PATCHED} if idle else view_of(self.explored, view)
-                setattr(self.stage, view, {**found, **wanted})
+            changed = any(shown[name] != value for name, value in self._wanted(view).items())
+            if changed and view in self.stage.visible:
+                setattr(self.stage, view, self._drawn(view))
+
+    def _wanted(self, view: str) -> dict[str, Any]:
+        """What a view follows from: its call, and for the patch whether it is asked for."""
+        return {"code": self.explored.code(view), "idle": view == _PATCH and not self.patching.value}
+
+    def _drawn(self, view: str) -> dict[str, Any]:
+        wanted = self._wanted(view)
+        found = {"figure": None, "message": _NOT_PATCHED} if wanted["idle"] else view_of(self.explored, view)
+        return {**found, **wanted}
 
 
 def show_panel(explored: ExplorationViews) -> Any:
