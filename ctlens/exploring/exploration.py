@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from ctlens.core.errors import CtlensError
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
-from ctlens.data.pairs import Pair
+from ctlens.data.inputs import Pairs
 from ctlens.exploring.page import write_page
 from ctlens.exploring.panel import show_panel
 from ctlens.exploring.views import ExplorationViews
@@ -46,7 +46,7 @@ class Exploration(ExplorationViews):
 
 @public
 def explore(
-    models: Explorable | Mapping[str, Explorable] | Sequence[Run], pairs: Sequence[Pair], *, max_new_tokens: int = 8
+    models: Explorable | Mapping[str, Explorable] | Sequence[Run], pairs: Pairs, *, max_new_tokens: int = 8
 ) -> Exploration:
     """Opens one pair and what models do with it: end a notebook's cell with it for the panel.
 
@@ -64,7 +64,8 @@ def explore(
     Args:
         models: one, or several of one shape by their labels, in eval mode; runs stand for their models, and in a list
             are called by their method. The first one is the reference, usually the base.
-        pairs: clean and wrapped prompts, for most views with good and bad answers.
+        pairs: clean and wrapped prompts, for most views with good and bad answers. `ctlens.pairs` makes them of lists
+            of texts.
         max_new_tokens: length of the longest answer, in tokens.
 
     Raises:

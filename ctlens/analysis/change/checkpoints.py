@@ -19,10 +19,10 @@ from ctlens.core.types import LensModel
 from ctlens.models.loading import load_model
 from ctlens.models.sources import is_peft
 from ctlens.training.history import History
+from ctlens.training.kept import STEPS_FOLDER
 from ctlens.training.run import ADAPTERS_FOLDER, trained_model
 
 CheckpointSource: TypeAlias = str | PathLike[str] | LensModel
-_KEPT_IN_RUN = "steps"
 _HISTORY = "history.csv"
 Checkpoints: TypeAlias = str | PathLike[str] | Sequence[str | PathLike[str]] | Mapping[int, CheckpointSource]
 """A run or a folder of checkpoints, several folders, or sources of models by step."""
@@ -67,7 +67,7 @@ def _inside(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise CtlensError(f"{folder} is no folder: name one that holds checkpoints.")
     is_run = (folder / _HISTORY).is_file()
-    held = folder / _KEPT_IN_RUN if is_run and (folder / _KEPT_IN_RUN).is_dir() else folder
+    held = folder / STEPS_FOLDER if is_run and (folder / STEPS_FOLDER).is_dir() else folder
     found = [path for path in held.iterdir() if path.is_dir() and _number(path)]
     if is_run and _step_of(folder) not in map(_step_of, found):
         found.append(folder)

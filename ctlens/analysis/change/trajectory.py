@@ -10,7 +10,7 @@ since the start, in which each pair is compared with itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from ctlens.core.keeping import keeping
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
-from ctlens.data.pairs import Pair
+from ctlens.data.inputs import Pairs
 from ctlens.models.loading import load_model
 from ctlens.plots import Curve, CurvePanel, Figure
 from ctlens.threats import Judge
@@ -187,7 +187,7 @@ class _Way(NamedTuple):
 @keeping()
 def trajectory(
     checkpoints: WeightLine | Checkpoints,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     measure: Measure | Mapping[str, Measure] = "logit_diff",
     *,
     base: CheckpointSource | None = None,
@@ -210,7 +210,7 @@ def trajectory(
     Args:
         checkpoints: models of a training: a folder whose folders end in their step, several folders, or folders, names
             on the hub and models by step; or a `WeightLine`.
-        pairs: which the measures ask.
+        pairs: which the measures ask. `ctlens.pairs` makes them of two lists of texts.
         measure: a name among `ctlens.analysis.change.measures.MEASURES`, or a function of a model, which gives a
             number, a tuple of a number and both ends of its interval, or one number per pair; or several by label.
         base: the model before training: step 0, what some measures compare with, and what adapters belong to.

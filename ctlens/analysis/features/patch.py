@@ -39,7 +39,7 @@ from ctlens.core.keeping import keeping
 from ctlens.core.public import public
 from ctlens.core.types import Activations, LensModel, Positions
 from ctlens.data.batch import EncodedPair, PairBatch
-from ctlens.data.pairs import Pair
+from ctlens.data.inputs import Pairs
 from ctlens.losses.base import at_positions
 from ctlens.models.hooks import editing, run, run_capturing
 from ctlens.plots import Figure
@@ -133,7 +133,7 @@ class FeaturePatching(ResultOverPairs):
 @keeping()
 def feature_patch(
     model: LensModel,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     features: Features,
     numbers: Sequence[int],
     *,
@@ -148,7 +148,7 @@ def feature_patch(
 
     Args:
         model: the model whose wrapped prompts are edited, in eval mode.
-        pairs: with good and bad answers on both sides.
+        pairs: with good and bad answers on both sides. `ctlens.pairs` makes them of lists of texts.
         features: the dictionary, and what it reads.
         numbers: of the features, such as `feature_shift(...).most_moved()`.
         source: the model whose features on the wrapped prompts are put in; None puts in those of `model` on the clean

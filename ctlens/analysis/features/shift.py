@@ -27,7 +27,7 @@ from ctlens.core.clusters import WithInterval, simultaneous_mean
 from ctlens.core.errors import CtlensError
 from ctlens.core.public import public
 from ctlens.core.types import Mask
-from ctlens.data.pairs import Pair
+from ctlens.data.inputs import Pairs
 from ctlens.plots import Figure
 
 STATE_KINDS = ("wrapped", "trained", "clean")
@@ -115,7 +115,7 @@ class FeatureShift(ResultOverPairs):
 def feature_shift(
     before: Readable,
     after: Readable,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     features: Features,
     *,
     positions: str | PositionsOf = "last",
@@ -140,7 +140,7 @@ def feature_shift(
     Args:
         before: the model before training, in eval mode, or its recording.
         after: the trained model, in eval mode, or its recording.
-        pairs: clean and wrapped prompts.
+        pairs: clean and wrapped prompts. `ctlens.pairs` makes them of two lists of texts.
         features: the dictionary, and what it reads.
         positions: the tokens that are read, see `ctlens.analysis.base.states`; ones that both sides have.
         batch_size: pairs per forward pass.
