@@ -508,5 +508,5 @@ def test_a_run_without_adapters_is_read_and_written_as_before(tmp_path: Path) ->
     run.save(tmp_path / "run")
 
     assert not (tmp_path / "run" / "adapters").exists()
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["trainable"] == ["attn", "mlp"]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["trainable"] == ["attn"]
     assert load_run(tmp_path / "run").config == run.config
