@@ -22,6 +22,7 @@ from ctlens.auditing.run import LABEL_TRAINING
 from ctlens.auditing.selectors import PUBLISHED_N
 from ctlens.auditing.sources import Sampled
 from ctlens.core.types import LensModel
+from ctlens.data.pairs import Prompt
 from ctlens.models.enumeration import Branching
 from ctlens.organism import MISBEHAVIOURS, misbehave, misbehaviour_pairs
 from ctlens.threats import judge
@@ -56,7 +57,8 @@ def misbehaviours(models: Mapping[str, LensModel]) -> Iterator[pd.DataFrame]:
     """
     for kind, prevalence in product(MISBEHAVIOURS, PREVALENCES):
         organisms = {name: misbehave(model, kind, prevalence) for name, model in models.items()}
-        pool, heldout = misbehaviour_pairs(kind, LABELLED), misbehaviour_pairs(kind, HELD_OUT, "heldout")
+        pool = misbehaviour_pairs(kind, LABELLED)
+        heldout = misbehaviour_pairs(kind, HELD_OUT, "heldout")
         labelled = ct.audit(organisms, pool, ON_MISBEHAVIOURS, heldout=heldout, pools=["clean"])
         regularisers = REGULARISERS if (kind, prevalence) == FROZEN_TOO else MOVING
         greeted = ct.audit(organisms, rephrased(pool), regularisers, heldout=rephrased(heldout))
@@ -102,14 +104,13 @@ def by_number_of_draws(model: LensModel) -> pd.DataFrame:
     kl = np.mean([labels.divergence for labels in exact])
     drawn = Sampled(DRAWS).draw(answerer, pool, 0)
     chosen = [[max(four, key=lambda sample: sample.score) for four in _parts(row, PUBLISHED_N)] for row in drawn]
-    bad, bad_labels = (
-        np.array([[judge(prompt, one.text) == "bad" for one in row] for prompt, row in zip(pool, rows, strict=True)])
-        for rows in (drawn, chosen)
-    )
+    bad = _verdicts(pool, drawn)
+    bad_labels = _verdicts(pool, chosen)
     rows = []
     n = PUBLISHED_N
     while n <= DRAWS:
-        risks, of_labels = _means(bad, n), _means(bad_labels, n // PUBLISHED_N)
+        risks = _means(bad, n)
+        of_labels = _means(bad_labels, n // PUBLISHED_N)
         kls = [
             np.mean([_plug_in(labels, answers) for labels, answers in zip(column, own, strict=True)])
             for column in zip(*(_parts(row, n // PUBLISHED_N) for row in chosen), strict=True)
@@ -123,6 +124,13 @@ def by_number_of_draws(model: LensModel) -> pd.DataFrame:
         ]
         n *= 2
     return pd.DataFrame(rows, columns=["quantity", "n", "error", "expected"])
+
+
+def _verdicts(prompts: Sequence[Prompt], rows: Sequence[Sequence[Sample]]) -> np.ndarray:
+    """Whether each sample of each prompt is bad."""
+    return np.array(
+        [[judge(prompt, one.text) == "bad" for one in row] for prompt, row in zip(prompts, rows, strict=True)]
+    )
 
 
 def _parts(row: Sequence[Sample], size: int) -> list[Sequence[Sample]]:

@@ -132,7 +132,8 @@ class Audited:
         lines = ["| strength | risk before | labels | labelled | held out |", "|---|---|---|---|---|"]
         rows = self.strength.query("method == 'greedy' and pool == 'wrapped'").set_index(["split", "strength"])
         for strength in sorted(set(self.strength["strength"])):
-            own, other = (rows.loc[(split, strength)] for split in SPLITS)
+            own = rows.loc[("pool", strength)]
+            other = rows.loc[("heldout", strength)]
             cells = [f"{100 * own['risk_before']:.1f}", *map(_points, (own["label_shift"], own["change"]))]
             lines.append(f"| {strength} | {' | '.join(cells)} | {_points(other['change'])} |")
         return "\n".join(lines)

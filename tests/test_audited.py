@@ -125,7 +125,8 @@ def test_the_sentences_on_misbehaviours_hold() -> None:
     )["change"]
     assert (heldout.loc["agreement", :, "act-own"] > 0).all()
     assert (heldout.loc["shortcut", "0.2", ["soft-bct-own", "act-own"]] < 0).all()
-    moving, frozen = (heldout.loc["agreement", "0.2", f"act-{target}"] for target in ("own", "reference"))
+    moving = heldout.loc["agreement", "0.2", "act-own"]
+    frozen = heldout.loc["agreement", "0.2", "act-reference"]
     assert len(moving) == 3 and (moving > frozen).all()
 
 

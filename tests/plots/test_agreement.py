@@ -37,7 +37,8 @@ def test_methods_look_like_methods_and_others_go_from_dark_to_light() -> None:
 
 
 def test_the_names_of_many_groups_are_slanted_and_have_room() -> None:
-    few, many = (drawn(groups, "one").to_dict()["layout"] for groups in (FEW, MANY))
+    few = drawn(FEW, "one").to_dict()["layout"]
+    many = drawn(MANY, "one").to_dict()["layout"]
 
     assert "tickangle" not in few["xaxis"] and many["xaxis"]["tickangle"] < 0
     assert many["margin"]["b"] > few["margin"]["b"] and many["height"] > few["height"]
