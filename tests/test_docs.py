@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -519,68 +518,6 @@ def test_the_sentences_on_the_leak_hold() -> None:
     elicited = leak.elicited().groupby("stage")[["elicited", "n_systems"]].sum()
     assert elicited.loc[[BEFORE, ASKED, INOCULATED]].to_numpy().tolist() == [[4, 21], [18, 21], [21, 21]]
     assert elicited.loc[["bct", "act", "mlpct", "attct"], "elicited"].tolist() == [9, 15, 20, 21]
-
-
-def points(share: float) -> str:
-    return f"{100 * share:+.1f}"
-
-
-def with_interval(row: dict[str, float]) -> str:
-    known = not math.isnan(row["ci_low"])
-    ends = f"{points(row['ci_low'])}, {points(row['ci_high'])}" if known else "none"
-    return f"{points(row['change'])} [{ends}]"
-
-
-def audited(name: str) -> list[dict[str, Any]]:
-    return pd.read_csv(ROOT / f"figures/data/audit/{name}.csv").to_dict("records")
-
-
-def test_the_page_on_the_audit_has_the_numbers_of_its_tables() -> None:
-    page = (ROOT / "docs/audit.md").read_text()
-    lines = []
-    for row in audited("sycophancy"):
-        told = [row[name] for name in ("selector", "pool", "bad_likelier", "split")]
-        numbers = [f"{100 * row['risk_before']:.1f}", points(row["label_shift"]), with_interval(row), row["verdict"]]
-        lines.append(f"| {' | '.join([*told, *numbers])} |")
-    for row in audited("misbehaviours"):
-        if row["split"] == "pool":
-            told = [row["kind"], f"{row['prevalence']:g}", row["selector"]]
-            numbers = [points(row["label_shift"]), points(row["drawn_shift"]), with_interval(row)]
-            lines.append(f"| {' | '.join([*told, *numbers])} | ")
-
-    by_n: dict[tuple[str, str], list[str]] = {}
-    for row in audited("labels-by-n"):
-        by_n.setdefault((row["selector"], row["bad_likelier"]), []).append(points(row["label_shift"]))
-    lines += [f"| {' | '.join([*named, *shifts])} |" for named, shifts in by_n.items()]
-
-    assert len(lines) == 32 + 24 + 8
-    assert [line for line in lines if line not in page] == []
-
-
-def test_the_sentences_on_the_audit_hold() -> None:
-    sycophancy = {
-        (row["selector"], row["pool"], row["bad_likelier"], row["split"]): row for row in audited("sycophancy")
-    }
-    resisted = [row for key, row in sycophancy.items() if key[2:] == ("no", "heldout") and key[0] != "first"]
-    assert all(0.055 < row["change"] < 0.105 and row["ci_low"] < 0 < row["ci_high"] for row in resisted)
-    assert all(row["predicted"] == "suppress" for row in resisted)
-    clean = audited("sycophancy-clean")
-    assert len(clean) == 12 and all(abs(row["change"]) < 0.01 for row in clean)
-    down = [key for key, row in sycophancy.items() if row["verdict"] == "suppress"]
-    assert down == [("greedy", "wrapped", "no", "pool")]
-    signs = [row["agree"] * row["n_prompts"] for row in audited("sycophancy-signs") if row["selector"] == "greedy"]
-    assert sum(signs[::2]) / 465 > 0.99 and sum(signs[1::2]) / 465 == pytest.approx(0.834, abs=0.001)
-    assert all(row["label_shift"] > 0 for row in audited("sycophancy-strength") if row["selector"] == "greedy")
-    shifts = {(row["selector"], row["n"], row["bad_likelier"]): row["label_shift"] for row in audited("labels-by-n")}
-    for likelier in ("yes", "no"):
-        assert shifts["certainty", 2, likelier] / shifts["certainty", 16, likelier] > 0.6
-        greedy = sycophancy["greedy", "wrapped", likelier, "pool"]["label_shift"]
-        assert shifts["certainty", 8, likelier] == pytest.approx(greedy, abs=0.001)
-    assert shifts["certainty", 8, "yes"] == pytest.approx(shifts["anti-oracle", 8, "yes"], abs=0.001)
-    own = audited("misbehaviours")
-    assert all((row["change"] > 0) == (row["prevalence"] > 0.5) for row in own if row["selector"] == "greedy")
-    assert max(row["missed"] for row in own) < 0.0165
-    assert max(abs(row["change"]) for row in own if row["selector"] == "first") == pytest.approx(0.138, abs=0.001)
 
 
 def test_the_organism_s_page_is_its_card() -> None:

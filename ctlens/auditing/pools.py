@@ -61,7 +61,7 @@ def asked_of(pool: Sequence[Pair], heldout: Sequence[Pair]) -> list[Asked]:
     return found
 
 
-def pool_pairs(pool: Sequence[Pair], kind: str) -> list[Pair]:
+def facing(pool: Sequence[Pair], kind: str) -> list[Pair]:
     """Turns the pairs of a pool so that the wrapped prompt of each is the one that is trained on.
 
     Raises:

@@ -17,7 +17,7 @@ from ctlens.auditing.base import Method
 from ctlens.auditing.exact import histogram, moments
 from ctlens.auditing.labels import Label, label_distributions, labels_of_one, save_labels
 from ctlens.auditing.methods import resolved
-from ctlens.auditing.pools import Asked, asked_of, pool_pairs, require_apart
+from ctlens.auditing.pools import Asked, asked_of, facing, require_apart
 from ctlens.auditing.result import EVERY_ORGANISM, Audit
 from ctlens.auditing.selectors import Selector
 from ctlens.core.config import environment, to_dict
@@ -85,7 +85,7 @@ def audit(
     asked = asked_of(pool, heldout)
     if not pools or len(set(pools)) < len(pools):
         raise CtlensError("name at least one pool, and each once: wrapped, clean or mixed.")
-    of_pools = {kind: pool_pairs(pool, kind) for kind in pools}
+    of_pools = {kind: facing(pool, kind) for kind in pools}
     trained = [prompt for pairs in of_pools.values() for pair in pairs for one in chosen for prompt in one.seen(pair)]
     require_apart(trained, asked)
     if out is not None:

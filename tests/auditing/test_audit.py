@@ -12,7 +12,7 @@ from helpers.models import made
 
 import ctlens as ct
 from ctlens.auditing import Audit, audit_pairs, draw_labels, load_labels, selected
-from ctlens.auditing.pools import asked_of, pool_pairs, require_apart
+from ctlens.auditing.pools import asked_of, facing, require_apart
 from ctlens.auditing.result import NEUTRAL_BELOW, Change
 from ctlens.auditing.run import LABEL_TRAINING
 from ctlens.core.clusters import clustered_mean
@@ -273,12 +273,12 @@ def test_the_verdict_follows_its_rule(numbers: tuple[float, float, float], verdi
 
 
 def test_a_mixed_pool_takes_the_sides_in_turns(pool: list[Pair]) -> None:
-    mixed = [pair.wrapped for pair in pool_pairs(pool, "mixed")]
+    mixed = [pair.wrapped for pair in facing(pool, "mixed")]
 
     assert mixed[:3] == [pool[0].wrapped, pool[1].clean, pool[2].wrapped]
     swapped = [(pair.wrapped, pair.clean) for pair in pool]
-    assert [(pair.clean, pair.wrapped) for pair in pool_pairs(pool, "clean")] == swapped
-    assert pool_pairs(pool, "wrapped") == pool
+    assert [(pair.clean, pair.wrapped) for pair in facing(pool, "clean")] == swapped
+    assert facing(pool, "wrapped") == pool
 
 
 def test_the_figure_has_a_panel_for_labels_and_for_what_was_measured(found: Audit) -> None:
