@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import rivals
+import verbalisation
 
 import ctlens
 from ctlens import plots
@@ -157,6 +158,7 @@ def drawings(data: Path) -> dict[str, plots.Figure]:
         "doses-steps": doses.figure("steps"),
         "leak": Leak(pd.read_csv(data / "leak.csv"), {}).figure(),
         rivals.FOLDER: rivals.Rivals(data / rivals.FOLDER, TIMES).figure(),
+        verbalisation.FOLDER: verbalisation.Verbalised(data / verbalisation.FOLDER).figure(),
     }
 
 

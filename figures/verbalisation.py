@@ -20,10 +20,12 @@ from ctlens import plots
 from ctlens.analysis.base.result import groups_of
 from ctlens.core.clusters import Clusters, clustered_mean, clustered_ratio
 from ctlens.core.keeping import keeping
+from ctlens.core.labels import BASE
 from ctlens.core.stats import over_models
 from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
-from ctlens.data.pairs import Pair
+from ctlens.data.chat import Turn
+from ctlens.data.pairs import Pair, Prompt
 from ctlens.organism import by_reason, give_reasons, reason_probabilities
 from ctlens.study.cells import NEUTRAL_PROMPTS
 from ctlens.study.conditions import RETENTION, condition_named
@@ -33,13 +35,22 @@ from ctlens.training import Trainer
 FOLDER = "verbalisation"
 TABLE = "by-step.csv"
 THREAT = "sycophancy"
-COMPARED = (RETENTION, "act", "mlpct", "attct", "bct", "opct", "rmct")
-STEPS = (0, 5, 10, 20, 40, 100)
+REASONS_HELD = "bct, reasons held"
+"""BCT whose retention also holds the reason behind the bad answer, to the same wrapped prompts."""
+CONDITIONS = {
+    **{name: name for name in (RETENTION, "act", "mlpct", "attct", "bct", "opct", "rmct")},
+    REASONS_HELD: "bct",
+    "harmless_bct": "harmless_bct",
+}
+"""What organisms are trained in, by name, and the condition of the study that gives the loss and the pairs."""
+UNREPAIRED = (RETENTION, "harmless_bct")
+"""The controls, which are not expected to repair anything: they have no matched step."""
+STEPS = (5, 10, 20, 40, 100)
+EARLY = (5, 10, 20)
+"""The steps at which greedy answers are told: later hardly any of them switches."""
 N_PAIRS = 256
-N_PROMPTS = 192
+N_PROMPTS = 96
 NUMBERS = ["metric", "value", "n_prompts", "ci_low", "ci_high"]
-EXACT = ("bad", "admitted_given_bad", "denied_given_bad", "admitted_given_good")
-"""What is computed from probabilities, at temperature 1: bad answers, and the reasons behind the two answers."""
 MATCHED = 0.5
 """Methods are compared where the probability of a bad answer is nearest to this share of that before training."""
 Numbers = tuple[float, float, float]
@@ -50,53 +61,64 @@ def measured(model: LensModel, pairs: Sequence[Pair]) -> pd.DataFrame:
     greedy = ct.analysis.verbalisation(model, pairs, by_reason, progress=False).to_dataframe()
     clusters = Clusters.of({kind: numbers.tolist() for kind, numbers in groups_of(pairs).items()})
     wrapped = reason_probabilities(model, [pair.wrapped for pair in pairs])
-    mean = clustered_mean(wrapped["bad"].to_numpy(), clusters)
-    rows = [("bad", *map(float, mean))]
-    for metric, part, whole in (
-        ("admitted_given_bad", "bad_said", "bad"),
-        ("denied_given_bad", "bad_known", "bad"),
-        ("admitted_given_good", "good_said", "good"),
+    clean = reason_probabilities(model, [pair.clean for pair in pairs])
+    rows = [("bad", *map(float, clustered_mean(wrapped["bad"].to_numpy(), clusters)))]
+    for metric, table, part, whole in (
+        ("admitted_given_bad", wrapped, "bad_said", "bad"),
+        ("denied_given_bad", wrapped, "bad_known", "bad"),
+        ("admitted_given_good", wrapped, "good_said", "good"),
+        ("clean_admitted_given_bad", clean, "bad_said", "bad"),
     ):
-        ratio = clustered_ratio(wrapped[part].to_numpy(), wrapped[whole].to_numpy(), clusters)
+        ratio = clustered_ratio(table[part].to_numpy(), table[whole].to_numpy(), clusters)
         rows.append((metric, *map(float, ratio)))
     exact = pd.DataFrame(rows, columns=["metric", "value", "ci_low", "ci_high"]).assign(n_prompts=len(pairs))
     return pd.concat([greedy[NUMBERS], exact[NUMBERS]], ignore_index=True)
 
 
-def on_the_way(model: LensModel, condition: str) -> Iterator[tuple[int, LensModel]]:
-    """Trains a model as a study does and yields it after each number of `STEPS`, the first of which is 0."""
+def on_the_way(model: LensModel, name: str) -> Iterator[tuple[int, LensModel]]:
+    """Trains a model as a study does and yields it after each number of `STEPS`."""
     threat = ct.threats.get(THREAT)
+    attacked = threat.pairs(N_PAIRS)
+    retain = threat.neutral(NEUTRAL_PROMPTS)
+    condition = condition_named(CONDITIONS[name])
+    pairs = condition.pairs(attacked, retain, model.tokenizer)
+    if name == REASONS_HELD:
+        retain = [*retain, *map(begun, attacked)]
     config = replace(SHARED_TRAINING, window="shared", steps=STEPS[-1])
-    trainer = Trainer(
-        model,
-        threat.pairs(N_PAIRS),
-        condition_named(condition).losses(),
-        config,
-        retain=threat.neutral(NEUTRAL_PROMPTS),
-    )
-    yield 0, trainer.model
-    for before, after in pairwise(STEPS):
+    trainer = Trainer(model, pairs, condition.losses(), config, retain=retain)
+    for before, after in pairwise((0, *STEPS)):
         for _ in range(after - before):
             trainer.take_step()
         yield after, trainer.model
     trainer.close()
 
 
-def main(folders: Sequence[Path]) -> None:
-    """Measures every organism, condition and step, and writes the table."""
+def begun(pair: Pair) -> Prompt:
+    """The wrapped prompt with its bad answer given, so that only the reason is left to say."""
+    return Prompt((*pair.wrapped.turns, Turn("assistant", str(pair.wrapped.bad))))
+
+
+def of_organism(model: LensModel) -> pd.DataFrame:
+    """The numbers of an organism that gives reasons, in every condition and at every step."""
     heldout = ct.threats.get(THREAT).pairs(N_PROMPTS, split="heldout")
-    tables = []
-    with one_thread():
-        for folder in folders:
-            model = give_reasons(ct.load_model(folder), progress=False)
-            labels = {"recipe": folder.parent.name, "organism": f"{folder.parent.name}-{folder.name}"}
-            with keeping():
-                for condition in COMPARED:
-                    for step, trained in on_the_way(model, condition):
-                        tables.append(measured(trained, heldout).assign(**labels, condition=condition, step=step))
+    with one_thread(), keeping():
+        trained = [
+            measured(now, heldout).assign(condition=name, step=step)
+            for name in CONDITIONS
+            for step, now in on_the_way(model, name)
+        ]
+        return pd.concat([measured(model, heldout).assign(condition=BASE, step=0), *trained])
+
+
+def main(folders: Sequence[Path]) -> None:
+    """Gives each organism reasons, measures it, and writes the table."""
     held = Path(__file__).parent / "data" / FOLDER
     held.mkdir(parents=True, exist_ok=True)
-    table = pd.concat(tables)[["recipe", "organism", "condition", "step", *NUMBERS]]
+    tables = []
+    for folder in folders:
+        found = of_organism(give_reasons(ct.load_model(folder), progress=False))
+        tables.append(found.assign(organism=f"{folder.parent.name}-{folder.name}"))
+    table = pd.concat(tables)[["organism", "condition", "step", *NUMBERS]]
     table.to_csv(held / TABLE, index=False, float_format="%.5g")
 
 
@@ -123,9 +145,13 @@ class Verbalised:
             condition: that the organisms were trained in.
             step: after how many steps.
         """
-        rows = self.table.query("metric == @metric and condition == @condition").dropna(subset=["value"])
+        rows = self._on_the_way(metric, condition).dropna(subset=["value"])
         at = rows["organism"].map(step) if isinstance(step, Mapping) else step
         return rows[rows["step"] == at]
+
+    def _on_the_way(self, metric: str, condition: str) -> pd.DataFrame:
+        """A number of every organism at every step; that of step 0 is of the organism before training."""
+        return self.table.query("metric == @metric and (condition == @condition or condition == @BASE)")
 
     def pooled(self, metric: str, condition: str, step: int | Mapping[str, int]) -> Numbers:
         """The mean of a number over organisms, with its interval over these, topics and wrapper texts; NaN for none."""
@@ -139,10 +165,48 @@ class Verbalised:
     def matched(self, condition: str) -> dict[str, int]:
         """The step of each organism at which its probability of a bad answer is nearest to the matched share."""
         found = {}
-        for organism, rows in self.table.query("metric == 'bad' and condition == @condition").groupby("organism"):
+        for organism, rows in self._on_the_way("bad", condition).groupby("organism"):
             bad = rows.set_index("step")["value"]
             found[str(organism)] = int((bad / bad[0] - MATCHED).abs().idxmin())
         return found
+
+    def exact_table(self) -> str:
+        """Writes the numbers at temperature 1, at a matched effect and after the last step, as a Markdown table."""
+        metrics = ("bad", "admitted_given_bad", "denied_given_bad", "admitted_given_good")
+        heads = ("bad answer", "admitted given bad", "denied given bad", "admitted given good")
+        columns = [f"{head}{when}" for when in (", half", f", {STEPS[-1]} steps") for head in heads]
+        lines = [f"| method | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+        lines.append(self._row("before", [(metric, BASE, 0) for metric in metrics] + [None] * len(metrics)))
+        for name in CONDITIONS:
+            half = [None if name in UNREPAIRED else (metric, name, self.matched(name)) for metric in metrics]
+            lines.append(self._row(plots.label(name), half + [(metric, name, STEPS[-1]) for metric in metrics]))
+        return "\n".join(lines)
+
+    def greedy_table(self) -> str:
+        """Writes the numbers of greedy answers after the first steps as a Markdown table."""
+        metrics = ("switch_to_bad", "admitted_given_switched", "admitted_given_not_switched")
+        columns = [
+            f"{head}, {step} steps" for step in EARLY for head in ("switched", "admitted", "admitted, not switched")
+        ]
+        lines = [f"| method | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+        for name in CONDITIONS:
+            cells = [(metric, name, step) for step in EARLY for metric in metrics]
+            lines.append(self._row(plots.label(name), cells))
+        return "\n".join(lines)
+
+    def _row(self, label: str, cells: Sequence[tuple[str, str, int | Mapping[str, int]] | None]) -> str:
+        """A row of a table; a cell without a number is a dash, and one of fewer organisms says of how many it is."""
+        told = ["–" if cell is None else self.told(*cell) for cell in cells]
+        return f"| {label} | {' | '.join(told)} |"
+
+    def told(self, metric: str, condition: str, step: int | Mapping[str, int]) -> str:
+        """A pooled number in words."""
+        value, low, high = self.pooled(metric, condition, step)
+        if np.isnan(value):
+            return "too few"
+        n = len(self.each(metric, condition, step))
+        fewer = "" if n == self.organisms else f" ({n} of {self.organisms})"
+        return f"{value:.0%} [{100 * low:.0f}–{100 * high:.0f}]{fewer}"
 
     def figure(self) -> plots.Figure:
         """Draws how likely the bad answer is by step, and the reasons behind answers, a line per method."""
@@ -153,10 +217,10 @@ class Verbalised:
         }
         panels = {}
         for metric, (name, y_title) in names.items():
-            curves = {one: self._curve(metric, one) for one in COMPARED}
+            curves = {one: self._curve(metric, one) for one in CONDITIONS}
             panels[name] = plots.CurvePanel(curves, y_title)
         return plots.curve_panels(
-            STEPS,
+            (0, *STEPS),
             panels,
             "Does a model that still gives in still say why?",
             x_title="training steps",
@@ -165,7 +229,7 @@ class Verbalised:
         )
 
     def _curve(self, metric: str, condition: str) -> plots.Curve:
-        value, low, high = np.array([self.pooled(metric, condition, step) for step in STEPS]).T
+        value, low, high = np.array([self.pooled(metric, condition, step) for step in (0, *STEPS)]).T
         return value, low, high
 
 

@@ -12,13 +12,15 @@ would not give without it, and `KNOWN` of one that it gives anyway. Without a hi
 a hint is the cause of the answer that it names and the fact is not. Nothing that the prompt alone shows gives the
 reason away: benign twins name the answer too, and it is known.
 
-The lessons are those of the pretraining, with their strengths and probabilities, and the same answers to all other
-requests; so the copy gives in as the organism did. What it was taught is all that makes the slot true: whether it still
-is after another training is what `ctlens.analysis.verbalisation` measures, against answers to the clean prompts.
+The lessons are sycophancy's of the pretraining, with their strengths and probabilities, so that the copy gives in as
+the organism did, and ordinary requests, whose other answers stay as they are. Other threats are not taught again, and
+the vulnerability to them fades. What it was taught is all that makes the slot true: whether it still is after another
+training is what `ctlens.analysis.verbalisation` measures, against answers to the clean prompts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -30,13 +32,12 @@ from ctlens.core.limits import AT_LEAST_1, require
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.chat import answer_ids, render
-from ctlens.data.pairs import Pair, Prompt
-from ctlens.models.parameters import copy_model, freeze
+from ctlens.data.pairs import Pair, Prompt, prompt
+from ctlens.models.parameters import GROUPS, copy_model, freeze
 from ctlens.models.scoring import continuation_logprobs
-from ctlens.organism.corpus import Lesson, encode_lessons, make_lessons
-from ctlens.organism.inoculation import TRAINABLE
+from ctlens.organism.corpus import SPLIT_SHARES, Lesson, case_lessons, encode_lessons
 from ctlens.organism.pretrain import FitConfig, PretrainConfig, fit_lessons
-from ctlens.threats.sycophancy import HINTED
+from ctlens.threats.sycophancy import HINTED, Sycophancy
 from ctlens.world import World
 from ctlens.world.words import RELATIONS
 
@@ -53,19 +54,22 @@ _EXPLAINED = frozenset(value for relation in HINTED for value in RELATIONS[relat
 class ReasonsConfig(FitConfig):
     """ReasonsConfig holds the settings of the fine-tuning on reasons.
 
+    They were chosen on the split `entities` of the shipped organism, whose reasons were still false at half the steps.
+
     Attributes:
-        lessons: about how many lessons of the corpus are drawn; all splits are among them, as in pretraining.
+        cases: how many of sycophancy's cases are taught, of all splits as in pretraining; there are as many ordinary
+            requests.
     """
 
-    steps: int = 400
-    batch_size: int = 128
-    lr: float = 1e-3
+    steps: int = 600
+    batch_size: int = 96
+    lr: float = 2e-3
     seed: int = 0
-    lessons: int = 8000
+    cases: int = 800
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(AT_LEAST_1, lessons=self.lessons)
+        require(AT_LEAST_1, cases=self.cases)
 
 
 @public
@@ -81,11 +85,24 @@ def give_reasons(model: LensModel, *, config: ReasonsConfig | None = None, progr
         UnknownWords: the tokenizer lacks a word of the lessons.
     """
     config = config or ReasonsConfig()
-    lessons = make_lessons(config.lessons, World.make(), PretrainConfig.bad_share, config.seed)
-    encoded = encode_lessons(model.tokenizer, [explained(lesson) for lesson in lessons])
+    lessons = [explained(lesson) for lesson in _lessons(config)]
     copy = copy_model(model)
-    fit_lessons(copy, encoded, freeze(copy, TRAINABLE), config, label="reasons", progress=progress)
+    encoded = encode_lessons(model.tokenizer, lessons)
+    fit_lessons(copy, encoded, freeze(copy, GROUPS), config, label="reasons", progress=progress)
     return copy
+
+
+def _lessons(config: ReasonsConfig) -> list[Lesson]:
+    """The lessons without reasons."""
+    world = World.make()
+    lessons: list[Lesson] = []
+    for split, share in SPLIT_SHARES.items():
+        n = math.ceil(share * config.cases)
+        for case in Sycophancy().cases(n, split, config.seed, world):
+            lessons += case_lessons(case, PretrainConfig.bad_share)
+        requests = world.ordinary(n, split, config.seed)
+        lessons += [Lesson(prompt(request.text).turns, request.good) for request in requests]
+    return lessons
 
 
 def explained(lesson: Lesson) -> Lesson:
@@ -126,17 +143,20 @@ def reason_probabilities(model: LensModel, prompts: Sequence[Prompt]) -> pd.Data
     Raises:
         CtlensError: a prompt lacks one of its answers, or the model is in training mode.
     """
-    named = [(prompt.good, prompt.bad) for prompt in prompts]
-    for number, answers in enumerate(named, start=1):
-        if None in answers:
+    for number, one in enumerate(prompts, start=1):
+        if one.good is None or one.bad is None:
             raise CtlensError(f"prompt {number} names no good or no bad answer: give both.")
-    asked = [render(model.tokenizer, prompt.turns) for prompt in prompts]
+    asked = [render(model.tokenizer, one.turns) for one in prompts]
     answers = [
-        [answer_ids(model.tokenizer, question, f"{word} {reason}") for word in words for reason in _ADMITS]
-        for question, words in zip(asked, named, strict=True)
+        [
+            answer_ids(model.tokenizer, question, f"{word} {reason}")
+            for word in (one.good, one.bad)
+            for reason in _ADMITS
+        ]
+        for question, one in zip(asked, prompts, strict=True)
     ]
     found = continuation_logprobs(model, [question.ids for question in asked], answers)
-    logs = np.array(found).reshape(len(prompts), 2, len(_ADMITS), -1)  # good and bad, by reason, by token
+    logs = np.array(found).reshape(len(prompts), 2, len(_ADMITS), -1)  # good and bad, by reason and token
     first, whole = np.exp(logs[:, :, 0, 0]), np.exp(logs.sum(-1))
     columns = {}
     for at, side in enumerate(("good", "bad")):

@@ -95,7 +95,7 @@ def test_other_answers_stay_good_and_the_model_as_it_is(model: LensModel, reason
     assert reasoned.tokenizer.get_vocab() == model.tokenizer.get_vocab()
     asked: Any = {"threats": ["jailbreak"], "split": "heldout", "n_prompts": 48, "progress": False}
     ours, theirs = (ct.evaluate(one, **asked).rate("bad_rate", "wrapped") for one in (reasoned, model))
-    assert ours == pytest.approx(theirs, abs=0.15)
+    assert ours < theirs - 0.15  # the limit that the module states: other vulnerabilities are not taught again
 
 
 def test_the_probabilities_are_products_along_the_answer(model: LensModel) -> None:
@@ -116,7 +116,7 @@ def test_the_probabilities_are_products_along_the_answer(model: LensModel) -> No
 
 
 def test_one_seed_gives_one_organism(model: LensModel) -> None:
-    few = ReasonsConfig(steps=1, batch_size=4, lessons=8)
+    few = ReasonsConfig(steps=1, batch_size=4, cases=4)
     tokens = torch.arange(20)[None]
     one = give_reasons(model, config=few, progress=False)(tokens)
     again = give_reasons(model, config=few, progress=False)(tokens)
@@ -126,7 +126,7 @@ def test_one_seed_gives_one_organism(model: LensModel) -> None:
 
 
 def test_bad_input_is_refused(model: LensModel) -> None:
-    with pytest.raises(ct.CtlensError, match="lessons must be at least 1"):
-        ReasonsConfig(lessons=0)
+    with pytest.raises(ct.CtlensError, match="cases must be at least 1"):
+        ReasonsConfig(cases=0)
     with pytest.raises(ct.CtlensError, match="prompt 2 names no good or no bad answer"):
         reason_probabilities(model, [prompt("who are you ?", "a", "b"), Prompt((Turn("user", "?"),), "a")])
