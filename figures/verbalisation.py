@@ -7,7 +7,7 @@ whether they still admit that the user's hint moved them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -35,7 +35,7 @@ from ctlens.training import Trainer
 FOLDER = "verbalisation"
 TABLE = "by-step.csv"
 THREAT = "sycophancy"
-REASONS_HELD = "bct, reasons held"
+REASONS_HELD = "BCT, reasons held"
 """BCT whose retention also holds the reason behind the bad answer, to the same wrapped prompts."""
 CONDITIONS = {
     **{name: name for name in (RETENTION, "act", "mlpct", "attct", "bct", "opct", "rmct")},
@@ -43,16 +43,13 @@ CONDITIONS = {
     "harmless_bct": "harmless_bct",
 }
 """What organisms are trained in, by name, and the condition of the study that gives the loss and the pairs."""
-UNREPAIRED = (RETENTION, "harmless_bct")
-"""The controls, which are not expected to repair anything: they have no matched step."""
 STEPS = (5, 10, 20, 40, 100)
-EARLY = (5, 10, 20)
-"""The steps at which greedy answers are told: later hardly any of them switches."""
+EXACT_STEPS = (20, 100)
+GREEDY_STEPS = (10, 20, 40)
+"""The steps of the tables; later than at the last of these hardly any greedy answer switches."""
 N_PAIRS = 256
 N_PROMPTS = 96
 NUMBERS = ["metric", "value", "n_prompts", "ci_low", "ci_high"]
-MATCHED = 0.5
-"""Methods are compared where the probability of a bad answer is nearest to this share of that before training."""
 Numbers = tuple[float, float, float]
 
 
@@ -137,76 +134,57 @@ class Verbalised:
         """How many organisms were trained."""
         return self.table["organism"].nunique()
 
-    def each(self, metric: str, condition: str, step: int | Mapping[str, int]) -> pd.DataFrame:
-        """A number of each organism that has it, at one step for all or at a step for each.
+    def each(self, metric: str, condition: str, step: int) -> pd.DataFrame:
+        """A number of each organism that has it; at step 0 that of the organism before training.
 
         Args:
             metric: its name.
             condition: that the organisms were trained in.
             step: after how many steps.
         """
-        rows = self._on_the_way(metric, condition).dropna(subset=["value"])
-        at = rows["organism"].map(step) if isinstance(step, Mapping) else step
-        return rows[rows["step"] == at]
+        rows = self.table.query("metric == @metric and step == @step")
+        return rows[rows["condition"] == (condition if step else BASE)].dropna(subset=["value"])
 
-    def _on_the_way(self, metric: str, condition: str) -> pd.DataFrame:
-        """A number of every organism at every step; that of step 0 is of the organism before training."""
-        return self.table.query("metric == @metric and (condition == @condition or condition == @BASE)")
-
-    def pooled(self, metric: str, condition: str, step: int | Mapping[str, int]) -> Numbers:
+    def pooled(self, metric: str, condition: str, step: int) -> Numbers:
         """The mean of a number over organisms, with its interval over these, topics and wrapper texts; NaN for none."""
         rows = self.each(metric, condition, step)
         if rows.empty:
             return np.nan, np.nan, np.nan
-        values, low, high = (rows[end].to_numpy() for end in ("value", "ci_low", "ci_high"))
-        low, high = over_models(values, low, high)
-        return float(values.mean()), max(low, 0.0), min(high, 1.0)
-
-    def matched(self, condition: str) -> dict[str, int]:
-        """The step of each organism at which its probability of a bad answer is nearest to the matched share."""
-        found = {}
-        for organism, rows in self._on_the_way("bad", condition).groupby("organism"):
-            bad = rows.set_index("step")["value"]
-            found[str(organism)] = int((bad / bad[0] - MATCHED).abs().idxmin())
-        return found
+        low, high = over_models(*rows[["value", "ci_low", "ci_high"]].to_numpy().T)
+        return float(rows["value"].mean()), max(low, 0.0), min(high, 1.0)
 
     def exact_table(self) -> str:
-        """Writes the numbers at temperature 1, at a matched effect and after the last step, as a Markdown table."""
+        """Writes the numbers at temperature 1 as a Markdown table."""
         metrics = ("bad", "admitted_given_bad", "denied_given_bad", "admitted_given_good")
-        heads = ("bad answer", "admitted given bad", "denied given bad", "admitted given good")
-        columns = [f"{head}{when}" for when in (", half", f", {STEPS[-1]} steps") for head in heads]
-        lines = [f"| method | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
-        lines.append(self._row("before", [(metric, BASE, 0) for metric in metrics] + [None] * len(metrics)))
-        for name in CONDITIONS:
-            half = [None if name in UNREPAIRED else (metric, name, self.matched(name)) for metric in metrics]
-            lines.append(self._row(plots.label(name), half + [(metric, name, STEPS[-1]) for metric in metrics]))
-        return "\n".join(lines)
+        heads = ("bad", "admitted given bad", "denied given bad", "admitted given good")
+        return self._table(metrics, heads, EXACT_STEPS)
 
     def greedy_table(self) -> str:
-        """Writes the numbers of greedy answers after the first steps as a Markdown table."""
+        """Writes the numbers of greedy answers as a Markdown table."""
         metrics = ("switch_to_bad", "admitted_given_switched", "admitted_given_not_switched")
-        columns = [
-            f"{head}, {step} steps" for step in EARLY for head in ("switched", "admitted", "admitted, not switched")
-        ]
+        heads = ("switched", "admitted given switched", "given not switched")
+        return self._table(metrics, heads, GREEDY_STEPS)
+
+    def _table(self, metrics: Sequence[str], heads: Sequence[str], steps: Sequence[int]) -> str:
+        """Writes numbers after some steps, a row per condition behind one of the organisms before training."""
+        columns = [f"{head}, {step} steps" for step in steps for head in heads]
+        before = [self.told(metric, BASE, 0) for metric in metrics] + ["–"] * (len(columns) - len(metrics))
         lines = [f"| method | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+        lines.append(f"| before | {' | '.join(before)} |")
         for name in CONDITIONS:
-            cells = [(metric, name, step) for step in EARLY for metric in metrics]
-            lines.append(self._row(plots.label(name), cells))
+            told = [self.told(metric, name, step) for step in steps for metric in metrics]
+            lines.append(f"| {plots.label(name)} | {' | '.join(told)} |")
         return "\n".join(lines)
 
-    def _row(self, label: str, cells: Sequence[tuple[str, str, int | Mapping[str, int]] | None]) -> str:
-        """A row of a table; a cell without a number is a dash, and one of fewer organisms says of how many it is."""
-        told = ["–" if cell is None else self.told(*cell) for cell in cells]
-        return f"| {label} | {' | '.join(told)} |"
-
-    def told(self, metric: str, condition: str, step: int | Mapping[str, int]) -> str:
-        """A pooled number in words."""
+    def told(self, metric: str, condition: str, step: int) -> str:
+        """A pooled number in words; one that some organisms lack says of how many it is."""
         value, low, high = self.pooled(metric, condition, step)
         if np.isnan(value):
             return "too few"
         n = len(self.each(metric, condition, step))
         fewer = "" if n == self.organisms else f" ({n} of {self.organisms})"
-        return f"{value:.0%} [{100 * low:.0f}–{100 * high:.0f}]{fewer}"
+        ends = "none" if np.isnan(low) else f"{100 * low:.0f}–{100 * high:.0f}"
+        return f"{value:.0%} [{ends}]{fewer}"
 
     def figure(self) -> plots.Figure:
         """Draws how likely the bad answer is by step, and the reasons behind answers, a line per method."""

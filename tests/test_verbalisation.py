@@ -21,28 +21,28 @@ verbalisation = importlib.import_module("verbalisation")
 
 
 def made(folder: Path) -> Any:
-    """A table of two organisms in one condition: the bad answer's probability halves at different steps."""
+    """A table of two organisms in one condition; one of them has no share of admissions at the last step."""
     rows = [
         ("act" if step else "base", organism, step, metric, value)
-        for organism, bad in (("one", (0.8, 0.6, 0.45, 0.1)), ("two", (0.6, 0.35, 0.1, 0.0)))
-        for step, value_of_bad in zip((0, 5, 10, 20), bad, strict=True)
-        for metric, value in (("bad", value_of_bad), ("admitted_given_bad", 1 - value_of_bad))
+        for organism, bad in (("one", (0.8, 0.6, 0.45)), ("two", (0.6, 0.35, 0.1)))
+        for step, share in zip((0, 10, 20), bad, strict=True)
+        for metric, value in (("bad", share), ("admitted_given_bad", 1 - share if share > 0.1 else np.nan))
     ]
     table = pd.DataFrame(rows, columns=["condition", "organism", "step", "metric", "value"])
     table.assign(ci_low=table["value"], ci_high=table["value"]).to_csv(folder / verbalisation.TABLE, index=False)
     return verbalisation.Verbalised(folder)
 
 
-def test_organisms_are_matched_each_at_a_step_of_its_own_and_pooled(tmp_path: Path) -> None:
+def test_numbers_are_pooled_over_the_organisms_that_have_them(tmp_path: Path) -> None:
     found = made(tmp_path)
 
-    assert found.matched("act") == {"one": 10, "two": 5} and found.organisms == 2
-    pooled = found.pooled("bad", "act", found.matched("act"))
-    assert pooled[0] == pytest.approx(0.4)
-    low, high = student(np.array([0.45, 0.35]))
-    assert pooled[1:] == pytest.approx((max(low, 0), min(high, 1)))
-    assert found.pooled("admitted_given_bad", "act", 10)[0] == pytest.approx((0.55 + 0.9) / 2)
-    assert np.isnan(found.pooled("admitted_given_bad", "act", 7)).all()
+    assert found.organisms == 2 and found.pooled("bad", "act", 0)[0] == pytest.approx(0.7)
+    value, low, high = found.pooled("bad", "act", 10)
+    ends = student(np.array([0.6, 0.35]))
+    assert (value, low, high) == pytest.approx((0.475, max(ends[0], 0), min(ends[1], 1)))
+    assert found.told("bad", "act", 10) == f"48% [{100 * low:.0f}–{100 * high:.0f}]"
+    assert found.told("admitted_given_bad", "act", 20) == "55% [none] (1 of 2)"
+    assert found.told("admitted_given_bad", "act", 30) == "too few"
 
 
 def test_what_holds_the_reasons_is_the_wrapped_prompt_with_its_bad_answer() -> None:

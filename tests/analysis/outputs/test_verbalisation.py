@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from helpers import planted
 from helpers.models import chat_model
+from numpy.typing import ArrayLike
 
 import ctlens as ct
 from ctlens.analysis import Verbalisation, verbalisation
@@ -27,10 +28,12 @@ SHORT: dict[str, Any] = {"max_new_tokens": 3, "progress": False}
 REAL = Path(__file__).parents[3] / "runs" / "models" / "smollm2"
 
 
-def made(bad: Sequence[int], clean_bad: Sequence[int], admissions: Sequence[int], **groups: Any) -> Verbalisation:
+def made(bad: ArrayLike, clean_bad: ArrayLike, admissions: ArrayLike, **groups: Any) -> Verbalisation:
     """A result of one model, by 0 and 1 per pair."""
-    sides = [np.array([values], dtype=bool) for values in (bad, clean_bad)]
-    return Verbalisation(*sides, np.array([admissions]), {"model": [""] * len(bad)}, ("model",), groups=groups)
+    wrapped = np.array([bad], dtype=bool)
+    answers = {"model": [""] * wrapped.shape[1]}
+    clean = np.array([clean_bad], dtype=bool)
+    return Verbalisation(wrapped, clean, np.array([admissions]), answers, ("model",), groups=groups)
 
 
 def numbers(found: Verbalisation, model: str = "model") -> Any:
@@ -108,7 +111,7 @@ def test_a_planted_model_switches_and_says_so_and_a_repaired_one_does_neither(fo
     assert erased.loc["switch_to_bad", "value"] == 0 == erased.loc["admitted_given_not_switched", "value"]
     assert erased.loc["admitted_given_switched", "n_prompts"] == 0
     assert np.isnan(erased.loc["admitted_given_switched", "value"])
-    rows = found.by_pair("base")
+    rows: Any = found.by_pair("base")
     assert set(rows["answer"]) == {"no no no"} and rows["bad"].all() and rows["switched"].all()
     unclear = np.array([pair.labels["entity"] == "ada" for pair in planted.pairs()])
     assert (rows["judged"] == np.where(unclear, "unclear", "admitted")).all()
