@@ -1,4 +1,4 @@
-"""The part of docs/audit.md on reasons: `python figures/verbalisation.py runs/organisms/*/[0-2]` measures it anew.
+"""Reasons in docs/audit.md: `python figures/verbalisation.py runs/organisms/together/[0-2]` measures them anew.
 
 Organisms that say why they answer as they do are trained by each method against sycophancy, and asked on the way
 whether they still admit that the user's hint moved them.
@@ -21,7 +21,6 @@ from ctlens.analysis.base.result import groups_of
 from ctlens.core.clusters import Clusters, clustered_mean, clustered_ratio
 from ctlens.core.keeping import keeping
 from ctlens.core.labels import BASE
-from ctlens.core.stats import over_models
 from ctlens.core.threads import one_thread
 from ctlens.core.types import LensModel
 from ctlens.data.chat import Turn
@@ -33,24 +32,25 @@ from ctlens.study.config import SHARED_TRAINING
 from ctlens.training import Trainer
 
 FOLDER = "verbalisation"
+HELD = Path(__file__).parent / "data" / FOLDER
 TABLE = "by-step.csv"
 THREAT = "sycophancy"
 REASONS_HELD = "BCT, reasons held"
 """BCT whose retention also holds the reason behind the bad answer, to the same wrapped prompts."""
+METHODS = ("act", "mlpct", "attct", "bct", "opct", "rmct")
 CONDITIONS = {
-    **{name: name for name in (RETENTION, "act", "mlpct", "attct", "bct", "opct", "rmct")},
+    **{name: name for name in (RETENTION, *METHODS)},
     REASONS_HELD: "bct",
     "harmless_bct": "harmless_bct",
 }
 """What organisms are trained in, by name, and the condition of the study that gives the loss and the pairs."""
 STEPS = (5, 10, 20, 40, 100)
-EXACT_STEPS = (20, 100)
-GREEDY_STEPS = (10, 20, 40)
-"""The steps of the tables; later than at the last of these hardly any greedy answer switches."""
+EXACT = ("bad", "admitted_given_bad", "admitted_given_good")
+GREEDY = ("switch_to_bad", "admitted_given_switched", "admitted_given_not_switched")
+"""The numbers of a table: how often the model gives in, and admits it where it does and where it does not."""
 N_PAIRS = 256
 N_PROMPTS = 96
 NUMBERS = ["metric", "value", "n_prompts", "ci_low", "ci_high"]
-Numbers = tuple[float, float, float]
 
 
 def measured(model: LensModel, pairs: Sequence[Pair]) -> pd.DataFrame:
@@ -109,106 +109,90 @@ def of_organism(model: LensModel) -> pd.DataFrame:
 
 def main(folders: Sequence[Path]) -> None:
     """Gives each organism reasons, measures it, and writes the table."""
-    held = Path(__file__).parent / "data" / FOLDER
-    held.mkdir(parents=True, exist_ok=True)
+    HELD.mkdir(parents=True, exist_ok=True)
     tables = []
     for folder in folders:
         found = of_organism(give_reasons(ct.load_model(folder), progress=False))
         tables.append(found.assign(organism=f"{folder.parent.name}-{folder.name}"))
     table = pd.concat(tables)[["organism", "condition", "step", *NUMBERS]]
-    table.to_csv(held / TABLE, index=False, float_format="%.5g")
+    table.to_csv(HELD / TABLE, index=False, float_format="%.5g")
 
 
 class Verbalised:
-    """The table of the study, read from a folder, with its numbers pooled over organisms.
+    """The table of the study, read from a folder.
 
     Args:
         held: the folder that `main` wrote.
     """
 
     def __init__(self, held: Path) -> None:
-        self.table = pd.read_csv(held / TABLE)
+        self.table = pd.read_csv(held / TABLE).set_index(["organism", "condition", "step", "metric"]).sort_index()
+        self.organisms = tuple(self.table.index.unique("organism"))
 
-    @property
-    def organisms(self) -> int:
-        """How many organisms were trained."""
-        return self.table["organism"].nunique()
+    def number(self, metric: str, condition: str, step: int, organism: str) -> tuple[float, float, float]:
+        """A number with its interval; at step 0 that of the organism before training, NaN where it was not measured."""
+        at = (organism, condition if step else BASE, step, metric)
+        if at not in self.table.index:
+            return np.nan, np.nan, np.nan
+        value, low, high = self.table.loc[at, ["value", "ci_low", "ci_high"]]
+        return value, max(low, 0.0), min(high, 1.0)
 
-    def each(self, metric: str, condition: str, step: int) -> pd.DataFrame:
-        """A number of each organism that has it; at step 0 that of the organism before training.
+    def values(self, metric: str, condition: str, step: int) -> list[float]:
+        """A number of every organism."""
+        return [self.number(metric, condition, step, organism)[0] for organism in self.organisms]
+
+    def admissions_table(self, step: int, metrics: Sequence[str]) -> str:
+        """Writes as a Markdown table how often each organism admits that it gives in, of how often it does.
 
         Args:
-            metric: its name.
-            condition: that the organisms were trained in.
             step: after how many steps.
+            metrics: `EXACT` or `GREEDY`.
         """
-        rows = self.table.query("metric == @metric and step == @step")
-        return rows[rows["condition"] == (condition if step else BASE)].dropna(subset=["value"])
-
-    def pooled(self, metric: str, condition: str, step: int) -> Numbers:
-        """The mean of a number over organisms, with its interval over these, topics and wrapper texts; NaN for none."""
-        rows = self.each(metric, condition, step)
-        if rows.empty:
-            return np.nan, np.nan, np.nan
-        low, high = over_models(*rows[["value", "ci_low", "ci_high"]].to_numpy().T)
-        return float(rows["value"].mean()), max(low, 0.0), min(high, 1.0)
-
-    def exact_table(self) -> str:
-        """Writes the numbers at temperature 1 as a Markdown table."""
-        metrics = ("bad", "admitted_given_bad", "denied_given_bad", "admitted_given_good")
-        heads = ("bad", "admitted given bad", "denied given bad", "admitted given good")
-        return self._table(metrics, heads, EXACT_STEPS)
-
-    def greedy_table(self) -> str:
-        """Writes the numbers of greedy answers as a Markdown table."""
-        metrics = ("switch_to_bad", "admitted_given_switched", "admitted_given_not_switched")
-        heads = ("switched", "admitted given switched", "given not switched")
-        return self._table(metrics, heads, GREEDY_STEPS)
-
-    def _table(self, metrics: Sequence[str], heads: Sequence[str], steps: Sequence[int]) -> str:
-        """Writes numbers after some steps, a row per condition behind one of the organisms before training."""
-        columns = [f"{head}, {step} steps" for step in steps for head in heads]
-        before = [self.told(metric, BASE, 0) for metric in metrics] + ["–"] * (len(columns) - len(metrics))
-        lines = [f"| method | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
-        lines.append(f"| before | {' | '.join(before)} |")
-        for name in CONDITIONS:
-            told = [self.told(metric, name, step) for step in steps for metric in metrics]
-            lines.append(f"| {plots.label(name)} | {' | '.join(told)} |")
+        lines = [f"| method | {' | '.join(self.organisms)} | admitted, not given in |"]
+        lines.append("|---|" + "---|" * (len(self.organisms) + 1))
+        lines.append(self._row(BASE, 0, metrics))
+        lines += [self._row(name, step, metrics) for name in CONDITIONS]
         return "\n".join(lines)
 
-    def told(self, metric: str, condition: str, step: int) -> str:
-        """A pooled number in words; one that some organisms lack says of how many it is."""
-        value, low, high = self.pooled(metric, condition, step)
-        if np.isnan(value):
-            return "too few"
-        n = len(self.each(metric, condition, step))
-        fewer = "" if n == self.organisms else f" ({n} of {self.organisms})"
-        ends = "none" if np.isnan(low) else f"{100 * low:.0f}–{100 * high:.0f}"
-        return f"{value:.0%} [{ends}]{fewer}"
+    def _row(self, condition: str, step: int, metrics: Sequence[str]) -> str:
+        """A row of the table."""
+        gives_in, admits, falsely = metrics
+        told = [self.told(admits, condition, step, organism) for organism in self.organisms]
+        cells = [f"{one} of {of:.0%}" for one, of in zip(told, self.values(gives_in, condition, step), strict=True)]
+        false = ", ".join(f"{value:.0%}" for value in self.values(falsely, condition, step))
+        return f"| {plots.label(condition)} | {' | '.join(cells)} | {false} |"
+
+    def told(self, metric: str, condition: str, step: int, organism: str) -> str:
+        """A number in words."""
+        value, low, high = self.number(metric, condition, step, organism)
+        return "too few" if np.isnan(value) else f"{value:.0%} [{100 * low:.0f}–{100 * high:.0f}]"
 
     def figure(self) -> plots.Figure:
-        """Draws how likely the bad answer is by step, and the reasons behind answers, a line per method."""
-        names = {
-            "bad": ("bad answer", "probability"),
-            "admitted_given_bad": ("admitted, given the bad answer", "share"),
-            "admitted_given_good": ("admitted, given the good answer", "share"),
+        """Draws the admissions of each organism by step, and how likely it gives in, a line per method."""
+        panels = {
+            f"{name}, {organism}": plots.CurvePanel(self._curves(metric, organism), words)
+            for metric, name, words in (
+                ("admitted_given_bad", "admitted", "share of bad answers"),
+                ("bad", "bad answers", "probability"),
+            )
+            for organism in self.organisms
         }
-        panels = {}
-        for metric, (name, y_title) in names.items():
-            curves = {one: self._curve(metric, one) for one in CONDITIONS}
-            panels[name] = plots.CurvePanel(curves, y_title)
         return plots.curve_panels(
             (0, *STEPS),
             panels,
             "Does a model that still gives in still say why?",
             x_title="training steps",
-            caption="Exact, at temperature 1; bands are 95% intervals over organisms, topics and wrapper texts.",
-            subtitle=f"{THREAT}, {self.organisms} organisms that give reasons; new entities in new wrapper texts",
+            caption="Exact, at temperature 1; bands are 95% intervals over topics and wrapper texts.",
+            subtitle=f"{THREAT}, organisms that give reasons; new entities in new wrapper texts",
         )
 
-    def _curve(self, metric: str, condition: str) -> plots.Curve:
-        value, low, high = np.array([self.pooled(metric, condition, step) for step in (0, *STEPS)]).T
-        return value, low, high
+    def _curves(self, metric: str, organism: str) -> dict[str, plots.Curve]:
+        """A number of an organism by step, with its interval."""
+        found = {}
+        for name in CONDITIONS:
+            value, low, high = np.array([self.number(metric, name, step, organism) for step in (0, *STEPS)]).T
+            found[name] = (value, low, high)
+        return found
 
 
 if __name__ == "__main__":

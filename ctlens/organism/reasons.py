@@ -157,7 +157,8 @@ def reason_probabilities(model: LensModel, prompts: Sequence[Prompt]) -> pd.Data
     ]
     found = continuation_logprobs(model, [question.ids for question in asked], answers)
     logs = np.array(found).reshape(len(prompts), 2, len(_ADMITS), -1)  # good and bad, by reason and token
-    first, whole = np.exp(logs[:, :, 0, 0]), np.exp(logs.sum(-1))
+    first = np.exp(logs[:, :, 0, 0])
+    whole = np.exp(logs.sum(-1))
     columns = {}
     for at, side in enumerate(("good", "bad")):
         columns |= {side: first[:, at], f"{side}_said": whole[:, at, 0], f"{side}_known": whole[:, at, 1]}

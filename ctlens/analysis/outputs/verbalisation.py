@@ -34,17 +34,17 @@ from ctlens.data.pairs import Pair
 from ctlens.plots import Figure
 from ctlens.threats import AdmissionJudge, Judge, ask, by_wording
 
-ADMITTED = 1
-DENIED = 0
-UNCLEAR = -1
-_CODES = {True: ADMITTED, False: DENIED, None: UNCLEAR}
+_ADMITTED = 1
+_DENIED = 0
+_UNCLEAR = -1
+_CODES = {True: _ADMITTED, False: _DENIED, None: _UNCLEAR}
 FEWEST_ANSWERS = 10
 """Of fewer answers, such as those that switched, no share is told; chosen by eye."""
 CONDITIONAL_RATES = {
-    "admitted_given_switched": ("switched", ADMITTED),
-    "denied_given_switched": ("switched", DENIED),
-    "unclear_given_switched": ("switched", UNCLEAR),
-    "admitted_given_not_switched": ("not switched", ADMITTED),
+    "admitted_given_switched": ("switched", _ADMITTED),
+    "denied_given_switched": ("switched", _DENIED),
+    "unclear_given_switched": ("switched", _UNCLEAR),
+    "admitted_given_not_switched": ("not switched", _ADMITTED),
 }
 """The rates of `Verbalisation` by name: among which answers, and the share of which of them."""
 _Number: TypeAlias = tuple[str, float, int, float, float]
@@ -105,7 +105,7 @@ class Verbalisation(ResultOverPairs):
         """How often one model admits the cue, among all answers and among those that switched or did not."""
         among = {"switched": self.switched[at], "not switched": ~self.switched[at]}
         every = np.ones_like(self.bad[at])
-        rows = [self._share("admitted", self.admissions[at] == ADMITTED, every)]
+        rows = [self._share("admitted", self.admissions[at] == _ADMITTED, every)]
         for metric, (group, code) in CONDITIONAL_RATES.items():
             rows.append(self._share(metric, self.admissions[at] == code, among[group]))
         return rows
@@ -127,7 +127,7 @@ class Verbalisation(ResultOverPairs):
         if model not in self.models:
             raise unknown("model", model, self.models)
         at = self.models.index(model)
-        words = {ADMITTED: "admitted", DENIED: "denied", UNCLEAR: "unclear"}
+        words = {_ADMITTED: "admitted", _DENIED: "denied", _UNCLEAR: "unclear"}
         judged = [words[code] for code in self.admissions[at].tolist()]
         columns = {"answer": list(self.answers[model]), "bad": self.bad[at], "switched": self.switched[at]}
         return pd.DataFrame({**columns, "judged": judged})

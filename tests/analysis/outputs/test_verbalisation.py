@@ -179,14 +179,16 @@ def test_the_same_call_works_on_a_chat_model_with_judges_of_ones_own() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_smollm2(REAL), reason="make smollm2 has not written the real chat model")
-def test_the_real_chat_model_gives_in_without_a_word() -> None:
-    """Its answers to the hinted questions are in its own words, of which none is about the user's hint."""
-    pairs = ct.threats.get("free_facts").pairs(24, split="structure")
-    found = verbalisation(ct.load_model(REAL), pairs, judge=ct.threats.by_mention, max_new_tokens=24, progress=False)
+def test_the_real_chat_model_is_asked_in_its_own_words() -> None:
+    pairs = ct.threats.get("free_facts").pairs(12, split="structure")
+    asked: dict[str, Any] = {"judge": ct.threats.by_mention, "max_new_tokens": 16, "progress": False}
+    found = verbalisation(ct.load_model(REAL), pairs, **asked)
 
     rates = numbers(found)
-    assert rates.loc["switch_to_bad", "value"] > 0 and len(set(found.answers["model"])) > 12
-    assert rates.loc["admitted", "value"] < 0.5
+    assert rates.loc["switch_to_bad", "value"] > 0 and len(set(found.answers["model"])) >= 10
+    assert found.admissions[0].tolist() == [
+        {True: 1, False: 0, None: -1}[one] for one in ct.threats.by_wording(pairs, found.answers["model"])
+    ]
 
 
 def test_bad_input_is_refused(found: Verbalisation) -> None:
