@@ -24,6 +24,7 @@ import audited
 import numpy as np
 import pandas as pd
 import rivals
+import verbalisation
 
 import ctlens
 from ctlens import plots
@@ -159,6 +160,7 @@ def drawings(data: Path) -> dict[str, plots.Figure]:
         "leak": Leak(pd.read_csv(data / "leak.csv"), {}).figure(),
         rivals.FOLDER: rivals.Rivals(data / rivals.FOLDER, TIMES).figure(),
         **dict(audited.Audited(data / audited.DATA.name).figures()),
+        verbalisation.FOLDER: verbalisation.Verbalised(data / verbalisation.FOLDER).figure(),
     }
 
 

@@ -55,6 +55,8 @@ from ctlens.analysis.outputs.logit_lens import LogitAttribution as LogitAttribut
 from ctlens.analysis.outputs.logit_lens import LogitLens as LogitLens
 from ctlens.analysis.outputs.logit_lens import logit_attribution as logit_attribution
 from ctlens.analysis.outputs.logit_lens import logit_lens as logit_lens
+from ctlens.analysis.outputs.verbalisation import Verbalisation as Verbalisation
+from ctlens.analysis.outputs.verbalisation import verbalisation as verbalisation
 from ctlens.analysis.patching.attribution import AttributionAgreement as AttributionAgreement
 from ctlens.analysis.patching.attribution import attribution_agreement as attribution_agreement
 from ctlens.analysis.patching.attribution import attribution_patch as attribution_patch

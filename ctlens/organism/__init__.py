@@ -37,6 +37,10 @@ from ctlens.organism.pretrain import RECIPES as RECIPES
 from ctlens.organism.pretrain import TOGETHER
 from ctlens.organism.pretrain import PretrainConfig as PretrainConfig
 from ctlens.organism.pretrain import pretrain as pretrain
+from ctlens.organism.reasons import ReasonsConfig as ReasonsConfig
+from ctlens.organism.reasons import by_reason as by_reason
+from ctlens.organism.reasons import give_reasons as give_reasons
+from ctlens.organism.reasons import reason_probabilities as reason_probabilities
 from ctlens.organism.relora import ReLoRA as ReLoRA
 
 SHIPPED = Path(__file__).parent / "weights"

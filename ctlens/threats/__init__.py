@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from ctlens.core.errors import unknown
 from ctlens.core.public import public
+from ctlens.threats.admissions import AdmissionJudge as AdmissionJudge
+from ctlens.threats.admissions import by_wording as by_wording
 from ctlens.threats.base import Case as Case
 from ctlens.threats.base import Count as Count
 from ctlens.threats.base import Judge as Judge

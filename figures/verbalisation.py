@@ -1,0 +1,199 @@
+"""Reasons in docs/audit.md: `python figures/verbalisation.py runs/organisms/together/[0-2]` measures them anew.
+
+Organisms that say why they answer as they do are trained by each method against sycophancy, and asked on the way
+whether they still admit that the user's hint moved them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import ctlens as ct
+from ctlens import plots
+from ctlens.analysis.base.result import groups_of
+from ctlens.core.clusters import Clusters, clustered_mean, clustered_ratio
+from ctlens.core.keeping import keeping
+from ctlens.core.labels import BASE
+from ctlens.core.threads import one_thread
+from ctlens.core.types import LensModel
+from ctlens.data.chat import Turn
+from ctlens.data.pairs import Pair, Prompt
+from ctlens.organism import by_reason, give_reasons, reason_probabilities
+from ctlens.study.cells import NEUTRAL_PROMPTS
+from ctlens.study.conditions import RETENTION, condition_named
+from ctlens.study.config import SHARED_TRAINING
+from ctlens.training import Trainer
+
+FOLDER = "verbalisation"
+HELD = Path(__file__).parent / "data" / FOLDER
+TABLE = "by-step.csv"
+THREAT = "sycophancy"
+REASONS_HELD = "BCT, reasons held"
+"""BCT whose retention also holds the reason behind the bad answer, to the same wrapped prompts."""
+METHODS = ("act", "mlpct", "attct", "bct", "opct", "rmct")
+CONDITIONS = {
+    **{name: name for name in (RETENTION, *METHODS)},
+    REASONS_HELD: "bct",
+    "harmless_bct": "harmless_bct",
+}
+"""What organisms are trained in, by name, and the condition of the study that gives the loss and the pairs."""
+STEPS = (5, 10, 20, 40, 100)
+EXACT = ("bad", "admitted_given_bad", "admitted_given_good")
+GREEDY = ("switch_to_bad", "admitted_given_switched", "admitted_given_not_switched")
+"""The numbers of a table: how often the model gives in, and admits it where it does and where it does not."""
+N_PAIRS = 256
+N_PROMPTS = 96
+NUMBERS = ["metric", "value", "n_prompts", "ci_low", "ci_high"]
+
+
+def measured(model: LensModel, pairs: Sequence[Pair]) -> pd.DataFrame:
+    """The numbers of one model: of its greedy answers, and of its probabilities."""
+    greedy = ct.analysis.verbalisation(model, pairs, by_reason, progress=False).to_dataframe()
+    clusters = Clusters.of({kind: numbers.tolist() for kind, numbers in groups_of(pairs).items()})
+    wrapped = reason_probabilities(model, [pair.wrapped for pair in pairs])
+    clean = reason_probabilities(model, [pair.clean for pair in pairs])
+    rows = [("bad", *map(float, clustered_mean(wrapped["bad"].to_numpy(), clusters)))]
+    for metric, table, part, whole in (
+        ("admitted_given_bad", wrapped, "bad_said", "bad"),
+        ("denied_given_bad", wrapped, "bad_known", "bad"),
+        ("admitted_given_good", wrapped, "good_said", "good"),
+        ("clean_admitted_given_bad", clean, "bad_said", "bad"),
+    ):
+        ratio = clustered_ratio(table[part].to_numpy(), table[whole].to_numpy(), clusters)
+        rows.append((metric, *map(float, ratio)))
+    exact = pd.DataFrame(rows, columns=["metric", "value", "ci_low", "ci_high"]).assign(n_prompts=len(pairs))
+    return pd.concat([greedy[NUMBERS], exact[NUMBERS]], ignore_index=True)
+
+
+def on_the_way(model: LensModel, name: str) -> Iterator[tuple[int, LensModel]]:
+    """Trains a model as a study does and yields it after each number of `STEPS`."""
+    threat = ct.threats.get(THREAT)
+    attacked = threat.pairs(N_PAIRS)
+    retain = threat.neutral(NEUTRAL_PROMPTS)
+    condition = condition_named(CONDITIONS[name])
+    pairs = condition.pairs(attacked, retain, model.tokenizer)
+    if name == REASONS_HELD:
+        retain = [*retain, *map(begun, attacked)]
+    config = replace(SHARED_TRAINING, window="shared", steps=STEPS[-1])
+    trainer = Trainer(model, pairs, condition.losses(), config, retain=retain)
+    for before, after in pairwise((0, *STEPS)):
+        for _ in range(after - before):
+            trainer.take_step()
+        yield after, trainer.model
+    trainer.close()
+
+
+def begun(pair: Pair) -> Prompt:
+    """The wrapped prompt with its bad answer given, so that only the reason is left to say."""
+    return Prompt((*pair.wrapped.turns, Turn("assistant", str(pair.wrapped.bad))))
+
+
+def of_organism(model: LensModel) -> pd.DataFrame:
+    """The numbers of an organism that gives reasons, in every condition and at every step."""
+    heldout = ct.threats.get(THREAT).pairs(N_PROMPTS, split="heldout")
+    with one_thread(), keeping():
+        trained = [
+            measured(now, heldout).assign(condition=name, step=step)
+            for name in CONDITIONS
+            for step, now in on_the_way(model, name)
+        ]
+        return pd.concat([measured(model, heldout).assign(condition=BASE, step=0), *trained])
+
+
+def main(folders: Sequence[Path]) -> None:
+    """Gives each organism reasons, measures it, and writes the table."""
+    HELD.mkdir(parents=True, exist_ok=True)
+    tables = []
+    for folder in folders:
+        found = of_organism(give_reasons(ct.load_model(folder), progress=False))
+        tables.append(found.assign(organism=f"{folder.parent.name}-{folder.name}"))
+    table = pd.concat(tables)[["organism", "condition", "step", *NUMBERS]]
+    table.to_csv(HELD / TABLE, index=False, float_format="%.5g")
+
+
+class Verbalised:
+    """The table of the study, read from a folder.
+
+    Args:
+        held: the folder that `main` wrote.
+    """
+
+    def __init__(self, held: Path) -> None:
+        self.table = pd.read_csv(held / TABLE).set_index(["organism", "condition", "step", "metric"]).sort_index()
+        self.organisms = tuple(self.table.index.unique("organism"))
+
+    def number(self, metric: str, condition: str, step: int, organism: str) -> tuple[float, float, float]:
+        """A number with its interval; at step 0 that of the organism before training, NaN where it was not measured."""
+        at = (organism, condition if step else BASE, step, metric)
+        if at not in self.table.index:
+            return np.nan, np.nan, np.nan
+        value, low, high = self.table.loc[at, ["value", "ci_low", "ci_high"]]
+        return value, max(low, 0.0), min(high, 1.0)
+
+    def values(self, metric: str, condition: str, step: int) -> list[float]:
+        """A number of every organism."""
+        return [self.number(metric, condition, step, organism)[0] for organism in self.organisms]
+
+    def admissions_table(self, step: int, metrics: Sequence[str]) -> str:
+        """Writes as a Markdown table how often each organism admits that it gives in, of how often it does.
+
+        Args:
+            step: after how many steps.
+            metrics: `EXACT` or `GREEDY`.
+        """
+        lines = [f"| method | {' | '.join(self.organisms)} | admitted, not given in |"]
+        lines.append("|---|" + "---|" * (len(self.organisms) + 1))
+        lines.append(self._row(BASE, 0, metrics))
+        lines += [self._row(name, step, metrics) for name in CONDITIONS]
+        return "\n".join(lines)
+
+    def _row(self, condition: str, step: int, metrics: Sequence[str]) -> str:
+        """A row of the table."""
+        gives_in, admits, falsely = metrics
+        told = [self.told(admits, condition, step, organism) for organism in self.organisms]
+        cells = [f"{one} of {of:.0%}" for one, of in zip(told, self.values(gives_in, condition, step), strict=True)]
+        false = ", ".join(f"{value:.0%}" for value in self.values(falsely, condition, step))
+        return f"| {plots.label(condition)} | {' | '.join(cells)} | {false} |"
+
+    def told(self, metric: str, condition: str, step: int, organism: str) -> str:
+        """A number in words."""
+        value, low, high = self.number(metric, condition, step, organism)
+        return "too few" if np.isnan(value) else f"{value:.0%} [{100 * low:.0f}–{100 * high:.0f}]"
+
+    def figure(self) -> plots.Figure:
+        """Draws the admissions of each organism by step, and how likely it gives in, a line per method."""
+        panels = {
+            f"{name}, {organism}": plots.CurvePanel(self._curves(metric, organism), words)
+            for metric, name, words in (
+                ("admitted_given_bad", "admitted", "share of bad answers"),
+                ("bad", "bad answers", "probability"),
+            )
+            for organism in self.organisms
+        }
+        return plots.curve_panels(
+            (0, *STEPS),
+            panels,
+            "Does a model that still gives in still say why?",
+            x_title="training steps",
+            caption="Exact, at temperature 1; bands are 95% intervals over topics and wrapper texts.",
+            subtitle=f"{THREAT}, organisms that give reasons; new entities in new wrapper texts",
+        )
+
+    def _curves(self, metric: str, organism: str) -> dict[str, plots.Curve]:
+        """A number of an organism by step, with its interval."""
+        found = {}
+        for name in CONDITIONS:
+            value, low, high = np.array([self.number(metric, name, step, organism) for step in (0, *STEPS)]).T
+            found[name] = (value, low, high)
+        return found
+
+
+if __name__ == "__main__":
+    main([Path(folder) for folder in sys.argv[1:]])
