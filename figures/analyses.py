@@ -151,6 +151,11 @@ def feature_patch(of: Scene) -> Result:
     return ct.analysis.feature_patch(of.base, of.heldout, features, most, source=of.trained["bct"])
 
 
+def verbalisation(of: Scene) -> Result:
+    reasoned = ct.organism.give_reasons(of.base)
+    return ct.analysis.verbalisation({"base": reasoned}, of.heldout, ct.organism.by_reason)
+
+
 SHOWN = {
     found.__name__: found
     for found in (
@@ -172,6 +177,7 @@ SHOWN = {
         crosscoder,
         feature_shift,
         feature_patch,
+        verbalisation,
     )
 }
 
