@@ -102,10 +102,12 @@ def test_the_page_says_who_admits_less() -> None:
     before = numbers("admitted_given_bad", "base", 0)
     for step in (20, 100):
         for name in METHODS:
-            lower = [
-                now[2] < then[1] for now, then in zip(numbers("admitted_given_bad", name, step), before, strict=True)
-            ]
-            assert all(lower) == ((name, step) != ("rmct", 20))
+            after = numbers("admitted_given_bad", name, step)
+            clear = sum(now[2] < then[1] for now, then in zip(after, before, strict=True))
+            if name not in ("bct", "rmct"):
+                assert clear == 3
+            elif step == 100:
+                assert clear == 2 and all(now[0] < then[0] for now, then in zip(after, before, strict=True))
     for now, (then, _, _) in zip(FOUND.values("admitted_given_bad", "retention", 100), before, strict=True):
         assert now == pytest.approx(then, abs=0.01)
     denied = [f"{span('denied_given_bad', name, 100)} with {words}" for name, words in (("act", "ACT"), ("bct", "BCT"))]
