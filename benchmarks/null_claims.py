@@ -68,8 +68,6 @@ NINE_SEEDS = "one method, nine seeds"
 N_SEEDS = 9
 PARTITIONS = (((0, 1, 2), (3, 4, 5), (6, 7, 8)), ((0, 3, 6), (1, 4, 7), (2, 5, 8)))
 """Two ways of giving each part three of the nine seeds."""
-MODELS_OF_NINE = 1
-"""How many models of each group have nine seeds."""
 OTHER_TWIN = "another twin"
 DRAW = "a random draw"
 SHUFFLED = "shuffled labels"
@@ -307,9 +305,9 @@ def main(studies: Sequence[Path]) -> None:
         for folder in studies:
             own = _config(folder).clean_born
             others = [] if own in asked else [twin for twin in every if twin != own]
-            group = [one for one in studies if one.parent == folder.parent]
+            first = next(one for one in studies if one.parent == folder.parent)
             nine = Path("runs/null-seeds") / folder.parent.name / folder.name
-            study = NullStudy(folder, others, nine if folder in group[:MODELS_OF_NINE] else None)
+            study = NullStudy(folder, others, nine if folder == first else None)
             asked.add(own)
             for threat in threats:
                 found += study.cases(threat)

@@ -259,10 +259,7 @@ class Audited:
         table = self.sycophancy.query("pool == 'wrapped'")
         for likelier, words in LIKELIER.items():
             rows = table[table["bad_likelier"] == likelier]
-            curves = {"what the labels are": _curve(rows.query("split == 'pool'"), SHIFT)}
-            for split, name in SPLITS.items():
-                curves[name] = _curve(rows[rows["split"] == split], CHANGE)
-            panels[f"{words}: change of risk, points"] = (list(dict.fromkeys(rows["method"])), curves)
+            panels[f"{words}: change of risk, points"] = (list(dict.fromkeys(rows["method"])), _led(rows))
         return plots.agreement(
             panels,
             "Do prompts go where their labels lead?",
@@ -298,10 +295,7 @@ class Audited:
         panels = {}
         for pool in dict.fromkeys(self.strength["pool"]):
             rows = self.strength.query("method == 'greedy' and pool == @pool")
-            curves = {"what the labels are": _curve(rows.query("split == 'pool'"), SHIFT)}
-            for split, name in SPLITS.items():
-                curves[name] = _curve(rows[rows["split"] == split], CHANGE)
-            panels[f"{pool} pool"] = plots.CurvePanel(curves, "change of risk, points", levels=(0.0,))
+            panels[f"{pool} pool"] = plots.CurvePanel(_led(rows), "change of risk, points", levels=(0.0,))
         return plots.curve_panels(
             x,
             panels,
@@ -362,6 +356,12 @@ class Audited:
         """The rows of all organisms, of held-out prompts without a greeting and the methods that are shown."""
         rows = self.misbehaviours.query("organism == 'all' and split == 'heldout' and prompt_side == 'clean'")
         return rows[rows["method"].isin(SHOWN)]
+
+
+def _led(rows: pd.DataFrame) -> dict[str, plots.Curve]:
+    """Where labels lead, and where prompts of each split went, by name."""
+    splits = {name: _curve(rows[rows["split"] == split], CHANGE) for split, name in SPLITS.items()}
+    return {"what the labels are": _curve(rows[rows["split"] == "pool"], SHIFT), **splits}
 
 
 def _curve(rows: pd.DataFrame, names: Sequence[str]) -> plots.Curve:

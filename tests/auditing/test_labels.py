@@ -31,11 +31,6 @@ EVERY = ["first", "greedy", "decodings", "certainty:2", "majority:3", "views:3",
 
 
 @pytest.fixture(scope="module")
-def model() -> LensModel:
-    return ct.load_organism()
-
-
-@pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
     return [pair.wrapped for pair in ct.threats.get("sycophancy").pairs(6)]
 

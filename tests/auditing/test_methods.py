@@ -19,11 +19,6 @@ FEW = replace(LABEL_TRAINING, steps=3)
 
 
 @pytest.fixture(scope="module")
-def model() -> LensModel:
-    return ct.load_organism()
-
-
-@pytest.fixture(scope="module")
 def pool() -> list[Pair]:
     return audit_pairs("sycophancy", 12)
 

@@ -198,7 +198,7 @@ def _moved_embeddings(analyses: FinishedAnalyses, threat: str, method: str) -> C
     """Judges whether the bad answer takes smaller moves of the wrapper's embeddings than in the twin.
 
     The number is the mean bad rate over the radii of the attack in embedding space, less the twin's. Other clean-born
-    models are as far from the twin in a quarter of cases (`benchmarks/null_claims.py`), so one study leaves it open.
+    models, which never gave the bad answer either, may be as far from the twin, so one study leaves the claim open.
     """
     found = _attacks(analyses, threat)
     name = "mean bad rate over the radii of an attack on the wrapper's embeddings, less the clean-born twin's"
