@@ -222,8 +222,8 @@ def crosscoder(
         texts: prompts of every kind that matters, wrapped, clean and neutral: texts, which are the user's message,
             prompts, or token ids. Equal ones count once; the first token of each is left out.
         hook_name: the full name of a hook point with one vector per token.
-        n_latents: of the crosscoder.
-        k: how many latents a token has, on average.
+        n_latents: of the crosscoder; by default eight times the width of the organism, for which these settings are.
+        k: how many latents a token has, on average; not tuned, as the other settings of the fit.
         steps: of the fit.
         batch_size: tokens per step of the fit, and texts per forward pass an eighth of that.
         lr: learning rate.

@@ -10,8 +10,9 @@ comes nearest to what stands in each model:
 - its *reconstruction*: what all latents write. The ratio `nu_reconstruction` is high where other latents write the same
   in the other model.
 
-A latent is specific to its owner where `nu_error < 0.2` and `nu_reconstruction < 0.5`, the thresholds of the paper. Two
-models that are close share most decoders' lengths, so every latent is asked, and not only those that look specific.
+A latent is specific to its owner where `nu_error < 0.2` and `nu_reconstruction < 0.5`. These thresholds come from what
+others write of the method and were not checked against the paper. Two models that are close share most decoders'
+lengths, so every latent is asked, and not only those that look specific.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ Codes = Float[Tensor, "token latent"]
 # Chosen by eye on the organism: latents are seldom kept in early steps, and all are within 50 where they ever are.
 _DEAD_AFTER = 50
 _AUXILIARY = 1 / 32  # of arXiv 2406.04093
-_DECAY_FROM = 0.8  # of the steps, behind which the learning rate falls to 0
+_DECAY_FROM = 0.8  # of the steps, behind which the learning rate falls to 0; not tuned
 
 
 class CrosscoderWeights(NamedTuple):
