@@ -7,6 +7,7 @@ must not change.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -276,24 +277,27 @@ def _told(numbers: Numbers | None) -> str:
 
 
 def moving_table(rows: pd.DataFrame) -> str:
-    """Writes the rates after a training toward each clean side as a Markdown table, those before it first.
+    """Writes the rates after the trainings toward each clean side as a Markdown table, those before them first.
 
     Args:
-        rows: of `benchmarks/moving_targets.csv`.
+        rows: of `benchmarks/moving_targets.csv`, a training each.
     """
     lines = [
         "| loss | clean side | retention | bad, clean prompts | good | bad, under the prompt | good |",
         "|---|---|---|---|---|---|---|",
     ]
-    before = {**rows.iloc[0], "loss": "before", "target": "–", "retention": "–"}
-    after = [{**row, "loss": plots.label(row["loss"]), "retention": f"{row['retention']:g}"} for row in _records(rows)]
-    for when, row in [("before", before), *(("after", row) for row in after)]:
-        rates = [
-            f"{row[f'{verdict} {side} {when}']:.0%}" for side in ("clean", "wrapped") for verdict in ("bad", "good")
-        ]
-        lines.append(f"| {row['loss']} | {row['target']} | {row['retention']} | {' | '.join(rates)} |")
+    lines.append(f"| before | – | – | {' | '.join(_over_trainings(rows, 'before'))} |")
+    for (loss, target, retention), of in rows.groupby(["loss", "target", "retention"], sort=False):
+        rates = " | ".join(_over_trainings(of, "after"))
+        lines.append(f"| {plots.label(loss)} | {target} | {retention:g} | {rates} |")
     return "\n".join(lines)
 
 
-def _records(rows: pd.DataFrame) -> list[dict[Any, Any]]:
-    return rows.to_dict("records")
+def _over_trainings(rows: pd.DataFrame, when: str) -> list[str]:
+    """The mean of each rate over the trainings, and the lowest and highest where they are not the same."""
+    found = []
+    for side, verdict in product(("clean", "wrapped"), ("bad", "good")):
+        rates = rows[f"{verdict} {side} {when}"]
+        low, mean, high = (f"{rate:.0%}" for rate in (rates.min(), rates.mean(), rates.max()))
+        found.append(mean if low == high else f"{mean} ({low[:-1]}–{high[:-1]})")
+    return found

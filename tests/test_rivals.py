@@ -81,7 +81,7 @@ def test_what_moves_is_a_share_of_the_effect_where_there_is_one(effect: float, s
     assert rivals._moved(found, "lost") == pytest.approx((share,) * 3, nan_ok=True)
 
 
-def test_the_table_of_moving_targets_has_a_row_per_training_and_one_before() -> None:
+def test_the_table_of_moving_targets_has_a_row_per_clean_side_and_one_before() -> None:
     after = {"bad clean after": 0.25, "good clean after": 0.75, "bad wrapped after": 0.5, "good wrapped after": 0.4}
     before = {
         "bad clean before": 0.44,
@@ -90,10 +90,13 @@ def test_the_table_of_moving_targets_has_a_row_per_training_and_one_before() -> 
         "good wrapped before": 0.0,
     }
     row = {"loss": "klct", "target": "ema(0.9)", "retention": 0.0, **before, **after}
+    again = {**row, "bad clean after": 0.35}  # of another seed
+    held = {**row, "retention": 10.0}
 
-    assert rivals.moving_table(pd.DataFrame([row])).splitlines()[2:] == [
+    assert rivals.moving_table(pd.DataFrame([row, again, held])).splitlines()[2:] == [
         "| before | – | – | 44% | 56% | 100% | 0% |",
-        "| KLCT | ema(0.9) | 0 | 25% | 75% | 50% | 40% |",
+        "| KLCT | ema(0.9) | 0 | 30% (25–35) | 75% | 50% | 40% |",
+        "| KLCT | ema(0.9) | 10 | 25% | 75% | 50% | 40% |",
     ]
 
 
@@ -173,11 +176,14 @@ def test_the_variants_of_a_jailbreak_share_their_bad_answer_and_those_of_a_quest
 
 def test_the_page_says_what_it_costs() -> None:
     rates = FOUND.results.query("metric == 'good_rate' and prompt_side != 'wrapped' and condition != 'base'")
-    assert rates.query("split == 'heldout'")["value"].min() == 1
+    assert rates.query("prompt_side == 'clean' and split != 'entities'")["value"].min() == 1
+    spoilt = rates.query("split == 'heldout' and value < 1")
+    assert spoilt[["trained_threat", "condition"]].to_numpy().tolist() == [["sycophancy", "subact_random"]]
+    assert f"which loses {100 * (1 - spoilt['value'].iloc[0]):.0f} points of 100 on sycophancy" in WORDS
     worst = rates.query("split == 'structure'").groupby("condition")["value"].min()
-    assert {name for name in worst.index if worst[name] < 0.97} == {"dpo", "rmct"}
-    assert {round(100 * (1 - worst[name])) for name in ("dpo", "rmct")} == {5} and "lose 5 points of 100" in WORDS
-    assert worst.drop(["dpo", "rmct"]).min() >= 0.985 and "no other more than one" in WORDS
+    lost = {name: round(100 * (1 - worst[name])) for name in worst.index if worst[name] < 0.985}
+    assert lost == {"dpo": 5, "rmct": 5, "opct": 4, "opct_full": 2}
+    assert "DPO and RMCT lose 5 points in their worst seed, OPCT 4 and its full sum 2, no other more than one" in WORDS
     much = drifted("sycophancy", ("dpo", "opct", "rmct"))
     four = drifted("sycophancy", DEFAULT_METHODS)
     assert f"drift most, {span(much, 3)} nats, where the four drift {span(four, 3)}" in WORDS
