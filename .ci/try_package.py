@@ -1,4 +1,4 @@
-"""Tries an installed ctlens: it is the wheel's, whole, and the numbers that its documents quote hold in this environment.
+"""Tries an installed ctlens: it is the wheel's, whole, and what the documents quote holds in this environment.
 
 Run it with `python -I` and the package's folder of the checkout, to which the files of the wheel are held.
 """
@@ -7,11 +7,8 @@ import importlib
 import pkgutil
 import re
 import sys
-import warnings
 from importlib.metadata import metadata, version
 from pathlib import Path
-
-warnings.simplefilter("ignore")
 
 import ctlens as ct
 from ctlens.organism import PretrainConfig, card, make_card
@@ -48,10 +45,8 @@ shipped = card()
 made = make_card(ct.load_organism(), PretrainConfig(**shipped["pretraining"]))
 for row, found in zip(shipped["behaviour"], made["behaviour"], strict=True):
     for name, value in row.items():
-        if isinstance(value, float):
-            assert abs(found[name] - value) < 1e-5, f"{row['threat']}, {row['split']}: {name} is {found[name]}, not {value}"
-        elif not isinstance(value, dict):
-            assert found[name] == value, f"{row['threat']}, {row['split']}: {name} is {found[name]}, not {value}"
+        same = abs(found[name] - value) < 1e-5 if isinstance(value, float) else found[name] == value
+        assert same, f"{row['threat']}, {row['split']}, {row['prompt_side']}: {name} is {found[name]}, not {value}"
 
 example = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
 exec(example[1], {})  # it asserts what it shows
