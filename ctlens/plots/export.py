@@ -25,7 +25,7 @@ from ctlens.plots.renderer import IMAGES
 
 Stem = TypeVar("Stem", bound=str | Path)
 
-# The first figure of a renderer takes about 0.7 s and each further one 0.03 s; the limits are generous, not tuned.
+# A browser starts in seconds, and a figure takes a fraction of one; the limits are generous, not tuned.
 FIGURE_SECONDS = 20.0
 ATTEMPTS = 3
 WAIT = 0.02  # seconds between two looks at a renderer's log
@@ -40,7 +40,7 @@ def plotly_source() -> str:
 
 
 def save_figure(figure: go.Figure, path_stem: str | Path) -> list[Path]:
-    """Writes `<stem>.html`, `.json` and `.data.csv`, and `.png` and `.svg` where the `export` extra is installed.
+    """Writes `<stem>.html`, `.json` and `.data.csv`, and `.png` and `.svg` with the `export` extra and a browser.
 
     See `write_figures`, which does the same for several figures at once.
 
@@ -55,8 +55,8 @@ def write_figures(figures: Mapping[Stem, go.Figure]) -> list[Path]:
 
     The pages of one folder share a `plotly.min.js` beside them, so that they stay small and open
     offline. The CSV holds the numbers that are drawn (see `ctlens.plots.data`). Another process draws the
-    images of all figures, with a time limit for each figure. A warning names the images that it could not
-    draw, and no image of an earlier figure stays behind.
+    images of all figures with kaleido, in the Chrome or Chromium of this machine and with a time limit for each
+    figure. A warning names the images that it could not draw, and no image of an earlier figure stays behind.
 
     Args:
         figures: by their path without an ending.
@@ -102,7 +102,8 @@ def _draw(stems: list[Path]) -> None:
             break
     absent = [path.name for path in (_file(stem, kind) for stem in stems for kind in IMAGES) if not path.is_file()]
     if absent:
-        warnings.warn(f"images that could not be drawn were left out: {', '.join(absent)}", stacklevel=3)
+        left_out = "images that could not be drawn were left out (they take Chrome or Chromium)"
+        warnings.warn(f"{left_out}: {', '.join(absent)}", stacklevel=3)
 
 
 def _render(stems: Sequence[Path]) -> int:
@@ -143,7 +144,7 @@ def _watch(process: subprocess.Popen[bytes], log: Path, expected: int) -> int:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends the process and the browser that it started, which would outlive it."""
+    """Ends the process, and with it its browser, which ends where nobody is at the other end of its pipe."""
     if sys.platform == "win32":
         subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True)
     else:

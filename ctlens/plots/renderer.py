@@ -7,26 +7,33 @@ It imports nothing of ctlens, so that it starts fast.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import plotly.io as pio
 
 IMAGES = {"png": 2, "svg": 1}  # the formats, and how many pixels of the image one pixel of the figure becomes
-_USUAL_WIDTH = 900  # pixels, of figures that do not say how wide they are; chosen by eye
+_USUAL_SIZE = (900, 500)  # pixels, of figures that do not say how wide and high they are; chosen by eye
 
 
 def draw(source: Path, stem: Path) -> None:
-    """Draws the figure in a JSON file as `<stem>.png` and `<stem>.svg`."""
+    """Draws the figure in a JSON file as `<stem>.png` and `<stem>.svg`, in the browser that `browser` has started."""
+    import kaleido
+
     figure = pio.from_json(source.read_text(encoding="utf-8"))
     for number, trace in enumerate(cast(tuple[Any, ...], figure.data)):
         trace.uid = str(number)  # plotly chooses it by chance otherwise, see `_settle`
+    layout = cast(Any, figure.layout)
+    size = {"width": layout.width or _USUAL_SIZE[0], "height": layout.height or _USUAL_SIZE[1]}
     for kind, scale in IMAGES.items():
-        figure.write_image(f"{stem}.{kind}", format=kind, width=figure.layout.width or _USUAL_WIDTH, scale=scale)
+        image = kaleido.calc_fig_sync(figure.to_dict(), {"format": kind, "scale": scale, **size})
+        Path(f"{stem}.{kind}").write_bytes(image)
     _settle(stem.with_suffix(".svg"), source.stem)
 
 
@@ -43,20 +50,29 @@ def _settle(image: Path, name: str) -> None:
     image.write_text(text, encoding="utf-8")
 
 
+@contextlib.contextmanager
+def browser() -> Iterator[None]:
+    """Starts the Chrome or Chromium of this machine, with a page that asks no network, and ends it."""
+    import kaleido
+
+    kaleido.start_sync_server(n=1, page_generator=kaleido.PageGenerator(mathjax=False))
+    try:
+        yield
+    finally:
+        kaleido.stop_sync_server()
+
+
 def draw_listed(work: Path) -> None:
     """Draws every figure that `figures.json` in the folder lists."""
-    scope = pio.kaleido.scope  # type: ignore[attr-defined]
-    scope.mathjax = None  # the browser would ask the network for it
-    # The browser deadlocks now and then at start-up when it is split into several processes.
-    scope.chromium_args += ("--single-process",)
-    for number, source in enumerate(json.loads((work / "figures.json").read_text(encoding="utf-8"))):
-        try:
-            draw(Path(source), work / str(number))
-        except Exception:  # a figure that cannot be drawn must not take the others with it, nor leave half an image
-            for left in work.glob(f"{number}.*"):
-                left.unlink()
-        with (work / "answered").open("a") as answered:
-            answered.write(".")
+    with browser():
+        for number, source in enumerate(json.loads((work / "figures.json").read_text(encoding="utf-8"))):
+            try:
+                draw(Path(source), work / str(number))
+            except Exception:  # a figure that cannot be drawn must not take the others with it, nor leave half an image
+                for left in work.glob(f"{number}.*"):
+                    left.unlink()
+            with (work / "answered").open("a") as answered:
+                answered.write(".")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import plotly.graph_objects as go
 import plotly.io as pio
 import pytest
+from helpers.browser import CHROMIUM
 
 from ctlens import plots
 from ctlens.plots import data, export
@@ -84,7 +87,7 @@ def test_without_the_extra_there_is_a_page_that_opens_offline_the_json_and_the_t
 def test_a_renderer_that_hangs_is_ended_with_its_children_and_the_rest_is_written(tmp_path, renderer):
     renderer("sh", "-c", f"sleep 600 & echo $! > {tmp_path}/child; wait", seconds=1, attempts=1)
 
-    with pytest.warns(UserWarning, match="left out: rates.png, rates.svg"):
+    with pytest.warns(UserWarning, match="left out .*: rates.png, rates.svg"):
         paths = plots.save_figure(figure(), tmp_path / "rates")
 
     assert suffixes(paths) == ALWAYS
@@ -124,7 +127,7 @@ def test_a_renderer_that_fails_leaves_no_image_of_an_earlier_figure(tmp_path, re
     renderer("sh", "-c", program, seconds=60)
     (tmp_path / "rates.png").write_text("of an earlier figure")
 
-    with pytest.warns(UserWarning, match="left out: rates.png, rates.svg"):
+    with pytest.warns(UserWarning, match="left out .*: rates.png, rates.svg"):
         paths = plots.save_figure(figure(), tmp_path / "rates")
 
     assert suffixes(paths) == ALWAYS and not (tmp_path / "rates.png").exists()
@@ -141,7 +144,8 @@ def test_figures_that_get_stuck_or_fail_cost_no_other_its_images(tmp_path, rende
     assert [path.name for path in paths if path.suffix == ".png"] == ["a.png", "b.png", "c.png"]
     assert (tmp_path / "c.svg").read_text() == f"{tmp_path}/c.json\n"
     assert [str(warning.message) for warning in warned] == [
-        "images that could not be drawn were left out: stuck.png, stuck.svg, wrong.png, wrong.svg"
+        "images that could not be drawn were left out (they take Chrome or Chromium): "
+        "stuck.png, stuck.svg, wrong.png, wrong.svg"
     ]
     assert warned[0].filename == __file__
 
@@ -158,6 +162,7 @@ def test_many_figures_need_one_renderer(tmp_path, renderer):
 
 
 @pytest.mark.processes
+@pytest.mark.skipif(not CHROMIUM, reason="there is no browser")
 def test_images_are_drawn_where_the_extra_is_installed(tmp_path):
     pytest.importorskip("kaleido", reason="the export extra is not installed")
     across = figure().update_layout(width=1000)
@@ -177,16 +182,17 @@ def test_images_are_drawn_where_the_extra_is_installed(tmp_path):
     assert {path: path.read_bytes() for path in paths} == before  # equal figures are equal files, run after run
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_renderer_asks_no_network(tmp_path, monkeypatch):
-    pytest.importorskip("kaleido", reason="the export extra is not installed")
-    scope = type("Scope", (), {"mathjax": "https://example.org/mathjax.js", "chromium_args": ("--headless",)})()
-    monkeypatch.setattr(pio.kaleido, "scope", scope)
-    (tmp_path / "figures.json").write_text("[]")
+    kaleido = pytest.importorskip("kaleido", reason="the export extra is not installed")
+    started = {}
+    monkeypatch.setattr(kaleido, "start_sync_server", lambda **options: started.update(options))
+    monkeypatch.setattr(kaleido, "stop_sync_server", lambda: started.clear())
+    with renderer_program.browser():
+        page = started["page_generator"].generate_index()
+    scripts = re.findall(r'src="([^"]+)"', page)
 
-    renderer_program.draw_listed(tmp_path)
-
-    assert scope.mathjax is None and scope.chromium_args == ("--headless", "--single-process")
+    assert started == {} and len(scripts) >= 2
+    assert all(urlsplit(script).scheme == "file" for script in scripts)
 
 
 def rows(figure: go.Figure) -> list[dict[str, str]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+from helpers.browser import CHROMIUM
 
 import ctlens
 from ctlens import plots
@@ -26,6 +27,8 @@ def figure(value: float = 0.25) -> go.Figure:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("kaleido", reason="the export extra is not installed")
+    if not CHROMIUM:
+        pytest.skip("there is no browser")
     folder = tmp_path_factory.mktemp("gallery")
     draw.write(folder, {"dose": figure()})
     return folder
