@@ -13,10 +13,9 @@ UNIT := not slow and not browser and not processes and not fuzz
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 BENCHMARKS := $(filter-out gpu quote null_claims,$(patsubst benchmarks/%.py,%,$(sort $(wildcard benchmarks/*.py))))
 EXECUTED := build/notebooks
-STRIP := --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec
 
 .PHONY: install dev compare study replication smollm2 real test test-all fuzz doctest test-4x check figures drawings benchmarks lab notebooks
-.PHONY: docs strip dist install-4x clean
+.PHONY: docs outputs dist install-4x clean
 
 install: $(VENV)/installed
 
@@ -140,9 +139,9 @@ notebooks: dev $(VENV)/notebook
 docs: dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Takes outputs and counts out of notebooks that were run and saved.
-strip: $(VENV)/notebook
-	$(BIN)/jupyter nbconvert --log-level WARN --inplace --clear-output $(STRIP) $(NOTEBOOKS)
+# Puts what the executed copies show into the notebooks, with figures as PNG, which a code host displays.
+outputs: notebooks
+	$(BIN)/python figures/notebooks.py
 
 check: dev
 	$(BIN)/ruff format --check .

@@ -83,7 +83,7 @@ def test_every_make_target_that_the_documents_name_exists() -> None:
         "lab",
         "notebooks",
         "docs",
-        "strip",
+        "outputs",
         "dist",
         "smollm2",
         "real",

@@ -1,11 +1,10 @@
-"""The notebooks as Markdown, with their outputs where `make notebooks` has left executed copies."""
+"""The notebooks as Markdown, with their outputs: those of the copies that `make notebooks` leaves, where there are any."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import nbformat
 from listing import ROOT
@@ -17,6 +16,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXECUTED = ROOT / "build" / "notebooks"
 _FIGURE = "application/vnd.plotly.v1+json"
 _WIDGET = "application/vnd.jupyter.widget-view+json"
+_PNG = "image/png"
 _TABLE = ' border="1" class="dataframe"'
 """What pandas gives its tables; the site has its own look for a table without a class."""
 
@@ -51,14 +51,22 @@ def markdown(cells: Sequence[NotebookNode], folder: str) -> str:
 def _shown(cell: NotebookNode) -> list[NotebookNode]:
     """The outputs of a cell, its figures as what the site's script draws, without progress bars and warnings."""
     return [
-        _as_html(output.data[_FIGURE]) if _FIGURE in output.get("data", {}) else output
+        _inline(output)
         for output in cell.outputs
         if output.get("name") != "stderr" and _WIDGET not in output.get("data", {})
     ]
 
 
-def _as_html(figure: Mapping[str, Any]) -> NotebookNode:
-    return nbformat.v4.new_output("display_data", {"text/html": drawn(figure)})
+def _inline(output: NotebookNode) -> NotebookNode:
+    """An output with its figure, which the site's script draws, or its picture in the page."""
+    data = output.get("data", {})
+    if _FIGURE in data:
+        html = drawn(data[_FIGURE])
+    elif _PNG in data:
+        html = f'<img alt="" src="data:{_PNG};base64,{data[_PNG].strip()}">'
+    else:
+        return output
+    return nbformat.v4.new_output("display_data", {"text/html": html})
 
 
 @cache
