@@ -1,4 +1,4 @@
-"""The notebooks as Markdown, with their outputs: those of the copies that `make notebooks` leaves, where there are any."""
+"""The notebooks as Markdown, with their outputs: those of executed copies, where `make notebooks` has left any."""
 
 from __future__ import annotations
 
