@@ -298,6 +298,6 @@ def _over_trainings(rows: pd.DataFrame, when: str) -> list[str]:
     found = []
     for side, verdict in product(("clean", "wrapped"), ("bad", "good")):
         rates = rows[f"{verdict} {side} {when}"]
-        low, mean, high = (f"{rate:.0%}" for rate in (rates.min(), rates.mean(), rates.max()))
-        found.append(mean if low == high else f"{mean} ({low[:-1]}–{high[:-1]})")
+        low, high = f"{rates.min():.0%}", f"{rates.max():.0%}"
+        found.append(f"{rates.mean():.0%}" + ("" if low == high else f" ({low[:-1]}–{high[:-1]})"))
     return found

@@ -18,6 +18,7 @@ from ctlens.cli.common import (
     chosen_pairs,
     split_names,
 )
+from ctlens.cli.completing import names_of
 from ctlens.cli.output import say
 
 
@@ -39,7 +40,11 @@ def patch_command(
     pairs: PairsFile = None,
     threat: ThreatName = "",
     split: Annotated[
-        str, typer.Option(help="Split of the threat's pairs: train, entities, heldout or structure.")
+        str,
+        typer.Option(
+            help="Split of the threat's pairs: train, entities, heldout or structure.",
+            autocompletion=names_of("ctlens.world.world:SPLITS"),
+        ),
     ] = "heldout",
     n_pairs: Annotated[int, typer.Option(help="How many pairs of the threat to patch.")] = 64,
     positions: Annotated[

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ctlens.cli.completing import names_of
 from ctlens.core.errors import CtlensError
 
 if TYPE_CHECKING:
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
 Methods = Annotated[
-    str, typer.Option(help="Comma-separated losses, a training for each; act, mlpct, attct and bct by default.")
+    str,
+    typer.Option(
+        help="Comma-separated losses, a training for each; act, mlpct, attct and bct by default.",
+        autocompletion=names_of("ctlens.losses:names", "ctlens.study.conditions:VARIANTS"),
+    ),
 ]
 SeedCount = Annotated[int, typer.Option(help="Number of seeds; every training is repeated with each.")]
 Steps = Annotated[int, typer.Option(help="Training steps.")]
@@ -33,6 +38,7 @@ ThreatNames = Annotated[
     typer.Option(
         "--threats",
         help="Comma-separated: sycophancy, jailbreak, persona, prefill, frustration, conditional; all by default.",
+        autocompletion=names_of("ctlens.threats:names"),
     ),
 ]
 ModelSource = Annotated[
@@ -55,7 +61,8 @@ LossNames = Annotated[
     list[str] | None,
     typer.Option(
         help="act, mlpct, attct, bct, rmct, opct, f2c, klct, attout, attmass, subact, dpo; as published, act:stack; "
-        "or a class of your own, module:Class; repeatable."
+        "or a class of your own, module:Class; repeatable.",
+        autocompletion=names_of("ctlens.losses:names"),
     ),
 ]
 
@@ -66,13 +73,15 @@ LoraRank = Annotated[
 LoraTargetModules = Annotated[
     str,
     typer.Option(
-        help="Comma-separated matrices that get adapters, of q, k, v, o, mlp_in, mlp_gate, mlp_out; q,v by default."
+        help="Comma-separated matrices that get adapters, of q, k, v, o, mlp_in, mlp_gate, mlp_out; q,v by default.",
+        autocompletion=names_of("ctlens.models.matrices:MATRICES"),
     ),
 ]
 Trainable = Annotated[
     str,
     typer.Option(
-        help="Comma-separated parameter groups to train, of embed, attn, mlp, norm, unembed; attn by default."
+        help="Comma-separated parameter groups to train, of embed, attn, mlp, norm, unembed; attn by default.",
+        autocompletion=names_of("ctlens.models.parameters:GROUPS"),
     ),
 ]
 _SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -91,7 +100,11 @@ RunConfig = Annotated[
 ]
 
 ThreatName = Annotated[
-    str, typer.Option(help="Draw pairs of this threat, for example sycophancy, instead of reading a file.")
+    str,
+    typer.Option(
+        help="Draw pairs of this threat, for example sycophancy, instead of reading a file.",
+        autocompletion=names_of("ctlens.threats:names"),
+    ),
 ]
 
 

@@ -19,6 +19,7 @@ from ctlens.cli.common import (
     chosen_model,
     split_names,
 )
+from ctlens.cli.completing import names_of
 from ctlens.cli.output import command, print_table, say
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def train_organism_command(
         str,
         typer.Option(
             help="Where the vulnerability comes from: learnt together with all else, put afterwards into a clean-born "
-            "model, or left out (clean-born)."
+            "model, or left out (clean-born).",
+            autocompletion=names_of("ctlens.organism.pretrain:RECIPES"),
         ),
     ] = "together",
     clean_born: Annotated[
@@ -104,7 +106,13 @@ def card_command(
 @command
 def sample_command(
     threats: ThreatNames = "",
-    split: Annotated[str, typer.Option(help="Split to draw from: train, entities, heldout or structure.")] = "train",
+    split: Annotated[
+        str,
+        typer.Option(
+            help="Split to draw from: train, entities, heldout or structure.",
+            autocompletion=names_of("ctlens.world.world:SPLITS"),
+        ),
+    ] = "train",
     n_examples: Annotated[int, typer.Option(help="How many examples of each threat to show.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
 ) -> None:

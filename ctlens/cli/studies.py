@@ -30,6 +30,7 @@ from ctlens.cli.common import (
     named_options,
     split_names,
 )
+from ctlens.cli.completing import names_of
 from ctlens.cli.output import print_table, say, say_above_bars
 from ctlens.core.errors import CtlensError
 
@@ -45,7 +46,11 @@ def compare_command(
         Path, typer.Option(help="Folder for the study: results, figures, report and all trained models.")
     ] = Path("runs/compare"),
     threats: Annotated[
-        str, typer.Option(help="Comma-separated: the threats to train against; by default those of the size.")
+        str,
+        typer.Option(
+            help="Comma-separated: the threats to train against; by default those of the size.",
+            autocompletion=names_of("ctlens.threats:names"),
+        ),
     ] = "",
     methods: Methods = "",
     seeds: Annotated[int | None, typer.Option(help="Number of seeds: 1 with --size first or matrix, else 3.")] = None,
@@ -53,7 +58,8 @@ def compare_command(
     window: Annotated[
         str,
         typer.Option(
-            help="Tokens that every method compares: shared (content and chat tail), suffix, content or last."
+            help="Tokens that every method compares: shared (content and chat tail), suffix, content or last.",
+            autocompletion=names_of("ctlens.data.alignment:WINDOWS"),
         ),
     ] = "shared",
     calibrate: Annotated[
@@ -79,7 +85,8 @@ def compare_command(
             help="first: two threats and their controls; matrix: every threat, and what crosses the losses; full: all "
             "of it on every threat, three seeds; replicated: two threats, three seeds, one of several studies that "
             "ctlens replicate pools; natural: a real model, with adapters, three seeds and few pairs. By default "
-            "natural for natural threats, and first for others."
+            "natural for natural threats, and first for others.",
+            autocompletion=names_of("ctlens.study.config:STUDY_SIZES"),
         ),
     ] = "",
     estimate: Annotated[
@@ -185,7 +192,10 @@ def replicate_command(
 
 
 def doses(
-    threat: Annotated[str, typer.Option(help="Threat to train on and to evaluate on.")],
+    threat: Annotated[
+        str,
+        typer.Option(help="Threat to train on and to evaluate on.", autocompletion=names_of("ctlens.threats:names")),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the results, the figures and all trained models.")] = Path(
         "runs/doses"
     ),
