@@ -298,6 +298,6 @@ def _over_trainings(rows: pd.DataFrame, when: str) -> list[str]:
     found = []
     for side, verdict in product(("clean", "wrapped"), ("bad", "good")):
         rates = rows[f"{verdict} {side} {when}"]
-        low, high = f"{rates.min():.0%}", f"{rates.max():.0%}"
-        found.append(f"{rates.mean():.0%}" + ("" if low == high else f" ({low[:-1]}–{high[:-1]})"))
+        ends = [f"{100 * rate:.0f}" for rate in (rates.min(), rates.max())]
+        found.append(f"{rates.mean():.0%}" + ("" if ends[0] == ends[1] else f" ({'–'.join(ends)})"))
     return found
