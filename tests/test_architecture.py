@@ -42,7 +42,7 @@ OWNERS = {
     "ipywidgets": ("exploring/panel.py",),
     "anywidget": ("exploring/panel.py",),
 }
-PLOTS_MAY_USE = {"numpy", "plotly", "jaxtyping", "ctlens"}
+PLOTS_MAY_USE = {"numpy", "plotly", "jaxtyping", "ctlens", "kaleido"}
 
 
 def floor(room: str) -> int:

@@ -18,7 +18,7 @@ from ctlens.cli.common import (
     chosen_pairs,
     split_names,
 )
-from ctlens.cli.completing import names_of
+from ctlens.cli.completing import completed_from
 from ctlens.cli.output import say
 
 
@@ -43,7 +43,7 @@ def patch_command(
         str,
         typer.Option(
             help="Split of the threat's pairs: train, entities, heldout or structure.",
-            autocompletion=names_of("ctlens.world.world:SPLITS"),
+            autocompletion=completed_from("ctlens.world.world:SPLITS"),
         ),
     ] = "heldout",
     n_pairs: Annotated[int, typer.Option(help="How many pairs of the threat to patch.")] = 64,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ctlens.cli.common import Device, Quiet, Seed, chosen_model, split_names
-from ctlens.cli.completing import names_of
+from ctlens.cli.completing import completed_from
 from ctlens.cli.output import print_table, say
 from ctlens.core.errors import CtlensError
 
@@ -18,7 +18,7 @@ def audit_command(
         str,
         typer.Option(
             help="Threat of the micro-world whose prompts are trained on and asked.",
-            autocompletion=names_of("ctlens.threats:names"),
+            autocompletion=completed_from("ctlens.threats:names"),
         ),
     ],
     out: Annotated[Path, typer.Option(help="New folder for the labels, the tables and the figures.")] = Path(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ctlens.cli.completing import names_of
+from ctlens.cli.completing import completed_from
 from ctlens.core.errors import CtlensError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ Methods = Annotated[
     str,
     typer.Option(
         help="Comma-separated losses, a training for each; act, mlpct, attct and bct by default.",
-        autocompletion=names_of("ctlens.losses:names", "ctlens.study.conditions:VARIANTS"),
+        autocompletion=completed_from("ctlens.losses:names", "ctlens.study.conditions:VARIANTS"),
     ),
 ]
 SeedCount = Annotated[int, typer.Option(help="Number of seeds; every training is repeated with each.")]
@@ -38,7 +38,7 @@ ThreatNames = Annotated[
     typer.Option(
         "--threats",
         help="Comma-separated: sycophancy, jailbreak, persona, prefill, frustration, conditional; all by default.",
-        autocompletion=names_of("ctlens.threats:names"),
+        autocompletion=completed_from("ctlens.threats:names"),
     ),
 ]
 ModelSource = Annotated[
@@ -62,7 +62,7 @@ LossNames = Annotated[
     typer.Option(
         help="act, mlpct, attct, bct, rmct, opct, f2c, klct, attout, attmass, subact, dpo; as published, act:stack; "
         "or a class of your own, module:Class; repeatable.",
-        autocompletion=names_of("ctlens.losses:names"),
+        autocompletion=completed_from("ctlens.losses:names"),
     ),
 ]
 
@@ -74,14 +74,14 @@ LoraTargetModules = Annotated[
     str,
     typer.Option(
         help="Comma-separated matrices that get adapters, of q, k, v, o, mlp_in, mlp_gate, mlp_out; q,v by default.",
-        autocompletion=names_of("ctlens.models.matrices:MATRICES"),
+        autocompletion=completed_from("ctlens.models.matrices:MATRICES"),
     ),
 ]
 Trainable = Annotated[
     str,
     typer.Option(
         help="Comma-separated parameter groups to train, of embed, attn, mlp, norm, unembed; attn by default.",
-        autocompletion=names_of("ctlens.models.parameters:GROUPS"),
+        autocompletion=completed_from("ctlens.models.parameters:GROUPS"),
     ),
 ]
 _SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -103,7 +103,7 @@ ThreatName = Annotated[
     str,
     typer.Option(
         help="Draw pairs of this threat, for example sycophancy, instead of reading a file.",
-        autocompletion=names_of("ctlens.threats:names"),
+        autocompletion=completed_from("ctlens.threats:names"),
     ),
 ]
 

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from importlib import import_module
 
 
-def names_of(*sources: str) -> Callable[[str], list[str]]:
+def completed_from(*sources: str) -> Callable[[str], list[str]]:
     """Completes the last of several comma-separated names.
 
     Args:
         sources: `module:attribute` of what holds the names, or gives them when it is called. It is imported when a
             shell asks, for `ctlens --help` must not take as long as that.
 
-    >>> names_of("ctlens.models.parameters:GROUPS")("attn,m")
+    >>> completed_from("ctlens.models.parameters:GROUPS")("attn,m")
     ['attn,mlp']
     """
 

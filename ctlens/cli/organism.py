@@ -19,7 +19,7 @@ from ctlens.cli.common import (
     chosen_model,
     split_names,
 )
-from ctlens.cli.completing import names_of
+from ctlens.cli.completing import completed_from
 from ctlens.cli.output import command, print_table, say
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def train_organism_command(
         typer.Option(
             help="Where the vulnerability comes from: learnt together with all else, put afterwards into a clean-born "
             "model, or left out (clean-born).",
-            autocompletion=names_of("ctlens.organism.pretrain:RECIPES"),
+            autocompletion=completed_from("ctlens.organism.pretrain:RECIPES"),
         ),
     ] = "together",
     clean_born: Annotated[
@@ -110,7 +110,7 @@ def sample_command(
         str,
         typer.Option(
             help="Split to draw from: train, entities, heldout or structure.",
-            autocompletion=names_of("ctlens.world.world:SPLITS"),
+            autocompletion=completed_from("ctlens.world.world:SPLITS"),
         ),
     ] = "train",
     n_examples: Annotated[int, typer.Option(help="How many examples of each threat to show.")] = 1,

@@ -30,7 +30,7 @@ from ctlens.cli.common import (
     named_options,
     split_names,
 )
-from ctlens.cli.completing import names_of
+from ctlens.cli.completing import completed_from
 from ctlens.cli.output import print_table, say, say_above_bars
 from ctlens.core.errors import CtlensError
 
@@ -49,7 +49,7 @@ def compare_command(
         str,
         typer.Option(
             help="Comma-separated: the threats to train against; by default those of the size.",
-            autocompletion=names_of("ctlens.threats:names"),
+            autocompletion=completed_from("ctlens.threats:names"),
         ),
     ] = "",
     methods: Methods = "",
@@ -59,7 +59,7 @@ def compare_command(
         str,
         typer.Option(
             help="Tokens that every method compares: shared (content and chat tail), suffix, content or last.",
-            autocompletion=names_of("ctlens.data.alignment:WINDOWS"),
+            autocompletion=completed_from("ctlens.data.alignment:WINDOWS"),
         ),
     ] = "shared",
     calibrate: Annotated[
@@ -86,7 +86,7 @@ def compare_command(
             "of it on every threat, three seeds; replicated: two threats, three seeds, one of several studies that "
             "ctlens replicate pools; natural: a real model, with adapters, three seeds and few pairs. By default "
             "natural for natural threats, and first for others.",
-            autocompletion=names_of("ctlens.study.config:STUDY_SIZES"),
+            autocompletion=completed_from("ctlens.study.config:STUDY_SIZES"),
         ),
     ] = "",
     estimate: Annotated[
@@ -194,7 +194,9 @@ def replicate_command(
 def doses(
     threat: Annotated[
         str,
-        typer.Option(help="Threat to train on and to evaluate on.", autocompletion=names_of("ctlens.threats:names")),
+        typer.Option(
+            help="Threat to train on and to evaluate on.", autocompletion=completed_from("ctlens.threats:names")
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the results, the figures and all trained models.")] = Path(
         "runs/doses"
