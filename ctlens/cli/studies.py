@@ -95,7 +95,10 @@ def compare_command(
     workers: Workers = None,
     backend: Annotated[
         str,
-        typer.Option(help="Where trainings run: loky starts processes on this machine, dask and ray use a cluster."),
+        typer.Option(
+            help="Where trainings run: loky starts processes on this machine, dask and ray use a cluster, on which "
+            "each training has a GPU of its own with --device cuda."
+        ),
     ] = "loky",
     scheduler: Annotated[str, typer.Option(help="Address of the dask scheduler; goes with --backend dask.")] = "",
     trainable: Trainable = "",
@@ -140,7 +143,8 @@ def compare_command(
         planned = replace(earlier, **{name: value for name, value in chosen.items() if name in given})
     else:
         planned = study_of_size(size, **chosen)
-    pool = Pool(workers, backend, scheduler)
+    alone = backend != "loky" and planned.device.startswith("cuda")
+    pool = Pool(workers, backend, scheduler, gpus=int(alone))
     if size == "full" or estimate:
         made = len(planned.derived())
         further = f" and {made} models made of them" if made else ""

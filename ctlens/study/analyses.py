@@ -55,6 +55,7 @@ from ctlens.study.cells import (
 )
 from ctlens.study.conditions import DERIVED, RETENTION, SHAM
 from ctlens.study.config import Cell, StudyConfig
+from ctlens.study.logs import logged
 from ctlens.study.source import Subject, start_model, subject
 from ctlens.study.workers import Pool, run_in_order
 
@@ -197,7 +198,9 @@ def run_analyses(config: StudyConfig, study: Path, pool: Pool, *, progress: bool
 def run_analysis(config: StudyConfig, study: Path, analysis: Analysis) -> None:
     """Runs one analysis and writes its folder, whole or not at all; for a result that is refused, the reason."""
     refusals = {}
-    with one_thread(), keeping(SHARED), atomic_folder(analysis.path(study)) as work:
+    path = analysis.path(study)
+    log = f"{path.parent.name}-{path.name}"
+    with one_thread(), keeping(SHARED), logged(study, log), atomic_folder(path) as work:
         for name, analyse in ANALYSES[analysis.name](Scene(config, study, analysis)):
             try:
                 result = analyse()

@@ -36,6 +36,7 @@ from ctlens.study.conditions import (
     sham,
 )
 from ctlens.study.config import SCREENING, Cell, StudyConfig
+from ctlens.study.logs import logged
 from ctlens.study.results import RESULT_COLUMNS, SPLIT
 from ctlens.study.source import Subject, evaluated, splits_of, start_model, subject
 from ctlens.threats import Natural, get, screen
@@ -69,7 +70,7 @@ def run_cell(config: StudyConfig, study: Path, cell: Cell) -> None:
     Raises:
         CtlensError: as `Trainer` and `evaluate`.
     """
-    with one_thread(), keeping(SHARED):
+    with one_thread(), keeping(SHARED), logged(study, cell.path(study).stem):
         if cell.condition == SCREENING:
             threat = cast(Natural, get(cell.threat))
             screen(base_model(config), threat, progress=False).save(cell.path(study))

@@ -20,6 +20,7 @@ The folder holds:
   `matched/` the model at the step of matched effect. The conditions that are made from trainings lie beside them.
 - `analyses/<threat>/`, a folder per analysis, with `-matched` in its name at matched effect: a `.safetensors` file
   per result, and in `refused.json` why there is none.
+- `logs/`, a file per cell and analysis: when and where it began, and how it ended.
 """
 
 from __future__ import annotations
