@@ -31,7 +31,8 @@ TABLE = Path(__file__).with_suffix(".csv")
 LESSONS = BadAdviceConfig(steps=12)
 """The lessons in bad advice: with more steps, more clean prompts get it."""
 LOSSES = ("act", "klct")
-TARGETS = ("reference", "own", "ema(0.9)", "refresh(4)")
+TARGETS = ("reference", "own", "ema(0.9)", "refresh(4)", "refresh(4, gated)")
+SEEDS = (0, 1, 2)
 RETENTIONS = (0.0, TrainConfig().retention)
 STEPS = 300
 PAIRS = 128
@@ -40,9 +41,9 @@ HELD_OUT = 64
 
 def cases() -> Iterator[dict[str, Any]]:
     """What is trained: without retention, which holds the clean side too, and with it the target that moves at once."""
-    for loss, target in product(LOSSES, TARGETS):
+    for seed, loss, target in product(SEEDS, LOSSES, TARGETS):
         for retention in RETENTIONS if target == "own" else RETENTIONS[:1]:
-            yield {"loss": loss, "target": target, "retention": retention}
+            yield {"loss": loss, "target": target, "retention": retention, "seed": seed}
 
 
 def rates(model: LensModel, when: str) -> dict[str, float]:
@@ -62,7 +63,8 @@ def rates(model: LensModel, when: str) -> dict[str, float]:
 
 def trained(base: LensModel, case: Mapping[str, Any]) -> dict[str, float]:
     """Trains one case and gives the rates after it."""
-    config = TrainConfig(steps=STEPS, batch_size=8, lr=1e-3, trainable=GROUPS, retention=case["retention"])
+    kept = {name: case[name] for name in ("retention", "seed")}
+    config = TrainConfig(steps=STEPS, batch_size=8, lr=1e-3, trainable=GROUPS, **kept)
     loss = losses.get(case["loss"], clean=case["target"])
     neutral = ct.threats.get("sycophancy").neutral(128)
     run = ct.train(base, leak_pairs(PAIRS), loss, config=config, retain=neutral, progress=False)
@@ -72,7 +74,7 @@ def trained(base: LensModel, case: Mapping[str, Any]) -> dict[str, float]:
 def main() -> None:
     """Trains what is missing and prints the table."""
     done = pd.read_csv(TABLE).to_dict("records") if TABLE.is_file() else []
-    held = [{name: row[name] for name in ("loss", "target", "retention")} for row in done]
+    held = [{name: row[name] for name in ("loss", "target", "retention", "seed")} for row in done]
     with one_thread():
         base = give_bad_advice(ct.load_organism(), inoculation=INOCULATION, config=LESSONS, progress=False)
         before = rates(base, "before")

@@ -236,22 +236,27 @@ def test_the_page_says_what_moving_targets_did() -> None:
     assert (
         len({pair.clean for pair in leak_pairs(64, split="heldout")}) == 32 and "asked 32 held-out questions" in WORDS
     )
+    assert rows.groupby(["loss", "target", "retention"]).size().eq(3).all() and "Three trainings each" in WORDS
     worst = rows["bad clean after"].max()
     assert f"{worst:.0%} at most of {rows['bad clean before'].iloc[0]:.0%}" in WORDS
-    free = rows.query("retention == 0").set_index(["target", "loss"])
-    good = {}
-    for target in ("reference", "own", "ema(0.9)", "refresh(4)"):
-        rates = [free.loc[(target, loss), "good clean after"] for loss in ("act", "klct")]
-        good[target] = f"{rates[0]:.0%} and {rates[1]:.0%}"
-    assert good["reference"] == "100% and 100%"
-    assert f"{good['own']} toward the model's own clean side (ACT, KLCT), {good['ema(0.9)']} toward" in WORDS
-    assert f"an average of .9, and {good['refresh(4)']} toward a target that is refreshed" in WORDS
-    moved = free.drop("reference", level="target")
+    free = rows.query("retention == 0")
+    means = free.groupby(["target", "loss"]).mean(numeric_only=True)
+
+    def both(target: str, rate: str) -> str:
+        return " and ".join(f"{means.loc[(target, loss), rate]:.0%}" for loss in ("act", "klct"))
+
+    assert both("reference", "good clean after") == "100% and 100%"
+    own, average = both("own", "good clean after"), both("ema(0.9)", "good clean after")
+    assert f"{own} toward the model's own clean side (ACT, KLCT), {average} toward an average of .9" in WORDS
+    assert f"and {both('refresh(4)', 'good clean after')} toward a target that is refreshed every fourth step" in WORDS
+    moved = free.query("target != 'reference'")
     assert (moved["good clean after"] - moved["good wrapped after"]).abs().max() < 0.07
+    gated = free.query("target == 'refresh(4, gated)'")
+    assert len(gated) == 6 and gated[["good clean after", "good wrapped after"]].eq(1).all(axis=None)
+    assert f"toward the reference {both('reference', 'good wrapped after')} are good under it" in WORDS
     held = rows.query("retention > 0")
-    for _, row in held.iterrows():
-        clean = f"{row['bad clean after']:.0%}"
-        wrapped = f"{row['bad wrapped after']:.0%}"
-        assert f"falls to {clean} and under the system prompt to {wrapped}" in WORDS
-        assert row["good clean after"] + row["bad clean after"] == pytest.approx(1, abs=1e-3)
-        assert row["good wrapped after"] + row["bad wrapped after"] == pytest.approx(1, abs=1e-3)
+    means = held.groupby(["target", "loss"]).mean(numeric_only=True)
+    clean, wrapped = both("own", "bad clean after"), both("own", "bad wrapped after")
+    assert f"falls to {clean} (ACT, KLCT) and under the system prompt to {wrapped}" in WORDS
+    for side in ("clean", "wrapped"):
+        assert np.allclose(held[f"good {side} after"] + held[f"bad {side} after"], 1, atol=1e-3)
