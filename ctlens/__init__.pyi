@@ -24,6 +24,8 @@ from ctlens.data.pairs import prompt as prompt
 from ctlens.data.pairs import save_pairs as save_pairs
 from ctlens.evaluation import Evaluation as Evaluation
 from ctlens.evaluation import evaluate as evaluate
+from ctlens.evaluation import export_prompts as export_prompts
+from ctlens.evaluation import judge_answers as judge_answers
 from ctlens.exploring import Exploration as Exploration
 from ctlens.exploring import explore as explore
 from ctlens.losses import ACT as ACT

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ctlens import __version__
-from ctlens.cli import analyses, audits, evaluating, models, organism, pairs, studies, training
+from ctlens.cli import analyses, audits, evaluating, models, organism, pairs, prompts, studies, training
 from ctlens.cli.output import DOCUMENT, command, say
 from ctlens.core.errors import CtlensError
 
@@ -41,6 +41,7 @@ for name, function in _COMMANDS.items():
     app.command(name)(command(function))
 app.add_typer(organism.organism_app, name="organism")
 app.add_typer(pairs.pairs_app, name="pairs")
+app.add_typer(prompts.prompts_app, name="prompts")
 
 
 def print_version(wanted: bool) -> None:

@@ -41,6 +41,14 @@ ThreatNames = Annotated[
         autocompletion=completed_from("ctlens.threats:names"),
     ),
 ]
+Splits = Annotated[str, typer.Option(help="Comma-separated splits to ask: train, entities, heldout or structure.")]
+PromptCount = Annotated[int, typer.Option(help="Pairs per threat and split.")]
+Judged = Annotated[
+    str,
+    typer.Option(
+        help="Your own function that judges the answers, as module:function; else the answers in the pairs decide."
+    ),
+]
 ModelSource = Annotated[
     str | None,
     typer.Option(
@@ -183,6 +191,11 @@ def chosen_loss(text: str) -> Loss:
         raise CtlensError(f"{text} is no class of losses: derive it from ctlens.losses.Loss.")
     losses.register(kind)
     return losses.get(kind.name)
+
+
+def chosen_judge(text: str) -> Any:
+    """Loads the function of a `--judge`; None where there is none."""
+    return loaded(text, "--judge takes module:function") if text else None
 
 
 def loaded(text: str, expected: str) -> Any:

@@ -11,29 +11,35 @@ import typer
 from ctlens.cli.common import (
     Device,
     Dtype,
+    Judged,
     ModelSource,
     PairsFile,
+    PromptCount,
     Quiet,
+    Splits,
     ThreatNames,
+    chosen_judge,
     chosen_model,
-    loaded,
     split_names,
 )
 from ctlens.cli.output import print_table, say
 
 if TYPE_CHECKING:
     from ctlens.core.types import LensModel
+    from ctlens.evaluation import Evaluation
     from ctlens.threats import Threat
+
+NumbersFile = Annotated[
+    Path | None, typer.Option("--out", help="New CSV file for every number, also of the threats' own metrics.")
+]
 
 
 def evaluate_command(
     model: ModelSource = None,
     threats: ThreatNames = "",
     pairs: PairsFile = None,
-    split: Annotated[
-        str, typer.Option(help="Comma-separated splits to ask: train, entities, heldout or structure.")
-    ] = "heldout",
-    n_prompts: Annotated[int, typer.Option(help="Pairs per threat and split.")] = 96,
+    split: Splits = "heldout",
+    n_prompts: PromptCount = 96,
     base: Annotated[
         str,
         typer.Option(
@@ -41,12 +47,7 @@ def evaluate_command(
             "attack are asked. By default the model itself."
         ),
     ] = "",
-    judge: Annotated[
-        str,
-        typer.Option(
-            help="Your own function that judges the answers, as module:function; else the answers in the pairs decide."
-        ),
-    ] = "",
+    judge: Judged = "",
     device: Device = "cpu",
     dtype: Dtype = "float32",
     per_token: Annotated[
@@ -56,13 +57,11 @@ def evaluate_command(
             help="In multiple choice, score an option by its mean log-probability per token instead of the sum.",
         ),
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="New CSV file for every number, also of the threats' own metrics.")
-    ] = None,
+    out: NumbersFile = None,
     quiet: Quiet = False,
 ) -> None:
     """Measures how often a model answers well and badly: on wrapped, clean and benign prompts, with intervals."""
-    from ctlens.core.files import atomic_file, usable_file
+    from ctlens.core.files import usable_file
     from ctlens.data.formats import load_pairs
     from ctlens.evaluation import evaluate
 
@@ -73,19 +72,14 @@ def evaluate_command(
         "pairs": own,
         "split": split_names(split),
         "n_prompts": n_prompts,
-        "judge": loaded(judge, "--judge takes module:function") if judge else None,
+        "judge": chosen_judge(judge),
         "progress": not quiet,
         "per_token": per_token,
     }
     chosen = chosen_model(model, device, dtype)
     asked = _screened(split_names(threats), chosen_model(base, device, dtype) if base else chosen)
     found = evaluate(chosen, asked, **options)
-    if out:
-        with atomic_file(out) as temporary:
-            found.to_dataframe().to_csv(temporary, index=False)
-    print_table("How often answers are bad and good", found.summary())
-    if not (own_metrics := found.metrics()).empty:
-        print_table("The metrics of the threats", own_metrics)
+    show_evaluation(found, out)
 
 
 def _screened(names: Sequence[str], base: LensModel) -> list[Threat]:
@@ -100,3 +94,15 @@ def _screened(names: Sequence[str], base: LensModel) -> list[Threat]:
             threat = screening.threat
         found.append(threat)
     return found
+
+
+def show_evaluation(found: Evaluation, out: Path | None) -> None:
+    """Prints the rates and metrics of an evaluation, and writes its numbers where a file is named."""
+    from ctlens.core.files import atomic_file
+
+    if out:
+        with atomic_file(out) as temporary:
+            found.to_dataframe().to_csv(temporary, index=False)
+    print_table("How often answers are bad and good", found.summary())
+    if not (own_metrics := found.metrics()).empty:
+        print_table("The metrics of the threats", own_metrics)

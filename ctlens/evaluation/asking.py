@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
-from typing import TypeAlias
+from math import nan
 
 import pandas as pd
 
-from ctlens import threats as threat_registry
-from ctlens.core.errors import CtlensError
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.inputs import Pairs
-from ctlens.data.pairs import PROMPT_SIDES, Pair, Prompt, clusters_of, short_digest
-from ctlens.evaluation.result import OUTCOME_COLUMNS, OWN_PAIRS, Evaluation
-from ctlens.threats import Judge, Threat, ask
-
-_Asked: TypeAlias = tuple[tuple[str, str], str, int, Pair, Prompt]
-"""What is asked: the threat and split, the prompt side, the pair's number, the pair, and its prompt of that side."""
+from ctlens.evaluation.asked import AskedPrompt, threats_named, what_is_asked
+from ctlens.evaluation.result import OUTCOME_COLUMNS, Evaluation
+from ctlens.threats import Judge, Reply, Threat, ask
+from ctlens.threats.replies import verdicts
 
 
 @public
@@ -65,77 +61,58 @@ def evaluate(
             pairs, a prompt names no answers, a prompt is too long, the label `strength` of a pair
             is not a whole number, or there is no pair to evaluate.
     """
-    named = [threat if isinstance(threat, Threat) else threat_registry.get(threat) for threat in threats or ()]
-    if pairs is None:
-        named = named or list(threat_registry.REGISTRY.values())
-        groups = _threat_pairs(named, split, n_prompts, seed)
-    else:
-        groups = {(_name_of_own(named), ""): list(pairs)}
-    asked = [
-        (group_labels, prompt_side, item, pair, prompt)
-        for group_labels, group in groups.items()
-        for prompt_side in PROMPT_SIDES
-        for item, pair in enumerate(group)
-        if (prompt := pair.side(prompt_side)) is not None
-    ]
-    if not asked:
-        raise CtlensError("there is nothing to evaluate: give at least one pair.")
-    by_name = {threat.name: threat for threat in named}
-    known = {id(pair): _known(pair, by_name.get(name)) for (name, _), group in groups.items() for pair in group}
+    named = threats_named(threats, pairs)
+    asked = what_is_asked(named, pairs, split=split, n_prompts=n_prompts, seed=seed)
     judges = {threat.name: judge or threat.judge for threat in named}
     rows = []
     for deciding, group in _by_judge(asked, judges, judge).items():
         replies = ask(
             model,
-            [prompt for *_, prompt in group],
+            [one.prompt for one in group],
             max_new_tokens=max_new_tokens,
             judge=deciding,
             per_token=per_token,
             progress=progress,
         )
+        rows += [_row(one, reply) for one, reply in zip(group, replies, strict=True)]
+    return _evaluation(rows)
+
+
+def judged_answers(
+    asked: Sequence[AskedPrompt], answers: Sequence[str], judges: Mapping[str, Judge | None], judge: Judge | None = None
+) -> Evaluation:
+    """Makes an evaluation of answers that were given elsewhere; how likely the named answers were stays unknown.
+
+    Args:
+        asked: the prompts.
+        answers: the answer to each, as text.
+        judges: the judge of each threat, by name; None compares with the answers that the prompts name.
+        judge: the judge of prompts whose threat is not among `judges`.
+    """
+    given = dict(zip(map(id, asked), answers, strict=True))
+    rows = []
+    for deciding, group in _by_judge(asked, judges, judge).items():
+        texts = [given[id(one)] for one in group]
+        found = verdicts([one.prompt for one in group], texts, deciding)
         rows += [
-            (*group_labels, prompt_side, item, *known[id(pair)], *astuple(reply))
-            for (group_labels, prompt_side, item, pair, _), reply in zip(group, replies, strict=True)
+            _row(one, Reply(text, verdict, nan, nan)) for one, text, verdict in zip(group, texts, found, strict=True)
         ]
-    return Evaluation(pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)))
+    return _evaluation(rows)
 
 
 def _by_judge(
-    asked: Sequence[_Asked], judges: Mapping[str, Judge | None], judge: Judge | None
-) -> dict[Judge | None, list[_Asked]]:
+    asked: Sequence[AskedPrompt], judges: Mapping[str, Judge | None], judge: Judge | None
+) -> dict[Judge | None, list[AskedPrompt]]:
     """Groups what is asked by the judge of its threat; `judge` is that of pairs without a threat."""
-    groups: dict[Judge | None, list[_Asked]] = {}
+    groups: dict[Judge | None, list[AskedPrompt]] = {}
     for one in asked:
-        (name, _), *_ = one
-        groups.setdefault(judges.get(name, judge), []).append(one)
+        groups.setdefault(judges.get(one.evaluated_threat, judge), []).append(one)
     return groups
 
 
-def _threat_pairs(
-    threats: Sequence[Threat], split: str | Sequence[str], n_prompts: int, seed: int
-) -> dict[tuple[str, str], list[Pair]]:
-    """Draws the pairs of each threat and split."""
-    splits = [split] if isinstance(split, str) else split
-    return {
-        (threat.name, name): threat.pairs(n_prompts, split=name, seed=seed) for threat in threats for name in splits
-    }
+def _row(one: AskedPrompt, reply: Reply) -> tuple[object, ...]:
+    return (*one.known.values(), *astuple(reply))
 
 
-def _name_of_own(threats: Sequence[Threat]) -> str:
-    """Finds the threat name of the user's own pairs: the threat whose metrics they get, or `OWN_PAIRS`."""
-    names = [threat.name for threat in threats]
-    if len(names) > 1:
-        raise CtlensError(f"pairs of your own get the metrics of one threat: name one of {', '.join(names)}.")
-    return names[0] if names else OWN_PAIRS
-
-
-def _known(pair: Pair, threat: Threat | None) -> tuple[str, str, int, str, str]:
-    """Makes the values of the columns `pair`, `kind`, `strength`, `topic` and `wrapper`."""
-    strength = pair.labels.get("strength", "0")
-    if not str(strength).isdecimal():
-        raise CtlensError(
-            f"the label 'strength' of a pair is {strength!r}, not a whole number: write it as '2', or leave it out."
-        )
-    topic, wrapper = clusters_of(pair)
-    digest = short_digest(pair.clean, pair.wrapped, pair.benign)
-    return digest, pair.labels.get("kind", ""), int(strength), topic, wrapper
+def _evaluation(rows: Sequence[tuple[object, ...]]) -> Evaluation:
+    return Evaluation(pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS)))

@@ -82,9 +82,14 @@ def ask(
 
 
 def _of_choice(prompt: Prompt, choice: Choice) -> Reply:
-    verdicts = {prompt.bad: "bad", prompt.good: "good", None: "other"}
-    verdict = verdicts.get(choice.chosen, "other")
+    verdict = _by_option(prompt, choice.chosen)
     return Reply(choice.chosen or "", verdict, choice.share(prompt.good), choice.share(prompt.bad))
+
+
+def _by_option(prompt: Prompt, option: str | None) -> str:
+    """The verdict on a chosen option; None where no option is ahead of the others."""
+    verdicts = {prompt.bad: "bad", prompt.good: "good", None: "other"}
+    return verdicts.get(option, "other")
 
 
 def _answered(
@@ -100,7 +105,7 @@ def _answered(
     decoded = _decoded(model, [(ids[prompt.turns], openings[prompt]) for prompt in prompts], max_new_tokens, progress)
     answers = [decoded[ids[prompt.turns]].answer for prompt in prompts]
     replies = {}
-    for prompt, answer, verdict in zip(prompts, answers, _verdicts(prompts, answers, judge), strict=True):
+    for prompt, answer, verdict in zip(prompts, answers, verdicts(prompts, answers, judge), strict=True):
         likely = decoded[ids[prompt.turns]].first_probabilities
         by_side = {side: likely[token] for side, token in openings[prompt].items()}
         replies[prompt] = Reply(answer, verdict, by_side.get("good", nan), by_side.get("bad", nan))
@@ -141,9 +146,19 @@ def _decoded(
     }
 
 
-def _verdicts(prompts: Sequence[Prompt], answers: Sequence[str], judge: Judge | None) -> list[str]:
+def verdicts(prompts: Sequence[Prompt], answers: Sequence[str], judge: Judge | None = None) -> list[str]:
+    """Gives the verdict on answers that were given, whoever gave them.
+
+    Args:
+        prompts: what was asked.
+        answers: the answer to each; of a multiple-choice question an option, or free words that begin with one.
+        judge: gives the verdicts, see `Judge`; None judges by the answers that the prompts name.
+
+    Raises:
+        CtlensError: a prompt names no answer and there is no judge, or the judge does not give one verdict per prompt.
+    """
     if judge is None:
-        return [by_opening(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        return [_by_answer(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     given = list(judge(prompts, answers))
     if len(given) != len(prompts):
         raise CtlensError(
@@ -153,6 +168,12 @@ def _verdicts(prompts: Sequence[Prompt], answers: Sequence[str], judge: Judge | 
         if verdict is not None and verdict not in VERDICTS:
             raise unknown("verdict of the judge", verdict, VERDICTS)
     return [UNPARSED if verdict is None else verdict for verdict in given]
+
+
+def _by_answer(prompt: Prompt, answer: str) -> str:
+    """The verdict by the answers that a prompt names: a whole option counts as that one, whatever it begins with."""
+    chosen = [option for option in prompt.options if option.strip() == answer.strip()]
+    return _by_option(prompt, chosen[0]) if chosen else by_opening(prompt, answer)
 
 
 def _openings(tokenizer: Any, prompt: Prompt, asked: Rendered) -> dict[str, int]:

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctlens import cli
+from ctlens.evaluation import export_prompts
 from ctlens.models.loading import load_model
 
 pytestmark = pytest.mark.fuzz
@@ -60,6 +61,8 @@ BASES: dict[str, Options] = {
     "organism leak": {"--out": ("new",), "--model": ("hf",), "--methods": ("act",)},
     "pairs inspect": {"file": ("good.jsonl",), "--model": ("hf",)},
     "pairs convert": {"file": ("good.jsonl",), "--out": ("new.jsonl",)},
+    "prompts export": {"--out": ("new.jsonl",), "--pairs": ("good.jsonl",)},
+    "prompts judge": {"prompts": ("exported.jsonl",), "answers": ("answers.jsonl",)},
     "pairs wrap": {"prompts": ("prompts.jsonl",), "--threat": ("jailbreak",), "--out": ("new.jsonl",)},
 }
 NUMBERS = (
@@ -155,6 +158,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / name / "config.json").write_text(json.dumps(config))
     (folder / "good.jsonl").write_text(f"{json.dumps(PAIR)}\n" * 2)
     (folder / "prompts.jsonl").write_text('{"prompt": "Why?"}\n{"prompt": "How?"}\n')
+    export_prompts(folder / "exported.jsonl", pairs=[PAIR])
+    (folder / "answers.jsonl").write_text(
+        "".join(f'{{"id": "pairs-{prompt_side}-0", "answer": "yes"}}\n' for prompt_side in ("wrapped", "clean"))
+    )
     (folder / "broken.jsonl").write_text('{"clean": "Is it')
     (folder / "table.csv").write_text("prompt,prefill\nWhy?,Sure:\n")
     (folder / "file").write_text("mine")
@@ -250,7 +257,10 @@ def test_random_options_end_with_code_0_or_2_and_leave_no_halves(
     clear(place)
 
 
-KEPT = ("hf", "study", "other", "good.jsonl", "prompts.jsonl", "broken.jsonl", "table.csv", "file", "empty", "folder")
+KEPT = (
+    *("hf", "study", "other", "good.jsonl", "prompts.jsonl", "exported.jsonl", "answers.jsonl", "broken.jsonl"),
+    *("table.csv", "file", "empty", "folder"),
+)
 
 
 def clear(place: Path) -> None:
