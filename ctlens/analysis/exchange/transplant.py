@@ -34,7 +34,7 @@ from ctlens.analysis.exchange.exchange import (
     with_effect,
 )
 from ctlens.analysis.patching.jobs import Column, PatchBatch, PatchPair, patch_batch
-from ctlens.analysis.patching.sweep import Recorded, Sweep, Swept, sweep_of
+from ctlens.analysis.patching.sweep import Recorded, Sweep, Swept, asked_sites, sweep_of
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.progress import ProgressBar, progress_bar
 from ctlens.core.public import public
@@ -191,7 +191,7 @@ def transplant(
         source: for example a trained model, in eval mode.
         target: for example its base, in eval mode.
         pairs: with good and bad answers on the side. `ctlens.pairs` makes them of two lists of texts.
-        site: the hook point that is patched, one of `ctlens.models.hooks.SHORTHANDS`, see `patch`.
+        site: the hook point that is patched, short or in full, see `patch`.
         positions: one or several of `"last"`, the token that predicts the answer; `"content"`, the
             aligned tokens before it; `"wrapper"`, the tokens that the attack added; and `"all"`, every token.
         side: `"wrapped"` or `"clean"`: the prompt of each pair that both models read.
@@ -209,26 +209,27 @@ def transplant(
             has no answers or no token at a position.
     """
     require_comparable(target, source)
+    at = asked_sites(target, (site,), layers)[site]
     chosen = (positions,) if isinstance(positions, str) else tuple(positions)
     prepared = same_prompts(target, pairs, side, chosen)
     measures = named_metrics(metrics)
     into = [
-        sweep_of(model, prepared, (site,), layers, measures, max_batch, skip_unchanged=False)
+        sweep_of(model, prepared, (at.site,), at.layers, measures, max_batch, skip_unchanged=False)
         for model in (target, source)
     ]
     groups = into[0].groups(prepared)
     total = sum(sweep.patches(group) for sweep in into for group in groups)
     with progress_bar(total=total, desc="transplants", shown=progress, leave=False) as bar:
         found = [_both_ways(into, group, bar) for group in groups]
-    paths = {swept.paths[site] for both in found for swept in both}
+    paths = {swept.paths[at.site] for both in found for swept in both}
     return Transplant(
-        values=_joined([[swept.values[site] for swept in both] for both in found]),
+        values=_joined([[swept.values[at.site] for swept in both] for both in found]),
         unpatched=_joined([[swept.target for swept in both] for both in found]),
         source=_joined([[swept.source for swept in both] for both in found]),
         metrics=tuple(measures),
-        layers=into[0].layers,
+        layers=at.layers,
         positions=chosen,
-        site=site,
+        site=at.site,
         side=side,
         path=" and ".join(sorted(paths)),
         groups=groups_of(pairs),
