@@ -46,6 +46,7 @@ from ctlens.models.hooks import Layers, run_capturing
 from ctlens.plots import Figure
 
 _ALL = "all"
+STREAM_SITES = ("resid_pre", "resid_mid", "resid_post")
 TRANSPLANT_POSITIONS = (*STATE_POSITIONS, _ALL)
 TRANSPLANT_POSITIONS_IN_WORDS = {**POSITIONS_IN_WORDS, _ALL: "at all tokens"}
 
@@ -78,10 +79,33 @@ class Transplant(Exchange):
             table["head"] = head[0]
         return table.assign(positions=np.array(self.positions)[position])
 
+    @property
+    def adds_up(self) -> bool:
+        """True of the residual stream, which holds at a layer what all layers up to it have written."""
+        return self.site in STREAM_SITES
+
+    def added(self, metric: str | None = None, *, smallest_gap: float | None = None) -> pd.DataFrame:
+        """The table of `normalised` with what each layer adds to the share of the layer in front of it.
+
+        The first row of a kind has all that is there at the first layer. So the rows add up to the share of the last
+        layer. At the content tokens a layer adds less than nothing where other tokens have read them, which carry the
+        effect from there on.
+
+        Args:
+            metric: by default the first.
+            smallest_gap: see `Exchange.normalised`.
+
+        Raises:
+            CtlensError: as `normalised`; or the site is no residual stream, so that its layers do not add up.
+        """
+        if not self.adds_up:
+            raise CtlensError(f"{self.site} is each layer's own and does not add up: read the shares of `normalised`.")
+        return self._shares(metric, smallest_gap, lambda moved: np.diff(moved, axis=0, prepend=0.0))
+
     def figure(
         self, positions: str | None = None, metric: str | None = None, *, smallest_gap: float | None = None
     ) -> Figure:
-        """The shares in both directions, by layer or by layer and head.
+        """The shares in both directions, by layer or by layer and head; of the stream what each layer adds.
 
         Args:
             positions: any of the measured ones, by default the first.
@@ -103,7 +127,7 @@ class Transplant(Exchange):
         smallest_gap: float | None = None,
         subtitle: str | None = None,
     ) -> Figure:
-        """The shares of several source models in one figure, a line per model and this one first; a grid per head site.
+        """The shares of several source models, as `figure` has them: a line per model, or a grid of heads.
 
         Args:
             others: transplants from other source models, by label; they may hold this one too, under its label. A
@@ -134,18 +158,22 @@ def _drawn(
     for result in results.values():
         if positions not in result.positions:
             raise unknown("measured positions", positions, result.positions)
-    tables, note = with_effect(results, metric, smallest_gap)
+    shares_of = Transplant.added if first.adds_up else Transplant.normalised
+    tables, note = with_effect(results, metric, smallest_gap, shares_of)
     chosen = {name: rows_with(table, positions=positions) for name, table in tables.items()}
     prompts = f"{first.site}, {first.n_pairs} {first.side} prompts, {metric or first.metrics[0]}"
     subtitle = "; ".join(filter(None, (subtitle or prompts, note)))
-    title = f"Where does the training live, {TRANSPLANT_POSITIONS_IN_WORDS[positions]}?"
+    where = TRANSPLANT_POSITIONS_IN_WORDS[positions]
+    title = f"Which layers bring the training, {where}?" if first.adds_up else f"Where does the training live, {where}?"
     if "head" in next(iter(chosen.values())):
         return _grids(chosen, title, subtitle)
     panels = {
         QUANTITY_TITLES[quantity]: {name: curve(rows_with(table, quantity=quantity)) for name, table in chosen.items()}
         for quantity in EXCHANGE_QUANTITIES
     }
-    return plots.exchange_curves(first.layers, panels, title, y_title="share of the effect", subtitle=subtitle)
+    y_title = "share of the effect that the layer adds" if first.adds_up else "share of the effect"
+    options = {"adds_up": first.adds_up, "subtitle": subtitle}
+    return plots.exchange_curves(first.layers, panels, title, y_title=y_title, **options)
 
 
 def _grids(tables: Mapping[str, pd.DataFrame], title: str, subtitle: str) -> Figure:
