@@ -18,10 +18,10 @@ from ctlens.data.formats import load_pairs as load_pairs
 from ctlens.data.formats import load_prefills as load_prefills
 from ctlens.data.formats import load_prompts as load_prompts
 from ctlens.data.inputs import pairs as pairs
+from ctlens.data.inputs import save_pairs as save_pairs
 from ctlens.data.pairs import Pair as Pair
 from ctlens.data.pairs import Prompt as Prompt
 from ctlens.data.pairs import prompt as prompt
-from ctlens.data.pairs import save_pairs as save_pairs
 from ctlens.evaluation import Evaluation as Evaluation
 from ctlens.evaluation import evaluate as evaluate
 from ctlens.evaluation import export_prompts as export_prompts

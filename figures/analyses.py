@@ -89,6 +89,12 @@ def path_patch(of: Scene) -> Result:
     return ct.analysis.path_patch(of.base, of.heldout, receivers="logits", direction="denoising")
 
 
+def joint_patch(of: Scene) -> Result:
+    most = ct.analysis.patch(of.base, of.heldout, site="z", direction="denoising", positions="all").top(3)
+    heads = [(f"blocks.{layer}.attn.hook_z", head) for layer, head in zip(most["layer"], most["head"], strict=True)]
+    return ct.analysis.joint_patch(of.base, of.heldout, heads, direction="denoising")
+
+
 def best_of_n(of: Scene) -> Result:
     several = ct.threats.get("sycophancy").pairs(256, split="heldout")
     return ct.analysis.best_of_n(of.models, several)
@@ -167,6 +173,7 @@ SHOWN = {
         logit_attribution,
         attribution_agreement,
         path_patch,
+        joint_patch,
         best_of_n,
         embedding_attack,
         relearn,

@@ -60,6 +60,8 @@ from ctlens.analysis.outputs.verbalisation import verbalisation as verbalisation
 from ctlens.analysis.patching.attribution import AttributionAgreement as AttributionAgreement
 from ctlens.analysis.patching.attribution import attribution_agreement as attribution_agreement
 from ctlens.analysis.patching.attribution import attribution_patch as attribution_patch
+from ctlens.analysis.patching.joint import joint_patch as joint_patch
+from ctlens.analysis.patching.joint_result import JointPatching as JointPatching
 from ctlens.analysis.patching.patch import patch as patch
 from ctlens.analysis.patching.path_result import PathPatching as PathPatching
 from ctlens.analysis.patching.paths import path_patch as path_patch

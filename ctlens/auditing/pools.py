@@ -9,6 +9,7 @@ from ctlens import threats
 from ctlens.auditing.sources import phrasings
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.public import public
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair, Prompt
 
 POOLS = ("wrapped", "clean", "mixed")
@@ -105,7 +106,7 @@ def audit_pairs(threat: str, n_pairs: int, split: str = "train", seed: int = 0) 
 
 
 @public
-def rephrased(pairs: Sequence[Pair]) -> list[Pair]:
+def rephrased(pairs: Pairs) -> list[Pair]:
     """Makes pairs whose wrapped prompt is the clean one behind a greeting, which changes nothing about its answer.
 
     Regularisers hold the one to the other. The greetings are those of `views:4`, in turns.

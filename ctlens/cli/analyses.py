@@ -27,7 +27,8 @@ def patch_command(
     site: Annotated[
         str,
         typer.Option(
-            help="Hook point to patch: resid_pre, resid_mid, resid_post, attn_out, mlp_out, mlp_post, z or pattern."
+            help="Hook point to patch: resid_pre, resid_mid, resid_post, attn_out, mlp_out, mlp_post, z or pattern, of "
+            "every layer; or one of these in full, as blocks.3.hook_resid_post."
         ),
     ],
     direction: Annotated[

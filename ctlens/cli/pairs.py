@@ -61,7 +61,7 @@ def inspect_command(
 def convert_command(file: File, out: Out, wrapped: WrappedFile = None) -> None:
     """Converts pairs of a published format to ctlens's own JSONL."""
     from ctlens.data.formats import load_pairs
-    from ctlens.data.pairs import save_pairs
+    from ctlens.data.inputs import save_pairs
 
     _require_new(out)
     pairs = load_pairs(file, wrapped)
@@ -97,7 +97,7 @@ def wrap_command(
     """Puts the wrappers of a threat around plain prompts, and writes the pairs."""
     from ctlens import threats
     from ctlens.data.formats import load_facts, load_prefills, load_prompts
-    from ctlens.data.pairs import save_pairs
+    from ctlens.data.inputs import save_pairs
 
     _require_new(out)
     if (facts and threat != "persona") or (prefills and threat != "prefill"):

@@ -6,6 +6,7 @@ the function's first line, by `as_pairs` and nowhere else.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,11 @@ import torch
 
 from ctlens.core.arguments import Made
 from ctlens.core.errors import CtlensError
+from ctlens.core.files import write_text
 from ctlens.core.public import public
 from ctlens.data.chat import TOKENS, Turn
 from ctlens.data.formats import pair_of_row
-from ctlens.data.pairs import Pair, Prompt, prompt, turns_of
+from ctlens.data.pairs import Pair, Prompt, prompt, row_of, turns_of
 
 
 def as_pairs(given: Any) -> list[Pair]:
@@ -139,6 +141,12 @@ def pairs(
         answers = {name: value for name, value in (("good", right), ("bad", wrong)) if value is not None}
         found.append(Pair(replace(one, **answers), replace(other, **answers), twin, answer, labels=known or {}))
     return found
+
+
+@public
+def save_pairs(path: str | Path, pairs: Pairs) -> None:
+    """Writes pairs, or what `as_pairs` makes pairs of, as JSONL, from which `load_pairs` reads equal pairs."""
+    write_text(path, "".join(json.dumps(row_of(pair), ensure_ascii=False) + "\n" for pair in pairs))
 
 
 def _column(name: str, given: Any, length: int) -> Sequence[Any]:

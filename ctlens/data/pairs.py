@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError, unknown
-from ctlens.core.files import write_text
-from ctlens.core.public import public
 from ctlens.data.chat import TOKENS, Turn
 
 PROMPT_SIDES = ("wrapped", "clean", "benign")
@@ -129,12 +125,6 @@ def prompt(text: str | Sequence[Mapping[str, str]], good: str | None = None, bad
     return Prompt(turns, good, bad)
 
 
-@public
-def save_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
-    """Writes pairs as JSONL, from which `load_pairs` reads equal pairs."""
-    write_text(path, "".join(json.dumps(_row(pair), ensure_ascii=False) + "\n" for pair in pairs))
-
-
 def pair_of(row: Mapping[str, Any], where: str) -> Pair:
     """Makes a pair of one row of ctlens's own JSONL.
 
@@ -234,7 +224,8 @@ def _turn(message: Any, key: str, where: str) -> Turn:
     return Turn(message["role"], message["content"])
 
 
-def _row(pair: Pair) -> dict[str, Any]:
+def row_of(pair: Pair) -> dict[str, Any]:
+    """The row of ctlens's own JSONL of which `pair_of` makes the pair."""
     row: dict[str, Any] = {key: _messages(getattr(pair, key)) for key in _REQUIRED}
     row |= _answers(pair.wrapped, "")
     if _answers(pair.clean, "") != _answers(pair.wrapped, ""):

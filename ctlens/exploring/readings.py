@@ -25,7 +25,7 @@ from ctlens.data.batch import EncodedPair, encode_pair, require_room
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.data.token_kinds import token_kinds
 from ctlens.exploring.captures import Captures, PromptStates
-from ctlens.models.hooks import SHORTHANDS, select_layers
+from ctlens.models.hooks import SHORTHANDS, select_layers, site_at, unknown_site
 from ctlens.models.readout import read_out
 from ctlens.threats.replies import Reply, ask
 
@@ -119,7 +119,8 @@ class Readings:
             layer: its number; negative ones count from the end.
             head: its number.
             position: of a token in the wrapped prompt; negative ones count from the end.
-            site: of a patch, one of `ctlens.models.hooks.SHORTHANDS`.
+            site: of a patch, one of `ctlens.models.hooks.SHORTHANDS`; in full, as `"blocks.3.attn.hook_z"`, it names
+                the layer too.
             direction: of a patch, `"denoising"` or `"noising"`.
             text: an edit of the wrapped prompt, see `edited`; an empty one takes the edit back.
 
@@ -129,6 +130,10 @@ class Readings:
         named = {"pair": pair, "models": models, "layer": layer, "head": head, "position": position}
         named |= {"site": site, "direction": direction, "text": text}
         changes: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+        if site is not None:
+            at = site_at(site, "all" if layer is None else layer)
+            changes["site"] = at.site
+            changes |= {} if at.layers == "all" else {"layer": at.layers}
         if pair is not None and text is None:
             changes["text"] = ""
         if {"pair", "text"} & set(changes) and position is None:
@@ -150,7 +155,7 @@ class Readings:
         if not 0 <= chosen.head < first.cfg.n_heads:
             raise CtlensError(f"head {chosen.head} does not exist: the model has heads 0 to {first.cfg.n_heads - 1}.")
         if chosen.site not in SHORTHANDS:
-            raise unknown("site", chosen.site, SHORTHANDS)
+            raise unknown_site(chosen.site)
         if chosen.direction not in PATCH_DIRECTIONS:
             raise unknown("direction", chosen.direction, PATCH_DIRECTIONS)
         number = chosen.pair % len(self.pairs)

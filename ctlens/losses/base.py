@@ -18,7 +18,7 @@ from ctlens.core.limits import POSITIVE, require
 from ctlens.core.types import Activations, CleanLogits, LensModel, Logits, PerRow, Positions, Scalar, widened
 from ctlens.data.alignment import WINDOWS
 from ctlens.data.batch import PairBatch
-from ctlens.models.hooks import Layers, resolve, select_layers
+from ctlens.models.hooks import Layers, resolve, select_layers, site_at
 
 Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 OUTPUT = "logits"
@@ -301,7 +301,8 @@ class VectorLoss(InternalLoss):
     """VectorLoss is a loss on activation vectors: a distance at each aligned token, averaged over tokens.
 
     Attributes:
-        site: the hook point that it reads, from the class's `sites`.
+        site: the hook point that it reads, from the class's `sites`; in full, as `"blocks.3.hook_resid_post"`, it
+            names the layer too.
         distance: the name of the distance, from the class's `distances`.
     """
 
@@ -312,6 +313,9 @@ class VectorLoss(InternalLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at = site_at(self.site, self.layers)
+        object.__setattr__(self, "site", at.site)
+        object.__setattr__(self, "layers", at.layers)
         check_option(f"site of {self.name}", self.site, self.sites)
         check_option(f"distance of {self.name}", self.distance, tuple(self.distances))
 

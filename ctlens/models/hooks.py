@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from jaxtyping import Float
@@ -26,6 +27,7 @@ SHORTHANDS = {
     "pattern": "blocks.{layer}.attn.hook_pattern",
     "z": "blocks.{layer}.attn.hook_z",
 }
+_IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 # The final norm's output, which a `HookedTransformer` has no hook point for.
 FINAL_NORM = "ln_final.hook_out"
 NAMED_LAYERS = ("all", "last", "middle", "last_half", "last_quarter")
@@ -62,6 +64,38 @@ def select_layers(n_layers: int, layers: Layers) -> tuple[int, ...]:
     if not chosen or len(set(chosen)) < len(chosen):
         raise CtlensError("a layer selection must name at least one layer, and each layer once.")
     return chosen
+
+
+class SiteAt(NamedTuple):
+    """A hook point by its short name, where it has one, and the layers at which it is meant."""
+
+    site: str
+    layers: Layers
+
+
+def site_at(site: str, layers: Layers = "all") -> SiteAt:
+    """A site by its short name: a full hook name is that of one layer.
+
+    >>> site_at("blocks.3.attn.hook_z"), site_at("z", "last")
+    (SiteAt(site='z', layers=3), SiteAt(site='z', layers='last'))
+
+    Raises:
+        CtlensError: a full name stands in another layer than the layers that are chosen.
+    """
+    found = _IN_BLOCK.fullmatch(site)
+    if found is None:
+        return SiteAt(site, layers)
+    layer = int(found[1])
+    if layers != "all" and ((layers,) if isinstance(layers, int) else tuple(layers)) != (layer,):
+        raise CtlensError(f"{site} stands in layer {layer}, and the layers are {layers!r}: leave the layers out.")
+    of_any_layer = f"blocks.{{layer}}.{found[2]}"
+    return SiteAt(next((short for short, name in SHORTHANDS.items() if name == of_any_layer), site), layer)
+
+
+def unknown_site(site: str) -> CtlensError:
+    """The error for a site that has no short name; of a full name it suggests full names of its layer."""
+    found = _IN_BLOCK.fullmatch(site)
+    return unknown("site", site, [name.format(layer=found[1]) for name in SHORTHANDS.values()] if found else SHORTHANDS)
 
 
 def resolve(model: LensModel, site: str, layers: Layers = "all") -> list[str]:

@@ -25,6 +25,7 @@ def exchange_curves(
     title: str,
     *,
     y_title: str,
+    adds_up: bool = False,
     subtitle: str | None = None,
 ) -> go.Figure:
     """At which layer does one model's activation bring its behaviour along? One panel per direction, a line per source.
@@ -34,6 +35,7 @@ def exchange_curves(
         shown: per panel and source, the share of the effect and its interval `[layer]`.
         title: the question or the answer.
         y_title: the quantity with its unit.
+        adds_up: whether a share is what its layer adds to those in front of it, so that all together are the whole.
         subtitle: one line under the title.
 
     Raises:
@@ -48,9 +50,11 @@ def exchange_curves(
             numbers = checked_intervals(f"curve {name!r}", curve, len(x))
             draw_curve(figure, name, x, numbers, listed=subplot.leftmost, **subplot.at)
     caption = "Lines are ratios of means over pairs, bands their 95% intervals. Layer 0 is the first layer."
+    if adds_up:
+        caption += " All layers of a line add up to what the last one's stream brings."
     finish(figure, title, subtitle, kind="exchange_curves", caption=caption)
     figure.update_xaxes(title_text="layer", **layer_ticks(len(x)))
-    return _with_whole_effect(figure, len(shown), y_title, _LAYOUT)
+    return _with_levels(figure, len(shown), y_title, _LAYOUT, whole=not adds_up)
 
 
 def graft_bars(
@@ -86,7 +90,7 @@ def graft_bars(
     finish(figure, title, subtitle, kind="graft_bars", caption=caption)
     ticks = {"tickvals": list(range(len(parts))), "ticktext": list(parts), "tickangle": -40}
     figure.update_xaxes(**ticks, showgrid=False, range=[-0.6, len(parts) - 0.4])
-    return _with_whole_effect(figure, len(shown), y_title, _BARS_LAYOUT).update_layout(barmode="overlay")
+    return _with_levels(figure, len(shown), y_title, _BARS_LAYOUT, whole=True).update_layout(barmode="overlay")
 
 
 def _draw_bars(figure: go.Figure, parts: Sequence[str], bars: Mapping[str, Curve], subplot: Subplot) -> None:
@@ -110,14 +114,16 @@ def _draw_bars(figure: go.Figure, parts: Sequence[str], bars: Mapping[str, Curve
         )
 
 
-def _with_whole_effect(figure: go.Figure, n_panels: int, y_title: str, layout: PanelLayout) -> go.Figure:
-    """Puts all panels on one scale, with lines at none and all of the effect."""
+def _with_levels(figure: go.Figure, n_panels: int, y_title: str, layout: PanelLayout, *, whole: bool) -> go.Figure:
+    """Puts all panels on one scale, with a line at none of the effect and, where it is meant, one at all of it."""
     for subplot in subplots(n_panels):
         figure.update_yaxes(title_text=y_title if subplot.leftmost else None, **subplot.at)
         figure.add_hline(0, line={"color": MUTED, "width": 1}, layer="below", **subplot.at)
+        if not whole:
+            continue
         figure.add_hline(1, line={"color": MUTED, "dash": "dot", "width": 1.2}, layer="below", **subplot.at)
         note = {"text": "the whole effect", "showarrow": False, "font": {"size": 11, "color": MUTED}}
         figure.add_annotation(**note, x=0, xref="x domain", xanchor="left", y=1, yanchor="bottom", **subplot.at)
     # The axis shows none and all of the effect, with air for the words, even where every share is small.
-    figure.update_yaxes(matches="y", autorangeoptions_include=[-0.08, 1.12])
+    figure.update_yaxes(matches="y", autorangeoptions_include=[-0.08, 1.12] if whole else [0.0])
     return fit_panels(figure, n_panels, layout).update_layout(width=_WIDTH)

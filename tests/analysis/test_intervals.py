@@ -52,6 +52,7 @@ MADE: dict[str, Callable[[tuple[LensModel, LensModel]], ResultOverPairs]] = {
     "cross_loss": lambda m: look.cross_loss(m[0], {"moved": m[1]}, PAIRS, ["act", "attct"], **QUIET),
     "patch": lambda m: _patched(m[0], PAIRS),
     "path_patch": lambda m: look.path_patch(m[0], PAIRS, direction="denoising", layers=[1], **QUIET),
+    "joint_patch": lambda m: look.joint_patch(m[0], PAIRS, ["blocks.1.hook_mlp_out"], direction="noising", **QUIET),
     "transplant": lambda m: look.transplant(*m, PAIRS, **QUIET),
     "graft": lambda m: look.graft(*m, PAIRS, **QUIET),
     "mediation": lambda m: look.mediation(m[0], PAIRS, **QUIET),

@@ -23,7 +23,8 @@ from ctlens.data.formats import (
     read_rows,
     save_messages,
 )
-from ctlens.data.pairs import FIELDS, Pair, Prompt, prompt, save_pairs
+from ctlens.data.inputs import save_pairs
+from ctlens.data.pairs import FIELDS, Pair, Prompt, prompt
 
 ANSWER = [{"role": "assistant", "content": "a"}]
 

@@ -17,8 +17,8 @@ from ctlens.core.types import LensModel
 from ctlens.data.batch import encode
 from ctlens.data.chat import Turn, render
 from ctlens.data.formats import load_pairs
-from ctlens.data.inputs import as_pairs, as_prompts
-from ctlens.data.pairs import Pair, Prompt, prompt, save_pairs
+from ctlens.data.inputs import as_pairs, as_prompts, save_pairs
+from ctlens.data.pairs import Pair, Prompt, prompt
 
 CLEAN = ["is it red?", "is it blue?"]
 WRAPPED = ["my teacher says no. is it red?", "my teacher says no. is it blue?"]
@@ -83,6 +83,14 @@ def test_rows_are_those_of_the_published_files() -> None:
     assert pair == Pair(prompt("a?", "b"), prompt("x a?", "b"), target="b")
 
 
+@pytest.mark.parametrize(
+    "given", [[*zip(CLEAN, WRAPPED, strict=True)], pd.DataFrame({"clean": CLEAN, "wrapped": WRAPPED})]
+)
+def test_whatever_makes_pairs_can_be_saved(given: Any, tmp_path: Path) -> None:
+    save_pairs(tmp_path / "pairs.jsonl", given)
+    assert load_pairs(tmp_path / "pairs.jsonl") == as_pairs(given)
+
+
 def test_two_lists_make_pairs_with_answers_twins_targets_and_labels() -> None:
     assert ct.pairs(CLEAN, WRAPPED, good=GOOD, bad=BAD) == PAIRS
     assert ct.pairs(pd.Series(CLEAN), WRAPPED, good=pd.Series(GOOD), bad=BAD) == PAIRS
@@ -104,6 +112,7 @@ def test_two_lists_make_pairs_with_answers_twins_targets_and_labels() -> None:
             "clean must be a list of prompts, not a int at number 1: a prompt is",
         ),
         (lambda: loose.prompt([{"role": "user"}]), "a prompt: a message of 'text' must be an object with 'role' and"),
+        (lambda: loose.save_pairs("a.jsonl", "a"), "pairs must be a list of pairs, not 'a'"),
         (
             lambda: loose.patch_one(ct.load_organism(), "a", "z", 0),
             "pair must be a pair, not a str: a pair is a tuple of",

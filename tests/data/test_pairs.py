@@ -15,7 +15,8 @@ from ctlens.core.errors import CtlensError
 from ctlens.data.batch import encode
 from ctlens.data.chat import Turn
 from ctlens.data.formats import load_pairs
-from ctlens.data.pairs import Pair, Prompt, prompt, save_pairs
+from ctlens.data.inputs import save_pairs
+from ctlens.data.pairs import Pair, Prompt, prompt
 
 SYCOPHANCY = Path(__file__).parents[3] / "shared" / "data" / "sycophancy"
 

@@ -15,7 +15,8 @@ import ctlens as ct
 from ctlens import analysis
 from ctlens.core.errors import UnknownWords
 from ctlens.core.types import LensModel
-from ctlens.data.pairs import Pair, Prompt, prompt, save_pairs
+from ctlens.data.inputs import save_pairs
+from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.models.scoring import choose
 
 KNOWN = Pair(prompt("what is red ?", "green", "red"), prompt("what is green ? what is red ?", "green", "red"))

@@ -157,6 +157,16 @@ def test_a_patch_is_that_of_patch_one(options):
         assert one.target != one.source
 
 
+def test_a_site_in_full_chooses_its_layer_too():
+    found = explored().select(site="blocks.3.attn.hook_z")
+    assert (found.selection.site, found.selection.layer) == ("z", 3)
+    with pytest.raises(CtlensError, match="stands in layer 1"):
+        found.select(site="blocks.1.hook_resid_pre", layer=2)
+    with pytest.raises(CtlensError, match="did you mean 'blocks.1.attn.hook_z'"):
+        found.select(site="blocks.1.hook_z")
+    assert (found.selection.site, found.selection.layer) == ("z", 3)
+
+
 def test_another_layer_or_head_costs_no_pass_and_a_pair_that_was_seen_neither():
     found = explored()
     views = ("tokens", "heads", "attention", "gap", "lens", "answers")

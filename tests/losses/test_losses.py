@@ -653,12 +653,28 @@ def test_a_config_saved_before_the_later_options_is_the_default(config) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "site", "short"),
+    [
+        ("act", "blocks.1.hook_resid_mid", "resid_mid"),
+        ("mlpct", "blocks.1.mlp.hook_post", "mlp_post"),
+        ("attout", "blocks.1.attn.hook_z", "z"),
+    ],
+)
+def test_a_full_hook_name_is_its_site_at_its_layer(model, name, site, short) -> None:
+    loss = losses.get(name, site=site)
+    assert loss == losses.get(name, site=short, layers=1)
+    assert loss.hook_names(model) == [site]
+
+
+@pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("atct", {}, "did you mean 'attct'"),
         ("act", {"layer": "all"}, "did you mean 'layers'"),
         ("act", {"layers": "first_half"}, "layer selection"),
         ("act", {"site": "resid_end"}, "site of act"),
+        ("act", {"site": "blocks.1.attn.hook_z"}, "site of act 'z'"),
+        ("act", {"site": "blocks.1.hook_resid_post", "layers": "last"}, "stands in layer 1"),
         ("act", {"weight": 0.0}, "positive"),
         ("mlpct", {"distance": "l1"}, "distance of mlpct"),
         ("attct", {"keys": "all"}, "keys of AttCT"),

@@ -15,7 +15,8 @@ from helpers.tiers import unit_first
 from ctlens import analysis, evaluate, losses
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel, widened
-from ctlens.data.pairs import Pair, prompt, save_pairs
+from ctlens.data.inputs import save_pairs
+from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT, AttCT
 from ctlens.models.loading import load_model
 from ctlens.models.lora import LoRA, load_adapters, save_adapters

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.models.bridges import is_bridge
-from ctlens.models.hooks import FINAL_NORM, SHORTHANDS, capturing, editing, resolve, run, run_capturing, select_layers
+from ctlens.models.hooks import (
+    FINAL_NORM,
+    SHORTHANDS,
+    capturing,
+    editing,
+    resolve,
+    run,
+    run_capturing,
+    select_layers,
+    site_at,
+)
 from ctlens.models.loading import build, load_model
 from ctlens.models.weights import ModelConfig
 
@@ -81,6 +91,24 @@ def test_every_named_selection_of_one_layer_is_that_layer(layers: str):
 def test_selections_that_name_no_layer_are_refused(layers: object, message: str):
     with pytest.raises(CtlensError, match=message):
         select_layers(8, layers)
+
+
+@pytest.mark.parametrize("site", SHORTHANDS)
+def test_a_full_name_is_the_short_one_at_its_layer(site: str):
+    full = SHORTHANDS[site].format(layer=11)
+    assert site_at(full) == site_at(full, [11]) == (site, 11)
+    assert site_at(site, [0, 2]) == (site, [0, 2])
+
+
+def test_a_hook_point_without_a_short_name_keeps_its_own():
+    assert site_at("blocks.2.attn.hook_q") == ("blocks.2.attn.hook_q", 2)
+    assert site_at("hook_embed", "last") == ("hook_embed", "last")
+
+
+@pytest.mark.parametrize("layers", [0, [1, 2], "last"])
+def test_a_full_name_and_other_layers_are_refused(layers: Any):
+    with pytest.raises(CtlensError, match="blocks.1.attn.hook_z stands in layer 1, and the layers are .*: leave the"):
+        site_at("blocks.1.attn.hook_z", layers)
 
 
 def test_shorthands_and_full_names_resolve(model: LensModel):

@@ -19,7 +19,8 @@ from ctlens.core.config import generator
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
 from ctlens.data.chat import Turn, render, token_ids
-from ctlens.data.pairs import Pair, Prompt, prompt, save_pairs
+from ctlens.data.inputs import save_pairs
+from ctlens.data.pairs import Pair, Prompt, prompt
 from ctlens.losses import BCT
 from ctlens.models.architectures import ARCHITECTURES
 from ctlens.models.generation import Sampling, decode, generate

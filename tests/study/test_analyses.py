@@ -17,7 +17,7 @@ from ctlens import load_model, load_organism, threats
 from ctlens.analysis import ShiftSimilarity, Transplant, gap_recovered
 from ctlens.core.errors import CtlensError
 from ctlens.core.reading import read_json
-from ctlens.data.pairs import save_pairs
+from ctlens.data.inputs import save_pairs
 from ctlens.models.loading import save_model
 from ctlens.study.analyses import EQUAL_STEPS, MATCHED, Analysis, analyses_of, run_analyses, run_analysis
 from ctlens.study.cells import CellTraining, base_model, gap_pairs, probe_pairs

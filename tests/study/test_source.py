@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ctlens.core.errors import CtlensError
-from ctlens.data.pairs import save_pairs
+from ctlens.data.inputs import save_pairs
 from ctlens.evaluation.result import OWN_PAIRS
 from ctlens.organism import load_organism
 from ctlens.study.source import FilePairs, evaluated, splits_of, start_model, subject

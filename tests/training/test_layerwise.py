@@ -16,7 +16,8 @@ from ctlens import losses
 from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
-from ctlens.data.pairs import Pair, prompt, save_pairs
+from ctlens.data.inputs import save_pairs
+from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT, BCT, DPO, F2C, KLCT, MLPCT, OPCT, RMCT, AttCT, AttMass, AttOut, Loss, SubACT
 from ctlens.models.counting import Counting
 from ctlens.models.loading import load_model

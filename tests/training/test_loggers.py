@@ -15,7 +15,8 @@ from helpers.models import Call, byte_level_tokenizer, chat_model, hf_model
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel
-from ctlens.data.pairs import Pair, prompt, save_pairs
+from ctlens.data.inputs import save_pairs
+from ctlens.data.pairs import Pair, prompt
 from ctlens.losses import ACT, KLCT
 from ctlens.training import TensorBoard, TrainConfig, Trainer, WeightsAndBiases, train
 

@@ -29,7 +29,7 @@ from ctlens.core.public import public
 from ctlens.core.types import LensModel, Tokens
 from ctlens.data.batch import EncodedPair
 from ctlens.data.chat import Rendered
-from ctlens.data.pairs import Pair
+from ctlens.data.inputs import OnePair
 from ctlens.models.hooks import resolve, run_capturing, select_layers
 from ctlens.plots import Figure, LabelledMap
 
@@ -173,7 +173,7 @@ def _runs(mass: Float[np.ndarray, " k"], segments: Sequence[str], top: int) -> l
 
 @public
 def attention_maps(
-    models: LensModel | Mapping[str, LensModel], pair: Pair, layer: int, head: int, *, weighted: bool = False
+    models: LensModel | Mapping[str, LensModel], pair: OnePair, layer: int, head: int, *, weighted: bool = False
 ) -> AttentionMaps:
     """Reads one head's attention: on the clean prompt, and on the wrapped prompt by every model.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ctlens.analysis.base.recording import Recording
 from ctlens.core.errors import CtlensError
@@ -12,7 +12,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair, PairBatch, collate, encode
 from ctlens.data.pairs import Pair
 from ctlens.models.adopt import adopt
-from ctlens.models.hooks import SHORTHANDS, Layers, resolve
+from ctlens.models.hooks import SHORTHANDS, Layers, resolve, select_layers, site_at
 
 _M = TypeVar("_M")
 """The label of the model before training."""
@@ -86,6 +86,27 @@ def vector_hooks(model: LensModel, site: str, layers: Layers = "all") -> list[st
     if names[0].split(".")[-1] in PER_HEAD:
         raise CtlensError(f"{site!r} has one vector per head, not one per token: choose attn_out or resid_mid instead.")
     return names
+
+
+class VectorSite(NamedTuple):
+    """A site that has one vector per token: its short name where it has one, its layers, and their full hook names."""
+
+    site: str
+    layers: tuple[int, ...]
+    hook_names: list[str]
+
+
+def vector_site(model: LensModel, site: str, layers: Layers) -> VectorSite:
+    """The site of a short or a full name, see `ctlens.models.hooks.site_at`.
+
+    Raises:
+        CtlensError: as `site_at` and `vector_hooks`; or the hook point stands in no layer.
+    """
+    at = site_at(site, layers)
+    names = vector_hooks(model, at.site, at.layers)
+    if not names[0].startswith("blocks."):
+        raise CtlensError(f"{site} stands in no layer: name a hook point of a block.")
+    return VectorSite(at.site, select_layers(model.cfg.n_layers, at.layers), names)
 
 
 def pair_batches(

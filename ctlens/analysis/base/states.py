@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctlens import plots
-from ctlens.analysis.base.forward import pair_batches, require_eval, vector_hooks
+from ctlens.analysis.base.forward import pair_batches, require_eval, vector_site
 from ctlens.analysis.base.positions import CHOSEN, PAIR_SIDES, POSITIONS_IN_WORDS, PositionsOf, positions_mask
 from ctlens.analysis.base.recording import Readable, model_of, read
 from ctlens.analysis.base.result import ResultOverPairs, groups_of
@@ -26,7 +26,7 @@ from ctlens.core.public import public
 from ctlens.core.types import Mask
 from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair
-from ctlens.models.hooks import Layers, select_layers
+from ctlens.models.hooks import Layers
 from ctlens.plots import Figure
 
 
@@ -88,7 +88,7 @@ def states(
         positions: `"last"`, the prompt's last token; `"content"`, the mean over the aligned tokens
             before it; `"wrapper"`, the mean over the tokens that the attack added (wrapped side
             only); or a function that names positions.
-        site: a hook point with one vector per token, see `ctlens.models.hooks.SHORTHANDS`.
+        site: a hook point with one vector per token, see `ctlens.models.hooks.SHORTHANDS`, or its full hook name.
         layers: the layers, see `ctlens.models.hooks.select_layers`.
         batch_size: prompts per forward pass; only that many are held with all their tokens.
         progress: show a progress bar.
@@ -118,21 +118,19 @@ def states_at(
     require_eval(reader)
     if side not in PAIR_SIDES:
         raise unknown("side", side, PAIR_SIDES)
-    names = vector_hooks(reader, site, layers)
+    at = vector_site(reader, site, layers)
     chunks: list[list[np.ndarray]] = [[] for _ in positions]
     for number, (rows, batch) in enumerate(pair_batches(reader, pairs, "shared", batch_size, progress)):
         prompt = batch.clean if side == "clean" else batch.wrapped
         masks = [positions_mask(chosen, side, rows, batch) for chosen in positions]
-        found = read(model, prompt, names, number * batch_size)
+        found = read(model, prompt, at.hook_names, number * batch_size)
         for mask, of_positions in zip(masks, chunks, strict=True):
-            of_positions.append(torch.stack([_mean(found[name], mask) for name in names]).cpu().numpy())
-    numbers = select_layers(reader.cfg.n_layers, layers)
+            of_positions.append(torch.stack([_mean(found[name], mask) for name in at.hook_names]).cpu().numpy())
     called = [chosen if isinstance(chosen, str) else CHOSEN for chosen in positions]
     values = [np.concatenate(of_positions, 1) for of_positions in chunks]
+    where = (at.layers, at.site, side)
     groups = groups_of(pairs)
-    return [
-        States(of_name, numbers, site, side, name, groups=groups) for name, of_name in zip(called, values, strict=True)
-    ]
+    return [States(of_name, *where, name, groups=groups) for name, of_name in zip(called, values, strict=True)]
 
 
 def centred(*of_models: States) -> Float[np.ndarray, "layer state d"]:

@@ -226,7 +226,7 @@ def boundary_direction(
         models=labels,
         layers=found[BASE].layers,
         variants=plain[0].variants,
-        site=site,
+        site=found[BASE].site,
         groups=groups_of(heldout),
     )
 

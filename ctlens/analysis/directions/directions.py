@@ -30,7 +30,7 @@ from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair
-from ctlens.models.hooks import Layers, resolve
+from ctlens.models.hooks import Layers, resolve, site_at
 from ctlens.plots import Figure
 
 ALL_PAIRS = "all"
@@ -104,7 +104,8 @@ class Directions(Result):
             raise CtlensError(
                 f"the vectors have shape {np.shape(vectors)}, but one vector per layer and group is expected."
             )
-        if site not in DIRECTION_SITES:
+        at = site_at(site, tuple(layers))
+        if at.site not in DIRECTION_SITES:
             raise unknown("site of directions", site, DIRECTION_SITES)
         norm = np.linalg.norm(array, axis=-1)
         for layer, group in np.argwhere(~((norm > 0) & np.isfinite(norm))):
@@ -112,7 +113,7 @@ class Directions(Result):
             raise CtlensError(
                 f"the direction at layer {layers[layer]}{whose} has no length: leave it out, or choose other positions."
             )
-        return cls(array / norm[..., None], norm, 0 * norm, tuple(layers), site, source, model, per, tuple(groups))
+        return cls(array / norm[..., None], norm, 0 * norm, tuple(layers), at.site, source, model, per, tuple(groups))
 
     @property
     def name(self) -> str:

@@ -10,9 +10,9 @@ is left elsewhere.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -33,6 +33,8 @@ QUANTITY_TITLES = {
 }
 _KEPT = ("target keeps", "source keeps")
 _E = TypeVar("_E", bound="Exchange")
+Moved: TypeAlias = Float[np.ndarray, "*cell pair"]
+"""The change of the metric by an exchange, in every cell."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,10 @@ class Exchange(ResultOverPairs, ABC):
         Raises:
             CtlensError: the metric was not measured, or the models differ by less.
         """
+        return self._shares(metric, smallest_gap, lambda moved: moved)
+
+    def _shares(self, metric: str | None, smallest_gap: float | None, of: Callable[[Moved], Moved]) -> pd.DataFrame:
+        """The table of `normalised`, of something that is made of the change of every run."""
         metric = self.metrics[0] if metric is None else metric
         row = self._row(metric)
         floor = floor_of(metric, smallest_gap)
@@ -97,7 +103,7 @@ class Exchange(ResultOverPairs, ABC):
         for index, quantity in enumerate(EXCHANGE_QUANTITIES):
             gap = self.source[index, row] - self.unpatched[index, row]
             require_gap(metric, gap, floor, "source and target")
-            moved = self._flat(index, row) - self.unpatched[index, row]
+            moved = of(self.values[index, row] - self.unpatched[index, row]).reshape(-1, self.n_pairs)
             tables.append(self._table(quantity, metric, moved, shares(moved, gap, floor, self.clusters)))
         return pd.concat(tables, ignore_index=True)
 
@@ -158,9 +164,18 @@ class Exchange(ResultOverPairs, ABC):
 
 
 def with_effect(
-    results: Mapping[str, _E], metric: str | None, smallest_gap: float | None
+    results: Mapping[str, _E],
+    metric: str | None,
+    smallest_gap: float | None,
+    shares_of: Callable[..., pd.DataFrame] = Exchange.normalised,
 ) -> tuple[dict[str, pd.DataFrame], str]:
     """The shares of each result that has an effect, and a note on the results that have none.
+
+    Args:
+        results: by label.
+        metric: by default the first.
+        smallest_gap: see `Exchange.normalised`.
+        shares_of: makes the table of a result; it takes what `Exchange.normalised` takes.
 
     Raises:
         CtlensError: none has an effect, the metric was not measured, or the results have different cells.
@@ -174,7 +189,7 @@ def with_effect(
         if abs(effect) < floor_of(metric or result.metrics[0], smallest_gap):
             small[name] = effect
     chosen = [name for name in results if name not in small] or list(results)[:1]
-    tables = {name: results[name].normalised(metric, smallest_gap=smallest_gap) for name in chosen}
+    tables = {name: shares_of(results[name], metric, smallest_gap=smallest_gap) for name in chosen}
     names = ", ".join(f"{plots.label(name)} ({effect:.2g})" for name, effect in small.items())
     return tables, f"not drawn, effect too small: {names}" if small else ""
 

@@ -34,7 +34,7 @@ from ctlens.analysis.exchange.exchange import (
     with_effect,
 )
 from ctlens.analysis.patching.jobs import Column, PatchBatch, PatchPair, patch_batch
-from ctlens.analysis.patching.sweep import Recorded, Sweep, Swept, sweep_of
+from ctlens.analysis.patching.sweep import Recorded, Sweep, Swept, asked_sites, sweep_of
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.progress import ProgressBar, progress_bar
 from ctlens.core.public import public
@@ -46,6 +46,7 @@ from ctlens.models.hooks import Layers, run_capturing
 from ctlens.plots import Figure
 
 _ALL = "all"
+STREAM_SITES = ("resid_pre", "resid_mid", "resid_post")
 TRANSPLANT_POSITIONS = (*STATE_POSITIONS, _ALL)
 TRANSPLANT_POSITIONS_IN_WORDS = {**POSITIONS_IN_WORDS, _ALL: "at all tokens"}
 
@@ -78,10 +79,33 @@ class Transplant(Exchange):
             table["head"] = head[0]
         return table.assign(positions=np.array(self.positions)[position])
 
+    @property
+    def adds_up(self) -> bool:
+        """True of the residual stream, which holds at a layer what all layers up to it have written."""
+        return self.site in STREAM_SITES
+
+    def added(self, metric: str | None = None, *, smallest_gap: float | None = None) -> pd.DataFrame:
+        """The table of `normalised` with what each layer adds to the share of the layer in front of it.
+
+        The first row of a kind has all that is there at the first layer. So the rows add up to the share of the last
+        layer. At the content tokens a layer adds less than nothing where other tokens have read them, which carry the
+        effect from there on.
+
+        Args:
+            metric: by default the first.
+            smallest_gap: see `Exchange.normalised`.
+
+        Raises:
+            CtlensError: as `normalised`; or the site is no residual stream, so that its layers do not add up.
+        """
+        if not self.adds_up:
+            raise CtlensError(f"{self.site} is each layer's own and does not add up: read the shares of `normalised`.")
+        return self._shares(metric, smallest_gap, lambda moved: np.diff(moved, axis=0, prepend=0.0))
+
     def figure(
         self, positions: str | None = None, metric: str | None = None, *, smallest_gap: float | None = None
     ) -> Figure:
-        """The shares in both directions, by layer or by layer and head.
+        """The shares in both directions, by layer or by layer and head; of the stream what each layer adds.
 
         Args:
             positions: any of the measured ones, by default the first.
@@ -103,7 +127,7 @@ class Transplant(Exchange):
         smallest_gap: float | None = None,
         subtitle: str | None = None,
     ) -> Figure:
-        """The shares of several source models in one figure, a line per model and this one first; a grid per head site.
+        """The shares of several source models, as `figure` has them: a line per model, or a grid of heads.
 
         Args:
             others: transplants from other source models, by label; they may hold this one too, under its label. A
@@ -134,18 +158,22 @@ def _drawn(
     for result in results.values():
         if positions not in result.positions:
             raise unknown("measured positions", positions, result.positions)
-    tables, note = with_effect(results, metric, smallest_gap)
+    shares_of = Transplant.added if first.adds_up else Transplant.normalised
+    tables, note = with_effect(results, metric, smallest_gap, shares_of)
     chosen = {name: rows_with(table, positions=positions) for name, table in tables.items()}
     prompts = f"{first.site}, {first.n_pairs} {first.side} prompts, {metric or first.metrics[0]}"
     subtitle = "; ".join(filter(None, (subtitle or prompts, note)))
-    title = f"Where does the training live, {TRANSPLANT_POSITIONS_IN_WORDS[positions]}?"
+    where = TRANSPLANT_POSITIONS_IN_WORDS[positions]
+    title = f"Which layers bring the training, {where}?" if first.adds_up else f"Where does the training live, {where}?"
     if "head" in next(iter(chosen.values())):
         return _grids(chosen, title, subtitle)
     panels = {
         QUANTITY_TITLES[quantity]: {name: curve(rows_with(table, quantity=quantity)) for name, table in chosen.items()}
         for quantity in EXCHANGE_QUANTITIES
     }
-    return plots.exchange_curves(first.layers, panels, title, y_title="share of the effect", subtitle=subtitle)
+    y_title = "share of the effect that the layer adds" if first.adds_up else "share of the effect"
+    options = {"adds_up": first.adds_up, "subtitle": subtitle}
+    return plots.exchange_curves(first.layers, panels, title, y_title=y_title, **options)
 
 
 def _grids(tables: Mapping[str, pd.DataFrame], title: str, subtitle: str) -> Figure:
@@ -191,7 +219,7 @@ def transplant(
         source: for example a trained model, in eval mode.
         target: for example its base, in eval mode.
         pairs: with good and bad answers on the side. `ctlens.pairs` makes them of two lists of texts.
-        site: the hook point that is patched, one of `ctlens.models.hooks.SHORTHANDS`, see `patch`.
+        site: the hook point that is patched, short or in full, see `patch`.
         positions: one or several of `"last"`, the token that predicts the answer; `"content"`, the
             aligned tokens before it; `"wrapper"`, the tokens that the attack added; and `"all"`, every token.
         side: `"wrapped"` or `"clean"`: the prompt of each pair that both models read.
@@ -209,26 +237,27 @@ def transplant(
             has no answers or no token at a position.
     """
     require_comparable(target, source)
+    at = asked_sites(target, (site,), layers)[site]
     chosen = (positions,) if isinstance(positions, str) else tuple(positions)
     prepared = same_prompts(target, pairs, side, chosen)
     measures = named_metrics(metrics)
     into = [
-        sweep_of(model, prepared, (site,), layers, measures, max_batch, skip_unchanged=False)
+        sweep_of(model, prepared, (at.site,), at.layers, measures, max_batch, skip_unchanged=False)
         for model in (target, source)
     ]
     groups = into[0].groups(prepared)
     total = sum(sweep.patches(group) for sweep in into for group in groups)
     with progress_bar(total=total, desc="transplants", shown=progress, leave=False) as bar:
         found = [_both_ways(into, group, bar) for group in groups]
-    paths = {swept.paths[site] for both in found for swept in both}
+    paths = {swept.paths[at.site] for both in found for swept in both}
     return Transplant(
-        values=_joined([[swept.values[site] for swept in both] for both in found]),
+        values=_joined([[swept.values[at.site] for swept in both] for both in found]),
         unpatched=_joined([[swept.target for swept in both] for both in found]),
         source=_joined([[swept.source for swept in both] for both in found]),
         metrics=tuple(measures),
-        layers=into[0].layers,
+        layers=at.layers,
         positions=chosen,
-        site=site,
+        site=at.site,
         side=side,
         path=" and ".join(sorted(paths)),
         groups=groups_of(pairs),

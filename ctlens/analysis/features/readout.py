@@ -19,7 +19,7 @@ from ctlens.core.arguments import require_types
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
-from ctlens.models.hooks import SHORTHANDS, require_hooks
+from ctlens.models.hooks import SHORTHANDS, require_hooks, site_at
 
 
 @runtime_checkable
@@ -125,8 +125,7 @@ def feature_direction(model: LensModel, features: Features, number: int, *, acti
 
 def site_of(hook_name: str) -> tuple[str, int]:
     """The site and the layer of a full hook name at which there are directions."""
-    layer = hook_name.split(".")[1] if hook_name.startswith("blocks.") else ""
-    for site in DIRECTION_SITES:
-        if layer.isdigit() and SHORTHANDS[site].format(layer=layer) == hook_name:
-            return site, int(layer)
+    at = site_at(hook_name)
+    if at.site in DIRECTION_SITES and isinstance(at.layers, int):
+        return at.site, at.layers
     raise unknown("hook point of directions", hook_name, [SHORTHANDS[site] for site in DIRECTION_SITES])

@@ -12,7 +12,7 @@ from torch import Tensor
 from ctlens.analysis.base.forward import require_eval
 from ctlens.analysis.patching.hooked import WITH_HEADS, write_of
 from ctlens.analysis.patching.jobs import Jobs, patch_batch, patch_pairs
-from ctlens.analysis.patching.sweep import require_sites, source_and_target
+from ctlens.analysis.patching.sweep import asked_sites, require_head, source_and_target
 from ctlens.core.errors import CtlensError
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
@@ -147,7 +147,7 @@ def patch_one(
     model: LensModel,
     pair: OnePair,
     site: str,
-    layer: int,
+    layer: int | None = None,
     position: int = -1,
     *,
     head: int | None = None,
@@ -163,8 +163,8 @@ def patch_one(
     Args:
         model: in eval mode.
         pair: whose prompts name a good and a bad answer.
-        site: as of `ct.analysis.patch`, which does the work.
-        layer: its number, negative ones from the last.
+        site: as of `ct.analysis.patch`, short or in full, as `"blocks.3.hook_resid_post"`.
+        layer: of a short name: its number, negative ones from the last.
         position: among the aligned tokens, -1 for the last.
         head: of `"z"` and `"pattern"`, and of no other site.
         direction: `"denoising"` or `"noising"`.
@@ -173,13 +173,13 @@ def patch_one(
         CtlensError: as `ct.analysis.patch`; or there is no such position or head.
     """
     require_eval(model)
-    require_sites([site], None)
-    (name,) = resolve(model, site, layer)
-    if (site in WITH_HEADS) != (head is not None):
-        raise CtlensError(f"{site} {'has heads: name one' if head is None else 'has no heads: leave head out'}.")
-    n_heads = model.cfg.n_heads
-    if head is not None and not 0 <= head < n_heads:
-        raise CtlensError(f"head {head} does not exist: {site} has heads 0 to {n_heads - 1}.")
+    at = asked_sites(model, [site], "all" if layer is None else layer)[site]
+    if len(at.layers) > 1:
+        raise CtlensError(f"{site} is a site of every layer: name a layer, or the hook point in full.")
+    (name,) = resolve(model, at.site, at.layers)
+    require_head(model, at.site, head)
+    if at.site in WITH_HEADS and head is None:
+        raise CtlensError(f"{site} has heads: name one.")
     (prepared,) = patch_pairs(model, [pair], direction, "each", "shared")
     columns = prepared.columns
     if not -len(columns) <= position < len(columns):
@@ -194,7 +194,7 @@ def patch_one(
 
     def patched(activation: Tensor) -> Tensor:
         edited = activation.clone()
-        write_of(site)(batch, job, source.states[name], edited, first, 0)
+        write_of(at.site)(batch, job, source.states[name], edited, first, 0)
         return edited
 
     with editing(model, {name: patched}):

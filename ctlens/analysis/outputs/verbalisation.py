@@ -30,6 +30,7 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.keeping import keeping
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
+from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair
 from ctlens.plots import Figure
 from ctlens.threats import AdmissionJudge, Judge, ask, by_wording
@@ -155,7 +156,7 @@ class Verbalisation(ResultOverPairs):
 @keeping()
 def verbalisation(
     models: LensModel | Mapping[str, LensModel],
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     admits: AdmissionJudge = by_wording,
     *,
     judge: Judge | None = None,

@@ -12,7 +12,7 @@ metric knows its pair's answers, and it asks both prompts for one length. Here p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -28,15 +28,15 @@ from ctlens.analysis.base.metrics import Metric, UserMetric, measured, named_met
 from ctlens.analysis.base.result import Result
 from ctlens.analysis.patching.hooked import WITH_HEADS, write_of
 from ctlens.analysis.patching.jobs import PatchBatch, PatchPair, jobs, patch_batch, patch_pairs
-from ctlens.analysis.patching.patch import column_tokens, joined
+from ctlens.analysis.patching.patch import column_tokens, joined, sweep_labels
 from ctlens.analysis.patching.result import Patching
-from ctlens.analysis.patching.sweep import Swept, fitting, require_sites
+from ctlens.analysis.patching.sweep import AskedSite, Swept, asked_sites, fitting
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.types import Activations, HookFunction, LensModel, Logits
 from ctlens.data.inputs import Pairs
-from ctlens.models.hooks import Layers, editing, resolve, run, run_capturing, select_layers
+from ctlens.models.hooks import Layers, editing, resolve, run, run_capturing
 from ctlens.plots import Figure
 
 _PATH = "gradient"
@@ -228,35 +228,33 @@ def attribution_patch(
         CtlensError: see `ctlens.analysis.patch`.
     """
     require_eval(model)
-    sites = (site,) if isinstance(site, str) else tuple(site)
-    require_sites(sites, max_batch)
+    asked = asked_sites(model, (site,) if isinstance(site, str) else site, layers)
     measures = named_metrics(metrics)
     prepared = patch_pairs(model, pairs, direction, positions, window)
-    numbers = select_layers(model.cfg.n_layers, layers)
     longest = max(len(ids) for pair in prepared for ids in (pair.source, pair.target))
     size = max_batch or max(1, fitting(model, longest) // model.cfg.n_layers)
     chunks = []
     with progress_bar(total=len(pairs), desc="pairs", shown=progress, leave=False) as bar:
         for start in range(0, len(prepared), size):
             group = prepared[start : start + size]
-            chunks.append(_first_order(model, group, sites, numbers, measures))
+            chunks.append(_first_order(model, group, asked, measures))
             bar.update(len(group))
     tokens = column_tokens(model, prepared) if positions == "each" else ("",)
-    found = joined(chunks, pairs, tuple(measures), numbers, tokens, direction, positions, window)
+    labels = sweep_labels(pairs, tuple(measures), tokens, direction, positions, window)
+    found = {name: joined(chunks, name, at, labels) for name, at in asked.items()}
     return found[site] if isinstance(site, str) else found
 
 
 def _first_order(
     model: LensModel,
     group: Sequence[PatchPair],
-    sites: Sequence[str],
-    layers: tuple[int, ...],
+    asked: Mapping[str, AskedSite],
     metrics: dict[str, Metric],
 ) -> Swept:
     """Runs source and target once each, and one backward pass per metric for all sites."""
     batch = patch_batch(group, next(model.parameters()).device)
-    names = {site: resolve(model, site, layers) for site in sites}
-    flat = sum(names.values(), [])
+    names = {name: resolve(model, at.site, at.layers) for name, at in asked.items()}
+    flat = list(dict.fromkeys(sum(names.values(), [])))
     logits, source = run_capturing(model, batch.source.side.tokens, flat, grad=False)
     last_source = batch.source.at_last(logits)
     with torch.enable_grad():
@@ -268,15 +266,15 @@ def _first_order(
     to_patch = np.array([pair.to_patch() for pair in group])
     start = unpatched.detach().cpu().numpy()
     values: dict[str, np.ndarray] = {}
-    for site in sites:
+    for given, at in asked.items():
         moved = [
-            _moved(site, batch, to_patch, source[name], target[name].detach(), slope[name]) for name in names[site]
+            _moved(at.site, batch, to_patch, source[name], target[name].detach(), slope[name]) for name in names[given]
         ]
         grid = start[:, None, None, None] + torch.stack(moved, 1).cpu().numpy()
         grid = np.where(to_patch.T, grid, np.nan)
-        values[site] = grid if site in WITH_HEADS else grid[:, :, 0]
+        values[given] = grid if at.site in WITH_HEADS else grid[:, :, 0]
     whole = measured(metrics, last_source, batch.source, last_source).cpu().numpy()
-    return Swept(values, start, whole, dict.fromkeys(sites, _PATH))
+    return Swept(values, start, whole, dict.fromkeys(asked, _PATH))
 
 
 def _with_graph(model: LensModel, batch: PatchBatch, names: list[str]) -> tuple[Logits, Activations]:

@@ -20,8 +20,8 @@ it does not reproduce, goes the general way: the model's own blocks, with many p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import overload
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from ctlens.analysis.base.metrics import UserMetric, named_metrics
 from ctlens.analysis.base.result import groups_of
 from ctlens.analysis.patching.jobs import PatchPair, patch_batch, patch_pairs
 from ctlens.analysis.patching.result import Patching
-from ctlens.analysis.patching.sweep import Sweep, Swept, source_and_target, sweep_of
+from ctlens.analysis.patching.sweep import AskedSite, Sweep, Swept, asked_sites, source_and_target, sweep_of
 from ctlens.core.progress import ProgressBar, progress_bar
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
@@ -102,10 +102,11 @@ def patch(
     Args:
         model: in eval mode.
         pairs: with good and bad answers. `ctlens.pairs` makes them of two lists of texts.
-        site: the hook point that is patched, one of `ctlens.models.hooks.SHORTHANDS`, or a list or tuple of several,
-            which share one sweep and cost less than a sweep each. A patch is one token's vector, of `"z"` and
-            `"pattern"` that of one head. Attention rows are moved to the keys of the target; what the source attends
-            to without a twin there is lost.
+        site: the hook point that is patched: one of `ctlens.models.hooks.SHORTHANDS`, or such a site of one layer in
+            full, `"blocks.3.hook_resid_post"`; or a list or tuple of several. Those of the same layers share one sweep
+            and cost less than a sweep each. A patch is one token's vector, of `"z"` and `"pattern"` that of
+            one head. Attention rows are moved to the keys of the target; what the source attends to without a twin
+            there is lost.
         direction: `"denoising"`, the clean run's activations into the wrapped run, or `"noising"`,
             the reverse.
         positions: `"each"` patches every aligned token by itself; the others patch several tokens at once: `"last"`
@@ -130,49 +131,55 @@ def patch(
             not align, has no answers, or no token to patch.
     """
     require_eval(model)
-    sites = (site,) if isinstance(site, str) else tuple(site)
+    asked = asked_sites(model, (site,) if isinstance(site, str) else site, layers)
     measures = named_metrics(metrics)
     prepared = patch_pairs(model, pairs, direction, positions, window)
-    sweep = sweep_of(model, prepared, sites, layers, measures, max_batch, skip_unchanged=skip_unchanged)
-    groups = sweep.groups(prepared)
-    total = sum(sweep.patches(group) for group in groups)
+    options: dict[str, Any] = {"metrics": measures, "max_batch": max_batch, "skip_unchanged": skip_unchanged}
+    sweeps = [
+        sweep_of(model, prepared, [at.site for at in asked.values() if at.layers == numbers], numbers, **options)
+        for numbers in dict.fromkeys(at.layers for at in asked.values())
+    ]
+    groups = sweeps[0].groups(prepared)
+    total = sum(sweep.patches(group) for sweep in sweeps for group in groups)
     with progress_bar(total=total, desc="patches", shown=progress, leave=False) as bar:
-        chunks = [_patched(sweep, group, bar) for group in groups]
+        swept = {sweep.layers: [_patched(sweep, group, bar) for group in groups] for sweep in sweeps}
     tokens = column_tokens(model, prepared) if positions == "each" else ("",)
-    found = joined(chunks, pairs, tuple(measures), sweep.layers, tokens, direction, positions, window)
+    labels = sweep_labels(pairs, tuple(measures), tokens, direction, positions, window)
+    found = {name: joined(swept[at.layers], at.site, at, labels) for name, at in asked.items()}
     return found[site] if isinstance(site, str) else found
 
 
-def joined(
-    chunks: Sequence[Swept],
+def sweep_labels(
     pairs: Sequence[Pair],
     metrics: tuple[str, ...],
-    layers: tuple[int, ...],
     tokens: tuple[str, ...],
     direction: str,
     positions: str,
     window: str,
-) -> dict[str, Patching]:
-    """The results of groups of pairs as one result per site, see `Patching`."""
-    target = np.concatenate([chunk.target for chunk in chunks], -1)
-    source = np.concatenate([chunk.source for chunk in chunks], -1)
-    return {
-        site: Patching(
-            np.concatenate([chunk.values[site] for chunk in chunks], -1),
-            target,
-            source,
-            metrics,
-            layers,
-            tokens,
-            site,
-            direction,
-            positions,
-            window,
-            " and ".join(sorted({chunk.paths[site] for chunk in chunks})),
-            groups=groups_of(pairs),
-        )
-        for site in chunks[0].values
-    }
+) -> dict[str, Any]:
+    """What every `Patching` of a sweep has that is no number and not of its site."""
+    named = {"metrics": metrics, "tokens": tokens, "direction": direction, "positions": positions, "window": window}
+    return {**named, "groups": groups_of(pairs)}
+
+
+def joined(chunks: Sequence[Swept], name: str, at: AskedSite, labels: Mapping[str, Any]) -> Patching:
+    """The results of groups of pairs at one site as one, see `Patching`.
+
+    Args:
+        chunks: of each group.
+        name: of the site in the chunks.
+        at: the site.
+        labels: from `sweep_labels`.
+    """
+    return Patching(
+        values=np.concatenate([chunk.values[name] for chunk in chunks], -1),
+        target=np.concatenate([chunk.target for chunk in chunks], -1),
+        source=np.concatenate([chunk.source for chunk in chunks], -1),
+        layers=at.layers,
+        site=at.site,
+        path=" and ".join(sorted({chunk.paths[name] for chunk in chunks})),
+        **labels,
+    )
 
 
 def _patched(sweep: Sweep, group: Sequence[PatchPair], bar: ProgressBar) -> Swept:

@@ -16,10 +16,10 @@ from ctlens.analysis.patching.blocks import Block, read_blocks
 from ctlens.analysis.patching.hooked import WITH_HEADS, Hooked
 from ctlens.analysis.patching.jobs import Jobs, PatchBatch, PatchPair, jobs
 from ctlens.analysis.patching.suffix import SUFFIX_SITES, Suffix, needed
-from ctlens.core.errors import CtlensError, unknown
+from ctlens.core.errors import CtlensError
 from ctlens.core.types import Activations, LensModel
 from ctlens.models.finite import require_finite
-from ctlens.models.hooks import SHORTHANDS, Layers, resolve, run_capturing, select_layers
+from ctlens.models.hooks import SHORTHANDS, Layers, resolve, run_capturing, select_layers, site_at, unknown_site
 
 SWEEP_BYTES = 2**28  # 256 MiB, chosen by eye
 """Bytes that one forward pass, or the activations held of one group of pairs, may take by default."""
@@ -174,38 +174,56 @@ class Sweep:
         return found
 
 
+@dataclass(frozen=True)
+class AskedSite:
+    """A site as its short name, one of `ctlens.models.hooks.SHORTHANDS`, and the numbers of its layers."""
+
+    site: str
+    layers: tuple[int, ...]
+
+
+def asked_sites(model: LensModel, sites: Sequence[str], layers: Layers) -> dict[str, AskedSite]:
+    """What each name asks for: a short one a site at the chosen layers, a full hook name one at its own layer.
+
+    Raises:
+        CtlensError: a site is unknown or named twice, none is named, or a layer does not exist or is another than that
+            of a full name.
+    """
+    found = {}
+    for name in sites:
+        at = site_at(name, layers)
+        if at.site not in SHORTHANDS:
+            raise unknown_site(name)
+        found[name] = AskedSite(at.site, select_layers(model.cfg.n_layers, at.layers))
+    if not sites or len(set(sites)) < len(sites) or len(set(found.values())) < len(found):
+        raise CtlensError("name at least one site, and each once.")
+    return found
+
+
+def require_head(model: LensModel, site: str, head: int | None) -> None:
+    """Raises a `CtlensError` if a head is named that the site does not have."""
+    if head is None:
+        return
+    if site not in WITH_HEADS:
+        raise CtlensError(f"{site} has no heads: leave head out.")
+    if not 0 <= head < model.cfg.n_heads:
+        raise CtlensError(f"head {head} does not exist: {site} has heads 0 to {model.cfg.n_heads - 1}.")
+
+
 def sweep_of(
     model: LensModel,
     prepared: Sequence[PatchPair],
     sites: Sequence[str],
-    layers: Layers,
+    layers: tuple[int, ...],
     metrics: dict[str, Metric],
     max_batch: int | None,
     *,
     skip_unchanged: bool,
 ) -> Sweep:
-    """The sweep of some sites over pairs.
-
-    Raises:
-        CtlensError: a site is unknown or named twice, none is named, a layer does not exist, or `max_batch` is less
-            than 1.
-    """
-    require_sites(sites, max_batch)
+    """The sweep of some sites, by their short names, over pairs."""
     longest = max(len(ids) for pair in prepared for ids in (pair.source, pair.target))
-    numbers = select_layers(model.cfg.n_layers, layers)
     blocks = read_blocks(model, longest) if set(sites) & set(SUFFIX_SITES) else None
-    return Sweep(model, tuple(sites), numbers, metrics, skip_unchanged, max_batch or fitting(model, longest), blocks)
-
-
-def require_sites(sites: Sequence[str], max_batch: int | None) -> None:
-    """Raises a `CtlensError` if a site is unknown or named twice, none is named, or `max_batch` is less than 1."""
-    for site in sites:
-        if site not in SHORTHANDS:
-            raise unknown("site", site, SHORTHANDS)
-    if not sites or len(set(sites)) < len(sites):
-        raise CtlensError("name at least one site, and each once.")
-    if max_batch is not None and max_batch < 1:
-        raise CtlensError(f"max_batch is {max_batch}: at least 1 is needed.")
+    return Sweep(model, tuple(sites), layers, metrics, skip_unchanged, max_batch or fitting(model, longest), blocks)
 
 
 def fitting(model: LensModel, length: int) -> int:

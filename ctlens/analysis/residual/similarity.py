@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ctlens.analysis.base.forward import encoded_pairs, require_comparable, vector_hooks
+from ctlens.analysis.base.forward import encoded_pairs, require_comparable, vector_site
 from ctlens.analysis.base.recording import Readable, model_of
 from ctlens.analysis.base.result import groups_of
 from ctlens.analysis.residual.likeness import MethodSeeds
@@ -34,7 +34,7 @@ from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.inputs import Pairs
-from ctlens.models.hooks import Layers, select_layers
+from ctlens.models.hooks import Layers
 
 
 @public
@@ -75,7 +75,7 @@ def shift_similarity(
             `cka`: debiased linear CKA, with more prompts than dimensions only. `principal`: the
             cosines of the principal angles between the spans of the `k` top shift directions.
         k: how many directions span a shift, for `principal`.
-        site: a hook point with one vector per token, see `ctlens.models.hooks.SHORTHANDS`.
+        site: a hook point with one vector per token, see `ctlens.models.hooks.SHORTHANDS`, or its full hook name.
         layers: which ones, see `ctlens.models.hooks.select_layers`.
         batch_size: prompts per forward pass at most; as many as fit with all their tokens and hook points into 256 MiB.
             If not even one does, models run again.
@@ -98,7 +98,8 @@ def shift_similarity(
     if null is not None and null not in methods:
         raise unknown("null", null, methods)
     rows = encoded_pairs(base, pairs, ("shared",))
-    found = shifts_at(before, list(keyed.values()), rows, vector_hooks(base, site, layers), batch_size, progress)
+    at = vector_site(base, site, layers)
+    found = shifts_at(before, list(keyed.values()), rows, at.hook_names, batch_size, progress)
     _require_moved(seeds, found)
     groups = groups_of(pairs)
     return ShiftSimilarity(
@@ -106,10 +107,10 @@ def shift_similarity(
         groups=groups,
         quantities=names_of(quantities, k),
         methods=methods,
-        layers=select_layers(base.cfg.n_layers, layers),
+        layers=at.layers,
         null=null or "",
         one_seed=tuple(method for method in methods if [name for name, _ in seeds].count(method) == 1),
-        site=site,
+        site=at.site,
     )
 
 

@@ -67,6 +67,15 @@ def test_a_span_of_the_user_is_averaged(model: LensModel):
     assert first_two.positions == "chosen"
 
 
+def test_a_full_hook_name_is_its_site_at_its_layer(model: LensModel):
+    one = states(model, PAIRS, site="blocks.1.hook_resid_pre", progress=False)
+    of_both = states(model, PAIRS, site="resid_pre", progress=False)
+    assert (one.site, one.layers) == ("resid_pre", (1,))
+    assert (one.values == of_both.values[1:]).all()
+    other = states(model, PAIRS, site="blocks.1.ln2.hook_normalized", progress=False)
+    assert (other.site, other.layers, len(other.values)) == ("blocks.1.ln2.hook_normalized", (1,), 1)
+
+
 def test_states_round_trip_through_a_file(model: LensModel, tmp_path):
     found = states(model, PAIRS, layers="last", progress=False)
     found.save(tmp_path / "states.safetensors")
@@ -88,6 +97,8 @@ def test_states_round_trip_through_a_file(model: LensModel, tmp_path):
         ({"site": "z"}, "'z' has one vector per head"),
         ({"site": "pattern"}, "'pattern' has one vector per head"),
         ({"site": "blocks.0.attn.hook_q"}, "has one vector per head"),
+        ({"site": "hook_embed"}, "hook_embed stands in no layer"),
+        ({"site": "blocks.0.hook_resid_pre", "layers": [1]}, "stands in layer 0"),
     ],
 )
 def test_what_cannot_be_had_is_refused(model: LensModel, options: dict, message: str):

@@ -239,13 +239,37 @@ def test_a_figure_has_a_panel_per_direction_and_a_line_per_source():
     drawn = by_hand().compare({"bct": by_hand()}, label="act")
     lines = [trace for trace in drawn.data if trace.mode == "lines+markers"]
     assert [(line.name, line.xaxis) for line in lines] == [("ACT", "x"), ("BCT", "x"), ("ACT", "x2"), ("BCT", "x2")]
-    assert list(lines[0].x) == [3, 5] and list(lines[0].y) == [1 / 6, 1.0] and list(lines[2].y) == [0.0, 1.0]
+    assert list(lines[0].x) == [3, 5] and list(lines[2].y) == [0.0, 1.0]
+    assert list(lines[0].y) == pytest.approx([1 / 6, 5 / 6])  # of 1/6 at the first layer and all at the second
     names = [note.text for note in drawn.layout.annotations]
     assert names[:2] == ["source into target: share that appears", "target into source: share that is lost"]
     with pytest.raises(CtlensError, match="unknown measured positions 'content'"):
         by_hand().figure("content")
     with pytest.raises(CtlensError, match="unknown measured metric 'kl'"):
         by_hand().figure(metric="kl")
+
+
+def test_what_the_layers_add_is_the_share_of_the_last_one(models: tuple[LensModel, LensModel]):
+    by_hand_rows = by_hand().added()
+    assert by_hand_rows["value"].tolist() == pytest.approx([1 / 6, 5 / 6, 0.0, 1.0])
+    found = exchanged(models, positions=("last", "content"))
+    keys = ["quantity", "positions"]
+    added = found.added(smallest_gap=0.0)
+    whole = found.normalised(smallest_gap=0.0).query("layer == 1").set_index(keys)["value"]
+    np.testing.assert_allclose(added.groupby(keys)["value"].sum()[whole.index], whole, **CLOSE)
+    first = found.normalised(smallest_gap=0.0).query("layer == 0")["value"]
+    np.testing.assert_allclose(added.query("layer == 0")["value"], first, **CLOSE)
+    with pytest.raises(CtlensError, match="attn_out is each layer's own and does not add up"):
+        exchanged(models, site="attn_out").added(smallest_gap=0.0)
+
+
+def test_a_site_that_does_not_add_up_is_drawn_as_it_is(models: tuple[LensModel, LensModel]):
+    found = exchanged(models, site="attn_out", positions="last")
+    drawn = found.figure(smallest_gap=0.0)
+    lines = [trace for trace in drawn.data if trace.mode == "lines+markers"]
+    shares = found.normalised(smallest_gap=0.0).query("quantity == 'sufficient'")["value"]
+    np.testing.assert_allclose(lines[0].y, shares)
+    assert drawn.layout.meta["title"].startswith("Where does the training live")
 
 
 def test_a_figure_says_which_sources_have_no_effect():

@@ -12,6 +12,7 @@ from ctlens.analysis import patch
 from ctlens.core.errors import CtlensError
 from ctlens.data.chat import render
 from ctlens.data.pairs import prompt
+from ctlens.models.hooks import SHORTHANDS
 
 PAIRS = threats.get("sycophancy").pairs(3, split="heldout")
 
@@ -89,6 +90,8 @@ def test_one_patch_is_a_cell_of_the_sweep(site: str, head: int | None, direction
     assert (one.target, one.source) == pytest.approx((swept.target[0, 0], swept.source[0, 0]), abs=1e-5)
     assert one.share == pytest.approx((one.patched - one.target) / (one.source - one.target))
     assert np.isnan(one._replace(source=one.target).share)
+    in_full = SHORTHANDS[site].format(layer=2)
+    assert patch_one(model, PAIRS[0], in_full, position=-3, head=head, direction=direction) == one
 
 
 @pytest.mark.parametrize(
@@ -99,6 +102,8 @@ def test_one_patch_is_a_cell_of_the_sweep(site: str, head: int | None, direction
         ({"site": "z", "head": 4}, "head 4 does not exist: z has heads 0 to 3"),
         ({"site": "resid_pre", "position": 99}, "aligned tokens, and none at 99"),
         ({"site": "resid_pre", "layer": 9}, "layer 9 does not exist"),
+        ({"site": "resid_pre", "layer": None}, "resid_pre is a site of every layer: name a layer"),
+        ({"site": "blocks.1.hook_resid_pre", "layer": 2}, "stands in layer 1, and the layers are 2"),
     ],
 )
 def test_an_activation_that_is_not_there_is_refused(options: dict, message: str) -> None:

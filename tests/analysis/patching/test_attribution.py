@@ -84,6 +84,16 @@ def test_values_are_the_slope_of_a_path_towards_the_source(model: LensModel, sit
         assert found.values[0, 1, column, 0] - found.target[0, 0] == pytest.approx(slope, abs=2e-3)
 
 
+def test_full_hook_names_are_rows_of_the_sweep_of_their_site(model: LensModel):
+    names = ("blocks.1.attn.hook_z", "resid_post", "blocks.0.attn.hook_z")
+    found = quick(model, PAIRS, *names)
+    whole = quick(model, PAIRS, "z")["z"]
+    assert list(found) == list(names)
+    for name, layer in ((names[0], 1), (names[2], 0)):
+        assert (found[name].site, found[name].layers) == ("z", (layer,))
+        np.testing.assert_allclose(found[name].values, whole.values[:, [layer]], **CLOSE)
+
+
 def test_prompts_that_are_the_same_change_nothing(model: LensModel):
     same = [Pair(pair.clean, pair.clean) for pair in PAIRS]
     for site, found in quick(model, same).items():

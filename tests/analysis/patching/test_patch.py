@@ -210,10 +210,29 @@ def test_several_sites_in_one_sweep_are_a_sweep_each(model: LensModel, path: str
         np.testing.assert_allclose(found.source, alone.source, **CLOSE)
 
 
-@pytest.mark.parametrize(("sites", "message"), [((), "at least one site"), (("z", "z"), "each once")])
-def test_no_sites_and_repeated_ones_are_refused(sites: tuple[str, ...], message: str):
+def test_full_hook_names_are_rows_of_the_sweep_of_their_site(model: LensModel, path: str):
+    names = ["blocks.1.hook_resid_post", "blocks.0.attn.hook_z", "blocks.1.attn.hook_z", "mlp_post"]
+    together = patch(model, PAIRS, site=names, direction="denoising", progress=False)
+    assert list(together) == names
+    for name, (site, layer) in zip(names[:3], [("resid_post", 1), ("z", 0), ("z", 1)], strict=True):
+        whole = swept(model, PAIRS, site)
+        assert (together[name].site, together[name].layers, together[name].path) == (site, (layer,), whole.path)
+        np.testing.assert_allclose(together[name].values, whole.values[:, [layer]], **CLOSE)
+        np.testing.assert_allclose(swept(model, PAIRS, name).values, together[name].values, **CLOSE)
+    assert together["mlp_post"].layers == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("sites", "options", "message"),
+    [
+        ((), {}, "at least one site"),
+        (("z", "z"), {}, "each once"),
+        (("z", "blocks.1.attn.hook_z"), {"layers": [1]}, "each once"),
+    ],
+)
+def test_no_sites_and_repeated_ones_are_refused(sites: tuple[str, ...], options: dict, message: str):
     with pytest.raises(CtlensError, match=message):
-        patch(made(), PAIRS, site=sites, direction="denoising")
+        patch(made(), PAIRS, site=sites, direction="denoising", **options)
 
 
 @pytest.mark.parametrize("site", ["resid_post", "z"])
@@ -334,6 +353,9 @@ def test_tokens_are_named_where_all_pairs_agree():
     ("options", "message"),
     [
         ({"site": "hook_z"}, "unknown site"),
+        ({"site": "blocks.1.hook_z"}, "did you mean 'blocks.1.attn.hook_z'"),
+        ({"site": "blocks.2.attn.hook_z"}, "layer 2 does not exist"),
+        ({"site": "blocks.1.attn.hook_z", "layers": [0]}, "stands in layer 1, and the layers are"),
         ({"direction": "backwards"}, "unknown direction"),
         ({"positions": "first"}, "unknown choice of positions"),
         ({"positions": "wrapper"}, "no twin in the clean prompt"),
