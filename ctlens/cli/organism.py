@@ -39,7 +39,11 @@ def train_organism_command(
     steps: Annotated[int | None, typer.Option(help="Pretraining steps; by default those of the preset.")] = None,
     preset: Annotated[
         str,
-        typer.Option(help="Size of the organism: small (0.6M parameters, as shipped) or large (about 10M, for a GPU)."),
+        typer.Option(
+            help="Size of the organism: small (0.6M parameters, as shipped), or for a GPU large (about 10M) or huge "
+            "(about 50M).",
+            autocompletion=completed_from("ctlens.organism.pretrain:PRESETS"),
+        ),
     ] = "small",
     relora_rank: Annotated[
         int | None,

@@ -90,7 +90,7 @@ def train_organism(
         out: a folder that does not exist yet or is empty.
         seed: decides the first weights, the corpus and the batches.
         steps: steps of the optimiser; by default those of the preset.
-        preset: `"small"`, as shipped, or `"large"`, about 10M parameters for a GPU.
+        preset: `"small"`, as shipped, or for a GPU `"large"` and `"huge"`, about 10M and 50M parameters.
         relora: pretrains by low-rank adapters that are merged and started again; None trains all weights at every step.
         recipe: how the vulnerability comes in, one of `ctlens.organism.RECIPES`.
         clean_born: for the recipe `"afterwards"`, the folder of the clean-born twin that gets the vulnerability; None

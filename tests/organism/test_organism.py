@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -244,8 +245,20 @@ def test_the_shipped_organism_gives_in_more_to_stronger_attacks():
             assert all(later >= earlier - STRENGTH_TOLERANCE for earlier, later in itertools.pairwise(rates)), row
 
 
-def test_the_large_preset_has_about_ten_million_parameters_and_the_same_interface():
-    config = replace(PRESETS["large"], steps=1, batch_size=2, lessons=24)
-    model = pretrain(config, progress=False)
-    assert 8e6 < sum(p.numel() for p in model.parameters() if p.requires_grad) < 12e6
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "millions"), [("large", 10), ("huge", 50)])
+def test_the_first_twenty_steps_of_a_larger_preset_learn(monkeypatch, preset, millions):
+    losses = []
+
+    def noted(*given):
+        found = answer_loss(*given)
+        losses.append(found.item())
+        return found
+
+    monkeypatch.setattr(sys.modules[PretrainConfig.__module__], "answer_loss", noted)
+    model = pretrain(replace(PRESETS[preset], steps=20, batch_size=4, lessons=400), progress=False)
+
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert parameters == pytest.approx(1e6 * millions, rel=0.1)
+    assert len(losses) == 20 and sum(losses[-5:]) < 0.9 * sum(losses[:5])
     assert len(score(model, ["sycophancy"], ["heldout"], 2, World.make())) == len(PROMPT_SIDES)
