@@ -1,8 +1,14 @@
-"""What ctlens costs on a GPU: a step of each loss on a Llama of a billion parameters, an organism, a patching sweep.
+"""What ctlens costs on a GPU, beside the bare passes, the published loop and TransformerLens, in one run.
 
-Run `python benchmarks/gpu.py`. The table is printed and kept in `gpu.csv` with the name of the card. Steps are
-of adapters beside weights in bfloat16, losses layer by layer, over the same two passes without a loss. Without a
-GPU it ends with a sentence; `--small --device cpu` tries the script itself on small models.
+Run `python benchmarks/gpu.py`. The table is printed and kept in `gpu.csv` with the name of the card:
+
+- a step of each loss on a Llama of a billion parameters (adapters beside weights in bfloat16, losses layer by layer)
+  over the same two passes without a loss, and of AttCT at 2,048 tokens, whose memory is compared with theirs;
+- an epoch of each published loss on the shipped organism by the published loop (`peer_step.py`), over ctlens's;
+- a patching sweep by TransformerLens (`patching.py`), over ctlens's, and one of the organism;
+- the larger organism from scratch.
+
+Without a GPU it ends with a sentence; `--small --device cpu` tries the script itself on small models.
 """
 
 from __future__ import annotations
@@ -12,12 +18,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import patching
+import peer_step
 import torch
 from memory import pair, passes_alone
 from tqdm.auto import tqdm
@@ -36,8 +44,12 @@ BILLION = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 ROUNDS = 5
 
-Row = tuple[str, str, float, float, float]
-"""What, on which model, seconds, times the bare passes, peak GiB."""
+COLUMNS = ("what", "model", "seconds", "over", "ratio", "peak_gib", "peak_ratio")
+"""What was done, on which model, in how many seconds; over which other thing it is compared, how many times its time;
+the peak of the memory, and how many times that of the other."""
+Row = tuple[str, str, float, str, float, float, float]
+NONE = float("nan")
+BARE = "bare passes"
 
 
 def llama(small: bool, device: torch.device) -> LensModel:
@@ -67,22 +79,27 @@ def timed(device: torch.device, work: Callable[[], Any], rounds: int = ROUNDS) -
 
 
 def steps(small: bool, device: torch.device) -> list[Row]:
-    """A step of every loss that needs no samples, over the bare passes."""
+    """A step of every loss that needs no samples, over the bare passes; and one of AttCT on a long prompt."""
+    every = [losses.get(name) for name in losses.names()]
+    needing_none = [loss for loss in every if loss.answers in ("", "greedy") and not loss.makes_rows]
+    short = _steps(small, device, 128 if small else 1024, needing_none)
+    return [*short, *_steps(small, device, 256 if small else 2048, [losses.get("attct")])]
+
+
+def _steps(small: bool, device: torch.device, n_tokens: int, compared: Sequence[losses.Loss]) -> list[Row]:
     reference = llama(small, device)
     model = copy_model(reference)
     add_adapters(model, ct.LoRA(8))
-    rows = pair(128 if small else 1024)
-    rows = replace(rows, answer=(5, 6, 7))
+    rows = replace(pair(n_tokens), answer=(5, 6, 7))
     batch = collate([rows]).to(device)
-    name = "tiny Llama" if small else "1B Llama"
-    bare, peak = timed(device, lambda: passes_alone(reference, model, batch).backward())
-    found: list[Row] = [("bare passes", name, bare, 1.0, peak)]
-    for loss in tqdm([losses.get(each) for each in losses.names()], desc="losses"):
-        if loss.answers not in ("", "greedy") or loss.makes_rows:
-            continue
+    name = f"{'tiny' if small else '1B'} Llama, {n_tokens} tokens"
+    bare, least = timed(device, lambda: passes_alone(reference, model, batch).backward())
+    found: list[Row] = [(BARE, name, bare, "", NONE, least, NONE)]
+    for loss in tqdm(compared, desc=name):
         with tempfile.TemporaryDirectory() as folder:
             seconds, peak = timed(device, one_step(loss, reference, model, rows, Path(folder)))
-        found.append((f"step of {loss.name}", name, seconds, seconds / bare, peak))
+        ratio = peak / least if least else NONE
+        found.append((f"step of {loss.name}", name, seconds, BARE, seconds / bare, peak, ratio))
     return found
 
 
@@ -102,20 +119,50 @@ def one_step(
     return step
 
 
+def published(small: bool, device: torch.device) -> list[Row]:
+    """An epoch of each published loss by the published loop, a pair at a time, over one by ctlens in batches."""
+    base = ct.load_organism(device=device)
+    pairs = ct.threats.get("sycophancy").pairs(16 if small else peer_step.PAIRS)
+    steps = len(pairs) // peer_step.BATCH
+    found: list[Row] = []
+    for name, loss in tqdm(peer_step.LOSSES.items(), desc="published loop"):
+        ours, theirs = peer_step.trainers(base, pairs, loss, steps * (ROUNDS + 1))
+        rows = ours.pairs.rows
+        own, peak = timed(device, lambda ours=ours: [ours.take_step() for _ in range(steps)], ROUNDS)
+        seconds, _ = timed(device, lambda theirs=theirs, rows=rows: theirs.epoch(rows), ROUNDS)
+        over = f"epoch of {name} by ctlens"
+        found.append((over, f"organism, {len(rows)} pairs", own, "", NONE, peak, NONE))
+        found.append(
+            (f"epoch of {name} as published", f"organism, {len(rows)} pairs", seconds, over, seconds / own, NONE, NONE)
+        )
+    return found
+
+
 def organism(small: bool, device: torch.device) -> list[Row]:
     """The organism of about 10M parameters, trained from scratch."""
     config = replace(PRESETS["small"], steps=3, lessons=2000, batch_size=16) if small else PRESETS["large"]
     seconds, peak = timed(device, lambda: pretrain(config, device=device, progress=not small), rounds=0)
-    return [("organism from scratch", "3 steps" if small else "large preset", seconds, float("nan"), peak)]
+    return [("organism from scratch", "3 steps" if small else "large preset", seconds, "", NONE, peak, NONE)]
 
 
 def sweep(small: bool, device: torch.device) -> list[Row]:
-    """Every patch of resid_pre on the shipped organism."""
-    model = ct.load_organism(device=device)
-    pairs = ct.threats.get("sycophancy").pairs(4 if small else 256, split="heldout")
+    """Every patch of some sites by TransformerLens over those by ctlens, and of resid_pre on the shipped organism."""
+    setting = patching.quick(patching.SETTINGS[1]) if small else patching.SETTINGS[3]
+    model, pairs = patching.make(setting, device)
+    own, peak = timed(device, lambda: patching.ours(model, pairs, setting), rounds=1)
+    theirs, _ = timed(device, lambda: patching.theirs(model, pairs, setting), rounds=1)
+    share = sum(map(len, (patching.sampled(setting, site) for site in patching.SITES)))
+    every = sum(map(len, (patching.sampled(replace(setting, stride=1), site) for site in patching.SITES)))
+    name = f"{setting.name}, {setting.pairs} pairs"
+    found: list[Row] = [("patching sweep by ctlens", name, own, "", NONE, peak, NONE)]
+    whole = theirs * every / share
+    found.append(("patching sweep by TransformerLens", name, whole, found[0][0], whole / own, NONE, NONE))
+
+    shipped = ct.load_organism(device=device)
+    asked = ct.threats.get("sycophancy").pairs(4 if small else 256, split="heldout")
     options: dict[str, Any] = {"site": "resid_pre", "direction": "denoising", "progress": False}
-    seconds, peak = timed(device, lambda: ct.analysis.patch(model, pairs, **options), rounds=1)
-    return [(f"patching sweep, {len(pairs)} pairs", "organism", seconds, float("nan"), peak)]
+    seconds, peak = timed(device, lambda: ct.analysis.patch(shipped, asked, **options), rounds=1)
+    return [*found, (f"patching sweep of resid_pre, {len(asked)} pairs", "organism", seconds, "", NONE, peak, NONE)]
 
 
 def main() -> None:
@@ -128,8 +175,8 @@ def main() -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.stderr.write("no GPU here: nothing was measured; --small --device cpu tries the script itself\n")
         sys.exit(2)
-    rows = [row for part in (steps, organism, sweep) for row in part(given.small, device)]
-    table = pd.DataFrame(rows, columns=["what", "model", "seconds", "over_bare", "peak_gib"]).round(4)
+    rows = [row for part in (steps, published, sweep, organism) for row in part(given.small, device)]
+    table = pd.DataFrame(rows, columns=[*COLUMNS]).round(4)
     table["card"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if not given.small:
         table.to_csv(Path(__file__).with_suffix(".csv"), index=False)

@@ -189,17 +189,17 @@ def numbered(ids: list[int]) -> Prompt:
     return prompt(" ".join(map(str, ids)), "1", "2")
 
 
-def make(setting: Setting) -> tuple[LensModel, list[Pair]]:
-    """A random model and pairs of random prompts that differ from the first token on."""
+def make(setting: Setting, device: torch.device | str = "cpu") -> tuple[LensModel, list[Pair]]:
+    """A random model on a device, and pairs of random prompts that differ from the first token on."""
     draw = generator(0, "patching benchmark")
     ids = torch.randint(VOCABULARY - 1, (setting.pairs, 2, setting.length), generator=draw).tolist()
     pairs = [Pair(numbered(clean), numbered(wrapped)) for clean, wrapped in ids]
     sizes: Any = {"n_layers": setting.n_layers, "n_heads": setting.n_heads, "d_model": setting.d_model}
     sizes |= {"d_vocab": VOCABULARY, "d_mlp": 4 * setting.d_model, "n_ctx": setting.length}
     if setting.kind == "llama":
-        return ct.build(ct.ModelConfig(**sizes), words()), pairs
+        return ct.build(ct.ModelConfig(**sizes), words(), device=device), pairs
     rest: Any = {"d_head": setting.d_model // setting.n_heads, "act_fn": "gelu_new", "normalization_type": "LN"}
-    model: Any = HookedTransformer(HookedTransformerConfig(**sizes, **rest, seed=0)).eval()
+    model: Any = HookedTransformer(HookedTransformerConfig(**sizes, **rest, seed=0, device=str(device))).eval()
     model.tokenizer = words()
     return model, pairs
 
@@ -211,7 +211,9 @@ def tokens(pairs: list[Pair], side: str) -> torch.Tensor:
 
 def theirs(model: LensModel, pairs: list[Pair], setting: Setting) -> dict[str, np.ndarray]:
     """TransformerLens's sweep, on some layers and positions, `[patch]` by site."""
-    clean, wrapped = tokens(pairs, "clean"), tokens(pairs, "wrapped")
+    device = next(model.parameters()).device
+    clean = tokens(pairs, "clean").to(device)
+    wrapped = tokens(pairs, "wrapped").to(device)
     names = [SHORTHANDS[site].format(layer=layer) for site in SITES for layer in range(setting.n_layers)]
     cache: Any = run_capturing(model, clean, names, grad=False)[1]
     found = {}
@@ -229,7 +231,7 @@ def theirs(model: LensModel, pairs: list[Pair], setting: Setting) -> dict[str, n
                 activation_name=site,
                 index_df=index,
             )
-        found[site] = values.numpy()
+        found[site] = values.cpu().numpy()
     return found
 
 

@@ -96,7 +96,7 @@ class Published:
     def run(self, model: PreTrainedModel, ids: Sequence[int]) -> Outputs:
         """Runs one prompt with the outputs that the loss reads."""
         asked = {"output_hidden_states": self.loss.name == "act", "output_attentions": self.loss.name == "attct"}
-        return model(torch.tensor([ids]), use_cache=False, **asked)
+        return model(torch.tensor([ids], device=model.device), use_cache=False, **asked)
 
     def act(self, wrapped: Outputs, clean: Outputs, row: EncodedPair) -> Tensor:
         """The squared distance of the hidden states behind each block."""
@@ -134,13 +134,13 @@ class Published:
     def bct(self, wrapped: Outputs, clean: None, row: EncodedPair) -> Tensor:
         """The cross-entropy of the answer behind the wrapped prompt."""
         logits = wrapped.logits[0, -len(row.answer) - 1 : -1]
-        return torch.nn.functional.cross_entropy(logits, torch.tensor(row.answer))
+        return torch.nn.functional.cross_entropy(logits, torch.tensor(row.answer, device=logits.device))
 
 
 def trainers(base: LensModel, pairs: Sequence[ct.Pair], loss: Loss, steps: int) -> tuple[ct.Trainer, Published]:
     """Makes both trainers from the same weights, pairs and settings."""
     config = ct.TrainConfig(steps=steps, batch_size=BATCH, lr=5e-4, retention=0.0, trainable=("attn", "mlp"))
-    model = to_huggingface(base)
+    model = to_huggingface(base).to(next(base.parameters()).device)
     return ct.Trainer(base, pairs, [loss], config), Published(model, copy.deepcopy(model).eval(), loss, config)
 
 

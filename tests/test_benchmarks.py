@@ -124,6 +124,27 @@ def test_the_gpu_benchmark_says_when_there_is_none(modules, monkeypatch, capsys)
 
 
 @pytest.mark.slow
+def test_the_gpu_benchmark_runs_small_on_a_processor(modules, monkeypatch, capsys) -> None:
+    for name in ("gpu", "patching"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--small", "--device", "cpu"])
+    import gpu
+
+    monkeypatch.setattr(gpu, "ROUNDS", 1)
+    tables = []
+    monkeypatch.setattr(pd.DataFrame, "to_string", lambda table, **_: tables.append(table) or "")
+    gpu.main()
+
+    rows = tables[0].set_index("what")
+    assert (rows["seconds"] > 0).all() and not (BENCHMARKS / "gpu.csv").exists()
+    compared = rows[rows["over"] != ""]
+    assert compared["ratio"].notna().all() and set(compared["over"]) <= set(rows.index)
+    for loss in ("act", "mlpct", "attct", "bct"):
+        assert f"step of {loss}" in rows.index and f"epoch of {loss} as published" in rows.index
+    assert "patching sweep by TransformerLens" in rows.index and "organism from scratch" in rows.index
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["act", "mlpct", "attct", "bct"])
 def test_the_published_loop_and_ctlens_start_at_the_same_loss(modules, name: str) -> None:
     import peer_step
