@@ -28,6 +28,9 @@ from ctlens.evaluation import export_prompts as export_prompts
 from ctlens.evaluation import judge_answers as judge_answers
 from ctlens.exploring import Exploration as Exploration
 from ctlens.exploring import explore as explore
+from ctlens.interop.inspecting import inspect_evaluation as inspect_evaluation
+from ctlens.interop.inspecting import inspect_model as inspect_model
+from ctlens.interop.inspecting import inspect_task as inspect_task
 from ctlens.losses import ACT as ACT
 from ctlens.losses import BCT as BCT
 from ctlens.losses import F2C as F2C

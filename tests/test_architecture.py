@@ -24,7 +24,7 @@ FLOORS = (
     ("organism", "evaluation"),
     ("training",),
     ("analysis",),
-    ("study", "auditing", "exploring", "compatibility"),
+    ("study", "auditing", "exploring", "interop", "compatibility"),
     ("cli",),
     ("__main__",),
 )
@@ -41,6 +41,7 @@ OWNERS = {
     "IPython": ("training/live.py",),
     "ipywidgets": ("exploring/panel.py",),
     "anywidget": ("exploring/panel.py",),
+    "inspect_ai": ("interop/",),
 }
 PLOTS_MAY_USE = {"numpy", "plotly", "jaxtyping", "ctlens", "kaleido"}
 

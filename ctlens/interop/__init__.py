@@ -1,0 +1,1 @@
+"""Other people's tools: models and threats of ctlens in Inspect, and what comes back."""
