@@ -22,7 +22,9 @@ from ctlens.data.inputs import save_pairs as save_pairs
 from ctlens.data.pairs import Pair as Pair
 from ctlens.data.pairs import Prompt as Prompt
 from ctlens.data.pairs import prompt as prompt
+from ctlens.evaluation import Capability as Capability
 from ctlens.evaluation import Evaluation as Evaluation
+from ctlens.evaluation import capability as capability
 from ctlens.evaluation import evaluate as evaluate
 from ctlens.evaluation import export_prompts as export_prompts
 from ctlens.evaluation import judge_answers as judge_answers
@@ -49,6 +51,8 @@ from ctlens.models.loading import load_model as load_model
 from ctlens.models.lora import LoRA as LoRA
 from ctlens.models.parameters import freeze as freeze
 from ctlens.models.parity import parity as parity
+from ctlens.models.perplexity import Perplexity as Perplexity
+from ctlens.models.perplexity import perplexity as perplexity
 from ctlens.models.weights import ModelConfig as ModelConfig
 from ctlens.organism import load_organism as load_organism
 from ctlens.study.config import StudyConfig as StudyConfig

@@ -29,6 +29,7 @@ _COMMANDS = {
     "doses": studies.doses,
     "train": training.train_command,
     "evaluate": evaluating.evaluate_command,
+    "capability": evaluating.capability_command,
     "audit": audits.audit_command,
     "patch": analyses.patch_command,
     "export": models.export,

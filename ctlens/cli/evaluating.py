@@ -1,4 +1,4 @@
-"""`ctlens evaluate`."""
+"""`ctlens evaluate | capability`."""
 
 from __future__ import annotations
 
@@ -80,6 +80,51 @@ def evaluate_command(
     asked = _screened(split_names(threats), chosen_model(base, device, dtype) if base else chosen)
     found = evaluate(chosen, asked, **options)
     show_evaluation(found, out)
+
+
+def capability_command(
+    model: ModelSource = None,
+    base: Annotated[str, typer.Option(help="The model before training, which the changes are from.")] = "",
+    threats: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated threats whose clean prompts are asked; by default the natural ones, or those of the "
+            "micro-world for a model that knows only its words."
+        ),
+    ] = "",
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 file of a text whose perplexity is measured, in words the model knows.")
+    ] = None,
+    split: Splits = "heldout",
+    n_prompts: PromptCount = 96,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens of the text that the model sees at once; its context by default.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens that each further window predicts; half of the window by default.")
+    ] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    out: Annotated[Path | None, typer.Option(help="New CSV file for the accuracies and their changes.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measures what a training costs where there is no attack: accuracy on clean prompts, and perplexity of a text."""
+    from ctlens.core.files import atomic_file, usable_file
+    from ctlens.evaluation import capability
+
+    if out:
+        usable_file(out)
+    models = {"base": chosen_model(base, device, dtype)} if base else {}
+    models["model"] = chosen_model(model, device, dtype)
+    options: dict[str, Any] = {"text": text, "window": window, "stride": stride, "progress": not quiet}
+    found = capability(models, split_names(threats), split=split_names(split), n_prompts=n_prompts, **options)
+    table = found.to_dataframe()
+    if out:
+        with atomic_file(out) as temporary:
+            table.to_csv(temporary, index=False)
+    print_table("How many clean prompts are answered well", table)
+    if found.texts:
+        print_table("How well the text is predicted", found.text_table())
 
 
 def _screened(names: Sequence[str], base: LensModel) -> list[Threat]:

@@ -6,6 +6,8 @@ A name imported as itself (`from ... import X as X`) is public to type checkers;
 from __future__ import annotations
 
 from ctlens.evaluation.asking import evaluate as evaluate
+from ctlens.evaluation.capability import Capability as Capability
+from ctlens.evaluation.capability import capability as capability
 from ctlens.evaluation.prompt_files import export_prompts as export_prompts
 from ctlens.evaluation.prompt_files import judge_answers as judge_answers
 from ctlens.evaluation.result import OUTCOME_COLUMNS as OUTCOME_COLUMNS

@@ -36,6 +36,7 @@ BASES: dict[str, Options] = {
     "doses": {"--threat": ("sycophancy",), "--methods": ("act",), "--n-pairs": ("4",), "--out": ("new",)},
     "train": {"--model": ("hf",), "--pairs": ("good.jsonl",), "--loss": ("act",), "--out": ("new",)},
     "evaluate": {"--model": ("hf",), "--pairs": ("good.jsonl",), "--n-prompts": ("2",)},
+    "capability": {"--threats": ("sycophancy",), "--n-prompts": ("2",)},
     "audit": {"--threat": ("sycophancy",), "--n-pairs": ("2",), "--n-prompts": ("2",), "--out": ("new",)},
     "patch": {
         "--model": ("hf",),
