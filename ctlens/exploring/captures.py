@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ctlens.core.public import at_work
 from ctlens.core.types import Activations, LensModel
-from ctlens.models.hooks import capturing, resolve, run
-from ctlens.models.kv_cache import Ids
+from ctlens.models.hooks import capturing, resolve
+from ctlens.models.kv_cache import Begun, Ids, Sequences, begin
 
 _T = TypeVar("_T")
 CAPTURED_BYTES = 2**28  # 256 MiB, chosen by eye: a dozen prompts of 100 tokens on a model of 135 million parameters
@@ -26,16 +26,19 @@ class PromptStates(NamedTuple):
         patterns: the attention of every head.
         stream: the residual stream behind every layer.
         last: the logits at the last token.
+        sequences: the prompt on the model's device, to be continued without running it again.
     """
 
     patterns: Float[Tensor, "layer head q k"]
     stream: Float[Tensor, "layer pos d"]
     last: Float[Tensor, " d_vocab"]
+    sequences: Sequences
 
     @property
     def n_bytes(self) -> int:
         """The memory that they take."""
-        return sum(part.numel() * part.element_size() for part in self)
+        states = (self.patterns, self.stream, self.last)
+        return self.sequences.n_bytes + sum(part.numel() * part.element_size() for part in states)
 
 
 class Captures:
@@ -61,6 +64,13 @@ class Captures:
             del self._held[next(iter(self._held))]
         return found
 
+    def begin(self, label: str, model: LensModel, prompts: Sequence[Ids]) -> Begun:
+        """Prompts that a model has run, to be continued: what `ctlens.models.kv_cache.begin` gives."""
+        states = [self.of(label, ids) for ids in prompts]
+        logits = torch.stack([of_prompt.last for of_prompt in states])
+        together = Sequences.joined([of_prompt.sequences for of_prompt in states])
+        return Begun(together, logits.to(next(model.parameters()).device))
+
     def once(self, label: str, known: Hashable, make: Callable[[LensModel], _T]) -> _T:
         """A result of a model, made the first time that it is asked for.
 
@@ -85,10 +95,8 @@ class Captures:
         stream = resolve(model, "resid_post")
         found: Activations = {}
         with at_work(model), capturing(model, [*patterns, *stream], found):
-            tokens = torch.tensor([ids], device=next(model.parameters()).device)
-            at_last = torch.arange(len(ids), device=tokens.device)[None] == len(ids) - 1
-            logits = run(model, tokens, logits_at=at_last)
-        return PromptStates(_stack(found, patterns), _stack(found, stream), logits[0, 0].cpu())
+            sequences, logits = begin(model, [ids])
+        return PromptStates(_stack(found, patterns), _stack(found, stream), logits[0].cpu(), sequences)
 
 
 def _stack(found: Activations, names: list[str]) -> Tensor:

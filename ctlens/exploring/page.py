@@ -27,7 +27,7 @@ def write_page(explored: ExplorationViews, path: Path) -> Path:
     text = page.render(
         views={view: view_of(explored, view) for view in VIEWS},
         chosen=explored.selection,
-        prompts={"clean": _said(explored.pair.clean), "wrapped": _said(explored.pair.wrapped)},
+        prompts=_prompts(explored),
         stage=stage_module(),
         style=stage_file("stage.css"),
     )
@@ -51,6 +51,14 @@ def stage_module() -> str:
 def stage_file(name: str) -> str:
     """The text of a file that the page and the panel share."""
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _prompts(explored: ExplorationViews) -> dict[str, list[tuple[str, str]]]:
+    """Who says what in the clean prompt, in the one that is shown, and in the benign twin."""
+    shown = {"clean": explored.pair.clean, explored.selection.prompt_side: explored.pair.wrapped}
+    if explored.pair.benign is not None:
+        shown["benign"] = explored.pair.benign
+    return {side: _said(prompt) for side, prompt in shown.items()}
 
 
 def _said(prompt: Prompt) -> list[tuple[str, str]]:

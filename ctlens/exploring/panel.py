@@ -9,6 +9,7 @@ from typing import Any
 
 from ctlens.analysis.patching.jobs import PATCH_DIRECTIONS
 from ctlens.core.errors import CtlensError
+from ctlens.data.pairs import PROMPT_SIDES
 from ctlens.exploring.page import stage_file, stage_module, view_of, write_page
 from ctlens.exploring.views import VIEWS, ExplorationViews
 from ctlens.models.hooks import SHORTHANDS
@@ -67,7 +68,7 @@ class Panel:
     def _rows(self, widgets: Any) -> list[Any]:
         """The controls in rows: what is looked at, where, one patch, and what if."""
         controls = self.controls
-        named = [("pair", "models"), ("layer", "head", "position")]
+        named = [("pair", "models"), ("prompt_side", "layer", "head", "position")]
         rows = [widgets.HBox([controls[name] for name in names]) for names in named]
         rows.append(widgets.HBox([controls["site"], controls["direction"], self.patching]))
         asked = [widgets.HTML("What if?"), self.text, self.buttons["Ask"], self.buttons["Take back"]]
@@ -196,6 +197,7 @@ def _controls(widgets: Any, explored: ExplorationViews) -> dict[str, Any]:
         "models": widgets.SelectMultiple(
             options=list(explored.models), value=chosen.models, description="models", rows=min(4, len(explored.models))
         ),
+        "prompt_side": widgets.Dropdown(options=list(PROMPT_SIDES), value=chosen.prompt_side, description="prompt"),
         "layer": widgets.IntSlider(chosen.layer, max=cfg.n_layers - 1, description="layer", **slider),
         "head": widgets.IntSlider(chosen.head, max=cfg.n_heads - 1, description="head", **slider),
         "position": widgets.Dropdown(options=_tokens(explored), value=chosen.position, description="token"),

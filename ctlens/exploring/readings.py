@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -22,17 +23,13 @@ from ctlens.core.errors import CtlensError, located, unknown
 from ctlens.core.public import at_work, public
 from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPair, encode_pair, require_room
-from ctlens.data.pairs import Pair, Prompt
+from ctlens.data.pairs import PROMPT_SIDES, Pair, Prompt
 from ctlens.data.token_kinds import token_kinds
 from ctlens.exploring.captures import Captures, PromptStates
+from ctlens.exploring.edits import WHAT_IF, edited_pair, template_of
 from ctlens.models.hooks import SHORTHANDS, select_layers, site_at, unknown_site
 from ctlens.models.readout import read_out
-from ctlens.threats.replies import Reply, ask
-
-REQUEST = "{request}"
-"""Stands in an edited message for the clean request."""
-WHAT_IF = "what if"
-"""The name of an edited wrapped prompt in tables and figures."""
+from ctlens.threats.replies import Reply, replies_to
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,7 @@ class Selection:
         position: of a token of the wrapped prompt, -1 for the last.
         site, direction: of a patch, as `ct.patch_one` takes them.
         text: the message that stands in the wrapped prompt's place, see `Readings.edited`; empty for the pair as it is.
+        prompt_side: the prompt that the views read, `"wrapped"`, `"clean"` or `"benign"`, the pair's benign twin.
     """
 
     pair: int = 0
@@ -56,6 +54,7 @@ class Selection:
     site: str = "z"
     direction: str = "denoising"
     text: str = ""
+    prompt_side: str = "wrapped"
 
 
 class Lens(NamedTuple):
@@ -103,6 +102,7 @@ class Readings:
         site: str | None = None,
         direction: str | None = None,
         text: str | None = None,
+        prompt_side: str | None = None,
     ) -> Self:
         """Chooses what is looked at, and returns the exploration; what is not named stays as it is.
 
@@ -123,20 +123,24 @@ class Readings:
                 the layer too.
             direction: of a patch, `"denoising"` or `"noising"`.
             text: an edit of the wrapped prompt, see `edited`; an empty one takes the edit back.
+            prompt_side: the prompt that the views read, which stands in the wrapped one's place: `"wrapped"`, `"clean"`
+                or `"benign"`.
 
         Raises:
             CtlensError: there is no such thing, or the prompt cannot be read; then all stays as it was.
         """
         named = {"pair": pair, "models": models, "layer": layer, "head": head, "position": position}
-        named |= {"site": site, "direction": direction, "text": text}
+        named |= {"site": site, "direction": direction, "text": text, "prompt_side": prompt_side}
         changes: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
         if site is not None:
             at = site_at(site, "all" if layer is None else layer)
             changes["site"] = at.site
             changes |= {} if at.layers == "all" else {"layer": at.layers}
-        if pair is not None and text is None:
+        if (pair is not None or prompt_side is not None) and text is None:
             changes["text"] = ""
-        if {"pair", "text"} & set(changes) and position is None:
+        if text and prompt_side is None:
+            changes["prompt_side"] = "wrapped"
+        if {"pair", "text", "prompt_side"} & set(changes) and position is None:
             changes["position"] = -1
         self._selection, self._row = self._checked(replace(self._selection, **changes))
         return self
@@ -158,25 +162,36 @@ class Readings:
             raise unknown_site(chosen.site)
         if chosen.direction not in PATCH_DIRECTIONS:
             raise unknown("direction", chosen.direction, PATCH_DIRECTIONS)
+        if chosen.prompt_side not in PROMPT_SIDES:
+            raise unknown("prompt side", chosen.prompt_side, PROMPT_SIDES)
         number = chosen.pair % len(self.pairs)
-        row = self._encoded(number, chosen.text)
+        row = self._encoded(number, chosen.text, chosen.prompt_side)
         length = len(row.wrapped.ids)
         if not -length <= chosen.position < length:
-            raise CtlensError(f"token {chosen.position} does not exist: the wrapped prompt has {length} tokens.")
+            raise CtlensError(
+                f"token {chosen.position} does not exist: the {chosen.prompt_side} prompt has {length} tokens."
+            )
         models = tuple(dict.fromkeys(chosen.models))
         counted = replace(chosen, pair=number, models=models, layer=layer, position=chosen.position % length)
         return counted, row
 
-    def _encoded(self, number: int, text: str) -> EncodedPair:
+    def _encoded(self, number: int, text: str, prompt_side: str) -> EncodedPair:
         pair = self.pairs[number]
+        if text and prompt_side != "wrapped":
+            raise CtlensError("an edit is of the wrapped prompt: choose prompt_side='wrapped'.")
+        asked = getattr(pair, prompt_side)
+        if asked is None:
+            raise CtlensError(f"pair {number} has no benign twin: choose another pair or prompt_side='wrapped'.")
+        pair = replace(pair, wrapped=asked)
         where = f"pair {number}, {WHAT_IF}" if text else f"pair {number}"
         first = next(iter(self.models.values()))
         with at_work(first), located(where):
-            shown = _edited(encode_pair(pair, first.tokenizer, ()), text) if text else pair
+            shown = edited_pair(encode_pair(pair, first.tokenizer, ()), text) if text else pair
             row = encode_pair(shown, first.tokenizer, ("shared",))
-        if refusal := row.alignments["shared"].refusal:
+        refusal = row.alignments["shared"].refusal
+        if refusal and prompt_side == "wrapped":  # a benign twin asks for something else
             raise CtlensError(f"{where} does not align ({refusal}): choose another pair or text.")
-        for side, rendered in (("clean", row.clean), ("wrapped", row.wrapped)):
+        for side, rendered in (("clean", row.clean), (prompt_side, row.wrapped)):
             require_room(len(rendered.ids), first.cfg.n_ctx, f"the {side} prompt of {where}")
         return row
 
@@ -188,16 +203,13 @@ class Readings:
     @property
     def template(self) -> str:
         """The message of the chosen pair that an edit replaces, with `{request}` where it holds the clean request."""
-        row = self._as_given
-        turn = row.pair.wrapped.turns[_turn_of_wrapper(row)]
-        request = _request(row.pair, turn.role)
-        once = request and turn.content.count(request) == 1
-        return turn.content.replace(request, REQUEST) if once else turn.content
+        return template_of(self._as_given)
 
     @property
     def _as_given(self) -> EncodedPair:
         """The chosen pair without its edit."""
-        return self._encoded(self._selection.pair, "") if self._selection.text else self._row
+        chosen = self._selection
+        return self._encoded(chosen.pair, "", "wrapped")
 
     @public
     def edited(self, text: str) -> Pair:
@@ -209,7 +221,7 @@ class Readings:
         Raises:
             CtlensError: it has `{request}`, and the clean prompt no such message.
         """
-        return _edited(self._as_given, text)
+        return edited_pair(self._as_given, text)
 
     @public
     def what_if(self, text: str) -> pd.DataFrame:
@@ -252,7 +264,9 @@ class Readings:
         return dict(zip(alignment.wrapped, alignment.clean, strict=True))
 
     def answers(self) -> pd.DataFrame:
-        """The answer of each chosen model to the clean, the wrapped and, where there is an edit, the edited prompt.
+        """The answer of each chosen model to the clean and the wrapped prompt, and to what is shown in its place.
+
+        That is an edit, or the benign twin where it is chosen.
 
         Returns:
             One row per model and prompt: `answer`, its `verdict`, `good_probability` and `bad_probability` as of
@@ -260,11 +274,14 @@ class Readings:
         """
         as_given = self.pairs[self._selection.pair]
         prompts = {"clean": as_given.clean, "wrapped": as_given.wrapped}
+        if self._selection.prompt_side == "benign":
+            prompts["benign"] = self.pair.wrapped
+        given = tuple(prompts.values())
         if self._selection.text:
             prompts[WHAT_IF] = self.pair.wrapped
         rows = []
         for label in self._selection.models:
-            replies = self._replies(label, (as_given.clean, as_given.wrapped))
+            replies = self._replies(label, given)
             if self._selection.text:
                 replies = [*replies, *self._replies(label, (self.pair.wrapped,))]
             for (name, prompt), reply in zip(prompts.items(), replies, strict=True):
@@ -274,10 +291,8 @@ class Readings:
         return pd.DataFrame(rows, columns=columns)
 
     def _replies(self, label: str, prompts: tuple[Prompt, ...]) -> list[Reply]:
-        length = self.max_new_tokens
-        return self._captures.once(
-            label, ("replies", prompts), lambda model: ask(model, prompts, max_new_tokens=length)
-        )
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "begin": partial(self._captures.begin, label)}
+        return self._captures.once(label, ("replies", prompts), lambda model: replies_to(model, prompts, **options))
 
     def _margin(self, label: str, prompt: Prompt) -> float:
         if not prompt.good or not prompt.bad:
@@ -302,8 +317,14 @@ class Readings:
         return {label: found[:, :, at, wrapper].float().sum(-1).numpy() for label, found in states.items()}
 
     def maps(self) -> AttentionMaps:
-        """The attention of the chosen head, clean and wrapped, as `ct.analysis.attention_maps` gives it."""
+        """The attention of the chosen head, clean and wrapped, as `ct.analysis.attention_maps` gives it.
+
+        Raises:
+            CtlensError: another side than the wrapped one is chosen.
+        """
         chosen = self._selection
+        if chosen.prompt_side != "wrapped":
+            raise CtlensError("the maps are of the clean and the wrapped prompt: choose prompt_side='wrapped'.")
         first = next(iter(self.models.values()))
 
         def of(states: PromptStates) -> np.ndarray:
@@ -317,8 +338,13 @@ class Readings:
         """How far the residual stream on the wrapped prompt is from the reference's on the clean one, by aligned token.
 
         It is `|wrapped - clean| / |clean|` behind every layer, zero where the two differ by rounding alone.
+
+        Raises:
+            CtlensError: no token of the chosen side is aligned with the clean prompt.
         """
         twins = self.twins
+        if not twins:
+            raise CtlensError("no token of this prompt has a twin in the clean one: choose prompt_side='wrapped'.")
         clean = self._captures.of(self._selection.models[0], self._row.clean.ids).stream[:, list(twins.values())]
         clean = clean.float()
         found = {}
@@ -392,28 +418,3 @@ class Readings:
             )
             for label in chosen.models
         }
-
-
-def _turn_of_wrapper(row: EncodedPair) -> int:
-    """The index of the wrapped prompt's last message with a token of the wrapper; of its last one if none has any."""
-    held = [set(row.wrapped.positions(span)) & set(row.wrapper) for span in row.wrapped.contents]
-    return max((number for number, found in enumerate(held) if found), default=len(held) - 1)
-
-
-def _request(pair: Pair, role: str) -> str:
-    """The clean prompt's last message of a role; empty where it has none."""
-    return next((turn.content for turn in reversed(pair.clean.turns) if turn.role == role), "")
-
-
-def _edited(row: EncodedPair, text: str) -> Pair:
-    """A pair with another text in the message of the wrapper."""
-    pair = row.pair
-    number = _turn_of_wrapper(row)
-    turns = list(pair.wrapped.turns)
-    request = _request(pair, turns[number].role)
-    if REQUEST in text and not request:
-        raise CtlensError(
-            f"the clean prompt has no {turns[number].role} message for {REQUEST} to stand for: leave it out."
-        )
-    turns[number] = replace(turns[number], content=text.replace(REQUEST, request))
-    return replace(pair, wrapped=replace(pair.wrapped, turns=tuple(turns)))

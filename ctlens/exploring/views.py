@@ -68,14 +68,17 @@ class ExplorationViews(Readings):
     @property
     def _whose(self) -> str:
         """Which prompts are shown, in words."""
-        return f"pair {self.selection.pair}" + (", edited" if self.selection.text else "")
+        side = "edited" if self.selection.text else self.selection.prompt_side
+        return f"pair {self.selection.pair}" + ("" if side == "wrapped" else f", {side}")
 
 
 def _draw_tokens(explored: ExplorationViews) -> Figure:
     at = explored.selection.position
+    tokens = explored.tokens
+    kinds = explored.kinds
     rows = {
-        side: TokenRow(explored.tokens[side], explored.kinds[side], chosen)
-        for side, chosen in (("clean", explored.twins.get(at)), ("wrapped", at))
+        "clean": TokenRow(tokens["clean"], kinds["clean"], explored.twins.get(at)),
+        explored.selection.prompt_side: TokenRow(tokens["wrapped"], kinds["wrapped"], at),
     }
     return plots.token_grid(rows, "What is each token?", subtitle=f"{explored._whose}; {explored._token} is chosen")
 
@@ -101,7 +104,8 @@ def _draw_gap(explored: ExplorationViews) -> Figure:
     aligned = list(explored.twins)
     texts = explored.tokens["wrapped"]
     at = explored.selection.position
-    title = "Where does the wrapper move the residual stream?"
+    moves = "training" if explored.selection.prompt_side == "clean" else "the wrapper"
+    title = f"Where does {moves} move the residual stream?"
     subtitle = f"aligned tokens of {explored._whose}; against the clean prompt of {explored.selection.models[0]}"
     return plots.layer_tokens(
         explored.gap(),
@@ -169,7 +173,7 @@ class View:
     over_all_pairs: Callable[[ExplorationViews], str] | None = None
 
 
-_PAIR = ("pair", "text")
+_PAIR = ("pair", "text", "prompt_side")
 VIEWS: dict[str, View] = {
     "tokens": View(_draw_tokens, (*_PAIR, "position")),
     "heads": View(

@@ -20,7 +20,7 @@ from ctlens.core.progress import progress_bar
 from ctlens.core.types import LensModel
 from ctlens.data.chat import end_token
 from ctlens.models.bridges import generation_config
-from ctlens.models.kv_cache import MAX_BATCH_TOKENS, Ids, NextLogits, Sequences, batches_by_length
+from ctlens.models.kv_cache import MAX_BATCH_TOKENS, Begin, Ids, NextLogits, Sequences, batches_by_length, begin
 
 NextTokens: TypeAlias = Int[Tensor, " batch"]
 NextShares: TypeAlias = Float[Tensor, "batch d_vocab"]
@@ -109,6 +109,7 @@ def decode(
     sampling: Sampling | None = None,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
     progress: bool = False,
+    begin: Begin = begin,
 ) -> Decoded:
     """Continues each prompt, and says how likely the answer was to begin with given tokens.
 
@@ -125,6 +126,7 @@ def decode(
         sampling: draws the tokens; None takes the likeliest (greedy).
         max_batch_tokens: prompts are decoded together, in order of length, up to so many tokens with padding.
         progress: show a progress bar when it takes more than two seconds.
+        begin: runs the prompts.
 
     Raises:
         CtlensError: the model is in training mode, a prompt is empty or leaves no room in the context.
@@ -138,8 +140,7 @@ def decode(
     together = list(batches_by_length(model, [len(prompt) for prompt in prompts], max_new_tokens, max_batch_tokens))
     for batch in progress_bar(together, desc="answers", delay=2, leave=False, shown=progress):
         distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts[i] for i in batch))}
-        sequences = Sequences(model, list(distinct))
-        logits = sequences.run()
+        sequences, logits = begin(model, list(distinct))
         if len(distinct) < len(batch):
             rows = torch.tensor([distinct[prompts[i]] for i in batch], device=logits.device)
             sequences.keep(rows)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from os.path import commonprefix
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -82,6 +83,21 @@ class Sequences:
         self.shared = _shared_beginning(prompts)
         self.cache = _cache(model, 1 if self.shared else len(prompts))
 
+    @classmethod
+    def joined(cls, parts: Sequence[Sequences]) -> Sequences:
+        """Sequences of one row each that were run, as one batch to be continued; the parts stay as they are."""
+        whole = copy(parts[0])
+        whole.tokens = _rows_of([part.tokens for part in parts], 1)
+        whole.lengths = torch.cat([part.lengths for part in parts])
+        caches = [part.cache for part in parts if part.cache is not None]
+        whole.cache = caches[0].joined(caches) if caches else None
+        return whole
+
+    @property
+    def n_bytes(self) -> int:
+        """The memory that the keys and values take."""
+        return sum(held.numel() * held.element_size() for held in (self.cache.tensors() if self.cache else ()))
+
     def run(self) -> NextLogits:
         """The logits of each sequence's next token, from its first tokens; to be called once, before the rest."""
         width = self.tokens.shape[1]
@@ -137,6 +153,23 @@ class Sequences:
         self.tokens, self.lengths = self.tokens[rows], self.lengths[rows]
 
 
+class Begun(NamedTuple):
+    """Sequences that were run, and the logits of each one's next token."""
+
+    sequences: Sequences
+    logits: NextLogits
+
+
+def begin(model: LensModel, prompts: Sequence[Ids]) -> Begun:
+    """Runs prompts, which are then to be continued."""
+    sequences = Sequences(model, prompts)
+    return Begun(sequences, sequences.run())
+
+
+Begin: TypeAlias = Callable[[LensModel, Sequence[Ids]], Begun]
+"""What begins prompts: `begin`, or something that has run them before."""
+
+
 class Cache(Protocol):
     """The keys and values of the tokens of a batch that a model has run."""
 
@@ -151,6 +184,14 @@ class Cache(Protocol):
 
     def keep(self, rows: ChosenRows | RowNumbers) -> None:
         """Keeps only these sequences, by a mask or by their numbers, which may repeat."""
+        ...
+
+    def joined(self, parts: Sequence[Any]) -> Cache | None:
+        """Caches of one row each, this one the first, as one; they stay as they are. None where that cannot be."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """The keys and values."""
         ...
 
 
@@ -171,6 +212,18 @@ class _HookedCache:
 
     def keep(self, rows: ChosenRows | RowNumbers) -> None:
         keep_rows(self.entries, rows)
+
+    def joined(self, parts: Sequence[Self]) -> Self:
+        whole = copy(self)
+        whole.entries = empty_cache(self.model, len(parts))
+        for number, new in enumerate(whole.entries.entries):
+            new.past_keys = _rows_of([part.entries.entries[number].past_keys for part in parts], 1)
+            new.past_values = _rows_of([part.entries.entries[number].past_values for part in parts], 1)
+        whole.entries.previous_attention_mask = _rows_of([part.entries.previous_attention_mask for part in parts], 1)
+        return whole
+
+    def tensors(self) -> list[Tensor]:
+        return [held for entry in self.entries.entries for held in (entry.past_keys, entry.past_values)]
 
 
 class _HuggingFaceCache:
@@ -195,9 +248,39 @@ class _HuggingFaceCache:
         self.seen = self.seen[rows]
         self.entries.batch_select_indices(cast(Any, rows))
 
+    def joined(self, parts: Sequence[Self]) -> Self | None:
+        if any(layer.is_sliding for layer in self.layers):
+            return None  # such a layer holds its window's end alone, which is not in the same columns for all rows
+        whole = copy(self)
+        whole.entries = copy(self.entries)
+        whole.entries.layers = [copy(layer) for layer in self.layers]
+        for number, layer in enumerate(whole.layers):
+            layer.keys = _rows_of([part.layers[number].keys for part in parts], 2)
+            layer.values = _rows_of([part.layers[number].values for part in parts], 2)
+        whole.seen = _rows_of([part.seen for part in parts], 1)
+        return whole
+
+    def tensors(self) -> list[Tensor]:
+        return [held for layer in self.layers for held in (layer.keys, layer.values)]
+
+    @property
+    def layers(self) -> list[Any]:
+        return cast(list[Any], self.entries.layers)
+
     @property
     def filled(self) -> bool:
-        return all(layer.get_seq_length() == self.seen.shape[1] for layer in cast(list[Any], self.entries.layers))
+        return all(layer.get_seq_length() == self.seen.shape[1] for layer in self.layers)
+
+
+def _rows_of(parts: Sequence[Tensor], axis: int) -> Tensor:
+    """Tensors of one row each as the rows of one, filled up at the end of an axis with zeros."""
+    shape = list(parts[0].shape)
+    shape[0] = len(parts)
+    shape[axis] = max(part.shape[axis] for part in parts)
+    whole = parts[0].new_zeros(shape)
+    for row, part in enumerate(parts):
+        whole[row : row + 1].narrow(axis, 0, part.shape[axis]).copy_(part)
+    return whole
 
 
 def _shared_beginning(prompts: Sequence[Ids]) -> int:

@@ -14,8 +14,9 @@ from ctlens.models.hooks import editing, resolve, run
 def read_out(model: LensModel, stream: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_vocab"]:
     """The logits that a model gives where its last block leaves these vectors in the residual stream.
 
-    The model itself reads them, in a pass over one token each: not only its final norm and its unembedding, but also
-    what some do besides, as the cap of Gemma-2, the scale of Granite and Cohere, or the projection of OPT-350m.
+    The model itself reads them: not only its final norm and its unembedding, but also what some do besides, as the cap
+    of Gemma-2, the scale of Granite and Cohere, or the projection of OPT-350m. Its blocks run over a single token, in
+    whose place the vectors leave the last one.
 
     Args:
         model: in eval mode.
@@ -23,4 +24,4 @@ def read_out(model: LensModel, stream: Float[Tensor, "batch d_model"]) -> Float[
     """
     last = resolve(model, "resid_post", "last")[0]
     with editing(model, {last: lambda activation: stream[:, None]}):
-        return run(model, torch.zeros(len(stream), 1, dtype=torch.long, device=stream.device))[:, 0]
+        return run(model, torch.zeros(1, 1, dtype=torch.long, device=stream.device))[:, 0]

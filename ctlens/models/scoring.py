@@ -16,7 +16,16 @@ from ctlens.core.types import LensModel
 from ctlens.data.batch import pad, require_room
 from ctlens.data.chat import render, with_answer
 from ctlens.data.pairs import Prompt
-from ctlens.models.kv_cache import MAX_BATCH_TOKENS, Ids, Sequences, batches_by_length, has_cache
+from ctlens.models.kv_cache import (
+    MAX_BATCH_TOKENS,
+    Begin,
+    Ids,
+    NextLogits,
+    Sequences,
+    batches_by_length,
+    begin,
+    has_cache,
+)
 
 TIE = 1e-4  # nats; what the rounding of float32 may do to equal options in batches of other shapes
 
@@ -60,6 +69,7 @@ def choose(
     *,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
     progress: bool = False,
+    begin: Begin = begin,
 ) -> list[Choice]:
     """Scores every option of multiple-choice prompts by the log-probability of all its tokens, not of the first alone.
 
@@ -71,6 +81,7 @@ def choose(
         prompts: with options, each taken as it stands, with its leading space if it has one.
         max_batch_tokens: as of `continuation_logprobs`.
         progress: show a progress bar when it takes more than two seconds.
+        begin: runs the prompts.
 
     Raises:
         CtlensError: the model is in training mode, a prompt has no options or does not fit the
@@ -78,7 +89,8 @@ def choose(
     """
     asked = {prompt: _parts(model.tokenizer, prompt) for prompt in dict.fromkeys(prompts)}
     before, options = [ids for ids, _ in asked.values()], [given for _, given in asked.values()]
-    found = continuation_logprobs(model, before, options, max_batch_tokens=max_batch_tokens, progress=progress)
+    passes = {"max_batch_tokens": max_batch_tokens, "progress": progress, "begin": begin}
+    found = continuation_logprobs(model, before, options, **passes)
     choices = {
         prompt: Choice(prompt.options, tuple(map(sum, rows)), tuple(map(len, rows)))
         for prompt, rows in zip(asked, found, strict=True)
@@ -117,6 +129,7 @@ def continuation_logprobs(
     *,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
     progress: bool = False,
+    begin: Begin = begin,
 ) -> list[list[tuple[float, ...]]]:
     """The log-probability of every token of every continuation, given the prompt and those before it, in nats.
 
@@ -128,6 +141,7 @@ def continuation_logprobs(
         continuations: per prompt, any number of token sequences, at least one token each.
         max_batch_tokens: prompts are run together, in order of length, up to so many tokens with padding.
         progress: show a progress bar when it takes more than two seconds.
+        begin: runs the prompts.
 
     Returns:
         Per prompt, per continuation, one number per token.
@@ -147,17 +161,17 @@ def continuation_logprobs(
     together = list(batches_by_length(model, lengths, max(longest, default=0), max_batch_tokens // max(copies, 1)))
     found: list[list[tuple[float, ...]]] = [[] for _ in prompts]
     for batch in progress_bar(together, desc="options", delay=2, leave=False, shown=progress):
-        rows = _batch_logprobs(model, [prompts[i] for i in batch], [continuations[i] for i in batch])
+        sequences, logits = begin(model, [prompts[i] for i in batch])
+        rows = _batch_logprobs(sequences, logits, [continuations[i] for i in batch])
         for i, values in zip(batch, rows, strict=True):
             found[i] = values
     return found
 
 
 def _batch_logprobs(
-    model: LensModel, prompts: Sequence[Ids], continuations: Sequence[Sequence[Ids]]
+    sequences: Sequences, logits: NextLogits, continuations: Sequence[Sequence[Ids]]
 ) -> list[list[tuple[float, ...]]]:
-    sequences = Sequences(model, prompts)
-    first = sequences.run().float().log_softmax(-1)
+    first = logits.float().log_softmax(-1)
     longer = [(row, ids) for row, given in enumerate(continuations) for ids in given if len(ids) > 1]
     rest = iter(_rest_logprobs(sequences, [row for row, _ in longer], [ids for _, ids in longer]) if longer else ())
     return [

@@ -15,7 +15,8 @@ from ctlens.data.chat import Rendered, opening_token, render
 from ctlens.data.inputs import Prompts
 from ctlens.data.pairs import Prompt
 from ctlens.models.adopt import adopt
-from ctlens.models.generation import Ids, decode, end_tokens
+from ctlens.models.generation import decode, end_tokens
+from ctlens.models.kv_cache import Begin, Ids, begin
 from ctlens.models.scoring import Choice, choose
 from ctlens.threats.base import UNPARSED, VERDICTS, Judge
 from ctlens.threats.base import judge as by_opening
@@ -68,16 +69,33 @@ def ask(
             context, or the judge does not give one verdict per prompt.
     """
     adopt(model)
+    options = {"max_new_tokens": max_new_tokens, "judge": judge, "per_token": per_token, "progress": progress}
+    return replies_to(model, prompts, **options)
+
+
+def replies_to(
+    model: LensModel,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    judge: Judge | None = None,
+    per_token: bool = False,
+    progress: bool = False,
+    begin: Begin = begin,
+) -> list[Reply]:
+    """The replies of `ask`; `begin` runs the prompts."""
     distinct = list(dict.fromkeys(prompts))
     chosen = [prompt for prompt in distinct if prompt.options and judge is None]
     if judge is None:
         for prompt in distinct:
             by_opening(prompt, "")  # refuses a prompt without answers before the work of decoding
-    choices = [choice.per_token if per_token else choice for choice in choose(model, chosen, progress=progress)]
+    choices = [
+        choice.per_token if per_token else choice for choice in choose(model, chosen, progress=progress, begin=begin)
+    ]
     replies = dict(zip(chosen, map(_of_choice, chosen, choices), strict=True))
     free = [prompt for prompt in distinct if prompt not in replies]
     if free:
-        replies |= _answered(model, free, max_new_tokens, judge, progress)
+        replies |= _answered(model, free, max_new_tokens, judge, progress, begin)
     return [replies[prompt] for prompt in prompts]
 
 
@@ -93,7 +111,7 @@ def _by_option(prompt: Prompt, option: str | None) -> str:
 
 
 def _answered(
-    model: LensModel, prompts: Sequence[Prompt], max_new_tokens: int, judge: Judge | None, progress: bool
+    model: LensModel, prompts: Sequence[Prompt], max_new_tokens: int, judge: Judge | None, progress: bool, begin: Begin
 ) -> dict[Prompt, Reply]:
     """Lets the model answer prompts freely; `prompts` are distinct and at least one."""
     tokenizer = model.tokenizer
@@ -102,7 +120,8 @@ def _answered(
     for row in ids.values():
         require_room(len(row) + max_new_tokens, model.cfg.n_ctx, "a prompt with its answer")
     openings = {prompt: _openings(tokenizer, prompt, asked[prompt.turns]) for prompt in prompts}
-    decoded = _decoded(model, [(ids[prompt.turns], openings[prompt]) for prompt in prompts], max_new_tokens, progress)
+    openings_of = [(ids[prompt.turns], openings[prompt]) for prompt in prompts]
+    decoded = _decoded(model, openings_of, max_new_tokens, progress, begin)
     answers = [decoded[ids[prompt.turns]].answer for prompt in prompts]
     replies = {}
     for prompt, answer, verdict in zip(prompts, answers, verdicts(prompts, answers, judge), strict=True):
@@ -120,7 +139,7 @@ class _Answer(NamedTuple):
 
 
 def _decoded(
-    model: LensModel, asked: Sequence[tuple[Ids, Mapping[str, int]]], max_new_tokens: int, progress: bool
+    model: LensModel, asked: Sequence[tuple[Ids, Mapping[str, int]]], max_new_tokens: int, progress: bool, begin: Begin
 ) -> dict[Ids, _Answer]:
     """Decodes each prompt once, with the openings of all answers that are asked of it.
 
@@ -136,6 +155,7 @@ def _decoded(
         max_new_tokens=max_new_tokens,
         ends=end_tokens(model),
         progress=progress,
+        begin=begin,
     )
     texts = model.tokenizer.batch_decode(decoded.answers, skip_special_tokens=True)
     return {

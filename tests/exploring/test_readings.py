@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -155,6 +156,64 @@ def test_a_patch_is_that_of_patch_one(options):
         by_hand = patch_one(found.models[label], PAIRS[1], layer=2, position=-2, **options)
         assert one == pytest.approx(by_hand, abs=1e-6)
         assert one.target != one.source
+
+
+def test_the_answers_cost_no_pass_over_a_prompt_that_a_view_has_run():
+    found = explored().select(pair=1)
+    found.gap()
+    lengths: list[int] = []
+    handles = [
+        cast(Any, model).register_forward_pre_hook(lambda model, inputs: lengths.append(inputs[0].shape[1]))
+        for model in found.models.values()
+    ]
+    found.answers()
+    for handle in handles:
+        handle.remove()
+    assert {1, len(found.tokens["clean"])} == set(lengths)
+    assert lengths.count(len(found.tokens["clean"])) == 1  # of the second model, whose clean prompt no view has shown
+
+
+def test_the_benign_twin_is_answered_beside_the_pair_and_read_in_its_place():
+    model = load_organism()
+    twin = PAIRS[0].benign
+    found = explore({"base": model}, PAIRS).select(prompt_side="benign")
+    assert twin is not None
+
+    table = found.answers().set_index("prompt")
+    (reply,) = ask(model, [twin])
+    assert table.index.tolist() == ["clean", "wrapped", "benign"]
+    assert (table.loc["benign", "answer"], table.loc["benign", "verdict"]) == (reply.answer, reply.verdict)
+    assert np.isnan(table.loc["benign", "logit_diff"]) == (twin.bad is None)
+    assert found.pair.wrapped == twin and "".join(found.tokens["wrapped"]) != "".join(found.select().tokens["clean"])
+    np.testing.assert_allclose(found.heads()["base"], heads_by_hand(model, found), atol=1e-5)
+    assert found.select(prompt_side="wrapped").pair == PAIRS[0]
+
+
+def heads_by_hand(model, found) -> np.ndarray:
+    """The attention of the last token of the shown prompt on its tokens of the wrapper."""
+    seen = capture(model, found.pair.wrapped, "pattern")
+    wrapper = [at for at, kind in enumerate(found.kinds["wrapped"]) if kind == "wrapper"]
+    return np.stack([pattern[0][:, -1, wrapper].sum(-1).numpy() for pattern in seen.values()])
+
+
+def test_of_the_clean_side_the_gap_is_what_training_moved():
+    found = explored().select(prompt_side="clean")
+    gap = found.gap()
+    assert not gap["base"].any() and gap["act"].any()
+    with pytest.raises(CtlensError, match="the maps are of the clean and the wrapped prompt"):
+        found.maps()
+
+
+def test_a_side_that_is_not_there_is_refused_and_an_edit_is_of_the_wrapped_one():
+    found = explore(load_organism(), [replace(PAIRS[0], benign=None), PAIRS[1]])
+    with pytest.raises(CtlensError, match="pair 0 has no benign twin"):
+        found.select(prompt_side="benign")
+    with pytest.raises(CtlensError, match="did you mean 'benign'"):
+        found.select(prompt_side="bening")
+    with pytest.raises(CtlensError, match="an edit is of the wrapped prompt"):
+        found.select(prompt_side="clean", text=WRAPPER)
+    found.select(pair=1, prompt_side="benign").what_if(WRAPPER)
+    assert (found.selection.prompt_side, found.selection.text) == ("wrapped", WRAPPER)
 
 
 def test_a_site_in_full_chooses_its_layer_too():

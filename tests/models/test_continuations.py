@@ -164,7 +164,7 @@ def test_an_option_that_begins_another_is_refused(llama: LensModel) -> None:
 def test_options_can_be_compared_per_token(llama: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("yes", "no, it is not")
     chosen = Choice(options, (-1.0, -2.0), (1, 4))  # means -1 and -0.5
-    monkeypatch.setattr(replies, "choose", lambda model, prompts, progress: [chosen] * len(prompts))
+    monkeypatch.setattr(replies, "choose", lambda model, prompts, **options: [chosen] * len(prompts))
     side = Prompt((Turn("user", TEXT),), *options, options)
 
     rates = [

@@ -73,6 +73,33 @@ def test_batch_mates_and_order_change_nothing(model: LensModel, expected: Answer
             assert probabilities == pytest.approx(next_token(model, prompt)[list(tokens)].tolist(), abs=1e-6)
 
 
+def begun_before(model: LensModel, prompts: Sequence[Ids]) -> sequences.Begin:
+    """Begins prompts with what was run of each alone."""
+    alone = {prompt: sequences.begin(model, [prompt]) for prompt in prompts}
+
+    def begin(model: LensModel, prompts: Sequence[Ids]) -> sequences.Begun:
+        found = [alone[prompt] for prompt in prompts]
+        joined = sequences.Sequences.joined([one.sequences for one in found])
+        return sequences.Begun(joined, torch.cat([one.logits for one in found]))
+
+    return begin
+
+
+def continues_what_was_run_before(model: LensModel, prompts: Sequence[Ids]) -> None:
+    expected = decode(model, prompts, first_tokens=[(5, 2)] * len(prompts), max_new_tokens=6)
+    known = begun_before(model, prompts)
+    for order in (prompts, prompts[::-1], prompts):  # what was run stays as it was
+        found = decode(model, order, first_tokens=[(5, 2)] * len(order), max_new_tokens=6, begin=known)
+        assert dict(zip(order, found.answers, strict=True)) == dict(zip(prompts, expected.answers, strict=True))
+    assert found.first_probabilities == [pytest.approx(row, abs=1e-6) for row in expected.first_probabilities]
+
+
+def test_prompts_that_were_run_one_by_one_are_continued_together(model: LensModel):
+    continues_what_was_run_before(model, PROMPTS)
+    begun = sequences.begin(model, [(1, 2, 3)]).sequences
+    assert begun.n_bytes == 2 * 2 * 3 * 32 * 4  # layers, keys and values, tokens, width, bytes of a number
+
+
 def test_equal_prompts_go_through_the_model_once_until_their_answers_begin(model: LensModel):
     seen: list[int] = []
     many = [*PROMPTS, *PROMPTS[:2] * 3, PROMPTS[4]]
@@ -279,6 +306,10 @@ def test_a_bridge_with_its_cache_gives_what_it_gives_without_one_prompt_at_a_tim
     for order in (slice(None), slice(None, None, -1)):
         assert generate(bridged, MIXED[order], max_new_tokens=6) == expected[order]
     assert without_cache(bridged, MIXED, max_new_tokens=6).answers == expected
+
+
+def test_prompts_that_a_bridge_has_run_one_by_one_are_continued_together(bridged: LensModel):
+    continues_what_was_run_before(bridged, MIXED)
 
 
 def test_a_bridge_draws_equal_answers_with_its_cache_and_without(bridged: LensModel):
