@@ -116,12 +116,12 @@ ThreatName = Annotated[
 ]
 
 
-def chosen_model(source: str | None, device: str = "cpu", dtype: str = "float32") -> Any:
-    """Loads the model of a `--model`, or the shipped organism, on a device and in a dtype."""
+def chosen_model(source: str | None, device: str = "cpu", dtype: str = "float32", *, shard: bool = False) -> Any:
+    """Loads the model of a `--model`, or the shipped organism, on a device and in a dtype, or sharded."""
     from ctlens.models.loading import load_model
     from ctlens.organism import SHIPPED
 
-    return load_model(source or SHIPPED, device=chosen_device(device), dtype=dtype)
+    return load_model(source or SHIPPED, device=chosen_device(device), dtype=dtype, shard=shard)
 
 
 def chosen_device(name: str) -> Any:

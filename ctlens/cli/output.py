@@ -98,6 +98,8 @@ def print_table(title: str, table: pd.DataFrame) -> None:
         rows = ([_plain(value) for value in row] for row in table.itertuples(index=False))
         DOCUMENT.tables[title.partition(",")[0]] = [dict(zip(columns, row, strict=True)) for row in rows]
         return
+    if not is_main_process():
+        return
     from rich import box
     from rich.console import Console
     from rich.table import Table

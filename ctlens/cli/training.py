@@ -69,6 +69,10 @@ def train_command(
         str,
         typer.Option(help="Kept for gradients: all (fastest); layers (losses are recomputed); blocks (the model too)."),
     ] = "all",
+    shard: Annotated[
+        bool,
+        typer.Option("--shard", help="Split all weights among the processes that torchrun started, to save memory."),
+    ] = False,
     cache_folder: Annotated[
         Path | None,
         typer.Option(help="Store the untrained model's answers and activations here, for later trainings to reuse."),
@@ -156,11 +160,12 @@ def train_command(
         if not finished:
             require_free(out)
         chosen, retain = _data(pairs, threat, settled.seed)
-        reference = chosen_model(model, settle(device), dtype)
+        reference = chosen_model(model, settle(device), dtype, shard=shard)
         if finished:
             _require_same_training(out, identity(reference, chosen, retain, losses, tracked, settled))
-            take_in(out)
-            remove_checkpoint(partial)
+            if is_main_process():
+                take_in(out)
+                remove_checkpoint(partial)
             say(f"Run: {out} (finished before)")
             return
         loggers = _loggers(log or [], out)
@@ -171,7 +176,7 @@ def train_command(
         _print_alignment(trainer)
         _train_and_save(trainer, out, checkpoint_every, save_every, quiet)
     _print_course(trainer)
-    if is_main_process():
+    if trainer.writes:  # a sharded model answers by all processes
         _print_rates(trainer, chosen, threat, n_prompts, quiet)
     say(f"Run: {out}")
 
@@ -283,18 +288,22 @@ def _require_same_training(out: Path, here: dict[str, Any]) -> None:
 
 def _train_and_save(trainer: Trainer, out: Path, every: int, kept_every: int | None, quiet: bool) -> None:
     """Takes the remaining steps and saves the run; an interrupt saves a checkpoint instead."""
+    from ctlens.models.sharding import is_sharded
     from ctlens.training.checkpoint import remove_checkpoint
     from ctlens.training.kept import partial_folder, take_in
 
     partial = partial_folder(out)
     try:
         _take_steps(trainer, out, every, kept_every, quiet)
-        if is_main_process():
+        if trainer.writes:
             _save(trainer, out, partial)
+        if is_main_process():
             take_in(out)
         trainer.processes.wait()
     except KeyboardInterrupt:
-        if len(trainer.history) and is_main_process():
+        if is_sharded(trainer.model):  # the processes may be at different steps
+            sys.stderr.write("ctlens: interrupted; go on from the last checkpoint with the same command and --resume\n")
+        elif len(trainer.history) and is_main_process():
             trainer.checkpoint(partial)
             done = f"{len(trainer.history)} of {len(trainer)} steps"
             sys.stderr.write(f"ctlens: interrupted after {done}; go on with the same command and --resume\n")
@@ -307,11 +316,14 @@ def _train_and_save(trainer: Trainer, out: Path, every: int, kept_every: int | N
 
 def _save(trainer: Trainer, out: Path, partial: Path) -> None:
     """Saves the run; where that is refused, a checkpoint in its stead, so that `--resume` only has to save."""
+    from ctlens.models.sharding import is_sharded
+
     try:
         trainer.run.save(out)
     except CtlensError:
-        with suppress(UnwritableError):
-            trainer.checkpoint(partial)
+        if not is_sharded(trainer.model):  # one process cannot write a checkpoint alone
+            with suppress(UnwritableError):
+                trainer.checkpoint(partial)
         raise
 
 
@@ -322,9 +334,9 @@ def _take_steps(trainer: Trainer, out: Path, every: int, kept_every: int | None,
     with progress_bar(trainer, desc="train", initial=len(trainer.history), total=len(trainer), shown=not quiet) as bar:
         for step in bar:
             bar.set_postfix(loss=f"{step.losses['total']:.4g}", refresh=False)
-            if kept_every and step.index % kept_every == 0 and is_main_process():
+            if kept_every and step.index % kept_every == 0 and trainer.writes:
                 keep_model(trainer.model, step.index, out)
-            if step.index % every == 0 and is_main_process():
+            if step.index % every == 0 and trainer.writes:
                 trainer.checkpoint(partial_folder(out))
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ctlens.core.errors import CtlensError, NotFinite
 from ctlens.core.types import LensModel, Logits, Mask
 from ctlens.data.batch import PADDING
-from ctlens.models.parameters import plain_name
+from ctlens.models.parameters import own_part, plain_name
+from ctlens.models.sharding import announce, is_sharded
 
 _WITH_CACHE = ("past_kv_cache", "past_key_values")
 _OF_CACHE = (*_WITH_CACHE, "use_cache", "attention_mask", "position_ids")
@@ -39,6 +40,7 @@ def forward(model: LensModel, entering: Tensor, *, logits_at: Mask | None = None
         CtlensError: a prompt holds a special token that the model has no embedding for.
     """
     states: list[Tensor] = []
+    announce(model)
     try:
         with _unembedding_at(model, logits_at, states):
             logits = model(entering, **options)
@@ -99,7 +101,12 @@ def require_finite_weights(model: LensModel) -> None:
 
 @torch.no_grad()
 def _refusal(model: LensModel, entering: Tensor, options: Mapping[str, Any], logits: Logits) -> NotFinite:
-    """Runs the same tokens once more, with a hook at every hook point, and says what was found."""
+    """Runs the same tokens once more, with a hook at every hook point, and says what was found.
+
+    A sharded model cannot: the other processes make no such pass.
+    """
+    if is_sharded(model):
+        return NotFinite(f"the model computes {what_is_not_finite(logits)}: {advice(model)}.")
     cached = any(options.get(name) is not None for name in _WITH_CACHE)  # it holds these tokens already
     again = {name: value for name, value in options.items() if not (cached and name in _OF_CACHE)}
     found: list[tuple[str, Tensor]] = []
@@ -152,4 +159,5 @@ def advice(model: LensModel | nn.Module) -> str:
 
 
 def _broken_weight(model: LensModel | nn.Module) -> str | None:
-    return next((plain_name(name) for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    held = ((plain_name(name), own_part(weight)) for name, weight in model.named_parameters())
+    return next((name for name, weight in held if not weight.isfinite().all()), None)

@@ -21,6 +21,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.chat import end_token
 from ctlens.models.bridges import generation_config
 from ctlens.models.kv_cache import MAX_BATCH_TOKENS, Begin, Ids, NextLogits, Sequences, batches_by_length, begin
+from ctlens.models.sharding import in_step
 
 NextTokens: TypeAlias = Int[Tensor, " batch"]
 NextShares: TypeAlias = Float[Tensor, "batch d_vocab"]
@@ -138,18 +139,19 @@ def decode(
     answers: list[Ids] = [()] * len(prompts)
     probabilities: list[tuple[float, ...]] = [()] * len(prompts)
     together = list(batches_by_length(model, [len(prompt) for prompt in prompts], max_new_tokens, max_batch_tokens))
-    for batch in progress_bar(together, desc="answers", delay=2, leave=False, shown=progress):
-        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts[i] for i in batch))}
-        sequences, logits = begin(model, list(distinct))
-        if len(distinct) < len(batch):
-            rows = torch.tensor([distinct[prompts[i]] for i in batch], device=logits.device)
-            sequences.keep(rows)
-            logits = logits[rows]
-        first = _first_probabilities(logits, [wanted[i] for i in batch])
-        continued = _continue(sequences, logits, max_new_tokens, ends, sampling)
-        for i, answer, probability in zip(batch, continued, first, strict=True):
-            answers[i] = answer
-            probabilities[i] = probability
+    with in_step(model):
+        for batch in progress_bar(together, desc="answers", delay=2, leave=False, shown=progress):
+            distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts[i] for i in batch))}
+            sequences, logits = begin(model, list(distinct))
+            if len(distinct) < len(batch):
+                rows = torch.tensor([distinct[prompts[i]] for i in batch], device=logits.device)
+                sequences.keep(rows)
+                logits = logits[rows]
+            first = _first_probabilities(logits, [wanted[i] for i in batch])
+            continued = _continue(sequences, logits, max_new_tokens, ends, sampling)
+            for i, answer, probability in zip(batch, continued, first, strict=True):
+                answers[i] = answer
+                probabilities[i] = probability
     return Decoded(answers, probabilities)
 
 

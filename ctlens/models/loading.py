@@ -56,6 +56,9 @@ from ctlens.models.parity import (
     require_parity,
 )
 from ctlens.models.peft import add_peft, read_peft, require_added
+from ctlens.models.sharded_loading import read_in_slices
+from ctlens.models.sharding import is_first, is_sharded, write_joined
+from ctlens.models.sharding import shard as sharded
 from ctlens.models.sources import (
     GGUF,
     MERGE,
@@ -150,6 +153,7 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = torch.float32,
     check: bool = True,
+    shard: bool = False,
 ) -> LensModel:
     """Loads a model in eval mode: from a folder, a file, the hub or memory.
 
@@ -168,12 +172,20 @@ def load_model(
         device: where the model lives; `"auto"` takes an accelerator where there is one.
         dtype: of the weights, or its name, one of `ctlens.core.types.DTYPES`.
         check: whether to compare logits with HuggingFace's; without it, numbers may be those of another model.
+        shard: split the weights among the processes that torchrun started, see `ctlens.models.sharding`. Those of a
+            HuggingFace folder are read slice by slice; other models are read whole first.
 
     Raises:
         CtlensError: the dtype is unknown, this machine lacks the device, the source cannot be had, or it holds no model
             that TransformerLens computes as HuggingFace does, or one that `adopt` refuses; the sentence says which.
     """
-    as_asked = _Loading(tokenizer, device_named(device), dtype_named(dtype) if isinstance(dtype, str) else dtype, check)
+    named = dtype_named(dtype) if isinstance(dtype, str) else dtype
+    if shard:
+        in_slices = read_in_slices(source, revision, named, check=check)
+        if in_slices is not None:
+            return _attach(in_slices, tokenizer or pretrained_tokenizer(found_on_disk(cast(str, source), revision)))
+        return sharded(load_model(source, revision=revision, base=base, tokenizer=tokenizer, dtype=named, check=check))
+    as_asked = _Loading(tokenizer, device_named(device), named, check)
     if isinstance(source, str | PathLike):
         return _from_disk(source, revision, base, as_asked)
     for name, value in (("revision", revision), ("base", base)):
@@ -329,6 +341,8 @@ def keep_rows(cache: Any, rows: ChosenRows | RowNumbers) -> None:
 def save_model(model: LensModel, folder: str | Path) -> None:
     """Writes `model.json`, `weights.safetensors` and the tokenizer into a folder; adapters are merged in the file.
 
+    Of a sharded model, all processes that share it call this together.
+
     Raises:
         CtlensError: the model is one that `adopt` refuses.
     """
@@ -346,10 +360,16 @@ def save_model(model: LensModel, folder: str | Path) -> None:
         description = {"kind": "huggingface"}
         # Copies, because halves of one fused matrix share their memory.
         weights = {name: value.clone() for name, value in saved_tensors(model).items()}
+    if is_sharded(model):
+        write_joined(folder / _WEIGHTS_FILE, weights)
+        if not is_first(model):
+            return
+    else:
+        save_file({name: value.cpu().contiguous() for name, value in weights.items()}, folder / _WEIGHTS_FILE)
+    if hf_config is not None:
         hf_config.save_pretrained(folder)
         if (generation := generation_config(model)) is not None:
             generation.save_pretrained(folder)
-    save_file({name: value.cpu().contiguous() for name, value in weights.items()}, folder / _WEIGHTS_FILE)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
     write_json(folder / MODEL_FILE, description)

@@ -24,12 +24,13 @@ from torch.nn.utils import parametrize
 from ctlens.core.arguments import require_types
 from ctlens.core.config import from_dict, generator, to_dict
 from ctlens.core.errors import CtlensError, unknown
-from ctlens.core.files import atomic_folder, write_json
+from ctlens.core.files import write_json
 from ctlens.core.limits import POSITIVE, require
 from ctlens.core.reading import read_json
 from ctlens.core.types import LensModel, widened
 from ctlens.models.matrices import MATRICES, Slot, slots
-from ctlens.models.parameters import copy_model, fingerprint, same_fingerprint
+from ctlens.models.parameters import copy_model, fingerprint, gathered, same_fingerprint
+from ctlens.models.sharding import folder_for, is_first
 from ctlens.models.weights import copy_weights
 
 CONFIG_FILE = "adapters.json"
@@ -120,6 +121,21 @@ def add_adapters(model: LensModel, lora: LoRA, seed: int = 0) -> list[nn.Paramet
     return _attach(model, chosen, lora, _initial(chosen, lora, seed))
 
 
+def fill_adapters(model: LensModel, lora: LoRA, seed: int = 0) -> None:
+    """Gives adapters that were added to weights without numbers, on the meta device, the numbers that they begin with.
+
+    Args:
+        model: changed in place.
+        lora: as of `add_adapters`.
+        seed: as of `add_adapters`.
+    """
+    attached = _attached(model)
+    tensors = _initial({name: slot for name, (slot, _) in attached.items()}, lora, seed)
+    for name, (_, adapter) in attached.items():
+        adapter.A = nn.Parameter(tensors[f"{name}.A"].to(adapter.A.dtype))
+        adapter.B = nn.Parameter(tensors[f"{name}.B"].to(adapter.B.dtype))
+
+
 @contextmanager
 def adapters_off(model: LensModel) -> Iterator[None]:
     """Inside the block the model is, bit for bit, the one that the adapters were added to.
@@ -189,9 +205,11 @@ def save_adapters(model: LensModel, folder: str | Path) -> None:
     lora, tensors = adapter_tensors(model)
     with adapters_off(model):
         base = fingerprint(model)
-    with atomic_folder(folder) as work:
-        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, work / ADAPTERS_FILE)
-        write_json(work / CONFIG_FILE, {"lora": to_dict(lora), "base": base})
+    plain = {name: gathered(value).cpu().contiguous() for name, value in tensors.items()}
+    with folder_for(model, folder) as work:
+        if is_first(model):
+            save_file(plain, work / ADAPTERS_FILE)
+            write_json(work / CONFIG_FILE, {"lora": to_dict(lora), "base": base})
 
 
 def load_adapters(model: LensModel, folder: str | Path) -> list[nn.Parameter]:

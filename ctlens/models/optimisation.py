@@ -15,6 +15,7 @@ from torch.optim import AdamW, Optimizer
 from ctlens.core.errors import NotFinite
 from ctlens.core.types import Scalar
 from ctlens.models.finite import what_is_not_finite
+from ctlens.models.parameters import gathered
 
 TORCH_EPS = 1e-8
 
@@ -84,7 +85,7 @@ def clipped_update(optimizer: Optimizer, parameters: Sequence[nn.Parameter], cli
     Raises:
         NotFinite: the gradient is, so that a step would put NaN into the weights.
     """
-    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    norm = gathered(nn.utils.clip_grad_norm_(parameters, clip))
     if not norm.isfinite():
         value = what_is_not_finite(norm)
         raise NotFinite(f"the norm of the gradient is {value}: lower lr or the weights of the losses.")

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import parametrize
 
 from ctlens.core.errors import CtlensError, unknown
@@ -67,6 +68,16 @@ def present_parameters(model: LensModel) -> dict[str, nn.Parameter]:
     return {name: value for name, value in plain if name not in absent and PARAMETRIZED not in name}
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor of a sharded model, which all processes gather together; any other is whole."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, which is all of it unless its model is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 @torch.no_grad()
 def present_weights(model: LensModel) -> dict[str, Tensor]:
     """The weights that the model computes with: `present_parameters` with the adapters' updates added."""
@@ -74,8 +85,18 @@ def present_weights(model: LensModel) -> dict[str, Tensor]:
     for module in cast(nn.Module, model).modules():
         if parametrize.is_parametrized(module):
             for name, held in cast(nn.ModuleDict, module.parametrizations).items():
-                adapted[id(held.original)] = getattr(module, name)
+                adapted[id(held.original)] = _adapted(module, name, held)
     return {name: adapted.get(id(value), value.detach()) for name, value in present_parameters(model).items()}
+
+
+def _adapted(module: nn.Module, name: str, held: nn.Module) -> Tensor:
+    """A weight with its adapter's update, of which a process that shares the model keeps its slice."""
+    original = cast(Tensor, held.original)
+    if not isinstance(original, DTensor):
+        return getattr(module, name)
+    parts = {name: gathered(value) for name, value in held.named_parameters()}
+    found = torch.func.functional_call(held, parts, ())
+    return distribute_tensor(found, original.device_mesh, original.placements, src_data_rank=None)
 
 
 def state_buffers(model: LensModel) -> dict[str, Tensor]:
@@ -194,7 +215,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().numpy().tobytes())
+        digest.update(gathered(tensor.detach()).cpu().float().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

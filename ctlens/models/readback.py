@@ -11,8 +11,9 @@ from ctlens.core.types import LensModel
 from ctlens.models.bridges import huggingface_config
 from ctlens.models.finite import require_finite_weights
 from ctlens.models.loading import load_model
-from ctlens.models.parameters import evaluating, saved_tensors
+from ctlens.models.parameters import evaluating, own_part, saved_tensors
 from ctlens.models.parity import compared, lens_answers, narrowed, probe_prompts
+from ctlens.models.sharding import is_sharded, read_slices
 
 
 @torch.no_grad()
@@ -26,6 +27,9 @@ def require_written(model: LensModel, folder: Path) -> None:
         CtlensError: weights, buffers or logits differ, or the folder cannot be read.
     """
     require_finite_weights(model)
+    if is_sharded(model):
+        _require_same_slices(model, folder)
+        return
     again = load_model(folder, dtype=next(model.parameters()).dtype, check=False)
     kept = saved_tensors(again)
     for name, value in saved_tensors(model).items():
@@ -37,6 +41,16 @@ def require_written(model: LensModel, folder: Path) -> None:
         apart = compared(lens_answers(again, prompts), lens_answers(model, prompts))
     if not apart.is_rounding:
         raise _lost(f"its logits, by {apart.largest:.2g}")
+
+
+def _require_same_slices(model: LensModel, folder: Path) -> None:
+    """Reads a sharded model's slices again; the model is not made anew, which would hold it once more."""
+    kept = saved_tensors(model)
+    again = {name: torch.empty_like(value) for name, value in kept.items()}
+    read_slices(folder, again)
+    for name, value in kept.items():
+        if not torch.equal(own_part(value), own_part(again[name])):
+            raise _lost(name)
 
 
 def _lost(what: str) -> CtlensError:

@@ -9,9 +9,13 @@ from typing import Any, cast
 import torch
 
 from ctlens.core.errors import CtlensError
-from ctlens.losses import LossValue
+from ctlens.core.types import LensModel
+from ctlens.losses import Forwards, LossValue
+from ctlens.models.parameters import gathered
+from ctlens.models.sharding import is_sharded
 from ctlens.training.config import TrainConfig
-from ctlens.training.passes import Passes, Term
+from ctlens.training.passes import Passes, Term, backward
+from ctlens.training.processes import processes
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,9 @@ def calibrate(
             calibrated[name] = _over_gaps(terms[name], gaps[name])
         if config.calibrate:
             values = {name: term.loss.compute(seen[name], term.factors) for name, term in calibrated.items()}
-            norms = {name: _gradient_norm(value, parameters) for name, value in values.items()}
+            norms = {
+                name: _gradient_norm(value, seen[name], passes.model, parameters) for name, value in values.items()
+            }
             calibrated = {name: _with_norm(term, norms[name], config.calibrate) for name, term in calibrated.items()}
     return calibrated, Calibration(gaps, norms)
 
@@ -74,10 +80,15 @@ def _over_gaps(term: Term, gaps: Mapping[str, float]) -> Term:
     return replace(term, factors={hook_name: factor / gaps[hook_name] for hook_name, factor in term.factors.items()})
 
 
-def _gradient_norm(value: LossValue, parameters: Sequence[torch.nn.Parameter]) -> float:
-    gradients = torch.autograd.grad(value.total, list(parameters), retain_graph=True, allow_unused=True)
-    squares = [gradient.square().sum() for gradient in gradients if gradient is not None]
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+def _gradient_norm(
+    value: LossValue, seen: Forwards, model: LensModel, parameters: Sequence[torch.nn.Parameter]
+) -> float:
+    """The norm of a loss's gradient; processes that share a sharded model all have the same rows here."""
+    backward(value.total / processes().count if is_sharded(model) else value.total, model, [seen], again=True)
+    norm = torch.nn.utils.get_total_norm(parameter.grad for parameter in parameters if parameter.grad is not None)
+    for parameter in parameters:
+        parameter.grad = None
+    return float(gathered(norm))
 
 
 def _with_norm(term: Term, norm: float, target: float) -> Term:

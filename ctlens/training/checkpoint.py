@@ -7,6 +7,7 @@ pairs, the draws and the schedule, follows from the settings and the step.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 from ctlens import losses as loss_registry
 from ctlens.core.config import first_difference, to_dict
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import atomic_file, digest_of, sweep, writing
+from ctlens.core.files import atomic_file, digest_of, sweep_folder, writing
 from ctlens.core.reading import json_object
 from ctlens.core.types import LensModel
 from ctlens.data.chat import render
@@ -148,15 +149,27 @@ def write_checkpoint(
 
 def has_checkpoint(folder: str | Path) -> bool:
     """Tells whether `write_checkpoint` has written a checkpoint into a folder."""
-    return _path(folder).is_file()
+    return _path(folder).is_file() or bool(sharded_checkpoints(folder))
+
+
+def sharded_name(steps: int) -> str:
+    """The name of the folder with the checkpoint of a sharded training, see `ctlens.training.sharded_checkpoint`."""
+    return f"sharded-{steps}"
+
+
+def sharded_checkpoints(folder: str | Path) -> list[Path]:
+    """Lists the checkpoints of a sharded training in a folder, by step."""
+    return sorted(Path(folder).glob("sharded-[0-9]*"), key=lambda path: int(path.name.partition("-")[2]))
 
 
 def remove_checkpoint(folder: str | Path) -> None:
     """Removes a checkpoint, and its folder if it holds nothing else."""
     path = _path(folder)
     with writing(path):
-        sweep([path])
+        sweep_folder(path.parent)
         path.unlink(missing_ok=True)
+        for sharded in sharded_checkpoints(folder):
+            shutil.rmtree(sharded)
         if path.parent.is_dir() and not any(path.parent.iterdir()):
             path.parent.rmdir()
 
@@ -172,6 +185,8 @@ def read_checkpoint(folder: str | Path, of: Mapping[str, Any]) -> Checkpoint:
         CtlensError: the folder has no checkpoint, or a damaged one, or one of another training.
     """
     path = _path(folder)
+    if sharded_checkpoints(folder):
+        raise CtlensError(f"the checkpoint in {folder} is of a sharded training: go on with --shard, or remove it.")
     if not has_checkpoint(folder):
         raise CtlensError(f"{folder} holds no checkpoint of a training: {CHECKPOINT_FILE} is expected.")
     try:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ctlens.core.files import atomic_folder
 from ctlens.core.types import LensModel
 from ctlens.models.loading import save_model
 from ctlens.models.lora import has_adapters, save_adapters
+from ctlens.models.sharding import folder_for
 from ctlens.training.run import ADAPTERS_FOLDER
 
 STEPS_FOLDER = "steps"
@@ -36,7 +36,7 @@ def keep_model(model: LensModel, step: int, out: Path) -> None:
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(folder) as work:
+    with folder_for(model, folder) as work:
         if has_adapters(model):
             save_adapters(model, work / ADAPTERS_FOLDER)
         else:

@@ -15,13 +15,14 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ctlens.core.types import LensModel, PerRow
 from ctlens.data.batch import PairBatch
 from ctlens.losses import Forwards, Loss
 from ctlens.losses.base import InternalLoss
+from ctlens.models.sharding import gather
 from ctlens.training.stores import EVERY
 from ctlens.training.targets import Fetch
 
@@ -106,11 +107,12 @@ class Layerwise:
         return loss.row_values(seen, [name])[name]
 
 
-def _again(forward: Callable[..., Any], *given: Any, **options: Any) -> Any:
+def _again(block: nn.Module, forward: Callable[..., Any], *given: Any, **options: Any) -> Any:
     """Runs a block under checkpointing, which recomputes it; the same losses must be active then as now."""
     layerwise = IN_FORCE.get()
 
     def work(*given: Any, **options: Any) -> Any:
+        gather(block)  # the gradient of a loss inside of it may come before that of its output, which gathers it
         with _set(layerwise):
             return forward(*given, **options)
 
@@ -136,7 +138,7 @@ def blocks_again(model: LensModel) -> Iterator[None]:
     try:
         for block in blocks:
             # A bridge passes an assignment on to the layer that it wraps, so the attribute is set in the dictionary.
-            block.__dict__["forward"] = partial(_again, block.forward)
+            block.__dict__["forward"] = partial(_again, block, block.forward)
         yield
     finally:
         for block in blocks:

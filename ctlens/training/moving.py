@@ -26,6 +26,7 @@ from ctlens.losses.base import MovingTarget, moving_target
 from ctlens.losses.distances import kl_divergence
 from ctlens.models.finite import forward
 from ctlens.models.parameters import copy_model, evaluating
+from ctlens.models.sharding import in_step, is_sharded, sharded_copy
 
 DRIFT = "drift"
 BAD_TARGETS = "bad_targets"
@@ -56,7 +57,7 @@ class Follower:
         self.schedule = moving_target(side) or MovingTarget()
         self.reference = reference
         self.trained = trained
-        self.model = copy_model(trained)
+        self.model = sharded_copy(trained) if is_sharded(trained) else copy_model(trained)
         self.parameters = list(_parameters(self.model).values())
         for parameter in self.parameters:
             parameter.requires_grad_(False)
@@ -84,8 +85,7 @@ class Follower:
         found = {DRIFT: kl_divergence(before, after).mean()}
         if self._answers:
             known = [self._answers[ids] for ids in prompts if ids in self._answers]
-            bad = (_bad_shares(self.model, known) > 0.5).sum() if known else before.new_zeros(())
-            found[BAD_TARGETS] = bad / len(prompts)
+            found[BAD_TARGETS] = (_bad_shares(self.model, known) > 0.5).sum() / len(prompts)
         return found
 
     def _is_no_worse(self) -> bool:
@@ -114,12 +114,13 @@ def _answers(model: LensModel, row: EncodedPair) -> _Answers | None:
 
 def _bad_shares(model: LensModel, answers: Sequence[_Answers]) -> PerRow:
     """The probability of the bad answer's token over that of both."""
-    parts = []
-    for start in range(0, len(answers), _AT_ONCE):
-        some = answers[start : start + _AT_ONCE]
-        logits = _next(model, [one.begun for one in some])
-        tokens = torch.tensor([(one.bad, one.good) for one in some], device=logits.device)
-        parts.append(logits.gather(1, tokens).softmax(-1)[:, 0])
+    parts = [torch.zeros(0, device=next(model.parameters()).device)]
+    with in_step(model):
+        for start in range(0, len(answers), _AT_ONCE):
+            some = answers[start : start + _AT_ONCE]
+            logits = _next(model, [one.begun for one in some])
+            tokens = torch.tensor([(one.bad, one.good) for one in some], device=logits.device)
+            parts.append(logits.gather(1, tokens).softmax(-1)[:, 0])
     return torch.cat(parts)
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ctlens.core.errors import CtlensError
-from ctlens.core.types import Activations, CleanLogits, LensModel
+from ctlens.core.types import Activations, CleanLogits, LensModel, Scalar
 from ctlens.data.batch import EncodedPairs, PairBatch, collate
 from ctlens.losses import DPO, Forwards, Loss
 from ctlens.losses.base import moving_target
 from ctlens.models.hooks import run_capturing, visiting
 from ctlens.models.parameters import evaluating
+from ctlens.models.sharding import is_sharded
 from ctlens.training.config import TrainConfig
 from ctlens.training.edits import TrainingEdits
 from ctlens.training.layerwise import Layerwise, blocks_again, is_layerwise
@@ -207,6 +208,26 @@ class OpenPasses:
             clean = batch.clean
             seen, states = run_capturing(model, clean.tokens, names, grad=False, mask=clean.needed_mask, logits=logits)
         return states, seen if logits else None
+
+
+def backward(total: Scalar, model: LensModel, forwards: Iterable[Forwards], *, again: bool = False) -> None:
+    """Runs the backward pass of a sum of losses.
+
+    A block of a sharded model gathers its weights when a gradient comes to its output, which that of a loss on an
+    activation inside of the block does not. So a gradient of zero starts at the logits and passes through them all.
+
+    Args:
+        total: the sum.
+        model: the trained model.
+        forwards: what the losses were computed from.
+        again: keep the graph for another backward pass.
+    """
+    ends = [total]
+    if is_sharded(model):
+        logits = {id(seen.wrapped_logits): seen.wrapped_logits for seen in forwards}
+        ends += [value for value in logits.values() if value.requires_grad]
+    starts = [None, *map(torch.zeros_like, ends[1:])]
+    torch.autograd.backward(ends, starts, retain_graph=again)
 
 
 def _sides(terms: Iterable[Term]) -> list[str]:

@@ -15,6 +15,7 @@ from ctlens.losses import Forwards
 from ctlens.losses.outputs import answer_log_p
 from ctlens.models.generation import Ids
 from ctlens.models.hooks import run
+from ctlens.models.sharding import in_step
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Preferences:
         both = [*good, *(replace(row, answer=self._bad_answer(row)) for row in good)]
         batch = collate(both).to(next(model.parameters()).device)
         keys = [(row.wrapped.ids, row.answer) for row in both]
-        if not set(keys) <= set(self._known):
-            with torch.no_grad():
+        with torch.no_grad(), in_step(self.reference):
+            if not set(keys) <= set(self._known):
                 logits = run(self.reference, batch.wrapped.tokens, batch.wrapped.needed_mask)
                 self._known |= dict(zip(keys, answer_log_p(logits, batch).tolist(), strict=True))
         return Preferred(batch, torch.tensor([self._known[key] for key in keys], device=batch.wrapped.tokens.device))

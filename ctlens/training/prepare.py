@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,8 +16,9 @@ from ctlens.core.types import LensModel
 from ctlens.data.batch import EncodedPairs, encode
 from ctlens.data.pairs import Pair
 from ctlens.losses import Loss
-from ctlens.models.lora import LoRA, add_adapters, has_adapters, merge_adapters
-from ctlens.models.parameters import freeze
+from ctlens.models.lora import LoRA, add_adapters, fill_adapters, has_adapters, merge_adapters
+from ctlens.models.parameters import copy_model, freeze
+from ctlens.models.sharding import is_sharded, sharded_copy
 from ctlens.training.answers import answer_tail, answers_kind, drawn_at, reference_answers
 from ctlens.training.config import TrainConfig
 
@@ -79,6 +81,29 @@ def prepare(
         if lost := len(trained) - len(encoded):
             raise CtlensError(f"{lost} pairs do not align in the window of a tracked loss: give it another window.")
     return encoded
+
+
+def trained_copy(reference: LensModel, config: TrainConfig) -> tuple[LensModel, list[nn.Parameter]]:
+    """The model that is trained, a copy of the reference, and what is trained of it; raises as `trained_parameters`.
+
+    Adapters leave the weights beside them as they are, so the copy shares those of the reference.
+    """
+    shared = isinstance(config.trainable, LoRA)
+    if not is_sharded(reference):
+        model = copy_model(reference, share_weights=shared)
+        return model, trained_parameters(model, config)
+    model = sharded_copy(reference, partial(_prepare_blank, config=config), share_weights=shared)
+    return model, [parameter for parameter in cast(nn.Module, model).parameters() if parameter.requires_grad]
+
+
+def _prepare_blank(blank: LensModel, config: TrainConfig) -> None:
+    if has_adapters(blank):
+        raise CtlensError(
+            "a sharded model that has adapters cannot be trained on: export it, and load what is written."
+        )
+    trained_parameters(blank, config)
+    if isinstance(config.trainable, LoRA):
+        fill_adapters(blank, config.trainable, config.seed)
 
 
 def trained_parameters(model: LensModel, config: TrainConfig) -> list[nn.Parameter]:

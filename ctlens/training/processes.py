@@ -1,8 +1,9 @@
 """Training in several processes: each takes its share of every batch, and HuggingFace accelerate sums the gradients.
 
-`accelerate launch -m ctlens train ...` starts them. Every process has the whole model and takes the same steps
-with the same numbers. Wrappers that average gradients by themselves expect a loss on a module's output, which a
-loss on activations is not. So the gradients of the trained weights are summed here, after the backward passes.
+`accelerate launch -m ctlens train ...` starts them, or torchrun. Every process takes the same steps with the same
+numbers, and has the whole model or, of a sharded one (`ctlens.models.sharding`), its slices. Wrappers around a whole
+model that average gradients by themselves expect a loss on its output, which a loss on activations is not. So the
+gradients of whole weights are summed here, after the backward passes; those of slices have been.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ctlens.core.errors import CtlensError
 from ctlens.training.order import parts
@@ -48,6 +50,15 @@ class Processes:
             raise CtlensError(f"{len(rows)} pairs are too few for {self.count} processes: raise batch_size.")
         return parts(rows, self.count)[self.index]
 
+    def require_equal_parts(self, n_rows: int, n_parts: int) -> None:
+        """Refuses a batch of which one process would have more parts than another, see `ctlens.models.sharding`."""
+        fewest = n_rows // self.count
+        if n_rows % self.count and fewest < n_parts:
+            raise CtlensError(
+                f"{n_rows} prompts or pairs give {self.count} processes unequal numbers of {n_parts} parts, and a "
+                f"sharded model needs equal ones: take a batch_size that is a multiple of {2 * self.count}."
+            )
+
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Makes the gradient of each parameter the sum over all processes."""
 
@@ -68,7 +79,8 @@ class Accelerated(Processes):
         for name in SHARDED:
             if os.environ.get(name, "").lower() == "true":
                 raise CtlensError(
-                    f"{name} asks to split the weights, but ctlens only splits batches: launch accelerate without it."
+                    f"{name} asks accelerate to split the weights, which ctlens does itself: launch without it, and "
+                    "give --shard."
                 )
         self._state = PartialState(cpu=not torch.cuda.is_available())
         self.count, self.index = self._state.num_processes, self._state.process_index
@@ -83,6 +95,8 @@ class Accelerated(Processes):
         from accelerate.utils import reduce
 
         for parameter in parameters:
+            if isinstance(parameter, DTensor):
+                continue  # of a sharded model, whose backward pass has summed it
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = reduce(gradient, "sum")  # type: ignore[assignment]
 

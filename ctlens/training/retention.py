@@ -52,6 +52,11 @@ class Retention:
         self.answers: dict[int, Ids] = {}
         self._targets: dict[int, Tensor] = {}
 
+    @property
+    def size(self) -> int:
+        """The number of prompts in a step's batch."""
+        return self._chosen.shape[1]
+
     def prepare(self, progress: bool = False) -> None:
         """Lets the reference answer every prompt that the training will use, once.
 
@@ -66,7 +71,7 @@ class Retention:
                 fingerprint(self.reference),
                 tuple(self.prompts),
                 tuple(used),
-                self._chosen.shape[1],
+                self.size,
                 self.config.max_new_tokens,
                 self.config.cache,
             ),
@@ -80,9 +85,8 @@ class Retention:
         given = generate(self.reference, asked, max_new_tokens=self.config.max_new_tokens, ends=ends, progress=progress)
         answers = dict(zip(used, given, strict=True))
         targets: dict[int, Tensor] = {}
-        size = self._chosen.shape[1]
-        for start in range(0, len(used) if self.config.cache else 0, size):
-            chunk = used[start : start + size]
+        for start in range(0, len(used) if self.config.cache else 0, self.size):
+            chunk = used[start : start + self.size]
             found = self._reference_logits(*self._sequences(chunk, answers))
             targets |= dict(zip(chunk, found.cpu().split([len(answers[i]) for i in chunk]), strict=True))
         return answers, targets

@@ -13,7 +13,7 @@ from ctlens import losses as loss_registry
 from ctlens import plots
 from ctlens.core.config import from_dict, to_dict
 from ctlens.core.errors import CtlensError, unknown
-from ctlens.core.files import atomic_folder, write_json
+from ctlens.core.files import write_json
 from ctlens.core.public import public
 from ctlens.core.reading import read_json
 from ctlens.core.shown import Shown, shown
@@ -23,6 +23,7 @@ from ctlens.models.loading import load_model, save_model
 from ctlens.models.lora import has_adapters, load_adapters, merge_adapters, save_adapters
 from ctlens.models.parameters import copy_model
 from ctlens.models.readback import require_written
+from ctlens.models.sharding import folder_for, is_first
 from ctlens.plots import Figure
 from ctlens.training.calibrate import Calibration
 from ctlens.training.config import TrainConfig
@@ -91,7 +92,7 @@ class Run(Shown):
             CtlensError: the folder exists and is not empty, another model would come back from it, or adapters alone
                 are asked for and the model has none.
         """
-        with atomic_folder(folder) as work:
+        with folder_for(self.model, folder) as work:
             self.write(work, adapters_only=adapters_only)
         return Path(folder)
 
@@ -101,11 +102,11 @@ class Run(Shown):
             raise CtlensError("the run has no adapters, as it was not trained by a LoRA: leave adapters_only out.")
         losses = [loss_registry.to_config(loss) for loss in self.losses]
         config = {"training": to_dict(self.config), "losses": losses, "calibration": to_dict(self.calibration)}
-        write_json(folder / "config.json", {**config, "identity": dict(self.identity)})
-        write_json(folder / "environment.json", dict(self.environment))
-        self.history.save(folder / "history.csv")
+        if is_first(self.model):
+            write_json(folder / "config.json", {**config, "identity": dict(self.identity)})
+            write_json(folder / "environment.json", dict(self.environment))
+            self.history.save(folder / "history.csv")
         if not adapters_only:
-            (folder / "model").mkdir()
             save_model(self.model, folder / "model")
             require_written(self.model, folder / "model")
         if has_adapters(self.model):

@@ -16,6 +16,7 @@ from ctlens.data.batch import EncodedPair, EncodedPairs, PairBatch, collate
 from ctlens.losses.base import OUTPUT
 from ctlens.models.hooks import run_capturing
 from ctlens.models.parameters import fingerprint
+from ctlens.models.sharding import in_step
 from ctlens.training.stores import EVERY, InMemory, OnDisk, Store
 
 PATTERN = "hook_pattern"
@@ -92,8 +93,9 @@ class CleanTargets:
         """Returns a function that gives the activation of a batch at one hook point, as often as it is called."""
         if not self.cache:
             return fetch_from(self._seen(batch))
-        for home in dict.fromkeys(self._home[row] for row in rows if row not in self._store):
-            self._compute(home)
+        with in_step(self.reference):
+            for home in dict.fromkeys(self._home[row] for row in rows if row not in self._store):
+                self._compute(home)
         return partial(self._restored, rows=rows, batch=batch)
 
     def _seen(self, batch: PairBatch) -> Activations:

@@ -27,9 +27,9 @@ from ctlens.data.inputs import Pairs, Prompts
 from ctlens.losses import Loss, LossValue, require_distinct
 from ctlens.models.adopt import adopt
 from ctlens.models.finite import what_is_not_finite
-from ctlens.models.lora import LoRA
 from ctlens.models.optimisation import adamw, clipped_update
-from ctlens.models.parameters import copy_model, evaluating
+from ctlens.models.parameters import evaluating
+from ctlens.models.sharding import is_sharded
 from ctlens.training.answers import drawn_together
 from ctlens.training.calibrate import calibrate
 from ctlens.training.checkpoint import identity, read_checkpoint, write_checkpoint
@@ -40,12 +40,13 @@ from ctlens.training.interrupts import uninterrupted
 from ctlens.training.kept import keep_model, partial_folder, take_in
 from ctlens.training.loggers import Logger, Loggers
 from ctlens.training.order import batches, parts
-from ctlens.training.passes import Passes, Term, seeded
-from ctlens.training.prepare import in_window, prepare, trained_parameters
+from ctlens.training.passes import Passes, Term, backward, seeded
+from ctlens.training.prepare import in_window, prepare, trained_copy
 from ctlens.training.processes import processes
 from ctlens.training.retention import Retention, held_prompts
 from ctlens.training.run import Run
 from ctlens.training.schedules import fast_forward, make_schedule
+from ctlens.training.sharded_checkpoint import read_sharded_checkpoint, write_sharded_checkpoint
 from ctlens.training.step import TRACKED, Seen, Step
 from ctlens.training.until import look
 
@@ -107,8 +108,7 @@ class Trainer:
         self.processes = processes()
         self._terms = {loss.name: Term(loss, loss.factors(model)) for loss in self.losses}
         self._tracked = {TRACKED + loss.name: Term(loss, loss.factors(model)) for loss in self.track}
-        self.model = copy_model(model, share_weights=isinstance(self.config.trainable, LoRA))
-        self.parameters = trained_parameters(self.model, self.config)
+        self.model, self.parameters = trained_copy(model, self.config)
         with evaluating(model):
             folder = None if cache_folder is None else usable_folder(cache_folder)
             self.pairs = prepare(model, pairs, self.losses, self.track, self.config, folder=folder, progress=progress)
@@ -117,7 +117,11 @@ class Trainer:
             self.retention = Retention(model, held, self.config) if self.config.retention and held else None
             terms = {**self._terms, **self._tracked}
             self._passes = Passes(model, self.model, self.pairs, terms, self._units, self.config, folder, edits)
-            first = parts(next(batches(self._units, self.config)), self.config.accumulate)[0]
+            batch = next(batches(self._units, self.config))
+            if is_sharded(model):
+                for count in (len(batch), *([self.retention.size] if self.retention else [])):
+                    self.processes.require_equal_parts(count, self.config.accumulate)
+            first = parts(batch, self.config.accumulate)[0]
             self._terms, self.calibration = calibrate(self._terms, self._passes, first, self.parameters, self.config)
         self.losses = tuple(term.loss for term in self._terms.values())
         self.loggers = tuple(loggers) if self.processes.is_main else ()
@@ -226,7 +230,8 @@ class Trainer:
             for name, value in values.items():
                 seen.add(name, value, share)
             if values:
-                (share * torch.stack([value.total for value in values.values()]).sum()).backward()
+                total = share * torch.stack([value.total for value in values.values()]).sum()
+                backward(total, self.model, [found[name] for name in values])
 
     def _hold(self, index: int, seen: Seen) -> None:
         """Adds the gradient of this process's parts of the retention term, if the step has the term."""
@@ -239,6 +244,11 @@ class Trainer:
                 seen.add_retention(term)
 
     @property
+    def writes(self) -> bool:
+        """True if this process takes part in writing what the training keeps: of a sharded model all do."""
+        return self.processes.is_main or is_sharded(self.model)
+
+    @property
     def run(self) -> Run:
         """The run is the training so far, with the model of the last step."""
         return Run(self.model, self.config, self.losses, self.history, environment(), self.calibration, self._identity)
@@ -248,8 +258,15 @@ class Trainer:
         return self._described()
 
     def checkpoint(self, folder: str | Path) -> None:
-        """Writes a checkpoint for `restore` into a folder; it replaces an earlier checkpoint there."""
-        write_checkpoint(folder, self._kept, self.optimizer, self.history, self._identity)
+        """Writes a checkpoint for `restore` into a folder; it replaces an earlier checkpoint there.
+
+        Of a sharded model all processes call it together.
+        """
+        kept = (self._kept, self.optimizer, self.history, self._identity)
+        if is_sharded(self.model):
+            write_sharded_checkpoint(folder, self.model, *kept)
+        else:
+            write_checkpoint(folder, *kept)
 
     @property
     def _kept(self) -> list[nn.Parameter]:
@@ -266,7 +283,11 @@ class Trainer:
             CtlensError: the folder has no checkpoint, or a checkpoint of another reference, or of other
                 pairs, losses or settings.
         """
-        saved = read_checkpoint(folder, self._described())  # anew: the reference may have been changed meanwhile
+        described = self._described()  # anew: the reference may have been changed meanwhile
+        if is_sharded(self.model):
+            saved = read_sharded_checkpoint(folder, self._kept, described)
+        else:
+            saved = read_checkpoint(folder, described)
         with torch.no_grad():
             for parameter, value in zip(self._kept, saved.parameters, strict=True):
                 parameter.copy_(value)
@@ -332,14 +353,15 @@ def train(
             for step in trainer:
                 bar.set_postfix(loss=f"{step.losses['total']:.4f}", refresh=False)
                 bar.update()
-                if folder and save_every and step.index % save_every == 0 and trainer.processes.is_main:
+                if folder and save_every and step.index % save_every == 0 and trainer.writes:
                     keep_model(trainer.model, step.index, folder)
     except KeyboardInterrupt:
         warnings.warn(f"interrupted after {len(trainer.history)} of {len(trainer)} steps", stacklevel=2)
     finally:
         trainer.close()
-    if folder and trainer.processes.is_main:
+    if folder and trainer.writes:
         trainer.run.save(folder)
+    if folder and trainer.processes.is_main:
         take_in(folder)
     return trainer.run
 

@@ -430,7 +430,7 @@ def test_a_training_of_adapters_holds_the_weights_once_and_equals_one_on_a_copy(
     assert places(run.model) == places(model)
     assert [value.requires_grad for value in model.parameters()] == trainable
     with monkeypatch.context() as patch:
-        patch.setattr("ctlens.training.trainer.copy_model", lambda held, **_: copy_model(held))
+        patch.setattr("ctlens.training.prepare.copy_model", lambda held, **_: copy_model(held))
         apart = train(model, PAIRS, ACT(), config=QUICK, progress=False)
     assert not set(places(apart.model).values()) & set(places(model).values())
     assert apart.history.rows == run.history.rows

@@ -141,5 +141,5 @@ def test_what_processes_saw_adds_up() -> None:
 @pytest.mark.parametrize("name", SHARDED)
 def test_split_weights_are_refused_in_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "true")
-    with pytest.raises(CtlensError, match="asks to split the weights, but ctlens only splits batches"):
+    with pytest.raises(CtlensError, match="asks accelerate to split the weights, which ctlens does itself"):
         Accelerated()

@@ -1,0 +1,102 @@
+"""Sharded trainings from the command line: killed, resumed by another number of processes, saved and exported."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from helpers.models import Call, byte_level_tokenizer, hf_model
+from helpers.processes import together
+from transformers import AutoModelForCausalLM
+
+from ctlens.models.hooks import run
+from ctlens.models.loading import load_model
+from ctlens.models.parameters import present_weights
+
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
+
+WORDS = ("right", "a thing", "here", "no", "what", "it")
+ROWS = [{"clean": f"Is it {word}?", "wrapped": f"I don't think it's {word}. Is it {word}?"} for word in WORDS]
+TRAIN = "train --model hf --pairs pairs.jsonl --quiet --steps 4 --batch-size 6 --loss act --loss bct --retention 1"
+DIES = """
+import os, signal, sys, time
+from ctlens.training import trainer
+whole = trainer.Trainer.take_step
+def step(self):
+    if len(self.history) == 3 and os.environ["RANK"] == "1":
+        open("died", "w").write(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(self)
+trainer.Trainer.take_step = step
+from ctlens.cli import main
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    hf_model("llama").save_pretrained(folder / "hf")
+    byte_level_tokenizer(chat=True).save_pretrained(folder / "hf")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "dies.py").write_text(DIES)
+    return folder
+
+
+@pytest.mark.parametrize("what", ["weights", "adapters"])
+def test_a_killed_training_ends_everywhere_and_goes_on_with_another_number_of_processes(
+    place: Path, what: str, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    train = f"{TRAIN} --trainable attn,mlp,embed" if what == "weights" else f"{TRAIN} --lora-rank 2 --lr 0.01"
+    shared = f"{train} --shard --checkpoint-every 2 --out {what}"
+
+    killed = together(2, "dies", *shared.split(), folder=place)
+    passed = time.time() - float((place / "died").read_text())
+
+    assert killed.returncode != 0 and passed < 15
+    assert not (place / what).exists()
+    assert [path.name for path in (place / f"{what}.partial").iterdir()] == ["sharded-2"]
+
+    resumed = together(3, "ctlens", *shared.split(), "--resume", folder=place)
+    alone = call(f"{train} --accumulate 3 --out {what}-alone")
+
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert alone.code == 0, alone.err
+    assert resumed.stdout.count(f"Run: {what}") == 1
+    assert not (place / f"{what}.partial").exists()
+    histories = [pd.read_csv(place / name / "history.csv", keep_default_na=False) for name in (f"{what}-alone", what)]
+    assert histories[0][["step", "name", "hook_name"]].equals(histories[1][["step", "name", "hook_name"]])
+    pd.testing.assert_series_equal(histories[1]["value"], histories[0]["value"], rtol=1e-4, atol=1e-5)
+    weights = [present_weights(load_model(place / name)) for name in (f"{what}-alone", what)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=1e-5, rtol=1e-5)
+
+    assert call(f"export --model {what} --out {what}-hf").code == 0
+    hf = AutoModelForCausalLM.from_pretrained(place / f"{what}-hf")
+    tokens = torch.arange(12)[None]
+    torch.testing.assert_close(hf(tokens).logits, run(load_model(place / what), tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_a_checkpoint_of_other_settings_or_of_one_process_is_refused(place: Path, call: Call, monkeypatch) -> None:
+    monkeypatch.chdir(place)
+    killed = together(2, "dies", *f"{TRAIN} --shard --checkpoint-every 2 --out other".split(), folder=place)
+    assert killed.returncode != 0
+
+    alone = call(f"{TRAIN} --out other --resume")
+    assert alone.code == 2 and "is of a sharded training: go on with --shard" in alone.err
+    changed = together(2, "ctlens", *f"{TRAIN} --lr 0.1 --shard --out other --resume".split(), folder=place)
+    assert changed.returncode != 0
+    assert "is of other settings (settings.lr is 0.001 there and 0.1 here)" in changed.stderr
+
+
+def test_shard_needs_a_launcher(place: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("RANK", raising=False)
+    ended = call(f"{TRAIN} --shard --out nothing")
+    assert ended.code == 2 and "start them with torchrun --nproc-per-node N -m ctlens train" in ended.err
+    assert not (place / "nothing").exists()
