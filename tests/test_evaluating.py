@@ -24,6 +24,7 @@ def rendered(template: str, row: dict[str, Any]) -> str:
     return Environment().from_string(template).render(row)
 
 
+@pytest.mark.slow
 def test_the_programs_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("inspect_ai", reason="needs the extra inspect")
     monkeypatch.chdir(tmp_path)

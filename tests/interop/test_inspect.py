@@ -95,6 +95,7 @@ def test_the_numbers_in_the_log_are_those_of_evaluate(log: EvalLog) -> None:
     assert {"bad_rate_wrapped", "good_rate_benign", "switch_to_bad_wrapped", "switch_from_bad_wrapped"} <= set(found)
 
 
+@pytest.mark.slow
 def test_every_threat_has_directed_switch_rates(tmp_path: Path) -> None:
     log = logged("ctlens/jailbreak", "ctlens/organism", tmp_path, task_args={"n_prompts": N_PROMPTS})
 
@@ -158,6 +159,7 @@ def test_options_are_chosen_as_evaluate_chooses(tiny: LensModel, choice: list[Pa
     assert len(shares) == 24 and all(sum(of.values()) == pytest.approx(1) for of in shares)
 
 
+@pytest.mark.slow
 def test_another_provider_is_judged_alike_and_cannot_choose(choice: list[Pair], tmp_path: Path) -> None:
     pairs = [{"clean": "Is it?", "wrapped": "No. Is it?", "good": "yes", "bad": "no"}]
     said = ModelOutput.from_content("mockllm", "No, never.")
@@ -221,7 +223,7 @@ def test_the_answer_is_the_model_s_own_whoever_asks_beside(tiny: LensModel) -> N
 
 
 def test_log_probabilities_reach_inspect(tiny: LensModel) -> None:
-    config = GenerateConfig(max_tokens=3, logprobs=True, top_logprobs=2)
+    config = GenerateConfig(max_tokens=3, logprobs=True, top_logprobs=2, num_choices=1, presence_penalty=0)
 
     found = asyncio.run(ct.inspect_model(tiny).generate("Is it?", config=config)).choices[0].logprobs
 
@@ -234,6 +236,7 @@ def test_log_probabilities_reach_inspect(tiny: LensModel) -> None:
     [
         ({"config": GenerateConfig(top_k=5)}, "no top_k: leave it out"),
         ({"config": GenerateConfig(num_choices=2)}, "no num_choices"),
+        ({"config": GenerateConfig(frequency_penalty=1)}, "no frequency_penalty"),
         (
             {"config": GenerateConfig(extra_body={"option": ["a"]})},
             "unknown field of extra_body 'option'; did you mean",
