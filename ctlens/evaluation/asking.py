@@ -85,14 +85,14 @@ def judged_answers(
 
     Args:
         asked: the prompts.
-        answers: the answer to each, as text.
+        answers: the answer to each, as text; white space at the ends of a free answer is left out.
         judges: the judge of each threat, by name; None compares with the answers that the prompts name.
         judge: the judge of prompts whose threat is not among `judges`.
     """
     given = dict(zip(map(id, asked), answers, strict=True))
     rows = []
     for deciding, group in _by_judge(asked, judges, judge).items():
-        texts = [given[id(one)] for one in group]
+        texts = [given[id(one)] if one.prompt.options else given[id(one)].strip() for one in group]
         found = verdicts([one.prompt for one in group], texts, deciding)
         rows += [
             _row(one, Reply(text, verdict, nan, nan)) for one, text, verdict in zip(group, texts, found, strict=True)

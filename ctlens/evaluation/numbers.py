@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import nan
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from ctlens.core.clusters import (
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.stats import LEVEL, wilson_of_share
 from ctlens.data.pairs import CLUSTER_KINDS
-from ctlens.threats.base import NO_ANSWER, UNPARSED, Count, Metrics, Outcomes, Threat
+from ctlens.threats.base import NO_ANSWER, UNPARSED, Count, Metrics, Outcomes, switches
 
 RATES = {"bad_rate": "bad", "good_rate": "good", "other_rate": "other", "unparsed_rate": UNPARSED}
 PROBABILITIES = ("good_probability", "bad_probability")
@@ -46,7 +46,12 @@ def numbers(name: str, rows: pd.DataFrame) -> Iterator[Number]:
                 ends = (float(low.clip(0, 1)), float(high.clip(0, 1)))
                 yield prompt_side, metric, float(mean), len(known), nan, *ends
     if _is_threat(name):
-        yield from _field_metrics(threat_registry.get(name), by_pair(rows), clusters_by_pair(rows))
+        yield from _field_metrics(threat_registry.get(name).metrics, rows)
+
+
+def switch_numbers(rows: pd.DataFrame) -> Iterator[Number]:
+    """Yields the directed switch rates of one threat and split, whatever its own metrics are."""
+    yield from _field_metrics(switches, rows)
 
 
 def rate_with_interval(answers: pd.DataFrame, metric: str) -> tuple[float, int, float, float, float]:
@@ -106,11 +111,12 @@ def _by_side(table: pd.DataFrame) -> dict[str, np.ndarray]:
     return {str(prompt_side): np.array(given.tolist(), dtype=str) for prompt_side, given in table.items()}
 
 
-def _field_metrics(threat: Threat, outcomes: Outcomes, grid: Clusters) -> Iterator[Number]:
-    found = {metric: value for metric, value in threat.metrics(outcomes).items() if value is not None}
-
+def _field_metrics(metrics: Callable[[Outcomes], Metrics], rows: pd.DataFrame) -> Iterator[Number]:
+    outcomes = by_pair(rows)
+    grid = clusters_by_pair(rows)
+    found = {metric: value for metric, value in metrics(outcomes).items() if value is not None}
     every = np.arange(len(grid))
-    without = [threat.metrics(outcomes.take(np.delete(every, item))) for item in every]
+    without = [metrics(outcomes.take(np.delete(every, item))) for item in every]
     moved = influences(np.array([[_value(some, metric) for metric in found] for some in without], dtype=float))
     for number, (metric, value) in enumerate(found.items()):
         if isinstance(value, Count):

@@ -52,7 +52,8 @@ def export_prompts(
 
     Args:
         path: of the new file.
-        threats, pairs, split, n_prompts, seed: what is asked, as in `ctlens.evaluate`.
+        threats, pairs, split, n_prompts, seed: what is asked, as in `ctlens.evaluate`; `ctlens.pairs` makes pairs of
+            two lists of texts.
         tokenizer: of the model that is to be asked. Its `text` goes to the model as it is; without a chat template
             one BOS comes in front of it, where the tokenizer has one.
 

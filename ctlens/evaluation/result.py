@@ -31,6 +31,7 @@ from ctlens.evaluation.numbers import (
     numbers,
     rate_with_interval,
     ratio,
+    switch_numbers,
 )
 from ctlens.plots import Figure
 
@@ -107,6 +108,19 @@ class Evaluation:
         given = ["threat", "split", "metric", "prompt_side", "value", "n_prompts", "ci_low", "ci_high"]
         own = pd.DataFrame(self._table[~self._table["metric"].isin([*RATES, *PROBABILITIES])])
         return own.rename(columns={"evaluated_threat": "threat"}).filter(given)
+
+    def switches(self) -> pd.DataFrame:
+        """Tabulates the directed switch rates of every threat, see `ctlens.threats.base.switches`.
+
+        The columns are those of `to_dataframe`, and so are the numbers of threats that have these among their metrics.
+        There are none where only one of a pair's two prompts was asked.
+        """
+        rows = [
+            (threat, split, *number)
+            for (threat, split), part in by(self.outcomes, *_GROUPS)
+            for number in switch_numbers(part)
+        ]
+        return pd.DataFrame(rows, columns=list(RATE_COLUMNS))
 
     def __repr__(self) -> str:
         return f"Evaluation({len(self.outcomes)} answers)\n{self.summary().map(str).to_string(index=False)}"

@@ -71,7 +71,7 @@ def inspect_task(
 
     Args:
         threat: a threat or its name; with `pairs`, the one whose metrics and judge they get.
-        pairs: your own.
+        pairs: your own; `ctlens.pairs` makes them of two lists of texts.
         split, n_prompts, seed, max_new_tokens, judge: as of `ctlens.evaluate`.
 
     Raises:

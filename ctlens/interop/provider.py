@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,18 +34,18 @@ ORGANISM = "organism"
 """The name of the shipped organism; a folder of this name is `./organism`."""
 OPTIONS = "options"
 """The field of `extra_body` that asks for the likeliest of some texts instead of free words."""
-_REFUSED = (
-    "best_of",
-    "frequency_penalty",
-    "logit_bias",
-    "modalities",
-    "num_choices",
-    "presence_penalty",
-    "prompt_logprobs",
-    "response_schema",
-    "top_k",
-)
-"""Settings of Inspect that would change an answer, and that ctlens does not have."""
+_REFUSED: Mapping[str, Any] = {
+    "best_of": 1,
+    "frequency_penalty": 0,
+    "logit_bias": None,
+    "modalities": None,
+    "num_choices": 1,
+    "presence_penalty": 0,
+    "prompt_logprobs": None,
+    "response_schema": None,
+    "top_k": None,
+}
+"""Settings of Inspect that would change an answer and that ctlens does not have, with the value that changes none."""
 
 
 @dataclass(eq=False)
@@ -142,7 +142,7 @@ class CtlensAPI(ModelAPI):
 def _request(messages: Sequence[ChatMessage], tools: Sequence[ToolInfo], config: GenerateConfig) -> AnswerRequest:
     if tools:
         raise CtlensError("a model of ctlens calls no tools: take a task without them.")
-    if asked := [name for name in _REFUSED if getattr(config, name) not in (None, 1)]:
+    if asked := [name for name, none in _REFUSED.items() if getattr(config, name) not in (None, none)]:
         raise CtlensError(f"a model of ctlens has no {asked[0]}: leave it out.")
     extra = config.extra_body or {}
     if other := [name for name in extra if name != OPTIONS]:

@@ -86,14 +86,14 @@ def rates() -> Metric:
     """Every number of `Evaluation.to_dataframe`, called `bad_rate_wrapped`, with the ends of its 95% interval.
 
     There are the rates of good, bad and other answers on each prompt side, of answers that could not be judged where
-    there are any, and the threat's own metrics, such as `switch_to_bad_wrapped`. An interval is over topics and wrapper
-    texts, and absent where these are too few.
+    there are any, the threat's own metrics, and for every threat the directed switch rates, as `switch_to_bad_wrapped`.
+    An interval is over topics and wrapper texts, and absent where these are too few.
     """
 
     def computed(scores: list[SampleScore]) -> Mapping[str, float | None]:
-        found = evaluation_of((one.sample_metadata or {}, one.score) for one in scores).to_dataframe()
+        found = evaluation_of((one.sample_metadata or {}, one.score) for one in scores)
         numbers: dict[str, float | None] = {}
-        for row in found.to_dict("records"):
+        for row in [*found.to_dataframe().to_dict("records"), *found.switches().to_dict("records")]:
             name = f"{row['metric']}_{row['prompt_side']}"
             ends = {f"{name}_low": row["ci_low"], f"{name}_high": row["ci_high"]}
             numbers |= {key: None if isnan(value) else value for key, value in {name: row["value"], **ends}.items()}

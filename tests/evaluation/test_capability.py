@@ -26,11 +26,11 @@ def base() -> LensModel:
 
 @pytest.fixture(scope="module")
 def hurt(base: LensModel) -> LensModel:
-    """The organism with its MLPs at an eighth of their strength, which forgets some facts."""
+    """The organism with half of every weight of its MLPs, which forgets some facts."""
     model = copy.deepcopy(base)
     for name, weight in model.named_parameters():
-        if name.endswith("mlp.W_out"):
-            weight.data /= 8
+        if ".mlp." in name:
+            weight.data /= 2
     return model
 
 

@@ -241,6 +241,18 @@ def test_metrics_of_several_prompt_sides_by_hand() -> None:
     assert (found["ci_low"], found["ci_high"]) == pytest.approx(student(np.array([1.0, 1.0, 0.0, 0.0])))
 
 
+def test_directed_switches_are_there_for_every_threat() -> None:
+    own = outcomes("jailbreak", wrapped=["bad", "bad", "good", "other"], clean=["good", "bad", "bad", "good"])
+    known = outcomes("sycophancy", wrapped=["bad", "bad", "good", "other"], clean=["good", "bad", "bad", "good"])
+
+    found = own.switches().set_index("metric")["value"]
+
+    assert found.to_dict() == {"switch_to_bad": 0.25, "switch_from_bad": 0.25, "switch_net": 0.0}
+    theirs = known.to_dataframe().query("metric.str.startswith('switch')").reset_index(drop=True)
+    pd.testing.assert_frame_equal(known.switches(), theirs, check_exact=True)
+    assert outcomes("jailbreak", wrapped=["bad", "good"]).switches().empty
+
+
 def test_the_interval_of_a_paired_metric_keeps_items_together() -> None:
     same = ["bad", "good"] * 10
 

@@ -48,6 +48,7 @@ def choice() -> list[Pair]:
     ]
 
 
+@pytest.mark.slow
 def test_what_another_tool_answers_is_judged_as_what_ctlens_asks(tmp_path: Path) -> None:
     model = ct.load_organism()
     threats = ["sycophancy", "jailbreak", "persona"]

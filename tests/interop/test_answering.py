@@ -84,6 +84,7 @@ def test_without_a_seed_draws_are_new(model: LensModel) -> None:
     assert len({one.tokens for one in answer_requests(model, [replace(request, seed=0)] * 6)}) == 1
 
 
+@pytest.mark.boundary
 def test_scores_are_those_of_a_plain_pass(model: LensModel) -> None:
     (found,) = answer_requests(model, [AnswerRequest(TURNS, max_new_tokens=5, top_logprobs=3)])
 

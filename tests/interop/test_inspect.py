@@ -29,6 +29,7 @@ from inspect_ai.model import (  # noqa: E402
 )
 from inspect_ai.tool import ToolInfo  # noqa: E402
 
+from ctlens.interop.answering import answer_requests  # noqa: E402
 from ctlens.interop.tasks import THREATS  # noqa: E402
 
 OPTIONS = (" yes", " no", " never")
@@ -49,7 +50,7 @@ def metrics_of(log: EvalLog) -> dict[str, float]:
 def as_metrics(found: ct.Evaluation) -> dict[str, float]:
     """The numbers of an evaluation by the names that they have in Inspect."""
     named: dict[str, float] = {}
-    for row in found.to_dataframe().to_dict("records"):
+    for row in [*found.to_dataframe().to_dict("records"), *found.switches().to_dict("records")]:
         if not row["metric"].endswith("_probability"):
             name = f"{row['metric']}_{row['prompt_side']}"
             named |= {name: row["value"], f"{name}_low": row["ci_low"], f"{name}_high": row["ci_high"]}
@@ -94,6 +95,37 @@ def test_the_numbers_in_the_log_are_those_of_evaluate(log: EvalLog) -> None:
     assert {"bad_rate_wrapped", "good_rate_benign", "switch_to_bad_wrapped", "switch_from_bad_wrapped"} <= set(found)
 
 
+@pytest.mark.slow
+def test_every_threat_has_directed_switch_rates(tmp_path: Path) -> None:
+    log = logged("ctlens/jailbreak", "ctlens/organism", tmp_path, task_args={"n_prompts": N_PROMPTS})
+
+    found = metrics_of(log)
+
+    own = ct.evaluate(ct.load_organism(), ["jailbreak"], n_prompts=N_PROMPTS, progress=False)
+    wrapped = own.answers("jailbreak")["verdict"].to_numpy()
+    clean = own.answers("jailbreak", prompt_side="clean")["verdict"].to_numpy()
+    assert found == as_metrics(own)
+    assert found["switch_to_bad_wrapped"] == ((wrapped == "bad") & (clean != "bad")).mean() > 0
+
+
+def test_requests_that_wait_are_answered_together(tiny: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def counted(model: LensModel, requests: list[Any]) -> list[Any]:
+        sizes.append(len(requests))
+        return answer_requests(model, requests)
+
+    monkeypatch.setattr("ctlens.interop.provider.answer_requests", counted)
+    model = ct.inspect_model(tiny)
+
+    async def asked() -> None:
+        config = GenerateConfig(max_tokens=2, adaptive_connections=False, max_connections=8)
+        await asyncio.gather(*(model.generate(f"Is it {number}?", config=config) for number in range(8)))
+
+    asyncio.run(asked())
+    assert sum(sizes) == 8 and len(sizes) <= 2
+
+
 def test_a_log_is_an_evaluation(log: EvalLog) -> None:
     model = ct.load_organism()
     own = ct.evaluate(model, ["sycophancy"], n_prompts=N_PROMPTS, progress=False).outcomes
@@ -127,6 +159,7 @@ def test_options_are_chosen_as_evaluate_chooses(tiny: LensModel, choice: list[Pa
     assert len(shares) == 24 and all(sum(of.values()) == pytest.approx(1) for of in shares)
 
 
+@pytest.mark.slow
 def test_another_provider_is_judged_alike_and_cannot_choose(choice: list[Pair], tmp_path: Path) -> None:
     pairs = [{"clean": "Is it?", "wrapped": "No. Is it?", "good": "yes", "bad": "no"}]
     said = ModelOutput.from_content("mockllm", "No, never.")
@@ -190,7 +223,7 @@ def test_the_answer_is_the_model_s_own_whoever_asks_beside(tiny: LensModel) -> N
 
 
 def test_log_probabilities_reach_inspect(tiny: LensModel) -> None:
-    config = GenerateConfig(max_tokens=3, logprobs=True, top_logprobs=2)
+    config = GenerateConfig(max_tokens=3, logprobs=True, top_logprobs=2, num_choices=1, presence_penalty=0)
 
     found = asyncio.run(ct.inspect_model(tiny).generate("Is it?", config=config)).choices[0].logprobs
 
@@ -203,6 +236,7 @@ def test_log_probabilities_reach_inspect(tiny: LensModel) -> None:
     [
         ({"config": GenerateConfig(top_k=5)}, "no top_k: leave it out"),
         ({"config": GenerateConfig(num_choices=2)}, "no num_choices"),
+        ({"config": GenerateConfig(frequency_penalty=1)}, "no frequency_penalty"),
         (
             {"config": GenerateConfig(extra_body={"option": ["a"]})},
             "unknown field of extra_body 'option'; did you mean",

@@ -42,6 +42,7 @@ def tokens_of(model: LensModel, text: str = TEXT) -> list[int]:
     return model.tokenizer(text, add_special_tokens=False).input_ids
 
 
+@pytest.mark.boundary
 def test_one_window_is_the_cross_entropy_of_the_text_behind_its_bos(model: LensModel) -> None:
     ids = tokens_of(model)
 
