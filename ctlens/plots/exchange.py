@@ -51,7 +51,8 @@ def exchange_curves(
             draw_curve(figure, name, x, numbers, listed=subplot.leftmost, **subplot.at)
     caption = "Lines are ratios of means over pairs, bands their 95% intervals. Layer 0 is the first layer."
     if adds_up:
-        caption += " All layers of a line add up to what the last one's stream brings."
+        caption += " A line adds up to what the last layer's stream brings. Below 0, the layer undoes it, or other "
+        caption += "tokens carry it on."
     finish(figure, title, subtitle, kind="exchange_curves", caption=caption)
     figure.update_xaxes(title_text="layer", **layer_ticks(len(x)))
     return _with_levels(figure, len(shown), y_title, _LAYOUT, whole=not adds_up)

@@ -25,7 +25,7 @@ def test_the_whole_effect_is_marked_in_every_panel_on_one_scale():
 def test_shares_that_add_up_have_no_line_at_the_whole_effect():
     figure = plots.exchange_curves([2, 5], PANELS, "?", y_title="share", adds_up=True)
     assert {shape.y0 for shape in figure.layout.shapes} == {0}
-    assert "add up" in figure.layout.meta["caption"]
+    assert "adds up" in figure.layout.meta["caption"]
 
 
 def test_curves_stand_at_their_layers():

@@ -171,7 +171,7 @@ def _drawn(
         QUANTITY_TITLES[quantity]: {name: curve(rows_with(table, quantity=quantity)) for name, table in chosen.items()}
         for quantity in EXCHANGE_QUANTITIES
     }
-    y_title = "share of the effect that the layer adds" if first.adds_up else "share of the effect"
+    y_title = "share of the effect added" if first.adds_up else "share of the effect"
     options = {"adds_up": first.adds_up, "subtitle": subtitle}
     return plots.exchange_curves(first.layers, panels, title, y_title=y_title, **options)
 
