@@ -78,6 +78,15 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def require_whole(model: LensModel) -> None:
+    """Refuses a sharded model, for what takes weights by themselves."""
+    if any(isinstance(value, DTensor) for value in model.parameters()):
+        raise CtlensError(
+            "this takes the weights by themselves, which are split among processes: load the model, or the folder of "
+            "its run, without shard."
+        )
+
+
 @torch.no_grad()
 def present_weights(model: LensModel) -> dict[str, Tensor]:
     """The weights that the model computes with: `present_parameters` with the adapters' updates added."""
@@ -239,7 +248,11 @@ def copy_model(model: LensModel, *, share_weights: bool = False) -> LensModel:
         model: the original.
         share_weights: the copy's parameters lie where the model's lie, and take no memory of their own. For a copy
             whose weights stay frozen beside adapters; whoever writes into the weights of one changes both.
+
+    Raises:
+        CtlensError: the model is sharded.
     """
+    require_whole(model)
     device = next(model.parameters()).device
     # A bridge holds on to its last activations, and a graph among them cannot be copied. Dropout would draw numbers.
     with torch.no_grad(), evaluating(model):

@@ -88,6 +88,8 @@ def sharded_copy(
 def split_blank(blank: LensModel) -> LensModel:
     """A sharded model of the kind of a blank, whose weights have no numbers; `fill` gives it some."""
     made = copy.deepcopy(blank, {id(blank.tokenizer): blank.tokenizer}).eval()
+    for parameter in made.parameters():
+        parameter.data = parameter.data.contiguous()  # slices of a matrix that another one is the transpose of
     ORIGINALS[made] = blank
     _BLANKS[made] = blank
     split_modules((*cast(Any, made).blocks, root_of(made)))
@@ -255,7 +257,7 @@ def _without_weights(model: LensModel) -> LensModel:
 def _slice_of(value: Tensor, like: Tensor) -> Tensor:
     """This process's slice of a tensor that every process holds."""
     target = cast(DTensor, like)
-    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+    return distribute_tensor(value.contiguous(), target.device_mesh, target.placements, src_data_rank=None)
 
 
 def _mesh() -> DeviceMesh:
