@@ -18,6 +18,7 @@ import ctlens as ct
 from ctlens.analysis import (
     attention_diff,
     attention_maps,
+    attribution_patch,
     graft,
     logit_attribution,
     logit_lens,
@@ -48,7 +49,9 @@ def tables(model: LensModel) -> dict[str, pd.DataFrame]:
         site: patch(model, pairs[:2], site=site, direction="denoising", positions="last", **quiet)
         for site in ("resid_pre", "pattern")
     }
+    approximate = attribution_patch(model, pairs[:2], site="z", direction="denoising", **quiet)
     return {
+        "attribution": approximate.to_dataframe(),
         "evaluation": ct.evaluate(model, ["sycophancy"], n_prompts=12, **quiet).to_dataframe(),
         "probe": probe(
             {"base": model}, wrapper_present(pairs, model.tokenizer), positions=["last"], seeds=1, **quiet
