@@ -79,12 +79,18 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def require_whole(model: LensModel) -> None:
-    """Refuses a sharded model, for what takes weights by themselves."""
-    if any(isinstance(value, DTensor) for value in model.parameters()):
+    """Refuses a model that is not `is_whole`, for what takes weights by themselves."""
+    if not is_whole(model):
         raise CtlensError(
-            "this takes the weights by themselves, which are split among processes: load the model, or the folder of "
-            "its run, without shard."
+            "this takes the weights by themselves, which are split among processes or lie on disk: load the model, or "
+            "the folder of its run, without shard and without device_map."
         )
+
+
+def is_whole(model: LensModel) -> bool:
+    """Whether all weights are there: not those of a sharded model, nor those that accelerate fetches for each pass."""
+    laid_out = bool(getattr(getattr(model, "original_model", None), "hf_device_map", None))
+    return not any(isinstance(value, DTensor) or (laid_out and value.is_meta) for value in model.parameters())
 
 
 @torch.no_grad()
@@ -250,7 +256,7 @@ def copy_model(model: LensModel, *, share_weights: bool = False) -> LensModel:
             whose weights stay frozen beside adapters; whoever writes into the weights of one changes both.
 
     Raises:
-        CtlensError: the model is sharded.
+        CtlensError: the model is not `is_whole`.
     """
     require_whole(model)
     device = next(model.parameters()).device
