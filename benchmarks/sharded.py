@@ -46,11 +46,13 @@ CONFIG = ct.TrainConfig(steps=2, batch_size=12, retention=0.0, trainable=GROUPS,
 PAUSE = 0.005
 
 
-def written(folder: Path, sizes: dict[str, int]) -> None:
-    """Writes a random model and its tokenizer into a folder."""
+def written(folder: Path, sizes: dict[str, int]) -> int:
+    """Writes a random model and its tokenizer into a folder, and returns the number of its parameters."""
     shape = {"vocab_size": VOCABULARY, "max_position_embeddings": 128}
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape, **sizes)).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape, **sizes))
+    model.save_pretrained(folder)
     build_tokenizer(words(VOCABULARY)).save_pretrained(folder)
+    return model.num_parameters()
 
 
 def own_memory() -> float:
@@ -128,9 +130,9 @@ def main() -> None:
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        written(Path(folder), QUICK if given.quick else SIZES)
+        n_parameters = written(Path(folder), QUICK if given.quick else SIZES)
         for count in tqdm((1, 2, 3, 4), desc="processes"):
-            rows.append({"processes": count, **of_processes(count, Path(folder))})
+            rows.append({"processes": count, "parameters": n_parameters, **of_processes(count, Path(folder))})
     table = pd.DataFrame(rows)
     table["share"] = table["loaded_mib"] / table["loaded_mib"].iloc[0]
     table["share_trained"] = table["trained_mib"] / table["trained_mib"].iloc[0]

@@ -20,6 +20,7 @@ from ctlens.models.huggingface import pretrained, quiet_huggingface, reading
 from ctlens.models.loading import load_model, made_config
 from ctlens.models.lora import adapter_tensors, adapters_off
 from ctlens.models.matrices import CANONICAL_NAMES
+from ctlens.models.parameters import require_whole
 from ctlens.models.parity import apart_from
 from ctlens.models.peft import Update, add_updates, base_mark, peft_updates, read_peft, write_peft
 from ctlens.models.sources import found_on_disk
@@ -69,6 +70,7 @@ def export_huggingface(model: LensModel, folder: str | Path) -> Path:
 @torch.no_grad()
 def to_huggingface(model: LensModel) -> PreTrainedModel:
     """Makes a HuggingFace model, with weights of its own, of equal logits; raises as `export_huggingface`."""
+    require_whole(model)
     made = made_config(model)
     if made:
         hf = unread(_llama_config(made), model)

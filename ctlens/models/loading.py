@@ -64,6 +64,7 @@ from ctlens.models.sources import (
     MERGE,
     MODEL_FILE,
     found_on_disk,
+    is_laid_out,
     is_peft,
     require_embedded,
     require_model,
@@ -165,15 +166,14 @@ def load_model(
         source: a HuggingFace folder of a causal language model; the name of one on the hub, which comes from
             HuggingFace's cache or the network; a `.gguf` file, whose weights become plain ones; a folder of a PEFT
             adapter (LoRA); a folder that `save_model` or `Run.save` wrote; or a model in memory, of HuggingFace or of
-            TransformerLens (copied, so that it stays as it is).
+            TransformerLens (copied, so that it stays as it is, unless accelerate's `device_map` laid it out).
         revision: a branch, a tag or a commit of a model of the hub.
         base: the model that a PEFT adapter belongs to, as `source`; by default the one that it names.
         tokenizer: a fast HuggingFace tokenizer; by default the one that the source has.
         device: where the model lives; `"auto"` takes an accelerator where there is one.
         dtype: of the weights, or its name, one of `ctlens.core.types.DTYPES`.
         check: whether to compare logits with HuggingFace's; without it, numbers may be those of another model.
-        shard: split the weights among the processes that torchrun started, see `ctlens.models.sharding`. Those of a
-            HuggingFace folder are read slice by slice; other models are read whole first.
+        shard: split the weights among the processes of torchrun, those of a HuggingFace folder as they are read.
 
     Raises:
         CtlensError: the dtype is unknown, this machine lacks the device, the source cannot be had, or it holds no model
@@ -181,8 +181,7 @@ def load_model(
     """
     named = dtype_named(dtype) if isinstance(dtype, str) else dtype
     if shard:
-        in_slices = read_in_slices(source, revision, named, check=check)
-        if in_slices is not None:
+        if (in_slices := read_in_slices(source, revision, named, check=check)) is not None:
             return _attach(in_slices, tokenizer or pretrained_tokenizer(found_on_disk(cast(str, source), revision)))
         return sharded(load_model(source, revision=revision, base=base, tokenizer=tokenizer, dtype=named, check=check))
     as_asked = _Loading(tokenizer, device_named(device), named, check)
@@ -193,10 +192,11 @@ def load_model(
             raise CtlensError(f"a model in memory has no {name}: leave {name}= out.")
     if isinstance(source, LensModel):
         return _copied(source, as_asked)
-    hf = require_plain_model(source)
+    hf: Any = require_plain_model(source)
     with reading(f"this {type(hf).__name__}", "Check that it runs by itself"):
-        copied: Any = copy.deepcopy(hf)
-        return _bridge(copied.to(device=as_asked.device, dtype=as_asked.dtype), tokenizer, check)
+        if not is_laid_out(hf):
+            hf = copy.deepcopy(hf).to(device=as_asked.device, dtype=as_asked.dtype)
+        return _bridge(hf, tokenizer, check)
 
 
 class _Loading(NamedTuple):
@@ -341,7 +341,7 @@ def keep_rows(cache: Any, rows: ChosenRows | RowNumbers) -> None:
 def save_model(model: LensModel, folder: str | Path) -> None:
     """Writes `model.json`, `weights.safetensors` and the tokenizer into a folder; adapters are merged in the file.
 
-    Of a sharded model, all processes that share it call this together.
+    All processes of a sharded model call it together.
 
     Raises:
         CtlensError: the model is one that `adopt` refuses.

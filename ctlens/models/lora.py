@@ -29,7 +29,7 @@ from ctlens.core.limits import POSITIVE, require
 from ctlens.core.reading import read_json
 from ctlens.core.types import LensModel, widened
 from ctlens.models.matrices import MATRICES, Slot, slots
-from ctlens.models.parameters import copy_model, fingerprint, gathered, same_fingerprint
+from ctlens.models.parameters import copy_model, fingerprint, gathered, require_whole, same_fingerprint
 from ctlens.models.sharding import folder_for, is_first
 from ctlens.models.weights import copy_weights
 
@@ -168,6 +168,7 @@ def merge_adapters(model: LensModel) -> None:
     Raises:
         CtlensError: the model has no adapters.
     """
+    require_whole(model)
     for slot, _ in _attached(model).values():
         merged = getattr(slot.module, slot.name)
         weight = slot.weight

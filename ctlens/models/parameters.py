@@ -78,6 +78,21 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def require_whole(model: LensModel) -> None:
+    """Refuses a model that is not `is_whole`, for what takes weights by themselves."""
+    if not is_whole(model):
+        raise CtlensError(
+            "this takes the weights by themselves, which are split among processes or lie on disk: load the model, or "
+            "the folder of its run, without shard and without device_map."
+        )
+
+
+def is_whole(model: LensModel) -> bool:
+    """Whether all weights are there: not those of a sharded model, nor those that accelerate fetches for each pass."""
+    laid_out = bool(getattr(getattr(model, "original_model", None), "hf_device_map", None))
+    return not any(isinstance(value, DTensor) or (laid_out and value.is_meta) for value in model.parameters())
+
+
 @torch.no_grad()
 def present_weights(model: LensModel) -> dict[str, Tensor]:
     """The weights that the model computes with: `present_parameters` with the adapters' updates added."""
@@ -239,7 +254,11 @@ def copy_model(model: LensModel, *, share_weights: bool = False) -> LensModel:
         model: the original.
         share_weights: the copy's parameters lie where the model's lie, and take no memory of their own. For a copy
             whose weights stay frozen beside adapters; whoever writes into the weights of one changes both.
+
+    Raises:
+        CtlensError: the model is not `is_whole`.
     """
+    require_whole(model)
     device = next(model.parameters()).device
     # A bridge holds on to its last activations, and a graph among them cannot be copied. Dropout would draw numbers.
     with torch.no_grad(), evaluating(model):

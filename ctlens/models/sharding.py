@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor, empty
 from ctlens.core.errors import CtlensError
 from ctlens.core.files import atomic_folder
 from ctlens.core.types import LensModel
-from ctlens.models.parameters import ORIGINALS, evaluating, plain_name
+from ctlens.models.parameters import ORIGINALS, evaluating, plain_name, require_whole
 
 # A sharded model cannot be copied, so a copy is made of the model that it was before, which has shapes and no numbers.
 _BLANKS: WeakKeyDictionary[Any, LensModel] = WeakKeyDictionary()
@@ -49,8 +49,9 @@ def shard(model: LensModel) -> LensModel:
     """A sharded copy of a model that every process holds whole, in eval mode; `model` is left as it is.
 
     Raises:
-        CtlensError: no launcher has started this process, or the model has adapters.
+        CtlensError: no launcher has started this process, or the model is not whole.
     """
+    require_whole(model)
     device = next(model.parameters()).device
     with torch.no_grad(), evaluating(model):  # a bridge holds on to its last activations, and a graph cannot be copied
         model(torch.zeros(1, 1, dtype=torch.long, device=device))
@@ -88,6 +89,8 @@ def sharded_copy(
 def split_blank(blank: LensModel) -> LensModel:
     """A sharded model of the kind of a blank, whose weights have no numbers; `fill` gives it some."""
     made = copy.deepcopy(blank, {id(blank.tokenizer): blank.tokenizer}).eval()
+    for parameter in made.parameters():
+        parameter.data = parameter.data.contiguous()  # slices of a matrix that another one is the transpose of
     ORIGINALS[made] = blank
     _BLANKS[made] = blank
     split_modules((*cast(Any, made).blocks, root_of(made)))
@@ -255,7 +258,7 @@ def _without_weights(model: LensModel) -> LensModel:
 def _slice_of(value: Tensor, like: Tensor) -> Tensor:
     """This process's slice of a tensor that every process holds."""
     target = cast(DTensor, like)
-    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+    return distribute_tensor(value.contiguous(), target.device_mesh, target.placements, src_data_rank=None)
 
 
 def _mesh() -> DeviceMesh:

@@ -86,6 +86,23 @@ def require_plain_model(source: object) -> PreTrainedModel:
     return source
 
 
+def is_laid_out(hf: PreTrainedModel) -> bool:
+    """Whether accelerate laid a model out over devices and disk (`device_map`), so that nobody can copy or move it.
+
+    Raises:
+        CtlensError: the embedding or the unembedding is not on a device until it runs.
+    """
+    if not getattr(hf, "hf_device_map", None) or not any(value.is_meta for value in hf.parameters()):
+        return False
+    if any(
+        part is not None and part.weight.is_meta for part in (hf.get_input_embeddings(), hf.get_output_embeddings())
+    ):
+        raise CtlensError(
+            "the embedding and the unembedding must lie on a device: let the device_map put only blocks on disk."
+        )
+    return True
+
+
 def read_config(source: str | PathLike[str] | PretrainedConfig) -> PretrainedConfig:
     """Reads a HuggingFace configuration; no code of others is run, and nothing is downloaded.
 

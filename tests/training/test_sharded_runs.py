@@ -91,7 +91,7 @@ def test_a_checkpoint_of_other_settings_or_of_one_process_is_refused(place: Path
     assert alone.code == 2 and "is of a sharded training: go on with --shard" in alone.err
     changed = together(2, "ctlens", *f"{TRAIN} --lr 0.1 --shard --out other --resume".split(), folder=place)
     assert changed.returncode != 0
-    assert "is of other settings (settings.lr is 0.001 there and 0.1 here)" in changed.stderr
+    assert "of other settings (settings.lr is 0.001 there and 0.1 here)" in changed.stderr
 
 
 def test_shard_needs_a_launcher(place: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from ctlens.data.batch import EncodedPair
 from ctlens.data.chat import Rendered
 from ctlens.data.inputs import OnePair
 from ctlens.models.hooks import resolve, run_capturing, select_layers
+from ctlens.models.parameters import require_whole
 from ctlens.plots import Figure, LabelledMap
 
 READABLE = 40  # tokens along an axis whose labels can still be read; chosen by eye
@@ -257,6 +258,7 @@ def _map(model: LensModel, tokens: Tokens, layer: int, head: int, weighted: bool
 @torch.no_grad()
 def _written(model: LensModel, values: Float[Tensor, "k d_head"], layer: int, head: int) -> Float[Tensor, " k"]:
     """The norm of what each value vector writes into the residual stream."""
+    require_whole(model)
     return torch.linalg.vector_norm(values @ cast(Any, model).blocks[layer].attn.W_O[head], dim=-1)
 
 

@@ -30,6 +30,7 @@ from ctlens.core.types import Activations, LensModel, PerRow
 from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import resolve
+from ctlens.models.parameters import require_whole
 from ctlens.models.readout import read_out
 from ctlens.plots import Figure
 
@@ -230,6 +231,7 @@ def _shares(model: LensModel, batch: ContrastBatch, at_last: _AtLast) -> dict[st
             "this model has no final norm, because its blocks norm the stream itself, so no component has a share of "
             "its own: read it by logit_lens."
         )
+    require_whole(model)
     start = resolve(model, "resid_pre", 0)[0]
     end = resolve(model, "resid_post", "last")[0]
     z = resolve(model, "z")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctlens.core.types import LensModel
+from ctlens.models.parameters import is_whole
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -220,12 +221,12 @@ class Unembedding:
 
 @torch.no_grad()
 def read_blocks(model: LensModel, length: int) -> list[Block] | None:
-    """The blocks of a model for sequences up to a length, or None if something about them is not known.
+    """The blocks of a model for sequences up to a length; None if they are not all known or there.
 
     The weights are copies, so blocks are read anew for every sweep.
     """
     cfg: Any = model.cfg
-    if not _known(cfg) or not hasattr(model, "ln_final"):
+    if not _known(cfg) or not hasattr(model, "ln_final") or not is_whole(model):
         return None
     try:
         factors = _factors(model, length)

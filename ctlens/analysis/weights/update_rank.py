@@ -30,6 +30,7 @@ from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.models.finite import require_finite_weights
 from ctlens.models.matrices import MATRICES, Slot, slots
+from ctlens.models.parameters import require_whole
 from ctlens.plots import Figure
 
 _TITLES = {
@@ -160,6 +161,7 @@ def update_rank(before: LensModel, after: LensModel) -> UpdateRank:
     """
     require_comparable(before, after)
     for model in (before, after):
+        require_whole(model)
         require_finite_weights(model)
     slots_before = slots(before, MATRICES)
     slots_after = slots(after, MATRICES)
