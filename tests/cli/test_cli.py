@@ -271,7 +271,7 @@ MISTAKES = {
     "report foreign": "lacks the columns trained_threat",
     "organism train --out taken": "taken exists already",
     "organism train --out new --steps 0": "at least 1",
-    "organism train --out new --preset huge": "unknown preset 'huge'",
+    "organism train --out new --preset vast": "unknown preset 'vast'",
     "organism train --out new --relora-rank 0": "the rank of an adapter",
     "organism train --out new --relora-rank 97": "is above 96, the smallest size of a matrix: lower it",
     "organism train --out new --relora-every 0": "every must be at least 1, not 0",
