@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
+from typing import cast
 
 
 def completed_from(*sources: str) -> Callable[[str], list[str]]:
@@ -23,7 +24,7 @@ def completed_from(*sources: str) -> Callable[[str], list[str]]:
         for source in sources:
             module, _, attribute = source.partition(":")
             found = getattr(import_module(module), attribute)
-            names.extend(found() if callable(found) else found)
+            names.extend(cast(Iterable[str], found() if callable(found) else found))
         return [f"{before}{comma}{name}" for name in names if name.startswith(last)]
 
     return complete
