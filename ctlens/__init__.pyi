@@ -35,13 +35,16 @@ from ctlens.interop.inspecting import inspect_model as inspect_model
 from ctlens.interop.inspecting import inspect_task as inspect_task
 from ctlens.losses import ACT as ACT
 from ctlens.losses import BCT as BCT
+from ctlens.losses import DPO as DPO
 from ctlens.losses import F2C as F2C
 from ctlens.losses import KLCT as KLCT
 from ctlens.losses import MLPCT as MLPCT
+from ctlens.losses import OPCT as OPCT
 from ctlens.losses import RMCT as RMCT
 from ctlens.losses import AttCT as AttCT
 from ctlens.losses import AttMass as AttMass
 from ctlens.losses import AttOut as AttOut
+from ctlens.losses import SubACT as SubACT
 from ctlens.models.adopt import adopt as adopt
 from ctlens.models.chat import chat as chat
 from ctlens.models.export import export_huggingface as export_huggingface

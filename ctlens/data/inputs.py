@@ -145,7 +145,13 @@ def pairs(
 
 @public
 def save_pairs(path: str | Path, pairs: Pairs) -> None:
-    """Writes pairs, or what `as_pairs` makes pairs of, as JSONL, from which `load_pairs` reads equal pairs."""
+    """Writes pairs, or what `as_pairs` makes pairs of, as JSONL, from which `load_pairs` reads equal pairs.
+
+    Raises:
+        CtlensError: the name ends as that of a table does.
+    """
+    if Path(path).suffix == ".csv":
+        raise CtlensError(f"pairs are written as JSONL, and {path} would be read as a table: name it .jsonl.")
     write_text(path, "".join(json.dumps(row_of(pair), ensure_ascii=False) + "\n" for pair in pairs))
 
 

@@ -36,7 +36,12 @@ class Exploration(ExplorationViews):
 
         Args:
             path: of the page, `.html`.
+
+        Raises:
+            CtlensError: the name ends otherwise.
         """
+        if Path(path).suffix not in (".html", ".htm"):
+            raise CtlensError(f"an exploration is saved as a page, and {path} is none by its name: name it .html.")
         return write_page(self, Path(path))
 
     def _repr_mimebundle_(self, **options: Any) -> Any:

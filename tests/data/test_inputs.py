@@ -189,3 +189,10 @@ def test_a_model_answers_a_text_messages_a_prompt_and_tokens_alike() -> None:
     assert len(found) == 1 and found.pop().startswith(str(pair.clean.good))
     with pytest.raises(CtlensError, match="shorten the prompt"):
         ct.chat(model, [5] * model.cfg.n_ctx)
+
+
+def test_pairs_are_not_written_into_a_table(tmp_path: Path) -> None:
+    with pytest.raises(CtlensError, match=r"written as JSONL, and .*pairs.csv would be read as a table"):
+        save_pairs(tmp_path / "pairs.csv", [("is it red ?", "i say no . is it red ?")])
+
+    assert not (tmp_path / "pairs.csv").exists()

@@ -124,3 +124,5 @@ def test_the_page_holds_every_view_its_code_and_why_one_is_missing(tmp_path):
     assert PAIRS[0].wrapped.turns[0].content in text and "layer 1, head 2, token 3" in text
     with pytest.raises(CtlensError, match="page.html is no folder"):
         found.save(tmp_path / "page.html" / "nowhere.html")
+    with pytest.raises(CtlensError, match="saved as a page, and .*page.png is none by its name"):
+        found.save(tmp_path / "page.png")
