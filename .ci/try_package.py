@@ -8,6 +8,7 @@ import pkgutil
 import re
 import sys
 from importlib.metadata import metadata, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import ctlens as ct
@@ -22,8 +23,8 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"}
 
 
-apart = files(Path(sys.argv[1])) ^ files(home)
-assert not apart, f"in the checkout or in the wheel alone: {sorted(apart)}"
+different = files(Path(sys.argv[1])) ^ files(home)
+assert not different, f"in the checkout or in the wheel alone: {sorted(different)}"
 assert (home / "py.typed").is_file()
 
 about = metadata("ctlens")
@@ -34,8 +35,11 @@ astray = [link for link in links if not link.startswith("https://")]
 assert links and not astray, f"links of the README that lead nowhere on a package index: {astray}"
 assert any(link.startswith(addresses["Source"]) for link in links)
 
+apart = {"ctlens.__main__"}  # which runs the command line
+if find_spec("inspect_ai") is None:
+    apart |= {f"ctlens.interop.{name}" for name in ("entry", "provider", "tasks")}  # which Inspect alone imports
 for module in pkgutil.walk_packages(ct.__path__, "ctlens."):
-    if module.name != "ctlens.__main__":  # which runs the command line
+    if module.name not in apart:
         importlib.import_module(module.name)
 loaded = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "ctlens"}
 foreign = [name for name, module in loaded.items() if not Path(module.__file__).resolve().is_relative_to(home)]
