@@ -145,7 +145,11 @@ def pairs(
 
 @public
 def save_pairs(path: str | Path, pairs: Pairs) -> None:
-    """Writes pairs, or what `as_pairs` makes pairs of, as JSONL, from which `load_pairs` reads equal pairs.
+    """Writes pairs as JSONL, from which `load_pairs` reads equal pairs.
+
+    Args:
+        path: of the file, `.jsonl`.
+        pairs: in any form, see `as_pairs`. `ctlens.pairs` makes them of two lists of texts.
 
     Raises:
         CtlensError: the name ends as that of a table does.

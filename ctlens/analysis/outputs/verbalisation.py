@@ -173,7 +173,7 @@ def verbalisation(
 
     Args:
         models: by their labels, in eval mode.
-        pairs: their wrapped prompts give the cue.
+        pairs: their wrapped prompts give the cue. `ctlens.pairs` makes them of two lists of texts.
         admits: says of each answer to a wrapped prompt whether it admits that the cue moved it:
             `ctlens.organism.by_reason` for organisms that give reasons, `ctlens.threats.by_wording`, which is a simple
             rule for chat models, or a function of your own, see `ctlens.threats.AdmissionJudge`.
