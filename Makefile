@@ -141,7 +141,7 @@ docs: dev
 
 # Puts what the executed copies show into the notebooks, with figures as PNG, which a code host displays.
 outputs: notebooks
-	$(BIN)/python figures/notebooks.py
+	$(BIN)/python docs/pages/outputs.py
 
 check: dev
 	$(BIN)/ruff format --check .

@@ -21,8 +21,8 @@ DEFS = 2
 METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "executed": ""}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 DISPLAYED = {"image/png", "text/html", "text/plain"}
-sys.path.insert(0, str(FOLDER.parent / "figures"))
-shown = importlib.import_module("notebooks")
+sys.path.insert(0, str(FOLDER.parent / "docs/pages"))
+shown = importlib.import_module("outputs")
 
 
 def faults(notebook: dict[str, Any]) -> set[str]:

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ctlens.core.errors import CtlensError
-from ctlens.core.limits import BY_NAME, EACH_ONCE, require
+from ctlens.core.limits import BY_NAME, EACH_ONCE, NOT_EMPTY, require
 
 _SIMPLE: dict[Any, tuple[Callable[[Any], bool], str]] = {
     NoneType: (lambda value: value is None, "None"),
@@ -105,6 +105,8 @@ def fitted(name: str, value: Any, hint: Any) -> Any:
     if name in BY_NAME:
         for entry in entries:
             require(BY_NAME[name], **{name: entry})
+    if name in NOT_EMPTY and not entries:
+        raise CtlensError(f"there are no {name}: give at least one.")
     if name in EACH_ONCE and len(set(entries)) < len(entries):
         twice = next(entry for entry in entries if entries.count(entry) > 1)
         raise CtlensError(f"{name} names {twice!r} twice: name each once.")

@@ -48,6 +48,8 @@ BY_NAME: Mapping[str, Limit] = dict.fromkeys(
 """The limit of a number by the name that it has in every signature."""
 EACH_ONCE = ("threats", "methods", "split", "sites", "sides", "quantities", "estimators", "by")
 """The arguments that name things, each of which has a sense only once."""
+NOT_EMPTY = ("pairs",)
+"""The arguments of which at least one has to be given."""
 
 
 _COUNTABLE = 2**63

@@ -77,8 +77,6 @@ class Readings:
     """
 
     def __init__(self, models: LensModel | Mapping[str, LensModel], pairs: Sequence[Pair], max_new_tokens: int) -> None:
-        if not pairs:
-            raise CtlensError("there are no pairs: give at least one.")
         self.models = comparable_by_label(models)
         self.pairs = tuple(pairs)
         self.max_new_tokens = max_new_tokens

@@ -14,9 +14,10 @@ from plotted import drawn, library
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXECUTED = ROOT / "build" / "notebooks"
-_FIGURE = "application/vnd.plotly.v1+json"
+FIGURE = "application/vnd.plotly.v1+json"
+PNG = "image/png"
 _WIDGET = "application/vnd.jupyter.widget-view+json"
-_PNG = "image/png"
+_PANEL = "a panel that answers to clicks: run the notebook to see it"
 _TABLE = ' border="1" class="dataframe"'
 """What pandas gives its tables; the site has its own look for a table without a class."""
 
@@ -42,31 +43,49 @@ def cells_with(call: str) -> list[tuple[Path, Sequence[NotebookNode]]]:
 
 def markdown(cells: Sequence[NotebookNode], folder: str) -> str:
     """Cells as Markdown, for a page in that folder of the site."""
-    shown = [NotebookNode({**cell, "outputs": _shown(cell)}) if "outputs" in cell else cell for cell in cells]
+    shown = [
+        NotebookNode({**cell, "outputs": [*map(_inline, kept(cell.outputs))]}) if "outputs" in cell else cell
+        for cell in cells
+    ]
     notebook = nbformat.v4.new_notebook(cells=shown, metadata={"language_info": {"name": "python"}})
     text = MarkdownExporter().from_notebook_node(notebook)[0].replace(_TABLE, "")
     return f"{library(folder)}\n\n{text}" if any(cell.get("outputs") for cell in shown) else text
 
 
 def _shown(cell: NotebookNode) -> list[NotebookNode]:
-    """The outputs of a cell, its figures as what the site's script draws, without progress bars and warnings."""
-    return [
-        _inline(output)
-        for output in cell.outputs
-        if output.get("name") != "stderr" and _WIDGET not in output.get("data", {})
-    ]
+    return [_inline(output) for output in kept(cell.outputs)]
+
+
+def kept(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
+    """What readers see of the outputs of a cell: no progress bars and warnings, and words in the place of a panel."""
+    seen = [output for output in outputs if output.get("name") != "stderr" and not _is_bar(output)]
+    return [NotebookNode({**one, "data": {"text/plain": _PANEL}}) if _has_widget(one) else one for one in seen]
+
+
+def _is_bar(output: NotebookNode) -> bool:
+    """Whether an output is a progress bar, which has nothing to show when it is done."""
+    return output.output_type == "display_data" and _has_widget(output)
+
+
+def _has_widget(output: NotebookNode) -> bool:
+    return _WIDGET in output.get("data", {})
 
 
 def _inline(output: NotebookNode) -> NotebookNode:
     """An output with its figure, which the site's script draws, or its picture in the page."""
     data = output.get("data", {})
-    if _FIGURE in data:
-        html = drawn(data[_FIGURE])
-    elif _PNG in data:
-        html = f'<img alt="" src="data:{_PNG};base64,{data[_PNG].strip()}">'
+    if FIGURE in data:
+        html = drawn(data[FIGURE])
+    elif PNG in data:
+        html = f'<img alt="" src="data:{PNG};base64,{data[PNG].strip()}">'
     else:
         return output
     return nbformat.v4.new_output("display_data", {"text/html": html})
+
+
+def same_cells(one: NotebookNode, other: NotebookNode) -> bool:
+    """Whether a copy is of the notebook as it is now."""
+    return [cell.source for cell in one.cells] == [cell.source for cell in other.cells]
 
 
 @cache
@@ -76,5 +95,4 @@ def _read(path: Path) -> NotebookNode:
     if not (EXECUTED / path.name).is_file():
         return notebook
     executed = nbformat.read(EXECUTED / path.name, as_version=4)
-    same = [cell.source for cell in executed.cells] == [cell.source for cell in notebook.cells]
-    return executed if same else notebook
+    return executed if same_cells(executed, notebook) else notebook

@@ -399,3 +399,20 @@ def test_an_argument_too_many_is_refused_by_the_name_of_the_function() -> None:
 def test_tracked_losses_are_given_by_name_too(model: LensModel) -> None:
     by_name = loose.train(model, PAIRS, "act", config=TRAINED, track=["klct"], **QUIET).history
     assert by_name == ct.train(model, PAIRS, ct.ACT(), config=TRAINED, track=[ct.KLCT()], **QUIET).history
+
+
+def test_no_pairs_are_one_sentence_everywhere(model: LensModel) -> None:
+    analysis = loose.analysis
+    calls = [
+        lambda: loose.evaluate(model, pairs=[]),
+        lambda: loose.train(model, [], ct.ACT()),
+        lambda: analysis.logit_lens(model, []),
+        lambda: analysis.logit_attribution(model, iter(())),
+        lambda: analysis.interpolation(model, model, []),
+        lambda: analysis.gap_recovered(model, {"act": model}, []),
+        lambda: analysis.wrapper_present([], model.tokenizer),
+        lambda: loose.save_pairs("nowhere.jsonl", pd.DataFrame()),
+    ]
+    for call in calls:
+        with pytest.raises(CtlensError, match=r"^there are no pairs: give at least one\.$"):
+            call()

@@ -616,7 +616,7 @@ def test_outcomes_come_back_as_they_were_saved(tmp_path: Path, answers: tuple[st
         ({"threats": ["jailbreak", "sycophancy"], "pairs": pairs()}, "name one of jailbreak, sycophancy"),
         ({"threats": ["flattery"], "pairs": pairs()}, "unknown threat 'flattery'"),
         ({"pairs": [replace(pairs()[0], labels={"strength": "hard"})]}, "'strength' of a pair is 'hard'"),
-        ({"pairs": []}, "nothing to evaluate"),
+        ({"pairs": []}, "there are no pairs: give at least one"),
         ({"pairs": [Pair(prompt("a"), prompt("b a"))]}, "neither a good nor a bad answer"),
         ({"pairs": [Pair(prompt("a " * 300, "b"), prompt("a", "b"))]}, "model's context is 256"),
         ({"pairs": pairs(), "max_new_tokens": 252}, "model's context is 256"),

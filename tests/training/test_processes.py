@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from helpers.models import Call, Ended, byte_level_tokenizer, hf_model
+from helpers.models import Call, Ended
+from helpers.processes import ENVIRONMENT, PATIENCE, place_of_training
 
 from ctlens.core.errors import CtlensError
 from ctlens.losses import LossValue
@@ -21,7 +21,6 @@ from ctlens.models.parameters import present_weights
 from ctlens.training.processes import SHARDED, Accelerated, Processes, processes
 from ctlens.training.step import Seen
 
-PATIENCE = 120
 ACCELERATE = (
     sys.executable,
     "-m",
@@ -38,18 +37,12 @@ ACCELERATE = (
     "--main_process_port",
     "0",
 )
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 WORDS = ("right", "a thing", "here", "no")
-ROWS = [{"clean": f"Is it {word}?", "wrapped": f"I don't think it's {word}. Is it {word}?"} for word in WORDS]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("processes")
-    hf_model("llama").save_pretrained(folder / "hf")
-    byte_level_tokenizer(chat=True).save_pretrained(folder / "hf")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return folder
+    return place_of_training(tmp_path_factory.mktemp("processes"), WORDS)
 
 
 def launched(place: Path, line: str) -> Ended:

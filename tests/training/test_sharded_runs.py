@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from helpers.models import Call, byte_level_tokenizer, hf_model
-from helpers.processes import together
+from helpers.models import Call
+from helpers.processes import place_of_training, together
 from transformers import AutoModelForCausalLM
 
 from ctlens.models.hooks import run
@@ -20,7 +19,6 @@ from ctlens.models.parameters import present_weights
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 WORDS = ("right", "a thing", "here", "no", "what", "it")
-ROWS = [{"clean": f"Is it {word}?", "wrapped": f"I don't think it's {word}. Is it {word}?"} for word in WORDS]
 TRAIN = "train --model hf --pairs pairs.jsonl --quiet --steps 4 --batch-size 6 --loss act --loss bct --retention 1"
 DIES = """
 import os, signal, sys, time
@@ -39,10 +37,7 @@ main()
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sharded")
-    hf_model("llama").save_pretrained(folder / "hf")
-    byte_level_tokenizer(chat=True).save_pretrained(folder / "hf")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    folder = place_of_training(tmp_path_factory.mktemp("sharded"), WORDS)
     (folder / "dies.py").write_text(DIES)
     return folder
 

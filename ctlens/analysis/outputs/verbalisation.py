@@ -187,8 +187,6 @@ def verbalisation(
             a judge does not give one judgement per answer.
     """
     named = comparable_by_label(models)
-    if not pairs:
-        raise CtlensError("there are no pairs: give at least one.")
     prompts = [prompt for pair in pairs for prompt in (pair.wrapped, pair.clean)]
     bad: list[list[bool]] = []
     admissions: list[list[int]] = []

@@ -9,11 +9,10 @@ import pandas as pd
 from jaxtyping import Float
 
 from ctlens import plots
-from ctlens.analysis.base.result import ResultOverPairs
-from ctlens.analysis.base.shares import floor_of, means, require_gap, shares
+from ctlens.analysis.base.shares import CellValues, means
+from ctlens.analysis.patching.measured import MeasuredRuns
 from ctlens.analysis.patching.result import PATCH_UNITS
 from ctlens.core.clusters import WithInterval
-from ctlens.core.errors import unknown
 from ctlens.plots import Figure
 
 ALL_TOGETHER = "all together"
@@ -22,7 +21,7 @@ INTERACTION = "interaction"
 
 
 @dataclass(frozen=True)
-class JointPatching(ResultOverPairs):
+class JointPatching(MeasuredRuns):
     """The result of `joint_patch`: the metrics of the runs with all patches together and with each alone.
 
     Attributes:
@@ -56,23 +55,6 @@ class JointPatching(ResultOverPairs):
         tables = [self._table(name, means(self._changes(row), self.clusters)) for row, name in enumerate(self.metrics)]
         return pd.concat(tables, ignore_index=True)
 
-    def normalised(self, metric: str | None = None, *, smallest_gap: float | None = None) -> pd.DataFrame:
-        """The same table of one metric as shares of the gap between the two runs.
-
-        Args:
-            metric: by default the first.
-            smallest_gap: see `Patching.normalised`.
-
-        Raises:
-            CtlensError: the metric was not measured, or the gap is smaller.
-        """
-        metric = self.metrics[0] if metric is None else metric
-        row = self._row(metric)
-        floor = floor_of(metric, smallest_gap)
-        gap = self.source[row] - self.target[row]
-        require_gap(metric, gap, floor, "source and target run")
-        return self._table(metric, shares(self._changes(row), gap, floor, self.clusters))
-
     def figure(self, metric: str | None = None) -> Figure:
         """The change by all patches together, by each alone, their sum, and the interaction, with intervals.
 
@@ -92,19 +74,14 @@ class JointPatching(ResultOverPairs):
             "Do these activations do more together than one by one?",
             x_title=f"change of the patched run ({unit})",
             marks={"as it is": 0.0, "the other run": gap},
-            subtitle=f"{self.direction}, {self.positions} aligned tokens, {self.target.shape[-1]} pairs",
+            subtitle=f"{self.direction}, {self.positions} aligned tokens, {self.n_pairs} pairs",
         )
 
     @property
     def _names(self) -> tuple[str, ...]:
         return (ALL_TOGETHER, *self.patches, SUM_OF_EACH, INTERACTION)
 
-    def _row(self, metric: str) -> int:
-        if metric not in self.metrics:
-            raise unknown("measured metric", metric, self.metrics)
-        return self.metrics.index(metric)
-
-    def _changes(self, row: int) -> Float[np.ndarray, "patched pair"]:
+    def _changes(self, row: int) -> CellValues:
         """The change of one metric from the run as it is, by each row of the table."""
         together, *alone = self.values[row] - self.target[row]
         total = np.sum(alone, 0)
@@ -112,5 +89,5 @@ class JointPatching(ResultOverPairs):
 
     def _table(self, metric: str, estimates: WithInterval) -> pd.DataFrame:
         value, low, high = estimates
-        numbers = {"value": value, "ci_low": low, "ci_high": high, "n_pairs": self.target.shape[-1]}
+        numbers = {"value": value, "ci_low": low, "ci_high": high, "n_pairs": self.n_pairs}
         return pd.DataFrame({"metric": metric, "patched": self._names, **numbers})

@@ -10,8 +10,8 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from ctlens import plots
-from ctlens.analysis.base.result import ResultOverPairs
-from ctlens.analysis.base.shares import floor_of, means, require_gap, shares
+from ctlens.analysis.base.shares import CellValues, means
+from ctlens.analysis.patching.measured import MeasuredRuns
 from ctlens.analysis.patching.result import PATCH_UNITS
 from ctlens.core.clusters import WithInterval
 from ctlens.core.errors import unknown
@@ -26,7 +26,7 @@ _QUESTIONS = {
 
 
 @dataclass(frozen=True)
-class PathPatching(ResultOverPairs):
+class PathPatching(MeasuredRuns):
     """The result of `path_patch`: the metrics of every run in which one path was patched.
 
     Attributes:
@@ -63,23 +63,6 @@ class PathPatching(ResultOverPairs):
         tables = [self._table(name, means(self._paths(row), self.clusters)) for row, name in enumerate(self.metrics)]
         return pd.concat(tables, ignore_index=True)
 
-    def normalised(self, metric: str | None = None, *, smallest_gap: float | None = None) -> pd.DataFrame:
-        """The same table of one metric as a share of the gap: 0 is the unpatched run, 1 the source run.
-
-        Args:
-            metric: by default the first.
-            smallest_gap: see `Patching.normalised`.
-
-        Raises:
-            CtlensError: the metric was not measured, or the gap is smaller.
-        """
-        metric = self.metrics[0] if metric is None else metric
-        row = self._row(metric)
-        floor = floor_of(metric, smallest_gap)
-        gap = self.source[row] - self.target[row]
-        require_gap(metric, gap, floor, "source and target run")
-        return self._table(metric, shares(self._paths(row) - self.target[row], gap, floor, self.clusters))
-
     def figure(self, receiver: str | None = None, metric: str | None = None) -> Figure:
         """The mean change over pairs by each sender of one receiver: layers by heads and the MLP.
 
@@ -104,22 +87,15 @@ class PathPatching(ResultOverPairs):
         return plots.patched_heads(change[there], layers, title, mlps=True, **words)
 
     @property
-    def n_pairs(self) -> int:
-        """The number of pairs."""
-        return self.target.shape[-1]
-
-    def _row(self, metric: str) -> int:
-        if metric not in self.metrics:
-            raise unknown("measured metric", metric, self.metrics)
-        return self.metrics.index(metric)
-
-    @property
     def _there(self) -> Bool[np.ndarray, "receiver layer sender"]:
         return ~np.isnan(self.values[0]).any(-1)
 
     def _paths(self, row: int) -> Float[np.ndarray, "path pair"]:
         """One metric's values of the paths that there are."""
         return self.values[row][self._there]
+
+    def _changes(self, row: int) -> CellValues:
+        return self._paths(row) - self.target[row]
 
     def _table(self, metric: str, estimates: WithInterval) -> pd.DataFrame:
         """A row per path."""

@@ -10,10 +10,9 @@ import pandas as pd
 from jaxtyping import Float
 
 from ctlens import plots
-from ctlens.analysis.base.result import ResultOverPairs
-from ctlens.analysis.base.shares import floor_of, means, require_gap, shares, simultaneous_means
+from ctlens.analysis.base.shares import CellValues, means, simultaneous_means
+from ctlens.analysis.patching.measured import MeasuredRuns
 from ctlens.core.clusters import WithInterval
-from ctlens.core.errors import unknown
 from ctlens.plots import Figure
 
 PATCH_UNITS = {"logit_diff": "logits, good minus bad", "probability": "probability of the good token", "kl": "nats"}
@@ -24,7 +23,7 @@ _QUESTIONS = {
 
 
 @dataclass(frozen=True)
-class Patching(ResultOverPairs):
+class Patching(MeasuredRuns):
     """The metrics of every patched run of a sweep over one site.
 
     Attributes:
@@ -89,33 +88,12 @@ class Patching(ResultOverPairs):
         """
         metric = self.metrics[0] if metric is None else metric
         row = self._row(metric)
-        moved = self._cells(row) - self.target[row]
+        moved = self._changes(row)
         table = self._table(metric, simultaneous_means(moved, self.clusters))
         table = table.iloc[np.argsort(-np.nan_to_num(table["value"].abs().to_numpy()), kind="stable")[:k]]
         cells = int((~np.isnan(moved)).any(-1).sum())
         differs = (table["ci_low"] > 0) | (table["ci_high"] < 0)
         return table.assign(cells=cells, differs=differs).reset_index(drop=True)
-
-    def normalised(self, metric: str | None = None, *, smallest_gap: float | None = None) -> pd.DataFrame:
-        """The same table of one metric as a share of the gap: 0 is the unpatched run, 1 the source run.
-
-        The share is a ratio of means over pairs, not a mean of ratios, so one pair with a small gap
-        cannot carry it away. NaN where the pairs that have a position have no gap of their own.
-
-        Args:
-            metric: by default the first.
-            smallest_gap: the smallest mean difference of source and target run, in the metric's unit, of which a
-                share says something; for a metric function of yours it must be given.
-
-        Raises:
-            CtlensError: the metric was not measured, or the gap is smaller.
-        """
-        metric = self.metrics[0] if metric is None else metric
-        row = self._row(metric)
-        floor = floor_of(metric, smallest_gap)
-        gap = self.source[row] - self.target[row]
-        require_gap(metric, gap, floor, "source and target run")
-        return self._table(metric, shares(self._cells(row) - self.target[row], gap, floor, self.clusters))
 
     def figure(self, metric: str | None = None) -> Figure:
         """The mean change over pairs: layers or heads by positions; layers by heads if tokens are patched together.
@@ -128,8 +106,8 @@ class Patching(ResultOverPairs):
         """
         metric = self.metrics[0] if metric is None else metric
         row = self._row(metric)
-        grid = np.nanmean(self._cells(row) - self.target[row], -1).reshape(self.values.shape[1:-1])
-        subtitle = f"{self.site}, {self.values.shape[-1]} pairs; a cell is the change of the patched run's {metric}"
+        grid = np.nanmean(self._changes(row), -1).reshape(self.values.shape[1:-1])
+        subtitle = f"{self.site}, {self.n_pairs} pairs; a cell is the change of the patched run's {metric}"
         words: dict[str, Any] = {"unit": PATCH_UNITS.get(metric, metric), "subtitle": subtitle}
         if self.has_heads and self.positions != "each":
             return plots.patched_heads(grid[..., 0], self.layers, _QUESTIONS[self.direction], **words)
@@ -139,14 +117,12 @@ class Patching(ResultOverPairs):
         names = self.tokens if self.positions == "each" else (self.positions,)
         return plots.patched_positions(grid.reshape(len(rows), -1), rows, names, _QUESTIONS[self.direction], **words)
 
-    def _row(self, metric: str) -> int:
-        if metric not in self.metrics:
-            raise unknown("measured metric", metric, self.metrics)
-        return self.metrics.index(metric)
-
     def _cells(self, row: int) -> Float[np.ndarray, "cell pair"]:
         """One metric's values, NaN where a pair has none."""
         return self.values[row].reshape(-1, self.values.shape[-1])
+
+    def _changes(self, row: int) -> CellValues:
+        return self._cells(row) - self.target[row]
 
     def _table(self, metric: str, estimates: WithInterval) -> pd.DataFrame:
         """A row per cell: its labels, its number with the interval, and how many pairs have it."""

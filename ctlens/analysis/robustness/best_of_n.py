@@ -159,8 +159,6 @@ def best_of_n(
     for pair in pairs:
         first.setdefault(pair.clean.turns, pair)
         candidates.setdefault(pair.clean.turns, {})[pair.wrapped] = None
-    if not candidates:
-        raise CtlensError("there are no pairs: give at least two wrapped prompts per request.")
     for number, of_request in enumerate(candidates.values(), start=1):
         if len(of_request) < 2:
             raise CtlensError(

@@ -11,29 +11,26 @@ import base64
 import hashlib
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import nbformat
+from executed import EXECUTED, FIGURE, NOTEBOOKS, PNG, kept, same_cells
 from nbformat import NotebookNode
 
 from ctlens.plots.renderer import browser
 
-ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-EXECUTED = ROOT / "build" / "notebooks"
-FIGURE = "application/vnd.plotly.v1+json"
-PNG = "image/png"
-_WIDGET = "application/vnd.jupyter.widget-view+json"
-_PANEL = "a panel that answers to clicks: run the notebook to see it"
+# Pixels, of figures that do not say how wide and high they are: what a code host shows without shrinking it.
 _WIDTH = 800
 _HEIGHT = 450
 
 
 def shown(executed: NotebookNode, source: NotebookNode) -> NotebookNode:
     """A notebook with the outputs of its executed copy: figures as they are, for `pictured`, without progress bars."""
+    if not same_cells(source, executed):
+        raise SystemExit("a notebook has changed since it was executed: run `make outputs`.")
     cells = [
-        cell if cell.cell_type != "code" else _with_outputs(cell, done) for cell, done in _paired(source, executed)
+        _with_outputs(cell, done) if cell.cell_type == "code" else cell
+        for cell, done in zip(source.cells, executed.cells, strict=True)
     ]
     return NotebookNode({**source, "cells": cells, "metadata": {**source.metadata, "executed": digest(source)}})
 
@@ -44,28 +41,14 @@ def digest(notebook: Mapping[str, Any]) -> str:
     return hashlib.sha256("\0".join(code).encode()).hexdigest()[:16]
 
 
-def _paired(source: NotebookNode, executed: NotebookNode) -> list[tuple[NotebookNode, NotebookNode]]:
-    same = [cell.source for cell in source.cells] == [cell.source for cell in executed.cells]
-    if not same:
-        raise SystemExit("a notebook has changed since it was executed: run `make outputs`.")
-    return list(zip(source.cells, executed.cells, strict=True))
-
-
 def _with_outputs(cell: NotebookNode, executed: NotebookNode) -> NotebookNode:
-    kept = [output for output in executed.outputs if output.get("name") != "stderr" and not _is_bar(output)]
-    for output in kept:
-        data = output.get("data", {})
-        if _WIDGET in data:
-            output.data = {"text/plain": _PANEL}
-        elif FIGURE in data:
-            output.data = {FIGURE: data[FIGURE]}
-        output.update({"metadata": {}} if data else {})
-    return NotebookNode({**cell, "outputs": kept, "execution_count": executed.execution_count})
-
-
-def _is_bar(output: NotebookNode) -> bool:
-    """Whether an output is a progress bar, which has nothing to show when it is done."""
-    return output.output_type == "display_data" and _WIDGET in output.data
+    outputs = kept(executed.outputs)
+    for output in outputs:
+        if "data" in output:
+            output.metadata = {}
+        if FIGURE in output.get("data", {}):
+            output.data = {FIGURE: output.data[FIGURE]}
+    return NotebookNode({**cell, "outputs": outputs, "execution_count": executed.execution_count})
 
 
 def pictured(notebook: NotebookNode) -> NotebookNode:
