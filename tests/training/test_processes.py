@@ -90,7 +90,7 @@ def test_when_one_fails_none_waits(place: Path) -> None:
         [*ACCELERATE, "failing.py"], cwd=place, env=environment, capture_output=True, timeout=PATIENCE
     )
     assert done.returncode != 0
-    assert time.monotonic() - start < PATIENCE / 2
+    assert time.monotonic() - start < 60  # and not after the half hour that the other would wait for it
     assert not (place / "failed").exists()
 
 
