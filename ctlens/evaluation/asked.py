@@ -74,7 +74,7 @@ def what_is_asked(
         groups = {(_name_of_own(threats), ""): list(pairs)}
     asked = [one for (name, of), group in groups.items() for one in _of_group(name, of, group)]
     if not asked:
-        raise CtlensError("there is nothing to evaluate: give at least one pair.")
+        raise CtlensError("there is nothing to evaluate: name at least one split.")
     return asked
 
 

@@ -72,8 +72,8 @@ def record(
     """
     require_eval(model)
     names = list(dict.fromkeys(name for site in sites for name in _names(model, site, layers)))
-    if not names or not pairs:
-        raise CtlensError("there is nothing to record: give at least one pair and one site.")
+    if not names:
+        raise CtlensError("there is nothing to record: give at least one site.")
     passes = [part for side in sides for part in _passes(model, pairs, side, batch_size)]
     prompts = [prompt for part in passes for prompt in part]
     lengths = np.array([len(ids) for *_, ids in prompts])

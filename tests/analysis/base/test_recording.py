@@ -260,7 +260,7 @@ def test_an_analysis_that_runs_the_model_refuses_a_recording_in_a_sentence(monke
         ({"sites": ["pattern"]}, "'pattern' has one value per pair of tokens"),
         ({"sites": ["resid_past"]}, "unknown hook point 'resid_past'"),
         ({"sites": []}, "nothing to record"),
-        ({"pairs": []}, "nothing to record"),
+        ({"pairs": []}, "there are no pairs"),
         ({"layers": [3]}, "layer 3 does not exist"),
         ({"sides": ["left"]}, "unknown prompt side 'left'"),
         ({"sides": ["benign"]}, "pair 1 has no benign prompt"),
