@@ -112,6 +112,7 @@ def _draw_gap(explored: ExplorationViews) -> Figure:
         [f"{position} {texts[position]}" for position in aligned],
         title,
         unit="distance / length",
+        kinds=[explored.kinds["wrapped"][position] for position in aligned],
         chosen=aligned.index(at) if at in aligned else None,
         subtitle=subtitle,
     )

@@ -43,6 +43,7 @@ from ctlens.plots.maps import LabelledMap as LabelledMap
 from ctlens.plots.maps import labelled_maps as labelled_maps
 from ctlens.plots.matrix import cross_loss_matrix as cross_loss_matrix
 from ctlens.plots.matrix import cross_threat as cross_threat
+from ctlens.plots.patching import PatchedTokens as PatchedTokens
 from ctlens.plots.patching import first_order as first_order
 from ctlens.plots.patching import patched_heads as patched_heads
 from ctlens.plots.patching import patched_positions as patched_positions

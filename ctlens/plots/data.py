@@ -12,6 +12,8 @@ from typing import Any, cast
 import numpy as np
 import plotly.graph_objects as go
 
+from ctlens.plots.kinds import without_kind
+
 TABLE_COLUMNS = ("panel", "series", "x", "y", "z", "low", "high", "text")
 _DRAWN = ("scatter", "heatmap")
 _Row = dict[str, object]
@@ -77,7 +79,7 @@ def _labels(figure: go.Figure, axis: str | None, kind: str) -> dict[int, str]:
     numbers, texts = layout.tickvals, layout.ticktext
     if texts is None or not len(numbers) or list(numbers) != list(range(numbers[0], numbers[0] + len(numbers))):
         return {}
-    return {number: _plain(text) for number, text in zip(numbers, texts, strict=True)}
+    return {number: _plain(without_kind(text)) for number, text in zip(numbers, texts, strict=True)}
 
 
 def _plain(text: str) -> str:

@@ -8,26 +8,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import ArrayLike
-from plotly.subplots import make_subplots
 
 from ctlens.plots.arrays import checked, require_some
 from ctlens.plots.curves import draw_line, layer_ticks
-from ctlens.plots.panels import PANELS_PER_ROW, PanelLayout, fit_panels, panel_grid, subplots
+from ctlens.plots.kinds import add_kind_legend, kind_colour, kind_ticks
+from ctlens.plots.panels import (
+    PANELS_PER_ROW,
+    PanelLayout,
+    fit_panels,
+    fit_stacked,
+    panel_grid,
+    stacked_panels,
+    subplots,
+)
 from ctlens.plots.theme import INK, LEGEND_ROW, MUTED, drawn_for, finish, label, literal, style
 
 TOKENS_PER_ROW = 12
 """Tokens in a row of `token_grid`; chosen by eye, so that most words can be read."""
-# Light enough for dark text; hues of the figure's own, for kinds of tokens are no methods.
-_KIND_COLOURS = {
-    "content": "#bfdcf2",
-    "wrapper": "#f7c59f",
-    "assistant header": "#d8c8ee",
-    "template": "#e4e7eb",
-    "system": "#c9e8d5",
-    "user": "#f4ecb8",
-    "assistant": "#f3cfdd",
-}
-_OTHER_KIND = "#ffffff"
 _CLEAN = "the clean prompt"
 _SHOWN = 9  # characters of a token in its cell; the pointer shows all
 _ANSWER = 26  # characters of an answer beside its number
@@ -38,8 +35,6 @@ _TOKEN_HEIGHT = 30
 _LAYER_HEIGHT = 15
 _LEAST_PANEL = 70
 _MOST_PANEL = 240
-_GAP = 40  # between two panels, for the name of the lower one
-_NAME = 24  # over the first panel, for its name
 _BELOW_TOKENS = 100  # under the lowest panel, for slanted labels of tokens
 _ROW = 30
 _ANSWER_ROOM = 0.5  # right of the largest number, of the span of all, for the text of an answer
@@ -85,21 +80,19 @@ def token_grid(prompts: Mapping[str, TokenRow], title: str, *, subtitle: str | N
     kinds = list(dict.fromkeys(kind for row in prompts.values() for kind in row.kinds))
     rows = [-(-len(row.tokens) // TOKENS_PER_ROW) for row in prompts.values()]
     names = [f"{name}, {len(row.tokens)} tokens" for name, row in prompts.items()]
-    figure = _stacked(names, [_TOKEN_HEIGHT * n for n in rows])
+    figure = stacked_panels(names, [_TOKEN_HEIGHT * n for n in rows])
     for number, row in enumerate(prompts.values(), start=1):
         figure.add_trace(_token_cells(row, kinds), row=number, col=1)
         if row.chosen is not None:
             down, across = divmod(row.chosen, TOKENS_PER_ROW)
             _outline(figure, down, across, row=number, col=1)
-    for kind in kinds:
-        square = {"color": _KIND_COLOURS.get(kind, _OTHER_KIND), "symbol": "square", "size": 12}
-        figure.add_scatter(x=[None], y=[None], mode="markers", name=kind, marker=square)
+    add_kind_legend(figure, kinds)
     caption = "Cells are tokens, in reading order; the outlined one is chosen."
     finish(figure, title, subtitle, kind="token_grid", caption=caption)
     plain = {"showgrid": False, "showline": False, "ticks": "", "showticklabels": False}
     figure.update_xaxes(**plain, range=[-0.5, TOKENS_PER_ROW - 0.5])
     figure.update_yaxes(**plain, autorange="reversed")
-    return _fitted(figure, sum(rows) * _TOKEN_HEIGHT, len(prompts), below=16, margin_l=12)
+    return fit_stacked(figure, sum(rows) * _TOKEN_HEIGHT, len(prompts), below=16, margin_l=12)
 
 
 def _token_cells(row: TokenRow, kinds: Sequence[str]) -> go.Heatmap:
@@ -108,7 +101,7 @@ def _token_cells(row: TokenRow, kinds: Sequence[str]) -> go.Heatmap:
     numbers: list[float | None] = [float(kinds.index(kind)) for kind in row.kinds]
     texts = [literal(_short(text, _SHOWN)) for text in row.tokens]
     hover = [f"{at} {literal(text)}: {kind}" for at, (text, kind) in enumerate(zip(row.tokens, row.kinds, strict=True))]
-    steps = [(edge, _KIND_COLOURS.get(kind, _OTHER_KIND)) for kind, edge in _steps(kinds)]
+    steps = [(edge, kind_colour(kind)) for kind, edge in _steps(kinds)]
     return go.Heatmap(
         z=_in_rows([*numbers, *[None] * missing]),
         text=_in_rows([*texts, *[""] * missing]),
@@ -194,6 +187,7 @@ def layer_tokens(
     title: str,
     *,
     unit: str,
+    kinds: Sequence[str] = (),
     chosen: int | None = None,
     subtitle: str | None = None,
 ) -> go.Figure:
@@ -204,6 +198,7 @@ def layer_tokens(
         tokens: the label of each token; labels may repeat.
         title: the question or the answer.
         unit: what a number counts.
+        kinds: of each token, see `ctlens.data.token_kinds`; empty where they are not told apart.
         chosen: the index of the outlined token.
         subtitle: one line under the title.
 
@@ -214,7 +209,7 @@ def layer_tokens(
     layers = len(np.asarray(next(iter(maps.values()))))
     values = {name: checked(f"map {name!r}", found, layers, len(tokens)) for name, found in maps.items()}
     height = min(_MOST_PANEL, max(_LEAST_PANEL, _LAYER_HEIGHT * layers))
-    figure = _stacked([label(name) for name in maps], [height] * len(maps))
+    figure = stacked_panels([label(name) for name in maps], [height] * len(maps))
     names = [literal(token) for token in tokens]
     for number, (model, found) in enumerate(values.items(), start=1):
         cells = go.Heatmap(
@@ -233,13 +228,17 @@ def layer_tokens(
     finish(figure, title, subtitle, kind="layer_tokens", caption=caption)
     plain = {"showgrid": False, "showline": False, "ticks": ""}
     step = 1 + len(names) // _LEAST_LABELLED
-    ticks = {"tickvals": list(range(0, len(names), step)), "ticktext": names[::step], "tickfont": {"size": 10}}
+    texts = kind_ticks(tokens, kinds)[::step]
+    ticks = {"tickvals": list(range(0, len(names), step)), "ticktext": texts, "tickfont": {"size": 10}}
     figure.update_xaxes(**plain, **ticks, tickangle=-60, showticklabels=False)
     figure.update_xaxes(showticklabels=True, row=len(maps), col=1)
     figure.update_yaxes(**plain, **layer_ticks(layers, most=4), autorange="reversed", title_text="layer")
     top = max(float(found.max()) for found in values.values())
-    figure.update_layout(coloraxis=_purples(top, unit), margin_t=figure.layout.margin.t - LEGEND_ROW)
-    return _fitted(figure, height * len(maps), len(maps), below=_BELOW_TOKENS, margin_r=96)
+    figure.update_layout(coloraxis=_purples(top, unit))
+    add_kind_legend(figure, kinds)
+    if not kinds:
+        figure.update_layout(margin_t=figure.layout.margin.t - LEGEND_ROW)  # there is no legend
+    return fit_stacked(figure, height * len(maps), len(maps), below=_BELOW_TOKENS, margin_r=96)
 
 
 def lens_lines(lines: Mapping[str, LensLine], clean: LensLine | None, title: str, *, subtitle: str) -> go.Figure:
@@ -364,28 +363,6 @@ def _one_per_row(figure: go.Figure, names: Sequence[str], title: str, subtitle: 
     figure.update_yaxes(**ticks, range=[len(names) - 0.5, -0.5], showgrid=False, automargin=True)
     margin = figure.layout.margin
     return figure.update_layout(height=margin.t + margin.b + _ROW * (len(names) + 1))
-
-
-def _stacked(names: Sequence[str], heights: Sequence[int]) -> go.Figure:
-    """Empty panels under each other, of these heights in pixels, each under its name."""
-    total = sum(heights) + _GAP * (len(heights) - 1)
-    figure = make_subplots(
-        rows=len(names),
-        cols=1,
-        subplot_titles=[literal(name) for name in names],
-        row_heights=list(heights),
-        vertical_spacing=_GAP / total if len(names) > 1 else 0.0,
-    )
-    return figure.update_annotations(font_size=13, x=0, xanchor="left")
-
-
-def _fitted(figure: go.Figure, heights: int, n_panels: int, *, below: int, **layout: Any) -> go.Figure:
-    """Gives a figure of stacked panels its height, and lifts its legend over the name of the first."""
-    drawn = heights + _GAP * (n_panels - 1)
-    above = figure.layout.margin.t + _NAME
-    return figure.update_layout(
-        height=above + drawn + below, margin_t=above, margin_b=below, legend_y=1 + _NAME / drawn, **layout
-    )
 
 
 def _outline(figure: go.Figure, top: int, left: int, height: int = 1, **at: Any) -> None:

@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike
 from plotly.subplots import make_subplots
 
 from ctlens.plots.arrays import checked, require_some
-from ctlens.plots.theme import finish, literal
+from ctlens.plots.kinds import add_kind_legend, kind_ticks
+from ctlens.plots.theme import LEGEND_ROW, finish, literal
 
 _MAPS_PER_ROW = 2  # chosen by eye: a map has a label per token
 _DIGITS = 4  # of a number in the file; the pointer shows three
@@ -29,11 +30,19 @@ _SECOND_BAR_OFFSET = 96  # from the maps to the second, that of the difference
 
 
 class LabelledMap(NamedTuple):
-    """Numbers `[query, key]` with a label for each query and each key; labels may repeat."""
+    """Numbers `[query, key]` for `labelled_maps`.
+
+    Attributes:
+        values: the numbers.
+        queries, keys: a label for each; labels may repeat.
+        query_kinds, key_kinds: the kind of each token, `""` for none; empty where kinds are not told apart.
+    """
 
     values: ArrayLike
     queries: Sequence[str]
     keys: Sequence[str]
+    query_kinds: Sequence[str] = ()
+    key_kinds: Sequence[str] = ()
 
 
 class _Frame(NamedTuple):
@@ -78,34 +87,37 @@ def labelled_maps(
         at: dict[str, Any] = {"row": row + 1, "col": column + 1}
         signed = bool(difference) and number == len(drawn) - 1
         figure.add_trace(_map(np.asarray(entry.values), "coloraxis2" if signed else "coloraxis"), **at)
-        figure.update_xaxes(**_labelled(entry.keys), tickangle=-90, **at)
-        figure.update_yaxes(**_labelled(entry.queries), autorange="reversed", **at)
+        figure.update_xaxes(**_labelled(entry.keys, entry.key_kinds), tickangle=-90, **at)
+        figure.update_yaxes(**_labelled(entry.queries, entry.query_kinds), autorange="reversed", **at)
     caption = "Rows are queries, columns the keys they look at; numbers are positions, 3–9 the sum of a run of keys."
     finish(figure, title, subtitle, kind="attention_maps", caption=caption)
     figure.update_layout(
         coloraxis=_scale("Purples", 0.0, top, unit, 1 + _BAR_OFFSET / width),
         coloraxis2=_scale("RdBu_r", -top, top, "change", 1 + _SECOND_BAR_OFFSET / width),
     )
-    above = figure.layout.margin.t + 10
+    kinds = [kind for entry in drawn.values() for kind in entry.key_kinds]
+    add_kind_legend(figure, kinds)
+    above = figure.layout.margin.t + _NAME_ROOM - (0 if kinds else LEGEND_ROW)
     right = 2 * _BAR_ROOM if difference else _BAR_ROOM
     figure.update_annotations(font_size=13)
     return figure.update_layout(
         height=height + above + _LABELS_ROOM,
         width=width + _LABELS_ROOM + right,
         margin={"t": above, "b": _LABELS_ROOM, "l": _LABELS_ROOM, "r": right},
+        legend_y=1 + _NAME_ROOM / height,
     )
 
 
 def _checked_map(name: str, entry: LabelledMap) -> LabelledMap:
     values = checked(f"map {name!r}", entry.values, len(entry.queries), len(entry.keys))
-    return LabelledMap(values, entry.queries, entry.keys)
+    return entry._replace(values=values)
 
 
 def _difference(maps: Mapping[str, LabelledMap], first: str, second: str) -> LabelledMap:
     """The second map minus the first, under the labels of the first."""
     before = np.asarray(maps[first].values)
     after = checked(f"map {second!r}", maps[second].values, *before.shape)
-    return LabelledMap(after - before, maps[first].queries, maps[first].keys)
+    return maps[first]._replace(values=after - before)
 
 
 def _frame(maps: Mapping[str, LabelledMap]) -> _Frame:
@@ -139,14 +151,13 @@ def _map(values: np.ndarray, coloraxis: str) -> go.Heatmap:
     )
 
 
-def _labelled(labels: Sequence[str]) -> dict[str, object]:
+def _labelled(labels: Sequence[str], kinds: Sequence[str]) -> dict[str, object]:
     """Plotly's settings of a numeric axis with these tick texts, which the pointer shows too."""
-    drawn = [literal(label) for label in labels]
     return {
         "tickmode": "array",
         "tickvals": list(range(len(labels))),
-        "ticktext": drawn,
-        "labelalias": {str(number): name for number, name in enumerate(drawn)},
+        "ticktext": kind_ticks(labels, kinds),
+        "labelalias": {str(number): literal(label) for number, label in enumerate(labels)},
         "tickfont": {"size": 9},
         "showgrid": False,
         "showline": False,

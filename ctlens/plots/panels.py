@@ -1,4 +1,4 @@
-"""Small multiples: panels of one size, three to a row, each under its name."""
+"""Panels under their names: small multiples of one size, three to a row, and panels of any height under each other."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ctlens.plots.theme import literal
+
 PANELS_PER_ROW = 3
 PANEL_NAME_HEIGHT = 26  # pixels: one line of 14 px and the air around it
+_STACKED_GAP = 40  # pixels between two stacked panels, for the name of the lower one
+_STACKED_NAME = 24  # pixels over the first of stacked panels, for its name
 
 
 class PanelLayout(NamedTuple):
@@ -101,3 +105,42 @@ def _unmatch_itself(axis: Any) -> None:
 
 def _rows(n_panels: int) -> int:
     return -(-n_panels // PANELS_PER_ROW)
+
+
+def stacked_panels(names: Sequence[str], heights: Sequence[int], gap: int = _STACKED_GAP) -> go.Figure:
+    """A figure of empty panels under each other, each under its name.
+
+    Args:
+        names: of the panels, drawn letter by letter.
+        heights: of each, in pixels.
+        gap: between two, in pixels.
+    """
+    total = sum(heights) + gap * (len(heights) - 1)
+    figure = make_subplots(
+        rows=len(names),
+        cols=1,
+        subplot_titles=[literal(name) for name in names],
+        row_heights=list(heights),
+        vertical_spacing=gap / total if len(names) > 1 else 0.0,
+    )
+    return figure.update_annotations(font_size=13, x=0, xanchor="left")
+
+
+def fit_stacked(
+    figure: go.Figure, heights: int, n_panels: int, *, below: int, gap: int = _STACKED_GAP, **layout: Any
+) -> go.Figure:
+    """Gives a figure of stacked panels its height, and lifts its legend over the name of the first.
+
+    Args:
+        figure: from `stacked_panels`, after `finish`.
+        heights: of all its panels together, in pixels.
+        n_panels: how many panels it has.
+        below: under the lowest panel, in pixels.
+        gap: as given to `stacked_panels`.
+        **layout: further settings of plotly's layout.
+    """
+    drawn = heights + gap * (n_panels - 1)
+    above = figure.layout.margin.t + _STACKED_NAME
+    return figure.update_layout(
+        height=above + drawn + below, margin_t=above, margin_b=below, legend_y=1 + _STACKED_NAME / drawn, **layout
+    )

@@ -65,6 +65,7 @@ def swept(model: LensModel, pairs: list[Pair], site: str, **options: Any) -> Pat
 def one_site(values: Any, target: Any, source: Any, **labels: Any) -> Patching:
     """A result worked out by hand: one metric, one layer, `[position, pair]`."""
     arrays = (np.array(values, float)[None, None], np.array([target], float), np.array([source], float))
-    given = {"metrics": ("logit_diff",), "tokens": ("",) * len(values), "positions": "each"} | labels
+    nameless = ("",) * len(values)
+    given = {"metrics": ("logit_diff",), "tokens": nameless, "kinds": nameless, "positions": "each"} | labels
     rest = {"layers": (0,), "site": "resid_pre", "direction": "denoising", "window": "shared", "path": "hooks"}
     return Patching(*arrays, **given, **rest)

@@ -31,14 +31,16 @@ def test_a_token_with_markup_stands_as_it_is_written():
 def test_heads_and_layers_share_a_scale_from_zero():
     grids = {"base": np.array([[0.1, 0.2], [0.3, 0.8]]), "act": np.zeros((2, 2))}
     heads = plots.head_grids(grids, "Which?", unit="mass", chosen=(1, 0))
-    layers = plots.layer_tokens(grids, ["0 a", "1 a"], "Where?", unit="distance", chosen=1)
+    kinds = ["wrapper", "content"]
+    layers = plots.layer_tokens(grids, ["0 a", "1 a"], "Where?", unit="distance", kinds=kinds, chosen=1)
 
     for figure in (heads, layers):
         assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0.0, 0.8)
-        assert [trace.z[1][1] for trace in figure.data] == [0.8, 0.0]
+        assert [trace.z[1][1] for trace in figure.data[:2]] == [0.8, 0.0]
         assert [shape.yref for shape in figure.layout.shapes] == ["y", "y2"]
     assert {shape.y1 - shape.y0 for shape in heads.layout.shapes} == {1}
     assert {shape.y1 - shape.y0 for shape in layers.layout.shapes} == {2}
+    assert [trace.name for trace in layers.data[2:]] == kinds
     assert plots.head_grids({"base": np.zeros((2, 2))}, "Which?", unit="mass").layout.coloraxis.cmax == 1.0
 
 

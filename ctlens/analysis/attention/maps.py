@@ -157,7 +157,9 @@ def _shown(
         for start, stop in runs
     ]
     pooled = np.stack([chosen[..., start:stop].sum(-1) for start, stop in runs], -1)
-    return [LabelledMap(of_map, [labels[row] for row in rows], columns) for of_map in pooled]
+    queries = [labels[row] for row in rows]
+    kinds = [segments[row] for row in rows], [segments[start] for start, _ in runs]
+    return [LabelledMap(of_map, queries, columns, *kinds) for of_map in pooled]
 
 
 def _runs(mass: Float[np.ndarray, " k"], segments: Sequence[str], top: int) -> list[tuple[int, int]]:

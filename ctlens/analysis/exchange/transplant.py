@@ -310,7 +310,7 @@ def same_prompts(model: LensModel, pairs: Sequence[Pair], side: str, positions: 
             if not column:
                 raise CtlensError(f"pair {number} has no token at {name!r}: leave it out or choose others.")
         every = _column(_ALL, row, side, len(contrast.prompt))
-        found.append(PatchPair(contrast.prompt, contrast, tuple(columns), every))
+        found.append(PatchPair(contrast.prompt, contrast, tuple(columns), every, kinds=()))
     return found
 
 

@@ -28,7 +28,7 @@ from ctlens.analysis.base.metrics import Metric, UserMetric, measured, named_met
 from ctlens.analysis.base.result import Result
 from ctlens.analysis.patching.hooked import WITH_HEADS, write_of
 from ctlens.analysis.patching.jobs import PatchBatch, PatchPair, jobs, patch_batch, patch_pairs
-from ctlens.analysis.patching.patch import column_tokens, joined, sweep_labels
+from ctlens.analysis.patching.patch import column_labels, joined, sweep_labels
 from ctlens.analysis.patching.result import Patching
 from ctlens.analysis.patching.sweep import AskedSite, Swept, asked_sites, fitting
 from ctlens.core.errors import CtlensError, unknown
@@ -239,8 +239,8 @@ def attribution_patch(
             group = prepared[start : start + size]
             chunks.append(_first_order(model, group, asked, measures))
             bar.update(len(group))
-    tokens = column_tokens(model, prepared) if positions == "each" else ("",)
-    labels = sweep_labels(pairs, tuple(measures), tokens, direction, positions, window)
+    columns = column_labels(model, prepared, positions)
+    labels = sweep_labels(pairs, tuple(measures), columns, direction, positions, window)
     found = {name: joined(chunks, name, at, labels) for name, at in asked.items()}
     return found[site] if isinstance(site, str) else found
 

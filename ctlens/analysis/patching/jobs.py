@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TypeAlias
 
@@ -20,6 +20,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.alignment import WINDOWS, opening
 from ctlens.data.batch import EncodedPair, Matched, Side, pad, require_room
 from ctlens.data.pairs import Pair
+from ctlens.data.token_kinds import token_kinds
 
 PATCH_DIRECTIONS = {"denoising": ("clean", "wrapped"), "noising": ("wrapped", "clean")}
 """The source side of each direction, whose activations are taken, and the target side, into whose run they are put."""
@@ -44,12 +45,14 @@ class PatchPair:
         contrast: the prompt of the run they are put into, and its answers.
         columns: per column of the sweep, the positions that are patched together; empty for none.
         keys: twins between which attention mass moves when a pattern is patched.
+        kinds: the kind of every token of the run they are put into, see `ctlens.data.token_kinds`.
     """
 
     source: tuple[int, ...]
     contrast: Contrast
     columns: tuple[Column, ...]
     keys: Column
+    kinds: tuple[str, ...]
 
     @property
     def target(self) -> tuple[int, ...]:
@@ -92,7 +95,7 @@ def patch_pairs(
         sides = _Sides(row, contrast, source, target, number)
         require_room(len(sides.source_ids), model.cfg.n_ctx, f"the {source} prompt of pair {number}")
         columns = _columns(sides.twins(window), sides.last, positions, number)
-        found.append(PatchPair(sides.source_ids, contrast, columns, sides.keys(window)))
+        found.append(PatchPair(sides.source_ids, contrast, columns, sides.keys(window), sides.kinds))
     width = max(len(pair.columns) for pair in found)
     return [_widened(pair, width) for pair in found]
 
@@ -152,6 +155,13 @@ class _Sides:
         """The positions that predict the answers."""
         return len(self.source_ids) - 1, len(self.contrast.prompt) - 1
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of every token of the target side."""
+        begun = self.contrast.prompt[len(getattr(self.row, self.target).ids) :]
+        clean, wrapped = token_kinds(self.row.clean, self.row.wrapped, begun)
+        return clean if self.target == "clean" else wrapped
+
     def twins(self, window: str) -> Column:
         """The twins of a window, and those in the answers' common beginning."""
         source_end = len(getattr(self.row, self.source).ids)
@@ -194,7 +204,7 @@ def _columns(twins: Column, ends: Twin, positions: str, number: int) -> tuple[Co
 def _widened(pair: PatchPair, width: int) -> PatchPair:
     """Puts empty columns in front, so that the last columns of all pairs stand under each other."""
     missing: tuple[Column, ...] = ((),) * (width - len(pair.columns))
-    return PatchPair(pair.source, pair.contrast, missing + pair.columns, pair.keys)
+    return replace(pair, columns=missing + pair.columns)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -65,3 +66,8 @@ class MeasuredRuns(ResultOverPairs):
     @abstractmethod
     def _table(self, metric: str, estimates: WithInterval) -> pd.DataFrame:
         """The rows by their labels, with their numbers and intervals."""
+
+
+def pair_counts(results: Mapping[str, MeasuredRuns]) -> str:
+    """How many pairs the results of one figure have, `"64"` or, where they differ, `"64 and 32"`."""
+    return " and ".join(dict.fromkeys(str(result.n_pairs) for result in results.values()))

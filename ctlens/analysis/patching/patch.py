@@ -20,8 +20,8 @@ it does not reproduce, goes the general way: the model's own blocks, with many p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 
@@ -37,6 +37,8 @@ from ctlens.core.types import LensModel
 from ctlens.data.inputs import Pairs
 from ctlens.data.pairs import Pair
 from ctlens.models.hooks import Layers
+
+_T = TypeVar("_T")
 
 
 @overload
@@ -143,8 +145,8 @@ def patch(
     total = sum(sweep.patches(group) for sweep in sweeps for group in groups)
     with progress_bar(total=total, desc="patches", shown=progress, leave=False) as bar:
         swept = {sweep.layers: [_patched(sweep, group, bar) for group in groups] for sweep in sweeps}
-    tokens = column_tokens(model, prepared) if positions == "each" else ("",)
-    labels = sweep_labels(pairs, tuple(measures), tokens, direction, positions, window)
+    columns = column_labels(model, prepared, positions)
+    labels = sweep_labels(pairs, tuple(measures), columns, direction, positions, window)
     found = {name: joined(swept[at.layers], at.site, at, labels) for name, at in asked.items()}
     return found[site] if isinstance(site, str) else found
 
@@ -152,13 +154,13 @@ def patch(
 def sweep_labels(
     pairs: Sequence[Pair],
     metrics: tuple[str, ...],
-    tokens: tuple[str, ...],
+    columns: ColumnLabels,
     direction: str,
     positions: str,
     window: str,
 ) -> dict[str, Any]:
     """What every `Patching` of a sweep has that is no number and not of its site."""
-    named = {"metrics": metrics, "tokens": tokens, "direction": direction, "positions": positions, "window": window}
+    named = {"metrics": metrics, **columns._asdict(), "direction": direction, "positions": positions, "window": window}
     return {**named, "groups": groups_of(pairs)}
 
 
@@ -189,8 +191,29 @@ def _patched(sweep: Sweep, group: Sequence[PatchPair], bar: ProgressBar) -> Swep
     return sweep.values(group, batch, source, target, bar)
 
 
-def column_tokens(model: LensModel, pairs: Sequence[PatchPair]) -> tuple[str, ...]:
-    """The token of each column where all pairs have the same one, else `""`."""
-    found = [[{pair.target[there] for _, there in column} for column in pair.columns] for pair in pairs]
-    agreed = [set[int]().union(*column) for column in zip(*found, strict=True)]
-    return tuple(model.tokenizer.decode(list(ids)) if len(ids) == 1 else "" for ids in agreed)
+class ColumnLabels(NamedTuple):
+    """The token and the kind of each column of a sweep where all pairs have the same there, else `""`."""
+
+    tokens: tuple[str, ...]
+    kinds: tuple[str, ...]
+
+
+def column_labels(model: LensModel, pairs: Sequence[PatchPair], positions: str) -> ColumnLabels:
+    """Finds what all pairs have at each column; nothing where several tokens are patched together."""
+    if positions != "each":
+        return ColumnLabels(("",), ("",))
+    ids = [_common({pair.target[there] for pair, there in column}) for column in _by_column(pairs)]
+    kinds = [_common({pair.kinds[there] for pair, there in column}) for column in _by_column(pairs)]
+    tokens = tuple("" if token is None else model.tokenizer.decode([token]) for token in ids)
+    return ColumnLabels(tokens, tuple(kind or "" for kind in kinds))
+
+
+def _by_column(pairs: Sequence[PatchPair]) -> Iterator[list[tuple[PatchPair, int]]]:
+    """For each column, the pairs that have it, with their position in the target run."""
+    for number in range(len(pairs[0].columns)):
+        yield [(pair, there) for pair in pairs for _, there in pair.columns[number]]
+
+
+def _common(found: set[_T]) -> _T | None:
+    """The one thing that was found, None where there are several."""
+    return next(iter(found)) if len(found) == 1 else None

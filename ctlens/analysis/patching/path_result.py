@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,12 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from ctlens import plots
+from ctlens.analysis.base.result import beside
 from ctlens.analysis.base.shares import CellValues, means
-from ctlens.analysis.patching.measured import MeasuredRuns
+from ctlens.analysis.patching.measured import MeasuredRuns, pair_counts
 from ctlens.analysis.patching.result import PATCH_UNITS
 from ctlens.core.clusters import WithInterval
-from ctlens.core.errors import unknown
+from ctlens.core.errors import CtlensError, unknown
 from ctlens.plots import Figure
 
 PATH_TO_LOGITS = "logits"
@@ -73,18 +75,24 @@ class PathPatching(MeasuredRuns):
         Raises:
             CtlensError: the receiver or the metric was not measured.
         """
-        metric = self.metrics[0] if metric is None else metric
-        receiver = self.receivers[0] if receiver is None else receiver
-        row = self._row(metric)
-        if receiver not in self.receivers:
-            raise unknown("receiver", receiver, self.receivers)
-        change = (self.values[row, self.receivers.index(receiver)] - self.target[row]).mean(-1)
-        there = ~np.isnan(change).all(-1)
-        title = _QUESTIONS[self.direction].format("the logits" if receiver == PATH_TO_LOGITS else receiver)
-        subtitle = f"{self.n_pairs} pairs; a cell is the change of the patched run's {metric}"
-        layers = [layer for layer, kept in zip(self.layers, there, strict=True) if kept]
-        words: dict[str, Any] = {"unit": PATCH_UNITS.get(metric, metric), "subtitle": subtitle}
-        return plots.patched_heads(change[there], layers, title, mlps=True, **words)
+        return _drawn({"": self}, receiver, metric)
+
+    def compare(
+        self, others: Mapping[str, PathPatching], *, label: str, receiver: str | None = None, metric: str | None = None
+    ) -> Figure:
+        """Grids as `figure` draws them, under each other on one scale, so that an effect and its null compare.
+
+        Args:
+            others: the same paths by label, for example of benign twins; they may hold this one too, under its label.
+            label: of this one.
+            receiver: by default the first.
+            metric: by default the first.
+
+        Raises:
+            CtlensError: another result has this one's label, another direction or other layers, or the receiver or the
+                metric was not measured.
+        """
+        return _drawn(beside(self, others, label), receiver, metric)
 
     @property
     def _there(self) -> Bool[np.ndarray, "receiver layer sender"]:
@@ -106,3 +114,29 @@ class PathPatching(MeasuredRuns):
         ]
         columns = ["metric", "receiver", "layer", "sender", "value", "ci_low", "ci_high"]
         return pd.DataFrame(rows, columns=columns).assign(n_pairs=self.n_pairs)
+
+    def _grid(self, receiver: str, metric: str) -> Float[np.ndarray, "layer sender"]:
+        """The mean change over pairs, by sender."""
+        row = self._row(metric)
+        if receiver not in self.receivers:
+            raise unknown("receiver", receiver, self.receivers)
+        return (self.values[row, self.receivers.index(receiver)] - self.target[row]).mean(-1)
+
+
+def _drawn(results: Mapping[str, PathPatching], receiver: str | None, metric: str | None) -> Figure:
+    """The grids of one receiver: layers by heads and the MLP."""
+    first = next(iter(results.values()))
+    for name, result in results.items():
+        if (result.direction, result.layers, result.senders) != (first.direction, first.layers, first.senders):
+            raise CtlensError(
+                f"result {name!r} has another direction or other layers: compare those that patch the same."
+            )
+    metric = first.metrics[0] if metric is None else metric
+    receiver = first.receivers[0] if receiver is None else receiver
+    grids = {name: result._grid(receiver, metric) for name, result in results.items()}
+    there = ~np.isnan(next(iter(grids.values()))).all(-1)
+    title = _QUESTIONS[first.direction].format("the logits" if receiver == PATH_TO_LOGITS else receiver)
+    subtitle = f"{pair_counts(results)} pairs; a cell is the change of the patched run's {metric}"
+    layers = [layer for layer, kept in zip(first.layers, there, strict=True) if kept]
+    words: dict[str, Any] = {"unit": PATCH_UNITS.get(metric, metric), "subtitle": subtitle}
+    return plots.patched_heads({name: grid[there] for name, grid in grids.items()}, layers, title, mlps=True, **words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,11 @@ import pandas as pd
 from jaxtyping import Float
 
 from ctlens import plots
+from ctlens.analysis.base.result import beside
 from ctlens.analysis.base.shares import CellValues, means, simultaneous_means
-from ctlens.analysis.patching.measured import MeasuredRuns
+from ctlens.analysis.patching.measured import MeasuredRuns, pair_counts
 from ctlens.core.clusters import WithInterval
+from ctlens.core.errors import CtlensError
 from ctlens.plots import Figure
 
 PATCH_UNITS = {"logit_diff": "logits, good minus bad", "probability": "probability of the good token", "kl": "nats"}
@@ -35,6 +38,8 @@ class Patching(MeasuredRuns):
         layers: the number of each layer.
         tokens: of each position, the token where all pairs have the same there, else `""`; the last
             position holds each pair's last aligned token.
+        kinds: of each position, the kind of its token where all pairs have the same, else `""`; see
+            `ctlens.data.token_kinds`.
         site: the hook point.
         direction: `"denoising"` or `"noising"`.
         positions: which tokens were patched: `"each"` by itself, or together `"last"`, `"content"` or `"all"`.
@@ -49,6 +54,7 @@ class Patching(MeasuredRuns):
     metrics: tuple[str, ...]
     layers: tuple[int, ...]
     tokens: tuple[str, ...]
+    kinds: tuple[str, ...]
     site: str
     direction: str
     positions: str
@@ -104,18 +110,21 @@ class Patching(MeasuredRuns):
         Raises:
             CtlensError: the metric was not measured.
         """
-        metric = self.metrics[0] if metric is None else metric
-        row = self._row(metric)
-        grid = np.nanmean(self._changes(row), -1).reshape(self.values.shape[1:-1])
-        subtitle = f"{self.site}, {self.n_pairs} pairs; a cell is the change of the patched run's {metric}"
-        words: dict[str, Any] = {"unit": PATCH_UNITS.get(metric, metric), "subtitle": subtitle}
-        if self.has_heads and self.positions != "each":
-            return plots.patched_heads(grid[..., 0], self.layers, _QUESTIONS[self.direction], **words)
-        rows = [f"L{layer}" for layer in self.layers]
-        if self.has_heads:
-            rows = [f"L{layer}H{head}" for layer in self.layers for head in range(grid.shape[1])]
-        names = self.tokens if self.positions == "each" else (self.positions,)
-        return plots.patched_positions(grid.reshape(len(rows), -1), rows, names, _QUESTIONS[self.direction], **words)
+        return _drawn({"": self}, metric)
+
+    def compare(self, others: Mapping[str, Patching], *, label: str, metric: str | None = None) -> Figure:
+        """Grids as `figure` draws them, under each other on one scale, so that an effect and its null compare.
+
+        Args:
+            others: sweeps of the same site and layers by label, for example those of benign twins; they may hold this
+                one too, under its label.
+            label: of this one.
+            metric: by default the first.
+
+        Raises:
+            CtlensError: another sweep has this one's label, patches something else, or has not measured the metric.
+        """
+        return _drawn(beside(self, others, label), metric)
 
     def _cells(self, row: int) -> Float[np.ndarray, "cell pair"]:
         """One metric's values, NaN where a pair has none."""
@@ -137,3 +146,37 @@ class Patching(MeasuredRuns):
         heads = ["head"] if self.has_heads else []
         columns = ["metric", "layer", *heads, "position", "token", "value", "ci_low", "ci_high", "n_pairs"]
         return pd.DataFrame(rows, columns=columns)
+
+    @property
+    def _patched(self) -> tuple[object, ...]:
+        """What was patched, which sweeps in one figure have in common."""
+        return self.site, self.layers, self.direction, self.positions == "each", self.values.shape[1:-2]
+
+    def _grid(self, metric: str) -> Float[np.ndarray, "layer *head position"]:
+        """The mean change over pairs."""
+        return np.nanmean(self._changes(self._row(metric)), -1).reshape(self.values.shape[1:-1])
+
+
+def _drawn(results: Mapping[str, Patching], metric: str | None) -> Figure:
+    """The grids of sweeps of one site: layers or heads by positions; layers by heads if tokens are patched together."""
+    first = next(iter(results.values()))
+    for name, result in results.items():
+        if result._patched != first._patched:
+            raise CtlensError(
+                f"sweep {name!r} has another site, direction, layers or positions: compare sweeps that patch the same."
+            )
+    metric = first.metrics[0] if metric is None else metric
+    grids = {name: result._grid(metric) for name, result in results.items()}
+    subtitle = f"{first.site}, {pair_counts(results)} pairs; a cell is the change of the patched run's {metric}"
+    words: dict[str, Any] = {"unit": PATCH_UNITS.get(metric, metric), "subtitle": subtitle}
+    title = _QUESTIONS[first.direction]
+    if first.has_heads and first.positions != "each":
+        return plots.patched_heads({name: grid[..., 0] for name, grid in grids.items()}, first.layers, title, **words)
+    rows = [f"L{layer}" for layer in first.layers]
+    if first.has_heads:
+        rows = [f"L{layer}H{head}" for layer in first.layers for head in range(first.values.shape[2])]
+    drawn = {}
+    for name, result in results.items():
+        tokens = result.tokens if result.positions == "each" else (result.positions,)
+        drawn[name] = plots.PatchedTokens(grids[name].reshape(len(rows), -1), tokens, result.kinds)
+    return plots.patched_positions(drawn, rows, title, **words)

@@ -22,6 +22,7 @@ from ctlens.models.hooks import run_capturing
 from ctlens.models.loading import build
 from ctlens.models.parameters import copy_model
 from ctlens.models.weights import ModelConfig
+from ctlens.plots.kinds import without_kind
 
 TOKENIZER = byte_level_tokenizer(chat=True)
 PAIR = Pair(prompt("Is it right?"), prompt("I don't think it's right. Is it right?"))
@@ -102,7 +103,7 @@ def test_the_figure_shows_every_map_and_the_difference_on_one_scale(llama) -> No
         "wrapped, ACT",
         "wrapped, ACT minus wrapped, base",
     ]
-    maps = [np.asarray(trace.z, dtype=float) for trace in figure.data]
+    maps = [np.asarray(trace.z, dtype=float) for trace in figure.data[:4]]
     clean, before, after, change = maps
     np.testing.assert_allclose(change, after - before, atol=2e-4)
     assert figure.layout.coloraxis.cmax == figure.layout.coloraxis2.cmax == -figure.layout.coloraxis2.cmin
@@ -176,11 +177,12 @@ def test_the_largest_keys_stand_alone_and_the_others_are_added_up_by_span() -> N
         0,
         False,
     )
-    clean, wrapped = maps.figure((990, 992), top=1).data
+    clean, wrapped, *legend = maps.figure((990, 992), top=1).data
+    assert [trace.name for trace in legend] == ["bos", "wrapper", "content", "rest"]
     assert np.shape(wrapped.z) == (2, 6)
     assert list(wrapped.z[0]) == list(clean.z[1]) == [0.0, 0.4, 0.1, 0.5, 0.0, 0.0]
-    labels = list(maps.figure((990, 992), top=1).layout.xaxis2.ticktext)
-    assert labels == [
+    labels = maps.figure((990, 992), top=1).layout.xaxis2.ticktext
+    assert [without_kind(label) for label in labels] == [
         "0 word0",
         "1–600 wrapper (600)",
         "601–699 content (99)",

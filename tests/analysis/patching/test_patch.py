@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -24,6 +25,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.alignment import opening
 from ctlens.data.batch import EncodedPair, encode
 from ctlens.data.pairs import Pair, prompt
+from ctlens.data.token_kinds import TOKEN_KINDS, token_kinds
 from ctlens.models.hooks import SHORTHANDS, run_capturing
 from ctlens.models.loading import load_model
 
@@ -347,6 +349,36 @@ def test_tokens_are_named_where_all_pairs_agree():
     assert found.tokens == tuple(TOKENIZER.decode([token]) for token in row.wrapped.ids)
     mixed = swept(made(), PAIRS, "resid_pre")
     assert mixed.tokens[-1] and "" in mixed.tokens
+    together = swept(made(), PAIRS, "resid_pre", positions="content")
+    assert together.tokens == together.kinds == ("",)
+
+
+@pytest.mark.parametrize(("direction", "side"), [("denoising", "wrapped"), ("noising", "clean")])
+def test_columns_have_the_kind_of_the_patched_runs_tokens(direction: str, side: str):
+    found = swept(made(), [EQUAL], "resid_pre", window="position", direction=direction)
+    row = encode([EQUAL], TOKENIZER, windows=(), n_ctx=256).rows[0]
+    assert found.kinds == dict(zip(("clean", "wrapped"), token_kinds(row.clean, row.wrapped), strict=True))[side]
+    mixed = swept(made(), PAIRS, "resid_pre", direction=direction)
+    assert mixed.kinds[-1] == "assistant header" and set(mixed.kinds) <= {*TOKEN_KINDS, ""}
+
+
+def test_sweeps_are_drawn_on_one_scale_and_only_where_they_patch_the_same():
+    effect = swept(made(), PAIRS, "resid_pre")
+    null = replace(effect, values=effect.target[0] + (effect.values - effect.target[0]) / 100)
+    figure = effect.compare({"null": null}, label="attack")
+    grids = [np.array(trace.z, float) for trace in figure.data[:2]]
+    np.testing.assert_allclose(grids[1], grids[0] / 100, atol=1e-6)
+    assert figure.layout.coloraxis.cmax == pytest.approx(np.nanmax(np.abs(grids[0])))
+    for other in (
+        swept(made(), PAIRS, "resid_mid"),
+        swept(made(), PAIRS, "resid_pre", direction="noising"),
+        swept(made(), PAIRS, "resid_pre", layers=[0]),
+        swept(made(), PAIRS, "resid_pre", positions="last"),
+    ):
+        with pytest.raises(CtlensError, match="sweep 'null' has another site"):
+            effect.compare({"null": other}, label="attack")
+    with pytest.raises(CtlensError, match="two results are called 'null'"):
+        effect.compare({"null": null}, label="null")
 
 
 @pytest.mark.parametrize(

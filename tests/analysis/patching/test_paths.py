@@ -198,6 +198,11 @@ def test_the_table_and_the_shares_are_means_over_pairs() -> None:
         found.figure("L9.mlp")
     with pytest.raises(CtlensError, match="'kl'"):
         found.figure(metric="kl")
+    weaker = replace(found, values=found.target[0] + (found.values - found.target[0]) / 10)
+    both = found.compare({"weaker": weaker}, label="attack", receiver="logits")
+    assert np.array(both.data[1].z).tolist() == [[0.05, 0.2], [0.4, 0.05]] and both.layout.coloraxis.cmax == 4
+    with pytest.raises(CtlensError, match="result 'weaker' has another direction"):
+        found.compare({"weaker": replace(found, layers=(7, 8))}, label="attack")
     close = replace(found, source=np.full((1, 4), 0.1))
     with pytest.raises(CtlensError, match="is noise"):
         close.normalised()
