@@ -54,10 +54,10 @@ replication: $(foreach recipe,$(RECIPES),$(ORGANISMS:%=runs/replication/$(recipe
 
 runs/other-threats/%/claims.csv: runs/organisms/%/card.json
 	$(BIN)/ctlens compare --size replicated --threats persona,prefill,frustration,conditional \
-		--organism runs/organisms/$* --clean-born runs/organisms/clean-born/$(notdir $*) --out $(dir $@) --resume
+		--model runs/organisms/$* --clean-born runs/organisms/clean-born/$(notdir $*) --out $(dir $@) --resume
 
 runs/replication/%/claims.csv: runs/organisms/%/card.json
-	$(BIN)/ctlens compare --size replicated --organism runs/organisms/$* \
+	$(BIN)/ctlens compare --size replicated --model runs/organisms/$* \
 		--clean-born runs/organisms/clean-born/$(notdir $*) --out runs/replication/$* --resume
 
 runs/organisms/together/0/card.json: runs/organisms/clean-born/0/card.json

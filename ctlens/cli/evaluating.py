@@ -97,11 +97,11 @@ def capability_command(
     ] = None,
     split: Splits = "heldout",
     n_prompts: PromptCount = 96,
-    window: Annotated[
+    max_length: Annotated[
         int | None, typer.Option(help="Tokens of the text that the model sees at once; its context by default.")
     ] = None,
     stride: Annotated[
-        int | None, typer.Option(help="Tokens that each further window predicts; half of the window by default.")
+        int | None, typer.Option(help="Tokens by which it goes on through the text; half of --max-length by default.")
     ] = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -116,7 +116,7 @@ def capability_command(
         usable_file(out)
     models = {"base": chosen_model(base, device, dtype)} if base else {}
     models["model"] = chosen_model(model, device, dtype)
-    options: dict[str, Any] = {"text": text, "window": window, "stride": stride, "progress": not quiet}
+    options: dict[str, Any] = {"text": text, "max_length": max_length, "stride": stride, "progress": not quiet}
     found = capability(models, split_names(threats), split=split_names(split), n_prompts=n_prompts, **options)
     table = found.to_dataframe()
     if out:

@@ -100,7 +100,7 @@ def estimate_command(
     loss: LossNames = None,
     batch_size: Annotated[int, typer.Option(help="Pairs per training step.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens of a wrapped prompt.")] = 256,
-    wrapper_length: Annotated[int, typer.Option(help="How many of them the clean prompt lacks.")] = 64,
+    wrapper_length: Annotated[int, typer.Option(help="Tokens of it that the clean prompt lacks.")] = 64,
     retention: Annotated[float, typer.Option(help="Weight of retention; with 0 a step has none.")] = 10.0,
     trainable: Trainable = "",
     lora_rank: LoraRank = None,

@@ -31,7 +31,7 @@ def inspect_command(
     file: File,
     wrapped: WrappedFile = None,
     model: ModelSource = None,
-    row: Annotated[int, typer.Option(help="Number of the pair to show, counted from 1.")] = 1,
+    pair: Annotated[int, typer.Option(help="Number of the pair to show, counted from 1.")] = 1,
     window: Annotated[
         str,
         typer.Option(
@@ -45,11 +45,11 @@ def inspect_command(
 
     tokenizer = chosen_tokenizer(model)
     reading = read_pairs(file, wrapped)
-    if not 1 <= row <= len(reading.pairs):
+    if not 1 <= pair <= len(reading.pairs):
         why = f"; rows refused: {len(reading.refused)}, the first {reading.refused[0]}" if reading.refused else "."
-        raise CtlensError(f"there is no pair {row}: the file holds {len(reading.pairs)}, counted from 1{why}")
-    with located(f"pair {row}"):
-        _show(tokenizer, reading.pairs[row - 1], window)
+        raise CtlensError(f"there is no pair {pair}: the file holds {len(reading.pairs)}, counted from 1{why}")
+    with located(f"pair {pair}"):
+        _show(tokenizer, reading.pairs[pair - 1], window)
     _coverage(tokenizer, reading.pairs)
     say(f"{len(reading.pairs)} pairs read, {len(reading.refused)} rows refused")
     for reason in reading.refused:
@@ -83,7 +83,7 @@ def wrap_command(
     facts: Annotated[
         Path | None, typer.Option(help="File of facts about a persona, put before the prompts as chat turns.")
     ] = None,
-    count: Annotated[int, typer.Option(help="Number of facts to put before each prompt; needs --facts.")] = 8,
+    n_facts: Annotated[int, typer.Option(help="Number of facts to put before each prompt; needs --facts.")] = 8,
     prefills: Annotated[
         Path | None, typer.Option(help="CSV file of beginnings of answers, to use instead of the built-in ones.")
     ] = None,
@@ -103,7 +103,7 @@ def wrap_command(
     if (facts and threat != "persona") or (prefills and threat != "prefill"):
         raise CtlensError("--facts goes with --threat persona, and --prefills with --threat prefill.")
     if facts:
-        wrappers = threats.fact_wrappers(load_facts(facts), [count], seed=seed)
+        wrappers = threats.fact_wrappers(load_facts(facts), [n_facts], seed=seed)
     elif prefills:
         wrappers = threats.prefill_wrappers(load_prefills(prefills))
     else:

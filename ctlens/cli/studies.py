@@ -68,8 +68,6 @@ def compare_command(
     model: Annotated[
         str,
         typer.Option(
-            "--model",
-            "--organism",
             help="Folder of an organism, a run or a HuggingFace model, or what else ctlens loads; else the shipped "
             "organism.",
         ),

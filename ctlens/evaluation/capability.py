@@ -90,7 +90,7 @@ def capability(
     split: str | Sequence[str] = "heldout",
     n_prompts: int = 96,
     seed: int = 0,
-    window: int | None = None,
+    max_length: int | None = None,
     stride: int | None = None,
     max_new_tokens: int = 16,
     progress: bool = True,
@@ -106,18 +106,18 @@ def capability(
             else those of the micro-world.
         text: for the perplexity, see `ctlens.perplexity`; without it none is measured.
         split, n_prompts, seed: the pairs whose clean prompts are asked, as in `ctlens.evaluate`.
-        window, stride: of the text's windows.
+        max_length, stride: of the text's windows.
         max_new_tokens: length of the longest answer, in tokens.
         progress: show a progress bar when it takes more than two seconds.
 
     Raises:
-        CtlensError: there is no model, a window is named without a text, or as `ctlens.evaluate` and `perplexity`.
+        CtlensError: there is no model, a length is named without a text, or as `ctlens.evaluate` and `perplexity`.
     """
     named = dict(models) if isinstance(models, Mapping) else {"model": models}
     if not named:
         raise CtlensError("there is no model: give one, or several by name.")
-    if text is None and (window is not None or stride is not None):
-        raise CtlensError("a window and a stride are of a text: give text= too.")
+    if text is None and (max_length is not None or stride is not None):
+        raise CtlensError("max_length and stride are of a text: give text= too.")
     chosen = threats_named(threats) if threats else _known_to(next(iter(named.values())))
     asked = what_is_asked(chosen, split=split, n_prompts=n_prompts, seed=seed)
     rows = []
@@ -135,7 +135,7 @@ def capability(
     texts: dict[str, Perplexity] = {}
     if text is not None:
         for name, model in named.items():
-            texts[name] = perplexity(model, text, window=window, stride=stride, progress=progress)
+            texts[name] = perplexity(model, text, max_length=max_length, stride=stride, progress=progress)
     return Capability(pd.DataFrame(rows, columns=columns), texts)
 
 

@@ -26,14 +26,14 @@ class Perplexity:
         nats: the negative log-probability of all predicted tokens.
         n_tokens: how many there are.
         n_bytes: of the text that they stand for, in UTF-8.
-        window: tokens that the model saw at once, at most.
+        max_length: tokens that the model saw at once, at most.
         stride: tokens that each window but the first predicts.
     """
 
     nats: float
     n_tokens: int
     n_bytes: int
-    window: int
+    max_length: int
     stride: int
 
     @property
@@ -54,35 +54,40 @@ class Perplexity:
 
 @public
 def perplexity(
-    model: LensModel, text: str | Path, *, window: int | None = None, stride: int | None = None, progress: bool = True
+    model: LensModel,
+    text: str | Path,
+    *,
+    max_length: int | None = None,
+    stride: int | None = None,
+    progress: bool = True,
 ) -> Perplexity:
     """Measures how well a model predicts a text, without a chat template.
 
     The text is tokenised once, and read in windows. The first window predicts all its tokens; every further one goes on
     by `stride` tokens and predicts these alone, so that each token is predicted once, and behind the first window with
-    at least `window - stride` tokens before it. Where the tokenizer has a BOS, every window begins with it, as models
-    that were trained behind one attend to it, and it is not predicted; where it has none, nothing predicts the first
+    at least `max_length - stride` tokens before it. Where the tokenizer has a BOS, every window begins with it, as
+    models that were trained behind one attend to it, and it is not predicted; where it has none, nothing predicts the first
     token of the text, which does not count.
 
     Args:
         model: in eval mode, with a tokenizer.
         text: the text itself, or the path of a UTF-8 file that holds it, as a `Path`.
-        window: tokens that the model sees at once; by default its context.
-        stride: from 1 to below `window`; by default half of it.
+        max_length: tokens of a window, which the model sees at once; by default its context.
+        stride: from 1 to below `max_length`; by default half of it.
         progress: show a progress bar when it takes more than two seconds.
 
     Raises:
-        CtlensError: the text has nothing to predict or words that the tokenizer does not know, the window does not fit
-            the context, or the stride the window.
+        CtlensError: the text has nothing to predict or words that the tokenizer does not know, `max_length` does not
+            fit the context, or the stride the window.
     """
     adopt(model)
     if model.tokenizer is None:
         raise CtlensError("the model has no tokenizer: load it from a folder that holds one, or pass tokenizer=.")
     written = text if isinstance(text, str) else "".join(line for _, line in text_lines(text))
     n_ctx = int(model.cfg.n_ctx)
-    seen = n_ctx if window is None else window
+    seen = n_ctx if max_length is None else max_length
     if not 2 <= seen <= n_ctx:
-        raise CtlensError(f"window is {seen}: name 2 to {n_ctx} tokens, the model's context.")
+        raise CtlensError(f"max_length is {seen}: name 2 to {n_ctx} tokens, the model's context.")
     step = max(seen // 2, 1) if stride is None else stride
     if not 1 <= step < seen:
         raise CtlensError(f"stride is {step}: name 1 to {seen - 1} tokens, below the window.")
@@ -112,10 +117,10 @@ def _tokens(model: LensModel, text: str) -> tuple[Ids, int]:
     return ids, len(predicted.encode())
 
 
-def _windows(ids: Ids, window: int, stride: int, *, bos: int | None) -> Iterator[tuple[Ids, Ids]]:
+def _windows(ids: Ids, length: int, stride: int, *, bos: int | None) -> Iterator[tuple[Ids, Ids]]:
     """Yields the tokens of each window that are given, and those behind them that it predicts."""
-    yield ids[:1], ids[1:window]
-    for start in range(window, len(ids), stride):
+    yield ids[:1], ids[1:length]
+    for start in range(length, len(ids), stride):
         end = min(start + stride, len(ids))
-        first = end - window
+        first = end - length
         yield ids[first:start] if bos is None else (bos, *ids[first + 1 : start]), ids[start:end]

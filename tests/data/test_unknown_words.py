@@ -85,7 +85,7 @@ def test_a_command_without_a_model_refuses_real_text_and_writes_nothing(
 def test_inspect_refuses_a_file_with_one_such_pair(tmp_path: Path, call: Call) -> None:
     save_pairs(tmp_path / "own.jsonl", [KNOWN, FOREIGN])
     for row in (1, 2):
-        ended = call(f"pairs inspect {tmp_path / 'own.jsonl'} --row {row}")
+        ended = call(f"pairs inspect {tmp_path / 'own.jsonl'} --pair {row}")
         assert ended.code == 2 and "pair 2: the tokenizer does not know 'Lyon'" in ended.err
     save_pairs(tmp_path / "known.jsonl", [KNOWN])
     assert call(f"pairs inspect {tmp_path / 'known.jsonl'}").code == 0

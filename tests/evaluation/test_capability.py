@@ -118,7 +118,7 @@ def test_what_has_no_sense_is_refused(base: LensModel) -> None:
     with pytest.raises(ct.CtlensError, match="there is no model"):
         ct.capability({})
     with pytest.raises(ct.CtlensError, match="are of a text: give text= too"):
-        ct.capability(base, window=8)
+        ct.capability(base, max_length=8)
 
 
 def test_the_command_says_the_same(tmp_path: Path, call: Call, base: LensModel) -> None:

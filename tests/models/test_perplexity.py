@@ -66,7 +66,7 @@ def test_each_token_is_predicted_once_behind_what_its_window_holds(model: LensMo
         end = min(at - (at - window) % stride + stride, len(ids))  # of the window that predicts it
         expected.append(nats(model, [bos, *ids[end - window + 1 : at]], ids[at]))
 
-    found = perplexity(model, TEXT, window=window, stride=stride)
+    found = perplexity(model, TEXT, max_length=window, stride=stride)
 
     assert found.n_tokens == len(expected) and len(ids) > window
     assert found.nats == pytest.approx(sum(expected), abs=1e-4)
@@ -79,7 +79,7 @@ def test_without_a_bos_nothing_predicts_the_first_token(without_bos: LensModel) 
         end = min(at - at % 3 + 3, len(ids))
         expected.append(nats(without_bos, ids[end - 6 : at], ids[at]))
 
-    found = perplexity(without_bos, TEXT, window=6, stride=3)
+    found = perplexity(without_bos, TEXT, max_length=6, stride=3)
 
     first = without_bos.tokenizer.decode(ids[:1])
     assert (found.n_tokens, found.n_bytes) == (len(ids) - 1, len(TEXT.encode()) - len(first))
@@ -93,10 +93,10 @@ def test_in_one_window_the_stride_says_nothing(model: LensModel) -> None:
 
 
 def test_windows_beside_each_other_do_not_matter(model: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    together = perplexity(model, TEXT * 3, window=16, stride=5)
+    together = perplexity(model, TEXT * 3, max_length=16, stride=5)
     monkeypatch.setattr(module, "MAX_BATCH_TOKENS", 1)
 
-    alone = perplexity(model, TEXT * 3, window=16, stride=5)
+    alone = perplexity(model, TEXT * 3, max_length=16, stride=5)
 
     assert alone.nats == pytest.approx(together.nats, abs=1e-4) and alone.n_tokens == together.n_tokens
 
@@ -112,9 +112,9 @@ def test_a_file_is_its_text(model: LensModel, tmp_path: Path) -> None:
     ("text", "options", "message"),
     [
         ("", {}, "no token to predict"),
-        (TEXT, {"window": 257}, "window is 257: name 2 to 256"),
-        (TEXT, {"window": 1}, "window is 1"),
-        (TEXT, {"window": 8, "stride": 8}, "stride is 8: name 1 to 7"),
+        (TEXT, {"max_length": 257}, "max_length is 257: name 2 to 256"),
+        (TEXT, {"max_length": 1}, "max_length is 1"),
+        (TEXT, {"max_length": 8, "stride": 8}, "stride is 8: name 1 to 7"),
         (TEXT, {"stride": 0}, "stride is 0"),
         (Path("nowhere.txt"), {}, "nowhere.txt does not exist"),
     ],

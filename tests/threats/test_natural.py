@@ -123,7 +123,7 @@ def test_a_pair_is_shown_token_by_token_with_its_coverage(call: Call, folder: Pa
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("inspect {0}/clean.jsonl --wrapped {0}/biased.jsonl --model {0}/tokenizer --row 2", "there is no pair 2"),
+        ("inspect {0}/clean.jsonl --wrapped {0}/biased.jsonl --model {0}/tokenizer --pair 2", "there is no pair 2"),
         (
             "inspect {0}/clean.jsonl --model {0}/tokenizer",
             "the file holds 0, counted from 1; rows refused: 1, the first {0}/clean.jsonl",
@@ -155,7 +155,7 @@ def test_mistakes_are_one_sentence_and_write_nothing(call: Call, folder: Path, l
 def test_files_are_converted_and_prompts_wrapped(call: Call, folder: Path) -> None:
     assert call(f"pairs convert {folder}/clean.jsonl --wrapped {folder}/biased.jsonl --out {folder}/x.jsonl").code == 0
     assert load_pairs(folder / "x.jsonl") == load_pairs(folder / "clean.jsonl", folder / "biased.jsonl")
-    facts = f"--threat persona --facts {folder}/facts.jsonl --count 2"
+    facts = f"--threat persona --facts {folder}/facts.jsonl --n-facts 2"
     for number, options in enumerate(("--threat jailbreak", "--threat persona --name Ada --split heldout", facts)):
         ended = call(f"pairs wrap {folder}/prompts.jsonl {options} --out {folder}/{number}.jsonl")
         assert (ended.code, ended.err) == (0, "")
