@@ -29,7 +29,7 @@ FLOORS = (
     ("__main__",),
 )
 OWNERS = {
-    "transformer_lens": ("models/loading.py", "models/outline.py"),
+    "transformer_lens": ("models/classes.py", "models/loading.py", "models/outline.py"),
     "plotly": ("plots/",),
     "typer": ("cli/",),
     "rich": ("cli/",),

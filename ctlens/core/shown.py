@@ -52,9 +52,11 @@ def shown(value: Any) -> str:
         return _listed([str(name) for name in value]) or "none"
     if isinstance(value, list | tuple | range):
         return _listed([entry if isinstance(entry, str) else shown(entry) for entry in value]) or "none"
+    if sizes := _sizes(value):
+        return sizes
     if isinstance(value, str | int | float | Shown):
         return _short(str(value))
-    return _sizes(value) or (type(value).__name__ if dataclasses.is_dataclass(value) else _short(repr(value)))
+    return type(value).__name__ if dataclasses.is_dataclass(value) else _short(repr(value))
 
 
 def _sizes(value: Any) -> str:

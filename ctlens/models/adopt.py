@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ctlens.core.errors import CtlensError
-from ctlens.core.shown import table_of
 from ctlens.core.types import Activations, HookFunction, LensModel, Tokens
 from ctlens.models.bridges import huggingface_config, is_bridge, unwire
+from ctlens.models.classes import show_sizes
 from ctlens.models.hooks import SHORTHANDS, hooked, run
 from ctlens.models.parameters import evaluating, plain_name, without
 from ctlens.models.parity import lens_answers, narrowed, original_answers, probe_prompts, require_parity
@@ -83,18 +83,6 @@ def marked(model: LensModel) -> LensModel:
         model.cfg.n_ctx = min(model.cfg.n_ctx, _steady_context(huggingface_config(model)))
         without(model, absent)  # last, because this marks the model: one that was refused is looked at again
     return model
-
-
-def show_sizes(model: LensModel) -> None:
-    """Lets a notebook show a model's sizes in the place of all its modules; a copy of the model shows them too."""
-    cfg = model.cfg
-    sizes = {
-        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-        "layers": str(cfg.n_layers),
-        "width": f"{cfg.d_model}, {cfg.n_heads} heads of {cfg.d_head}",
-        "vocabulary": str(cfg.d_vocab),
-    }
-    cast(Any, model)._repr_html_ = partial(str, table_of(type(model).__name__, sizes))
 
 
 def _require_twin(model: LensModel) -> None:

@@ -8,7 +8,6 @@ train on. Models made here are `HookedTransformer`s on TransformerLens 3.x and n
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,8 +31,9 @@ from ctlens.core.files import write_json
 from ctlens.core.public import public
 from ctlens.core.reading import read_json
 from ctlens.core.types import ChosenRows, LensModel, RowNumbers, device_named, dtype_named
-from ctlens.models.adopt import adopt, marked, show_sizes
+from ctlens.models.adopt import adopt, marked
 from ctlens.models.bridges import generation_config, huggingface_config, is_bridge, plain_settings
+from ctlens.models.classes import HAS_HOOKED_TRANSFORMER, show_sizes
 from ctlens.models.huggingface import first_line, pretrained, pretrained_tokenizer, reading, with_random_weights
 from ctlens.models.parameters import (
     copy_model,
@@ -72,7 +72,6 @@ from ctlens.models.sources import (
 )
 from ctlens.models.weights import ModelConfig, canonical_weights, copy_weights, initial_weights, is_bias, load_weights
 
-HAS_HOOKED_TRANSFORMER = int(importlib.metadata.version("transformer-lens").split(".")[0]) < 4
 _WEIGHTS_FILE = "weights.safetensors"
 
 

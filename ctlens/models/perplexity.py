@@ -66,8 +66,8 @@ def perplexity(
     The text is tokenised once, and read in windows. The first window predicts all its tokens; every further one goes on
     by `stride` tokens and predicts these alone, so that each token is predicted once, and behind the first window with
     at least `max_length - stride` tokens before it. Where the tokenizer has a BOS, every window begins with it, as
-    models that were trained behind one attend to it, and it is not predicted; where it has none, nothing predicts the first
-    token of the text, which does not count.
+    models that were trained behind one attend to it, and it is not predicted; where it has none, nothing predicts the
+    first token of the text, which does not count.
 
     Args:
         model: in eval mode, with a tokenizer.

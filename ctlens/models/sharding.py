@@ -36,7 +36,7 @@ from ctlens.models.parameters import ORIGINALS, evaluating, plain_name, require_
 # A sharded model cannot be copied, so a copy is made of the model that it was before, which has shapes and no numbers.
 _BLANKS: WeakKeyDictionary[Any, LensModel] = WeakKeyDictionary()
 # What a model was found to be once it had its weights, see `ctlens.models.adopt`.
-_MARKS = ("ctlens_absent", "ctlens_trial", "_repr_html_")
+_MARKS = ("ctlens_absent", "ctlens_trial")
 _OPEN: ContextVar[LensModel | None] = ContextVar("the model whose passes are counted", default=None)
 
 

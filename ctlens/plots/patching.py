@@ -194,6 +194,6 @@ def _sized(figure: go.Figure, height: int, n_panels: int, below: int) -> go.Figu
     """Gives panels of one height their sizes, with room for their labels and the colour bar."""
     figure.update_xaxes(showgrid=False, showline=False, ticks="")
     figure.update_yaxes(showgrid=False, showline=False, ticks="")
-    if all(trace.type == "heatmap" for trace in figure.data):
+    if len(tuple(figure.select_traces())) == n_panels:
         figure.update_layout(margin_t=figure.layout.margin.t - LEGEND_ROW)  # there is no legend
     return fit_stacked(figure, height * n_panels, n_panels, below=below, gap=below + _NAME, margin_r=_BAR_ROOM)

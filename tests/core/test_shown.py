@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers.models import made
+from helpers.models import hf_model, made
 
 import ctlens as ct
 from ctlens.core.shown import Shown, shown, table_of
+from ctlens.models.classes import HAS_HOOKED_TRANSFORMER
 from ctlens.models.parameters import copy_model
 
 PAIRS = ct.threats.get("sycophancy").pairs(6, split="heldout")
@@ -85,8 +87,21 @@ def test_an_evaluation_shows_the_rates_that_its_table_has() -> None:
     assert {"brr", "f1"} <= set(found.metrics()["metric"]) and "bad_rate" not in set(found.metrics()["metric"])
 
 
-def test_a_model_shows_its_sizes_in_a_notebook_and_so_does_its_copy() -> None:
+@pytest.mark.skipif(not HAS_HOOKED_TRANSFORMER, reason="TransformerLens's bridges do not pickle")
+def test_a_model_pickles_as_it_did_before() -> None:
+    model = ct.adopt(made())
+    assert repr(pickle.loads(pickle.dumps(model))) == repr(model)
+
+
+def test_a_model_shows_its_sizes_and_so_does_its_copy() -> None:
     model: Any = ct.adopt(made())
+    assert repr(model) == (
+        f"{type(model).__name__}(parameters: {sum(weight.numel() for weight in model.parameters()):,}, layers: 2, "
+        f"width: 32, 4 heads of 8, vocabulary: {model.cfg.d_vocab})"
+    )
+    assert repr(copy_model(model)) == repr(model)
+    llama = ct.load_model(hf_model("llama"))
+    assert repr(llama).startswith("TransformerBridge(parameters: ") and len(repr(llama)) < 200
     text = model._repr_html_()
 
     assert f"<th>layers</th><td>{model.cfg.n_layers}</td>" in text and len(text) < 600

@@ -134,7 +134,7 @@ def _drawn(results: Mapping[str, PathPatching], receiver: str | None, metric: st
     metric = first.metrics[0] if metric is None else metric
     receiver = first.receivers[0] if receiver is None else receiver
     grids = {name: result._grid(receiver, metric) for name, result in results.items()}
-    there = ~np.isnan(next(iter(grids.values()))).all(-1)
+    there = np.asarray(first._there[first.receivers.index(receiver)].any(-1))
     title = _QUESTIONS[first.direction].format("the logits" if receiver == PATH_TO_LOGITS else receiver)
     subtitle = f"{pair_counts(results)} pairs; a cell is the change of the patched run's {metric}"
     layers = [layer for layer, kept in zip(first.layers, there, strict=True) if kept]
