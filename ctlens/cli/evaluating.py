@@ -78,7 +78,7 @@ def evaluate_command(
     }
     chosen = chosen_model(model, device, dtype)
     asked = _screened(split_names(threats), chosen_model(base, device, dtype) if base else chosen)
-    found = evaluate(chosen, asked, **options)
+    found = evaluate(chosen, asked or None, **options)
     show_evaluation(found, out)
 
 
@@ -117,7 +117,7 @@ def capability_command(
     models = {"base": chosen_model(base, device, dtype)} if base else {}
     models["model"] = chosen_model(model, device, dtype)
     options: dict[str, Any] = {"text": text, "max_length": max_length, "stride": stride, "progress": not quiet}
-    found = capability(models, split_names(threats), split=split_names(split), n_prompts=n_prompts, **options)
+    found = capability(models, split_names(threats) or None, split=split_names(split), n_prompts=n_prompts, **options)
     table = found.to_dataframe()
     if out:
         with atomic_file(out) as temporary:

@@ -41,7 +41,7 @@ def export_command(
         raise CtlensError(f"{out} exists already: name a new file, or remove it first.")
     n_rows = export_prompts(
         out,
-        split_names(threats),
+        split_names(threats) or None,
         pairs=load_pairs(pairs) if pairs else None,
         split=split_names(split),
         n_prompts=n_prompts,

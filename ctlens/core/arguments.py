@@ -40,7 +40,12 @@ _MADE_BY = {
 }
 
 
-_INSTEAD = {"Recording": "Recording, which cannot run (give recording.model)"}
+_INSTEAD = {
+    "Recording": "Recording, which cannot run (give recording.model)",
+    "Run": "Run (give run.model)",
+    "Trainer": "Trainer (give trainer.model)",
+}
+"""What a thing that is no model is called where one is needed, with where its model is."""
 
 
 class Made(NamedTuple):

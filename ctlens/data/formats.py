@@ -107,12 +107,17 @@ def read_rows(path: str | Path) -> list[tuple[str, FileRow]]:
     path = Path(path)
     rows: list[tuple[str, FileRow]]
     if path.suffix == ".csv":
-        rows = [(f"{path}, row {number}", row) for number, row in read_csv(path)]
+        rows = [(f"{path}, row {number}", _filled(row)) for number, row in read_csv(path)]
     else:
         rows = [(f"{path}, line {number}", row) for number, row in read_jsonl(path)]
     if not rows:
         raise CtlensError(f"{path} holds no rows: rows with {_KNOWN} are expected.")
     return rows
+
+
+def _filled(row: Mapping[str, str]) -> FileRow:
+    """A row of a table without its blank cells: every row has a cell in every column."""
+    return {name: text for name, text in row.items() if text.strip()}
 
 
 @public

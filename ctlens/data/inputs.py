@@ -36,8 +36,8 @@ def as_pairs(given: Any) -> list[Pair]:
     Args:
         given: a list or an iterator of pairs, or a table. A pair is a `Pair`, a tuple of a clean and a wrapped prompt
             (see `as_prompt`), or a dictionary with the fields of a row in a file, see `ctlens.data.formats.read_pairs`.
-            A table is a pandas DataFrame, or a data set of HuggingFace's `datasets`, with these fields as columns;
-            there, what is missing in a row is left out of it.
+            A table is a pandas DataFrame, a data set of HuggingFace's `datasets`, or a dictionary of lists, with these
+            fields as columns; there, what is missing in a row is left out of it.
 
     Raises:
         CtlensError: it is something else, or an entry is no pair. The sentence follows what a pair must be.
@@ -45,6 +45,8 @@ def as_pairs(given: Any) -> list[Pair]:
     if isinstance(given, pd.DataFrame):
         return _of_table(given.to_dict("records"))
     if isinstance(given, Mapping):
+        if _is_table(given):
+            return _of_table(dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True))
         raise CtlensError(
             f"not one dictionary of {', '.join(map(repr, list(given)[:3]))}: name a split of a data set, or put one "
             "dictionary per pair into a list"
@@ -172,6 +174,14 @@ def _of_table(rows: Iterable[Mapping[str, Any]]) -> list[Pair]:
     """Makes pairs of the rows of a table, in which every row has every column."""
     present = ({name: value for name, value in row.items() if not _missing(value)} for row in rows)
     return [_as_pair(row, f"row {number}") for number, row in enumerate(present, start=1)]
+
+
+def _is_table(given: Mapping[str, Any]) -> bool:
+    """Whether a dictionary holds columns of one length, and not one pair, whose prompts may be lists of messages."""
+    columns = list(given.values())
+    if not all(isinstance(column, list | tuple) for column in columns) or len(set(map(len, columns))) != 1:
+        return False
+    return all(isinstance(entry, str | list | tuple | Prompt) for entry in given.get("clean", columns[0]))
 
 
 def _missing(value: Any) -> bool:

@@ -30,6 +30,8 @@ CLUSTER_KINDS = ("topic", "wrapper")
 """What `clusters_of` tells of a pair."""
 EVERY_WRAPPER = {"wrappers": "all"}
 """The label of pairs whose wrappers are all that there are, as the orders of options, and not a few of many."""
+_LABEL = "labels."
+"""Before the name of a label that has a field to itself."""
 _ROLES = ("system", "user", "assistant", TOKENS)
 
 
@@ -59,6 +61,8 @@ class Prompt:
                 raise CtlensError(
                     f"{answer!r} is not among the options of its question: write it as in {self.options}."
                 )
+        if self.good is not None and self.good == self.bad:
+            raise CtlensError(f"{self.good!r} is both the good and the bad answer of a prompt: they must differ.")
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,8 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
     Fields: `clean` and `wrapped` (text, or a list of `{"role", "content"}` messages); optional
     `benign` (likewise), `good`, `bad` (texts) and `options` (a list of texts), with `clean_` before
     them where the clean prompt's answers are not those of the wrapped one, and with `benign_`; `target` (text),
-    `shared` (a text or a list of texts) and `labels` (an object of texts or whole numbers). See `Pair` and `Prompt` for
-    what they mean.
+    `shared` (a text or a list of texts) and `labels` (an object of texts or whole numbers; or a field each, as
+    `labels.topic`, which a table can hold). See `Pair` and `Prompt` for what they mean.
 
     Args:
         row: the fields.
@@ -141,20 +145,26 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
     Raises:
         CtlensError: the row is malformed.
     """
+    labels = {key: value for key, value in row.items() if str(key).startswith(_LABEL)}
     for key in row:
-        if key not in FIELDS:
-            raise CtlensError(f"{where}: {unknown('field', key, FIELDS)} Put your own fields under 'labels'.")
+        if key not in FIELDS and key not in labels:
+            raise CtlensError(
+                f"{where}: {unknown('field', key, FIELDS)} A field of your own is a label: {_LABEL}{key}."
+            )
     for key in _REQUIRED:
         if key not in row:
             raise CtlensError(f"{where}: the field '{key}' is missing; 'clean' and 'wrapped' are expected.")
-    own = any(f"clean_{name}" in row for name in _ANSWERS)
+    apart = any(f"clean_{name}" in row for name in _ANSWERS)
     return Pair(
-        clean=_prompt(row, "clean", "clean_" if own else "", where),
+        clean=_prompt(row, "clean", "clean_" if apart else "", where),
         wrapped=_prompt(row, "wrapped", "", where),
         benign=None if row.get("benign") is None else _prompt(row, "benign", "benign_", where),
         target=_text(row, "target", where),
         shared=_texts(row.get("shared"), "shared", where),
-        labels=labels_of(row.get("labels"), where),
+        labels={
+            **labels_of(row.get("labels"), where),
+            **labels_of({key.removeprefix(_LABEL): value for key, value in labels.items()}, where),
+        },
     )
 
 
@@ -219,9 +229,22 @@ def turns_of(value: Any, key: str, where: str) -> tuple[Turn, ...]:
 def _turn(message: Any, key: str, where: str) -> Turn:
     if not isinstance(message, dict) or set(message) != {"role", "content"}:
         raise CtlensError(f"{where}: a message of '{key}' must be an object with 'role' and 'content'.")
-    if message["role"] not in _ROLES or not isinstance(message["content"], str):
+    content = _content(message["content"])
+    if message["role"] not in _ROLES or not isinstance(content, str):
         raise CtlensError(f"{where}: a message of '{key}' needs a role of {', '.join(_ROLES)} and a text as content.")
-    return Turn(message["role"], message["content"])
+    return Turn(message["role"], content)
+
+
+def _content(content: Any) -> Any:
+    """The text of a message whose content is a list of parts, where all of them are texts; else the content as it is.
+
+    >>> _content([{"type": "text", "text": "Is it "}, {"type": "text", "text": "red?"}])
+    'Is it red?'
+    """
+    if not isinstance(content, list) or not content:
+        return content
+    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    return "".join(texts) if len(texts) == len(content) and all(isinstance(text, str) for text in texts) else content
 
 
 def row_of(pair: Pair) -> dict[str, Any]:

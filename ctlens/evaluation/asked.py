@@ -110,6 +110,12 @@ def _known(pair: Pair) -> tuple[str, str, int, str, str]:
 
 
 def threats_named(threats: Sequence[str | Threat] | None, pairs: Pairs | None = None) -> list[Threat]:
-    """The threats of these names, or threats themselves; by default all of the micro-world, unless there are pairs."""
+    """The threats of these names, or threats themselves; by default all of the micro-world, unless there are pairs.
+
+    Raises:
+        CtlensError: a threat is unknown, or there are neither threats nor pairs.
+    """
+    if threats is not None and not threats and pairs is None:
+        raise CtlensError("there are no threats: name at least one, or leave it out to ask all of the micro-world.")
     named = [threat if isinstance(threat, Threat) else threat_registry.get(threat) for threat in threats or ()]
     return named if named or pairs is not None else list(threat_registry.REGISTRY.values())

@@ -118,7 +118,7 @@ def capability(
         raise CtlensError("there is no model: give one, or several by name.")
     if text is None and (max_length is not None or stride is not None):
         raise CtlensError("max_length and stride are of a text: give text= too.")
-    chosen = threats_named(threats) if threats else _known_to(next(iter(named.values())))
+    chosen = threats_named(threats) if threats is not None else _known_to(next(iter(named.values())))
     asked = what_is_asked(chosen, split=split, n_prompts=n_prompts, seed=seed)
     rows = []
     for threat in chosen:

@@ -44,6 +44,13 @@ class Exploration(ExplorationViews):
             raise CtlensError(f"an exploration is saved as a page, and {path} is none by its name: name it .html.")
         return write_page(self, Path(path))
 
+    def __repr__(self) -> str:
+        chosen = self.selection
+        return (
+            f"Exploration(models: {', '.join(chosen.models)}, pairs: {len(self.pairs)}, chosen: pair {chosen.pair}, "
+            f"layer {chosen.layer}, head {chosen.head}, token {chosen.position})"
+        )
+
     def _repr_mimebundle_(self, **options: Any) -> Any:
         """What a notebook displays: the panel."""
         return show_panel(self)._repr_mimebundle_(**options)

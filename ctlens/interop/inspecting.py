@@ -81,7 +81,7 @@ def inspect_task(
         raise CtlensError("there is nothing to ask: name a threat, or give pairs.")
     with _with_inspect():
         from ctlens.interop.tasks import task_of
-    named = threats_named([] if threat is None else [threat], pairs)
+    named = threats_named(None if threat is None else [threat], pairs)
     asked = what_is_asked(named, pairs, split=split, n_prompts=n_prompts, seed=seed)
     return task_of(asked, max_new_tokens, judge or next((one.judge for one in named), None))
 

@@ -336,6 +336,10 @@ NEWCOMER: dict[str, Callable[[LensModel], Any]] = {
     ),
     "batch_size must be at least 1, not 0.": lambda model: loose.analysis.states(model, PAIRS, batch_size=0),
     "model must be a TransformerLens model, not 'gpt2'. Load it with": lambda model: loose.evaluate("gpt2"),
+    "model must be a TransformerLens model, not a Run (give run.model).": lambda model: loose.evaluate(
+        ct.train(model, PAIRS, ct.ACT(), steps=1, progress=False), ["sycophancy"]
+    ),
+    "there are no threats: name at least one, or leave it out": lambda model: ct.evaluate(model, []),
 }
 
 

@@ -215,10 +215,12 @@ def test_the_guide_shows_a_row_of_each_format_and_every_field(tmp_path: Path) ->
 
 
 def test_a_csv_of_pairs_has_the_texts_as_columns(tmp_path: Path) -> None:
-    (tmp_path / "pairs.csv").write_text("clean,wrapped,good,bad\nIs it red?,I say no. Is it red?,yes,no\n")
+    (tmp_path / "pairs.csv").write_text(
+        "clean,wrapped,good,bad,benign,labels.topic\nIs it red?,I say no. Is it red?,yes,no,,red\n"
+    )
 
     assert load_pairs(tmp_path / "pairs.csv") == [
-        Pair(prompt("Is it red?", "yes", "no"), prompt("I say no. Is it red?", "yes", "no"))
+        Pair(prompt("Is it red?", "yes", "no"), prompt("I say no. Is it red?", "yes", "no"), labels={"topic": "red"})
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ FORMS: dict[str, Callable[[], Any]] = {
     "a table": lambda: pd.DataFrame(ROWS),
     "a table with holes": lambda: pd.DataFrame([{**ROWS[0], "target": None}, {**ROWS[1], "target": float("nan")}]),
     "a data set": DataSet,
+    "columns": lambda: {"clean": CLEAN, "wrapped": WRAPPED, "good": GOOD, "bad": BAD, "target": [None, None]},
 }
 
 
@@ -70,6 +72,18 @@ def test_tuples_hold_texts_messages_and_prompts() -> None:
     found = as_pairs([("is it red?", messages), (prompt("is it red?", "yes"), Prompt(turns))])
 
     assert found == [Pair(prompt("is it red?"), Prompt(turns)), Pair(prompt("is it red?", "yes"), Prompt(turns))]
+
+
+def test_a_message_in_parts_is_the_text_of_its_parts() -> None:
+    parts = [{"type": "text", "text": "is it "}, {"type": "text", "text": "red?"}]
+    assert ct.prompt([{"role": "user", "content": parts}]) == prompt("is it red?")
+    with pytest.raises(CtlensError, match="and a text as content"):
+        ct.prompt([{"role": "user", "content": [*parts, {"type": "image_url", "image_url": "x"}]}])
+
+
+def test_a_label_of_a_table_has_a_column_to_itself() -> None:
+    (found,) = as_pairs(pd.DataFrame([{**ROWS[0], "labels.topic": "red", "labels.strength": 3}]))
+    assert found == replace(PAIRS[0], labels={"topic": "red", "strength": "3"})
 
 
 def test_rows_are_those_of_the_published_files() -> None:
@@ -113,6 +127,21 @@ def test_two_lists_make_pairs_with_answers_twins_targets_and_labels() -> None:
         ),
         (lambda: loose.prompt([{"role": "user"}]), "a prompt: a message of 'text' must be an object with 'role' and"),
         (lambda: loose.save_pairs("a.jsonl", "a"), "pairs must be a list of pairs, not 'a'"),
+        (lambda: loose.pairs(CLEAN, WRAPPED, good="no", bad="no"), "'no' is both the good and the bad answer of a"),
+        (
+            lambda: loose.save_pairs("a.jsonl", {"clean": CLEAN, "wrapped": WRAPPED[:1]}),
+            "pairs must be a list of pairs, not one dictionary of 'clean', 'wrapped'",
+        ),
+        (
+            lambda: loose.save_pairs("a.jsonl", {"clean": [5, 7], "wrapped": [5, 6]}),
+            "pairs must be a list of pairs, not one dictionary of 'clean', 'wrapped'",
+        ),
+        (
+            lambda: loose.save_pairs("a.jsonl", [{**ROWS[0], "7": "red"}]),
+            "pairs must be a list of pairs, but number 1: unknown field '7'. Known: clean, wrapped, benign, good, bad, "
+            "options, clean_good, clean_bad, clean_options, benign_good, benign_bad, benign_options, .... A field of "
+            "your own is a label: labels.7.",
+        ),
         (
             lambda: loose.patch_one(ct.load_organism(), "a", "z", 0),
             "pair must be a pair, not a str: a pair is a tuple of",

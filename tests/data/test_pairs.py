@@ -70,7 +70,7 @@ GOOD = {"clean": "c", "wrapped": "w"}
 MALFORMED = [
     ({"clean": "c"}, "the field 'wrapped' is missing; 'clean' and 'wrapped' are expected"),
     ({**GOOD, "wraped": "w"}, "unknown field 'wraped'; did you mean 'wrapped'"),
-    ({**GOOD, "topic": "w"}, "Put your own fields under 'labels'"),
+    ({**GOOD, "topic": "w"}, "A field of your own is a label: labels.topic."),
     ({**GOOD, "clean": "  "}, "'clean' must be a text that is not blank or a list of messages"),
     ({**GOOD, "wrapped": 3}, "'wrapped' must be a text that is not blank or a list"),
     ({**GOOD, "wrapped": []}, "'wrapped' must be a text that is not blank or a list"),

@@ -82,7 +82,7 @@ class TextDiff(ResultOverPairs):
 
         Returns:
             The mean `value` over `n_texts` with `ci_low` and `ci_high`, and what is beyond the twin, text by text:
-            `less_twin` with `twin_low` and `twin_high`. `weak_twin` says that the twin hardly moved.
+            `less_twin` with `less_twin_low` and `less_twin_high`. `weak_twin` says that the twin hardly moved.
         """
         twin = self.models.index(self.twin)
         rows: list[dict[str, object]] = []
@@ -92,7 +92,7 @@ class TextDiff(ResultOverPairs):
                 row: dict[str, object] = {"model": model, "quantity": quantity, "layer": layer}
                 row |= {"value": value, "ci_low": low, "ci_high": high}
                 value, low, high = clustered_mean(values - of_twin, self.clusters())
-                rows.append(row | {"less_twin": value, "twin_low": low, "twin_high": high})
+                rows.append(row | {"less_twin": value, "less_twin_low": low, "less_twin_high": high})
         weak = self._twin_moved() < WEAK_NULL
         return pd.DataFrame(rows).astype({"layer": "Int64"}).assign(n_texts=self.kl.shape[1], weak_twin=weak)
 

@@ -7,8 +7,9 @@ together less the sum of the changes by each alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -29,7 +30,9 @@ from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.types import LensModel
 from ctlens.data.inputs import Pairs
-from ctlens.models.hooks import SHORTHANDS, editing, run
+from ctlens.models.hooks import SHORTHANDS, editing, resolve, run
+
+_HEAD = re.compile(r"L(\d+)H(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -67,16 +70,17 @@ def joint_patch(
 
     >>> import ctlens as ct
     >>> model, pairs = ct.load_organism(), ct.threats.get("sycophancy").pairs(4, split="heldout")
-    >>> heads = [("blocks.2.attn.hook_z", 0), ("blocks.3.attn.hook_z", 1)]
+    >>> heads = ["L2H0", ("blocks.3.attn.hook_z", 1)]
     >>> found = ct.analysis.joint_patch(model, pairs, heads, direction="denoising", progress=False)
     >>> found.to_dataframe()["patched"].tolist()
-    ['all together', 'blocks.2.attn.hook_z head 0', 'blocks.3.attn.hook_z head 1', 'sum of each alone', 'interaction']
+    ['all together', 'L2H0', 'blocks.3.attn.hook_z head 1', 'sum of each alone', 'interaction']
 
     Args:
         model: in eval mode.
         pairs: with good and bad answers. `ctlens.pairs` makes them of two lists of texts.
         patches: full hook names, `"blocks.1.mlp.hook_post"`, of hook points that `patch` takes; for one head of
-            `hook_z` or `hook_pattern` the name and the head's number, `("blocks.2.attn.hook_z", 3)`.
+            `hook_z` or `hook_pattern` the name and the head's number, `("blocks.2.attn.hook_z", 3)`; for what a head
+            writes also its name in figures, `"L2H3"`.
         direction: `"denoising"`, the clean run's activations into the wrapped run, or `"noising"`, the reverse.
         positions: the aligned tokens at which all are patched: `"last"` the last token, `"content"` those in front of
             it, `"all"` all.
@@ -143,6 +147,10 @@ def _chosen(model: LensModel, patches: Sequence[str | tuple[str, int]]) -> list[
 
 
 def _one(model: LensModel, given: str | tuple[str, int]) -> JointPatch:
+    if isinstance(given, str) and (named := _HEAD.match(given)):
+        layer, number = map(int, named.groups())
+        (hook_name,) = resolve(model, "z", layer)
+        return replace(_one(model, (hook_name, number)), name=given)
     hook_name, head = (given, None) if isinstance(given, str) else given
     if hook_name in SHORTHANDS:
         example = SHORTHANDS[hook_name].format(layer=0)

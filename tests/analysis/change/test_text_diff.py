@@ -112,7 +112,7 @@ def test_the_table_compares_text_by_text_with_the_twin(found: TextDiff, tmp_path
 
     row = found.to_dataframe().query("model == 'ACT' and quantity == 'kl'")
     np.testing.assert_allclose(row[["value", "ci_low", "ci_high"]].to_numpy()[0], np.array(own))
-    np.testing.assert_allclose(row[["less_twin", "twin_low", "twin_high"]].to_numpy()[0], np.array(beyond))
+    np.testing.assert_allclose(row[["less_twin", "less_twin_low", "less_twin_high"]].to_numpy()[0], np.array(beyond))
     assert table.loc[("retention", "shift"), "less_twin"].tolist() == [0, 0, 0]
     assert table.loc[("ACT", "shift"), "layer"].tolist() == [0, 1, 2] and set(table["n_texts"]) == {len(TEXTS)}
     found.save(tmp_path / "diff.safetensors")

@@ -94,6 +94,15 @@ def test_a_head_site_as_a_whole_is_all_its_heads_together() -> None:
         np.testing.assert_allclose(whole.values[0, 0], heads.values[0, 0], **CLOSE)
 
 
+def test_a_head_goes_by_its_name_in_figures_too() -> None:
+    model = made()
+    by_name = joint(model, ["L1H2", "blocks.0.hook_mlp_out"])
+    np.testing.assert_array_equal(
+        by_name.values, joint(model, [("blocks.1.attn.hook_z", 2), "blocks.0.hook_mlp_out"]).values
+    )
+    assert by_name.patches == ("L1H2", "blocks.0.hook_mlp_out")
+
+
 def test_the_order_of_the_set_and_the_batches_change_nothing() -> None:
     model = made()
     patches: list[Any] = [("blocks.1.attn.hook_z", 1), "blocks.0.mlp.hook_post", ("blocks.1.attn.hook_pattern", 0)]
@@ -155,6 +164,9 @@ def test_changes_sums_interactions_and_shares_by_hand(tmp_path) -> None:
         (["hook_embed"], {}, "unknown site 'hook_embed'"),
         (["blocks.2.hook_mlp_out"], {}, "layer 2 does not exist"),
         ([("blocks.1.attn.hook_z", 4)], {}, "head 4 does not exist: z has heads 0 to 3"),
+        (["L1H4"], {}, "head 4 does not exist: z has heads 0 to 3"),
+        (["L2H0"], {}, "layer 2 does not exist"),
+        (["L1H0", ("blocks.1.attn.hook_z", 0)], {}, "blocks.1.attn.hook_z is named twice"),
         ([("blocks.1.hook_mlp_out", 0)], {}, "mlp_out has no heads"),
         ([("blocks.1.attn.hook_z", 0)] * 2, {}, "blocks.1.attn.hook_z is named twice"),
         (["blocks.1.attn.hook_z", ("blocks.1.attn.hook_z", 0)], {}, "by a head and as a whole"),
