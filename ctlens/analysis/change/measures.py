@@ -158,7 +158,10 @@ def scalar_of(measure: Measure, label: str, model: LensModel, asked: MeasuredOn)
     found = measure(model)
     if isinstance(found, tuple):
         return ScalarOfModel(*_triple(found, label))
-    values = np.asarray(found.detach().cpu() if isinstance(found, torch.Tensor) else found, dtype=float)
+    try:
+        values = np.asarray(found.detach().cpu() if isinstance(found, torch.Tensor) else found, dtype=float)
+    except (TypeError, ValueError):
+        raise CtlensError(f"the measure {label!r} gave a {type(found).__name__}, which is no number.") from None
     if values.ndim == 0:
         return ScalarOfModel(float(values), np.nan, np.nan)
     if values.shape != (len(asked.pairs),):
@@ -172,7 +175,10 @@ def scalar_of(measure: Measure, label: str, model: LensModel, asked: MeasuredOn)
 def _triple(found: tuple[Any, ...], label: str) -> Triple:
     if len(found) != 3:
         raise CtlensError(f"the measure {label!r} gave {len(found)} numbers: give value, lower end and upper end.")
-    value, low, high = map(float, found)
+    try:
+        value, low, high = map(float, found)
+    except (TypeError, ValueError):
+        raise CtlensError(f"the measure {label!r} gave {found!r:.60}, of which not all are numbers.") from None
     return value, low, high
 
 

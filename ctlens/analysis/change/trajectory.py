@@ -144,6 +144,7 @@ class Trajectory(ResultOverPairs):
         low, high = np.array(
             [paired_difference((row > 0).astype(float), (row < 0).astype(float), clusters) for row in change]
         ).T
+        low[start], high[start] = 0.0, 0.0  # compared with itself, and no rate of changes
         return change.mean(-1), low, high
 
 

@@ -92,6 +92,8 @@ def test_the_line_is_the_one_of_interpolation_and_leaves_its_models_as_they_are(
     lost = ((there.values[1, 3] == 1) & (there.values[3, 3] == 0)).astype(float)
     low, high = paired_difference(np.zeros(len(TRUE)), lost, both.clusters() or Clusters.alone(len(TRUE)))
     assert table[["change_low", "change_high"]].iloc[3].tolist() == [low, high] and lost.all()
+    start = table[table["amount"] == 0]  # against itself, by construction
+    assert start[["change", "change_low", "change_high"]].to_numpy().tolist() == [[0, 0, 0]]
 
 
 def test_checkpoints_are_read_by_the_step_in_their_names(tmp_path: Path, line: WeightLine):
@@ -225,6 +227,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, line: WeightLine):
         ("none", "unknown measure 'none'"),
         ({}, "name at least one measure"),
         ("over_refusal", "no pair has over_refusal"),
+        (lambda model: "red", "the measure '<lambda>' gave a str, which is no number"),
+        (lambda model: (None, 0.0, 1.0), r"gave \(None, 0.0, 1.0\), of which not all are numbers"),
         (lambda model: (1.0, 2.0), "gave 2 numbers: give value, lower end and upper end"),
         (lambda model: np.zeros(3), r"gave shape \(3,\).*one number for each of the 36 pairs"),
     ):
