@@ -10,7 +10,7 @@ clean and on benign prompts are at most 2 points below retention alone (KL to th
 change); of these the one with the highest mean probability of the good answer on wrapped prompts is taken. Where none
 stays, the one that loses least is. Two arms are not searched and take the weight of their plain form: OPCT by the full
 sum, and the rest of the stream for SubACT. The methods with their defaults stand beside for their times: `seconds` are
-of the processor, for a whole training without its evaluation.
+of the processor, for a whole training without its evaluation, and `act_seconds` those of ACT in the same sitting.
 
 Two things were changed while it ran. Jailbreak was to count as much as sycophancy, and was left out for time when two
 candidates of OPCT had been trained. A weight that was best at the upper end of its grid got larger ones beside it,
@@ -60,6 +60,8 @@ ARMS: Mapping[str, tuple[str, Sequence[Mapping[str, Any]]]] = {
     "dpo": ("dpo", _weighted(4.0)),
     "rmct": ("rmct", [*_weighted(10.0), {"weight": 160.0}]),
     "rmct_agreement": ("rmct", _weighted(10.0, reward="agreement")),
+    "opct_full": ("opct", [{"estimator": "full"}]),
+    "subact_rest": ("subact", [{"part": "rest"}]),
     "act_ema": ("act", [{"clean": "ema(0.9)"}, {"clean": "ema(0.99)"}]),
     "klct_sharp": (
         "klct",
@@ -118,12 +120,12 @@ def main() -> None:
     known = {(row["arm"], row["options"]) for row in done}
     arms = {RETENTION: ("", [{}]), **ARMS}
     asked = [(arm, name, options) for arm, (name, candidates) in arms.items() for options in candidates]
+    missing = [one for one in asked if (one[0], json.dumps(one[2])) not in known]
     with one_thread():
-        for arm, name, options in tqdm(asked, desc="candidates"):
-            key = {"arm": arm, "options": json.dumps(options)}
-            if tuple(key.values()) not in known:
-                done.append(key | trained(name, options))
-                pd.DataFrame(done).to_csv(TABLE, index=False, float_format="%.4g")
+        sitting = {"act_seconds": trained("act", {})["seconds"]} if missing else {}
+        for arm, name, options in tqdm(missing, desc="candidates"):
+            done.append({"arm": arm, "options": json.dumps(options)} | trained(name, options) | sitting)
+            pd.DataFrame(done).to_csv(TABLE, index=False, float_format="%.4g")
     table = pd.DataFrame(done)
     tqdm.write(table.to_string(index=False))
     tqdm.write(json.dumps(chosen(table), indent=1))

@@ -173,14 +173,15 @@ class Rivals:
 
     Args:
         held: the folder that `take` wrote.
-        times: `benchmarks/choose_rivals.csv`, with the processor's seconds of a training.
+        times: `benchmarks/choose_rivals.csv`, with the processor's seconds of a training and those of ACT's.
     """
 
     def __init__(self, held: Path, times: Path) -> None:
         self.results = read_results(held / "results.csv")
         self.drift = pd.read_csv(held / "drift.csv")
         self.inside = pd.read_csv(held / "inside.csv")
-        self.times = pd.read_csv(times).drop_duplicates("arm").set_index("arm")["seconds"]
+        timed = pd.read_csv(times).drop_duplicates("arm").set_index("arm")
+        self.times = timed["seconds"] / timed["act_seconds"]
 
     def fall(self, threat: str, condition: str, split: str = SPLIT) -> Numbers:
         """How far the bad rate on wrapped prompts falls below that of retention alone."""
@@ -194,7 +195,7 @@ class Rivals:
 
     def time(self, condition: str) -> float:
         """The time of a training over that of ACT's, on sycophancy."""
-        return float(self.times.get(condition, np.nan) / self.times["act"])
+        return float(self.times.get(condition, np.nan))
 
     def figure(self) -> plots.Figure:
         """Draws what each method repairs against what it costs: a panel per threat, and one for the time."""
