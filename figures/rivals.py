@@ -67,13 +67,23 @@ def take(study: Path, held: Path) -> None:
     with one_thread():
         drifts = [row for threat in config.threats for row in _drifts(config, study, threat)]
     pd.DataFrame(drifts).to_csv(held / "drift.csv", index=False, float_format="%.5g")
-    rows = [
-        {"threat": threat, "setting": setting, **row}
-        for threat in config.analysed_threats
-        for setting in SETTINGS
-        for row in _inside(study, threat, setting)
-    ]
-    pd.DataFrame(rows).to_csv(held / "inside.csv", index=False, float_format="%.5g")
+    inside(study, config.analysed_threats).to_csv(held / "inside.csv", index=False, float_format="%.5g")
+
+
+def inside(study: Path, threats: Sequence[str]) -> pd.DataFrame:
+    """What the analyses of a study found of each condition at the first seed, a row per number.
+
+    Args:
+        study: its folder.
+        threats: trained on, whose models were compared inside.
+    """
+    return pd.DataFrame(
+        [
+            {"threat": threat, "setting": setting, **row}
+            for threat, setting in product(threats, SETTINGS)
+            for row in _inside(study, threat, setting)
+        ]
+    )
 
 
 def _drifts(config: StudyConfig, study: Path, threat: str) -> Iterator[dict[str, Any]]:
@@ -108,7 +118,7 @@ def last_logits(model: LensModel, prompts: Sequence[Prompt]) -> Float[Tensor, "p
 
 
 def _inside(study: Path, threat: str, setting: str) -> Iterator[dict[str, Any]]:
-    """What analyses found of each condition at the first seed, a row per number."""
+    """The rows of `inside` of one threat and setting."""
     similar = Analysis("similarity", threat, setting).load(study, ShiftSimilarity)
     for other in ("act", "bct"):
         if found := similar.get("similarity"):
@@ -246,23 +256,35 @@ class Rivals:
 
     def inside_table(self, threat: str) -> str:
         """Writes where the repairs of a threat sit as a Markdown table, at equal steps and at a matched effect."""
-        quantities = ("like act", "like bct", "lost")
-        heads = [f"{words}, {setting}" for setting in SETTINGS for words in ("like ACT", "like BCT", "lost")]
-        lines = [f"| method | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
-        for name in COMPARED:
-            cells = [_told(self.number(threat, setting, kind, name)) for setting in SETTINGS for kind in quantities]
-            lines.append(f"| {plots.label(name)} | {' | '.join(cells)} |")
-        return "\n".join(lines)
+        return inside_table(self.inside.query("threat == @threat"), SETTINGS)
 
     def number(self, threat: str, setting: str, quantity: str, condition: str) -> Numbers | None:
         """What an analysis found of a condition; None where it was not measured."""
-        rows = self.inside.query(
-            "threat == @threat and setting == @setting and quantity == @quantity and condition == @condition"
-        )
-        return tuple(rows.iloc[0][["value", "ci_low", "ci_high"]].tolist()) if len(rows) else None
+        return _number(self.inside.query("threat == @threat"), setting, quantity, condition)
 
     def _of(self, table: pd.DataFrame, threat: str, condition: str) -> pd.DataFrame:
         return table.query("trained_threat == @threat == evaluated_threat and condition == @condition")
+
+
+def inside_table(rows: pd.DataFrame, settings: Sequence[str]) -> str:
+    """Writes where repairs sit as a Markdown table, a row per method that was compared.
+
+    Args:
+        rows: of `inside`, of one threat.
+        settings: of which the numbers are written.
+    """
+    quantities = ("like act", "like bct", "lost")
+    heads = [f"{words}, {setting}" for setting in settings for words in ("like ACT", "like BCT", "lost")]
+    lines = [f"| method | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    for name in [name for name in COMPARED if name in set(rows["condition"])]:
+        cells = [_told(_number(rows, setting, kind, name)) for setting in settings for kind in quantities]
+        lines.append(f"| {plots.label(name)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _number(rows: pd.DataFrame, setting: str, quantity: str, condition: str) -> Numbers | None:
+    found = rows.query("setting == @setting and quantity == @quantity and condition == @condition")
+    return tuple(found.iloc[0][["value", "ci_low", "ci_high"]].tolist()) if len(found) else None
 
 
 def _curve(numbers: Sequence[Sequence[float]]) -> plots.Curve:
