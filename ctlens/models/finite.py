@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal, cast
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ctlens.core.errors import CtlensError, NotFinite
 from ctlens.core.types import LensModel, Logits, Mask
 from ctlens.data.batch import PADDING, moved
+from ctlens.models.bridges import one_sequence_per_row
 from ctlens.models.parameters import own_part, plain_name
 from ctlens.models.sharding import announce, is_sharded
 
@@ -21,7 +22,7 @@ _WITH_CACHE = ("past_kv_cache", "past_key_values")
 _OF_CACHE = (*_WITH_CACHE, "use_cache", "attention_mask", "position_ids")
 _MASKED = "hook_attn_scores"  # holds minus infinity where a token must not look
 _SHOWN = 60  # characters of a prompt that an error shows
-_UNREAD: ContextVar[list[Tensor] | None] = ContextVar("whether each pass was finite, which nobody reads yet", default=None)
+_UNREAD: ContextVar[list[Tensor] | None] = ContextVar("whether passes were finite, not read yet", default=None)
 
 
 @contextmanager
@@ -31,9 +32,20 @@ def read_later() -> Iterator[list[Tensor]]:
     To read it at once would wait for a GPU at every pass. Whoever opens the block reads the list in time.
     """
     unread: list[Tensor] = []
+    with _reading(unread):
+        yield unread
+
+
+def read_at_once() -> AbstractContextManager[None]:
+    """Refuses a pass that is not finite inside the block also where that would be read later."""
+    return _reading(None)
+
+
+@contextmanager
+def _reading(unread: list[Tensor] | None) -> Iterator[None]:
     token = _UNREAD.set(unread)
     try:
-        yield unread
+        yield
     finally:
         _UNREAD.reset(token)
 
@@ -59,8 +71,9 @@ def forward(model: LensModel, entering: Tensor, *, logits_at: Mask | None = None
     """
     states: list[Tensor] = []
     announce(model)
+    later = _UNREAD.get() is not None
     try:
-        with _unembedding_at(model, logits_at, states):
+        with _unembedding_at(model, logits_at, states), one_sequence_per_row() if later else nullcontext():
             logits = model(entering, **options)
     except IndexError:
         _require_embedded(model, entering)
