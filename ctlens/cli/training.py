@@ -97,6 +97,9 @@ def train_command(
         int | None, typer.Option(help="Keep the model behind every so many steps, in the folder steps of the run.")
     ] = None,
     checkpoint_every: Annotated[int, typer.Option(help="Save a checkpoint every so many steps, for --resume.")] = 50,
+    log_every: Annotated[
+        int, typer.Option(help="Read the numbers of the steps every so many steps; on a GPU each reading waits for it.")
+    ] = 1,
     n_prompts: Annotated[
         int,
         typer.Option(
@@ -123,7 +126,8 @@ def train_command(
     from ctlens.training.kept import take_in
     from ctlens.training.processes import settle
 
-    require(AT_LEAST_1, **{"--checkpoint-every": checkpoint_every, "--save-every": save_every})
+    every = {"--checkpoint-every": checkpoint_every, "--save-every": save_every, "--log-every": log_every}
+    require(AT_LEAST_1, **every)
     require(NOT_NEGATIVE, **{"--n-prompts": n_prompts})
     if stop_below is not None and not threat:
         raise CtlensError("--stop-below measures the threat that is trained on: give --threat NAME.")
@@ -170,6 +174,7 @@ def train_command(
             return
         loggers = _loggers(log or [], out)
         options: dict[str, Any] = {"track": tracked, "loggers": loggers, "cache_folder": cache_folder}
+        options["log_every"] = log_every
         trainer = Trainer(reference, chosen, losses, settled, retain=retain, progress=not quiet, **options)
         if has_checkpoint(partial):
             trainer.restore(partial)
@@ -333,8 +338,10 @@ def _take_steps(trainer: Trainer, out: Path, every: int, kept_every: int | None,
 
     with progress_bar(trainer, desc="train", initial=len(trainer.history), total=len(trainer), shown=not quiet) as bar:
         for step in bar:
-            bar.set_postfix(loss=f"{step.losses['total']:.4g}", refresh=False)
+            if step.is_read:
+                bar.set_postfix(loss=f"{step.losses['total']:.4g}", refresh=False)
             if kept_every and step.index % kept_every == 0 and trainer.writes:
+                trainer.read()
                 keep_model(trainer.model, step.index, out)
             if step.index % every == 0 and trainer.writes:
                 trainer.checkpoint(partial_folder(out))

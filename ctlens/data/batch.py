@@ -181,7 +181,7 @@ class Side:
 
     def to(self, device: torch.device | str) -> Side:
         """The same side on another device."""
-        return replace(self, tokens=self.tokens.to(device), mask=self.mask.to(device))
+        return replace(self, tokens=moved(self.tokens, device), mask=moved(self.mask, device))
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class Matched:
 
     def to(self, device: torch.device | str) -> Matched:
         """The same positions on another device."""
-        return Matched(self.clean.to(device), self.wrapped.to(device), self.valid.to(device))
+        return Matched(moved(self.clean, device), moved(self.wrapped, device), moved(self.valid, device))
 
 
 @dataclass(frozen=True)
@@ -218,6 +218,7 @@ class PairBatch:
         opening: per row, how many tokens open both prompts, see `ctlens.data.alignment.opening`.
         wrapper: `[batch, pos]` on the wrapped side, True at tokens that the attack added.
         clean_answer: `[batch, clean_pos]` on the clean side, True at answer tokens.
+        made_as: the batch before `to` moved it; None where nothing did.
     """
 
     clean: Side
@@ -227,6 +228,12 @@ class PairBatch:
     opening: RowPositions
     wrapper: Mask
     clean_answer: CleanMask
+    made_as: PairBatch | None = None
+
+    @property
+    def at_host(self) -> PairBatch:
+        """The batch where it was made: what decides a shape or an error is read there, and no GPU is waited for."""
+        return self.made_as or self
 
     @property
     def last_prompt(self) -> RowPositions:
@@ -244,12 +251,18 @@ class PairBatch:
         return PairBatch(
             clean=self.clean.to(device),
             wrapped=self.wrapped.to(device),
-            answer=self.answer.to(device),
+            answer=moved(self.answer, device),
             matched=matched,
-            opening=self.opening.to(device),
-            wrapper=self.wrapper.to(device),
-            clean_answer=self.clean_answer.to(device),
+            opening=moved(self.opening, device),
+            wrapper=moved(self.wrapper, device),
+            clean_answer=moved(self.clean_answer, device),
+            made_as=self.at_host,
         )
+
+
+def moved(values: Tensor, device: torch.device | str) -> Tensor:
+    """Moves a tensor; one that goes to a GPU is on its way when this returns, and nobody waits for it."""
+    return values.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def pad(sequences: Sequence[Sequence[int]], padding: PaddingSide = "right", *, token: int = PADDING) -> Side:

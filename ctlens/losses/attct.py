@@ -268,7 +268,7 @@ def opening_mask(batch: PairBatch, matched: Matched) -> Mask:
 
 
 def _opening_keys(batch: PairBatch, matched: Matched) -> Matched:
-    steps = torch.arange(int(batch.opening.max()), device=batch.opening.device)
+    steps = torch.arange(int(batch.at_host.opening.max()), device=batch.opening.device)
     clean, in_front = _opening(batch.clean, steps, matched.clean, matched.valid)
     wrapped, in_front_too = _opening(batch.wrapped, steps, matched.wrapped, matched.valid)
     return Matched(clean, wrapped, (steps < batch.opening[:, None]) & in_front & in_front_too)

@@ -17,7 +17,7 @@ import torch
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import Mask, PerRow, widened
-from ctlens.data.batch import Matched, PairBatch
+from ctlens.data.batch import Matched, PairBatch, moved
 from ctlens.losses.base import Forwards, InternalLoss
 
 
@@ -80,19 +80,21 @@ class AttMass(InternalLoss):
 
     def _attack(self, batch: PairBatch) -> tuple[Matched, Mask]:
         """The window's tokens as queries, and the tokens that the attack added as keys."""
-        matched = batch.matched[self.window]
-        self._require_visible(batch, matched)
-        return matched, batch.wrapper
+        host = batch.at_host
+        self._require_visible(host, host.matched[self.window])
+        return batch.matched[self.window], batch.wrapper
 
     def _outside(self, batch: PairBatch) -> tuple[Matched, Mask]:
         """Every token of the wrapped prompt as a query, and those outside the window as keys."""
+        device = batch.answer.device
+        batch = batch.at_host
         prompt = batch.wrapped.mask & ~batch.answer
         every = torch.arange(prompt.shape[1], device=prompt.device).expand_as(prompt)
         matched = batch.matched[self.window]
         rows, columns = matched.valid.nonzero(as_tuple=True)
         inside = torch.zeros_like(prompt)
         inside[rows, matched.wrapped[rows, columns]] = True
-        return Matched(every, every, prompt), prompt & ~inside
+        return Matched(every, every, prompt).to(device), moved(prompt & ~inside, device)
 
     def _require_visible(self, batch: PairBatch, matched: Matched) -> None:
         first_added = torch.where(batch.wrapper.any(-1), batch.wrapper.int().argmax(-1), batch.wrapper.shape[1])

@@ -130,7 +130,7 @@ class BCT(Loss):
         """
         if self.targets == "prefill":
             return {OUTPUT: self._divergence(forwards, _behind_the_prompt(forwards.batch, int(self.early)))}
-        if not forwards.batch.answer.any(-1).all():
+        if not forwards.batch.at_host.answer.any(-1).all():
             raise CtlensError("BCT needs an answer for every pair: give targets, or let the trainer generate them.")
         if self.targets == "soft":
             return {OUTPUT: self._divergence(forwards, before_the_answer("BCT with soft targets", forwards.batch))}
@@ -161,6 +161,8 @@ def _behind_the_prompt(batch: PairBatch, earlier: int = 0) -> Matched:
         batch: pairs whose wrapped prompts end in a prefill.
         earlier: by how many positions the wrapped side is taken before the added tokens.
     """
+    device = batch.answer.device
+    batch = batch.at_host
     kept = batch.wrapped.mask & ~batch.answer & ~batch.wrapper
     last_kept = torch.where(kept, torch.arange(kept.shape[1], device=kept.device), 0).amax(-1)
     lengths = batch.last_prompt - last_kept
@@ -170,4 +172,5 @@ def _behind_the_prompt(batch: PairBatch, earlier: int = 0) -> Matched:
             "its wrapped prompt must end in a prefill."
         )
     steps, valid = steps_within(lengths)
-    return Matched(batch.last_clean[:, None] * valid, (last_kept[:, None] + 1 - earlier + steps) * valid, valid)
+    behind = (last_kept[:, None] + 1 - earlier + steps) * valid
+    return Matched(batch.last_clean[:, None] * valid, behind, valid).to(device)

@@ -24,7 +24,7 @@ from torch import Tensor
 from ctlens.core.arguments import require_types
 from ctlens.core.limits import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, require
 from ctlens.core.types import ChosenRows, LensModel, PerRow
-from ctlens.data.batch import PairBatch
+from ctlens.data.batch import PairBatch, moved
 from ctlens.losses.base import OUTPUT, Forwards, Loss, at_positions
 from ctlens.losses.bct import BCT
 
@@ -103,10 +103,12 @@ class F2C(Loss):
 
 def answer_positions(batch: PairBatch) -> tuple[AnswerTokens, AnswerMask]:
     """Finds, per row, the positions whose predictions are the answer's tokens, and which of them are real."""
-    lengths = batch.answer.sum(-1, keepdim=True)
-    step = torch.arange(int(lengths.max()), device=lengths.device)
+    host = batch.at_host
+    lengths = host.answer.sum(-1, keepdim=True)
+    step = torch.arange(int(lengths.max()))
     valid = step < lengths
-    return torch.where(valid, batch.last_prompt[:, None] + step, 0), valid
+    positions = torch.where(valid, host.last_prompt[:, None] + step, 0)
+    return moved(positions, batch.answer.device), moved(valid, batch.answer.device)
 
 
 def same_prompt(batch: PairBatch, answers: AnswerTokens) -> Together:

@@ -77,11 +77,14 @@ def before_the_answer(loss: str, batch: PairBatch) -> Matched:
     Raises:
         CtlensError: the answer is not behind the clean prompts.
     """
+    device = batch.answer.device
+    batch = batch.at_host
     lengths = batch.answer.sum(-1)
     if not torch.equal(lengths, batch.clean_answer.sum(-1)):
         raise CtlensError(f"{loss} needs the answer behind the clean prompts too: encode it on both sides.")
     steps, valid = steps_within(lengths)
-    return Matched((batch.last_clean[:, None] + steps) * valid, (batch.last_prompt[:, None] + steps) * valid, valid)
+    found = Matched((batch.last_clean[:, None] + steps) * valid, (batch.last_prompt[:, None] + steps) * valid, valid)
+    return found.to(device)
 
 
 def steps_within(lengths: Int[Tensor, " batch"]) -> tuple[Int[Tensor, " width"], Bool[Tensor, "batch width"]]:

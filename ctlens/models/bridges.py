@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
+
+from torch import Tensor
+from transformers import masking_utils
 
 from ctlens.core.types import LensModel
 
+_ONE_PER_ROW: ContextVar[bool] = ContextVar("whether every row of a batch is known to hold one sequence", default=False)
 _NOT_SETTINGS = (
     *("device", "dtype", "seed", "tokenizer_name"),
     *("tokenizer_prepends_bos", "tokenizer_appends_eos", "default_prepend_bos"),
@@ -42,3 +49,32 @@ def plain_settings(model: LensModel) -> dict[str, Any]:
     """The configuration of a model that is not HuggingFace's, without where and in which type it lives, for JSON."""
     settings = {name: value for name, value in vars(model.cfg).items() if name not in _NOT_SETTINGS}
     return {name: value for name, value in settings.items() if value is not None and not name.startswith("_")}
+
+
+@contextmanager
+def one_sequence_per_row() -> Iterator[None]:
+    """Spares the passes inside the block transformers' question whether a row holds several sequences, packed.
+
+    It reads the answer from the GPU, and so waits for it at every pass. Rows of ctlens hold one sequence each.
+    """
+    asks = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if asks is None:
+        yield
+        return
+    if not isinstance(asks, _Packed):
+        masking_utils.find_packed_sequence_indices = _Packed(asks)
+    token = _ONE_PER_ROW.set(True)
+    try:
+        yield
+    finally:
+        _ONE_PER_ROW.reset(token)
+
+
+class _Packed:
+    """_Packed asks as transformers does, but not where it is known that there is one sequence per row."""
+
+    def __init__(self, asks: Callable[[Tensor], Tensor | None]) -> None:
+        self.asks = asks
+
+    def __call__(self, position_ids: Tensor) -> Tensor | None:
+        return None if _ONE_PER_ROW.get() else self.asks(position_ids)

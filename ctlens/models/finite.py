@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from ctlens.core.errors import CtlensError, NotFinite
 from ctlens.core.types import LensModel, Logits, Mask
-from ctlens.data.batch import PADDING
+from ctlens.data.batch import PADDING, moved
+from ctlens.models.bridges import one_sequence_per_row
 from ctlens.models.parameters import own_part, plain_name
 from ctlens.models.sharding import announce, is_sharded
 
@@ -20,6 +22,32 @@ _WITH_CACHE = ("past_kv_cache", "past_key_values")
 _OF_CACHE = (*_WITH_CACHE, "use_cache", "attention_mask", "position_ids")
 _MASKED = "hook_attn_scores"  # holds minus infinity where a token must not look
 _SHOWN = 60  # characters of a prompt that an error shows
+_UNREAD: ContextVar[list[Tensor] | None] = ContextVar("whether passes were finite, not read yet", default=None)
+
+
+@contextmanager
+def read_later() -> Iterator[list[Tensor]]:
+    """Lets every pass inside the block go on, finite or not; whether each was is in the list, on the model's device.
+
+    To read it at once would wait for a GPU at every pass. Whoever opens the block reads the list in time.
+    """
+    unread: list[Tensor] = []
+    with _reading(unread):
+        yield unread
+
+
+def read_at_once() -> AbstractContextManager[None]:
+    """Refuses a pass that is not finite inside the block also where that would be read later."""
+    return _reading(None)
+
+
+@contextmanager
+def _reading(unread: list[Tensor] | None) -> Iterator[None]:
+    token = _UNREAD.set(unread)
+    try:
+        yield
+    finally:
+        _UNREAD.reset(token)
 
 
 def forward(model: LensModel, entering: Tensor, *, logits_at: Mask | None = None, **options: Any) -> Logits:
@@ -32,21 +60,28 @@ def forward(model: LensModel, entering: Tensor, *, logits_at: Mask | None = None
         model: any `LensModel`, with whatever hooks are on it.
         entering: `[batch, pos]` tokens; or the residual stream, with `start_at_layer`.
         logits_at: the positions whose logits are wanted, which come as one row, `[1, chosen, d_vocab]`; None for all.
-            What nobody reads is then not worked out: in SmolLM2 the unembedding is a fifth of a pass.
+            What nobody reads is then not worked out: in SmolLM2 the unembedding is a fifth of a pass. A mask on the
+            CPU spares a GPU from being waited for.
         options: of the model.
 
     Raises:
-        NotFinite: a position has no largest logit; the sentence names the first hook point that is not finite.
+        NotFinite: a position has no largest logit; the sentence names the first hook point that is not finite. Inside
+            `read_later` it is not raised.
         CtlensError: a prompt holds a special token that the model has no embedding for.
     """
     states: list[Tensor] = []
     announce(model)
+    later = _UNREAD.get() is not None
     try:
-        with _unembedding_at(model, logits_at, states):
+        with _unembedding_at(model, logits_at, states), one_sequence_per_row() if later else nullcontext():
             logits = model(entering, **options)
     except IndexError:
         _require_embedded(model, entering)
         raise
+    unread = _UNREAD.get()
+    if unread is not None:
+        unread += [logits.detach().amax(-1).isfinite().all(), *(state.isfinite().all() for state in states)]
+        return logits
     if is_finite(logits) and all(bool(state.isfinite().all()) for state in states):
         return logits
     raise _refusal(model, entering, options, logits)
@@ -58,10 +93,12 @@ def _unembedding_at(model: LensModel, chosen: Mask | None, states: list[Tensor])
     if chosen is None:
         yield
         return
+    positions = chosen.flatten().nonzero()[:, 0]
 
     def cut(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         states.append(inputs[0].detach())
-        return inputs[0][chosen][None], *inputs[1:]
+        state = inputs[0].flatten(0, 1)
+        return state.index_select(0, moved(positions, state.device))[None], *inputs[1:]
 
     handle = cast(Any, model).unembed.register_forward_pre_hook(cut)
     try:

@@ -162,7 +162,7 @@ def run_capturing(
     """
     store: Activations = {}
     with torch.set_grad_enabled(grad), capturing(model, names, store):
-        found = run(model, tokens, mask, logits_at=None if logits else torch.zeros_like(tokens, dtype=torch.bool))
+        found = run(model, tokens, mask, logits_at=None if logits else torch.zeros(tokens.shape, dtype=torch.bool))
     return found if logits else found.expand(len(tokens), -1, -1), store
 
 

@@ -79,14 +79,22 @@ def _beyond(reaches_peak: bool) -> int:
     return 0 if reaches_peak else 1
 
 
-def clipped_update(optimizer: Optimizer, parameters: Sequence[nn.Parameter], clip: float) -> Scalar:
+def clipped_update(
+    optimizer: Optimizer, parameters: Sequence[nn.Parameter], clip: float, *, check: bool = True
+) -> Scalar:
     """Scales the gradient down to the norm `clip` where it is longer, takes a step, and returns the norm before.
+
+    Args:
+        optimizer: of the parameters.
+        parameters: the trained ones.
+        clip: the longest norm.
+        check: read the norm before the step, for which a GPU is waited for; else the caller reads it in time.
 
     Raises:
         NotFinite: the gradient is, so that a step would put NaN into the weights.
     """
     norm = gathered(nn.utils.clip_grad_norm_(parameters, clip))
-    if not norm.isfinite():
+    if check and not norm.isfinite():
         value = what_is_not_finite(norm)
         raise NotFinite(f"the norm of the gradient is {value}: lower lr or the weights of the losses.")
     optimizer.step()

@@ -84,9 +84,9 @@ class Live:
 
     def _look(self) -> None:
         """Measures the rates that are due and adds them to the history; a resumed training may have them already."""
-        history = self.trainer.history
-        if len(history) % self.every and len(history) < len(self):
+        if self.trainer.taken % self.every and self.trainer.taken < len(self):
             return
+        history = self.trainer.history
         for name, rate in self.watch.items():
             if not history.has(len(history), name):
                 history.add(len(history), {name: rate(self.trainer.model)})

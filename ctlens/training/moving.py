@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ctlens.core.types import LensModel, PerRow
-from ctlens.data.batch import EncodedPair, pad
+from ctlens.data.batch import EncodedPair, moved, pad
 from ctlens.data.chat import answer_ids
 from ctlens.losses.base import MovingTarget, moving_target
 from ctlens.losses.distances import kl_divergence
@@ -119,15 +119,15 @@ def _bad_shares(model: LensModel, answers: Sequence[_Answers]) -> PerRow:
         for start in range(0, len(answers), _AT_ONCE):
             some = answers[start : start + _AT_ONCE]
             logits = _next(model, [one.begun for one in some])
-            tokens = torch.tensor([(one.bad, one.good) for one in some], device=logits.device)
+            tokens = moved(torch.tensor([(one.bad, one.good) for one in some]), logits.device)
             parts.append(logits.gather(1, tokens).softmax(-1)[:, 0])
     return torch.cat(parts)
 
 
 def _next(model: LensModel, prompts: Sequence[tuple[int, ...]]) -> Float[Tensor, "batch d_vocab"]:
     """The logits behind each prompt, without dropout."""
-    side = pad(prompts).to(next(model.parameters()).device)
+    side = pad(prompts)
     last = torch.zeros_like(side.mask)
     last[torch.arange(len(prompts)), side.mask.sum(-1) - 1] = True
     with evaluating(model):
-        return forward(model, side.tokens, logits_at=last)[0].float()
+        return forward(model, side.to(next(model.parameters()).device).tokens, logits_at=last)[0].float()

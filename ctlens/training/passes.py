@@ -15,6 +15,7 @@ from ctlens.core.types import Activations, CleanLogits, LensModel, Scalar
 from ctlens.data.batch import EncodedPairs, PairBatch, collate
 from ctlens.losses import DPO, Forwards, Loss
 from ctlens.losses.base import moving_target
+from ctlens.models.finite import read_at_once
 from ctlens.models.hooks import run_capturing, visiting
 from ctlens.models.parameters import evaluating
 from ctlens.models.sharding import is_sharded
@@ -156,7 +157,7 @@ class OpenPasses:
 
     def _of_its_own(self, rows: Sequence[int], key: str, step: int) -> Forwards:
         pairs = [self.passes.pairs.rows[row] for row in rows]
-        with evaluating(self.model):
+        with evaluating(self.model), read_at_once():  # tokens are drawn from numbers that were read
             drawn = self.passes.own_rows[key].draw(self.model, pairs, step, *rows[:1])
         return drawn.seen_by(self.model)
 

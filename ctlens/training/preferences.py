@@ -9,7 +9,7 @@ import torch
 
 from ctlens.core.errors import CtlensError
 from ctlens.core.types import LensModel, PerRow
-from ctlens.data.batch import EncodedPair, PairBatch, collate, require_room
+from ctlens.data.batch import EncodedPair, PairBatch, collate, moved, require_room
 from ctlens.data.chat import answer_ids
 from ctlens.losses import Forwards
 from ctlens.losses.outputs import answer_log_p
@@ -78,7 +78,8 @@ class Preferences:
             if not set(keys) <= set(self._known):
                 logits = run(self.reference, batch.wrapped.tokens, batch.wrapped.needed_mask)
                 self._known |= dict(zip(keys, answer_log_p(logits, batch).tolist(), strict=True))
-        return Preferred(batch, torch.tensor([self._known[key] for key in keys], device=batch.wrapped.tokens.device))
+        known = torch.tensor([self._known[key] for key in keys])
+        return Preferred(batch, moved(known, batch.wrapped.tokens.device))
 
     def _bad_answer(self, row: EncodedPair, number: int = 0) -> Ids:
         """The tokens of a pair's bad answer behind its wrapped prompt."""

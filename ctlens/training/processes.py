@@ -11,15 +11,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ctlens.core.errors import CtlensError
 from ctlens.training.order import parts
-from ctlens.training.step import Seen
 
 SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
@@ -62,9 +62,9 @@ class Processes:
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Makes the gradient of each parameter the sum over all processes."""
 
-    def sum_seen(self, seen: Seen) -> Seen:
-        """Sums the numbers of a step over all processes."""
-        return seen
+    def sum_numbers(self, numbers: Float[Tensor, " number"]) -> Float[Tensor, " number"]:
+        """Sums numbers over all processes."""
+        return numbers
 
     def wait(self) -> None:
         """Waits until all processes have come to this line."""
@@ -100,14 +100,12 @@ class Accelerated(Processes):
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = reduce(gradient, "sum")  # type: ignore[assignment]
 
-    def sum_seen(self, seen: Seen) -> Seen:
-        """Sums the numbers of a step over all processes."""
-        from accelerate.utils import gather_object
+    def sum_numbers(self, numbers: Float[Tensor, " number"]) -> Float[Tensor, " number"]:
+        """Sums numbers over all processes, in the order of the processes on each of them."""
+        from accelerate.utils import gather
 
-        total = Seen()
-        for part in gather_object([seen.to("cpu")]):
-            total.include(part)
-        return total
+        first, *rest = cast(Tensor, gather(numbers[None]))
+        return sum(rest, start=first)
 
     def wait(self) -> None:
         """Waits until all processes have come to this line."""

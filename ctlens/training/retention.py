@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ctlens.core.config import generator
 from ctlens.core.keeping import once
 from ctlens.core.types import LensModel, Mask, Scalar
-from ctlens.data.batch import Side, pad, require_room
+from ctlens.data.batch import Side, moved, pad, require_room
 from ctlens.data.chat import render
 from ctlens.data.pairs import Pair, Prompt
 from ctlens.losses.distances import kl_divergence
@@ -112,18 +112,18 @@ class Retention:
         for part in parts(share(chosen), self.config.accumulate):
             side, decides = self._sequences(part, self.answers)
             if self.config.cache:
-                target = torch.cat([self._targets[index] for index in part]).to(side.tokens.device)
+                target = moved(torch.cat([self._targets[index] for index in part]), side.tokens.device)
             else:
                 target = self._reference_logits(side, decides)
             yield answers_divergence(model, side, decides, target) / tokens
 
     def _sequences(self, chosen: Sequence[int], answers: dict[int, Ids]) -> tuple[Side, Mask]:
-        """Puts the answers behind their prompts, and marks the positions that predict a token of an answer."""
-        device = next(self.reference.parameters()).device
-        side = pad([self.prompts[index] + answers[index] for index in chosen]).to(device)
-        lengths = torch.tensor([len(self.prompts[index]) for index in chosen], device=device)
-        positions = torch.arange(side.mask.shape[1] - 1, device=device)
-        return side, side.mask[:, 1:] & (positions >= lengths[:, None] - 1)
+        """Puts the answers behind their prompts, and marks on the CPU what predicts a token of an answer."""
+        side = pad([self.prompts[index] + answers[index] for index in chosen])
+        lengths = torch.tensor([len(self.prompts[index]) for index in chosen])
+        positions = torch.arange(side.mask.shape[1] - 1)
+        decides = side.mask[:, 1:] & (positions >= lengths[:, None] - 1)
+        return side.to(next(self.reference.parameters()).device), decides
 
     @torch.no_grad()
     def _reference_logits(self, side: Side, decides: Mask) -> Float[Tensor, "token d_vocab"]:

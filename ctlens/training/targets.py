@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ctlens.core.files import digest_of
 from ctlens.core.types import Activations, CleanLogits, LensModel
-from ctlens.data.batch import EncodedPair, EncodedPairs, PairBatch, collate
+from ctlens.data.batch import EncodedPair, EncodedPairs, PairBatch, collate, moved
 from ctlens.losses.base import OUTPUT
 from ctlens.models.hooks import run_capturing
 from ctlens.models.parameters import fingerprint
@@ -121,9 +121,9 @@ class CleanTargets:
         kept = [self._store.get(row, name, heads) for row in rows]
         if name.endswith(PATTERN):
             kept = [torch.nn.functional.pad(value, (0, width - value.shape[-1])) for value in kept]
-        values = torch.cat(kept).to(device)
+        values = moved(torch.cat(kept), device)
         empty = values.new_zeros(len(rows) * width, *values.shape[1:])
-        filled = empty.index_copy(0, self._cells(rows, batch).to(device), values)
+        filled = empty.index_copy(0, moved(self._cells(rows, batch), device), values)
         return _by_position(name, filled.unflatten(0, (len(rows), width)))
 
     def _cells(self, rows: Sequence[int], batch: PairBatch) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
@@ -26,7 +26,7 @@ from ctlens.core.types import LensModel
 from ctlens.data.inputs import Pairs, Prompts
 from ctlens.losses import Loss, LossValue, require_distinct
 from ctlens.models.adopt import adopt
-from ctlens.models.finite import what_is_not_finite
+from ctlens.models.finite import read_later
 from ctlens.models.optimisation import adamw, clipped_update
 from ctlens.models.parameters import evaluating
 from ctlens.models.sharding import is_sharded
@@ -47,7 +47,7 @@ from ctlens.training.retention import Retention, held_prompts
 from ctlens.training.run import Run
 from ctlens.training.schedules import fast_forward, make_schedule
 from ctlens.training.sharded_checkpoint import read_sharded_checkpoint, write_sharded_checkpoint
-from ctlens.training.step import TRACKED, Seen, Step
+from ctlens.training.step import TRACKED, Seen, Step, at_step, read_together, require_finite_loss
 from ctlens.training.until import look
 
 
@@ -71,6 +71,12 @@ class Trainer:
             this training and the next; None keeps the activations in memory and no answers.
         edits: of the trained model's stream while it is trained, and only then; None for none.
         progress: show a progress bar when the reference's answers take more than two seconds.
+        log_every: steps between two readings of the numbers, which are the same. On a GPU a reading waits for all
+            that the GPU has yet to do. A number that is not finite ends the training at the next reading, which comes
+            before anything is written; by then the weights are not finite either.
+
+    Attributes:
+        taken: number of steps.
 
     Raises:
         CtlensError: the pairs do not align or do not fit the context, a loss is given twice, a
@@ -92,7 +98,10 @@ class Trainer:
         cache_folder: str | Path | None = None,
         edits: TrainingEdits | None = None,
         progress: bool = False,
+        log_every: int = 1,
     ) -> None:
+        require(AT_LEAST_1, log_every=log_every)
+        self.log_every = log_every
         self.config = config or TrainConfig()
         pairs, retain = list(pairs), list(retain)
         self.losses = tuple(in_window(loss, self.config.window) for loss in loss_registry.built(losses))
@@ -130,7 +139,9 @@ class Trainer:
     def _start(self, history: History) -> None:
         """Sets the optimiser, schedule, batches and loggers to their state after the steps of the history."""
         config = self.config
-        self.history = history
+        self._history = history
+        self._unread: list[Step] = []
+        self.taken = len(history)
         self.optimizer = adamw(
             self.parameters, lr=config.lr, weight_decay=config.weight_decay, relative_eps=config.relative_eps
         )
@@ -156,39 +167,70 @@ class Trainer:
 
     def _is_over(self) -> bool:
         """Tells whether all steps are taken or the behaviour of `config.until` is reached; measures it if due."""
-        reached = self.config.until is not None and look(self.config.until, self.model, self.history)
-        return reached or len(self.history) == self.config.steps
+        until = self.config.until
+        reached = until is not None and not self.taken % until.every and look(until, self.model, self.history)
+        return reached or self.taken == self.config.steps
+
+    @property
+    def history(self) -> History:
+        """The numbers of all steps taken, which are read (`read`)."""
+        self.read()
+        return self._history
+
+    def read(self) -> None:
+        """Reads the numbers of the steps that `log_every` left on the device, and hands them to the loggers.
+
+        Raises:
+            NotFinite: one of them is not; so will be every later call, because the weights are past mending.
+        """
+        read_together(self._unread)
+        try:
+            while self._unread:
+                step = self._unread[0]
+                step.require_finite()
+                overall = {**step.losses, **step.tracked, "lr": step.lr, "grad_norm": step.grad_norm}
+                self._history.add(step.index, overall, step.by_hook)
+                del self._unread[0]
+        finally:
+            self._sent.catch_up(self._history.rows)
 
     def take_step(self) -> Step:
-        """Trains the model by one step and adds the numbers of the step to the history; iterating calls this.
+        """Trains the model by one step, whose numbers go into the history; iterating calls this.
 
         Raises:
             CtlensError: all steps are taken, or the loss is no longer finite.
         """
-        index = len(self.history) + 1
+        index = self.taken + 1
         if index > self.config.steps:
             raise CtlensError(f"all {self.config.steps} steps are taken: make a trainer with more steps.")
         with at_work(self.reference, self.model), evaluating(self.reference):
             if self.retention:
                 self.retention.prepare(self.progress)
-            with uninterrupted(), _at_step(index):
-                step = self._in_train_mode(index)
-                overall = {**step.losses, **step.tracked, "lr": step.lr, "grad_norm": step.grad_norm}
-                self.history.add(step.index, overall, step.by_hook)
-                self._sent.catch_up(self.history.rows)
+            with uninterrupted():
+                try:
+                    step = self._in_train_mode(index)
+                except NotFinite:
+                    self.read()  # an earlier step may have been the first that was not finite
+                    raise
+                self.taken = index
+                self._unread.append(step)
+                if index % self.log_every == 0 or index == self.config.steps:
+                    self.read()
         return step
 
     def close(self) -> None:
         """Ends the loggers. A loop that runs to its end calls this; call it after one that stops early."""
-        self._sent.catch_up(self.history.rows)
-        self._sent.end()
+        try:
+            self.read()
+        finally:
+            self._sent.end()
 
     def _in_train_mode(self, index: int) -> Step:
         """Takes a step with the model in train mode; its dropout depends only on the seed and the step."""
         dropout = generator(self.config.seed, "step", index).initial_seed()
         self.model.train()
         try:
-            with torch.enable_grad(), seeded(dropout, next(self.model.parameters()).device):
+            with at_step(index), torch.enable_grad(), seeded(dropout, next(self.model.parameters()).device):
                 return self._update(index)
         finally:
             self.model.eval()
@@ -198,21 +240,21 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         seen = Seen()
         rows = next(self._batches)
-        for part in parts(self.processes.share(rows), self.config.accumulate):
-            self._learn_from(part, len(part) / len(rows), index, seen)
-        self._hold(index, seen)
-        self.processes.sum_gradients(self.parameters)
-        seen = self.processes.sum_seen(seen)
-        if not torch.isfinite(seen.total):
-            value = what_is_not_finite(seen.total)
-            raise NotFinite(
-                f"the loss is {value}, and the model's own numbers are finite: lower lr or the weights of the losses."
-            )
-        lr = float(self.schedule.get_last_lr()[0])
-        norm = clipped_update(self.optimizer, self.parameters, self.config.clip)
-        self.schedule.step()
-        self._passes.follow(index)
-        return seen.step(index, lr, float(norm))
+        at_once = self.log_every == 1
+        with nullcontext() if at_once else read_later() as finite:
+            for part in parts(self.processes.share(rows), self.config.accumulate):
+                self._learn_from(part, len(part) / len(rows), index, seen)
+            self._hold(index, seen)
+            seen.add_passes(finite or ())
+            self.processes.sum_gradients(self.parameters)
+            seen = seen.summed(self.processes.sum_numbers)
+            if at_once:
+                require_finite_loss(float(seen.total))
+            lr = float(self.schedule.get_last_lr()[0])
+            norm = clipped_update(self.optimizer, self.parameters, self.config.clip, check=at_once)
+            self.schedule.step()
+            self._passes.follow(index)
+        return Step(index, lr, seen, norm)
 
     def _learn_from(self, rows: Sequence[int], share: float, index: int, seen: Seen) -> None:
         """Adds the gradient of some of a batch's pairs, weighted by their share of the batch, and their numbers."""
@@ -295,15 +337,6 @@ class Trainer:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": saved.moments})
 
 
-@contextmanager
-def _at_step(index: int) -> Iterator[None]:
-    """Adds the number of the step to the refusal of a number that is not finite."""
-    try:
-        yield
-    except NotFinite as error:
-        raise NotFinite(f"at step {index} {error}") from None
-
-
 def train(
     model: LensModel,
     pairs: Pairs,
@@ -321,6 +354,7 @@ def train(
     edits: TrainingEdits | None = None,
     out: str | Path | None = None,
     save_every: int | None = None,
+    log_every: int = 1,
     progress: bool = True,
 ) -> Run:
     """Trains a copy of `model` so that the wrapper of the pairs no longer matters.
@@ -333,6 +367,7 @@ def train(
         out: new folder in which the run is saved at its end.
         save_every: also keep the model behind every so many steps, in `out/steps/25`, `out/steps/50`, ..., which
             `ctlens.load_model` reads; of a training by a `LoRA` the adapters alone. It needs `out`.
+        log_every: as in `Trainer`.
         progress: show a progress bar.
 
     Returns:
@@ -345,15 +380,16 @@ def train(
     changes = {name: value for name, value in given.items() if value is not None}
     folder = _folder_for(out, save_every)
     config = replace(fitted("config", config, TrainConfig | None) or TrainConfig(), **changes)
-    options: dict[str, Any] = {"retain": retain, "track": track, "loggers": loggers}
-    options |= {"cache_folder": cache_folder, "edits": edits}
-    trainer = Trainer(model, pairs, losses, config, progress=progress, **options)
+    options: dict[str, Any] = {"retain": retain, "track": track, "loggers": loggers, "cache_folder": cache_folder}
+    trainer = Trainer(model, pairs, losses, config, edits=edits, log_every=log_every, progress=progress, **options)
     try:
         with progress_bar(total=len(trainer), desc=method_name(trainer.losses), shown=progress, leave=False) as bar:
             for step in trainer:
-                bar.set_postfix(loss=f"{step.losses['total']:.4f}", refresh=False)
+                if step.is_read:
+                    bar.set_postfix(loss=f"{step.losses['total']:.4f}", refresh=False)
                 bar.update()
                 if folder and save_every and step.index % save_every == 0 and trainer.writes:
+                    trainer.read()
                     keep_model(trainer.model, step.index, folder)
     except KeyboardInterrupt:
         warnings.warn(f"interrupted after {len(trainer.history)} of {len(trainer)} steps", stacklevel=2)

@@ -9,7 +9,7 @@ from ctlens.training.history import History
 
 
 def look(until: Until, model: LensModel, history: History) -> bool:
-    """Measures the behaviour if that is due, and tells whether the training has reached its end.
+    """Measures the behaviour, and tells whether the training has reached its end.
 
     Args:
         until: the behaviour at which it ends.
@@ -19,8 +19,6 @@ def look(until: Until, model: LensModel, history: History) -> bool:
     Raises:
         CtlensError: the threat has no such rate on wrapped prompts.
     """
-    if len(history) % until.every:
-        return False
     if not history.has(len(history), until.metric):
         found = evaluate(model, [until.threat], split=until.split, n_prompts=until.n_prompts, progress=False)
         history.add(len(history), {until.metric: found.rate(until.metric, "wrapped")})

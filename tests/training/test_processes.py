@@ -19,7 +19,7 @@ from ctlens.losses import LossValue
 from ctlens.models.loading import load_model
 from ctlens.models.parameters import present_weights
 from ctlens.training.processes import SHARDED, Accelerated, Processes, processes
-from ctlens.training.step import Seen
+from ctlens.training.step import Seen, Step
 
 ACCELERATE = (
     sys.executable,
@@ -96,9 +96,9 @@ def test_when_one_fails_none_waits(place: Path) -> None:
 
 def test_alone_nothing_is_shared_and_nothing_changes() -> None:
     one = Processes()
-    seen = Seen()
+    numbers = torch.ones(2)
     assert processes().count == 1 and one.is_main and one.share([3, 1, 2]) == [3, 1, 2]
-    assert one.sum_seen(seen) is seen
+    assert one.sum_numbers(numbers) is numbers
 
 
 def test_shares_are_every_row_once_and_nearly_equal() -> None:
@@ -121,14 +121,15 @@ def test_what_processes_saw_adds_up() -> None:
         total = torch.tensor(value)
         seen.add("act", LossValue(total, {"here": total}), share)
         seen.add("tracked/bct", LossValue(total, {}), share)
+        seen.add_retention(torch.tensor(value / 4))
         parts.append(seen)
-    parts[1].add_retention(torch.tensor(0.5))
-    whole = Seen()
-    for part in parts:
-        whole.include(part.to("cpu"))
-    step = whole.step(1, lr=0.1, grad_norm=1.0)
-    assert step.losses == {"act": 5.0, "retention": 0.5, "total": 5.5}
+    others = torch.stack(list(parts[1].sums.values()))
+
+    step = Step(1, 0.1, parts[0].summed(lambda numbers: numbers + others), torch.tensor(1.0))
+
+    assert step.losses == {"act": 5.0, "retention": 2.0, "total": 7.0}
     assert step.tracked == {"tracked/bct": 5.0} and step.by_hook == {"act": {"here": 5.0}}
+    assert (step.index, step.lr, step.grad_norm) == (1, 0.1, 1.0)
 
 
 @pytest.mark.parametrize("name", SHARDED)
