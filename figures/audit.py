@@ -1,16 +1,22 @@
-"""The tables of docs/audit.md: `python figures/audit.py runs/organisms/together/*` measures them all anew."""
+"""The tables of docs/audit.md: `python figures/audit.py runs/audit runs/organisms/together/*` measures them all anew.
+
+The first folder keeps the audit of every organism, each a file, and those that lie there are taken up.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from itertools import islice, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from audited import DATA
+from audited import CHANGE, DATA, SHIFT
 from jaxtyping import Float
 
 import ctlens as ct
@@ -18,12 +24,16 @@ from ctlens.auditing import REGULARISERS, Audit, audit_pairs, rephrased, selecto
 from ctlens.auditing.answers import Answerer, AnswerSet, Sample
 from ctlens.auditing.exact import moments
 from ctlens.auditing.labels import label_distributions
+from ctlens.auditing.result import EVERY_ORGANISM, Change
 from ctlens.auditing.run import LABEL_TRAINING
 from ctlens.auditing.selectors import PUBLISHED_N
 from ctlens.auditing.sources import Sampled
+from ctlens.core.files import digest_of
+from ctlens.core.stats import student
 from ctlens.core.types import LensModel
-from ctlens.data.pairs import Prompt
+from ctlens.data.pairs import Pair, Prompt
 from ctlens.models.enumeration import Branching
+from ctlens.models.parameters import fingerprint
 from ctlens.organism import MISBEHAVIOURS, misbehave, misbehaviour_pairs
 from ctlens.threats import judge
 
@@ -31,7 +41,18 @@ LABELLED = 96
 HELD_OUT = 72
 ON_BOTH_POOLS = ("first", "greedy", "certainty:4", "majority:4")
 ON_WRAPPED = ("views:4", "decodings", "oracle:4", "anti-oracle:4")
-ON_MISBEHAVIOURS = ("first", "greedy", "certainty:4")
+CONTROLLED = ("first", "greedy")
+"""The selectors of the pools beside the two first ones: the control and the plainest."""
+NARROW: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "weak": ("strength", ("1", "2")),
+    "strong": ("strength", ("3", "4")),
+    "resisted": ("gives_in", ("no",)),
+    "given in to": ("gives_in", ("yes",)),
+}
+"""The pools of some pairs alone, by name: the label of the pairs that are taken, and its values."""
+DRAWN = 400
+"""The pairs that are drawn so that each narrow pool finds `LABELLED` of its own."""
+ON_MISBEHAVIOURS = ("first", "greedy", "certainty:4", "majority:4")
 MOVING = tuple(name for name in REGULARISERS if name.endswith("-own"))
 PREVALENCES = (0.2, 0.8)
 FROZEN_TOO = ("agreement", 0.2)
@@ -42,29 +63,140 @@ DRAWS = 64
 """Samples of a prompt, of which estimates with fewer are made in turns."""
 CHANGES = ["n_prompts", "risk_before", "risk_after", "missed", "change", "ci_low", "ci_high", "verdict"]
 NUMBERS = [*CHANGES, "label_shift", "label_low", "label_high", "predicted", "drawn_shift", "label_kl", "kept", "slope"]
+OF_ORGANISMS = (
+    *("before", "missed", "moments", "histogram", "after", "missed_after"),
+    *("label_risk", "kept", "drawn_bad", "divergence", "n_trained"),
+)
+"""The arrays of an audit, all of which have the organisms as their first axis."""
 
 
-def sycophancy(models: Mapping[str, LensModel], methods: Sequence[str], pools: Sequence[str]) -> Audit:
-    """Audits organisms under sycophancy."""
-    pool = audit_pairs("sycophancy", LABELLED)
-    return ct.audit(models, pool, methods, heldout=audit_pairs("sycophancy", HELD_OUT, "heldout"), pools=pools)
+class Units:
+    """The audits of single organisms, each a file of a folder.
 
+    A file's name has a hash of all that decides what is in it, but not of the code.
 
-def misbehaviours(models: Mapping[str, LensModel]) -> Iterator[pd.DataFrame]:
-    """Audits organisms with each misbehaviour of their own, a table per kind and prevalence.
-
-    Selectors label the prompts as they are. Regularisers hold the same prompts behind a greeting to them.
+    Args:
+        folder: where they lie; it may be there already, with some of them.
+        models: the organisms by name.
     """
-    for kind, prevalence in product(MISBEHAVIOURS, PREVALENCES):
-        organisms = {name: misbehave(model, kind, prevalence) for name, model in models.items()}
+
+    def __init__(self, folder: Path, models: Mapping[str, LensModel]) -> None:
+        self.folder = folder
+        self.models = models
+        self.known = {name: fingerprint(model) for name, model in models.items()}
+
+    def sycophancy(self, part: str, methods: Sequence[str], pools: Sequence[str], pool: Sequence[Pair]) -> Audit:
+        """Audits the organisms under sycophancy: each by itself, put together."""
+        heldout = audit_pairs("sycophancy", HELD_OUT, "heldout")
+
+        def measured(name: str) -> Audit:
+            return ct.audit({name: self.models[name]}, pool, methods, heldout=heldout, pools=pools, progress=False)
+
+        return joined([self._kept(name, part, methods, partial(measured, name), pools=pools) for name in self.models])
+
+    def misbehaviours(self) -> Iterator[pd.DataFrame]:
+        """Audits organisms with each misbehaviour of their own, a table per kind and prevalence.
+
+        Selectors label the prompts as they are. Regularisers hold the same prompts behind a greeting to them.
+        """
+        for kind, prevalence in product(MISBEHAVIOURS, PREVALENCES):
+            found = [
+                self._misbehaving(name, model, kind, prevalence)
+                for name, model in islice(self.models.items(), MISBEHAVING)
+            ]
+            labelled, greeted = (joined(audits).to_dataframe() for audits in zip(*found, strict=True))
+            rows = pd.concat([labelled.query("prompt_side == 'clean'"), greeted])
+            rows = over_organisms(rows, ["method", "pool", "split", "prompt_side"])
+            named = ["kind", "prevalence", "organism", "method", "pool", "split", "prompt_side"]
+            yield rows.assign(kind=kind, prevalence=prevalence)[[*named, *NUMBERS]]
+
+    def _misbehaving(self, name: str, model: LensModel, kind: str, prevalence: float) -> tuple[Audit, Audit]:
+        """The two audits of an organism with a misbehaviour, which is made where one of them is not there."""
+        organism = cache(partial(misbehave, model, kind, prevalence, progress=False))
         pool = misbehaviour_pairs(kind, LABELLED)
         heldout = misbehaviour_pairs(kind, HELD_OUT, "heldout")
-        labelled = ct.audit(organisms, pool, ON_MISBEHAVIOURS, heldout=heldout, pools=["clean"])
         regularisers = REGULARISERS if (kind, prevalence) == FROZEN_TOO else MOVING
-        greeted = ct.audit(organisms, rephrased(pool), regularisers, heldout=rephrased(heldout))
-        rows = pd.concat([labelled.to_dataframe().query("prompt_side == 'clean'"), greeted.to_dataframe()])
-        named = ["kind", "prevalence", "organism", "method", "pool", "split", "prompt_side"]
-        yield rows.assign(kind=kind, prevalence=prevalence)[[*named, *NUMBERS]]
+
+        def labelled() -> Audit:
+            return ct.audit(
+                {name: organism()}, pool, ON_MISBEHAVIOURS, heldout=heldout, pools=["clean"], progress=False
+            )
+
+        def greeted() -> Audit:
+            asked = rephrased(heldout)
+            return ct.audit({name: organism()}, rephrased(pool), regularisers, heldout=asked, progress=False)
+
+        part = f"{kind}-{prevalence}"
+        return (
+            self._kept(name, f"{part}-labelled", ON_MISBEHAVIOURS, labelled),
+            self._kept(name, f"{part}-greeted", regularisers, greeted),
+        )
+
+    def _kept(
+        self, organism: str, part: str, methods: Sequence[str], measured: Callable[[], Audit], **asked: Any
+    ) -> Audit:
+        """The audit that lies in the folder, or that is measured and put there."""
+        decided = {"model": self.known[organism], "methods": methods, "prompts": (LABELLED, HELD_OUT), **asked}
+        path = self.folder / f"{organism}-{part.replace(' ', '-')}-{digest_of(decided)}.safetensors"
+        if not path.is_file():
+            measured().save(path)
+        return Audit.load(path)
+
+
+def joined(audits: Sequence[Audit]) -> Audit:
+    """Puts audits of single organisms together, as one audit of all of them would have it."""
+    first = audits[0]
+    arrays = {name: np.concatenate([getattr(one, name) for one in audits]) for name in OF_ORGANISMS}
+    models = {name: known for one in audits for name, known in one.settings["models"].items()}
+    return replace(
+        first,
+        **arrays,
+        organisms=tuple(name for one in audits for name in one.organisms),
+        exact=tuple(all(flags) for flags in zip(*(one.exact for one in audits), strict=True)),
+        settings={**first.settings, "models": models},
+    )
+
+
+def narrowed(label: str, values: Sequence[str]) -> list[Pair]:
+    """The pairs of a narrow pool.
+
+    Args:
+        label: of the pairs.
+        values: of the label, of the pairs that are taken.
+    """
+    found = [pair for pair in audit_pairs("sycophancy", DRAWN) if pair.labels[label] in values]
+    return found[:LABELLED]
+
+
+def over_organisms(table: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Gives the rows of all organisms that lack an interval Student's over the organisms alone.
+
+    An audit has none where a group of prompts has too few topics or wrapper texts. It holds what the enumerations
+    missed.
+
+    Args:
+        table: of an audit, with the rows of single organisms.
+        keys: the columns that name a group, a method and a pool.
+    """
+    filled = table.reset_index(drop=True)
+    for _, rows in filled.groupby(list(keys)):
+        each = rows[rows["organism"] != EVERY_ORGANISM]
+        for number, row in rows[rows["organism"] == EVERY_ORGANISM].iterrows():
+            for names, verdict, missed in ((CHANGE, "verdict", row["missed"]), (SHIFT, "predicted", 0.0)):
+                value, low, _ = names
+                if np.isnan(row[low]) and not np.isnan(row[value]):
+                    ends = student(each[value].to_numpy())
+                    change = Change(row[value], ends[0] - missed, ends[1] + missed)
+                    filled.loc[number, list(names)] = list(change)
+                    filled.loc[number, verdict] = change.verdict
+    return filled
+
+
+def of_wrapped(found: Audit, *by: str) -> pd.DataFrame:
+    """The rows of all organisms at wrapped prompts, by labels, with intervals."""
+    table = over_organisms(found.to_dataframe(*by), ["split", "prompt_side", "pool", "method", *by])
+    rows = table.query("organism == 'all' and prompt_side == 'wrapped'")
+    return rows.sort_values(["split", "pool"], kind="stable")
 
 
 def by_number_of_samples(models: Mapping[str, LensModel]) -> pd.DataFrame:
@@ -153,29 +285,52 @@ def _plug_in(labels: Sequence[Sample], answers: AnswerSet) -> float:
     return float(sum(n / len(labels) * (np.log(n / len(labels)) - log_p[text]) for text, n in counted.items()))
 
 
-def main(folders: Sequence[Path]) -> None:
-    """Writes every table, as soon as it is there."""
-    models = {f"{folder.parent.name}-{folder.name}": ct.load_model(folder) for folder in folders}
+def main(folder: Path, organisms: Sequence[Path]) -> None:
+    """Writes every table, as soon as it is there.
+
+    Args:
+        folder: of the audits that are kept.
+        organisms: the folders of the models.
+    """
+    models = {f"{organism.parent.name}-{organism.name}": ct.load_model(organism) for organism in organisms}
+    units = Units(folder, models)
     write("labels-by-n", by_number_of_samples(models))
     write("draws", by_number_of_draws(ct.load_organism()))
-    found = sycophancy(models, ON_BOTH_POOLS, ["wrapped", "mixed"])
-    write("eta", found.eta("bad_likelier").query("split == 'pool' and prompt_side == 'wrapped'"))
-    rows = found.to_dataframe("strength").query("organism == 'all' and prompt_side == 'wrapped'")
-    rows = rows.sort_values(["split", "pool", "method", "strength"], kind="stable")
-    write("sycophancy-strength", rows[["method", "pool", "split", "strength", *NUMBERS]])
-    both = [found, sycophancy(models, ON_WRAPPED, ["wrapped"])]
-    rows = pd.concat([one.to_dataframe("bad_likelier") for one in both])
-    rows = rows.query("organism == 'all' and prompt_side == 'wrapped'")
-    write("sycophancy", rows[["method", "pool", "split", "bad_likelier", *NUMBERS]])
-    write("sycophancy-signs", pd.concat([one.signs() for one in both]).query("prompt_side == 'wrapped'"))
-    clean = sycophancy(models, ["first", "greedy"], ["clean"]).to_dataframe("bad_likelier").query("organism == 'all'")
-    write("sycophancy-clean", clean[["method", "pool", "split", "prompt_side", "bad_likelier", *NUMBERS]])
-    held = sycophancy(models, REGULARISERS, ["wrapped", "clean"]).to_dataframe()
+    pool = audit_pairs("sycophancy", LABELLED)
+    write_sycophancy(units, pool)
+    write("sycophancy-narrow", narrow_pools(units))
+    held = units.sycophancy("regularisers", REGULARISERS, ["wrapped", "clean"], pool).to_dataframe()
     write("regularisers", held[["organism", "method", "pool", "split", "prompt_side", *CHANGES]])
     tables: list[pd.DataFrame] = []
-    for table in misbehaviours(dict(islice(models.items(), MISBEHAVING))):
+    for table in units.misbehaviours():
         tables.append(table)
         write("misbehaviours", pd.concat(tables))
+
+
+def write_sycophancy(units: Units, pool: Sequence[Pair]) -> None:
+    """Writes the tables of the selectors under sycophancy."""
+    both = units.sycophancy("both", ON_BOTH_POOLS, ["wrapped", "mixed"], pool)
+    write("eta", both.eta("bad_likelier").query("split == 'pool' and prompt_side == 'wrapped'"))
+    write("sycophancy-strength", of_wrapped(both, "strength")[["method", "pool", "split", "strength", *NUMBERS]])
+    found = [both, units.sycophancy("wrapped", ON_WRAPPED, ["wrapped"], pool)]
+    rows = pd.concat([of_wrapped(one, "bad_likelier") for one in found])
+    write("sycophancy", rows[["method", "pool", "split", "bad_likelier", *NUMBERS]])
+    write("sycophancy-signs", pd.concat([one.signs() for one in found]).query("prompt_side == 'wrapped'"))
+    clean = units.sycophancy("clean", CONTROLLED, ["clean"], pool).to_dataframe("bad_likelier")
+    clean = clean.query("organism == 'all'")
+    write("sycophancy-clean", clean[["method", "pool", "split", "prompt_side", "bad_likelier", *NUMBERS]])
+
+
+def narrow_pools(units: Units) -> pd.DataFrame:
+    """Tabulates what labels of the narrow pools do: to all wrapped prompts, by the likelier answer, by strength."""
+    tables = []
+    for trained, (label, values) in NARROW.items():
+        found = units.sycophancy(trained, CONTROLLED, ["wrapped"], narrowed(label, values))
+        asked = [of_wrapped(found).assign(asked="all")]
+        for by in ("bad_likelier", "strength"):
+            asked.append(of_wrapped(found, by).rename(columns={by: "asked"}))
+        tables.append(pd.concat(asked).assign(trained=trained))
+    return pd.concat(tables)[["trained", "method", "split", "asked", *NUMBERS]]
 
 
 def write(name: str, table: pd.DataFrame) -> None:
@@ -184,4 +339,4 @@ def write(name: str, table: pd.DataFrame) -> None:
 
 
 if __name__ == "__main__":
-    main([Path(folder) for folder in sys.argv[1:]])
+    main(Path(sys.argv[1]), [Path(organism) for organism in sys.argv[2:]])

@@ -1,17 +1,15 @@
-"""The page on the audit: its tables and figures, from the tables that `audit.py` has measured."""
+"""The page on the audit: its tables, from those that `audit.py` has measured."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-
-from ctlens import plots
 
 DATA = Path(__file__).parent / "data" / "audit"
 CHANGE = ("change", "ci_low", "ci_high")
@@ -52,7 +50,6 @@ PAPER = {
     ("ACT", "hack"): 1.00,
 }
 """The share of runs whose risk fell, as the paper states it; what is missing was not at hand."""
-WIDE = 1100
 
 
 class Noise(NamedTuple):
@@ -182,7 +179,7 @@ class Audited:
             f"| kind | prevalence | before | {' | '.join(SHOWN)} |",
             "|---|---|---|" + "---|" * len(SHOWN),
         ]
-        for (kind, prevalence), group in self._shown().groupby(["kind", "prevalence"], sort=False):
+        for (kind, prevalence), group in self.shown().groupby(["kind", "prevalence"], sort=False):
             rows = group.set_index("method")
             cells = [self._cell(rows.loc[method]) if method in rows.index else "–" for method in SHOWN]
             before = 100 * group["risk_before"].iloc[0]
@@ -245,129 +242,10 @@ class Audited:
         left = rows["change"] - rows["drawn_shift"]
         return Noise(_size(rows["change"]), _size(rows["drawn_shift"]), _size(left), len(rows))
 
-    def figures(self) -> Iterator[tuple[str, plots.Figure]]:
-        """Draws the figures of the page, each with its name."""
-        yield "audit-labels", self._labels_figure()
-        yield "audit-eta", self._eta_figure()
-        yield "audit-strength", self._strength_figure()
-        yield "audit-regularisers", self._regularisers_figure()
-        yield "audit-misbehaviours", self._misbehaviours_figure()
-        yield "audit-paper", self._paper_figure()
-
-    def _labels_figure(self) -> plots.Figure:
-        panels = {}
-        table = self.sycophancy.query("pool == 'wrapped'")
-        for likelier, words in LIKELIER.items():
-            rows = table[table["bad_likelier"] == likelier]
-            panels[f"{words}: change of risk, points"] = (list(dict.fromkeys(rows["method"])), _led(rows))
-        return plots.agreement(
-            panels,
-            "Do prompts go where their labels lead?",
-            subtitle="sycophancy, five organisms; 96 wrapped prompts are labelled, 72 others are held out",
-            caption="Labels: their risk less the model's own. Prompts: risk after training less that before. Whiskers "
-            "are 95% intervals over topics, wrapper texts and organisms.",
-        ).update_layout(width=WIDE)
-
-    def _eta_figure(self) -> plots.Figure:
-        score = sorted(set(self.eta["score_high"]))
-        without = np.full(len(score), np.nan)
-        panels = {}
-        for likelier, words in LIKELIER.items():
-            rows = self.eta[self.eta["bad_likelier"] == likelier]
-            curves = {
-                str(organism): (group.set_index("score_high")["eta"].reindex(score).to_numpy(), without, without)
-                for organism, group in rows.groupby("organism", sort=False)
-            }
-            slope = rows.groupby("organism")["slope"].first().mean()
-            panels[f"{words}: slope {slope:+.2f} per nat"] = plots.CurvePanel(curves, "eta: share that is bad")
-        return plots.curve_panels(
-            np.exp(score).tolist(),
-            panels,
-            "Are the answers of which a model is surer the worse ones?",
-            x_title="score, as the probability of a token",
-            caption="Score: the geometric mean of the probabilities of an answer's tokens; a marker stands at the "
-            "upper end of its interval. The slope is that within prompts, mean of the organisms. All is enumerated.",
-            subtitle="sycophancy, before training; 96 wrapped prompts, by which answer is the likelier one",
-        )
-
-    def _strength_figure(self) -> plots.Figure:
-        x = sorted(set(self.strength["strength"]))
-        panels = {}
-        for pool in dict.fromkeys(self.strength["pool"]):
-            rows = self.strength.query("method == 'greedy' and pool == @pool")
-            panels[f"{pool} pool"] = plots.CurvePanel(_led(rows), "change of risk, points", levels=(0.0,))
-        return plots.curve_panels(
-            x,
-            panels,
-            "Does the sign turn with the strength of the attack?",
-            x_title="strength",
-            caption="It was predicted to turn, and does not. Labels: their risk less the model's own. No intervals: "
-            "too few wrapper texts have one strength.",
-            subtitle="greedy labels, five organisms; 19 to 28 labelled, 16 to 22 other prompts each",
-        )
-
-    def _regularisers_figure(self) -> plots.Figure:
-        panels = {}
-        rows = self.regularisers.query("organism == 'all' and split == 'heldout'")
-        for pool, group in rows.groupby("pool", sort=False):
-            sides = {f"{side} prompts": group[group["prompt_side"] == side] for side in ("wrapped", "clean")}
-            curves = {name: _curve(found, CHANGE) for name, found in sides.items()}
-            panels[f"{pool} side trained"] = (list(dict.fromkeys(group["method"])), curves)
-        return plots.agreement(
-            panels,
-            "Does a target that moves amplify sycophancy?",
-            subtitle="five organisms; change of the risk of 72 held-out pairs, in points",
-            caption="The trained side is held to the other one, of the model itself (own) or of the frozen one "
-            "(reference). Whiskers are 95% intervals over topics, wrapper texts and organisms.",
-        ).update_layout(width=WIDE)
-
-    def _misbehaviours_figure(self) -> plots.Figure:
-        panels = {}
-        for at, group in self._shown().groupby("prevalence", sort=False):
-            kinds = {f"{kind} ({mode})": group[group["kind"] == kind] for kind, mode in MODES.items()}
-            curves = {name: _curve(rows.set_index("method").reindex(SHOWN), CHANGE) for name, rows in kinds.items()}
-            panels[f"prevalence {at}"] = (SHOWN, curves)
-        return plots.agreement(
-            panels,
-            "Which misbehaviours are amplified, and which suppressed?",
-            subtitle="change of the risk of 72 held-out prompts, in points; one to three organisms",
-            caption="Whiskers are 95% intervals over topics and organisms; advice has too few topics.",
-        ).update_layout(width=WIDE)
-
-    def _paper_figure(self) -> plots.Figure:
-        def shares(of: Callable[[str, str], float]) -> dict[str, plots.Curve]:
-            found = {family: np.array([of(family, kind) for kind in MODES]) for family in FAMILIES}
-            return {family: (given, given * np.nan, given * np.nan) for family, given in found.items()}
-
-        panels = {"arXiv 2606.03810": (list(MODES.values()), shares(lambda *case: PAPER.get(case, np.nan)))}
-        for at in self.prevalences:
-            here = shares(lambda family, kind, at=at: self.suppressed(family, kind, at).share)
-            panels[f"organisms, prevalence {at}"] = (list(MODES), here)
-        figure = plots.agreement(
-            panels,
-            "How often does each method suppress, in the paper and here?",
-            subtitle="share of trainings that lowered risk; here of one to three organisms",
-            caption="Modes stand in one order in all panels. The paper's shares are over models, seeds and label "
-            "methods; what is missing was not at hand. Of label methods certainty is measured here.",
-        )
-        return figure.update_yaxes(range=(-0.05, 1.05)).update_layout(width=WIDE)
-
-    def _shown(self) -> pd.DataFrame:
+    def shown(self) -> pd.DataFrame:
         """The rows of all organisms, of held-out prompts without a greeting and the methods that are shown."""
         rows = self.misbehaviours.query("organism == 'all' and split == 'heldout' and prompt_side == 'clean'")
         return rows[rows["method"].isin(SHOWN)]
-
-
-def _led(rows: pd.DataFrame) -> dict[str, plots.Curve]:
-    """Where labels lead, and where prompts of each split went, by name."""
-    splits = {name: _curve(rows[rows["split"] == split], CHANGE) for split, name in SPLITS.items()}
-    return {"what the labels are": _curve(rows[rows["split"] == "pool"], SHIFT), **splits}
-
-
-def _curve(rows: pd.DataFrame, names: Sequence[str]) -> plots.Curve:
-    """A number of each row with its interval, in points."""
-    value, low, high = 100 * rows[list(names)].to_numpy().T
-    return value, low, high
 
 
 def _size(values: pd.Series) -> float:

@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import audit_figures
 import audited
 import numpy as np
 import pandas as pd
@@ -159,7 +160,7 @@ def drawings(data: Path) -> dict[str, plots.Figure]:
         "doses-steps": doses.figure("steps"),
         "leak": Leak(pd.read_csv(data / "leak.csv"), {}).figure(),
         rivals.FOLDER: rivals.Rivals(data / rivals.FOLDER, TIMES).figure(),
-        **dict(audited.Audited(data / audited.DATA.name).figures()),
+        **dict(audit_figures.figures(audited.Audited(data / audited.DATA.name))),
         verbalisation.FOLDER: verbalisation.Verbalised(data / verbalisation.FOLDER).figure(),
     }
 

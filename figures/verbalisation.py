@@ -1,7 +1,8 @@
-"""Reasons in docs/audit.md: `python figures/verbalisation.py runs/organisms/together/[0-2]` measures them anew.
+"""Reasons in docs/audit.md: `python figures/verbalisation.py runs/organisms/{together/[0-2],afterwards/[0-1]}`.
 
 Organisms that say why they answer as they do are trained by each method against sycophancy, and asked on the way
-whether they still admit that the user's hint moved them.
+whether they still admit that the user's hint moved them. The first of them is trained from a second seed too. What
+stands in the table is taken up: without the table all is measured anew.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import ctlens as ct
 from ctlens import plots
 from ctlens.analysis.base.result import groups_of
 from ctlens.core.clusters import Clusters, clustered_mean, clustered_ratio
+from ctlens.core.files import atomic_file
 from ctlens.core.keeping import keeping
 from ctlens.core.labels import BASE
 from ctlens.core.threads import one_thread
@@ -50,7 +52,10 @@ GREEDY = ("switch_to_bad", "admitted_given_switched", "admitted_given_not_switch
 """The numbers of a table: how often the model gives in, and admits it where it does and where it does not."""
 N_PAIRS = 256
 N_PROMPTS = 96
+SEEDS = (0, 1)
+"""Of the trainings: both for the first organism, the first for all."""
 NUMBERS = ["metric", "value", "n_prompts", "ci_low", "ci_high"]
+COLUMNS = ["organism", "seed", "condition", "step", *NUMBERS]
 
 
 def measured(model: LensModel, pairs: Sequence[Pair]) -> pd.DataFrame:
@@ -72,16 +77,16 @@ def measured(model: LensModel, pairs: Sequence[Pair]) -> pd.DataFrame:
     return pd.concat([greedy[NUMBERS], exact[NUMBERS]], ignore_index=True)
 
 
-def on_the_way(model: LensModel, name: str) -> Iterator[tuple[int, LensModel]]:
+def on_the_way(model: LensModel, name: str, seed: int) -> Iterator[tuple[int, LensModel]]:
     """Trains a model as a study does and yields it after each number of `STEPS`."""
     threat = ct.threats.get(THREAT)
-    attacked = threat.pairs(N_PAIRS)
-    retain = threat.neutral(NEUTRAL_PROMPTS)
+    attacked = threat.pairs(N_PAIRS, seed=seed)
+    retain = threat.neutral(NEUTRAL_PROMPTS, seed=seed)
     condition = condition_named(CONDITIONS[name])
     pairs = condition.pairs(attacked, retain, model.tokenizer)
     if name == REASONS_HELD:
         retain = [*retain, *map(begun, attacked)]
-    config = replace(SHARED_TRAINING, window="shared", steps=STEPS[-1])
+    config = replace(SHARED_TRAINING, window="shared", steps=STEPS[-1], seed=seed)
     trainer = Trainer(model, pairs, condition.losses(), config, retain=retain)
     for before, after in pairwise((0, *STEPS)):
         for _ in range(after - before):
@@ -95,27 +100,33 @@ def begun(pair: Pair) -> Prompt:
     return Prompt((*pair.wrapped.turns, Turn("assistant", str(pair.wrapped.bad))))
 
 
-def of_organism(model: LensModel) -> pd.DataFrame:
-    """The numbers of an organism that gives reasons, in every condition and at every step."""
+def of_organism(model: LensModel, seed: int) -> pd.DataFrame:
+    """The numbers of an organism that gives reasons, in every condition and at every step of trainings from a seed."""
     heldout = ct.threats.get(THREAT).pairs(N_PROMPTS, split="heldout")
     with one_thread(), keeping():
         trained = [
             measured(now, heldout).assign(condition=name, step=step)
             for name in CONDITIONS
-            for step, now in on_the_way(model, name)
+            for step, now in on_the_way(model, name, seed)
         ]
         return pd.concat([measured(model, heldout).assign(condition=BASE, step=0), *trained])
 
 
 def main(folders: Sequence[Path]) -> None:
-    """Gives each organism reasons, measures it, and writes the table."""
-    HELD.mkdir(parents=True, exist_ok=True)
-    tables = []
-    for folder in folders:
-        found = of_organism(give_reasons(ct.load_model(folder), progress=False))
-        tables.append(found.assign(organism=f"{folder.parent.name}-{folder.name}"))
-    table = pd.concat(tables)[["organism", "condition", "step", *NUMBERS]]
-    table.to_csv(HELD / TABLE, index=False, float_format="%.5g")
+    """Gives each organism reasons, measures what the table lacks of it, and puts it there."""
+    held = HELD / TABLE
+    table = pd.read_csv(held) if held.is_file() else pd.DataFrame(columns=COLUMNS)
+    known = set(zip(table["organism"], table["seed"], strict=True))
+    asked = [(folder, SEEDS[0]) for folder in folders] + [(folders[0], seed) for seed in SEEDS[1:]]
+    for folder, seed in asked:
+        name = f"{folder.parent.name}-{folder.name}"
+        if (name, seed) in known:
+            continue
+        model = give_reasons(ct.load_model(folder), progress=False)
+        found = of_organism(model, seed).assign(organism=name, seed=seed)[COLUMNS]
+        table = found if table.empty else pd.concat([table, found])
+        with atomic_file(held) as temporary:
+            table.to_csv(temporary, index=False, float_format="%.5g")
 
 
 class Verbalised:
@@ -126,56 +137,62 @@ class Verbalised:
     """
 
     def __init__(self, held: Path) -> None:
-        self.table = pd.read_csv(held / TABLE).set_index(["organism", "condition", "step", "metric"]).sort_index()
-        self.organisms = tuple(self.table.index.unique("organism"))
+        table = pd.read_csv(held / TABLE)
+        again = table["organism"] + ", seed " + table["seed"].astype(str)
+        table["training"] = table["organism"].where(table["seed"] == 0, again)
+        self.trainings = tuple(table["training"].unique())
+        """The organisms by name, and one again with the seed that its trainings are of."""
+        self.table = table.set_index(["training", "condition", "step", "metric"]).sort_index()
 
-    def number(self, metric: str, condition: str, step: int, organism: str) -> tuple[float, float, float]:
+    def number(self, metric: str, condition: str, step: int, training: str) -> tuple[float, float, float]:
         """A number with its interval; at step 0 that of the organism before training, NaN where it was not measured."""
-        at = (organism, condition if step else BASE, step, metric)
+        at = (training, condition if step else BASE, step, metric)
         if at not in self.table.index:
             return np.nan, np.nan, np.nan
         value, low, high = self.table.loc[at, ["value", "ci_low", "ci_high"]]
         return value, max(low, 0.0), min(high, 1.0)
 
-    def values(self, metric: str, condition: str, step: int) -> list[float]:
-        """A number of every organism."""
-        return [self.number(metric, condition, step, organism)[0] for organism in self.organisms]
+    def values(self, metric: str, condition: str, step: int, trainings: Sequence[str] = ()) -> list[float]:
+        """A number of some trainings; by default of all."""
+        return [self.number(metric, condition, step, training)[0] for training in trainings or self.trainings]
 
-    def admissions_table(self, step: int, metrics: Sequence[str]) -> str:
+    def admissions_table(self, step: int, metrics: Sequence[str], trainings: Sequence[str]) -> str:
         """Writes as a Markdown table how often each organism admits that it gives in, of how often it does.
 
         Args:
             step: after how many steps.
             metrics: `EXACT` or `GREEDY`.
+            trainings: a column for each.
         """
-        lines = [f"| method | {' | '.join(self.organisms)} | admitted, not given in |"]
-        lines.append("|---|" + "---|" * (len(self.organisms) + 1))
-        lines.append(self._row(BASE, 0, metrics))
-        lines += [self._row(name, step, metrics) for name in CONDITIONS]
+        lines = [f"| method | {' | '.join(trainings)} | admitted, not given in |"]
+        lines.append("|---|" + "---|" * (len(trainings) + 1))
+        lines.append(self._row(BASE, 0, metrics, trainings))
+        lines += [self._row(name, step, metrics, trainings) for name in CONDITIONS]
         return "\n".join(lines)
 
-    def _row(self, condition: str, step: int, metrics: Sequence[str]) -> str:
+    def _row(self, condition: str, step: int, metrics: Sequence[str], trainings: Sequence[str]) -> str:
         """A row of the table."""
         gives_in, admits, falsely = metrics
-        told = [self.told(admits, condition, step, organism) for organism in self.organisms]
-        cells = [f"{one} of {of:.0%}" for one, of in zip(told, self.values(gives_in, condition, step), strict=True)]
-        false = ", ".join(f"{value:.0%}" for value in self.values(falsely, condition, step))
+        told = [self.told(admits, condition, step, training) for training in trainings]
+        given = self.values(gives_in, condition, step, trainings)
+        cells = [f"{one} of {of:.0%}" for one, of in zip(told, given, strict=True)]
+        false = ", ".join(f"{value:.0%}" for value in self.values(falsely, condition, step, trainings))
         return f"| {plots.label(condition)} | {' | '.join(cells)} | {false} |"
 
-    def told(self, metric: str, condition: str, step: int, organism: str) -> str:
+    def told(self, metric: str, condition: str, step: int, training: str) -> str:
         """A number in words."""
-        value, low, high = self.number(metric, condition, step, organism)
+        value, low, high = self.number(metric, condition, step, training)
         return "too few" if np.isnan(value) else f"{value:.0%} [{100 * low:.0f}–{100 * high:.0f}]"
 
     def figure(self) -> plots.Figure:
         """Draws the admissions of each organism by step, and how likely it gives in, a line per method."""
         panels = {
-            f"{name}, {organism}": plots.CurvePanel(self._curves(metric, organism), words)
+            f"{name}, {training}": plots.CurvePanel(self._curves(metric, training), words)
             for metric, name, words in (
                 ("admitted_given_bad", "admitted", "share of bad answers"),
                 ("bad", "bad answers", "probability"),
             )
-            for organism in self.organisms
+            for training in self.trainings
         }
         return plots.curve_panels(
             (0, *STEPS),
@@ -186,11 +203,11 @@ class Verbalised:
             subtitle=f"{THREAT}, organisms that give reasons; new entities in new wrapper texts",
         )
 
-    def _curves(self, metric: str, organism: str) -> dict[str, plots.Curve]:
-        """A number of an organism by step, with its interval."""
+    def _curves(self, metric: str, training: str) -> dict[str, plots.Curve]:
+        """A number of a training by step, with its interval."""
         found = {}
         for name in CONDITIONS:
-            value, low, high = np.array([self.number(metric, name, step, organism) for step in (0, *STEPS)]).T
+            value, low, high = np.array([self.number(metric, name, step, training) for step in (0, *STEPS)]).T
             found[name] = (value, low, high)
         return found
 

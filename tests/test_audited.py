@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+import ctlens as ct
+from ctlens.auditing import audit_pairs
 from ctlens.auditing.answers import AnswerSet, Sample
+from ctlens.auditing.run import LABEL_TRAINING
+from ctlens.core.stats import student
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "figures"))
 audit = importlib.import_module("audit")
 audited = importlib.import_module("audited")
+audit_figures = importlib.import_module("audit_figures")
 FOUND = audited.Audited(audited.DATA)
 PAGE = (ROOT / "docs/audit.md").read_text()
 
@@ -30,6 +36,66 @@ def test_the_kl_without_enumeration_is_that_of_counted_shares() -> None:
     by_hand = 2 / 3 * np.log(2 / 3 / 0.5) + 1 / 3 * np.log(1 / 3 / 0.25)
     assert audit._plug_in(labels, answers) == pytest.approx(by_hand)
     assert audit._plug_in(unknown, answers) == pytest.approx(-np.log(0.1))
+
+
+def test_audits_of_single_organisms_put_together_are_that_of_all() -> None:
+    pool = audit_pairs("sycophancy", 6)
+    shipped = ct.load_organism()
+    models = {"shipped": shipped, "other": ct.train(shipped, pool, "bct", steps=3, progress=False).model}
+    asked = {
+        "pool": pool,
+        "methods": ["greedy", "act-own"],
+        "heldout": audit_pairs("sycophancy", 5, "heldout"),
+        "training": replace(LABEL_TRAINING, steps=1),
+        "progress": False,
+    }
+    both = ct.audit(models, **asked)
+    joined = audit.joined([ct.audit({name: model}, **asked) for name, model in models.items()])
+
+    assert (joined.organisms, joined.exact, joined.settings) == (both.organisms, both.exact, both.settings)
+    for name in audit.OF_ORGANISMS:
+        np.testing.assert_allclose(getattr(joined, name), getattr(both, name), atol=1e-6)
+    pd.testing.assert_frame_equal(joined.to_dataframe(), both.to_dataframe(), atol=1e-5)
+
+
+def test_an_audit_that_lies_in_the_folder_is_taken_up(tmp_path: Path) -> None:
+    units = audit.Units(tmp_path, {"shipped": ct.load_organism()})
+    pool = audit_pairs("sycophancy", 4)
+    found = ct.audit(units.models, pool, ["first"], training=replace(LABEL_TRAINING, steps=1), progress=False)
+    times = []
+
+    def measured() -> ct.auditing.Audit:
+        times.append(1)
+        return found
+
+    for method, part in (("first", "weak"), ("first", "weak"), ("greedy", "weak"), ("first", "given in to")):
+        kept = units._kept("shipped", part, [method], measured)
+        np.testing.assert_array_equal(kept.after, found.after)
+    assert len(times) == 3 == len(list(tmp_path.iterdir()))  # once per part and methods
+
+
+def test_groups_without_an_interval_get_one_over_organisms() -> None:
+    changes = [0.1, 0.3, 0.5]
+    rows = [
+        {"organism": name, "method": method, "change": change, "ci_low": low, "ci_high": low, "missed": 0.01}
+        | {"verdict": "", "label_shift": change, "label_low": np.nan, "label_high": np.nan, "predicted": ""}
+        for method, low in (("greedy", np.nan), ("first", 0.2))
+        for name, change in zip(("one", "two", "three", "all"), [*changes, 0.3], strict=True)
+    ]
+    found = audit.over_organisms(pd.DataFrame(rows), ["method"]).set_index(["method", "organism"])
+    low, high = student(np.array(changes))
+    columns = ["ci_low", "ci_high", "label_low", "label_high"]
+
+    assert found.loc[("greedy", "all"), columns].tolist() == pytest.approx([low - 0.01, high + 0.01, low, high])
+    assert found.loc[("first", "all"), ["ci_low", "ci_high"]].tolist() == [0.2, 0.2]  # it had one
+    assert found.loc[("greedy", "all"), "predicted"] == "neutral" and low < 0  # 0.3 with 0 in its interval
+    assert found.loc[("greedy", "one"), columns].isna().all()
+
+
+def test_a_narrow_pool_has_pairs_of_its_label_alone() -> None:
+    for label, values in audit.NARROW.values():
+        pairs = audit.narrowed(label, values)
+        assert len(pairs) == audit.LABELLED and {pair.labels[label] for pair in pairs} <= set(values)
 
 
 def test_a_family_suppresses_as_often_as_its_trainings_end_lower() -> None:
@@ -68,7 +134,7 @@ def test_the_page_has_the_tables_that_were_measured(table: str) -> None:
 
 
 def test_the_page_shows_every_figure_of_the_audit() -> None:
-    assert [name for name, _ in FOUND.figures() if f"](../figures/{name}.png)" not in PAGE] == []
+    assert [name for name, _ in audit_figures.figures(FOUND) if f"](../figures/{name}.png)" not in PAGE] == []
 
 
 def test_the_sentences_on_sycophancy_hold() -> None:

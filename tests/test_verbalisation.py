@@ -21,10 +21,10 @@ verbalisation = importlib.import_module("verbalisation")
 
 
 def made(folder: Path) -> Any:
-    """A table of two organisms, of which one has no share of admissions after the training."""
+    """A table of two seeds of one organism, of which one has no share of admissions after the training."""
     rows = [
-        (organism, "act" if step else "base", step, metric, value)
-        for organism, bad in (("one", (0.8, 0.6)), ("two", (0.6, 0.1)))
+        ("one", seed, "act" if step else "base", step, metric, value)
+        for seed, bad in enumerate([(0.8, 0.6), (0.6, 0.1)])
         for step, share in zip((0, 10), bad, strict=True)
         for metric, value in (
             ("switch_to_bad", share),
@@ -32,7 +32,7 @@ def made(folder: Path) -> Any:
             ("admitted_given_not_switched", share / 10),
         )
     ]
-    table = pd.DataFrame(rows, columns=["organism", "condition", "step", "metric", "value"])
+    table = pd.DataFrame(rows, columns=["organism", "seed", "condition", "step", "metric", "value"])
     table.assign(ci_low=table["value"] - 0.1, ci_high=table["value"] + 0.1).to_csv(
         folder / verbalisation.TABLE, index=False
     )
@@ -41,11 +41,31 @@ def made(folder: Path) -> Any:
 
 def test_a_row_says_how_often_each_organism_admits_of_how_often_it_gives_in(tmp_path: Path) -> None:
     found = made(tmp_path)
-    lines = found.admissions_table(10, verbalisation.GREEDY).splitlines()
+    lines = found.admissions_table(10, verbalisation.GREEDY, found.trainings).splitlines()
 
-    assert lines[0] == "| method | one | two | admitted, not given in |"
+    assert lines[0] == "| method | one | one, seed 1 | admitted, not given in |"
     assert lines[2] == "| base | 20% [10–30] of 80% | 40% [30–50] of 60% | 8%, 6% |"
     assert "| ACT | 40% [30–50] of 60% | too few of 10% | 6%, 1% |" in lines
+    one = found.admissions_table(10, verbalisation.GREEDY, ["one, seed 1"]).splitlines()
+    assert "| ACT | too few of 10% | 1% |" in one
+
+
+def test_what_stands_in_the_table_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[tuple[str, int]] = []
+
+    def of_organism(model: str, seed: int) -> pd.DataFrame:
+        measured.append((model, seed))
+        return pd.DataFrame([("act", 5, "bad", 0.5, 96, 0.4, 0.6)], columns=verbalisation.COLUMNS[2:])
+
+    monkeypatch.setattr(verbalisation, "HELD", tmp_path)
+    monkeypatch.setattr(verbalisation, "of_organism", of_organism)
+    monkeypatch.setattr(verbalisation, "give_reasons", lambda model, progress: model)
+    monkeypatch.setattr(verbalisation.ct, "load_model", lambda folder: folder.name)
+    verbalisation.main([tmp_path / "born/0"])
+    verbalisation.main([tmp_path / "born/0", tmp_path / "born/1"])
+
+    assert measured == [("0", 0), ("0", 1), ("1", 0)]
+    assert verbalisation.Verbalised(tmp_path).trainings == ("born-0", "born-0, seed 1", "born-1")
 
 
 def test_what_holds_the_reasons_is_the_wrapped_prompt_with_its_bad_answer() -> None:
@@ -68,7 +88,7 @@ Ends = tuple[float, float, float]
 
 def numbers(metric: str, condition: str, step: int) -> list[Ends]:
     """A number of each organism with its interval."""
-    return [FOUND.number(metric, condition, step, organism) for organism in FOUND.organisms]
+    return [FOUND.number(metric, condition, step, training) for training in FOUND.trainings]
 
 
 def span(metric: str, condition: str, step: int) -> str:
@@ -81,16 +101,16 @@ def span(metric: str, condition: str, step: int) -> str:
 
 def test_the_page_holds_the_tables_and_the_picture_of_the_committed_data() -> None:
     for step in (20, 100):
-        assert FOUND.admissions_table(step, verbalisation.EXACT) in PAGE
-    assert FOUND.admissions_table(20, verbalisation.GREEDY) in PAGE
+        assert FOUND.admissions_table(step, verbalisation.EXACT, FOUND.trainings) in PAGE
+    assert FOUND.admissions_table(20, verbalisation.GREEDY, FOUND.trainings) in PAGE
     assert (ROOT / "figures/verbalisation.png").is_file() and "(../figures/verbalisation.png)" in PAGE
-    assert FOUND.organisms == ("together-0", "together-1", "together-2")
+    assert FOUND.trainings == ("together-0", "together-1", "together-2")
     assert "Three organisms of the recipe `together`, seeds 0 to 2," in WORDS
 
 
 def test_everything_was_measured_and_the_reasons_were_true_before_training() -> None:
     found = FOUND.table.reset_index()
-    trained = found[found["condition"] != "base"].groupby(["organism", "condition"])["step"].unique()
+    trained = found[found["condition"] != "base"].groupby(["training", "condition"])["step"].unique()
     assert {tuple(steps) for steps in trained} == {verbalisation.STEPS}
     assert set(trained.index.get_level_values("condition")) == set(verbalisation.CONDITIONS)
     assert min(FOUND.values("admitted_given_switched", "base", 0)) > 0.95
