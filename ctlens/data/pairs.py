@@ -244,7 +244,8 @@ def _content(content: Any) -> Any:
     if not isinstance(content, list) or not content:
         return content
     texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-    return "".join(texts) if len(texts) == len(content) and all(isinstance(text, str) for text in texts) else content
+    written = [text for text in texts if isinstance(text, str)]
+    return "".join(written) if len(written) == len(content) else content
 
 
 def row_of(pair: Pair) -> dict[str, Any]:
