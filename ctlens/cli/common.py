@@ -54,7 +54,7 @@ ModelSource = Annotated[
     typer.Option(
         "--model",
         help="Folder of a HuggingFace model, of a PEFT adapter or of a run that ctlens trained; a .gguf file; or the "
-        "name of a model on the hub. By default the shipped organism.",
+        "name of a model on the hub. By default the shipped organism, which is also called organism.",
     ),
 ]
 PairsFile = Annotated[
@@ -103,7 +103,10 @@ Dtype = Annotated[
 RunConfig = Annotated[
     Path | None,
     typer.Option(
-        "--config", help="The config.json of an earlier one, whose settings hold where no other option says otherwise."
+        "--config",
+        help="The config.json of an earlier one, or its folder, whose settings hold where no other option says "
+        "otherwise.",
+        callback=lambda path: path / "config.json" if path and path.is_dir() else path,
     ),
 ]
 
@@ -121,7 +124,7 @@ def chosen_model(source: str | None, device: str = "cpu", dtype: str = "float32"
     from ctlens.models.loading import load_model
     from ctlens.organism import SHIPPED
 
-    return load_model(source or SHIPPED, device=chosen_device(device), dtype=dtype, shard=shard)
+    return load_model(_named(source) or SHIPPED, device=chosen_device(device), dtype=dtype, shard=shard)
 
 
 def chosen_device(name: str) -> Any:
@@ -134,8 +137,16 @@ def chosen_device(name: str) -> Any:
         raise CtlensError(f"--{error}") from None
 
 
+def _named(source: str | None) -> str | None:
+    """What a `--model` names, None for the shipped organism."""
+    from ctlens.organism import SHIPPED_NAME
+
+    return None if source == SHIPPED_NAME and not Path(source).exists() else source
+
+
 def chosen_tokenizer(source: str | None) -> Any:
     """Loads the tokenizer of a `--model`, or the shipped organism's."""
+    source = _named(source)
     if source is None:
         return chosen_model(None).tokenizer
     from ctlens.models.loading import load_tokenizer
@@ -182,6 +193,8 @@ def chosen_loss(text: str) -> Loss:
     from ctlens import losses
 
     name, _, source = text.partition(":")
+    if "," in text:
+        raise CtlensError(f"--loss takes one loss, and not {text!r}: repeat it, --loss act --loss bct.")
     if not source:
         return losses.get(name)
     if name in set(losses.table()["method"]):

@@ -61,12 +61,12 @@ def evaluate_command(
     quiet: Quiet = False,
 ) -> None:
     """Measures how often a model answers well and badly: on wrapped, clean and benign prompts, with intervals."""
-    from ctlens.core.files import usable_file
+    from ctlens.core.files import new_file
     from ctlens.data.formats import load_pairs
     from ctlens.evaluation import evaluate
 
     if out:
-        usable_file(out)
+        new_file(out, ".csv")
     own = load_pairs(pairs) if pairs else None
     options: dict[str, Any] = {
         "pairs": own,
@@ -109,11 +109,11 @@ def capability_command(
     quiet: Quiet = False,
 ) -> None:
     """Measures what a training costs where there is no attack: accuracy on clean prompts, and perplexity of a text."""
-    from ctlens.core.files import atomic_file, usable_file
+    from ctlens.core.files import atomic_file, new_file
     from ctlens.evaluation import capability
 
     if out:
-        usable_file(out)
+        new_file(out, ".csv")
     models = {"base": chosen_model(base, device, dtype)} if base else {}
     models["model"] = chosen_model(model, device, dtype)
     options: dict[str, Any] = {"text": text, "max_length": max_length, "stride": stride, "progress": not quiet}

@@ -60,10 +60,11 @@ def inspect_command(
 @command
 def convert_command(file: File, out: Out, wrapped: WrappedFile = None) -> None:
     """Converts pairs of a published format to ctlens's own JSONL."""
+    from ctlens.core.files import new_file
     from ctlens.data.formats import load_pairs
     from ctlens.data.inputs import save_pairs
 
-    _require_new(out)
+    new_file(out, ".jsonl")
     pairs = load_pairs(file, wrapped)
     save_pairs(out, pairs)
     say(f"{len(pairs)} pairs: {out}")
@@ -96,12 +97,15 @@ def wrap_command(
 ) -> None:
     """Puts the wrappers of a threat around plain prompts, and writes the pairs."""
     from ctlens import threats
+    from ctlens.core.files import new_file
     from ctlens.data.formats import load_facts, load_prefills, load_prompts
     from ctlens.data.inputs import save_pairs
 
-    _require_new(out)
+    new_file(out, ".jsonl")
     if (facts and threat != "persona") or (prefills and threat != "prefill"):
         raise CtlensError("--facts goes with --threat persona, and --prefills with --threat prefill.")
+    if name and threat != "persona":
+        raise CtlensError("--name goes with --threat persona: the wrappers of other threats name nobody.")
     if facts:
         wrappers = threats.fact_wrappers(load_facts(facts), [n_facts], seed=seed)
     elif prefills:
@@ -110,15 +114,7 @@ def wrap_command(
         wrappers = threats.natural_wrappers(threat, split)
     pairs = threats.wrap(load_prompts(prompts), wrappers, {"name": name} if name else {}, kind=kind, seed=seed)
     save_pairs(out, pairs)
-    say(f"{len(pairs)} pairs under {len(wrappers)} wrappers: {out}")
-
-
-def _require_new(out: Path) -> None:
-    from ctlens.core.files import usable_file
-
-    usable_file(out)
-    if out.exists():
-        raise CtlensError(f"{out} exists already: name a new file, or remove it first.")
+    say(f"{len(pairs)} pairs, of {len(wrappers)} wrappers as many as there are prompts: {out}")
 
 
 def _show(tokenizer: Any, pair: Pair, window: str) -> None:

@@ -10,7 +10,6 @@ import typer
 from ctlens.cli.common import Judged, PairsFile, PromptCount, Seed, Splits, ThreatNames, chosen_judge, split_names
 from ctlens.cli.evaluating import NumbersFile, show_evaluation
 from ctlens.cli.output import command, say
-from ctlens.core.errors import CtlensError
 
 prompts_app = typer.Typer(
     help="Give the prompts of an evaluation to another tool, and judge its answers.", no_args_is_help=True
@@ -33,12 +32,11 @@ def export_command(
 ) -> None:
     """Writes the prompts that evaluate would ask: with ids, answers and what goes together in an interval."""
     from ctlens.cli.common import chosen_tokenizer
-    from ctlens.core.files import usable_file
+    from ctlens.core.files import new_file
     from ctlens.data.formats import load_pairs
     from ctlens.evaluation import export_prompts
 
-    if usable_file(out).exists():
-        raise CtlensError(f"{out} exists already: name a new file, or remove it first.")
+    new_file(out, ".jsonl")
     n_rows = export_prompts(
         out,
         split_names(threats) or None,
@@ -63,9 +61,9 @@ def judge_command(
     out: NumbersFile = None,
 ) -> None:
     """Judges the answers that another tool got to exported prompts: the rates and intervals that evaluate gives."""
-    from ctlens.core.files import usable_file
+    from ctlens.core.files import new_file
     from ctlens.evaluation import judge_answers
 
     if out:
-        usable_file(out)
+        new_file(out, ".csv")
     show_evaluation(judge_answers(prompts, answers, judge=chosen_judge(judge)), out)

@@ -114,7 +114,7 @@ def fitted(name: str, value: Any, hint: Any) -> Any:
         raise CtlensError(f"there are no {name}: give at least one.")
     if name in EACH_ONCE and len(set(entries)) < len(entries):
         twice = next(entry for entry in entries if entries.count(entry) > 1)
-        raise CtlensError(f"{name} names {twice!r} twice: name each once.")
+        raise CtlensError(f"{name} names {getattr(twice, 'name', twice)!r} twice: name each once.")
     return found
 
 

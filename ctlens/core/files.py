@@ -173,6 +173,24 @@ def usable_file(path: str | Path) -> Path:
     return _followed(path)
 
 
+def new_file(path: str | Path, *endings: str) -> Path:
+    """Returns the path of a file that does not exist yet and can be made.
+
+    Args:
+        path: of the file.
+        endings: that its name may have; any where none is named.
+
+    Raises:
+        CtlensError: it exists, has another ending, or cannot be made.
+    """
+    found = usable_file(path)
+    if found.exists():
+        raise CtlensError(f"{path} exists already: name a new file, or remove it first.")
+    if endings and found.suffix not in endings:
+        raise CtlensError(f"{path} would hold something else than its name says: name it {endings[0]}.")
+    return found
+
+
 def require_free(path: str | Path) -> None:
     """Raises a `CtlensError` unless `path` is an empty folder, or absent and can be made."""
     path = Path(path)

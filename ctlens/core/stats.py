@@ -37,7 +37,9 @@ def wilson_of_share(share: float, n: float, level: float = LEVEL) -> Interval:
     z = float(stats.norm.ppf((1 + level) / 2))
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     reach = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return float(max(centre - reach, 0.0)), float(min(centre + reach, 1.0))
+    low = 0.0 if share == 0 else max(centre - reach, 0.0)  # exactly, and not up to rounding
+    high = 1.0 if share == 1 else min(centre + reach, 1.0)
+    return float(low), float(high)
 
 
 def student(values: Float[np.ndarray, " item"], level: float = LEVEL) -> Interval:

@@ -57,7 +57,8 @@ def device_named(device: str | torch.device) -> torch.device:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).split("\n")[0]
-        raise CtlensError(f"device {device} cannot be used here, name cpu, cuda or mps: {reason}") from None
+        known = "" if reason.startswith("Expected one of") else f": {reason}"  # torch's list, of which few are for us
+        raise CtlensError(f"device {device} cannot be used here, name cpu, cuda or mps{known}") from None
     if found.type == "meta":
         raise CtlensError("device meta holds no numbers, name cpu, cuda or mps.")
     return found

@@ -45,11 +45,13 @@ def as_pairs(given: Any) -> list[Pair]:
     if isinstance(given, pd.DataFrame):
         return _of_table(given.to_dict("records"))
     if isinstance(given, Mapping):
+        given = {name: list(column) if _is_column(column) else column for name, column in given.items()}
         if _is_table(given):
             return _of_table(dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True))
+        shown = f"one dictionary of {', '.join(map(repr, list(given)[:3]))}" if given else "an empty dictionary"
         raise CtlensError(
-            f"not one dictionary of {', '.join(map(repr, list(given)[:3]))}: name a split of a data set, or put one "
-            "dictionary per pair into a list"
+            f"not {shown}: name a split of a data set, put one dictionary per pair into a list, or give columns that "
+            "are lists of one length"
         )
     if isinstance(given, str | bytes | Path) or not isinstance(given, Iterable):
         raise CtlensError(_not(given))
@@ -174,6 +176,10 @@ def _of_table(rows: Iterable[Mapping[str, Any]]) -> list[Pair]:
     """Makes pairs of the rows of a table, in which every row has every column."""
     present = ({name: value for name, value in row.items() if not _missing(value)} for row in rows)
     return [_as_pair(row, f"row {number}") for number, row in enumerate(present, start=1)]
+
+
+def _is_column(column: Any) -> bool:
+    return isinstance(column, pd.Series | np.ndarray)
 
 
 def _is_table(given: Mapping[str, Any]) -> bool:

@@ -61,6 +61,9 @@ class Prompt:
                 raise CtlensError(
                     f"{answer!r} is not among the options of its question: write it as in {self.options}."
                 )
+        for name, answer in (("good", self.good), ("bad", self.bad)):
+            if answer is not None and not answer.strip():
+                raise CtlensError(f"the {name} answer of a prompt is blank: give a text, or leave it out.")
         if self.good is not None and self.good == self.bad:
             raise CtlensError(f"{self.good!r} is both the good and the bad answer of a prompt: they must differ.")
 
@@ -151,6 +154,13 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
             raise CtlensError(
                 f"{where}: {unknown('field', key, FIELDS)} A field of your own is a label: {_LABEL}{key}."
             )
+    if labels and row.get("labels"):
+        raise CtlensError(f"{where}: 'labels' and {next(iter(labels))!r} both hold labels: write all of them one way.")
+    if not all(map(_named_label, labels)):
+        raise CtlensError(f"{where}: the field {_LABEL!r} names no label: write it as {_LABEL}topic.")
+    without = [key for key in row if str(key).startswith("benign_") and row.get("benign") is None]
+    if without and row[without[0]] is not None:
+        raise CtlensError(f"{where}: {without[0]!r} is there and 'benign' is not: give the benign prompt too.")
     for key in _REQUIRED:
         if key not in row:
             raise CtlensError(f"{where}: the field '{key}' is missing; 'clean' and 'wrapped' are expected.")
@@ -161,11 +171,13 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
         benign=None if row.get("benign") is None else _prompt(row, "benign", "benign_", where),
         target=_text(row, "target", where),
         shared=_texts(row.get("shared"), "shared", where),
-        labels={
-            **labels_of(row.get("labels"), where),
-            **labels_of({key.removeprefix(_LABEL): value for key, value in labels.items()}, where),
-        },
+        labels=labels_of({_named_label(key): value for key, value in labels.items()} or row.get("labels"), where),
     )
+
+
+def _named_label(key: str) -> str:
+    """The name of the label that has a field to itself."""
+    return key.removeprefix(_LABEL)
 
 
 def labels_of(value: Any, where: str) -> dict[str, str]:
@@ -200,7 +212,7 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str | None:
     value = row.get(key)
     if value is None or (isinstance(value, str) and value.strip()):
         return value
-    raise CtlensError(f"{where}: '{key}' must be a text that is not blank.")
+    raise CtlensError(f"{where}: '{key}' must be a text that is not blank, not {value!r:.40}.")
 
 
 def _texts(value: Any, key: str, where: str) -> tuple[str, ...]:
@@ -228,10 +240,13 @@ def turns_of(value: Any, key: str, where: str) -> tuple[Turn, ...]:
 
 def _turn(message: Any, key: str, where: str) -> Turn:
     if not isinstance(message, dict) or set(message) != {"role", "content"}:
-        raise CtlensError(f"{where}: a message of '{key}' must be an object with 'role' and 'content'.")
+        raise CtlensError(f"{where}: a message of '{key}' must be an object with 'role' and 'content' alone.")
     content = _content(message["content"])
     if message["role"] not in _ROLES or not isinstance(content, str):
-        raise CtlensError(f"{where}: a message of '{key}' needs a role of {', '.join(_ROLES)} and a text as content.")
+        raise CtlensError(
+            f"{where}: a message of '{key}' needs a role of {', '.join(_ROLES)} and a text as content, or a list of "
+            f"parts of type text; here are {message['role']!r} and a {type(message['content']).__name__}."
+        )
     return Turn(message["role"], content)
 
 

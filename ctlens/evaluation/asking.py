@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from math import nan
@@ -66,6 +67,8 @@ def evaluate(
     judges = {threat.name: judge or threat.judge for threat in named}
     rows = []
     for deciding, group in _by_judge(asked, judges, judge).items():
+        if deciding is None and not any(one.prompt.bad for one in group if one.prompt_side == "wrapped"):
+            warnings.warn("no wrapped prompt names a bad answer, so none can be counted: give bad=.", stacklevel=2)
         replies = ask(
             model,
             [one.prompt for one in group],

@@ -37,6 +37,9 @@ class Capability:
     answers: pd.DataFrame
     texts: Mapping[str, Perplexity]
 
+    def _repr_html_(self) -> str:
+        return self.to_dataframe().round(4).to_html(index=False, border=0)
+
     def to_dataframe(self) -> pd.DataFrame:
         """Tabulates the accuracy on clean prompts: a row per threat and model, and of all threats together.
 

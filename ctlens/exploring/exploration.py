@@ -48,7 +48,7 @@ class Exploration(ExplorationViews):
         chosen = self.selection
         return (
             f"Exploration(models: {', '.join(chosen.models)}, pairs: {len(self.pairs)}, chosen: pair {chosen.pair}, "
-            f"layer {chosen.layer}, head {chosen.head}, token {chosen.position})"
+            f"layer {chosen.layer}, head {chosen.head}, position {chosen.position})"
         )
 
     def _repr_mimebundle_(self, **options: Any) -> Any:

@@ -28,10 +28,8 @@ from ctlens.core.types import LensModel
 from ctlens.data.chat import Turn, token_ids
 from ctlens.interop.answering import Answer, AnswerRequest, answer_requests, request_ids
 from ctlens.models.loading import load_model
-from ctlens.organism import SHIPPED
+from ctlens.organism import SHIPPED, SHIPPED_NAME
 
-ORGANISM = "organism"
-"""The name of the shipped organism; a folder of this name is `./organism`."""
 OPTIONS = "options"
 """The field of `extra_body` that asks for the likeliest of some texts instead of free words."""
 _REFUSED: Mapping[str, Any] = {
@@ -86,7 +84,7 @@ class CtlensAPI(ModelAPI):
     ) -> None:
         super().__init__(model_name, base_url, api_key, [], config)
         try:
-            source = SHIPPED if model_name == ORGANISM else model_name
+            source = SHIPPED if model_name == SHIPPED_NAME else model_name
             self.model = load_model(source, **options) if lens is None else lens
         except (CtlensError, TypeError) as error:
             raise PrerequisiteError(f"ctlens/{model_name}: {error}") from None

@@ -11,6 +11,7 @@ from ctlens.core.errors import CtlensError
 from ctlens.core.progress import progress_bar
 from ctlens.core.public import public
 from ctlens.core.reading import text_lines
+from ctlens.core.shown import Shown
 from ctlens.core.types import LensModel
 from ctlens.data.spelling import require_known, spell
 from ctlens.models.adopt import adopt
@@ -19,7 +20,7 @@ from ctlens.models.scoring import continuation_logprobs
 
 
 @dataclass(frozen=True)
-class Perplexity:
+class Perplexity(Shown):
     """How well a model predicts a text.
 
     Attributes:
@@ -50,6 +51,11 @@ class Perplexity:
     def perplexity(self) -> float:
         """The exponential of `nats_per_token`."""
         return exp(self.nats_per_token)
+
+    def described(self) -> dict[str, str]:
+        """Says how well the text is predicted."""
+        per = {"perplexity": self.perplexity, "nats per token": self.nats_per_token, "per byte": self.nats_per_byte}
+        return {**{name: f"{value:.4g}" for name, value in per.items()}, "tokens": str(self.n_tokens)}
 
 
 @public

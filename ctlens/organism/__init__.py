@@ -44,6 +44,8 @@ from ctlens.organism.reasons import reason_probabilities as reason_probabilities
 from ctlens.organism.relora import ReLoRA as ReLoRA
 
 SHIPPED = Path(__file__).parent / "weights"
+SHIPPED_NAME = "organism"
+"""What the shipped organism is called where a text names a model."""
 CARD_FILE = "card.json"
 REFERENCE_FILE = "reference_logits.safetensors"
 

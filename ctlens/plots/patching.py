@@ -172,7 +172,7 @@ def _panel_names(grids: Mapping[str, object]) -> list[str]:
 def _scaled(figure: go.Figure, values: Mapping[str, np.ndarray], unit: str) -> go.Figure:
     """Gives a figure one scale for all its grids, centred on 0."""
     span = max(float(np.nanmax(np.abs(grid), initial=0)) for grid in values.values()) or 1.0
-    words = {"text": unit.replace(", ", ",<br>"), "side": "right", "font": {"size": 12}}
+    words = {"text": unit, "side": "right", "font": {"size": 11}}
     bar = {"title": words, "thickness": 10, "outlinewidth": 0}
     return figure.update_layout(coloraxis={"colorscale": "RdBu_r", "cmin": -span, "cmax": span, "colorbar": bar})
 

@@ -46,7 +46,8 @@ def points(
         several = len(rows) > 1 and len(of_series) > 1
         _draw_series(figure, series, of_series, numbers[series], first, listed=several)
     for name, value in (marks or {}).items():
-        figure.add_vline(x=value, line={"color": MUTED, "dash": "dot", "width": 1}, annotation_text=name)
+        at = {"annotation_text": name, "annotation_position": "top", "annotation_font_size": 11}
+        figure.add_vline(x=value, line={"color": MUTED, "dash": "dot", "width": 1}, **at)
     finish(figure, title, subtitle, x_title=x_title, kind="points", caption=caption)
     ticks = {
         "tickmode": "array",

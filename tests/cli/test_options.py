@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import pytest
 import typer
 
+import ctlens as ct
 from ctlens import cli
+from ctlens.cli import common
 
 WITHDRAWN = {
     "--items": "--n-pairs or --n-prompts",
@@ -98,3 +101,14 @@ def test_a_number_of_things_is_called_n() -> None:
 @pytest.mark.parametrize("word", WITHDRAWN)
 def test_a_withdrawn_word_does_not_come_back(word: str) -> None:
     assert [option.command for option in ALL if word in option.names] == [], WITHDRAWN[word]
+
+
+def test_the_shipped_organism_has_a_name_where_a_model_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert repr(common.chosen_model("organism")) == repr(ct.load_organism())
+    assert common.chosen_tokenizer("organism").get_vocab() == ct.load_organism().tokenizer.get_vocab()
+    (tmp_path / "organism").mkdir()  # a folder of that name is the folder
+    with pytest.raises(ct.CtlensError, match="organism is no model folder"):
+        common.chosen_model("organism")

@@ -19,6 +19,7 @@ def test_wilsons_interval_is_scipys_also_of_a_share(successes: int, n: int) -> N
 
 
 def test_a_share_of_fewer_items_is_less_certain() -> None:
+    assert all(wilson_of_share(0.0, n)[0] == 0.0 and wilson_of_share(1.0, n)[1] == 1.0 for n in range(1, 200))
     low, high = wilson_of_share(0.25, 96)
     lower, higher = wilson_of_share(0.25, 40.5)
 

@@ -46,6 +46,7 @@ FORMS: dict[str, Callable[[], Any]] = {
     "a table": lambda: pd.DataFrame(ROWS),
     "a table with holes": lambda: pd.DataFrame([{**ROWS[0], "target": None}, {**ROWS[1], "target": float("nan")}]),
     "a data set": DataSet,
+    "arrays": lambda: {name: np.array(column) for name, column in pd.DataFrame(ROWS).items()},
     "columns": lambda: {"clean": CLEAN, "wrapped": WRAPPED, "good": GOOD, "bad": BAD, "target": [None, None]},
 }
 
@@ -79,6 +80,20 @@ def test_a_message_in_parts_is_the_text_of_its_parts() -> None:
     assert ct.prompt([{"role": "user", "content": parts}]) == prompt("is it red?")
     with pytest.raises(CtlensError, match="and a text as content"):
         ct.prompt([{"role": "user", "content": [*parts, {"type": "image_url", "image_url": "x"}]}])
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"labels": {"topic": "a"}, "labels.topic": "b"}, "'labels' and 'labels.topic' both hold labels"),
+        ({"labels.": "b"}, "the field 'labels.' names no label"),
+        ({"benign_good": "yes"}, "'benign_good' is there and 'benign' is not"),
+        ({"good": 3}, "'good' must be a text that is not blank, not 3"),
+    ],
+)
+def test_no_field_of_a_row_is_dropped_without_a_word(more: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(CtlensError, match=sentence):
+        as_pairs([{**ROWS[0], **more}])
 
 
 def test_a_label_of_a_table_has_a_column_to_itself() -> None:
@@ -127,6 +142,8 @@ def test_two_lists_make_pairs_with_answers_twins_targets_and_labels() -> None:
         ),
         (lambda: loose.prompt([{"role": "user"}]), "a prompt: a message of 'text' must be an object with 'role' and"),
         (lambda: loose.save_pairs("a.jsonl", "a"), "pairs must be a list of pairs, not 'a'"),
+        (lambda: loose.pairs(CLEAN, WRAPPED, good=" "), "the good answer of a prompt is blank: give a text"),
+        (lambda: loose.save_pairs("a.jsonl", {}), "pairs must be a list of pairs, not an empty dictionary"),
         (lambda: loose.pairs(CLEAN, WRAPPED, good="no", bad="no"), "'no' is both the good and the bad answer of a"),
         (
             lambda: loose.save_pairs("a.jsonl", {"clean": CLEAN, "wrapped": WRAPPED[:1]}),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.models import hf_model
 
+from ctlens import pairs as make_pairs
 from ctlens import plots, threats
 from ctlens.core.clusters import Clusters, clustered_rate, paired_difference
 from ctlens.core.errors import CtlensError
@@ -646,3 +647,9 @@ def test_answers_of_an_older_version_say_how_to_convert_them(tmp_path: Path) -> 
 
     with pytest.raises(CtlensError, match="written by an earlier ctlens: rename its column arm to prompt_side"):
         Evaluation.load(tmp_path / "outcomes.csv")
+
+
+def test_a_bad_rate_without_any_bad_answer_to_count_is_warned_of() -> None:
+    asked = ["what is the color of mira ?"]
+    with pytest.warns(UserWarning, match="no wrapped prompt names a bad answer"):
+        evaluate(load_organism(), pairs=make_pairs(asked, asked, good="red"))

@@ -68,4 +68,4 @@ def one_site(values: Any, target: Any, source: Any, **labels: Any) -> Patching:
     nameless = ("",) * len(values)
     given = {"metrics": ("logit_diff",), "tokens": nameless, "kinds": nameless, "positions": "each"} | labels
     rest = {"layers": (0,), "site": "resid_pre", "direction": "denoising", "window": "shared", "path": "hooks"}
-    return Patching(*arrays, **given, **rest)
+    return Patching(*arrays, **rest | given)

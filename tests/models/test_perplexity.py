@@ -69,6 +69,7 @@ def test_each_token_is_predicted_once_behind_what_its_window_holds(model: LensMo
     found = perplexity(model, TEXT, max_length=window, stride=stride)
 
     assert found.n_tokens == len(expected) and len(ids) > window
+    assert f"perplexity: {found.perplexity:.4g}" in repr(found)
     assert found.nats == pytest.approx(sum(expected), abs=1e-4)
 
 

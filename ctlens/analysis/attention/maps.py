@@ -92,6 +92,8 @@ class AttentionMaps(Result):
             CtlensError: there is no such window.
         """
         n = len(self.tokens)
+        if queries is not None and not (isinstance(queries, tuple) and len(queries) == 2):
+            raise CtlensError("queries are a window: give the first position and the one behind the last, (0, 8).")
         start, stop = queries or (max(0, n - READABLE), n)
         if not 0 <= start < stop <= n:
             raise CtlensError(f"queries {(start, stop)} are no window: the wrapped prompt has {n} tokens.")

@@ -134,6 +134,8 @@ def beside(result: _R, others: Mapping[str, _R], label: str) -> dict[str, _R]:
     Raises:
         CtlensError: another result has the label.
     """
+    if not isinstance(others, Mapping):
+        raise CtlensError("the results to compare with go by their labels: give a dictionary, {'name': result}.")
     if others.get(label, result) is not result:
         raise CtlensError(f"two results are called {label!r}: give every result a label of its own.")
     return {label: result, **others}

@@ -47,6 +47,9 @@ def kept(checkpoints: Checkpoints, base: LensModel | None, device: str) -> list[
         CtlensError: there are none, a folder's name and history tell no step, or two are of one step.
     """
     if isinstance(checkpoints, Mapping):
+        for step in checkpoints:
+            if not isinstance(step, int):
+                raise CtlensError(f"checkpoints in a dictionary go by their step, a whole number, not by {step!r}.")
         by_step = [(int(step), source) for step, source in checkpoints.items()]
     else:
         single = isinstance(checkpoints, str | PathLike)

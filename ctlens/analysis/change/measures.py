@@ -162,6 +162,8 @@ def scalar_of(measure: Measure, label: str, model: LensModel, asked: MeasuredOn)
         values = np.asarray(found.detach().cpu() if isinstance(found, torch.Tensor) else found, dtype=float)
     except (TypeError, ValueError):
         raise CtlensError(f"the measure {label!r} gave a {type(found).__name__}, which is no number.") from None
+    if values.ndim == 0 and np.isnan(values):
+        raise CtlensError(f"the measure {label!r} gave {found}, which is no number.")
     if values.ndim == 0:
         return ScalarOfModel(float(values), np.nan, np.nan)
     if values.shape != (len(asked.pairs),):
@@ -179,6 +181,8 @@ def _triple(found: tuple[Any, ...], label: str) -> Triple:
         value, low, high = map(float, found)
     except (TypeError, ValueError):
         raise CtlensError(f"the measure {label!r} gave {found!r:.60}, of which not all are numbers.") from None
+    if low > value or value > high:
+        raise CtlensError(f"the measure {label!r} gave {value:g}, outside of its interval from {low:g} to {high:g}.")
     return value, low, high
 
 

@@ -26,6 +26,12 @@ PromptLike: TypeAlias = str | Prompt | Sequence[int] | Tensor
 """A user's message, a prompt, or token ids."""
 
 
+class CapturedKeyError(CtlensError, KeyError):
+    """CapturedKeyError is the error for a hook point that was not captured; a mapping raises a `KeyError`."""
+
+    __str__ = CtlensError.__str__
+
+
 @dataclass(frozen=True)
 class Captured(Mapping[str, list[Tensor]]):
     """Captured holds activations by full hook name: of each prompt one tensor `[pos, ...]`, without padding.
@@ -39,6 +45,8 @@ class Captured(Mapping[str, list[Tensor]]):
     tokens: tuple[tuple[str, ...], ...]
 
     def __getitem__(self, name: str) -> list[Tensor]:
+        if name not in self.activations:
+            raise CapturedKeyError(f"{name!r} was not captured: name one in full, of {', '.join(self.activations)}.")
         return self.activations[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -29,7 +29,7 @@ from ctlens.analysis.base.result import Result
 from ctlens.analysis.patching.hooked import WITH_HEADS, write_of
 from ctlens.analysis.patching.jobs import PatchBatch, PatchPair, jobs, patch_batch, patch_pairs
 from ctlens.analysis.patching.patch import column_labels, joined, sweep_labels
-from ctlens.analysis.patching.result import Patching
+from ctlens.analysis.patching.result import GRADIENT, Patching
 from ctlens.analysis.patching.sweep import AskedSite, Swept, asked_sites, fitting
 from ctlens.core.errors import CtlensError, unknown
 from ctlens.core.progress import progress_bar
@@ -39,7 +39,6 @@ from ctlens.data.inputs import Pairs
 from ctlens.models.hooks import Layers, editing, resolve, run, run_capturing
 from ctlens.plots import Figure
 
-_PATH = "gradient"
 _TOP = 10  # sites in common: as many as are read at a glance, not tuned
 
 
@@ -116,6 +115,8 @@ def attribution_agreement(approximate: Patching, exact: Patching, metric: str | 
     Raises:
         CtlensError: the sweeps differ in their pairs or options, or the metric was not measured in both.
     """
+    if approximate.path != GRADIENT or exact.path == GRADIENT:
+        raise CtlensError("give the sweep of attribution_patch first, and then that of patch.")
     metric = exact.metrics[0] if metric is None else metric
     options = ("site", "direction", "positions", "window", "layers")
     differing = [name for name in options if getattr(approximate, name) != getattr(exact, name)]
@@ -274,7 +275,7 @@ def _first_order(
         grid = np.where(to_patch.T, grid, np.nan)
         values[given] = grid if at.site in WITH_HEADS else grid[:, :, 0]
     whole = measured(metrics, last_source, batch.source, last_source).cpu().numpy()
-    return Swept(values, start, whole, dict.fromkeys(asked, _PATH))
+    return Swept(values, start, whole, dict.fromkeys(asked, GRADIENT))
 
 
 def _with_graph(model: LensModel, batch: PatchBatch, names: list[str]) -> tuple[Logits, Activations]:

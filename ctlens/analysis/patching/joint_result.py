@@ -71,7 +71,7 @@ class JointPatching(MeasuredRuns):
         return plots.points(
             {"change": self._names},
             {"change": means(self._changes(row), self.clusters)},
-            "Do these activations do more together than one by one?",
+            "Do they do more together than one by one?",
             x_title=f"change of the patched run ({unit})",
             marks={"as it is": 0.0, "the other run": gap},
             subtitle=f"{self.direction}, {self.positions} aligned tokens, {self.n_pairs} pairs",

@@ -19,6 +19,8 @@ from ctlens.core.errors import CtlensError
 from ctlens.plots import Figure
 
 PATCH_UNITS = {"logit_diff": "logits, good minus bad", "probability": "probability of the good token", "kl": "nats"}
+GRADIENT = "gradient"
+"""The path of a sweep that was estimated to first order."""
 _QUESTIONS = {
     "denoising": "Where do the clean run's activations repair the wrapped run?",
     "noising": "Where do the wrapped run's activations break the clean run?",
@@ -150,7 +152,7 @@ class Patching(MeasuredRuns):
     @property
     def _patched(self) -> tuple[object, ...]:
         """What was patched, which sweeps in one figure have in common."""
-        return self.site, self.layers, self.direction, self.positions == "each", self.values.shape[1:-2]
+        return self.site, self.layers, self.direction, self.positions, self.window, self.values.shape[1:-2]
 
     def _grid(self, metric: str) -> Float[np.ndarray, "layer *head position"]:
         """The mean change over pairs."""
@@ -163,11 +165,14 @@ def _drawn(results: Mapping[str, Patching], metric: str | None) -> Figure:
     for name, result in results.items():
         if result._patched != first._patched:
             raise CtlensError(
-                f"sweep {name!r} has another site, direction, layers or positions: compare sweeps that patch the same."
+                f"sweep {name!r} has another site, direction, window, layers or positions: compare sweeps that patch "
+                "the same."
             )
     metric = first.metrics[0] if metric is None else metric
     grids = {name: result._grid(metric) for name, result in results.items()}
-    subtitle = f"{first.site}, {pair_counts(results)} pairs; a cell is the change of the patched run's {metric}"
+    tokens = "each token by itself" if first.positions == "each" else f"{first.positions} aligned tokens together"
+    order = ", to first order" if first.path == GRADIENT else ""
+    subtitle = f"{first.site}, {tokens}, {pair_counts(results)} pairs; the change of the patched run's {metric}{order}"
     words: dict[str, Any] = {"unit": PATCH_UNITS.get(metric, metric), "subtitle": subtitle}
     title = _QUESTIONS[first.direction]
     if first.has_heads and first.positions != "each":

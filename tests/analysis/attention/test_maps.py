@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from helpers.models import GROUPED_MODELS, byte_level_tokenizer, chat_model
+from helpers.tiers import loosely_typed
 
 from ctlens import plots
 from ctlens.analysis import AttentionMaps
@@ -190,6 +191,12 @@ def test_the_largest_keys_stand_alone_and_the_others_are_added_up_by_span() -> N
         "701–900 content (200)",
         "901–999 rest (99)",
     ]
+
+
+@loosely_typed
+def test_a_window_of_queries_is_two_positions() -> None:
+    with pytest.raises(CtlensError, match="queries are a window: give the first position"):
+        LONG.figure(queries=cast(Any, 3))
 
 
 def test_flow_and_table_hold_the_mean_mass_between_spans() -> None:

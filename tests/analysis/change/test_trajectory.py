@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from helpers import planted
 from helpers.models import byte_level_tokenizer, chat_model, hf_model
+from helpers.tiers import loosely_typed
 from helpers.transplants import PAIRS, moved
 
 import ctlens as ct
@@ -227,6 +228,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, line: WeightLine):
         ("none", "unknown measure 'none'"),
         ({}, "name at least one measure"),
         ("over_refusal", "no pair has over_refusal"),
+        (lambda model: None, "the measure '<lambda>' gave None, which is no number"),
+        (lambda model: (5.0, 1.0, 2.0), "gave 5, outside of its interval from 1 to 2"),
         (lambda model: "red", "the measure '<lambda>' gave a str, which is no number"),
         (lambda model: (None, 0.0, 1.0), r"gave \(None, 0.0, 1.0\), of which not all are numbers"),
         (lambda model: (1.0, 2.0), "gave 2 numbers: give value, lower end and upper end"),
@@ -240,3 +243,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, line: WeightLine):
         track(line, base=base)
     with pytest.raises(CtlensError, match="give at least one number, and numbers that rise"):
         WeightLine(base, base, at=(1.0, 0.0))
+
+
+@loosely_typed
+def test_checkpoints_go_by_their_step(line: WeightLine) -> None:
+    with pytest.raises(CtlensError, match="go by their step, a whole number, not by 'last'"):
+        track(cast(Any, {"last": line.base}))

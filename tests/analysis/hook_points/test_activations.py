@@ -109,3 +109,11 @@ def test_one_patch_is_a_cell_of_the_sweep(site: str, head: int | None, direction
 def test_an_activation_that_is_not_there_is_refused(options: dict, message: str) -> None:
     with pytest.raises(CtlensError, match=message):
         patch_one(load_organism(), PAIRS[0], **{"layer": 0, **options})
+
+
+def test_a_hook_point_that_was_not_captured_is_named_with_those_that_were():
+    found = capture(load_organism(), "what is the color of mira ?", ["hook_embed"])
+    with pytest.raises(KeyError) as refusal:
+        found["resid_post"]
+    assert isinstance(refusal.value, CtlensError)
+    assert str(refusal.value) == "'resid_post' was not captured: name one in full, of hook_embed."

@@ -130,7 +130,7 @@ def test_a_span_is_the_sum_of_its_tokens(model: LensModel):
 
 def test_agreement_by_hand():
     exact = one_site([[1.0, 3.0], [2.0, 2.0], [-1.0, np.nan]], target=[0.0, 0.0], source=[9.0, 9.0])
-    half = one_site([[0.5, 1.5], [1.0, 1.0], [-0.5, np.nan]], target=[0.0, 0.0], source=[9.0, 9.0])
+    half = one_site([[0.5, 1.5], [1.0, 1.0], [-0.5, np.nan]], [0.0, 0.0], [9.0, 9.0], path="gradient")
     found = attribution_agreement(half, exact)
     assert (found.pearson, found.slope, found.top) == (1.0, 0.5, 3)
     assert found.by_pair.tolist() == [1.0, 1.0]
@@ -141,9 +141,13 @@ def test_agreement_by_hand():
 
 def test_a_sweep_of_opposite_sign_disagrees():
     exact = one_site([[1.0], [2.0], [4.0]], target=[0.0], source=[9.0])
-    found = attribution_agreement(one_site([[-1.0], [-2.0], [-4.0]], target=[0.0], source=[9.0]), exact)
+    turned = one_site([[-1.0], [-2.0], [-4.0]], target=[0.0], source=[9.0], path="gradient")
+    found = attribution_agreement(turned, exact)
     assert found.pearson == -1.0 and found.slope == -1.0
-    flat = attribution_agreement(one_site([[0.0], [0.0], [0.0]], target=[0.0], source=[9.0]), exact)
+    nothing = one_site([[0.0], [0.0], [0.0]], target=[0.0], source=[9.0], path="gradient")
+    flat = attribution_agreement(nothing, exact)
+    with pytest.raises(CtlensError, match="give the sweep of attribution_patch first"):
+        attribution_agreement(exact, turned)
     assert np.isnan(flat.pearson) and np.isnan(flat.to_dataframe()["pearson_by_pair"][0])
 
 

@@ -12,7 +12,7 @@ import torch
 from helpers.models import hf_model, made
 from helpers.pairwise import pairwise
 from helpers.patching import CLOSE, EQUAL, PAIRS, TOKENIZER, logit_diff, one_site, swept
-from helpers.tiers import unit_first, unit_first_rows
+from helpers.tiers import loosely_typed, unit_first, unit_first_rows
 from scipy.stats import t
 from torch import Tensor
 from transformer_lens import patching as tl_patching
@@ -353,6 +353,13 @@ def test_tokens_are_named_where_all_pairs_agree():
     assert together.tokens == together.kinds == ("",)
 
 
+@loosely_typed
+def test_sweeps_to_compare_with_go_by_label() -> None:
+    effect = swept(made(), PAIRS, "resid_pre", layers=[0], positions="last")
+    with pytest.raises(CtlensError, match="go by their labels: give a dictionary"):
+        effect.compare(cast(Any, [effect]), label="attack")
+
+
 @pytest.mark.parametrize(("direction", "side"), [("denoising", "wrapped"), ("noising", "clean")])
 def test_columns_have_the_kind_of_the_patched_runs_tokens(direction: str, side: str):
     found = swept(made(), [EQUAL], "resid_pre", window="position", direction=direction)
@@ -374,11 +381,14 @@ def test_sweeps_are_drawn_on_one_scale_and_only_where_they_patch_the_same():
         swept(made(), PAIRS, "resid_pre", direction="noising"),
         swept(made(), PAIRS, "resid_pre", layers=[0]),
         swept(made(), PAIRS, "resid_pre", positions="last"),
+        replace(effect, window="content"),
     ):
         with pytest.raises(CtlensError, match="sweep 'null' has another site"):
             effect.compare({"null": other}, label="attack")
     with pytest.raises(CtlensError, match="two results are called 'null'"):
         effect.compare({"null": null}, label="null")
+    assert "each token by itself" in str(figure.layout.title.text) and "first order" not in figure.layout.title.text
+    assert "logit_diff, to first order" in replace(effect, path="gradient").figure().layout.title.text
 
 
 @pytest.mark.parametrize(
