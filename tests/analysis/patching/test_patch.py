@@ -387,8 +387,9 @@ def test_sweeps_are_drawn_on_one_scale_and_only_where_they_patch_the_same():
             effect.compare({"null": other}, label="attack")
     with pytest.raises(CtlensError, match="two results are called 'null'"):
         effect.compare({"null": null}, label="null")
-    assert "each token by itself" in str(figure.layout.title.text) and "first order" not in figure.layout.title.text
-    assert "logit_diff, to first order" in replace(effect, path="gradient").figure().layout.title.text
+    told = figure.layout.meta["subtitle"]
+    assert "each token by itself" in told and "first order" not in told
+    assert "logit_diff, to first order" in replace(effect, path="gradient").figure().layout.meta["subtitle"]
 
 
 @pytest.mark.parametrize(
