@@ -12,6 +12,7 @@ from transformer_lens import model_bridge
 
 from ctlens.core.shown import Shown
 from ctlens.core.types import LensModel
+from ctlens.models.parameters import present_parameters
 
 HAS_HOOKED_TRANSFORMER = int(importlib.metadata.version("transformer-lens").split(".")[0]) < 4
 """Whether TransformerLens still has models of its own making, which are no bridges."""
@@ -26,7 +27,7 @@ class Sizes(Shown):
         model = cast(LensModel, self)
         cfg = model.cfg
         return {
-            "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+            "parameters": f"{sum(parameter.numel() for parameter in present_parameters(model).values()):,}",
             "layers": str(cfg.n_layers),
             "width": f"{cfg.d_model}, {cfg.n_heads} heads of {cfg.d_head}",
             "vocabulary": str(cfg.d_vocab),

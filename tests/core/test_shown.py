@@ -14,7 +14,7 @@ from helpers.models import hf_model, made
 import ctlens as ct
 from ctlens.core.shown import Shown, shown, table_of
 from ctlens.models.classes import HAS_HOOKED_TRANSFORMER
-from ctlens.models.parameters import copy_model
+from ctlens.models.parameters import copy_model, present_parameters
 
 PAIRS = ct.threats.get("sycophancy").pairs(6, split="heldout")
 
@@ -96,7 +96,7 @@ def test_a_model_pickles_as_it_did_before() -> None:
 def test_a_model_shows_its_sizes_and_so_does_its_copy() -> None:
     model: Any = ct.adopt(made())
     assert repr(model) == (
-        f"{type(model).__name__}(parameters: {sum(weight.numel() for weight in model.parameters()):,}, layers: 2, "
+        f"{type(model).__name__}(parameters: {sum(weight.numel() for weight in present_parameters(model).values()):,}, layers: 2, "
         f"width: 32, 4 heads of 8, vocabulary: {model.cfg.d_vocab})"
     )
     assert repr(copy_model(model)) == repr(model)
@@ -105,6 +105,6 @@ def test_a_model_shows_its_sizes_and_so_does_its_copy() -> None:
     text = model._repr_html_()
 
     assert f"<th>layers</th><td>{model.cfg.n_layers}</td>" in text and len(text) < 600
-    assert f"{sum(weight.numel() for weight in model.parameters()):,}" in text
+    assert f"{sum(weight.numel() for weight in present_parameters(model).values()):,}" in text
     copied: Any = copy_model(model)
     assert copied._repr_html_() == text
