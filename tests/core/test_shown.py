@@ -95,8 +95,9 @@ def test_a_model_pickles_as_it_did_before() -> None:
 
 def test_a_model_shows_its_sizes_and_so_does_its_copy() -> None:
     model: Any = ct.adopt(made())
+    n_parameters = sum(weight.numel() for weight in present_parameters(model).values())
     assert repr(model) == (
-        f"{type(model).__name__}(parameters: {sum(weight.numel() for weight in present_parameters(model).values()):,}, layers: 2, "
+        f"{type(model).__name__}(parameters: {n_parameters:,}, layers: 2, "
         f"width: 32, 4 heads of 8, vocabulary: {model.cfg.d_vocab})"
     )
     assert repr(copy_model(model)) == repr(model)
@@ -105,6 +106,6 @@ def test_a_model_shows_its_sizes_and_so_does_its_copy() -> None:
     text = model._repr_html_()
 
     assert f"<th>layers</th><td>{model.cfg.n_layers}</td>" in text and len(text) < 600
-    assert f"{sum(weight.numel() for weight in present_parameters(model).values()):,}" in text
+    assert f"{n_parameters:,}" in text
     copied: Any = copy_model(model)
     assert copied._repr_html_() == text
