@@ -186,6 +186,8 @@ def test_training_reaches_other_strengths_as_the_page_says() -> None:
     verdicts = greedy.loc[(["weak", "strong"], strengths), "verdict"]
     assert verdicts[verdicts != "amplify"].index.tolist() == [("weak", "4")]
     assert (rows.xs("first", level="method").loc[(["weak", "strong"], strengths), "verdict"] == "neutral").all()
+    labelled = FOUND.across.query("method == 'first' and split == 'pool' and asked == 'all'")["drawn_shift"]
+    assert "drawn {:.1f} points too bad, and {:.1f} too good".format(*(100 * labelled.abs())) in WORDS
     assert greedy.loc[[("weak", "no"), ("strong", "no")], "change"].tolist() == pytest.approx([0.12, 0.10], abs=5e-3)
 
 
@@ -243,6 +245,13 @@ def test_the_sentences_on_labels_at_misbehaviours_hold() -> None:
     chosen = each[each["method"].isin(["greedy", "certainty:4", "majority:4"])]
     assert len(chosen) == 3 * 3 * 8 * 2  # methods, organisms, kinds at a prevalence, splits
     assert ((chosen["change"] > 0) == (chosen["prevalence"] == "0.8")).all()
+    means = FOUND.misbehaviours.query("organism == 'all' and split == 'heldout'").set_index(
+        ["method", "kind", "prevalence"]
+    )
+    means = means.sort_index()
+    smaller = means.loc["majority:4", "change"].abs() < means.loc["greedy", "change"].abs()
+    majority = means.loc["majority:4", "verdict"]
+    assert smaller.all() and majority.index[majority == "neutral"].tolist() == [("hack", "0.2")]
     certain = each.query("method == 'certainty:4' and split == 'pool'")
     alike = certain["slope"] * certain["label_shift"] > 0
     assert (alike.sum(), len(alike)) == (22, 24) and set(certain[~alike]["kind"]) == {"agreement"}
@@ -279,6 +288,9 @@ def test_the_sentences_on_the_control_hold() -> None:
         assert f"{100 * drawn:.1f}" in WORDS and f"{100 * left:.1f}" in WORDS
     control = FOUND.misbehaviours.query("organism != 'all' and method == 'first' and kind == 'agreement'")
     assert (control["change"] < 0).all()
+    advice = FOUND.misbehaviours.query("organism != 'all' and method == 'first' and kind == 'advice'")
+    drawn = advice.query("prevalence == '0.8' and split == 'pool'")["drawn_shift"]
+    assert len(drawn) == 3 and drawn.between(-0.13, -0.115).all()  # alike, as the seed is the same
 
 
 def test_the_sentences_beside_the_paper_hold() -> None:
