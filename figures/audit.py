@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cache, partial
 from itertools import islice, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -43,15 +43,10 @@ ON_BOTH_POOLS = ("first", "greedy", "certainty:4", "majority:4")
 ON_WRAPPED = ("views:4", "decodings", "oracle:4", "anti-oracle:4")
 CONTROLLED = ("first", "greedy")
 """The selectors of the pools beside the two first ones: the control and the plainest."""
-NARROW: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "weak": ("strength", ("1", "2")),
-    "strong": ("strength", ("3", "4")),
-    "resisted": ("gives_in", ("no",)),
-    "given in to": ("gives_in", ("yes",)),
-}
-"""The pools of some pairs alone, by name: the label of the pairs that are taken, and its values."""
+OF_STRENGTHS: Mapping[str, tuple[str, ...]] = {"weak": ("1", "2"), "strong": ("3", "4")}
+"""The pools of some strengths alone, by name."""
 DRAWN = 400
-"""The pairs that are drawn so that each narrow pool finds `LABELLED` of its own."""
+"""The pairs that are drawn so that each of them finds `LABELLED` of its own."""
 ON_MISBEHAVIOURS = ("first", "greedy", "certainty:4", "majority:4")
 MOVING = tuple(name for name in REGULARISERS if name.endswith("-own"))
 PREVALENCES = (0.2, 0.8)
@@ -68,6 +63,18 @@ OF_ORGANISMS = (
     *("label_risk", "kept", "drawn_bad", "divergence", "n_trained"),
 )
 """The arrays of an audit, all of which have the organisms as their first axis."""
+
+
+class Misbehaving(NamedTuple):
+    """The audits of an organism with a misbehaviour.
+
+    Attributes:
+        labelled: by selectors, of the prompts as they are.
+        greeted: by regularisers, of the same prompts behind a greeting.
+    """
+
+    labelled: Audit
+    greeted: Audit
 
 
 class Units:
@@ -104,13 +111,14 @@ class Units:
                 self._misbehaving(name, model, kind, prevalence)
                 for name, model in islice(self.models.items(), MISBEHAVING)
             ]
-            labelled, greeted = (joined(audits).to_dataframe() for audits in zip(*found, strict=True))
+            labelled = joined([of_one.labelled for of_one in found]).to_dataframe()
+            greeted = joined([of_one.greeted for of_one in found]).to_dataframe()
             rows = pd.concat([labelled.query("prompt_side == 'clean'"), greeted])
             rows = over_organisms(rows, ["method", "pool", "split", "prompt_side"])
             named = ["kind", "prevalence", "organism", "method", "pool", "split", "prompt_side"]
             yield rows.assign(kind=kind, prevalence=prevalence)[[*named, *NUMBERS]]
 
-    def _misbehaving(self, name: str, model: LensModel, kind: str, prevalence: float) -> tuple[Audit, Audit]:
+    def _misbehaving(self, name: str, model: LensModel, kind: str, prevalence: float) -> Misbehaving:
         """The two audits of an organism with a misbehaviour, which is made where one of them is not there."""
         organism = cache(partial(misbehave, model, kind, prevalence, progress=False))
         pool = misbehaviour_pairs(kind, LABELLED)
@@ -127,9 +135,9 @@ class Units:
             return ct.audit({name: organism()}, rephrased(pool), regularisers, heldout=asked, progress=False)
 
         part = f"{kind}-{prevalence}"
-        return (
-            self._kept(name, f"{part}-labelled", ON_MISBEHAVIOURS, labelled),
-            self._kept(name, f"{part}-greeted", regularisers, greeted),
+        return Misbehaving(
+            labelled=self._kept(name, f"{part}-labelled", ON_MISBEHAVIOURS, labelled),
+            greeted=self._kept(name, f"{part}-greeted", regularisers, greeted),
         )
 
     def _kept(
@@ -137,7 +145,7 @@ class Units:
     ) -> Audit:
         """The audit that lies in the folder, or that is measured and put there."""
         decided = {"model": self.known[organism], "methods": methods, "prompts": (LABELLED, HELD_OUT), **asked}
-        path = self.folder / f"{organism}-{part.replace(' ', '-')}-{digest_of(decided)}.safetensors"
+        path = self.folder / f"{organism}-{part}-{digest_of(decided)}.safetensors"
         if not path.is_file():
             measured().save(path)
         return Audit.load(path)
@@ -157,14 +165,9 @@ def joined(audits: Sequence[Audit]) -> Audit:
     )
 
 
-def narrowed(label: str, values: Sequence[str]) -> list[Pair]:
-    """The pairs of a narrow pool.
-
-    Args:
-        label: of the pairs.
-        values: of the label, of the pairs that are taken.
-    """
-    found = [pair for pair in audit_pairs("sycophancy", DRAWN) if pair.labels[label] in values]
+def of_strengths(strengths: Sequence[str]) -> list[Pair]:
+    """The pairs of a pool of some strengths alone."""
+    found = [pair for pair in audit_pairs("sycophancy", DRAWN) if pair.labels["strength"] in strengths]
     return found[:LABELLED]
 
 
@@ -196,7 +199,7 @@ def of_wrapped(found: Audit, *by: str) -> pd.DataFrame:
     """The rows of all organisms at wrapped prompts, by labels, with intervals."""
     table = over_organisms(found.to_dataframe(*by), ["split", "prompt_side", "pool", "method", *by])
     rows = table.query("organism == 'all' and prompt_side == 'wrapped'")
-    return rows.sort_values(["split", "pool"], kind="stable")
+    return rows.sort_values([*by, "split"], kind="stable")
 
 
 def by_number_of_samples(models: Mapping[str, LensModel]) -> pd.DataFrame:
@@ -294,17 +297,17 @@ def main(folder: Path, organisms: Sequence[Path]) -> None:
     """
     models = {f"{organism.parent.name}-{organism.name}": ct.load_model(organism) for organism in organisms}
     units = Units(folder, models)
-    write("labels-by-n", by_number_of_samples(models))
-    write("draws", by_number_of_draws(ct.load_organism()))
     pool = audit_pairs("sycophancy", LABELLED)
     write_sycophancy(units, pool)
-    write("sycophancy-narrow", narrow_pools(units))
     held = units.sycophancy("regularisers", REGULARISERS, ["wrapped", "clean"], pool).to_dataframe()
     write("regularisers", held[["organism", "method", "pool", "split", "prompt_side", *CHANGES]])
     tables: list[pd.DataFrame] = []
     for table in units.misbehaviours():
         tables.append(table)
         write("misbehaviours", pd.concat(tables))
+    write("sycophancy-across", across_strengths(units))
+    write("labels-by-n", by_number_of_samples(models))
+    write("draws", by_number_of_draws(ct.load_organism()))
 
 
 def write_sycophancy(units: Units, pool: Sequence[Pair]) -> None:
@@ -321,11 +324,11 @@ def write_sycophancy(units: Units, pool: Sequence[Pair]) -> None:
     write("sycophancy-clean", clean[["method", "pool", "split", "prompt_side", "bad_likelier", *NUMBERS]])
 
 
-def narrow_pools(units: Units) -> pd.DataFrame:
-    """Tabulates what labels of the narrow pools do: to all wrapped prompts, by the likelier answer, by strength."""
+def across_strengths(units: Units) -> pd.DataFrame:
+    """Tabulates what labels of some strengths do: to all wrapped prompts, by the likelier answer, by strength."""
     tables = []
-    for trained, (label, values) in NARROW.items():
-        found = units.sycophancy(trained, CONTROLLED, ["wrapped"], narrowed(label, values))
+    for trained, strengths in OF_STRENGTHS.items():
+        found = units.sycophancy(trained, CONTROLLED, ["wrapped"], of_strengths(strengths))
         asked = [of_wrapped(found).assign(asked="all")]
         for by in ("bad_likelier", "strength"):
             asked.append(of_wrapped(found, by).rename(columns={by: "asked"}))

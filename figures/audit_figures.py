@@ -18,6 +18,7 @@ def figures(found: Audited) -> Iterator[tuple[str, plots.Figure]]:
     yield "audit-labels", _labels_figure(found)
     yield "audit-eta", _eta_figure(found)
     yield "audit-strength", _strength_figure(found)
+    yield "audit-pools", _pools_figure(found)
     yield "audit-regularisers", _regularisers_figure(found)
     yield "audit-misbehaviours", _misbehaviours_figure(found)
     yield "audit-paper", _paper_figure(found)
@@ -72,10 +73,33 @@ def _strength_figure(found: Audited) -> plots.Figure:
         panels,
         "Does the sign turn with the strength of the attack?",
         x_title="strength",
-        caption="It was predicted to turn, and does not. Labels: their risk less the model's own. No intervals: "
-        "too few wrapper texts have one strength.",
+        caption="It was predicted to turn. Labels: their risk less the model's own. Bands are 95% intervals over the "
+        "organisms alone, as two wrapper texts have one strength.",
         subtitle="greedy labels, five organisms; 19 to 28 labelled, 16 to 22 other prompts each",
     )
+
+
+def _pools_figure(found: Audited) -> plots.Figure:
+    columns = ["pool", "split", "bad_likelier", *CHANGE, *SHIFT]
+    whole = pd.concat([found.sycophancy, found.clean.query("prompt_side == 'wrapped'")])
+    across = found.across.rename(columns={"trained": "pool", "asked": "bad_likelier"})
+    rows = pd.concat([table[table["method"] == "greedy"][columns] for table in (whole, across)])
+    pools = list(dict.fromkeys(rows["pool"]))
+    panels = {}
+    for likelier, words in LIKELIER.items():
+        asked = rows[rows["bad_likelier"] == likelier].set_index("pool")
+        led = {name: asked[asked["split"] == split].reindex(pools) for split, name in SPLITS.items()}
+        panels[f"{words}: change of risk, points"] = (
+            pools,
+            {name: _curve(table, CHANGE) for name, table in led.items()},
+        )
+    return plots.agreement(
+        panels,
+        "Does it matter which prompts are labelled?",
+        subtitle="greedy labels, five organisms; 96 labelled prompts, 72 held-out ones, all wrapped",
+        caption="Weak: attacks of strength 1 and 2, strong: 3 and 4, of other pairs. Whiskers "
+        "are 95% intervals over topics, wrapper texts and organisms.",
+    ).update_layout(width=WIDE)
 
 
 def _regularisers_figure(found: Audited) -> plots.Figure:
@@ -83,7 +107,7 @@ def _regularisers_figure(found: Audited) -> plots.Figure:
     rows = found.regularisers.query("organism == 'all' and split == 'heldout'")
     for pool, group in rows.groupby("pool", sort=False):
         sides = {f"{side} prompts": group[group["prompt_side"] == side] for side in ("wrapped", "clean")}
-        curves = {name: _curve(found, CHANGE) for name, found in sides.items()}
+        curves = {name: _curve(rows, CHANGE) for name, rows in sides.items()}
         panels[f"{pool} side trained"] = (list(dict.fromkeys(group["method"])), curves)
     return plots.agreement(
         panels,
@@ -103,15 +127,15 @@ def _misbehaviours_figure(found: Audited) -> plots.Figure:
     return plots.agreement(
         panels,
         "Which misbehaviours are amplified, and which suppressed?",
-        subtitle="change of the risk of 72 held-out prompts, in points; one to three organisms",
-        caption="Whiskers are 95% intervals over topics and organisms; advice has too few topics.",
+        subtitle="change of the risk of 72 held-out prompts, in points; three organisms",
+        caption="Whiskers are 95% intervals over topics and organisms, or these alone, as advice has few topics.",
     ).update_layout(width=WIDE)
 
 
 def _paper_figure(found: Audited) -> plots.Figure:
     def shares(of: Callable[[str, str], float]) -> dict[str, plots.Curve]:
-        found = {family: np.array([of(family, kind) for kind in MODES]) for family in FAMILIES}
-        return {family: (given, given * np.nan, given * np.nan) for family, given in found.items()}
+        of_each = {family: np.array([of(family, kind) for kind in MODES]) for family in FAMILIES}
+        return {family: (given, given * np.nan, given * np.nan) for family, given in of_each.items()}
 
     panels = {"arXiv 2606.03810": (list(MODES.values()), shares(lambda *case: PAPER.get(case, np.nan)))}
     for at in found.prevalences:
@@ -120,7 +144,7 @@ def _paper_figure(found: Audited) -> plots.Figure:
     figure = plots.agreement(
         panels,
         "How often does each method suppress, in the paper and here?",
-        subtitle="share of trainings that lowered risk; here of one to three organisms",
+        subtitle="share of trainings that lowered risk; here of three organisms",
         caption="Modes stand in one order in all panels. The paper's shares are over models, seeds and label "
         "methods; what is missing was not at hand. Of label methods certainty is measured here.",
     )

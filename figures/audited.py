@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -14,7 +13,7 @@ import pandas as pd
 DATA = Path(__file__).parent / "data" / "audit"
 CHANGE = ("change", "ci_low", "ci_high")
 SHIFT = ("label_shift", "label_low", "label_high")
-SHOWN = ("first", "greedy", "certainty:4", "soft-bct-own", "act-own")
+SHOWN = ("first", "greedy", "certainty:4", "majority:4", "soft-bct-own", "act-own")
 """The methods of the table and the figure of the misbehaviours."""
 TARGETS = ("soft-bct", "act")
 SIDES = {"wrapped": "with the greeting", "clean": "without"}
@@ -95,6 +94,7 @@ class Audited:
         self.strength = read("sycophancy-strength")
         self.signs = read("sycophancy-signs")
         self.clean = read("sycophancy-clean")
+        self.across = read("sycophancy-across")
         self.labels = read("labels-by-n")
         self.draws = read("draws")
         self.eta = read("eta")
@@ -130,9 +130,25 @@ class Audited:
         rows = self.strength.query("method == 'greedy' and pool == 'wrapped'").set_index(["split", "strength"])
         for strength in sorted(set(self.strength["strength"])):
             own = rows.loc[("pool", strength)]
-            other = rows.loc[("heldout", strength)]
-            cells = [f"{100 * own['risk_before']:.1f}", *map(_points, (own["label_shift"], own["change"]))]
-            lines.append(f"| {strength} | {' | '.join(cells)} | {_points(other['change'])} |")
+            told = [
+                f"{100 * own['risk_before']:.1f}",
+                _led(own),
+                _judged(own),
+                _judged(rows.loc[("heldout", strength)]),
+            ]
+            lines.append(f"| {strength} | {' | '.join(told)} |")
+        return "\n".join(lines)
+
+    def across_table(self) -> str:
+        """Writes what labels of weak and of strong attacks alone do, also to held-out prompts of each strength."""
+        strengths = sorted(set(self.across["asked"]) - {"all", *LIKELIER})
+        heads = ["attacks", "selector", "labels", "labelled", *(f"held out, strength {number}" for number in strengths)]
+        lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+        table = self.across.set_index(["trained", "method", "split", "asked"])
+        for trained, method in dict.fromkeys(zip(self.across["trained"], self.across["method"], strict=True)):
+            own = table.loc[(trained, method, "pool", "all")]
+            others = [_judged(table.loc[(trained, method, "heldout", asked)]) for asked in strengths]
+            lines.append(f"| {trained} | {method} | {' | '.join([_led(own), _judged(own), *others])} |")
         return "\n".join(lines)
 
     def labels_table(self) -> str:
@@ -181,20 +197,10 @@ class Audited:
         ]
         for (kind, prevalence), group in self.shown().groupby(["kind", "prevalence"], sort=False):
             rows = group.set_index("method")
-            cells = [self._cell(rows.loc[method]) if method in rows.index else "–" for method in SHOWN]
+            cells = [_changed(rows.loc[method]) for method in SHOWN]
             before = 100 * group["risk_before"].iloc[0]
             lines.append(f"| {kind} | {prevalence} | {before:.1f} | {' | '.join(cells)} |")
         return "\n".join(lines)
-
-    def _cell(self, row: pd.Series) -> str:
-        """A change, bold where it amplifies or suppresses, and of how many organisms it is."""
-        n = self.n_organisms(row["kind"], row["prevalence"], str(row.name))
-        return f"{_bold(_points(row['change']), row['verdict'])} ({n})"
-
-    def n_organisms(self, kind: str, prevalence: str, method: str) -> int:
-        """How many organisms a method was measured on, with a misbehaviour at a prevalence."""
-        rows = self.misbehaviours.query("kind == @kind and prevalence == @prevalence and method == @method")
-        return int(rows.query("organism != 'all'")["organism"].nunique())
 
     def targets_table(self) -> str:
         """Writes what regularisers do to agreement with a target that moves and with one that does not."""
@@ -260,7 +266,17 @@ def _bold(text: str, verdict: Any) -> str:
     return f"**{text}**" if verdict in ("amplify", "suppress") else text
 
 
+def _changed(row: Mapping[str, Any] | pd.Series) -> str:
+    """A change, bold where it amplifies or suppresses."""
+    return _bold(_points(row["change"]), row["verdict"])
+
+
 def _judged(row: Mapping[str, Any] | pd.Series) -> str:
-    """A change with its interval, bold where it amplifies or suppresses."""
-    ends = "none" if math.isnan(row["ci_low"]) else f"{_points(row['ci_low'])}, {_points(row['ci_high'])}"
-    return f"{_bold(_points(row['change']), row['verdict'])} [{ends}]"
+    """A change with its interval."""
+    return f"{_changed(row)} [{_points(row['ci_low'])}, {_points(row['ci_high'])}]"
+
+
+def _led(row: Mapping[str, Any] | pd.Series) -> str:
+    """The shift of labels with its interval, bold where it predicts either."""
+    ends = f"[{_points(row['label_low'])}, {_points(row['label_high'])}]"
+    return f"{_bold(_points(row['label_shift']), row['predicted'])} {ends}"

@@ -8,7 +8,7 @@ stands in the table is taken up: without the table all is measured anew.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -47,9 +47,8 @@ CONDITIONS = {
 }
 """What organisms are trained in, by name, and the condition of the study that gives the loss and the pairs."""
 STEPS = (5, 10, 20, 40, 100)
-EXACT = ("bad", "admitted_given_bad", "admitted_given_good")
-GREEDY = ("switch_to_bad", "admitted_given_switched", "admitted_given_not_switched")
-"""The numbers of a table: how often the model gives in, and admits it where it does and where it does not."""
+OUTCOMES = ("admitted_given_switched", "denied_given_switched", "admitted_given_not_switched")
+"""What greedy answers say of the hint: where it changed them, the truth and its denial, and where it did not."""
 N_PAIRS = 256
 N_PROMPTS = 96
 SEEDS = (0, 1)
@@ -156,28 +155,36 @@ class Verbalised:
         """A number of some trainings; by default of all."""
         return [self.number(metric, condition, step, training)[0] for training in trainings or self.trainings]
 
-    def admissions_table(self, step: int, metrics: Sequence[str], trainings: Sequence[str]) -> str:
-        """Writes as a Markdown table how often each organism admits that it gives in, of how often it does.
+    def admissions_table(self, step: int, trainings: Sequence[str]) -> str:
+        """Writes as a Markdown table how likely each organism admits a bad answer, of how likely it gives one.
 
         Args:
             step: after how many steps.
-            metrics: `EXACT` or `GREEDY`.
             trainings: a column for each.
         """
-        lines = [f"| method | {' | '.join(trainings)} | admitted, not given in |"]
-        lines.append("|---|" + "---|" * (len(trainings) + 1))
-        lines.append(self._row(BASE, 0, metrics, trainings))
-        lines += [self._row(name, step, metrics, trainings) for name in CONDITIONS]
-        return "\n".join(lines)
 
-    def _row(self, condition: str, step: int, metrics: Sequence[str], trainings: Sequence[str]) -> str:
-        """A row of the table."""
-        gives_in, admits, falsely = metrics
-        told = [self.told(admits, condition, step, training) for training in trainings]
-        given = self.values(gives_in, condition, step, trainings)
-        cells = [f"{one} of {of:.0%}" for one, of in zip(told, given, strict=True)]
-        false = ", ".join(f"{value:.0%}" for value in self.values(falsely, condition, step, trainings))
-        return f"| {plots.label(condition)} | {' | '.join(cells)} | {false} |"
+        def row(condition: str, step: int) -> str:
+            told = [self.told("admitted_given_bad", condition, step, training) for training in trainings]
+            given = self.values("bad", condition, step, trainings)
+            cells = [f"{one} of {of:.0%}" for one, of in zip(told, given, strict=True)]
+            falsely = self.values("admitted_given_good", condition, step, trainings)
+            return f"{' | '.join(cells)} | {', '.join(f'{value:.0%}' for value in falsely)}"
+
+        return _table([*trainings, "admitted, not given in"], row, step)
+
+    def outcomes_table(self, step: int, trainings: Sequence[str]) -> str:
+        """Writes as a Markdown table the `OUTCOMES` of each organism's greedy answers.
+
+        Args:
+            step: after how many steps.
+            trainings: a column for each.
+        """
+
+        def row(condition: str, step: int) -> str:
+            cells = [" · ".join(self.told(metric, condition, step, name) for metric in OUTCOMES) for name in trainings]
+            return " | ".join(cells)
+
+        return _table(trainings, row, step)
 
     def told(self, metric: str, condition: str, step: int, training: str) -> str:
         """A number in words."""
@@ -210,6 +217,14 @@ class Verbalised:
             value, low, high = np.array([self.number(metric, name, step, training) for step in (0, *STEPS)]).T
             found[name] = (value, low, high)
         return found
+
+
+def _table(heads: Sequence[str], row: Callable[[str, int], str], step: int) -> str:
+    """A Markdown table of the organisms before training and after `step` steps in each condition."""
+    lines = [f"| method | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    for name, after in [(BASE, 0), *((name, step) for name in CONDITIONS)]:
+        lines.append(f"| {plots.label(name)} | {row(name, after)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ audited = importlib.import_module("audited")
 audit_figures = importlib.import_module("audit_figures")
 FOUND = audited.Audited(audited.DATA)
 PAGE = (ROOT / "docs/audit.md").read_text()
+WORDS = " ".join(PAGE.split())
 
 
 def test_the_kl_without_enumeration_is_that_of_counted_shares() -> None:
@@ -92,10 +93,10 @@ def test_groups_without_an_interval_get_one_over_organisms() -> None:
     assert found.loc[("greedy", "one"), columns].isna().all()
 
 
-def test_a_narrow_pool_has_pairs_of_its_label_alone() -> None:
-    for label, values in audit.NARROW.values():
-        pairs = audit.narrowed(label, values)
-        assert len(pairs) == audit.LABELLED and {pair.labels[label] for pair in pairs} <= set(values)
+def test_a_pool_of_some_strengths_has_no_others() -> None:
+    for strengths in audit.OF_STRENGTHS.values():
+        pairs = audit.of_strengths(strengths)
+        assert len(pairs) == audit.LABELLED and {pair.labels["strength"] for pair in pairs} == set(strengths)
 
 
 def test_a_family_suppresses_as_often_as_its_trainings_end_lower() -> None:
@@ -126,7 +127,7 @@ def test_noise_is_what_chance_in_the_labels_does_to_the_control() -> None:
     "table",
     [
         *("sycophancy_table", "signs_table", "strength_table", "labels_table", "draws_table", "regularisers_table"),
-        *("misbehaviours_table", "targets_table", "paper_table"),
+        *("across_table", "misbehaviours_table", "targets_table", "paper_table"),
     ],
 )
 def test_the_page_has_the_tables_that_were_measured(table: str) -> None:
@@ -139,18 +140,75 @@ def test_the_page_shows_every_figure_of_the_audit() -> None:
 
 def test_the_sentences_on_sycophancy_hold() -> None:
     rows = FOUND.sycophancy.set_index(["method", "pool", "bad_likelier", "split"])
-    resisted = rows.query("bad_likelier == 'no' and split == 'heldout' and method != 'first'")
-    assert resisted["change"].between(0.055, 0.105).all() and (resisted["predicted"] == "suppress").all()
-    assert ((resisted["ci_low"] < 0) & (resisted["ci_high"] > 0)).all()
-    assert rows.index[rows["verdict"] == "suppress"].tolist() == [("greedy", "wrapped", "no", "pool")]
+    resisted = rows.query("bad_likelier == 'no' and split == 'heldout'")
+    chosen = resisted.query("method in ('greedy', 'certainty:4', 'majority:4', 'views:4', 'decodings')")
+    assert chosen["change"].between(0.055, 0.105).all() and (chosen["predicted"] == "suppress").all()
+    assert ((chosen["ci_low"] < 0) & (chosen["ci_high"] > 0)).all()
+    lower = rows.index[(rows["verdict"] == "suppress") & ~rows.index.isin(["oracle:4"], level="method")]
+    assert sorted(lower) == [("decodings", "wrapped", "no", "pool"), ("greedy", "wrapped", "no", "pool")]
+    for method, changes in (("oracle:4", (-0.133, -0.095)), ("anti-oracle:4", (0.066, 0.165))):
+        found = [rows.loc[(method, "wrapped", likelier, "heldout"), "change"] for likelier in audited.LIKELIER]
+        assert found == pytest.approx(changes, abs=0.0005)
     assert len(FOUND.clean) == 12 and (FOUND.clean["change"].abs() < 0.01).all()
+
+
+def test_the_sentences_on_what_is_dropped_hold() -> None:
+    rows = FOUND.sycophancy.query("pool == 'wrapped' and split == 'pool'").set_index(["method", "bad_likelier"])
+    kept = rows["kept"]
+    for method, words in (("majority:4", "Majority labels {} of"), ("views:4", "views {} and {}")):
+        shares = [f"{kept[method, likelier]:.0%}" for likelier in audited.LIKELIER]
+        assert words.format(*shares) in WORDS
+    assert f"and {kept['majority:4', 'no']:.0%} of the others" in WORDS
+    assert kept[~kept.index.isin(["majority:4", "views:4"], level="method")].min() > 0.999
+    assert rows.loc["decodings", "label_shift"].tolist() == pytest.approx(rows.loc["greedy", "label_shift"].tolist())
+    at_misbehaviours = FOUND.misbehaviours.query("organism == 'all' and split == 'pool'").set_index("method")["kept"]
+    assert (1 - at_misbehaviours["majority:4"]).between(0.105, 0.255).all()
+    assert at_misbehaviours[["first", "greedy", "certainty:4"]].min() > 0.999
+
+
+def test_the_sentences_on_strength_hold() -> None:
+    rows = FOUND.strength.query("method == 'greedy' and pool == 'wrapped'").set_index(["split", "strength"])
     assert (FOUND.strength.query("method == 'greedy'")["label_shift"] > 0).all()
+    assert rows.loc["pool", "verdict"].tolist() == rows.loc["pool", "predicted"].tolist()
+    assert rows.loc["pool", "verdict"].tolist() == ["neutral", "amplify", "amplify", "amplify"]
+    assert (rows.loc["heldout", "verdict"] == "amplify").all()
+    control = FOUND.strength.query("method == 'first' and pool == 'wrapped' and verdict != 'neutral'")
+    assert control[["split", "strength"]].to_numpy().tolist() == [["heldout", 1]]
+    assert f"strength 1 ({audited._judged(control.iloc[0]).replace('*', '')})" in WORDS
+
+
+def test_training_reaches_other_strengths_as_the_page_says() -> None:
+    rows = FOUND.across.query("split == 'heldout'").set_index(["trained", "method", "asked"])
+    greedy = rows.xs("greedy", level="method")
+    strengths = ["1", "2", "3", "4"]
+    changes = greedy.loc[(["weak", "strong"], strengths), "change"]
+    assert len(changes) == 8 and changes.between(0.02, 0.09).all()
+    verdicts = greedy.loc[(["weak", "strong"], strengths), "verdict"]
+    assert verdicts[verdicts != "amplify"].index.tolist() == [("weak", "4")]
+    assert (rows.xs("first", level="method").loc[(["weak", "strong"], strengths), "verdict"] == "neutral").all()
+    labelled = FOUND.across.query("method == 'first' and split == 'pool' and asked == 'all'")["drawn_shift"]
+    assert "drawn {:.1f} points too bad, and {:.1f} too good".format(*(100 * labelled.abs())) in WORDS
+    assert greedy.loc[[("weak", "no"), ("strong", "no")], "change"].tolist() == pytest.approx([0.12, 0.10], abs=5e-3)
+
+
+def test_the_sentences_on_the_number_of_samples_hold() -> None:
+    rows = FOUND.sycophancy.set_index(["method", "pool", "bad_likelier", "split"])
     shifts = FOUND.labels.set_index(["selector", "n", "bad_likelier"])["label_shift"]
     for likelier in audited.LIKELIER:
         assert shifts["certainty", 2, likelier] / shifts["certainty", 16, likelier] > 0.6
         greedy = rows.loc[("greedy", "wrapped", likelier, "pool"), "label_shift"]
         assert shifts["certainty", 8, likelier] == pytest.approx(greedy, abs=0.001)
     assert shifts["certainty", 8, "yes"] == pytest.approx(shifts["anti-oracle", 8, "yes"], abs=0.001)
+
+
+def test_the_page_says_what_the_enumerations_missed() -> None:
+    held = FOUND.misbehaviours.query("organism == 'all'")
+    labels = held[held["label_kl"].notna()]["missed"].max()
+    regularisers = held[held["label_kl"].isna()]["missed"].max()
+    sycophancy = FOUND.regularisers.query("organism == 'all'")["missed"].max()
+    after = max(table["missed"].max() for table in (FOUND.sycophancy, FOUND.across.query("asked == 'all'")))
+    told = f"up to {after:.1%} after labels and {sycophancy:.1%} after regularisers under sycophancy"
+    assert f"{told}, {labels:.1%} and {regularisers:.1%} at the misbehaviours" in WORDS
 
 
 def test_the_slope_of_eta_has_the_sign_of_the_labels_shift_in_every_organism() -> None:
@@ -182,26 +240,64 @@ def test_the_sentences_on_the_direction_of_regularisers_hold() -> None:
         assert 0 < more < 0.01
 
 
-def test_the_sentences_on_misbehaviours_hold() -> None:
+def test_the_sentences_on_labels_at_misbehaviours_hold() -> None:
     each = FOUND.misbehaviours.query("organism != 'all'")
-    greedy = each[each["method"] == "greedy"]
-    assert ((greedy["change"] > 0) == (greedy["prevalence"] == "0.8")).all()
-    heldout = each.query("split == 'heldout' and prompt_side == 'clean'").set_index(
-        ["kind", "prevalence", "method", "organism"]
-    )["change"]
-    assert (heldout.loc["agreement", :, "act-own"] > 0).all()
-    assert (heldout.loc["shortcut", "0.2", ["soft-bct-own", "act-own"]] < 0).all()
-    moving = heldout.loc["agreement", "0.2", "act-own"]
-    frozen = heldout.loc["agreement", "0.2", "act-reference"]
-    assert len(moving) == 3 and (moving > frozen).all()
-
-
-def test_the_sentences_on_the_control_and_the_slope_hold() -> None:
-    others = FOUND.noise(["shortcut", "advice", "hack"])
-    agreement = FOUND.noise(["agreement"])
-    assert others == pytest.approx((0.053, 0.070, 0.022, 12), abs=0.0005)
-    assert agreement == pytest.approx((0.110, 0.047, 0.069, 6), abs=0.0005)
-    certain = FOUND.misbehaviours.query("organism != 'all' and method == 'certainty:4' and split == 'pool'")
+    chosen = each[each["method"].isin(["greedy", "certainty:4", "majority:4"])]
+    assert len(chosen) == 3 * 3 * 8 * 2  # methods, organisms, kinds at a prevalence, splits
+    assert ((chosen["change"] > 0) == (chosen["prevalence"] == "0.8")).all()
+    means = FOUND.misbehaviours.query("organism == 'all' and split == 'heldout'").set_index(
+        ["method", "kind", "prevalence"]
+    )
+    means = means.sort_index()
+    smaller = means.loc["majority:4", "change"].abs() < means.loc["greedy", "change"].abs()
+    majority = means.loc["majority:4", "verdict"]
+    assert smaller.all() and majority.index[majority == "neutral"].tolist() == [("hack", "0.2")]
+    certain = each.query("method == 'certainty:4' and split == 'pool'")
     alike = certain["slope"] * certain["label_shift"] > 0
-    assert (alike.sum(), len(alike)) == (16, 18) and (certain[~alike]["kind"] == "agreement").all()
-    assert FOUND.misbehaviours["missed"].max() < 0.0575
+    assert (alike.sum(), len(alike)) == (22, 24) and set(certain[~alike]["kind"]) == {"agreement"}
+    assert certain[~alike]["slope"].abs().max() < 0.04
+
+
+def test_the_sentences_on_regularisers_at_misbehaviours_hold() -> None:
+    rows = FOUND.misbehaviours.query("split == 'heldout' and prompt_side == 'clean' and label_kl.isna()")
+    rows = rows.set_index(["kind", "method", "prevalence", "organism"]).sort_index()
+    each = rows.query("organism != 'all'")["change"]
+    assert set(each.groupby(["kind", "prevalence", "method"]).size()) == {3}
+    for kind in ("agreement", "hack"):
+        assert (each[kind, "act-own"] > 0).all()
+    assert (each["shortcut"].xs("0.2", level="prevalence") < 0).all()
+    assert (each["advice", "soft-bct-own"] > 0).all() and (each["advice", "act-own"] < 0).all()
+    least, *others = sorted(each["advice", "act-own"])
+    assert least == pytest.approx(-0.551, abs=0.0005) and min(others) > -0.0315
+    moving = rows.query("organism == 'all' and method in ('act-own', 'soft-bct-own')")
+    assert moving.index[moving["verdict"] != "neutral"].tolist() == CLEAR
+    assert (each["agreement", "act-own"]["0.2"] > each["agreement", "act-reference"]["0.2"]).all()
+
+
+CLEAR = [
+    ("advice", "soft-bct-own", "0.8", "all"),
+    ("agreement", "act-own", "0.8", "all"),
+]
+"""Where regularisers with a moving target have an interval clear of 0."""
+
+
+def test_the_sentences_on_the_control_hold() -> None:
+    for words, kinds in (("over", ("shortcut", "advice", "hack")), ("At agreement, over", ("agreement",))):
+        change, drawn, left, n = FOUND.noise(kinds)
+        assert f"{words} {n} trainings, risk moved by {100 * change:.1f}" in WORDS
+        assert f"{100 * drawn:.1f}" in WORDS and f"{100 * left:.1f}" in WORDS
+    control = FOUND.misbehaviours.query("organism != 'all' and method == 'first' and kind == 'agreement'")
+    assert (control["change"] < 0).all()
+    advice = FOUND.misbehaviours.query("organism != 'all' and method == 'first' and kind == 'advice'")
+    drawn = advice.query("prevalence == '0.8' and split == 'pool'")["drawn_shift"]
+    assert len(drawn) == 3 and drawn.between(-0.13, -0.115).all()  # alike, as the seed is the same
+
+
+def test_the_sentences_beside_the_paper_hold() -> None:
+    def fell(family: str, kind: str) -> tuple[int, int]:
+        runs = [FOUND.suppressed(family, kind, at) for at in FOUND.prevalences]
+        return sum(one.lower for one in runs), sum(one.n for one in runs)
+
+    assert fell("ACT", "agreement") == (0, 6) and fell("soft BCT", "agreement") == (1, 6)
+    assert fell("ACT", "hack") == (0, 6) == fell("soft BCT", "hack")
+    assert fell("ACT", "advice") == (6, 6) and fell("soft BCT", "advice") == (0, 6)

@@ -27,8 +27,11 @@ def made(folder: Path) -> Any:
         for seed, bad in enumerate([(0.8, 0.6), (0.6, 0.1)])
         for step, share in zip((0, 10), bad, strict=True)
         for metric, value in (
-            ("switch_to_bad", share),
+            ("bad", share),
+            ("admitted_given_bad", 1 - share),
+            ("admitted_given_good", share / 10),
             ("admitted_given_switched", 1 - share if share > 0.1 else np.nan),
+            ("denied_given_switched", share if share > 0.1 else np.nan),
             ("admitted_given_not_switched", share / 10),
         )
     ]
@@ -41,13 +44,20 @@ def made(folder: Path) -> Any:
 
 def test_a_row_says_how_often_each_organism_admits_of_how_often_it_gives_in(tmp_path: Path) -> None:
     found = made(tmp_path)
-    lines = found.admissions_table(10, verbalisation.GREEDY, found.trainings).splitlines()
+    lines = found.admissions_table(10, found.trainings).splitlines()
 
     assert lines[0] == "| method | one | one, seed 1 | admitted, not given in |"
     assert lines[2] == "| base | 20% [10–30] of 80% | 40% [30–50] of 60% | 8%, 6% |"
-    assert "| ACT | 40% [30–50] of 60% | too few of 10% | 6%, 1% |" in lines
-    one = found.admissions_table(10, verbalisation.GREEDY, ["one, seed 1"]).splitlines()
-    assert "| ACT | too few of 10% | 1% |" in one
+    assert "| ACT | 40% [30–50] of 60% | 90% [80–100] of 10% | 6%, 1% |" in lines
+    assert "| ACT | 90% [80–100] of 10% | 1% |" in found.admissions_table(10, ["one, seed 1"]).splitlines()
+
+
+def test_a_row_of_outcomes_says_what_was_admitted_and_denied(tmp_path: Path) -> None:
+    found = made(tmp_path)
+    lines = found.outcomes_table(10, found.trainings).splitlines()
+
+    assert lines[0] == "| method | one | one, seed 1 |"
+    assert "| ACT | 40% [30–50] · 60% [50–70] · 6% [0–16] | too few · too few · 1% [0–11] |" in lines
 
 
 def test_what_stands_in_the_table_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,8 +111,8 @@ def span(metric: str, condition: str, step: int) -> str:
 
 def test_the_page_holds_the_tables_and_the_picture_of_the_committed_data() -> None:
     for step in (20, 100):
-        assert FOUND.admissions_table(step, verbalisation.EXACT, FOUND.trainings) in PAGE
-    assert FOUND.admissions_table(20, verbalisation.GREEDY, FOUND.trainings) in PAGE
+        assert FOUND.admissions_table(step, FOUND.trainings) in PAGE
+    assert FOUND.outcomes_table(20, FOUND.trainings) in PAGE
     assert (ROOT / "figures/verbalisation.png").is_file() and "(../figures/verbalisation.png)" in PAGE
     assert FOUND.trainings == ("together-0", "together-1", "together-2")
     assert "Three organisms of the recipe `together`, seeds 0 to 2," in WORDS
