@@ -77,6 +77,33 @@ def test_a_killed_training_ends_everywhere_and_goes_on_with_another_number_of_pr
     torch.testing.assert_close(hf(tokens).logits, run(load_model(place / what), tokens), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("which", ["a slice", "the state", "nothing else"])
+def test_a_damaged_checkpoint_is_refused_in_one_sentence(place: Path, which: str) -> None:
+    out = f"damaged-{which.replace(' ', '-')}"
+    shared = f"{TRAIN} --shard --checkpoint-every 2 --out {out}".split()
+    assert together(2, "dies", *shared, folder=place).returncode != 0
+    folder = place / f"{out}.partial" / "sharded-2"
+    slices = sorted(folder.glob("*.safetensors"))
+    assert len(slices) >= 2
+    if which == "a slice":
+        content = bytearray(slices[-1].read_bytes())
+        content[-1] ^= 1  # a bit of the last number
+        slices[-1].write_bytes(content)
+    if which == "the state":
+        state = folder / "state.json"
+        state.write_text(state.read_text().replace('"steps": 2', '"steps": 1'))
+
+    resumed = together(2, "ctlens", *shared, "--resume", folder=place)
+
+    if which == "nothing else":
+        assert resumed.returncode == 0, resumed.stderr[-2000:]
+        return
+    assert resumed.returncode != 0
+    name = slices[-1].name if which == "a slice" else "state.json"
+    assert f"{name} is not what was written (its digest is another), so that it was damaged: remove" in resumed.stderr
+    assert not (place / out).exists()
+
+
 def test_a_checkpoint_of_other_settings_or_of_one_process_is_refused(place: Path, call: Call, monkeypatch) -> None:
     monkeypatch.chdir(place)
     killed = together(2, "dies", *f"{TRAIN} --shard --checkpoint-every 2 --out other".split(), folder=place)
