@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -114,6 +115,24 @@ def test_a_checkpoint_of_other_settings_or_of_one_process_is_refused(place: Path
     changed = together(2, "ctlens", *f"{TRAIN} --lr 0.1 --shard --out other --resume".split(), folder=place)
     assert changed.returncode != 0
     assert "of other settings (settings.lr is 0.001 there and 0.1 here)" in changed.stderr
+
+
+def test_processes_that_share_a_model_evaluate_it_as_one_does(place: Path, call: Call, monkeypatch) -> None:
+    monkeypatch.chdir(place)
+    rows = [{"clean": f"Is it {word}?", "wrapped": f"No. Is it {word}?", "good": "yes", "bad": "no"} for word in WORDS]
+    (place / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate = "evaluate --model hf --pairs asked.jsonl --quiet"
+
+    shared = together(2, "ctlens", *f"{evaluate} --shard --out shared.csv".split(), folder=place)
+    alone = call(f"{evaluate} --out alone.csv")
+
+    assert (shared.returncode, alone.code) == (0, 0), shared.stderr[-3000:] + alone.err
+    assert shared.stdout.count("How often answers are bad and good") == 1
+    one = pd.read_csv(place / "alone.csv")
+    pd.testing.assert_frame_equal(pd.read_csv(place / "shared.csv"), one, rtol=1e-5)
+    assert len(one) > 3
+    monkeypatch.delenv("RANK", raising=False)
+    assert call(f"{evaluate} --shard").code == 2
 
 
 def test_shard_needs_a_launcher(place: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
