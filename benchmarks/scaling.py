@@ -8,7 +8,8 @@ Run `python benchmarks/scaling.py`, or with `--quick` in less than a minute. It 
 - `estimate.csv`: what `ctlens.estimate` predicts for four models and trainings, beside what a fresh process held more
   than before any model, which is its resident memory. glibc keeps some of what is freed for later, so it is told to
   give tensors back at once.
-- `estimate_known.csv`: predictions for the sizes of known models of 1B, 8B and 70B parameters.
+- `estimate_known.csv`: predictions for the sizes of known models of 1B, 8B and 70B parameters;
+- `estimate_plan.csv`: predictions for 8B in one process and 70B in eight that split its weights.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -302,6 +303,36 @@ def known(names: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows).round(1)
 
 
+PLANNED: tuple[tuple[str, int, str, int | None, str], ...] = (
+    ("Llama-3.1-8B", 1, "bfloat16", 8, "all"),
+    ("Llama-3.1-8B", 1, "bfloat16", 8, "blocks"),
+    ("Llama-3.1-70B", 8, "bfloat16", 8, "all"),
+    ("Llama-3.1-70B", 8, "bfloat16", 8, "blocks"),
+    ("Llama-3.1-70B", 8, "float32", None, "blocks"),
+)
+"""Model, processes that split its weights, dtype, rank of adapters (None for attention in whole) and memory."""
+TFLOPS = 200.0
+"""What a card is taken to do in the plan; nobody measured it."""
+
+
+def planned(rows: Sequence[tuple[str, int, str, int | None, str]]) -> pd.DataFrame:
+    """A step of ACT and retention on 8 pairs of 512 tokens, by one process or by several that split the weights."""
+    found = []
+    for name, processes, dtype, rank, memory in tqdm(rows, desc="plan"):
+        described = AutoConfig.for_model("llama", max_position_embeddings=131072, **KNOWN[name])
+        trainable = ("attn",) if rank is None else ct.LoRA(rank)
+        config = ct.TrainConfig(batch_size=8, memory=memory, trainable=trainable)
+        options: dict[str, Any] = {"processes": processes, "shard": processes > 1, "tflops": TFLOPS}
+        estimate = ct.estimate(described, "act", config=config, length=512, dtype=dtype, progress=False, **options)
+        asked = estimate.asked
+        (speed,) = estimate.to_dataframe()["pairs per second"]
+        held = (asked.reference + asked.weights + asked.optimizer) / GIB
+        sizes = {"slices_gib": held, "gathered_gib": asked.gathered / GIB, "peak_gib": asked.peak / GIB}
+        settings = {"model": name, "processes": processes, "dtype": dtype, "trained": asked.trained, "memory": memory}
+        found.append({**settings, **sizes, "targets_gib": asked.targets / GIB, "pairs_per_second": speed})
+    return pd.DataFrame(found).round(2)
+
+
 PAGE = HERE.parent / "docs/scaling.md"
 QUOTED: dict[str, dict[str, str]] = {
     "scaling": {
@@ -326,6 +357,15 @@ QUOTED: dict[str, dict[str, str]] = {
         "weights_gib": "weights, GiB",
         "peak_gib": "peak, GiB",
         "tflop": "TFLOP",
+    },
+    "estimate_plan": {
+        **{name: name for name in ("model", "processes", "dtype", "trained")},
+        "memory": "`memory`",
+        "slices_gib": "slices, GiB",
+        "gathered_gib": "gathered, GiB",
+        "peak_gib": "peak, GiB",
+        "targets_gib": "targets per pair, GiB",
+        "pairs_per_second": "pairs per second",
     },
 }
 """The columns of each table that the page on scaling quotes, with their headings there."""
@@ -359,6 +399,7 @@ def main() -> None:
         "scaling": exponents(QUICK if quick else RAISED),
         "estimate": against_measured(list(MEASURED)[:1] if quick else list(MEASURED)),
         "estimate_known": known(list(KNOWN)[:1] if quick else list(KNOWN)),
+        "estimate_plan": planned(PLANNED[:1] if quick else PLANNED),
     }
     for name, table in tables.items():
         tqdm.write(table.to_string(index=False))

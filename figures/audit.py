@@ -160,7 +160,7 @@ def joined(audits: Sequence[Audit]) -> Audit:
         first,
         **arrays,
         organisms=tuple(name for one in audits for name in one.organisms),
-        exact=tuple(all(flags) for flags in zip(*(one.exact for one in audits), strict=True)),
+        exact=tuple(all(flags) for flags in np.array([one.exact for one in audits]).T.tolist()),
         settings={**first.settings, "models": models},
     )
 

@@ -578,6 +578,16 @@ def test_the_pictures_of_a_document_exist(document: str) -> None:
     assert pictures and all((page.parent / picture).is_file() for picture in pictures)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(5))
+def test_the_plan_on_the_page_on_scaling_is_what_is_estimated(monkeypatch, number: int) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    scaling = importlib.import_module("scaling")
+    kept = pd.read_csv(ROOT / "benchmarks/estimate_plan.csv").iloc[[number]].reset_index(drop=True)
+
+    pd.testing.assert_frame_equal(scaling.planned(scaling.PLANNED[number : number + 1]), kept, atol=0.01)
+
+
 def test_the_page_on_scaling_quotes_its_tables(monkeypatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     scaling = importlib.import_module("scaling")

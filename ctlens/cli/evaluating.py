@@ -22,7 +22,7 @@ from ctlens.cli.common import (
     chosen_model,
     split_names,
 )
-from ctlens.cli.output import print_table, say
+from ctlens.cli.output import is_main_process, print_table, say
 
 if TYPE_CHECKING:
     from ctlens.core.types import LensModel
@@ -57,6 +57,9 @@ def evaluate_command(
             help="In multiple choice, score an option by its mean log-probability per token instead of the sum.",
         ),
     ] = False,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Split all weights among the processes that torchrun started.")
+    ] = False,
     out: NumbersFile = None,
     quiet: Quiet = False,
 ) -> None:
@@ -64,6 +67,7 @@ def evaluate_command(
     from ctlens.core.files import new_file
     from ctlens.data.formats import load_pairs
     from ctlens.evaluation import evaluate
+    from ctlens.training.processes import settle
 
     if out:
         new_file(out, ".csv")
@@ -73,11 +77,12 @@ def evaluate_command(
         "split": split_names(split),
         "n_prompts": n_prompts,
         "judge": chosen_judge(judge),
-        "progress": not quiet,
+        "progress": not quiet and is_main_process(),
         "per_token": per_token,
     }
-    chosen = chosen_model(model, device, dtype)
-    asked = _screened(split_names(threats), chosen_model(base, device, dtype) if base else chosen)
+    place = settle(device)
+    chosen = chosen_model(model, place, dtype, shard=shard)
+    asked = _screened(split_names(threats), chosen_model(base, place, dtype, shard=shard) if base else chosen)
     found = evaluate(chosen, asked or None, **options)
     show_evaluation(found, out)
 
@@ -145,7 +150,7 @@ def show_evaluation(found: Evaluation, out: Path | None) -> None:
     """Prints the rates and metrics of an evaluation, and writes its numbers where a file is named."""
     from ctlens.core.files import atomic_file
 
-    if out:
+    if out and is_main_process():
         with atomic_file(out) as temporary:
             found.to_dataframe().to_csv(temporary, index=False)
     print_table("How often answers are bad and good", found.summary())

@@ -108,8 +108,14 @@ def estimate_command(
     accumulate: Annotated[int, typer.Option(help="Split each batch into this many parts.")] = 1,
     memory: Annotated[str, typer.Option(help="Kept for gradients: all, layers or blocks.")] = "all",
     processes: Annotated[int, typer.Option(help="Number of processes that share a batch.")] = 1,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="The processes share the weights too, as with ctlens train --shard.")
+    ] = False,
     budget_gib: Annotated[
         float | None, typer.Option(help="GiB that one process may hold; ways to make a step fit are tried.")
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="1e12 operations that a process does per second; says how long a step is.")
     ] = None,
     dtype: Dtype = "float32",
     quiet: Quiet = False,
@@ -133,7 +139,9 @@ def estimate_command(
         wrapper_length=wrapper_length,
         dtype=dtype,
         processes=processes,
+        shard=shard,
         budget_gib=budget_gib,
+        tflops=tflops,
         progress=not quiet,
     )
     print_table(

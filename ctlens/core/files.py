@@ -242,4 +242,5 @@ def digest(path: str | Path) -> str:
     path = Path(path)
     if not path.is_file():
         raise CtlensError(f"{path} does not exist or is no file: check the path.")
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor, empty
 
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import atomic_folder
+from ctlens.core.files import atomic_folder, digest
 from ctlens.core.types import LensModel
 from ctlens.models.parameters import ORIGINALS, evaluating, plain_name, require_whole
 
@@ -191,6 +191,16 @@ def write_slices(folder: Path, tensors: Mapping[str, Tensor], *, joined: bool = 
         state_dict_saver.save(plain, storage_writer=writer)
     except (CheckpointException, OSError) as error:
         raise CtlensError(f"{folder} cannot be written ({_last_line(error)}).") from None
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The digest of each file of slices in a folder that all processes see; each process reads its share of them."""
+    count = distributed.get_world_size()
+    files = sorted(folder.glob("*.safetensors"))
+    mine = {path.name: digest(path) for path in files[distributed.get_rank() :: count]}
+    found: list[dict[str, str]] = [{}] * count
+    distributed.all_gather_object(found, mine)
+    return {name: value for part in found for name, value in part.items()}
 
 
 @contextmanager

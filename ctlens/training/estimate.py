@@ -30,7 +30,8 @@ from ctlens.training.prepare import in_window
 GIB = 2**30
 DEPTHS = (2, 4)
 """Layers of the two models that a deeper one is worked out from."""
-Needed: TypeAlias = Callable[[TrainConfig, int], StepNeeds]
+Needed: TypeAlias = Callable[[TrainConfig, int, bool], StepNeeds]
+"""What a step needs with these settings and so many processes, which share the weights or do not."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,17 @@ class Estimate:
         ways: the ways that were tried, `asked` first. The others are tried where `asked` does not fit: each with as
             many processes as were asked for and, where that does not fit either, with the fewest that fit, or with
             one pair each.
+        batch_size: the pairs of a step, of all processes together.
         budget: the bytes that one process may hold; None where no budget was given.
+        tflops: the 1e12 operations that a process does per second; None where that was not given.
     """
 
     n_parameters: int
     asked: StepNeeds
     ways: tuple[StepNeeds, ...]
+    batch_size: int
     budget: int | None = None
+    tflops: float | None = None
 
     def fits(self, way: StepNeeds) -> bool:
         """Whether a way holds no more than the budget; without a budget every way fits."""
@@ -69,16 +74,26 @@ class Estimate:
         return f"{held}, and nothing makes it fit in {_gib(self.budget)}: the least is {_in_words(least)}."
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Tabulates one row per way: its settings, the parts of its peak in GiB, and its operations in 1e12."""
+        """Tabulates one row per way: its settings, the parts of its peak in GiB, and its operations in 1e12.
+
+        With `tflops` also the seconds of a step and the pairs per second of all processes, for products alone.
+        """
         return pd.DataFrame([self._row(way) for way in self.ways])
 
     def _row(self, way: StepNeeds) -> dict[str, Any]:
         verdict = "yes" if self.fits(way) else "no"
         fits = {} if self.budget is None else {"fits": verdict}
         settings = {name: getattr(way, name) for name in ("trained", "memory", "processes", "pairs")}
+        settings["weights split"] = "yes" if way.shard else "no"
         sizes = {name: getattr(way, name) / GIB for name in ("peak", *HELD)}
         operations = {f"{phase} tflop": way.flops[phase] / 1e12 for phase in PHASES}
-        return {**settings, **fits, **sizes, "targets per pair": way.targets / GIB, **operations}
+        return {**settings, **fits, **sizes, "targets per pair": way.targets / GIB, **operations, **self._speed(way)}
+
+    def _speed(self, way: StepNeeds) -> dict[str, float]:
+        if self.tflops is None:
+            return {}
+        seconds = sum(way.flops.values()) / (1e12 * self.tflops)
+        return {"seconds per step": seconds, "pairs per second": self.batch_size / seconds}
 
 
 def _gib(size: int) -> str:
@@ -87,6 +102,7 @@ def _gib(size: int) -> str:
 
 def _in_words(way: StepNeeds) -> str:
     shared = f", {way.processes} processes" if way.processes > 1 else ""
+    shared += " that split the weights" if way.shard else ""
     return f"memory={way.memory}, {way.trained} trained{shared} ({_gib(way.peak)})"
 
 
@@ -100,7 +116,9 @@ def estimate(
     wrapper_length: int = 64,
     dtype: str = "float32",
     processes: int = 1,
+    shard: bool = False,
     budget_gib: float | None = None,
+    tflops: float | None = None,
     progress: bool = True,
 ) -> Estimate:
     """Estimates the memory and the floating-point operations of a training step, without any weights.
@@ -122,7 +140,9 @@ def estimate(
         wrapper_length: how many of them the clean prompt lacks.
         dtype: of the weights, one of `ctlens.core.types.DTYPES`.
         processes: how many processes share a batch.
+        shard: they share the weights too, as in a training with `--shard`.
         budget_gib: the GiB that one process may hold.
+        tflops: the 1e12 operations that a process does per second in such a training, which says how long a step is.
         progress: show a progress bar where several ways are tried.
 
     Raises:
@@ -131,7 +151,7 @@ def estimate(
             for which weights are needed; or weights in half precision would be trained.
     """
     config = config or TrainConfig()
-    require(POSITIVE, budget_gib=budget_gib)
+    require(POSITIVE, budget_gib=budget_gib, tflops=tflops)
     require(AT_LEAST_1, wrapper_length=wrapper_length, processes=processes)
     chosen = [in_window(loss, config.window) for loss in loss_registry.built(losses)]
     require_distinct(chosen)
@@ -142,16 +162,20 @@ def estimate(
     pair = example(chosen, config, length, wrapper_length)
     models = _shallow(whole, described) if all(getattr(loss, "layers", "all") == "all" for loss in chosen) else {}
 
-    def needed(config: TrainConfig, processes: int) -> StepNeeds:
-        return step_needs(models or {whole.cfg.n_layers: whole}, whole.cfg.n_layers, pair, chosen, config, processes)
+    def needed(config: TrainConfig, processes: int, shard: bool) -> StepNeeds:
+        made = models or {whole.cfg.n_layers: whole}
+        return step_needs(made, whole.cfg.n_layers, pair, chosen, config, processes, shard)
 
-    asked = needed(config, processes)
+    asked = needed(config, processes, shard)
     budget = None if budget_gib is None else int(budget_gib * GIB)
     ways = [asked]
     if budget is not None and asked.peak > budget:
-        with progress_bar(_other_ways(config), desc="ways to fit", shown=progress, leave=False) as bar:
-            ways += [fewest_processes(needed, other, processes, budget) for other in bar]
-    return Estimate(_n_parameters(whole), asked, tuple(ways), budget)
+        others = [] if shard else [(other, processes, False) for other in _other_ways(config)]
+        if shard or config.batch_size > 1:  # as many processes as there are pairs can split the weights
+            others += [(other, max(processes, 2), True) for other in _other_ways(config)]
+        with progress_bar(others, desc="ways to fit", shown=progress, leave=False) as bar:
+            ways += [fewest_processes(needed, other, least, budget, shard=split) for other, least, split in bar]
+    return Estimate(_n_parameters(whole), asked, tuple(ways), config.batch_size, budget, tflops)
 
 
 def _require_possible(
@@ -191,19 +215,25 @@ def _other_ways(config: TrainConfig) -> list[TrainConfig]:
     return [replace(config, trainable=what, memory=memory) for what in trained for memory in MEMORY]
 
 
-def fewest_processes(needed: Needed, config: TrainConfig, processes: int, budget: int) -> StepNeeds:
+def fewest_processes(
+    needed: Needed, config: TrainConfig, processes: int, budget: int, *, shard: bool = False
+) -> StepNeeds:
     """What a way needs with the fewest processes that make it fit, from those asked for on; else with a pair each."""
     seen: dict[int, StepNeeds] = {}
 
-    def fits(count: int) -> bool:
+    def of(count: int) -> StepNeeds:
         pairs = -(-config.batch_size // count)
-        seen[pairs] = seen.get(pairs) or needed(config, count)
-        return seen[pairs].peak <= budget
+        number = count if shard else pairs  # whole weights need the same with as many pairs
+        seen[number] = seen.get(number) or needed(config, count, shard)
+        return replace(seen[number], processes=count)
 
-    if fits(processes) or not fits(config.batch_size):
-        return list(seen.values())[-1]
+    def fits(count: int) -> bool:
+        return of(count).peak <= budget
+
+    if fits(processes):
+        return of(processes)
+    if not fits(config.batch_size):
+        return of(config.batch_size)
     # More processes never hold more, so that the fewest are found by halving.
     counts = range(processes, config.batch_size + 1)
-    return replace(
-        seen[-(-config.batch_size // (fewest := counts[bisect_left(counts, True, key=fits)]))], processes=fewest
-    )
+    return of(counts[bisect_left(counts, True, key=fits)])

@@ -26,7 +26,7 @@ from ctlens.losses import Loss
 from ctlens.models.counting import Counting, bytes_of
 from ctlens.models.lora import LoRA
 from ctlens.models.optimisation import adamw, clipped_update
-from ctlens.models.parameters import copy_model
+from ctlens.models.parameters import copy_model, present_parameters
 from ctlens.training.answers import answers_kind, drawn_together
 from ctlens.training.config import TrainConfig
 from ctlens.training.order import parts
@@ -38,11 +38,13 @@ PATTERNS = "patterns"
 _LOGITS = "logits"
 GRADIENTS = "gradients"
 _ACTIVATIONS = "activations"
+_GATHERED = "gathered"
 KINDS = (GRADIENTS, PATTERNS, _LOGITS, _ACTIVATIONS)
-HELD = ("reference", "weights", "optimizer", *KINDS)
+HELD = ("reference", "weights", "optimizer", _GATHERED, *KINDS)
 LATER = "backward, when half of the gradients are there"
 """A phase of its own: over the layers what is held grows or falls, so that it is most at one end or the other."""
 PHASES = ("reference", "forward", "backward", "retention")
+_WITH_GRADIENTS = ("backward", LATER, "retention")
 _FIRST_CHARACTER = 0x4E00  # from here on Unicode has 20,000 letters in a row, so that no text of a prompt occurs twice
 _DISTINCT_IDS = 96  # token ids repeat after so many; every vocabulary has more
 
@@ -61,10 +63,12 @@ class StepNeeds:
         memory: what the step keeps, `TrainConfig.memory`.
         processes: how many processes share the batch.
         pairs: the pairs of one process.
+        shard: the weights are split among the processes, and with them gradients and moments.
         n_trained: trained numbers, of the weights or of adapters.
         reference: the frozen model.
         weights: the trained copy; of a LoRA the adapters, for the rest is the reference's.
         optimizer: AdamW's two moments.
+        gathered: of split weights, what a process holds whole for a moment, and its gradients; else 0.
         gradients: those of the trained numbers.
         patterns: attention weights, and what is worked out of them.
         logits: logits, and what is worked out of them.
@@ -78,10 +82,12 @@ class StepNeeds:
     memory: str
     processes: int
     pairs: int
+    shard: bool
     n_trained: int
     reference: int
     weights: int
     optimizer: int
+    gathered: int
     gradients: int
     patterns: int
     logits: int
@@ -102,6 +108,7 @@ def step_needs(
     losses: Sequence[Loss],
     config: TrainConfig,
     processes: int = 1,
+    shard: bool = False,
 ) -> StepNeeds:
     """Counts what a step of a first epoch needs.
 
@@ -117,6 +124,7 @@ def step_needs(
         losses: what is trained.
         config: the settings of the training.
         processes: how many share the batch; the needs are those of the one with the most pairs.
+        shard: they share the weights too.
 
     Raises:
         CtlensError: as `ctlens.training.prepare.trained_parameters`, or a loss does not run on such a pair.
@@ -126,16 +134,33 @@ def step_needs(
     counts = _at_depth(n_layers, {depth: _counted(model, pairs, losses, config) for depth, model in models.items()})
     phases = dict.fromkeys(key[1] for key in counts if key[0] == "held")
     held = {phase: {kind: counts["held", phase, kind] for kind in KINDS} for phase in phases}
+    slices = processes if shard else 1
+    for phase, kinds in held.items():
+        kinds[GRADIENTS] = -(-kinds[GRADIENTS] // slices)
+        kinds[_GATHERED] = _gathered(counts, phase) if shard else 0
     return StepNeeds(
         trained=_words(config.trainable),
         memory=config.memory,
         processes=processes,
         pairs=n_pairs,
-        **{name: counts["", name] for name in ("n_trained", "reference", "weights", "optimizer")},
+        shard=shard,
+        n_trained=counts["", "n_trained"],
+        **{name: -(-counts["", name] // slices) for name in ("reference", "weights", "optimizer")},
         **max(held.values(), key=lambda kinds: sum(kinds.values())),
         targets=counts["", "targets"] // n_pairs,
         flops={phase: counts["flops", phase] for phase in PHASES},
     )
+
+
+def _gathered(counts: StepCounts, phase: str) -> int:
+    """What is whole in a phase of a sharded step: the embeddings, the block that runs and the one fetched beside it.
+
+    On the way back their gradients are whole too, before they are summed and cut.
+    """
+    if phase == "update":
+        return 0
+    made = ("weights", "trained") if phase in _WITH_GRADIENTS else ("weights",)
+    return sum(counts["outside", kind] + 2 * counts["block", kind] for kind in made)
 
 
 def _at_depth(n_layers: int, counts: Mapping[int, StepCounts]) -> StepCounts:
@@ -168,6 +193,16 @@ def _counted(reference: LensModel, pairs: EncodedPairs, losses: Sequence[Loss], 
             ("", "targets"): step.targets_kept,
         }
     )
+    blocks = [list(block.parameters()) for block in cast(Any, model).blocks]
+    inside = {id(parameter) for block in blocks for parameter in block}
+    every = present_parameters(model).values()
+    of_part = {
+        "outside": [parameter for parameter in every if id(parameter) not in inside],
+        "block": max(blocks, key=bytes_of),
+    }
+    for part, held in of_part.items():
+        counts[part, "weights"] = bytes_of(held)
+        counts[part, "trained"] = bytes_of(parameter for parameter in held if parameter.requires_grad)
     for phase, flops in counting.flops.items():
         counts["flops", "backward" if phase == LATER else phase] += flops
     for phase, kinds in counting.at_peak.items():

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ctlens.core.errors import CtlensError
-from ctlens.core.files import write_json, writing
+from ctlens.core.files import digest_of, write_json, writing
 from ctlens.core.reading import read_json
 from ctlens.core.types import LensModel
 from ctlens.models.parameters import own_part
-from ctlens.models.sharding import folder_for, is_first, read_slices, write_slices
+from ctlens.models.sharding import digests, folder_for, is_first, read_slices, write_slices
 from ctlens.training.checkpoint import Checkpoint, require_same, sharded_checkpoints, sharded_name
 from ctlens.training.history import History
 
@@ -58,10 +58,11 @@ def write_sharded_checkpoint(
     if not target.is_dir():
         with folder_for(model, target) as work:
             write_slices(work, tensors)
+            files = digests(work)
             if is_first(model):
                 rows = [list(row) for row in history.rows]
-                state = {"of": dict(of), "steps": history.steps, "rows": rows, "moments": list(moments)}
-                write_json(work / _STATE_FILE, state)
+                state = {"of": dict(of), "steps": history.steps, "rows": rows, "moments": list(moments), "files": files}
+                write_json(work / _STATE_FILE, {**state, "digest": digest_of(state)})
     if is_first(model):
         with writing(folder):
             for path in earlier:
@@ -84,7 +85,8 @@ def read_sharded_checkpoint(
     found = sharded_checkpoints(folder)
     if not found:
         raise CtlensError(f"{folder} holds no checkpoint of a sharded training: train it as it was, without shard.")
-    state = read_json(found[-1] / _STATE_FILE, "of", "steps", "rows", "moments")
+    state = read_json(found[-1] / _STATE_FILE, "of", "steps", "rows", "moments", "files", "digest")
+    _require_undamaged(found[-1], state)
     require_same(state["of"], of, f"the checkpoint in {folder}", "repeat the training as it was, or remove it.")
     values: dict[str, Tensor] = {}
     moments: dict[int, dict[str, Tensor]] = {}
@@ -102,3 +104,16 @@ def read_sharded_checkpoint(
     return Checkpoint(
         [values[f"parameter.{index}"] for index in range(len(parameters))], moments, History(rows, state["steps"])
     )
+
+
+def _require_undamaged(folder: Path, state: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint of which a file is not what was written, on all processes alike."""
+    there = digests(folder)
+    damaged = [name for name in sorted({*state["files"], *there}) if state["files"].get(name) != there.get(name)]
+    if digest_of({name: value for name, value in state.items() if name != "digest"}) != state["digest"]:
+        damaged = [_STATE_FILE]
+    if damaged:
+        raise CtlensError(
+            f"{folder / damaged[0]} is not what was written (its digest is another), so that it was damaged: remove "
+            f"{folder} and train anew."
+        )

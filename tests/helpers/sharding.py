@@ -23,6 +23,7 @@ from ctlens.models.sharding import shard
 from ctlens.organism import load_organism
 from ctlens.training import TrainConfig, Trainer
 from ctlens.training.edits import TrainingEdits
+from ctlens.training.processes import is_launched
 from helpers.models import chat_model
 
 QUESTIONS = (
@@ -112,9 +113,8 @@ def trainer_of(model: LensModel, chosen: Case, folder: Path, **settings: Any) ->
     config = TrainConfig(**{**BASE, **chosen.settings, **settings})
     edits = TrainingEdits(add={"blocks.0.hook_resid_post": torch.ones(32)}) if chosen.edited else None
     cache = folder / "targets" if chosen.folder else None
-    return Trainer(
-        model, pairs_of(chosen), losses_of(chosen), config, track=chosen.track, cache_folder=cache, edits=edits
-    )
+    options: dict[str, Any] = {"track": chosen.track, "cache_folder": cache, "edits": edits}
+    return Trainer(model, pairs_of(chosen), losses_of(chosen), config, log_every=3 if is_launched() else 1, **options)
 
 
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -6,9 +6,11 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -210,18 +212,111 @@ def of_bytes(pairs: int, config: TrainConfig, processes: int) -> StepNeeds:
     """Needs of one byte for everything, and of 10 for every pair."""
     rest = dict.fromkeys(("n_trained", *counted.HELD, "targets"), 0)
     sizes = {**rest, "weights": 1, "activations": 10 * pairs}
-    return StepNeeds("weights", config.memory, processes, pairs, flops=dict.fromkeys(counted.PHASES, 0), **sizes)
+    flops = dict.fromkeys(counted.PHASES, 0)
+    return StepNeeds("weights", config.memory, processes, pairs, shard=False, flops=flops, **sizes)
 
 
 @pytest.mark.parametrize(("budget", "processes", "pairs"), [(71, 1, 7), (70, 2, 4), (31, 3, 3), (11, 7, 1), (10, 7, 1)])
 def test_the_fewest_processes_that_fit_are_found(budget: int, processes: int, pairs: int) -> None:
-    def needed(config: TrainConfig, processes: int) -> StepNeeds:
+    def needed(config: TrainConfig, processes: int, shard: bool) -> StepNeeds:
         return of_bytes(math.ceil(7 / processes), config, processes)
 
     found = fewest_processes(needed, TrainConfig(batch_size=7), 1, budget)
 
     assert (found.processes, found.pairs) == (processes, pairs)
     assert (found.peak <= budget) == (budget > 10)
+
+
+@pytest.mark.parametrize(("budget", "processes"), [(100, 1), (99, 2), (50, 2), (20, 5), (19, 6), (13, 8), (12, 8)])
+def test_weights_that_are_split_need_the_more_processes_the_less_fits(budget: int, processes: int) -> None:
+    def needed(config: TrainConfig, processes: int, shard: bool) -> StepNeeds:
+        assert shard
+        return replace(of_bytes(0, config, processes), weights=math.ceil(100 / processes))
+
+    found = fewest_processes(needed, TrainConfig(batch_size=8), 1, budget, shard=True)
+
+    assert found.processes == processes and (found.peak <= budget) == (budget > 12)
+
+
+def test_split_weights_are_cut_by_the_processes_and_gathered_by_hand() -> None:
+    n_layers, n_processes = 3, 4
+    config = TrainConfig(batch_size=4, retention=0.0, trainable=("attn", "mlp"))
+    options: dict[str, Any] = {"config": config, "length": LENGTH, "wrapper_length": WRAPPER, "processes": n_processes}
+    whole = estimate(llama(n_layers), **options).asked
+    split = estimate(llama(n_layers), **options, shard=True).asked
+    trained = ATTENTION + MLPS
+    outside = 2 * VOCAB * WIDTH + WIDTH
+
+    for part in ("reference", "weights", "optimizer"):
+        assert getattr(split, part) == math.ceil(getattr(whole, part) / n_processes)
+    assert split.gradients <= 4 * n_layers * trained / n_processes
+    # on the way back, when most is held: the embeddings, two blocks, and the gradients of what is trained of them
+    assert split.gathered == 4 * (outside + 2 * (trained + NORMS) + 2 * trained) and whole.gathered == 0
+    assert (split.flops, split.n_trained, split.targets) == (whole.flops, whole.n_trained, whole.targets)
+    assert split.peak == sum(getattr(split, part) for part in counted.HELD)
+
+
+def test_adapters_beside_split_weights_are_split_too() -> None:
+    options: dict[str, Any] = {"length": LENGTH, "wrapper_length": WRAPPER, "processes": 2, "dtype": "bfloat16"}
+    config = TrainConfig(batch_size=2, retention=0.0, trainable=LoRA(2))
+    whole = estimate(llama(), config=config, **options).asked
+    split = estimate(llama(), config=config, **options, shard=True).asked
+
+    assert split.weights == math.ceil(whole.weights / 2) and split.reference == math.ceil(whole.reference / 2)
+    assert 2 * (2 * VOCAB * WIDTH + WIDTH) < split.gathered < 2 * llama_parameters(2) + 12 * split.n_trained
+
+
+def llama_parameters(n_layers: int) -> int:
+    return 2 * VOCAB * WIDTH + n_layers * (ATTENTION + MLPS + NORMS) + WIDTH
+
+
+MEASURED = pd.read_csv(Path(__file__).parents[2] / "benchmarks/sharded.csv")
+
+
+@pytest.mark.parametrize("row", MEASURED.itertuples(index=False), ids=lambda row: f"{row.processes} processes")
+def test_what_processes_hold_is_what_was_measured(row: Any) -> None:
+    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
+    described = LlamaConfig(vocab_size=8192, max_position_embeddings=128, **sizes)  # that of benchmarks/sharded.py
+    groups = ("embed", "attn", "mlp", "norm", "unembed")
+    config = TrainConfig(batch_size=12, retention=0.0, trainable=groups, cache=False)
+    options: dict[str, Any] = {"length": 24, "wrapper_length": 6, "processes": row.processes, "progress": False}
+    found = estimate(described, "act", config=config, shard=True, **options)
+    asked = found.asked
+    mib = 2**20
+    behind = asked.reference + asked.weights + asked.optimizer + 4 * asked.n_trained / row.processes
+
+    assert found.n_parameters == row.parameters
+    assert asked.peak / mib == pytest.approx(row.step_peak_mib, rel=0.15)
+    assert behind / mib == pytest.approx(row.trained_mib, rel=0.15)
+    assert asked.reference / mib == pytest.approx(row.loaded_mib, rel=0.2)
+
+
+def test_what_a_process_does_per_second_says_how_long_a_step_is() -> None:
+    config = TrainConfig(batch_size=5, retention=0.0)
+    options: dict[str, Any] = {"config": config, "length": LENGTH, "wrapper_length": WRAPPER, "processes": 2}
+    found = estimate(llama(), **options, tflops=0.25)
+    row = found.to_dataframe().iloc[0]
+
+    assert row["seconds per step"] == pytest.approx(sum(found.asked.flops.values()) / 0.25e12)
+    assert row["pairs per second"] == pytest.approx(5 / row["seconds per step"])
+    assert "seconds per step" not in estimate(llama(), **options).to_dataframe()
+
+
+def test_where_weights_do_not_fit_whole_splitting_them_is_tried() -> None:
+    config = TrainConfig(batch_size=8, retention=0.0, trainable=LoRA(2))
+    options: dict[str, Any] = {"config": config, "length": LENGTH, "wrapper_length": WRAPPER, "progress": False}
+    wide = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=128, intermediate_size=512, num_hidden_layers=16, tie_word_embeddings=False
+    )
+    held = estimate(wide, **options).asked
+    found = estimate(wide, **options, budget_gib=0.9 * held.reference / GIB)
+
+    fitting = [way for way in found.ways if found.fits(way)]
+    assert fitting and all(way.shard and way.processes > 1 for way in fitting)
+    assert re.search(
+        r"It fits with memory=\w+, LoRA of rank 2 on q and v trained, \d processes that split the weights",
+        found.verdict,
+    )
 
 
 def in_budget(size: int, **settings: Any) -> Estimate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -77,6 +78,33 @@ def test_a_killed_training_ends_everywhere_and_goes_on_with_another_number_of_pr
     torch.testing.assert_close(hf(tokens).logits, run(load_model(place / what), tokens), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("which", ["a slice", "the state", "nothing else"])
+def test_a_damaged_checkpoint_is_refused_in_one_sentence(place: Path, which: str) -> None:
+    out = f"damaged-{which.replace(' ', '-')}"
+    shared = f"{TRAIN} --shard --checkpoint-every 2 --out {out}".split()
+    assert together(2, "dies", *shared, folder=place).returncode != 0
+    folder = place / f"{out}.partial" / "sharded-2"
+    slices = sorted(folder.glob("*.safetensors"))
+    assert len(slices) >= 2
+    if which == "a slice":
+        content = bytearray(slices[-1].read_bytes())
+        content[-1] ^= 1  # a bit of the last number
+        slices[-1].write_bytes(content)
+    if which == "the state":
+        state = folder / "state.json"
+        state.write_text(state.read_text().replace('"steps": 2', '"steps": 1'))
+
+    resumed = together(2, "ctlens", *shared, "--resume", folder=place)
+
+    if which == "nothing else":
+        assert resumed.returncode == 0, resumed.stderr[-2000:]
+        return
+    assert resumed.returncode != 0
+    name = slices[-1].name if which == "a slice" else "state.json"
+    assert f"{name} is not what was written (its digest is another), so that it was damaged: remove" in resumed.stderr
+    assert not (place / out).exists()
+
+
 def test_a_checkpoint_of_other_settings_or_of_one_process_is_refused(place: Path, call: Call, monkeypatch) -> None:
     monkeypatch.chdir(place)
     killed = together(2, "dies", *f"{TRAIN} --shard --checkpoint-every 2 --out other".split(), folder=place)
@@ -87,6 +115,24 @@ def test_a_checkpoint_of_other_settings_or_of_one_process_is_refused(place: Path
     changed = together(2, "ctlens", *f"{TRAIN} --lr 0.1 --shard --out other --resume".split(), folder=place)
     assert changed.returncode != 0
     assert "of other settings (settings.lr is 0.001 there and 0.1 here)" in changed.stderr
+
+
+def test_processes_that_share_a_model_evaluate_it_as_one_does(place: Path, call: Call, monkeypatch) -> None:
+    monkeypatch.chdir(place)
+    rows = [{"clean": f"Is it {word}?", "wrapped": f"No. Is it {word}?", "good": "yes", "bad": "no"} for word in WORDS]
+    (place / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate = "evaluate --model hf --pairs asked.jsonl --quiet"
+
+    shared = together(2, "ctlens", *f"{evaluate} --shard --out shared.csv".split(), folder=place)
+    alone = call(f"{evaluate} --out alone.csv")
+
+    assert (shared.returncode, alone.code) == (0, 0), shared.stderr[-3000:] + alone.err
+    assert shared.stdout.count("How often answers are bad and good") == 1
+    one = pd.read_csv(place / "alone.csv")
+    pd.testing.assert_frame_equal(pd.read_csv(place / "shared.csv"), one, rtol=1e-5)
+    assert len(one) > 3
+    monkeypatch.delenv("RANK", raising=False)
+    assert call(f"{evaluate} --shard").code == 2
 
 
 def test_shard_needs_a_launcher(place: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
