@@ -80,9 +80,9 @@ def evaluate_command(
         "progress": not quiet and is_main_process(),
         "per_token": per_token,
     }
-    place = settle(device)
-    chosen = chosen_model(model, place, dtype, shard=shard)
-    asked = _screened(split_names(threats), chosen_model(base, place, dtype, shard=shard) if base else chosen)
+    settled = settle(device)
+    chosen = chosen_model(model, settled, dtype, shard=shard)
+    asked = _screened(split_names(threats), chosen_model(base, settled, dtype, shard=shard) if base else chosen)
     found = evaluate(chosen, asked or None, **options)
     show_evaluation(found, out)
 

@@ -239,7 +239,8 @@ def test_weights_that_are_split_need_the_more_processes_the_less_fits(budget: in
 
 
 def test_split_weights_are_cut_by_the_processes_and_gathered_by_hand() -> None:
-    n_layers, n_processes = 3, 4
+    n_layers = 3
+    n_processes = 4
     config = TrainConfig(batch_size=4, retention=0.0, trainable=("attn", "mlp"))
     options: dict[str, Any] = {"config": config, "length": LENGTH, "wrapper_length": WRAPPER, "processes": n_processes}
     whole = estimate(llama(n_layers), **options).asked
