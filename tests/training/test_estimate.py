@@ -274,7 +274,7 @@ def llama_parameters(n_layers: int) -> int:
 MEASURED = pd.read_csv(Path(__file__).parents[2] / "benchmarks/sharded.csv")
 
 
-@pytest.mark.parametrize("row", MEASURED.itertuples(index=False), ids=lambda row: f"{row.processes} processes")
+@pytest.mark.parametrize("row", list(MEASURED.itertuples(index=False)), ids=lambda row: f"{row.processes} processes")
 def test_what_processes_hold_is_what_was_measured(row: Any) -> None:
     sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
     described = LlamaConfig(vocab_size=8192, max_position_embeddings=128, **sizes)  # that of benchmarks/sharded.py
