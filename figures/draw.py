@@ -141,8 +141,10 @@ OTHER_THREATS = ShownReplication("other-threats")
 """The studies of several organisms, of the two threats whose models are analysed and of the four others."""
 REAL_RIVALS = "real-rivals"
 """The folder of the study of the methods of the field on a real chat model, under the folder of the runs."""
+REAL_THREAT = "facts"
+"""The threat against which the models were trained that are compared inside."""
 TIMES = HERE.parent / "benchmarks" / "choose_rivals.csv"
-STUDIES = (ShownStudy("study", ANALYSED_THREATS), ShownStudy("real", ("facts",), "real-"))
+STUDIES = (ShownStudy("study", ANALYSED_THREATS), ShownStudy("real", (REAL_THREAT,), "real-"))
 """The study of the organism, and that of a real chat model."""
 TAKEN = {
     "doses.csv": "doses/doses.csv",
@@ -180,9 +182,11 @@ def take(runs: Path) -> None:
     if (runs / REAL_RIVALS).is_dir():
         results = last_step(read_results(runs / REAL_RIVALS / "results.csv"))
         kept = results["metric"].isin(("bad_rate", "good_rate", GAP_RECOVERED)) & results["condition"].isin(
-            rivals.FIELD
+            (*rivals.FIELD, "klct_sharp")
         )
         results[kept & (results["seed"] == 0)].to_csv(DATA / "real" / "rivals.csv", index=False)
+        found = rivals.inside(runs / REAL_RIVALS, (REAL_THREAT,))
+        found.to_csv(DATA / "real" / "rivals-inside.csv", index=False, float_format="%.5g")
     if (runs / rivals.FOLDER).is_dir():
         rivals.take(runs / rivals.FOLDER, DATA / rivals.FOLDER)
 

@@ -18,7 +18,7 @@ from helpers.models import Call
 
 from ctlens import organism, threats
 from ctlens.organism.describe import card_text
-from ctlens.study.analyses import SETTINGS
+from ctlens.study.analyses import EQUAL_STEPS, SETTINGS
 from ctlens.study.claims import Claim, read_claims
 from ctlens.study.conditions import DEFAULT_METHODS
 from ctlens.study.config import NATURAL_THREATS
@@ -94,6 +94,7 @@ def test_every_make_target_that_the_documents_name_exists() -> None:
 
 sys.path.insert(0, str(ROOT / "figures"))
 draw = importlib.import_module("draw")
+rivals = importlib.import_module("rivals")
 CLAIMS = read_claims(ROOT / "figures/data/study/claims.csv")
 SHOWN = ("base", "retention", *DEFAULT_METHODS)
 
@@ -464,12 +465,30 @@ def test_the_page_on_the_real_model_says_what_its_rates_are(real: pd.DataFrame) 
 
 def test_the_page_on_the_real_model_has_the_methods_of_the_field(real: pd.DataFrame) -> None:
     page = (ROOT / "docs/real-model.md").read_text()
-    rivals = read_results(ROOT / "figures/data/real/rivals.csv")
-    closed = rivals.query("metric == 'gap_recovered'").set_index("condition")["value"]
+    field = read_results(ROOT / "figures/data/real/rivals.csv")
+    closed = field.query("metric == 'gap_recovered'").set_index("condition")["value"].round(2)
 
-    assert draw.one_seed_table(pd.concat([last_step(real), rivals]), "facts") in page
-    assert set(rivals["seed"]) == {0}
-    assert [round(closed[name], 2) for name in ("dpo", "opct", "subact")] == [0.61, 0.45, 0.28]
+    assert draw.one_seed_table(pd.concat([last_step(real), field]), "facts") in page
+    assert set(field["seed"]) == {0} and set(field["condition"]) == {*rivals.FIELD, "klct_sharp"} - {"rmct_agreement"}
+    told = ("dpo", "klct_sharp", "opct_full", "opct", "subact", "subact_random", "subact_rest", "rmct")
+    assert [closed[name] for name in told] == [0.61, 0.55, 0.50, 0.45, 0.28, 0.27, 0.24, 0.17]
+
+
+def test_the_page_on_the_real_model_says_where_the_repairs_of_the_field_sit() -> None:
+    page = (ROOT / "docs/real-model.md").read_text()
+    inside = pd.read_csv(ROOT / "figures/data/real/rivals-inside.csv")
+    values = inside.set_index(["quantity", "condition"])["value"]
+
+    assert rivals.inside_table(inside, [EQUAL_STEPS]) in page
+    internal = ("mlpct", "attct", "subact", "subact_random", "subact_rest", "act_ema")
+    alike = [values["like act", name] for name in internal]
+    assert (round(min(alike), 2), round(max(alike), 2)) == (0.74, 1.00)
+    assert [round(values["like bct", name], 2) for name in ("dpo", "klct_sharp")] == [0.56, 0.61]
+    assert all(values["like bct", name] > values["like act", name] for name in ("dpo", "klct_sharp"))
+    assert round(values["like act", "klct"], 2) == 0.85
+    assert abs(values["like act", "rmct"]) < 0.1 and abs(values["like bct", "rmct"]) < 0.1
+    lost = inside[inside["quantity"] == "lost"].dropna()
+    assert ((lost["ci_low"] < 0) & (lost["ci_high"] > 0)).all() and len(lost) > 9
 
 
 def test_the_page_on_the_real_model_has_the_claims_of_both_studies() -> None:
