@@ -144,7 +144,6 @@ def estimate_command(
         tflops=tflops,
         progress=not quiet,
     )
-    print_table(
-        f"What a step needs, {found.n_parameters:,} parameters, sizes in GiB", found.to_dataframe().T.reset_index()
-    )
+    table = found.to_dataframe().T.rename_axis("what").reset_index().rename(columns={0: "value"})
+    print_table(f"What a step needs, {found.n_parameters:,} parameters, sizes in GiB", table)
     say(found.verdict)

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from helpers.models import hf_model
+from helpers.models import Call, hf_model
 from helpers.reading import host_reads, plant
 from helpers.tiers import unit_first
 
@@ -213,3 +213,15 @@ def test_a_resumed_training_may_read_more_seldom(base: LensModel, tmp_path: Path
 def test_steps_are_read_at_least_every_so_many(base: LensModel) -> None:
     with pytest.raises(CtlensError, match="log_every"):
         ct.Trainer(base, pairs_of("act"), "act", CONFIG, log_every=0)
+
+
+def test_the_command_writes_the_same_history(tmp_path: Path, call: Call) -> None:
+    for every in (1, 3):
+        given = (
+            f"train --quiet --threat jailbreak --loss act --steps 4 --batch-size 4 --n-prompts 0 --log-every {every}"
+        )
+        assert call(f"{given} --out {tmp_path / str(every)}").code == 0
+    often = (tmp_path / "1" / "history.csv").read_text()
+    seldom = (tmp_path / "3" / "history.csv").read_text()
+    assert seldom == often and len(seldom.splitlines()) > 4
+    assert "--log-every must be at least 1" in call("train --threat jailbreak --loss act --log-every 0 --out x").err
