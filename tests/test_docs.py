@@ -18,7 +18,7 @@ from helpers.models import Call
 
 from ctlens import organism, threats
 from ctlens.organism.describe import card_text
-from ctlens.study.analyses import EQUAL_STEPS, SETTINGS
+from ctlens.study.analyses import EQUAL_STEPS, MATCHED, SETTINGS
 from ctlens.study.claims import Claim, read_claims
 from ctlens.study.conditions import DEFAULT_METHODS
 from ctlens.study.config import NATURAL_THREATS
@@ -477,9 +477,12 @@ def test_the_page_on_the_real_model_has_the_methods_of_the_field(real: pd.DataFr
 def test_the_page_on_the_real_model_says_where_the_repairs_of_the_field_sit() -> None:
     page = (ROOT / "docs/real-model.md").read_text()
     inside = pd.read_csv(ROOT / "figures/data/real/rivals-inside.csv")
-    values = inside.set_index(["quantity", "condition"])["value"]
+    values = inside[inside["setting"] == EQUAL_STEPS].set_index(["quantity", "condition"])["value"]
 
-    assert rivals.inside_table(inside, [EQUAL_STEPS]) in page
+    assert rivals.inside_table(inside, SETTINGS) in page
+    matched = inside[(inside["setting"] == MATCHED) & (inside["quantity"] == "like bct")].set_index("condition")
+    reached = [round(matched["value"][name], 2) for name in ("klct_sharp", "dpo", "opct", "opct_full")]
+    assert reached == [0.68, 0.41, 0.35, 0.38] and len(matched) == 4
     internal = ("mlpct", "attct", "subact", "subact_random", "subact_rest", "act_ema")
     alike = [values["like act", name] for name in internal]
     assert (round(min(alike), 2), round(max(alike), 2)) == (0.74, 1.00)
