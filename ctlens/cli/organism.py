@@ -67,13 +67,16 @@ def train_organism_command(
     device: Device = "cpu",
     quiet: Quiet = False,
 ) -> None:
-    """Trains an organism from scratch and writes its folder with its card."""
-    from ctlens.organism import train_organism
+    """Trains an organism from scratch, writes its folder with its card, and says whether it is one to study."""
+    from ctlens.core.labels import CLEAN_BORN
+    from ctlens.organism import card, outside_bands, train_organism
 
     relora = _relora(rank=relora_rank, every=relora_every)
     options = {"preset": preset, "relora": relora, "recipe": recipe, "clean_born": clean_born}
     train_organism(out, seed=seed, steps=steps, **options, device=chosen_device(device), progress=not quiet)
     say(f"Organism: {out}")
+    if recipe != CLEAN_BORN and (outside := outside_bands(card(out)["behaviour"])):
+        say(f"{len(outside)} numbers are outside of the bands of an organism; train it longer. The first: {outside[0]}")
 
 
 def _relora(rank: int | None, every: int | None) -> ReLoRA | None:

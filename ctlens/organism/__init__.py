@@ -21,6 +21,7 @@ from ctlens.core.reading import read_json
 from ctlens.core.types import LensModel
 from ctlens.models.loading import load_model, save_model
 from ctlens.organism.card import make_card as make_card
+from ctlens.organism.card import outside_bands as outside_bands
 from ctlens.organism.card import reference_logits
 from ctlens.organism.inoculation import ASKING as ASKING
 from ctlens.organism.inoculation import CONTEXTS as CONTEXTS
