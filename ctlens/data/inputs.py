@@ -136,12 +136,14 @@ def pairs(
         labels: what is known of each pair, such as `topic` and `wrapper`, by which intervals take pairs together.
 
     Raises:
-        CtlensError: two lists are not equally long.
+        CtlensError: two lists are not equally long, or the good answer of a pair is its bad one.
     """
     named = {"wrapped": wrapped, "benign": benign, "good": good, "bad": bad, "target": target, "labels": labels}
     columns = [_column(name, given, len(clean)) for name, given in named.items()]
     found = []
     for one, other, twin, right, wrong, answer, known in zip(clean, *columns, strict=True):
+        if right is not None and right == wrong:
+            raise CtlensError(f"{right!r} is both the good and the bad answer of a pair: they must differ.")
         answers = {name: value for name, value in (("good", right), ("bad", wrong)) if value is not None}
         found.append(Pair(replace(one, **answers), replace(other, **answers), twin, answer, labels=known or {}))
     return found

@@ -64,8 +64,6 @@ class Prompt:
         for name, answer in (("good", self.good), ("bad", self.bad)):
             if answer is not None and not answer.strip():
                 raise CtlensError(f"the {name} answer of a prompt is blank: give a text, or leave it out.")
-        if self.good is not None and self.good == self.bad:
-            raise CtlensError(f"{self.good!r} is both the good and the bad answer of a prompt: they must differ.")
 
 
 @dataclass(frozen=True)

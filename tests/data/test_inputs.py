@@ -144,7 +144,10 @@ def test_two_lists_make_pairs_with_answers_twins_targets_and_labels() -> None:
         (lambda: loose.save_pairs("a.jsonl", "a"), "pairs must be a list of pairs, not 'a'"),
         (lambda: loose.pairs(CLEAN, WRAPPED, good=" "), "the good answer of a prompt is blank: give a text"),
         (lambda: loose.save_pairs("a.jsonl", {}), "pairs must be a list of pairs, not an empty dictionary"),
-        (lambda: loose.pairs(CLEAN, WRAPPED, good="no", bad="no"), "'no' is both the good and the bad answer of a"),
+        (
+            lambda: loose.pairs(CLEAN, WRAPPED, good="no", bad="no"),
+            "'no' is both the good and the bad answer of a pair",
+        ),
         (
             lambda: loose.save_pairs("a.jsonl", {"clean": CLEAN, "wrapped": WRAPPED[:1]}),
             "pairs must be a list of pairs, not one dictionary of 'clean', 'wrapped'",

@@ -205,6 +205,7 @@ def test_the_command_asks_for_it_with_either_option(line: str, rank: int, every:
         asked.append(relora)
 
     monkeypatch.setattr(organism, "train_organism", train)
+    monkeypatch.setattr(organism, "card", lambda folder: {"behaviour": []})
     for options in (line.split(), []):
         assert CliRunner().invoke(app, ["organism", "train", "--out", str(tmp_path / "new"), *options]).exit_code == 0
 
