@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,7 +12,6 @@ from helpers.models import hf_model, made
 
 import ctlens as ct
 from ctlens.core.shown import Shown, shown, table_of
-from ctlens.models.classes import HAS_HOOKED_TRANSFORMER
 from ctlens.models.parameters import copy_model, present_parameters
 
 PAIRS = ct.threats.get("sycophancy").pairs(6, split="heldout")
@@ -85,12 +83,6 @@ def test_an_evaluation_shows_the_rates_that_its_table_has() -> None:
     assert row["bad wrapped"].value == found.rate("bad_rate", "wrapped")
     assert f"{row['bad wrapped'].value:.0%} [" in repr(found) and "sycophancy" in found._repr_html_()
     assert {"brr", "f1"} <= set(found.metrics()["metric"]) and "bad_rate" not in set(found.metrics()["metric"])
-
-
-@pytest.mark.skipif(not HAS_HOOKED_TRANSFORMER, reason="TransformerLens's bridges do not pickle")
-def test_a_model_pickles_as_it_did_before() -> None:
-    model = ct.adopt(made())
-    assert repr(pickle.loads(pickle.dumps(model))) == repr(model)
 
 
 def test_a_model_shows_its_sizes_and_so_does_its_copy() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -48,7 +49,7 @@ def kept(checkpoints: Checkpoints, base: LensModel | None, device: str) -> list[
     """
     if isinstance(checkpoints, Mapping):
         for step in checkpoints:
-            if not isinstance(step, int):
+            if not isinstance(step, Integral):
                 raise CtlensError(f"checkpoints in a dictionary go by their step, a whole number, not by {step!r}.")
         by_step = [(int(step), source) for step, source in checkpoints.items()]
     else:

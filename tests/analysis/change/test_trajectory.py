@@ -247,5 +247,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, line: WeightLine):
 
 @loosely_typed
 def test_checkpoints_go_by_their_step(line: WeightLine) -> None:
+    assert track(cast(Any, {np.int64(3): line.base})).x == (3,)
     with pytest.raises(CtlensError, match="go by their step, a whole number, not by 'last'"):
         track(cast(Any, {"last": line.base}))
