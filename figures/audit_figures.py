@@ -68,6 +68,8 @@ def _strength_figure(found: Audited) -> plots.Figure:
     for pool in dict.fromkeys(found.strength["pool"]):
         rows = found.strength.query("method == 'greedy' and pool == @pool")
         panels[f"{pool} pool"] = plots.CurvePanel(_led(rows), "change of risk, points", levels=(0.0,))
+    asked = found.strength.query("method == 'greedy'").groupby("split")["n_prompts"].agg(["min", "max"])
+    counted = {split: f"{low} to {high}" for split, low, high in asked.itertuples()}
     return plots.curve_panels(
         x,
         panels,
@@ -75,7 +77,7 @@ def _strength_figure(found: Audited) -> plots.Figure:
         x_title="strength",
         caption="It was predicted to turn. Labels: their risk less the model's own. Bands are 95% intervals over the "
         "organisms alone, as two wrapper texts have one strength.",
-        subtitle="greedy labels, five organisms; 19 to 28 labelled, 16 to 22 other prompts each",
+        subtitle=f"greedy labels, five organisms; {counted['pool']} labelled, {counted['heldout']} other prompts each",
     )
 
 
